@@ -1,0 +1,44 @@
+# Each target makes .venv and installs what it needs, once. Then, from a fresh clone: `make demo`, `make test`.
+#
+# pip takes torch 2.13.0 from wherever pip looks: PyPI's Linux wheel is the CUDA build (several GB with NVIDIA's
+# libraries, and it runs without a GPU too). For the small CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+
+# The first interpreter that runs (a pyenv shim may not), can make a virtual environment, and is new enough.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.10; do \
+    $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint bench venv clean
+
+demo: $(STAMP)
+	$(VENV)/bin/kunbr-fast demo
+
+test: $(STAMP)
+	$(VENV)/bin/pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(VENV)/bin/pytest -m slow
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+
+# Every benchmarks/bench_*.py, each with its own small default settings.
+bench: $(STAMP)
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(VENV)/bin/python $$script; done
+
+venv: $(STAMP)
+
+# An editable install: the demo and the tests run the code of this checkout. The stamp comes last, so that an
+# installation that was cut short is taken up again.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "need Python >= 3.10 with the venv module (Debian: apt install python3-venv); \
+	or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "installing into $(VENV) (once; minutes where torch has to be downloaded)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+	    -c constraints.txt -e '.[test,gguf,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

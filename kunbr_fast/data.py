@@ -1,0 +1,426 @@
+"""From JSONL lines to token samples, and from samples to packed batches.
+
+A *record* is a line of a JSONL file, one of four forms:
+
+    {"question": str, "choices": [str or int, ...], "answer": index}     a multiple-choice question
+    {"text": str}                                                         a corpus line
+    {"prompt": str, "completion": str}                                    a prompt and what should follow it
+    {"messages": [{"role": str, "content": str}, ...]}                    a chat (needs the tokenizer's chat template)
+
+A *sample* is `{"input_ids": LongTensor (T,), "labels": LongTensor (T,)}`; labels are aligned with input_ids as in
+Hugging Face (the shift by one happens inside) and are -100 where a token has no part in the loss.
+
+A *packed batch* is several samples end to end with no padding, and the offsets that separate them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LETTERS = "ABCDEFGHIJ"
+TARGETS = ("all", "answer", "letter", "number")
+IGNORE = -100
+Sample = dict[str, torch.Tensor]
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load_records(paths: str | Path | Sequence[str | Path]) -> list[dict]:
+    """Reads JSONL files into records; each keeps where it came from in `record["_where"]` ("file:line").
+
+    Errors: ValueError "file:line: ..." for a line that is no JSON, no known form, or has a wrong answer index; for a
+    file without any record. Blank lines are skipped.
+    """
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    if not paths:
+        raise ValueError("no file was given: expected at least one JSONL file")
+    records = []
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        count = len(records)
+        with open(path, encoding="utf-8") as file:
+            try:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        records.append(parse_record(line, f"{path}:{number}"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: not UTF-8 text ({error}): save the file as UTF-8") from error
+        if len(records) == count:
+            raise ValueError(f"{path}: empty: expected at least one JSON line")
+    return records
+
+
+def parse_record(line: str, where: str) -> dict:
+    """One JSON line to a checked record; `where` opens every error message."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}): {line.strip()[:80]!r}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: got a {type(record).__name__}, expected an object such as {{\"text\": ...}}")
+    _check_record(record, where)
+    return {**record, "_where": where}
+
+
+def _check_record(record: Mapping, where: str) -> None:
+    def text(key: str) -> None:
+        if not isinstance(record.get(key), str) or not record[key]:
+            raise ValueError(f"{where}: {key!r} must be a non-empty string, got {record.get(key)!r}")
+
+    if "question" in record:
+        text("question")
+        choices, answer = record.get("choices"), record.get("answer")
+        if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+            raise ValueError(f"{where}: 'choices' must be a list of 2 to {len(LETTERS)} entries, got {choices!r}")
+        if any(isinstance(c, bool) or not isinstance(c, (str, int, float)) or str(c) == "" for c in choices):
+            raise ValueError(f"{where}: each of 'choices' must be a non-empty string or a number, got {choices!r}")
+        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+            raise ValueError(
+                f"{where}: 'answer' must be the index of the right choice, 0 to {len(choices) - 1}, got {answer!r}"
+            )
+    elif "text" in record:
+        text("text")
+    elif "prompt" in record or "completion" in record:
+        text("prompt")
+        text("completion")
+    elif "messages" in record:
+        messages = record["messages"]
+        good = isinstance(messages, list) and messages and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
+        if not good:
+            raise ValueError(f"{where}: 'messages' must be a list of {{\"role\": str, \"content\": str}}, got {messages!r}")
+    else:
+        raise ValueError(
+            f"{where}: unknown form with keys {sorted(record)}: expected question + choices + answer, text, "
+            "prompt + completion, or messages"
+        )
+
+
+def is_question(record: Mapping) -> bool:
+    return "question" in record
+
+
+def question_prompt(record: Mapping) -> str:
+    """The evaluation's own four-choice form: question, lettered choices, "Answer:" (no trailing space)."""
+    choices = [f"{LETTERS[i]}. {choice}" for i, choice in enumerate(record["choices"])]
+    return "\n".join([record["question"], *choices, "Answer:"])
+
+
+# ---------------------------------------------------------------- tokenising
+
+
+def encode(
+    records: Sequence[Mapping], tokenizer: Any, target: str = "all", max_length: int | None = None
+) -> list[Sample]:
+    """Tokenises each record once and marks the tokens whose loss counts.
+
+    target: `all` tokens; the `answer` tokens (what follows "Answer:", the completion, the assistant's turns); the
+    `letter` after "Answer:" (questions only); the digits of the last `number` in the text.
+    Special tokens are the tokenizer's own (a begin-of-text token is kept, none is invented).
+
+    Errors: ValueError that names the record ("file:line") when a target does not apply to its form, when nothing is
+    left to learn from, and when samples are longer than `max_length` tokens (they are reported, not cut).
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r}: expected one of {', '.join(TARGETS)}")
+    if not records:
+        raise ValueError("no records: expected at least one")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no character offsets, which loss targets need: "
+            "load a fast tokenizer (AutoTokenizer.from_pretrained(..., use_fast=True))"
+        )
+    samples, too_long = [], []
+    for record in records:
+        sample = _encode_one(record, tokenizer, target)
+        length = len(sample["input_ids"])
+        if max_length is not None and length > max_length:
+            too_long.append(f"{_where(record)} ({length} tokens)")
+        if length < 2 or not bool((sample["labels"][1:] != IGNORE).any()):
+            raise ValueError(f"{_where(record)}: no token with a loss is left for target={target!r}")
+        samples.append(sample)
+    if too_long:
+        shown = ", ".join(too_long[:3]) + (f" and {len(too_long) - 3} more" if len(too_long) > 3 else "")
+        raise ValueError(f"longer than max_length={max_length}: {shown}. Raise max_length or shorten these lines")
+    return samples
+
+
+def _where(record: Mapping) -> str:
+    return record.get("_where", "record")
+
+
+def _encode_one(record: Mapping, tokenizer: Any, target: str) -> Sample:
+    text, spans, special = _text_and_spans(record, tokenizer, target)
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special, truncation=False)
+    input_ids = torch.tensor(encoded["input_ids"], dtype=torch.long)
+    if spans is None:
+        return {"input_ids": input_ids, "labels": input_ids.clone()}
+    # a token counts if it shares a character with a span; an empty offset is a special token
+    counts = [
+        end > start and any(start < stop and end > first for first, stop in spans)
+        for start, end in encoded["offset_mapping"]
+    ]
+    labels = torch.where(torch.tensor(counts, dtype=torch.bool), input_ids, IGNORE)
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def _text_and_spans(record: Mapping, tokenizer: Any, target: str) -> tuple[str, list[tuple[int, int]] | None, bool]:
+    """The text, the character spans that count (None: all), and whether the tokenizer adds special tokens."""
+    where = _where(record)
+    if "question" in record:
+        prompt, letter = question_prompt(record), LETTERS[record["answer"]]
+        text = f"{prompt} {letter}. {record['choices'][record['answer']]}"
+        answer, special = [(len(prompt) + 1, len(text))], True
+    elif "text" in record:
+        text, answer, special = record["text"], None, True
+    elif "prompt" in record:
+        prompt, completion = record["prompt"], record["completion"]
+        text = prompt + completion if prompt[-1].isspace() or completion[0].isspace() else f"{prompt} {completion}"
+        answer, special = [(len(text) - len(completion.lstrip()), len(text))], True
+    else:
+        text, answer, special = *_chat(record, tokenizer), False
+    if target == "all":
+        return text, None, special
+    if target == "number":
+        numbers = list(re.finditer(r"\d+", text))
+        if not numbers:
+            raise ValueError(f"{where}: target='number' but there is no digit in {text[:80]!r}")
+        return text, [numbers[-1].span()], special
+    if target == "letter":
+        if "question" not in record:
+            raise ValueError(f"{where}: target='letter' needs question lines, got {sorted(set(record) - {'_where'})}")
+        return text, [(answer[0][0], answer[0][0] + 1)], special
+    if answer is None:
+        raise ValueError(f"{where}: target='answer' does not apply to a text line: use 'all' or 'number'")
+    return text, answer, special
+
+
+def _chat(record: Mapping, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The chat as the tokenizer's template writes it, and the spans of the assistant's turns."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"{_where(record)}: 'messages' need a tokenizer with a chat template; use prompt + completion")
+    messages = record["messages"]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+            after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+            if not (text.startswith(before) and text.startswith(after.rstrip())):
+                raise ValueError(f"{_where(record)}: this chat template rewrites earlier turns; use prompt + completion")
+            spans.append((len(before), len(after)))
+    if not spans:
+        raise ValueError(f"{_where(record)}: no assistant message to learn from")
+    return text, spans
+
+
+# ---------------------------------------------------------------- packing
+
+
+@dataclasses.dataclass
+class PackedBatch:
+    """B samples end to end, T tokens in all, no padding.
+
+    input_ids, labels, position_ids: (T,) int64; lengths: B ints whose sum is T.
+    hidden: optional (T, D) activations at the input of layer `layer` (from the prefix cache).
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    lengths: list[int]
+    hidden: torch.Tensor | None = None
+    layer: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    @functools.cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """(B+1,) int64 offsets: sample i holds the tokens cu_seqlens[i]:cu_seqlens[i+1]."""
+        return torch.tensor([0, *self.lengths]).cumsum(0).to(self.input_ids.device)
+
+    @functools.cached_property
+    def sample_of_token(self) -> torch.Tensor:
+        """(T,) int64: the sample that each token belongs to."""
+        lengths = torch.tensor(self.lengths, device=self.input_ids.device)
+        return torch.repeat_interleave(torch.arange(len(self.lengths), device=lengths.device), lengths)
+
+    @functools.cached_property
+    def rows(self) -> torch.Tensor:
+        """(R,) int64: the positions whose next token has a label. Only these need the head."""
+        follows = self.position_ids[1:] != 0  # a sample's first token follows nothing
+        return torch.nonzero(follows & (self.labels[1:] != IGNORE)).squeeze(1)
+
+    @functools.cached_property
+    def targets(self) -> torch.Tensor:
+        """(R,) int64: the token to be predicted at each of `rows`."""
+        return self.labels[self.rows + 1]
+
+    @functools.cached_property
+    def row_sample(self) -> torch.Tensor:
+        """(R,) int64: the sample of each of `rows`."""
+        return self.sample_of_token[self.rows]
+
+    @functools.cached_property
+    def rows_per_sample(self) -> torch.Tensor:
+        """(B,) int64: how many labelled rows each sample has."""
+        return torch.bincount(self.row_sample, minlength=self.num_samples)
+
+    @functools.cached_property
+    def pad_index(self) -> torch.Tensor | None:
+        """(B * Lmax,) int64: the packed token at each place of the right-padded (B, Lmax) grid; a padded place
+        repeats its sample's first token, so that it stays finite. None where no place is padded."""
+        longest = max(self.lengths)
+        if min(self.lengths) == longest:
+            return None
+        place = torch.arange(longest, device=self.input_ids.device)
+        length = torch.tensor(self.lengths, device=place.device)[:, None]
+        inside = torch.where(place < length, place, 0)
+        return (self.cu_seqlens[:-1, None] + inside).flatten()
+
+    @functools.cached_property
+    def unpad_index(self) -> torch.Tensor:
+        """(T,) int64: the place of each packed token in the flattened (B, Lmax) grid."""
+        return self.sample_of_token * max(self.lengths) + self.position_ids
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        if self.input_ids.device == torch.device(device):
+            return self
+        move = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return PackedBatch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in move.items()})
+
+
+def pack(samples: Sequence[Sample], hidden: torch.Tensor | None = None, layer: int = 0) -> PackedBatch:
+    """Puts samples end to end. `hidden` (T, D): their activations at the input of `layer`, in the same order."""
+    if not samples:
+        raise ValueError("an empty batch: expected at least one sample")
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    if min(lengths) == 0:
+        raise ValueError(f"sample {lengths.index(0)} of the batch has no token")
+    return PackedBatch(
+        input_ids=torch.cat([sample["input_ids"] for sample in samples]),
+        labels=torch.cat([sample["labels"] for sample in samples]),
+        position_ids=torch.cat([torch.arange(n) for n in lengths]).to(samples[0]["input_ids"].device),
+        lengths=lengths,
+        hidden=hidden,
+        layer=layer,
+    )
+
+
+def as_samples(samples: Iterable[Any]) -> list[Sample]:
+    """Samples, or padded Hugging Face batches (input_ids, labels, attention_mask of shape (B, T)), to samples.
+
+    Padding is dropped by the attention mask, so it can have no part in anything. A batch without labels takes its
+    input_ids for labels. Left and right padding are both understood; a hole in the mask is refused.
+    """
+    if isinstance(samples, Mapping):
+        samples = [samples]
+    result: list[Sample] = []
+    for number, item in enumerate(samples):
+        if not isinstance(item, Mapping) or "input_ids" not in item:
+            raise TypeError(f"sample {number}: got {type(item).__name__}, expected a mapping with input_ids and labels")
+        input_ids = torch.as_tensor(item["input_ids"])
+        labels = torch.as_tensor(item["labels"]) if item.get("labels") is not None else input_ids
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"sample {number}: labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} differ")
+        if input_ids.dim() == 1:
+            mask = torch.as_tensor(item["attention_mask"]).bool() if "attention_mask" in item else None
+            rows = [(input_ids, labels, mask)]
+        elif input_ids.dim() == 2:
+            masks = torch.as_tensor(item["attention_mask"]).bool() if "attention_mask" in item else [None] * len(labels)
+            rows = list(zip(input_ids, labels, masks))
+        else:
+            raise ValueError(f"sample {number}: input_ids of shape {tuple(input_ids.shape)}, expected (T,) or (B, T)")
+        for ids, label, mask in rows:
+            if mask is not None:
+                kept = torch.nonzero(mask).flatten()
+                if len(kept) == 0 or int(kept[-1] - kept[0]) + 1 != len(kept):
+                    raise ValueError(f"sample {number}: its attention mask is empty or has a hole, which packing cannot keep")
+                ids, label = ids[kept], label[kept]
+            result.append({"input_ids": ids.long(), "labels": label.long()})
+    if not result:
+        raise ValueError("no samples: expected at least one")
+    return result
+
+
+# ---------------------------------------------------------------- order
+
+
+def batches(num_samples: int, batch_size: int, seed: int | None = None) -> list[list[int]]:
+    """Sample indices in batches: a seeded shuffle, or in order where seed is None. The last batch may be short."""
+    order = list(range(num_samples)) if seed is None else _permutation(num_samples, seed)
+    return [order[i : i + batch_size] for i in range(0, num_samples, batch_size)]
+
+
+def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Consecutive sample indices, at most `max_tokens` tokens a batch (a longer sample stands alone)."""
+    result: list[list[int]] = []
+    tokens = 0
+    for index, length in enumerate(lengths):
+        if not result or tokens + length > max_tokens:
+            result.append([])
+            tokens = 0
+        result[-1].append(index)
+        tokens += length
+    return result
+
+
+def _permutation(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which samples each step sees, by step number alone, so that a resumed run needs nothing but that number.
+
+    An epoch is one pass over the forget set in a new order; the retain set is its own endless shuffled stream.
+    """
+
+    num_forget: int
+    num_retain: int
+    batch_size: int
+    retain_batch_size: int
+    epochs: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_forget // self.batch_size)
+
+    def __len__(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def __getitem__(self, step: int) -> tuple[list[int], list[int]]:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        epoch, index = divmod(step, self.steps_per_epoch)
+        forget = _permutation(self.num_forget, self._seed(0, epoch))
+        forget = forget[index * self.batch_size : (index + 1) * self.batch_size]
+        if not self.num_retain:
+            return forget, []
+        places = range(step * self.retain_batch_size, (step + 1) * self.retain_batch_size)
+        return forget, [self._retain_pass(p // self.num_retain)[p % self.num_retain] for p in places]
+
+    def _retain_pass(self, number: int) -> list[int]:
+        return _permutation(self.num_retain, self._seed(1, number))
+
+    def _seed(self, stream: int, number: int) -> int:
+        return (self.seed * 1_000_003 + number) * 2 + stream

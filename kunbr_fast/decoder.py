@@ -1,0 +1,317 @@
+"""A Hugging Face causal language model, taken apart without copying its source.
+
+A model is: embeddings -> layer 0 ... layer H-1 -> final norm -> head. Re-insertion needs to run any stretch of the
+layers from given activations, on packed samples, with logits at chosen positions only. The model's own forward is
+kept as the truth: it is run with its layers replaced by recorders, which gives the hidden state at the input of
+layer 0 and the arguments (rotary angles, positions, masks) that each layer would get; the layers are then called
+one by one. Whatever a model does before its layers (positions added, embeddings scaled) is done by its own code.
+
+What comes after the layers is found by watching one real forward, and a self-check compares the logits of this
+path with the model's own on two short samples before anything is computed, so an architecture that does not fit is
+refused with a message, not trained wrongly.
+
+Packed samples attend within themselves only. Attention goes through `transformers`' attention interface, under a
+name that this module registers; the model's own choice is put back after each call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+
+from kunbr_fast.data import PackedBatch, pack
+
+ATTENTION = "kunbr_packed"
+
+
+# ---------------------------------------------------------------- attention over packed samples
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    kunbr_batch: PackedBatch | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each packed sample. query (1, Hq, T, d), key and value (1, Hkv, T, d) -> (1, T, Hq, d).
+
+    The samples are laid out right-padded, (B, Hq, Lmax, d). Causality alone keeps real queries from padded keys
+    (those lie to their right), so no mask is needed, and padded queries are dropped on the way back.
+    """
+    if kunbr_batch is None:
+        raise ValueError(
+            f"{type(module).__name__} did not hand its keyword arguments to the attention function: "
+            "this architecture cannot run packed samples"
+        )
+    if dropout:
+        raise ValueError(f"attention dropout of {dropout} is active: call model.eval() first")
+    batch, longest = kunbr_batch, max(kunbr_batch.lengths)
+
+    def to_grid(x: torch.Tensor) -> torch.Tensor:
+        x = x[0].transpose(0, 1)  # (T, heads, d)
+        if batch.pad_index is not None:
+            x = x.index_select(0, batch.pad_index)
+        return x.unflatten(0, (batch.num_samples, longest)).transpose(1, 2)
+
+    query, key, value = to_grid(query), to_grid(key), to_grid(value)
+    band = None
+    if sliding_window is not None and longest > sliding_window:
+        place = torch.arange(longest, device=query.device)
+        distance = place[:, None] - place[None, :]
+        band = (distance >= 0) & (distance < sliding_window)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=band, is_causal=band is None, scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    else:  # SDPA has no softcap: the plain formula, softmax in fp32 as the models' own code has it
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
+        allowed = torch.ones(longest, longest, dtype=torch.bool, device=query.device).tril() if band is None else band
+        scores = scores.masked_fill(~allowed, float("-inf"))
+        out = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+    out = out.transpose(1, 2).flatten(0, 1)  # (B * Lmax, Hq, d)
+    if batch.pad_index is not None:
+        out = out.index_select(0, batch.unpad_index)
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+
+
+# ---------------------------------------------------------------- the decoder
+
+
+class _Stop(Exception):
+    """Ends the model's own forward once the last layer's arguments are known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """final hidden states -> logits: `softcap * tanh(scale * (h @ weight.T + bias) / softcap)`."""
+
+    linear: nn.Linear
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.linear(hidden) * self.scale if self.scale != 1.0 else self.linear(hidden)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+class Decoder:
+    """Runs stretches of a causal language model's layers on packed batches.
+
+    Runs need eval mode (no dropout), so that packed and unpacked runs, and a run and its resumption, agree.
+
+    Errors: ValueError, naming the module, if the model has no list of `num_hidden_layers` layers, more than one
+    module between the last layer and the head, a head that is no nn.Linear, weights that are not finite, or logits
+    that differ from this path's.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.name = type(model).__name__
+        self._find_layers()
+        self._head = self._find_head()
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            self._norm, native = self._watch_forward()
+            self._check(native)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    # ------------------------------------------------ structure
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.layers[0].parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.layers[0].parameters()).dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def head(self) -> Head:
+        return self._head
+
+    @property
+    def max_positions(self) -> int | None:
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def layer_path(self, index: int) -> str:
+        """The module path of a layer, such as "model.layers.3"."""
+        return f"{self._layers_path}.{index}"
+
+    def _find_layers(self) -> None:
+        count = self.config.num_hidden_layers
+        found = [
+            (path, module)
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == count and any(True for _ in module.parameters())
+        ]
+        if not found:
+            raise ValueError(f"{self.name} has no nn.ModuleList of num_hidden_layers={count} layers: not a decoder this takes")
+        depth = min(path.count(".") for path, _ in found)
+        found = [item for item in found if item[0].count(".") == depth]
+        if len(found) > 1:
+            raise ValueError(f"{self.name} has several lists of {count} layers ({', '.join(p for p, _ in found)})")
+        self._layers_path, self.layers = found[0]
+        self.inner = self.model.get_submodule(self._layers_path.rpartition(".")[0])
+
+    def _probe_ids(self) -> torch.Tensor:
+        return torch.arange(1, 9, device=self.device) % self.config.vocab_size
+
+    @torch.no_grad()
+    def _watch_forward(self) -> tuple[nn.Module | None, list[torch.Tensor]]:
+        """The module that runs after the last layer, and the model's own logits of the two probe samples."""
+        after: list[nn.Module] = []
+        hooks = [self.layers[-1].register_forward_hook(lambda *_: after.clear())]
+        for child in self.inner.children():
+            if child is not self.layers:
+                hooks.append(child.register_forward_hook(lambda module, *_: after.append(module)))
+        try:
+            ids = self._probe_ids()
+            native = [self.model(input_ids=part[None], use_cache=False).logits[0] for part in (ids[:5], ids[5:])]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(after) > 1:
+            raise ValueError(f"{self.name}: {len(after)} modules run after the last layer, expected one final norm")
+        if not all(bool(logits.isfinite().all()) for logits in native):
+            self.check_finite()
+            raise ValueError(f"{self.name}: logits are not finite although all weights are: try a wider dtype")
+        return (after[0] if after else None), native
+
+    def check_finite(self) -> None:
+        """ValueError with the module path of the first weight that holds NaN or infinity."""
+        for name, parameter in self.model.named_parameters():
+            bad = int((~parameter.detach().isfinite()).sum())
+            if bad:
+                raise ValueError(
+                    f"{name}: {bad} of {parameter.numel()} values are NaN or infinite: "
+                    "this checkpoint is damaged or its training diverged; load another one"
+                )
+
+    def _find_head(self) -> Head:
+        linear = self.model.get_output_embeddings()
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"{self.name}: its head is {type(linear).__name__}, expected nn.Linear")
+        config, scale = self.config, 1.0
+        if getattr(config, "logits_scaling", None):  # Granite divides
+            scale = 1.0 / config.logits_scaling
+        elif getattr(config, "logit_scale", None):  # Cohere multiplies
+            scale = config.logit_scale
+        return Head(linear, scale, getattr(config, "final_logit_softcapping", None))
+
+    @torch.no_grad()
+    def _check(self, native: list[torch.Tensor]) -> None:
+        ids = self._probe_ids()
+        batch = pack([{"input_ids": part, "labels": part} for part in (ids[:5], ids[5:])])
+        ours, truth = self.logits(batch).double(), torch.cat(native).double()
+        error = float((ours - truth).norm() / truth.norm())
+        # An unknown step in the model changes the logits by their own size. Rounding stays far below these limits;
+        # models use fp32 inside (norms, rotary angles) even where their weights are fp64.
+        limit = 0.1 if self.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        if not error <= limit:
+            raise ValueError(
+                f"{self.name}: taken apart, its logits differ from its own by {error:.1e} relative (limit {limit:.1e}): "
+                "this architecture does something around its layers that kunbr_fast does not know"
+            )
+
+    # ------------------------------------------------ running
+
+    @contextlib.contextmanager
+    def _packed(self) -> Iterator[None]:
+        before = self.config._attn_implementation
+        self.config._attn_implementation = ATTENTION
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = before
+
+    def _layer_calls(self, batch: PackedBatch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
+        """The hidden state (1, T, D) at the input of layer 0, and each layer's further arguments."""
+        calls: list[tuple[tuple, dict]] = []
+        first: list[torch.Tensor] = []
+
+        def recorder(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            first.append(hidden) if not first else None
+            calls.append((args, kwargs))
+            if len(calls) == len(self.layers):
+                raise _Stop
+            return hidden
+
+        for layer in self.layers:
+            layer.forward = recorder
+        try:
+            self.inner(
+                input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, kunbr_batch=batch
+            )
+        except _Stop:
+            pass
+        finally:
+            for layer in self.layers:
+                del layer.forward
+        return first[0], calls
+
+    def run(
+        self, batch: PackedBatch, start: int = 0, stop: int | None = None, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states (T, D) at the input of layer `stop` (default: after the last layer, before the final norm).
+
+        Begins at layer `start` with `hidden` (T, D); without it at the embeddings, and then `start` must be 0.
+        """
+        stop = self.num_layers if stop is None else stop
+        if hidden is None and start != 0:
+            raise ValueError(f"start={start} needs the hidden states at the input of that layer")
+        if self.model.training:
+            raise ValueError(f"{self.name} is in training mode: call model.eval() first, so that dropout is off")
+        with self._packed():
+            embedded, calls = self._layer_calls(batch)
+            hidden = embedded if hidden is None else hidden[None]
+            for layer, (args, kwargs) in zip(self.layers[start:stop], calls[start:stop]):
+                hidden = layer(hidden, *args, **kwargs)
+        return hidden[0]
+
+    def embed(self, batch: PackedBatch) -> torch.Tensor:
+        """Hidden states (T, D) at the input of layer 0."""
+        return self.run(batch, 0, 0)
+
+    def final(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The final norm, (R, D) -> (R, D)."""
+        return hidden if self._norm is None else self._norm(hidden)
+
+    def logits(
+        self, batch: PackedBatch, rows: torch.Tensor | None = None, start: int = 0, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits (R, V) at the packed positions `rows` (default: all T); `start` and `hidden` as in `run`."""
+        out = self.run(batch, start, None, hidden)
+        return self._head(self.final(out if rows is None else out[rows]))

@@ -1,0 +1,70 @@
+"""Which implementation runs an operation: `impl="auto" | "cuda" | "triton" | "torch"`, one word everywhere.
+
+`torch` is always there. A kernel joins with one line beside its launcher:
+
+    dispatch.register("lion", "triton", lambda device: None if device.type == "cuda" else "needs a GPU")
+
+That function returns None where the implementation can run on tensors of that device, else a short reason.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+OPERATIONS = ("grad_density", "linear_loss", "lion", "adamw")
+IMPLEMENTATIONS = ("cuda", "triton", "torch")  # the order in which "auto" prefers them
+
+logger = logging.getLogger(__name__)
+_registry: dict[tuple[str, str], Callable[[torch.device], str | None]] = {}
+_logged: set[tuple[str, str, str]] = set()
+
+
+def register(operation: str, impl: str, why_not: Callable[[torch.device], str | None]) -> None:
+    """Make `impl` known for `operation`: see the module docstring. ValueError for an unknown name."""
+    _check(operation, impl)
+    _registry[operation, impl] = why_not
+
+
+def why_not(operation: str, impl: str, device: torch.device | str = "cpu") -> str | None:
+    """None if `impl` can run `operation` on tensors of `device`, else the reason why not."""
+    _check(operation, impl)
+    if (operation, impl) not in _registry:
+        return "not in this release"
+    return _registry[operation, impl](torch.device(device))
+
+
+def resolve(operation: str, impl: str = "auto", device: torch.device | str = "cpu") -> str:
+    """The implementation to use, "cuda", "triton" or "torch", for tensors of `device`.
+
+    "auto" takes the first available one in that order and logs once per operation and kind of device what it
+    took and why (level INFO). A named implementation that cannot run raises RuntimeError with the reason;
+    an unknown name raises ValueError.
+    """
+    device = torch.device(device)
+    if impl != "auto":
+        reason = why_not(operation, impl, device)
+        if reason is not None:
+            raise RuntimeError(
+                f'{operation}: impl="{impl}" cannot run on {device}: {reason}. Use impl="auto", which takes '
+                "what is available; `kunbr-fast doctor` lists it"
+            )
+        return impl
+    reasons = {name: why_not(operation, name, device) for name in IMPLEMENTATIONS}
+    choice = next(name for name, reason in reasons.items() if reason is None)  # torch always is
+    if (operation, device.type, choice) not in _logged:
+        _logged.add((operation, device.type, choice))
+        rejected = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
+        logger.info("%s on %s: using %s (%s)", operation, device, choice, rejected or "all are available")
+    return choice
+
+
+def _check(operation: str, impl: str) -> None:
+    if operation not in OPERATIONS:
+        raise ValueError(f"unknown operation {operation!r}: expected one of {', '.join(OPERATIONS)}")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown impl {impl!r}: expected one of auto, {', '.join(IMPLEMENTATIONS)}")
+
+
+for _operation in OPERATIONS:
+    register(_operation, "torch", why_not=lambda device: None)

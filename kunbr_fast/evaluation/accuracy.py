@@ -1,0 +1,316 @@
+"""Multiple-choice accuracy by likelihood: which of the choices does the model hold most probable?
+
+Two scorings of the same question lines ({"question", "choices", "answer"}, usually four choices):
+
+letter   The RTT evaluation's own form. The prompt is data.question_prompt(record), which ends in "Answer:"; the
+         next-token logits of " A" " B" " C" " D" are compared. One logit row a question. A model with a liking for
+         one letter is not measured fairly by that, so the calibrated accuracy subtracts each letter's mean logit over
+         the question set first.
+choice   For models too small to know what a letter stands for. sum_t log p(choice token t | question, earlier choice
+         tokens) of the text question + " " + choice, for each choice. The sum is not divided by the number of tokens:
+         choices of very different lengths favour the short one.
+
+Questions go through the model in packed batches, and logits are made only at the rows that are compared: one a
+question for `letter`, the choices' tokens for `choice`, and no more than _LOGITS_AT_ONCE of them at a time. Nothing
+is sampled and a tie goes to the first choice, so two measurements of the same weights are equal.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from tqdm import tqdm
+
+from kunbr_fast import data
+
+SCORINGS = ("letter", "choice")
+
+# Elements of one block of fp32 logits: 256 MiB. At a vocabulary of 128k these are 524 rows, enough to fill a matmul.
+_LOGITS_AT_ONCE = 1 << 26
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of questions answered correctly.
+
+    plain: 0..1. calibrated: 0..1 after each letter's mean logit was subtracted, None for scoring="choice" (the
+    position of a choice is not part of its text, so there is no such bias to subtract). predictions: the plain
+    answers, 0 for the first choice, in the order of the records.
+    """
+
+    plain: float
+    calibrated: float | None
+    predictions: list[int]
+    num_questions: int
+
+    def to_dict(self) -> dict:
+        """The fields as JSON takes them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Tokenised questions: all that stays the same between two measurements of the same set (prepare_questions).
+
+    sequences: for each question what the model reads: one prompt ("letter"), or one text a choice ("choice"; without
+    its last token, after which nothing is asked). targets: for each of these texts the (position, token) pairs whose
+    log-probabilities are summed, empty for "letter". letters: the answer tokens, None for "choice". answers: index of
+    the right choice. num_choices: choices of each question.
+    """
+
+    sequences: list[list[list[int]]]
+    targets: list[list[list[tuple[int, int]]]]
+    letters: list[int] | None
+    answers: list[int]
+    num_choices: list[int]
+
+
+def choice_accuracy(
+    decoder,
+    tokenizer,
+    records: Sequence[dict],
+    *,
+    scoring: str = "letter",
+    batch_size: int = 16,
+    progress: str | None = None,
+) -> Accuracy:
+    """Multiple-choice accuracy of decoder.model on question records.
+
+    decoder: a Decoder. records: question lines from data.load_records. scoring: "letter" or "choice", see above.
+    batch_size: questions a packed batch. progress: label of a progress bar, None for no bar.
+    The model is in eval mode during the measurement and as it was before afterwards; no gradients are recorded.
+
+    Raises ValueError for an empty set, a record that is not a question, a tokenizer without letter tokens, or a
+    prompt that is longer than the model's positions; FloatingPointError if the model's answers are not finite.
+    """
+    questions = prepare_questions(tokenizer, records, scoring=scoring, max_positions=decoder.max_positions)
+    return measure(decoder, questions, batch_size=batch_size, progress=progress)
+
+
+def prepare_questions(
+    tokenizer, records: Sequence[dict], *, scoring: str = "letter", max_positions: int | None = None
+) -> Questions:
+    """Tokenise question records once for any number of `measure` calls. Errors as in choice_accuracy."""
+    if scoring not in SCORINGS:
+        raise ValueError(f'scoring={scoring!r}: expected "letter" or "choice"')
+    if not records:
+        raise ValueError("no questions to measure: the record list is empty")
+    for i, record in enumerate(records):
+        _check_question(record, i)
+    prepare = _prepare_letter if scoring == "letter" else _prepare_choice
+    questions = prepare(tokenizer, records)
+    if max_positions is not None:
+        for i, sequences in enumerate(questions.sequences):
+            longest = max(map(len, sequences))
+            if longest > max_positions:
+                raise ValueError(
+                    f"{_where(records[i], i)}: the question takes {longest} tokens, the model has {max_positions} "
+                    "positions; shorten the question or leave it out (it is not cut, that would change what is asked)"
+                )
+    return questions
+
+
+def measure(decoder, questions: Questions, *, batch_size: int = 16, progress: str | None = None) -> Accuracy:
+    """Accuracy of decoder.model on prepared questions: choice_accuracy without the tokenising."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected at least 1")
+    scores = _scores(decoder, questions, batch_size, progress)
+    answers = torch.tensor(questions.answers)
+    predictions = scores.argmax(dim=1)
+    calibrated = None
+    if questions.letters is not None:
+        present = scores.isfinite()  # a question with fewer choices than another has -inf for those it lacks
+        centred = scores - scores.where(present, 0.0).sum(dim=0) / present.sum(dim=0)
+        calibrated = (centred.argmax(dim=1) == answers).double().mean().item()
+    return Accuracy(
+        plain=(predictions == answers).double().mean().item(),
+        calibrated=calibrated,
+        predictions=predictions.tolist(),
+        num_questions=len(answers),
+    )
+
+
+def letter_tokens(tokenizer, number: int = 4) -> list[int]:
+    """Token ids of the first `number` of " A" " B" " C" " D" ... as they continue a text that ends in "Answer:".
+
+    Found by tokenising both texts, because how a leading space is written differs (byte-level BPE has it in the token,
+    sentencepiece as a mark). Raises ValueError if a letter is not one token of its own.
+    """
+    tail = "Answer:"
+    stem = _encode(tokenizer, [tail])[0]
+    found = []
+    letters = data.LETTERS[:number]
+    for letter, full in zip(letters, _encode(tokenizer, [f"{tail} {c}" for c in letters]), strict=True):
+        if full[: len(stem)] != stem or len(full) != len(stem) + 1:
+            raise ValueError(_no_letters(tokenizer, f'"{tail} {letter}" is {full} after "{tail}" {stem}'))
+        found.append(full[-1])
+    if len(set(found)) != len(found) or getattr(tokenizer, "unk_token_id", None) in found:
+        raise ValueError(_no_letters(tokenizer, f"the letters {', '.join(letters)} became the tokens {found}"))
+    return found
+
+
+def _no_letters(tokenizer, got: str) -> str:
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    return (
+        f"tokenizer {name}: {got}; letter scoring needs one token for each of "
+        '" A" " B" " C" " D", all different, after "Answer:". Use scoring="choice", which compares the texts of the choices'
+    )
+
+
+def _where(record: dict, index: int) -> str:
+    return record.get("_where", f"question {index}")
+
+
+def _check_question(record: dict, index: int) -> None:
+    missing = [key for key in ("question", "choices", "answer") if key not in record]
+    if missing:
+        raise ValueError(
+            f"{_where(record, index)}: not a question line, it lacks {', '.join(missing)}; accuracy needs lines with "
+            "question, choices and answer"
+        )
+    number = len(record["choices"])
+    if not 2 <= number <= len(data.LETTERS) or record["answer"] not in range(number):
+        raise ValueError(
+            f"{_where(record, index)}: got {number} choices and the answer {record['answer']!r}, expected 2 to "
+            f"{len(data.LETTERS)} choices and the index of one of them"
+        )
+
+
+def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids with the tokenizer's opening special tokens (BOS) and without closing ones (EOS): the texts go on."""
+    with_special = tokenizer("Answer", add_special_tokens=True)["input_ids"]
+    without = tokenizer("Answer", add_special_tokens=False)["input_ids"]
+    closing = 0
+    for start in range(len(with_special) - len(without) + 1):
+        if with_special[start : start + len(without)] == without:
+            closing = len(with_special) - start - len(without)
+            break
+    encoded = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
+    return [list(ids[: len(ids) - closing]) for ids in encoded]
+
+
+def _prepare_letter(tokenizer, records: Sequence[dict]) -> Questions:
+    counts = [len(record["choices"]) for record in records]
+    letters = letter_tokens(tokenizer, max(counts))
+    prompts = [data.question_prompt(record) for record in records]
+    sequences = _encode(tokenizer, prompts)
+    # A token may depend on all text before it (unigram models), so each prompt is checked with a letter behind it.
+    answered = _encode(tokenizer, [f"{prompt} {data.LETTERS[0]}" for prompt in prompts])
+    for i, (sequence, full) in enumerate(zip(sequences, answered, strict=True)):
+        if full != [*sequence, letters[0]]:
+            got = f"{_where(records[i], i)}: the prompt and {data.LETTERS[0]!r} end in {full[-3:]}"
+            raise ValueError(_no_letters(tokenizer, got))
+    return Questions(
+        sequences=[[sequence] for sequence in sequences],
+        targets=[[[]] for _ in sequences],
+        letters=letters,
+        answers=[record["answer"] for record in records],
+        num_choices=counts,
+    )
+
+
+def _prepare_choice(tokenizer, records: Sequence[dict]) -> Questions:
+    stems = _encode(tokenizer, [record["question"] for record in records])
+    sequences, targets = [], []
+    for i, (record, stem) in enumerate(zip(records, stems, strict=True)):
+        fulls = _encode(tokenizer, [f"{record['question']} {choice}" for choice in record["choices"]])
+        # One start for all choices: if one's first characters join the question's last token, the sum of each covers
+        # that token too. Otherwise the sums would be of different texts.
+        start = min(_common_prefix(stem, full) for full in fulls)
+        if start == 0:
+            raise ValueError(
+                f"{_where(record, i)}: no token of the question is left in front of the choices, so nothing predicts "
+                "their first token; ask a longer question"
+            )
+        for choice, full in zip(record["choices"], fulls, strict=True):
+            if len(full) <= start:
+                raise ValueError(f"{_where(record, i)}: the choice {choice!r} has no tokens, expected some text")
+        sequences.append([full[:-1] for full in fulls])
+        targets.append([[(t - 1, full[t]) for t in range(start, len(full))] for full in fulls])
+    return Questions(
+        sequences=sequences,
+        targets=targets,
+        letters=None,
+        answers=[record["answer"] for record in records],
+        num_choices=[len(record["choices"]) for record in records],
+    )
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length
+
+
+@contextmanager
+def _evaluating(model) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        # no_grad, not inference_mode: tensors a model keeps from here (rotary tables) must serve later training.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _scores(decoder, questions: Questions, batch_size: int, progress: str | None) -> torch.Tensor:
+    """(questions, C) float64 on the CPU: letter logits or summed log-probabilities, -inf for a choice that is none."""
+    total = len(questions.answers)
+    score = _letter_scores if questions.letters is not None else _choice_scores
+    out = torch.full((total, max(questions.num_choices)), float("-inf"), dtype=torch.float64)
+    with _evaluating(decoder.model), tqdm(total=total, desc=progress, unit="q", disable=progress is None) as bar:
+        for first in range(0, total, batch_size):
+            chosen = range(first, min(first + batch_size, total))
+            for i, scores in zip(chosen, score(decoder, questions, chosen), strict=True):
+                if not torch.isfinite(scores).all():
+                    raise FloatingPointError(
+                        f"the model's answer to question {i} is not a finite number ({scores.tolist()}): its weights "
+                        "have diverged; use a lower learning rate or an earlier checkpoint"
+                    )
+                out[i, : len(scores)] = scores
+            bar.update(len(chosen))
+    return out
+
+
+def _pack(decoder, sequences: list[list[int]]) -> data.PackedBatch:
+    tensors = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return data.pack([{"input_ids": ids, "labels": torch.full_like(ids, data.IGNORE)} for ids in tensors]).to(
+        decoder.device
+    )
+
+
+def _letter_scores(decoder, questions: Questions, chosen: range) -> list[torch.Tensor]:
+    batch = _pack(decoder, [questions.sequences[i][0] for i in chosen])
+    letters = torch.tensor(questions.letters, device=decoder.device)
+    logits = decoder.logits(batch, rows=batch.cu_seqlens[1:] - 1)[:, letters].double().cpu()
+    return [logits[k, : questions.num_choices[i]] for k, i in enumerate(chosen)]
+
+
+def _choice_scores(decoder, questions: Questions, chosen: range) -> list[torch.Tensor]:
+    batch = _pack(decoder, [sequence for i in chosen for sequence in questions.sequences[i]])
+    rows, tokens, owners = [], [], []
+    texts = [pairs for i in chosen for pairs in questions.targets[i]]
+    for owner, (start, pairs) in enumerate(zip(batch.cu_seqlens[:-1].tolist(), texts, strict=True)):
+        for position, token in pairs:
+            rows.append(start + position)
+            tokens.append(token)
+            owners.append(owner)
+    rows = torch.tensor(rows, device=decoder.device)
+    tokens = torch.tensor(tokens, device=decoder.device)
+    hidden = decoder.run(batch)
+    at_once = max(1, _LOGITS_AT_ONCE // decoder.config.vocab_size)
+    parts = []
+    for some_rows, some_tokens in zip(rows.split(at_once), tokens.split(at_once), strict=True):
+        logits = decoder.head(decoder.final(hidden[some_rows]))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        parts.append((logits.gather(1, some_tokens[:, None])[:, 0] - logits.logsumexp(dim=1)).double().cpu())
+    # index_add_ on the CPU adds in the order of the tokens: the same bits each time.
+    sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, torch.tensor(owners), torch.cat(parts))
+    return list(sums.split([questions.num_choices[i] for i in chosen]))

@@ -1,0 +1,161 @@
+"""The two pictures of a run: where the knowledge sits, and how much of it comes back under attack.
+
+Made for a README: 1800 x 960 pixels, readable at half that size. Colours are Okabe and Ito's, which stay apart for
+colour-blind readers, and no difference is shown by colour alone. matplotlib is imported on use, with its own canvas
+and no pyplot, so that nothing of the caller's plotting state changes.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kunbr_fast import atomic
+from kunbr_fast.evaluation.rtt import RTTResult
+
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#8C8C8C"
+_COLOURS = (_ORANGE, _BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = "osD^vP"
+_SIZE, _DPI = (9.0, 4.8), 200
+
+
+def plot_density(density, blocks: Sequence[range], path: str | Path, skip_last_layers: int = 2) -> None:
+    """Bars of the normalised knowledge density per layer, PNG at `path`.
+
+    density: has .normalized, (H,), summing to 1. blocks: the chosen ranges of layers, shown in another colour with a
+    bracket. skip_last_layers: layers at the top that are never chosen, shown hatched.
+    """
+    shares = [100 * float(share) for share in density.normalized]
+    number = len(shares)
+    chosen = {layer for block in blocks for layer in block}
+    if not chosen <= set(range(number)):
+        raise ValueError(f"blocks {list(blocks)} name layers that a density of {number} layers does not have")
+    skipped = set(range(max(0, number - skip_last_layers), number)) - chosen
+
+    figure, axes = _figure()
+    groups = (
+        ("re-inserted and trained", chosen, {"color": _ORANGE}),
+        ("not chosen", set(range(number)) - chosen - skipped, {"color": "#A9C6DC"}),
+        (
+            "last layers, never chosen",
+            skipped,
+            {"facecolor": "white", "edgecolor": _GREY, "hatch": "////", "linewidth": 1},
+        ),
+    )
+    for label, layers, style in groups:
+        if layers:
+            axes.bar(sorted(layers), [shares[layer] for layer in sorted(layers)], width=0.8, label=label, **style)
+    top = max(shares)
+    for block in blocks:
+        y = max(shares[layer] for layer in block) + 0.035 * top
+        left, right = block[0] - 0.4, block[-1] + 0.4
+        tick = 0.015 * top
+        axes.plot([left, left, right, right], [y - tick, y, y, y - tick], color="black", linewidth=1.2)
+        text = f"{block[0]}" if len(block) == 1 else f"{block[0]}–{block[-1]}"
+        axes.annotate(
+            text, ((left + right) / 2, y), (0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=11,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        )
+    axes.set_ylim(0, 1.14 * top)
+    axes.set_xlim(-0.7, number - 0.3)
+    axes.set_xticks(range(0, number, 1 if number <= 20 else 2 if number <= 40 else 4))
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("share of the density (%)")
+    axes.set_title("Where the knowledge of the forget set sits", loc="left", fontweight="bold", pad=36)
+    _legend(axes, ncols=3)
+    _save(figure, path)
+
+
+def plot_relearning(
+    results: Mapping[str, RTTResult],
+    path: str | Path,
+    chance: float = 0.25,
+    forget: Mapping[str, float] | None = None,
+) -> None:
+    """Relearning curves of several methods under the RTT attack, PNG at `path`.
+
+    results: method -> RTTResult. Each method's strongest learning rate is drawn strong, with its best epoch ringed, the
+    others thin. chance: accuracy of guessing (0..1). forget: method -> accuracy right after unlearning, for the legend;
+    the RTT folds' own accuracy before the attack where it is not given.
+    """
+    if not results:
+        raise ValueError("no methods to plot: the result mapping is empty")
+    figure, axes = _figure()
+    methods = []
+    for index, (method, result) in enumerate(results.items()):
+        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+        lr, epoch = result.best
+        for other in result.lrs:
+            if other != lr:
+                axes.plot(_percents(result.curve(other)), color=colour, linewidth=1.1, alpha=0.4, zorder=2)
+        before = (forget or {}).get(method, result.before)
+        curve = _percents(result.curve(lr))
+        methods += axes.plot(
+            curve,
+            color=colour,
+            marker=marker,
+            markersize=6,
+            linewidth=2.4,
+            zorder=3,
+            label=f"{method}: {100 * before:.0f} % → {100 * result.accuracy:.0f} % (lr {_rate(lr)})",
+        )
+        axes.plot(
+            [epoch], [curve[epoch]], marker="o", markersize=14, markerfacecolor="none", color=colour, linewidth=0, zorder=4
+        )
+    epochs = max(len(result.curve(result.lrs[0])) for result in results.values()) - 1
+    chance_line = axes.axhline(
+        100 * chance, color=_GREY, linestyle="--", linewidth=1.6, zorder=1, label=f"chance ({100 * chance:.0f} %)"
+    )
+    # The key to what is the same for all methods stands at the right, in grey.
+    keys = [
+        axes.plot([], marker="o", markersize=12, markerfacecolor="none", color=_GREY, linewidth=0, label="strongest attack")[0],
+        chance_line,
+    ]
+    if any(len(result.lrs) > 1 for result in results.values()):
+        keys.insert(1, axes.plot([], color=_GREY, linewidth=1.1, alpha=0.6, label="other learning rates")[0])
+    axes.set_ylim(0, 104)
+    axes.set_xlim(-0.03 * epochs, 1.03 * epochs)
+    axes.set_xticks(range(0, epochs + 1, max(1, -(-epochs // 16))))
+    axes.set_xlabel("epochs of fine-tuning on the other folds (0 = right after unlearning)")
+    axes.set_ylabel("held-out accuracy (%)")
+    title = "What comes back under the RTT attack"
+    axes.set_title(title, loc="left", fontweight="bold", pad=20 + 17 * max(len(methods), len(keys)))
+    axes.add_artist(_legend(axes, handles=methods))
+    _legend(axes, handles=keys, loc="lower right", bbox_to_anchor=(1.01, 1.0))
+    _save(figure, path)
+
+
+def _percents(values: Sequence[float]) -> list[float]:
+    return [100 * value for value in values]
+
+
+def _rate(lr: float) -> str:
+    return f"{lr:g}".replace("e-0", "e-")
+
+
+def _figure():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=11)
+    axes.xaxis.label.set_size(12.5)
+    axes.yaxis.label.set_size(12.5)
+    axes.title.set_size(15)
+    return figure, axes
+
+
+def _legend(axes, loc: str = "lower left", bbox_to_anchor: tuple = (-0.01, 1.0), **options):
+    """A legend between title and axes, where it can cover nothing."""
+    return axes.legend(
+        loc=loc, bbox_to_anchor=bbox_to_anchor, frameon=False, fontsize=11, borderaxespad=0.3, columnspacing=1.4, **options
+    )
+
+
+def _save(figure, path: str | Path) -> None:
+    with atomic.atomic_write(path) as file:
+        # matplotlib's version and the time stay out of the file: the same data gives the same bytes.
+        figure.savefig(file, format="png", metadata={"Software": None})

@@ -1,0 +1,77 @@
+"""What a run says at the end: a table for the terminal and a report.json."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from kunbr_fast import atomic
+
+
+def table(rows: Sequence[Mapping]) -> str:
+    """Methods side by side, as text that a README takes as a Markdown table too.
+
+    rows: {"method": str, "forget": accuracy, "retain": accuracy, "rtt": accuracy, "seconds": {stage: seconds}}, each
+    accuracy 0..1. What a method does not have may be missing or None and is shown as "-". Recovery is rtt - forget,
+    in points. Stages stand in the order in which they first occur.
+    """
+    if not rows:
+        raise ValueError("no methods to show: the row list is empty")
+    stages = list(dict.fromkeys(stage for row in rows for stage in row.get("seconds") or {}))
+    header = ["method", "forget", "retain", "RTT", "recovery", *[f"{stage} (s)" for stage in stages]]
+    lines = [header, *[_cells(row, stages) for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    rule = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
+    return "\n".join(
+        "| "
+        + " | ".join([line[0].ljust(widths[0]), *[c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]])
+        + " |"
+        for line in [header, rule, *lines[1:]]
+    )
+
+
+def write_report(path: str | Path, report: Mapping) -> None:
+    """Write the report as JSON, whole or not at all.
+
+    Besides what JSON knows it takes tensors, paths, ranges and objects with to_dict (Accuracy, RTTResult, densities).
+    A number that is not finite is refused with ValueError, anything else that JSON lacks with TypeError; both name its
+    place in the report.
+    """
+    atomic.write_json(path, _plain(report, "report"))
+
+
+def _cells(row: Mapping, stages: list[str]) -> list[str]:
+    forget, rtt = row.get("forget"), row.get("rtt")
+    recovery = None if forget is None or rtt is None else 100 * (rtt - forget)
+    seconds = row.get("seconds") or {}
+    return [
+        str(row["method"]),
+        *[_percent(row.get(key)) for key in ("forget", "retain", "rtt")],
+        "-" if recovery is None else f"{recovery:+.1f}",
+        *["-" if seconds.get(stage) is None else f"{seconds[stage]:.1f}" for stage in stages],
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _plain(value, where: str):
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where} is {value}, which JSON has no number for; leave it out or write None")
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry, f"{where}.{key}") for key, entry in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        return [_plain(entry, f"{where}[{i}]") for i, entry in enumerate(value)]
+    raise TypeError(f"{where} is a {type(value).__name__}; expected a JSON value, a tensor, a path or a to_dict object")

@@ -1,0 +1,278 @@
+"""The RTT attack (retraining on T): is the knowledge gone, or only hidden?
+
+The facts of a forget set come in folds that say nothing about one another. For each fold, the unlearned model is
+fine-tuned on the facts of all other folds and asked about this one. What it answers then was still in the weights.
+An attack is only as strong as its settings, so several learning rates are tried for several epochs, each on the same
+weights, and the whole relearning curve is kept; the figure to report is the strongest attack found.
+
+Source: Deeb and Roger, "Do Unlearning Methods Remove Information from Language Model Weights?", arXiv 2410.08827.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from kunbr_fast import data, training
+from kunbr_fast.evaluation.accuracy import Accuracy, measure, prepare_questions
+
+
+@dataclass(frozen=True)
+class RTTConfig:
+    """Settings of the attack.
+
+    lrs: learning rates, each a full attack of its own. epochs: passes over the training folds, measured after each.
+    optimizer: "adamw" or "lion". target: which tokens are trained on (data.encode). scoring: "letter" or "choice"
+    (choice_accuracy). seed: data order of the fine-tuning, the same for each (fold, learning rate).
+    """
+
+    lrs: tuple[float, ...] = (5e-7, 1e-6, 5e-6, 1e-5)
+    epochs: int = 5
+    batch_size: int = 8
+    optimizer: str = "adamw"
+    target: str = "all"
+    scoring: str = "letter"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lrs", tuple(float(lr) for lr in self.lrs))
+        if not self.lrs or len(set(self.lrs)) != len(self.lrs) or not all(0 < lr < float("inf") for lr in self.lrs):
+            raise ValueError(f"lrs={self.lrs}: expected one or more different learning rates above 0")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One part of the forget set: the records that teach its facts, and the questions that ask for them."""
+
+    name: str
+    train_records: list[dict]
+    questions: list[dict]
+
+
+@dataclass(frozen=True)
+class RTTResult:
+    """Relearning curves: rows {"fold", "lr", "epoch", "plain", "calibrated"}, epoch 0 is before the attack.
+
+    `calibrated` is None where the scoring has no such figure. Every learning rate has every fold and epoch, else
+    ValueError. A mean over folds counts each fold once.
+    """
+
+    curves: list[dict]
+    _means: dict[tuple[str, float], list[float]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        cells = {(row["fold"], row["lr"], row["epoch"]): row for row in self.curves}
+        folds = list(dict.fromkeys(row["fold"] for row in self.curves))
+        epochs = max((row["epoch"] for row in self.curves), default=0)
+        wanted = [(fold, lr, epoch) for lr in self.lrs for fold in folds for epoch in range(epochs + 1)]
+        if epochs < 1 or len(cells) != len(self.curves) or set(cells) != set(wanted):
+            raise ValueError(
+                f"relearning curves are not complete: got {len(self.curves)} rows, expected one for each of "
+                f"{len(folds)} folds x {len(self.lrs)} learning rates x epochs 0..{max(epochs, 1)}"
+            )
+        means = {}
+        for key in ("plain", "calibrated") if self.curves[0]["calibrated"] is not None else ("plain",):
+            for lr in self.lrs:
+                means[key, lr] = [
+                    sum(cells[fold, lr, epoch][key] for fold in folds) / len(folds) for epoch in range(epochs + 1)
+                ]
+        object.__setattr__(self, "_means", means)
+
+    @property
+    def lrs(self) -> list[float]:
+        """Learning rates, in the order they were tried."""
+        return list(dict.fromkeys(row["lr"] for row in self.curves))
+
+    def curve(self, lr: float, key: str = "plain") -> list[float] | None:
+        """Mean accuracy over folds after epochs 0, 1, ... at this learning rate; None if `key` was not measured."""
+        if lr not in self.lrs or key not in ("plain", "calibrated"):
+            raise ValueError(f"no curve {key!r} at learning rate {lr}: there are plain, calibrated at {self.lrs}")
+        means = self._means.get((key, lr))
+        return None if means is None else list(means)
+
+    @property
+    def before(self) -> float:
+        """Plain accuracy before the attack, mean over folds."""
+        return self.curve(self.lrs[0])[0]
+
+    @property
+    def accuracy(self) -> float:
+        """RTT accuracy: the best mean over folds of any (learning rate, epoch >= 1), the strongest attack found."""
+        return self._best("plain")[0]
+
+    @property
+    def best(self) -> tuple[float, int]:
+        """(learning rate, epoch) of the strongest attack; a tie goes to the learning rate tried first, then early."""
+        return self._best("plain")[1]
+
+    @property
+    def calibrated_accuracy(self) -> float | None:
+        """The strongest attack by calibrated accuracy, None where that was not measured."""
+        return self._best("calibrated")[0] if ("calibrated", self.lrs[0]) in self._means else None
+
+    @property
+    def recovery(self) -> float:
+        """What the attack brought back: accuracy minus the accuracy before it."""
+        return self.accuracy - self.before
+
+    def _best(self, key: str) -> tuple[float, tuple[float, int]]:
+        best = None
+        for lr in self.lrs:
+            for epoch, value in enumerate(self._means[key, lr]):
+                if epoch >= 1 and (best is None or value > best[0]):
+                    best = (value, (lr, epoch))
+        return best
+
+    def to_dict(self) -> dict:
+        """JSON form: the summary for readers, and the curves, from which from_dict makes the result again."""
+        lr, epoch = self.best
+        return {
+            "accuracy": self.accuracy,
+            "calibrated_accuracy": self.calibrated_accuracy,
+            "before": self.before,
+            "recovery": self.recovery,
+            "best": {"lr": lr, "epoch": epoch},
+            "curves": [dict(row) for row in self.curves],
+        }
+
+    @classmethod
+    def from_dict(cls, value: dict) -> "RTTResult":
+        """The result that to_dict wrote; the summary is computed anew from the curves."""
+        return cls([dict(row) for row in value["curves"]])
+
+
+def rtt_attack(
+    decoder,
+    tokenizer,
+    folds: Sequence[Fold],
+    config: RTTConfig,
+    snapshot_dir: str | Path,
+    progress: bool = True,
+    done: Sequence[dict] | None = None,
+    on_result: Callable[[list[dict]], None] | None = None,
+) -> RTTResult:
+    """Fine-tune on all folds but one, ask about that one; for each fold and learning rate.
+
+    decoder: the unlearned model as a Decoder; its weights are bit for bit the same afterwards, also after an exception.
+    snapshot_dir: where the copy of the weights lies meanwhile (the size of the model; removed at the end).
+    done: rows of an earlier, interrupted run. A (fold, lr) whose rows are there is not attacked again; rows of folds or
+    learning rates that are not asked for now are left out.
+    on_result: called with the finished rows (epochs 0 to the last) of each (fold, lr), to be kept for `done`.
+
+    Raises ValueError for fewer than two folds, folds of the same name, unusable records (choice_accuracy, data.encode),
+    or `done` rows from a run with other epochs; FloatingPointError, naming fold and learning rate, if the fine-tuning
+    diverges.
+    """
+    _check_folds(folds)
+    limit = decoder.max_positions
+    # All is tokenised before the first attack: a bad line must not turn up an hour later.
+    questions = [
+        prepare_questions(tokenizer, fold.questions, scoring=config.scoring, max_positions=limit) for fold in folds
+    ]
+    samples = [data.encode(fold.train_records, tokenizer, target=config.target, max_length=limit) for fold in folds]
+    finished = _finished(done or [], folds, config)
+    open_attacks = [(i, lr) for i in range(len(folds)) for lr in config.lrs if (folds[i].name, lr) not in finished]
+    if not open_attacks:
+        return _result(finished, folds, config)
+
+    before: dict[int, Accuracy] = {}
+    path = Path(snapshot_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    path = path / "rtt-weights.safetensors"
+    snapshot = training.WeightSnapshot.save(decoder.model, path)
+    bar = tqdm(
+        total=len(folds) * len(config.lrs) * config.epochs,
+        initial=len(finished) * config.epochs,
+        desc="RTT attack",
+        unit="epoch",
+        disable=not progress,
+    )
+    try:
+        for i, lr in open_attacks:
+            fold = folds[i]
+            bar.set_postfix_str(f"{fold.name}, lr {lr:g}")
+            if i not in before:
+                before[i] = measure(decoder, questions[i])
+            rows = [_row(fold, lr, 0, before[i])]
+
+            def after_epoch(_epoch, rows=rows, i=i, lr=lr):
+                accuracy = measure(decoder, questions[i])
+                rows.append(_row(folds[i], lr, len(rows), accuracy))
+                bar.set_postfix_str(f"{folds[i].name}, lr {lr:g}, {accuracy.plain:.1%}", refresh=False)
+                bar.update()
+
+            others = [sample for k, part in enumerate(samples) if k != i for sample in part]
+            try:
+                training.train_all(
+                    decoder,
+                    others,
+                    lr=lr,
+                    epochs=config.epochs,
+                    batch_size=config.batch_size,
+                    optimizer=config.optimizer,
+                    seed=config.seed,
+                    on_epoch=after_epoch,
+                    progress=None,
+                )
+            except (training.Diverged, FloatingPointError) as error:
+                # Diverged's own hint is about gradient difference, which is not what runs here.
+                what = f"diverged at {error.where}" if isinstance(error, training.Diverged) else str(error)
+                raise FloatingPointError(
+                    f"RTT attack on fold {fold.name} at learning rate {lr:g}: {what}. Take this learning rate out of "
+                    "the list; finished attacks need not be run again"
+                ) from error
+            finally:
+                snapshot.restore(decoder.model)
+            finished[fold.name, lr] = rows
+            if on_result is not None:
+                on_result([dict(row) for row in rows])
+    finally:
+        bar.close()
+        path.unlink(missing_ok=True)
+    return _result(finished, folds, config)
+
+
+def _row(fold: Fold, lr: float, epoch: int, accuracy: Accuracy) -> dict:
+    measured = asdict(accuracy)
+    return {"fold": fold.name, "lr": lr, "epoch": epoch, **{key: measured[key] for key in ("plain", "calibrated")}}
+
+
+def _check_folds(folds: Sequence[Fold]) -> None:
+    names = [fold.name for fold in folds]
+    if len(folds) < 2:
+        raise ValueError(
+            f"got {len(folds)} fold, expected at least two: the attack trains on the other folds and asks about one. "
+            "Give the forget set as several files of independent facts"
+        )
+    if len(set(names)) != len(names):
+        raise ValueError(f"fold names {names} are not all different; rename the files")
+    for fold in folds:
+        for what in ("train_records", "questions"):
+            if not getattr(fold, what):
+                raise ValueError(f"fold {fold.name}: {what} is empty")
+
+
+def _finished(done: Sequence[dict], folds: Sequence[Fold], config: RTTConfig) -> dict[tuple[str, float], list[dict]]:
+    """Rows of an earlier run by (fold, lr), each curve whole."""
+    wanted = {(fold.name, lr) for fold in folds for lr in config.lrs}
+    finished: dict[tuple[str, float], list[dict]] = {}
+    for row in done:
+        if (row["fold"], row["lr"]) in wanted:
+            finished.setdefault((row["fold"], row["lr"]), []).append(dict(row))
+    for (fold, lr), rows in finished.items():
+        rows.sort(key=lambda row: row["epoch"])
+        epochs = [row["epoch"] for row in rows]
+        if epochs != list(range(config.epochs + 1)):
+            raise ValueError(
+                f"the earlier result of fold {fold} at learning rate {lr:g} has the epochs {epochs}, expected 0 to "
+                f"{config.epochs}; resume with the same settings or start again without the earlier results"
+            )
+    return finished
+
+
+def _result(finished: dict, folds: Sequence[Fold], config: RTTConfig) -> RTTResult:
+    return RTTResult([row for fold in folds for lr in config.lrs for row in finished[fold.name, lr]])

@@ -1,0 +1,125 @@
+"""The prefix cache: every sample's activations at the input of the active block.
+
+The layers below the block are frozen, so their output for a sample never changes while the block trains. It is
+computed once, kept (T_total, D), and read back by sample. `advance` rolls it forward through the layers that are in
+place, so going through the blocks from low to high costs one forward pass of each layer for each sample, in all.
+The cache is exact: it stores what the layers put out, in their own dtype.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from kunbr_fast.data import PackedBatch, Sample, pack, token_batches
+from kunbr_fast.decoder import Decoder
+
+STORAGES = ("auto", "device", "host", "file")
+
+
+def _free_host_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class PrefixCache:
+    """Activations at the input of layer `layer` for `samples`, with random access by sample.
+
+    storage: `device` (beside the model), `host` (main memory; pinned where the model is on a GPU), `file` (a
+    memory-mapped file in `directory`), or `auto`: the first of these that takes at most a quarter of what is free.
+    The file is unlinked at once and goes away with the process.
+
+    The cache trusts that layers below `layer` stay as they are; `reset` starts again at the embeddings.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        samples: Sequence[Sample],
+        storage: str = "auto",
+        directory: str | Path | None = None,
+        batch_tokens: int = 4096,
+        progress: bool = False,
+    ):
+        if storage not in STORAGES:
+            raise ValueError(f"storage={storage!r}: expected one of {', '.join(STORAGES)}")
+        self.decoder, self.samples, self.progress = decoder, list(samples), progress
+        lengths = [len(sample["input_ids"]) for sample in self.samples]
+        self._offsets = list(itertools.accumulate(lengths, initial=0))
+        self._batches = token_batches(lengths, batch_tokens)
+        self.nbytes = self._offsets[-1] * decoder.hidden_size * decoder.dtype.itemsize
+        self.storage = self._choose() if storage == "auto" else storage
+        self._buffer = self._allocate(directory)
+        self.reset()
+
+    def _choose(self) -> str:
+        device = self.decoder.device
+        if device.type == "cuda" and self.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
+            return "device"
+        return "host" if self.nbytes <= _free_host_bytes() // 4 else "file"
+
+    def _allocate(self, directory: str | Path | None) -> torch.Tensor:
+        shape, dtype, device = (self._offsets[-1], self.decoder.hidden_size), self.decoder.dtype, self.decoder.device
+        if self.storage == "device":
+            return torch.empty(shape, dtype=dtype, device=device)
+        if self.storage == "host":
+            return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+        handle, name = tempfile.mkstemp(prefix="prefix-cache-", dir=directory)
+        try:
+            # blocks are reserved now: a full disk is an error here, not a bus error in the middle of a write
+            os.posix_fallocate(handle, 0, max(self.nbytes, 1))
+            return torch.from_file(name, shared=True, size=shape[0] * shape[1], dtype=dtype).view(shape)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"the prefix cache needs {self.nbytes / 2**30:.2f} GiB in {Path(name).parent}: {error.strerror}; "
+                "free space there or give another directory",
+            ) from error
+        finally:
+            os.close(handle)
+            os.unlink(name)
+
+    @property
+    def layer(self) -> int:
+        """The layer whose input is held."""
+        return self._layer
+
+    def reset(self) -> None:
+        """Starts again at the embeddings (needed after a layer below `layer` has changed)."""
+        self._layer = 0
+        self._fill(0, 0)
+
+    def advance(self, layer: int) -> None:
+        """Rolls every sample forward to the input of `layer`; a layer behind the present one starts again below."""
+        if not 0 <= layer <= self.decoder.num_layers:
+            raise ValueError(f"layer {layer}: expected 0 to {self.decoder.num_layers}")
+        if layer < self._layer:
+            self.reset()
+        if layer > self._layer:
+            start, self._layer = self._layer, layer
+            self._fill(start, layer)
+
+    @torch.no_grad()
+    def _fill(self, start: int, stop: int) -> None:
+        bar = tqdm(
+            self._batches, desc=f"prefix cache to layer {stop}", unit="batch", leave=False,
+            disable=not self.progress or stop == 0,
+        )
+        for indices in bar:
+            batch = pack([self.samples[i] for i in indices]).to(self.decoder.device)
+            rows = self._buffer[self._offsets[indices[0]] : self._offsets[indices[-1] + 1]]
+            hidden = None if stop == 0 else rows.to(self.decoder.device)
+            rows.copy_(self.decoder.run(batch, start, stop, hidden))
+
+    def batch(self, indices: Sequence[int]) -> PackedBatch:
+        """The samples `indices` as a packed batch on the model's device, with `hidden` and `layer` filled in."""
+        if not len(indices):
+            raise ValueError("an empty batch: expected at least one sample index")
+        parts = [self._buffer[self._offsets[i] : self._offsets[i + 1]] for i in indices]
+        hidden = torch.cat(parts).to(self.decoder.device)
+        return pack([self.samples[i] for i in indices], hidden, self._layer).to(self.decoder.device)

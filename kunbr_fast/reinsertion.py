@@ -1,0 +1,249 @@
+"""Re-insertion: a block of the unlearned model, put into the original one, trained there alone, and moved back.
+
+Cover layers (all the others) are the original model's and frozen, so no layer that unlearning has changed stands
+between the loss and the block. Memory: the original model, plus the block's weights, gradients and optimiser state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from kunbr_fast import losses
+from kunbr_fast.blocks import check_block
+from kunbr_fast.data import PackedBatch, as_samples, pack
+from kunbr_fast.decoder import Decoder
+from kunbr_fast.dispatch import resolve
+from kunbr_fast.optim import FlatBuffer, make_optimizer
+from kunbr_fast.training import Diverged, frozen
+
+INSERTIONS = ("independent", "cumulative")
+
+
+def block_tensors(decoder: Decoder, block: range) -> dict[str, nn.Parameter]:
+    """The block's parameters by their names in the whole model; refuses parameters shared with other modules."""
+    inside = {}
+    for index in check_block(block, decoder.num_layers):
+        for name, parameter in decoder.layers[index].named_parameters(remove_duplicate=False):
+            inside[f"{decoder.layer_path(index)}.{name}"] = parameter
+    owners: dict[int, list[str]] = {}
+    for name, parameter in decoder.model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, parameter in inside.items():
+        if len(owners[id(parameter)]) > 1:
+            raise ValueError(f"{name} is tied to {', '.join(n for n in owners[id(parameter)] if n != name)}: a block "
+                             "with shared weights cannot be trained alone")
+    return inside
+
+
+def _values(unlearned: nn.Module | Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    source = dict(unlearned.named_parameters()) if isinstance(unlearned, nn.Module) else unlearned
+    missing = [name for name in names if name not in source]
+    if missing:
+        raise ValueError(f"the unlearned model has no {missing[0]}: it is not of the original's architecture")
+    return {name: source[name] for name in names}
+
+
+class BlockTraining:
+    """The active block inside the original model. Made by `reinserted`."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        block: range,
+        values: Mapping[str, torch.Tensor],
+        *,
+        lr: float,
+        retain_coeff: float,
+        optimizer: str,
+        betas: tuple[float, float] | None,
+        weight_decay: float,
+        forget_loss_cap: float | None,
+        master_weights: bool,
+    ):
+        self.decoder, self.block = decoder, block
+        self.retain_coeff, self.forget_loss_cap = retain_coeff, forget_loss_cap
+        self.parameters = block_tensors(decoder, block)
+        for name, parameter in self.parameters.items():
+            value = values[name]
+            if value.shape != parameter.shape:
+                raise ValueError(f"{name}: {tuple(value.shape)} in the unlearned model, {tuple(parameter.shape)} in the original")
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{name}: the unlearned model holds NaN or infinite values here; its training diverged")
+        self._kept = {name: (p.data, p.grad) for name, p in self.parameters.items()}
+        params = list(self.parameters.values())
+        with torch.no_grad():
+            self.flat = FlatBuffer(params, [values[name] for name in self.parameters], master_weights)
+        for parameter in params:
+            parameter.requires_grad_(True)
+        self.optimizer = make_optimizer(optimizer, [self.flat.param], lr, betas, weight_decay)
+        self.steps = 0
+
+    # ------------------------------------------------ training
+
+    def step(self, forget_batch: Any, retain_batch: Any = None) -> dict[str, float]:
+        """One update of the block by gradient difference.
+
+        forget_batch, retain_batch: sequences of samples, padded Hugging Face batches, or (from a prefix cache)
+        packed batches with hidden states at the block's input. retain_batch may be None.
+
+        Returns the losses before the update: `loss` (as optimised), `forget_loss` and `retain_loss` (mean over
+        samples of the mean NLL per labelled token, in nats, uncapped), and `tokens`. Raises `Diverged`, with the
+        weights as they were, if the loss or a gradient is not finite.
+        """
+        forget = self._packed(forget_batch)
+        batch = forget if retain_batch is None else join(forget, self._packed(retain_batch))
+        return self.step_packed(batch, forget.num_samples)
+
+    def step_packed(self, batch: PackedBatch, num_forget: int) -> dict[str, float]:
+        """`step` on one packed batch whose first `num_forget` samples are to be forgotten."""
+        loss, nll = self.loss(batch, num_forget)
+        loss.backward()
+        per_sample = losses.mean_nll(batch, nll)
+        metrics = {
+            "loss": float(loss.detach()),
+            "forget_loss": float(per_sample[:num_forget].mean()),
+            "retain_loss": float(per_sample[num_forget:].mean()) if num_forget < batch.num_samples else None,
+            "tokens": batch.num_tokens,
+        }
+        if not bool(loss.isfinite()) or not bool(torch.linalg.vector_norm(self.flat.grad).isfinite()):
+            self.flat.grad.zero_()
+            raise Diverged(f"block {self.block.start}-{self.block.stop - 1}, step {self.steps}", metrics)
+        self.flat.step(self.optimizer)
+        self.steps += 1
+        return metrics
+
+    def loss(self, batch: PackedBatch, num_forget: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradient difference of a packed batch (scalar, differentiable in the block) and the rows' NLL (R,)."""
+        decoder = self.decoder
+        if batch.hidden is not None and batch.layer != self.block.start:
+            raise ValueError(f"the batch holds the input of layer {batch.layer}, the block begins at layer {self.block.start}")
+        hidden = batch.hidden
+        if hidden is None:
+            with torch.no_grad():
+                hidden = decoder.run(batch, 0, self.block.start)
+        rows = losses.gradient_difference(batch, num_forget, self.retain_coeff, self.forget_loss_cap)
+        out = decoder.run(batch, self.block.start, None, hidden)
+        return losses.linear_loss(decoder.final(out[batch.rows]), decoder.head, batch.targets, rows.weight, rows.cap)
+
+    def _packed(self, batch: Any) -> PackedBatch:
+        batch = batch if isinstance(batch, PackedBatch) else pack(as_samples(batch))
+        return batch.to(self.decoder.device)
+
+    # ------------------------------------------------ state
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The block's present weights by name (views, not copies)."""
+        return {name: parameter.data for name, parameter in self.parameters.items()}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that training needs to go on: weights, optimiser state. Tensors only."""
+        inner = self.optimizer.state[self.flat.param]
+        return {**self.flat.state(), **{f"optimizer.{key}": torch.as_tensor(value) for key, value in inner.items()}}
+
+    def load_state(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
+        """Takes up a `state()` after `steps` steps; the next steps give the same bits as uninterrupted ones."""
+        self.flat.load(state)
+        prefix = "optimizer."
+        inner = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
+        self.optimizer.state[self.flat.param] = {
+            key: value.to(self.flat.param.device) for key, value in inner.items()
+        }
+        self.steps = steps
+
+    def take_out(self) -> None:
+        """Gives every parameter of the original its own storage and gradient again."""
+        for name, parameter in self.parameters.items():
+            parameter.data, parameter.grad = self._kept[name]
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """`take_out`, and then writes the trained weights into the original's own storage."""
+        trained = self.tensors()
+        self.take_out()
+        for name, value in trained.items():
+            self.parameters[name].copy_(value)
+
+
+def join(first: PackedBatch, second: PackedBatch) -> PackedBatch:
+    """Two packed batches as one; both or neither hold hidden states, at the same layer."""
+    if (first.hidden is None) != (second.hidden is None) or first.layer != second.layer:
+        raise ValueError("one batch comes from a prefix cache and the other does not, or they are at different layers")
+    return PackedBatch(
+        input_ids=torch.cat([first.input_ids, second.input_ids]),
+        labels=torch.cat([first.labels, second.labels]),
+        position_ids=torch.cat([first.position_ids, second.position_ids]),
+        lengths=first.lengths + second.lengths,
+        hidden=None if first.hidden is None else torch.cat([first.hidden, second.hidden]),
+        layer=first.layer,
+    )
+
+
+@contextlib.contextmanager
+def reinserted(
+    original: nn.Module | Decoder,
+    unlearned: nn.Module | MutableMapping[str, torch.Tensor],
+    block: range,
+    lr: float,
+    retain_coeff: float = 1.0,
+    *,
+    optimizer: str = "lion",
+    betas: tuple[float, float] | None = None,
+    weight_decay: float = 0.0,
+    forget_loss_cap: float | None = None,
+    insertion: str = "independent",
+    master_weights: bool = True,
+    impl: str = "auto",
+) -> Iterator[BlockTraining]:
+    """Puts a block of `unlearned` into `original`, and yields a `BlockTraining` whose `step` trains it there.
+
+        with kf.reinserted(original, unlearned, block=range(2, 4), lr=2e-7) as training:
+            for forget_batch, retain_batch in batches:
+                training.step(forget_batch, retain_batch)
+
+    original: a Hugging Face causal language model (or a `Decoder` of one); unlearned: a model of the same
+    architecture, or a mapping from parameter names to tensors (a state dict) that holds the block's.
+    On a normal exit the trained block is moved into `unlearned`. The original's weights, gradients and
+    requires_grad flags are put back exactly, also after an exception (which leaves `unlearned` as it was);
+    with insertion="cumulative" the trained block stays in the original for the next ones.
+    master_weights: fp32 copies of half-precision block weights for the optimiser.
+
+    Errors: ValueError for another architecture, shapes that differ, weights that are not finite or tied.
+    """
+    if insertion not in INSERTIONS:
+        raise ValueError(f"insertion={insertion!r}: expected one of {', '.join(INSERTIONS)}")
+    for operation in ("linear_loss", optimizer):
+        resolve(operation, impl)
+    decoder = original if isinstance(original, Decoder) else Decoder(original)
+    values = _values(unlearned, block_tensors(decoder, block))
+    with frozen(decoder.model):
+        training = BlockTraining(
+            decoder, block, values, lr=lr, retain_coeff=retain_coeff, optimizer=optimizer, betas=betas,
+            weight_decay=weight_decay, forget_loss_cap=forget_loss_cap, master_weights=master_weights,
+        )
+        try:
+            yield training
+        except BaseException:
+            training.take_out()
+            raise
+        _move_back(training, unlearned)
+        if insertion == "cumulative":
+            training.settle()
+        else:
+            training.take_out()
+
+
+@torch.no_grad()
+def _move_back(training: BlockTraining, unlearned: nn.Module | MutableMapping[str, torch.Tensor]) -> None:
+    trained = training.tensors()
+    if isinstance(unlearned, nn.Module):
+        target = dict(unlearned.named_parameters())
+        for name, value in trained.items():
+            target[name].copy_(value)
+    else:
+        for name, value in trained.items():
+            unlearned[name] = value.clone()

@@ -1,0 +1,1 @@
+def unlearn(): pass

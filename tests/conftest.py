@@ -1,0 +1,26 @@
+"""What all tests share."""
+
+import os
+from pathlib import Path
+
+# No test may depend on a network: what is not on this machine is an error at once, not after a time-out.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when a test starts a process
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if "OMP_NUM_THREADS" not in os.environ:
+    # The models are tiny: more threads would only wait for each other.
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder shared/data, beside or inside the checkout; where it is missing the test is skipped."""
+    for folder in (ROOT.parent / "shared" / "data", ROOT / "shared" / "data"):
+        if folder.is_dir():
+            return folder
+    pytest.skip(f"no question sets: neither {ROOT.parent}/shared/data nor {ROOT}/shared/data exists")

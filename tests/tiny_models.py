@@ -1,0 +1,63 @@
+"""Tiny random models of every architecture that the package names, and random samples for them."""
+
+import torch
+import transformers as tf
+
+VOCAB = 97
+COMMON = dict(vocab_size=VOCAB, max_position_embeddings=64)
+ROTARY = dict(
+    **COMMON, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=2, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)
+
+CONFIGS = {
+    "llama": lambda: tf.LlamaConfig(**ROTARY),
+    "qwen2": lambda: tf.Qwen2Config(**ROTARY),
+    "qwen3": lambda: tf.Qwen3Config(**ROTARY, head_dim=8),
+    "mistral": lambda: tf.MistralConfig(**ROTARY, sliding_window=7),
+    "gemma2": lambda: tf.Gemma2Config(
+        **{**ROTARY, "tie_word_embeddings": True}, head_dim=8, query_pre_attn_scalar=8, sliding_window=7,
+        attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
+    ),
+    "phi3": lambda: tf.Phi3Config(**ROTARY),
+    "olmo2": lambda: tf.Olmo2Config(**ROTARY),
+    "gpt2": lambda: tf.GPT2Config(
+        vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=6, n_head=4, bos_token_id=1, eos_token_id=2
+    ),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(
+        **COMMON, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+        bos_token_id=1, eos_token_id=2,
+    ),
+}
+ARCHITECTURES = list(CONFIGS)
+
+
+def tiny_model(architecture="llama", dtype=torch.float64, seed=0, **changes):
+    """A random model; every parameter is random, biases and norms too, so that none is inert.
+
+    Attention by SDPA, which is fp64 throughout (the eager form takes its softmax in fp32); but SDPA knows no softcap.
+    """
+    attention = "eager" if architecture == "gemma2" else "sdpa"
+    config = CONFIGS[architecture]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(seed)
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, dtype=torch.float64).to(dtype) * 0.1)
+    return model.eval()
+
+
+def random_samples(count, seed=0, low=3, high=12, vocab=VOCAB):
+    """Samples of different lengths, some tokens without a label."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for _ in range(count):
+        length = int(torch.randint(low, high + 1, (), generator=generator))
+        ids = torch.randint(3, vocab, (length,), generator=generator)
+        labels = ids.clone()
+        labels[torch.rand(length, generator=generator) < 0.3] = -100
+        labels[-1] = ids[-1]
+        samples.append({"input_ids": ids, "labels": labels})
+    return samples
