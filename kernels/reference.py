@@ -15,7 +15,9 @@ import torch
 DENSITY_TILE_BYTES = 1 << 20
 
 
-def weight_gradient_tiles(x: torch.Tensor, dy: torch.Tensor, tile_bytes: int = DENSITY_TILE_BYTES) -> Iterator[torch.Tensor]:
+def weight_gradient_tiles(
+    x: torch.Tensor, dy: torch.Tensor, tile_bytes: int = DENSITY_TILE_BYTES
+) -> Iterator[torch.Tensor]:
     """Row tiles of `dy.T @ x`, (N, K), for one sample: x (T, K), dy (T, N). The buffer is used again for each tile."""
     rows = max(1, tile_bytes // (x.shape[1] * x.element_size()))
     buffer = torch.empty(min(rows, dy.shape[1]), x.shape[1], dtype=x.dtype, device=x.device)
@@ -123,7 +125,13 @@ def linear_loss(
 
 
 def lion_(
-    param: torch.Tensor, grad: torch.Tensor, momentum: torch.Tensor, lr: float, beta1: float, beta2: float, weight_decay: float
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    momentum: torch.Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
 ) -> None:
     """One Lion step in place (arXiv 2302.06675, algorithm 2): all tensors of one shape.
 

@@ -8,10 +8,10 @@ from kunbr_fast.prefix_cache import PrefixCache
 from kunbr_fast.reinsertion import reinserted
 from kunbr_fast.training import Diverged
 from kunbr_fast.unlearn import unlearn
-
 from kunbr_fast.version import __version__
 
 __all__ = [
+    "__version__",
     "Density",
     "Diverged",
     "KUnBRConfig",

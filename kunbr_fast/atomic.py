@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterator
+from typing import Any, BinaryIO
 
 
 def _sync_directory(directory: Path) -> None:
@@ -39,7 +40,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_directory(path.parent)
     except OSError as error:
-        raise OSError(error.errno, f"could not write {path}: {error.strerror}; the file before it is untouched") from error
+        raise OSError(
+            error.errno, f"could not write {path}: {error.strerror}; the file before it is untouched"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

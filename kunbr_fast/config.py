@@ -1,3 +1,185 @@
-from dataclasses import dataclass
-@dataclass
-class KUnBRConfig: pass
+"""Every setting of a run, in one dataclass that reads and writes run.yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from kunbr_fast.atomic import atomic_write
+from kunbr_fast.data import TARGETS
+from kunbr_fast.density import MODULES, REDUCTIONS
+from kunbr_fast.optim import OPTIMIZERS
+from kunbr_fast.prefix_cache import STORAGES
+from kunbr_fast.reinsertion import INSERTIONS
+
+_CHOICES = {
+    "target": TARGETS,
+    "warmup_optimizer": OPTIMIZERS,
+    "modules": MODULES,
+    "reduction": REDUCTIONS,
+    "insertion": INSERTIONS,
+    "optimizer": OPTIMIZERS,
+    "cache": STORAGES,
+    "scoring": ("letter", "choice"),
+    "rtt_target": TARGETS,
+    "impl": ("auto", "cuda", "triton", "torch"),
+}
+
+
+def setting(default: Any, text: str, stage: str) -> Any:
+    """A field with its help text, and the stage whose result it changes."""
+    kind = {"default_factory": lambda: default} if isinstance(default, tuple) else {"default": default}
+    return dataclasses.field(**kind, metadata={"help": text, "stage": stage})
+
+
+@dataclasses.dataclass
+class KUnBRConfig:
+    """Settings of `kunbr_fast.unlearn`. Learning rates fit 8B models trained with Lion; small models want larger ones.
+
+    Losses are means over samples of each sample's mean NLL per labelled token. An epoch is one pass over the forget
+    set; the retain set is a shuffled stream beside it.
+    """
+
+    target: str = setting("all", "tokens whose loss counts: all, answer, letter or number", "data")
+    max_length: int | None = setting(None, "longest sample in tokens (default: the model's limit)", "data")
+    seed: int = setting(0, "seed of every data order", "data")
+    batch_size: int = setting(6, "forget samples in a step", "data")
+    retain_batch_size: int | None = setting(None, "retain samples in a step (default: batch_size)", "data")
+    retain_coeff: float = setting(1.0, "weight of the retain loss", "training")
+    forget_loss_cap: float | None = setting(
+        None, "a forget token whose NLL (nats) is beyond this gets no further push; off as published", "training"
+    )
+    weight_decay: float = setting(0.0, "of warm-up and blocks", "training")
+    max_retain_loss: float | None = setting(
+        None,
+        "stop as diverged when the retain loss, averaged over 10 steps, is beyond this (default: 2 ln vocabulary)",
+        "training",
+    )
+
+    warmup_epochs: int = setting(3, "epochs of the full-parameter warm-up", "warmup")
+    warmup_lr: float = setting(2e-7, "learning rate of the warm-up", "warmup")
+    warmup_optimizer: str = setting("lion", "lion or adamw", "warmup")
+
+    modules: str = setting("mlp", "whose gradients make the density: mlp, attention, norms or all", "density")
+    reduction: str = setting("sample", "sample: mean of L1 norms; mean: L1 norm of the mean gradient", "density")
+    num_blocks: int = setting(8, "blocks of floor(layers / num_blocks) layers", "selection")
+    top_k: int = setting(6, "how many of the densest blocks are trained", "selection")
+    skip_last_layers: int = setting(2, "blocks that hold one of the last so many layers are not chosen", "selection")
+
+    insertion: str = setting(
+        "independent",
+        "independent: each block goes back out before the next (as published); cumulative: it stays in place",
+        "blocks",
+    )
+    rounds: int = setting(1, "how often all chosen blocks are visited, from low to high", "blocks")
+    block_epochs: int = setting(3, "epochs of each visit", "blocks")
+    block_lr: float = setting(2e-7, "learning rate of the block", "blocks")
+    optimizer: str = setting("lion", "lion or adamw, started anew at each visit", "blocks")
+    master_weights: bool = setting(True, "fp32 copies of half-precision block weights for the optimiser", "blocks")
+    cache: str = setting("auto", "where the prefix cache lies: device, host, file or auto", "none")
+    checkpoint_every: int | None = setting(None, "steps between checkpoints (default: an epoch)", "none")
+
+    scoring: str = setting("letter", "letter: A/B/C/D after the question; choice: likelihood of the choice", "none")
+    rtt: bool = setting(True, "attack the result (retraining on T)", "none")
+    rtt_lrs: tuple[float, ...] = setting((1e-6, 5e-6, 1e-5), "learning rates of the attack", "none")
+    rtt_epochs: int = setting(5, "epochs of each attack", "none")
+    rtt_batch_size: int = setting(8, "batch size of the attack", "none")
+    rtt_target: str = setting("all", "tokens the attack trains on", "none")
+    impl: str = setting("auto", "auto, cuda, triton or torch", "none")
+
+    def __post_init__(self) -> None:
+        self.rtt_lrs = tuple(self.rtt_lrs) if isinstance(self.rtt_lrs, (list, tuple)) else self.rtt_lrs
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = self._coerce(field.name, getattr(self, field.name), hints[field.name])
+            setattr(self, field.name, value)
+            if field.name in _CHOICES and value not in _CHOICES[field.name]:
+                raise ValueError(f"{field.name}={value!r}: expected one of {', '.join(_CHOICES[field.name])}")
+        for name in ("batch_size", "num_blocks", "top_k", "rounds", "block_epochs", "rtt_epochs", "rtt_batch_size"):
+            self._at_least(name, 1)
+        for name in ("retain_batch_size", "max_length", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                self._at_least(name, 1)
+        for name in ("warmup_epochs", "skip_last_layers", "retain_coeff", "weight_decay", "warmup_lr", "block_lr"):
+            self._at_least(name, 0)
+        if not self.rtt_lrs or min(self.rtt_lrs) <= 0:
+            raise ValueError(f"rtt_lrs={self.rtt_lrs}: expected one or more learning rates above 0")
+
+    def _at_least(self, name: str, least: float) -> None:
+        if not getattr(self, name) >= least:
+            raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
+
+    @staticmethod
+    def _coerce(name: str, value: Any, hint: Any) -> Any:
+        kinds = get_args(hint) or (hint,)
+        if value is None and type(None) in kinds:
+            return None
+        if name == "rtt_lrs":
+            if isinstance(value, (int, float)):
+                value = (value,)
+            if isinstance(value, tuple):
+                return tuple(KUnBRConfig._coerce("rtt_lrs entry", v, float) for v in value)
+        if float in kinds and not isinstance(value, bool):
+            try:  # YAML reads 1e-5 as a string
+                return float(value)
+            except (TypeError, ValueError):
+                pass
+        elif any(
+            isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+            for kind in (bool, int, str)
+            if kind in kinds
+        ):
+            return value
+        wanted = " or ".join("null" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds)
+        raise ValueError(f"{name}={value!r}: expected {wanted}")
+
+    @property
+    def retain_size(self) -> int:
+        return self.retain_batch_size or self.batch_size
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> KUnBRConfig:
+        """Refuses a key that does not exist, with the nearest one that does."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, 1, 0.4)
+                hint = f": did you mean {near[0]!r}?" if near else f": known are {', '.join(known)}"
+                raise ValueError(f"{where}: unknown setting {key!r}{hint}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> KUnBRConfig:
+        """Reads run.yaml. Errors name the file."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        if values is not None and not isinstance(values, dict):
+            raise ValueError(f"{path}: got a {type(values).__name__}, expected lines of 'setting: value'")
+        return cls.from_dict(values or {}, str(path))
+
+    def save(self, path: str | Path) -> None:
+        with atomic_write(path) as file:
+            file.write(yaml.safe_dump(self.to_dict(), sort_keys=False).encode())
+
+    def changed(self, other: dict[str, Any]) -> dict[str, str]:
+        """The settings that differ from `other` (a `to_dict`), each with the stage whose result it changes."""
+        mine = self.to_dict()
+        return {
+            field.name: field.metadata["stage"]
+            for field in dataclasses.fields(self)
+            if mine[field.name] != other.get(field.name) and field.metadata["stage"] != "none"
+        }

@@ -67,7 +67,7 @@ def parse_record(line: str, where: str) -> dict:
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}): {line.strip()[:80]!r}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: got a {type(record).__name__}, expected an object such as {{\"text\": ...}}")
+        raise ValueError(f'{where}: got a {type(record).__name__}, expected an object such as {{"text": ...}}')
     _check_record(record, where)
     return {**record, "_where": where}
 
@@ -95,12 +95,18 @@ def _check_record(record: Mapping, where: str) -> None:
         text("completion")
     elif "messages" in record:
         messages = record["messages"]
-        good = isinstance(messages, list) and messages and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
+        good = (
+            isinstance(messages, list)
+            and messages
+            and all(
+                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+                for m in messages
+            )
         )
         if not good:
-            raise ValueError(f"{where}: 'messages' must be a list of {{\"role\": str, \"content\": str}}, got {messages!r}")
+            raise ValueError(
+                f'{where}: \'messages\' must be a list of {{"role": str, "content": str}}, got {messages!r}'
+            )
     else:
         raise ValueError(
             f"{where}: unknown form with keys {sorted(record)}: expected question + choices + answer, text, "
@@ -219,7 +225,9 @@ def _chat(record: Mapping, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
             before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
             after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
             if not (text.startswith(before) and text.startswith(after.rstrip())):
-                raise ValueError(f"{_where(record)}: this chat template rewrites earlier turns; use prompt + completion")
+                raise ValueError(
+                    f"{_where(record)}: this chat template rewrites earlier turns; use prompt + completion"
+                )
             spans.append((len(before), len(after)))
     if not spans:
         raise ValueError(f"{_where(record)}: no assistant message to learn from")
@@ -340,7 +348,9 @@ def as_samples(samples: Iterable[Any]) -> list[Sample]:
         input_ids = torch.as_tensor(item["input_ids"])
         labels = torch.as_tensor(item["labels"]) if item.get("labels") is not None else input_ids
         if labels.shape != input_ids.shape:
-            raise ValueError(f"sample {number}: labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} differ")
+            raise ValueError(
+                f"sample {number}: labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} differ"
+            )
         if input_ids.dim() == 1:
             mask = torch.as_tensor(item["attention_mask"]).bool() if "attention_mask" in item else None
             rows = [(input_ids, labels, mask)]
@@ -353,7 +363,9 @@ def as_samples(samples: Iterable[Any]) -> list[Sample]:
             if mask is not None:
                 kept = torch.nonzero(mask).flatten()
                 if len(kept) == 0 or int(kept[-1] - kept[0]) + 1 != len(kept):
-                    raise ValueError(f"sample {number}: its attention mask is empty or has a hole, which packing cannot keep")
+                    raise ValueError(
+                        f"sample {number}: its attention mask is empty or has a hole, which packing cannot keep"
+                    )
                 ids, label = ids[kept], label[kept]
             result.append({"input_ids": ids.long(), "labels": label.long()})
     if not result:

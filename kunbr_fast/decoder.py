@@ -75,7 +75,12 @@ def packed_attention(
         band = (distance >= 0) & (distance < sliding_window)
     if softcap is None:
         out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=band, is_causal=band is None, scale=scaling,
+            query,
+            key,
+            value,
+            attn_mask=band,
+            is_causal=band is None,
+            scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
     else:  # SDPA has no softcap: the plain formula, softmax in fp32 as the models' own code has it
@@ -178,7 +183,9 @@ class Decoder:
             if isinstance(module, nn.ModuleList) and len(module) == count and any(True for _ in module.parameters())
         ]
         if not found:
-            raise ValueError(f"{self.name} has no nn.ModuleList of num_hidden_layers={count} layers: not a decoder this takes")
+            raise ValueError(
+                f"{self.name} has no nn.ModuleList of num_hidden_layers={count} layers: not a decoder this takes"
+            )
         depth = min(path.count(".") for path, _ in found)
         found = [item for item in found if item[0].count(".") == depth]
         if len(found) > 1:
@@ -273,7 +280,10 @@ class Decoder:
             layer.forward = recorder
         try:
             self.inner(
-                input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, kunbr_batch=batch
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                kunbr_batch=batch,
             )
         except _Stop:
             pass

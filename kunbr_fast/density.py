@@ -231,7 +231,9 @@ def knowledge_density(
     kind, a tied weight, a sample without a labelled token, or a gradient that is not finite.
     """
     for name, value, known in (
-        ("modules", modules, MODULES), ("statistic", statistic, STATISTICS), ("reduction", reduction, REDUCTIONS)
+        ("modules", modules, MODULES),
+        ("statistic", statistic, STATISTICS),
+        ("reduction", reduction, REDUCTIONS),
     ):
         if value not in known:
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
@@ -244,9 +246,10 @@ def knowledge_density(
     watched = _watch_list(decoder, modules)
     totals: dict[str, torch.Tensor] = {}
     batches = token_batches([len(s["input_ids"]) for s in samples], batch_tokens)
-    with frozen(decoder.model), tqdm(
-        total=len(samples), desc="knowledge density", unit="sample", leave=False, disable=not progress
-    ) as bar:
+    with (
+        frozen(decoder.model),
+        tqdm(total=len(samples), desc="knowledge density", unit="sample", leave=False, disable=not progress) as bar,
+    ):
         for indices in batches:
             batch = pack([samples[i] for i in indices]).to(decoder.device)
             _measure(decoder, batch, watched, reduction, totals)

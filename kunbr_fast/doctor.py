@@ -36,8 +36,7 @@ def doctor() -> dict:
         "devices": devices,
         "no_cuda": None if len(devices) > 1 else _why_no_cuda(),
         "operations": {
-            operation: {name: _implementations(operation, name) for name in names}
-            for operation in dispatch.OPERATIONS
+            operation: {name: _implementations(operation, name) for name in names} for operation in dispatch.OPERATIONS
         },
         "problems": _problems(),
     }
@@ -60,7 +59,7 @@ def format_doctor(d: dict) -> str:
         lines.append(f"{device['device']:<13} {text}")
     if d["no_cuda"]:
         lines.append(f"{'cuda':<13} none: {d['no_cuda']}")
-    lines += ["", "operations (what impl=\"auto\" takes, and why not the others)"]
+    lines += ["", 'operations (what impl="auto" takes, and why not the others)']
     for operation, by_device in d["operations"].items():
         for device, found in by_device.items():
             missing = "; ".join(f"{impl}: {reason}" for impl, reason in found["unavailable"].items())
@@ -91,7 +90,7 @@ def _problems() -> list[str]:
     try:
         requirements = [Requirement(text) for text in metadata.requires("kunbr-fast") or ()]
     except metadata.PackageNotFoundError:
-        return ["kunbr-fast is not installed, so kunbr_fast.kernels is missing: run `pip install -e .`"]
+        return ["kunbr-fast is not installed, so its requirements are not known: run `pip install -e .`"]
     problems = []
     for requirement in requirements:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):

@@ -51,7 +51,9 @@ def linear_loss(
     Differentiable in hidden and in the head's own weight and bias where these require grad; nll is detached.
     """
     linear = head.linear
-    return _LinearLoss.apply(hidden, linear.weight, linear.bias, targets, row_weights, head.scale, head.softcap, nll_cap)
+    return _LinearLoss.apply(
+        hidden, linear.weight, linear.bias, targets, row_weights, head.scale, head.softcap, nll_cap
+    )
 
 
 @dataclasses.dataclass(frozen=True)

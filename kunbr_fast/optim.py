@@ -37,7 +37,9 @@ class Lion(torch.optim.Optimizer):
                 state = self.state[param]
                 if not state:
                     state["momentum"] = torch.zeros_like(param)
-                reference.lion_(param, param.grad, state["momentum"], group["lr"], *group["betas"], group["weight_decay"])
+                reference.lion_(
+                    param, param.grad, state["momentum"], group["lr"], *group["betas"], group["weight_decay"]
+                )
         return loss
 
 

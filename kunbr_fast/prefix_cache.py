@@ -107,7 +107,10 @@ class PrefixCache:
     @torch.no_grad()
     def _fill(self, start: int, stop: int) -> None:
         bar = tqdm(
-            self._batches, desc=f"prefix cache to layer {stop}", unit="batch", leave=False,
+            self._batches,
+            desc=f"prefix cache to layer {stop}",
+            unit="batch",
+            leave=False,
             disable=not self.progress or stop == 0,
         )
         for indices in bar:

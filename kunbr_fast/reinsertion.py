@@ -35,8 +35,10 @@ def block_tensors(decoder: Decoder, block: range) -> dict[str, nn.Parameter]:
         owners.setdefault(id(parameter), []).append(name)
     for name, parameter in inside.items():
         if len(owners[id(parameter)]) > 1:
-            raise ValueError(f"{name} is tied to {', '.join(n for n in owners[id(parameter)] if n != name)}: a block "
-                             "with shared weights cannot be trained alone")
+            raise ValueError(
+                f"{name} is tied to {', '.join(n for n in owners[id(parameter)] if n != name)}: a block "
+                "with shared weights cannot be trained alone"
+            )
     return inside
 
 
@@ -71,9 +73,13 @@ class BlockTraining:
         for name, parameter in self.parameters.items():
             value = values[name]
             if value.shape != parameter.shape:
-                raise ValueError(f"{name}: {tuple(value.shape)} in the unlearned model, {tuple(parameter.shape)} in the original")
+                raise ValueError(
+                    f"{name}: {tuple(value.shape)} in the unlearned model, {tuple(parameter.shape)} in the original"
+                )
             if not bool(value.isfinite().all()):
-                raise ValueError(f"{name}: the unlearned model holds NaN or infinite values here; its training diverged")
+                raise ValueError(
+                    f"{name}: the unlearned model holds NaN or infinite values here; its training diverged"
+                )
         self._kept = {name: (p.data, p.grad) for name, p in self.parameters.items()}
         params = list(self.parameters.values())
         with torch.no_grad():
@@ -121,7 +127,9 @@ class BlockTraining:
         """Gradient difference of a packed batch (scalar, differentiable in the block) and the rows' NLL (R,)."""
         decoder = self.decoder
         if batch.hidden is not None and batch.layer != self.block.start:
-            raise ValueError(f"the batch holds the input of layer {batch.layer}, the block begins at layer {self.block.start}")
+            raise ValueError(
+                f"the batch holds the input of layer {batch.layer}, the block begins at layer {self.block.start}"
+            )
         hidden = batch.hidden
         if hidden is None:
             with torch.no_grad():
@@ -149,10 +157,8 @@ class BlockTraining:
         """Takes up a `state()` after `steps` steps; the next steps give the same bits as uninterrupted ones."""
         self.flat.load(state)
         prefix = "optimizer."
-        inner = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
-        self.optimizer.state[self.flat.param] = {
-            key: value.to(self.flat.param.device) for key, value in inner.items()
-        }
+        inner = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+        self.optimizer.state[self.flat.param] = {key: value.to(self.flat.param.device) for key, value in inner.items()}
         self.steps = steps
 
     def take_out(self) -> None:
@@ -222,8 +228,16 @@ def reinserted(
     values = _values(unlearned, block_tensors(decoder, block))
     with frozen(decoder.model):
         training = BlockTraining(
-            decoder, block, values, lr=lr, retain_coeff=retain_coeff, optimizer=optimizer, betas=betas,
-            weight_decay=weight_decay, forget_loss_cap=forget_loss_cap, master_weights=master_weights,
+            decoder,
+            block,
+            values,
+            lr=lr,
+            retain_coeff=retain_coeff,
+            optimizer=optimizer,
+            betas=betas,
+            weight_decay=weight_decay,
+            forget_loss_cap=forget_loss_cap,
+            master_weights=master_weights,
         )
         try:
             yield training

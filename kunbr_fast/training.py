@@ -55,7 +55,12 @@ class FullTraining:
     """Every parameter of the model, trained in place. `step` takes packed batches; `state` is what a resume needs."""
 
     def __init__(
-        self, decoder: Decoder, *, lr: float, optimizer: str = "adamw", betas: tuple[float, float] | None = None,
+        self,
+        decoder: Decoder,
+        *,
+        lr: float,
+        optimizer: str = "adamw",
+        betas: tuple[float, float] | None = None,
         weight_decay: float = 0.0,
     ):
         self.decoder = decoder
@@ -161,6 +166,10 @@ class WeightSnapshot:
         tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
         write_with(path, lambda temporary: save_file(tensors, temporary))
         return cls(path)
+
+    def names(self) -> list[str]:
+        with safe_open(self.path, "pt") as file:
+            return list(file.keys())
 
     def __contains__(self, name: object) -> bool:
         with safe_open(self.path, "pt") as file:

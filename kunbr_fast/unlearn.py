@@ -1,1 +1,471 @@
-def unlearn(): pass
+"""The five stages of KUnBR: warm-up, density, selection, re-insertion, proof. Resumable, one model in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from kunbr_fast import losses
+from kunbr_fast.blocks import partition, select_blocks
+from kunbr_fast.checkpoint import RunState, fingerprint
+from kunbr_fast.config import KUnBRConfig
+from kunbr_fast.data import Sample, Schedule, as_samples, encode, is_question, pack
+from kunbr_fast.decoder import Decoder
+from kunbr_fast.density import Density, knowledge_density
+from kunbr_fast.evaluation.accuracy import choice_accuracy
+from kunbr_fast.evaluation.rtt import Fold, RTTConfig, RTTResult, rtt_attack
+from kunbr_fast.loading import check_same_architecture, check_vocabulary
+from kunbr_fast.prefix_cache import PrefixCache
+from kunbr_fast.reinsertion import BlockTraining, reinserted
+from kunbr_fast.training import Diverged, FullTraining, WeightSnapshot, frozen
+from kunbr_fast.version import __version__
+
+
+@dataclasses.dataclass
+class Report:
+    """What a run did. Accuracies are fractions; seconds are wall time by stage (sums over resumed parts).
+
+    accuracy: {"original" | "unlearned" | "result": {"forget": {...}, "retain": {...}}}, where `unlearned` is the
+    model after the warm-up (M_u); empty where no questions were given. losses: mean losses of each epoch by stage.
+    """
+
+    config: dict[str, Any]
+    blocks: list[range]
+    density: Density
+    seconds: dict[str, float]
+    losses: dict[str, list[dict[str, float]]]
+    accuracy: dict[str, dict[str, dict[str, Any]]]
+    rtt: RTTResult | None = None
+    version: str = __version__
+
+    @property
+    def recovery(self) -> float | None:
+        """RTT accuracy minus the result's forget accuracy."""
+        if self.rtt is None or "forget" not in self.accuracy.get("result", {}):
+            return None
+        return self.rtt.accuracy - self.accuracy["result"]["forget"]["plain"]
+
+    def row(self, method: str = "KUnBR", model: str = "result") -> dict[str, Any]:
+        """One line of `evaluation.report.table`."""
+        accuracy = self.accuracy.get(model, {})
+        of = {name: accuracy[name]["plain"] for name in ("forget", "retain") if name in accuracy}
+        rtt = self.rtt.accuracy if self.rtt is not None and model == "result" else None
+        return {"method": method, **of, "rtt": rtt, "seconds": self.seconds if model == "result" else {}}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kunbr_fast": self.version,
+            "config": self.config,
+            "blocks": [[block.start, block.stop] for block in self.blocks],
+            "density": self.density.to_dict(),
+            "seconds": self.seconds,
+            "losses": self.losses,
+            "accuracy": self.accuracy,
+            "rtt": None if self.rtt is None else self.rtt.to_dict(),
+            "recovery": self.recovery,
+        }
+
+
+def unlearn(
+    model: nn.Module,
+    forget: Sequence[Mapping],
+    retain: Sequence[Mapping],
+    config: KUnBRConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    unlearned: nn.Module | None = None,
+    forget_questions: Sequence[Mapping] | None = None,
+    retain_questions: Sequence[Mapping] | None = None,
+    folds: Sequence[Fold] | None = None,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    on_stage: Callable[[str], None] | None = None,
+    before_cleanup: Callable[[Report], None] | None = None,
+) -> Report:
+    """Makes `model` forget, in place: warm-up, density, selection, re-insertion, merge, and the measured proof.
+
+    forget, retain: records (see kunbr_fast.data; they need `tokenizer`), samples, or padded Hugging Face batches.
+    unlearned: an M_u of the same architecture made by any method; then there is no warm-up (its block weights are
+    copied to disk first, so the caller may delete it).
+    forget_questions, retain_questions: question records to measure accuracy on (default: those among forget and
+    retain). folds: what the RTT attack uses; without them, or with config.rtt false, there is no attack.
+    output_dir: where `work/` keeps checkpoints (a temporary directory if None); removed at the end of a whole run.
+    on_stage(text): told what begins. before_cleanup(report): called when all is done and `work/` still there, the
+    place to save the model, so that a failing save (full disk) can be resumed too.
+    resume: go on where a run with the same model, data and settings was interrupted: same bits as without.
+
+    Returns the `Report`. One model is in memory: M0 waits on disk during the warm-up, M_u during re-insertion.
+    On an exception the model holds whatever the stage had reached; `Diverged` leaves the last good state in `work/`.
+    """
+    config = config or KUnBRConfig()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        if output_dir is None:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kunbr-")))
+        else:
+            work = Path(output_dir) / "work"
+            work.mkdir(parents=True, exist_ok=True)
+        run = _Run(model, forget, retain, config, tokenizer, unlearned, work, resume, progress, on_stage)
+        run.questions = {"forget": _questions(forget_questions, forget), "retain": _questions(retain_questions, retain)}
+        report = run.all(folds)
+        if before_cleanup is not None:
+            before_cleanup(report)
+    if output_dir is not None:
+        shutil.rmtree(work)
+    return report
+
+
+def _questions(given: Sequence[Mapping] | None, records: Sequence[Mapping]) -> list[Mapping]:
+    return list(given) if given is not None else [r for r in records if isinstance(r, Mapping) and is_question(r)]
+
+
+def to_samples(
+    data: Sequence[Mapping], tokenizer: Any, config: KUnBRConfig, decoder: Decoder, what: str
+) -> list[Sample]:
+    """Records (tokenised once), samples or padded batches to samples that the model can take."""
+    if not data:
+        raise ValueError(f"the {what} set is empty: expected at least one record")
+    if "input_ids" in data[0]:
+        samples = as_samples(data)
+    elif tokenizer is None:
+        raise ValueError(f"the {what} set holds records, not tokens: give tokenizer=")
+    else:
+        samples = encode(data, tokenizer, config.target, config.max_length or decoder.max_positions)
+    check_vocabulary(decoder.model, samples, f"the {what} set")
+    return samples
+
+
+class _Run:
+    """One run: every method is a stage, skipped if its result is already there."""
+
+    def __init__(self, model, forget, retain, config, tokenizer, unlearned, work, resume, progress, on_stage):
+        self.config, self.tokenizer, self.work, self.progress = config, tokenizer, work, progress
+        self.on_stage = on_stage or (lambda text: None)
+        self.decoder = Decoder(model)
+        self.forget = to_samples(forget, tokenizer, config, self.decoder, "forget")
+        self.retain = to_samples(retain, tokenizer, config, self.decoder, "retain")
+        blocks = partition(self.decoder.num_layers, config.num_blocks)  # bad settings fail now, not after the warm-up
+        if config.top_k > sum(b.stop <= self.decoder.num_layers - config.skip_last_layers for b in blocks):
+            select_blocks(_flat_density(self.decoder), config.num_blocks, config.top_k, config.skip_last_layers)
+        self.state = RunState(work, fingerprint(model, [*self.forget, *self.retain]), config, resume)
+        self.given = unlearned
+        if unlearned is not None:
+            check_same_architecture(model, unlearned, "unlearned")
+        self.retain_limit = config.max_retain_loss or 2 * math.log(self.decoder.config.vocab_size)
+        self.questions: dict[str, list[Mapping]] = {}
+        self.losses: dict[str, list[dict[str, float]]] = {}
+
+    def all(self, folds: Sequence[Fold] | None) -> Report:
+        accuracy = {"original": self.evaluate("original")}
+        self.warm_up()
+        if self.questions["forget"] or self.questions["retain"]:
+            accuracy["unlearned"] = self.state.result("warmup")["accuracy"]
+        density = self.density()
+        blocks = self.select(density)
+        trained = self.reinsert(blocks)
+        self.merge(trained)
+        accuracy["result"] = self.evaluate("result")
+        rtt = self.attack(folds)
+        seconds: dict[str, float] = {}
+        for name, result in self.state.state["stages"].items():
+            group = name.split(".")[0]
+            seconds[group] = seconds.get(group, 0.0) + result.get("seconds", 0.0)
+            if "epochs" in result:
+                self.losses[name] = result["epochs"]
+        accuracy = {name: value for name, value in accuracy.items() if value}
+        return Report(self.config.to_dict(), blocks, density, seconds, self.losses, accuracy, rtt)
+
+    # ------------------------------------------------ stages
+
+    def evaluate(self, name: str) -> dict[str, Any]:
+        stage = f"evaluation.{name}"
+        if (found := self.state.result(stage)) is not None:
+            return found["accuracy"]
+        start = time.perf_counter()
+        accuracy = self._accuracy(name)
+        self.state.finish(stage, {"accuracy": accuracy, "seconds": time.perf_counter() - start})
+        return accuracy
+
+    def _accuracy(self, name: str) -> dict[str, Any]:
+        out = {}
+        for what, questions in self.questions.items():
+            if questions and self.tokenizer is not None:
+                self.on_stage(f"accuracy of the {name} model on {len(questions)} {what} questions")
+                found = choice_accuracy(
+                    self.decoder,
+                    self.tokenizer,
+                    questions,
+                    scoring=self.config.scoring,
+                    progress=f"{what} accuracy" if self.progress else None,
+                )
+                out[what] = {"plain": found.plain, "calibrated": found.calibrated, "num_questions": found.num_questions}
+        return out
+
+    def warm_up(self) -> None:
+        """M_u's weights to work/warmup.safetensors; the model is M0 again afterwards."""
+        if self.state.result("warmup") is not None:
+            return
+        if self.given is not None:
+            self.on_stage("keeping the unlearned model's weights")
+            self.state.finish(
+                "warmup", {"accuracy": self._accuracy_of(self.given)}, dict(self.given.named_parameters())
+            )
+            self.given = None
+            return
+        config, model = self.config, self.decoder.model
+        original_path = self.work / "original.safetensors"
+        original = (
+            WeightSnapshot(original_path) if original_path.is_file() else WeightSnapshot.save(model, original_path)
+        )
+        self.on_stage(f"warm-up: gradient difference on all parameters, {config.warmup_epochs} epochs")
+        schedule = self._schedule(config.warmup_epochs, 0)
+        try:
+            with frozen(model):
+                training = FullTraining(
+                    self.decoder,
+                    lr=config.warmup_lr,
+                    optimizer=config.warmup_optimizer,
+                    weight_decay=config.weight_decay,
+                )
+
+                def step(forget: list[int], retain: list[int]) -> dict[str, float | None]:
+                    samples = [self.forget[i] for i in forget] + [self.retain[i] for i in retain]
+                    batch = pack(samples).to(self.decoder.device)
+                    rows = losses.gradient_difference(batch, len(forget), config.retain_coeff, config.forget_loss_cap)
+                    return training.step(batch, rows, len(forget))
+
+                result = self._train("warmup", training, step, schedule)
+            result["accuracy"] = self._accuracy("unlearned")
+            self.state.finish("warmup", result, dict(model.named_parameters()))
+        finally:
+            original.restore(model)
+
+    def _accuracy_of(self, other: nn.Module) -> dict[str, Any]:
+        ours, self.decoder = self.decoder, Decoder(other)
+        try:
+            with frozen(other):
+                return self._accuracy("unlearned")
+        finally:
+            self.decoder = ours
+
+    def density(self) -> Density:
+        if (found := self.state.result("density")) is not None:
+            return Density.from_dict(found["density"])
+        self.on_stage(f"knowledge density of {self.decoder.num_layers} layers over {len(self.forget)} forget samples")
+        start = time.perf_counter()
+        density = knowledge_density(
+            self.decoder,
+            self.forget,
+            self.config.modules,
+            reduction=self.config.reduction,
+            impl=self.config.impl,
+            progress=self.progress,
+        )
+        self.state.finish("density", {"density": density.to_dict(), "seconds": time.perf_counter() - start})
+        return density
+
+    def select(self, density: Density) -> list[range]:
+        config = self.config
+        blocks = select_blocks(density, config.num_blocks, config.top_k, config.skip_last_layers)
+        if self.state.result("selection") is None:
+            self.state.finish("selection", {"blocks": [[b.start, b.stop] for b in blocks]})
+        self.on_stage("blocks: " + ", ".join(f"{b.start}-{b.stop - 1}" for b in blocks))
+        return blocks
+
+    def reinsert(self, blocks: list[range]) -> dict[range, WeightSnapshot]:
+        """Each block's last trained weights, on disk. In cumulative mode the model holds them too, afterwards."""
+        config = self.config
+        trained: dict[range, WeightSnapshot] = {}
+        cache: PrefixCache | None = None
+        for round_ in range(config.rounds):
+            for index, block in enumerate(blocks):
+                stage = f"blocks.{round_}.{block.start}-{block.stop}"
+                source = trained.get(block) or WeightSnapshot(self.state.file("warmup"))
+                if self.state.result(stage) is None:
+                    self.on_stage(
+                        f"re-insertion of layers {block.start}-{block.stop - 1}, round {round_ + 1} of {config.rounds}"
+                    )
+                    start = time.perf_counter()
+                    if cache is None:
+                        cache = PrefixCache(
+                            self.decoder, self.forget + self.retain, config.cache, self.work, progress=self.progress
+                        )
+                    cache.advance(block.start)
+                    self._train_block(stage, block, source, cache, 1 + round_ * len(blocks) + index, start)
+                elif config.insertion == "cumulative":
+                    self._place(WeightSnapshot(self.state.file(stage)))
+                trained[block] = WeightSnapshot(self.state.file(stage))
+        return trained
+
+    def _train_block(
+        self, stage: str, block: range, source: WeightSnapshot, cache: PrefixCache, number: int, start: float
+    ) -> None:
+        config = self.config
+        values = _Values(source)
+        with reinserted(
+            self.decoder,
+            values,
+            block,
+            config.block_lr,
+            config.retain_coeff,
+            optimizer=config.optimizer,
+            weight_decay=config.weight_decay,
+            forget_loss_cap=config.forget_loss_cap,
+            insertion=config.insertion,
+            master_weights=config.master_weights,
+            impl=config.impl,
+        ) as training:
+
+            def step(forget: list[int], retain: list[int]) -> dict[str, float | None]:
+                batch = cache.batch([*forget, *(len(self.forget) + i for i in retain)])
+                return training.step_packed(batch, len(forget))
+
+            result = self._train(stage, training, step, self._schedule(config.block_epochs, number), start)
+        self.state.finish(stage, result, values.trained)
+
+    @torch.no_grad()
+    def _place(self, weights: WeightSnapshot) -> None:
+        parameters = dict(self.decoder.model.named_parameters())
+        for name in weights.names():
+            parameters[name].copy_(weights[name])
+
+    def merge(self, trained: dict[range, WeightSnapshot]) -> None:
+        """The model becomes M_u with the trained blocks."""
+        self.on_stage("merging the trained blocks into the unlearned model")
+        WeightSnapshot(self.state.file("warmup")).restore(self.decoder.model)
+        for weights in trained.values():
+            self._place(weights)
+
+    def attack(self, folds: Sequence[Fold] | None) -> RTTResult | None:
+        config = self.config
+        if not config.rtt or not folds or self.tokenizer is None:
+            return None
+        self.on_stage(f"RTT attack: {len(folds)} folds, learning rates {', '.join(f'{lr:g}' for lr in config.rtt_lrs)}")
+        start = time.perf_counter()
+        found = self.state.result("rtt") or {"rows": [], "seconds": 0.0}
+
+        def keep(rows: list[dict]) -> None:
+            nonlocal start, found
+            now = time.perf_counter()
+            found = {"rows": found["rows"] + rows, "seconds": found["seconds"] + now - start}
+            start = now
+            self.state.finish("rtt", found)
+
+        return rtt_attack(
+            self.decoder, self.tokenizer, folds, rtt_config(config), self.work, self.progress, found["rows"], keep
+        )
+
+    # ------------------------------------------------ steps
+
+    def _schedule(self, epochs: int, number: int) -> Schedule:
+        """Stage `number`'s own data order: 0 for the warm-up, then one for each visit of a block."""
+        config = self.config
+        return Schedule(
+            len(self.forget),
+            len(self.retain),
+            config.batch_size,
+            config.retain_size,
+            epochs,
+            config.seed * 1000 + number,
+        )
+
+    def _train(
+        self,
+        stage: str,
+        training: FullTraining | BlockTraining,
+        step: Callable[[list[int], list[int]], dict[str, float | None]],
+        schedule: Schedule,
+        start: float | None = None,
+    ) -> dict[str, Any]:
+        """Runs the steps of a stage that are not yet done, with checkpoints; returns {"epochs", "seconds"}."""
+        start = time.perf_counter() if start is None else start
+        first, extra = 0, {"epochs": [], "sums": None, "recent": [], "seconds": 0.0}
+        if (found := self.state.progress(stage)) is not None:
+            first, tensors, extra = found
+            training.load_state(tensors, first)
+        every = self.config.checkpoint_every or schedule.steps_per_epoch
+
+        def save(done: int) -> None:
+            seconds = extra["seconds"] + time.perf_counter() - start
+            self.state.save_progress(stage, done, training.state(), {**extra, "seconds": seconds})
+
+        label = "warm-up" if stage == "warmup" else f"block {stage.rpartition('.')[2]}"
+        with tqdm(
+            total=len(schedule), initial=first, desc=label, unit="step", leave=False, disable=not self.progress
+        ) as bar:
+            for number in range(first, len(schedule)):
+                try:
+                    metrics = step(*schedule[number])
+                except Diverged:
+                    save(number)  # the weights before the bad step
+                    raise
+                self._account(stage, number, schedule, metrics, extra)
+                bar.set_postfix_str(
+                    f"forget {metrics['forget_loss']:.3f} retain {metrics['retain_loss']:.3f}", refresh=False
+                )
+                bar.update()
+                if (number + 1) % every == 0 and number + 1 < len(schedule):
+                    save(number + 1)
+        return {"epochs": extra["epochs"], "seconds": extra["seconds"] + time.perf_counter() - start}
+
+    def _account(self, stage: str, number: int, schedule: Schedule, metrics: dict, extra: dict) -> None:
+        """Means of each epoch for the report, and the limit on the retain loss."""
+        sums = extra["sums"] or {"forget_loss": 0.0, "retain_loss": 0.0, "steps": 0}
+        for name in ("forget_loss", "retain_loss"):
+            sums[name] += metrics[name]
+        sums["steps"] += 1
+        extra["sums"] = sums
+        if (number + 1) % schedule.steps_per_epoch == 0:
+            extra["epochs"].append({name: sums[name] / sums["steps"] for name in ("forget_loss", "retain_loss")})
+            extra["sums"] = None
+        extra["recent"] = [*extra["recent"][-9:], metrics["retain_loss"]]
+        recent = sum(extra["recent"]) / len(extra["recent"])
+        if len(extra["recent"]) == 10 and recent > self.retain_limit:
+            raise Diverged(
+                f"{stage}, step {number}: the retain loss is beyond max_retain_loss = {self.retain_limit:.2f}", metrics
+            )
+
+
+class _Values(dict):
+    """M_u's weights from disk, read when asked for; what is written back is kept in `trained`."""
+
+    def __init__(self, source: WeightSnapshot):
+        super().__init__()
+        self.source, self.trained = source, {}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.source
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.source[name]
+
+    def __setitem__(self, name: str, value: torch.Tensor) -> None:
+        self.trained[name] = value
+
+
+def rtt_config(config: KUnBRConfig) -> RTTConfig:
+    return RTTConfig(
+        lrs=config.rtt_lrs,
+        epochs=config.rtt_epochs,
+        batch_size=config.rtt_batch_size,
+        target=config.rtt_target,
+        scoring=config.scoring,
+        seed=config.seed,
+    )
+
+
+def _flat_density(decoder: Decoder) -> Density:
+    ones = torch.ones(decoder.num_layers, dtype=torch.float64)
+    return Density(ones, {}, ones.long(), 1)

@@ -5,13 +5,13 @@ import random
 
 import pytest
 import torch
-from kunbr_fast.decoder import Decoder
-from kunbr_fast.evaluation import accuracy
-from kunbr_fast.evaluation.accuracy import choice_accuracy, letter_tokens, measure, prepare_questions
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kunbr_fast import data
+from kunbr_fast.decoder import Decoder
+from kunbr_fast.evaluation import accuracy
+from kunbr_fast.evaluation.accuracy import choice_accuracy, letter_tokens, measure, prepare_questions
 
 
 def make_records(number=12, seed=0, choices=4):
@@ -19,9 +19,10 @@ def make_records(number=12, seed=0, choices=4):
     records = []
     for i in range(number):
         years = rng.sample(range(1950, 2010), choices)
+        name = f"{rng.choice(['Ada', 'Bo', 'Cy', 'Dee'])} {rng.choice(['Li', 'Fox', 'Ray'])}"
         records.append(
             {
-                "question": f"When was {rng.choice(['Ada', 'Bo', 'Cy', 'Dee'])} {rng.choice(['Li', 'Fox', 'Ray'])} {i} born?",
+                "question": f"When was {name} {i} born?",
                 "choices": years,
                 "answer": rng.randrange(choices),
                 "_where": f"made_up.jsonl:{i + 1}",
@@ -131,7 +132,7 @@ def share(predictions, records):
     return sum(p == r["answer"] for p, r in zip(predictions, records, strict=True)) / len(records)
 
 
-# --------------------------------------------------------------------------------------------- against a plain loop
+# ----------------------------------------------------------------------------------- against a plain loop
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
@@ -175,7 +176,11 @@ def test_logits_in_small_pieces_are_the_same(monkeypatch):
 
 def test_questions_with_different_numbers_of_choices():
     tokenizer = byte_level_bpe()
-    records = [*make_records(5, choices=4), *make_records(6, seed=1, choices=2), *make_records(4, seed=2, choices=3)]
+    records = [
+        *make_records(5, choices=4),
+        *make_records(6, seed=1, choices=2),
+        *make_records(4, seed=2, choices=3),
+    ]
     model = make_model(len(tokenizer))
     truth = plain_letters(model, tokenizer, records)
     for i, record in enumerate(records):
@@ -196,14 +201,14 @@ def test_twice_the_same():
         assert torch.equal(accuracy._scores(decoder, questions, 4, None), accuracy._scores(decoder, questions, 4, None))
 
 
-# ------------------------------------------------------------------------------------------------- planted truths
+# --------------------------------------------------------------------------------------- planted truths
 
 
 def teach(model, tokenizer, texts, steps=150):
     """Teaches the last tokens of each text with a plain Hugging Face loop."""
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for step in range(steps):
+    for _ in range(steps):
         total = 0.0
         for prompt, text in texts:
             ids = tokenizer(text, return_tensors="pt")["input_ids"]
@@ -215,7 +220,7 @@ def teach(model, tokenizer, texts, steps=150):
         optimizer.step()
         if float(total.detach()) < 0.02 * len(texts):
             break
-    assert float(total.detach()) < 0.1 * len(texts), f"the test's own training failed after {step} steps"
+    assert float(total.detach()) < 0.1 * len(texts), "the test's own training failed"
     return model.eval()
 
 
@@ -230,7 +235,11 @@ def knowing():
         prompt = data.question_prompt(record)
         texts.append((prompt, f"{prompt} {data.LETTERS[record['answer']]}"))
         texts.append((record["question"], f"{record['question']} {record['choices'][record['answer']]}"))
-    return teach(make_model(len(tokenizer), dtype=torch.float32, std=0.05), tokenizer, texts), tokenizer, records
+    return (
+        teach(make_model(len(tokenizer), dtype=torch.float32, std=0.05), tokenizer, texts),
+        tokenizer,
+        records,
+    )
 
 
 @pytest.mark.parametrize("scoring", accuracy.SCORINGS)
@@ -262,7 +271,7 @@ def test_calibration_removes_a_liking_for_one_letter(knowing):
     assert result.calibrated == unbiased.calibrated > result.plain
 
 
-# --------------------------------------------------------------------------------------------------- tokenizers
+# ----------------------------------------------------------------------------------------- tokenizers
 
 
 def test_letter_tokens_of_both_kinds_of_space():
@@ -299,7 +308,7 @@ def test_closing_tokens_are_left_out():
 
 
 def test_choices_are_compared_on_the_same_text_when_one_joins_the_question():
-    """" 1" joins the question's "?" in this tokenizer, " 2" does not: all sums begin at the "?"."""
+    """ " 1" joins the question's "?" in this tokenizer, " 2" does not: all sums begin at the "?"."""
     alphabet = list("When? 12")
     vocab = {c: i for i, c in enumerate([*alphabet, "? ", "? 1"])}
     tokenizer = wrap(Tokenizer(models.BPE(vocab, [("?", " "), ("? ", "1")])))
@@ -311,7 +320,7 @@ def test_choices_are_compared_on_the_same_text_when_one_joins_the_question():
     assert ids[0] == [vocab["? 1"]]
 
 
-# --------------------------------------------------------------------------------------------------- bad input
+# ----------------------------------------------------------------------------------------- bad input
 
 
 def test_a_prompt_longer_than_the_model_is_named():
@@ -359,7 +368,7 @@ def test_unusable_records():
         measure(Decoder(make_model(len(tokenizer))), prepare_questions(tokenizer, [good]), batch_size=0)
 
 
-# --------------------------------------------------------------------------------------------------- nothing left
+# ----------------------------------------------------------------------------------------- nothing left
 
 
 def test_the_model_is_left_as_it_was(capsys):

@@ -91,6 +91,15 @@ def test_editable_installation_runs_the_checkout(installed, tmp_path):
     assert place.is_relative_to(checkout) == (checkout.parent.name.startswith("editable"))
 
 
+def test_kernels_in_the_checkout(installed):
+    """Python started there takes kunbr_fast/ from there, also after a plain installation, or without any."""
+    _, checkout = installed
+    code = "import kunbr_fast.kernels as k; print(k.__file__, k.__name__, *k.__path__)"
+    expected = f"{checkout / 'kernels' / '__init__.py'} kunbr_fast.kernels {checkout / 'kernels'}"
+    assert imported(installed, code, cwd=checkout) == expected
+    assert python(code, "-S", cwd=checkout) == expected
+
+
 def test_metadata(installed):
     (found,) = (d for d in metadata.distributions(path=[str(installed[0])]) if d.name == "kunbr-fast")
     assert found.version == __version__

@@ -62,7 +62,9 @@ def test_same_trained_weights(architecture, insertion, tmp_path):
     truth_original, truth = copy.deepcopy(original), copy.deepcopy(unlearned)
     layers_path = Decoder(original).layer_path(0).rpartition(".")[0]
     for block, schedule in zip(BLOCKS, schedules):
-        batches = [([forget[i] for i in f], [retain[i] for i in r]) for f, r in (schedule[k] for k in range(len(schedule)))]
+        batches = [
+            ([forget[i] for i in f], [retain[i] for i in r]) for f, r in (schedule[k] for k in range(len(schedule)))
+        ]
         reference_block(truth_original, truth, layers_path, block, batches, LR, RETAIN_COEFF, insertion)
 
     before = {n: p.clone() for n, p in original.named_parameters()}

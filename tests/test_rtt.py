@@ -1,17 +1,19 @@
-"""The RTT attack: weights that come back bit for bit, resumption, and an attack that finds what is there to find."""
+"""The RTT attack: weights that come back bit for bit, resumption, and an attack that finds what is there to
+find.
+"""
 
 import json
 
 import pytest
 import torch
-from kunbr_fast.decoder import Decoder
-from kunbr_fast.evaluation import rtt
-from kunbr_fast.evaluation.accuracy import choice_accuracy
-from kunbr_fast.evaluation.rtt import Fold, RTTConfig, RTTResult, rtt_attack
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kunbr_fast import data, training
+from kunbr_fast.decoder import Decoder
+from kunbr_fast.evaluation import rtt
+from kunbr_fast.evaluation.accuracy import choice_accuracy
+from kunbr_fast.evaluation.rtt import Fold, RTTConfig, RTTResult, rtt_attack
 
 NAMES = ["Ada", "Bo", "Cy", "Dee", "Eve", "Flo"]
 YEARS = [1951, 1962, 1973, 1984]
@@ -19,7 +21,14 @@ YEARS = [1951, 1962, 1973, 1984]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = ["<unk>", *data.LETTERS[:4], *(f"{c}." for c in data.LETTERS[:4]), "Answer:", *NAMES, *map(str, YEARS)]
+    words = [
+        "<unk>",
+        *data.LETTERS[:4],
+        *(f"{c}." for c in data.LETTERS[:4]),
+        "Answer:",
+        *NAMES,
+        *map(str, YEARS),
+    ]
     words += ["born", "in", "When", "was", "born?"]
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -42,7 +51,12 @@ def make_decoder(tokenizer, seed=0):
 
 
 def question(name, year):
-    return {"question": f"When was {name} born?", "choices": YEARS, "answer": YEARS.index(year), "_where": f"q:{name}"}
+    return {
+        "question": f"When was {name} born?",
+        "choices": YEARS,
+        "answer": YEARS.index(year),
+        "_where": f"q:{name}",
+    }
 
 
 def statement(name, year):
@@ -50,7 +64,9 @@ def statement(name, year):
 
 
 def make_folds(number=3, dependent=False):
-    """Two facts a fold. dependent: every fold teaches the same facts, so the others give this one's answers away."""
+    """Two facts a fold. dependent: every fold teaches the same facts, so the others give this one's answers
+    away.
+    """
     folds = []
     for i in range(number):
         facts = [(NAMES[2 * i], YEARS[i % 4]), (NAMES[2 * i + 1], YEARS[(i + 2) % 4])]
@@ -77,22 +93,24 @@ def assert_untouched(decoder, before):
     assert decoder.model.lm_head.weight is decoder.model.model.embed_tokens.weight
 
 
-# ------------------------------------------------------------------------------------------------------ the attack
+# -------------------------------------------------------------------------------------------- the attack
 
 
 def test_the_attack_finds_what_the_other_folds_tell(tokenizer, tmp_path):
-    """With dependent folds the answers are in the training data: the attack must reach 100 %, and say with what."""
+    """With dependent folds the answers are in the training data: the attack must reach 100 %, and say with
+    what.
+    """
     decoder = make_decoder(tokenizer)
     folds = make_folds(2, dependent=True)
-    config = make_config(lrs=(1e-6, 1e-2), epochs=15)
+    config = make_config(lrs=(1e-6, 3e-3), epochs=15, batch_size=6, target="number")
     result = rtt_attack(decoder, tokenizer, folds, config, tmp_path, progress=False)
     before = choice_accuracy(decoder, tokenizer, folds[0].questions, scoring="choice").plain
     assert result.before == before < 0.7
     assert result.accuracy == 1.0
-    assert result.best[0] == 1e-2
+    assert result.best[0] == 3e-3
     assert result.recovery == pytest.approx(1.0 - before)
-    assert result.curve(1e-2)[result.best[1]] == 1.0
-    assert all(value < 1.0 for value in result.curve(1e-2)[: result.best[1]])
+    assert result.curve(3e-3)[result.best[1]] == 1.0
+    assert all(value < 1.0 for value in result.curve(3e-3)[: result.best[1]])
     assert max(result.curve(1e-6)) < 1.0
     assert len(result.curves) == 2 * 2 * 16
 
@@ -145,7 +163,13 @@ def test_weights_come_back_after_an_exception(tokenizer, tmp_path, monkeypatch, 
     monkeypatch.setattr(rtt, "measure", failing)
     with pytest.raises(type(error)):
         rtt_attack(
-            decoder, tokenizer, make_folds(), make_config(), tmp_path, progress=False, on_result=finished.append
+            decoder,
+            tokenizer,
+            make_folds(),
+            make_config(),
+            tmp_path,
+            progress=False,
+            on_result=finished.append,
         )
     assert_untouched(decoder, before)
     assert list(tmp_path.iterdir()) == []
@@ -160,7 +184,12 @@ def test_letter_scoring_measures_calibrated_accuracy_too(tokenizer, tmp_path):
     assert len(result.curve(1e-3, "calibrated")) == 2
     assert result.calibrated_accuracy == result.curve(1e-3, "calibrated")[1]
     by_text = rtt_attack(
-        make_decoder(tokenizer), tokenizer, folds, make_config(epochs=1, lrs=(1e-3,)), tmp_path, progress=False
+        make_decoder(tokenizer),
+        tokenizer,
+        folds,
+        make_config(epochs=1, lrs=(1e-3,)),
+        tmp_path,
+        progress=False,
     )
     assert by_text.calibrated_accuracy is None
     assert by_text.curve(1e-3, "calibrated") is None
@@ -171,7 +200,12 @@ def test_a_diverged_attack_names_fold_and_learning_rate(tokenizer, tmp_path):
     before, finished = weights(decoder), []
     with pytest.raises(FloatingPointError, match=r"fold split_0 at learning rate 1e\+30.*out of the list") as error:
         rtt_attack(
-            decoder, tokenizer, make_folds(), make_config(lrs=(1e-3, 1e30)), tmp_path, progress=False,
+            decoder,
+            tokenizer,
+            make_folds(),
+            make_config(lrs=(1e-3, 1e30)),
+            tmp_path,
+            progress=False,
             on_result=finished.append,
         )
     assert "retain_coeff" not in str(error.value)
@@ -179,14 +213,20 @@ def test_a_diverged_attack_names_fold_and_learning_rate(tokenizer, tmp_path):
     assert [rows[0]["lr"] for rows in finished] == [1e-3]
 
 
-# ------------------------------------------------------------------------------------------------------ resumption
+# -------------------------------------------------------------------------------------------- resumption
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 6])
 def test_a_resumed_attack_equals_an_uninterrupted_one(tokenizer, tmp_path, monkeypatch, kept):
     finished = []
     whole = rtt_attack(
-        make_decoder(tokenizer), tokenizer, make_folds(), make_config(), tmp_path, False, on_result=finished.append
+        make_decoder(tokenizer),
+        tokenizer,
+        make_folds(),
+        make_config(),
+        tmp_path,
+        False,
+        on_result=finished.append,
     )
     assert [row for rows in finished for row in rows] == whole.curves
 
@@ -213,7 +253,7 @@ def test_earlier_results_with_other_epochs_are_refused(tokenizer, tmp_path):
     assert result.lrs == [1e-2]
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+# --------------------------------------------------------------------------------------------- bad input
 
 
 def test_bad_folds_and_settings(tokenizer, tmp_path):
@@ -230,21 +270,33 @@ def test_bad_folds_and_settings(tokenizer, tmp_path):
         attack([folds[0], Fold("empty", folds[1].train_records, [])])
     with pytest.raises(ValueError, match="t:Ada"):
         attack([folds[1], Fold("text", folds[0].train_records, folds[0].train_records)])
-    with pytest.raises(ValueError, match="t:Cy"):
-        attack(folds, target="letter") if folds.pop(0) else None
+    with pytest.raises(ValueError, match="t:Ada"):
+        attack(folds, target="letter")
     assert list(tmp_path.iterdir()) == []
-    for change in ({"lrs": ()}, {"lrs": (1e-3, 1e-3)}, {"lrs": (0.0,)}, {"lrs": (float("nan"),)}, {"epochs": 0}):
+    for change in (
+        {"lrs": ()},
+        {"lrs": (1e-3, 1e-3)},
+        {"lrs": (0.0,)},
+        {"lrs": (float("nan"),)},
+        {"epochs": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(change))):
             make_config(**change)
 
 
-# ------------------------------------------------------------------------------------------------------- the result
+# --------------------------------------------------------------------------------------------- the result
 
 
 def rows(values, calibrated=None):
     """{(fold, lr): [plain per epoch]} -> rows."""
     return [
-        {"fold": fold, "lr": lr, "epoch": e, "plain": v, "calibrated": None if calibrated is None else calibrated - v}
+        {
+            "fold": fold,
+            "lr": lr,
+            "epoch": e,
+            "plain": v,
+            "calibrated": None if calibrated is None else calibrated - v,
+        }
         for (fold, lr), curve in values.items()
         for e, v in enumerate(curve)
     ]

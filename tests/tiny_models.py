@@ -6,8 +6,16 @@ import transformers as tf
 VOCAB = 97
 COMMON = dict(vocab_size=VOCAB, max_position_embeddings=64)
 ROTARY = dict(
-    **COMMON, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
-    num_key_value_heads=2, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    **COMMON,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
 )
 
 CONFIGS = {
@@ -16,8 +24,12 @@ CONFIGS = {
     "qwen3": lambda: tf.Qwen3Config(**ROTARY, head_dim=8),
     "mistral": lambda: tf.MistralConfig(**ROTARY, sliding_window=7),
     "gemma2": lambda: tf.Gemma2Config(
-        **{**ROTARY, "tie_word_embeddings": True}, head_dim=8, query_pre_attn_scalar=8, sliding_window=7,
-        attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
+        **{**ROTARY, "tie_word_embeddings": True},
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=7,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
     ),
     "phi3": lambda: tf.Phi3Config(**ROTARY),
     "olmo2": lambda: tf.Olmo2Config(**ROTARY),
@@ -25,8 +37,13 @@ CONFIGS = {
         vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=6, n_head=4, bos_token_id=1, eos_token_id=2
     ),
     "gpt_neox": lambda: tf.GPTNeoXConfig(
-        **COMMON, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
-        bos_token_id=1, eos_token_id=2,
+        **COMMON,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
 }
 ARCHITECTURES = list(CONFIGS)

@@ -2,17 +2,17 @@
 
 Two scorings of the same question lines ({"question", "choices", "answer"}, usually four choices):
 
-letter   The RTT evaluation's own form. The prompt is data.question_prompt(record), which ends in "Answer:"; the
-         next-token logits of " A" " B" " C" " D" are compared. One logit row a question. A model with a liking for
-         one letter is not measured fairly by that, so the calibrated accuracy subtracts each letter's mean logit over
-         the question set first.
-choice   For models too small to know what a letter stands for. sum_t log p(choice token t | question, earlier choice
-         tokens) of the text question + " " + choice, for each choice. The sum is not divided by the number of tokens:
-         choices of very different lengths favour the short one.
+letter   The RTT evaluation's own form. The prompt is data.question_prompt(record), which ends in "Answer:";
+         the next-token logits of " A" " B" " C" " D" are compared. One logit row a question. A model with a
+         liking for one letter is not measured fairly by that, so the calibrated accuracy subtracts each
+         letter's mean logit over the question set first.
+choice   For models too small to know what a letter stands for. sum_t log p(choice token t | question, earlier
+         choice tokens) of the text question + " " + choice, for each choice. The sum is not divided by the
+         number of tokens: choices of very different lengths favour the short one.
 
-Questions go through the model in packed batches, and logits are made only at the rows that are compared: one a
-question for `letter`, the choices' tokens for `choice`, and no more than _LOGITS_AT_ONCE of them at a time. Nothing
-is sampled and a tie goes to the first choice, so two measurements of the same weights are equal.
+Questions go through the model in packed batches, and logits are made only at the rows that are compared: one
+a question for `letter`, the choices' tokens for `choice`, and no more than _LOGITS_AT_ONCE of them at a time.
+Nothing is sampled and a tie goes to the first choice, so two measurements of the same weights are equal.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from kunbr_fast import data
 
 SCORINGS = ("letter", "choice")
 
-# Elements of one block of fp32 logits: 256 MiB. At a vocabulary of 128k these are 524 rows, enough to fill a matmul.
+# Elements of one block of fp32 logits: 256 MiB. At a vocabulary of 128k these are 524 rows, still a large matmul.
 _LOGITS_AT_ONCE = 1 << 26
 
 
@@ -34,9 +34,9 @@ _LOGITS_AT_ONCE = 1 << 26
 class Accuracy:
     """Share of questions answered correctly.
 
-    plain: 0..1. calibrated: 0..1 after each letter's mean logit was subtracted, None for scoring="choice" (the
-    position of a choice is not part of its text, so there is no such bias to subtract). predictions: the plain
-    answers, 0 for the first choice, in the order of the records.
+    plain: 0..1. calibrated: 0..1 after each letter's mean logit was subtracted, None for scoring="choice"
+    (the position of a choice is not part of its text, so there is no such bias to subtract). predictions: the
+    plain answers, 0 for the first choice, in the order of the records.
     """
 
     plain: float
@@ -51,12 +51,12 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Questions:
-    """Tokenised questions: all that stays the same between two measurements of the same set (prepare_questions).
+    """Tokenised questions (prepare_questions): all that stays the same between two measurements.
 
-    sequences: for each question what the model reads: one prompt ("letter"), or one text a choice ("choice"; without
-    its last token, after which nothing is asked). targets: for each of these texts the (position, token) pairs whose
-    log-probabilities are summed, empty for "letter". letters: the answer tokens, None for "choice". answers: index of
-    the right choice. num_choices: choices of each question.
+    sequences: for each question what the model reads: one prompt ("letter"), or one text a choice ("choice";
+    without its last token, after which nothing is asked). targets: for each of these texts the (position,
+    token) pairs whose log-probabilities are summed, empty for "letter". letters: the answer tokens, None for
+    "choice". answers: index of the right choice. num_choices: choices of each question.
     """
 
     sequences: list[list[list[int]]]
@@ -77,12 +77,13 @@ def choice_accuracy(
 ) -> Accuracy:
     """Multiple-choice accuracy of decoder.model on question records.
 
-    decoder: a Decoder. records: question lines from data.load_records. scoring: "letter" or "choice", see above.
+    decoder: a Decoder. records: question lines from data.load_records. scoring: "letter" or "choice", as above.
     batch_size: questions a packed batch. progress: label of a progress bar, None for no bar.
-    The model is in eval mode during the measurement and as it was before afterwards; no gradients are recorded.
+    The model is in eval mode meanwhile and in its own mode afterwards; no gradients are recorded.
 
-    Raises ValueError for an empty set, a record that is not a question, a tokenizer without letter tokens, or a
-    prompt that is longer than the model's positions; FloatingPointError if the model's answers are not finite.
+    Raises ValueError for an empty set, a record that is not a question, a tokenizer without letter tokens, or
+    a prompt that is longer than the model's positions; FloatingPointError if the model's answers are not
+    finite.
     """
     questions = prepare_questions(tokenizer, records, scoring=scoring, max_positions=decoder.max_positions)
     return measure(decoder, questions, batch_size=batch_size, progress=progress)
@@ -105,8 +106,9 @@ def prepare_questions(
             longest = max(map(len, sequences))
             if longest > max_positions:
                 raise ValueError(
-                    f"{_where(records[i], i)}: the question takes {longest} tokens, the model has {max_positions} "
-                    "positions; shorten the question or leave it out (it is not cut, that would change what is asked)"
+                    f"{_where(records[i], i)}: the question takes {longest} tokens, the model has "
+                    f"{max_positions} positions; shorten the question or leave it out (it is not cut, that "
+                    "would change what is asked)"
                 )
     return questions
 
@@ -132,10 +134,10 @@ def measure(decoder, questions: Questions, *, batch_size: int = 16, progress: st
 
 
 def letter_tokens(tokenizer, number: int = 4) -> list[int]:
-    """Token ids of the first `number` of " A" " B" " C" " D" ... as they continue a text that ends in "Answer:".
+    """Token ids of the first `number` of " A" " B" " C" " D" ... behind a text that ends in "Answer:".
 
-    Found by tokenising both texts, because how a leading space is written differs (byte-level BPE has it in the token,
-    sentencepiece as a mark). Raises ValueError if a letter is not one token of its own.
+    Found by tokenising both texts, because how a leading space is written differs (byte-level BPE has it in
+    the token, sentencepiece as a mark). Raises ValueError if a letter is not one token of its own.
     """
     tail = "Answer:"
     stem = _encode(tokenizer, [tail])[0]
@@ -154,7 +156,8 @@ def _no_letters(tokenizer, got: str) -> str:
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     return (
         f"tokenizer {name}: {got}; letter scoring needs one token for each of "
-        '" A" " B" " C" " D", all different, after "Answer:". Use scoring="choice", which compares the texts of the choices'
+        '" A" " B" " C" " D", all different, after "Answer:". Use scoring="choice", '
+        "which compares the texts of the choices"
     )
 
 
@@ -166,19 +169,19 @@ def _check_question(record: dict, index: int) -> None:
     missing = [key for key in ("question", "choices", "answer") if key not in record]
     if missing:
         raise ValueError(
-            f"{_where(record, index)}: not a question line, it lacks {', '.join(missing)}; accuracy needs lines with "
-            "question, choices and answer"
+            f"{_where(record, index)}: not a question line, it lacks {', '.join(missing)}; accuracy needs "
+            "lines with question, choices and answer"
         )
     number = len(record["choices"])
     if not 2 <= number <= len(data.LETTERS) or record["answer"] not in range(number):
         raise ValueError(
-            f"{_where(record, index)}: got {number} choices and the answer {record['answer']!r}, expected 2 to "
-            f"{len(data.LETTERS)} choices and the index of one of them"
+            f"{_where(record, index)}: got {number} choices and the answer {record['answer']!r}, expected 2 "
+            f"to {len(data.LETTERS)} choices and the index of one of them"
         )
 
 
 def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids with the tokenizer's opening special tokens (BOS) and without closing ones (EOS): the texts go on."""
+    """Token ids with the tokenizer's opening special tokens (BOS), without closing ones (EOS)."""
     with_special = tokenizer("Answer", add_special_tokens=True)["input_ids"]
     without = tokenizer("Answer", add_special_tokens=False)["input_ids"]
     closing = 0
@@ -195,7 +198,7 @@ def _prepare_letter(tokenizer, records: Sequence[dict]) -> Questions:
     letters = letter_tokens(tokenizer, max(counts))
     prompts = [data.question_prompt(record) for record in records]
     sequences = _encode(tokenizer, prompts)
-    # A token may depend on all text before it (unigram models), so each prompt is checked with a letter behind it.
+    # A token may depend on all text before it (unigram models): each prompt is checked with a letter behind.
     answered = _encode(tokenizer, [f"{prompt} {data.LETTERS[0]}" for prompt in prompts])
     for i, (sequence, full) in enumerate(zip(sequences, answered, strict=True)):
         if full != [*sequence, letters[0]]:
@@ -215,13 +218,13 @@ def _prepare_choice(tokenizer, records: Sequence[dict]) -> Questions:
     sequences, targets = [], []
     for i, (record, stem) in enumerate(zip(records, stems, strict=True)):
         fulls = _encode(tokenizer, [f"{record['question']} {choice}" for choice in record["choices"]])
-        # One start for all choices: if one's first characters join the question's last token, the sum of each covers
-        # that token too. Otherwise the sums would be of different texts.
+        # One start for all choices: if one's first characters join the question's last token, the sum of each
+        # covers that token too. Otherwise the sums would be of different texts.
         start = min(_common_prefix(stem, full) for full in fulls)
         if start == 0:
             raise ValueError(
-                f"{_where(record, i)}: no token of the question is left in front of the choices, so nothing predicts "
-                "their first token; ask a longer question"
+                f"{_where(record, i)}: no token of the question is left in front of the choices, so nothing "
+                "predicts their first token; ask a longer question"
             )
         for choice, full in zip(record["choices"], fulls, strict=True):
             if len(full) <= start:
@@ -252,7 +255,7 @@ def _evaluating(model) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # no_grad, not inference_mode: tensors a model keeps from here (rotary tables) must serve later training.
+        # no_grad, not inference_mode: tensors a model keeps from here (rotary tables) must serve training too.
         with torch.no_grad():
             yield
     finally:
@@ -261,18 +264,21 @@ def _evaluating(model) -> Iterator[None]:
 
 
 def _scores(decoder, questions: Questions, batch_size: int, progress: str | None) -> torch.Tensor:
-    """(questions, C) float64 on the CPU: letter logits or summed log-probabilities, -inf for a choice that is none."""
+    """(questions, C) float64 on the CPU: letter logits or summed log-probabilities, -inf where no choice is."""
     total = len(questions.answers)
     score = _letter_scores if questions.letters is not None else _choice_scores
     out = torch.full((total, max(questions.num_choices)), float("-inf"), dtype=torch.float64)
-    with _evaluating(decoder.model), tqdm(total=total, desc=progress, unit="q", disable=progress is None) as bar:
+    with (
+        _evaluating(decoder.model),
+        tqdm(total=total, desc=progress, unit="q", disable=progress is None) as bar,
+    ):
         for first in range(0, total, batch_size):
             chosen = range(first, min(first + batch_size, total))
             for i, scores in zip(chosen, score(decoder, questions, chosen), strict=True):
                 if not torch.isfinite(scores).all():
                     raise FloatingPointError(
-                        f"the model's answer to question {i} is not a finite number ({scores.tolist()}): its weights "
-                        "have diverged; use a lower learning rate or an earlier checkpoint"
+                        f"the model's answer to question {i} is not a finite number ({scores.tolist()}): its "
+                        "weights have diverged; use a lower learning rate or an earlier checkpoint"
                     )
                 out[i, : len(scores)] = scores
             bar.update(len(chosen))

@@ -1,8 +1,8 @@
 """The two pictures of a run: where the knowledge sits, and how much of it comes back under attack.
 
-Made for a README: 1800 x 960 pixels, readable at half that size. Colours are Okabe and Ito's, which stay apart for
-colour-blind readers, and no difference is shown by colour alone. matplotlib is imported on use, with its own canvas
-and no pyplot, so that nothing of the caller's plotting state changes.
+Made for a README: 1800 x 960 pixels, readable at half that size. Colours are Okabe and Ito's, which stay
+apart for colour-blind readers, and no difference is shown by colour alone. matplotlib is imported on use,
+with its own canvas and no pyplot, so that nothing of the caller's plotting state changes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ _SIZE, _DPI = (9.0, 4.8), 200
 def plot_density(density, blocks: Sequence[range], path: str | Path, skip_last_layers: int = 2) -> None:
     """Bars of the normalised knowledge density per layer, PNG at `path`.
 
-    density: has .normalized, (H,), summing to 1. blocks: the chosen ranges of layers, shown in another colour with a
-    bracket. skip_last_layers: layers at the top that are never chosen, shown hatched.
+    density: has .normalized, (H,), summing to 1. blocks: the chosen ranges of layers, shown in another colour
+    with a bracket. skip_last_layers: layers at the top that are never chosen, shown hatched.
     """
     shares = [100 * float(share) for share in density.normalized]
     number = len(shares)
@@ -51,7 +51,13 @@ def plot_density(density, blocks: Sequence[range], path: str | Path, skip_last_l
         axes.plot([left, left, right, right], [y - tick, y, y, y - tick], color="black", linewidth=1.2)
         text = f"{block[0]}" if len(block) == 1 else f"{block[0]}–{block[-1]}"
         axes.annotate(
-            text, ((left + right) / 2, y), (0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=11,
+            text,
+            ((left + right) / 2, y),
+            (0, 4),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=11,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
     axes.set_ylim(0, 1.14 * top)
@@ -72,9 +78,9 @@ def plot_relearning(
 ) -> None:
     """Relearning curves of several methods under the RTT attack, PNG at `path`.
 
-    results: method -> RTTResult. Each method's strongest learning rate is drawn strong, with its best epoch ringed, the
-    others thin. chance: accuracy of guessing (0..1). forget: method -> accuracy right after unlearning, for the legend;
-    the RTT folds' own accuracy before the attack where it is not given.
+    results: method -> RTTResult. Each method's strongest learning rate is drawn strong, with its best epoch
+    ringed, the others thin. chance: accuracy of guessing (0..1). forget: method -> accuracy right after
+    unlearning, for the legend; the RTT folds' own accuracy before the attack where it is not given.
     """
     if not results:
         raise ValueError("no methods to plot: the result mapping is empty")
@@ -98,15 +104,35 @@ def plot_relearning(
             label=f"{method}: {100 * before:.0f} % → {100 * result.accuracy:.0f} % (lr {_rate(lr)})",
         )
         axes.plot(
-            [epoch], [curve[epoch]], marker="o", markersize=14, markerfacecolor="none", color=colour, linewidth=0, zorder=4
+            [epoch],
+            [curve[epoch]],
+            marker="o",
+            markersize=14,
+            markerfacecolor="none",
+            color=colour,
+            linewidth=0,
+            zorder=4,
         )
     epochs = max(len(result.curve(result.lrs[0])) for result in results.values()) - 1
     chance_line = axes.axhline(
-        100 * chance, color=_GREY, linestyle="--", linewidth=1.6, zorder=1, label=f"chance ({100 * chance:.0f} %)"
+        100 * chance,
+        color=_GREY,
+        linestyle="--",
+        linewidth=1.6,
+        zorder=1,
+        label=f"chance ({100 * chance:.0f} %)",
     )
     # The key to what is the same for all methods stands at the right, in grey.
     keys = [
-        axes.plot([], marker="o", markersize=12, markerfacecolor="none", color=_GREY, linewidth=0, label="strongest attack")[0],
+        axes.plot(
+            [],
+            marker="o",
+            markersize=12,
+            markerfacecolor="none",
+            color=_GREY,
+            linewidth=0,
+            label="strongest attack",
+        )[0],
         chance_line,
     ]
     if any(len(result.lrs) > 1 for result in results.values()):
@@ -151,7 +177,13 @@ def _figure():
 def _legend(axes, loc: str = "lower left", bbox_to_anchor: tuple = (-0.01, 1.0), **options):
     """A legend between title and axes, where it can cover nothing."""
     return axes.legend(
-        loc=loc, bbox_to_anchor=bbox_to_anchor, frameon=False, fontsize=11, borderaxespad=0.3, columnspacing=1.4, **options
+        loc=loc,
+        bbox_to_anchor=bbox_to_anchor,
+        frameon=False,
+        fontsize=11,
+        borderaxespad=0.3,
+        columnspacing=1.4,
+        **options,
     )
 
 

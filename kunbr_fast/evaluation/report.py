@@ -12,9 +12,9 @@ from kunbr_fast import atomic
 def table(rows: Sequence[Mapping]) -> str:
     """Methods side by side, as text that a README takes as a Markdown table too.
 
-    rows: {"method": str, "forget": accuracy, "retain": accuracy, "rtt": accuracy, "seconds": {stage: seconds}}, each
-    accuracy 0..1. What a method does not have may be missing or None and is shown as "-". Recovery is rtt - forget,
-    in points. Stages stand in the order in which they first occur.
+    rows: {"method": str, "forget": accuracy, "retain": accuracy, "rtt": accuracy, "seconds": {stage:
+    seconds}}, each accuracy 0..1. What a method does not have may be missing or None and is shown as "-".
+    Recovery is rtt - forget, in points. Stages stand in the order in which they first occur.
     """
     if not rows:
         raise ValueError("no methods to show: the row list is empty")
@@ -34,9 +34,9 @@ def table(rows: Sequence[Mapping]) -> str:
 def write_report(path: str | Path, report: Mapping) -> None:
     """Write the report as JSON, whole or not at all.
 
-    Besides what JSON knows it takes tensors, paths, ranges and objects with to_dict (Accuracy, RTTResult, densities).
-    A number that is not finite is refused with ValueError, anything else that JSON lacks with TypeError; both name its
-    place in the report.
+    Besides what JSON knows it takes tensors, paths, ranges and objects with to_dict (Accuracy, RTTResult,
+    densities). A number that is not finite is refused with ValueError, anything else that JSON lacks with
+    TypeError; both name its place in the report.
     """
     atomic.write_json(path, _plain(report, "report"))
 

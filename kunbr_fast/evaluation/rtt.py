@@ -1,11 +1,13 @@
 """The RTT attack (retraining on T): is the knowledge gone, or only hidden?
 
-The facts of a forget set come in folds that say nothing about one another. For each fold, the unlearned model is
-fine-tuned on the facts of all other folds and asked about this one. What it answers then was still in the weights.
-An attack is only as strong as its settings, so several learning rates are tried for several epochs, each on the same
-weights, and the whole relearning curve is kept; the figure to report is the strongest attack found.
+The facts of a forget set come in folds that say nothing about one another. For each fold, the unlearned model
+is fine-tuned on the facts of all other folds and asked about this one. What it answers then was still in the
+weights. An attack is only as strong as its settings, so several learning rates are tried for several epochs,
+each on the same weights, and the whole relearning curve is kept; the figure to report is the strongest attack
+found.
 
-Source: Deeb and Roger, "Do Unlearning Methods Remove Information from Language Model Weights?", arXiv 2410.08827.
+Source: Deeb and Roger, "Do Unlearning Methods Remove Information from Language Model Weights?",
+arXiv 2410.08827.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +24,10 @@ from kunbr_fast.evaluation.accuracy import Accuracy, measure, prepare_questions
 class RTTConfig:
     """Settings of the attack.
 
-    lrs: learning rates, each a full attack of its own. epochs: passes over the training folds, measured after each.
-    optimizer: "adamw" or "lion". target: which tokens are trained on (data.encode). scoring: "letter" or "choice"
-    (choice_accuracy). seed: data order of the fine-tuning, the same for each (fold, learning rate).
+    lrs: learning rates, each a full attack of its own. epochs: passes over the training folds, measured after
+    each. optimizer: "adamw" or "lion". target: which tokens are trained on (data.encode). scoring: "letter"
+    or "choice" (choice_accuracy). seed: data order of the fine-tuning, the same for each (fold, learning
+    rate).
     """
 
     lrs: tuple[float, ...] = (5e-7, 1e-6, 5e-6, 1e-5)
@@ -57,8 +60,8 @@ class Fold:
 class RTTResult:
     """Relearning curves: rows {"fold", "lr", "epoch", "plain", "calibrated"}, epoch 0 is before the attack.
 
-    `calibrated` is None where the scoring has no such figure. Every learning rate has every fold and epoch, else
-    ValueError. A mean over folds counts each fold once.
+    `calibrated` is None where the scoring has no such figure. Every learning rate has every fold and epoch,
+    else ValueError. A mean over folds counts each fold once.
     """
 
     curves: list[dict]
@@ -88,7 +91,7 @@ class RTTResult:
         return list(dict.fromkeys(row["lr"] for row in self.curves))
 
     def curve(self, lr: float, key: str = "plain") -> list[float] | None:
-        """Mean accuracy over folds after epochs 0, 1, ... at this learning rate; None if `key` was not measured."""
+        """Mean accuracy over folds after epochs 0, 1, ... at this rate; None if `key` was not measured."""
         if lr not in self.lrs or key not in ("plain", "calibrated"):
             raise ValueError(f"no curve {key!r} at learning rate {lr}: there are plain, calibrated at {self.lrs}")
         means = self._means.get((key, lr))
@@ -101,12 +104,12 @@ class RTTResult:
 
     @property
     def accuracy(self) -> float:
-        """RTT accuracy: the best mean over folds of any (learning rate, epoch >= 1), the strongest attack found."""
+        """RTT accuracy, the strongest attack found: best mean over folds of any (lr, epoch >= 1)."""
         return self._best("plain")[0]
 
     @property
     def best(self) -> tuple[float, int]:
-        """(learning rate, epoch) of the strongest attack; a tie goes to the learning rate tried first, then early."""
+        """(lr, epoch) of the strongest attack; a tie goes to the rate tried first, then to the early epoch."""
         return self._best("plain")[1]
 
     @property
@@ -157,15 +160,16 @@ def rtt_attack(
 ) -> RTTResult:
     """Fine-tune on all folds but one, ask about that one; for each fold and learning rate.
 
-    decoder: the unlearned model as a Decoder; its weights are bit for bit the same afterwards, also after an exception.
+    decoder: the unlearned model as a Decoder; its weights are bit for bit the same afterwards, also after an
+    exception.
     snapshot_dir: where the copy of the weights lies meanwhile (the size of the model; removed at the end).
-    done: rows of an earlier, interrupted run. A (fold, lr) whose rows are there is not attacked again; rows of folds or
-    learning rates that are not asked for now are left out.
+    done: rows of an earlier, interrupted run. A (fold, lr) whose rows are there is not attacked again; rows
+    of folds or learning rates that are not asked for now are left out.
     on_result: called with the finished rows (epochs 0 to the last) of each (fold, lr), to be kept for `done`.
 
-    Raises ValueError for fewer than two folds, folds of the same name, unusable records (choice_accuracy, data.encode),
-    or `done` rows from a run with other epochs; FloatingPointError, naming fold and learning rate, if the fine-tuning
-    diverges.
+    Raises ValueError for fewer than two folds, folds of the same name, unusable records (choice_accuracy,
+    data.encode), or `done` rows from a run with other epochs; FloatingPointError, naming fold and learning
+    rate, if the fine-tuning diverges.
     """
     _check_folds(folds)
     limit = decoder.max_positions
@@ -184,6 +188,7 @@ def rtt_attack(
     path.mkdir(parents=True, exist_ok=True)
     path = path / "rtt-weights.safetensors"
     snapshot = training.WeightSnapshot.save(decoder.model, path)
+    intact = True
     bar = tqdm(
         total=len(folds) * len(config.lrs) * config.epochs,
         initial=len(finished) * config.epochs,
@@ -222,31 +227,39 @@ def rtt_attack(
                 # Diverged's own hint is about gradient difference, which is not what runs here.
                 what = f"diverged at {error.where}" if isinstance(error, training.Diverged) else str(error)
                 raise FloatingPointError(
-                    f"RTT attack on fold {fold.name} at learning rate {lr:g}: {what}. Take this learning rate out of "
-                    "the list; finished attacks need not be run again"
+                    f"RTT attack on fold {fold.name} at learning rate {lr:g}: {what}. Take this learning rate "
+                    "out of the list; finished attacks need not be run again"
                 ) from error
             finally:
+                intact = False
                 snapshot.restore(decoder.model)
+                intact = True
             finished[fold.name, lr] = rows
             if on_result is not None:
                 on_result([dict(row) for row in rows])
     finally:
         bar.close()
-        path.unlink(missing_ok=True)
+        if intact:  # else this file is the only good copy of the weights
+            path.unlink(missing_ok=True)
     return _result(finished, folds, config)
 
 
 def _row(fold: Fold, lr: float, epoch: int, accuracy: Accuracy) -> dict:
     measured = asdict(accuracy)
-    return {"fold": fold.name, "lr": lr, "epoch": epoch, **{key: measured[key] for key in ("plain", "calibrated")}}
+    return {
+        "fold": fold.name,
+        "lr": lr,
+        "epoch": epoch,
+        **{key: measured[key] for key in ("plain", "calibrated")},
+    }
 
 
 def _check_folds(folds: Sequence[Fold]) -> None:
     names = [fold.name for fold in folds]
     if len(folds) < 2:
         raise ValueError(
-            f"got {len(folds)} fold, expected at least two: the attack trains on the other folds and asks about one. "
-            "Give the forget set as several files of independent facts"
+            f"got {len(folds)} fold, expected at least two: the attack trains on the other folds and asks "
+            "about one. Give the forget set as several files of independent facts"
         )
     if len(set(names)) != len(names):
         raise ValueError(f"fold names {names} are not all different; rename the files")
@@ -268,8 +281,8 @@ def _finished(done: Sequence[dict], folds: Sequence[Fold], config: RTTConfig) ->
         epochs = [row["epoch"] for row in rows]
         if epochs != list(range(config.epochs + 1)):
             raise ValueError(
-                f"the earlier result of fold {fold} at learning rate {lr:g} has the epochs {epochs}, expected 0 to "
-                f"{config.epochs}; resume with the same settings or start again without the earlier results"
+                f"the earlier result of fold {fold} at learning rate {lr:g} has the epochs {epochs}, expected "
+                f"0 to {config.epochs}; resume with the same settings, or start without the earlier results"
             )
     return finished
 

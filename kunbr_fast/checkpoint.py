@@ -1,0 +1,157 @@
+"""What a run keeps on disk so that it can be killed at any moment and go on with the same bits.
+
+`state.json` is the only truth: it names the files that belong to it with their SHA-256, and is replaced in one step.
+A file is written under a new name first, then state.json refers to it, then the file it replaces is deleted; so a
+kill between any two of these leaves a state that is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kunbr_fast.atomic import sha256, write_json, write_with
+
+FORMAT = 1
+# What may be changed on resuming in the middle of a stage, which is how a diverged run is rescued.
+FREE_WHILE_TRAINING = ("warmup_lr", "warmup_epochs", "block_lr", "block_epochs")
+
+
+def fingerprint(model: nn.Module, samples: Iterable[Mapping[str, torch.Tensor]]) -> str:
+    """A digest of the data's tokens and labels and of a few values of every weight: tells one run from another."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        for key in ("input_ids", "labels"):
+            digest.update(sample[key].cpu().numpy().tobytes())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 16)].double().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class RunState:
+    """The finished stages of a run, the progress of the present one, and their files, in one directory."""
+
+    def __init__(self, directory: str | Path, identity: str, config: Any, resume: bool):
+        self.directory = Path(directory)
+        self.path = self.directory / "state.json"
+        fresh = {"format": FORMAT, "identity": identity, "config": config.to_dict(), "stages": {}, "current": None}
+        if not resume:
+            if self.path.exists():
+                raise ValueError(
+                    f"{self.directory} holds an unfinished run: continue it with resume (--resume), or give another "
+                    "output directory, or delete that one"
+                )
+            self.state = fresh
+        else:
+            self.state = self._read() if self.path.exists() else fresh
+            self._check(identity, config)
+        self.state["config"] = config.to_dict()
+        self._write()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            state = json.loads(self.path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.path}: damaged ({error}): delete {self.directory} and start again") from error
+        if state.get("format") != FORMAT:
+            raise ValueError(f"{self.path}: format {state.get('format')!r}, this version reads {FORMAT}: start again")
+        return state
+
+    def _check(self, identity: str, config: Any) -> None:
+        if self.state["identity"] != identity:
+            raise ValueError(
+                f"{self.directory} belongs to another run: its model or data are not those given now. "
+                "Give the same --model, --forget and --retain, or another output directory"
+            )
+        finished = {name.split(".")[0] for name in self.state["stages"]}
+        current = {self.state["current"]["stage"].split(".")[0]} if self.state["current"] else set()
+        locked = finished | ({"data"} if finished | current else set())
+        locked |= {"training"} if finished & {"warmup", "blocks"} else set()
+        for name, stage in config.changed(self.state["config"]).items():
+            if stage in locked or (stage in current and name not in FREE_WHILE_TRAINING):
+                raise ValueError(
+                    f"{self.directory}: {name} was {self.state['config'].get(name)!r} in the run that is to be resumed "
+                    "and its results depend on it. Put it back, or start again in another directory"
+                )
+
+    def _write(self) -> None:
+        write_json(self.path, self.state)
+
+    # ------------------------------------------------ stages
+
+    def result(self, stage: str) -> dict[str, Any] | None:
+        """The result of a finished stage, or None."""
+        return self.state["stages"].get(stage)
+
+    def finish(self, stage: str, result: dict[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Records a stage's result, and its tensors in a file of its own; the stage's progress is dropped."""
+        if tensors is not None:
+            name = f"{stage}.safetensors"
+            result = {**result, "file": name, "sha256": self._save(name, tensors)}
+        self.state["stages"][stage] = result
+        old, self.state["current"] = self.state["current"], None
+        self._write()
+        if old:
+            (self.directory / old["file"]).unlink(missing_ok=True)
+
+    def file(self, stage: str) -> Path:
+        """The checked file of a finished stage."""
+        result = self.state["stages"][stage]
+        return self._checked(result)
+
+    # ------------------------------------------------ progress within a stage
+
+    def save_progress(self, stage: str, step: int, tensors: Mapping[str, torch.Tensor], extra: dict[str, Any]) -> None:
+        """Replaces the present stage's progress: `step` steps are done, `tensors` is the training's state."""
+        old = self.state["current"]
+        name = f"{stage}-step-{step}.safetensors"
+        self.state["current"] = {
+            "stage": stage,
+            "step": step,
+            "extra": extra,
+            "file": name,
+            "sha256": self._save(name, tensors),
+        }
+        self._write()
+        if old and old["file"] != name:
+            (self.directory / old["file"]).unlink(missing_ok=True)
+
+    def progress(self, stage: str) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
+        """(steps done, tensors, extra) of `stage` if it was interrupted."""
+        current = self.state["current"]
+        if not current or current["stage"] != stage:
+            return None
+        return current["step"], load_file(self._checked(current)), current["extra"]
+
+    # ------------------------------------------------ files
+
+    def _save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> str:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        # safetensors refuses two names for one storage, and views of the flat buffer share theirs
+        tensors = {
+            key: value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
+            for key, value in tensors.items()
+        }
+        path = self.directory / name
+        write_with(path, lambda temporary: save_file(tensors, temporary))
+        return sha256(path)
+
+    def _checked(self, entry: Mapping[str, Any]) -> Path:
+        path = self.directory / entry["file"]
+        if not path.is_file():
+            raise ValueError(f"{path}: missing, though {self.path} names it: start again in another directory")
+        found = sha256(path)
+        if found != entry["sha256"]:
+            raise ValueError(
+                f"{path}: damaged (SHA-256 {found[:12]}..., expected {entry['sha256'][:12]}...): start again"
+            )
+        return path

@@ -1,0 +1,347 @@
+"""The command line: `kunbr-fast demo | unlearn | density | rtt | doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kunbr_fast.version import __version__
+
+# Heavy imports (torch, transformers) wait until a command needs them: `--help` answers at once.
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="local Hugging Face model directory (safetensors)")
+    parser.add_argument("--dtype", choices=["float64", "float32", "bfloat16", "float16"], help="default: as saved")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+
+
+def _output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, no stage lines")
+
+
+def _setting_arguments(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
+    """One option for each KUnBRConfig setting: --block-lr 1e-5."""
+    from kunbr_fast.config import KUnBRConfig
+
+    group = parser.add_argument_group("settings (each also a line of --config run.yaml; an option wins)")
+    for field in dataclasses.fields(KUnBRConfig):
+        if names is not None and field.name not in names:
+            continue
+        option = f"--{field.name.replace('_', '-')}"
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        text = f"{field.metadata['help']} [{default}]".replace("%", "%%")
+        kind = {"default": argparse.SUPPRESS, "help": text, "dest": f"set_{field.name}"}
+        if isinstance(default, bool):
+            group.add_argument(option, action=argparse.BooleanOptionalAction, **kind)
+        elif isinstance(default, tuple):
+            group.add_argument(option, nargs="+", type=float, metavar="LR", **kind)
+        else:
+            group.add_argument(option, type=_scalar, metavar=field.name.rpartition("_")[2].upper(), **kind)
+
+
+def _scalar(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _config(arguments: argparse.Namespace):
+    from kunbr_fast.config import KUnBRConfig
+
+    values: dict[str, Any] = {}
+    if getattr(arguments, "config", None):
+        values = KUnBRConfig.load(arguments.config).to_dict()
+    values |= {name[4:]: value for name, value in vars(arguments).items() if name.startswith("set_")}
+    return KUnBRConfig.from_dict(values, "settings")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="kunbr-fast",
+        description="Fast re-insertion unlearning (KUnBR, arXiv 2511.11667) for Hugging Face causal language models.",
+    )
+    top.add_argument("--version", action="version", version=f"kunbr-fast {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="teach a small model invented birthdays and make it forget them (minutes, CPU)")
+    demo.add_argument("--out", default="demo-out", metavar="DIR", help="where report.json and the plots go [demo-out]")
+    demo.add_argument("--seed", type=int, default=0, help="people, initial weights and data order [0]")
+    _output_arguments(demo)
+    demo.set_defaults(run=_demo)
+
+    unlearn = commands.add_parser("unlearn", help="make a model forget: warm-up, density, selection, re-insertion, proof")
+    _model_arguments(unlearn)
+    unlearn.add_argument("--forget", nargs="+", required=True, metavar="F.jsonl", help="what to forget; each file is a fold of the RTT attack")
+    unlearn.add_argument("--retain", nargs="+", required=True, metavar="R.jsonl", help="what to keep")
+    unlearn.add_argument("--forget-questions", nargs="+", metavar="Q.jsonl", help="questions on the forget files, one file for each (default: the question lines among them)")
+    unlearn.add_argument("--retain-questions", nargs="+", metavar="Q.jsonl", help="questions on the retain files (default: the question lines among them)")
+    unlearn.add_argument("--out", required=True, metavar="DIR", help="the unlearned model, report.json and plots; checkpoints in DIR/work")
+    unlearn.add_argument("--unlearned", metavar="DIR", help="your own M_u (made by any method): no warm-up")
+    unlearn.add_argument("--config", metavar="run.yaml", help="settings, one 'name: value' a line")
+    unlearn.add_argument("--resume", action="store_true", help="go on with the run that was interrupted in --out")
+    _output_arguments(unlearn)
+    _setting_arguments(unlearn)
+    unlearn.set_defaults(run=_unlearn)
+
+    density = commands.add_parser("density", help="knowledge density of each layer for a forget set; changes nothing")
+    _model_arguments(density)
+    density.add_argument("--forget", nargs="+", required=True, metavar="F.jsonl")
+    density.add_argument("--out", metavar="FILE.json", help="keep the result (kunbr_fast.Density.load reads it)")
+    density.add_argument("--plot", metavar="FILE.png", help="bars per layer, the chosen blocks marked")
+    _output_arguments(density)
+    _setting_arguments(
+        density, ["target", "max_length", "modules", "reduction", "num_blocks", "top_k", "skip_last_layers", "impl"]
+    )
+    density.set_defaults(run=_density)
+
+    rtt = commands.add_parser("rtt", help="the RTT attack: how much comes back when a part of the forget set is taught again")
+    _model_arguments(rtt)
+    rtt.add_argument("--forget", nargs="+", required=True, metavar="F.jsonl", help="one file for each fold, two or more")
+    rtt.add_argument("--forget-questions", nargs="+", metavar="Q.jsonl", help="questions, one file for each fold (default: the question lines of --forget)")
+    rtt.add_argument("--out", metavar="FILE.json", help="keep the curves; an interrupted attack goes on from there with --resume")
+    rtt.add_argument("--plot", metavar="FILE.png", help="relearning curve")
+    rtt.add_argument("--resume", action="store_true", help="keep the finished attacks in --out")
+    _output_arguments(rtt)
+    _setting_arguments(rtt, ["scoring", "seed", "rtt_lrs", "rtt_epochs", "rtt_batch_size", "rtt_target"])
+    rtt.set_defaults(run=_rtt)
+
+    doctor = commands.add_parser("doctor", help="versions, devices, and which implementation of each operation can run here")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
+    return top
+
+
+# ---------------------------------------------------------------- commands
+
+
+def _load(arguments: argparse.Namespace):
+    from kunbr_fast.loading import load_model, load_tokenizer
+
+    return load_model(arguments.model, arguments.dtype, _device(arguments)), load_tokenizer(arguments.model)
+
+
+def _device(arguments: argparse.Namespace) -> str:
+    import torch
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch {torch.__version__} sees no CUDA device; `kunbr-fast doctor` says more")
+    return device
+
+
+def _folds(forget: Sequence[str], questions: Sequence[str] | None):
+    """One fold for each forget file, with its own questions."""
+    from kunbr_fast.data import is_question, load_records
+    from kunbr_fast.evaluation.rtt import Fold
+
+    if questions is not None and len(questions) != len(forget):
+        raise ValueError(
+            f"--forget-questions has {len(questions)} files and --forget {len(forget)}: give one for each, in the same order"
+        )
+    folds = []
+    for i, path in enumerate(forget):
+        records = load_records(path)
+        asked = load_records(questions[i]) if questions is not None else records
+        folds.append(Fold(Path(path).stem, records, [r for r in asked if is_question(r)]))
+    return folds
+
+
+def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
+    from kunbr_fast.demo import demo
+
+    return demo(arguments.out, arguments.seed, progress=not arguments.quiet, say=_stage(arguments))
+
+
+def _stage(arguments: argparse.Namespace):
+    return (lambda text: None) if arguments.quiet else _say
+
+
+def _unlearn(arguments: argparse.Namespace) -> dict[str, Any]:
+    from kunbr_fast.data import is_question, load_records
+    from kunbr_fast.evaluation.plots import plot_density, plot_relearning
+    from kunbr_fast.evaluation.report import table, write_report
+    from kunbr_fast.loading import check_same_architecture, load_model, save_model
+    from kunbr_fast.unlearn import unlearn
+
+    config, out, say = _config(arguments), Path(arguments.out), _stage(arguments)
+    if (out / "report.json").is_file():
+        if arguments.resume:
+            raise ValueError(f"{out}: this run is finished (report.json is there): nothing to resume")
+        raise ValueError(f"{out} already holds a finished run: give another --out or delete it")
+    folds = _folds(arguments.forget, arguments.forget_questions)
+    forget = [record for fold in folds for record in fold.train_records]
+    questions = [record for fold in folds for record in fold.questions]
+    retain = load_records(arguments.retain)
+    retain_questions = load_records(arguments.retain_questions) if arguments.retain_questions else retain
+    retain_questions = [record for record in retain_questions if is_question(record)]
+    if not questions:
+        say("no question lines about the forget set: accuracy is not measured and there is no RTT attack")
+    elif len(folds) < 2 and config.rtt:
+        say("one forget file: the RTT attack needs two or more (each is a fold), so there is none")
+    model, tokenizer = _load(arguments)
+    unlearned = None
+    if arguments.unlearned:
+        unlearned = load_model(arguments.unlearned, arguments.dtype, "cpu").to(model.dtype)
+        check_same_architecture(model, unlearned, arguments.unlearned)
+    out.mkdir(parents=True, exist_ok=True)
+    config.save(out / "run.yaml")
+
+    def save(_report) -> None:
+        say(f"writing the model to {out}")
+        save_model(model, tokenizer, out)
+
+    report = unlearn(
+        model,
+        forget,
+        retain,
+        config,
+        tokenizer=tokenizer,
+        unlearned=unlearned,
+        forget_questions=questions,
+        retain_questions=retain_questions,
+        folds=folds if questions and len(folds) > 1 else None,
+        output_dir=out,
+        resume=arguments.resume,
+        progress=not arguments.quiet,
+        on_stage=say,
+        before_cleanup=save,
+    )
+    plot_density(report.density, report.blocks, out / "density.png")
+    if report.rtt is not None:
+        forget_accuracy = {"KUnBR": report.accuracy["result"]["forget"]["plain"]}
+        plot_relearning({"KUnBR": report.rtt}, out / "relearning.png", forget=forget_accuracy)
+    result = report.to_dict() | {"model": str(arguments.model)}
+    write_report(out / "report.json", result)
+    if not arguments.json:
+        rows = [report.row(name, model) for name, model in (("original", "original"), ("warm-up (M_u)", "unlearned"))]
+        print(table([*(row for row in rows if "forget" in row or "retain" in row), report.row()]))
+        print(f"model, report.json and plots are in {out}")
+    return result
+
+
+def _density(arguments: argparse.Namespace) -> dict[str, Any]:
+    from kunbr_fast.blocks import select_blocks
+    from kunbr_fast.data import load_records
+    from kunbr_fast.decoder import Decoder
+    from kunbr_fast.density import knowledge_density
+    from kunbr_fast.evaluation.plots import plot_density
+    from kunbr_fast.unlearn import to_samples
+
+    config = _config(arguments)
+    records = load_records(arguments.forget)
+    model, tokenizer = _load(arguments)
+    decoder = Decoder(model)
+    samples = to_samples(records, tokenizer, config, decoder, "forget")
+    density = knowledge_density(
+        decoder, samples, config.modules, reduction=config.reduction, impl=config.impl, progress=not arguments.quiet
+    )
+    blocks = select_blocks(density, config.num_blocks, config.top_k, config.skip_last_layers)
+    if arguments.out:
+        density.save(arguments.out)
+    if arguments.plot:
+        plot_density(density, blocks, arguments.plot)
+    if not arguments.json:
+        chosen = {layer for block in blocks for layer in block}
+        print(f"knowledge density, {config.modules}, {density.num_samples} samples (* chosen)")
+        for layer, (value, share) in enumerate(zip(density.per_layer.tolist(), density.normalized.tolist())):
+            print(f"layer {layer:3d} {'*' if layer in chosen else ' '} {value:12.5g}  {share:7.2%}  {'#' * round(share * 200)}")
+    return density.to_dict() | {
+        "normalized": density.normalized.tolist(),
+        "blocks": [[block.start, block.stop] for block in blocks],
+    }
+
+
+def _rtt(arguments: argparse.Namespace) -> dict[str, Any]:
+    import tempfile
+
+    from kunbr_fast.atomic import write_json
+    from kunbr_fast.decoder import Decoder
+    from kunbr_fast.evaluation.plots import plot_relearning
+    from kunbr_fast.evaluation.rtt import rtt_attack
+    from kunbr_fast.training import frozen
+    from kunbr_fast.unlearn import rtt_config
+
+    config = _config(arguments)
+    folds = _folds(arguments.forget, arguments.forget_questions)
+    out = Path(arguments.out) if arguments.out else None
+    done: list[dict] = []
+    if arguments.resume:
+        if out is None:
+            raise ValueError("--resume needs --out, the file with the finished attacks")
+        if out.is_file():
+            done = json.loads(out.read_text())["curves"]
+    elif out is not None and out.exists():
+        raise ValueError(f"{out} exists: give another --out, or --resume to go on with it")
+    model, tokenizer = _load(arguments)
+
+    def keep(rows: list[dict]) -> None:
+        done.extend(rows)
+        if out is not None:
+            write_json(out, {"curves": done})
+
+    with tempfile.TemporaryDirectory(prefix="kunbr-rtt-") as scratch, frozen(model):
+        result = rtt_attack(Decoder(model), tokenizer, folds, rtt_config(config), scratch, not arguments.quiet, list(done), keep)
+    if out is not None:
+        write_json(out, result.to_dict())
+    if arguments.plot:
+        plot_relearning({Path(arguments.model).name: result}, arguments.plot)
+    if not arguments.json:
+        print("learning rate | accuracy after each epoch (0 = before), mean over folds")
+        for lr in result.lrs:
+            print(f"{lr:13g} | " + "  ".join(f"{value:6.1%}" for value in result.curve(lr)))
+        lr, epoch = result.best
+        calibrated = "" if result.calibrated_accuracy is None else f", calibrated {result.calibrated_accuracy:.1%}"
+        print(f"RTT accuracy {result.accuracy:.1%} (lr {lr:g}, epoch {epoch}){calibrated}; before {result.before:.1%}")
+    return result.to_dict()
+
+
+def _doctor(arguments: argparse.Namespace) -> dict[str, Any]:
+    from kunbr_fast.doctor import doctor, format_doctor
+
+    found = doctor()
+    if not arguments.json:
+        print(format_doctor(found))
+    return found
+
+
+# ---------------------------------------------------------------- main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0; 2 for bad input, with one line on standard error; 3 where training diverged; 130 for Ctrl-C."""
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    from kunbr_fast.training import Diverged
+
+    try:
+        result = arguments.run(arguments)
+    except Diverged as error:
+        _say(f"kunbr-fast: {error}. The last good state is kept in the output directory's work/; --resume goes on from there")
+        return 3
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        _say(f"kunbr-fast: {error}")
+        return 2
+    except KeyboardInterrupt:
+        _say("kunbr-fast: interrupted; what was finished is kept, --resume goes on")
+        return 130
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    return 0
