@@ -24,7 +24,9 @@ def _say(text: str) -> None:
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="local Hugging Face model directory (safetensors)")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="local Hugging Face model directory (safetensors)"
+    )
     parser.add_argument("--dtype", choices=["float64", "float32", "bfloat16", "float16"], help="default: as saved")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
 
@@ -81,19 +83,44 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"kunbr-fast {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="teach a small model invented birthdays and make it forget them (minutes, CPU)")
+    demo = commands.add_parser(
+        "demo", help="teach a small model invented birthdays and make it forget them (minutes, CPU)"
+    )
     demo.add_argument("--out", default="demo-out", metavar="DIR", help="where report.json and the plots go [demo-out]")
     demo.add_argument("--seed", type=int, default=0, help="people, initial weights and data order [0]")
     _output_arguments(demo)
     demo.set_defaults(run=_demo)
 
-    unlearn = commands.add_parser("unlearn", help="make a model forget: warm-up, density, selection, re-insertion, proof")
+    unlearn = commands.add_parser(
+        "unlearn", help="make a model forget: warm-up, density, selection, re-insertion, proof"
+    )
     _model_arguments(unlearn)
-    unlearn.add_argument("--forget", nargs="+", required=True, metavar="F.jsonl", help="what to forget; each file is a fold of the RTT attack")
+    unlearn.add_argument(
+        "--forget",
+        nargs="+",
+        required=True,
+        metavar="F.jsonl",
+        help="what to forget; each file is a fold of the RTT attack",
+    )
     unlearn.add_argument("--retain", nargs="+", required=True, metavar="R.jsonl", help="what to keep")
-    unlearn.add_argument("--forget-questions", nargs="+", metavar="Q.jsonl", help="questions on the forget files, one file for each (default: the question lines among them)")
-    unlearn.add_argument("--retain-questions", nargs="+", metavar="Q.jsonl", help="questions on the retain files (default: the question lines among them)")
-    unlearn.add_argument("--out", required=True, metavar="DIR", help="the unlearned model, report.json and plots; checkpoints in DIR/work")
+    unlearn.add_argument(
+        "--forget-questions",
+        nargs="+",
+        metavar="Q.jsonl",
+        help="questions on the forget files, one file for each (default: the question lines among them)",
+    )
+    unlearn.add_argument(
+        "--retain-questions",
+        nargs="+",
+        metavar="Q.jsonl",
+        help="questions on the retain files (default: the question lines among them)",
+    )
+    unlearn.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="the unlearned model, report.json and plots; checkpoints in DIR/work",
+    )
     unlearn.add_argument("--unlearned", metavar="DIR", help="your own M_u (made by any method): no warm-up")
     unlearn.add_argument("--config", metavar="run.yaml", help="settings, one 'name: value' a line")
     unlearn.add_argument("--resume", action="store_true", help="go on with the run that was interrupted in --out")
@@ -112,18 +139,31 @@ def parser() -> argparse.ArgumentParser:
     )
     density.set_defaults(run=_density)
 
-    rtt = commands.add_parser("rtt", help="the RTT attack: how much comes back when a part of the forget set is taught again")
+    rtt = commands.add_parser(
+        "rtt", help="the RTT attack: how much comes back when a part of the forget set is taught again"
+    )
     _model_arguments(rtt)
-    rtt.add_argument("--forget", nargs="+", required=True, metavar="F.jsonl", help="one file for each fold, two or more")
-    rtt.add_argument("--forget-questions", nargs="+", metavar="Q.jsonl", help="questions, one file for each fold (default: the question lines of --forget)")
-    rtt.add_argument("--out", metavar="FILE.json", help="keep the curves; an interrupted attack goes on from there with --resume")
+    rtt.add_argument(
+        "--forget", nargs="+", required=True, metavar="F.jsonl", help="one file for each fold, two or more"
+    )
+    rtt.add_argument(
+        "--forget-questions",
+        nargs="+",
+        metavar="Q.jsonl",
+        help="questions, one file for each fold (default: the question lines of --forget)",
+    )
+    rtt.add_argument(
+        "--out", metavar="FILE.json", help="keep the curves; an interrupted attack goes on from there with --resume"
+    )
     rtt.add_argument("--plot", metavar="FILE.png", help="relearning curve")
     rtt.add_argument("--resume", action="store_true", help="keep the finished attacks in --out")
     _output_arguments(rtt)
     _setting_arguments(rtt, ["scoring", "seed", "rtt_lrs", "rtt_epochs", "rtt_batch_size", "rtt_target"])
     rtt.set_defaults(run=_rtt)
 
-    doctor = commands.add_parser("doctor", help="versions, devices, and which implementation of each operation can run here")
+    doctor = commands.add_parser(
+        "doctor", help="versions, devices, and which implementation of each operation can run here"
+    )
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
     return top
@@ -143,7 +183,9 @@ def _device(arguments: argparse.Namespace) -> str:
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch {torch.__version__} sees no CUDA device; `kunbr-fast doctor` says more")
+        raise ValueError(
+            f"--device {device}: torch {torch.__version__} sees no CUDA device; `kunbr-fast doctor` says more"
+        )
     return device
 
 
@@ -182,7 +224,7 @@ def _unlearn(arguments: argparse.Namespace) -> dict[str, Any]:
     from kunbr_fast.unlearn import unlearn
 
     config, out, say = _config(arguments), Path(arguments.out), _stage(arguments)
-    if (out / "report.json").is_file():
+    if (out / "report.json").is_file() and not (out / "work").is_dir():
         if arguments.resume:
             raise ValueError(f"{out}: this run is finished (report.json is there): nothing to resume")
         raise ValueError(f"{out} already holds a finished run: give another --out or delete it")
@@ -204,9 +246,15 @@ def _unlearn(arguments: argparse.Namespace) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     config.save(out / "run.yaml")
 
-    def save(_report) -> None:
+    def save(report) -> None:
+        """All of it while work/ is still there: if the disk is full here, --resume has nothing to compute again."""
         say(f"writing the model to {out}")
         save_model(model, tokenizer, out)
+        plot_density(report.density, report.blocks, out / "density.png", config.skip_last_layers)
+        if report.rtt is not None:
+            forget_accuracy = {"KUnBR": report.accuracy["result"]["forget"]["plain"]}
+            plot_relearning({"KUnBR": report.rtt}, out / "relearning.png", forget=forget_accuracy)
+        write_report(out / "report.json", report.to_dict() | {"model": str(arguments.model)})
 
     report = unlearn(
         model,
@@ -224,17 +272,11 @@ def _unlearn(arguments: argparse.Namespace) -> dict[str, Any]:
         on_stage=say,
         before_cleanup=save,
     )
-    plot_density(report.density, report.blocks, out / "density.png")
-    if report.rtt is not None:
-        forget_accuracy = {"KUnBR": report.accuracy["result"]["forget"]["plain"]}
-        plot_relearning({"KUnBR": report.rtt}, out / "relearning.png", forget=forget_accuracy)
-    result = report.to_dict() | {"model": str(arguments.model)}
-    write_report(out / "report.json", result)
     if not arguments.json:
         rows = [report.row(name, model) for name, model in (("original", "original"), ("warm-up (M_u)", "unlearned"))]
         print(table([*(row for row in rows if "forget" in row or "retain" in row), report.row()]))
         print(f"model, report.json and plots are in {out}")
-    return result
+    return report.to_dict() | {"model": str(arguments.model)}
 
 
 def _density(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -257,12 +299,14 @@ def _density(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.out:
         density.save(arguments.out)
     if arguments.plot:
-        plot_density(density, blocks, arguments.plot)
+        plot_density(density, blocks, arguments.plot, config.skip_last_layers)
     if not arguments.json:
         chosen = {layer for block in blocks for layer in block}
         print(f"knowledge density, {config.modules}, {density.num_samples} samples (* chosen)")
         for layer, (value, share) in enumerate(zip(density.per_layer.tolist(), density.normalized.tolist())):
-            print(f"layer {layer:3d} {'*' if layer in chosen else ' '} {value:12.5g}  {share:7.2%}  {'#' * round(share * 200)}")
+            print(
+                f"layer {layer:3d} {'*' if layer in chosen else ' '} {value:12.5g}  {share:7.2%}  {'#' * round(share * 200)}"
+            )
     return density.to_dict() | {
         "normalized": density.normalized.tolist(),
         "blocks": [[block.start, block.stop] for block in blocks],
@@ -298,7 +342,9 @@ def _rtt(arguments: argparse.Namespace) -> dict[str, Any]:
             write_json(out, {"curves": done})
 
     with tempfile.TemporaryDirectory(prefix="kunbr-rtt-") as scratch, frozen(model):
-        result = rtt_attack(Decoder(model), tokenizer, folds, rtt_config(config), scratch, not arguments.quiet, list(done), keep)
+        result = rtt_attack(
+            Decoder(model), tokenizer, folds, rtt_config(config), scratch, not arguments.quiet, list(done), keep
+        )
     if out is not None:
         write_json(out, result.to_dict())
     if arguments.plot:
@@ -329,12 +375,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0; 2 for bad input, with one line on standard error; 3 where training diverged; 130 for Ctrl-C."""
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if getattr(arguments, "quiet", False):
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     from kunbr_fast.training import Diverged
 
     try:
         result = arguments.run(arguments)
     except Diverged as error:
-        _say(f"kunbr-fast: {error}. The last good state is kept in the output directory's work/; --resume goes on from there")
+        _say(
+            f"kunbr-fast: {error}. The last good state is kept in the output directory's work/; --resume goes on from there"
+        )
         return 3
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         _say(f"kunbr-fast: {error}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,11 +96,10 @@ def check_same_architecture(original: nn.Module, unlearned: nn.Module, where: st
 
 def save_model(model: nn.Module, tokenizer: Any | None, directory: str | Path) -> None:
     """Writes a loadable model directory. Each file is whole or absent; config.json, which makes it a model, is last."""
-    import os
-    import tempfile
-
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    for left in directory.glob(".saving-*"):  # of a save that was killed
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
         try:
             model.save_pretrained(scratch, safe_serialization=True)

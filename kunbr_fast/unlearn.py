@@ -180,8 +180,9 @@ class _Run:
         rtt = self.attack(folds)
         seconds: dict[str, float] = {}
         for name, result in self.state.state["stages"].items():
-            group = name.split(".")[0]
-            seconds[group] = seconds.get(group, 0.0) + result.get("seconds", 0.0)
+            if "seconds" in result:
+                group = name.split(".")[0]
+                seconds[group] = seconds.get(group, 0.0) + result["seconds"]
             if "epochs" in result:
                 self.losses[name] = result["epochs"]
         accuracy = {name: value for name, value in accuracy.items() if value}

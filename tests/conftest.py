@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 if "OMP_NUM_THREADS" not in os.environ:
     # The models are tiny: more threads would only wait for each other.
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,50 @@
+"""Runs `kunbr-fast unlearn` in this process and kills it (SIGKILL) at a chosen point. Usage: POINT ARGS...
+
+Nothing in the package knows of this: the point is a function of it, wrapped so that its n-th call never happens.
+"""
+
+import os
+import signal
+import sys
+
+import torch
+
+from kunbr_fast import checkpoint, cli, loading, reinsertion, training
+from kunbr_fast.evaluation import rtt
+
+# point: (where, name of the function, how many calls pass)
+POINTS = {
+    "in the warm-up": (training.FullTraining, "step", 3),
+    "a checkpoint is written, state.json is not": (checkpoint, "write_json", 4),
+    "in the first block": (reinsertion.BlockTraining, "step_packed", 3),
+    "in the second block": (reinsertion.BlockTraining, "step_packed", 7),
+    "a block is trained, nothing of it is recorded": (checkpoint.RunState, "finish", 5),
+    "in the attack": (rtt, "measure", 3),
+    "the model is half saved": (loading.os, "replace", None),
+}
+
+
+def main():
+    point, *arguments = sys.argv[1:]
+    torch.set_num_threads(1)
+    owner, name, passes = POINTS[point]
+    real, calls = getattr(owner, name), 0
+
+    def wrapped(*args, **kwargs):
+        nonlocal calls
+        if passes is None:  # the second file that is moved out of the scratch directory of save_model
+            calls += ".saving-" in str(args[0])
+            if calls == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            calls += 1
+            if calls > passes:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+    sys.exit(cli.main(arguments))
+
+
+if __name__ == "__main__":
+    main()
