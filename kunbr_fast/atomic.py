@@ -10,7 +10,8 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,20 +30,19 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path in the directory of `path`; on success it becomes `path`, on failure it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
+        temporary.open("xb").close()  # not mkstemp, whose files are private: this one has the umask's permissions
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it 0600; what we write is no secret
+        os.chmod(temporary, mode)  # a library may have replaced the file by a private one (safetensors does)
         os.replace(temporary, path)
         _sync_directory(path.parent)
     except OSError as error:
-        raise OSError(
-            error.errno, f"could not write {path}: {error.strerror}; the file before it is untouched"
-        ) from error
+        reason = error.strerror or error
+        raise OSError(error.errno, f"could not write {path}: {reason}; the file before it is untouched") from error
     finally:
         temporary.unlink(missing_ok=True)
 

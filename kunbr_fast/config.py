@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -106,6 +107,10 @@ class KUnBRConfig:
                 self._at_least(name, 1)
         for name in ("warmup_epochs", "skip_last_layers", "retain_coeff", "weight_decay", "warmup_lr", "block_lr"):
             self._at_least(name, 0)
+        for name in ("forget_loss_cap", "max_retain_loss"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}: expected above 0")
         if not self.rtt_lrs or min(self.rtt_lrs) <= 0:
             raise ValueError(f"rtt_lrs={self.rtt_lrs}: expected one or more learning rates above 0")
 
@@ -125,16 +130,19 @@ class KUnBRConfig:
                 return tuple(KUnBRConfig._coerce("rtt_lrs entry", v, float) for v in value)
         if float in kinds and not isinstance(value, bool):
             try:  # YAML reads 1e-5 as a string
-                return float(value)
-            except (TypeError, ValueError):
-                pass
+                number = float(value)
+            except (TypeError, ValueError, OverflowError):
+                number = math.nan
+            if math.isfinite(number):
+                return number
         elif any(
             isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
             for kind in (bool, int, str)
             if kind in kinds
         ):
             return value
-        wanted = " or ".join("null" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds)
+        words = {type(None): "null", float: "a finite number"}
+        wanted = " or ".join(words.get(k) or getattr(k, "__name__", str(k)) for k in kinds)
         raise ValueError(f"{name}={value!r}: expected {wanted}")
 
     @property
@@ -165,6 +173,8 @@ class KUnBRConfig:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error}): save the file as UTF-8") from error
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
         if values is not None and not isinstance(values, dict):

@@ -66,6 +66,12 @@ def parse_record(line: str, where: str) -> dict:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}): {line.strip()[:80]!r}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested as deep
+        raise ValueError(f"{where}: not JSON that Python reads ({error}): {line.strip()[:80]!r}") from error
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+        raise ValueError(f"{where}: not valid Unicode ({error.reason}): {line.strip()[:80]!r}") from error
     if not isinstance(record, dict):
         raise ValueError(f'{where}: got a {type(record).__name__}, expected an object such as {{"text": ...}}')
     _check_record(record, where)
@@ -136,8 +142,9 @@ def encode(
     `letter` after "Answer:" (questions only); the digits of the last `number` in the text.
     Special tokens are the tokenizer's own (a begin-of-text token is kept, none is invented).
 
-    Errors: ValueError that names the record ("file:line") when a target does not apply to its form, when nothing is
-    left to learn from, and when samples are longer than `max_length` tokens (they are reported, not cut).
+    Errors: ValueError that names the record ("file:line", or its place in `records`) when it has no known form, when
+    a target does not apply to its form, when nothing is left to learn from, and when samples are longer than
+    `max_length` tokens (they are reported, not cut).
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r}: expected one of {', '.join(TARGETS)}")
@@ -149,22 +156,21 @@ def encode(
             "load a fast tokenizer (AutoTokenizer.from_pretrained(..., use_fast=True))"
         )
     samples, too_long = [], []
-    for record in records:
+    for number, record in enumerate(records):
+        if "_where" not in record:  # not from load_records, which has checked its own
+            record = {**record, "_where": f"record {number}"}
+            _check_record(record, record["_where"])
         sample = _encode_one(record, tokenizer, target)
         length = len(sample["input_ids"])
         if max_length is not None and length > max_length:
-            too_long.append(f"{_where(record)} ({length} tokens)")
+            too_long.append(f"{record['_where']} ({length} tokens)")
         if length < 2 or not bool((sample["labels"][1:] != IGNORE).any()):
-            raise ValueError(f"{_where(record)}: no token with a loss is left for target={target!r}")
+            raise ValueError(f"{record['_where']}: no token with a loss is left for target={target!r}")
         samples.append(sample)
     if too_long:
         shown = ", ".join(too_long[:3]) + (f" and {len(too_long) - 3} more" if len(too_long) > 3 else "")
         raise ValueError(f"longer than max_length={max_length}: {shown}. Raise max_length or shorten these lines")
     return samples
-
-
-def _where(record: Mapping) -> str:
-    return record.get("_where", "record")
 
 
 def _encode_one(record: Mapping, tokenizer: Any, target: str) -> Sample:
@@ -184,7 +190,7 @@ def _encode_one(record: Mapping, tokenizer: Any, target: str) -> Sample:
 
 def _text_and_spans(record: Mapping, tokenizer: Any, target: str) -> tuple[str, list[tuple[int, int]] | None, bool]:
     """The text, the character spans that count (None: all), and whether the tokenizer adds special tokens."""
-    where = _where(record)
+    where = record["_where"]
     if "question" in record:
         prompt, letter = question_prompt(record), LETTERS[record["answer"]]
         text = f"{prompt} {letter}. {record['choices'][record['answer']]}"
@@ -215,22 +221,26 @@ def _text_and_spans(record: Mapping, tokenizer: Any, target: str) -> tuple[str, 
 
 def _chat(record: Mapping, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     """The chat as the tokenizer's template writes it, and the spans of the assistant's turns."""
+    where, messages = record["_where"], record["messages"]
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"{_where(record)}: 'messages' need a tokenizer with a chat template; use prompt + completion")
-    messages = record["messages"]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+        raise ValueError(f"{where}: 'messages' need a tokenizer with a chat template; use prompt + completion")
+
+    def written(part: list[dict], **options: bool) -> str:
+        try:
+            return tokenizer.apply_chat_template(part, tokenize=False, **options)
+        except Exception as error:  # whatever the template's own code raises
+            raise ValueError(f"{where}: the tokenizer's chat template does not take these messages: {error}") from error
+
+    text = written(messages)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+            before, after = written(messages[:i], add_generation_prompt=True), written(messages[: i + 1])
             if not (text.startswith(before) and text.startswith(after.rstrip())):
-                raise ValueError(
-                    f"{_where(record)}: this chat template rewrites earlier turns; use prompt + completion"
-                )
+                raise ValueError(f"{where}: this chat template rewrites earlier turns; use prompt + completion")
             spans.append((len(before), len(after)))
     if not spans:
-        raise ValueError(f"{_where(record)}: no assistant message to learn from")
+        raise ValueError(f"{where}: no assistant message to learn from")
     return text, spans
 
 
@@ -347,27 +357,26 @@ def as_samples(samples: Iterable[Any]) -> list[Sample]:
             raise TypeError(f"sample {number}: got {type(item).__name__}, expected a mapping with input_ids and labels")
         input_ids = torch.as_tensor(item["input_ids"])
         labels = torch.as_tensor(item["labels"]) if item.get("labels") is not None else input_ids
-        if labels.shape != input_ids.shape:
-            raise ValueError(
-                f"sample {number}: labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} differ"
-            )
+        mask = item.get("attention_mask")
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool()
+        for name, tensor in (("labels", labels), ("attention_mask", mask)):
+            if tensor.shape != input_ids.shape:
+                raise ValueError(
+                    f"sample {number}: {name} {tuple(tensor.shape)} and input_ids {tuple(input_ids.shape)} differ"
+                )
         if input_ids.dim() == 1:
-            mask = torch.as_tensor(item["attention_mask"]).bool() if "attention_mask" in item else None
             rows = [(input_ids, labels, mask)]
         elif input_ids.dim() == 2:
-            masks = torch.as_tensor(item["attention_mask"]).bool() if "attention_mask" in item else [None] * len(labels)
-            rows = list(zip(input_ids, labels, masks))
+            rows = list(zip(input_ids, labels, mask))
         else:
             raise ValueError(f"sample {number}: input_ids of shape {tuple(input_ids.shape)}, expected (T,) or (B, T)")
-        for ids, label, mask in rows:
-            if mask is not None:
-                kept = torch.nonzero(mask).flatten()
-                if len(kept) == 0 or int(kept[-1] - kept[0]) + 1 != len(kept):
-                    raise ValueError(
-                        f"sample {number}: its attention mask is empty or has a hole, which packing cannot keep"
-                    )
-                ids, label = ids[kept], label[kept]
-            result.append({"input_ids": ids.long(), "labels": label.long()})
+        for ids, label, kept in rows:
+            kept = torch.nonzero(kept).flatten()
+            if len(kept) == 0 or int(kept[-1] - kept[0]) + 1 != len(kept):
+                raise ValueError(
+                    f"sample {number}: its attention mask is empty or has a hole, which packing cannot keep"
+                )
+            result.append({"input_ids": ids[kept].long(), "labels": label[kept].long()})
     if not result:
         raise ValueError("no samples: expected at least one")
     return result
@@ -429,10 +438,9 @@ class Schedule:
         if not self.num_retain:
             return forget, []
         places = range(step * self.retain_batch_size, (step + 1) * self.retain_batch_size)
-        return forget, [self._retain_pass(p // self.num_retain)[p % self.num_retain] for p in places]
-
-    def _retain_pass(self, number: int) -> list[int]:
-        return _permutation(self.num_retain, self._seed(1, number))
+        passes = {p // self.num_retain for p in places}
+        order = {number: _permutation(self.num_retain, self._seed(1, number)) for number in passes}
+        return forget, [order[p // self.num_retain][p % self.num_retain] for p in places]
 
     def _seed(self, stream: int, number: int) -> int:
         return (self.seed * 1_000_003 + number) * 2 + stream

@@ -113,4 +113,5 @@ def save_model(model: nn.Module, tokenizer: Any | None, directory: str | Path) -
                     os.fsync(handle.fileno())
                 target = directory / file.relative_to(scratch)
                 target.parent.mkdir(parents=True, exist_ok=True)
+                os.chmod(file, 0o644)
                 os.replace(file, target)

@@ -1,6 +1,7 @@
 """Kill it, fill its disk, damage its files: nothing already computed is lost, and the result has the same bits."""
 
 import errno
+import functools
 import json
 import shutil
 import subprocess
@@ -30,16 +31,21 @@ def arguments(workspace, out, *more):
     return ["unlearn", *flat, "--out", str(out), *SETTINGS, *more]
 
 
-@pytest.fixture(scope="module", params=["independent", "cumulative"])
-def truth(request, workspace, tmp_path_factory):
-    """An uninterrupted run."""
-    out = tmp_path_factory.mktemp("truth") / "out"
-    assert cli.main(arguments(workspace, out, "--insertion", request.param)) == 0
-    return request.param, load_file(out / "model.safetensors"), json.loads((out / "report.json").read_text())
+@pytest.fixture(scope="module")
+def truth(workspace, tmp_path_factory):
+    """An uninterrupted run with either insertion."""
+
+    @functools.cache
+    def run(insertion):
+        out = tmp_path_factory.mktemp("truth") / "out"
+        assert cli.main(arguments(workspace, out, "--insertion", insertion)) == 0
+        return load_file(out / "model.safetensors"), json.loads((out / "report.json").read_text())
+
+    return run
 
 
 def same(out, truth):
-    _, weights, report = truth
+    weights, report = truth
     ours = load_file(out / "model.safetensors")
     assert ours.keys() == weights.keys()
     for name, value in ours.items():
@@ -49,25 +55,24 @@ def same(out, truth):
         assert found[key] == report[key], key
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_killed_and_resumed_gives_the_same_bits(point, workspace, truth, tmp_path):
-    out, insertion = tmp_path / "out", truth[0]
-    if insertion == "cumulative" and "block" not in point:
-        pytest.skip("the same code as in the independent run")
+KILLS = [("independent", p) for p in POINTS] + [("cumulative", p) for p in POINTS if "block" in p]
+
+
+@pytest.mark.parametrize("insertion, point", KILLS)
+def test_killed_and_resumed_gives_the_same_bits(insertion, point, workspace, truth, tmp_path):
+    out = tmp_path / "out"
     command = arguments(workspace, out, "--insertion", insertion)
     killed = subprocess.run([sys.executable, HERE / "kill_runner.py", point, *command], capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     assert (out / "work" / "state.json").is_file()
     assert cli.main([*command, "--resume"]) == 0
-    same(out, truth)
+    same(out, truth(insertion))
     assert not (out / "work").exists()
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
 
 @pytest.mark.parametrize("full_at", [1, 3, 6])
 def test_a_full_disk_is_said_and_survived(full_at, workspace, truth, tmp_path, monkeypatch, capsys):
-    if truth[0] == "cumulative":
-        pytest.skip("the same code as in the independent run")
     out, real, calls = tmp_path / "out", checkpoint.save_file, []
 
     def full(tensors, path):
@@ -84,7 +89,7 @@ def test_a_full_disk_is_said_and_survived(full_at, workspace, truth, tmp_path, m
     assert not list((out / "work").glob(".*.tmp"))
     monkeypatch.undo()
     assert cli.main(arguments(workspace, out, "--resume")) == 0
-    same(out, truth)
+    same(out, truth("independent"))
 
 
 @pytest.fixture
