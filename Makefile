@@ -1,7 +1,7 @@
 # Each target makes .venv and installs what it needs, once. Then, from a fresh clone: `make demo`, `make test`.
 #
 # pip takes torch 2.13.0 from wherever pip looks: PyPI's Linux wheel is the CUDA build (several GB with NVIDIA's
-# libraries, and it runs without a GPU too). For the small CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# libraries, and it runs without a GPU too). For the small CPU build point PIP_EXTRA_INDEX_URL at PyTorch's CPU index.
 
 # The first interpreter that runs (a pyenv shim may not), can make a virtual environment, and is new enough.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.10; do \
@@ -22,6 +22,7 @@ test-slow: $(STAMP)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 # Every benchmarks/bench_*.py, each with its own small default settings.
 bench: $(STAMP)

@@ -41,7 +41,7 @@ def grad_l1(x: torch.Tensor, dy: torch.Tensor, lengths: list[int]) -> torch.Tens
         if length:
             sample = slice(start, start + length)
             for tile in weight_gradient_tiles(x[sample], dy[sample]):
-                out[i] += torch.linalg.vector_norm(tile, 1)
+                out[i] += tile.abs_().sum()  # summed pairwise; linalg.vector_norm is slower and loses digits
         start += length
     return out
 

@@ -376,7 +376,8 @@ def as_samples(samples: Iterable[Any]) -> list[Sample]:
                 raise ValueError(
                     f"sample {number}: its attention mask is empty or has a hole, which packing cannot keep"
                 )
-            result.append({"input_ids": ids[kept].long(), "labels": label[kept].long()})
+            inside = slice(int(kept[0]), int(kept[-1]) + 1)  # a view: no copy of the data set
+            result.append({"input_ids": ids[inside].long(), "labels": label[inside].long()})
     if not result:
         raise ValueError("no samples: expected at least one")
     return result

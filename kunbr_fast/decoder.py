@@ -190,6 +190,13 @@ class Decoder:
         found = [item for item in found if item[0].count(".") == depth]
         if len(found) > 1:
             raise ValueError(f"{self.name} has several lists of {count} layers ({', '.join(p for p, _ in found)})")
+        # Chunks and the like are longer than the self-check's samples, which therefore could not tell.
+        odd = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if odd:
+            raise ValueError(
+                f"{self.name} has layers of type {', '.join(sorted(odd))}: only full_attention and sliding_attention "
+                "run on packed samples"
+            )
         self._layers_path, self.layers = found[0]
         self.inner = self.model.get_submodule(self._layers_path.rpartition(".")[0])
 
@@ -242,7 +249,13 @@ class Decoder:
     def _check(self, native: list[torch.Tensor]) -> None:
         ids = self._probe_ids()
         batch = pack([{"input_ids": part, "labels": part} for part in (ids[:5], ids[5:])])
-        ours, truth = self.logits(batch).double(), torch.cat(native).double()
+        try:
+            ours, truth = self.logits(batch).double(), torch.cat(native).double()
+        except (TypeError, AttributeError, LookupError, NotImplementedError) as error:
+            raise ValueError(
+                f"{self.name}: its layers do not run on packed samples ({type(error).__name__}: {error}): "
+                "this architecture is not supported"
+            ) from error
         error = float((ours - truth).norm() / truth.norm())
         # An unknown step in the model changes the logits by their own size. Rounding stays far below these limits;
         # models use fp32 inside (norms, rotary angles) even where their weights are fp64.
@@ -276,6 +289,7 @@ class Decoder:
                 raise _Stop
             return hidden
 
+        patched = {layer: layer.__dict__.get("forward") for layer in self.layers}  # by Accelerate, for example
         for layer in self.layers:
             layer.forward = recorder
         try:
@@ -288,8 +302,10 @@ class Decoder:
         except _Stop:
             pass
         finally:
-            for layer in self.layers:
+            for layer, forward in patched.items():
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward
         return first[0], calls
 
     def run(

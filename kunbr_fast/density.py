@@ -83,7 +83,7 @@ class Density:
     def load(cls, path: str | Path) -> Density:
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a density file written by Density.save ({error})") from error
 
 
@@ -127,7 +127,9 @@ def _small_gradient(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dic
 
 
 def _small_norms(module: nn.Module, x: torch.Tensor, dy: torch.Tensor, lengths: list[int]) -> dict[str, torch.Tensor]:
-    parts = [_small_gradient(module, a, b) for a, b in zip(x.split(lengths), dy.split(lengths))]
+    heads = len(x) // sum(lengths)  # a norm of queries or keys has a row for each head of each token
+    rows = [length * heads for length in lengths]
+    parts = [_small_gradient(module, a, b) for a, b in zip(x.split(rows), dy.split(rows))]
     return {name: torch.stack([part[name].abs().sum(dtype=torch.float64) for part in parts]) for name in parts[0]}
 
 
@@ -257,6 +259,19 @@ def knowledge_density(
     return _collect(decoder, watched, totals, len(samples), modules, statistic, reduction)
 
 
+def _heads_first(x: torch.Tensor, num_tokens: int) -> bool:
+    """Whether x is (1, heads, T, d) rather than (1, T, heads, d)."""
+    if x.shape[1] == x.shape[2]:
+        # with T heads the shape does not tell: projections write token after token, so tokens lie further apart
+        return x.stride(2) > x.stride(1)
+    return x.shape[2] == num_tokens
+
+
+def _token_rows(x: torch.Tensor, heads_first: bool) -> torch.Tensor:
+    """(1, T, D), (1, T, heads, d) or (1, heads, T, d) to rows, sample after sample."""
+    return (x.transpose(1, 2) if heads_first else x).flatten(0, -2)
+
+
 def _measure(
     decoder: Decoder, batch: PackedBatch, watched: list[_Watched], reduction: str, totals: dict[str, torch.Tensor]
 ) -> None:
@@ -269,10 +284,11 @@ def _measure(
             if seen:
                 raise ValueError(f"{item.path} runs twice in one forward pass: its gradient is not one product")
             seen.append(True)
-            x = args[0].detach().flatten(0, -2)
+            across = args[0].dim() == 4 and _heads_first(args[0], batch.num_tokens)
+            x = _token_rows(args[0].detach(), across)
 
             def on_backward(dy: torch.Tensor) -> None:
-                dy = dy.flatten(0, -2)
+                dy = _token_rows(dy, across)
                 if reduction == "sample":
                     found = item.kind.norms(module, x, dy, batch.lengths)
                     found = {name: value.sum() for name, value in found.items()}
@@ -286,17 +302,17 @@ def _measure(
 
         return hook
 
+    with torch.no_grad():
+        embedded = decoder.embed(batch)
     hooks = [item.module.register_forward_hook(on_forward(item)) for item in watched]
     try:
-        with torch.no_grad():
-            embedded = decoder.embed(batch)
         hidden = decoder.run(batch, 0, None, embedded.requires_grad_())
-        rows = losses.likelihood(batch, reduction="sum")
-        loss, _ = losses.linear_loss(decoder.final(hidden[batch.rows]), decoder.head, batch.targets, rows.weight)
-        loss.backward(inputs=[embedded])
-    finally:
+    finally:  # before the backward pass, in which small modules run again
         for hook in hooks:
             hook.remove()
+    rows = losses.likelihood(batch, reduction="sum")
+    loss, _ = losses.linear_loss(decoder.final(hidden[batch.rows]), decoder.head, batch.targets, rows.weight)
+    loss.backward(inputs=[embedded])
 
 
 def _collect(

@@ -65,11 +65,19 @@ class RowWeights:
 
 
 def _per_sample_mean(batch: PackedBatch, sample_weight: torch.Tensor) -> torch.Tensor:
+    if not bool(batch.rows_per_sample.all()):
+        number = batch.rows_per_sample.tolist().index(0)
+        raise ValueError(
+            f"sample {number} of the batch has no token with a loss (its first token is never predicted): leave it out"
+        )
     return (sample_weight / batch.rows_per_sample)[batch.row_sample]
 
 
 def likelihood(batch: PackedBatch, reduction: str = "mean") -> RowWeights:
-    """Minimise the mean (or, with reduction="sum", the sum) over samples of each sample's mean NLL."""
+    """Minimise the mean (or, with reduction="sum", the sum) over samples of each sample's mean NLL.
+
+    ValueError, here and below, for a sample without a labelled token, which has no mean.
+    """
     ones = torch.ones(batch.num_samples, dtype=torch.float64, device=batch.input_ids.device)
     return RowWeights(_per_sample_mean(batch, ones / batch.num_samples if reduction == "mean" else ones), None)
 

@@ -49,6 +49,8 @@ class PrefixCache:
         if storage not in STORAGES:
             raise ValueError(f"storage={storage!r}: expected one of {', '.join(STORAGES)}")
         self.decoder, self.samples, self.progress = decoder, list(samples), progress
+        if not self.samples:
+            raise ValueError("no samples: expected at least one")
         lengths = [len(sample["input_ids"]) for sample in self.samples]
         self._offsets = list(itertools.accumulate(lengths, initial=0))
         self._batches = token_batches(lengths, batch_tokens)
@@ -72,7 +74,7 @@ class PrefixCache:
         handle, name = tempfile.mkstemp(prefix="prefix-cache-", dir=directory)
         try:
             # blocks are reserved now: a full disk is an error here, not a bus error in the middle of a write
-            os.posix_fallocate(handle, 0, max(self.nbytes, 1))
+            os.posix_fallocate(handle, 0, self.nbytes)
             return torch.from_file(name, shared=True, size=shape[0] * shape[1], dtype=dtype).view(shape)
         except OSError as error:
             raise OSError(
@@ -85,24 +87,22 @@ class PrefixCache:
             os.unlink(name)
 
     @property
-    def layer(self) -> int:
-        """The layer whose input is held."""
+    def layer(self) -> int | None:
+        """The layer whose input is held; None after an `advance` that was interrupted by an exception."""
         return self._layer
 
     def reset(self) -> None:
         """Starts again at the embeddings (needed after a layer below `layer` has changed)."""
-        self._layer = 0
         self._fill(0, 0)
 
     def advance(self, layer: int) -> None:
         """Rolls every sample forward to the input of `layer`; a layer behind the present one starts again below."""
         if not 0 <= layer <= self.decoder.num_layers:
             raise ValueError(f"layer {layer}: expected 0 to {self.decoder.num_layers}")
-        if layer < self._layer:
+        if self._layer is None or layer < self._layer:
             self.reset()
         if layer > self._layer:
-            start, self._layer = self._layer, layer
-            self._fill(start, layer)
+            self._fill(self._layer, layer)
 
     @torch.no_grad()
     def _fill(self, start: int, stop: int) -> None:
@@ -113,16 +113,22 @@ class PrefixCache:
             leave=False,
             disable=not self.progress or stop == 0,
         )
+        self._layer = None  # until all samples are there
         for indices in bar:
             batch = pack([self.samples[i] for i in indices]).to(self.decoder.device)
             rows = self._buffer[self._offsets[indices[0]] : self._offsets[indices[-1] + 1]]
             hidden = None if stop == 0 else rows.to(self.decoder.device)
             rows.copy_(self.decoder.run(batch, start, stop, hidden))
+        self._layer = stop
 
     def batch(self, indices: Sequence[int]) -> PackedBatch:
         """The samples `indices` as a packed batch on the model's device, with `hidden` and `layer` filled in."""
         if not len(indices):
             raise ValueError("an empty batch: expected at least one sample index")
+        if min(indices) < 0:
+            raise IndexError(f"sample index {min(indices)}: expected 0 to {len(self.samples) - 1}")
+        if self._layer is None:
+            raise ValueError("the prefix cache was interrupted half-way: call advance or reset first")
         parts = [self._buffer[self._offsets[i] : self._offsets[i + 1]] for i in indices]
         hidden = torch.cat(parts).to(self.decoder.device)
         return pack([self.samples[i] for i in indices], hidden, self._layer).to(self.decoder.device)

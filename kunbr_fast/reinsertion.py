@@ -82,11 +82,15 @@ class BlockTraining:
                 )
         self._kept = {name: (p.data, p.grad) for name, p in self.parameters.items()}
         params = list(self.parameters.values())
-        with torch.no_grad():
-            self.flat = FlatBuffer(params, [values[name] for name in self.parameters], master_weights)
+        try:
+            with torch.no_grad():
+                self.flat = FlatBuffer(params, [values[name] for name in self.parameters], master_weights)
+            self.optimizer = make_optimizer(optimizer, [self.flat.param], lr, betas, weight_decay)
+        except BaseException:
+            self.take_out()
+            raise
         for parameter in params:
             parameter.requires_grad_(True)
-        self.optimizer = make_optimizer(optimizer, [self.flat.param], lr, betas, weight_decay)
         self.steps = 0
 
     # ------------------------------------------------ training
@@ -149,7 +153,8 @@ class BlockTraining:
         return {name: parameter.data for name, parameter in self.parameters.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything that training needs to go on: weights, optimiser state. Tensors only."""
+        """Everything that training needs to go on: weights, optimiser state. The tensors themselves: later steps
+        change them."""
         inner = self.optimizer.state[self.flat.param]
         return {**self.flat.state(), **{f"optimizer.{key}": torch.as_tensor(value) for key, value in inner.items()}}
 
@@ -158,7 +163,10 @@ class BlockTraining:
         self.flat.load(state)
         prefix = "optimizer."
         inner = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-        self.optimizer.state[self.flat.param] = {key: value.to(self.flat.param.device) for key, value in inner.items()}
+        device = self.flat.param.device
+        self.optimizer.state[self.flat.param] = {
+            k: v.to(device, copy=True) for k, v in inner.items()
+        }  # changed in place
         self.steps = steps
 
     def take_out(self) -> None:
@@ -218,19 +226,22 @@ def reinserted(
     with insertion="cumulative" the trained block stays in the original for the next ones.
     master_weights: fp32 copies of half-precision block weights for the optimiser.
 
-    Errors: ValueError for another architecture, shapes that differ, weights that are not finite or tied.
+    Errors: ValueError for another architecture, shapes that differ, weights that are not finite or tied, and for
+    one and the same model given as both.
     """
     if insertion not in INSERTIONS:
         raise ValueError(f"insertion={insertion!r}: expected one of {', '.join(INSERTIONS)}")
     for operation in ("linear_loss", optimizer):
         resolve(operation, impl)
     decoder = original if isinstance(original, Decoder) else Decoder(original)
-    values = _values(unlearned, block_tensors(decoder, block))
+    if unlearned is decoder.model:
+        raise ValueError("the unlearned model is the original itself: give a copy, or a mapping with its own weights")
+    names = list(block_tensors(decoder, block))
     with frozen(decoder.model):
         training = BlockTraining(
             decoder,
             block,
-            values,
+            _values(unlearned, names),  # not kept here: what comes from a file is in memory for a moment only
             lr=lr,
             retain_coeff=retain_coeff,
             optimizer=optimizer,
@@ -241,10 +252,10 @@ def reinserted(
         )
         try:
             yield training
+            _move_back(training, unlearned)
         except BaseException:
             training.take_out()
             raise
-        _move_back(training, unlearned)
         if insertion == "cumulative":
             training.settle()
         else:

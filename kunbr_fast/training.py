@@ -95,7 +95,7 @@ class FullTraining:
         return metrics
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Weights and optimiser state by name. Tensors only."""
+        """Weights and optimiser state by name. The tensors themselves: later steps change them."""
         tensors = {name: parameter.data for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -107,11 +107,12 @@ class FullTraining:
         """Takes up a `state()` after `steps` steps; the next steps give the same bits as uninterrupted ones."""
         for name, parameter in self.parameters.items():
             parameter.copy_(state[name])
+        self.optimizer.state.clear()
         for key, value in state.items():
             if key.startswith("optimizer."):
                 _, slot, name = key.split(".", 2)
                 parameter = self.parameters[name]
-                self.optimizer.state[parameter][slot] = value.to(parameter.device)
+                self.optimizer.state[parameter][slot] = value.to(parameter.device, copy=True)  # updated in place
         self.steps = steps
 
 
@@ -181,18 +182,21 @@ class WeightSnapshot:
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
-        """Copies the weights into the model, which must have the same parameters and shapes."""
+        """Copies the weights into the model, or raises ValueError, with the model as it was, unless it has the same
+        parameters, shapes and dtypes."""
         parameters = dict(model.named_parameters())
         with safe_open(self.path, "pt") as file:
             names = set(file.keys())
             if names != set(parameters):
                 odd = sorted(names ^ set(parameters))[0]
                 raise ValueError(f"{self.path}: {odd} is in only one of the file and {type(model).__name__}")
+            values = {name: file.get_tensor(name) for name in parameters}  # mapped, not read, until they are copied
             for name, parameter in parameters.items():
-                value = file.get_tensor(name)
+                value = values[name]
                 if value.shape != parameter.shape or value.dtype != parameter.dtype:
                     raise ValueError(
                         f"{self.path}: {name} is {value.dtype} {tuple(value.shape)}, the model's is "
                         f"{parameter.dtype} {tuple(parameter.shape)}"
                     )
-                parameter.copy_(value)
+            for name, parameter in parameters.items():
+                parameter.copy_(values[name])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference_procedure import padded_loss
-from tiny_models import VOCAB, random_samples, tiny_model
+from tiny_models import random_samples, tiny_model
 from torch import nn
 
 from kunbr_fast import losses
@@ -64,6 +64,7 @@ def test_value_and_gradients_for_every_subset(scale, softcap, bias, chunk, cappe
     for wanted in itertools.product([True, False], repeat=len(tensors)):
         for tensor, flag in zip(tensors, wanted):
             tensor.requires_grad_(flag)
+            tensor.grad = None
         asked = [tensor for tensor, flag in zip(tensors, wanted) if flag]
         loss, nll = losses.linear_loss(hidden, Head(linear, scale, softcap), targets, weights, cap)
         truth, true_nll = plain(hidden, linear, targets, weights, scale, softcap, cap)
@@ -102,7 +103,7 @@ def test_without_autograd_and_without_rows():
     empty = hidden[:0].requires_grad_()
     loss, nll = losses.linear_loss(empty, Head(linear), targets[:0], weights[:0])
     loss.backward()
-    assert float(loss) == 0 and nll.shape == (0,) and empty.grad.shape == (0, 6)
+    assert float(loss.detach()) == 0 and nll.shape == (0,) and empty.grad.shape == (0, 6)
     assert float(linear.weight.grad.abs().sum()) == 0
 
 
@@ -112,7 +113,7 @@ def test_large_logits_stay_finite_and_exact():
     hidden.requires_grad_()
     loss, nll = losses.linear_loss(hidden, Head(linear), targets, weights)
     truth, true_nll = plain(hidden, linear, targets, weights)
-    assert float(true_nll.max()) > 1000
+    assert float(true_nll.detach().max()) > 1000
     torch.testing.assert_close(nll, true_nll.detach(), rtol=1e-12, atol=1e-9)
     (ours,), (theirs,) = grads(loss, [hidden]), grads(truth, [hidden])
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
@@ -182,13 +183,14 @@ def test_gradient_difference_is_the_padded_two_pass_formula(architecture, retain
     batch = pack(forget + retain)
     loss, nll = packed_loss(decoder, batch, losses.gradient_difference(batch, len(forget), retain_coeff))
     limit = 1e-6 if architecture == "gemma2" else 1e-11
-    assert abs(float(loss) - float(truth)) < limit
+    assert abs(float(loss.detach()) - float(truth.detach())) < limit
     ours = all_grads(model, loss)
     for name, value in expected.items():
         assert float((ours[name] - value).norm()) <= limit * max(float(value.norm()), 1e-3), name
     means = losses.mean_nll(batch, nll)
-    assert abs(float(means[: len(forget)].mean()) - float(padded_loss(model, forget))) < limit
-    assert abs(float(means[len(forget) :].mean()) - float(padded_loss(model, retain))) < limit
+    with torch.no_grad():
+        assert abs(float(means[: len(forget)].mean() - padded_loss(model, forget))) < limit
+        assert abs(float(means[len(forget) :].mean() - padded_loss(model, retain))) < limit
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -240,8 +242,3 @@ def test_a_sample_without_a_label_is_named():
         losses.likelihood(batch)
     with pytest.raises(ValueError, match="sample 1 of the batch has no token with a loss"):
         losses.gradient_difference(batch, 2, 1.0)
-
-
-def test_vocabulary_is_not_hidden_size():
-    """The head of a tiny model is as wide as its vocabulary: guards the helpers above."""
-    assert Decoder(tiny_model()).head.linear.weight.shape == (VOCAB, 32)

