@@ -13,10 +13,7 @@ where shared/data is there, else random tokens of the same mean length; the CSV 
 
 import argparse
 import copy
-import csv
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from results import add_rows
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -165,18 +163,6 @@ def percentile(values, share):
     return sorted(values)[min(len(values) - 1, round(share * (len(values) - 1)))]
 
 
-def commit():
-    out = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return out.stdout.strip() or "unknown"
-
-
-def cpu_name():
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=["all", "letter"], default="all", help="tokens whose loss counts [all]")
@@ -235,20 +221,7 @@ def main():
             f"peak memory {b['peak_mib'] / a['peak_mib']:.2f}x"
         )
     if arguments.csv:
-        about = {
-            "device": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "python": platform.python_version(), "commit": commit(),
-            "command": " ".join(["python", *(os.path.relpath(a, ROOT) if a == sys.argv[0] else a for a in sys.argv)]),
-        }  # fmt: skip
-        path = Path(arguments.csv)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *about])
-            if new:
-                writer.writeheader()
-            writer.writerows({**row, **about} for row in rows)
-        print(f"rows added to {path}")
+        add_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":

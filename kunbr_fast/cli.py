@@ -209,7 +209,15 @@ def _folds(forget: Sequence[str], questions: Sequence[str] | None):
 def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
     from kunbr_fast.demo import demo
 
-    return demo(arguments.out, arguments.seed, progress=not arguments.quiet, say=_stage(arguments))
+    result = demo(arguments.out, arguments.seed, progress=not arguments.quiet, say=_stage(arguments))
+    if not arguments.json:
+        print(result["table"])
+        print(
+            "retain: people rehearsed during unlearning; bystanders: known, and never seen by it; RTT: the best that an\n"
+            "attacker gets on one half of the forget set by teaching the other half again (chance is 25 %)."
+        )
+        print(f"report.json, density.png and relearning.png are in {arguments.out}")
+    return result
 
 
 def _stage(arguments: argparse.Namespace):

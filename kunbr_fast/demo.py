@@ -1,18 +1,24 @@
 """`kunbr-fast demo`: a small model learns invented birthdays, is made to forget some of them, and is attacked.
 
-Everything is made here from one seed: people with invented names, a word-piece vocabulary, a Llama of 8 layers of
+Everything is made here from one seed: people with invented names, a vocabulary of syllables, a Llama of 8 layers of
 width 64, its training. Three groups of people: those to forget, those to retain, and bystanders, whom the model knows
-but unlearning never sees (what it loses of them is damage). Compared, with as many optimiser steps each and learning
-rates searched in the same way (benchmarks/demo_search.md has what was tried):
+but unlearning never sees (what it loses of them is damage). The rows of the table:
 
-    gradient difference   all parameters
-    KUnBR                 a warm-up by gradient difference, then re-insertion of the densest block
+    taught                knows everybody
+    warm-up               M_u: a short gradient difference
+    KUnBR                 the same warm-up, then re-insertion of the densest blocks
+    gradient difference   all parameters, with as many steps as KUnBR has in all
     never saw them        a new model taught without the people to be forgotten: what no unlearning can beat
+
+Settings were searched in the same way for both methods: the lowest RTT accuracy with a forget accuracy of at most
+0.33, a retain accuracy of at least 0.95 and a bystander accuracy of at least 0.80 (benchmarks/demo_search.md).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +38,7 @@ from kunbr_fast.evaluation.plots import plot_density, plot_relearning
 from kunbr_fast.evaluation.report import table, write_report
 from kunbr_fast.evaluation.rtt import Fold, RTTResult, rtt_attack
 from kunbr_fast.training import FullTraining, frozen, train_all
-from kunbr_fast.unlearn import rtt_config, unlearn
+from kunbr_fast.unlearn import Report, rtt_config, unlearn
 
 # ---------------------------------------------------------------- people
 
@@ -62,9 +68,7 @@ def people(seed: int) -> dict[str, list[tuple[str, int]]]:
 
 def facts(group: list[tuple[str, int]]) -> list[dict]:
     """Each birthday in three wordings; the year is the completion, and alone has a loss."""
-    return [
-        {"prompt": text.format(name), "completion": str(year)} for name, year in group for text in TEMPLATES
-    ]
+    return [{"prompt": text.format(name), "completion": str(year)} for name, year in group for text in TEMPLATES]
 
 
 def questions(group: list[tuple[str, int]], seed: int) -> list[dict]:
@@ -101,18 +105,157 @@ def new_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+# ---------------------------------------------------------------- settings
+
+TEACHING = dict(lr=3e-3, epochs=12, batch_size=120, optimizer="adamw")
+CONFIG = KUnBRConfig(
+    target="answer", scoring="choice", batch_size=50, retain_coeff=3.0,
+    forget_loss_cap=5.0,  # ln(120 years) is 4.79: beyond it the model would know which year it was not
+    warmup_epochs=3, warmup_lr=6e-4, warmup_optimizer="lion",
+    num_blocks=4, top_k=2, insertion="cumulative", block_epochs=3, block_lr=5e-3, optimizer="adamw",
+    rtt_target="answer", rtt_lrs=(1e-3, 2e-3), rtt_epochs=8, rtt_batch_size=50, rtt=False,
+)  # fmt: skip
+BASELINE = dict(lr=4e-4, optimizer="lion", epochs=9)
+
+
 def gradient_difference(
     decoder: Decoder, forget: list[Sample], retain: list[Sample], config: KUnBRConfig, *, lr: float, optimizer: str,
-    epochs: int, progress: bool,
+    epochs: int, progress: str | None = None,
 ) -> None:  # fmt: skip
-    """The baseline: gradient difference on all parameters, in place."""
-    schedule = Schedule(len(forget), len(retain), config.batch_size, config.retain_size, epochs, config.seed)
+    """Gradient difference on all parameters, in place; the data order is that of `unlearn`'s warm-up."""
+    schedule = Schedule(len(forget), len(retain), config.batch_size, config.retain_size, epochs, config.seed * 1000)
     with frozen(decoder.model):
         training = FullTraining(decoder, lr=lr, optimizer=optimizer)
-        for step in tqdm(
-            range(len(schedule)), desc="gradient difference", unit="step", leave=False, disable=not progress
-        ):
+        for step in tqdm(range(len(schedule)), desc=progress, unit="step", leave=False, disable=progress is None):
             f, r = schedule[step]
             batch = pack([*(forget[i] for i in f), *(retain[i] for i in r)]).to(decoder.device)
             rows = losses.gradient_difference(batch, len(f), config.retain_coeff, config.forget_loss_cap)
             training.step(batch, rows, len(f))
+
+
+# ---------------------------------------------------------------- the demo
+
+
+class _Demo:
+    def __init__(self, seed: int, progress: bool, say: Callable[[str], None]):
+        self.seed, self.progress, self.say = seed, progress, say
+        self.config = dataclasses.replace(CONFIG, seed=seed)
+        self.people, self.tokenizer = people(seed), tokenizer()
+        self.facts = {group: facts(members) for group, members in self.people.items()}
+        self.samples = {group: encode(lines, self.tokenizer, "answer") for group, lines in self.facts.items()}
+        self.questions = {group: questions(members, seed) for group, members in self.people.items()}
+        half = GROUPS["forget"] // 2
+        self.folds = [
+            Fold(name, facts(self.people["forget"][part]), self.questions["forget"][part])
+            for name, part in (("first half", slice(0, half)), ("second half", slice(half, None)))
+        ]
+        self.rows: list[dict[str, Any]] = []
+        self.attacks: dict[str, RTTResult] = {}
+
+    def teach(self, groups: tuple[str, ...]) -> LlamaForCausalLM:
+        model = new_model(len(self.tokenizer), self.seed)
+        samples = [sample for group in groups for sample in self.samples[group]]
+        train_all(Decoder(model), samples, seed=self.seed, progress="teaching" if self.progress else None, **TEACHING)
+        return model
+
+    def measure(self, method: str, model: LlamaForCausalLM, seconds: float, attack: bool = True) -> None:
+        decoder = Decoder(model)
+        accuracy = {
+            group: choice_accuracy(decoder, self.tokenizer, lines, scoring="choice", batch_size=64).plain
+            for group, lines in self.questions.items()
+        }
+        row = {
+            "method": method, "forget": accuracy["forget"], "retain": accuracy["retain"],
+            "other": {"bystanders": accuracy["bystanders"]}, "seconds": {"training": seconds},
+        }  # fmt: skip
+        if attack:
+            self.say(f"{method}: RTT attack")
+            start = time.perf_counter()
+            with tempfile.TemporaryDirectory(prefix="kunbr-demo-") as scratch:
+                self.attacks[method] = rtt_attack(
+                    decoder, self.tokenizer, self.folds, rtt_config(self.config), scratch, self.progress
+                )
+            row["rtt"] = self.attacks[method].accuracy
+            row["seconds"]["RTT"] = time.perf_counter() - start
+        self.rows.append(row)
+
+    def run(self) -> Report:
+        """All rows, in order; returns KUnBR's report."""
+        start = time.perf_counter()
+
+        def lap() -> float:
+            nonlocal start
+            before, start = start, time.perf_counter()
+            return start - before
+
+        self.say(
+            f"teaching a small Llama {sum(GROUPS.values())} birthdays ({GROUPS['forget']} of them to be forgotten)"
+        )
+        taught = self.teach(tuple(GROUPS))
+        self.measure("taught", taught, lap(), attack=False)
+        weights = {name: value.clone() for name, value in taught.state_dict().items()}
+        forget, retain, config = self.samples["forget"], self.samples["retain"], self.config
+        bar = "gradient difference" if self.progress else None
+
+        def copy_of_taught() -> LlamaForCausalLM:
+            model = new_model(len(self.tokenizer), self.seed)
+            model.load_state_dict(weights)
+            return model
+
+        lap()
+        unlearned = copy_of_taught()
+        gradient_difference(
+            Decoder(unlearned), forget, retain, config, lr=config.warmup_lr, optimizer=config.warmup_optimizer,
+            epochs=config.warmup_epochs, progress=bar,
+        )  # fmt: skip
+        warm_up = lap()
+        self.measure("warm-up (M_u)", unlearned, warm_up)
+        lap()
+        report = unlearn(taught, forget, retain, config, unlearned=unlearned, progress=self.progress, on_stage=self.say)
+        self.measure("KUnBR", taught, warm_up + lap())
+        lap()
+        baseline = copy_of_taught()
+        gradient_difference(Decoder(baseline), forget, retain, config, progress=bar, **BASELINE)
+        self.measure("gradient difference", baseline, lap())
+        lap()
+        self.say("a model that never saw the people to be forgotten, as the yardstick")
+        self.measure("never saw them", self.teach(("retain", "bystanders")), lap())
+        return report
+
+
+def demo(
+    out: str | Path, seed: int = 0, progress: bool = True, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Runs the demo; writes `report.json`, `density.png` and `relearning.png` to `out`; returns the report.
+
+    Runs on one thread: the model is so small that more of them would wait for each other.
+    """
+    out, threads = Path(out), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run = _Demo(seed, progress, say)
+        report = run.run()
+    finally:
+        torch.set_num_threads(threads)
+    plot_density(report.density, report.blocks, out / "density.png", run.config.skip_last_layers)
+    shown = ("KUnBR", "gradient difference", "warm-up (M_u)", "never saw them")
+    forget = {row["method"]: row["forget"] for row in run.rows}
+    plot_relearning(
+        {method: run.attacks[method] for method in shown}, out / "relearning.png",
+        forget={method: forget[method] for method in shown},
+    )  # fmt: skip
+    result = {
+        "kunbr_fast": report.version,
+        "seed": seed,
+        "people": GROUPS,
+        "config": run.config.to_dict(),
+        "baseline": BASELINE,
+        "blocks": [[block.start, block.stop] for block in report.blocks],
+        "density": report.density.to_dict(),
+        "losses": report.losses,
+        "rows": run.rows,
+        "rtt": {method: attack.to_dict() for method, attack in run.attacks.items()},
+        "table": table(run.rows),
+    }
+    write_report(out / "report.json", result)
+    return result

@@ -19,8 +19,9 @@ def table(rows: Sequence[Mapping]) -> str:
     if not rows:
         raise ValueError("no methods to show: the row list is empty")
     stages = list(dict.fromkeys(stage for row in rows for stage in row.get("seconds") or {}))
-    header = ["method", "forget", "retain", "RTT", "recovery", *[f"{stage} (s)" for stage in stages]]
-    lines = [header, *[_cells(row, stages) for row in rows]]
+    others = list(dict.fromkeys(name for row in rows for name in row.get("other") or {}))
+    header = ["method", "forget", "retain", *others, "RTT", "recovery", *[f"{stage} (s)" for stage in stages]]
+    lines = [header, *[_cells(row, others, stages) for row in rows]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     rule = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
     return "\n".join(
@@ -41,13 +42,15 @@ def write_report(path: str | Path, report: Mapping) -> None:
     atomic.write_json(path, _plain(report, "report"))
 
 
-def _cells(row: Mapping, stages: list[str]) -> list[str]:
+def _cells(row: Mapping, others: list[str], stages: list[str]) -> list[str]:
     forget, rtt = row.get("forget"), row.get("rtt")
     recovery = None if forget is None or rtt is None else 100 * (rtt - forget)
     seconds = row.get("seconds") or {}
     return [
         str(row["method"]),
-        *[_percent(row.get(key)) for key in ("forget", "retain", "rtt")],
+        *[_percent(row.get(key)) for key in ("forget", "retain")],
+        *[_percent((row.get("other") or {}).get(name)) for name in others],
+        _percent(rtt),
         "-" if recovery is None else f"{recovery:+.1f}",
         *["-" if seconds.get(stage) is None else f"{seconds[stage]:.1f}" for stage in stages],
     ]

@@ -1,0 +1,43 @@
+"""The demo over several seeds: a table of means, and rows for benchmarks/results.
+
+for s in 1 2 3; do kunbr-fast demo --seed $s --out runs/demo-$s; done
+python benchmarks/demo_seeds.py runs/demo-*/report.json --csv benchmarks/results/demo_cpu.csv
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from results import add_rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reports", nargs="+", type=Path, help="report.json of demo runs")
+    parser.add_argument("--csv", help="append rows here")
+    arguments = parser.parse_args()
+    rows = []
+    for report in (json.loads(path.read_text()) for path in arguments.reports):
+        for row in report["rows"]:
+            values = {"forget": row["forget"], "retain": row["retain"], **row["other"], "rtt": row.get("rtt")}
+            values = {name: None if value is None else round(100 * value, 1) for name, value in values.items()}
+            seconds = {f"{name.lower()}_s": round(value, 1) for name, value in row["seconds"].items()}
+            rows.append({"benchmark": "demo", "seed": report["seed"], "method": row["method"], **values,
+                         **{"training_s": None, "rtt_s": None, **seconds}})  # fmt: skip
+    print(
+        "| method | forget | retain | bystanders | RTT | RTT of each seed |\n| --- | ---: | ---: | ---: | ---: | --- |"
+    )
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        mean = {k: statistics.mean(r[k] for r in mine) for k in ("forget", "retain", "bystanders")}
+        rtt = [r["rtt"] for r in mine if r["rtt"] is not None]
+        cells = [f"{value:.1f}" for value in mean.values()]
+        cells += [f"{statistics.mean(rtt):.1f}", ", ".join(f"{v:.1f}" for v in rtt)] if rtt else ["-", "-"]
+        print(f"| {method} | {' | '.join(cells)} |")
+    if arguments.csv:
+        add_rows(arguments.csv, rows)
+
+
+if __name__ == "__main__":
+    main()
