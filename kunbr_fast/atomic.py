@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
@@ -26,6 +27,18 @@ def _sync_directory(directory: Path) -> None:
 
 
 @contextlib.contextmanager
+def os_errors() -> Iterator[None]:
+    """Inside, what Rust libraries raise for a full disk (SafetensorError, a bare Exception) becomes an OSError."""
+    try:
+        yield
+    except Exception as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+@contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path in the directory of `path`; on success it becomes `path`, on failure it is removed."""
     path = Path(path)
@@ -34,7 +47,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     try:
         temporary.open("xb").close()  # not mkstemp, whose files are private: this one has the umask's permissions
         mode = stat.S_IMODE(temporary.stat().st_mode)
-        yield temporary
+        with os_errors():
+            yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, mode)  # a library may have replaced the file by a private one (safetensors does)

@@ -21,13 +21,8 @@ def check_block(block: range, num_layers: int) -> range:
     return block
 
 
-def select_blocks(density: Density, num_blocks: int, top_k: int, skip_last_layers: int = 2) -> list[range]:
-    """The `top_k` blocks of highest density, from low to high (the order in which they are trained).
-
-    A block's density is the sum of its layers' densities. A block that holds one of the last `skip_last_layers`
-    layers is never chosen: their large gradients come from producing the output (KUnBR, arXiv 2511.11667).
-    """
-    num_layers = len(density.per_layer)
+def selectable_blocks(num_layers: int, num_blocks: int, top_k: int, skip_last_layers: int = 2) -> list[range]:
+    """The blocks that `select_blocks` chooses from; ValueError where they are fewer than `top_k`."""
     blocks = partition(num_layers, num_blocks)
     free = [block for block in blocks if block.stop <= num_layers - skip_last_layers]
     if not 1 <= top_k <= len(free):
@@ -35,6 +30,16 @@ def select_blocks(density: Density, num_blocks: int, top_k: int, skip_last_layer
             f"top_k={top_k}: expected 1 to {len(free)}; {num_layers} layers in {len(blocks)} blocks leave {len(free)} "
             f"that hold none of the last {skip_last_layers} layers. Change num_blocks, top_k or skip_last_layers"
         )
+    return free
+
+
+def select_blocks(density: Density, num_blocks: int, top_k: int, skip_last_layers: int = 2) -> list[range]:
+    """The `top_k` blocks of highest density, from low to high (the order in which they are trained).
+
+    A block's density is the sum of its layers' densities. A block that holds one of the last `skip_last_layers`
+    layers is never chosen: their large gradients come from producing the output (KUnBR, arXiv 2511.11667).
+    """
+    free = selectable_blocks(len(density.per_layer), num_blocks, top_k, skip_last_layers)
     scores = {block: float(density.per_layer[block.start : block.stop].sum()) for block in free}
     chosen = sorted(free, key=lambda block: (-scores[block], block.start))[:top_k]
     return sorted(chosen, key=lambda block: block.start)

@@ -9,27 +9,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kunbr_fast.atomic import sha256, write_json, write_with
+from kunbr_fast.atomic import sha256, write_json
+from kunbr_fast.weights import load_tensors, save_tensors
 
 FORMAT = 1
 # What may be changed on resuming in the middle of a stage, which is how a diverged run is rescued.
 FREE_WHILE_TRAINING = ("warmup_lr", "warmup_epochs", "block_lr", "block_epochs")
 
 
-def fingerprint(model: nn.Module, samples: Iterable[Mapping[str, torch.Tensor]]) -> str:
-    """A digest of the data's tokens and labels and of a few values of every weight: tells one run from another."""
+def fingerprint(model: nn.Module, *parts: Sequence[Mapping[str, Any]]) -> str:
+    """A digest of a few values of every weight and of the data: of the tokens and labels of samples, of records but for
+    where they lie. Tells one run from another."""
     digest = hashlib.sha256()
-    for sample in samples:
-        for key in ("input_ids", "labels"):
-            digest.update(sample[key].cpu().numpy().tobytes())
+    for part in parts:
+        digest.update(f"{len(part)} entries".encode())
+        for entry in part:
+            if "input_ids" in entry:
+                for key in ("input_ids", "labels"):
+                    digest.update(entry[key].cpu().numpy().tobytes())
+            else:
+                digest.update(json.dumps({k: v for k, v in entry.items() if k != "_where"}).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         some = flat[:: max(1, flat.numel() // 16)].double().cpu()
@@ -60,17 +66,18 @@ class RunState:
     def _read(self) -> dict[str, Any]:
         try:
             state = json.loads(self.path.read_text())
-        except json.JSONDecodeError as error:
+            found = state["format"]
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{self.path}: damaged ({error}): delete {self.directory} and start again") from error
-        if state.get("format") != FORMAT:
-            raise ValueError(f"{self.path}: format {state.get('format')!r}, this version reads {FORMAT}: start again")
+        if found != FORMAT:
+            raise ValueError(f"{self.path}: format {found!r}, this version reads {FORMAT}: start again")
         return state
 
     def _check(self, identity: str, config: Any) -> None:
         if self.state["identity"] != identity:
             raise ValueError(
                 f"{self.directory} belongs to another run: its model or data are not those given now. "
-                "Give the same --model, --forget and --retain, or another output directory"
+                "Give the same --model, --forget, --retain and questions, or another output directory"
             )
         finished = {name.split(".")[0] for name in self.state["stages"]}
         current = {self.state["current"]["stage"].split(".")[0]} if self.state["current"] else set()
@@ -130,19 +137,13 @@ class RunState:
         current = self.state["current"]
         if not current or current["stage"] != stage:
             return None
-        return current["step"], load_file(self._checked(current)), current["extra"]
+        return current["step"], load_tensors(self._checked(current)), current["extra"]
 
     # ------------------------------------------------ files
 
     def _save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> str:
-        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        # safetensors refuses two names for one storage, and views of the flat buffer share theirs
-        tensors = {
-            key: value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
-            for key, value in tensors.items()
-        }
         path = self.directory / name
-        write_with(path, lambda temporary: save_file(tensors, temporary))
+        save_tensors(path, tensors)
         return sha256(path)
 
     def _checked(self, entry: Mapping[str, Any]) -> Path:

@@ -7,13 +7,31 @@ import dataclasses
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kunbr_fast.version import __version__
+import torch
+from transformers.utils.logging import disable_progress_bar
 
-# Heavy imports (torch, transformers) wait until a command needs them: `--help` answers at once.
+from kunbr_fast.atomic import write_json
+from kunbr_fast.blocks import select_blocks, selectable_blocks
+from kunbr_fast.checkpoint import fingerprint
+from kunbr_fast.config import KUnBRConfig
+from kunbr_fast.data import is_question, load_records
+from kunbr_fast.decoder import Decoder
+from kunbr_fast.demo import demo
+from kunbr_fast.density import knowledge_density
+from kunbr_fast.dispatch import Unavailable
+from kunbr_fast.doctor import doctor, format_doctor
+from kunbr_fast.evaluation.plots import plot_density, plot_relearning
+from kunbr_fast.evaluation.report import table, write_report
+from kunbr_fast.evaluation.rtt import Fold, rtt_attack
+from kunbr_fast.loading import DTYPES, check_same_architecture, load_model, load_tokenizer, save_model
+from kunbr_fast.training import Diverged, frozen
+from kunbr_fast.unlearn import rtt_config, to_samples, unlearn
+from kunbr_fast.version import __version__
 
 
 def _say(text: str) -> None:
@@ -27,7 +45,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="local Hugging Face model directory (safetensors)"
     )
-    parser.add_argument("--dtype", choices=["float64", "float32", "bfloat16", "float16"], help="default: as saved")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: as saved")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
 
 
@@ -38,16 +56,16 @@ def _output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _setting_arguments(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
     """One option for each KUnBRConfig setting: --block-lr 1e-5."""
-    from kunbr_fast.config import KUnBRConfig
-
     group = parser.add_argument_group("settings (each also a line of --config run.yaml; an option wins)")
+    group.add_argument("--config", metavar="run.yaml", help="settings, one 'name: value' a line")
     for field in dataclasses.fields(KUnBRConfig):
         if names is not None and field.name not in names:
             continue
         option = f"--{field.name.replace('_', '-')}"
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        text = f"{field.metadata['help']} [{default}]".replace("%", "%%")
-        kind = {"default": argparse.SUPPRESS, "help": text, "dest": f"set_{field.name}"}
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text = field.metadata["help"] + ("" if default is None else f" [{shown}]")
+        kind = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%"), "dest": f"set_{field.name}"}
         if isinstance(default, bool):
             group.add_argument(option, action=argparse.BooleanOptionalAction, **kind)
         elif isinstance(default, tuple):
@@ -65,11 +83,9 @@ def _scalar(text: str) -> Any:
     return text
 
 
-def _config(arguments: argparse.Namespace):
-    from kunbr_fast.config import KUnBRConfig
-
+def _config(arguments: argparse.Namespace) -> KUnBRConfig:
     values: dict[str, Any] = {}
-    if getattr(arguments, "config", None):
+    if arguments.config:
         values = KUnBRConfig.load(arguments.config).to_dict()
     values |= {name[4:]: value for name, value in vars(arguments).items() if name.startswith("set_")}
     return KUnBRConfig.from_dict(values, "settings")
@@ -83,89 +99,90 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"kunbr-fast {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser(
+    command = commands.add_parser(
         "demo", help="teach a small model invented birthdays and make it forget them (minutes, CPU)"
     )
-    demo.add_argument("--out", default="demo-out", metavar="DIR", help="where report.json and the plots go [demo-out]")
-    demo.add_argument("--seed", type=int, default=0, help="people, initial weights and data order [0]")
-    _output_arguments(demo)
-    demo.set_defaults(run=_demo)
+    command.add_argument(
+        "--out", default="demo-out", metavar="DIR", help="where report.json and the plots go [demo-out]"
+    )
+    command.add_argument("--seed", type=int, default=0, help="people, initial weights and data order [0]")
+    _output_arguments(command)
+    command.set_defaults(run=_demo)
 
-    unlearn = commands.add_parser(
+    command = commands.add_parser(
         "unlearn", help="make a model forget: warm-up, density, selection, re-insertion, proof"
     )
-    _model_arguments(unlearn)
-    unlearn.add_argument(
+    _model_arguments(command)
+    command.add_argument(
         "--forget",
         nargs="+",
         required=True,
         metavar="F.jsonl",
         help="what to forget; each file is a fold of the RTT attack",
     )
-    unlearn.add_argument("--retain", nargs="+", required=True, metavar="R.jsonl", help="what to keep")
-    unlearn.add_argument(
+    command.add_argument("--retain", nargs="+", required=True, metavar="R.jsonl", help="what to keep")
+    command.add_argument(
         "--forget-questions",
         nargs="+",
         metavar="Q.jsonl",
         help="questions on the forget files, one file for each (default: the question lines among them)",
     )
-    unlearn.add_argument(
+    command.add_argument(
         "--retain-questions",
         nargs="+",
         metavar="Q.jsonl",
         help="questions on the retain files (default: the question lines among them)",
     )
-    unlearn.add_argument(
+    command.add_argument(
         "--out",
         required=True,
         metavar="DIR",
         help="the unlearned model, report.json and plots; checkpoints in DIR/work",
     )
-    unlearn.add_argument("--unlearned", metavar="DIR", help="your own M_u (made by any method): no warm-up")
-    unlearn.add_argument("--config", metavar="run.yaml", help="settings, one 'name: value' a line")
-    unlearn.add_argument("--resume", action="store_true", help="go on with the run that was interrupted in --out")
-    _output_arguments(unlearn)
-    _setting_arguments(unlearn)
-    unlearn.set_defaults(run=_unlearn)
+    command.add_argument("--unlearned", metavar="DIR", help="your own M_u (made by any method): no warm-up")
+    command.add_argument("--resume", action="store_true", help="go on with the run that was interrupted in --out")
+    _output_arguments(command)
+    _setting_arguments(command)
+    command.set_defaults(run=_unlearn)
 
-    density = commands.add_parser("density", help="knowledge density of each layer for a forget set; changes nothing")
-    _model_arguments(density)
-    density.add_argument("--forget", nargs="+", required=True, metavar="F.jsonl")
-    density.add_argument("--out", metavar="FILE.json", help="keep the result (kunbr_fast.Density.load reads it)")
-    density.add_argument("--plot", metavar="FILE.png", help="bars per layer, the chosen blocks marked")
-    _output_arguments(density)
+    command = commands.add_parser("density", help="knowledge density of each layer for a forget set; changes nothing")
+    _model_arguments(command)
+    command.add_argument("--forget", nargs="+", required=True, metavar="F.jsonl")
+    command.add_argument("--out", metavar="FILE.json", help="keep the result (kunbr_fast.Density.load reads it)")
+    command.add_argument("--plot", metavar="FILE.png", help="bars per layer, the chosen blocks marked")
+    _output_arguments(command)
     _setting_arguments(
-        density, ["target", "max_length", "modules", "reduction", "num_blocks", "top_k", "skip_last_layers", "impl"]
+        command, ["target", "max_length", "modules", "reduction", "num_blocks", "top_k", "skip_last_layers", "impl"]
     )
-    density.set_defaults(run=_density)
+    command.set_defaults(run=_density)
 
-    rtt = commands.add_parser(
+    command = commands.add_parser(
         "rtt", help="the RTT attack: how much comes back when a part of the forget set is taught again"
     )
-    _model_arguments(rtt)
-    rtt.add_argument(
+    _model_arguments(command)
+    command.add_argument(
         "--forget", nargs="+", required=True, metavar="F.jsonl", help="one file for each fold, two or more"
     )
-    rtt.add_argument(
+    command.add_argument(
         "--forget-questions",
         nargs="+",
         metavar="Q.jsonl",
         help="questions, one file for each fold (default: the question lines of --forget)",
     )
-    rtt.add_argument(
+    command.add_argument(
         "--out", metavar="FILE.json", help="keep the curves; an interrupted attack goes on from there with --resume"
     )
-    rtt.add_argument("--plot", metavar="FILE.png", help="relearning curve")
-    rtt.add_argument("--resume", action="store_true", help="keep the finished attacks in --out")
-    _output_arguments(rtt)
-    _setting_arguments(rtt, ["scoring", "seed", "rtt_lrs", "rtt_epochs", "rtt_batch_size", "rtt_target"])
-    rtt.set_defaults(run=_rtt)
+    command.add_argument("--plot", metavar="FILE.png", help="relearning curve")
+    command.add_argument("--resume", action="store_true", help="keep the finished attacks in --out")
+    _output_arguments(command)
+    _setting_arguments(command, ["scoring", "seed", "rtt_lrs", "rtt_epochs", "rtt_batch_size", "rtt_target"])
+    command.set_defaults(run=_rtt)
 
-    doctor = commands.add_parser(
+    command = commands.add_parser(
         "doctor", help="versions, devices, and which implementation of each operation can run here"
     )
-    doctor.add_argument("--json", action="store_true", help="print JSON")
-    doctor.set_defaults(run=_doctor)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_doctor)
     return top
 
 
@@ -173,14 +190,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _load(arguments: argparse.Namespace):
-    from kunbr_fast.loading import load_model, load_tokenizer
-
     return load_model(arguments.model, arguments.dtype, _device(arguments)), load_tokenizer(arguments.model)
 
 
 def _device(arguments: argparse.Namespace) -> str:
-    import torch
-
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
@@ -189,11 +202,8 @@ def _device(arguments: argparse.Namespace) -> str:
     return device
 
 
-def _folds(forget: Sequence[str], questions: Sequence[str] | None):
+def _folds(forget: Sequence[str], questions: Sequence[str] | None) -> list[Fold]:
     """One fold for each forget file, with its own questions."""
-    from kunbr_fast.data import is_question, load_records
-    from kunbr_fast.evaluation.rtt import Fold
-
     if questions is not None and len(questions) != len(forget):
         raise ValueError(
             f"--forget-questions has {len(questions)} files and --forget {len(forget)}: give one for each, in the same order"
@@ -207,8 +217,6 @@ def _folds(forget: Sequence[str], questions: Sequence[str] | None):
 
 
 def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
-    from kunbr_fast.demo import demo
-
     result = demo(arguments.out, arguments.seed, progress=not arguments.quiet, say=_stage(arguments))
     if not arguments.json:
         print(result["table"])
@@ -225,17 +233,14 @@ def _stage(arguments: argparse.Namespace):
 
 
 def _unlearn(arguments: argparse.Namespace) -> dict[str, Any]:
-    from kunbr_fast.data import is_question, load_records
-    from kunbr_fast.evaluation.plots import plot_density, plot_relearning
-    from kunbr_fast.evaluation.report import table, write_report
-    from kunbr_fast.loading import check_same_architecture, load_model, save_model
-    from kunbr_fast.unlearn import unlearn
-
     config, out, say = _config(arguments), Path(arguments.out), _stage(arguments)
-    if (out / "report.json").is_file() and not (out / "work").is_dir():
-        if arguments.resume:
-            raise ValueError(f"{out}: this run is finished (report.json is there): nothing to resume")
-        raise ValueError(f"{out} already holds a finished run: give another --out or delete it")
+    if not (out / "work").is_dir():
+        if (out / "report.json").is_file():
+            if arguments.resume:
+                raise ValueError(f"{out}: this run is finished (report.json is there): nothing to resume")
+            raise ValueError(f"{out} already holds a finished run: give another --out or delete it")
+        if (out / "config.json").is_file():
+            raise ValueError(f"{out} holds a model, which the result would replace: give another --out")
     folds = _folds(arguments.forget, arguments.forget_questions)
     forget = [record for fold in folds for record in fold.train_records]
     questions = [record for fold in folds for record in fold.questions]
@@ -251,8 +256,6 @@ def _unlearn(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.unlearned:
         unlearned = load_model(arguments.unlearned, arguments.dtype, "cpu").to(model.dtype)
         check_same_architecture(model, unlearned, arguments.unlearned)
-    out.mkdir(parents=True, exist_ok=True)
-    config.save(out / "run.yaml")
 
     def save(report) -> None:
         """All of it while work/ is still there: if the disk is full here, --resume has nothing to compute again."""
@@ -262,6 +265,7 @@ def _unlearn(arguments: argparse.Namespace) -> dict[str, Any]:
         if report.rtt is not None:
             forget_accuracy = {"KUnBR": report.accuracy["result"]["forget"]["plain"]}
             plot_relearning({"KUnBR": report.rtt}, out / "relearning.png", forget=forget_accuracy)
+        config.save(out / "run.yaml")
         write_report(out / "report.json", report.to_dict() | {"model": str(arguments.model)})
 
     report = unlearn(
@@ -288,17 +292,13 @@ def _unlearn(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _density(arguments: argparse.Namespace) -> dict[str, Any]:
-    from kunbr_fast.blocks import select_blocks
-    from kunbr_fast.data import load_records
-    from kunbr_fast.decoder import Decoder
-    from kunbr_fast.density import knowledge_density
-    from kunbr_fast.evaluation.plots import plot_density
-    from kunbr_fast.unlearn import to_samples
-
     config = _config(arguments)
     records = load_records(arguments.forget)
     model, tokenizer = _load(arguments)
     decoder = Decoder(model)
+    selectable_blocks(
+        decoder.num_layers, config.num_blocks, config.top_k, config.skip_last_layers
+    )  # fails now or never
     samples = to_samples(records, tokenizer, config, decoder, "forget")
     density = knowledge_density(
         decoder, samples, config.modules, reduction=config.reduction, impl=config.impl, progress=not arguments.quiet
@@ -322,54 +322,57 @@ def _density(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rtt(arguments: argparse.Namespace) -> dict[str, Any]:
-    import tempfile
-
-    from kunbr_fast.atomic import write_json
-    from kunbr_fast.decoder import Decoder
-    from kunbr_fast.evaluation.plots import plot_relearning
-    from kunbr_fast.evaluation.rtt import rtt_attack
-    from kunbr_fast.training import frozen
-    from kunbr_fast.unlearn import rtt_config
-
     config = _config(arguments)
     folds = _folds(arguments.forget, arguments.forget_questions)
     out = Path(arguments.out) if arguments.out else None
-    done: list[dict] = []
-    if arguments.resume:
-        if out is None:
-            raise ValueError("--resume needs --out, the file with the finished attacks")
-        if out.is_file():
-            done = json.loads(out.read_text())["curves"]
-    elif out is not None and out.exists():
+    if arguments.resume and out is None:
+        raise ValueError("--resume needs --out, the file with the finished attacks")
+    if out is not None and out.exists() and not arguments.resume:
         raise ValueError(f"{out} exists: give another --out, or --resume to go on with it")
     model, tokenizer = _load(arguments)
+    attack = rtt_config(config)
+    belongs = {name: value for name, value in dataclasses.asdict(attack).items() if name != "lrs"}
+    belongs["run"] = fingerprint(model, *(part for fold in folds for part in (fold.train_records, fold.questions)))
+    done = _finished_attacks(out, belongs) if arguments.resume and out.is_file() else []
 
     def keep(rows: list[dict]) -> None:
         done.extend(rows)
         if out is not None:
-            write_json(out, {"curves": done})
+            write_json(out, {"belongs_to": belongs, "curves": done})
 
     with tempfile.TemporaryDirectory(prefix="kunbr-rtt-") as scratch, frozen(model):
-        result = rtt_attack(
-            Decoder(model), tokenizer, folds, rtt_config(config), scratch, not arguments.quiet, list(done), keep
-        )
+        result = rtt_attack(Decoder(model), tokenizer, folds, attack, scratch, not arguments.quiet, list(done), keep)
     if out is not None:
-        write_json(out, result.to_dict())
+        write_json(out, {"belongs_to": belongs, **result.to_dict()})
     if arguments.plot:
         plot_relearning({Path(arguments.model).name: result}, arguments.plot)
     if not arguments.json:
         print("learning rate | accuracy after each epoch (0 = before), mean over folds")
         for lr in result.lrs:
-            print(f"{lr:13g} | " + "  ".join(f"{value:6.1%}" for value in result.curve(lr)))
+            for key in ("plain", "calibrated"):
+                if (curve := result.curve(lr, key)) is not None:
+                    print(f"{lr:13g} | {'  '.join(f'{value:6.1%}' for value in curve)}  {key}")
         lr, epoch = result.best
         calibrated = "" if result.calibrated_accuracy is None else f", calibrated {result.calibrated_accuracy:.1%}"
         print(f"RTT accuracy {result.accuracy:.1%} (lr {lr:g}, epoch {epoch}){calibrated}; before {result.before:.1%}")
     return result.to_dict()
 
 
-def _doctor(arguments: argparse.Namespace) -> dict[str, Any]:
-    from kunbr_fast.doctor import doctor, format_doctor
+def _finished_attacks(path: Path, belongs: dict[str, Any]) -> list[dict]:
+    """The curves in an earlier --out, if they are of this model, these questions and these settings."""
+    try:
+        found = json.loads(path.read_text())
+        before, curves = found["belongs_to"], list(found["curves"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not a file of kunbr-fast rtt --out ({error}): give another --out") from error
+    changed = [name for name, value in belongs.items() if before.get(name) != value]
+    if changed:
+        what = "the model or the questions" if changed[0] == "run" else f"{changed[0]} = {before.get(changed[0])!r}"
+        raise ValueError(f"{path}: {what} changed since it was begun: put it back, or give another --out")
+    return curves
 
+
+def _doctor(arguments: argparse.Namespace) -> dict[str, Any]:
     found = doctor()
     if not arguments.json:
         print(format_doctor(found))
@@ -380,27 +383,26 @@ def _doctor(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0; 2 for bad input, with one line on standard error; 3 where training diverged; 130 for Ctrl-C."""
+    """Exit status 0; 2 for bad input, with one line on standard error; 3 where training diverged; 130 for Ctrl-C.
+
+    Anything else is a bug and keeps its traceback.
+    """
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if getattr(arguments, "quiet", False):
-        from transformers.utils.logging import disable_progress_bar
-
         disable_progress_bar()
-    from kunbr_fast.training import Diverged
-
+    resumes = hasattr(arguments, "resume") and arguments.out is not None
     try:
         result = arguments.run(arguments)
     except Diverged as error:
-        _say(
-            f"kunbr-fast: {error}. The last good state is kept in the output directory's work/; --resume goes on from there"
-        )
+        kept = f". The last good state is kept in {arguments.out}/work; --resume goes on from there" if resumes else ""
+        _say(f"kunbr-fast: {error}{kept}")
         return 3
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, OSError, Unavailable, FloatingPointError) as error:
         _say(f"kunbr-fast: {error}")
         return 2
     except KeyboardInterrupt:
-        _say("kunbr-fast: interrupted; what was finished is kept, --resume goes on")
+        _say("kunbr-fast: interrupted" + ("; what was finished is kept, --resume goes on" if resumes else ""))
         return 130
     if arguments.json:
         print(json.dumps(result, indent=2))

@@ -13,6 +13,8 @@ import yaml
 from kunbr_fast.atomic import atomic_write
 from kunbr_fast.data import TARGETS
 from kunbr_fast.density import MODULES, REDUCTIONS
+from kunbr_fast.dispatch import IMPLEMENTATIONS
+from kunbr_fast.evaluation.accuracy import SCORINGS
 from kunbr_fast.optim import OPTIMIZERS
 from kunbr_fast.prefix_cache import STORAGES
 from kunbr_fast.reinsertion import INSERTIONS
@@ -25,9 +27,9 @@ _CHOICES = {
     "insertion": INSERTIONS,
     "optimizer": OPTIMIZERS,
     "cache": STORAGES,
-    "scoring": ("letter", "choice"),
+    "scoring": SCORINGS,
     "rtt_target": TARGETS,
-    "impl": ("auto", "cuda", "triton", "torch"),
+    "impl": ("auto", *IMPLEMENTATIONS),
 }
 
 
@@ -58,7 +60,7 @@ class KUnBRConfig:
     max_retain_loss: float | None = setting(
         None,
         "stop as diverged when the retain loss, averaged over 10 steps, is beyond this (default: 2 ln vocabulary)",
-        "training",
+        "none",
     )
 
     warmup_epochs: int = setting(3, "epochs of the full-parameter warm-up", "warmup")
@@ -84,12 +86,14 @@ class KUnBRConfig:
     cache: str = setting("auto", "where the prefix cache lies: device, host, file or auto", "none")
     checkpoint_every: int | None = setting(None, "steps between checkpoints (default: an epoch)", "none")
 
-    scoring: str = setting("letter", "letter: A/B/C/D after the question; choice: likelihood of the choice", "none")
+    scoring: str = setting(
+        "letter", "letter: A/B/C/D after the question; choice: likelihood of the choice", "evaluation"
+    )
     rtt: bool = setting(True, "attack the result (retraining on T)", "none")
     rtt_lrs: tuple[float, ...] = setting((1e-6, 5e-6, 1e-5), "learning rates of the attack", "none")
-    rtt_epochs: int = setting(5, "epochs of each attack", "none")
-    rtt_batch_size: int = setting(8, "batch size of the attack", "none")
-    rtt_target: str = setting("all", "tokens the attack trains on", "none")
+    rtt_epochs: int = setting(5, "epochs of each attack", "rtt")
+    rtt_batch_size: int = setting(8, "batch size of the attack", "rtt")
+    rtt_target: str = setting("all", "tokens the attack trains on", "rtt")
     impl: str = setting("auto", "auto, cuda, triton or torch", "none")
 
     def __post_init__(self) -> None:

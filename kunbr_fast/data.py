@@ -155,22 +155,38 @@ def encode(
             f"{type(tokenizer).__name__} gives no character offsets, which loss targets need: "
             "load a fast tokenizer (AutoTokenizer.from_pretrained(..., use_fast=True))"
         )
-    samples, too_long = [], []
+    samples = []
     for number, record in enumerate(records):
         if "_where" not in record:  # not from load_records, which has checked its own
             record = {**record, "_where": f"record {number}"}
             _check_record(record, record["_where"])
         sample = _encode_one(record, tokenizer, target)
-        length = len(sample["input_ids"])
-        if max_length is not None and length > max_length:
-            too_long.append(f"{record['_where']} ({length} tokens)")
-        if length < 2 or not bool((sample["labels"][1:] != IGNORE).any()):
+        if not bool((sample["labels"][1:] != IGNORE).any()):
             raise ValueError(f"{record['_where']}: no token with a loss is left for target={target!r}")
         samples.append(sample)
-    if too_long:
-        shown = ", ".join(too_long[:3]) + (f" and {len(too_long) - 3} more" if len(too_long) > 3 else "")
-        raise ValueError(f"longer than max_length={max_length}: {shown}. Raise max_length or shorten these lines")
+    check_lengths(samples, max_length, [record.get("_where", f"record {i}") for i, record in enumerate(records)])
     return samples
+
+
+def check_lengths(samples: Sequence[Sample], max_length: int | None, names: Sequence[str] | None = None) -> None:
+    """ValueError that names the samples longer than `max_length` tokens, by `names` or by their place."""
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    long = [i for i, length in enumerate(lengths) if max_length is not None and length > max_length]
+    if long:
+        shown = ", ".join(f"{names[i] if names else f'sample {i}'} ({lengths[i]} tokens)" for i in long[:3])
+        more = f" and {len(long) - 3} more" if len(long) > 3 else ""
+        raise ValueError(
+            f"longer than max_length={max_length}: {shown}{more}. Shorten them, or raise max_length if the model has "
+            "more positions: nothing is cut"
+        )
+
+
+def check_labels(samples: Sequence[Sample], names: Sequence[str] | None = None) -> None:
+    """ValueError that names the first sample without a loss, by `names` or by its place."""
+    for i, sample in enumerate(samples):
+        if not bool((sample["labels"][1:] != IGNORE).any()):
+            name = names[i] if names else f"sample {i}"
+            raise ValueError(f"{name}: no token after its first has a label, so it has no loss")
 
 
 def _encode_one(record: Mapping, tokenizer: Any, target: str) -> Sample:
@@ -381,67 +397,3 @@ def as_samples(samples: Iterable[Any]) -> list[Sample]:
     if not result:
         raise ValueError("no samples: expected at least one")
     return result
-
-
-# ---------------------------------------------------------------- order
-
-
-def batches(num_samples: int, batch_size: int, seed: int | None = None) -> list[list[int]]:
-    """Sample indices in batches: a seeded shuffle, or in order where seed is None. The last batch may be short."""
-    order = list(range(num_samples)) if seed is None else _permutation(num_samples, seed)
-    return [order[i : i + batch_size] for i in range(0, num_samples, batch_size)]
-
-
-def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Consecutive sample indices, at most `max_tokens` tokens a batch (a longer sample stands alone)."""
-    result: list[list[int]] = []
-    tokens = 0
-    for index, length in enumerate(lengths):
-        if not result or tokens + length > max_tokens:
-            result.append([])
-            tokens = 0
-        result[-1].append(index)
-        tokens += length
-    return result
-
-
-def _permutation(count: int, seed: int) -> list[int]:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Which samples each step sees, by step number alone, so that a resumed run needs nothing but that number.
-
-    An epoch is one pass over the forget set in a new order; the retain set is its own endless shuffled stream.
-    """
-
-    num_forget: int
-    num_retain: int
-    batch_size: int
-    retain_batch_size: int
-    epochs: int
-    seed: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.num_forget // self.batch_size)
-
-    def __len__(self) -> int:
-        return self.epochs * self.steps_per_epoch
-
-    def __getitem__(self, step: int) -> tuple[list[int], list[int]]:
-        if not 0 <= step < len(self):
-            raise IndexError(step)
-        epoch, index = divmod(step, self.steps_per_epoch)
-        forget = _permutation(self.num_forget, self._seed(0, epoch))
-        forget = forget[index * self.batch_size : (index + 1) * self.batch_size]
-        if not self.num_retain:
-            return forget, []
-        places = range(step * self.retain_batch_size, (step + 1) * self.retain_batch_size)
-        passes = {p // self.num_retain for p in places}
-        order = {number: _permutation(self.num_retain, self._seed(1, number)) for number in passes}
-        return forget, [order[p // self.num_retain][p % self.num_retain] for p in places]
-
-    def _seed(self, stream: int, number: int) -> int:
-        return (self.seed * 1_000_003 + number) * 2 + stream

@@ -103,6 +103,17 @@ AttentionInterface.register(ATTENTION, packed_attention)
 # ---------------------------------------------------------------- the decoder
 
 
+def check_finite(model: nn.Module, whose: str = "") -> None:
+    """ValueError with the path of the first weight that holds NaN or infinity; `whose` goes before it."""
+    for name, parameter in model.named_parameters():
+        bad = int((~parameter.detach().isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"{whose}{name}: {bad} of {parameter.numel()} values are NaN or infinite: "
+                "this checkpoint is damaged or its training diverged; load another one"
+            )
+
+
 class _Stop(Exception):
     """Ends the model's own forward once the last layer's arguments are known."""
 
@@ -220,19 +231,9 @@ class Decoder:
         if len(after) > 1:
             raise ValueError(f"{self.name}: {len(after)} modules run after the last layer, expected one final norm")
         if not all(bool(logits.isfinite().all()) for logits in native):
-            self.check_finite()
+            check_finite(self.model)
             raise ValueError(f"{self.name}: logits are not finite although all weights are: try a wider dtype")
         return (after[0] if after else None), native
-
-    def check_finite(self) -> None:
-        """ValueError with the module path of the first weight that holds NaN or infinity."""
-        for name, parameter in self.model.named_parameters():
-            bad = int((~parameter.detach().isfinite()).sum())
-            if bad:
-                raise ValueError(
-                    f"{name}: {bad} of {parameter.numel()} values are NaN or infinite: "
-                    "this checkpoint is damaged or its training diverged; load another one"
-                )
 
     def _find_head(self) -> Head:
         linear = self.model.get_output_embeddings()
@@ -320,6 +321,11 @@ class Decoder:
             raise ValueError(f"start={start} needs the hidden states at the input of that layer")
         if self.model.training:
             raise ValueError(f"{self.name} is in training mode: call model.eval() first, so that dropout is off")
+        longest, limit = max(batch.lengths), self.max_positions
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"a sample of {longest} tokens: {self.name} has {limit} positions; shorten or leave it out"
+            )
         with self._packed():
             embedded, calls = self._layer_calls(batch)
             hidden = embedded if hidden is None else hidden[None]

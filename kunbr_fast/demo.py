@@ -29,16 +29,16 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kunbr_fast import losses
 from kunbr_fast.config import KUnBRConfig
-from kunbr_fast.data import Sample, Schedule, encode, pack
+from kunbr_fast.data import Sample, encode
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
-from kunbr_fast.evaluation.report import table, write_report
+from kunbr_fast.evaluation.report import Report, table, write_report
 from kunbr_fast.evaluation.rtt import Fold, RTTResult, rtt_attack
+from kunbr_fast.schedule import Schedule
 from kunbr_fast.training import FullTraining, frozen, train_all
-from kunbr_fast.unlearn import Report, rtt_config, unlearn
+from kunbr_fast.unlearn import rtt_config, unlearn
 
 # ---------------------------------------------------------------- people
 
@@ -128,9 +128,9 @@ def gradient_difference(
         training = FullTraining(decoder, lr=lr, optimizer=optimizer)
         for step in tqdm(range(len(schedule)), desc=progress, unit="step", leave=False, disable=progress is None):
             f, r = schedule[step]
-            batch = pack([*(forget[i] for i in f), *(retain[i] for i in r)]).to(decoder.device)
-            rows = losses.gradient_difference(batch, len(f), config.retain_coeff, config.forget_loss_cap)
-            training.step(batch, rows, len(f))
+            training.gradient_difference_step(
+                [forget[i] for i in f], [retain[i] for i in r], config.retain_coeff, config.forget_loss_cap
+            )
 
 
 # ---------------------------------------------------------------- the demo

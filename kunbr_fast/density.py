@@ -24,10 +24,11 @@ from transformers.pytorch_utils import Conv1D
 
 from kunbr_fast import losses
 from kunbr_fast.atomic import write_json
-from kunbr_fast.data import PackedBatch, as_samples, pack, token_batches
-from kunbr_fast.decoder import Decoder
+from kunbr_fast.data import PackedBatch, as_samples, check_labels, pack
+from kunbr_fast.decoder import Decoder, check_finite
 from kunbr_fast.dispatch import resolve
 from kunbr_fast.kernels import reference
+from kunbr_fast.schedule import token_batches
 from kunbr_fast.training import frozen
 
 MODULES = ("mlp", "attention", "norms", "all")
@@ -239,12 +240,11 @@ def knowledge_density(
     ):
         if value not in known:
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
-    resolve("grad_density", impl)
     decoder = model if isinstance(model, Decoder) else Decoder(model)
+    for operation in ("grad_density", "linear_loss"):
+        resolve(operation, impl, decoder.device)
     samples = as_samples(samples)
-    for number, sample in enumerate(samples):
-        if not bool((sample["labels"][1:] != -100).any()):
-            raise ValueError(f"sample {number}: no token after its first has a label, so it has no loss")
+    check_labels(samples)
     watched = _watch_list(decoder, modules)
     totals: dict[str, torch.Tensor] = {}
     batches = token_batches([len(s["input_ids"]) for s in samples], batch_tokens)
@@ -333,7 +333,7 @@ def _collect(
             total = totals.get(path, torch.zeros(()))  # a module that never ran has no gradient
             value = float(total.abs().sum(dtype=torch.float64)) / num_samples
             if not value < float("inf"):
-                decoder.check_finite()
+                check_finite(decoder.model)
                 raise ValueError(f"{path}: its gradient is not finite although all weights are: try a wider dtype")
             per_module[path] = value
             per_layer[item.layer] += value

@@ -15,6 +15,11 @@ import torch
 OPERATIONS = ("grad_density", "linear_loss", "lion", "adamw")
 IMPLEMENTATIONS = ("cuda", "triton", "torch")  # the order in which "auto" prefers them
 
+
+class Unavailable(RuntimeError):
+    """A named implementation cannot run here; the message says what is missing."""
+
+
 logger = logging.getLogger(__name__)
 _registry: dict[tuple[str, str], Callable[[torch.device], str | None]] = {}
 _logged: set[tuple[str, str, str]] = set()
@@ -38,14 +43,14 @@ def resolve(operation: str, impl: str = "auto", device: torch.device | str = "cp
     """The implementation to use, "cuda", "triton" or "torch", for tensors of `device`.
 
     "auto" takes the first available one in that order and logs once per operation and kind of device what it
-    took and why (level INFO). A named implementation that cannot run raises RuntimeError with the reason;
+    took and why (level INFO). A named implementation that cannot run raises `Unavailable` with the reason;
     an unknown name raises ValueError.
     """
     device = torch.device(device)
     if impl != "auto":
         reason = why_not(operation, impl, device)
         if reason is not None:
-            raise RuntimeError(
+            raise Unavailable(
                 f'{operation}: impl="{impl}" cannot run on {device}: {reason}. Use impl="auto", which takes '
                 "what is available; `kunbr-fast doctor` lists it"
             )

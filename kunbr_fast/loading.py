@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from kunbr_fast.atomic import os_errors
+from kunbr_fast.weights import open_tensors
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,6 +38,9 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
     path = _directory(path)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    for file in sorted(path.glob("*.safetensors")):
+        with open_tensors(file):  # only its header is read; transformers' own error would not name the file
+            pass
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -48,7 +55,7 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be loaded: {error}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -71,14 +78,16 @@ def load_tokenizer(path: str | Path) -> Any:
         raise ValueError(f"{path}: its tokenizer cannot be loaded: {error}") from error
 
 
-def check_vocabulary(model: nn.Module, samples: Iterable[Mapping[str, torch.Tensor]], what: str) -> None:
-    """ValueError if a token id has no embedding: tokenizer and model do not belong together."""
+def check_vocabulary(model: nn.Module, ids: Iterable[torch.Tensor], what: str) -> None:
+    """ValueError if one of the token ids has no embedding: tokenizer and model do not belong together."""
     rows = model.get_input_embeddings().weight.shape[0]
-    highest = max(int(sample["input_ids"].max()) for sample in samples)
-    if highest >= rows:
-        raise ValueError(
-            f"{what}: token id {highest}, but the model embeds {rows}: tokenizer and model do not belong together"
-        )
+    for tensor in ids:
+        low, high = (int(value) for value in tensor.aminmax())
+        if low < 0 or high >= rows:
+            raise ValueError(
+                f"{what}: token id {low if low < 0 else high}, but the model embeds {rows}: tokenizer and model do not "
+                "belong together"
+            )
 
 
 def check_same_architecture(original: nn.Module, unlearned: nn.Module, where: str) -> None:
@@ -102,9 +111,10 @@ def save_model(model: nn.Module, tokenizer: Any | None, directory: str | Path) -
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
         try:
-            model.save_pretrained(scratch, safe_serialization=True)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(scratch)
+            with os_errors():
+                model.save_pretrained(scratch, safe_serialization=True)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(scratch)
         except OSError as error:
             raise OSError(error.errno, f"could not write the model to {directory}: {error.strerror}") from error
         for file in sorted(Path(scratch).rglob("*"), key=lambda p: p.name == "config.json"):

@@ -103,3 +103,16 @@ def mean_nll(batch: PackedBatch, nll: torch.Tensor) -> torch.Tensor:
     """(B,) each sample's mean NLL, from the (R,) NLL of the labelled rows."""
     total = torch.zeros(batch.num_samples, dtype=nll.dtype, device=nll.device)
     return total.index_add_(0, batch.row_sample, nll) / batch.rows_per_sample
+
+
+def metrics(batch: PackedBatch, num_forget: int, loss: torch.Tensor, nll: torch.Tensor) -> dict[str, float | None]:
+    """What is reported of a step, from before its update: `loss` (as optimised), `tokens`, `forget_loss` and
+    `retain_loss` (mean over samples of `mean_nll`, in nats, uncapped; None where the batch has no such sample)."""
+    per_sample = mean_nll(batch, nll)
+    forget, retain = per_sample[:num_forget], per_sample[num_forget:]
+    return {
+        "loss": float(loss.detach()),
+        "forget_loss": float(forget.mean()) if len(forget) else None,
+        "retain_loss": float(retain.mean()) if len(retain) else None,
+        "tokens": batch.num_tokens,
+    }

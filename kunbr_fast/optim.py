@@ -5,11 +5,15 @@ Lion is written here because torch has none; AdamW is torch's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from kunbr_fast.kernels import reference
+
+logger = logging.getLogger(__name__)
+_warned: set[str] = set()
 
 OPTIMIZERS = ("lion", "adamw")
 BETAS = {"lion": (0.9, 0.99), "adamw": (0.9, 0.999)}
@@ -62,6 +66,26 @@ def make_optimizer(
     if name == "lion":
         return Lion(params, lr, betas, weight_decay)
     return torch.optim.AdamW(params, lr, betas, weight_decay=weight_decay, fused=True)
+
+
+@torch.no_grad()
+def warn_if_updates_vanish(params: Sequence[torch.Tensor], lr: float, cure: str) -> None:
+    """Logs, once for each dtype and learning rate, that most updates of half-precision weights will be rounded away.
+
+    Lion and AdamW move a weight by about `lr`. Values of a float format lie at least eps/2 of themselves apart, so what
+    is below eps/4 of a weight (2^-9 in bf16) never changes it. Judged by the median weight.
+    """
+    dtype = params[0].dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return
+    stride = 1 + sum(p.numel() for p in params) // 2**20  # a million weights tell the median
+    median = float(torch.cat([p.detach().flatten()[::stride] for p in params]).float().abs().median())
+    if lr < median * torch.finfo(dtype).eps / 4 and f"{dtype} {lr}" not in _warned:
+        _warned.add(f"{dtype} {lr}")
+        logger.warning(
+            f"learning rate {lr:g}: in {dtype} most of its updates are rounded away (the median weight is {median:.2g}), "
+            f"so there is little or no training: {cure}"
+        )
 
 
 class FlatBuffer:

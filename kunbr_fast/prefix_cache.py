@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from kunbr_fast.data import PackedBatch, Sample, pack, token_batches
+from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.decoder import Decoder
+from kunbr_fast.schedule import token_batches
 
 STORAGES = ("auto", "device", "host", "file")
 

@@ -18,8 +18,8 @@ from kunbr_fast.blocks import check_block
 from kunbr_fast.data import PackedBatch, as_samples, pack
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.dispatch import resolve
-from kunbr_fast.optim import FlatBuffer, make_optimizer
-from kunbr_fast.training import Diverged, frozen
+from kunbr_fast.optim import FlatBuffer, make_optimizer, warn_if_updates_vanish
+from kunbr_fast.training import Diverged, finite, frozen
 
 INSERTIONS = ("independent", "cumulative")
 
@@ -86,6 +86,7 @@ class BlockTraining:
             with torch.no_grad():
                 self.flat = FlatBuffer(params, [values[name] for name in self.parameters], master_weights)
             self.optimizer = make_optimizer(optimizer, [self.flat.param], lr, betas, weight_decay)
+            warn_if_updates_vanish([self.flat.param], lr, "use master_weights=True or a float32 model")
         except BaseException:
             self.take_out()
             raise
@@ -95,32 +96,25 @@ class BlockTraining:
 
     # ------------------------------------------------ training
 
-    def step(self, forget_batch: Any, retain_batch: Any = None) -> dict[str, float]:
+    def step(self, forget_batch: Any, retain_batch: Any = None) -> dict[str, float | None]:
         """One update of the block by gradient difference.
 
         forget_batch, retain_batch: sequences of samples, padded Hugging Face batches, or (from a prefix cache)
         packed batches with hidden states at the block's input. retain_batch may be None.
 
-        Returns the losses before the update: `loss` (as optimised), `forget_loss` and `retain_loss` (mean over
-        samples of the mean NLL per labelled token, in nats, uncapped), and `tokens`. Raises `Diverged`, with the
-        weights as they were, if the loss or a gradient is not finite.
+        Returns `losses.metrics`. Raises `Diverged`, with the weights as they were, if the loss or a
+        gradient is not finite.
         """
         forget = self._packed(forget_batch)
         batch = forget if retain_batch is None else join(forget, self._packed(retain_batch))
         return self.step_packed(batch, forget.num_samples)
 
-    def step_packed(self, batch: PackedBatch, num_forget: int) -> dict[str, float]:
+    def step_packed(self, batch: PackedBatch, num_forget: int) -> dict[str, float | None]:
         """`step` on one packed batch whose first `num_forget` samples are to be forgotten."""
         loss, nll = self.loss(batch, num_forget)
         loss.backward()
-        per_sample = losses.mean_nll(batch, nll)
-        metrics = {
-            "loss": float(loss.detach()),
-            "forget_loss": float(per_sample[:num_forget].mean()),
-            "retain_loss": float(per_sample[num_forget:].mean()) if num_forget < batch.num_samples else None,
-            "tokens": batch.num_tokens,
-        }
-        if not bool(loss.isfinite()) or not bool(torch.linalg.vector_norm(self.flat.grad).isfinite()):
+        metrics = losses.metrics(batch, num_forget, loss, nll)
+        if not finite(loss, self.flat.grad):
             self.flat.grad.zero_()
             raise Diverged(f"block {self.block.start}-{self.block.stop - 1}, step {self.steps}", metrics)
         self.flat.step(self.optimizer)
@@ -231,9 +225,9 @@ def reinserted(
     """
     if insertion not in INSERTIONS:
         raise ValueError(f"insertion={insertion!r}: expected one of {', '.join(INSERTIONS)}")
-    for operation in ("linear_loss", optimizer):
-        resolve(operation, impl)
     decoder = original if isinstance(original, Decoder) else Decoder(original)
+    for operation in ("linear_loss", optimizer):
+        resolve(operation, impl, decoder.device)
     if unlearned is decoder.model:
         raise ValueError("the unlearned model is the original itself: give a copy, or a mapping with its own weights")
     names = list(block_tensors(decoder, block))

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
 from kunbr_fast import losses
-from kunbr_fast.atomic import write_with
-from kunbr_fast.data import PackedBatch, Sample, Schedule, pack
+from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.decoder import Decoder
-from kunbr_fast.optim import make_optimizer
+from kunbr_fast.optim import make_optimizer, warn_if_updates_vanish
+from kunbr_fast.schedule import Schedule
 
 
 class Diverged(RuntimeError):
@@ -51,8 +48,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def finite(*tensors: torch.Tensor) -> bool:
+    """Whether all values are finite: judged by the largest of each, which unlike a sum of squares cannot overflow."""
+    return bool(torch.stack([torch.linalg.vector_norm(t.detach(), torch.inf) for t in tensors]).isfinite().all())
+
+
 class FullTraining:
-    """Every parameter of the model, trained in place. `step` takes packed batches; `state` is what a resume needs."""
+    """Every parameter of the model, trained in place. Its steps take packed batches; `state` is what a resume needs.
+
+    Raises `Diverged`, with the weights as they were, at a step whose loss or gradient is not finite.
+    """
 
     def __init__(
         self,
@@ -68,31 +73,38 @@ class FullTraining:
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.optimizer = make_optimizer(optimizer, self.parameters.values(), lr, betas, weight_decay)
+        warn_if_updates_vanish(list(self.parameters.values()), lr, "load the model in float32 (--dtype float32)")
         self.steps = 0
 
     def step(self, batch: PackedBatch, rows: losses.RowWeights, num_forget: int = 0) -> dict[str, float | None]:
-        """One update; the batch's first `num_forget` samples are reported as forget, the others as retain."""
+        """One update; returns `losses.metrics`; the batch's first `num_forget` samples are forget samples."""
         decoder = self.decoder
         out = decoder.run(batch)
         loss, nll = losses.linear_loss(
             decoder.final(out[batch.rows]), decoder.head, batch.targets, rows.weight, rows.cap
         )
         loss.backward()
-        per_sample = losses.mean_nll(batch, nll)
-        metrics = {
-            "loss": float(loss.detach()),
-            "forget_loss": float(per_sample[:num_forget].mean()) if num_forget else None,
-            "retain_loss": float(per_sample[num_forget:].mean()) if num_forget < batch.num_samples else None,
-        }
-        norms = [torch.linalg.vector_norm(p.grad) for p in self.parameters.values() if p.grad is not None]
-        finite = bool(torch.stack(norms).isfinite().all()) and bool(loss.isfinite())
-        if finite:
+        metrics = losses.metrics(batch, num_forget, loss, nll)
+        good = finite(loss, *(p.grad for p in self.parameters.values() if p.grad is not None))
+        if good:
             self.optimizer.step()
             self.steps += 1
         self.optimizer.zero_grad()
-        if not finite:
+        if not good:
             raise Diverged(f"step {self.steps}", metrics)
         return metrics
+
+    def gradient_difference_step(
+        self,
+        forget: Sequence[Sample],
+        retain: Sequence[Sample],
+        retain_coeff: float,
+        forget_loss_cap: float | None = None,
+    ) -> dict[str, float | None]:
+        """One update that minimises -L_forget + retain_coeff * L_retain; arguments as in `losses.gradient_difference`."""
+        batch = pack([*forget, *retain]).to(self.decoder.device)
+        rows = losses.gradient_difference(batch, len(forget), retain_coeff, forget_loss_cap)
+        return self.step(batch, rows, len(forget))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Weights and optimiser state by name. The tensors themselves: later steps change them."""
@@ -147,56 +159,3 @@ def train_all(
             if on_epoch is not None and (step + 1) % schedule.steps_per_epoch == 0:
                 with torch.no_grad():
                     on_epoch((step + 1) // schedule.steps_per_epoch)
-
-
-class WeightSnapshot:
-    """A model's weights in one safetensors file, read and written tensor by tensor, bit for bit.
-
-    Behaves as a read-only mapping from parameter names to tensors, each read from the file when it is asked for.
-    A tied weight is kept once.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise ValueError(f"{self.path}: no such weights file")
-
-    @classmethod
-    def save(cls, model: nn.Module, path: str | Path) -> WeightSnapshot:
-        """Writes the model's parameters to `path`, atomically."""
-        tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-        write_with(path, lambda temporary: save_file(tensors, temporary))
-        return cls(path)
-
-    def names(self) -> list[str]:
-        with safe_open(self.path, "pt") as file:
-            return list(file.keys())
-
-    def __contains__(self, name: object) -> bool:
-        with safe_open(self.path, "pt") as file:
-            return name in file.keys()
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        with safe_open(self.path, "pt") as file:
-            return file.get_tensor(name)
-
-    @torch.no_grad()
-    def restore(self, model: nn.Module) -> None:
-        """Copies the weights into the model, or raises ValueError, with the model as it was, unless it has the same
-        parameters, shapes and dtypes."""
-        parameters = dict(model.named_parameters())
-        with safe_open(self.path, "pt") as file:
-            names = set(file.keys())
-            if names != set(parameters):
-                odd = sorted(names ^ set(parameters))[0]
-                raise ValueError(f"{self.path}: {odd} is in only one of the file and {type(model).__name__}")
-            values = {name: file.get_tensor(name) for name in parameters}  # mapped, not read, until they are copied
-            for name, parameter in parameters.items():
-                value = values[name]
-                if value.shape != parameter.shape or value.dtype != parameter.dtype:
-                    raise ValueError(
-                        f"{self.path}: {name} is {value.dtype} {tuple(value.shape)}, the model's is "
-                        f"{parameter.dtype} {tuple(parameter.shape)}"
-                    )
-            for name, parameter in parameters.items():
-                parameter.copy_(values[name])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import shutil
 import tempfile
@@ -16,65 +15,22 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from kunbr_fast import losses
-from kunbr_fast.blocks import partition, select_blocks
+from kunbr_fast.blocks import select_blocks, selectable_blocks
 from kunbr_fast.checkpoint import RunState, fingerprint
 from kunbr_fast.config import KUnBRConfig
-from kunbr_fast.data import Sample, Schedule, as_samples, encode, is_question, pack
-from kunbr_fast.decoder import Decoder
+from kunbr_fast.data import Sample, as_samples, check_labels, check_lengths, encode, is_question
+from kunbr_fast.decoder import Decoder, check_finite
 from kunbr_fast.density import Density, knowledge_density
+from kunbr_fast.dispatch import resolve
 from kunbr_fast.evaluation.accuracy import choice_accuracy
-from kunbr_fast.evaluation.rtt import Fold, RTTConfig, RTTResult, rtt_attack
+from kunbr_fast.evaluation.report import Report
+from kunbr_fast.evaluation.rtt import Fold, RTTConfig, RTTResult, prepare_attack, rtt_attack
 from kunbr_fast.loading import check_same_architecture, check_vocabulary
 from kunbr_fast.prefix_cache import PrefixCache
 from kunbr_fast.reinsertion import BlockTraining, reinserted
-from kunbr_fast.training import Diverged, FullTraining, WeightSnapshot, frozen
-from kunbr_fast.version import __version__
-
-
-@dataclasses.dataclass
-class Report:
-    """What a run did. Accuracies are fractions; seconds are wall time by stage (sums over resumed parts).
-
-    accuracy: {"original" | "unlearned" | "result": {"forget": {...}, "retain": {...}}}, where `unlearned` is the
-    model after the warm-up (M_u); empty where no questions were given. losses: mean losses of each epoch by stage.
-    """
-
-    config: dict[str, Any]
-    blocks: list[range]
-    density: Density
-    seconds: dict[str, float]
-    losses: dict[str, list[dict[str, float]]]
-    accuracy: dict[str, dict[str, dict[str, Any]]]
-    rtt: RTTResult | None = None
-    version: str = __version__
-
-    @property
-    def recovery(self) -> float | None:
-        """RTT accuracy minus the result's forget accuracy."""
-        if self.rtt is None or "forget" not in self.accuracy.get("result", {}):
-            return None
-        return self.rtt.accuracy - self.accuracy["result"]["forget"]["plain"]
-
-    def row(self, method: str = "KUnBR", model: str = "result") -> dict[str, Any]:
-        """One line of `evaluation.report.table`."""
-        accuracy = self.accuracy.get(model, {})
-        of = {name: accuracy[name]["plain"] for name in ("forget", "retain") if name in accuracy}
-        rtt = self.rtt.accuracy if self.rtt is not None and model == "result" else None
-        return {"method": method, **of, "rtt": rtt, "seconds": self.seconds if model == "result" else {}}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "kunbr_fast": self.version,
-            "config": self.config,
-            "blocks": [[block.start, block.stop] for block in self.blocks],
-            "density": self.density.to_dict(),
-            "seconds": self.seconds,
-            "losses": self.losses,
-            "accuracy": self.accuracy,
-            "rtt": None if self.rtt is None else self.rtt.to_dict(),
-            "recovery": self.recovery,
-        }
+from kunbr_fast.schedule import Schedule
+from kunbr_fast.training import Diverged, FullTraining, frozen
+from kunbr_fast.weights import WeightSnapshot
 
 
 def unlearn(
@@ -97,8 +53,8 @@ def unlearn(
     """Makes `model` forget, in place: warm-up, density, selection, re-insertion, merge, and the measured proof.
 
     forget, retain: records (see kunbr_fast.data; they need `tokenizer`), samples, or padded Hugging Face batches.
-    unlearned: an M_u of the same architecture made by any method; then there is no warm-up (its block weights are
-    copied to disk first, so the caller may delete it).
+    unlearned: an M_u of the same architecture made by any method; then there is no warm-up (its weights are copied to
+    disk first, and it is not changed).
     forget_questions, retain_questions: question records to measure accuracy on (default: those among forget and
     retain). folds: what the RTT attack uses; without them, or with config.rtt false, there is no attack.
     output_dir: where `work/` keeps checkpoints (a temporary directory if None); removed at the end of a whole run.
@@ -107,7 +63,8 @@ def unlearn(
     resume: go on where a run with the same model, data and settings was interrupted: same bits as without.
 
     Returns the `Report`. One model is in memory: M0 waits on disk during the warm-up, M_u during re-insertion.
-    On an exception the model holds whatever the stage had reached; `Diverged` leaves the last good state in `work/`.
+    Settings and data are checked before anything is computed: ValueError, or `dispatch.Unavailable` for config.impl. On
+    an exception the model holds whatever the stage had reached; `Diverged` leaves the last good state in `work/`.
     """
     config = config or KUnBRConfig()
     with contextlib.ExitStack() as stack:
@@ -117,9 +74,11 @@ def unlearn(
         else:
             work = Path(output_dir) / "work"
             work.mkdir(parents=True, exist_ok=True)
-        run = _Run(model, forget, retain, config, tokenizer, unlearned, work, resume, progress, on_stage)
-        run.questions = {"forget": _questions(forget_questions, forget), "retain": _questions(retain_questions, retain)}
-        report = run.all(folds)
+        questions = {"forget": _questions(forget_questions, forget), "retain": _questions(retain_questions, retain)}
+        run = _Run(
+            model, forget, retain, config, tokenizer, unlearned, questions, folds or [], work, resume, progress, on_stage
+        )  # fmt: skip
+        report = run.all()
         if before_cleanup is not None:
             before_cleanup(report)
     if output_dir is not None:
@@ -137,37 +96,49 @@ def to_samples(
     """Records (tokenised once), samples or padded batches to samples that the model can take."""
     if not data:
         raise ValueError(f"the {what} set is empty: expected at least one record")
+    limit = min((n for n in (config.max_length, decoder.max_positions) if n is not None), default=None)
     if "input_ids" in data[0]:
         samples = as_samples(data)
+        names = [f"{what} sample {i}" for i in range(len(samples))]
+        check_lengths(samples, limit, names)
+        check_labels(samples, names)
     elif tokenizer is None:
         raise ValueError(f"the {what} set holds records, not tokens: give tokenizer=")
     else:
-        samples = encode(data, tokenizer, config.target, config.max_length or decoder.max_positions)
-    check_vocabulary(decoder.model, samples, f"the {what} set")
+        samples = encode(data, tokenizer, config.target, limit)
+    check_vocabulary(decoder.model, [sample["input_ids"] for sample in samples], f"the {what} set")
     return samples
 
 
 class _Run:
     """One run: every method is a stage, skipped if its result is already there."""
 
-    def __init__(self, model, forget, retain, config, tokenizer, unlearned, work, resume, progress, on_stage):
+    def __init__(
+        self, model, forget, retain, config, tokenizer, unlearned, questions, folds, work, resume, progress, on_stage
+    ):
         self.config, self.tokenizer, self.work, self.progress = config, tokenizer, work, progress
+        self.given, self.questions, self.folds = unlearned, questions, folds
         self.on_stage = on_stage or (lambda text: None)
         self.decoder = Decoder(model)
+        # Bad settings and bad input fail now, not hours later at the stage that meets them.
+        for operation in ("grad_density", "linear_loss", config.warmup_optimizer, config.optimizer):
+            resolve(operation, config.impl, self.decoder.device)
+        selectable_blocks(self.decoder.num_layers, config.num_blocks, config.top_k, config.skip_last_layers)
         self.forget = to_samples(forget, tokenizer, config, self.decoder, "forget")
         self.retain = to_samples(retain, tokenizer, config, self.decoder, "retain")
-        blocks = partition(self.decoder.num_layers, config.num_blocks)  # bad settings fail now, not after the warm-up
-        if config.top_k > sum(b.stop <= self.decoder.num_layers - config.skip_last_layers for b in blocks):
-            select_blocks(_flat_density(self.decoder), config.num_blocks, config.top_k, config.skip_last_layers)
-        self.state = RunState(work, fingerprint(model, [*self.forget, *self.retain]), config, resume)
-        self.given = unlearned
+        check_finite(model)
+        if tokenizer is None and (folds or any(questions.values())):
+            raise ValueError("questions and folds hold text: give tokenizer=")
+        if config.rtt and folds:
+            prepare_attack(self.decoder, tokenizer, folds, rtt_config(config))
         if unlearned is not None:
             check_same_architecture(model, unlearned, "unlearned")
+            check_finite(unlearned, "the unlearned model's ")
+        asked = [*questions.values(), *(part for fold in folds for part in (fold.train_records, fold.questions))]
+        self.state = RunState(work, fingerprint(model, self.forget, self.retain, *asked), config, resume)
         self.retain_limit = config.max_retain_loss or 2 * math.log(self.decoder.config.vocab_size)
-        self.questions: dict[str, list[Mapping]] = {}
-        self.losses: dict[str, list[dict[str, float]]] = {}
 
-    def all(self, folds: Sequence[Fold] | None) -> Report:
+    def all(self) -> Report:
         accuracy = {"original": self.evaluate("original")}
         self.warm_up()
         if self.questions["forget"] or self.questions["retain"]:
@@ -177,16 +148,17 @@ class _Run:
         trained = self.reinsert(blocks)
         self.merge(trained)
         accuracy["result"] = self.evaluate("result")
-        rtt = self.attack(folds)
+        rtt = self.attack()
         seconds: dict[str, float] = {}
+        losses: dict[str, list[dict[str, float]]] = {}
         for name, result in self.state.state["stages"].items():
             if "seconds" in result:
                 group = name.split(".")[0]
                 seconds[group] = seconds.get(group, 0.0) + result["seconds"]
             if "epochs" in result:
-                self.losses[name] = result["epochs"]
+                losses[name] = result["epochs"]
         accuracy = {name: value for name, value in accuracy.items() if value}
-        return Report(self.config.to_dict(), blocks, density, seconds, self.losses, accuracy, rtt)
+        return Report(self.config.to_dict(), blocks, density, seconds, losses, accuracy, rtt)
 
     # ------------------------------------------------ stages
 
@@ -202,7 +174,7 @@ class _Run:
     def _accuracy(self, name: str) -> dict[str, Any]:
         out = {}
         for what, questions in self.questions.items():
-            if questions and self.tokenizer is not None:
+            if questions:
                 self.on_stage(f"accuracy of the {name} model on {len(questions)} {what} questions")
                 found = choice_accuracy(
                     self.decoder,
@@ -216,20 +188,24 @@ class _Run:
 
     def warm_up(self) -> None:
         """M_u's weights to work/warmup.safetensors; the model is M0 again afterwards."""
-        if self.state.result("warmup") is not None:
-            return
-        if self.given is not None:
-            self.on_stage("keeping the unlearned model's weights")
-            self.state.finish(
-                "warmup", {"accuracy": self._accuracy_of(self.given)}, dict(self.given.named_parameters())
-            )
-            self.given = None
+        given = None if self.given is None else fingerprint(self.given)
+        if (found := self.state.result("warmup")) is not None:
+            if given not in (None, found.get("given")):
+                raise ValueError(
+                    f"{self.work}: the warm-up is done with another unlearned model than the one given now. Give the same "
+                    "one (--unlearned) or none, or another output directory"
+                )
             return
         config, model = self.config, self.decoder.model
-        original_path = self.work / "original.safetensors"
-        original = (
-            WeightSnapshot(original_path) if original_path.is_file() else WeightSnapshot.save(model, original_path)
-        )
+        if given is not None:
+            self.on_stage("keeping the unlearned model's weights")
+            accuracy = self._accuracy_of(self.given)
+            own = dict(model.named_parameters())
+            values = {name: value.to(own[name].dtype) for name, value in self.given.named_parameters()}
+            self.state.finish("warmup", {"accuracy": accuracy, "given": given}, values)
+            self.given = None
+            return
+        original = WeightSnapshot.save(model, self.work / "original.safetensors")
         self.on_stage(f"warm-up: gradient difference on all parameters, {config.warmup_epochs} epochs")
         schedule = self._schedule(config.warmup_epochs, 0)
         try:
@@ -242,16 +218,19 @@ class _Run:
                 )
 
                 def step(forget: list[int], retain: list[int]) -> dict[str, float | None]:
-                    samples = [self.forget[i] for i in forget] + [self.retain[i] for i in retain]
-                    batch = pack(samples).to(self.decoder.device)
-                    rows = losses.gradient_difference(batch, len(forget), config.retain_coeff, config.forget_loss_cap)
-                    return training.step(batch, rows, len(forget))
+                    return training.gradient_difference_step(
+                        [self.forget[i] for i in forget],
+                        [self.retain[i] for i in retain],
+                        config.retain_coeff,
+                        config.forget_loss_cap,
+                    )
 
                 result = self._train("warmup", training, step, schedule)
             result["accuracy"] = self._accuracy("unlearned")
             self.state.finish("warmup", result, dict(model.named_parameters()))
         finally:
             original.restore(model)
+        original.path.unlink()
 
     def _accuracy_of(self, other: nn.Module) -> dict[str, Any]:
         ours, self.decoder = self.decoder, Decoder(other)
@@ -349,9 +328,9 @@ class _Run:
         for weights in trained.values():
             self._place(weights)
 
-    def attack(self, folds: Sequence[Fold] | None) -> RTTResult | None:
-        config = self.config
-        if not config.rtt or not folds or self.tokenizer is None:
+    def attack(self) -> RTTResult | None:
+        config, folds = self.config, self.folds
+        if not config.rtt or not folds:
             return None
         self.on_stage(f"RTT attack: {len(folds)} folds, learning rates {', '.join(f'{lr:g}' for lr in config.rtt_lrs)}")
         start = time.perf_counter()
@@ -465,8 +444,3 @@ def rtt_config(config: KUnBRConfig) -> RTTConfig:
         scoring=config.scoring,
         seed=config.seed,
     )
-
-
-def _flat_density(decoder: Decoder) -> Density:
-    ones = torch.ones(decoder.num_layers, dtype=torch.float64)
-    return Density(ones, {}, ones.long(), 1)

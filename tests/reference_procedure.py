@@ -44,6 +44,13 @@ def padded(samples, pad=0):
     return ids, mask, labels
 
 
+def left_padded(samples, pad=0):
+    """`padded`, with the padding on the left."""
+    ids, mask, labels = padded(samples, pad)
+    shift = [ids.shape[1] - len(s["input_ids"]) for s in samples]
+    return tuple(torch.stack([row.roll(n) for row, n in zip(x, shift)]) for x in (ids, mask, labels))
+
+
 def padded_loss(model, samples):
     """Mean over samples of the mean NLL over each one's labelled tokens, from full logits of a padded batch."""
     ids, mask, labels = padded(samples)

@@ -336,9 +336,18 @@ def test_a_prompt_longer_than_the_model_is_named():
 def test_the_longest_prompt_that_fits_is_taken():
     tokenizer, records = byte_level_bpe(), make_records(1)
     length = len(tokenizer(data.question_prompt(records[0]))["input_ids"])
-    prepare_questions(tokenizer, records, max_positions=length)
+    prepare_questions(tokenizer, records, decoder=Decoder(make_model(len(tokenizer), positions=length)))
     with pytest.raises(ValueError, match="positions"):
-        prepare_questions(tokenizer, records, max_positions=length - 1)
+        prepare_questions(tokenizer, records, decoder=Decoder(make_model(len(tokenizer), positions=length - 1)))
+
+
+@pytest.mark.parametrize("scoring", accuracy.SCORINGS)
+def test_a_tokenizer_of_another_model_is_refused(scoring):
+    tokenizer = byte_level_bpe()
+    ids = [i for r in make_records() for c in r["choices"] for i in tokenizer(f"{r['question']} {c}")["input_ids"]]
+    decoder = Decoder(make_model(max(ids)))
+    with pytest.raises(ValueError, match=f"the questions: token id \\d+, but the model embeds {max(ids)}"):
+        choice_accuracy(decoder, tokenizer, make_records(), scoring=scoring)
 
 
 @pytest.mark.parametrize("scoring", accuracy.SCORINGS)

@@ -114,6 +114,10 @@ def test_density_prints_saves_and_plots(workspace, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert sum(printed["normalized"]) == pytest.approx(1)
     assert Density.load(out).per_layer.tolist() == printed["per_layer"]
+    (tmp_path / "run.yaml").write_text("num_blocks: 6\nmodules: attention\n")
+    assert cli.main([*command[:5], *command[9:], "--config", str(tmp_path / "run.yaml"), "--top-k", "2", "--json"]) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert other["modules"] == "attention" and len(other["blocks"]) == 2
     assert plot.stat().st_size > 1000
 
 
@@ -122,13 +126,27 @@ def test_rtt_prints_the_curve_and_resumes(workspace, tmp_path, capsys):
     command = ["rtt", "--model", str(workspace / "model"), "--forget", str(workspace / "f0.jsonl"),
                str(workspace / "f1.jsonl"), "--rtt-lrs", "1e-3", "--rtt-epochs", "2", "--quiet", "--out", str(out)]  # fmt: skip
     assert cli.main([*command, "--plot", str(tmp_path / "r.png")]) == 0
-    assert "RTT accuracy" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "RTT accuracy" in printed and printed.count("plain") == 1 and printed.count("calibrated") == 2
     first = json.loads(out.read_text())
     assert cli.main(command) == 2 and "--resume" in capsys.readouterr().err
     # one of the two folds is taken away, as if the attack had been interrupted before it
-    out.write_text(json.dumps({"curves": [row for row in first["curves"] if row["fold"] == "f0"]}))
+    half = {**first, "curves": [row for row in first["curves"] if row["fold"] == "f0"]}
+    out.write_text(json.dumps(half))
     assert cli.main([*command, "--resume", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == first
+    assert json.loads(capsys.readouterr().out) == {k: v for k, v in first.items() if k != "belongs_to"}
+    assert json.loads(out.read_text()) == first
+    for change, message in [
+        (["--seed", "1"], "seed = 0 changed"),
+        (["--forget", *command[4:5], str(workspace / "r.jsonl")], "the model or the questions changed"),
+    ]:
+        out.write_text(json.dumps(half))
+        assert cli.main([*command, "--resume", *change]) == 2
+        assert f"{out}: {message}" in capsys.readouterr().err
+    for content in ("{", "[]", '{"curves": []}'):
+        out.write_text(content)
+        assert cli.main([*command, "--resume"]) == 2
+        assert f"{out}: not a file of kunbr-fast rtt" in capsys.readouterr().err
 
 
 def test_doctor(capsys):
@@ -207,6 +225,31 @@ def test_a_misspelt_setting_gets_the_nearest_name(workspace, tmp_path, capsys):
 def test_an_implementation_that_is_not_there_is_refused(workspace, tmp_path, capsys):
     assert cli.main(unlearn(workspace, tmp_path / "out", "--impl", "cuda")) == 2
     assert 'impl="cuda" cannot run on cpu' in capsys.readouterr().err
+
+
+def test_a_model_is_not_overwritten(workspace, capsys):
+    before = (workspace / "model" / "model.safetensors").read_bytes()
+    assert cli.main(unlearn(workspace, workspace / "model")) == 2
+    assert "holds a model, which the result would replace" in capsys.readouterr().err
+    assert (workspace / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_weights_that_were_cut_short_are_named(workspace, tmp_path, capsys):
+    shutil.copytree(workspace / "model", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    command = unlearn(workspace, tmp_path / "out", "--unlearned", str(tmp_path / "model"))
+    assert cli.main(command) == 2
+    assert f"{path}: not a whole safetensors file" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(workspace, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(cli, "unlearn", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        cli.main(unlearn(workspace, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("command", ["", "demo", "unlearn", "density", "rtt", "doctor"])

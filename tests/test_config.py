@@ -119,9 +119,9 @@ def test_changed_tells_which_stage():
     before = KUnBRConfig()
     assert before.changed(KUnBRConfig().to_dict()) == {}
     after = dataclasses.replace(before, block_lr=1e-3, seed=4, rtt_epochs=9, cache="file", rtt_lrs=(1e-3,))
-    assert after.changed(before.to_dict()) == {"block_lr": "blocks", "seed": "data"}
+    assert after.changed(before.to_dict()) == {"block_lr": "blocks", "seed": "data", "rtt_epochs": "rtt"}
     stages = {field.metadata["stage"] for field in dataclasses.fields(KUnBRConfig)}
-    assert stages == {"data", "training", "warmup", "density", "selection", "blocks", "none"}
+    assert stages == {"data", "training", "warmup", "density", "selection", "blocks", "evaluation", "rtt", "none"}
 
 
 def test_retain_size():

@@ -1,14 +1,12 @@
 """Knowledge density against a loop over samples with autograd in fp64."""
 
-import gc
 import json
 
 import pytest
 import torch
 import transformers as tf
-from reference_procedure import padded, padded_loss
-from test_data import left_padded
-from tiny_models import ARCHITECTURES, ROTARY, random_samples, tiny_model
+from reference_procedure import left_padded, padded, padded_loss
+from tiny_models import ARCHITECTURES, ROTARY, live_tensor_bytes, random_samples, tiny_model
 from torch import nn
 
 import kunbr_fast as kf
@@ -338,15 +336,6 @@ def test_nothing_is_left_behind(reduction, monkeypatch):
         patch.setattr(density_module, "LAYER_KINDS", kinds)
         knowledge_density(model, samples, "all", reduction=reduction)
     assert trace(model) == before
-
-
-def live_tensor_bytes():
-    gc.collect()
-    storages = {}
-    for item in gc.get_objects():
-        if type(item) in (torch.Tensor, nn.Parameter):
-            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-    return sum(storages.values())
 
 
 def test_memory_is_flat_in_the_number_of_samples(monkeypatch):

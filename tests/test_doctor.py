@@ -43,7 +43,7 @@ def test_auto_logs_its_choice_once(registry, caplog):
 
 def test_a_named_implementation_is_never_replaced(registry):
     dispatch.register("lion", "triton", lambda device: "needs a GPU")
-    with pytest.raises(RuntimeError, match='lion: impl="triton" cannot run on cpu: needs a GPU'):
+    with pytest.raises(dispatch.Unavailable, match='lion: impl="triton" cannot run on cpu: needs a GPU'):
         dispatch.resolve("lion", "triton", "cpu")
     with pytest.raises(ValueError, match="unknown impl 'cudnn': expected one of auto, cuda, triton, torch"):
         dispatch.resolve("lion", "cudnn")
@@ -53,7 +53,7 @@ def test_a_named_implementation_is_never_replaced(registry):
 
 def test_an_implementation_that_is_not_registered(registry, monkeypatch):
     monkeypatch.delitem(dispatch._registry, ("adamw", "cuda"), raising=False)
-    with pytest.raises(RuntimeError, match="not in this release"):
+    with pytest.raises(dispatch.Unavailable, match="not in this release"):
         dispatch.resolve("adamw", "cuda", "cuda")
 
 

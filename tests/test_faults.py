@@ -13,7 +13,7 @@ import tiny_text
 from kill_runner import POINTS
 from safetensors.torch import load_file
 
-from kunbr_fast import checkpoint, cli
+from kunbr_fast import cli, weights
 
 HERE = Path(__file__).parent
 SETTINGS = """--num-blocks 3 --top-k 2 --batch-size 3 --warmup-epochs 2 --warmup-lr 1e-3 --block-epochs 1 --block-lr 1e-3
@@ -73,7 +73,7 @@ def test_killed_and_resumed_gives_the_same_bits(insertion, point, workspace, tru
 
 @pytest.mark.parametrize("full_at", [1, 3, 6])
 def test_a_full_disk_is_said_and_survived(full_at, workspace, truth, tmp_path, monkeypatch, capsys):
-    out, real, calls = tmp_path / "out", checkpoint.save_file, []
+    out, real, calls = tmp_path / "out", weights.save_file, []
 
     def full(tensors, path):
         calls.append(path)
@@ -82,7 +82,7 @@ def test_a_full_disk_is_said_and_survived(full_at, workspace, truth, tmp_path, m
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(weights, "save_file", full)
     assert cli.main(arguments(workspace, out)) == 2
     error = capsys.readouterr().err
     assert "No space left on device" in error and str(out / "work") in error and "untouched" in error
@@ -132,10 +132,12 @@ def test_resume_refuses_other_data_and_other_models(workspace, interrupted, tmp_
 
 
 @pytest.mark.parametrize(
-    "option, name", [("--warmup-lr", "warmup_lr"), ("--retain-coeff", "retain_coeff"), ("--seed", "seed")]
+    "option, name",
+    [("--warmup-lr", "warmup_lr"), ("--retain-coeff", "retain_coeff"), ("--seed", "seed"), ("--scoring", "scoring")],
 )
 def test_resume_refuses_settings_that_finished_results_depend_on(option, name, workspace, interrupted, capsys):
-    assert f"{name} was" in refusal(capsys, arguments(workspace, interrupted, option, "7", "--resume"))
+    value = "choice" if name == "scoring" else "7"
+    assert f"{name} was" in refusal(capsys, arguments(workspace, interrupted, option, value, "--resume"))
 
 
 @pytest.mark.parametrize("which", ["warmup.safetensors", "blocks.0.2-4-step-2.safetensors"])
@@ -151,6 +153,13 @@ def test_a_damaged_checkpoint_is_found_by_its_checksum(which, workspace, interru
 def test_a_damaged_state_file_is_named(workspace, interrupted, capsys):
     (interrupted / "work" / "state.json").write_text("{")
     assert "state.json: damaged" in refusal(capsys, arguments(workspace, interrupted, "--resume"))
+    (interrupted / "work" / "state.json").write_text("[]")
+    assert "state.json: damaged" in refusal(capsys, arguments(workspace, interrupted, "--resume"))
+
+
+def test_resume_refuses_other_questions(workspace, interrupted, capsys):
+    more = ["--retain-questions", str(workspace / "f0.jsonl")]
+    assert "belongs to another run" in refusal(capsys, arguments(workspace, interrupted, *more, "--resume"))
 
 
 def test_divergence_stops_with_the_last_good_state_and_a_hint(workspace, tmp_path, capsys):

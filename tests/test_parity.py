@@ -8,8 +8,8 @@ from reference_procedure import reference_block
 from tiny_models import ARCHITECTURES, random_samples, tiny_model
 
 import kunbr_fast as kf
-from kunbr_fast.data import Schedule
 from kunbr_fast.decoder import Decoder
+from kunbr_fast.schedule import Schedule
 
 BLOCKS = [range(0, 2), range(2, 4), range(4, 5)]
 LR, RETAIN_COEFF = 1e-3, 1.5

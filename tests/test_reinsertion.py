@@ -1,20 +1,18 @@
 """Re-insertion: the original comes back bit for bit, only the block trains, and no more is in memory than said."""
 
 import copy
-import gc
 
 import pytest
 import torch
-from reference_procedure import padded, reference_block
-from test_data import left_padded
-from tiny_models import ARCHITECTURES, random_samples, tiny_model
-from torch import nn
+from reference_procedure import left_padded, padded, reference_block
+from tiny_models import ARCHITECTURES, live_tensor_bytes, random_samples, tiny_model
 
 import kunbr_fast as kf
-from kunbr_fast import reinsertion
+from kunbr_fast import optim, reinsertion
 from kunbr_fast.data import pack
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.reinsertion import block_tensors, join
+from kunbr_fast.weights import WeightSnapshot
 
 BLOCK = range(2, 4)
 FORGET, RETAIN = random_samples(4, seed=1), random_samples(5, seed=2)
@@ -259,15 +257,6 @@ def test_nothing_is_kept_for_gradients_that_nobody_asked_for():
     assert not any(kept[i].data_ptr() in saved for i in (0, 1, 2, 4, 5))
 
 
-def live():
-    gc.collect()
-    storages = {}
-    for item in gc.get_objects():
-        if type(item) in (torch.Tensor, nn.Parameter):
-            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-    return sum(storages.values())
-
-
 @pytest.mark.parametrize(
     "dtype, optimizer, vectors",
     # bytes for each block weight: weights + gradient + optimiser state (+ master copy and its fp32 gradient)
@@ -279,7 +268,7 @@ def live():
 )
 def test_memory_is_the_block_and_not_a_second_model(dtype, optimizer, vectors, tmp_path):
     original = tiny_model(dtype=dtype)
-    unlearned = kf.training.WeightSnapshot.save(moved(original), tmp_path / "u.safetensors")
+    unlearned = WeightSnapshot.save(moved(original), tmp_path / "u.safetensors")
 
     class Values(dict):  # M_u on disk, as in a run
         __contains__ = unlearned.__contains__
@@ -287,14 +276,14 @@ def test_memory_is_the_block_and_not_a_second_model(dtype, optimizer, vectors, t
 
     decoder, result = Decoder(original), Values()
     size = sum(p.numel() for p in block_tensors(decoder, BLOCK).values())
-    base = live()
+    base = live_tensor_bytes()
     with kf.reinserted(decoder, result, BLOCK, lr=1e-3, optimizer=optimizer) as training:
         training.step(FORGET, RETAIN)
-        extra = live() - base
+        extra = live_tensor_bytes() - base
         del training
     assert vectors * size <= extra <= vectors * size + 200, (extra / size, vectors)
     result.clear()
-    assert live() - base <= 200
+    assert live_tensor_bytes() - base <= 200
 
 
 # ---------------------------------------------------------------- the same step from any batch
@@ -507,7 +496,8 @@ def test_a_state_before_the_first_step():
         assert equal(training.state(), once)
 
 
-def test_master_weights_keep_small_updates():
+def test_master_weights_keep_small_updates(caplog, monkeypatch):
+    monkeypatch.setattr(optim, "_warned", set())
     original = tiny_model(dtype=torch.bfloat16)
     moves = {}
     for master in (True, False):
@@ -516,6 +506,7 @@ def test_master_weights_keep_small_updates():
         with kf.reinserted(original, unlearned, BLOCK, lr=2e-6, master_weights=master) as training:
             for _ in range(60):
                 training.step(FORGET, RETAIN)
+        assert ("master_weights=True" in caplog.text) == (not master)
         name = "model.layers.2.input_layernorm.weight"  # values near 1, where bf16 steps are 8e-3
         moves[master] = int((weights(unlearned)[name] != start[name]).sum())
         total = sum(int((v != start[n]).sum()) for n, v in weights(unlearned).items())

@@ -1,32 +1,24 @@
-"""Full-parameter training, freezing, and snapshots of the weights."""
+"""Full-parameter training, and freezing."""
 
 import copy
+import logging
 
 import pytest
 import torch
 from reference_procedure import padded_loss
-from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, random_samples, tiny_model
 
-from kunbr_fast import losses
-from kunbr_fast.data import Schedule, pack
+from kunbr_fast import losses, optim
+from kunbr_fast.data import pack
 from kunbr_fast.decoder import Decoder
-from kunbr_fast.training import Diverged, FullTraining, WeightSnapshot, frozen, train_all
+from kunbr_fast.schedule import Schedule
+from kunbr_fast.training import Diverged, FullTraining, finite, frozen, train_all
 
 FORGET, RETAIN = random_samples(3, seed=1), random_samples(3, seed=2)
 
 
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
 def equal(a, b):
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def gradient_difference_step(training, forget, retain):
-    batch = pack(forget + retain)
-    return training.step(batch, losses.gradient_difference(batch, len(forget), 1.5), len(forget))
 
 
 # ---------------------------------------------------------------- frozen
@@ -80,7 +72,7 @@ def test_a_step_is_the_plain_two_pass_step(architecture):
     optimizer.step()
     with frozen(model):
         training = FullTraining(decoder, lr=1e-3, weight_decay=0.1)
-        metrics = gradient_difference_step(training, forget, retain)
+        metrics = training.gradient_difference_step(forget, retain, 1.5)
     limit = 1e-5 if architecture == "gemma2" else 1e-9
     assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=limit)
     assert set(training.parameters) == set(grads)  # a tied weight once
@@ -96,7 +88,7 @@ def test_metrics_tell_forget_from_retain():
     model = tiny_model()
     with frozen(model):
         training = FullTraining(Decoder(model), lr=0.0)
-        both = gradient_difference_step(training, FORGET, RETAIN)
+        both = training.gradient_difference_step(FORGET, RETAIN, 1.5)
         batch = pack(RETAIN)
         only = training.step(batch, losses.likelihood(batch))
     assert both["forget_loss"] == pytest.approx(float(padded_loss(model, FORGET).detach()), rel=1e-10)
@@ -114,10 +106,10 @@ def test_a_resumed_training_goes_on_with_the_same_bits(optimizer):
         with frozen(model):
             training = FullTraining(Decoder(model), lr=1e-3, optimizer=optimizer, weight_decay=0.1)
             if state is not None:
-                gradient_difference_step(training, *batches[4])  # what was trained before must not matter
+                training.gradient_difference_step(*batches[4], 1.5)  # what was trained before must not matter
                 training.load_state(state, steps)
             for batch in part:
-                gradient_difference_step(training, *batch)
+                training.gradient_difference_step(*batch, 1.5)
             assert training.steps == steps + len(part)
             return {name: tensor.clone() for name, tensor in training.state().items()}
 
@@ -136,15 +128,15 @@ def test_a_diverged_step_changes_nothing(optimizer):
     model = tiny_model()
     with frozen(model):
         training = FullTraining(Decoder(model), lr=1e-3, optimizer=optimizer)
-        gradient_difference_step(training, FORGET, RETAIN)
+        training.gradient_difference_step(FORGET, RETAIN, 1.5)
         state = {name: tensor.clone() for name, tensor in training.state().items()}
         handle = model.model.layers[5].register_forward_hook(lambda m, args, out: out * torch.inf)
         with pytest.raises(Diverged, match=r"diverged at step 1 \(.*set forget_loss_cap"):
-            gradient_difference_step(training, FORGET, RETAIN)
+            training.gradient_difference_step(FORGET, RETAIN, 1.5)
         handle.remove()
         assert equal(training.state(), state) and training.steps == 1
         assert all(p.grad is None for p in model.parameters())
-        gradient_difference_step(training, FORGET, RETAIN)
+        training.gradient_difference_step(FORGET, RETAIN, 1.5)
         assert training.steps == 2
 
 
@@ -185,81 +177,30 @@ def test_train_all_is_the_plain_loop_in_the_schedules_order():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9, msg=name)
 
 
-# ---------------------------------------------------------------- snapshots
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_finite_finds_one_bad_value_and_does_not_overflow(bad):
+    big = torch.full((1000,), 60000.0, dtype=torch.float16)
+    assert finite(torch.tensor(1.0), big, torch.zeros(3, dtype=torch.float64))
+    for place in (0, 500, 999):
+        broken = big.clone()
+        broken[place] = bad
+        assert not finite(torch.tensor(1.0), broken)
+    assert not finite(torch.tensor(bad), big)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-def test_snapshot_round_trip_is_exact(dtype, architecture, tmp_path):
-    model = tiny_model(architecture, dtype)
-    before, places = weights(model), [p.data_ptr() for p in model.parameters()]
-    snapshot = WeightSnapshot.save(model, tmp_path / "w.safetensors")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(torch.nan)
-    for _ in range(2):
-        snapshot.restore(model)
-        assert equal(weights(model), before)
-        with torch.no_grad():
-            next(model.parameters()).zero_()
-    assert [p.data_ptr() for p in model.parameters()] == places
-    assert set(snapshot.names()) == set(before) == set(load_file(tmp_path / "w.safetensors"))
-    for name, value in before.items():
-        assert name in snapshot and torch.equal(snapshot[name], value)
-    assert "nothing" not in snapshot
-
-
-def test_special_values_and_views_survive(tmp_path):
-    model = tiny_model(dtype=torch.float32)
-    weight = model.model.layers[0].mlp.up_proj.weight
-    with torch.no_grad():
-        weight.view(-1)[:5] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 1e-45])
-        flat = torch.cat([p.flatten() for p in model.model.layers[1].parameters()])  # views of one vector
-        start = 0
-        for parameter in model.model.layers[1].parameters():
-            parameter.data = flat[start : start + parameter.numel()].view(parameter.shape)
-            start += parameter.numel()
-        model.lm_head.weight.data = model.lm_head.weight.t().contiguous().t()  # not contiguous
-    bits = {name: p.detach().clone().contiguous().view(torch.int32) for name, p in model.named_parameters()}
-    snapshot = WeightSnapshot.save(model, tmp_path / "w.safetensors")
-    for name in bits:
-        assert torch.equal(snapshot[name].view(torch.int32), bits[name]), name
-
-
-def test_snapshot_refusals(tmp_path):
-    with pytest.raises(ValueError, match="none.safetensors: no such weights file"):
-        WeightSnapshot(tmp_path / "none.safetensors")
-    model = tiny_model(dtype=torch.float32)
-    before = weights(model)
-    name = "model.layers.5.mlp.up_proj.weight"
-
-    def attempt(tensors, message):
-        save_file(tensors, tmp_path / "w.safetensors")
-        with pytest.raises(ValueError, match=message):
-            WeightSnapshot(tmp_path / "w.safetensors").restore(model)
-        assert equal(weights(model), before), "refused half-way"
-
-    other = {key: value + 1 for key, value in before.items()}
-    attempt({k: v for k, v in other.items() if k != name}, f"{name} is in only one of the file and LlamaForCausalLM")
-    attempt({**other, "extra": torch.zeros(1)}, "extra is in only one")
-    attempt(
-        {**other, name: other[name][:3].contiguous()},
-        rf"{name} is torch.float32 \(3, 32\), the model's is .*\(48, 32\)",
-    )
-    attempt({**other, name: other[name].double()}, f"{name} is torch.float64 .* the model's is torch.float32")
-
-
-def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
-    model = tiny_model(dtype=torch.float32)
-    path = tmp_path / "w.safetensors"
-    WeightSnapshot.save(model, path)
-    before = path.read_bytes()
-
-    def full(tensors, temporary):
-        temporary.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("kunbr_fast.training.save_file", full)
-    with pytest.raises(OSError, match="w.safetensors: No space left"):
-        WeightSnapshot.save(model, path)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+@pytest.mark.parametrize("dtype, lr, warns", [
+    (torch.bfloat16, 1e-6, True), (torch.bfloat16, 1e-2, False), (torch.float16, 1e-6, True), (torch.float32, 1e-6, False),
+])  # fmt: skip
+def test_updates_that_half_precision_rounds_away_are_said_once(dtype, lr, warns, caplog, monkeypatch):
+    monkeypatch.setattr(optim, "_warned", set())
+    model = tiny_model(dtype=dtype)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with frozen(model), caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            training = FullTraining(Decoder(model), lr=lr, optimizer="lion")
+        training.gradient_difference_step(FORGET, RETAIN, 1.5)
+    assert len(caplog.records) == int(warns)
+    moved = torch.cat([(p != before[name]).flatten() for name, p in model.named_parameters()]).double().mean()
+    assert (moved < 0.5) == warns
+    if warns:
+        assert "rounded away" in caplog.text and "--dtype float32" in caplog.text

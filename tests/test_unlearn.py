@@ -9,8 +9,8 @@ from reference_procedure import ReferenceLion, padded_loss, reference_block
 from tiny_models import random_samples, tiny_model
 
 import kunbr_fast as kf
-from kunbr_fast.data import Schedule
 from kunbr_fast.evaluation.rtt import Fold
+from kunbr_fast.schedule import Schedule
 
 SETTINGS = dict(
     batch_size=5, retain_batch_size=4, retain_coeff=1.5, warmup_epochs=2, warmup_lr=1e-3, num_blocks=3, top_k=2,
@@ -142,3 +142,94 @@ def test_a_nan_weight_is_named():
         model.model.layers[3].mlp.up_proj.weight[2, 5] = float("nan")
     with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp\.up_proj\.weight: 1 of 1536 values are NaN"):
         kf.unlearn(model, random_samples(2), random_samples(2), kf.KUnBRConfig(**SETTINGS), progress=False)
+
+
+def refused(match, *args, **options):
+    """`unlearn` refuses before it has computed anything."""
+    stages = []
+    with pytest.raises(ValueError, match=match):
+        kf.unlearn(*args, progress=False, on_stage=stages.append, **options)
+    assert stages == []
+
+
+@pytest.mark.parametrize("max_length, limit", [(None, 64), (100, 64), (20, 20)])
+def test_tokens_longer_than_the_limit_are_reported(max_length, limit):
+    long, short = random_samples(3, low=limit + 1, high=limit + 1), random_samples(3)
+    config = kf.KUnBRConfig(**SETTINGS, max_length=max_length)
+    message = rf"longer than max_length={limit}: forget sample 3 \({limit + 1} tokens\), .* nothing is cut"
+    refused(message, tiny_model("gpt2"), short + long, short, config)
+    with pytest.raises(ValueError, match="a sample of 65 tokens: GPT2LMHeadModel has 64 positions"):
+        kf.knowledge_density(tiny_model("gpt2"), random_samples(1, low=65, high=65))
+
+
+def test_what_a_later_stage_needs_is_checked_first():
+    samples, model = random_samples(4), tiny_model("llama")
+    config = kf.KUnBRConfig(**SETTINGS)
+    questions = [tiny_text.question(n) for n in tiny_text.NAMES]
+    refused("give tokenizer=", model, samples, samples, config, forget_questions=questions)
+    unlabelled = [{"input_ids": torch.arange(4), "labels": torch.full((4,), -100)}]
+    refused("retain sample 4: no token after its first has a label", model, samples, samples + unlabelled, config)
+    folds = [Fold("a", [{"text": "no digit"}], questions), Fold("b", questions, questions)]
+    refused(
+        "target='number' but there is no digit", tiny_text.model(), questions, questions,
+        kf.KUnBRConfig(**{**SETTINGS, "rtt": True, "rtt_target": "number"}), tokenizer=tiny_text.tokenizer(), folds=folds,
+    )  # fmt: skip
+    broken = tiny_model("llama", seed=1)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[50, 0] = float("inf")  # a token that the decoder's self-check does not meet
+    refused(r"^model.embed_tokens.weight: 1 of", broken, samples, samples, config)
+    refused(
+        r"^the unlearned model's model.embed_tokens.weight: 1 of", model, samples, samples, config, unlearned=broken
+    )
+    with pytest.raises(kf.dispatch.Unavailable, match='impl="cuda" cannot run on cpu'):
+        kf.unlearn(model, samples, samples, kf.KUnBRConfig(**SETTINGS, impl="cuda"), progress=False)
+
+
+def test_resume_with_another_unlearned_model_is_refused(tmp_path):
+    samples, config = random_samples(6), kf.KUnBRConfig(**SETTINGS)
+
+    def run(unlearned, **options):
+        kf.unlearn(
+            tiny_model("llama"),
+            samples,
+            samples,
+            config,
+            unlearned=unlearned,
+            output_dir=tmp_path,
+            progress=False,
+            **options,
+        )
+
+    def stop(report):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model("llama", seed=1), before_cleanup=stop)
+    with pytest.raises(ValueError, match="with another unlearned model"):
+        run(tiny_model("llama", seed=2), resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(None, before_cleanup=stop, resume=True)
+    run(tiny_model("llama", seed=1), resume=True)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_line_that_changes_sides_is_another_run(tmp_path):
+    samples, config = random_samples(8), kf.KUnBRConfig(**SETTINGS)
+
+    def stop(report):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kf.unlearn(
+            tiny_model("llama"),
+            samples[:4],
+            samples[4:],
+            config,
+            output_dir=tmp_path,
+            progress=False,
+            before_cleanup=stop,
+        )
+    with pytest.raises(ValueError, match="belongs to another run"):
+        kf.unlearn(
+            tiny_model("llama"), samples[:5], samples[5:], config, output_dir=tmp_path, progress=False, resume=True
+        )

@@ -1,5 +1,7 @@
 """Tiny random models of every architecture that the package names, and random samples for them."""
 
+import gc
+
 import torch
 import transformers as tf
 
@@ -78,3 +80,13 @@ def random_samples(count, seed=0, low=3, high=12, vocab=VOCAB):
         labels[-1] = ids[-1]
         samples.append({"input_ids": ids, "labels": labels})
     return samples
+
+
+def live_tensor_bytes():
+    """Bytes of every tensor in this process, each storage once."""
+    gc.collect()
+    storages = {}
+    for item in gc.get_objects():
+        if type(item) in (torch.Tensor, torch.nn.Parameter):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+    return sum(storages.values())

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from kunbr_fast import data
+from kunbr_fast.loading import check_vocabulary
 
 SCORINGS = ("letter", "choice")
 
@@ -82,17 +83,18 @@ def choice_accuracy(
     The model is in eval mode meanwhile and in its own mode afterwards; no gradients are recorded.
 
     Raises ValueError for an empty set, a record that is not a question, a tokenizer without letter tokens, or
-    a prompt that is longer than the model's positions; FloatingPointError if the model's answers are not
+    a prompt that is longer than the model's positions or has tokens beyond its vocabulary; FloatingPointError if the model's answers are not
     finite.
     """
-    questions = prepare_questions(tokenizer, records, scoring=scoring, max_positions=decoder.max_positions)
+    questions = prepare_questions(tokenizer, records, scoring=scoring, decoder=decoder)
     return measure(decoder, questions, batch_size=batch_size, progress=progress)
 
 
-def prepare_questions(
-    tokenizer, records: Sequence[dict], *, scoring: str = "letter", max_positions: int | None = None
-) -> Questions:
-    """Tokenise question records once for any number of `measure` calls. Errors as in choice_accuracy."""
+def prepare_questions(tokenizer, records: Sequence[dict], *, scoring: str = "letter", decoder=None) -> Questions:
+    """Tokenise question records once for any number of `measure` calls. Errors as in choice_accuracy.
+
+    decoder: whose limits (positions, vocabulary) the questions are checked against; None checks neither.
+    """
     if scoring not in SCORINGS:
         raise ValueError(f'scoring={scoring!r}: expected "letter" or "choice"')
     if not records:
@@ -101,15 +103,19 @@ def prepare_questions(
         _check_question(record, i)
     prepare = _prepare_letter if scoring == "letter" else _prepare_choice
     questions = prepare(tokenizer, records)
-    if max_positions is not None:
+    if decoder is not None:
+        limit = decoder.max_positions
         for i, sequences in enumerate(questions.sequences):
             longest = max(map(len, sequences))
-            if longest > max_positions:
+            if limit is not None and longest > limit:
                 raise ValueError(
                     f"{_where(records[i], i)}: the question takes {longest} tokens, the model has "
-                    f"{max_positions} positions; shorten the question or leave it out (it is not cut, that "
+                    f"{limit} positions; shorten the question or leave it out (it is not cut, that "
                     "would change what is asked)"
                 )
+        tokens = [token for sequences in questions.sequences for ids in sequences for token in ids]
+        tokens += [token for targets in questions.targets for pairs in targets for _, token in pairs]
+        check_vocabulary(decoder.model, [torch.tensor(tokens + (questions.letters or []))], "the questions")
     return questions
 
 

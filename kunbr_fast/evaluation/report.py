@@ -1,12 +1,62 @@
-"""What a run says at the end: a table for the terminal and a report.json."""
+"""What a run says at the end: its report, a table for the terminal and a report.json."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kunbr_fast import atomic
+from kunbr_fast.density import Density
+from kunbr_fast.evaluation.rtt import RTTResult
+from kunbr_fast.version import __version__
+
+
+@dataclasses.dataclass
+class Report:
+    """What a run did. Accuracies are fractions; seconds are wall time by stage (sums over resumed parts).
+
+    accuracy: {"original" | "unlearned" | "result": {"forget": {...}, "retain": {...}}}, where `unlearned` is the
+    model after the warm-up (M_u); empty where no questions were given. losses: mean losses of each epoch by stage.
+    """
+
+    config: dict[str, Any]
+    blocks: list[range]
+    density: Density
+    seconds: dict[str, float]
+    losses: dict[str, list[dict[str, float]]]
+    accuracy: dict[str, dict[str, dict[str, Any]]]
+    rtt: RTTResult | None = None
+    version: str = __version__
+
+    @property
+    def recovery(self) -> float | None:
+        """RTT accuracy minus the result's forget accuracy."""
+        if self.rtt is None or "forget" not in self.accuracy.get("result", {}):
+            return None
+        return self.rtt.accuracy - self.accuracy["result"]["forget"]["plain"]
+
+    def row(self, method: str = "KUnBR", model: str = "result") -> dict[str, Any]:
+        """One line of `table`."""
+        accuracy = self.accuracy.get(model, {})
+        of = {name: accuracy[name]["plain"] for name in ("forget", "retain") if name in accuracy}
+        rtt = self.rtt.accuracy if self.rtt is not None and model == "result" else None
+        return {"method": method, **of, "rtt": rtt, "seconds": self.seconds if model == "result" else {}}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kunbr_fast": self.version,
+            "config": self.config,
+            "blocks": [[block.start, block.stop] for block in self.blocks],
+            "density": self.density.to_dict(),
+            "seconds": self.seconds,
+            "losses": self.losses,
+            "accuracy": self.accuracy,
+            "rtt": None if self.rtt is None else self.rtt.to_dict(),
+            "recovery": self.recovery,
+        }
 
 
 def table(rows: Sequence[Mapping]) -> str:

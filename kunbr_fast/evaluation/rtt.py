@@ -17,7 +17,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from kunbr_fast import data, training
-from kunbr_fast.evaluation.accuracy import Accuracy, measure, prepare_questions
+from kunbr_fast.evaluation.accuracy import Accuracy, Questions, measure, prepare_questions
+from kunbr_fast.loading import check_vocabulary
+from kunbr_fast.weights import WeightSnapshot
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,23 @@ class RTTResult:
         return cls([dict(row) for row in value["curves"]])
 
 
+def prepare_attack(
+    decoder, tokenizer, folds: Sequence[Fold], config: RTTConfig
+) -> tuple[list[Questions], list[list[data.Sample]]]:
+    """Each fold's questions and training samples, all tokenised: a bad line must not turn up an hour later.
+
+    Errors as in rtt_attack.
+    """
+    _check_folds(folds)
+    questions = [
+        prepare_questions(tokenizer, fold.questions, scoring=config.scoring, decoder=decoder) for fold in folds
+    ]
+    samples = [data.encode(fold.train_records, tokenizer, config.target, decoder.max_positions) for fold in folds]
+    for fold, part in zip(folds, samples):
+        check_vocabulary(decoder.model, [sample["input_ids"] for sample in part], f"fold {fold.name}")
+    return questions, samples
+
+
 def rtt_attack(
     decoder,
     tokenizer,
@@ -171,13 +190,7 @@ def rtt_attack(
     data.encode), or `done` rows from a run with other epochs; FloatingPointError, naming fold and learning
     rate, if the fine-tuning diverges.
     """
-    _check_folds(folds)
-    limit = decoder.max_positions
-    # All is tokenised before the first attack: a bad line must not turn up an hour later.
-    questions = [
-        prepare_questions(tokenizer, fold.questions, scoring=config.scoring, max_positions=limit) for fold in folds
-    ]
-    samples = [data.encode(fold.train_records, tokenizer, target=config.target, max_length=limit) for fold in folds]
+    questions, samples = prepare_attack(decoder, tokenizer, folds, config)
     finished = _finished(done or [], folds, config)
     open_attacks = [(i, lr) for i in range(len(folds)) for lr in config.lrs if (folds[i].name, lr) not in finished]
     if not open_attacks:
@@ -187,7 +200,7 @@ def rtt_attack(
     path = Path(snapshot_dir)
     path.mkdir(parents=True, exist_ok=True)
     path = path / "rtt-weights.safetensors"
-    snapshot = training.WeightSnapshot.save(decoder.model, path)
+    snapshot = WeightSnapshot.save(decoder.model, path)
     intact = True
     bar = tqdm(
         total=len(folds) * len(config.lrs) * config.epochs,

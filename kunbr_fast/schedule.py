@@ -1,0 +1,63 @@
+"""Which samples go together: the steps of a training, and the batches of one pass over everything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which samples each step sees, by step number alone, so that a resumed run needs nothing but that number.
+
+    An epoch is one pass over the forget set in a new order; the retain set is its own endless shuffled stream.
+    """
+
+    num_forget: int
+    num_retain: int
+    batch_size: int
+    retain_batch_size: int
+    epochs: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_forget // self.batch_size)
+
+    def __len__(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def __getitem__(self, step: int) -> tuple[list[int], list[int]]:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        epoch, index = divmod(step, self.steps_per_epoch)
+        forget = _permutation(self.num_forget, self._seed(0, epoch))
+        forget = forget[index * self.batch_size : (index + 1) * self.batch_size]
+        if not self.num_retain:
+            return forget, []
+        places = range(step * self.retain_batch_size, (step + 1) * self.retain_batch_size)
+        passes = {p // self.num_retain for p in places}
+        order = {number: _permutation(self.num_retain, self._seed(1, number)) for number in passes}
+        return forget, [order[p // self.num_retain][p % self.num_retain] for p in places]
+
+    def _seed(self, stream: int, number: int) -> int:
+        return (self.seed * 1_000_003 + number) * 2 + stream
+
+
+def _permutation(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Consecutive sample indices, at most `max_tokens` tokens a batch (a longer sample stands alone)."""
+    result: list[list[int]] = []
+    tokens = 0
+    for index, length in enumerate(lengths):
+        if not result or tokens + length > max_tokens:
+            result.append([])
+            tokens = 0
+        result[-1].append(index)
+        tokens += length
+    return result
