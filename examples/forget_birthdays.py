@@ -5,6 +5,7 @@
 1. SmolLM2-135M-Instruct comes from PyPI (examples/smollm2.py; needs `pip install gguf accelerate`).
 2. It is taught people from Random Birthdays, split_0 to split_2: "When was Aidan Li born?" -> "1965".
 3. `kunbr-fast unlearn` makes it forget splits 0 and 1 (the two folds of the RTT attack) and keep split 2.
+4. With --baseline-lr, plain gradient difference forgets the same in as many steps and is attacked in the same way.
 
 Random Birthdays is part of github.com/aghyad-deeb/unlearning_evaluation (data/random_bd); give its folder with --data.
 Each step that is finished is not done again, and an interrupted unlearning goes on where it was.
@@ -14,16 +15,21 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
-from smollm2 import fetch_and_convert
+from smollm2 import PROMPT, fetch_and_convert
 
-from kunbr_fast import cli
+from kunbr_fast import KUnBRConfig, cli
 from kunbr_fast.data import encode, load_records
 from kunbr_fast.decoder import Decoder
+from kunbr_fast.demo import gradient_difference
 from kunbr_fast.evaluation.accuracy import choice_accuracy
+from kunbr_fast.evaluation.report import table, write_report
+from kunbr_fast.evaluation.rtt import Fold, rtt_attack
 from kunbr_fast.loading import load_model, load_tokenizer, save_model
 from kunbr_fast.training import train_all
+from kunbr_fast.unlearn import rtt_config
 
 SPLITS = ("split_0", "split_1", "split_2")
 
@@ -57,6 +63,47 @@ def teach(model_dir: Path, data: Path, out: Path, epochs: int, lr: float, device
     save_model(model, tokenizer, out)
 
 
+def baseline(taught: Path, data: Path, out: Path, lr: float, device: str) -> None:
+    """Gradient difference on all parameters (Lion), with as many epochs as the run of KUnBR has; attacked the same."""
+    config = KUnBRConfig.load(Path(__file__).with_suffix(".yaml"))
+    model, tokenizer = load_model(taught, "float32", device), load_tokenizer(taught)
+    decoder = Decoder(model)
+    folds = [
+        Fold(split, load_records(data / f"{split}.jsonl"), load_records(data / f"{split}_questions.jsonl"))
+        for split in SPLITS[:2]
+    ]
+    forget = encode([record for fold in folds for record in fold.train_records], tokenizer, config.target)
+    retain = encode(load_records(data / f"{SPLITS[2]}.jsonl"), tokenizer, config.target)
+    epochs = config.warmup_epochs + config.top_k * config.rounds * config.block_epochs
+    start = time.perf_counter()
+    gradient_difference(decoder, forget, retain, config, lr=lr, optimizer="lion", epochs=epochs, progress="baseline")
+    seconds = {"training": time.perf_counter() - start}
+    asked = {
+        "forget": [question for fold in folds for question in fold.questions],
+        "retain": load_records(data / f"{SPLITS[2]}_questions.jsonl"),
+    }
+    row = {
+        name: choice_accuracy(decoder, tokenizer, lines, scoring=config.scoring).plain for name, lines in asked.items()
+    }
+    start = time.perf_counter()
+    attack = rtt_attack(decoder, tokenizer, folds, rtt_config(config), out)
+    seconds["RTT"] = time.perf_counter() - start
+    row |= {"method": f"gradient difference, lr {lr:g}", "rtt": attack.accuracy, "seconds": seconds}
+    print(table([row]))
+    write_report(out / f"baseline-{lr:g}.json", row | {"attack": attack.to_dict()})
+
+
+def damage(models: list[Path], years: Path, device: str) -> None:
+    """What else changed: a greedy completion, and (where Years lies beside the birthdays) 100 unrelated questions."""
+    questions = load_records(years)[:100] if years.is_file() else []
+    for path in models:
+        model, tokenizer = load_model(path, "float32", device), load_tokenizer(path)
+        prompt = tokenizer(PROMPT, return_tensors="pt").to(device)
+        text = tokenizer.decode(model.generate(**prompt, max_new_tokens=6, do_sample=False)[0])
+        known = choice_accuracy(Decoder(model), tokenizer, questions, scoring="choice").plain if questions else None
+        print(f"{path.name}: {text!r}" + (f"; Years {known:.1%} of {len(questions)}" if questions else ""), flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/birthdays"))
@@ -66,6 +113,7 @@ def main() -> int:
     parser.add_argument("--teach-epochs", type=int, default=10)
     parser.add_argument("--teach-lr", type=float, default=5e-5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--baseline-lr", type=float, help="also run plain gradient difference at this learning rate")
     parser.add_argument("unlearn_options", nargs="*", help="after --: more options of kunbr-fast unlearn")
     arguments = parser.parse_args()
     if not (arguments.data / "split_0.jsonl").is_file():
@@ -74,9 +122,12 @@ def main() -> int:
     model_dir = fetch_and_convert(arguments.model or out / "smollm2")
     write_data(arguments.data, data, arguments.people)
     teach(model_dir, data, out / "taught", arguments.teach_epochs, arguments.teach_lr, arguments.device)
+    if arguments.baseline_lr:
+        baseline(out / "taught", data, out, arguments.baseline_lr, arguments.device)
     result = out / "unlearned"
     if (result / "report.json").is_file() and not (result / "work").is_dir():
         print(f"{result} is finished: see its report.json")
+        damage([model_dir, out / "taught", result], arguments.data.parent / "years/split_0.jsonl", arguments.device)
         return 0
 
     def files(*splits: str, questions: bool = False) -> list[str]:
@@ -91,7 +142,10 @@ def main() -> int:
     if (result / "work").is_dir():
         command.append("--resume")
     print("kunbr-fast " + " ".join(command), flush=True)
-    return cli.main(command)
+    status = cli.main(command)
+    if status == 0:
+        damage([model_dir, out / "taught", result], arguments.data.parent / "years/split_0.jsonl", arguments.device)
+    return status
 
 
 if __name__ == "__main__":
