@@ -1,5 +1,6 @@
 """Snapshots of a model's weights: bit for bit, whole or absent, and errors that name the file."""
 
+import contextlib
 import resource
 import signal
 
@@ -98,25 +99,29 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-@pytest.fixture
-def small_files():
-    """A real write error in the middle of a file, which each library reports in its own way: files may not grow."""
+@contextlib.contextmanager
+def refused(message):
+    """A real write error in the middle of a file, which each library reports in its own way: files may not grow.
+    For the statement only: the limit is the process's, and pytest's own output may go to a long file."""
     limit, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limit[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    signal.signal(signal.SIGXFSZ, action)
+    try:
+        with pytest.raises(OSError, match=message):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, action)
 
 
-def test_a_disk_that_refuses_is_an_os_error_whichever_library_writes(small_files, tmp_path):
+def test_a_disk_that_refuses_is_an_os_error_whichever_library_writes(tmp_path):
     model = tiny_model(dtype=torch.float32)
-    with pytest.raises(OSError, match="could not write .*w.safetensors: File too large; the file before it"):
+    with refused("could not write .*w.safetensors: File too large; the file before it"):
         WeightSnapshot.save(model, tmp_path / "w.safetensors")
-    with pytest.raises(OSError, match="could not write the model to .*out: File too large"):
+    with refused("could not write the model to .*out: File too large"):
         save_model(model, None, tmp_path / "out")
     small = tiny_model(dtype=torch.float32, num_hidden_layers=1, hidden_size=4, intermediate_size=4)
     small.lm_head = torch.nn.Identity()
-    with pytest.raises(OSError, match="could not write the model to .*out: File too large"):
+    with refused("could not write the model to .*out: File too large"):
         save_model(small, tokenizer(), tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out"]
 
