@@ -267,13 +267,14 @@ class _Run:
     def reinsert(self, blocks: list[range]) -> dict[range, WeightSnapshot]:
         """Each block's last trained weights, on disk. In cumulative mode the model holds them too, afterwards."""
         config = self.config
+        unlearned = WeightSnapshot(self.state.file("warmup"))  # once: its checksum reads the whole model
         trained: dict[range, WeightSnapshot] = {}
         cache: PrefixCache | None = None
         for round_ in range(config.rounds):
             for index, block in enumerate(blocks):
                 stage = f"blocks.{round_}.{block.start}-{block.stop}"
-                source = trained.get(block) or WeightSnapshot(self.state.file("warmup"))
-                if self.state.result(stage) is None:
+                resumed = self.state.result(stage) is not None
+                if not resumed:
                     self.on_stage(
                         f"re-insertion of layers {block.start}-{block.stop - 1}, round {round_ + 1} of {config.rounds}"
                     )
@@ -283,10 +284,11 @@ class _Run:
                             self.decoder, self.forget + self.retain, config.cache, self.work, progress=self.progress
                         )
                     cache.advance(block.start)
+                    source = trained.get(block, unlearned)
                     self._train_block(stage, block, source, cache, 1 + round_ * len(blocks) + index, start)
-                elif config.insertion == "cumulative":
-                    self._place(WeightSnapshot(self.state.file(stage)))
                 trained[block] = WeightSnapshot(self.state.file(stage))
+                if resumed and config.insertion == "cumulative":
+                    self._place(trained[block])
         return trained
 
     def _train_block(
