@@ -1,0 +1,113 @@
+"""Tile shapes of the Triton kernels, by GPU generation and shape: one table, untuned defaults, a reason beside each.
+
+No GPU has run these kernels yet, so the reasons are counts (registers, shared memory, bytes and FLOPs), not timings;
+`python -m kunbr_fast.kernels.aot` prints the registers and shared memory that they were read from. With
+KUNBR_AUTOTUNE=1 in the environment the candidates are timed on the GPU at hand instead, once a shape and process.
+
+Counts for bf16 on sm_90 (a multiprocessor has 64 Ki registers and 227 KiB of shared memory, and does 4096 dense FLOPs
+and 128 additions a clock; the L2 cache gives all 132 of them about 5.5 TB/s):
+  - A (BN, BK) tile of dW in fp32 takes BN*BK registers. 128 x 128 with 4 warps is 128 a thread, and two programs share
+    a multiprocessor: one's sums run under the other's products.
+  - A tile costs 2*BN*BK*T FLOPs and BN*BK additions a statistic: at T=64, 512 clocks of products, 128 of sums.
+  - Where dy's tile stays on the chip, 2*BN*BK*T FLOPs need T*BK*2 bytes of x: BN FLOPs a byte, 704 TFLOP/s at BN=128
+    and 5.5 TB/s. Loading both operands gives half of that at 128 x 128, two thirds at 128 x 256.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Hashable
+
+import torch
+from triton.testing import do_bench
+
+# Mean tokens of a sample up to which the "short" kernel is taken: the longest sample whose dy tile it keeps on the
+# chip has 128; of a batch with a higher mean few would fit, and for those that do not, the "long" tiles are better.
+SHORT_MEAN_TOKENS = 128
+# Programs of a launch for each multiprocessor, at least: with fewer, many idle while the last ones end.
+PROGRAMS_PER_PROCESSOR = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """BN x BK: the tile of dW (output rows, input columns). BT: tokens of one step through a long sample."""
+
+    BN: int
+    BK: int
+    BT: int
+    num_warps: int
+    num_stages: int
+    short: bool = False  # dy's tile of a sample of up to 128 tokens stays on the chip
+    tma: bool = False  # loads through tensor descriptors: rows must be 16-byte aligned
+    group: int = 0  # how many tiles along N run together; 0: all
+
+    def __str__(self) -> str:
+        way = "short " * self.short + "tma " * self.tma
+        return f"{self.BN}x{self.BK}x{self.BT} {way}{self.num_warps} warps {self.num_stages} stages"
+
+
+# Rows that are not 16-byte aligned: narrow loads, which need many registers for their addresses. Not seen in models.
+_ANY = Tile(64, 128, 32, 8, 2, group=8)
+# On the CUDA cores, 16 times slower than bf16: neither loads nor sums matter, only that nothing spills.
+_FP32 = Tile(64, 32, 16, 4, 2, group=8)
+_COMMON = {
+    "any": (_ANY,),
+    "fp32": (_FP32,),
+    "pair": (Tile(64, 64, 32, 4, 2, group=8),),  # two tiles of accumulators
+    "pair_fp32": (Tile(64, 64, 16, 8, 2, group=8),),
+}
+
+# (architecture, kind) -> candidates, the default first. Half precision: "short" and "long" samples, "column" for sums
+# along N (across warps, tile by tile, so more registers), "any" for unaligned rows, "pair" for two gradients at a time.
+TABLE: dict[tuple[int, str], tuple[Tile, ...]] = {
+    # mma.sync takes its operands from registers, and shared memory ends at 163 KiB: smaller tiles.
+    (80, "short"): (Tile(64, 128, 32, 4, 3, short=True),),
+    (80, "long"): (Tile(128, 128, 32, 8, 4, group=8),),
+    (80, "column"): (Tile(128, 128, 32, 8, 4, group=8),),
+    # wgmma takes both operands from shared memory as they lie: 32 KiB of dy, two stages of 32 KiB of x, and so two
+    # programs on a multiprocessor. TMA leaves 154 registers a thread in use, plain copies with their masks 245.
+    (90, "short"): (Tile(128, 128, 64, 4, 2, short=True, tma=True), Tile(128, 128, 64, 4, 2, short=True)),
+    # 85 FLOPs a byte from L2; a stage is 48 KiB. Again 154 registers with TMA, 246 and one stage less without.
+    (90, "long"): (Tile(128, 256, 64, 8, 4, tma=True, group=8), Tile(128, 256, 64, 8, 3, group=8)),
+    (90, "column"): (Tile(128, 128, 64, 8, 4, group=8),),
+    # tcgen05 keeps the tile in tensor memory, but the sums read it through registers: eight warps, or they spill.
+    (100, "short"): (Tile(128, 128, 64, 8, 2, short=True, tma=True),),
+    (100, "long"): (Tile(128, 256, 64, 8, 4, tma=True, group=8),),
+    (100, "column"): (Tile(64, 128, 64, 8, 3, group=8),),
+} | {(architecture, kind): tiles for architecture in (80, 90, 100) for kind, tiles in _COMMON.items()}
+ARCHITECTURES = sorted({architecture for architecture, _ in TABLE})
+
+_tuned: dict[Hashable, Tile] = {}
+
+
+def architecture(device: torch.device) -> int:
+    """The newest entry of the table that is not newer than the device. The interpreter, on a CPU, takes the newest."""
+    if device.type != "cuda":
+        return ARCHITECTURES[-1]
+    major, minor = torch.cuda.get_device_capability(device)
+    return max(a for a in ARCHITECTURES if a <= 10 * major + minor)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def aligned(x: torch.Tensor) -> bool:
+    """Whether x (T, K) can be loaded 16 bytes at a time, and by a tensor descriptor: contiguous, aligned rows."""
+    return x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+
+
+def choose(device: torch.device, kind: str, shape: Hashable, run: Callable[[Tile], object]) -> Tile:
+    """The tile for `kind` on `device`: the table's first, or with KUNBR_AUTOTUNE=1 the fastest of its candidates.
+
+    `shape`: what a measured choice is remembered by; `run(tile)` launches the kernel.
+    """
+    candidates = TABLE[architecture(device), kind]
+    if os.environ.get("KUNBR_AUTOTUNE") != "1" or len(candidates) == 1 or device.type != "cuda":
+        return candidates[0]
+    key = (device, kind, shape)
+    if key not in _tuned:
+        _tuned[key] = min(candidates, key=lambda tile: do_bench(lambda: run(tile), return_mode="median"))
+    return _tuned[key]
