@@ -24,12 +24,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
+from kunbr_fast.kernels.call import INTERPRETED, Call
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kunbr_fast.kernels import config
-from kunbr_fast.kernels.call import INTERPRETED, Call
 
 # Each has `aot_calls(architecture)`, which yields (label, Call, whether it multiplies on the matrix units).
 MODULES = ("grad_density",)
@@ -158,7 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kunbr_fast.kernels.aot", description=__doc__.split("\n")[0])
     everything = ",".join(f"sm_{a}" for a in config.ARCHITECTURES)
     parser.add_argument(
-        "--arch", type=_architectures, default=everything, help="GPU generations, comma-separated (default: %(default)s)"
+        "--arch",
+        type=_architectures,
+        default=everything,
+        help="GPU generations, comma-separated (default: %(default)s)",
     )
     parser.add_argument("--workers", type=int, help="processes that compile (default: one a core)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -171,7 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps([dataclasses.asdict(result) for result in results]))
     else:
-        print(f"triton {triton.__version__}\n{'arch':<7}{'registers':>9}{'shared':>8}{'spills':>7}  instruction  kernel")
+        print(
+            f"triton {triton.__version__}\n{'arch':<7}{'registers':>9}{'shared':>8}{'spills':>7}  instruction  kernel"
+        )
         for r in results:
             print(f"sm_{r.architecture:<4}{r.registers:>9}{r.shared:>8}{r.spills:>7}  {r.instruction:<11}  {r.label}")
         print(f"{len(results)} compiled, {len(bad)} with a problem")

@@ -32,9 +32,9 @@ from collections.abc import Iterator, Sequence
 import torch
 import triton
 import triton.language as tl
+from kunbr_fast.kernels.call import Call, dot
 
 from kunbr_fast.kernels import config
-from kunbr_fast.kernels.call import Call, dot
 
 MAX_PROJECTIONS = 3  # of one launch (q, k, v); more are launched in turn
 
@@ -300,7 +300,6 @@ def launch(
     x: torch.Tensor,
     dys: Sequence[torch.Tensor],
     cu_seqlens: torch.Tensor,
-    max_seqlen: int,
     statistics: Sequence[str] = ("grad_l1",),
     along: str | None = None,
     tile: config.Tile | None = None,
@@ -312,7 +311,7 @@ def launch(
     """
     if len(dys) > MAX_PROJECTIONS:
         parts = [dys[i : i + MAX_PROJECTIONS] for i in range(0, len(dys), MAX_PROJECTIONS)]
-        return [out for part in parts for out in launch(x, part, cu_seqlens, max_seqlen, statistics, along, tile)]
+        return [out for part in parts for out in launch(x, part, cu_seqlens, statistics, along, tile)]
     planes = [name for name in _FLAGS if name in statistics]
     processors = config.processors(x.device)
 
@@ -380,7 +379,6 @@ def launch_alignment(
     other_x: torch.Tensor,
     other_dy: torch.Tensor,
     other_cu_seqlens: torch.Tensor,
-    max_seqlen: int,
     tile: config.Tile | None = None,
 ) -> torch.Tensor:
     """`reference.grad_alignment` by the kernel: (3, B) float64, rows dot, l2sq, other_l2sq of the pairs by index."""

@@ -22,7 +22,7 @@ from kunbr_fast.config import KUnBRConfig
 from kunbr_fast.data import is_question, load_records
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.demo import demo
-from kunbr_fast.density import knowledge_density
+from kunbr_fast.density import STATISTICS, knowledge_density
 from kunbr_fast.dispatch import Unavailable
 from kunbr_fast.doctor import doctor, format_doctor
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
@@ -150,6 +150,24 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--forget", nargs="+", required=True, metavar="F.jsonl")
     command.add_argument("--out", metavar="FILE.json", help="keep the result (kunbr_fast.Density.load reads it)")
     command.add_argument("--plot", metavar="FILE.png", help="bars per layer, the chosen blocks marked")
+    command.add_argument(
+        "--statistic",
+        choices=STATISTICS,
+        default="grad_l1",
+        help="of each layer's gradient g: grad_l1 sum|g|, grad_l2sq sum g^2, grad_l2 its root, grad_linf max|g| [grad_l1]",
+    )
+    command.add_argument(
+        "--sample-fraction",
+        type=float,
+        metavar="F",
+        help="estimate grad_l1 or grad_l2sq without bias from this part of each matrix's rows (above 0, at most 1), and "
+        "show the standard error [all rows]",
+    )
+    command.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="keep only each layer's input for the backward pass: less memory, one more forward pass, the same numbers",
+    )
     _output_arguments(command)
     _setting_arguments(
         command, ["target", "max_length", "modules", "reduction", "num_blocks", "top_k", "skip_last_layers", "impl"]
@@ -301,7 +319,15 @@ def _density(arguments: argparse.Namespace) -> dict[str, Any]:
     )  # fails now or never
     samples = to_samples(records, tokenizer, config, decoder, "forget")
     density = knowledge_density(
-        decoder, samples, config.modules, reduction=config.reduction, impl=config.impl, progress=not arguments.quiet
+        decoder,
+        samples,
+        config.modules,
+        arguments.statistic,
+        config.reduction,
+        gradient_checkpointing=arguments.gradient_checkpointing or None,
+        sample_fraction=arguments.sample_fraction,
+        impl=config.impl,
+        progress=not arguments.quiet,
     )
     blocks = select_blocks(density, config.num_blocks, config.top_k, config.skip_last_layers)
     if arguments.out:
@@ -310,11 +336,18 @@ def _density(arguments: argparse.Namespace) -> dict[str, Any]:
         plot_density(density, blocks, arguments.plot, config.skip_last_layers)
     if not arguments.json:
         chosen = {layer for block in blocks for layer in block}
-        print(f"knowledge density, {config.modules}, {density.num_samples} samples (* chosen)")
-        for layer, (value, share) in enumerate(zip(density.per_layer.tolist(), density.normalized.tolist())):
-            print(
-                f"layer {layer:3d} {'*' if layer in chosen else ' '} {value:12.5g}  {share:7.2%}  {'#' * round(share * 200)}"
-            )
+        sampled = "" if density.sample_fraction is None else f", estimate from {density.sample_fraction:g} of the rows"
+        print(
+            f"knowledge density, {config.modules}, {density.statistic}, {density.num_samples} samples{sampled} (* chosen)"
+        )
+        errors = [""] * decoder.num_layers
+        if density.standard_error is not None:
+            errors = [f" ± {error:<10.3g}" for error in density.standard_error.tolist()]
+        for layer, (value, error, share) in enumerate(
+            zip(density.per_layer.tolist(), errors, density.normalized.tolist())
+        ):
+            mark = "*" if layer in chosen else " "
+            print(f"layer {layer:3d} {mark} {value:12.5g}{error}  {share:7.2%}  {'#' * round(share * 200)}")
     return density.to_dict() | {
         "normalized": density.normalized.tolist(),
         "blocks": [[block.start, block.stop] for block in blocks],

@@ -68,7 +68,9 @@ class KUnBRConfig:
     warmup_optimizer: str = setting("lion", "lion or adamw", "warmup")
 
     modules: str = setting("mlp", "whose gradients make the density: mlp, attention, norms or all", "density")
-    reduction: str = setting("sample", "sample: mean of L1 norms; mean: L1 norm of the mean gradient", "density")
+    reduction: str = setting(
+        "sample", "sample: mean over samples of each one's norm; mean: norm of the mean gradient", "density"
+    )
     num_blocks: int = setting(8, "blocks of floor(layers / num_blocks) layers", "selection")
     top_k: int = setting(6, "how many of the densest blocks are trained", "selection")
     skip_last_layers: int = setting(2, "blocks that hold one of the last so many layers are not chosen", "selection")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint as run_again
 from transformers import AttentionInterface
 
 from kunbr_fast.data import PackedBatch, pack
@@ -211,8 +212,18 @@ class Decoder:
         self._layers_path, self.layers = found[0]
         self.inner = self.model.get_submodule(self._layers_path.rpartition(".")[0])
 
-    def _probe_ids(self) -> torch.Tensor:
-        return torch.arange(1, 9, device=self.device) % self.config.vocab_size
+    @property
+    def probe(self) -> PackedBatch:
+        """Two short samples for self-checks."""
+        ids = torch.arange(1, 9, device=self.device) % self.config.vocab_size
+        return pack([{"input_ids": part, "labels": part} for part in (ids[:5], ids[5:])])
+
+    @property
+    def rounding(self) -> float:
+        """How far two forms of one computation may lie apart, relative. An unknown step changes a result by its own
+        size. Rounding stays far below these limits; models use fp32 inside (norms, rotary angles) even where their
+        weights are fp64."""
+        return 0.1 if self.dtype in (torch.float16, torch.bfloat16) else 1e-4
 
     @torch.no_grad()
     def _watch_forward(self) -> tuple[nn.Module | None, list[torch.Tensor]]:
@@ -223,8 +234,8 @@ class Decoder:
             if child is not self.layers:
                 hooks.append(child.register_forward_hook(lambda module, *_: after.append(module)))
         try:
-            ids = self._probe_ids()
-            native = [self.model(input_ids=part[None], use_cache=False).logits[0] for part in (ids[:5], ids[5:])]
+            samples = self.probe.input_ids.split(self.probe.lengths)
+            native = [self.model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -248,23 +259,18 @@ class Decoder:
 
     @torch.no_grad()
     def _check(self, native: list[torch.Tensor]) -> None:
-        ids = self._probe_ids()
-        batch = pack([{"input_ids": part, "labels": part} for part in (ids[:5], ids[5:])])
         try:
-            ours, truth = self.logits(batch).double(), torch.cat(native).double()
+            ours, truth = self.logits(self.probe).double(), torch.cat(native).double()
         except (TypeError, AttributeError, LookupError, NotImplementedError) as error:
             raise ValueError(
                 f"{self.name}: its layers do not run on packed samples ({type(error).__name__}: {error}): "
                 "this architecture is not supported"
             ) from error
         error = float((ours - truth).norm() / truth.norm())
-        # An unknown step in the model changes the logits by their own size. Rounding stays far below these limits;
-        # models use fp32 inside (norms, rotary angles) even where their weights are fp64.
-        limit = 0.1 if self.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        if not error <= limit:
+        if not error <= self.rounding:
             raise ValueError(
-                f"{self.name}: taken apart, its logits differ from its own by {error:.1e} relative (limit {limit:.1e}): "
-                "this architecture does something around its layers that kunbr_fast does not know"
+                f"{self.name}: taken apart, its logits differ from its own by {error:.1e} relative (limit "
+                f"{self.rounding:.1e}): this architecture does something around its layers that kunbr_fast does not know"
             )
 
     # ------------------------------------------------ running
@@ -310,11 +316,17 @@ class Decoder:
         return first[0], calls
 
     def run(
-        self, batch: PackedBatch, start: int = 0, stop: int | None = None, hidden: torch.Tensor | None = None
+        self,
+        batch: PackedBatch,
+        start: int = 0,
+        stop: int | None = None,
+        hidden: torch.Tensor | None = None,
+        checkpoint: bool = False,
     ) -> torch.Tensor:
         """Hidden states (T, D) at the input of layer `stop` (default: after the last layer, before the final norm).
 
         Begins at layer `start` with `hidden` (T, D); without it at the embeddings, and then `start` must be 0.
+        checkpoint: keep each layer's input only, and run the layer again in the backward pass.
         """
         stop = self.num_layers if stop is None else stop
         if hidden is None and start != 0:
@@ -330,7 +342,19 @@ class Decoder:
             embedded, calls = self._layer_calls(batch)
             hidden = embedded if hidden is None else hidden[None]
             for layer, (args, kwargs) in zip(self.layers[start:stop], calls[start:stop]):
-                hidden = layer(hidden, *args, **kwargs)
+                if checkpoint:
+                    # The backward pass comes when the model's own attention is back. Nothing here is random.
+                    hidden = run_again(
+                        layer,
+                        hidden,
+                        *args,
+                        use_reentrant=False,
+                        preserve_rng_state=False,
+                        context_fn=lambda: (contextlib.nullcontext(), self._packed()),
+                        **kwargs,
+                    )
+                else:
+                    hidden = layer(hidden, *args, **kwargs)
         return hidden[0]
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:

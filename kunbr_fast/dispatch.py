@@ -4,7 +4,8 @@
 
     dispatch.register("lion", "triton", lambda device: None if device.type == "cuda" else "needs a GPU")
 
-That function returns None where the implementation can run on tensors of that device, else a short reason.
+That function returns None where the implementation can run on tensors of that device, else a short reason. A second
+one may say why "auto" passes by an implementation that can run, and that `impl` may name.
 """
 
 import logging
@@ -21,14 +22,15 @@ class Unavailable(RuntimeError):
 
 
 logger = logging.getLogger(__name__)
-_registry: dict[tuple[str, str], Callable[[torch.device], str | None]] = {}
+WhyNot = Callable[[torch.device], str | None]
+_registry: dict[tuple[str, str], tuple[WhyNot, WhyNot | None]] = {}
 _logged: set[tuple[str, str, str]] = set()
 
 
-def register(operation: str, impl: str, why_not: Callable[[torch.device], str | None]) -> None:
+def register(operation: str, impl: str, why_not: WhyNot, why_not_auto: WhyNot | None = None) -> None:
     """Make `impl` known for `operation`: see the module docstring. ValueError for an unknown name."""
     _check(operation, impl)
-    _registry[operation, impl] = why_not
+    _registry[operation, impl] = why_not, why_not_auto
 
 
 def why_not(operation: str, impl: str, device: torch.device | str = "cpu") -> str | None:
@@ -36,14 +38,23 @@ def why_not(operation: str, impl: str, device: torch.device | str = "cpu") -> st
     _check(operation, impl)
     if (operation, impl) not in _registry:
         return "not in this release"
-    return _registry[operation, impl](torch.device(device))
+    return _registry[operation, impl][0](torch.device(device))
+
+
+def why_not_auto(operation: str, impl: str, device: torch.device | str = "cpu") -> str | None:
+    """None if "auto" may take `impl`, else why it cannot run or, if it can, why "auto" passes it by."""
+    reason = why_not(operation, impl, device)
+    if reason is not None:
+        return reason
+    passes_by = _registry[operation, impl][1]
+    return None if passes_by is None else passes_by(torch.device(device))
 
 
 def resolve(operation: str, impl: str = "auto", device: torch.device | str = "cpu") -> str:
     """The implementation to use, "cuda", "triton" or "torch", for tensors of `device`.
 
-    "auto" takes the first available one in that order and logs once per operation and kind of device what it
-    took and why (level INFO). A named implementation that cannot run raises `Unavailable` with the reason;
+    "auto" takes the first one in that order that is available and that it does not pass by, and logs once per
+    operation and kind of device what it took and why (level INFO). A named implementation that cannot run raises `Unavailable` with the reason;
     an unknown name raises ValueError.
     """
     device = torch.device(device)
@@ -55,7 +66,7 @@ def resolve(operation: str, impl: str = "auto", device: torch.device | str = "cp
                 "what is available; `kunbr-fast doctor` lists it"
             )
         return impl
-    reasons = {name: why_not(operation, name, device) for name in IMPLEMENTATIONS}
+    reasons = {name: why_not_auto(operation, name, device) for name in IMPLEMENTATIONS}
     choice = next(name for name, reason in reasons.items() if reason is None)  # torch always is
     if (operation, device.type, choice) not in _logged:
         _logged.add((operation, device.type, choice))

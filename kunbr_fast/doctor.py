@@ -8,6 +8,7 @@ import torch
 from packaging.requirements import Requirement
 
 from kunbr_fast import dispatch
+from kunbr_fast.kernels import operators  # noqa: F401  registers its kernels
 from kunbr_fast.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
@@ -20,7 +21,7 @@ def doctor() -> dict:
     Keys: `versions` (package -> version or None), `platform`, `cpu` (cores usable by this process, torch
     threads), `memory_bytes` (total), `devices` (the CPU first, then each CUDA device), `no_cuda` (why there
     is no CUDA device, or None), `operations` (operation -> device -> {"auto": choice, "unavailable":
-    {impl: reason}}), `problems` (requirements of pyproject.toml that are not met; empty when all is well).
+    {impl: reason}, "by_name": {impl: why "auto" passes by what can run}}), `problems` (requirements of pyproject.toml that are not met; empty when all is well).
     """
     devices = [{"device": "cpu", "name": _cpu_name()}, *_cuda_devices()]
     names = [d["device"] for d in devices]
@@ -62,19 +63,22 @@ def format_doctor(d: dict) -> str:
     lines += ["", 'operations (what impl="auto" takes, and why not the others)']
     for operation, by_device in d["operations"].items():
         for device, found in by_device.items():
-            missing = "; ".join(f"{impl}: {reason}" for impl, reason in found["unavailable"].items())
-            missing = f"({missing})" if missing else ""
-            lines.append(f"  {operation:<13} {device:<8} {found['auto']:<7} {missing}".rstrip())
+            others = [f"{impl}: {reason}" for impl, reason in found["unavailable"].items()]
+            others += [f'{impl}: runs with impl="{impl}", {reason}' for impl, reason in found["by_name"].items()]
+            others = f"({'; '.join(others)})" if others else ""
+            lines.append(f"  {operation:<13} {device:<8} {found['auto']:<7} {others}".rstrip())
     if d["problems"]:
         lines += ["", *(f"PROBLEM: {problem}" for problem in d["problems"])]
     return "\n".join(lines)
 
 
 def _implementations(operation: str, device: str) -> dict:
-    reasons = {impl: dispatch.why_not(operation, impl, device) for impl in dispatch.IMPLEMENTATIONS}
+    cannot = {impl: dispatch.why_not(operation, impl, device) for impl in dispatch.IMPLEMENTATIONS}
+    passed_by = {impl: dispatch.why_not_auto(operation, impl, device) for impl in cannot if cannot[impl] is None}
     return {
         "auto": dispatch.resolve(operation, "auto", device),
-        "unavailable": {impl: reason for impl, reason in reasons.items() if reason is not None},
+        "unavailable": {impl: reason for impl, reason in cannot.items() if reason is not None},
+        "by_name": {impl: reason for impl, reason in passed_by.items() if reason is not None},
     }
 
 

@@ -121,6 +121,31 @@ def test_density_prints_saves_and_plots(workspace, tmp_path, capsys):
     assert plot.stat().st_size > 1000
 
 
+def test_density_statistics_estimates_and_checkpointing(workspace, capsys):
+    command = ["density", "--model", str(workspace / "model"), "--forget", str(workspace / "f0.jsonl"), "--num-blocks", "3",
+               "--top-k", "1", "--quiet", "--impl", "torch"]  # fmt: skip
+    results = {}
+    for name, more in {
+        "l1": [],
+        "checkpointed": ["--gradient-checkpointing"],
+        "linf": ["--statistic", "grad_linf"],
+        "part": ["--sample-fraction", "0.5"],
+    }.items():
+        assert cli.main([*command, *more, "--json"]) == 0
+        results[name] = json.loads(capsys.readouterr().out)
+    assert results["checkpointed"]["per_layer"] == results["l1"]["per_layer"]
+    assert (
+        results["linf"]["statistic"] == "grad_linf"
+        and max(results["linf"]["per_layer"]) < results["l1"]["per_layer"][0]
+    )
+    assert results["l1"]["standard_error"] is None and min(results["part"]["standard_error"]) > 0
+    assert cli.main([*command, "--sample-fraction", "0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(" ± ") == 6 and "grad_l1" in printed and "estimate from 0.5 of the rows" in printed
+    assert cli.main([*command, "--sample-fraction", "0.5", "--statistic", "grad_linf"]) == 2
+    assert "only a sum over weights has an unbiased estimate" in capsys.readouterr().err
+
+
 def test_rtt_prints_the_curve_and_resumes(workspace, tmp_path, capsys):
     out = tmp_path / "rtt.json"
     command = ["rtt", "--model", str(workspace / "model"), "--forget", str(workspace / "f0.jsonl"),

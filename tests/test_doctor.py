@@ -41,6 +41,19 @@ def test_auto_logs_its_choice_once(registry, caplog):
     assert "lion on cpu: using torch" in record.getMessage() and "triton: needs a GPU" in record.getMessage()
 
 
+def test_auto_passes_by_what_can_only_be_named(registry, caplog):
+    only_on_cpu = lambda device: "no GPU has run it yet" if device.type == "cuda" else None  # noqa: E731
+    dispatch.register("lion", "triton", lambda device: None, why_not_auto=only_on_cpu)
+    with caplog.at_level(logging.INFO, logger="kunbr_fast"):
+        assert dispatch.resolve("lion", "auto", "cuda") == "torch"
+    assert "using torch (cuda: not in this release; triton: no GPU has run it yet)" in caplog.records[0].getMessage()
+    assert dispatch.resolve("lion", "triton", "cuda") == "triton"
+    assert dispatch.resolve("lion", "auto", "cpu") == "triton"
+    dispatch.register("lion", "triton", lambda device: "needs a GPU", why_not_auto=lambda device: "slow")
+    assert dispatch.why_not_auto("lion", "triton") == "needs a GPU"
+    assert dispatch.why_not_auto("lion", "torch") is None
+
+
 def test_a_named_implementation_is_never_replaced(registry):
     dispatch.register("lion", "triton", lambda device: "needs a GPU")
     with pytest.raises(dispatch.Unavailable, match='lion: impl="triton" cannot run on cpu: needs a GPU'):
@@ -67,8 +80,8 @@ def test_doctor_describes_this_machine():
     assert (found["no_cuda"] is None) == torch.cuda.is_available()
     for operation in dispatch.OPERATIONS:
         on_cpu = found["operations"][operation]["cpu"]
-        assert {on_cpu["auto"], *on_cpu["unavailable"]} <= set(dispatch.IMPLEMENTATIONS)
-        assert on_cpu["auto"] not in on_cpu["unavailable"]
+        assert {on_cpu["auto"], *on_cpu["unavailable"], *on_cpu["by_name"]} <= set(dispatch.IMPLEMENTATIONS)
+        assert on_cpu["auto"] not in {**on_cpu["unavailable"], **on_cpu["by_name"]}
 
 
 def test_doctor_names_each_unmet_requirement(monkeypatch):

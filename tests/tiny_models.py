@@ -50,6 +50,20 @@ CONFIGS = {
 }
 ARCHITECTURES = list(CONFIGS)
 
+MIXTURES = {
+    "mixtral": lambda: tf.MixtralConfig(
+        **ROTARY | {"num_hidden_layers": 2}, num_local_experts=6, num_experts_per_tok=2
+    ),
+    "qwen2_moe": lambda: tf.Qwen2MoeConfig(
+        **ROTARY | {"num_hidden_layers": 3},
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=20,
+        shared_expert_intermediate_size=24,
+        mlp_only_layers=[1],
+    ),
+}
+
 
 def tiny_model(architecture="llama", dtype=torch.float64, seed=0, **changes):
     """A random model; every parameter is random, biases and norms too, so that none is inert.
@@ -57,11 +71,12 @@ def tiny_model(architecture="llama", dtype=torch.float64, seed=0, **changes):
     Attention by SDPA, which is fp64 throughout (the eager form takes its softmax in fp32); but SDPA knows no softcap.
     """
     attention = "eager" if architecture == "gemma2" else "sdpa"
-    config = CONFIGS[architecture]()
+    config = (CONFIGS | MIXTURES)[architecture]()
     for name, value in changes.items():
         setattr(config, name, value)
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
+    experts = {"experts_implementation": "eager"} if architecture in MIXTURES else {}  # the others know no fp64
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=attention, **experts).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, dtype=torch.float64).to(dtype) * 0.1)
@@ -90,3 +105,18 @@ def live_tensor_bytes():
         if type(item) in (torch.Tensor, torch.nn.Parameter):
             storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
     return sum(storages.values())
+
+
+def peak_bytes(function):
+    """The most bytes that `function()` has allocated on the CPU and not yet freed, at any time while it runs.
+
+    From the allocator's own log: also what lives only within autograd or within an operator is counted.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak

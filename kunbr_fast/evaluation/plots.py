@@ -43,9 +43,14 @@ def plot_density(density, blocks: Sequence[range], path: str | Path, skip_last_l
     for label, layers, style in groups:
         if layers:
             axes.bar(sorted(layers), [shares[layer] for layer in sorted(layers)], width=0.8, label=label, **style)
-    top = max(shares)
+    ends, estimate = shares, ""  # where each layer's bar, or its error bar, ends
+    if getattr(density, "standard_error", None) is not None:
+        errors = [100 * float(error / density.per_layer.sum()) for error in density.standard_error]
+        axes.errorbar(range(number), shares, errors, fmt="none", ecolor="black", capsize=3)
+        ends, estimate = [share + error for share, error in zip(shares, errors)], ", ± standard error"
+    top = max(ends)
     for block in blocks:
-        y = max(shares[layer] for layer in block) + 0.035 * top
+        y = max(ends[layer] for layer in block) + 0.035 * top
         left, right = block[0] - 0.4, block[-1] + 0.4
         tick = 0.015 * top
         axes.plot([left, left, right, right], [y - tick, y, y, y - tick], color="black", linewidth=1.2)
@@ -64,7 +69,7 @@ def plot_density(density, blocks: Sequence[range], path: str | Path, skip_last_l
     axes.set_xlim(-0.7, number - 0.3)
     axes.set_xticks(range(0, number, 1 if number <= 20 else 2 if number <= 40 else 4))
     axes.set_xlabel("decoder layer")
-    axes.set_ylabel("share of the density (%)")
+    axes.set_ylabel(f"share of the density (%{estimate})")
     axes.set_title("Where the knowledge of the forget set sits", loc="left", fontweight="bold", pad=36)
     _legend(axes, ncols=3)
     _save(figure, path)
