@@ -4,12 +4,12 @@ changed.
 
 import json
 import math
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from kunbr_fast.density import Density
 from kunbr_fast.evaluation import plots
 from kunbr_fast.evaluation.accuracy import Accuracy
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
@@ -17,8 +17,16 @@ from kunbr_fast.evaluation.report import table, write_report
 from kunbr_fast.evaluation.rtt import RTTResult
 
 
-def density(shares):
-    return types.SimpleNamespace(normalized=torch.tensor(shares, dtype=torch.float64))
+def density(shares, standard_error=None):
+    """Twice the shares, as per_layer is not normalised."""
+    return Density(
+        2 * torch.tensor(shares, dtype=torch.float64),
+        {},
+        torch.ones(len(shares), dtype=torch.int64),
+        1,
+        sample_fraction=None if standard_error is None else 0.1,
+        standard_error=None if standard_error is None else torch.tensor(standard_error, dtype=torch.float64),
+    )
 
 
 EIGHT = [0.09, 0.12, 0.17, 0.16, 0.11, 0.08, 0.12, 0.15]
@@ -83,6 +91,19 @@ def test_density_bars_are_the_shares_and_the_blocks_are_marked(tmp_path, drawn):
     shown = texts(drawn[0])
     assert {"2–3", "4", "decoder layer", "re-inserted and trained", "not chosen"} <= set(shown)
     assert any("(%)" in text for text in shown)
+
+
+def test_an_estimate_has_error_bars(tmp_path, drawn):
+    errors = [0.02, 0.0, 0.04, 0.02, 0.0, 0.02, 0.02, 0.02]  # of per_layer: half as much of the shares
+    plot_density(density(EIGHT, errors), [range(2, 4)], tmp_path / "density.png")
+    (axes,) = drawn[0].axes
+    (bars,) = axes.containers[-1].lines[2]
+    spans = [(100 * (share - error / 2), 100 * (share + error / 2)) for share, error in zip(EIGHT, errors)]
+    assert [tuple(segment[:, 1]) for segment in bars.get_segments()] == [pytest.approx(span) for span in spans]
+    assert "standard error" in axes.get_ylabel()
+    assert_all_text_is_inside(drawn[0])
+    plot_density(density(EIGHT), [], tmp_path / "exact.png")
+    assert "standard error" not in drawn[1].axes[0].get_ylabel()
 
 
 def test_density_of_many_layers_and_of_one(tmp_path, drawn):

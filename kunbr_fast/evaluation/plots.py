@@ -44,7 +44,7 @@ def plot_density(density, blocks: Sequence[range], path: str | Path, skip_last_l
         if layers:
             axes.bar(sorted(layers), [shares[layer] for layer in sorted(layers)], width=0.8, label=label, **style)
     ends, estimate = shares, ""  # where each layer's bar, or its error bar, ends
-    if getattr(density, "standard_error", None) is not None:
+    if density.standard_error is not None:
         errors = [100 * float(error / density.per_layer.sum()) for error in density.standard_error]
         axes.errorbar(range(number), shares, errors, fmt="none", ecolor="black", capsize=3)
         ends, estimate = [share + error for share, error in zip(shares, errors)], ", ± standard error"
