@@ -163,14 +163,11 @@ def parser() -> argparse.ArgumentParser:
         help="estimate grad_l1 or grad_l2sq without bias from this part of each matrix's rows (above 0, at most 1), and "
         "show the standard error [all rows]",
     )
-    command.add_argument(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="keep only each layer's input for the backward pass: less memory, one more forward pass, the same numbers",
-    )
     _output_arguments(command)
     _setting_arguments(
-        command, ["target", "max_length", "modules", "reduction", "num_blocks", "top_k", "skip_last_layers", "impl"]
+        command,
+        ["target", "max_length", "modules", "reduction", "num_blocks", "top_k", "skip_last_layers"]
+        + ["gradient_checkpointing", "impl"],
     )
     command.set_defaults(run=_density)
 
@@ -324,7 +321,7 @@ def _density(arguments: argparse.Namespace) -> dict[str, Any]:
         config.modules,
         arguments.statistic,
         config.reduction,
-        gradient_checkpointing=arguments.gradient_checkpointing or None,
+        gradient_checkpointing=config.gradient_checkpointing or None,
         sample_fraction=arguments.sample_fraction,
         impl=config.impl,
         progress=not arguments.quiet,

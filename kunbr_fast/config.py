@@ -96,6 +96,11 @@ class KUnBRConfig:
     rtt_epochs: int = setting(5, "epochs of each attack", "rtt")
     rtt_batch_size: int = setting(8, "batch size of the attack", "rtt")
     rtt_target: str = setting("all", "tokens the attack trains on", "rtt")
+    gradient_checkpointing: bool = setting(
+        False,
+        "keep only each layer's input for the backward pass, and run the layer again there: less memory, the same result",
+        "none",
+    )
     impl: str = setting("auto", "auto, cuda, triton or torch", "none")
 
     def __post_init__(self) -> None:

@@ -66,8 +66,10 @@ class BlockTraining:
         weight_decay: float,
         forget_loss_cap: float | None,
         master_weights: bool,
+        gradient_checkpointing: bool,
     ):
         self.decoder, self.block = decoder, block
+        self.gradient_checkpointing = gradient_checkpointing
         self.retain_coeff, self.forget_loss_cap = retain_coeff, forget_loss_cap
         self.parameters = block_tensors(decoder, block)
         for name, parameter in self.parameters.items():
@@ -133,7 +135,7 @@ class BlockTraining:
             with torch.no_grad():
                 hidden = decoder.run(batch, 0, self.block.start)
         rows = losses.gradient_difference(batch, num_forget, self.retain_coeff, self.forget_loss_cap)
-        out = decoder.run(batch, self.block.start, None, hidden)
+        out = decoder.run(batch, self.block.start, None, hidden, self.gradient_checkpointing)
         return losses.linear_loss(decoder.final(out[batch.rows]), decoder.head, batch.targets, rows.weight, rows.cap)
 
     def _packed(self, batch: Any) -> PackedBatch:
@@ -205,6 +207,7 @@ def reinserted(
     forget_loss_cap: float | None = None,
     insertion: str = "independent",
     master_weights: bool = True,
+    gradient_checkpointing: bool = False,
     impl: str = "auto",
 ) -> Iterator[BlockTraining]:
     """Puts a block of `unlearned` into `original`, and yields a `BlockTraining` whose `step` trains it there.
@@ -219,6 +222,8 @@ def reinserted(
     requires_grad flags are put back exactly, also after an exception (which leaves `unlearned` as it was);
     with insertion="cumulative" the trained block stays in the original for the next ones.
     master_weights: fp32 copies of half-precision block weights for the optimiser.
+    gradient_checkpointing: keep only the input of each layer above the prefix for the backward pass, and run the layer
+    again there. The result is the same.
 
     Errors: ValueError for another architecture, shapes that differ, weights that are not finite or tied, and for
     one and the same model given as both.
@@ -243,6 +248,7 @@ def reinserted(
             weight_decay=weight_decay,
             forget_loss_cap=forget_loss_cap,
             master_weights=master_weights,
+            gradient_checkpointing=gradient_checkpointing,
         )
         try:
             yield training

@@ -67,8 +67,9 @@ class FullTraining:
         optimizer: str = "adamw",
         betas: tuple[float, float] | None = None,
         weight_decay: float = 0.0,
+        gradient_checkpointing: bool = False,
     ):
-        self.decoder = decoder
+        self.decoder, self.gradient_checkpointing = decoder, gradient_checkpointing
         self.parameters = dict(decoder.model.named_parameters())  # a tied weight appears once
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
@@ -79,7 +80,7 @@ class FullTraining:
     def step(self, batch: PackedBatch, rows: losses.RowWeights, num_forget: int = 0) -> dict[str, float | None]:
         """One update; returns `losses.metrics`; the batch's first `num_forget` samples are forget samples."""
         decoder = self.decoder
-        out = decoder.run(batch)
+        out = decoder.run(batch, checkpoint=self.gradient_checkpointing)
         loss, nll = losses.linear_loss(
             decoder.final(out[batch.rows]), decoder.head, batch.targets, rows.weight, rows.cap
         )

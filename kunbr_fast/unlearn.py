@@ -215,6 +215,7 @@ class _Run:
                     lr=config.warmup_lr,
                     optimizer=config.warmup_optimizer,
                     weight_decay=config.weight_decay,
+                    gradient_checkpointing=config.gradient_checkpointing,
                 )
 
                 def step(forget: list[int], retain: list[int]) -> dict[str, float | None]:
@@ -250,6 +251,7 @@ class _Run:
             self.forget,
             self.config.modules,
             reduction=self.config.reduction,
+            gradient_checkpointing=self.config.gradient_checkpointing or None,
             impl=self.config.impl,
             progress=self.progress,
         )
@@ -307,6 +309,7 @@ class _Run:
             forget_loss_cap=config.forget_loss_cap,
             insertion=config.insertion,
             master_weights=config.master_weights,
+            gradient_checkpointing=config.gradient_checkpointing,
             impl=config.impl,
         ) as training:
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from reference_procedure import left_padded, padded, reference_block
-from tiny_models import ARCHITECTURES, live_tensor_bytes, random_samples, tiny_model
+from tiny_models import ARCHITECTURES, live_tensor_bytes, peak_bytes, random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast import optim, reinsertion
@@ -284,6 +284,21 @@ def test_memory_is_the_block_and_not_a_second_model(dtype, optimizer, vectors, t
     assert vectors * size <= extra <= vectors * size + 200, (extra / size, vectors)
     result.clear()
     assert live_tensor_bytes() - base <= 200
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_checkpointing_lowers_the_peak_and_keeps_the_bits(architecture):
+    original = tiny_model(architecture)
+    decoder, values = Decoder(original), dict(moved(original).named_parameters())
+    forget, retain = random_samples(6, low=12, high=12), random_samples(6, seed=1, low=12, high=12)
+    weights, peaks = [], []
+    for flag in (False, True):
+        with kf.reinserted(decoder, dict(values), range(1, 3), lr=1e-3, gradient_checkpointing=flag) as training:
+            training.step(forget, retain)
+            peaks.append(peak_bytes(lambda training=training: training.step(forget, retain)))
+            weights.append({name: value.clone() for name, value in training.tensors().items()})
+    assert peaks[1] < 0.7 * peaks[0], peaks
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 # ---------------------------------------------------------------- the same step from any batch

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from reference_procedure import padded_loss
-from tiny_models import ARCHITECTURES, random_samples, tiny_model
+from tiny_models import ARCHITECTURES, peak_bytes, random_samples, tiny_model
 
 from kunbr_fast import losses, optim
 from kunbr_fast.data import pack
@@ -95,6 +95,18 @@ def test_metrics_tell_forget_from_retain():
     assert both["retain_loss"] == pytest.approx(float(padded_loss(model, RETAIN).detach()), rel=1e-10)
     assert both["loss"] == pytest.approx(-both["forget_loss"] + 1.5 * both["retain_loss"], rel=1e-12)
     assert only["forget_loss"] is None and only["loss"] == pytest.approx(only["retain_loss"], rel=1e-12)
+
+
+def test_checkpointing_lowers_the_peak_and_keeps_the_bits():
+    forget, retain = random_samples(6, low=12, high=12), random_samples(6, seed=1, low=12, high=12)
+    models, peaks = [], []
+    for flag in (False, True):
+        models.append(tiny_model())
+        training = FullTraining(Decoder(models[-1]), lr=1e-3, optimizer="lion", gradient_checkpointing=flag)
+        training.gradient_difference_step(forget, retain, 1.0)
+        peaks.append(peak_bytes(lambda: training.gradient_difference_step(forget, retain, 1.0)))  # noqa: B023
+    assert peaks[1] < 0.7 * peaks[0], peaks
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models)))
 
 
 @pytest.mark.parametrize("optimizer", ["lion", "adamw"])
