@@ -45,7 +45,8 @@ MAX_PROJECTIONS = 3  # of one launch (q, k, v); more are launched in turn
 def _descriptor(base, num_rows, num_cols, stride_row, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
     """Of one sample's rows alone: what lies beyond them reads as zero, so no neighbour leaks in."""
     if TMA:
-        return tl.make_tensor_descriptor(base, [num_rows, num_cols], [stride_row, 1], [ROWS, COLS])
+        rows = tl.maximum(num_rows, 1)
+        return tl.make_tensor_descriptor(base, [rows, num_cols], [stride_row, 1], [ROWS, COLS])
     else:
         return base
 
@@ -89,13 +90,16 @@ def _add_tile(acc, l1, l2sq, linf, AXIS: tl.constexpr, L1: tl.constexpr, L2SQ: t
 
 @triton.jit
 def _store(out, plane, offsets, mask, l1, l2sq, linf, L1: tl.constexpr, L2SQ: tl.constexpr, LINF: tl.constexpr):
-    """Each statistic into its own plane of `out`."""
+    """Each statistic into its own plane of `out`; planes are stepped over one by one, as pointers do not overflow."""
+    out += offsets
     if L1:
-        tl.store(out + offsets, l1, mask=mask)
+        tl.store(out, l1, mask=mask)
+        out += plane
     if L2SQ:
-        tl.store(out + offsets + L1 * plane, l2sq, mask=mask)
+        tl.store(out, l2sq, mask=mask)
+        out += plane
     if LINF:
-        tl.store(out + offsets + (L1 + L2SQ) * plane, linf.to(tl.float32, bitcast=True), mask=mask)
+        tl.store(out, linf.to(tl.float32, bitcast=True), mask=mask)
 
 
 @triton.jit
@@ -186,12 +190,15 @@ def grad_density_kernel(x, dy0, dy1, dy2, cu_seqlens, out, K, N0, N1, N2, k_tile
 
     start = tl.load(cu_seqlens + sample).to(tl.int64)
     length = (tl.load(cu_seqlens + sample + 1).to(tl.int64) - start).to(tl.int32)
-    x += start * stride_xt
-    dy += start * stride_yt
     first = strip * strip_tiles
     last = tl.minimum(first + strip_tiles, k_tiles)
-    if TMA:  # a descriptor has at least one row, here the next sample's: nothing may be loaded for an empty sample
+    if TMA:
+        # A descriptor has one row at least. For an empty sample it is the batch's first, which may be read, and the
+        # walk has no tiles.
+        start = tl.where(length > 0, start, 0)
         last = tl.where(length > 0, last, first)
+    x += start * stride_xt
+    dy += start * stride_yt
     sample = sample.to(tl.int64)
     columns = out + (sample * n_tiles + n_tile) * K
 
@@ -312,6 +319,10 @@ def launch(
     if len(dys) > MAX_PROJECTIONS:
         parts = [dys[i : i + MAX_PROJECTIONS] for i in range(0, len(dys), MAX_PROJECTIONS)]
         return [out for part in parts for out in launch(x, part, cu_seqlens, statistics, along, tile)]
+    if x.shape[0] == 0:  # no row that a descriptor could name
+        size = {None: lambda dy: (), "row": lambda dy: (dy.shape[1],), "column": lambda dy: (x.shape[1],)}[along]
+        shape = (len(statistics), len(cu_seqlens) - 1)
+        return [x.new_zeros((*shape, *size(dy)), dtype=torch.float64) for dy in dys]
     planes = [name for name in _FLAGS if name in statistics]
     processors = config.processors(x.device)
 
