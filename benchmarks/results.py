@@ -1,16 +1,152 @@
-"""Measured rows in benchmarks/results/*.csv: each with the machine, the versions, the commit and the command."""
+"""How variants are timed, and where the numbers go: rows in benchmarks/results/*.csv, each with the machine, the
+versions, the commit and the command."""
 
 import csv
+import ctypes
+import gc
 import os
 import platform
+import statistics
 import subprocess
 import sys
+import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
+FLUSH = 256 << 20  # bytes written between two runs on a GPU: more than any L2 cache
+
+
+# ---------------------------------------------------------------- time and memory
+
+
+def percentile(values, share):
+    return sorted(values)[min(len(values) - 1, round(share * (len(values) - 1)))]
+
+
+def interleaved(variants, device, repeats, seconds, at_least=3):
+    """{name: function} -> ({name: milliseconds of each round}, cores that others used meanwhile, None on a GPU).
+
+    In every round each variant runs once, in turn; each has run before. `repeats` rounds, or as many as are done in
+    `seconds`, `at_least` some.
+    On a CPU rounds are timed in blocks of a quarter of a second, and a block in which other processes used more than
+    `spare_cores()` is left out. After three times `seconds` the least disturbed blocks count: better disturbed numbers,
+    which say so, than none.
+    On a GPU: events, with the L2 cache overwritten before each run. Writing it eight times takes the GPU about half a
+    millisecond, in which the host gets ahead, so that the launch of a single kernel is not part of its time.
+    """
+    begin = time.perf_counter()
+    if torch.device(device).type == "cuda":
+        rounds, flush = [], torch.empty(FLUSH, dtype=torch.int8, device=device)
+        while len(rounds) < at_least or (len(rounds) < repeats and time.perf_counter() - begin < seconds):
+            rounds.append(_gpu_round(variants, flush))
+        return _by_name(rounds), None
+    quiet, blocks, shares = [], [], []
+    while len(quiet) < repeats:
+        passed = time.perf_counter() - begin
+        if passed > (seconds if len(quiet) >= at_least else 3 * seconds) and len(blocks) >= at_least:
+            break
+        blocks.append(_block(variants))
+        if blocks[-1][1] <= spare_cores():
+            quiet += blocks[-1][0]
+            shares.append(blocks[-1][1])
+    if len(quiet) < at_least:
+        quiet, shares = [], []
+        for rounds, share in sorted(blocks, key=lambda block: block[1]):
+            quiet += rounds
+            shares.append(share)
+            if len(quiet) >= at_least:
+                break
+    return _by_name(quiet), statistics.mean(shares)
+
+
+def spare_cores():
+    """How many cores others may use before they disturb what is timed here: those that our threads leave, and 0.1.
+
+    A thread that others displace holds up all that wait for it, for as long as a time slice: 4 ms in place of 0.1.
+    """
+    return max(0, len(os.sched_getaffinity(0)) - torch.get_num_threads()) + 0.1
+
+
+def _by_name(rounds):
+    return {name: [r[name] for r in rounds] for name in rounds[0]}
+
+
+def _block(variants, seconds=0.25):
+    """([{name: milliseconds}] of rounds in a row, cores that other processes used meanwhile)."""
+    begin, others, rounds = time.perf_counter(), _others(), []
+    while not rounds or time.perf_counter() - begin < seconds:
+        times = {}
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            times[name] = (time.perf_counter() - start) * 1e3
+        rounds.append(times)
+    return rounds, max(0.0, _others() - others) / (time.perf_counter() - begin)
+
+
+def _others():
+    """Seconds of processor time that all other processes have used; 0 without Linux' /proc."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
+    except OSError:
+        return 0.0
+    user, nice, system, _idle, _wait, irq, soft, steal = (int(f) / os.sysconf("SC_CLK_TCK") for f in fields)
+    return user + nice + system + irq + soft + steal - time.process_time()
+
+
+def _gpu_round(variants, flush):
+    events = {}
+    for name, run in variants.items():
+        events[name] = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for value in range(8):
+            flush.fill_(value)
+        events[name][0].record()
+        run()
+        events[name][1].record()
+    torch.cuda.synchronize()
+    return {name: start.elapsed_time(end) for name, (start, end) in events.items()}
+
+
+def ratio(times, name, other):
+    """Median over the rounds of one variant's time over another's: what disturbs a round disturbs both."""
+    return statistics.median(a / b for a, b in zip(times[name], times[other]))
+
+
+def peak_memory(run, device):
+    """Bytes at the peak of one run above what was there before it: of the GPU's memory, or resident in the process.
+
+    None on a CPU without Linux' /proc.
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, so that `before` is what is in use
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = _resident("VmRSS")
+        run()
+        return max(0, _resident("VmHWM") - before)
+    except (OSError, AttributeError):
+        return None
+
+
+def _resident(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+# ---------------------------------------------------------------- rows
 
 
 def cpu_name():
@@ -20,17 +156,37 @@ def cpu_name():
     return platform.processor()
 
 
+def _said(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no such program
+        return ""
+
+
 def commit():
-    out = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return out.stdout.strip() or "unknown"
+    """KUNBR_COMMIT names the commit where a checkout travels without its history."""
+    return os.environ.get("KUNBR_COMMIT") or _said("git", "-C", ROOT, "describe", "--always", "--dirty") or "unknown"
 
 
-def about():
+def driver():
+    return _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+
+
+def triton_version():
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def about(kernels=False):
+    """kernels: with the versions that Triton kernels depend on."""
     script = os.path.relpath(sys.argv[0], ROOT)
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        **({"triton": triton_version(), "driver": driver()} if kernels else {}),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "commit": commit(),
@@ -38,14 +194,24 @@ def about():
     }
 
 
-def add_rows(path, rows):
-    """Appends `rows` (mappings of one shape) to the CSV at `path`, each with `about()`; a new file gets a header."""
-    path, more = Path(path), about()
+def add_rows(path, rows, kernels=False, quiet=False):
+    """Appends `rows` (mappings of one shape) to the CSV at `path`, each with `about()`; a new file gets a header.
+
+    ValueError for a file whose columns are others.
+    """
+    path, more = Path(path), about(kernels)
+    columns = [*rows[0], *more]
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
+    if not new:
+        with open(path, newline="") as file:
+            header = next(csv.reader(file), [])
+        if header != columns:
+            raise ValueError(f"{path} has the columns {', '.join(header)}, not {', '.join(columns)}: name another file")
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *more])
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
         writer.writerows({**row, **more} for row in rows)
-    print(f"{len(rows)} rows added to {path}")
+    if not quiet:
+        print(f"{len(rows)} rows added to {path}")

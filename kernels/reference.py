@@ -195,7 +195,10 @@ def _chunks(lengths: Sequence[int], width: int) -> Iterator[tuple[int, int]]:
 def _padded(x: torch.Tensor, lengths: Sequence[int], first: int, last: int) -> torch.Tensor:
     """(last - first, L, K): samples `first` to `last`, zeros after each one's end."""
     start = sum(lengths[:first])
-    parts = x[start : start + sum(lengths[first:last])].split(list(lengths[first:last]))
+    rows, lengths = x[start : start + sum(lengths[first:last])], list(lengths[first:last])
+    if min(lengths) == max(lengths):  # nothing to pad, nothing to copy
+        return _operand(rows).unflatten(0, (len(lengths), -1))
+    parts = rows.split(lengths)
     return _operand(torch.nn.utils.rnn.pad_sequence(parts, batch_first=True))
 
 
@@ -209,6 +212,130 @@ def _gram(a: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.double() * b).sum((1, 2))  # its terms have both signs and cancel: in fp64
+
+
+# ---------------------------------------------------------------- RMSNorm and LayerNorm
+#
+# x, residual and h (..., D), weight and bias (D,). Computed in fp32, in fp64 for fp64 inputs (transformers' own modules
+# round those to fp32). h = x + residual is rounded to its dtype before its statistics are taken, as unfused code does.
+
+CASTS = ("llama", "gemma")
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    offset: float = 0.0,
+    cast: str = "llama",
+    residual: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, h and rstd (..., 1), with h = x + residual (x itself without one):
+
+    rstd = rsqrt(h.pow(2).mean(-1, keepdim=True) + eps);  x_hat = h * rstd            # fp32
+    cast="llama": y = (offset + weight) * x_hat.to(h.dtype), in torch's promotion of both
+    cast="gemma": y = (x_hat * (offset + weight.float())).to(h.dtype)
+    """
+    h = x if residual is None else x + residual
+    wide = _wide(h)
+    x_hat = h.to(wide)
+    rstd = torch.rsqrt(x_hat.pow(2).mean(-1, keepdim=True) + eps)
+    x_hat = x_hat * rstd
+    if cast == "gemma":
+        return (x_hat * _offset(weight.to(wide), offset)).to(h.dtype), h, rstd
+    return _offset(weight, offset) * x_hat.to(h.dtype), h, rstd
+
+
+def rms_norm_backward(
+    dy: torch.Tensor,
+    dh: torch.Tensor | None,
+    h: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    compute_dx: bool,
+    compute_dw: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dx in h's dtype, dw in fp32 (fp64); `dh` is the gradient that reaches h by itself; weight is read for dx alone.
+
+    g = dy * (offset + weight);  x_hat = h * rstd
+    dx = dh + rstd * (g - x_hat * (g * x_hat).mean(-1));  dw = sum over rows of dy * x_hat
+    Both casts have this gradient: what rounding to a narrow dtype does has none.
+    """
+    wide = _wide(h)
+    dy, x_hat = dy.to(wide), h.to(wide) * rstd
+    dw = (dy * x_hat).reshape(-1, dy.shape[-1]).sum(0) if compute_dw else None
+    if not compute_dx:
+        return None, dw
+    g = dy * _offset(weight.to(wide), offset)
+    mean = (g * x_hat).mean(-1, keepdim=True)
+    dx = g.sub_(x_hat.mul_(mean)).mul_(rstd)
+    return (dx if dh is None else dx.add_(dh)).to(h.dtype), dw
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, h, mean and rstd (both (..., 1)), with h = x + residual (x itself without one):
+
+    mean = h.mean(-1);  rstd = rsqrt((h - mean).pow(2).mean(-1) + eps)                  # fp32
+    y = ((h - mean) * rstd * weight + bias).to(out_dtype or h.dtype)
+    """
+    h = x if residual is None else x + residual
+    wide = _wide(h)
+    mean = h.mean(-1, keepdim=True, dtype=wide)
+    x_hat = h.to(wide) - mean
+    rstd = torch.rsqrt(x_hat.pow(2).mean(-1, keepdim=True) + eps)
+    y = x_hat.mul_(rstd).mul_(weight.to(wide))
+    if bias is not None:
+        y.add_(bias)
+    return y.to(out_dtype or h.dtype), h, mean, rstd
+
+
+def layer_norm_backward(
+    dy: torch.Tensor,
+    dh: torch.Tensor | None,
+    h: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor | None,
+    compute_dx: bool,
+    compute_dw: bool,
+    compute_db: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dx in h's dtype, dw and db in fp32 (fp64). weight is read for dx alone; for db alone nothing but dy is.
+
+    g = dy * weight;  x_hat = (h - mean) * rstd
+    dx = dh + rstd * (g - g.mean(-1) - x_hat * (g * x_hat).mean(-1))
+    dw = sum over rows of dy * x_hat;  db = sum over rows of dy
+    """
+    wide = _wide(dy)
+    dy = dy.to(wide)
+    db = dy.reshape(-1, dy.shape[-1]).sum(0) if compute_db else None
+    if not (compute_dx or compute_dw):
+        return None, None, db
+    x_hat = (h.to(wide) - mean).mul_(rstd)
+    dw = (dy * x_hat).reshape(-1, dy.shape[-1]).sum(0) if compute_dw else None
+    if not compute_dx:
+        return None, dw, db
+    g = dy * weight.to(wide)
+    g_mean, product_mean = g.mean(-1, keepdim=True), (g * x_hat).mean(-1, keepdim=True)
+    dx = g.sub_(g_mean).sub_(x_hat.mul_(product_mean)).mul_(rstd)
+    return (dx if dh is None else dx.add_(dh)).to(h.dtype), dw, db
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    """What statistics and sums are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _offset(weight: torch.Tensor, offset: float) -> torch.Tensor:
+    return weight if offset == 0 else offset + weight
 
 
 # ---------------------------------------------------------------- head and loss
@@ -241,6 +368,7 @@ def linear_loss(
     Logits and softmax in fp32 (fp64 for fp64 inputs).
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
+    nll_cap = None if nll_cap is None else nll_cap.to(wide)
     nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
     d_hidden = torch.empty_like(hidden) if need_hidden else None
     d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
@@ -297,14 +425,178 @@ def lion_(
     beta1: float,
     beta2: float,
     weight_decay: float,
+    half: torch.Tensor | None = None,
+    seed: int | None = None,
+    step: int = 0,
 ) -> None:
     """One Lion step in place (arXiv 2302.06675, algorithm 2): all tensors of one shape.
 
     param -= lr * (sign(beta1 * momentum + (1 - beta1) * grad) + weight_decay * param)
     momentum = beta2 * momentum + (1 - beta2) * grad
+
+    half: becomes a copy of param in its own dtype. seed: param, bf16, is computed in fp32 and stored by `to_bf16`.
     """
-    update = torch.lerp(momentum, grad.to(momentum.dtype), 1 - beta1).sign_()
+    grad = grad.to(momentum.dtype)
+    update = torch.lerp(momentum, grad, 1 - beta1).sign_()
+    wide = param if seed is None else param.float()
     if weight_decay:
-        param.mul_(1 - lr * weight_decay)
-    param.add_(update.to(param.dtype), alpha=-lr)
-    momentum.lerp_(grad.to(momentum.dtype), 1 - beta2)
+        wide.mul_(1 - lr * weight_decay)
+    wide.add_(update.to(wide.dtype), alpha=-lr)
+    momentum.lerp_(grad, 1 - beta2)
+    _store_weights(param, wide, half, seed, step)
+
+
+def adamw_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    half: torch.Tensor | None = None,
+    seed: int | None = None,
+) -> None:
+    """One AdamW step in place (arXiv 1711.05101, as torch.optim.AdamW): all tensors of one shape, step from 1.
+
+    param -= lr * weight_decay * param
+    exp_avg = beta1 * exp_avg + (1 - beta1) * grad
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad^2
+    param -= lr / (1 - beta1^step) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
+
+    half, seed: as in `lion_`.
+    """
+    grad = grad.to(exp_avg.dtype)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
+    wide = param if seed is None else param.float()
+    if weight_decay:
+        wide.mul_(1 - lr * weight_decay)
+    wide.add_((exp_avg / denominator).to(wide.dtype), alpha=-lr / (1 - beta1**step))
+    _store_weights(param, wide, half, seed, step)
+
+
+def _store_weights(
+    param: torch.Tensor, wide: torch.Tensor, half: torch.Tensor | None, seed: int | None, step: int
+) -> None:
+    if seed is not None:
+        param.copy_(to_bf16(wide, random_bits(wide.numel(), seed, step, wide.device).view(wide.shape)))
+    if half is not None:
+        half.copy_(param)
+
+
+def to_bf16(x: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """Stochastic rounding of fp32 x: to one of its two neighbours in bf16 by `bits` (random int32), on average x.
+
+    16 random bits are added below bf16's last place, and what is below it is cut off.
+    """
+    up = ((x.view(torch.int32) + (bits & 0xFFFF)) & -65536).view(torch.float32)
+    return torch.where(x.isnan(), x, up).bfloat16()  # the bits of NaN could overflow to a number
+
+
+def random_bits(count: int, seed: int, step: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """(count,) int32: at place i word i % 4 of Philox 4x32-10 with key `seed` and counter (i // 4, step).
+
+    64-bit seed, 32-bit step. Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011).
+    """
+    quad = torch.arange(-(-count // 4), dtype=torch.int64, device=device)
+    low = 0xFFFFFFFF
+    counter = [quad & low, quad >> 32, torch.full_like(quad, step & low), torch.zeros_like(quad)]
+    key = [seed & low, seed >> 32 & low]
+
+    def product(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The high and low words of a * b, in two halves, so that int64 holds each."""
+        upper, lower = (a >> 16) * b, (a & 0xFFFF) * b
+        return (upper + (lower >> 16)) >> 16, ((upper << 16) + lower) & low
+
+    for _ in range(10):
+        (high0, low0), (high1, low1) = product(counter[0], 0xD2511F53), product(counter[2], 0xCD9E8D57)
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+        key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
+    words = torch.stack(counter, 1).flatten()[:count]
+    return (words - ((words >> 31) << 32)).to(torch.int32)
+
+
+# ---------------------------------------------------------------- gated activations
+#
+# y = act(gate) * up. In the inputs' dtype, each operation rounded as a model's own MLP rounds it: the same bits.
+
+GATED_ACTIVATIONS = ("silu", "gelu_tanh", "gelu_none")
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """`act(gate) * up`, all of one shape and dtype."""
+    return _activated(gate, activation).mul_(up)
+
+
+def gated_backward(
+    dy: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    activation: str,
+    need_gate: bool = True,
+    need_up: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dgate, dup) = (dy * up * act'(gate), dy * act(gate)); None for the one not asked for. `up` serves dgate alone."""
+    dgate = _activation_backward(dy * up, gate, activation) if need_gate else None
+    dup = _activated(gate, activation).mul_(dy) if need_up else None
+    return dgate, dup
+
+
+def gated_backward_(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
+    """Writes dgate over gate and dup over up: one temporary of their size."""
+    dup = _activated(gate, activation).mul_(dy)
+    _activation_backward(up.mul_(dy), gate, activation, out=gate)
+    up.copy_(dup)
+
+
+def _activated(gate: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "silu":
+        return torch.nn.functional.silu(gate)
+    return torch.nn.functional.gelu(gate, approximate=activation.removeprefix("gelu_"))
+
+
+def _activation_backward(
+    dy: torch.Tensor, gate: torch.Tensor, activation: str, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    if activation == "silu":
+        run, options = torch.ops.aten.silu_backward, {}
+    else:
+        run, options = torch.ops.aten.gelu_backward, {"approximate": activation.removeprefix("gelu_")}
+    return run(dy, gate, **options) if out is None else run.grad_input(dy, gate, **options, grad_input=out)
+
+
+# ---------------------------------------------------------------- rotary embedding
+
+
+def rotary(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transposed: bool = False, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x (B, H, T, d) with the first r of each d rotated, half-split; cos, sin (B or 1, T, r).
+
+        y[i]       = x[i] * cos[i] - x[i + r/2] * sin[i]                  0 <= i < r/2
+        y[i + r/2] = x[i + r/2] * cos[i + r/2] + x[i] * sin[i + r/2]
+
+    transposed: the transpose of that map (the backward); `out`: where to write, x itself for in place, else a new
+    (B, T, H, d) tensor seen as (B, H, T, d), the layout of a projection's output. In the dtype that x and cos promote
+    to, each operation rounded as transformers' apply_rotary_pos_emb rounds it, then cast to x's.
+    """
+    r = cos.shape[-1]
+    half = r // 2
+    if out is None:
+        out = torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    a, b = x[..., :half], x[..., half:r]
+    (cos_a, cos_b), (sin_a, sin_b) = (t[:, None].split(half, -1) for t in (cos, sin))
+    if transposed:
+        first, second = a * cos_a + b * sin_b, b * cos_b - a * sin_a
+    else:
+        first, second = a * cos_a - b * sin_a, b * cos_b + a * sin_b
+    out[..., :half] = first
+    out[..., half:r] = second
+    if out is not x and r < x.shape[-1]:
+        out[..., r:] = x[..., r:]
+    return out

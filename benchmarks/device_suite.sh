@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call of at most ten minutes: tests, the ahead-of-time check, benchmarks.
+#
+#     OUT=out bash benchmarks/device_suite.sh
+#
+# Needs no network: uses the python3 there is, and installs this checkout into it (or, failing that, runs from it).
+# In $OUT (default ./out): a log of each part and the CSV files of both benchmarks, eight files. Parts go on when one
+# fails; a summary comes last. Exit 0: all passed, 1: a part failed, 2: no GPU.
+# Variables: OUT; PYTHON (python3); BUDGET, seconds for all parts (570); TILES=1, time every candidate tile of
+# kernels/config.py's table instead of all variants; KUNBR_COMMIT, what the CSV says where .git did not travel.
+set -u -o pipefail
+cd "$(dirname "$0")/.." || exit 1
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-out}
+BUDGET=${BUDGET:-570}
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+unset TRITON_INTERPRET # kernels are compiled here, not interpreted
+
+cuda=$("$PYTHON" -c 'import torch; print(torch.cuda.is_available())' 2>&1) || true
+if [ "$(tail -n 1 <<<"$cuda")" != True ]; then
+    echo "no GPU: torch.cuda.is_available() of $PYTHON says: $(tail -n 1 <<<"$cuda")" >&2
+    exit 2
+fi
+
+mkdir -p "$OUT" || exit 1
+OUT=$(cd "$OUT" && pwd)
+
+left() { echo $((BUDGET - SECONDS)); }
+
+SUMMARY=()
+FAILED=0
+
+# part NAME SECONDS LINES COMMAND...: runs it with its output in $OUT/NAME.log, shows the last LINES lines of that.
+part() {
+    local name=$1 limit=$2 lines=$3 begin=$SECONDS code=0 word=PASS
+    shift 3
+    [ "$limit" -le "$(left)" ] || limit=$(left)
+    if [ "$limit" -lt 5 ]; then
+        SUMMARY+=("$(printf 'FAIL  %-14s not run: the %d s are over' "$name" "$BUDGET")")
+        FAILED=1
+        return
+    fi
+    echo "== $name (at most $limit s): $*"
+    timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1 || code=$?
+    tail -n "$lines" "$OUT/$name.log"
+    case $code in
+    0) ;;
+    124 | 137) word="FAIL  (out of time)" ;;
+    *) word="FAIL  (exit $code)" ;;
+    esac
+    [ "$code" -eq 0 ] || FAILED=1
+    SUMMARY+=("$(printf '%-4s  %-14s %4d s%s' "${word%% *}" "$name" $((SECONDS - begin)) "${word#"${word%% *}"}")")
+}
+
+# shellcheck disable=SC2329 # called by name, through `part`
+environment() {
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader
+    "$PYTHON" - <<'PY'
+import importlib.metadata as m, platform, sys
+import torch
+print("python", platform.python_version(), sys.executable)
+print("GPU", torch.cuda.get_device_name(), "sm_%d%d" % torch.cuda.get_device_capability(), "CUDA", torch.version.cuda)
+needed = ["torch", "triton", "transformers", "numpy", "safetensors", "tqdm", "pyyaml", "matplotlib", "pytest"]
+missing = []
+for name in [*needed, "pytest-benchmark", "setuptools", "opacus"]:
+    try:
+        print(name, m.version(name))
+    except m.PackageNotFoundError:
+        missing.append(name)
+        print(name, "MISSING")
+wanted = [name for name in missing if name in needed]
+if wanted:
+    sys.exit(f"MISSING: {', '.join(wanted)}; carry them as wheels (device/README.md, Notes)")
+PY
+}
+
+# Leaves in $OUT/environment.log which way was taken; PYTHONPATH is exported where pip could not install.
+install() {
+    echo "== installation"
+    if "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation --no-index -e . >"$OUT/pip.tmp" 2>&1 &&
+        (cd / && "$PYTHON" -c 'import kunbr_fast.kernels') 2>>"$OUT/pip.tmp"; then
+        echo "pip install -e . (offline)"
+    else
+        echo "pip could not install it: $(tail -n 1 "$OUT/pip.tmp")"
+        export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+        echo "PYTHONPATH=$PYTHONPATH"
+    fi
+    rm -f "$OUT/pip.tmp"
+    (cd / && "$PYTHON" -c 'import kunbr_fast; print("kunbr_fast", kunbr_fast.__version__, "from", kunbr_fast.__file__)')
+}
+
+# shellcheck disable=SC2329
+tests() { # MARKERS FILE...: several processes, where pytest-xdist is there, as most of the time goes to compiling
+    local code=0 workers=()
+    ! "$PYTHON" -c 'import xdist' 2>/dev/null || workers=(-n 8)
+    "$PYTHON" -m pytest -q "${workers[@]}" -p no:cacheprovider -m "$@" || code=$?
+    [ "$code" -ne 5 ] || { echo "no such test" && code=0; } # pytest's exit code where nothing was collected
+    return "$code"
+}
+
+export -f environment tests
+export PYTHON
+part environment 40 20 bash -c environment
+install >>"$OUT/environment.log" 2>&1 # not in a pipeline, which is a subshell: it may export PYTHONPATH
+sed -n '/^== installation/,$p' "$OUT/environment.log"
+
+# What ran on CPUs only so far comes first; then the numbers, the largest model first; what needs no GPU comes last.
+part gpu_tests 90 25 bash -c 'tests gpu tests'
+part triton_tests 150 25 bash -c 'tests "not gpu" tests/test_grad_density_triton.py tests/test_operators.py'
+rm -f "$OUT/grad_density.csv" "$OUT/density_model.csv"
+if [ "${TILES:-0}" = 1 ]; then
+    kernel_options=(--tiles --variants bare triton)
+else
+    kernel_options=()
+fi
+part density_model 130 25 "$PYTHON" benchmarks/bench_density_model.py --csv "$OUT/density_model.csv"
+kernel_time=$(($(left) - 90))
+[ "$kernel_time" -le 240 ] || kernel_time=240
+part grad_density "$kernel_time" 90 "$PYTHON" benchmarks/bench_grad_density.py --seconds 4 \
+    --budget $((kernel_time - 25)) --csv "$OUT/grad_density.csv" "${kernel_options[@]}"
+part aot 110 8 "$PYTHON" -m kunbr_fast.kernels.aot
+
+{
+    echo
+    echo "== summary after $SECONDS s"
+    printf '%s\n' "${SUMMARY[@]}"
+} | tee -a "$OUT/environment.log"
+exit "$FAILED"

@@ -1,0 +1,41 @@
+"""Shapes that benchmarks run at: those of models by name, and lengths of samples."""
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes, from its config.json."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int
+    tied: bool = False  # head and embedding are one
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(N, K), out and in features, of the MLP's matrices; gate has up's."""
+        return {"up": (self.intermediate, self.hidden), "down": (self.hidden, self.intermediate)}
+
+
+MODELS = {
+    "Llama-3-8B": Shape(4096, 14336, 32, 32, 8, 128256),
+    "Qwen2.5-7B": Shape(3584, 18944, 28, 28, 4, 152064),
+    "Llama-3.2-1B": Shape(2048, 8192, 16, 32, 8, 128256, tied=True),
+    "SmolLM2-135M": Shape(576, 1536, 30, 9, 3, 49152, tied=True),
+}
+
+
+def ragged(count: int, seed: int = 0) -> list[int]:
+    """Lengths of `count` samples as questions have them: log-normal with a mean of 44 tokens, from 8 to 224."""
+    draw = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    return (37.8 * (0.55 * draw).exp()).round().clamp(8, 224).int().tolist()
+
+
+def equal(length: int, tokens: int) -> list[int]:
+    """As many samples of `length` as have at least `tokens` tokens."""
+    return [length] * -(-tokens // length)
