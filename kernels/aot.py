@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from kunbr_fast.kernels import config
 
 # Each has `aot_calls(architecture)`, which yields (label, Call, whether it multiplies on the matrix units).
-MODULES = ("grad_density",)
+MODULES = ("grad_density", "rms_norm", "rope", "swiglu", "linear_loss", "lion")
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes, the most that one program can have
 _INSTRUCTIONS = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
@@ -42,10 +42,14 @@ _TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.int8: "i8", torch.uint8
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What one kernel became. Bytes; `registers` of one thread; `problem` is None when all is well."""
+    """What one kernel became. Bytes; `registers` of one thread; `problem` is None when all is well.
+
+    matrix: whether it must multiply on the matrix units; instruction: with which it does, "" for none.
+    """
 
     architecture: int
     label: str
+    matrix: bool = False
     registers: int = 0
     shared: int = 0
     spills: int = 0
@@ -82,7 +86,7 @@ def compile_call(architecture: int, label: str, call: Call, matrix: bool) -> Com
     try:
         compiled = triton.compile(source(call), target=GPUTarget("cuda", architecture, 32), options=options)
     except Exception as error:  # whatever a compiler pass raises: reported with the kernel's name, and exit code 1
-        return Compiled(architecture, label, problem=f"does not compile: {type(error).__name__}: {error}")
+        return Compiled(architecture, label, matrix, problem=f"does not compile: {type(error).__name__}: {error}")
     registers, stack = _resources(compiled.asm["cubin"])
     found = [name for name, pattern in _INSTRUCTIONS.items() if re.search(pattern, compiled.asm["ptx"])]
     wanted = [MATRIX_INSTRUCTION[architecture]] if matrix else []
@@ -94,8 +98,8 @@ def compile_call(architecture: int, label: str, call: Call, matrix: bool) -> Com
     elif found != wanted:
         problem = f"matrix instruction {' and '.join(found) or 'none'}, expected {' and '.join(wanted) or 'none'}"
     shared = compiled.metadata.shared
-    instruction = " ".join(found) or "fma"
-    return Compiled(architecture, label, registers, shared, stack, instruction, time.perf_counter() - start, problem)
+    seconds = time.perf_counter() - start
+    return Compiled(architecture, label, matrix, registers, shared, stack, " ".join(found), seconds, problem)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -178,7 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"triton {triton.__version__}\n{'arch':<7}{'registers':>9}{'shared':>8}{'spills':>7}  instruction  kernel"
         )
         for r in results:
-            print(f"sm_{r.architecture:<4}{r.registers:>9}{r.shared:>8}{r.spills:>7}  {r.instruction:<11}  {r.label}")
+            print(
+                f"sm_{r.architecture:<4}{r.registers:>9}{r.shared:>8}{r.spills:>7}  {r.instruction or '-':<11}  {r.label}"
+            )
         print(f"{len(results)} compiled, {len(bad)} with a problem")
     for result in bad:
         print(f"sm_{result.architecture} {result.label}: {result.problem}", file=sys.stderr)

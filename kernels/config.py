@@ -111,3 +111,33 @@ def choose(device: torch.device, kind: str, shape: Hashable, run: Callable[[Tile
     if key not in _tuned:
         _tuned[key] = min(candidates, key=lambda tile: do_bench(lambda: run(tile), return_mode="median"))
     return _tuned[key]
+
+
+# ---------------------------------------------------------------- kernels that keep whole rows: the norms
+
+# Elements of a row that one program can hold: 32 warps, the most there can be, of 8 a thread.
+MAX_NORM_WIDTH = 8192
+# Warps of a multiprocessor that sum over rows in the backward. 32 are resident (at most 64 registers a thread, at widths
+# that are a power of two); their dy, h and dh in bf16 are 48 KiB in flight, twice what 4.3 TB/s need at 700 ns. With more
+# programs than are resident some start when the others end, and each has partial sums of 4*D bytes.
+NORM_SUM_WARPS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class RowBlock:
+    """BR rows of up to BD elements each, in the registers of one program."""
+
+    BR: int
+    BD: int
+    num_warps: int
+
+    def __str__(self) -> str:
+        return f"{self.BR}x{self.BD} {self.num_warps} warps"
+
+
+def row_block(D: int) -> RowBlock:
+    """8 elements a thread: one 16-byte load of bf16 a tensor. With 16 the backward spills at 8192 in fp32. Narrow rows
+    share a program until it has 4 warps."""
+    BD = 1 << (D - 1).bit_length()
+    BR = max(1, 1024 // BD)
+    return RowBlock(BR, BD, BR * BD // 256)

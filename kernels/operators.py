@@ -7,8 +7,6 @@ statistics: gradients do not flow through them, and inputs that require grad are
 Index letters: B samples, T tokens, N out features, K in features, P projections that share x, S statistics.
 """
 
-import importlib.util
-import os
 from collections.abc import Sequence
 
 import torch
@@ -190,26 +188,6 @@ def _way(x: torch.Tensor, form: str, impl: str, fewer_in_gram: bool) -> str:
         impl = "torch"  # the only one that serves it
     chosen = dispatch.resolve("grad_density", impl, x.device)  # an impl that cannot run is refused for either form
     return "gram" if form == "gram" or (form == "auto" and fewer_in_gram) else chosen
-
-
-def _triton_why_not(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return "needs a CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"needs compute capability 8.0 or newer, this is {capability[0]}.{capability[1]}"
-    return None
-
-
-def _triton_why_not_auto(device: torch.device) -> str | None:
-    return "no GPU has run it yet" if device.type == "cuda" else "the interpreter is for tests"
-
-
-dispatch.register("grad_density", "triton", _triton_why_not, _triton_why_not_auto)
 
 
 # ---------------------------------------------------------------- checks

@@ -1,19 +1,21 @@
 """Which implementation runs an operation: `impl="auto" | "cuda" | "triton" | "torch"`, one word everywhere.
 
-`torch` is always there. A kernel joins with one line beside its launcher:
+`torch` is always there, and every operation has Triton kernels. Another implementation joins with one line:
 
-    dispatch.register("lion", "triton", lambda device: None if device.type == "cuda" else "needs a GPU")
+    dispatch.register("lion", "cuda", lambda device: None if device.type == "cuda" else "needs a GPU")
 
 That function returns None where the implementation can run on tensors of that device, else a short reason. A second
 one may say why "auto" passes by an implementation that can run, and that `impl` may name.
 """
 
+import importlib.util
 import logging
+import os
 from collections.abc import Callable
 
 import torch
 
-OPERATIONS = ("grad_density", "linear_loss", "lion", "adamw")
+OPERATIONS = ("grad_density", "linear_loss", "lion", "adamw", "rms_norm", "layer_norm", "swiglu", "geglu", "rotary")
 IMPLEMENTATIONS = ("cuda", "triton", "torch")  # the order in which "auto" prefers them
 
 
@@ -82,5 +84,25 @@ def _check(operation: str, impl: str) -> None:
         raise ValueError(f"unknown impl {impl!r}: expected one of auto, {', '.join(IMPLEMENTATIONS)}")
 
 
+def triton_why_not(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of `device`, None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "needs a CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 or newer, this is {capability[0]}.{capability[1]}"
+    return None
+
+
+def triton_why_not_auto(device: torch.device) -> str | None:
+    """Why "auto" passes Triton kernels by where they can run."""
+    return "no GPU has run it yet" if device.type == "cuda" else "the interpreter is for tests"
+
+
 for _operation in OPERATIONS:
     register(_operation, "torch", why_not=lambda device: None)
+    register(_operation, "triton", triton_why_not, triton_why_not_auto)

@@ -9,7 +9,7 @@ from reference_procedure import padded_loss
 from tiny_models import random_samples, tiny_model
 from torch import nn
 
-from kunbr_fast import losses
+from kunbr_fast import dispatch, losses
 from kunbr_fast.data import pack
 from kunbr_fast.decoder import Decoder, Head
 from kunbr_fast.kernels import reference
@@ -88,7 +88,7 @@ def test_gradcheck(softcap):
     cap = torch.tensor([torch.inf, 0.01, 50.0, torch.inf], dtype=torch.float64)
 
     def function(h, w, b):
-        return losses._LinearLoss.apply(h, w, b, targets, weights, 0.7, softcap, cap)[0]
+        return losses._LinearLoss.apply(h, w, b, targets, weights, 0.7, softcap, cap, "torch")[0]
 
     inputs = [t.detach().clone().requires_grad_() for t in (hidden, linear.weight, linear.bias)]
     assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-8)
@@ -148,6 +148,69 @@ def test_same_bits_twice():
         loss, nll = losses.linear_loss(hidden, Head(linear), targets, weights)
         results.append([loss.detach(), nll, *(g.clone() for g in grads(loss, [hidden, linear.weight]))])
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_under_autocast_the_head_is_cast_as_a_linear_layer_is(given):
+    hidden, linear, targets, weights = problem(dtype=torch.float32)
+    hidden = hidden.to(given).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, nll = losses.linear_loss(hidden, Head(linear), targets, weights)
+        logits = linear(hidden)
+        assert logits.dtype == torch.bfloat16
+        truth = (weights * F.cross_entropy(logits.float(), targets, reduction="none")).sum()
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-5)
+    leaves = [hidden, linear.weight, linear.bias]
+    for a, b, leaf in zip(grads(loss, leaves), grads(truth, leaves), leaves):
+        assert a.dtype == leaf.dtype
+        torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6)
+    wide, linear, targets, weights = problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = losses.linear_loss(wide, Head(linear), targets, weights)
+    assert torch.equal(loss, losses.linear_loss(wide, Head(linear), targets, weights)[0])  # which does not cast fp64
+
+
+def test_a_second_derivative_is_refused():
+    hidden, linear, targets, weights = problem()
+    hidden.requires_grad_()
+    factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    for scaled, message in ((factor, "once_differentiable"), (1.0, "does not require grad")):
+        loss, _ = losses.linear_loss(hidden, Head(linear), targets, weights)
+        (first,) = torch.autograd.grad(loss * scaled, hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match=message):
+            first.sum().backward()
+
+
+def test_a_cap_of_another_dtype_leaves_the_losss():
+    hidden, linear, targets, weights = problem(dtype=torch.float32)
+    loss, nll = losses.linear_loss(hidden, Head(linear), targets, weights, torch.full_like(weights, 2.0))
+    assert loss.dtype == nll.dtype == torch.float32 and bool((nll > 2).any())
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"hidden": lambda t: t[:, :5]}, ValueError, r"hidden is \(9, 5\) and the head's weight \(13, 6\)"),
+        ({"hidden": lambda t: t[0]}, ValueError, r"hidden is \(6,\)"),
+        ({"hidden": lambda t: t.long()}, TypeError, "hidden is torch.int64: expected one of torch.bfloat16"),
+        ({"hidden": lambda t: t.float()}, TypeError, "the head's weight is torch.float64 and hidden is torch.float32"),
+        ({"targets": lambda t: t.int()}, TypeError, "targets is torch.int32: expected torch.int64"),
+        ({"targets": lambda t: t[1:]}, ValueError, r"targets is \(8,\): expected one for each of hidden's 9 rows"),
+        ({"row_weights": lambda t: t[:, None]}, ValueError, r"row_weights is \(9, 1\)"),
+        ({"nll_cap": lambda t: torch.ones(8)}, ValueError, r"nll_cap is \(8,\)"),
+        ({"row_weights": lambda t: t.to("meta")}, ValueError, "row_weights is on meta and hidden on cpu"),
+        ({"row_weights": lambda t: t.requires_grad_()}, ValueError, "row_weights requires grad, but"),
+        ({"impl": lambda t: "cudnn"}, ValueError, "unknown impl 'cudnn'"),
+        ({"impl": lambda t: "triton"}, TypeError, "does not serve float64"),
+        ({"impl": lambda t: "cuda"}, dispatch.Unavailable, 'linear_loss: impl="cuda" cannot run on cpu'),
+    ],
+)
+def test_errors(change, error, message):
+    hidden, linear, targets, weights = problem()
+    arguments = {"hidden": hidden, "targets": targets, "row_weights": weights, "nll_cap": None, "impl": "auto"}
+    arguments |= {name: changed(arguments[name]) for name, changed in change.items()}
+    with pytest.raises(error, match=message):
+        losses.linear_loss(head=Head(linear), **arguments)
 
 
 # ---------------------------------------------------------------- objectives

@@ -5,7 +5,8 @@ import torch
 from reference_procedure import ReferenceLion
 from torch import nn
 
-from kunbr_fast.optim import BETAS, FlatBuffer, Lion, make_optimizer
+from kunbr_fast import dispatch
+from kunbr_fast.optim import BETAS, AdamW, FlatBuffer, Lion, make_optimizer
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -43,14 +44,14 @@ def test_lion_is_the_papers_formula(betas, weight_decay):
 def test_lion_is_the_reference_procedures_and_skips_what_has_no_gradient():
     ours = [nn.Parameter(random(4, 3)), nn.Parameter(random(5, seed=1)), nn.Parameter(random(2, seed=2))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    optimizer, reference = Lion(ours, lr=1e-3), ReferenceLion(theirs, lr=1e-3)
+    optimizer, truth = Lion(ours, lr=1e-3), ReferenceLion(theirs, lr=1e-3)
     untouched = ours[2].detach().clone()
     for step in range(30):
         for a, b in zip(ours[:2], theirs):
             a.grad = random(*a.shape, seed=step)
             b.grad = a.grad.clone()
         optimizer.step()
-        reference.step()
+        truth.step()
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a.detach(), b.detach(), rtol=0, atol=1e-14)
     assert torch.equal(ours[2], untouched) and ours[2] not in optimizer.state
@@ -74,18 +75,95 @@ def test_lion_keeps_the_parameters_dtype(dtype):
     assert param.dtype == optimizer.state[param]["momentum"].dtype == dtype
 
 
-@pytest.mark.parametrize("betas, weight_decay", [(None, 0.0), ((0.8, 0.95), 0.1)])
-def test_adamw_is_torchs(betas, weight_decay):
-    ours, theirs = nn.Parameter(random(50)), nn.Parameter(random(50))
-    optimizer = make_optimizer("adamw", [ours], 1e-2, betas, weight_decay)
-    reference = torch.optim.AdamW(
-        [theirs], lr=1e-2, betas=betas or (0.9, 0.999), eps=1e-8, weight_decay=weight_decay, foreach=False, fused=False
+@pytest.mark.parametrize("betas, weight_decay", [(None, 0.0), ((0.8, 0.95), 0.1), ((0.0, 0.0), 0.1)])
+@pytest.mark.parametrize("eps", [1e-8, 1e-2])
+def test_adamw_is_torchs(betas, weight_decay, eps):
+    """Ours, and what `make_optimizer` takes."""
+    mine, made, theirs = (nn.Parameter(random(50)) for _ in range(3))
+    betas = betas or BETAS["adamw"]
+    optimizers = [
+        AdamW([mine], 1e-2, betas, weight_decay, eps=eps),
+        make_optimizer("adamw", [made], 1e-2, betas, weight_decay),
+    ]
+    truth = torch.optim.AdamW(
+        [theirs], lr=1e-2, betas=betas, eps=eps, weight_decay=weight_decay, foreach=False, fused=False
     )
     for step in range(40):
-        ours.grad, theirs.grad = random(50, seed=step), random(50, seed=step)
-        optimizer.step()
-        reference.step()
-    torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-12, atol=1e-12)
+        for param in (mine, made, theirs):
+            param.grad = random(50, seed=step)
+        for optimizer in (*optimizers, truth):
+            optimizer.step()
+        assert torch.equal(mine.grad, random(50, seed=step))
+    torch.testing.assert_close(mine.detach(), theirs.detach(), rtol=1e-12, atol=1e-12)
+    for name in ("exp_avg", "exp_avg_sq"):
+        ours, torchs = optimizers[0].state[mine][name], truth.state[theirs][name]
+        torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)
+    if eps == 1e-8:
+        torch.testing.assert_close(made.detach(), theirs.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_adamw_and_torchs_go_on_from_each_others_state(dtype):
+    """As a resumed run takes it up: tensors by name."""
+    params = [nn.Parameter(random(50, dtype=dtype)) for _ in range(3)]
+    kinds = [AdamW, lambda p, lr: torch.optim.AdamW(p, lr, fused=True, weight_decay=0.0)]
+    truth = kinds[1]([params[0]], 1e-2)
+    first = [kind([p], 1e-2) for kind, p in zip(kinds, params[1:])]
+    then = [kind([p], 1e-2) for kind, p in zip(kinds[::-1], params[1:])]
+    for step in range(10):
+        if step == 5:
+            for before, after, param in zip(first, then, params[1:]):
+                after.state[param] = {k: torch.as_tensor(v).clone() for k, v in before.state[param].items()}
+        for param in params:
+            param.grad = random(50, seed=step, dtype=dtype)
+        for optimizer in (truth, *(first if step < 5 else then)):
+            optimizer.step()
+    for param in params[1:]:
+        torch.testing.assert_close(param, params[0], rtol=50 * torch.finfo(dtype).eps, atol=50 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("kind", [Lion, AdamW])
+def test_dtypes_of_state_and_gradient(kind):
+    param = nn.Parameter(random(8, dtype=torch.bfloat16))
+    optimizer = kind([param], 1e-2, state_dtype=torch.float32)
+    optimizer.update(random(8, seed=1))
+    state = [value for value in optimizer.state[param].values() if isinstance(value, torch.Tensor)]
+    assert len(state) == (1 if kind is Lion else 2) and all(value.dtype == torch.float32 for value in state)
+    assert param.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [Lion, AdamW])
+def test_stochastic_rounding_in_torch(kind):
+    """Reproducible, another at each step, and of a step far below bf16's last place right on average."""
+    runs = []
+    for seed in (0, 0, 1):
+        param = nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+        optimizer = kind([param], 2.0**-10, seed=seed, state_dtype=torch.float32)
+        for _ in range(2):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        runs.append(param.detach())
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    # two draws of 1/4 between neighbours 2^-8 apart
+    allowed = 4 * (2 * 0.25 * 0.75 / 4096) ** 0.5 * 2**-8
+    assert abs(float(runs[0].double().mean()) - (1 - 2 * 2.0**-10)) <= allowed
+    assert sorted(set(runs[0].tolist())) == [1 - 2 * 2.0**-8, 1 - 2.0**-8, 1.0]
+
+
+def test_stochastic_rounding_is_for_bf16():
+    with pytest.raises(TypeError, match="seed=1: stochastic rounding is for bfloat16 parameters, this one is"):
+        Lion([nn.Parameter(torch.zeros(3))], 1e-3, seed=1)
+    with pytest.raises(ValueError, match="seed=-1: expected 0 to"):
+        AdamW([nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))], 1e-3, seed=-1)
+    with pytest.raises(ValueError, match="eps=-1.0: expected at least 0"):
+        AdamW([nn.Parameter(torch.zeros(3))], 1e-3, eps=-1.0)
+
+
+def test_the_half_precision_copy_is_written():
+    param, half = nn.Parameter(random(20, dtype=torch.float32)), torch.full((20,), torch.nan, dtype=torch.float16)
+    for optimizer in (Lion([param], 1e-2), AdamW([param], 1e-2)):
+        optimizer.update(random(20, seed=1, dtype=torch.float16), half)
+        assert torch.equal(half, param.detach().half()) and param.grad is None
 
 
 def test_names_and_defaults():
@@ -94,6 +172,11 @@ def test_names_and_defaults():
     assert make_optimizer("adamw", [param], 1.0).param_groups[0]["betas"] == BETAS["adamw"] == (0.9, 0.999)
     with pytest.raises(ValueError, match="optimizer='sgd': expected one of lion, adamw"):
         make_optimizer("sgd", [param], 1.0)
+    for name in ("lion", "adamw"):
+        with pytest.raises(dispatch.Unavailable, match=f'{name}: impl="cuda" cannot run on cpu'):
+            make_optimizer(name, [param], 1.0, impl="cuda")
+        with pytest.raises(ValueError, match="unknown impl 'fast'"):
+            make_optimizer(name, [param], 1.0, impl="fast")
 
 
 @pytest.mark.parametrize("name", ["lion", "adamw"])

@@ -1,0 +1,1 @@
+"""Fused layers: autograd functions that save and compute only what is asked for."""
