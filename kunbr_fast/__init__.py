@@ -4,6 +4,7 @@ from kunbr_fast.blocks import partition, select_blocks
 from kunbr_fast.config import KUnBRConfig
 from kunbr_fast.data import encode, load_records
 from kunbr_fast.density import Density, knowledge_density
+from kunbr_fast.patch import patched
 from kunbr_fast.prefix_cache import PrefixCache
 from kunbr_fast.reinsertion import reinserted
 from kunbr_fast.training import Diverged
@@ -20,6 +21,7 @@ __all__ = [
     "knowledge_density",
     "load_records",
     "partition",
+    "patched",
     "reinserted",
     "select_blocks",
     "unlearn",

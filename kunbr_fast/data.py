@@ -335,6 +335,20 @@ class PackedBatch:
         """(T,) int64: the place of each packed token in the flattened (B, Lmax) grid."""
         return self.sample_of_token * max(self.lengths) + self.position_ids
 
+    @functools.cached_property
+    def row_grid(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The labelled rows as a right-padded (B, Rmax) grid: (B * Rmax,) which of `rows` is at each place (padded
+        places repeat one), (R,) the place of each of `rows` in the flattened grid, and (B, Rmax) the position in its
+        sample of each place's token."""
+        first = self.rows_per_sample.cumsum(0) - self.rows_per_sample
+        most = max(1, int(self.rows_per_sample.max()))
+        place = torch.arange(most, device=self.rows.device)
+        inside = torch.where(place < self.rows_per_sample[:, None], place, 0)
+        index = (first[:, None] + inside).clamp(max=len(self.rows) - 1)
+        number = torch.arange(len(self.rows), device=self.rows.device)
+        back = self.row_sample * most + number - first[self.row_sample]
+        return index.flatten(), back, self.position_ids[self.rows][index]
+
     def to(self, device: torch.device | str) -> PackedBatch:
         if self.input_ids.device == torch.device(device):
             return self

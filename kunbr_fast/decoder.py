@@ -46,12 +46,14 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     kunbr_batch: PackedBatch | None = None,
+    kunbr_rows: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each packed sample. query (1, Hq, T, d), key and value (1, Hkv, T, d) -> (1, T, Hq, d).
 
     The samples are laid out right-padded, (B, Hq, Lmax, d). Causality alone keeps real queries from padded keys
     (those lie to their right), so no mask is needed, and padded queries are dropped on the way back.
+    With `kunbr_rows`, the batch's labelled rows, the queries are of those alone: (1, Hq, R, d) -> (1, R, Hq, d).
     """
     if kunbr_batch is None:
         raise ValueError(
@@ -62,25 +64,33 @@ def packed_attention(
         raise ValueError(f"attention dropout of {dropout} is active: call model.eval() first")
     batch, longest = kunbr_batch, max(kunbr_batch.lengths)
 
-    def to_grid(x: torch.Tensor) -> torch.Tensor:
+    def to_grid(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
         x = x[0].transpose(0, 1)  # (T, heads, d)
-        if batch.pad_index is not None:
-            x = x.index_select(0, batch.pad_index)
-        return x.unflatten(0, (batch.num_samples, longest)).transpose(1, 2)
+        if index is not None:
+            x = x.index_select(0, index)
+        return x.unflatten(0, (batch.num_samples, -1)).transpose(1, 2)
 
-    query, key, value = to_grid(query), to_grid(key), to_grid(value)
-    band = None
-    if sliding_window is not None and longest > sliding_window:
-        place = torch.arange(longest, device=query.device)
-        distance = place[:, None] - place[None, :]
-        band = (distance >= 0) & (distance < sliding_window)
+    place = torch.arange(longest, device=query.device)
+    queries = place[None]  # the places in their samples of the queries, (1 or B, Lmax or Rmax)
+    if kunbr_rows is None:
+        index, back = batch.pad_index, None if batch.pad_index is None else batch.unpad_index
+    else:
+        index, back, queries = batch.row_grid
+    query, key, value = to_grid(query, index), to_grid(key, batch.pad_index), to_grid(value, batch.pad_index)
+    allowed = None  # (1 or B, 1, queries, keys); None: all that causality allows
+    narrow = sliding_window is not None and longest > sliding_window
+    if narrow or kunbr_rows is not None or softcap is not None:
+        distance = (queries[:, :, None] - place)[:, None]
+        allowed = distance >= 0
+        if narrow:
+            allowed &= distance < sliding_window
     if softcap is None:
         out = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=band,
-            is_causal=band is None,
+            attn_mask=allowed,
+            is_causal=allowed is None,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
@@ -89,12 +99,11 @@ def packed_attention(
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
-        allowed = torch.ones(longest, longest, dtype=torch.bool, device=query.device).tril() if band is None else band
         scores = scores.masked_fill(~allowed, float("-inf"))
         out = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
     out = out.transpose(1, 2).flatten(0, 1)  # (B * Lmax, Hq, d)
-    if batch.pad_index is not None:
-        out = out.index_select(0, batch.unpad_index)
+    if back is not None:
+        out = out.index_select(0, back)
     return out[None], None
 
 
@@ -130,6 +139,11 @@ class Head:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.linear(hidden) * self.scale if self.scale != 1.0 else self.linear(hidden)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def _takes_rows(layer: nn.Module) -> bool:
+    """Whether a layer computes its queries and its MLP only for the rows it is asked for: `patched` ones do."""
+    return getattr(layer.__dict__.get("forward"), "takes_rows", False)
 
 
 class Decoder:
@@ -322,11 +336,14 @@ class Decoder:
         stop: int | None = None,
         hidden: torch.Tensor | None = None,
         checkpoint: bool = False,
+        rows: bool = False,
     ) -> torch.Tensor:
         """Hidden states (T, D) at the input of layer `stop` (default: after the last layer, before the final norm).
 
         Begins at layer `start` with `hidden` (T, D); without it at the embeddings, and then `start` must be 0.
         checkpoint: keep each layer's input only, and run the layer again in the backward pass.
+        rows: of the result, only `batch.rows`, (R, D), the positions with a label; a fused last layer (`patched`) then
+        computes its queries and its MLP for these alone, if they are few.
         """
         stop = self.num_layers if stop is None else stop
         if hidden is None and start != 0:
@@ -341,7 +358,10 @@ class Decoder:
         with self._packed():
             embedded, calls = self._layer_calls(batch)
             hidden = embedded if hidden is None else hidden[None]
-            for layer, (args, kwargs) in zip(self.layers[start:stop], calls[start:stop]):
+            for index in range(start, stop):
+                layer, (args, kwargs) = self.layers[index], calls[index]
+                if rows and index == stop - 1 and _takes_rows(layer) and 2 * len(batch.rows) <= batch.num_tokens:
+                    kwargs, rows = {**kwargs, "kunbr_rows": batch.rows}, False  # it gives nothing else
                 if checkpoint:
                     # The backward pass comes when the model's own attention is back. Nothing here is random.
                     hidden = run_again(
@@ -355,7 +375,7 @@ class Decoder:
                     )
                 else:
                     hidden = layer(hidden, *args, **kwargs)
-        return hidden[0]
+        return hidden[0][batch.rows] if rows else hidden[0]
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:
         """Hidden states (T, D) at the input of layer 0."""

@@ -217,7 +217,8 @@ def knowledge_density(
                 f"a part of them; choose one of {', '.join(SAMPLED_STATISTICS)}"
             )
     decoder = model if isinstance(model, Decoder) else Decoder(model)
-    resolve("grad_density", impl, decoder.device)
+    for operation in ("grad_density", "linear_loss"):
+        resolve(operation, impl, decoder.device)
     samples = as_samples(samples)
     check_labels(samples)
     watched = _watch_list(decoder, modules)
@@ -287,7 +288,9 @@ def _measure(
         hidden = decoder.run(batch, 0, None, embedded.requires_grad_(), checkpoint)
         taps.forward_is_over()
         rows = losses.likelihood(batch, reduction="sum")
-        loss, _ = losses.linear_loss(decoder.final(hidden[batch.rows]), decoder.head, batch.targets, rows.weight)
+        loss, _ = losses.linear_loss(
+            decoder.final(hidden[batch.rows]), decoder.head, batch.targets, rows.weight, impl=how.impl
+        )
         del hidden
         loss.backward(inputs=[embedded])
         taps.finish()

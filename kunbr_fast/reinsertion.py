@@ -19,6 +19,7 @@ from kunbr_fast.data import PackedBatch, as_samples, pack
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.dispatch import resolve
 from kunbr_fast.optim import FlatBuffer, make_optimizer, warn_if_updates_vanish
+from kunbr_fast.patch import fused
 from kunbr_fast.training import Diverged, finite, frozen
 
 INSERTIONS = ("independent", "cumulative")
@@ -67,9 +68,10 @@ class BlockTraining:
         forget_loss_cap: float | None,
         master_weights: bool,
         gradient_checkpointing: bool,
+        impl: str,
     ):
         self.decoder, self.block = decoder, block
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.impl = gradient_checkpointing, impl
         self.retain_coeff, self.forget_loss_cap = retain_coeff, forget_loss_cap
         self.parameters = block_tensors(decoder, block)
         for name, parameter in self.parameters.items():
@@ -87,7 +89,7 @@ class BlockTraining:
         try:
             with torch.no_grad():
                 self.flat = FlatBuffer(params, [values[name] for name in self.parameters], master_weights)
-            self.optimizer = make_optimizer(optimizer, [self.flat.param], lr, betas, weight_decay)
+            self.optimizer = make_optimizer(optimizer, [self.flat.param], lr, betas, weight_decay, impl=impl)
             warn_if_updates_vanish([self.flat.param], lr, "use master_weights=True or a float32 model")
         except BaseException:
             self.take_out()
@@ -135,8 +137,9 @@ class BlockTraining:
             with torch.no_grad():
                 hidden = decoder.run(batch, 0, self.block.start)
         rows = losses.gradient_difference(batch, num_forget, self.retain_coeff, self.forget_loss_cap)
-        out = decoder.run(batch, self.block.start, None, hidden, self.gradient_checkpointing)
-        return losses.linear_loss(decoder.final(out[batch.rows]), decoder.head, batch.targets, rows.weight, rows.cap)
+        out = decoder.run(batch, self.block.start, None, hidden, self.gradient_checkpointing, rows=True)
+        hidden = decoder.final(out)
+        return losses.linear_loss(hidden, decoder.head, batch.targets, rows.weight, rows.cap, impl=self.impl)
 
     def _packed(self, batch: Any) -> PackedBatch:
         batch = batch if isinstance(batch, PackedBatch) else pack(as_samples(batch))
@@ -224,6 +227,7 @@ def reinserted(
     master_weights: fp32 copies of half-precision block weights for the optimiser.
     gradient_checkpointing: keep only the input of each layer above the prefix for the backward pass, and run the layer
     again there. The result is the same.
+    impl: who runs the fused layers (`patched`), the loss and the optimiser.
 
     Errors: ValueError for another architecture, shapes that differ, weights that are not finite or tied, and for
     one and the same model given as both.
@@ -236,7 +240,7 @@ def reinserted(
     if unlearned is decoder.model:
         raise ValueError("the unlearned model is the original itself: give a copy, or a mapping with its own weights")
     names = list(block_tensors(decoder, block))
-    with frozen(decoder.model):
+    with frozen(decoder.model), fused(decoder.model, impl):
         training = BlockTraining(
             decoder,
             block,
@@ -249,6 +253,7 @@ def reinserted(
             forget_loss_cap=forget_loss_cap,
             master_weights=master_weights,
             gradient_checkpointing=gradient_checkpointing,
+            impl=impl,
         )
         try:
             yield training

@@ -68,22 +68,22 @@ class FullTraining:
         betas: tuple[float, float] | None = None,
         weight_decay: float = 0.0,
         gradient_checkpointing: bool = False,
+        impl: str = "auto",
     ):
-        self.decoder, self.gradient_checkpointing = decoder, gradient_checkpointing
+        self.decoder, self.gradient_checkpointing, self.impl = decoder, gradient_checkpointing, impl
         self.parameters = dict(decoder.model.named_parameters())  # a tied weight appears once
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        self.optimizer = make_optimizer(optimizer, self.parameters.values(), lr, betas, weight_decay)
+        self.optimizer = make_optimizer(optimizer, self.parameters.values(), lr, betas, weight_decay, impl=impl)
         warn_if_updates_vanish(list(self.parameters.values()), lr, "load the model in float32 (--dtype float32)")
         self.steps = 0
 
     def step(self, batch: PackedBatch, rows: losses.RowWeights, num_forget: int = 0) -> dict[str, float | None]:
         """One update; returns `losses.metrics`; the batch's first `num_forget` samples are forget samples."""
         decoder = self.decoder
-        out = decoder.run(batch, checkpoint=self.gradient_checkpointing)
-        loss, nll = losses.linear_loss(
-            decoder.final(out[batch.rows]), decoder.head, batch.targets, rows.weight, rows.cap
-        )
+        out = decoder.run(batch, checkpoint=self.gradient_checkpointing, rows=True)
+        hidden = decoder.final(out)
+        loss, nll = losses.linear_loss(hidden, decoder.head, batch.targets, rows.weight, rows.cap, impl=self.impl)
         loss.backward()
         metrics = losses.metrics(batch, num_forget, loss, nll)
         good = finite(loss, *(p.grad for p in self.parameters.values() if p.grad is not None))

@@ -26,6 +26,7 @@ from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import Fold, RTTConfig, RTTResult, prepare_attack, rtt_attack
 from kunbr_fast.loading import check_same_architecture, check_vocabulary
+from kunbr_fast.patch import fused
 from kunbr_fast.prefix_cache import PrefixCache
 from kunbr_fast.reinsertion import BlockTraining, reinserted
 from kunbr_fast.schedule import Schedule
@@ -209,13 +210,14 @@ class _Run:
         self.on_stage(f"warm-up: gradient difference on all parameters, {config.warmup_epochs} epochs")
         schedule = self._schedule(config.warmup_epochs, 0)
         try:
-            with frozen(model):
+            with frozen(model), fused(model, config.impl):
                 training = FullTraining(
                     self.decoder,
                     lr=config.warmup_lr,
                     optimizer=config.warmup_optimizer,
                     weight_decay=config.weight_decay,
                     gradient_checkpointing=config.gradient_checkpointing,
+                    impl=config.impl,
                 )
 
                 def step(forget: list[int], retain: list[int]) -> dict[str, float | None]:

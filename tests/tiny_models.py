@@ -50,6 +50,17 @@ CONFIGS = {
 }
 ARCHITECTURES = list(CONFIGS)
 
+MORE = {
+    "gemma3": lambda: tf.Gemma3TextConfig(
+        **{**ROTARY, "tie_word_embeddings": True},
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=7,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    ),
+    "smollm3": lambda: tf.SmolLM3Config(**ROTARY, no_rope_layer_interval=3),
+}
+
 MIXTURES = {
     "mixtral": lambda: tf.MixtralConfig(
         **ROTARY | {"num_hidden_layers": 2}, num_local_experts=6, num_experts_per_tok=2
@@ -71,7 +82,7 @@ def tiny_model(architecture="llama", dtype=torch.float64, seed=0, **changes):
     Attention by SDPA, which is fp64 throughout (the eager form takes its softmax in fp32); but SDPA knows no softcap.
     """
     attention = "eager" if architecture == "gemma2" else "sdpa"
-    config = (CONFIGS | MIXTURES)[architecture]()
+    config = (CONFIGS | MORE | MIXTURES)[architecture]()
     for name, value in changes.items():
         setattr(config, name, value)
     torch.manual_seed(seed)
