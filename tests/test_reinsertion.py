@@ -542,3 +542,32 @@ def test_two_visits_are_the_reference_procedures():
                 training.step(FORGET, RETAIN)
     for (name, ours), theirs in zip(unlearned.named_parameters(), truth.parameters()):
         assert float((ours - theirs).detach().norm()) <= 1e-9 * float(theirs.detach().norm()), name
+
+
+# ---------------------------------------------------------------- every implementation
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "adamw"])
+def test_the_kernels_train_the_same_block(optimizer):
+    """impl="triton" in the interpreter (on the GPU where there is one): loss, gradient and update of the torch form."""
+    pytest.importorskip("triton", reason="triton is made for Linux only")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    original = tiny_model(dtype=torch.float32, num_hidden_layers=3).to(device)
+    values = {name: p.detach().clone() for name, p in moved(original).named_parameters()}
+    forget, retain, found = FORGET[:2], RETAIN[:1], {}
+    for impl in ("torch", "triton"):
+        with kf.reinserted(original, dict(values), range(1, 2), lr=1e-3, optimizer=optimizer, impl=impl) as training:
+            loss, nll = training.loss(pack(forget + retain).to(device), len(forget))
+            loss.backward()
+            grad = training.flat.grad.clone()
+            training.flat.grad.zero_()
+            training.step(forget, retain)
+            found[impl] = loss.detach(), nll, grad, training.flat.param.detach().clone()
+    (loss, nll, grad, weights), (loss_t, nll_t, grad_t, weights_t) = found["torch"], found["triton"]
+    torch.testing.assert_close(loss_t, loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(nll_t, nll, rtol=1e-5, atol=1e-6)
+    assert float((grad_t - grad).norm() / grad.norm()) < 1e-5
+    # the first step of both optimisers is the gradient's sign, which rounding decides where the gradient is nearly 0
+    clear = grad.abs() > 1e-4 * grad.abs().max()
+    assert clear.float().mean() > 0.9
+    torch.testing.assert_close(weights_t[clear], weights[clear], rtol=0, atol=1e-5)
