@@ -93,7 +93,7 @@ def loop(decoder, samples):
     return run
 
 
-def plain(decoder, samples):
+def plain(decoder, samples, impl):
     batches = [[samples[i] for i in indices] for indices in batches_of(samples)]
 
     def run():
@@ -105,7 +105,7 @@ def plain(decoder, samples):
                 hidden = decoder.run(batch, 0, None, embedded.requires_grad_())
                 rows = losses.likelihood(batch, reduction="sum")
                 loss, _ = losses.linear_loss(
-                    decoder.final(hidden[batch.rows]), decoder.head, batch.targets, rows.weight
+                    decoder.final(hidden[batch.rows]), decoder.head, batch.targets, rows.weight, impl=impl
                 )
                 del hidden
                 loss.backward(inputs=[embedded])
@@ -175,7 +175,7 @@ def main():
     lengths = ragged(arguments.samples)
     samples = draw(lengths, shape.vocabulary)
     running = {impl: ours(decoder, samples, impl) for impl in impls}
-    running |= {"loop": loop(decoder, samples), "plain": plain(decoder, samples)}
+    running |= {"loop": loop(decoder, samples), "plain": plain(decoder, samples, impls[0])}
     running["products"] = products(decoder, samples, shape)
     found = {name: run() for name, run in running.items()}
     for impl in impls:

@@ -106,7 +106,9 @@ sed -n '/^== installation/,$p' "$OUT/environment.log"
 
 # What ran on CPUs only so far comes first; then the numbers, the largest model first; what needs no GPU comes last.
 part gpu_tests 90 25 bash -c 'tests gpu tests'
-part triton_tests 150 25 bash -c 'tests "not gpu" tests/test_grad_density_triton.py tests/test_operators.py'
+part triton_tests 200 25 bash -c 'tests "not gpu" tests/test_grad_density_triton.py tests/test_operators.py \
+    tests/test_fused_norms.py tests/test_fused_rotary.py tests/test_fused_activations.py tests/test_linear_loss_triton.py \
+    tests/test_optim_triton.py'
 rm -f "$OUT/grad_density.csv" "$OUT/density_model.csv"
 if [ "${TILES:-0}" = 1 ]; then
     kernel_options=(--tiles --variants bare triton)

@@ -8,7 +8,8 @@ Counts for bf16 on sm_90 (a multiprocessor has 64 Ki registers and 227 KiB of sh
 and 128 additions a clock; the L2 cache gives all 132 of them about 5.5 TB/s):
   - A (BN, BK) tile of dW in fp32 takes BN*BK registers. 128 x 128 with 4 warps is 128 a thread, and two programs share
     a multiprocessor: one's sums run under the other's products.
-  - A tile costs 2*BN*BK*T FLOPs and BN*BK additions a statistic: at T=64, 512 clocks of products, 128 of sums.
+  - A tile costs 2*BN*BK*T FLOPs and BN*BK additions a statistic: at T=64, 512 clocks of products, 128 of sums (|.| is
+    free as a modifier of the addition; as an instruction of its own it would cost another 256).
   - Where dy's tile stays on the chip, 2*BN*BK*T FLOPs need T*BK*2 bytes of x: BN FLOPs a byte, 704 TFLOP/s at BN=128
     and 5.5 TB/s. Loading both operands gives half of that at 128 x 128, two thirds at 128 x 256.
 """
@@ -86,6 +87,8 @@ def architecture(device: torch.device) -> int:
     if device.type != "cuda":
         return ARCHITECTURES[-1]
     major, minor = torch.cuda.get_device_capability(device)
+    if major == 12:  # 99 KiB of shared memory, no tcgen05, no wgmma: what fits sm_80 fits
+        return 80
     return max(a for a in ARCHITECTURES if a <= 10 * major + minor)
 
 
@@ -95,8 +98,14 @@ def processors(device: torch.device) -> int:
 
 
 def aligned(x: torch.Tensor) -> bool:
-    """Whether x (T, K) can be loaded 16 bytes at a time, and by a tensor descriptor: contiguous, aligned rows."""
-    return x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    """Whether x (T, K) can be loaded 16 bytes at a time, and by a tensor descriptor: contiguous, aligned rows, which
+    are not one and the same row (an expanded gradient)."""
+    return (
+        x.stride(1) == 1
+        and x.stride(0) >= x.shape[1]
+        and x.stride(0) * x.element_size() % 16 == 0
+        and x.data_ptr() % 16 == 0
+    )
 
 
 def choose(device: torch.device, kind: str, shape: Hashable, run: Callable[[Tile], object]) -> Tile:
@@ -117,8 +126,8 @@ def choose(device: torch.device, kind: str, shape: Hashable, run: Callable[[Tile
 
 # Elements of a row that one program can hold: 32 warps, the most there can be, of 8 a thread.
 MAX_NORM_WIDTH = 8192
-# Warps of a multiprocessor that sum over rows in the backward. 32 are resident (at most 64 registers a thread, at widths
-# that are a power of two); their dy, h and dh in bf16 are 48 KiB in flight, twice what 4.3 TB/s need at 700 ns. With more
+# Warps of a multiprocessor that sum over rows in the backward. 32 are resident (at most 64 registers a thread at D of 2048
+# and more); their dy, h and dh in bf16 are 48 KiB in flight, twice what 4.3 TB/s need at 700 ns. With more
 # programs than are resident some start when the others end, and each has partial sums of 4*D bytes.
 NORM_SUM_WARPS = 32
 

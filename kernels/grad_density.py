@@ -12,8 +12,9 @@ Never in memory: dW_i. A program holds one (BN, BK) tile of it in registers and 
 
 Two ways through a sample, chosen by its length as the kernel runs (`SHORT`):
   short (up to 128 tokens)  dy's (tokens, BN) tile stays on the chip while the program walks along K: each step loads
-                            only x, BN FLOPs for each byte, and the loads of the next step run under this step's
-                            products and sums. The token block is 32, 64 or 128, whichever the sample fits.
+                            only x, BN FLOPs for each byte. The token block is 32, 64 or 128, whichever the sample fits;
+                            with 32 and 64 the next steps' loads run under this step's products and sums (with 128
+                            there is room for two steps only, and the multiprocessor's other program fills the wait).
   long                      the tokens are walked in blocks of BT for one tile; programs are ordered in groups of
                             GROUP tiles along N, so that the panels of dy and x in use stay in the L2 cache.
 
@@ -32,7 +33,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import triton
 import triton.language as tl
-from kunbr_fast.kernels.call import Call, dot
+from kunbr_fast.kernels.call import INTERPRETED, Call, dot
 
 from kunbr_fast.kernels import config
 
@@ -76,10 +77,18 @@ def _load_transposed(source, row, num_rows, stride_row, col, num_cols, stride_co
 
 
 @triton.jit
+def _magnitude(x):
+    if INTERPRETED:
+        return tl.abs(x)
+    else:  # tl.abs is an integer AND, at half the rate of an addition; this becomes a modifier of the addition
+        return tl.inline_asm_elementwise("abs.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _add_tile(acc, l1, l2sq, linf, AXIS: tl.constexpr, L1: tl.constexpr, L2SQ: tl.constexpr, LINF: tl.constexpr):
     """Adds the (BN, BK) tile `acc` of dW to running statistics along AXIS; linf holds the floats' bits."""
     if L1:
-        l1 += tl.sum(tl.abs(acc), AXIS)
+        l1 += tl.sum(_magnitude(acc), AXIS)
     if L2SQ:
         l2sq += tl.sum(acc * acc, AXIS)
     if LINF:
@@ -116,9 +125,13 @@ def _product(from_x, from_dy, length, K, N, k, n, stride_xt, stride_xk, stride_y
 
 @triton.jit
 def _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn, out, plane,
-          BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, FITS: tl.constexpr, COLUMNS: tl.constexpr,
-          L1: tl.constexpr, L2SQ: tl.constexpr, LINF: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """Statistics of BN rows of one sample's dW, over tiles `first` to `last` along K. FITS: it has at most BT tokens."""
+          BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
+          COLUMNS: tl.constexpr, L1: tl.constexpr, L2SQ: tl.constexpr, LINF: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """Statistics of BN rows of one sample's dW, over tiles `first` to `last` along K. FITS: it has at most BT tokens.
+
+    STAGES: blocks of x of 128 tokens for which there is room. Shorter ones leave room for more: a product that is used
+    in its own step is waited for, so only what was asked for two steps before is there in time.
+    """
     l1 = tl.zeros((BN,), tl.float32)
     l2sq = tl.zeros((BN,), tl.float32)
     linf = tl.zeros((BN,), tl.int32)
@@ -126,7 +139,7 @@ def _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, 
     from_dy = _descriptor(dy, length, N, stride_yt, BT, BN, TMA)
     if FITS:
         dy_t = _load_transposed(from_dy, 0, length, stride_yt, n, N, stride_yn, BT, BN, TMA)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=min(4, STAGES * 128 // BT) if FITS else 1):
         if FITS:
             xb = _load(from_x, 0, length, stride_xt, tile * BK, K, stride_xk, BT, BK, TMA)
             acc = dot(dy_t, xb, tl.zeros((BN, BK), tl.float32))
@@ -160,7 +173,7 @@ def grad_density_kernel(x, dy0, dy1, dy2, cu_seqlens, out, K, N0, N1, N2, k_tile
                         stride_xt, stride_xk, stride_0t, stride_0n, stride_1t, stride_1n, stride_2t, stride_2n,
                         P: tl.constexpr, ALONG: tl.constexpr,
                         L1: tl.constexpr, L2SQ: tl.constexpr, LINF: tl.constexpr,
-                        BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
+                        BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
                         SHORT: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """One program: one sample, BN output rows of one projection, `strip_tiles` tiles along K.
 
@@ -204,16 +217,16 @@ def grad_density_kernel(x, dy0, dy1, dy2, cu_seqlens, out, K, N0, N1, N2, k_tile
 
     if SHORT and length <= 32:
         l1, l2sq, linf = _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn, columns,
-                               plane, BN, BK, 32, True, ALONG == "column", L1, L2SQ, LINF, TMA)  # fmt: skip
+                               plane, BN, BK, 32, True, STAGES, ALONG == "column", L1, L2SQ, LINF, TMA)  # fmt: skip
     elif SHORT and length <= 64:
         l1, l2sq, linf = _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn, columns,
-                               plane, BN, BK, 64, True, ALONG == "column", L1, L2SQ, LINF, TMA)  # fmt: skip
+                               plane, BN, BK, 64, True, STAGES, ALONG == "column", L1, L2SQ, LINF, TMA)  # fmt: skip
     elif SHORT and length <= 128:
         l1, l2sq, linf = _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn, columns,
-                               plane, BN, BK, 128, True, ALONG == "column", L1, L2SQ, LINF, TMA)  # fmt: skip
+                               plane, BN, BK, 128, True, STAGES, ALONG == "column", L1, L2SQ, LINF, TMA)  # fmt: skip
     else:
         l1, l2sq, linf = _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn, columns,
-                               plane, BN, BK, BT, False, ALONG == "column", L1, L2SQ, LINF, TMA)  # fmt: skip
+                               plane, BN, BK, BT, False, STAGES, ALONG == "column", L1, L2SQ, LINF, TMA)  # fmt: skip
 
     if ALONG == "row":
         rows = n + tl.arange(0, BN)
@@ -297,7 +310,7 @@ def call_grad_density(
         dy = dys[min(p, len(dys) - 1)]
         arguments |= {f"dy{p}": dy, f"N{p}": dy.shape[1], f"stride_{p}t": dy.stride(0), f"stride_{p}n": dy.stride(1)}
     constexprs = dict(P=len(dys), ALONG=along or "none", BN=tile.BN, BK=tile.BK, BT=tile.BT)
-    constexprs |= dict(SHORT=tile.short, TMA=tile.tma)
+    constexprs |= dict(STAGES=tile.num_stages, SHORT=tile.short, TMA=tile.tma)
     constexprs |= {flag: name in statistics for flag, name in zip(("L1", "L2SQ", "LINF"), _FLAGS)}
     grid = (num_samples * n_tiles * strips,)
     return Call(grad_density_kernel, grid, arguments, constexprs, tile.num_warps, tile.num_stages, scratch=tile.tma)

@@ -33,8 +33,8 @@ from kunbr_fast.kernels.rounding import narrow
 # elements) does 1046 FLOPs a byte, where the GPU needs 184 to be bound by arithmetic (H200: 790 TFLOP/s, 4.3 TB/s).
 CHUNK_BYTES = 256 << 20
 # Bytes of a row that a program holds at a time: two 16-byte accesses for each of 512 threads. Few programs with many
-# threads, so that the rows in work (two on a multiprocessor, 68 MB at V=128256) are mostly still in L2 for the second
-# read. With a softcap half of that: 64 registers a thread are not enough for tanh of so many.
+# threads, so that some of the rows in work (two on a multiprocessor, 68 MB at V=128256, where an H200's L2 cache holds 50)
+# are still in L2 for the second read. With a softcap half of that: 64 registers a thread are not enough for tanh of so many.
 BLOCK_BYTES = 16 << 10
 NUM_WARPS = 16
 # Rows of a chunk, if there are several chunks: whole tiles of the matrix product.

@@ -55,8 +55,9 @@ def experts_forward(
     chosen, order = top_k_index.reshape(-1).sort(stable=True)
     token = order // top_k_index.shape[1]
     counts = torch.bincount(chosen * num_samples + sample[token], minlength=module.num_experts * num_samples)
-    segments = Segments.of(counts.tolist(), hidden_states.device)
-    rows = counts.view(module.num_experts, num_samples).sum(1).tolist()
+    lengths = counts.tolist()
+    segments = Segments(lengths, F.pad(counts.cumsum(0), (1, 0)))
+    rows = [sum(lengths[e * num_samples : (e + 1) * num_samples]) for e in range(module.num_experts)]
 
     def product(x: torch.Tensor, name: str) -> torch.Tensor:
         weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None)

@@ -47,7 +47,7 @@ class Tiles:
         """The sampled columns of the part's dy: (R, m * 16), in each row those of the row's own expert."""
         if len(self.rows) == 1:
             return part.dy.index_select(1, self.rows.flatten())
-        lengths = torch.tensor(part.segments.lengths, device=part.dy.device).view(len(self.rows), -1).sum(1)
+        lengths = part.segments.cu_seqlens.diff().view(len(self.rows), -1).sum(1)
         return part.dy.gather(1, self.rows.flatten(1).repeat_interleave(lengths, 0, output_size=len(part.dy)))
 
     def totals(self, by_row: torch.Tensor) -> torch.Tensor:

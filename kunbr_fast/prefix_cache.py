@@ -131,5 +131,8 @@ class PrefixCache:
         if self._layer is None:
             raise ValueError("the prefix cache was interrupted half-way: call advance or reset first")
         parts = [self._buffer[self._offsets[i] : self._offsets[i + 1]] for i in indices]
-        hidden = torch.cat(parts).to(self.decoder.device)
+        lengths = [len(part) for part in parts]
+        hidden = self._buffer.new_empty((sum(lengths), self._buffer.shape[1]), device=self.decoder.device)
+        for part, into in zip(parts, hidden.split(lengths)):  # one by one: a concatenation would not be pinned
+            into.copy_(part, non_blocking=True)
         return pack([self.samples[i] for i in indices], hidden, self._layer).to(self.decoder.device)
