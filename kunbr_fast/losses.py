@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from kunbr_fast import dispatch
 from kunbr_fast.data import PackedBatch
@@ -97,6 +98,13 @@ def _linear_loss(
         hidden, weight, targets, row_weights, bias, scale, softcap, nll_cap, need_hidden, need_weight, need_bias
     )
     return loss, nll, *(hidden.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@register_flop_formula(torch.ops.kunbr_fast.linear_loss)
+def _(hidden, weight, *others, out_shape=None, **kwargs):
+    """For torch's FlopCounterMode, which does not look into an operator: 2*R*D*V for each product asked for."""
+    need_hidden, need_weight = others[6:8]
+    return 2 * hidden[0] * weight[0] * weight[1] * (1 + need_hidden + need_weight)
 
 
 @_linear_loss.register_fake

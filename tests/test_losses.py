@@ -305,3 +305,15 @@ def test_a_sample_without_a_label_is_named():
         losses.likelihood(batch)
     with pytest.raises(ValueError, match="sample 1 of the batch has no token with a loss"):
         losses.gradient_difference(batch, 2, 1.0)
+
+
+@pytest.mark.parametrize("need_hidden", [False, True])
+@pytest.mark.parametrize("need_weight", [False, True])
+def test_its_flops_are_counted(need_hidden, need_weight):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    head = torch.nn.Linear(8, 11, bias=False).requires_grad_(need_weight)
+    hidden = torch.randn(5, 8, requires_grad=need_hidden)
+    with FlopCounterMode(display=False) as counter:
+        losses.linear_loss(hidden, Head(head), torch.zeros(5, dtype=torch.int64), torch.ones(5))
+    assert counter.get_total_flops() == 2 * 5 * 8 * 11 * (1 + need_hidden + need_weight)
