@@ -24,12 +24,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
-from kunbr_fast.kernels.call import INTERPRETED, Call
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kunbr_fast.kernels import config
+from kunbr_fast.kernels.call import INTERPRETED, Call
 
 # Each has `aot_calls(architecture)`, which yields (label, Call, whether it multiplies on the matrix units).
 MODULES = ("grad_density", "rms_norm", "rope", "swiglu", "linear_loss", "lion")

@@ -33,9 +33,9 @@ from collections.abc import Iterator, Sequence
 import torch
 import triton
 import triton.language as tl
-from kunbr_fast.kernels.call import INTERPRETED, Call, dot
 
-from kunbr_fast.kernels import config
+from kunbr_fast.kernels import config, reference
+from kunbr_fast.kernels.call import INTERPRETED, Call, dot
 
 MAX_PROJECTIONS = 3  # of one launch (q, k, v); more are launched in turn
 
@@ -333,9 +333,8 @@ def launch(
         parts = [dys[i : i + MAX_PROJECTIONS] for i in range(0, len(dys), MAX_PROJECTIONS)]
         return [out for part in parts for out in launch(x, part, cu_seqlens, statistics, along, tile)]
     if x.shape[0] == 0:  # no row that a descriptor could name
-        size = {None: lambda dy: (), "row": lambda dy: (dy.shape[1],), "column": lambda dy: (x.shape[1],)}[along]
-        shape = (len(statistics), len(cu_seqlens) - 1)
-        return [x.new_zeros((*shape, *size(dy)), dtype=torch.float64) for dy in dys]
+        empty = reference.empty_statistics(x, dys, len(cu_seqlens) - 1, len(statistics), along)
+        return [out.zero_() for out in empty]
     planes = [name for name in _FLAGS if name in statistics]
     processors = config.processors(x.device)
 

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+
 from kunbr_fast.kernels.call import Call
 from kunbr_fast.kernels.rounding import narrow, narrow_stochastically, random_bits
 

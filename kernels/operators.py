@@ -137,9 +137,7 @@ def _grad_density(x, dys, cu_seqlens, max_seqlen, statistics, along, form, impl)
 @_grad_density.register_fake
 def _(x, dys, cu_seqlens, max_seqlen, statistics, along, form, impl):
     names, along = _check_density(x, dys, cu_seqlens, max_seqlen, statistics, along, form, impl)
-    sizes = [{None: (), "row": (dy.shape[1],), "column": (x.shape[1],)}[along] for dy in dys]
-    samples = cu_seqlens.shape[0] - 1
-    return [x.new_empty((len(names), samples, *size), dtype=torch.float64) for size in sizes]
+    return reference.empty_statistics(x, dys, cu_seqlens.shape[0] - 1, len(names), along)
 
 
 @torch.library.custom_op(
@@ -184,9 +182,8 @@ def _gram_serves(statistics: tuple[str, ...], along: str | None) -> bool:
 
 def _way(x: torch.Tensor, form: str, impl: str, fewer_in_gram: bool) -> str:
     """ "gram", "triton" or "torch" (the direct form of either)."""
-    if impl == "auto" and x.dtype == torch.float64:
-        impl = "torch"  # the only one that serves it
-    chosen = dispatch.resolve("grad_density", impl, x.device)  # an impl that cannot run is refused for either form
+    # an impl that cannot run is refused for either form
+    chosen = dispatch.resolve("grad_density", impl, x.device, x.dtype)
     return "gram" if form == "gram" or (form == "auto" and fewer_in_gram) else chosen
 
 
@@ -201,8 +198,8 @@ def _check_density(x, dys, cu_seqlens, max_seqlen, statistics, along, form, impl
     if not names:
         raise ValueError(f"statistics is empty: name one or more of {', '.join(STATISTICS)}")
     for name in names:
-        _one_of("statistic", name, STATISTICS)
-    _one_of("along", along, ALONG)
+        one_of("statistic", name, STATISTICS)
+    one_of("along", along, ALONG)
     if not dys:
         raise ValueError("dys is empty: give the output gradient of one projection or more, each (T, N)")
     _check_choice(x, max_seqlen, form, impl)
@@ -218,7 +215,7 @@ def _check_density(x, dys, cu_seqlens, max_seqlen, statistics, along, form, impl
 def _check_alignment(x, dy, cu_seqlens, other_x, other_dy, other_cu_seqlens, max_seqlen, form, impl) -> None:
     _check_choice(x, max_seqlen, form, impl)
     _check_pair(x, "x", [dy], ["dy"], cu_seqlens, "cu_seqlens")
-    _same("other_x", other_x, "x", x)
+    same_kind("other_x", other_x, "x", x)
     _check_pair(other_x, "other_x", [other_dy], ["other_dy"], other_cu_seqlens, "other_cu_seqlens")
     if other_x.shape[1] != x.shape[1] or other_dy.shape[1] != dy.shape[1]:
         raise ValueError(
@@ -233,12 +230,11 @@ def _check_alignment(x, dy, cu_seqlens, other_x, other_dy, other_cu_seqlens, max
 
 
 def _check_choice(x: torch.Tensor, max_seqlen: int, form: str, impl: str) -> None:
-    _one_of("form", form, FORMS)
-    _one_of("impl", impl, ("auto", *dispatch.IMPLEMENTATIONS))
+    one_of("form", form, FORMS)
+    one_of("impl", impl, ("auto", *dispatch.IMPLEMENTATIONS))
     if max_seqlen < _READ:
         raise ValueError(f"max_seqlen={max_seqlen}: expected the length of the longest sample, or None")
-    if impl == "triton" and x.dtype == torch.float64:
-        raise TypeError('impl="triton" does not serve float64: use impl="torch" or "auto", or float32 inputs')
+    dispatch.check_dtype("grad_density", impl, x.dtype)
 
 
 def _check_pair(
@@ -254,7 +250,7 @@ def _check_pair(
     if x.dim() != 2:
         raise ValueError(f"{x_name} has shape {tuple(x.shape)}: expected (T, K), samples packed one after the other")
     for name, dy in zip(dy_names, dys):
-        _same(name, dy, x_name, x)
+        same_kind(name, dy, x_name, x)
         if dy.dim() != 2 or dy.shape[0] != x.shape[0]:
             raise ValueError(
                 f"{name} has shape {tuple(dy.shape)}: expected (T, N) with {x_name}'s {x.shape[0]} rows, one for each token"
@@ -267,14 +263,14 @@ def _check_pair(
         raise ValueError(f"{cu_name} is on {cu_seqlens.device} and {x_name} on {x.device}: move it there")
 
 
-def _same(name: str, tensor: torch.Tensor, x_name: str, x: torch.Tensor) -> None:
+def same_kind(name: str, tensor: torch.Tensor, x_name: str, x: torch.Tensor) -> None:
     if tensor.dtype != x.dtype:
         raise TypeError(f"{name} is {tensor.dtype} and {x_name} is {x.dtype}: cast one to the other's dtype")
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device} and {x_name} on {x.device}: move one to the other's device")
 
 
-def _one_of(name: str, value: str | None, known: Sequence[str | None]) -> None:
+def one_of(name: str, value: str | None, known: Sequence[str | None]) -> None:
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}: expected one of {', '.join(str(k) for k in known)}")
 

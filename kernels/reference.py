@@ -48,9 +48,8 @@ def grad_density(
     2*T*N*K FLOPs in products; T*(N+K) elements read. The statistics share the product. Squares are taken in the
     product's dtype: in fp32, entries of dW under 1e-19 in size count as 0 in grad_l2sq.
     """
-    size = {None: lambda dy: (), "row": lambda dy: (dy.shape[1],), "column": lambda dy: (x.shape[1],)}[along]
     dim = {None: (0, 1), "row": 1, "column": 0}[along]
-    outs = [x.new_zeros((len(statistics), len(lengths), *size(dy)), dtype=torch.float64) for dy in dys]
+    outs = [out.zero_() for out in empty_statistics(x, dys, len(lengths), len(statistics), along)]
     for i, sample in enumerate(_slices(lengths)):
         x_i = _operand(x[sample])
         for dy, out in zip(dys, outs):
@@ -59,6 +58,14 @@ def grad_density(
                 _add_tile(tile, dim, dict(zip(statistics, into)))
             tile = None  # or it lives until the next sample has its own
     return outs
+
+
+def empty_statistics(
+    x: torch.Tensor, dys: Sequence[torch.Tensor], num_samples: int, num_statistics: int, along: str | None
+) -> list[torch.Tensor]:
+    """What `grad_density` returns, uninitialised."""
+    sizes = ({None: (), "row": dy.shape[1:], "column": x.shape[1:]}[along] for dy in dys)
+    return [x.new_empty((num_statistics, num_samples, *size), dtype=torch.float64) for size in sizes]
 
 
 @torch.no_grad()

@@ -30,10 +30,10 @@ from collections.abc import Iterator, Sequence
 import torch
 import triton
 import triton.language as tl
-from kunbr_fast.kernels.call import Call
-from kunbr_fast.kernels.rounding import narrow
 
 from kunbr_fast.kernels import config
+from kunbr_fast.kernels.call import Call
+from kunbr_fast.kernels.rounding import narrow
 
 MAX_LEADING = 3  # leading dimensions of any strides
 

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import triton
 import triton.language as tl
+
 from kunbr_fast.kernels.call import Call
 
 # Elements of one half of a program's heads: 8 a thread with 4 warps, a 16-byte access in half precision. For d = 128,

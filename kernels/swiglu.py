@@ -23,6 +23,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+
 from kunbr_fast.kernels.call import Call
 
 # 8 elements a thread with 4 warps: one 16-byte access a tensor in half precision, two in fp32. A multiprocessor's 2048

@@ -52,14 +52,21 @@ def why_not_auto(operation: str, impl: str, device: torch.device | str = "cpu") 
     return None if passes_by is None else passes_by(torch.device(device))
 
 
-def resolve(operation: str, impl: str = "auto", device: torch.device | str = "cpu") -> str:
+def resolve(
+    operation: str, impl: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> str:
     """The implementation to use, "cuda", "triton" or "torch", for tensors of `device`.
 
     "auto" takes the first one in that order that is available and that it does not pass by, and logs once per
     operation and kind of device what it took and why (level INFO). A named implementation that cannot run raises `Unavailable` with the reason;
     an unknown name raises ValueError.
+
+    dtype: of the tensors. torch alone serves float64: "auto" takes it there, and impl="triton" raises TypeError.
     """
     device = torch.device(device)
+    check_dtype(operation, impl, dtype)
+    if impl == "auto" and dtype == torch.float64:
+        return "torch"
     if impl != "auto":
         reason = why_not(operation, impl, device)
         if reason is not None:
@@ -75,6 +82,14 @@ def resolve(operation: str, impl: str = "auto", device: torch.device | str = "cp
         rejected = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
         logger.info("%s on %s: using %s (%s)", operation, device, choice, rejected or "all are available")
     return choice
+
+
+def check_dtype(operation: str, impl: str, dtype: torch.dtype | None) -> None:
+    """TypeError where `impl` is named and does not serve `dtype`; also for the fakes of operators, which choose none."""
+    if impl == "triton" and dtype == torch.float64:
+        raise TypeError(
+            f'{operation}: impl="triton" does not serve float64: use impl="torch" or "auto", or float32 inputs'
+        )
 
 
 def _check(operation: str, impl: str) -> None:

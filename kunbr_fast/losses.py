@@ -88,9 +88,7 @@ def _linear_loss(
 ):
     """`reference.linear_loss`, by whom `impl` says. A gradient not asked for is an empty tensor."""
     _check(hidden, weight, bias, targets, row_weights, nll_cap, need_bias, impl)
-    if impl == "auto" and hidden.dtype == torch.float64:
-        impl = "torch"  # the only one that serves it
-    if dispatch.resolve("linear_loss", impl, hidden.device) == "triton":
+    if dispatch.resolve("linear_loss", impl, hidden.device, hidden.dtype) == "triton":
         from kunbr_fast.kernels.linear_loss import launch as run
     else:
         run = reference.linear_loss
@@ -118,11 +116,10 @@ def _(hidden, weight, bias, targets, row_weights, nll_cap, scale, softcap, need_
 
 def _check(hidden, weight, bias, targets, row_weights, nll_cap, need_bias, impl) -> None:
     """Shapes, dtypes and devices; also while torch.compile traces."""
-    operators._one_of("impl", impl, ("auto", *dispatch.IMPLEMENTATIONS))
+    operators.one_of("impl", impl, ("auto", *dispatch.IMPLEMENTATIONS))
     if hidden.dtype not in operators.DTYPES:
         raise TypeError(f"hidden is {hidden.dtype}: expected one of {', '.join(str(d) for d in operators.DTYPES)}")
-    if impl == "triton" and hidden.dtype == torch.float64:
-        raise TypeError('impl="triton" does not serve float64: use impl="torch" or "auto", or float32 inputs')
+    dispatch.check_dtype("linear_loss", impl, hidden.dtype)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden is {tuple(hidden.shape)} and the head's weight {tuple(weight.shape)}: expected (R, D), the rows "
@@ -130,7 +127,7 @@ def _check(hidden, weight, bias, targets, row_weights, nll_cap, need_bias, impl)
         )
     for name, tensor in (("the head's weight", weight), ("the head's bias", bias)):
         if tensor is not None:
-            operators._same(name, tensor, "hidden", hidden)
+            operators.same_kind(name, tensor, "hidden", hidden)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
             f"the head's bias is {tuple(bias.shape)}: expected ({weight.shape[0]},), one for each row of it"

@@ -22,9 +22,10 @@ BETAS = {"lion": (0.9, 0.99), "adamw": (0.9, 0.999)}
 
 
 class _Fused(torch.optim.Optimizer):
-    """An optimiser whose update of one parameter is one call."""
+    """An optimiser whose update of one parameter is one call, `_update(group, number, param, grad, half)`."""
 
     operation: str
+    _update: Callable[[dict, int, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 
     def __init__(self, params, settings: dict, impl: str, seed: int | None):
         lr, betas, weight_decay = settings["lr"], settings["betas"], settings["weight_decay"]
@@ -68,9 +69,6 @@ class _Fused(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, torch.Tensor):
                     self.state[param][name] = value.to(param.device, copy=True)
-
-    def _update(self, group: dict, number: int, param: torch.Tensor, grad: torch.Tensor, half: torch.Tensor | None):
-        raise NotImplementedError
 
     def _count(self, state: dict) -> int:
         """This step's number, from 1. Kept on the host, which needs it and reads nothing back from a device; as a float,
@@ -171,9 +169,7 @@ class AdamW(_Fused):
 
 def _check(operation: str, param: torch.Tensor, group: dict) -> None:
     impl, seed = group["impl"], group["seed"]
-    if impl == "triton" and param.dtype == torch.float64:
-        raise TypeError(f'{operation}: impl="triton" does not serve float64: use impl="torch" or "auto"')
-    dispatch.resolve(operation, impl, param.device)
+    dispatch.resolve(operation, impl, param.device, param.dtype)
     if seed is None:
         return
     if param.dtype != torch.bfloat16:
@@ -184,9 +180,7 @@ def _check(operation: str, param: torch.Tensor, group: dict) -> None:
 
 def _implementation(operation: str, param: torch.Tensor, impl: str) -> Callable[..., None] | None:
     """The kernel's update of `operation`, or None for torch."""
-    if impl == "auto" and param.dtype == torch.float64:
-        return None  # torch alone serves it
-    if dispatch.resolve(operation, impl, param.device) != "triton":
+    if dispatch.resolve(operation, impl, param.device, param.dtype) != "triton":
         return None
     from kunbr_fast.kernels import lion
 

@@ -8,10 +8,9 @@ from tiny_models import random_samples, tiny_model
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
 
-from kunbr_fast.kernels.config import Tile
-
 import kunbr_fast as kf
 from kunbr_fast.kernels import config, grad_density, operators, reference
+from kunbr_fast.kernels.config import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STATISTICS = ("grad_l1", "grad_l2sq", "grad_linf")

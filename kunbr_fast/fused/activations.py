@@ -21,8 +21,7 @@ import torch
 
 from kunbr_fast import dispatch
 from kunbr_fast.kernels import reference
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+from kunbr_fast.kernels.operators import DTYPES
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None, *, impl: str = "auto") -> torch.Tensor:
@@ -54,11 +53,7 @@ def geglu(
 
 def _gated(operation: str, gate: torch.Tensor, up: torch.Tensor | None, activation: str, impl: str) -> torch.Tensor:
     _check(operation, gate, up)
-    if gate.dtype == torch.float64:
-        if impl == "triton":
-            raise TypeError(f'{operation}: impl="triton" does not serve float64: use impl="torch" or "auto"')
-        impl = "torch" if impl == "auto" else impl
-    triton = dispatch.resolve(operation, impl, gate.device) == "triton"
+    triton = dispatch.resolve(operation, impl, gate.device, gate.dtype) == "triton"
     if up is None:
         return _Packed.apply(gate, activation, triton)
     return _Gated.apply(gate, up, activation, triton)

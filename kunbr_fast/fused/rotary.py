@@ -22,8 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from kunbr_fast import dispatch
 from kunbr_fast.kernels import reference
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+from kunbr_fast.kernels.operators import DTYPES
 
 
 def apply_rotary(
@@ -44,11 +43,7 @@ def apply_rotary(
     TypeError, ValueError for arguments that do not fit; `dispatch.Unavailable` for an impl that cannot run here.
     """
     _check(q, k, cos, sin)
-    if torch.float64 in (q.dtype, cos.dtype):
-        if impl == "triton":
-            raise TypeError('rotary: impl="triton" does not serve float64: use impl="torch" or "auto"')
-        impl = "torch" if impl == "auto" else impl
-    triton = dispatch.resolve("rotary", impl, q.device) == "triton"
+    triton = dispatch.resolve("rotary", impl, q.device, torch.promote_types(q.dtype, cos.dtype)) == "triton"
     flows = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     in_place = _may_overwrite(q, flows) and _may_overwrite(k, flows) and _apart(q, k)
     if flows:
