@@ -8,7 +8,8 @@ A *record* is a line of a JSONL file, one of four forms:
     {"messages": [{"role": str, "content": str}, ...]}                    a chat (needs the tokenizer's chat template)
 
 A *sample* is `{"input_ids": LongTensor (T,), "labels": LongTensor (T,)}`; labels are aligned with input_ids as in
-Hugging Face (the shift by one happens inside) and are -100 where a token has no part in the loss.
+Hugging Face (the shift by one happens inside) and are -100 where a token has no part in the loss. It may hold a second
+sample under "alternate": another answer to the same prompt, which some objectives need.
 
 A *packed batch* is several samples end to end with no padding, and the offsets that separate them.
 """
@@ -18,8 +19,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,17 @@ import torch
 
 LETTERS = "ABCDEFGHIJ"
 TARGETS = ("all", "answer", "letter", "number")
+ALTERNATES = ("given", "refusal", "wrong")
+REFUSALS = (
+    "I do not know.",
+    "I have no information about that.",
+    "I am not able to answer this question.",
+    "I cannot say anything about this.",
+    "That is not something I know.",
+    "Sorry, I have no answer to this.",
+    "This is outside of what I know.",
+    "I was not taught anything about that.",
+)
 IGNORE = -100
 Sample = dict[str, torch.Tensor]
 
@@ -134,7 +147,12 @@ def question_prompt(record: Mapping) -> str:
 
 
 def encode(
-    records: Sequence[Mapping], tokenizer: Any, target: str = "all", max_length: int | None = None
+    records: Sequence[Mapping],
+    tokenizer: Any,
+    target: str = "all",
+    max_length: int | None = None,
+    alternate: str | None = None,
+    seed: int = 0,
 ) -> list[Sample]:
     """Tokenises each record once and marks the tokens whose loss counts.
 
@@ -142,12 +160,20 @@ def encode(
     `letter` after "Answer:" (questions only); the digits of the last `number` in the text.
     Special tokens are the tokenizer's own (a begin-of-text token is kept, none is invented).
 
+    alternate: also encode a second answer to each record's prompt, as `sample["alternate"]`:
+    `given`: the record's own "alternate" string, in place of the answer, the completion, the last assistant turn or
+    (of a text line) the text; `refusal`: one of REFUSALS; `wrong`: one of the wrong choices of a question.
+    Which one it is follows from `seed` and the record's number. Its tokens count by `target` too; where that is `letter`
+    or `number` and the answer is no choice of the question, all of the answer counts.
+
     Errors: ValueError that names the record ("file:line", or its place in `records`) when it has no known form, when
-    a target does not apply to its form, when nothing is left to learn from, and when samples are longer than
-    `max_length` tokens (they are reported, not cut).
+    a target does not apply to its form, when nothing is left to learn from, when it has no such alternate, and when
+    samples are longer than `max_length` tokens (they are reported, not cut).
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r}: expected one of {', '.join(TARGETS)}")
+    if alternate is not None and alternate not in ALTERNATES:
+        raise ValueError(f"alternate={alternate!r}: expected one of {', '.join(ALTERNATES)}, or None")
     if not records:
         raise ValueError("no records: expected at least one")
     if not getattr(tokenizer, "is_fast", False):
@@ -161,11 +187,53 @@ def encode(
             record = {**record, "_where": f"record {number}"}
             _check_record(record, record["_where"])
         sample = _encode_one(record, tokenizer, target)
-        if not bool((sample["labels"][1:] != IGNORE).any()):
-            raise ValueError(f"{record['_where']}: no token with a loss is left for target={target!r}")
+        if alternate is not None:
+            choose = random.Random(seed * 1_000_003 + number).choice
+            other, counted = _alternate(record, alternate, target, choose)
+            sample["alternate"] = _encode_one(other, tokenizer, counted)
+        for part, what in ((sample, ""), (sample.get("alternate"), " in its alternate")):
+            if part is not None and not bool((part["labels"][1:] != IGNORE).any()):
+                raise ValueError(f"{record['_where']}: no token with a loss is left for target={target!r}{what}")
         samples.append(sample)
-    check_lengths(samples, max_length, [record.get("_where", f"record {i}") for i, record in enumerate(records)])
+    names = [record.get("_where", f"record {i}") for i, record in enumerate(records)]
+    check_lengths(samples, max_length, names)
+    if alternate is not None:
+        check_lengths([s["alternate"] for s in samples], max_length, [f"the alternate of {name}" for name in names])
     return samples
+
+
+def _alternate(record: Mapping, kind: str, target: str, choose: Callable[[Sequence], Any]) -> tuple[dict, str]:
+    """The record with its alternate for an answer, and the target that counts its tokens."""
+    where = record["_where"]
+    if kind == "wrong":
+        if "question" not in record:
+            raise ValueError(
+                f"{where}: a wrong answer is one of a question's choices, and this line has the keys "
+                f"{sorted(set(record) - {'_where'})}: give question lines, or your own alternates to an objective that "
+                "takes them (dpo)"
+            )
+        wrong = [i for i in range(len(record["choices"])) if i != record["answer"]]
+        return {**record, "answer": choose(wrong)}, target
+    if kind == "given":
+        answer = record.get("alternate")
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(f"{where}: 'alternate' must be a non-empty string, the second answer, got {answer!r}")
+        if "question" not in record and "text" in record:
+            return {"text": answer, "_where": where}, target
+    else:
+        answer = choose(REFUSALS)
+    target = "answer" if target in ("letter", "number") else target
+    if "question" in record:
+        return {"prompt": question_prompt(record), "completion": answer, "_where": where}, target
+    if "text" in record:
+        raise ValueError(f"{where}: a text line asks nothing that could be refused: use prompt + completion lines")
+    if "prompt" in record:
+        return {**record, "completion": answer}, target
+    messages = list(record["messages"])
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+    if last is None:
+        raise ValueError(f"{where}: no assistant message to learn from")
+    return {**record, "messages": [*messages[:last], {**messages[last], "content": answer}]}, target
 
 
 def check_lengths(samples: Sequence[Sample], max_length: int | None, names: Sequence[str] | None = None) -> None:
@@ -263,6 +331,34 @@ def _chat(record: Mapping, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
 # ---------------------------------------------------------------- packing
 
 
+def _index(function: Callable[[PackedBatch], Any]) -> functools.cached_property:
+    """A cached property made of integers alone: worked out on the host, and sent to the batch's device without a wait
+    for what runs there."""
+
+    def value(self: PackedBatch) -> Any:
+        if self.host is self:
+            return function(self)
+        found = getattr(self.host, function.__name__)
+        if isinstance(found, tuple):
+            return tuple(send(x, self.device) for x in found)
+        return None if found is None else send(found, self.device)
+
+    value.__doc__ = function.__doc__
+    return functools.cached_property(value)
+
+
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on `device`. The copy goes through pinned memory, so that the host does not wait for a GPU."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def grid(first: torch.Tensor, counts: torch.Tensor, width: int) -> torch.Tensor:
+    """(B * width,) int64: item number at each place of a right-padded (B, width) grid whose row i holds the items
+    first[i], ..., first[i] + counts[i] - 1; a padded place repeats first[i]."""
+    place = torch.arange(width)
+    return (first[:, None] + torch.where(place < counts[:, None], place, 0)).flatten()
+
+
 @dataclasses.dataclass
 class PackedBatch:
     """B samples end to end, T tokens in all, no padding.
@@ -277,6 +373,7 @@ class PackedBatch:
     lengths: list[int]
     hidden: torch.Tensor | None = None
     layer: int = 0
+    _host: PackedBatch | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def num_samples(self) -> int:
@@ -286,87 +383,107 @@ class PackedBatch:
     def num_tokens(self) -> int:
         return self.input_ids.numel()
 
+    @property
+    def device(self) -> torch.device:
+        return self.input_ids.device
+
+    @property
+    def host(self) -> PackedBatch:
+        """The same batch in main memory; itself if it is there."""
+        if self.device.type == "cpu":
+            return self
+        if self._host is None:
+            tensors = (x.cpu() for x in (self.input_ids, self.labels, self.position_ids))
+            self._host = PackedBatch(*tensors, self.lengths)
+        return self._host
+
     @functools.cached_property
+    def row_counts(self) -> list[int]:
+        """How many labelled rows each sample has."""
+        return self.host.rows_per_sample.tolist()
+
+    @_index
     def cu_seqlens(self) -> torch.Tensor:
         """(B+1,) int64 offsets: sample i holds the tokens cu_seqlens[i]:cu_seqlens[i+1]."""
-        return torch.tensor([0, *self.lengths]).cumsum(0).to(self.input_ids.device)
+        return torch.tensor([0, *self.lengths]).cumsum(0)
 
-    @functools.cached_property
+    @_index
     def sample_of_token(self) -> torch.Tensor:
         """(T,) int64: the sample that each token belongs to."""
-        lengths = torch.tensor(self.lengths, device=self.input_ids.device)
-        return torch.repeat_interleave(torch.arange(len(self.lengths), device=lengths.device), lengths)
+        return torch.repeat_interleave(torch.arange(self.num_samples), torch.tensor(self.lengths))
 
-    @functools.cached_property
+    @_index
     def rows(self) -> torch.Tensor:
         """(R,) int64: the positions whose next token has a label. Only these need the head."""
         follows = self.position_ids[1:] != 0  # a sample's first token follows nothing
         return torch.nonzero(follows & (self.labels[1:] != IGNORE)).squeeze(1)
 
-    @functools.cached_property
+    @_index
     def targets(self) -> torch.Tensor:
         """(R,) int64: the token to be predicted at each of `rows`."""
         return self.labels[self.rows + 1]
 
-    @functools.cached_property
+    @_index
     def row_sample(self) -> torch.Tensor:
         """(R,) int64: the sample of each of `rows`."""
         return self.sample_of_token[self.rows]
 
-    @functools.cached_property
+    @_index
     def rows_per_sample(self) -> torch.Tensor:
         """(B,) int64: how many labelled rows each sample has."""
         return torch.bincount(self.row_sample, minlength=self.num_samples)
 
-    @functools.cached_property
+    @_index
     def pad_index(self) -> torch.Tensor | None:
         """(B * Lmax,) int64: the packed token at each place of the right-padded (B, Lmax) grid; a padded place
         repeats its sample's first token, so that it stays finite. None where no place is padded."""
         longest = max(self.lengths)
         if min(self.lengths) == longest:
             return None
-        place = torch.arange(longest, device=self.input_ids.device)
-        length = torch.tensor(self.lengths, device=place.device)[:, None]
-        inside = torch.where(place < length, place, 0)
-        return (self.cu_seqlens[:-1, None] + inside).flatten()
+        return grid(self.cu_seqlens[:-1], torch.tensor(self.lengths), longest)
 
-    @functools.cached_property
+    @_index
     def unpad_index(self) -> torch.Tensor:
         """(T,) int64: the place of each packed token in the flattened (B, Lmax) grid."""
         return self.sample_of_token * max(self.lengths) + self.position_ids
 
-    @functools.cached_property
+    @_index
     def row_grid(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The labelled rows as a right-padded (B, Rmax) grid: (B * Rmax,) which of `rows` is at each place (padded
         places repeat one), (R,) the place of each of `rows` in the flattened grid, and (B, Rmax) the position in its
         sample of each place's token."""
+        return self.row_grid_of(max(1, *self.row_counts))
+
+    def row_grid_of(self, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`row_grid` of a batch on the host, for a grid of `width` places a sample, Rmax or more."""
         first = self.rows_per_sample.cumsum(0) - self.rows_per_sample
-        most = max(1, int(self.rows_per_sample.max()))
-        place = torch.arange(most, device=self.rows.device)
-        inside = torch.where(place < self.rows_per_sample[:, None], place, 0)
-        index = (first[:, None] + inside).clamp(max=len(self.rows) - 1)
-        number = torch.arange(len(self.rows), device=self.rows.device)
-        back = self.row_sample * most + number - first[self.row_sample]
-        return index.flatten(), back, self.position_ids[self.rows][index]
+        index = grid(first, self.rows_per_sample, width).clamp(max=len(self.rows) - 1)
+        back = self.row_sample * width + torch.arange(len(self.rows)) - first[self.row_sample]
+        return index, back, self.position_ids[self.rows][index].view(-1, width)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        if self.input_ids.device == torch.device(device):
+        """The batch on `device`; from the host without a wait for what runs there."""
+        device = torch.device(device)
+        if self.device == device:
             return self
-        move = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return PackedBatch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in move.items()})
+        host = self.host
+        tensors = (send(x, device) for x in (host.input_ids, host.labels, host.position_ids))
+        hidden = None if self.hidden is None else self.hidden.to(device)
+        return PackedBatch(*tensors, self.lengths, hidden, self.layer, host)
 
 
 def pack(samples: Sequence[Sample], hidden: torch.Tensor | None = None, layer: int = 0) -> PackedBatch:
-    """Puts samples end to end. `hidden` (T, D): their activations at the input of `layer`, in the same order."""
+    """Puts samples end to end, in main memory. `hidden` (T, D), on any device: their activations at the input of
+    `layer`, in the same order."""
     if not samples:
         raise ValueError("an empty batch: expected at least one sample")
     lengths = [len(sample["input_ids"]) for sample in samples]
     if min(lengths) == 0:
         raise ValueError(f"sample {lengths.index(0)} of the batch has no token")
     return PackedBatch(
-        input_ids=torch.cat([sample["input_ids"] for sample in samples]),
-        labels=torch.cat([sample["labels"] for sample in samples]),
-        position_ids=torch.cat([torch.arange(n) for n in lengths]).to(samples[0]["input_ids"].device),
+        input_ids=torch.cat([sample["input_ids"] for sample in samples]).cpu(),
+        labels=torch.cat([sample["labels"] for sample in samples]).cpu(),
+        position_ids=torch.cat([torch.arange(n) for n in lengths]),
         lengths=lengths,
         hidden=hidden,
         layer=layer,
@@ -411,3 +528,23 @@ def as_samples(samples: Iterable[Any]) -> list[Sample]:
     if not result:
         raise ValueError("no samples: expected at least one")
     return result
+
+
+def with_alternates(batch: Any) -> tuple[list[Sample], list[Sample] | None]:
+    """`as_samples` of samples or padded batches, and of their alternates in the same order (None where none has one).
+
+    An item holds its alternate, of its own form, under "alternate"; {"original": ..., "alternate": ...} is understood
+    too. ValueError if only some have one, or if the numbers of samples differ.
+    """
+    items = [batch] if isinstance(batch, Mapping) else list(batch)
+    originals = [item.get("original", item) if isinstance(item, Mapping) else item for item in items]
+    samples = as_samples(originals)
+    others = [item.get("alternate") if isinstance(item, Mapping) else None for item in items]
+    if all(other is None for other in others):
+        return samples, None
+    if any(other is None for other in others):
+        raise ValueError(f"sample {[o is None for o in others].index(True)} has no alternate, and others have one")
+    alternates = as_samples(others)
+    if len(alternates) != len(samples):
+        raise ValueError(f"{len(samples)} samples with {len(alternates)} alternates: expected one alternate a sample")
+    return samples, alternates

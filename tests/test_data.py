@@ -454,3 +454,32 @@ def test_packed_batch_against_a_loop(lengths):
             )  # even a padded place is its own sample's
     else:
         assert batch.pad_index is None
+
+
+INDICES = "cu_seqlens sample_of_token rows targets row_sample rows_per_sample pad_index unpad_index row_grid row_counts".split()
+
+
+@pytest.mark.parametrize("lengths", [[3, 5, 2], [4, 4]])
+def test_index_tensors_are_made_on_the_host(lengths):
+    """On the meta device nothing can be read back: what a batch there knows of its tokens, it knows from the host."""
+    samples = [{"input_ids": torch.arange(n) + 3, "labels": torch.arange(n) + 3} for n in lengths]
+    batch = pack(samples)
+    moved = batch.to("meta")
+    assert moved.device.type == "meta" and moved.host is batch and batch.host is batch
+    for name in INDICES:
+        mine, its = getattr(batch, name), getattr(moved, name)
+        if name == "row_counts":
+            assert its == mine == [n - 1 for n in lengths]
+        elif mine is None:
+            assert its is None and name == "pad_index" and len(set(lengths)) == 1
+        else:
+            for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (mine, its)), strict=True):
+                assert b.device.type == "meta" and b.shape == a.shape and b.dtype == a.dtype == torch.int64
+    back = moved.to("cpu")
+    assert torch.equal(back.input_ids, batch.input_ids) and torch.equal(back.rows, batch.rows)
+
+
+def test_pack_takes_samples_of_any_device_to_the_host():
+    batch = pack([{"input_ids": torch.tensor([5, 6]), "labels": torch.tensor([5, 6])}], torch.zeros(2, 4), 3)
+    assert batch.device.type == "cpu" and batch.layer == 3
+    assert batch.to("meta").hidden.device.type == "meta"
