@@ -351,6 +351,17 @@ def _offset(weight: torch.Tensor, offset: float) -> torch.Tensor:
 LOGITS_CHUNK = 1 << 23
 
 
+def head_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """`softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`, (R, V), in fp32 (fp64) from the product on."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if scale != 1.0:
+        logits *= scale
+    return logits if softcap is None else torch.tanh_(logits.div_(softcap)).mul_(softcap)
+
+
 def linear_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -384,11 +395,7 @@ def linear_loss(
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
         x = hidden[part]
-        logits = torch.nn.functional.linear(x, weight, bias).to(wide)
-        if scale != 1.0:
-            logits *= scale
-        if softcap is not None:
-            logits = torch.tanh_(logits.div_(softcap)).mul_(softcap)
+        logits = head_logits(x, weight, bias, scale, softcap)
         log_z = torch.logsumexp(logits, 1)
         target = targets[part, None]
         nll[part] = log_z - logits.gather(1, target).squeeze(1)

@@ -1,4 +1,4 @@
-"""Objectives, as one weight per labelled row on one fused linear loss.
+"""Gradient difference, as one weight per labelled row on one fused linear loss. Other objectives: `objectives`.
 
 A sample's loss is the mean negative log-likelihood (NLL, in nats) over its labelled tokens; a batch's loss is the
 mean over its samples. Gradient difference (arXiv 2203.12817; the warm-up and re-insertion objective of KUnBR) is
@@ -68,12 +68,22 @@ def linear_loss(
     for name, tensor in (("row_weights", row_weights), ("nll_cap", nll_cap)):
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} requires grad, but the loss is differentiable in hidden and the head: detach it")
+    hidden, weight, bias = operands(hidden, head)
+    return _LinearLoss.apply(hidden, weight, bias, targets, row_weights, head.scale, head.softcap, nll_cap, impl)
+
+
+def operands(hidden: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """hidden, the head's weight and bias as its operations take them: cast as nn.Linear casts them under
+    torch.autocast, and detached where gradients are off, so that none is made."""
     weight, bias = head.linear.weight, head.linear.bias
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _LinearLoss.apply(hidden, weight, bias, targets, row_weights, head.scale, head.softcap, nll_cap, impl)
+    if not torch.is_grad_enabled():
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    return hidden, weight, bias
 
 
 @torch.library.custom_op(
@@ -117,26 +127,41 @@ def _(hidden, weight, bias, targets, row_weights, nll_cap, scale, softcap, need_
 def _check(hidden, weight, bias, targets, row_weights, nll_cap, need_bias, impl) -> None:
     """Shapes, dtypes and devices; also while torch.compile traces."""
     operators.one_of("impl", impl, ("auto", *dispatch.IMPLEMENTATIONS))
-    if hidden.dtype not in operators.DTYPES:
-        raise TypeError(f"hidden is {hidden.dtype}: expected one of {', '.join(str(d) for d in operators.DTYPES)}")
     dispatch.check_dtype("linear_loss", impl, hidden.dtype)
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden is {tuple(hidden.shape)} and the head's weight {tuple(weight.shape)}: expected (R, D), the rows "
-            "that have a label, and (V, D)"
-        )
-    for name, tensor in (("the head's weight", weight), ("the head's bias", bias)):
-        if tensor is not None:
-            operators.same_kind(name, tensor, "hidden", hidden)
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"the head's bias is {tuple(bias.shape)}: expected ({weight.shape[0]},), one for each row of it"
-        )
+    check_head(hidden, weight, bias)
     if need_bias and bias is None:
         raise ValueError("need_bias=True, but the head has no bias")
-    if targets.dtype != torch.int64:
+    check_rows(hidden, targets, row_weights=row_weights, nll_cap=nll_cap)
+
+
+def check_head(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, name: str = "hidden", whose: str = "the head"
+) -> None:
+    """TypeError, ValueError unless hidden is (R, D), weight (V, D) and bias (V,) or None, of one dtype and device.
+
+    name, whose: what messages call hidden and the owner of weight and bias.
+    """
+    if hidden.dtype not in operators.DTYPES:
+        raise TypeError(f"{name} is {hidden.dtype}: expected one of {', '.join(str(d) for d in operators.DTYPES)}")
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{name} is {tuple(hidden.shape)} and {whose}'s weight {tuple(weight.shape)}: expected (R, D), the rows "
+            "that have a label, and (V, D)"
+        )
+    for part, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            operators.same_kind(f"{whose}'s {part}", tensor, name, hidden)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{whose}'s bias is {tuple(bias.shape)}: expected ({weight.shape[0]},), one for each row of it"
+        )
+
+
+def check_rows(hidden: torch.Tensor, targets: torch.Tensor | None, **others: torch.Tensor | None) -> None:
+    """TypeError, ValueError unless targets is int64 and it and the others are (R,) and on hidden's device, or None."""
+    if targets is not None and targets.dtype != torch.int64:
         raise TypeError(f"targets is {targets.dtype}: expected torch.int64")
-    for name, tensor in (("targets", targets), ("row_weights", row_weights), ("nll_cap", nll_cap)):
+    for name, tensor in {"targets": targets, **others}.items():
         if tensor is None:
             continue
         if tensor.shape != hidden.shape[:1]:
@@ -153,12 +178,17 @@ class RowWeights:
     cap: torch.Tensor | None  # (R,), infinite where a row is not capped
 
 
-def _per_sample_mean(batch: PackedBatch, sample_weight: torch.Tensor) -> torch.Tensor:
-    if not bool(batch.rows_per_sample.all()):
-        number = batch.rows_per_sample.tolist().index(0)
+def check_labelled(batch: PackedBatch) -> None:
+    """ValueError for a sample without a labelled token, which has no mean."""
+    if 0 in batch.row_counts:
+        number = batch.row_counts.index(0)
         raise ValueError(
             f"sample {number} of the batch has no token with a loss (its first token is never predicted): leave it out"
         )
+
+
+def _per_sample_mean(batch: PackedBatch, sample_weight: torch.Tensor) -> torch.Tensor:
+    check_labelled(batch)
     return (sample_weight / batch.rows_per_sample)[batch.row_sample]
 
 
@@ -178,10 +208,10 @@ def gradient_difference(
 
     forget_loss_cap: a forget token whose NLL is beyond it gets no further push (off, as published, where None).
     """
-    device, num_retain = batch.input_ids.device, batch.num_samples - num_forget
-    forget = torch.full((num_forget,), -1.0 / max(num_forget, 1), dtype=torch.float64)
-    retain = torch.full((num_retain,), retain_coeff / max(num_retain, 1), dtype=torch.float64)
-    weight = _per_sample_mean(batch, torch.cat([forget, retain]).to(device))
+    num_retain, kind = batch.num_samples - num_forget, dict(dtype=torch.float64, device=batch.device)
+    forget = torch.full((num_forget,), -1.0 / max(num_forget, 1), **kind)
+    retain = torch.full((num_retain,), retain_coeff / max(num_retain, 1), **kind)
+    weight = _per_sample_mean(batch, torch.cat([forget, retain]))
     if forget_loss_cap is None:
         return RowWeights(weight, None)
     infinite = torch.full_like(weight, float("inf"))
@@ -194,14 +224,15 @@ def mean_nll(batch: PackedBatch, nll: torch.Tensor) -> torch.Tensor:
     return total.index_add_(0, batch.row_sample, nll) / batch.rows_per_sample
 
 
-def metrics(batch: PackedBatch, num_forget: int, loss: torch.Tensor, nll: torch.Tensor) -> dict[str, float | None]:
+def metrics(
+    batch: PackedBatch, num_forget: int, loss: torch.Tensor, nll: torch.Tensor | None, num_alternate: int = 0
+) -> dict[str, float | None]:
     """What is reported of a step, from before its update: `loss` (as optimised), `tokens`, `forget_loss` and
-    `retain_loss` (mean over samples of `mean_nll`, in nats, uncapped; None where the batch has no such sample)."""
-    per_sample = mean_nll(batch, nll)
-    forget, retain = per_sample[:num_forget], per_sample[num_forget:]
-    return {
-        "loss": float(loss.detach()),
-        "forget_loss": float(forget.mean()) if len(forget) else None,
-        "retain_loss": float(retain.mean()) if len(retain) else None,
-        "tokens": batch.num_tokens,
-    }
+    `retain_loss` (mean over samples of `mean_nll`, in nats, uncapped; None where the batch has no such sample, or where
+    nll is None because no head ran). The `num_alternate` samples after the forget ones count in neither."""
+    per_sample = loss.new_empty(0) if nll is None else mean_nll(batch, nll)
+    forget, retain = per_sample[:num_forget], per_sample[num_forget + num_alternate :]
+    found = {"loss": loss.detach()}
+    found |= {name: x.mean() for name, x in (("forget_loss", forget), ("retain_loss", retain)) if len(x)}
+    numbers = torch.stack([x.double() for x in found.values()]).tolist()  # one wait for all
+    return {"forget_loss": None, "retain_loss": None, **dict(zip(found, numbers)), "tokens": batch.num_tokens}
