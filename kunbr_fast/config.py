@@ -10,21 +10,25 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from kunbr_fast import attribution
 from kunbr_fast.atomic import atomic_write
 from kunbr_fast.data import TARGETS
 from kunbr_fast.density import MODULES, REDUCTIONS
 from kunbr_fast.dispatch import IMPLEMENTATIONS
 from kunbr_fast.evaluation.accuracy import SCORINGS
+from kunbr_fast.objectives import OBJECTIVES, RETAIN_LOSSES, Criterion, check_options
 from kunbr_fast.optim import OPTIMIZERS
 from kunbr_fast.prefix_cache import STORAGES
 from kunbr_fast.reinsertion import INSERTIONS
 
 _CHOICES = {
     "target": TARGETS,
+    "retain_loss": tuple(RETAIN_LOSSES),
     "warmup_optimizer": OPTIMIZERS,
     "modules": MODULES,
     "reduction": REDUCTIONS,
     "insertion": INSERTIONS,
+    "mask": ("none", *attribution.METHODS),
     "optimizer": OPTIMIZERS,
     "cache": STORAGES,
     "scoring": SCORINGS,
@@ -35,7 +39,10 @@ _CHOICES = {
 
 def setting(default: Any, text: str, stage: str) -> Any:
     """A field with its help text, and the stage whose result it changes."""
-    kind = {"default_factory": lambda: default} if isinstance(default, tuple) else {"default": default}
+    if isinstance(default, dict):
+        kind = {"default_factory": lambda: dict(default)}
+    else:
+        kind = {"default_factory": lambda: default} if isinstance(default, tuple) else {"default": default}
     return dataclasses.field(**kind, metadata={"help": text, "stage": stage})
 
 
@@ -52,9 +59,20 @@ class KUnBRConfig:
     seed: int = setting(0, "seed of every data order", "data")
     batch_size: int = setting(6, "forget samples in a step", "data")
     retain_batch_size: int | None = setting(None, "retain samples in a step (default: batch_size)", "data")
+    objective: str = setting(
+        "gradient_difference", f"what the blocks (and the warm-up) minimise: {', '.join(OBJECTIVES)}", "data"
+    )
+    objective_options: dict[str, Any] = setting({}, "the objective's own settings, such as beta", "data")
+    retain_loss: str = setting(
+        "nll",
+        "nll; kl: KL(original || now) over labelled tokens; kl_all: over all; hidden_mse: of the final hidden states",
+        "data",
+    )
     retain_coeff: float = setting(1.0, "weight of the retain loss", "training")
     forget_loss_cap: float | None = setting(
-        None, "a forget token whose NLL (nats) is beyond this gets no further push; off as published", "training"
+        None,
+        "a forget token whose NLL (nats) is beyond this gets no further push; off as published (gradient_difference, ga)",
+        "training",
     )
     weight_decay: float = setting(0.0, "of warm-up and blocks", "training")
     max_retain_loss: float | None = setting(
@@ -64,6 +82,8 @@ class KUnBRConfig:
     )
 
     warmup_epochs: int = setting(3, "epochs of the full-parameter warm-up", "warmup")
+    warmup_objective: str | None = setting(None, "objective of the warm-up (default: objective)", "data")
+    warmup_objective_options: dict[str, Any] = setting({}, "options of warmup_objective", "data")
     warmup_lr: float = setting(2e-7, "learning rate of the warm-up", "warmup")
     warmup_optimizer: str = setting("lion", "lion or adamw", "warmup")
 
@@ -85,6 +105,14 @@ class KUnBRConfig:
     block_lr: float = setting(2e-7, "learning rate of the block", "blocks")
     optimizer: str = setting("lion", "lion or adamw, started anew at each visit", "blocks")
     master_weights: bool = setting(True, "fp32 copies of half-precision block weights for the optimiser", "blocks")
+    mask: str = setting(
+        "none",
+        f"the weights of a block that may change: none is all of them, or {', '.join(attribution.METHODS)}",
+        "blocks",
+    )
+    mask_ratio: float | None = setting(
+        None, "the part of the mask's scores that is chosen (default: as published)", "blocks"
+    )
     cache: str = setting("auto", "where the prefix cache lies: device, host, file or auto", "none")
     checkpoint_every: int | None = setting(None, "steps between checkpoints (default: an epoch)", "none")
 
@@ -99,6 +127,11 @@ class KUnBRConfig:
     gradient_checkpointing: bool = setting(
         False,
         "keep only each layer's input for the backward pass, and run the layer again there: less memory, the same result",
+        "none",
+    )
+    cuda_graphs: bool = setting(
+        False,
+        "capture a block's steps as CUDA graphs (gradient difference and ga; no GPU has run it)",
         "none",
     )
     impl: str = setting("auto", "auto, cuda, triton or torch", "none")
@@ -124,6 +157,47 @@ class KUnBRConfig:
                 raise ValueError(f"{name}={value}: expected above 0")
         if not self.rtt_lrs or min(self.rtt_lrs) <= 0:
             raise ValueError(f"rtt_lrs={self.rtt_lrs}: expected one or more learning rates above 0")
+        self._check_objectives()
+        rule = attribution.RULES.get(self.mask, {})
+        if self.mask_ratio is not None and (self.mask == "none" or "threshold" in rule):
+            raise ValueError(f"mask_ratio={self.mask_ratio}: mask {self.mask} takes none: leave it out")
+        if self.mask_ratio is not None and not 0 < self.mask_ratio <= 1:
+            raise ValueError(f"mask_ratio={self.mask_ratio}: expected above 0 and at most 1")
+        if self.mask != "none" and self.mask_ratio is None and not rule:
+            raise ValueError(f"mask {self.mask} has no published ratio: give mask_ratio")
+
+    def _check_objectives(self) -> None:
+        both = self.criterion(range(1)), self.criterion(range(1), warmup=True)  # which layers there are the model says
+        if self.warmup_objective is None and self.warmup_objective_options:
+            raise ValueError("warmup_objective_options without a warmup_objective: give objective_options, or both")
+        if self.forget_loss_cap is not None and not any("forget_loss_cap" in c.options for c in both):
+            raise ValueError(f"forget_loss_cap={self.forget_loss_cap}: {self.objective} has none: leave it out")
+        if self.retain_loss not in {c.retain_loss for c in both}:
+            own = "has its own retain term" if both[0].objective.states else "has no retain term"
+            raise ValueError(f"retain_loss={self.retain_loss!r}: {self.objective} {own}: leave it out")
+        kinds = {c.alternate for c in both if c.alternate is not None}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{self.objective} and {self.warmup_objective} need different second answers ({', '.join(sorted(kinds))}): "
+                "a run has one alternate for each forget record"
+            )
+
+    def criterion(self, block: range | None = None, warmup: bool = False) -> Criterion:
+        """What the steps on `block` minimise, or those of the warm-up (block None: all layers are trained)."""
+        objective, options = self.objective, self.objective_options
+        if warmup and self.warmup_objective is not None:
+            objective, options = self.warmup_objective, self.warmup_objective_options
+        check_options(objective, options)
+        found = OBJECTIVES[objective]
+        return Criterion(
+            objective,
+            options,
+            # of two objectives one may not take a setting that is there for the other
+            retain_loss=self.retain_loss if found.retain and not found.states else "nll",
+            retain_coeff=self.retain_coeff,
+            forget_loss_cap=self.forget_loss_cap if "forget_loss_cap" in found.options else None,
+            block=block,
+        )
 
     def _at_least(self, name: str, least: float) -> None:
         if not getattr(self, name) >= least:
@@ -134,6 +208,10 @@ class KUnBRConfig:
         kinds = get_args(hint) or (hint,)
         if value is None and type(None) in kinds:
             return None
+        if name.endswith("_options"):
+            if not isinstance(value, dict):
+                raise ValueError(f"{name}={value!r}: expected a mapping such as {{beta: 0.1}}")
+            return dict(value)
         if name == "rtt_lrs":
             if isinstance(value, (int, float)):
                 value = (value,)
@@ -198,9 +276,9 @@ class KUnBRConfig:
 
     def changed(self, other: dict[str, Any]) -> dict[str, str]:
         """The settings that differ from `other` (a `to_dict`), each with the stage whose result it changes."""
-        mine = self.to_dict()
+        mine, default = self.to_dict(), type(self)().to_dict()  # a run of an older version lacks newer settings
         return {
             field.name: field.metadata["stage"]
             for field in dataclasses.fields(self)
-            if mine[field.name] != other.get(field.name) and field.metadata["stage"] != "none"
+            if mine[field.name] != other.get(field.name, default[field.name]) and field.metadata["stage"] != "none"
         }

@@ -20,7 +20,7 @@ from kunbr_fast.weights import open_tensors
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _directory(path: str | Path) -> Path:
+def model_directory(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such directory: expected a local Hugging Face model directory")
@@ -35,7 +35,7 @@ def _directory(path: str | Path) -> Path:
 
 def load_model(path: str | Path, dtype: str | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """A causal language model from a local directory, in eval mode; dtype: a name of DTYPES (default: as saved)."""
-    path = _directory(path)
+    path = model_directory(path)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
     for file in sorted(path.glob("*.safetensors")):
@@ -67,7 +67,7 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
 
 def load_tokenizer(path: str | Path) -> Any:
     """The directory's own tokenizer."""
-    path = _directory(path)
+    path = model_directory(path)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")):
         raise ValueError(
             f"{path}: no tokenizer (tokenizer.json): save one with tokenizer.save_pretrained({str(path)!r})"

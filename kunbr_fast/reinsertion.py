@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from kunbr_fast import losses
 from kunbr_fast.blocks import check_block
 from kunbr_fast.data import PackedBatch, as_samples, pack
 from kunbr_fast.decoder import Decoder
-from kunbr_fast.dispatch import resolve
+from kunbr_fast.dispatch import Unavailable, resolve
+from kunbr_fast.graphs import StepGraphs
+from kunbr_fast.losses import RowWeights, linear_loss
+from kunbr_fast.objectives import Criterion, Reference, measure
 from kunbr_fast.optim import FlatBuffer, make_optimizer, warn_if_updates_vanish
 from kunbr_fast.patch import fused
 from kunbr_fast.training import Diverged, finite, frozen
@@ -51,6 +53,29 @@ def _values(unlearned: nn.Module | Mapping[str, torch.Tensor], names: Iterable[s
     return {name: source[name] for name in names}
 
 
+def _masks(
+    mask: Mapping[str, torch.Tensor], decoder: Decoder, block: range, parameters: Mapping[str, nn.Parameter]
+) -> list[torch.Tensor | None]:
+    """Each of the block's parameters' mask, None where it has none; names of other parameters of the model are left out."""
+    known = {name for name, _ in decoder.model.named_parameters(remove_duplicate=False)}
+    for name, part in mask.items():
+        if name not in known:
+            raise ValueError(
+                f"mask: {decoder.name} has no parameter {name}: a mask goes by names of named_parameters()"
+            )
+        if not isinstance(part, torch.Tensor) or part.dtype != torch.bool:
+            got = part.dtype if isinstance(part, torch.Tensor) else type(part).__name__
+            raise TypeError(f"mask of {name} is {got}: expected a torch.bool tensor, True where the weight may change")
+        if name in parameters and part.shape != parameters[name].shape:
+            raise ValueError(
+                f"mask of {name} is {tuple(part.shape)}: expected {tuple(parameters[name].shape)}, its shape"
+            )
+    masks = [mask.get(name) for name in parameters]
+    if not any(part is None or bool(part.any()) for part in masks):
+        raise ValueError(f"the mask lets no weight of block {block.start}-{block.stop - 1} change: leave the block out")
+    return masks
+
+
 class BlockTraining:
     """The active block inside the original model. Made by `reinserted`."""
 
@@ -60,19 +85,20 @@ class BlockTraining:
         block: range,
         values: Mapping[str, torch.Tensor],
         *,
+        criterion: Criterion,
         lr: float,
-        retain_coeff: float,
         optimizer: str,
         betas: tuple[float, float] | None,
         weight_decay: float,
-        forget_loss_cap: float | None,
         master_weights: bool,
         gradient_checkpointing: bool,
         impl: str,
+        mask: Mapping[str, torch.Tensor] | None = None,
+        cuda_graphs: bool = False,
     ):
         self.decoder, self.block = decoder, block
         self.gradient_checkpointing, self.impl = gradient_checkpointing, impl
-        self.retain_coeff, self.forget_loss_cap = retain_coeff, forget_loss_cap
+        self.criterion = criterion
         self.parameters = block_tensors(decoder, block)
         for name, parameter in self.parameters.items():
             value = values[name]
@@ -84,11 +110,12 @@ class BlockTraining:
                 raise ValueError(
                     f"{name}: the unlearned model holds NaN or infinite values here; its training diverged"
                 )
+        masks = None if mask is None else _masks(mask, decoder, block, self.parameters)
         self._kept = {name: (p.data, p.grad) for name, p in self.parameters.items()}
         params = list(self.parameters.values())
         try:
             with torch.no_grad():
-                self.flat = FlatBuffer(params, [values[name] for name in self.parameters], master_weights)
+                self.flat = FlatBuffer(params, [values[name] for name in self.parameters], master_weights, masks)
             self.optimizer = make_optimizer(optimizer, [self.flat.param], lr, betas, weight_decay, impl=impl)
             warn_if_updates_vanish([self.flat.param], lr, "use master_weights=True or a float32 model")
         except BaseException:
@@ -97,49 +124,123 @@ class BlockTraining:
         for parameter in params:
             parameter.requires_grad_(True)
         self.steps = 0
+        self._graphs = StepGraphs(decoder, self._weighted, self.flat.grad.zero_) if cuda_graphs else None
 
     # ------------------------------------------------ training
 
-    def step(self, forget_batch: Any, retain_batch: Any = None) -> dict[str, float | None]:
-        """One update of the block by gradient difference.
+    def step(self, forget_batch: Any, retain_batch: Any = None, alternate_batch: Any = None) -> dict[str, float | None]:
+        """One update of the block by the objective.
 
         forget_batch, retain_batch: sequences of samples, padded Hugging Face batches, or (from a prefix cache)
         packed batches with hidden states at the block's input. retain_batch may be None.
+        alternate_batch: of an objective that needs second answers to the forget prompts, those, in the same order; where
+        it is None they come from forget_batch (`data.with_alternates`).
+        What the objective needs of the original model is computed here, by a forward pass with the block's original
+        weights; `step_packed` takes values that were computed once.
 
         Returns `losses.metrics`. Raises `Diverged`, with the weights as they were, if the loss or a
         gradient is not finite.
         """
-        forget = self._packed(forget_batch)
-        batch = forget if retain_batch is None else join(forget, self._packed(retain_batch))
+        if self.criterion.alternate is not None and alternate_batch is None:
+            if isinstance(forget_batch, PackedBatch):
+                raise ValueError(
+                    f"{self.criterion.objective.name} needs alternates: give them packed, as alternate_batch"
+                )
+            forget_batch, alternate_batch = self.criterion.split(forget_batch)
+        forget = batch = self._packed(forget_batch)
+        if self.criterion.alternate is not None:
+            batch = join(batch, self._packed(alternate_batch))
+        if retain_batch is not None:
+            batch = join(batch, self._packed(retain_batch))
         return self.step_packed(batch, forget.num_samples)
 
-    def step_packed(self, batch: PackedBatch, num_forget: int) -> dict[str, float | None]:
-        """`step` on one packed batch whose first `num_forget` samples are to be forgotten."""
-        loss, nll = self.loss(batch, num_forget)
-        loss.backward()
-        metrics = losses.metrics(batch, num_forget, loss, nll)
-        if not finite(loss, self.flat.grad):
+    def step_packed(
+        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
+    ) -> dict[str, float | None]:
+        """`step` on one packed batch: `num_forget` samples to be forgotten, their alternates if the objective takes them,
+        then those to be retained. reference: the original model's values for them, computed here where it is None."""
+        weights = None if self._graphs is None else self.criterion.weights(batch, num_forget)
+        if weights is None:
+            loss, nll = self.loss(batch, num_forget, reference)
+            loss.backward()
+        else:
+            self._check_layer(batch)
+            loss, nll = self._graphs(batch, weights)
+        good = finite(loss, *self.gradients())  # read after the metrics, so that the host waits once
+        metrics = self.criterion.metrics(batch, num_forget, loss, nll)
+        if not good:
             self.flat.grad.zero_()
+            self.criterion.drop()
             raise Diverged(f"block {self.block.start}-{self.block.stop - 1}, step {self.steps}", metrics)
-        self.flat.step(self.optimizer)
-        self.steps += 1
+        self.apply()
         return metrics
 
-    def loss(self, batch: PackedBatch, num_forget: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradient difference of a packed batch (scalar, differentiable in the block) and the rows' NLL (R,)."""
+    def gradients(self) -> list[torch.Tensor]:
+        """What has been accumulated, in one vector."""
+        return [self.flat.grad]
+
+    def apply(self) -> None:
+        """One update from the accumulated gradient, which is then zero again."""
+        self.flat.step(self.optimizer)
+        self.criterion.advance()
+        self.steps += 1
+
+    def loss(
+        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The objective of a packed batch (scalar, differentiable in the block) and the rows' NLL (R,), as
+        `Criterion.__call__`; arguments as in `step_packed`."""
         decoder = self.decoder
+        self._check_layer(batch)
+        hidden = self._input(batch)
+        if reference is None and self.criterion.needs:
+            parts = self.criterion.parts(batch, num_forget)
+            with self._original():
+                reference = measure(
+                    decoder, batch, parts, self.criterion.needs, start=self.block.start, hidden=hidden, impl=self.impl
+                )
+        return self.criterion(
+            decoder,
+            batch,
+            num_forget,
+            start=self.block.start,
+            hidden=hidden,
+            checkpoint=self.gradient_checkpointing,
+            impl=self.impl,
+            reference=reference,
+        )
+
+    def _weighted(self, batch: PackedBatch, rows: RowWeights) -> tuple[torch.Tensor, torch.Tensor]:
+        """`loss` of rows whose weights are known."""
+        decoder, hidden = self.decoder, self._input(batch)
+        out = decoder.run(batch, self.block.start, None, hidden, self.gradient_checkpointing, rows=True)
+        final = decoder.final(out)
+        return linear_loss(final, decoder.head, batch.targets, rows.weight, rows.cap, impl=self.impl)
+
+    def _input(self, batch: PackedBatch) -> torch.Tensor:
+        """(T, D) at the block's input."""
+        if batch.hidden is not None:
+            return batch.hidden
+        with torch.no_grad():
+            return self.decoder.run(batch, 0, self.block.start)
+
+    def _check_layer(self, batch: PackedBatch) -> None:
         if batch.hidden is not None and batch.layer != self.block.start:
             raise ValueError(
                 f"the batch holds the input of layer {batch.layer}, the block begins at layer {self.block.start}"
             )
-        hidden = batch.hidden
-        if hidden is None:
-            with torch.no_grad():
-                hidden = decoder.run(batch, 0, self.block.start)
-        rows = losses.gradient_difference(batch, num_forget, self.retain_coeff, self.forget_loss_cap)
-        out = decoder.run(batch, self.block.start, None, hidden, self.gradient_checkpointing, rows=True)
-        hidden = decoder.final(out)
-        return losses.linear_loss(hidden, decoder.head, batch.targets, rows.weight, rows.cap, impl=self.impl)
+
+    @contextlib.contextmanager
+    def _original(self) -> Iterator[None]:
+        """Inside, the block has the original's weights."""
+        active = {name: parameter.data for name, parameter in self.parameters.items()}
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.data = self._kept[name][0]
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = active[name]
 
     def _packed(self, batch: Any) -> PackedBatch:
         batch = batch if isinstance(batch, PackedBatch) else pack(as_samples(batch))
@@ -152,14 +253,16 @@ class BlockTraining:
         return {name: parameter.data for name, parameter in self.parameters.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything that training needs to go on: weights, optimiser state. The tensors themselves: later steps
+        """Everything that training needs to go on: weights, optimiser state, the criterion's. The tensors themselves: later steps
         change them."""
         inner = self.optimizer.state[self.flat.param]
-        return {**self.flat.state(), **{f"optimizer.{key}": torch.as_tensor(value) for key, value in inner.items()}}
+        inner = {f"optimizer.{key}": torch.as_tensor(value) for key, value in inner.items()}
+        return {**self.flat.state(), **inner, **self.criterion.state()}
 
     def load_state(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
         """Takes up a `state()` after `steps` steps; the next steps give the same bits as uninterrupted ones."""
         self.flat.load(state)
+        self.criterion.load_state(state)
         prefix = "optimizer."
         inner = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
         device = self.flat.param.device
@@ -180,6 +283,11 @@ class BlockTraining:
         self.take_out()
         for name, value in trained.items():
             self.parameters[name].copy_(value)
+
+
+def check_cuda_graphs(asked: bool, device: torch.device) -> None:
+    if asked and device.type != "cuda":
+        raise Unavailable(f"cuda_graphs=True: the model is on {device}, not on a CUDA device")
 
 
 def join(first: PackedBatch, second: PackedBatch) -> PackedBatch:
@@ -204,6 +312,10 @@ def reinserted(
     lr: float,
     retain_coeff: float = 1.0,
     *,
+    objective: str = "gradient_difference",
+    objective_options: Mapping[str, Any] | None = None,
+    retain_loss: str = "nll",
+    criterion: Criterion | None = None,
     optimizer: str = "lion",
     betas: tuple[float, float] | None = None,
     weight_decay: float = 0.0,
@@ -211,6 +323,8 @@ def reinserted(
     insertion: str = "independent",
     master_weights: bool = True,
     gradient_checkpointing: bool = False,
+    mask: Mapping[str, torch.Tensor] | None = None,
+    cuda_graphs: bool = False,
     impl: str = "auto",
 ) -> Iterator[BlockTraining]:
     """Puts a block of `unlearned` into `original`, and yields a `BlockTraining` whose `step` trains it there.
@@ -224,19 +338,45 @@ def reinserted(
     On a normal exit the trained block is moved into `unlearned`. The original's weights, gradients and
     requires_grad flags are put back exactly, also after an exception (which leaves `unlearned` as it was);
     with insertion="cumulative" the trained block stays in the original for the next ones.
+    objective, objective_options, retain_loss: what a step minimises, by name; see `kunbr_fast.objectives`. criterion: the
+    same as an object, in place of these, of retain_coeff and of forget_loss_cap.
     master_weights: fp32 copies of half-precision block weights for the optimiser.
     gradient_checkpointing: keep only the input of each layer above the prefix for the backward pass, and run the layer
     again there. The result is the same.
+    mask: for some of the block's parameters, by name, a bool tensor of its shape: where it is False the weight keeps its
+    bits (M_u's), whatever optimiser and weight decay. `attribute(...).mask()` makes them; names outside the block have
+    no effect, and what has no mask may change everywhere.
+    cuda_graphs: steps run in buckets of fixed sizes, each captured once as a CUDA graph (`kunbr_fast.graphs`), where the
+    objective's weights are known before the pass (gradient difference, ga). No GPU has run it.
     impl: who runs the fused layers (`patched`), the loss and the optimiser.
 
-    Errors: ValueError for another architecture, shapes that differ, weights that are not finite or tied, and for
-    one and the same model given as both.
+    Errors: ValueError for an objective or options that do not exist, for another architecture, shapes that differ, weights
+    that are not finite or tied, and for one and the same model given as both; `dispatch.Unavailable` for an impl, or CUDA
+    graphs, that cannot run here.
     """
     if insertion not in INSERTIONS:
         raise ValueError(f"insertion={insertion!r}: expected one of {', '.join(INSERTIONS)}")
     decoder = original if isinstance(original, Decoder) else Decoder(original)
+    check_block(block, decoder.num_layers)
+    given = (objective, objective_options or None, retain_loss, retain_coeff, forget_loss_cap)
+    if criterion is not None and given != ("gradient_difference", None, "nll", 1.0, None):
+        raise ValueError(
+            "criterion= stands for objective, objective_options, retain_loss, retain_coeff and forget_loss_cap: give "
+            "those or it"
+        )
+    if criterion is None:
+        criterion = Criterion(
+            objective,
+            objective_options,
+            retain_loss=retain_loss,
+            retain_coeff=retain_coeff,
+            forget_loss_cap=forget_loss_cap,
+            block=block,
+        )
+    criterion.check_layer(decoder.num_layers, block)
     for operation in ("linear_loss", optimizer):
         resolve(operation, impl, decoder.device)
+    check_cuda_graphs(cuda_graphs, decoder.device)
     if unlearned is decoder.model:
         raise ValueError("the unlearned model is the original itself: give a copy, or a mapping with its own weights")
     names = list(block_tensors(decoder, block))
@@ -245,15 +385,16 @@ def reinserted(
             decoder,
             block,
             _values(unlearned, names),  # not kept here: what comes from a file is in memory for a moment only
+            criterion=criterion,
             lr=lr,
-            retain_coeff=retain_coeff,
             optimizer=optimizer,
             betas=betas,
             weight_decay=weight_decay,
-            forget_loss_cap=forget_loss_cap,
             master_weights=master_weights,
             gradient_checkpointing=gradient_checkpointing,
             impl=impl,
+            mask=mask,
+            cuda_graphs=cuda_graphs,
         )
         try:
             yield training

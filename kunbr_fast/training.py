@@ -12,6 +12,7 @@ from tqdm import tqdm
 from kunbr_fast import losses
 from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.decoder import Decoder
+from kunbr_fast.objectives import Criterion, Reference
 from kunbr_fast.optim import make_optimizer, warn_if_updates_vanish
 from kunbr_fast.schedule import Schedule
 
@@ -23,8 +24,8 @@ class Diverged(RuntimeError):
         self.where, self.metrics = where, dict(metrics)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float))
         super().__init__(
-            f"diverged at {where} ({shown}). Gradient difference has no lower bound: lower the learning rate, raise "
-            "retain_coeff, set forget_loss_cap (for example 10), or train fewer epochs"
+            f"diverged at {where} ({shown}). Gradient ascent has no lower bound: lower the learning rate, raise "
+            "retain_coeff, set forget_loss_cap (for example 10), train fewer epochs, or take another objective"
         )
 
 
@@ -48,13 +49,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def finite(*tensors: torch.Tensor) -> bool:
-    """Whether all values are finite: judged by the largest of each, which unlike a sum of squares cannot overflow."""
-    return bool(torch.stack([torch.linalg.vector_norm(t.detach(), torch.inf) for t in tensors]).isfinite().all())
+def finite(*tensors: torch.Tensor) -> torch.Tensor:
+    """Whether all values are finite, as a tensor that nobody has waited for: judged by the largest of each, which unlike a
+    sum of squares cannot overflow."""
+    return torch.stack([torch.linalg.vector_norm(t.detach(), torch.inf) for t in tensors]).isfinite().all()
 
 
 class FullTraining:
     """Every parameter of the model, trained in place. Its steps take packed batches; `state` is what a resume needs.
+
+    criterion: what `step_packed` minimises (default: gradient difference). If that needs the original's logits, the head
+    is copied now, so the model must be the original; its other values are given to each step (`Reference`).
 
     Raises `Diverged`, with the weights as they were, at a step whose loss or gradient is not finite.
     """
@@ -69,8 +74,12 @@ class FullTraining:
         weight_decay: float = 0.0,
         gradient_checkpointing: bool = False,
         impl: str = "auto",
+        criterion: Criterion | None = None,
     ):
         self.decoder, self.gradient_checkpointing, self.impl = decoder, gradient_checkpointing, impl
+        self.criterion = criterion or Criterion()
+        self.criterion.check_layer(decoder.num_layers)
+        self.reference_head = self.criterion.copy_of_head(decoder.head)
         self.parameters = dict(decoder.model.named_parameters())  # a tied weight appears once
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
@@ -84,16 +93,50 @@ class FullTraining:
         out = decoder.run(batch, checkpoint=self.gradient_checkpointing, rows=True)
         hidden = decoder.final(out)
         loss, nll = losses.linear_loss(hidden, decoder.head, batch.targets, rows.weight, rows.cap, impl=self.impl)
+        return self._update(loss, losses.metrics, batch, num_forget, nll)
+
+    def step_packed(
+        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
+    ) -> dict[str, float | None]:
+        """One update by the criterion on a batch whose samples are in the order of `Criterion.parts`."""
+        loss, nll = self.loss(batch, num_forget, reference)
+        return self._update(loss, self.criterion.metrics, batch, num_forget, nll)
+
+    def loss(
+        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The criterion's loss, differentiable in every parameter, and the rows' NLL; as `Criterion.__call__`."""
+        return self.criterion(
+            self.decoder,
+            batch,
+            num_forget,
+            checkpoint=self.gradient_checkpointing,
+            impl=self.impl,
+            reference=reference,
+            reference_head=self.reference_head,
+        )
+
+    def _update(self, loss, metrics, batch: PackedBatch, num_forget: int, nll) -> dict[str, float | None]:
         loss.backward()
-        metrics = losses.metrics(batch, num_forget, loss, nll)
-        good = finite(loss, *(p.grad for p in self.parameters.values() if p.grad is not None))
-        if good:
-            self.optimizer.step()
-            self.steps += 1
-        self.optimizer.zero_grad()
+        good = finite(loss, *self.gradients())  # read after the metrics, so that the host waits once
+        found = metrics(batch, num_forget, loss, nll)
         if not good:
-            raise Diverged(f"step {self.steps}", metrics)
-        return metrics
+            self.optimizer.zero_grad()
+            self.criterion.drop()
+            raise Diverged(f"step {self.steps}", found)
+        self.apply()
+        return found
+
+    def gradients(self) -> list[torch.Tensor]:
+        """What has been accumulated; none of a parameter that no loss has depended on."""
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
+
+    def apply(self) -> None:
+        """One update from the accumulated gradients, which are then dropped."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.criterion.advance()
+        self.steps += 1
 
     def gradient_difference_step(
         self,
@@ -108,18 +151,19 @@ class FullTraining:
         return self.step(batch, rows, len(forget))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Weights and optimiser state by name. The tensors themselves: later steps change them."""
+        """Weights, optimiser and criterion state by name. The tensors themselves: later steps change them."""
         tensors = {name: parameter.data for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-        return tensors
+        return {**tensors, **self.criterion.state()}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
         """Takes up a `state()` after `steps` steps; the next steps give the same bits as uninterrupted ones."""
         for name, parameter in self.parameters.items():
             parameter.copy_(state[name])
+        self.criterion.load_state(state)
         self.optimizer.state.clear()
         for key, value in state.items():
             if key.startswith("optimizer."):

@@ -7,7 +7,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from kunbr_fast.attribution import COMPARING, attribute
 from kunbr_fast.blocks import select_blocks, selectable_blocks
 from kunbr_fast.checkpoint import RunState, fingerprint
 from kunbr_fast.config import KUnBRConfig
-from kunbr_fast.data import Sample, as_samples, check_labels, check_lengths, encode, is_question
+from kunbr_fast.data import Sample, check_labels, check_lengths, encode, is_question, pack, with_alternates
 from kunbr_fast.decoder import Decoder, check_finite
 from kunbr_fast.density import Density, knowledge_density
 from kunbr_fast.dispatch import resolve
@@ -26,12 +27,13 @@ from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import Fold, RTTConfig, RTTResult, prepare_attack, rtt_attack
 from kunbr_fast.loading import check_same_architecture, check_vocabulary
+from kunbr_fast.objectives import Criterion, Needs, Reference
 from kunbr_fast.patch import fused
 from kunbr_fast.prefix_cache import PrefixCache
-from kunbr_fast.reinsertion import BlockTraining, reinserted
+from kunbr_fast.reinsertion import BlockTraining, check_cuda_graphs, reinserted
 from kunbr_fast.schedule import Schedule
 from kunbr_fast.training import Diverged, FullTraining, frozen
-from kunbr_fast.weights import WeightSnapshot
+from kunbr_fast.weights import WeightSnapshot, load_tensors
 
 
 def unlearn(
@@ -53,7 +55,9 @@ def unlearn(
 ) -> Report:
     """Makes `model` forget, in place: warm-up, density, selection, re-insertion, merge, and the measured proof.
 
-    forget, retain: records (see kunbr_fast.data; they need `tokenizer`), samples, or padded Hugging Face batches.
+    forget, retain: records (see kunbr_fast.data; they need `tokenizer`), samples, or padded Hugging Face batches. Where
+    config.objective needs a second answer to each forget prompt, it is encoded from the record as the objective says;
+    samples and batches bring it under "alternate".
     unlearned: an M_u of the same architecture made by any method; then there is no warm-up (its weights are copied to
     disk first, and it is not changed).
     forget_questions, retain_questions: question records to measure accuracy on (default: those among forget and
@@ -76,7 +80,7 @@ def unlearn(
             work = Path(output_dir) / "work"
             work.mkdir(parents=True, exist_ok=True)
         questions = {"forget": _questions(forget_questions, forget), "retain": _questions(retain_questions, retain)}
-        run = _Run(
+        run = Run(
             model, forget, retain, config, tokenizer, unlearned, questions, folds or [], work, resume, progress, on_stage
         )  # fmt: skip
         report = run.all()
@@ -92,31 +96,53 @@ def _questions(given: Sequence[Mapping] | None, records: Sequence[Mapping]) -> l
 
 
 def to_samples(
-    data: Sequence[Mapping], tokenizer: Any, config: KUnBRConfig, decoder: Decoder, what: str
+    data: Sequence[Mapping],
+    tokenizer: Any,
+    config: KUnBRConfig,
+    decoder: Decoder,
+    what: str,
+    alternate: str | None = None,
 ) -> list[Sample]:
-    """Records (tokenised once), samples or padded batches to samples that the model can take."""
+    """Records (tokenised once), samples or padded batches to samples that the model can take. alternate: the kind of
+    second answer that each must bring, as in `encode`; of samples and batches it is what they hold."""
     if not data:
         raise ValueError(f"the {what} set is empty: expected at least one record")
     limit = min((n for n in (config.max_length, decoder.max_positions) if n is not None), default=None)
-    if "input_ids" in data[0]:
-        samples = as_samples(data)
+    if "input_ids" in data[0] or "original" in data[0]:
+        samples, others = with_alternates(data)
         names = [f"{what} sample {i}" for i in range(len(samples))]
         check_lengths(samples, limit, names)
         check_labels(samples, names)
+        if alternate is not None:
+            if others is None:
+                raise ValueError(
+                    f"the {what} set has no alternates, which {config.objective} needs ({alternate}): give records, or samples "
+                    'with a second sample under "alternate"'
+                )
+            names = [f"the alternate of {name}" for name in names]
+            check_lengths(others, limit, names)
+            check_labels(others, names)
+            samples = [{**sample, "alternate": other} for sample, other in zip(samples, others)]
     elif tokenizer is None:
         raise ValueError(f"the {what} set holds records, not tokens: give tokenizer=")
     else:
-        samples = encode(data, tokenizer, config.target, limit)
-    check_vocabulary(decoder.model, [sample["input_ids"] for sample in samples], f"the {what} set")
+        samples = encode(data, tokenizer, config.target, limit, alternate, config.seed)
+    ids = [sample["input_ids"] for sample in samples]
+    if alternate is not None:
+        ids += [sample["alternate"]["input_ids"] for sample in samples]
+    check_vocabulary(decoder.model, ids, f"the {what} set")
     return samples
 
 
-class _Run:
-    """One run: every method is a stage, skipped if its result is already there."""
+class Run:
+    """One run: every method is a stage, skipped if its result is already there.
+
+    open_state: makes the `RunState`, from its arguments."""
 
     def __init__(
-        self, model, forget, retain, config, tokenizer, unlearned, questions, folds, work, resume, progress, on_stage
-    ):
+        self, model, forget, retain, config, tokenizer, unlearned, questions, folds, work, resume, progress, on_stage,
+        open_state=RunState,
+    ):  # fmt: skip
         self.config, self.tokenizer, self.work, self.progress = config, tokenizer, work, progress
         self.given, self.questions, self.folds = unlearned, questions, folds
         self.on_stage = on_stage or (lambda text: None)
@@ -124,28 +150,43 @@ class _Run:
         # Bad settings and bad input fail now, not hours later at the stage that meets them.
         for operation in ("grad_density", "linear_loss", config.warmup_optimizer, config.optimizer):
             resolve(operation, config.impl, self.decoder.device)
-        selectable_blocks(self.decoder.num_layers, config.num_blocks, config.top_k, config.skip_last_layers)
-        self.forget = to_samples(forget, tokenizer, config, self.decoder, "forget")
+        check_cuda_graphs(config.cuda_graphs, self.decoder.device)
+        blocks = selectable_blocks(self.decoder.num_layers, config.num_blocks, config.top_k, config.skip_last_layers)
+        criteria = [config.criterion(block) for block in blocks]
+        for block, criterion in zip(blocks, criteria):
+            criterion.check_layer(self.decoder.num_layers, block)
+        if unlearned is None:
+            criteria.append(config.criterion(warmup=True))
+            criteria[-1].check_layer(self.decoder.num_layers)
+        alternate = next((c.alternate for c in criteria if c.alternate is not None), None)
+        self.forget = to_samples(forget, tokenizer, config, self.decoder, "forget", alternate)
         self.retain = to_samples(retain, tokenizer, config, self.decoder, "retain")
+        self.alternates = [sample["alternate"] for sample in self.forget] if alternate is not None else []
+        self.samples = self.forget + self.retain + self.alternates  # `members` and the reference count in it
+        self.reference = Reference({})
         check_finite(model)
         if tokenizer is None and (folds or any(questions.values())):
             raise ValueError("questions and folds hold text: give tokenizer=")
         if config.rtt and folds:
             prepare_attack(self.decoder, tokenizer, folds, rtt_config(config))
-        if unlearned is not None:
+        if isinstance(unlearned, nn.Module):
             check_same_architecture(model, unlearned, "unlearned")
             check_finite(unlearned, "the unlearned model's ")
         asked = [*questions.values(), *(part for fold in folds for part in (fold.train_records, fold.questions))]
-        self.state = RunState(work, fingerprint(model, self.forget, self.retain, *asked), config, resume)
+        if self.alternates:
+            asked.append(self.alternates)
+        self.state = open_state(work, fingerprint(model, self.forget, self.retain, *asked), config, resume)
         self.retain_limit = config.max_retain_loss or 2 * math.log(self.decoder.config.vocab_size)
 
     def all(self) -> Report:
         accuracy = {"original": self.evaluate("original")}
+        self.measure_reference()
         self.warm_up()
         if self.questions["forget"] or self.questions["retain"]:
             accuracy["unlearned"] = self.state.result("warmup")["accuracy"]
         density = self.density()
         blocks = self.select(density)
+        self.measure_reference(blocks)
         trained = self.reinsert(blocks)
         self.merge(trained)
         accuracy["result"] = self.evaluate("result")
@@ -207,26 +248,17 @@ class _Run:
             self.given = None
             return
         original = WeightSnapshot.save(model, self.work / "original.safetensors")
-        self.on_stage(f"warm-up: gradient difference on all parameters, {config.warmup_epochs} epochs")
+        name = config.criterion(warmup=True).objective.name.replace("_", " ")
+        self.on_stage(f"warm-up: {name} on all parameters, {config.warmup_epochs} epochs")
         schedule = self._schedule(config.warmup_epochs, 0)
         try:
             with frozen(model), fused(model, config.impl):
-                training = FullTraining(
-                    self.decoder,
-                    lr=config.warmup_lr,
-                    optimizer=config.warmup_optimizer,
-                    weight_decay=config.weight_decay,
-                    gradient_checkpointing=config.gradient_checkpointing,
-                    impl=config.impl,
-                )
+                training = self.full_training()
 
                 def step(forget: list[int], retain: list[int]) -> dict[str, float | None]:
-                    return training.gradient_difference_step(
-                        [self.forget[i] for i in forget],
-                        [self.retain[i] for i in retain],
-                        config.retain_coeff,
-                        config.forget_loss_cap,
-                    )
+                    indices = self.members(training.criterion, forget, retain)
+                    batch = pack([self.samples[i] for i in indices]).to(self.decoder.device)
+                    return training.step_packed(batch, len(forget), self.reference.batch(indices))
 
                 result = self._train("warmup", training, step, schedule)
             result["accuracy"] = self._accuracy("unlearned")
@@ -285,7 +317,7 @@ class _Run:
                     start = time.perf_counter()
                     if cache is None:
                         cache = PrefixCache(
-                            self.decoder, self.forget + self.retain, config.cache, self.work, progress=self.progress
+                            self.decoder, self.cached(), config.cache, self.work, progress=self.progress
                         )
                     cache.advance(block.start)
                     source = trained.get(block, unlearned)
@@ -300,32 +332,19 @@ class _Run:
     ) -> None:
         config = self.config
         values = _Values(source)
-        with reinserted(
-            self.decoder,
-            values,
-            block,
-            config.block_lr,
-            config.retain_coeff,
-            optimizer=config.optimizer,
-            weight_decay=config.weight_decay,
-            forget_loss_cap=config.forget_loss_cap,
-            insertion=config.insertion,
-            master_weights=config.master_weights,
-            gradient_checkpointing=config.gradient_checkpointing,
-            impl=config.impl,
-        ) as training:
+        with self.block_training(values, block) as training:
 
             def step(forget: list[int], retain: list[int]) -> dict[str, float | None]:
-                batch = cache.batch([*forget, *(len(self.forget) + i for i in retain)])
-                return training.step_packed(batch, len(forget))
+                indices = self.members(training.criterion, forget, retain)
+                return training.step_packed(cache.batch(indices), len(forget), self.reference.batch(indices))
 
             result = self._train(stage, training, step, self._schedule(config.block_epochs, number), start)
         self.state.finish(stage, result, values.trained)
 
     @torch.no_grad()
-    def _place(self, weights: WeightSnapshot) -> None:
+    def _place(self, weights: Mapping[str, torch.Tensor]) -> None:
         parameters = dict(self.decoder.model.named_parameters())
-        for name in weights.names():
+        for name in weights:
             parameters[name].copy_(weights[name])
 
     def merge(self, trained: dict[range, WeightSnapshot]) -> None:
@@ -355,6 +374,94 @@ class _Run:
         )
 
     # ------------------------------------------------ steps
+
+    def full_training(self) -> FullTraining:
+        config = self.config
+        return FullTraining(
+            self.decoder,
+            lr=config.warmup_lr,
+            optimizer=config.warmup_optimizer,
+            weight_decay=config.weight_decay,
+            gradient_checkpointing=config.gradient_checkpointing,
+            impl=config.impl,
+            criterion=config.criterion(warmup=True),
+        )
+
+    def block_training(
+        self, values: MutableMapping[str, torch.Tensor], block: range
+    ) -> contextlib.AbstractContextManager[BlockTraining]:
+        config = self.config
+        return reinserted(
+            self.decoder,
+            values,
+            block,
+            config.block_lr,
+            criterion=config.criterion(block),
+            optimizer=config.optimizer,
+            weight_decay=config.weight_decay,
+            insertion=config.insertion,
+            master_weights=config.master_weights,
+            gradient_checkpointing=config.gradient_checkpointing,
+            mask=None if config.mask == "none" else self.mask(block),
+            cuda_graphs=config.cuda_graphs,
+            impl=config.impl,
+        )
+
+    def mask(self, block: range) -> dict[str, torch.Tensor]:
+        """The weights of the block that may change, by all samples and the original as it stands."""
+        config = self.config
+        found = attribute(
+            self.decoder,
+            self.forget,
+            self.retain if config.mask in COMPARING else None,
+            config.mask,
+            "all",
+            blocks=[block],
+            gradient_checkpointing=config.gradient_checkpointing or None,
+            impl=config.impl,
+            progress=self.progress,
+        )
+        return found.mask(ratio=config.mask_ratio)
+
+    def cached(self) -> list[Sample]:
+        """Those of `samples` that the blocks train on."""
+        criterion = self.config.criterion(range(self.decoder.num_layers))
+        if criterion.alternate is not None:
+            return self.samples
+        return self.forget + self.retain if criterion.objective.retain else self.forget
+
+    def members(self, criterion: Criterion, forget: Sequence[int], retain: Sequence[int]) -> list[int]:
+        """The places in `samples` of a step's samples, in the order that the criterion takes them."""
+        first = len(self.forget)
+        alternates = [first + len(self.retain) + i for i in forget] if criterion.alternate is not None else []
+        return [*forget, *alternates, *(first + i for i in retain if criterion.objective.retain)]
+
+    def measure_reference(self, blocks: Sequence[range] | None = None) -> None:
+        """What the objectives need of M0, which the model must be now: of hidden layers once the blocks are known."""
+        config, needs = self.config, {}
+        if blocks is None:
+            criteria = [config.criterion(range(self.decoder.num_layers))]
+            criteria = [c for c in criteria if not c.objective.states]
+            if self.given is None and self.state.result("warmup") is None:
+                criteria.append(config.criterion(warmup=True))
+        else:
+            criteria = [c for c in map(config.criterion, blocks) if c.objective.states]
+        for criterion in criteria:
+            for kind, parts in criterion.needs.items():
+                needs[kind] = tuple(dict.fromkeys((*needs.get(kind, ()), *parts)))
+        if needs:
+            self._measure("reference" if blocks is None else "reference.blocks", needs)
+
+    def _measure(self, stage: str, needs: Needs) -> None:
+        if self.state.result(stage) is None:
+            self.on_stage("the original model's values for the objective")
+            start, model = time.perf_counter(), self.decoder.model
+            samples = {"forget": self.forget, "retain": self.retain, "alternate": self.alternates}
+            with fused(model, self.config.impl):
+                found = Reference.of(self.decoder, samples, needs, impl=self.config.impl, progress=self.progress)
+            self.state.finish(stage, {"seconds": time.perf_counter() - start}, found.tensors())
+        found = Reference.from_tensors(load_tensors(self.state.file(stage)))
+        self.reference = Reference({**self.reference.values, **found.values})
 
     def _schedule(self, epochs: int, number: int) -> Schedule:
         """Stage `number`'s own data order: 0 for the warm-up, then one for each visit of a block."""
@@ -399,30 +506,38 @@ class _Run:
                     save(number)  # the weights before the bad step
                     raise
                 self._account(stage, number, schedule, metrics, extra)
-                bar.set_postfix_str(
-                    f"forget {metrics['forget_loss']:.3f} retain {metrics['retain_loss']:.3f}", refresh=False
-                )
+                bar.set_postfix_str(_shown(metrics), refresh=False)
                 bar.update()
                 if (number + 1) % every == 0 and number + 1 < len(schedule):
                     save(number + 1)
         return {"epochs": extra["epochs"], "seconds": extra["seconds"] + time.perf_counter() - start}
 
     def _account(self, stage: str, number: int, schedule: Schedule, metrics: dict, extra: dict) -> None:
-        """Means of each epoch for the report, and the limit on the retain loss."""
-        sums = extra["sums"] or {"forget_loss": 0.0, "retain_loss": 0.0, "steps": 0}
-        for name in ("forget_loss", "retain_loss"):
-            sums[name] += metrics[name]
+        """Means of each epoch for the report, and the limit on the retain loss. A loss that the objective does not
+        measure is None throughout, and has no limit."""
+        names = ("forget_loss", "retain_loss")
+        sums = extra["sums"] or {**{name: 0.0 for name in names}, "steps": 0}
+        for name in names:
+            sums[name] = None if metrics[name] is None else sums[name] + metrics[name]
         sums["steps"] += 1
         extra["sums"] = sums
         if (number + 1) % schedule.steps_per_epoch == 0:
-            extra["epochs"].append({name: sums[name] / sums["steps"] for name in ("forget_loss", "retain_loss")})
+            extra["epochs"].append({n: None if sums[n] is None else sums[n] / sums["steps"] for n in names})
             extra["sums"] = None
+        if metrics["retain_loss"] is None:
+            return
         extra["recent"] = [*extra["recent"][-9:], metrics["retain_loss"]]
         recent = sum(extra["recent"]) / len(extra["recent"])
         if len(extra["recent"]) == 10 and recent > self.retain_limit:
             raise Diverged(
                 f"{stage}, step {number}: the retain loss is beyond max_retain_loss = {self.retain_limit:.2f}", metrics
             )
+
+
+def _shown(metrics: Mapping[str, float | None]) -> str:
+    """A step's losses for the progress bar: the NLLs, or the objective's own value where there are none."""
+    shown = [f"{n} {metrics[f'{n}_loss']:.3f}" for n in ("forget", "retain") if metrics[f"{n}_loss"] is not None]
+    return " ".join(shown) or f"loss {metrics['loss']:.4g}"
 
 
 class _Values(dict):

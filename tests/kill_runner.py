@@ -14,7 +14,7 @@ from kunbr_fast.evaluation import rtt
 
 # point: (where, name of the function, how many calls pass)
 POINTS = {
-    "in the warm-up": (training.FullTraining, "step", 3),
+    "in the warm-up": (training.FullTraining, "step_packed", 3),
     "a checkpoint is written, state.json is not": (checkpoint, "write_json", 4),
     "in the first block": (reinsertion.BlockTraining, "step_packed", 3),
     "in the second block": (reinsertion.BlockTraining, "step_packed", 7),

@@ -2,12 +2,14 @@ import copy
 
 import pytest
 import torch
-from graph_emulator import capture
+from graph_emulator import capture, waits
 from tiny_models import ARCHITECTURES, random_samples, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kunbr_fast import losses
 from kunbr_fast.data import pack
 from kunbr_fast.decoder import Decoder
+from kunbr_fast.dispatch import Unavailable
 from kunbr_fast.graphs import MAX_GRAPHS, Bucket, StepGraphs, round_up
 from kunbr_fast.prefix_cache import PrefixCache
 from kunbr_fast.reinsertion import reinserted
@@ -172,6 +174,58 @@ def test_the_emulator_sees_what_a_graph_cannot_hold():
     x.fill_(5.0)
     replay()
     assert torch.equal(out, torch.full((3,), 10.0))
+
+
+INDICES = "cu_seqlens rows targets row_sample rows_per_sample pad_index unpad_index row_grid row_counts".split()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_a_step_waits_for_its_result_alone(architecture):
+    """Index tensors are the host's own work; of what runs on the device the host reads the metrics, and whether all
+    is finite."""
+    decoder, unlearned = make(architecture)
+    batch = pack(random_samples(6, low=5, high=20))
+    for name in INDICES:
+        getattr(batch, name)
+    seen = []
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if waits(func, args):
+                seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with reinserted(decoder, unlearned, range(2, 4), 1e-4) as training:
+        with Waits():
+            training.step_packed(batch, 3)
+    assert seen == ["aten._local_scalar_dense.default"]  # `finite`; the metrics' tolist() is no operator
+
+
+def test_reinserted_steps_through_graphs(monkeypatch):
+    """`cuda_graphs=True`, with the emulator for a GPU: the weights are those of plain steps."""
+    samples = random_samples(12, low=5, high=20)
+    orders, trained = batches(samples, 6), []
+    for graphs in (False, True):
+        decoder, unlearned = make()
+        with reinserted(decoder, unlearned, range(2, 4), 1e-3, forget_loss_cap=5.0) as training:
+            if graphs:
+                training._graphs = StepGraphs(decoder, training._weighted, training.flat.grad.zero_, capture)
+            found = [training.step([samples[i] for i in o[:2]], [samples[i] for i in o[2:]]) for o in orders]
+            assert not graphs or 1 <= training._graphs.captured < 6
+        trained.append((unlearned, found))
+    for a, b in zip(trained[0][1], trained[1][1], strict=True):
+        assert b == pytest.approx(a, rel=1e-9)
+    start = dict(make()[1].named_parameters())
+    for (name, a), b in zip(trained[0][0].named_parameters(), trained[1][0].parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12, msg=name)
+        assert torch.equal(a, start[name]) == (not name.startswith(("model.layers.2.", "model.layers.3."))), name
+
+
+def test_cuda_graphs_on_a_cpu_are_refused():
+    decoder, unlearned = make()
+    with pytest.raises(Unavailable, match="not on a CUDA device"):
+        with reinserted(decoder, unlearned, range(2, 4), 1e-3, cuda_graphs=True):
+            pass
 
 
 def test_buckets():

@@ -183,6 +183,8 @@ def test_what_a_later_stage_needs_is_checked_first():
     )
     with pytest.raises(kf.dispatch.Unavailable, match='impl="cuda" cannot run on cpu'):
         kf.unlearn(model, samples, samples, kf.KUnBRConfig(**SETTINGS, impl="cuda"), progress=False)
+    with pytest.raises(kf.dispatch.Unavailable, match="cuda_graphs=True: the model is on cpu"):
+        kf.unlearn(model, samples, samples, kf.KUnBRConfig(**SETTINGS, cuda_graphs=True), progress=False)
 
 
 def test_resume_with_another_unlearned_model_is_refused(tmp_path):
