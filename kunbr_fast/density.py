@@ -7,6 +7,9 @@ where L(sample) is the mean NLL over the sample's labelled tokens. Nothing is up
 gradient is ever held: a linear layer's gradient for one sample is dY_i^T X_i, formed a tile at a time from the
 layer's input and the gradient of its output, inside the backward pass (`taps`, `layer_kinds`). Samples are packed, and
 each one's loss stands alone in the sum, so one backward pass serves all of them.
+
+Other statistics of the same gradients stand beside the L1 norm: Fisher information, its ratio and the gradients' cosine
+between forget and retain set, and SLUG's importance. `attribution` has scores of single weights.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +28,25 @@ from tqdm import tqdm
 
 from kunbr_fast import experts, losses
 from kunbr_fast.atomic import write_json
-from kunbr_fast.data import PackedBatch, as_samples, check_labels, pack
+from kunbr_fast.data import PackedBatch, Sample, as_samples, check_labels, pack
 from kunbr_fast.decoder import Decoder, check_finite
 from kunbr_fast.dispatch import resolve
 from kunbr_fast.layer_kinds import LAYER_KINDS, How, Tiles, Watched, norm_of
+from kunbr_fast.layer_major import LayerMajor
 from kunbr_fast.schedule import token_batches
+from kunbr_fast.streaming import layer_stream, visit
 from kunbr_fast.taps import Part, Segments, Taps
 from kunbr_fast.training import frozen
 
 MODULES = ("mlp", "attention", "norms", "all")
-STATISTICS = ("grad_l1", "grad_l2", "grad_l2sq", "grad_linf")
-SAMPLED_STATISTICS = ("grad_l1", "grad_l2sq")
+NORMS = ("grad_l1", "grad_l2", "grad_l2sq", "grad_linf", "grad_mean_abs")
+STATISTICS = (*NORMS, "fisher", "fisher_ratio", "cosine", "slug")
+SAMPLED_STATISTICS = ("grad_l1", "grad_l2sq", "grad_mean_abs", "fisher")
 REDUCTIONS = ("sample", "mean")
+NO_SHARES = ("fisher_ratio", "cosine", "slug")  # no sums over weights: a layer has no share of a total
+_OWN_REDUCTION = {"fisher": "sample", "fisher_ratio": "sample", "cosine": "mean", "slug": "mean"}
+_MEASURED_AS = {"grad_mean_abs": "grad_l1", "fisher": "grad_l2sq", "fisher_ratio": "grad_l2sq", "slug": "grad_l2"}
+_RETAIN = {"fisher_ratio": "needed", "cosine": "needed", "slug": "taken"}
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 
 
@@ -51,7 +62,8 @@ class Density:
     "model.layers.3.mlp.up_proj.weight", or "model.layers.3.mlp.experts.down_proj[5]" for the matrix of one expert;
     num_weights: (H,) int64, how many weights each entry of per_layer is about; num_samples: how many samples the
     expectation is over. sample_fraction: of the tiles of output rows that were measured, None for all of them, and
-    standard_error: float64 (H,), of per_layer as an estimate from that part (None: nothing was sampled).
+    standard_error: float64 (H,), of per_layer as an estimate from that part (None: nothing was sampled). alignment:
+    float64 (H,), beside SLUG's importance the cosine of the layers' mean forget and retain gradients (None: no retain set).
     """
 
     per_layer: torch.Tensor
@@ -63,10 +75,13 @@ class Density:
     reduction: str = "sample"
     sample_fraction: float | None = None
     standard_error: torch.Tensor | None = None
+    alignment: torch.Tensor | None = None
 
     @property
     def normalized(self) -> torch.Tensor:
         """(H,) float64 that sums to 1: `per_layer / per_layer.sum()`."""
+        if self.statistic in NO_SHARES:
+            raise ValueError(f"{self.statistic} is no sum over weights, so no layer has a share of it: use per_layer")
         total = self.per_layer.sum()
         if not total > 0:
             raise ValueError("every layer's density is zero: the loss does not depend on these weights")
@@ -74,13 +89,15 @@ class Density:
 
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["per_module"] = {k: v if math.isfinite(v) else None for k, v in self.per_module.items()}
         return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Density:
-        later = {"sample_fraction": None, "standard_error": None}  # files of earlier versions do not have them
+        later = dict.fromkeys(("sample_fraction", "standard_error", "alignment"))  # earlier versions' files have none
         values = {f.name: (later | values)[f.name] for f in dataclasses.fields(cls)}
-        for name in ("per_layer", "standard_error"):
+        values["per_module"] = {k: math.inf if v is None else v for k, v in values["per_module"].items()}
+        for name in ("per_layer", "standard_error", "alignment"):
             if name == "per_layer" or values[name] is not None:
                 values[name] = torch.tensor(values[name], dtype=torch.float64)
         values["num_weights"] = torch.tensor(values["num_weights"], dtype=torch.int64)
@@ -94,7 +111,7 @@ class Density:
     def load(cls, path: str | Path) -> Density:
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a density file written by Density.save ({error})") from error
 
 
@@ -112,7 +129,7 @@ def _wanted(modules: str, inner_path: str, parameter: nn.Parameter) -> bool:
     return attention if modules == "attention" else modules == "mlp" and not attention
 
 
-def _watch_list(decoder: Decoder, modules: str) -> list[Watched]:
+def watch_list(decoder: Decoder, modules: str) -> list[Watched]:
     uses: dict[int, list[str]] = {}
     for name, parameter in decoder.model.named_parameters(remove_duplicate=False):
         uses.setdefault(id(parameter), []).append(name)
@@ -168,39 +185,96 @@ def knowledge_density(
     samples: Iterable[Any],
     modules: str = "mlp",
     statistic: str = "grad_l1",
-    reduction: str = "sample",
+    reduction: str | None = None,
     *,
+    retain: Iterable[Any] | None = None,
     batch_tokens: int = 2048,
     gradient_checkpointing: bool | None = None,
     sample_fraction: float | None = None,
     sample_seed: int = 0,
+    activations: str = "auto",
+    directory: str | Path | None = None,
     impl: str = "auto",
     progress: bool = False,
 ) -> Density:
-    """Knowledge density of every layer for `samples` (usually the forget set).
+    """Knowledge density of every layer for `samples` (usually the forget set), or another statistic of its gradients.
 
     samples: `{"input_ids": (T,), "labels": (T,)}` mappings, or padded Hugging Face batches (taken apart by their
     attention mask; a batch-mean loss plays no part: each sample's own mean NLL is differentiated).
     modules: `mlp` (weight matrices of the layer outside attention, experts and routers among them), `attention` (those
     within), `norms` (norm weights), or `all` (every parameter of the layer, biases too).
-    statistic of the gradient g of a parameter, or of all the layer's parameters together: `grad_l1`, sum|g|;
-    `grad_l2sq`, sum g^2; `grad_l2`, its root; `grad_linf`, max|g|.
+    statistic of the gradient g of a parameter, or of all the layer's parameters (n of them, of values w) together:
+        grad_l1, grad_mean_abs      sum|g|, and sum|g| / n
+        grad_l2sq, grad_l2          sum g^2, and its root
+        grad_linf                   max|g|
+        fisher                      E_samples sum g^2: the diagonal Fisher information's trace, with one sample's mean NLL
+                                    as the log-likelihood. Where that is taken to be the sum over the sample's R labelled
+                                    tokens, a sample counts R^2 times as much; token-wise forms square each token's
+                                    gradient, and forms from batch gradients the mean of several samples'
+        fisher_ratio                fisher of `samples` / fisher of `retain`
+        cosine                      g_f . g_r / (|g_f| |g_r|), of the mean gradients of `samples` and `retain`; 0 where
+                                    one of them is 0
+        slug                        |g_f|_2 / |w|_2, of the mean gradient: the layer importance of SLUG (arXiv
+                                    2407.11867), whose other axis, with `retain`, is |alignment| (`blocks.pareto_front`)
     reduction: `sample`, the mean over samples of each one's statistic (memory does not grow with the number of
     samples); `mean`, the statistic of the mean gradient (holds one fp32 gradient of the chosen weights, and none if
-    all samples fit one batch).
+    all samples fit one batch). None: `mean` for cosine and slug, which have no other, else `sample`.
+    retain: a second set in the form of `samples`, for fisher_ratio, cosine and slug. Cosine and alignment hold one fp32
+    gradient of the chosen weights, and a second one where `retain` does not fit one batch.
     batch_tokens: tokens of one packed forward and backward pass.
     gradient_checkpointing: keep only each layer's input for the backward pass and run the layer again; None: if the
     model has it enabled. The result is the same.
-    sample_fraction: an unbiased estimate of grad_l1 or grad_l2sq from about this part of each matrix's output rows, in
-    tiles of 16, chosen without replacement by `sample_seed`, at least two a matrix and the same for all samples; vectors
-    and routers are measured whole. `standard_error` is about the choice of tiles, not about that of the samples.
+    sample_fraction: an unbiased estimate of grad_l1, grad_mean_abs, grad_l2sq or fisher from about this part of each
+    matrix's output rows, in tiles of 16, chosen without replacement by `sample_seed`, at least two a matrix and the same
+    for all samples; vectors and routers are measured whole. `standard_error` is about the choice of tiles, not about
+    that of the samples.
+    activations, directory: of a streamed model each layer is read once on the way up and once on the way down for all
+    samples together; where their activations wait between two layers (layers x tokens x hidden size), as in `PrefixCache`.
 
     Equivalent, at H forward and backward passes' price for one sample at a time:
         for s in samples: loss(model, s).backward(); K += model.layers[l].weight.grad.abs().sum(); zero_grad()
 
-    Leaves no gradient, hook or changed flag behind. Errors: ValueError with the module path for a module of no known
-    kind, a tied weight, a sample without a labelled token, or a gradient that is not finite.
+    Leaves no gradient, hook or changed flag behind. In a ratio 0 / 0 counts 0. Errors: ValueError with the module path
+    for a module of no known kind, a tied weight, a sample without a labelled token, a gradient that is not finite, or a
+    layer whose divisor is 0.
     """
+    reduction = _check_settings(modules, statistic, reduction, retain, sample_fraction)
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    samples = checked_samples(samples, "sample")
+    if retain is not None:
+        retain = checked_samples(retain, "retain sample")
+    watched = watch_list(decoder, modules)
+    tiles = {} if sample_fraction is None else _choose_tiles(watched, sample_fraction, sample_seed, decoder.device)
+    norm = _MEASURED_AS.get(statistic, statistic)
+    how = How("grad_l2sq" if norm in ("grad_l2", "cosine") else norm, impl, tiles)
+    measurement = Measurement(decoder, watched, how, batch_tokens, gradient_checkpointing, activations, directory)
+
+    def density_of(samples: Sequence[Sample]) -> Density:
+        sums = measurement.norms(samples, norm, reduction, bar)
+        count = len(samples) if reduction == "sample" else 1
+        return sums.result(count, len(samples), modules, reduction, sample_fraction)
+
+    with measurement.ready(len(samples) + len(retain or ()), progress) as bar:
+        if retain is not None and reduction == "mean":
+            products = _InnerProducts(measurement, samples, retain, bar)
+            density = products.cosine(modules) if statistic == "cosine" else products.importance(modules)
+        else:
+            density = density_of(samples)
+        if statistic == "fisher_ratio":
+            density = _quotient(density, density_of(retain), "the retain set's Fisher information")
+    if statistic == "slug":
+        density = _quotient(density, _weight_norms(decoder, watched), "the norm of its weights")
+    if statistic == "grad_mean_abs":
+        density = _per_weight(density, watched)
+    return dataclasses.replace(density, statistic=statistic)
+
+
+def _check_settings(
+    modules: str, statistic: str, reduction: str | None, retain: Any, sample_fraction: float | None
+) -> str:
+    """The reduction; ValueError for settings that are unknown or do not go together."""
+    own = _OWN_REDUCTION.get(statistic)
+    reduction = own or "sample" if reduction is None else reduction
     for name, value, known in (
         ("modules", modules, MODULES),
         ("statistic", statistic, STATISTICS),
@@ -208,6 +282,13 @@ def knowledge_density(
     ):
         if value not in known:
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
+    if own not in (None, reduction):
+        what = "the mean gradient" if own == "mean" else "each sample's gradient"
+        raise ValueError(f"reduction={reduction!r}: {statistic} is of {what}; leave reduction out, or set {own!r}")
+    if retain is None and _RETAIN.get(statistic) == "needed":
+        raise ValueError(f"statistic={statistic!r} compares with a retain set: give retain=samples to keep")
+    if retain is not None and statistic not in _RETAIN:
+        raise ValueError(f"statistic={statistic!r} takes no retain set (only {', '.join(_RETAIN)} do): leave it out")
     if sample_fraction is not None:
         if not 0 < sample_fraction <= 1:
             raise ValueError(f"sample_fraction={sample_fraction}: expected above 0 and at most 1")
@@ -216,37 +297,106 @@ def knowledge_density(
                 f"sample_fraction with statistic={statistic!r}: only a sum over weights has an unbiased estimate from "
                 f"a part of them; choose one of {', '.join(SAMPLED_STATISTICS)}"
             )
-    decoder = model if isinstance(model, Decoder) else Decoder(model)
-    for operation in ("grad_density", "linear_loss"):
-        resolve(operation, impl, decoder.device)
+    return reduction
+
+
+def checked_samples(samples: Iterable[Any], name: str) -> list[Sample]:
+    """`as_samples`, each with a loss; `name` is what an error calls one."""
     samples = as_samples(samples)
-    check_labels(samples)
-    watched = _watch_list(decoder, modules)
-    batches = token_batches([len(s["input_ids"]) for s in samples], batch_tokens)
-    tiles = {} if sample_fraction is None else _choose_tiles(watched, sample_fraction, sample_seed, decoder.device)
-    how = How("grad_l2sq" if statistic == "grad_l2" else statistic, impl, tiles)
-    if gradient_checkpointing is None:
-        gradient_checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in decoder.model.modules())
-    sums = _Sums(decoder, watched, how, statistic)
-    gradients: dict[str, torch.Tensor] | None = {} if reduction == "mean" and len(batches) > 1 else None
-    with (
-        frozen(decoder.model),
-        tqdm(total=len(samples), desc="knowledge density", unit="sample", leave=False, disable=not progress) as bar,
-    ):
-        experts.check(decoder, [item for item in watched if item.experts is not None])
-        for indices in batches:
-            batch = pack([samples[i] for i in indices]).to(decoder.device)
-            found = _measure(decoder, batch, watched, how, reduction == "mean", gradients, gradient_checkpointing)
-            if reduction == "sample":
+    check_labels(samples, [f"{name} {i}" for i in range(len(samples))])
+    return samples
+
+
+@dataclasses.dataclass
+class Measurement:
+    """Passes over samples that read the gradients of the watched parameters. gradient_checkpointing: None, the model's.
+    activations, directory: see `knowledge_density`."""
+
+    decoder: Decoder
+    watched: list[Watched]
+    how: How
+    batch_tokens: int = 2048
+    gradient_checkpointing: bool | None = None
+    activations: str = "auto"
+    directory: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for operation in ("grad_density", "linear_loss"):
+            resolve(operation, self.how.impl, self.decoder.device)
+        if self.gradient_checkpointing is None:
+            modules = self.decoder.model.modules()
+            self.gradient_checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in modules)
+
+    @contextlib.contextmanager
+    def ready(self, total: int, progress: bool, title: str = "knowledge density") -> Iterator[tqdm]:
+        """Inside, `norms` and `gradients` may run; afterwards the model is as before. Yields a bar of `total` samples."""
+        with (
+            frozen(self.decoder.model),
+            tqdm(total=total, desc=title, unit="sample", leave=False, disable=not progress) as bar,
+        ):
+            experts.check(self.decoder, [item for item in self.watched if item.experts is not None])
+            yield bar
+
+    def norms(self, samples: Sequence[Sample], statistic: str, reduction: str, bar: tqdm) -> _Sums:
+        """The samples' statistic, summed (reduction="sample") or of their mean gradient."""
+        sums, batches = _Sums(self.decoder, self.watched, self.how, statistic), self._batches(samples)
+        if reduction == "sample":
+            for found in self._measure(batches, False, None, bar):
                 sums.add(found, 1.0)
-                found.clear()
-            bar.update(len(indices))
-    if reduction == "mean":
-        if gradients is not None:
-            found = {path: _of_gradient(gradient, how, how.tiles.get(path)) for path, gradient in gradients.items()}
-        sums.add(found, 1.0 / len(samples))
-    count = len(samples) if reduction == "sample" else 1
-    return sums.result(count, len(samples), modules, reduction, sample_fraction)
+                del found  # before the next one is made
+        elif len(batches) == 1:
+            for found in self._measure(batches, True, None, bar):
+                sums.add(found, 1.0 / len(samples))
+        else:
+            found: dict[str, torch.Tensor] = {}
+
+            def add(path: str, gradient: torch.Tensor) -> None:
+                found[path] = _of_gradient(gradient, self.how, self.how.tiles.get(path))
+
+            self.gradients(samples, add, bar)
+            sums.add(found, 1.0 / len(samples))
+        return sums
+
+    def gradients(
+        self,
+        samples: Sequence[Sample],
+        visit: Callable[[str, torch.Tensor], None],
+        bar: tqdm,
+        squared: bool = False,
+    ) -> None:
+        """`visit(path, sum over samples of the parameter's gradient)`, once for each parameter that has one.
+
+        The sum is (E, N, K) for a matrix, (E, n) for all else, in fp32 (fp64 for fp64 models), and becomes the caller's.
+        Where all samples fit one batch it is made within the backward pass and nothing is held here; else one gradient
+        of the watched parameters is. squared: the sum of each sample's squared gradient instead (always held).
+        """
+        batches, held = self._batches(samples), {}
+
+        def add(path: str, gradient: torch.Tensor) -> None:
+            gradient = gradient.square_() if squared else gradient
+            held[path] = held[path].add_(gradient) if path in held else gradient
+
+        for _ in self._measure(batches, not squared, visit if len(batches) == 1 and not squared else add, bar):
+            pass
+        for path in list(held):
+            visit(path, held.pop(path))
+
+    def _batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        batches = token_batches([len(s["input_ids"]) for s in samples], self.batch_tokens)
+        return [[samples[i] for i in indices] for indices in batches]
+
+    def _measure(
+        self, batches: list[list[Sample]], whole: bool, add: Callable[[str, torch.Tensor], None] | None, bar: tqdm
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """`_measure` of each batch, in their order."""
+        decoder, common = self.decoder, (self.watched, self.how, whole, add)
+        if layer_stream(decoder) is not None:
+            packed = [pack(samples).to(decoder.device) for samples in batches]
+            yield from _measure_by_layer(decoder, packed, *common, self.activations, self.directory, bar)
+            return
+        for samples in batches:
+            yield _measure(decoder, pack(samples).to(decoder.device), *common, self.gradient_checkpointing)
+            bar.update(len(samples))
 
 
 def _measure(
@@ -255,27 +405,80 @@ def _measure(
     watched: list[Watched],
     how: How,
     whole: bool,
-    gradients: dict[str, torch.Tensor] | None,
+    add: Callable[[str, torch.Tensor], None] | None,
     checkpoint: bool,
 ) -> dict[str, torch.Tensor]:
     """One packed batch: {parameter path: values as `LayerKind.values` has them}, B its samples, or one if it is taken
-    `whole`. With `gradients` the batch's gradients are added to those instead."""
+    `whole`. With `add` instead add(path, gradient) for the gradient of the whole batch, or of each of its samples."""
     found: dict[str, torch.Tensor] = {}
+    start = min((item.layer for item in watched), default=0)
+    with torch.no_grad():
+        hidden = decoder.embed(batch)
+        below = decoder.run(batch, 0, start, hidden) if start else hidden
+    with _tapped(decoder, batch, watched, how, whole, add, found) as forward_is_over:
+        hidden = decoder.run(batch, start, None, below.requires_grad_(), checkpoint)
+        forward_is_over()
+        loss = _loss(decoder, batch, hidden, how)
+        del hidden
+        loss.backward(inputs=[below])
+    return found
+
+
+def _measure_by_layer(
+    decoder: Decoder,
+    batches: list[PackedBatch],
+    watched: list[Watched],
+    how: How,
+    whole: bool,
+    add: Callable[[str, torch.Tensor], None] | None,
+    activations: str,
+    directory: str | Path | None,
+    bar: tqdm,
+) -> list[dict[str, torch.Tensor]]:
+    """`_measure` of each batch, each layer over all of them before the next one."""
+    found: list[dict[str, torch.Tensor]] = [{} for _ in batches]
+    start, top = min((item.layer for item in watched), default=0), decoder.num_layers - 1
+
+    def turn(layer: int, number: int, x: torch.Tensor, dy: torch.Tensor | None) -> None:
+        batch, inside = batches[number], [item for item in watched if item.layer == layer]
+        with _tapped(decoder, batch, inside, how, whole, add, found[number]) as forward_is_over:
+            out = decoder.run(batch, layer, layer + 1, x)
+            forward_is_over()
+            if dy is None:
+                out = _loss(decoder, batch, out, how)
+            out.backward(dy, inputs=[x])
+        if layer == start:
+            bar.update(batch.num_samples)
+
+    LayerMajor(decoder, batches, start, top, activations, directory).run(turn, need_first=True)
+    return found
+
+
+@contextlib.contextmanager
+def _tapped(
+    decoder: Decoder,
+    batch: PackedBatch,
+    watched: list[Watched],
+    how: How,
+    whole: bool,
+    add: Callable[[str, torch.Tensor], None] | None,
+    found: dict[str, torch.Tensor],
+) -> Iterator[Callable[[], None]]:
+    """Inside, one forward and backward pass is measured as `_measure` says. Yields what is to be called between them."""
 
     def measure(parts: list[Part]) -> None:
         kind = parts[0].item.kind
-        if gradients is None:
+        if add is None:
             for part, values in zip(parts, kind.values(parts, how)):
                 found.update((f"{part.item.path}.{n}", v) for n, v in values.items() if n in part.item.parameters)
             return
         for part in parts:
-            for name, gradient in kind.gradient(part, how).items():
-                path = f"{part.item.path}.{name}"
-                if name in part.item.parameters:
-                    gradients[path] = gradients[path].add_(gradient) if path in gradients else gradient
+            for piece in [part] if whole else _by_sample(part, batch.num_samples):
+                for name, gradient in kind.gradient(piece, how).items():
+                    if name in part.item.parameters:
+                        wide = torch.promote_types(gradient.dtype, torch.float32)  # small modules' are in their own
+                        add(f"{part.item.path}.{name}", gradient.to(wide))
 
-    with torch.no_grad():
-        embedded = decoder.embed(batch)
     segments = Segments.of([batch.num_tokens] if whole else batch.lengths, decoder.device)
     taps = Taps(segments, batch.num_tokens, measure)
     mixtures = [item for item in watched if item.experts is not None]
@@ -285,16 +488,26 @@ def _measure(
                 hook = item.module.register_forward_hook(taps.hook(item), with_kwargs=True)
                 stack.callback(hook.remove)
         stack.enter_context(experts.watched(mixtures, taps, batch))
-        hidden = decoder.run(batch, 0, None, embedded.requires_grad_(), checkpoint)
-        taps.forward_is_over()
-        rows = losses.likelihood(batch, reduction="sum")
-        loss, _ = losses.linear_loss(
-            decoder.final(hidden[batch.rows]), decoder.head, batch.targets, rows.weight, impl=how.impl
-        )
-        del hidden
-        loss.backward(inputs=[embedded])
+        yield taps.forward_is_over
         taps.finish()
-    return found
+
+
+def _loss(decoder: Decoder, batch: PackedBatch, hidden: torch.Tensor, how: How) -> torch.Tensor:
+    """The sum over samples of each one's mean NLL, from the last layer's output (T, D)."""
+    rows = losses.likelihood(batch, reduction="sum")
+    final = decoder.final(hidden[batch.rows])
+    loss, _ = losses.linear_loss(final, decoder.head, batch.targets, rows.weight, impl=how.impl)
+    return loss
+
+
+def _by_sample(part: Part, num_samples: int) -> Iterator[Part]:
+    """The part of each sample alone, one segment for each expert (the segments go expert by expert)."""
+    pieces = [part.x.split(part.segments.lengths)]
+    pieces += [None if dy is None else dy.split(part.segments.lengths) for dy in part.dys]
+    for sample in range(num_samples):
+        x, *dys = [None if p is None else torch.cat(p[sample::num_samples]) for p in pieces]
+        segments = Segments.of(part.segments.lengths[sample::num_samples], x.device)
+        yield dataclasses.replace(part, segments=segments, x=x, dys=dys)
 
 
 def _of_gradient(gradient: torch.Tensor, how: How, tiles: Tiles | None) -> torch.Tensor:
@@ -350,22 +563,17 @@ class _Sums:
     ) -> Density:
         """The means over `count`."""
         per_module = dict(zip(self._names, (self._per_module / count).tolist()))
-        for path, value in per_module.items():
-            if not value < float("inf"):
-                check_finite(self._decoder.model)
-                raise ValueError(f"{path}: its gradient is not finite although all weights are: try a wider dtype")
-        num_weights = torch.zeros(self._decoder.num_layers, dtype=torch.int64)
+        _check_values(self._decoder, per_module)
         variance = torch.zeros(self._decoder.num_layers, dtype=torch.float64)
         for item in self._watched:
             for parameter in item.parameters:
-                num_weights[item.layer] += getattr(item.module, parameter).numel()
                 path = f"{item.path}.{parameter}"
                 if path in self._tiles:
                     variance[item.layer] += self._how.tiles[path].variance(self._tiles[path] / count).sum()
         return Density(
             self._per_layer / count,
             per_module,
-            num_weights,
+            _num_weights(self._decoder, self._watched),
             num_samples,
             modules,
             self._statistic,
@@ -373,3 +581,128 @@ class _Sums:
             sample_fraction,
             None if sample_fraction is None else variance.sqrt(),
         )
+
+
+def _check_values(decoder: Decoder, per_module: dict[str, float]) -> None:
+    for path, value in per_module.items():
+        if not value < math.inf:
+            check_finite(decoder.model)
+            raise ValueError(f"{path}: its gradient is not finite although all weights are: try a wider dtype")
+
+
+def _num_weights(decoder: Decoder, watched: list[Watched]) -> torch.Tensor:
+    out = torch.zeros(decoder.num_layers, dtype=torch.int64)
+    for item in watched:
+        out[item.layer] += sum(getattr(item.module, parameter).numel() for parameter in item.parameters)
+    return out
+
+
+# ---------------------------------------------------------------- statistics made of others
+
+
+class _InnerProducts:
+    """Of the mean gradients of two sets: forget . retain, forget . forget and retain . retain, of each matrix."""
+
+    def __init__(self, measurement: Measurement, forget: Sequence[Sample], retain: Sequence[Sample], bar: tqdm):
+        self._decoder, self._watched = measurement.decoder, measurement.watched
+        self._num_forget = len(forget)
+        held: dict[str, torch.Tensor] = {}
+        found: dict[str, torch.Tensor] = {}
+
+        def against(path: str, b: torch.Tensor) -> None:
+            a = held.pop(path, None)
+            a = torch.zeros_like(b) if a is None else a
+            found[path] = torch.stack([inner_product(a, b), inner_product(a, a), inner_product(b, b)])
+
+        measurement.gradients(forget, held.__setitem__, bar)
+        measurement.gradients(retain, against, bar)
+        for path in list(held):  # of modules that the retain set does not reach
+            against(path, torch.zeros_like(held[path]))
+        scale = [1.0 / (len(forget) * len(retain)), 1.0 / len(forget) ** 2, 1.0 / len(retain) ** 2]
+        names, layers, rows = [], [], []
+        for item in self._watched:
+            for parameter in item.parameters:
+                own = item.names(parameter)
+                zeros = torch.zeros(3, len(own), dtype=torch.float64)
+                names, layers = names + own, layers + [item.layer] * len(own)
+                rows.append(found.get(f"{item.path}.{parameter}", zeros).cpu())
+        by_module = torch.cat(rows, 1) * torch.tensor(scale, dtype=torch.float64)[:, None]
+        by_layer = torch.zeros(3, self._decoder.num_layers, dtype=torch.float64)
+        self._by_layer = by_layer.index_add_(1, torch.tensor(layers), by_module)
+        self._names, self._by_module = names, by_module
+        _check_values(self._decoder, dict(zip(names, by_module.abs().sum(0).tolist())))
+
+    @staticmethod
+    def _cosine(products: torch.Tensor) -> torch.Tensor:
+        dot, forget, retain = products
+        return torch.where((forget > 0) & (retain > 0), dot / (forget.sqrt() * retain.sqrt()), 0.0).clamp(-1.0, 1.0)
+
+    def cosine(self, modules: str) -> Density:
+        return self._density(self._cosine(self._by_layer), self._cosine(self._by_module), modules)
+
+    def importance(self, modules: str) -> Density:
+        """The norms of the forget gradients, with the cosines for `alignment`."""
+        density = self._density(self._by_layer[1].sqrt(), self._by_module[1].sqrt(), modules)
+        return dataclasses.replace(density, alignment=self._cosine(self._by_layer))
+
+    def _density(self, per_layer: torch.Tensor, per_module: torch.Tensor, modules: str) -> Density:
+        return Density(
+            per_layer,
+            dict(zip(self._names, per_module.tolist())),
+            _num_weights(self._decoder, self._watched),
+            self._num_forget,
+            modules,
+            reduction="mean",
+        )
+
+
+def inner_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(E, ...), (E, ...) -> (E,) float64: the sums of a * b, with no temporary as large as a."""
+    out = torch.zeros(len(a), dtype=torch.float64, device=a.device)
+    for x, y in zip(a.flatten(1).split(1 << 16, -1), b.flatten(1).split(1 << 16, -1)):
+        out += (x.double() * y).sum(-1)
+    return out
+
+
+def _weight_norms(decoder: Decoder, watched: list[Watched]) -> Density:
+    """The L2 norms of the weights themselves."""
+    per_module: dict[str, float] = {}
+    per_layer = torch.zeros(decoder.num_layers, dtype=torch.float64)
+    for layer in visit(decoder, dict.fromkeys(item.layer for item in watched)):
+        for item in watched:
+            for parameter in item.parameters if item.layer == layer else ():
+                weight = getattr(item.module, parameter).detach()
+                squares = norm_of(weight.reshape(item.experts or 1, -1), "grad_l2sq").cpu()
+                per_module.update(zip(item.names(parameter), squares.sqrt().tolist()))
+                per_layer[item.layer] += squares.sum()
+    return Density(per_layer.sqrt(), per_module, _num_weights(decoder, watched), 1)
+
+
+def _quotient(density: Density, divisor: Density, what: str) -> Density:
+    """density / divisor, layer by layer and matrix by matrix; 0 / 0 is 0."""
+    for layer, (value, by) in enumerate(zip(density.per_layer.tolist(), divisor.per_layer.tolist())):
+        if by == 0 and value != 0:
+            raise ValueError(f"layer {layer}: {what} is 0, so there is no quotient: choose other modules")
+    per_module = {
+        path: 0.0 if value == 0 else math.inf if divisor.per_module[path] == 0 else value / divisor.per_module[path]
+        for path, value in density.per_module.items()
+    }
+    per_layer = torch.where(density.per_layer == 0, 0.0, density.per_layer / divisor.per_layer)
+    return dataclasses.replace(density, per_layer=per_layer, per_module=per_module)
+
+
+def _per_weight(density: Density, watched: list[Watched]) -> Density:
+    """density / number of weights."""
+    sizes = {
+        name: getattr(item.module, parameter).numel() // (item.experts or 1)
+        for item in watched
+        for parameter in item.parameters
+        for name in item.names(parameter)
+    }
+    count = density.num_weights.clamp(min=1)
+    return dataclasses.replace(
+        density,
+        per_layer=density.per_layer / count,
+        per_module={name: value / sizes[name] for name, value in density.per_module.items()},
+        standard_error=None if density.standard_error is None else density.standard_error / count,
+    )

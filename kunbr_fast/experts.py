@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from kunbr_fast.compat import ALL_EXPERTS_FUNCTIONS
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.taps import Part, Segments, Taps
@@ -83,7 +83,8 @@ def experts_forward(
     return y[back].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
 
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+if ALL_EXPERTS_FUNCTIONS is not None:
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
 @contextlib.contextmanager

@@ -82,10 +82,11 @@ class _Fused(torch.optim.Optimizer):
         seed = None if group["seed"] is None else group["seed"] + number
         run = _implementation(self.operation, tensors[0], group["impl"])
         if run is not None:
+            chosen = "cuda" if run.__module__ == "kunbr_fast.cuda_library" else "triton"
             for tensor in (*tensors, *([] if half is None else [half])):
                 if not tensor.is_contiguous():
                     raise ValueError(
-                        f'{self.operation}: impl="triton" serves contiguous tensors, got strides {tensor.stride()} for '
+                        f'{self.operation}: impl="{chosen}" serves contiguous tensors, got strides {tensor.stride()} for '
                         f'{tuple(tensor.shape)}: make the parameter and its gradient contiguous, or use impl="torch"'
                     )
         else:
@@ -98,7 +99,7 @@ class Lion(_Fused):
 
     The momentum has the parameter's dtype, or `state_dtype`. `lr` is the size of every element's step, whatever the
     gradient's. seed: bf16 parameters are rounded stochastically, by bits that depend on seed, step and place alone
-    (else to nearest, where updates of less than a 2^-9 of a weight are lost). impl: "auto", "triton" or "torch".
+    (else to nearest, where updates of less than a 2^-9 of a weight are lost). impl: "auto", "cuda", "triton" or "torch".
 
     ValueError, TypeError for settings that do not fit, `dispatch.Unavailable` for an impl that cannot run here.
     """
@@ -180,9 +181,13 @@ def _check(operation: str, param: torch.Tensor, group: dict) -> None:
 
 def _implementation(operation: str, param: torch.Tensor, impl: str) -> Callable[..., None] | None:
     """The kernel's update of `operation`, or None for torch."""
-    if dispatch.resolve(operation, impl, param.device, param.dtype) != "triton":
+    chosen = dispatch.resolve(operation, impl, param.device, param.dtype)
+    if chosen == "torch":
         return None
-    from kunbr_fast.kernels import lion
+    if chosen == "cuda":
+        from kunbr_fast import cuda_library as lion
+    else:
+        from kunbr_fast.kernels import lion
 
     return getattr(lion, f"{operation}_")
 
@@ -206,7 +211,7 @@ def make_optimizer(
     betas = tuple(betas) if betas is not None else BETAS[name]
     if name == "lion":
         return Lion(params, lr, betas, weight_decay, impl=impl)
-    if impl != "triton" and all(_implementation(name, param, impl) is None for param in params):
+    if impl not in ("cuda", "triton") and all(_implementation(name, param, impl) is None for param in params):
         return torch.optim.AdamW(params, lr, betas, weight_decay=weight_decay, fused=True)
     return AdamW(params, lr, betas, weight_decay, impl=impl)
 
@@ -237,9 +242,17 @@ class FlatBuffer:
     One optimiser update is then one pass over one vector. Gradients accumulate in a second vector of which the
     parameters' `.grad` are views. With half-precision weights `master=True` keeps an fp32 copy that the optimiser
     updates: at a weight of 0.02 bf16 steps are 1.2e-4 wide, so smaller updates would be rounded away.
+    mask: for each parameter a bool tensor of its shape, or None for all True; weights where it is False keep their bits,
+    whatever the optimiser (weight decay too). Costs a byte a weight, and a copy of the weights that are kept.
     """
 
-    def __init__(self, params: list[torch.nn.Parameter], values: list[torch.Tensor], master: bool):
+    def __init__(
+        self,
+        params: list[torch.nn.Parameter],
+        values: list[torch.Tensor],
+        master: bool,
+        mask: Sequence[torch.Tensor | None] | None = None,
+    ):
         if len({(p.dtype, p.device) for p in params}) != 1:
             raise ValueError("the block's parameters differ in dtype or device: cast the model to one dtype first")
         first = params[0]
@@ -255,6 +268,17 @@ class FlatBuffer:
         self.param = torch.nn.Parameter(self.weights if self.master is None else self.master)
         if self.master is None:
             self.param.grad = self.grad
+        self._fixed: torch.Tensor | None = None  # (numel,) bool: the mask's opposite
+        if mask is not None:
+            self._fixed = torch.zeros(self.numel, dtype=torch.bool, device=first.device)
+            for view, part in zip(self.views(self._fixed), mask):
+                if part is not None:
+                    view.copy_(part).logical_not_()
+            self._keep()
+
+    def _keep(self) -> None:
+        if self._fixed is not None:
+            self._kept = self.param.detach()[self._fixed]
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """`flat` cut into the parameters' shapes (no copy)."""
@@ -263,6 +287,8 @@ class FlatBuffer:
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """One update from the accumulated gradient, which is then zero again."""
+        if self._fixed is not None:  # so that no state grows for these weights
+            self.grad.masked_fill_(self._fixed, 0.0)
         if isinstance(optimizer, _Fused):
             optimizer.update(self.grad, None if self.master is None else self.weights)
         elif self.master is None:
@@ -271,6 +297,10 @@ class FlatBuffer:
             self.param.grad = self.grad.float()
             optimizer.step()
             self.weights.copy_(self.master)
+        if self._fixed is not None:  # weight decay asks for no gradient
+            self.param.data.masked_scatter_(self._fixed, self._kept)
+            if self.master is not None:
+                self.weights.masked_scatter_(self._fixed, self._kept.to(self.weights.dtype))
         self.grad.zero_()
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -282,3 +312,4 @@ class FlatBuffer:
         self.weights.copy_(state["weights"])
         if self.master is not None:
             self.master.copy_(state["master"])
+        self._keep()

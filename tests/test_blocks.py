@@ -1,9 +1,11 @@
 """The partition of the layers, and the choice of blocks."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from kunbr_fast.blocks import check_block, partition, select_blocks
+from kunbr_fast.blocks import above, check_block, highest, pareto_front, partition, select_blocks
 from kunbr_fast.density import Density
 
 
@@ -62,6 +64,65 @@ def test_equal_densities_go_to_the_lower_block():
 def test_it_is_the_sum_that_counts_not_the_normalised_mean():
     # 5 layers in 2 blocks of 2 and a left-over block of 1
     assert select_blocks(density(3, 3, 2, 2, 5), 2, 1, skip_last_layers=0) == [range(0, 2)]
+
+
+def test_places_of_values():
+    values = [3, 9, 9, 1, 5]
+    assert highest(values, 1) == [1] and highest(values, 3) == [1, 2, 4] and highest(values, 5) == [0, 1, 2, 3, 4]
+    assert highest(torch.tensor([1.0, 1.0, 1.0]), 2) == [0, 1]
+    assert above(values, 3) == [1, 2, 4] and above(values, 9) == []
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=f"k={k}: expected 1 to 5"):
+            highest(values, k)
+
+
+def test_the_pareto_front_is_what_nothing_beats():
+    # the second is as important as the first and less aligned; the fourth beats the fifth in both
+    assert pareto_front([5, 5, 1, 4, 3, 9], [0.5, -0.2, 0.3, 0.1, 0.15, 0.9]) == [1, 3, 5]
+    assert pareto_front([2, 2, 2], [-0.1, 0.1, 0.1]) == [0, 1, 2]  # equals do not beat each other
+    assert pareto_front(torch.tensor([1.0]), torch.tensor([-1.0])) == [0] and pareto_front([], []) == []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        a, b = torch.randint(0, 6, (2, 12), generator=generator)
+        front = pareto_front(a, -b)
+        for i in range(12):
+            beaten = any(a[j] >= a[i] and b[j] <= b[i] and (a[j], b[j]) != (a[i], b[i]) for j in range(12))
+            assert (i in front) != beaten
+    with pytest.raises(ValueError, match="2 values of importance and 1 of alignment"):
+        pareto_front([1, 2], [0])
+
+
+def test_the_other_rules_choose_blocks():
+    layers = density(1, 1, 9, 0, 2, 2, 5, 5, 100, 100)  # block sums 2, 9, 4, 10, 200
+    assert select_blocks(layers, 5, rule="threshold", threshold=4) == [range(2, 4), range(6, 8)]
+    assert select_blocks(layers, 5, rule="threshold", threshold=4, skip_last_layers=0)[-1] == range(8, 10)
+    slug = dataclasses.replace(
+        layers, statistic="slug", alignment=torch.tensor([0.1, -0.1, 0.2, 0.2, 0, 0.3, 0.5, -0.5, 0, 0]).double()
+    )  # means 0.1, 0.2, 0.15, 0.5
+    assert select_blocks(slug, 5, rule="pareto") == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
+    slug = dataclasses.replace(slug, alignment=torch.tensor([0.3, -0.3, 0.2, 0.2, 0.2, -0.4, 0.5, -0.5, 0, 0]).double())
+    assert select_blocks(slug, 5, rule="pareto") == [range(2, 4), range(6, 8)]
+    assert select_blocks(slug, 5, 1) == [range(6, 8)]
+
+
+def test_rules_and_what_they_need():
+    layers = density(*range(10))
+    with pytest.raises(ValueError, match="rule='x': expected one of top_k, threshold, pareto"):
+        select_blocks(layers, 5, 1, rule="x")
+    with pytest.raises(ValueError, match="top_k=None with rule='top_k': rule='top_k' needs top_k"):
+        select_blocks(layers, 5)
+    with pytest.raises(ValueError, match="top_k=2 with rule='pareto': .* the others do not take it"):
+        select_blocks(layers, 5, 2, rule="pareto")
+    with pytest.raises(ValueError, match="threshold=None with rule='threshold'"):
+        select_blocks(layers, 5, rule="threshold")
+    with pytest.raises(ValueError, match="threshold=1 with rule='top_k'"):
+        select_blocks(layers, 5, 1, threshold=1)
+    with pytest.raises(ValueError, match="threshold=99: no block is above it, the highest has 13"):
+        select_blocks(layers, 5, rule="threshold", threshold=99)
+    with pytest.raises(ValueError, match='rule="pareto" needs alignment: measure statistic="slug" with retain='):
+        select_blocks(layers, 5, rule="pareto")
+    with pytest.raises(ValueError, match='statistic="cosine" says how alike two gradients are'):
+        select_blocks(dataclasses.replace(layers, statistic="cosine"), 5, 1)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
+import re
 
 import pytest
 import torch
 import transformers as tf
 from reference_procedure import left_padded, padded, padded_loss
-from tiny_models import ARCHITECTURES, ROTARY, live_tensor_bytes, peak_bytes, random_samples, tiny_model
+from tiny_models import ARCHITECTURES, MIXTURES, ROTARY, live_tensor_bytes, peak_bytes, random_samples, tiny_model
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -16,7 +18,7 @@ from kunbr_fast import density as density_module
 from kunbr_fast import layer_kinds
 from kunbr_fast.data import pack
 from kunbr_fast.decoder import Decoder
-from kunbr_fast.density import MODULES, REDUCTIONS, SAMPLED_STATISTICS, STATISTICS, Density, knowledge_density
+from kunbr_fast.density import MODULES, NORMS, REDUCTIONS, Density, knowledge_density
 from kunbr_fast.kernels import reference
 from kunbr_fast.layer_kinds import LAYER_KINDS, How
 
@@ -50,7 +52,9 @@ STATISTIC = {
     "grad_l2": lambda g: g.square().sum().sqrt(),
     "grad_l2sq": lambda g: g.square().sum(),
     "grad_linf": lambda g: g.abs().max(),
+    "grad_mean_abs": lambda g: g.abs().mean(),
 }
+SAMPLED = ("grad_l1", "grad_l2sq", "grad_mean_abs")  # and fisher, which is grad_l2sq of each sample
 
 
 def loop(model, samples, modules, reduction, statistic="grad_l1", gradients=None):
@@ -105,7 +109,7 @@ def test_equals_a_loop_over_samples(architecture, reduction):
 def test_every_statistic_equals_a_loop_over_samples(architecture):
     model, samples = tiny_model(architecture), random_samples(5, low=6, high=12)
     decoder, gradients = Decoder(model), sample_gradients(model, samples)
-    for statistic in STATISTICS:
+    for statistic in NORMS:
         for reduction in REDUCTIONS:
             truth, per_layer, _ = loop(model, samples, "all", reduction, statistic, gradients)
             for batch_tokens in (30, 1000):  # one batch needs no gradient for the mean, several do
@@ -355,7 +359,7 @@ def test_checkpointing_lowers_the_peak_and_is_taken_from_the_model():
 def test_nothing_leaks_from_one_sample_into_another(architecture, monkeypatch):
     """With NaN in one sample's embedding all others' values keep their bits."""
     decoder = Decoder(tiny_model(architecture))
-    watched, batch = density_module._watch_list(decoder, "all"), pack(random_samples(4))
+    watched, batch = density_module.watch_list(decoder, "all"), pack(random_samples(4))
     first, last = batch.cu_seqlens[1], batch.cu_seqlens[2]
     embed = decoder.embed
 
@@ -391,7 +395,7 @@ def test_memory_of_the_measurement(checkpointing, monkeypatch):
     size = sum(p.nbytes for p in model.parameters())
     assert 20e6 < size / 4 < 50e6 and 1408 * 512 * 4 > 0.02 * size
     decoder, batch = Decoder(model), pack(random_samples(4, low=5, high=12))
-    watched = density_module._watch_list(decoder, "mlp")
+    watched = density_module.watch_list(decoder, "mlp")
     idle = [
         dataclasses.replace(i, kind=dataclasses.replace(i.kind, values=lambda parts, how: [{} for _ in parts]))
         for i in watched
@@ -414,7 +418,7 @@ def wide_model():
 
 def test_all_tiles_give_the_whole():
     model, samples = wide_model(), random_samples(4)
-    for statistic in SAMPLED_STATISTICS:
+    for statistic in SAMPLED:
         for reduction in REDUCTIONS:
             for batch_tokens in (20, 1000):
                 settings = {"statistic": statistic, "reduction": reduction, "batch_tokens": batch_tokens}
@@ -426,7 +430,7 @@ def test_all_tiles_give_the_whole():
                 assert ours.per_module.keys() == whole.per_module.keys()
 
 
-@pytest.mark.parametrize("statistic", SAMPLED_STATISTICS)
+@pytest.mark.parametrize("statistic", SAMPLED)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_the_estimate_is_unbiased_and_knows_its_error(statistic, reduction):
     """Over 100 seeds: the mean lies within 4 of its standard errors of the truth. The reported variance is unbiased
@@ -477,6 +481,176 @@ def test_statistics_without_an_unbiased_estimate_are_refused(statistic):
 def test_fractions_that_are_none(fraction):
     with pytest.raises(ValueError, match="sample_fraction=.*: expected above 0 and at most 1"):
         knowledge_density(tiny_model(), random_samples(1), sample_fraction=fraction)
+
+
+# ---------------------------------------------------------------- statistics made of others
+
+
+def layer_vectors(gradients, names, layer):
+    """The flattened gradients (or weights) of one layer's parameters in one vector."""
+    return torch.cat([gradients[name].flatten() for name in names if re.search(rf"\.{layer}\.", name)])
+
+
+def mean_of(gradients):
+    return {name: sum(g[name] for g in gradients) / len(gradients) for name in gradients[0]}
+
+
+def matrices(gradients, names):
+    """{path: flat gradient}, of each expert's matrix apart."""
+    for name in names:
+        if ".experts." in name:
+            yield from ((f"{name}[{e}]", part.flatten()) for e, part in enumerate(gradients[name]))
+        else:
+            yield name, gradients[name].flatten()
+
+
+def cosine(a, b):
+    size = a.norm() * b.norm()
+    return float(a @ b / size) if size > 0 else 0.0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("modules", ["mlp", "all"])
+def test_statistics_of_two_sets_equal_loops_over_samples(architecture, modules):
+    model = tiny_model(architecture)
+    forget, retain = random_samples(4, low=6, high=10), random_samples(3, seed=1, low=4, high=9)
+    limit = 1e-6 if architecture in MIXTURES else 1e-10
+    decoder, weights = Decoder(model), {n: p.detach() for n, p in model.named_parameters()}
+    of_forget, of_retain = sample_gradients(model, forget), sample_gradients(model, retain)
+    f, r = mean_of(of_forget), mean_of(of_retain)
+    prefix = decoder.layer_path(0)[:-1]
+    names = [
+        n for n, p in weights.items() if n.startswith(prefix) and wanted(modules, n[len(prefix) :].partition(".")[2], p)
+    ]
+    vectors = [[layer_vectors(x, names, layer) for layer in range(decoder.num_layers)] for x in (f, r, weights)]
+
+    def close(ours, truth):
+        ours, truth = (torch.as_tensor(x, dtype=torch.float64) for x in (ours, truth))
+        torch.testing.assert_close(ours, truth, rtol=limit, atol=1e-12)
+
+    def fisher(gradients):
+        return [sum(float(layer_vectors(g, names, n).square().sum()) for g in gradients) / len(gradients)
+                for n in range(decoder.num_layers)]  # fmt: skip
+
+    # one batch and several, for each of the two sets
+    for batch_tokens in (1000, 20, 1):
+        ours = {
+            statistic: knowledge_density(
+                decoder, forget, modules, statistic, retain=None if statistic == "fisher" else retain,
+                batch_tokens=batch_tokens, impl="torch",
+            )
+            for statistic in ("fisher", "fisher_ratio", "cosine", "slug")
+        }  # fmt: skip
+        close(ours["fisher"].per_layer, fisher(of_forget))
+        close(ours["fisher_ratio"].per_layer, [a / b for a, b in zip(fisher(of_forget), fisher(of_retain))])
+        close(ours["cosine"].per_layer, [cosine(a, b) for a, b, _ in zip(*vectors)])
+        close(ours["slug"].alignment, ours["cosine"].per_layer)
+        close(ours["slug"].per_layer, [a.norm() / w.norm() for a, _, w in zip(*vectors)])
+        pieces = [dict(matrices(x, names)) for x in (f, r, weights)]
+        for path in pieces[0]:
+            a, b, w = (x[path] for x in pieces)
+            if a.norm() > 1e-8 and b.norm() > 1e-8:  # a key bias has no gradient but rounding
+                close(ours["cosine"].per_module[path], cosine(a, b))
+                close(ours["slug"].per_module[path], a.norm() / w.norm())
+            elif not a.any() or not b.any():  # an expert that no token of one set reaches
+                assert ours["cosine"].per_module[path] == 0.0
+        assert set(ours["cosine"].per_module) == set(pieces[0]) == set(ours["fisher_ratio"].per_module)
+        squares = [{n: g[n].square() for n in names} for g in of_forget + of_retain]
+        f2, r2 = (dict(matrices(mean_of(x), names)) for x in (squares[:4], squares[4:]))
+        for path, value in ours["fisher_ratio"].per_module.items():
+            a, b = float(f2[path].sum()), float(r2[path].sum())
+            if a > 1e-16 and b > 1e-16:
+                close(value, a / b)
+            elif a == 0 or b == 0:
+                assert value == (0.0 if a == 0 else math.inf)
+        assert [ours[s].reduction for s in ours] == ["sample", "sample", "mean", "mean"]
+        assert all(ours[s].statistic == s and ours[s].num_samples == 4 for s in ours)
+    # without the retain set SLUG's importance is the same, and holds no gradient if there is one batch
+    close(knowledge_density(decoder, forget, modules, "slug", batch_tokens=1000).per_layer, ours["slug"].per_layer)
+    close(knowledge_density(decoder, forget, modules, "slug", batch_tokens=20).per_layer, ours["slug"].per_layer)
+
+
+def test_identities_of_the_statistics():
+    model, samples = tiny_model(), random_samples(3)
+    same = knowledge_density(model, samples, statistic="cosine", retain=samples)
+    torch.testing.assert_close(same.per_layer, torch.ones(6, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert knowledge_density(model, samples, statistic="fisher_ratio", retain=samples).per_layer.tolist() == [1.0] * 6
+    fisher, square = (knowledge_density(model, samples, "all", s) for s in ("fisher", "grad_l2sq"))
+    assert fisher.per_module == square.per_module and torch.equal(fisher.per_layer, square.per_layer)
+    part, whole = (
+        knowledge_density(model, samples, statistic=s, sample_fraction=0.5) for s in ("grad_mean_abs", "grad_l1")
+    )
+    torch.testing.assert_close(part.per_layer * part.num_weights, whole.per_layer, rtol=1e-12, atol=0)
+    torch.testing.assert_close(part.standard_error * part.num_weights, whole.standard_error, rtol=1e-12, atol=0)
+
+
+def test_one_gradient_is_held_for_a_cosine_and_a_second_one_for_several_batches(monkeypatch):
+    """In units of the MLPs' fp64 gradients, above what a pass without holding any allocates."""
+    model = tiny_model(hidden_size=128, intermediate_size=256)
+    forget, retain = random_samples(3, low=4, high=4), random_samples(3, seed=1, low=4, high=4)
+    decoder = Decoder(model)
+    size = sum(p.nbytes for n, p in model.named_parameters() if ".mlp." in n)
+    base = peak_bytes(lambda: knowledge_density(decoder, forget, batch_tokens=4))
+    for tokens, gradients in ((1000, 1), (4, 2)):
+        peak = peak_bytes(
+            lambda tokens=tokens: knowledge_density(
+                decoder, forget, statistic="cosine", retain=retain, batch_tokens=tokens
+            )
+        )
+        assert gradients - 0.3 < (peak - base) / size < gradients + 0.6, (tokens, (peak - base) / size)
+
+
+def test_what_goes_with_which_statistic():
+    model, samples = tiny_model(), random_samples(2)
+    decoder = Decoder(model)
+    for statistic in ("fisher_ratio", "cosine"):
+        with pytest.raises(ValueError, match=f"statistic='{statistic}' compares with a retain set: give retain="):
+            knowledge_density(decoder, samples, statistic=statistic)
+    for statistic in ("grad_l1", "fisher"):
+        with pytest.raises(ValueError, match=f"statistic='{statistic}' takes no retain set"):
+            knowledge_density(decoder, samples, statistic=statistic, retain=samples)
+    for statistic, wrong in (("fisher", "mean"), ("fisher_ratio", "mean"), ("cosine", "sample"), ("slug", "sample")):
+        with pytest.raises(
+            ValueError, match=f"reduction='{wrong}': {statistic} is of .* leave reduction out, or set '"
+        ):
+            knowledge_density(decoder, samples, statistic=statistic, reduction=wrong, retain=samples)
+    for statistic in ("fisher_ratio", "cosine", "slug"):
+        with pytest.raises(ValueError, match=f"sample_fraction with statistic='{statistic}'"):
+            knowledge_density(decoder, samples, statistic=statistic, retain=samples, sample_fraction=0.5)
+        found = knowledge_density(decoder, samples, statistic=statistic, retain=samples)
+        with pytest.raises(ValueError, match=f"{statistic} is no sum over weights, so no layer has a share"):
+            assert found.normalized is None
+    blank = [{"input_ids": torch.tensor([4, 5]), "labels": torch.tensor([4, -100])}]
+    with pytest.raises(ValueError, match="retain sample 2: no token after its first has a label"):
+        knowledge_density(decoder, samples, statistic="cosine", retain=samples + blank)
+
+
+def test_divisors_that_are_0():
+    model, samples = tiny_model(), random_samples(2)
+    model.model.layers[1].mlp = HalfUsed()  # two of its three matrices have no gradient
+    ratio = knowledge_density(model, samples, statistic="fisher_ratio", retain=samples)
+    idle = "model.layers.1.mlp.idle.weight"
+    assert ratio.per_module[idle] == 0.0 and ratio.per_module["model.layers.1.mlp.used.weight"] == 1.0
+    assert knowledge_density(model, samples, statistic="cosine", retain=samples).per_module[idle] == 0.0
+    with torch.no_grad():
+        model.model.layers[1].mlp.used.weight.zero_()
+    slug = knowledge_density(model, samples, statistic="slug")
+    assert slug.per_module["model.layers.1.mlp.used.weight"] == math.inf and slug.per_module[idle] == 0.0
+    with torch.no_grad():
+        for parameter in model.model.layers[1].mlp.parameters():
+            parameter.zero_()
+    with pytest.raises(ValueError, match="layer 1: the norm of its weights is 0, so there is no quotient"):
+        knowledge_density(model, samples, statistic="slug")
+
+
+def test_infinite_ratios_and_alignment_survive_a_file(tmp_path):
+    values = {"a": math.inf, "b": 2.0}
+    one = torch.ones(1)
+    ours = Density(2 * one.double(), values, one.long(), 1, statistic="slug", alignment=-0.5 * one.double())
+    ours.save(tmp_path / "d.json")
+    again = Density.load(tmp_path / "d.json")
+    assert again.per_module == values and again.alignment.tolist() == [-0.5] and again.alignment.dtype == torch.float64
+    assert again.to_dict() == ours.to_dict()
 
 
 # ---------------------------------------------------------------- what is refused
@@ -572,7 +746,7 @@ def trace(model):
     )
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", [*REDUCTIONS, "mean of two sets"])
 def test_nothing_is_left_behind(reduction, monkeypatch):
     model, samples = tiny_model("gpt2"), random_samples(3)
     model.train()
@@ -581,7 +755,10 @@ def test_nothing_is_left_behind(reduction, monkeypatch):
         parameter.requires_grad_(number % 3 > 0)
         parameter.grad = torch.ones_like(parameter) if number % 2 else None
     before = trace(model)
-    knowledge_density(model, samples, "all", reduction=reduction)
+    settings = {"reduction": reduction}
+    if reduction not in REDUCTIONS:
+        settings = {"statistic": "cosine", "retain": samples[:2]}
+    knowledge_density(model, samples, "all", **settings)
     assert trace(model) == before
 
     def fail(*args, **kwargs):
@@ -590,12 +767,12 @@ def test_nothing_is_left_behind(reduction, monkeypatch):
     for place in ("linear_loss", "likelihood"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(density_module.losses, place, fail)
-            knowledge_density(model, samples, "all", reduction=reduction)
+            knowledge_density(model, samples, "all", **settings)
         assert trace(model) == before
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # within the backward pass
         linear = LAYER_KINDS["linear"]
         patch.setitem(LAYER_KINDS, "linear", dataclasses.replace(linear, values=fail, gradient=fail))
-        knowledge_density(model, samples, "all", reduction=reduction)
+        knowledge_density(model, samples, "all", **settings)
     assert trace(model) == before
 
 

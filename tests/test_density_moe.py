@@ -13,7 +13,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from kunbr_fast import experts
 from kunbr_fast.data import pack
 from kunbr_fast.decoder import Decoder
-from kunbr_fast.density import REDUCTIONS, STATISTICS, _choose_tiles, knowledge_density
+from kunbr_fast.density import NORMS, REDUCTIONS, _choose_tiles, knowledge_density
 from kunbr_fast.layer_kinds import LAYER_KINDS, How, Watched
 from kunbr_fast.taps import Segments, Taps
 
@@ -35,7 +35,7 @@ def close(ours, truth):
 def test_equals_a_loop_over_samples(architecture):
     model, samples = tiny_model(architecture), random_samples(4, low=4, high=10)
     gradients = sample_gradients(model, samples)
-    for statistic in STATISTICS:
+    for statistic in NORMS:
         for reduction in REDUCTIONS:
             for modules in ("mlp", "all") if statistic == "grad_l1" else ("all",):
                 truth, per_layer, _ = loop(model, samples, modules, reduction, statistic, gradients)

@@ -2,6 +2,7 @@
 changed.
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from kunbr_fast.density import Density
 from kunbr_fast.evaluation import plots
 from kunbr_fast.evaluation.accuracy import Accuracy
-from kunbr_fast.evaluation.plots import plot_density, plot_relearning
+from kunbr_fast.evaluation.plots import plot_density, plot_pareto, plot_relearning
 from kunbr_fast.evaluation.report import table, write_report
 from kunbr_fast.evaluation.rtt import RTTResult
 
@@ -64,7 +65,13 @@ def assert_all_text_is_inside(figure):
 
     renderer = figure.canvas.get_renderer()
     width, height = figure.canvas.get_width_height()
-    shown = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+    beyond = set()  # matplotlib keeps some ticks beyond the axis' ends, and does not draw them
+    for axes in figure.axes:
+        for axis, place in ((axes.xaxis, 0), (axes.yaxis, 1)):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [*axis.get_ticklabels(), *axis.get_ticklabels(minor=True)]
+            beyond |= {label for label in ticks if not low <= label.get_position()[place] <= high}
+    shown = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text() and t not in beyond]
     assert shown
     for text in shown:
         box = text.get_window_extent(renderer)
@@ -115,6 +122,59 @@ def test_density_of_many_layers_and_of_one(tmp_path, drawn):
     with pytest.raises(ValueError, match="8 layers does not have"):
         plot_density(density(EIGHT), [range(7, 9)], tmp_path / "wrong.png")
     assert not (tmp_path / "wrong.png").exists()
+
+
+def test_statistics_without_shares_are_drawn_as_they_are(tmp_path, drawn):
+    values = torch.tensor([0.3, -0.2, 0.1, 0.05], dtype=torch.float64)
+    for statistic, label in (
+        ("cosine", "cosine of the mean"),
+        ("slug", "importance"),
+        ("fisher_ratio", "forget / retain"),
+    ):
+        raw = dataclasses.replace(density([0.25] * 4), per_layer=values, statistic=statistic)
+        blocks = [] if statistic == "cosine" else [range(0, 1)]
+        plot_density(raw, blocks, tmp_path / "raw.png")
+        (axes,) = drawn[-1].axes
+        bars = {round(bar.get_x() + bar.get_width() / 2): bar for group in axes.containers for bar in group}
+        assert [bars[i].get_height() for i in range(4)] == values.tolist()
+        assert label in axes.get_ylabel() and axes.get_ylim()[0] < -0.2
+        assert (axes.get_legend() is None) == (not blocks)
+        assert_all_text_is_inside(drawn[-1])
+
+
+def slug(importance, alignment):
+    one = density([1.0] * len(importance))
+    per_layer, alignment = (torch.tensor(x, dtype=torch.float64) for x in (importance, alignment))
+    return dataclasses.replace(one, per_layer=per_layer, statistic="slug", alignment=alignment)
+
+
+def test_the_pareto_front_is_marked(tmp_path, drawn):
+    plot_pareto(slug([5, 5, 1, 4, 3, 9], [0.5, -0.2, 0.3, 0.1, 0.15, -0.9]), tmp_path / "pareto.png")
+    (axes,) = drawn[0].axes
+    front, others = axes.lines
+    assert list(zip(*front.get_data())) == [(0.1, 4), (0.2, 5), (0.9, 9)]  # joined from low to high alignment
+    assert sorted(zip(*others.get_data())) == [(0.15, 3), (0.3, 1), (0.5, 5)]
+    assert front.get_marker() != others.get_marker() and front.get_color() != others.get_color()
+    labels = {text.get_text(): text for text in axes.texts}
+    assert set(labels) == set("012345")
+    assert {n for n, text in labels.items() if text.get_fontweight() == "bold"} == {"1", "3", "5"}
+    assert {"Pareto front", "other layers"} <= set(texts(drawn[0]))
+    assert_all_text_is_inside(drawn[0])
+
+
+def test_a_pareto_front_of_many_layers_of_one_and_of_zeros(tmp_path, drawn):
+    generator = torch.Generator().manual_seed(0)
+    importance, alignment = torch.rand(80, generator=generator), torch.rand(80, generator=generator) ** 6
+    plot_pareto(slug(importance.tolist(), alignment.tolist()), tmp_path / "many.png")
+    plot_pareto(slug([0.5], [-0.1]), tmp_path / "one.png")
+    plot_pareto(slug([0.0, 0.0], [0.0, 0.0]), tmp_path / "zeros.png")
+    for figure in drawn:
+        assert_all_text_is_inside(figure)
+    (many,) = drawn[0].axes
+    assert many.get_xscale() == "log" and len(many.texts) == len(many.lines[0].get_xdata()) < 20
+    assert drawn[1].axes[0].get_xscale() == "linear"
+    with pytest.raises(ValueError, match="this density has no alignment"):
+        plot_pareto(density(EIGHT), tmp_path / "none.png")
 
 
 # -------------------------------------------------------------------------------------------- relearning

@@ -1,4 +1,4 @@
-"""The two pictures of a run: where the knowledge sits, and how much of it comes back under attack.
+"""The pictures of a run: where the knowledge sits, which layers to choose, and how much comes back under attack.
 
 Made for a README: 1800 x 960 pixels, readable at half that size. Colours are Okabe and Ito's, which stay
 apart for colour-blind readers, and no difference is shown by colour alone. matplotlib is imported on use,
@@ -9,21 +9,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kunbr_fast import atomic
+from kunbr_fast.blocks import pareto_front
 from kunbr_fast.evaluation.rtt import RTTResult
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#8C8C8C"
 _COLOURS = (_ORANGE, _BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
 _SIZE, _DPI = (9.0, 4.8), 200
+_RAW = {  # statistics without shares: title, label
+    "fisher_ratio": ("Where the forget set weighs more than the retain set", "Fisher information, forget / retain"),
+    "cosine": ("Where forget and retain gradients agree", "cosine of the mean gradients"),
+    "slug": ("Where the forget set's gradient is large", "importance, |gradient| / |weights|"),
+}
 
 
 def plot_density(density, blocks: Sequence[range], path: str | Path, skip_last_layers: int = 2) -> None:
-    """Bars of the normalised knowledge density per layer, PNG at `path`.
+    """Bars of the knowledge density per layer, PNG at `path`: shares in percent, or the values of a statistic that has
+    no shares (fisher_ratio, cosine, slug).
 
-    density: has .normalized, (H,), summing to 1. blocks: the chosen ranges of layers, shown in another colour
-    with a bracket. skip_last_layers: layers at the top that are never chosen, shown hatched.
+    density: a `Density`. blocks: the chosen ranges of layers, shown in another colour with a bracket.
+    skip_last_layers: layers at the top that are never chosen, shown hatched (where blocks were chosen at all).
     """
-    shares = [100 * float(share) for share in density.normalized]
+    title, y_label = _RAW.get(density.statistic, (None, None))
+    if title is None:
+        title, y_label = "Where the knowledge of the forget set sits", "share of the density (%)"
+        total, unit = float(density.per_layer.sum()), 100
+    else:
+        total, unit, skip_last_layers = 1.0, 1, skip_last_layers if blocks else 0
+    shares = [unit * float(value) / total for value in density.per_layer]
     number = len(shares)
     chosen = {layer for block in blocks for layer in block}
     if not chosen <= set(range(number)):
@@ -45,10 +58,10 @@ def plot_density(density, blocks: Sequence[range], path: str | Path, skip_last_l
             axes.bar(sorted(layers), [shares[layer] for layer in sorted(layers)], width=0.8, label=label, **style)
     ends, estimate = shares, ""  # where each layer's bar, or its error bar, ends
     if density.standard_error is not None:
-        errors = [100 * float(error / density.per_layer.sum()) for error in density.standard_error]
+        errors = [unit * float(error) / total for error in density.standard_error]
         axes.errorbar(range(number), shares, errors, fmt="none", ecolor="black", capsize=3)
         ends, estimate = [share + error for share, error in zip(shares, errors)], ", ± standard error"
-    top = max(ends)
+    top, bottom = max(*ends, 0.0), min(*ends, 0.0)
     for block in blocks:
         y = max(ends[layer] for layer in block) + 0.035 * top
         left, right = block[0] - 0.4, block[-1] + 0.4
@@ -65,13 +78,71 @@ def plot_density(density, blocks: Sequence[range], path: str | Path, skip_last_l
             fontsize=11,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
-    axes.set_ylim(0, 1.14 * top)
+    axes.set_ylim(1.14 * bottom, 1.14 * top)
+    if bottom < 0:
+        axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlim(-0.7, number - 0.3)
     axes.set_xticks(range(0, number, 1 if number <= 20 else 2 if number <= 40 else 4))
     axes.set_xlabel("decoder layer")
-    axes.set_ylabel(f"share of the density (%{estimate})")
-    axes.set_title("Where the knowledge of the forget set sits", loc="left", fontweight="bold", pad=36)
-    _legend(axes, ncols=3)
+    axes.set_ylabel(y_label.replace("(%)", f"(%{estimate})"))
+    axes.set_title(title, loc="left", fontweight="bold", pad=36 if blocks or skipped else 14)
+    if blocks or skipped:
+        _legend(axes, ncols=3)
+    _save(figure, path)
+
+
+def plot_pareto(density, path: str | Path) -> None:
+    """The layers by SLUG's importance and the alignment of their forget and retain gradients, PNG at `path`.
+
+    density: `knowledge_density(statistic="slug", retain=...)`. The Pareto front (`blocks.pareto_front`) is joined by a
+    line, in another colour and marker; up to 40 layers all points have their layer's number, else those of the front.
+    """
+    if density.alignment is None:
+        raise ValueError('this density has no alignment: measure statistic="slug" with retain=samples to keep')
+    importance, alignment = density.per_layer.tolist(), density.alignment.abs().tolist()
+    front = pareto_front(importance, alignment)
+    others = [layer for layer in range(len(importance)) if layer not in front]
+
+    figure, axes = _figure()
+    axes.grid(axis="x", color="#E3E3E3", linewidth=0.8)
+    ordered = sorted(front, key=lambda layer: alignment[layer])
+    for layers, style in (
+        (
+            ordered,
+            {
+                "color": _ORANGE,
+                "marker": "o",
+                "markersize": 9,
+                "linewidth": 1.6,
+                "label": "Pareto front",
+                "drawstyle": "steps-post",
+            },
+        ),
+        (others, {"color": "#6FA3C8", "marker": "x", "markersize": 7, "linewidth": 0, "label": "other layers"}),
+    ):
+        if layers:
+            axes.plot([alignment[n] for n in layers], [importance[n] for n in layers], zorder=3, **style)
+    for layer, point in enumerate(zip(alignment, importance)):
+        if layer in front:
+            style = {"xytext": (-6, 6), "ha": "right", "fontsize": 12, "fontweight": "bold"}
+        elif len(importance) <= 40:
+            style = {"xytext": (7, -4), "fontsize": 9.5, "color": "#555555"}
+        else:
+            continue
+        axes.annotate(str(layer), point, textcoords="offset points", zorder=4, **style)
+    for values, scale, limit in (
+        (alignment, axes.set_xscale, axes.set_xlim),
+        (importance, axes.set_yscale, axes.set_ylim),
+    ):
+        if max(values) > 10 * min(values) > 0:
+            scale("log")
+            limit(min(values) / 1.6, max(values) * 1.6)
+        else:
+            limit(0, 1.12 * max(values) or 1.0)
+    axes.set_xlabel("|cosine| of the forget and the retain gradient")
+    axes.set_ylabel("importance, |gradient| / |weights|")
+    axes.set_title("Which layers to change: important, and not aligned", loc="left", fontweight="bold", pad=36)
+    _legend(axes, ncols=2)
     _save(figure, path)
 
 
