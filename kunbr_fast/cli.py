@@ -1,4 +1,4 @@
-"""The command line: `kunbr-fast demo | unlearn | density | rtt | doctor`."""
+"""The command line: `kunbr-fast demo | unlearn | density | rtt | merge | doctor`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from kunbr_fast.atomic import write_json
-from kunbr_fast.blocks import select_blocks, selectable_blocks
+from kunbr_fast.blocks import pareto_front, select_blocks, selectable_blocks
 from kunbr_fast.checkpoint import fingerprint
 from kunbr_fast.config import KUnBRConfig
 from kunbr_fast.data import is_question, load_records
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.demo import demo
-from kunbr_fast.density import STATISTICS, knowledge_density
+from kunbr_fast.density import NO_SHARES, NORMS, STATISTICS, Density, knowledge_density
 from kunbr_fast.dispatch import Unavailable
 from kunbr_fast.doctor import doctor, format_doctor
-from kunbr_fast.evaluation.plots import plot_density, plot_relearning
+from kunbr_fast.evaluation.plots import plot_density, plot_pareto, plot_relearning
 from kunbr_fast.evaluation.report import table, write_report
 from kunbr_fast.evaluation.rtt import Fold, rtt_attack
 from kunbr_fast.loading import DTYPES, check_same_architecture, load_model, load_tokenizer, save_model
+from kunbr_fast.merge import METHODS, MODES, merge_models
 from kunbr_fast.training import Diverged, frozen
 from kunbr_fast.unlearn import rtt_config, to_samples, unlearn
 from kunbr_fast.version import __version__
@@ -63,6 +64,17 @@ def _setting_arguments(parser: argparse.ArgumentParser, names: Sequence[str] | N
             continue
         option = f"--{field.name.replace('_', '-')}"
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        if isinstance(default, dict):
+            group.add_argument(
+                option.removesuffix("s"),
+                action="append",
+                default=argparse.SUPPRESS,
+                type=_name_and_value,
+                metavar="NAME=VALUE",
+                help=f"{field.metadata['help']}; may be given several times",
+                dest=f"set_{field.name}",
+            )
+            continue
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         text = field.metadata["help"] + ("" if default is None else f" [{shown}]")
         kind = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%"), "dest": f"set_{field.name}"}
@@ -72,6 +84,13 @@ def _setting_arguments(parser: argparse.ArgumentParser, names: Sequence[str] | N
             group.add_argument(option, nargs="+", type=float, metavar="LR", **kind)
         else:
             group.add_argument(option, type=_scalar, metavar=field.name.rpartition("_")[2].upper(), **kind)
+
+
+def _name_and_value(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not name or not sign or not value:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE, such as beta=0.1")
+    return name, _scalar(value)
 
 
 def _scalar(text: str) -> Any:
@@ -87,7 +106,10 @@ def _config(arguments: argparse.Namespace) -> KUnBRConfig:
     values: dict[str, Any] = {}
     if arguments.config:
         values = KUnBRConfig.load(arguments.config).to_dict()
-    values |= {name[4:]: value for name, value in vars(arguments).items() if name.startswith("set_")}
+    for name, value in vars(arguments).items():
+        if name.startswith("set_"):
+            name = name[4:]
+            values[name] = {**values.get(name, {}), **dict(value)} if name.endswith("_options") else value
     return KUnBRConfig.from_dict(values, "settings")
 
 
@@ -148,19 +170,27 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("density", help="knowledge density of each layer for a forget set; changes nothing")
     _model_arguments(command)
     command.add_argument("--forget", nargs="+", required=True, metavar="F.jsonl")
+    command.add_argument(
+        "--retain", nargs="+", metavar="R.jsonl", help="what to keep: for fisher_ratio, cosine and slug's Pareto front"
+    )
     command.add_argument("--out", metavar="FILE.json", help="keep the result (kunbr_fast.Density.load reads it)")
-    command.add_argument("--plot", metavar="FILE.png", help="bars per layer, the chosen blocks marked")
+    command.add_argument(
+        "--plot",
+        metavar="FILE.png",
+        help="bars per layer, the chosen blocks marked; slug with --retain: importance against alignment",
+    )
     command.add_argument(
         "--statistic",
         choices=STATISTICS,
         default="grad_l1",
-        help="of each layer's gradient g: grad_l1 sum|g|, grad_l2sq sum g^2, grad_l2 its root, grad_linf max|g| [grad_l1]",
+        help="of each layer's gradient g: grad_l1 sum|g|, grad_mean_abs mean|g|, grad_l2sq sum g^2, grad_l2 its root, "
+        "grad_linf max|g|, fisher E g^2, fisher_ratio forget/retain, cosine of forget and retain, slug |g|/|w| [grad_l1]",
     )
     command.add_argument(
         "--sample-fraction",
         type=float,
         metavar="F",
-        help="estimate grad_l1 or grad_l2sq without bias from this part of each matrix's rows (above 0, at most 1), and "
+        help="estimate a sum over weights without bias from this part of each matrix's rows (above 0, at most 1), and "
         "show the standard error [all rows]",
     )
     _output_arguments(command)
@@ -192,6 +222,36 @@ def parser() -> argparse.ArgumentParser:
     _output_arguments(command)
     _setting_arguments(command, ["scoring", "seed", "rtt_lrs", "rtt_epochs", "rtt_batch_size", "rtt_target"])
     command.set_defaults(run=_rtt)
+
+    command = commands.add_parser(
+        "merge", help="one model from several: task vectors negated or added, by sum, mean or agreement of their signs"
+    )
+    command.add_argument("--base", required=True, metavar="DIR", help="the model that the others were trained from")
+    command.add_argument("--models", nargs="+", required=True, metavar="DIR", help="one or more (safetensors)")
+    command.add_argument("--out", required=True, metavar="DIR", help="the merged model, and merge.json")
+    command.add_argument(
+        "--mode",
+        choices=MODES,
+        required=True,
+        help="negate: the models were fine-tuned on what is to be forgotten; add: they were unlearned",
+    )
+    command.add_argument(
+        "--method",
+        choices=METHODS,
+        default="consensus",
+        help="of the task vectors; consensus: the mean where they agree in sign, 0 elsewhere [consensus]",
+    )
+    command.add_argument("--alpha", type=float, default=1.0, metavar="A", help="how far along the task vector [1.0]")
+    command.add_argument(
+        "--agree",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of the models that consensus needs, above 0.5 [1.0: all]",
+    )
+    command.add_argument("--resume", action="store_true", help="go on with the merge that was interrupted in --out")
+    _output_arguments(command)
+    command.set_defaults(run=_merge)
 
     command = commands.add_parser(
         "doctor", help="versions, devices, and which implementation of each operation can run here"
@@ -309,46 +369,61 @@ def _unlearn(arguments: argparse.Namespace) -> dict[str, Any]:
 def _density(arguments: argparse.Namespace) -> dict[str, Any]:
     config = _config(arguments)
     records = load_records(arguments.forget)
+    retain = None if arguments.retain is None else load_records(arguments.retain)
     model, tokenizer = _load(arguments)
     decoder = Decoder(model)
-    selectable_blocks(
-        decoder.num_layers, config.num_blocks, config.top_k, config.skip_last_layers
-    )  # fails now or never
-    samples = to_samples(records, tokenizer, config, decoder, "forget")
+    choice = config.num_blocks, config.top_k, config.skip_last_layers
+    if arguments.statistic != "cosine":
+        selectable_blocks(decoder.num_layers, *choice)  # fails now or never
     density = knowledge_density(
         decoder,
-        samples,
+        to_samples(records, tokenizer, config, decoder, "forget"),
         config.modules,
         arguments.statistic,
-        config.reduction,
+        # some statistics have a reduction of their own, which only an option of the command contradicts
+        None if arguments.statistic not in NORMS and not hasattr(arguments, "set_reduction") else config.reduction,
+        retain=None if retain is None else to_samples(retain, tokenizer, config, decoder, "retain"),
         gradient_checkpointing=config.gradient_checkpointing or None,
         sample_fraction=arguments.sample_fraction,
         impl=config.impl,
         progress=not arguments.quiet,
     )
-    blocks = select_blocks(density, config.num_blocks, config.top_k, config.skip_last_layers)
-    if arguments.out:
-        density.save(arguments.out)
-    if arguments.plot:
-        plot_density(density, blocks, arguments.plot, config.skip_last_layers)
-    if not arguments.json:
-        chosen = {layer for block in blocks for layer in block}
-        sampled = "" if density.sample_fraction is None else f", estimate from {density.sample_fraction:g} of the rows"
-        print(
-            f"knowledge density, {config.modules}, {density.statistic}, {density.num_samples} samples{sampled} (* chosen)"
-        )
-        errors = [""] * decoder.num_layers
-        if density.standard_error is not None:
-            errors = [f" ± {error:<10.3g}" for error in density.standard_error.tolist()]
-        for layer, (value, error, share) in enumerate(
-            zip(density.per_layer.tolist(), errors, density.normalized.tolist())
-        ):
-            mark = "*" if layer in chosen else " "
-            print(f"layer {layer:3d} {mark} {value:12.5g}{error}  {share:7.2%}  {'#' * round(share * 200)}")
-    return density.to_dict() | {
-        "normalized": density.normalized.tolist(),
+    blocks = [] if density.statistic == "cosine" else select_blocks(density, *choice)
+    result = density.to_dict() | {
+        "normalized": None if density.statistic in NO_SHARES else density.normalized.tolist(),
         "blocks": [[block.start, block.stop] for block in blocks],
     }
+    if density.alignment is not None:
+        result["pareto_front"] = pareto_front(density.per_layer, density.alignment)
+    if arguments.out:
+        density.save(arguments.out)
+    if arguments.plot and density.alignment is not None:
+        plot_pareto(density, arguments.plot)
+    elif arguments.plot:
+        plot_density(density, blocks, arguments.plot, config.skip_last_layers)
+    if not arguments.json:
+        _print_density(density, blocks, result.get("pareto_front"))
+    return result
+
+
+def _print_density(density: Density, blocks: Sequence[range], front: Sequence[int] | None) -> None:
+    marked, meaning = {layer for block in blocks for layer in block}, " (* chosen)" if blocks else ""
+    if front is not None:
+        marked, meaning = set(front), " (* Pareto front: high importance, low |alignment|)"
+    sampled = "" if density.sample_fraction is None else f", estimate from {density.sample_fraction:g} of the rows"
+    print(f"knowledge density, {density.modules}, {density.statistic}, {density.num_samples} samples{sampled}{meaning}")
+    values = density.per_layer.tolist()
+    longest = max(map(abs, values)) or 1.0
+    for layer, value in enumerate(values):
+        error = "" if density.standard_error is None else f" ± {float(density.standard_error[layer]):<10.3g}"
+        if density.alignment is not None:
+            after = f"alignment {float(density.alignment[layer]):+.4f}  {'#' * round(40 * value / longest)}"
+        elif density.statistic in NO_SHARES:
+            after = "#" * round(40 * abs(value) / longest)
+        else:
+            share = float(density.normalized[layer])
+            after = f"{share:7.2%}  {'#' * round(share * 200)}"
+        print(f"layer {layer:3d} {'*' if layer in marked else ' '} {value:12.5g}{error}  {after}")
 
 
 def _rtt(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -400,6 +475,28 @@ def _finished_attacks(path: Path, belongs: dict[str, Any]) -> list[dict]:
         what = "the model or the questions" if changed[0] == "run" else f"{changed[0]} = {before.get(changed[0])!r}"
         raise ValueError(f"{path}: {what} changed since it was begun: put it back, or give another --out")
     return curves
+
+
+def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
+    found = merge_models(
+        arguments.base,
+        arguments.models,
+        arguments.out,
+        mode=arguments.mode,
+        method=arguments.method,
+        alpha=arguments.alpha,
+        agree=arguments.agree,
+        resume=arguments.resume,
+        progress=not arguments.quiet,
+    )
+    if not arguments.json:
+        print(f"{found['tensors']} tensors, {found['entries']} entries; {found['agreed_share']:.1%} agree in sign")
+        for model, norm in zip(found["models"], found["task_vector_norms"]):
+            print(f"task vector of {model}: norm {norm:.4g}")
+        print(
+            f"change ({arguments.mode}, alpha {arguments.alpha:g}): norm {found['merged_norm']:.4g}, in {arguments.out}"
+        )
+    return found
 
 
 def _doctor(arguments: argparse.Namespace) -> dict[str, Any]:

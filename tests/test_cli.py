@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from kunbr_fast import KUnBRConfig, cli
+from kunbr_fast.blocks import pareto_front
 from kunbr_fast.density import Density
 
 QUICK = (
@@ -144,6 +145,40 @@ def test_density_statistics_estimates_and_checkpointing(workspace, capsys):
     assert printed.count(" ± ") == 6 and "grad_l1" in printed and "estimate from 0.5 of the rows" in printed
     assert cli.main([*command, "--sample-fraction", "0.5", "--statistic", "grad_linf"]) == 2
     assert "only a sum over weights has an unbiased estimate" in capsys.readouterr().err
+
+
+def test_density_of_two_sets(workspace, tmp_path, capsys):
+    plot = tmp_path / "density.png"
+    command = ["density", "--model", str(workspace / "model"), "--forget", str(workspace / "f0.jsonl"), "--num-blocks", "3",
+               "--top-k", "1", "--quiet", "--impl", "torch", "--plot", str(plot)]  # fmt: skip
+    retain = ["--retain", str(workspace / "r.jsonl")]
+    results = {}
+    for statistic in ("fisher", "fisher_ratio", "cosine", "slug"):
+        more = [] if statistic == "fisher" else retain
+        out = ["--out", str(tmp_path / f"{statistic}.json")]
+        assert cli.main([*command, *more, *out, "--statistic", statistic, "--json"]) == 0
+        results[statistic] = json.loads(capsys.readouterr().out)
+        assert Density.load(tmp_path / f"{statistic}.json").per_layer.tolist() == results[statistic]["per_layer"]
+        assert plot.stat().st_size > 1000
+        plot.unlink()
+        assert cli.main([*command, *more, "--statistic", statistic]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count("layer ") == 6 and statistic in printed
+    assert "Pareto front" in printed and printed.count("alignment ") == 6
+    assert results["slug"]["alignment"] == pytest.approx(results["cosine"]["per_layer"])
+    front = pareto_front(results["slug"]["per_layer"], results["slug"]["alignment"])
+    assert results["slug"]["pareto_front"] == front and printed.count(" * ") == len(front)
+    assert results["cosine"]["blocks"] == [] and len(results["slug"]["blocks"]) == 1
+    assert results["cosine"]["normalized"] is None and sum(results["fisher"]["normalized"]) == pytest.approx(1)
+    assert cli.main([*command, "--statistic", "slug"]) == 0  # alone it is a bar for each layer
+    assert "alignment" not in capsys.readouterr().out and plot.stat().st_size > 1000
+    for wrong, message in (
+        (["--statistic", "cosine"], "compares with a retain set"),
+        ([*retain, "--statistic", "grad_l1"], "takes no retain set"),
+        ([*retain, "--statistic", "cosine", "--reduction", "sample"], "cosine is of the mean gradient"),
+    ):
+        assert cli.main([*command, *wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_rtt_prints_the_curve_and_resumes(workspace, tmp_path, capsys):

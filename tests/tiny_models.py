@@ -118,16 +118,17 @@ def live_tensor_bytes():
     return sum(storages.values())
 
 
-def peak_bytes(function):
+def peak_bytes(function, largest=float("inf")):
     """The most bytes that `function()` has allocated on the CPU and not yet freed, at any time while it runs.
 
-    From the allocator's own log: also what lives only within autograd or within an operator is counted.
+    From the allocator's own log: also what lives only within autograd or within an operator is counted. So is a file
+    that safetensors maps, each time it does, though that is no memory: what is larger than `largest` is not counted.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
+        now += event.nbytes() if abs(event.nbytes()) <= largest else 0
         peak = max(peak, now)
     return peak
