@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(VENV)/bin/kunbr-fast demo
 
 test: $(STAMP)
-	$(VENV)/bin/pytest -m "not slow"
+	$(VENV)/bin/pytest -m "not slow" -n auto --dist loadfile
 
 test-slow: $(STAMP)
 	$(VENV)/bin/pytest -m slow
