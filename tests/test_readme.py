@@ -1,0 +1,57 @@
+"""What the README says of objectives and of counted steps is what the code has and what was measured."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from kunbr_fast.objectives import OBJECTIVES
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def table(heading):
+    """The rows of the first table below a heading, each a list of cells."""
+    lines = README.split(heading + "\n", 1)[1].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[first:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows[2:]
+
+
+def test_every_objective_is_in_the_table_with_what_it_needs():
+    found = {}
+    for _, names, reference, alternate, way in table("## Objectives"):
+        for name in re.findall(r"`(\w+)`", names):
+            found[name] = reference, alternate, way
+    assert set(found) == set(OBJECTIVES)
+    words = {"nll": "NLL", "hidden": "hidden", None: "-"}
+    for name, (reference, alternate, way) in found.items():
+        objective = OBJECTIVES[name]
+        assert reference == ("layer" if objective.states else words[objective.reference]), name
+        assert alternate == (objective.alternate or "-"), name
+        assert (way == "fused, weights") == objective.weighted and way.startswith("none") == objective.states, name
+
+
+def test_the_counted_table_quotes_committed_rows():
+    with open(ROOT / "benchmarks" / "results" / "counted.csv") as file:
+        rows = [r for r in csv.DictReader(file) if r["model"] == "Llama-3-8B"]
+    quoted = table("### One step of an 8B model, counted")
+    assert len(quoted) == 6
+    for block, target, reference, here, fewer, kept, in_all, launches in quoted:
+        kind = {"all tokens": "all", "the letter": "letter"}[target]
+        a, b = (
+            next(r for r in rows if (r["block"], r["target"], r["variant"]) == (block, kind, side))
+            for side in ("reference", "kunbr_fast")
+        )
+        assert reference == f"{float(a['gflop']) / 1e3:.1f} TFLOP" and here == f"{float(b['gflop']) / 1e3:.1f} TFLOP"
+        assert float(fewer[:-1]) == pytest.approx(float(a["gflop"]) / float(b["gflop"]), abs=0.006)
+        assert float(kept[:-1]) == pytest.approx(float(b["saved_mib"]) / float(a["saved_mib"]), abs=0.006)
+        whole = [float(r["peak_mib"]) + float(r["standing_mib"]) for r in (a, b)]
+        assert float(in_all[:-1]) == pytest.approx(whole[1] / whole[0], abs=0.006)
+        assert launches == f"{a['launches']}, {b['launches']}"
