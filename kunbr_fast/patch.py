@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import inspect
 import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -33,12 +34,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.activations import GELUActivation
 
 from kunbr_fast import dispatch
 from kunbr_fast.blocks import check_block
+from kunbr_fast.compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    CALL_CHECKPOINTS,
+    LAYERS_RETURN_TUPLES,
+    GELUTanh,
+    SiLUActivation,
+)
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.fused.activations import geglu, swiglu
 from kunbr_fast.fused.linear import linears
@@ -46,7 +52,6 @@ from kunbr_fast.fused.norms import rms_norm
 from kunbr_fast.fused.rotary import apply_rotary
 
 logger = logging.getLogger(__name__)
-CALL_CHECKPOINTS = "__call__" in vars(GradientCheckpointingLayer)  # transformers 5.0: around forward, not in it
 MARK = "_kunbr_patched"  # on the list of layers: the call that patched them
 
 
@@ -190,6 +195,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """With kunbr_rows (R,): queries, and the result, of these tokens only: (1, R, D)."""
+    past_key_values = kwargs.pop("past_key_value", past_key_values)  # transformers 4
     width, asking = module.head_dim, hidden_states
     if kunbr_rows is not None:
         asking = hidden_states[:, kunbr_rows]
@@ -219,6 +225,8 @@ def _attention(
         further = () if position is None else ({"cache_position": position},)
         key, value = past_key_values.update(key, value, module.layer_idx, *further)
     name = module.config._attn_implementation
+    if LAYERS_RETURN_TUPLES and name == "sdpa" and kwargs.get("output_attentions"):
+        name = "eager"  # as the model's own code; later releases ask for it elsewhere
     attend = eager if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS[name]
     if family.window is not None:
         kwargs["sliding_window"] = _get(module, family.window)
@@ -237,11 +245,17 @@ def _attention(
     return module.o_proj(out.reshape(*asking.shape[:-1], -1)), weights
 
 
-def _layer(module: nn.Module, hidden_states: torch.Tensor, *, run: Any, **kwargs: Any) -> torch.Tensor:
+def _layer(module: nn.Module, hidden_states: torch.Tensor, *args: Any, run: Any, **kwargs: Any) -> Any:
     """`run(module, hidden_states, **kwargs)`, again in the backward pass where gradient checkpointing is on.
 
     That is switched on through attributes that transformers sets on the layer, and which its own forward reads.
     """
+    if LAYERS_RETURN_TUPLES:  # and, under gradient checkpointing, give their arguments by position
+        names = list(inspect.signature(type(module).forward).parameters)[2:]
+        kwargs.update(zip(names, args))
+        if kwargs.get("output_attentions"):
+            return type(module).forward(module, hidden_states, **kwargs)
+        return (run(module, hidden_states, **kwargs),)
     if CALL_CHECKPOINTS or not (module.gradient_checkpointing and module.training):
         return run(module, hidden_states, **kwargs)
     if kwargs.get("past_key_values") is not None:  # the second run would write to it again
@@ -300,6 +314,8 @@ def _fused_forward(module: nn.Module, impl: str) -> functools.partial | None:
         return (
             functools.partial(_mlp, module, **common, gated=gated) if gated and _consists_of(module, needed) else None
         )
+    if role in ("Attention", "DecoderLayer") and ALL_ATTENTION_FUNCTIONS is None:
+        return None  # transformers 4.45: norms and MLPs only
     if role == "Attention":
         needed = {"o_proj"} | ({"qkv_proj"} if family.packed else {"q_proj", "k_proj", "v_proj"})
         needed |= {"q_norm", "k_norm"} if family.qk_norm else set()

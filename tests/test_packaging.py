@@ -149,3 +149,11 @@ def test_triton_interpreter_works_with_this_numpy(tmp_path):
         )
     )
     python("import kernel", cwd=tmp_path, TRITON_INTERPRET="1")
+
+
+def test_hydra_finds_our_configs_once_installed(installed, tmp_path):
+    code = """
+    import pathlib, kunbr_fast.integrations.open_unlearning_configs as configs
+    print(*sorted(path.relative_to(configs.__path__[0]) for path in pathlib.Path(configs.__path__[0]).rglob("*.yaml")))
+    """
+    assert imported(installed, code, cwd=tmp_path) == "trainer/KUnBR.yaml"

@@ -148,9 +148,13 @@ def _apart(*tensors: torch.Tensor) -> bool:
     return len({x.untyped_storage().data_ptr() for x in tensors}) == len(tensors)
 
 
+# torch 2.4 cannot tell, so there nothing is overwritten
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 def _may_overwrite(ctx, dy: torch.Tensor, *saved: torch.Tensor) -> bool:
     """In the backward. A saved-tensor hook gives back another tensor object than the one that was saved."""
-    if not ctx.saved or torch._C._autograd._get_current_graph_task_keep_graph():
+    if not ctx.saved or _keeps_graph():
         return False
     return all(reference() is x for reference, x in zip(ctx.saved, saved)) and _apart(dy, *saved)
 

@@ -158,7 +158,9 @@ def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
 # ---------------------------------------------------------------- the operators (impl="triton")
 
 
-@torch.library.custom_op("kunbr_fast::rotary", mutates_args=())
+@torch.library.custom_op(
+    "kunbr_fast::rotary", mutates_args=(), schema="(Tensor[] xs, Tensor cos, Tensor sin, bool transposed) -> Tensor[]"
+)
 def _rotary(xs: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, transposed: bool) -> list[torch.Tensor]:
     from kunbr_fast.kernels import rope
 
