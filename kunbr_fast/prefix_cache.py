@@ -9,6 +9,7 @@ The cache is exact: it stores what the layers put out, in their own dtype.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -20,12 +21,55 @@ from tqdm import tqdm
 from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.schedule import token_batches
+from kunbr_fast.streaming import stretches
 
 STORAGES = ("auto", "device", "host", "file")
 
 
 def _free_host_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_storage(storage: str) -> None:
+    if storage not in STORAGES:
+        raise ValueError(f"storage={storage!r}: expected one of {', '.join(STORAGES)}")
+
+
+def choose_storage(nbytes: int, device: torch.device) -> str:
+    """The first of `device`, `host` and `file` that takes at most a quarter of what is free."""
+    if device.type == "cuda" and nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
+        return "device"
+    return "host" if nbytes <= _free_host_bytes() // 4 else "file"
+
+
+def allocate(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    storage: str,
+    directory: str | Path | None,
+    what: str,
+) -> torch.Tensor:
+    """An uninitialised tensor in one of the storages; `what` it is for, in errors and in the file's name."""
+    if storage == "device":
+        return torch.empty(shape, dtype=dtype, device=device)
+    if storage == "host":
+        return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+    handle, name = tempfile.mkstemp(prefix=f"{what.replace(' ', '-')}-", dir=directory)
+    nbytes = math.prod(shape) * dtype.itemsize
+    try:
+        # blocks are reserved now: a full disk is an error here, not a bus error in the middle of a write
+        os.posix_fallocate(handle, 0, nbytes)
+        return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the {what} needs {nbytes / 2**30:.2f} GiB in {Path(name).parent}: {error.strerror}; "
+            "free space there or give another directory",
+        ) from error
+    finally:
+        os.close(handle)
+        os.unlink(name)
 
 
 class PrefixCache:
@@ -47,45 +91,18 @@ class PrefixCache:
         batch_tokens: int = 4096,
         progress: bool = False,
     ):
-        if storage not in STORAGES:
-            raise ValueError(f"storage={storage!r}: expected one of {', '.join(STORAGES)}")
+        check_storage(storage)
         self.decoder, self.samples, self.progress = decoder, list(samples), progress
         if not self.samples:
             raise ValueError("no samples: expected at least one")
         lengths = [len(sample["input_ids"]) for sample in self.samples]
         self._offsets = list(itertools.accumulate(lengths, initial=0))
         self._batches = token_batches(lengths, batch_tokens)
-        self.nbytes = self._offsets[-1] * decoder.hidden_size * decoder.dtype.itemsize
-        self.storage = self._choose() if storage == "auto" else storage
-        self._buffer = self._allocate(directory)
+        shape = (self._offsets[-1], decoder.hidden_size)
+        self.nbytes = math.prod(shape) * decoder.dtype.itemsize
+        self.storage = choose_storage(self.nbytes, decoder.device) if storage == "auto" else storage
+        self._buffer = allocate(shape, decoder.dtype, decoder.device, self.storage, directory, "prefix cache")
         self.reset()
-
-    def _choose(self) -> str:
-        device = self.decoder.device
-        if device.type == "cuda" and self.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
-            return "device"
-        return "host" if self.nbytes <= _free_host_bytes() // 4 else "file"
-
-    def _allocate(self, directory: str | Path | None) -> torch.Tensor:
-        shape, dtype, device = (self._offsets[-1], self.decoder.hidden_size), self.decoder.dtype, self.decoder.device
-        if self.storage == "device":
-            return torch.empty(shape, dtype=dtype, device=device)
-        if self.storage == "host":
-            return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
-        handle, name = tempfile.mkstemp(prefix="prefix-cache-", dir=directory)
-        try:
-            # blocks are reserved now: a full disk is an error here, not a bus error in the middle of a write
-            os.posix_fallocate(handle, 0, self.nbytes)
-            return torch.from_file(name, shared=True, size=shape[0] * shape[1], dtype=dtype).view(shape)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"the prefix cache needs {self.nbytes / 2**30:.2f} GiB in {Path(name).parent}: {error.strerror}; "
-                "free space there or give another directory",
-            ) from error
-        finally:
-            os.close(handle)
-            os.unlink(name)
 
     @property
     def layer(self) -> int | None:
@@ -108,18 +125,21 @@ class PrefixCache:
     @torch.no_grad()
     def _fill(self, start: int, stop: int) -> None:
         bar = tqdm(
-            self._batches,
+            total=len(self._batches) * max(stop - start, 1),
             desc=f"prefix cache to layer {stop}",
             unit="batch",
             leave=False,
             disable=not self.progress or stop == 0,
         )
         self._layer = None  # until all samples are there
-        for indices in bar:
-            batch = pack([self.samples[i] for i in indices]).to(self.decoder.device)
-            rows = self._buffer[self._offsets[indices[0]] : self._offsets[indices[-1] + 1]]
-            hidden = None if stop == 0 else rows.to(self.decoder.device)
-            rows.copy_(self.decoder.run(batch, start, stop, hidden))
+        with bar:
+            for first, last in stretches(self.decoder, start, stop):
+                for indices in self._batches:
+                    batch = pack([self.samples[i] for i in indices]).to(self.decoder.device)
+                    rows = self._buffer[self._offsets[indices[0]] : self._offsets[indices[-1] + 1]]
+                    hidden = None if last == 0 else rows.to(self.decoder.device)
+                    rows.copy_(self.decoder.run(batch, first, last, hidden))
+                    bar.update(max(last - first, 1))
         self._layer = stop
 
     def batch(self, indices: Sequence[int]) -> PackedBatch:

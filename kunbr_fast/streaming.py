@@ -1,0 +1,589 @@
+"""Models that do not fit: each layer's weights are read from the safetensors files when the layer runs.
+
+    model = open_streamed("Llama-3-70B", "cuda")
+    decoder = Decoder(model)              # and everything that takes one: PrefixCache, choice_accuracy, ...
+
+Embeddings, final norm and head are in memory; a decoder layer is in one of a few buffers, or nowhere. A hook before each
+layer's forward puts its weights in place, so any code that runs the model's layers one after the other works. Code that
+knows in which order it needs the layers (`visit`, see `layer_major`) says so, and none is read twice in vain.
+
+A layer's way: the file's mapped pages -> (cast to the model's dtype) -> on a GPU a pinned buffer, then by a stream of
+its own the buffer on the device; on a CPU straight into the buffer. One thread does this for the layer that comes next
+while the present one computes. Of the files nothing stays mapped between two layers. As many layers as `host_bytes` allows
+stay in main memory once they were read, and only cross the bus from then on.
+
+Where a layer is not in a buffer its parameters are placeholders: one NaN, expanded to the parameter's shape, so that shapes,
+dtypes and devices are right and nothing computed from it can be mistaken for a result.
+
+No GPU has run the CUDA part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.autograd.graph import increment_version
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kunbr_fast import compat
+from kunbr_fast.atomic import write_with
+from kunbr_fast.decoder import Decoder, find_layers
+from kunbr_fast.loading import DTYPES, model_directory
+from kunbr_fast.weights import Shards, open_tensors
+
+STREAM = "_kunbr_stream"  # on the list of layers: its LayerStream
+ALIGNMENT = 256  # of a parameter in its buffer, in bytes
+
+
+# ---------------------------------------------------------------- the stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A tensor in the files, and the part of a parameter that it is (all of it, or one expert's matrix)."""
+
+    stored: str
+    index: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One parameter of a layer: its name, what it is made of, and where it lies in a buffer."""
+
+    parameter: nn.Parameter
+    name: str
+    pieces: list[Piece]
+    place: slice  # bytes
+
+
+class _Slot:
+    """A buffer for one layer. `layer`: whose weights it holds or is getting; `loading`: until they are in place."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.layer: int | None = None
+        self.loading: Future | None = None
+        self.data = torch.empty(size, dtype=torch.uint8, device=device)
+        self.staging, self.arrived = self.data, None
+        if device.type == "cuda":
+            self.staging = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            self.arrived = torch.cuda.Event()
+
+
+class LayerStream:
+    """Puts the weights of a model's layers in place, a few layers at a time. Made by `open_streamed`.
+
+    Is also a mapping from the names of the layers' parameters to tensors: what is set stands for what the files hold
+    (`replace`), so a streamed model's stream can be the `unlearned` of a re-insertion.
+    loads: how often each layer has been put into a buffer; reads: how often it came from the files (and not from `host`, the
+    layers kept in main memory); nbytes: what the buffers take, on the device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: nn.ModuleList,
+        shards: Shards,
+        sources: Mapping[str, list[Piece]],
+        buffers: int,
+        host_bytes: int,
+    ):
+        if buffers < 2:
+            raise ValueError(f"buffers={buffers}: expected at least 2, one to compute with and one to fill")
+        self.shards, self.loads, self.reads = shards, Counter(), Counter()
+        self.host: dict[int, torch.Tensor] = {}
+        self._host_bytes = host_bytes
+        self.device = model.get_input_embeddings().weight.device
+        self._nothing: dict[torch.dtype, torch.Tensor] = {}
+        path = next(name for name, module in model.named_modules() if module is layers)
+        self._entries = [self._lay_out(f"{path}.{i}", layer, sources) for i, layer in enumerate(layers)]
+        self._numbers = {entry.name: number for number, entries in enumerate(self._entries) for entry in entries}
+        self._sizes = [max(entry.place.stop for entry in entries) for entries in self._entries]
+        self._slots = [_Slot(max(self._sizes), self.device) for _ in range(min(buffers, len(layers)))]
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        on_gpu = None if self._copies is None else functools.partial(torch.cuda.set_device, self.device)
+        self._worker = ThreadPoolExecutor(1, "kunbr-stream", on_gpu)
+        self._held: set[int] = set()
+        self._replaced: dict[str, Mapping[str, torch.Tensor]] = {}
+        self._last = 0
+        for number, layer in enumerate(layers):
+            layer.register_forward_pre_hook(_Hook(self, number))
+        layers.register_state_dict_pre_hook(_refuse_state)
+        layers.__dict__[STREAM] = self
+
+    def _lay_out(self, path: str, layer: nn.Module, sources: Mapping[str, list[Piece]]) -> list[_Entry]:
+        """The layer's parameters one after the other; they become placeholders."""
+        entries, end = [], 0
+        for module_name, module in layer.named_modules():
+            for key, meta in module.named_parameters(recurse=False):
+                name = ".".join(part for part in (path, module_name, key) if part)
+                size = meta.numel() * meta.element_size()
+                parameter = nn.Parameter(self._placeholder(meta), requires_grad=False)
+                setattr(module, key, parameter)
+                entries.append(_Entry(parameter, name, sources[name], slice(end, end + size)))
+                end += -(-size // ALIGNMENT) * ALIGNMENT
+        return entries
+
+    def _placeholder(self, like: torch.Tensor) -> torch.Tensor:
+        if like.dtype not in self._nothing:
+            self._nothing[like.dtype] = torch.full((), torch.nan, dtype=like.dtype, device=self.device)
+        return self._nothing[like.dtype].expand(like.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.data.numel() for slot in self._slots)
+
+    def layer_nbytes(self, layer: int) -> int:
+        """How many bytes one load of a layer moves."""
+        return self._sizes[layer]
+
+    def __deepcopy__(self, memo: Any) -> LayerStream:
+        raise TypeError("a streamed model cannot be copied: open it once more with open_streamed")
+
+    # ------------------------------------------------ what runs where
+
+    def visit(self, order: Iterable[int]) -> Iterator[int]:
+        """The layers of `order`, each with its weights in place, while the next ones of `order` are being read."""
+        order = list(order)
+        for number, layer in enumerate(order):
+            self.load(layer, order[number + 1 :])
+            yield layer
+
+    def load(self, layer: int, then: Iterable[int] = ()) -> None:
+        """When this returns the layer's weights are in place (on a GPU: for what is launched from now on); those of the
+        next ones, as far as there are buffers, are on their way."""
+        wanted: list[int] = []
+        for number in (layer, *then):
+            if len(wanted) == len(self._slots):
+                break
+            if number not in self._held and number not in wanted:
+                wanted.append(number)
+        slots = {slot.layer: slot for slot in self._slots}
+        free = [slot for slot in self._slots if slot.layer not in wanted]
+        for number in wanted:
+            if number not in slots:
+                slots[number] = free.pop(0)
+                self._start(slots[number], number)
+        self._last = layer
+        if layer not in self._held and slots[layer].loading is not None:
+            self._arrive(slots[layer])
+
+    def called(self, layer: int) -> None:
+        """A layer is about to run: unless its weights are in place they are loaded, and the next one's are ordered,
+        in the direction in which the layers have been going."""
+        if layer in self._held or any(slot.layer == layer and slot.loading is None for slot in self._slots):
+            return
+        following = layer + (1 if layer >= self._last else -1)
+        self.load(layer, [following] if 0 <= following < len(self._entries) else ())
+
+    @contextlib.contextmanager
+    def held(self, layers: range) -> Iterator[None]:
+        """Inside, these layers' parameters are the caller's: they are not loaded and not touched. They must be as they
+        were on entry, placeholders, when this is left."""
+        for slot in self._slots:
+            if slot.layer in layers:
+                self._leave(slot)
+        before = set(self._held)
+        self._held |= set(layers)
+        try:
+            yield
+        finally:
+            self._held = before
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._numbers
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A parameter of the layers by its name in the model, read anew, in main memory."""
+        if name in self._replaced:
+            return self._replaced[name][name]
+        entry = next(entry for entry in self._entries[self._numbers[name]] if entry.name == name)
+        value = torch.empty(entry.parameter.shape, dtype=entry.parameter.dtype)
+        for piece in entry.pieces:
+            value[piece.index].copy_(self.shards[piece.stored])
+        return value
+
+    def __setitem__(self, name: str, value: torch.Tensor) -> None:
+        self.replace({name: value})
+
+    def replace(self, values: Mapping[str, torch.Tensor]) -> None:
+        """From now on these tensors, by parameter name, stand for the files' ones. The mapping is kept and read at each
+        load, so it may be a `WeightSnapshot`."""
+        odd = [name for name in values if name not in self._numbers]
+        if odd:
+            raise ValueError(f"{odd[0]} is no parameter of a streamed layer")
+        for name in values:
+            self._replaced[name] = values
+        changed = {self._numbers[name] for name in values}
+        for slot in self._slots:
+            if slot.loading is not None:
+                slot.loading.exception()  # waits: it may be reading the former values
+            if slot.layer in changed:
+                self._leave(slot)
+        for layer in changed:
+            self.host.pop(layer, None)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the model anew: the directory that it was opened from, with the tensors of `replace` in their places, in
+        the files' own dtypes. One file after the other, each whole or absent, config.json last."""
+        source, directory = self.shards.directory, Path(directory)
+        if directory.exists() and directory.samefile(source):
+            raise ValueError(f"{directory}: the model is read from there: save it elsewhere")
+        directory.mkdir(parents=True, exist_ok=True)
+        new = {
+            piece.stored: (entry.name, piece.index)
+            for entries in self._entries
+            for entry in entries
+            for piece in entry.pieces
+            if entry.name in self._replaced
+        }
+        for path in self.shards.paths:
+            tensors = {name: self.shards[name] for name, file in self.shards.files.items() if file == path}
+            for stored in tensors.keys() & new.keys():
+                name, index = new[stored]
+                tensors[stored] = self._replaced[name][name][index].to("cpu", tensors[stored].dtype)
+            with open_tensors(path) as file:
+                metadata = file.metadata()  # transformers asks for it
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            write_with(directory / path.name, functools.partial(save_file, tensors, metadata=metadata))
+        others = [file for file in source.iterdir() if file.is_file() and file.suffix != ".safetensors"]
+        for file in sorted(others, key=lambda file: file.name == "config.json"):
+            write_with(directory / file.name, functools.partial(shutil.copyfile, file))
+
+    def release(self) -> None:
+        """Empties the buffers: every layer's parameters are placeholders."""
+        for slot in self._slots:
+            self._leave(slot)
+
+    # ------------------------------------------------ one buffer
+
+    def _views(self, layer: int, flat: torch.Tensor) -> list[torch.Tensor]:
+        return [flat[e.place].view(e.parameter.dtype).view(e.parameter.shape) for e in self._entries[layer]]
+
+    def _leave(self, slot: _Slot) -> None:
+        if slot.layer is not None and slot.loading is None:
+            for entry in self._entries[slot.layer]:
+                # a graph that has kept this weight for its backward pass must fail, not read the next layer's
+                increment_version(entry.parameter)
+                entry.parameter.data = self._placeholder(entry.parameter)
+        slot.layer = slot.loading = None  # what is still being read into it comes to its end before the next
+
+    def _start(self, slot: _Slot, layer: int) -> None:
+        self._leave(slot)
+        slot.layer = layer
+        free = None if self._copies is None else torch.cuda.current_stream(self.device).record_event()
+        slot.loading = self._worker.submit(self._fill, slot, layer, free)
+
+    def _fill(self, slot: _Slot, layer: int, free: Any) -> None:
+        """In the thread. free: an event after which nothing reads the buffer's former weights."""
+        size, source = self._sizes[layer], self.host.get(layer)
+        if source is None:
+            if sum(kept.numel() for kept in self.host.values()) + size <= self._host_bytes:
+                source = torch.empty(size, dtype=torch.uint8, pin_memory=self._copies is not None)
+                self._read(layer, source)
+                self.host[layer] = source
+            else:
+                source = slot.staging
+                if slot.arrived is not None:
+                    slot.arrived.synchronize()  # the pinned buffer may still be on its way to the device
+                self._read(layer, source)
+        if self._copies is not None:
+            with torch.cuda.stream(self._copies):
+                self._copies.wait_event(free)
+                slot.data[:size].copy_(source[:size], non_blocking=True)
+                slot.arrived.record(self._copies)
+        elif source is not slot.data:
+            slot.data[:size].copy_(source)
+        self.loads[layer] += 1
+
+    def _read(self, layer: int, flat: torch.Tensor) -> None:
+        by_file: dict[Path, list[tuple[str, torch.Tensor]]] = {}
+        for entry, view in zip(self._entries[layer], self._views(layer, flat)):
+            replaced = self._replaced.get(entry.name)
+            if replaced is not None:
+                view.copy_(replaced[entry.name])
+                continue
+            for piece in entry.pieces:
+                by_file.setdefault(self.shards.files[piece.stored], []).append((piece.stored, view[piece.index]))
+        for path, pairs in by_file.items():
+            with open_tensors(path) as file:
+                for stored, into in pairs:
+                    into.copy_(file.get_tensor(stored))
+                    if not self.reads[layer] and not bool(torch.linalg.vector_norm(into, torch.inf).isfinite()):
+                        raise ValueError(
+                            f"{path}: {stored} holds NaN or infinite values (as {into.dtype}): this checkpoint is damaged or "
+                            "its training diverged; load another one"
+                        )
+        self.reads[layer] += 1
+
+    def _arrive(self, slot: _Slot) -> None:
+        try:
+            slot.loading.result()
+        except BaseException:
+            slot.layer = slot.loading = None
+            raise
+        if slot.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(slot.arrived)
+        for entry, view in zip(self._entries[slot.layer], self._views(slot.layer, slot.data)):
+            entry.parameter.data = view
+        slot.loading = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hook:
+    """Before a layer's forward."""
+
+    stream: LayerStream
+    layer: int
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if not getattr(module.__dict__.get("forward"), "computes_nothing", False):  # Decoder's recorder
+            self.stream.called(self.layer)
+
+
+def _refuse_state(*args: Any) -> None:
+    raise ValueError(
+        "this model is streamed: its state_dict, and what save_pretrained writes, would hold placeholders; use "
+        "layer_stream(model).save(directory)"
+    )
+
+
+def layer_stream(model: nn.Module | Decoder) -> LayerStream | None:
+    """The stream of a model that `open_streamed` has made, None of any other."""
+    layers = model.layers if isinstance(model, Decoder) else _layers(model)
+    return layers.__dict__.get(STREAM)
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    return find_layers(model, model.config.get_text_config(), type(model).__name__)[1]
+
+
+def visit(decoder: Decoder, order: Iterable[int]) -> Iterator[int]:
+    """The layers of `order`, each with its weights in place; of a model that is not streamed they always are."""
+    stream = layer_stream(decoder)
+    return iter(order) if stream is None else stream.visit(order)
+
+
+def stretches(decoder: Decoder, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Layers start...stop-1 as stretches (start, stop) to be run for all samples before the next one: one stretch, or of
+    a streamed model each layer, in place."""
+    if layer_stream(decoder) is None or start == stop:
+        yield start, stop
+    else:
+        for layer in visit(decoder, range(start, stop)):
+            yield layer, layer + 1
+
+
+# ---------------------------------------------------------------- opening
+
+
+def open_streamed(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | None = None,
+    *,
+    buffers: int = 2,
+    host_bytes: int = 0,
+) -> nn.Module:
+    """A causal language model from a local directory, in eval mode, whose layers are read when they run.
+
+    Equals `load_model(path, dtype, device)`: the same outputs, bit for bit (but a CPU's matrix products may round fp64
+    differently for weights at other alignments, and those that transformers maps from a file lie anywhere). dtype: a name
+    of `loading.DTYPES` (default: as saved). Nothing requires grad. Files must stay as and where they are.
+    In memory, on `device`: what is outside the decoder's layers, and `buffers` times the largest layer; on a GPU as much
+    again in pinned main memory. host_bytes: the most main memory (for a GPU, pinned) in which layers stay after their first
+    reading, in the model's dtype; those that do not fit are read from the files each time.
+
+    A backward pass needs a layer's weights once more: run it layer by layer (`layer_major`) or with activation
+    checkpointing, else it raises RuntimeError ("modified by an inplace operation").
+
+    Errors: ValueError that names the directory or file for a model that is unknown, not whole, of other shapes, damaged, or
+    quantised; weights that are not finite are met at a layer's first load.
+    """
+    path = model_directory(path)
+    if compat.VERSION.major < 5:
+        raise ValueError(
+            f"streaming needs transformers >= 5 (this is {compat.VERSION}): install it, or load the model whole"
+        )
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    shards = Shards(path)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        wanted = DTYPES[dtype] if dtype else _saved_dtype(config, shards)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{path}: its weights are quantised: streaming takes plain ones")
+    half = wanted in (torch.float16, torch.bfloat16)
+    if half and (kept := getattr(model, "_keep_in_fp32_modules_strict", None)):
+        raise ValueError(
+            f"{path}: {type(model).__name__} keeps {', '.join(kept)} in float32: open it with dtype='float32'"
+        )
+    model.requires_grad_(False).eval()
+    model.tie_weights()
+    layers = _layers(model)
+    sources = _sources(model, shards)
+    device = torch.device(device)
+    _make_buffers(model, device, path)
+    inside = {id(parameter) for parameter in layers.parameters()}
+    _load_others(model, inside, shards, sources, device)
+    LayerStream(model, layers, shards, sources, buffers, host_bytes)
+    for name, module in model.named_modules():
+        for key, value in (vars(module) | module._parameters | module._buffers).items():
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                raise ValueError(f"{path}: nothing fills in {name}.{key}: this architecture cannot be streamed")
+    return model
+
+
+def _saved_dtype(config: Any, shards: Shards) -> torch.dtype:
+    """As transformers' "auto": what the configuration says, else the dtype of the first floating-point tensor."""
+    found = getattr(config, "dtype", None)
+    if isinstance(found, torch.dtype):
+        return found
+    for name in shards.files:
+        if (value := shards[name]).is_floating_point():
+            return value.dtype
+    raise ValueError("it holds no floating-point weights")
+
+
+def _sources(model: nn.Module, shards: Shards) -> dict[str, list[Piece]]:
+    """{parameter or saved buffer: what it is made of}. ValueError unless all is there, in the right shapes."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    owners: dict[int, list[str]] = {}
+    for name, parameter in tensors.items():
+        owners.setdefault(id(parameter), []).append(name)
+    for path, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                tensors[f"{path}.{key}".lstrip(".")] = buffer
+    named = _named_by_the_model(model, shards)
+    found, missing = {}, []
+    for name, tensor in tensors.items():
+        names = (name, *owners.get(id(tensor), ()))  # a tied weight is kept under one of its names
+        pieces = next((named[n] for n in names if n in named), None)
+        if pieces is None:
+            missing.append(name)
+        else:
+            found[name] = pieces
+    if missing:
+        raise ValueError(
+            f"{shards.directory}: has no weights for {missing[0]} ({len(missing)} missing): this checkpoint is not whole, or "
+            "it keeps its weights in another form than the model does, which streaming cannot follow"
+        )
+    for path in shards.paths:
+        with open_tensors(path) as file:
+            for name, tensor in tensors.items():
+                for piece in found[name]:
+                    if shards.files[piece.stored] == path:
+                        _check_piece(path, file.get_slice(piece.stored), piece, name, tensor)
+    return found
+
+
+def _check_piece(path: Path, part: Any, piece: Piece, name: str, tensor: torch.Tensor) -> None:
+    expected = tensor[piece.index].shape
+    if tuple(part.get_shape()) != expected:
+        raise ValueError(
+            f"{path}: {piece.stored} is {tuple(part.get_shape())}, expected {tuple(expected)} for the model's {name}: the "
+            "configuration is not this checkpoint's"
+        )
+    if tensor.is_floating_point() and part.get_dtype() not in ("F64", "F32", "BF16", "F16"):
+        raise ValueError(f"{path}: {piece.stored} is {part.get_dtype()}: expected plain floating-point weights")
+
+
+def _named_by_the_model(model: nn.Module, shards: Shards) -> dict[str, list[Piece]]:
+    """What is in the files by the model's names: transformers knows which checkpoints use others, and which keep each
+    expert's matrices apart. A base model's file knows nothing of the model around it."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+    except ImportError:  # early releases of transformers 5: the names as they are
+        transforms = []
+    else:
+        transforms = get_model_conversion_mapping(model)
+    known = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers()))
+    prefix = f"{model.base_model_prefix}."
+    experts: dict[str, dict[str, list[str]]] = {}  # of each stacked parameter, those that each pattern matched
+    named: dict[str, list[Piece]] = {}
+    for stored in shards.files:
+        name, converter = stored, None
+        for transform in transforms:
+            if isinstance(transform, WeightRenaming):
+                name = transform.rename_source_key(name)[0]
+            elif isinstance(transform, WeightConverter) and converter is None:
+                name, pattern = transform.rename_source_key(name)
+                converter = None if pattern is None else transform
+        name, own = (n if n in known or prefix + n not in known else prefix + n for n in (name, stored))
+        if converter is None or name not in known:
+            named[name if name in known else own] = [Piece(stored)]
+        elif [(type(step), getattr(step, "dim", None)) for step in converter.operations] in (
+            [(MergeModulelist, 0)],
+            [(MergeModulelist, 0), (Concatenate, 1)],
+        ):
+            of = experts.setdefault(name, {pattern: [] for pattern in converter.source_patterns})
+            of[pattern].append(stored)
+    for name, of in experts.items():
+        by_pattern = [sorted(found, key=lambda n: [int(k) for k in re.findall(r"\d+", n)]) for found in of.values()]
+        if any(len(found) != len(known[name]) for found in by_pattern):
+            continue  # some expert's are missing
+        rows = known[name].shape[1] // len(by_pattern)
+        named[name] = [
+            Piece(stored, (expert, slice(number * rows, (number + 1) * rows)))
+            for number, found in enumerate(by_pattern)
+            for expert, stored in enumerate(found)
+        ]
+    return named
+
+
+@torch.no_grad()
+def _make_buffers(model: nn.Module, device: torch.device, where: Path) -> None:
+    """Gives the buffers that are not saved (rotary frequencies and the like) their values.
+
+    transformers 5 loads every model on the meta device and has `_init_weights` write these. Whether it does is seen by
+    letting it write over two different fillings.
+    """
+    for path, module in model.named_modules():
+        names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
+        results = []
+        for filling in (0, 1) if names else ():
+            for name in names:
+                module._buffers[name] = torch.full_like(module._buffers[name], filling, device="cpu")
+            model._init_weights(module)
+            results.append([module._buffers[name] for name in names])
+        for name, first, second in zip(names, *results):
+            if not torch.equal(first, second):
+                raise ValueError(f"{where}: nothing fills in {path}.{name}: this architecture cannot be streamed")
+            module._buffers[name] = second.to(device)
+
+
+@torch.no_grad()
+def _load_others(
+    model: nn.Module, inside: set[int], shards: Shards, sources: Mapping[str, list[Piece]], device: torch.device
+) -> None:
+    """Loads what is no parameter of a layer; a tied weight once, for all its owners."""
+    made: dict[int, nn.Parameter] = {}
+    for path, module in list(model.named_modules()):
+        for key, value in (*module._parameters.items(), *module._buffers.items()):
+            name = f"{path}.{key}".lstrip(".")
+            if value is None or id(value) in inside or not value.is_meta:
+                continue
+            if id(value) not in made:
+                tensor = torch.empty_like(value, device=device)
+                for piece in sources[name]:
+                    tensor[piece.index].copy_(shards[piece.stored])
+                is_parameter = isinstance(value, nn.Parameter)
+                made[id(value)] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+            setattr(module, key, made[id(value)])
