@@ -66,16 +66,17 @@ class _Stage:
 
 
 class _SharedState(RunState):
-    """A `RunState` that one process writes, and all read."""
+    """A `RunState` that one process writes, and all read: between two waits, so that none reads a later one."""
 
     def __init__(self, writes: bool, wait: Callable[[], None], *arguments: Any):
         self._writes, self._wait = writes, wait
-        if not writes:
-            wait()
         *others, resume = arguments
-        super().__init__(*others, resume or not writes)
         if writes:
-            wait()
+            super().__init__(*others, resume)
+        wait()
+        if not writes:
+            super().__init__(*others, True)
+        wait()
 
     def _write(self) -> None:
         if self._writes:
@@ -87,6 +88,7 @@ class _SharedState(RunState):
         self._wait()
         if not self._writes:
             self.state = self._read()
+        self._wait()
 
 
 class _Stages(Run):
