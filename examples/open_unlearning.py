@@ -14,6 +14,7 @@ into the checkout. Exit status 1 where weights differ.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -25,6 +26,8 @@ import transformers as tf
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+# costs: patched over plain, of one step
+COLUMNS = ["trainer", "weights_apart", "flops", "saved_bytes", "peak_bytes", "transformers", "torch", "command"]
 NAMES = [f"{first} {last}" for first in ("Ada", "Bo", "Cy", "Di", "Eli", "Flo") for last in ("Ek", "Fu", "Go", "Hu")]
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}<eos>{% endfor %}"
@@ -157,6 +160,7 @@ def main() -> None:
     parser.add_argument("--no-kunbr", action="store_true", help="leave trainer=KUnBR out (transformers before 4.51)")
     parser.add_argument("--no-eval", action="store_true", help="without OpenUnlearning's evaluation")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of the distance between the trained weights")
+    parser.add_argument("--csv", type=Path, help="write what was found here")
     options = parser.parse_args()
     checkout, out = options.checkout.resolve(), options.out.resolve()
     workspace(out / "work")
@@ -175,7 +179,8 @@ def main() -> None:
         print(f"trainer=KUnBR: weights moved by {moved:.3g}; probability of forget answers {probability(where)}")
     print("\n| trainer | weights apart | FLOPs | kept for backward | peak | forget answers' probability |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    worst = 0.0
+    worst, rows = 0.0, []
+    versions = tf.__version__, torch.__version__, " ".join(["python", *sys.argv])
     for case in options.cases:
         found = {}
         for patch in (False, True):
@@ -196,6 +201,10 @@ def main() -> None:
         before, after = found[False][1], found[True][1]
         cost = " | ".join(f"{after[key] / before[key]:.2f}x" for key in ("flops", "saved_bytes", "peak_bytes"))
         print(f"| {case} | {apart:.0e} | {cost} | {probability(where)} |", flush=True)
+        rows.append([case, f"{apart:.0e}", *cost.replace("x", "").split(" | "), *versions])
+    if options.csv is not None:
+        with open(options.csv, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
     if not worst <= options.tolerance:
         raise SystemExit(f"weights differ by {worst:.1e} of their way, more than {options.tolerance:.0e}")
 

@@ -55,3 +55,23 @@ def test_the_counted_table_quotes_committed_rows():
         whole = [float(r["peak_mib"]) + float(r["standing_mib"]) for r in (a, b)]
         assert float(in_all[:-1]) == pytest.approx(whole[1] / whole[0], abs=0.006)
         assert launches == f"{a['launches']}, {b['launches']}"
+
+
+def test_the_pipelines_table_quotes_committed_rows():
+    results = ROOT / "benchmarks" / "results"
+    with open(results / "pipelines_cpu.csv") as file:
+        pipelines = {r["pipeline"]: r for r in csv.DictReader(file)}
+    with open(results / "open_unlearning_cpu.csv") as file:
+        theirs = {r["trainer"]: r for r in csv.DictReader(file) if r["transformers"].startswith("5.")}
+    rows = table("### Before and after")
+    for (name, before, after, same), kind in zip(rows, ("trainer", "authors")):
+        row = pipelines[kind]
+        assert before.startswith(f"{float(row['before_tflop']):.2f} TFLOP"), name
+        assert after.startswith(f"{float(row['after_tflop']):.2f} TFLOP"), name
+        assert same == f"{row['entries_that_differ']} of {int(row['entries_moved']) / 1e6:.1f} million entries differ"
+    for name, _, after, apart in rows[2:]:
+        row = theirs[name.removeprefix("OpenUnlearning ")]
+        assert (
+            after.startswith(f"{row['flops']}x FLOPs, {row['saved_bytes']}x kept")
+            and apart == f"{row['weights_apart']} apart"
+        )
