@@ -32,7 +32,7 @@ venv: $(STAMP)
 
 # An editable install: the demo and the tests run the code of this checkout. The stamp comes last, so that an
 # installation that was cut short is taken up again.
-$(STAMP): setup.py pyproject.toml constraints.txt
+$(STAMP): setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	@test -n "$(PYTHON)" || { echo "need Python >= 3.10 with the venv module (Debian: apt install python3-venv); \
 	or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@echo "installing into $(VENV) (once; minutes where torch has to be downloaded)"

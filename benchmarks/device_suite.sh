@@ -4,8 +4,7 @@
 #     OUT=out bash benchmarks/device_suite.sh
 #
 # Needs no network: uses the python3 there is, and installs this checkout into it (or, failing that, runs from it).
-# In $OUT (default ./out): a log of each part and the CSV files of both benchmarks, eight files. Parts go on when one
-# fails; a summary comes last. Exit 0: all passed, 1: a part failed, 2: no GPU.
+# In $OUT (default ./out): a log of each part and the CSV files of both benchmarks. Parts go on when one fails; a summary comes last. Exit 0: all passed, 1: a part failed, 2: no GPU.
 # Variables: OUT; PYTHON (python3); BUDGET, seconds for all parts (570); TILES=1, time every candidate tile of
 # kernels/config.py's table instead of all variants; KUNBR_COMMIT, what the CSV says where .git did not travel.
 set -u -o pipefail
@@ -104,6 +103,8 @@ part environment 40 20 bash -c environment
 install >>"$OUT/environment.log" 2>&1 # not in a pipeline, which is a subshell: it may export PYTHONPATH
 sed -n '/^== installation/,$p' "$OUT/environment.log"
 
+command -v nvcc >/dev/null && part cuda_build 100 8 "$PYTHON" csrc/build.py
+
 # What ran on CPUs only so far comes first; then the numbers, the largest model first; what needs no GPU comes last.
 part gpu_tests 90 25 bash -c 'tests gpu tests'
 part triton_tests 200 25 bash -c 'tests "not gpu" tests/test_grad_density_triton.py tests/test_operators.py \
@@ -120,6 +121,12 @@ kernel_time=$(($(left) - 90))
 [ "$kernel_time" -le 240 ] || kernel_time=240
 part grad_density "$kernel_time" 90 "$PYTHON" benchmarks/bench_grad_density.py --seconds 4 \
     --budget $((kernel_time - 25)) --csv "$OUT/grad_density.csv" "${kernel_options[@]}"
+if command -v compute-sanitizer >/dev/null; then # small shapes: the sanitizer slows kernels down a hundredfold
+    part memcheck 60 8 compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_kernels.py -m gpu -x
+    part racecheck 60 8 compute-sanitizer --tool racecheck --error-exitcode 9 \
+        "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_kernels.py -m gpu -x
+fi
 part aot 110 8 "$PYTHON" -m kunbr_fast.kernels.aot
 
 {

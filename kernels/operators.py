@@ -1,7 +1,7 @@
 """Statistics of each sample's weight gradient as functions and as `torch.library` operators: checks and dispatch.
 
-The functions check their arguments, choose a form and an implementation, and call `kernels/reference.py` or
-`kernels/grad_density.py`. Through `torch.ops.kunbr_fast` they run under `torch.compile(fullgraph=True)`. They are
+The functions check their arguments, choose a form and an implementation, and call `kernels/reference.py`,
+`kernels/grad_density.py` or `kunbr_fast/cuda_library.py`. Through `torch.ops.kunbr_fast` they run under `torch.compile(fullgraph=True)`. They are
 statistics: gradients do not flow through them, and inputs that require grad are taken as if detached.
 
 Index letters: B samples, T tokens, N out features, K in features, P projections that share x, S statistics.
@@ -47,12 +47,12 @@ def grad_density(
     max_seqlen: length of the longest sample; None reads it from cu_seqlens, on CUDA a wait for the device.
     form: "direct" forms dW in tiles, 2*T*K*sum(N_p) FLOPs; "gram" (grad_l2sq alone, along=None) forms
     <X X^T, dY dY^T> of samples padded to the longest, 2*B*max_seqlen^2*(K + sum(N_p)) FLOPs; "auto" takes the fewer.
-    impl: who runs the direct form ("auto", "triton", "torch"); the Gram form is plain matrix products, which torch runs
+    impl: who runs the direct form ("auto", "cuda", "triton", "torch"); the Gram form is plain matrix products, which torch runs
     whatever impl is. impl "torch" and the Gram form read cu_seqlens to the host.
 
     ValueError or TypeError for arguments that do not fit, `dispatch.Unavailable` for an impl that cannot run here.
     What cu_seqlens holds, and that max_seqlen is no smaller than the longest sample, is checked wherever the values
-    are on the host. Where they are not (impl="triton" on CUDA, max_seqlen given), a max_seqlen that is too small
+    are on the host. Where they are not (impl="cuda" or "triton" on CUDA, max_seqlen given), a max_seqlen that is too small
     costs speed: the kernel takes each sample's length from cu_seqlens.
     """
     if isinstance(statistics, str):
@@ -127,6 +127,10 @@ def _grad_density(x, dys, cu_seqlens, max_seqlen, statistics, along, form, impl)
         from kunbr_fast.kernels.grad_density import launch
 
         return launch(x, dys, cu_seqlens, names, along)
+    if way == "cuda":
+        from kunbr_fast import cuda_library
+
+        return cuda_library.grad_density(x, dys, cu_seqlens, names, along)
     if lengths is None:
         lengths = _lengths("cu_seqlens", cu_seqlens, x, max_seqlen)
     return (
@@ -160,6 +164,10 @@ def _grad_alignment(x, dy, cu_seqlens, other_x, other_dy, other_cu_seqlens, max_
         from kunbr_fast.kernels.grad_density import launch_alignment
 
         return launch_alignment(x, dy, cu_seqlens, other_x, other_dy, other_cu_seqlens)
+    if way == "cuda":
+        from kunbr_fast import cuda_library
+
+        return cuda_library.grad_alignment(x, dy, cu_seqlens, other_x, other_dy, other_cu_seqlens)
     if lengths is None:
         lengths = _lengths("cu_seqlens", cu_seqlens, x, max_seqlen)
         other_lengths = _lengths("other_cu_seqlens", other_cu_seqlens, other_x, max_seqlen)
@@ -181,7 +189,7 @@ def _gram_serves(statistics: tuple[str, ...], along: str | None) -> bool:
 
 
 def _way(x: torch.Tensor, form: str, impl: str, fewer_in_gram: bool) -> str:
-    """ "gram", "triton" or "torch" (the direct form of either)."""
+    """ "gram", or who runs the direct form: "cuda", "triton" or "torch"."""
     # an impl that cannot run is refused for either form
     chosen = dispatch.resolve("grad_density", impl, x.device, x.dtype)
     return "gram" if form == "gram" or (form == "auto" and fewer_in_gram) else chosen

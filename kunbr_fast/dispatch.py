@@ -1,8 +1,9 @@
 """Which implementation runs an operation: `impl="auto" | "cuda" | "triton" | "torch"`, one word everywhere.
 
-`torch` is always there, and every operation has Triton kernels. Another implementation joins with one line:
+`torch` is always there, every operation has Triton kernels, and some are served by the CUDA library too
+(kunbr_fast/cuda_library.py). Another implementation joins with one line:
 
-    dispatch.register("lion", "cuda", lambda device: None if device.type == "cuda" else "needs a GPU")
+    dispatch.register("swiglu", "cuda", lambda device: None if device.type == "cuda" else "needs a GPU")
 
 That function returns None where the implementation can run on tensors of that device, else a short reason. A second
 one may say why "auto" passes by an implementation that can run, and that `impl` may name.
@@ -16,6 +17,7 @@ from collections.abc import Callable
 import torch
 
 OPERATIONS = ("grad_density", "linear_loss", "lion", "adamw", "rms_norm", "layer_norm", "swiglu", "geglu", "rotary")
+CUDA_OPERATIONS = ("grad_density", "lion", "adamw")  # those that csrc/ has kernels for
 IMPLEMENTATIONS = ("cuda", "triton", "torch")  # the order in which "auto" prefers them
 
 
@@ -61,7 +63,7 @@ def resolve(
     operation and kind of device what it took and why (level INFO). A named implementation that cannot run raises `Unavailable` with the reason;
     an unknown name raises ValueError.
 
-    dtype: of the tensors. torch alone serves float64: "auto" takes it there, and impl="triton" raises TypeError.
+    dtype: of the tensors. torch alone serves float64: "auto" takes it there, and another named impl raises TypeError.
     """
     device = torch.device(device)
     check_dtype(operation, impl, dtype)
@@ -74,6 +76,8 @@ def resolve(
                 f'{operation}: impl="{impl}" cannot run on {device}: {reason}. Use impl="auto", which takes '
                 "what is available; `kunbr-fast doctor` lists it"
             )
+        if impl == "cuda" and dtype == torch.float64:
+            _refuse_float64(operation, impl)
         return impl
     reasons = {name: why_not_auto(operation, name, device) for name in IMPLEMENTATIONS}
     choice = next(name for name, reason in reasons.items() if reason is None)  # torch always is
@@ -87,9 +91,11 @@ def resolve(
 def check_dtype(operation: str, impl: str, dtype: torch.dtype | None) -> None:
     """TypeError where `impl` is named and does not serve `dtype`; also for the fakes of operators, which choose none."""
     if impl == "triton" and dtype == torch.float64:
-        raise TypeError(
-            f'{operation}: impl="triton" does not serve float64: use impl="torch" or "auto", or float32 inputs'
-        )
+        _refuse_float64(operation, impl)
+
+
+def _refuse_float64(operation: str, impl: str) -> None:
+    raise TypeError(f'{operation}: impl="{impl}" does not serve float64: use impl="torch" or "auto", or float32 inputs')
 
 
 def _check(operation: str, impl: str) -> None:
@@ -118,6 +124,20 @@ def triton_why_not_auto(device: torch.device) -> str | None:
     return "no GPU has run it yet" if device.type == "cuda" else "the interpreter is for tests"
 
 
+def cuda_why_not(device: torch.device) -> str | None:
+    """Why the CUDA library cannot run on tensors of `device`, None if it can."""
+    from kunbr_fast import cuda_library
+
+    return cuda_library.why_not(device)
+
+
+def cuda_why_not_auto(device: torch.device) -> str | None:
+    """Why "auto" passes the CUDA library by where it can run."""
+    return "no GPU has run it yet"
+
+
+for _operation in CUDA_OPERATIONS:
+    register(_operation, "cuda", cuda_why_not, cuda_why_not_auto)
 for _operation in OPERATIONS:
     register(_operation, "torch", why_not=lambda device: None)
     register(_operation, "triton", triton_why_not, triton_why_not_auto)

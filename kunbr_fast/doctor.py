@@ -7,7 +7,7 @@ from importlib import metadata
 import torch
 from packaging.requirements import Requirement
 
-from kunbr_fast import dispatch
+from kunbr_fast import cuda_library, dispatch
 from kunbr_fast.kernels import operators  # noqa: F401  registers its kernels
 from kunbr_fast.version import __version__
 
@@ -20,7 +20,7 @@ def doctor() -> dict:
 
     Keys: `versions` (package -> version or None), `platform`, `cpu` (cores usable by this process, torch
     threads), `memory_bytes` (total), `devices` (the CPU first, then each CUDA device), `no_cuda` (why there
-    is no CUDA device, or None), `operations` (operation -> device -> {"auto": choice, "unavailable":
+    is no CUDA device, or None), `cuda_library` (what csrc/ was built with, or why it is not), `operations` (operation -> device -> {"auto": choice, "unavailable":
     {impl: reason}, "by_name": {impl: why "auto" passes by what can run}}), `problems` (requirements of pyproject.toml that are not met; empty when all is well).
     """
     devices = [{"device": "cpu", "name": _cpu_name()}, *_cuda_devices()]
@@ -36,6 +36,7 @@ def doctor() -> dict:
         "memory_bytes": _memory_bytes(),
         "devices": devices,
         "no_cuda": None if len(devices) > 1 else _why_no_cuda(),
+        "cuda_library": cuda_library.description(),
         "operations": {
             operation: {name: _implementations(operation, name) for name in names} for operation in dispatch.OPERATIONS
         },
@@ -60,6 +61,7 @@ def format_doctor(d: dict) -> str:
         lines.append(f"{device['device']:<13} {text}")
     if d["no_cuda"]:
         lines.append(f"{'cuda':<13} none: {d['no_cuda']}")
+    lines.append(f"{'cuda library':<13} {d['cuda_library']}")
     lines += ["", 'operations (what impl="auto" takes, and why not the others)']
     for operation, by_device in d["operations"].items():
         for device, found in by_device.items():

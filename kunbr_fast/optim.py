@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 _warned: set[str] = set()
 
 OPTIMIZERS = ("lion", "adamw")
+OPTIMIZER_DEVICES = ("device", "host")
 BETAS = {"lion": (0.9, 0.99), "adamw": (0.9, 0.999)}
 
 
@@ -236,6 +237,16 @@ def warn_if_updates_vanish(params: Sequence[torch.Tensor], lr: float, cure: str)
         )
 
 
+def check_optimizer_device(where: str) -> None:
+    if where not in OPTIMIZER_DEVICES:
+        raise ValueError(f"optimizer_device={where!r}: expected one of {', '.join(OPTIMIZER_DEVICES)}")
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """In main memory, with a storage of its own; pinned where the tensor is on a GPU."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda").copy_(tensor)
+
+
 class FlatBuffer:
     """The active block's weights as one contiguous vector, which its parameters are views of.
 
@@ -244,6 +255,9 @@ class FlatBuffer:
     updates: at a weight of 0.02 bf16 steps are 1.2e-4 wide, so smaller updates would be rounded away.
     mask: for each parameter a bool tensor of its shape, or None for all True; weights where it is False keep their bits,
     whatever the optimiser (weight decay too). Costs a byte a weight, and a copy of the weights that are kept.
+    optimizer_device: "host" keeps all that only the update needs (the weights that the optimiser updates, its state, the
+    mask) in main memory. A step copies the gradient there and the weights back, through pinned memory where the model is
+    on a GPU; weights and gradient are all that stays on the device. `state` is the same either way.
     """
 
     def __init__(
@@ -252,7 +266,9 @@ class FlatBuffer:
         values: list[torch.Tensor],
         master: bool,
         mask: Sequence[torch.Tensor | None] | None = None,
+        optimizer_device: str = "device",
     ):
+        check_optimizer_device(optimizer_device)
         if len({(p.dtype, p.device) for p in params}) != 1:
             raise ValueError("the block's parameters differ in dtype or device: cast the model to one dtype first")
         first = params[0]
@@ -264,13 +280,19 @@ class FlatBuffer:
             view.copy_(value)
         for param, view, grad in zip(params, self.views(self.weights), self.views(self.grad)):
             param.data, param.grad = view, grad
-        self.master = self.weights.float() if master and first.dtype in (torch.float16, torch.bfloat16) else None
-        self.param = torch.nn.Parameter(self.weights if self.master is None else self.master)
+        # what the update reads and writes: these, or their copies on the host
+        weights, self._update_grad = self.weights, self.grad
+        self.on_host = optimizer_device == "host"
+        if self.on_host:
+            weights, self._update_grad = _host_copy(self.weights), _host_copy(self.grad)
+        self.master = weights.float() if master and first.dtype in (torch.float16, torch.bfloat16) else None
+        self._update_half = None if self.master is None else weights
+        self.param = torch.nn.Parameter(weights if self.master is None else self.master)
         if self.master is None:
-            self.param.grad = self.grad
+            self.param.grad = self._update_grad
         self._fixed: torch.Tensor | None = None  # (numel,) bool: the mask's opposite
         if mask is not None:
-            self._fixed = torch.zeros(self.numel, dtype=torch.bool, device=first.device)
+            self._fixed = torch.zeros(self.numel, dtype=torch.bool, device=self.param.device)
             for view, part in zip(self.views(self._fixed), mask):
                 if part is not None:
                     view.copy_(part).logical_not_()
@@ -287,21 +309,31 @@ class FlatBuffer:
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """One update from the accumulated gradient, which is then zero again."""
+        grad, half = self._update_grad, self._update_half
+        if self.on_host:
+            grad.copy_(self.grad)
         if self._fixed is not None:  # so that no state grows for these weights
-            self.grad.masked_fill_(self._fixed, 0.0)
+            grad.masked_fill_(self._fixed, 0.0)
         if isinstance(optimizer, _Fused):
-            optimizer.update(self.grad, None if self.master is None else self.weights)
-        elif self.master is None:
+            optimizer.update(grad, half)
+        elif half is None:
             optimizer.step()
         else:
-            self.param.grad = self.grad.float()
+            self.param.grad = grad.float()
             optimizer.step()
-            self.weights.copy_(self.master)
+            half.copy_(self.master)
         if self._fixed is not None:  # weight decay asks for no gradient
             self.param.data.masked_scatter_(self._fixed, self._kept)
-            if self.master is not None:
-                self.weights.masked_scatter_(self._fixed, self._kept.to(self.weights.dtype))
+            if half is not None:
+                half.masked_scatter_(self._fixed, self._kept.to(half.dtype))
+        if self.on_host:
+            self._send()
         self.grad.zero_()
+
+    @torch.no_grad()
+    def _send(self) -> None:
+        """The updated weights to where the model is."""
+        self.weights.copy_(self.param if self._update_half is None else self._update_half)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs besides the optimiser's own state."""
@@ -309,7 +341,10 @@ class FlatBuffer:
 
     @torch.no_grad()
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        self.weights.copy_(state["weights"])
+        weights = self.param if self._update_half is None else self._update_half
+        weights.copy_(state["weights"])
         if self.master is not None:
             self.master.copy_(state["master"])
+        if self.on_host:
+            self._send()
         self._keep()

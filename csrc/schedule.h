@@ -1,0 +1,143 @@
+// Which tile of which sample a block works on, and where its partial sums go: on the host and on the device.
+//
+// An item is one sample, one tile along N and one strip of tiles along K. Items are numbered by the sample's rank (longest
+// first, so that the long ones do not begin when all else has ended), then in groups of GROUP tiles along N that take
+// turns at each strip: panels of dy and x that are in use together stay in the L2 cache. How K is cut into strips
+// depends on K alone, so partial sums have the same bits on every GPU.
+#pragma once
+
+#include "common.h"
+
+namespace kunbr {
+
+constexpr int MAX_PROJECTIONS = 3;
+constexpr int TILE_K = 128;     // columns of a tile of dW
+constexpr int STRIP_TILES = 8;  // of one item: enough for what its beginning costs, few enough to be shared out well
+constexpr int GROUP = 8;
+constexpr int64_t MAX_TOKENS = 1 << 30;
+constexpr int MAX_SORTED = 8192;  // samples; ranks take the square of their number in comparisons
+
+enum Along { ALONG_ALL = 0, ALONG_ROW = 1, ALONG_COLUMN = 2 };
+
+struct Item {
+    int64_t rank;  // of the sample
+    int32_t n_tile, strip;
+};
+
+struct Schedule {
+    int64_t samples, K, sizes[MAX_PROJECTIONS];
+    int32_t projections, tile_n, k_tiles, strips, n_tiles;
+    int32_t parts;  // partial sums of a row: strips, times the warpgroups that share a strip
+
+    static Schedule of(int64_t samples, int64_t K, int projections, const int64_t *sizes, int tile_n, int sharers) {
+        Schedule s = {};
+        s.samples = samples;
+        s.K = K;
+        s.projections = projections;
+        s.tile_n = tile_n;
+        for (int p = 0; p < projections; ++p) {
+            s.sizes[p] = sizes[p];
+            s.n_tiles += static_cast<int32_t>(ceil_div(sizes[p], tile_n));
+        }
+        s.k_tiles = static_cast<int32_t>(ceil_div(K, TILE_K));
+        s.strips = static_cast<int32_t>(ceil_div(s.k_tiles, STRIP_TILES));
+        s.parts = s.strips * sharers;
+        return s;
+    }
+
+    KUNBR_HD int64_t items() const { return samples * n_tiles * strips; }
+
+    KUNBR_HD Item item(int64_t index) const {
+        const int64_t of_sample = static_cast<int64_t>(n_tiles) * strips;
+        Item item;
+        item.rank = index / of_sample;
+        const int32_t rest = static_cast<int32_t>(index % of_sample);
+        const int32_t group_first = rest / (GROUP * strips) * GROUP;
+        const int32_t group_size = static_cast<int32_t>(smaller(GROUP, n_tiles - group_first));
+        const int32_t within = rest % (GROUP * strips);
+        item.n_tile = group_first + within % group_size;
+        item.strip = within / group_size;
+        return item;
+    }
+
+    // Tiles along K of a strip: [first, first + count).
+    KUNBR_HD int32_t first_k_tile(int32_t strip) const { return strip * STRIP_TILES; }
+    KUNBR_HD int32_t count_k_tiles(int32_t strip) const {
+        return static_cast<int32_t>(smaller(STRIP_TILES, k_tiles - first_k_tile(strip)));
+    }
+
+    KUNBR_HD int32_t first_tile(int p) const {
+        int32_t before = 0;
+        for (int q = 0; q < p; ++q) before += static_cast<int32_t>(ceil_div(sizes[q], tile_n));
+        return before;
+    }
+    KUNBR_HD int64_t first_row(int p) const {
+        int64_t before = 0;
+        for (int q = 0; q < p; ++q) before += sizes[q];
+        return before;
+    }
+    KUNBR_HD int projection(int32_t n_tile) const {
+        int p = 0;
+        while (p + 1 < projections && n_tile >= first_tile(p + 1)) ++p;
+        return p;
+    }
+
+    // Partial sums: for each statistic one plane of (samples, parts, n_tiles), (samples, parts, all rows) or
+    // (samples, n_tiles, K).
+    KUNBR_HD int64_t width(int along) const { return along == ALONG_ROW ? first_row(projections) : n_tiles; }
+    KUNBR_HD int64_t plane(int along) const {
+        return along == ALONG_COLUMN ? samples * n_tiles * K : samples * parts * width(along);
+    }
+    // Of a tile, or of a row of the projections' rows put one after the other.
+    KUNBR_HD int64_t place(int along, int64_t sample, int32_t part, int64_t tile_or_row) const {
+        return (sample * parts + part) * width(along) + tile_or_row;
+    }
+    KUNBR_HD int64_t column_place(int64_t sample, int32_t n_tile, int64_t column) const {
+        return (sample * n_tiles + n_tile) * K + column;
+    }
+};
+
+// Position in an array of int32 or int64 offsets.
+KUNBR_HD int64_t offset_at(const void *offsets, bool wide, int64_t i) {
+    return wide ? static_cast<const int64_t *>(offsets)[i] : static_cast<const int32_t *>(offsets)[i];
+}
+
+// How many samples go before sample i: the longer ones, and of equal ones those that come first.
+KUNBR_HD int64_t rank_of(const void *offsets, bool wide, int64_t samples, int64_t i) {
+    const int64_t mine = offset_at(offsets, wide, i + 1) - offset_at(offsets, wide, i);
+    int64_t rank = 0, start = offset_at(offsets, wide, 0);
+    for (int64_t j = 0; j < samples; ++j) {
+        const int64_t end = offset_at(offsets, wide, j + 1), length = end - start;
+        start = end;
+        rank += length > mine || (length == mine && j < i);
+    }
+    return rank;
+}
+
+// Steps through what an item loads and multiplies: for each tile along K each source (1, or 2 for a pair of gradients)
+// token block by token block. A sample without tokens has one block, all of it masked.
+template <int SOURCES>
+struct Steps {
+    int32_t count[SOURCES];  // token blocks of a source
+    int32_t tile = 0, source = 0, block = 0;
+
+    KUNBR_HD static int32_t blocks(int64_t length, int tokens) {
+        return length <= 0 ? 1 : static_cast<int32_t>(ceil_div(length, tokens));
+    }
+    // At most STRIP_TILES * SOURCES * MAX_TOKENS / 16 steps, which an int32 holds.
+    KUNBR_HD int32_t total(int32_t tiles) const {
+        int32_t sum = 0;
+        for (int s = 0; s < SOURCES; ++s) sum += count[s];
+        return sum * tiles;
+    }
+    KUNBR_HD int32_t blocks_now() const { return SOURCES == 1 || source == 0 ? count[0] : count[SOURCES - 1]; }
+    KUNBR_HD void advance() {
+        if (++block < blocks_now()) return;
+        block = 0;
+        if (++source < SOURCES) return;
+        source = 0;
+        ++tile;
+    }
+};
+
+}  // namespace kunbr

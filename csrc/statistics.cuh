@@ -1,0 +1,65 @@
+// Statistics of tiles of dW that lie in accumulators, acc[MT][NT][4] in the layout of fragments.h. Which ones is a
+// run-time value: all threads go the same way, once a tile, and each way is a loop over the accumulators by itself.
+#pragma once
+
+#include "common.h"
+#include "fragments.h"
+#include "kunbr.h"
+#if defined(KUNBR_EMULATED)
+#include "tests/gpu_emulator.h"
+#else
+#include "instructions.cuh"
+#endif
+
+namespace kunbr {
+
+constexpr int STATISTICS = 3;
+constexpr unsigned ALL_LANES = ~0u;
+
+// Statistic S of the values x: sums, or the largest as an integer: the order of non-negative floats, with NaN on top,
+// where a float maximum would drop it.
+template <int S>
+__device__ __forceinline__ float term(float x) {
+    return S == 0 ? fabsf(x) : S == 1 ? x * x : fabsf(x);
+}
+template <int S>
+__device__ __forceinline__ float join(float a, float b) {
+    if (S < 2) return a + b;
+    return __int_as_float(max(__float_as_int(a), __float_as_int(b)));
+}
+__device__ __forceinline__ float join(int s, float a, float b) { return s < 2 ? join<0>(a, b) : join<2>(a, b); }
+
+// Statistic S of one of a thread's rows, over its columns of the tile: acc[mt], upper (h = 0) or lower half.
+template <int S, int NT>
+__device__ __forceinline__ float row_statistic(const float (&acc)[NT][4], int h) {
+    float sum = term<S>(acc[0][2 * h]);
+    KUNBR_UNROLL
+    for (int i = 1; i < 2 * NT; ++i) sum = join<S>(sum, term<S>(acc[i / 2][2 * h + i % 2]));
+    return sum;
+}
+
+// The four lanes of a row hold different columns of it: afterwards each has the statistic of all.
+__device__ __forceinline__ float join_columns(int s, float x) {
+    x = join(s, x, __shfl_xor_sync(ALL_LANES, x, 1));
+    return join(s, x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+
+// Over the 32 lanes, in a fixed order.
+__device__ __forceinline__ float join_lanes(int s, float x) {
+    KUNBR_UNROLL
+    for (int distance = 16; distance > 0; distance /= 2) x = join(s, x, __shfl_xor_sync(ALL_LANES, x, distance));
+    return x;
+}
+
+// Statistic S of columns i / 2 and i % 2 of acc (see fragments.h), over the thread's rows and the warp's.
+template <int S, int MT, int NT>
+__device__ __forceinline__ float column_statistic(const float (&acc)[MT][NT][4], int nt, int c) {
+    float sum = term<S>(acc[0][nt][c]);
+    KUNBR_UNROLL
+    for (int i = 1; i < 2 * MT; ++i) sum = join<S>(sum, term<S>(acc[i / 2][nt][c + i % 2 * 2]));
+    KUNBR_UNROLL
+    for (int distance = 4; distance < 32; distance *= 2) sum = join<S>(sum, __shfl_xor_sync(ALL_LANES, sum, distance));
+    return sum;
+}
+
+}  // namespace kunbr

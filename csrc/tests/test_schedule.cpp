@@ -1,0 +1,89 @@
+// The order of work and the places of partial sums, on the host, under sanitizers.
+#include <algorithm>
+#include <cassert>
+#include <initializer_list>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "../schedule.h"
+
+using namespace kunbr;
+
+// Every tile of every sample is in one item, and partial sums fill their planes without a gap or a clash.
+static void items(int64_t samples, int64_t K, std::vector<int64_t> sizes, int tile_n, int sharers) {
+    const Schedule s = Schedule::of(samples, K, static_cast<int>(sizes.size()), sizes.data(), tile_n, sharers);
+    std::set<std::tuple<int64_t, int32_t, int32_t>> seen;
+    std::vector<int> all(s.plane(ALONG_ALL)), row(s.plane(ALONG_ROW)), column(s.plane(ALONG_COLUMN));
+    int64_t last_rank = 0;
+    for (int64_t i = 0; i < s.items(); ++i) {
+        const Item item = s.item(i);
+        assert(item.rank >= last_rank && item.rank < samples);  // the longest first
+        last_rank = item.rank;
+        const int p = s.projection(item.n_tile);
+        assert(item.n_tile >= s.first_tile(p) && item.n_tile < s.first_tile(p + 1));
+        const int64_t first_n = static_cast<int64_t>(item.n_tile - s.first_tile(p)) * tile_n;
+        assert(first_n < sizes[p]);
+        const int32_t tiles = s.count_k_tiles(item.strip);
+        assert(tiles >= 1 && tiles <= STRIP_TILES);
+        for (int32_t t = 0; t < tiles; ++t) {
+            const int32_t k_tile = s.first_k_tile(item.strip) + t;
+            assert(k_tile < s.k_tiles && seen.insert({item.rank, item.n_tile, k_tile}).second);
+            for (int64_t k = k_tile * TILE_K; k < std::min<int64_t>(K, (k_tile + 1) * TILE_K); ++k)
+                ++column.at(s.column_place(item.rank, item.n_tile, k));
+        }
+        for (int32_t sharer = 0; sharer < sharers; ++sharer) {
+            const int32_t part = item.strip * sharers + sharer;
+            ++all.at(s.place(ALONG_ALL, item.rank, part, item.n_tile));
+            for (int64_t n = first_n; n < std::min<int64_t>(sizes[p], first_n + tile_n); ++n)
+                ++row.at(s.place(ALONG_ROW, item.rank, part, s.first_row(p) + n));
+        }
+    }
+    assert(static_cast<int64_t>(seen.size()) == samples * s.n_tiles * s.k_tiles);
+    for (const auto *plane : {&all, &row, &column})
+        for (int count : *plane) assert(count == 1);
+}
+
+static void ranks() {
+    const std::vector<int32_t> ends = {0, 5, 5, 9, 14, 14, 15};  // lengths 5 0 4 5 0 1
+    const std::vector<int64_t> wide(ends.begin(), ends.end());
+    const int64_t expected[] = {0, 4, 2, 1, 5, 3};
+    for (int64_t i = 0; i < 6; ++i) {
+        assert(rank_of(ends.data(), false, 6, i) == expected[i]);
+        assert(rank_of(wide.data(), true, 6, i) == expected[i]);
+    }
+    assert(offset_at(wide.data(), true, 3) == 9 && offset_at(ends.data(), false, 3) == 9);
+}
+
+static void steps() {
+    assert(Steps<1>::blocks(0, 32) == 1 && Steps<1>::blocks(32, 32) == 1 && Steps<1>::blocks(33, 32) == 2);
+    assert(Steps<1>::blocks(MAX_TOKENS, 16) == MAX_TOKENS / 16);
+    Steps<2> pair;
+    pair.count[0] = 2, pair.count[1] = 1;
+    assert(pair.total(3) == 9);
+    for (int tile = 0; tile < 3; ++tile)
+        for (auto at : {std::pair<int, int>{0, 0}, {0, 1}, {1, 0}}) {
+            assert(pair.tile == tile && pair.source == at.first && pair.block == at.second);
+            pair.advance();
+        }
+    Steps<1> longest;
+    longest.count[0] = Steps<1>::blocks(MAX_TOKENS, 16);
+    assert(longest.total(STRIP_TILES) == STRIP_TILES * (MAX_TOKENS / 16));
+}
+
+int main() {
+    for (int sharers : {1, 2}) {
+        items(1, 1, {1}, 128, sharers);
+        items(3, 300, {150, 20, 128}, 128, sharers);
+        items(2, 128 * 17 + 5, {128 * 9 + 1}, 128, sharers);
+        items(2, 1024, {64, 65}, 64, sharers);
+    }
+    ranks();
+    steps();
+    // far beyond 32 bits: a batch that still is one launch
+    const int64_t sizes[] = {1 << 20};
+    const Schedule large = Schedule::of(30, 1 << 20, 1, sizes, 128, 2);
+    assert(large.plane(ALONG_ROW) == 30ll * 2048 * (1 << 20) && large.item(large.items() - 1).rank == 29);
+    assert(large.place(ALONG_ROW, 29, 2047, (1 << 20) - 1) == large.plane(ALONG_ROW) - 1);
+    return 0;
+}
