@@ -20,6 +20,9 @@ class Report:
 
     accuracy: {"original" | "unlearned" | "result": {"forget": {...}, "retain": {...}}}, where `unlearned` is the
     model after the warm-up (M_u); empty where no questions were given. losses: mean losses of each epoch by stage.
+    gradient_cosines: of a cover in low precision, by stage: see `kunbr_fast.quantized`.
+    cache_errors: of a prefix cache in low precision, by stage: relative_error of the first step's activations, and
+    gradient_cosine, of its gradient to the exact one.
     """
 
     config: dict[str, Any]
@@ -29,6 +32,8 @@ class Report:
     losses: dict[str, list[dict[str, float]]]
     accuracy: dict[str, dict[str, dict[str, Any]]]
     rtt: RTTResult | None = None
+    gradient_cosines: dict[str, float] = dataclasses.field(default_factory=dict)
+    cache_errors: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     version: str = __version__
 
     @property
@@ -55,6 +60,8 @@ class Report:
             "losses": self.losses,
             "accuracy": self.accuracy,
             "rtt": None if self.rtt is None else self.rtt.to_dict(),
+            **({"gradient_cosines": self.gradient_cosines} if self.gradient_cosines else {}),
+            **({"cache_errors": self.cache_errors} if self.cache_errors else {}),
             "recovery": self.recovery,
         }
 

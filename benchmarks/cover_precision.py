@@ -1,0 +1,73 @@
+"""The demo with the cover in each precision: gradient cosines, and what is forgotten, kept and relearnt.
+
+python benchmarks/cover_precision.py --seeds 0 1 2 3 --csv benchmarks/results/cover_precision_cpu.csv
+
+Each seed's model is taught and warmed up once; every row is one re-insertion from there, and one RTT attack. nf4 needs
+bitsandbytes. cosine_I: of block I's gradient at its first step to the one with an exact cover; the weights' bytes are
+those of the cover of the first block.
+"""
+
+import argparse
+import copy
+import dataclasses
+
+import torch
+from results import add_rows
+
+from kunbr_fast.decoder import Decoder
+from kunbr_fast.demo import GROUPS, _Demo, gradient_difference
+from kunbr_fast.quantized import COVER_PRECISIONS, check_available, low_precision_cover
+from kunbr_fast.training import frozen
+from kunbr_fast.unlearn import unlearn
+
+
+def rows_of(seed, precisions):
+    demo = _Demo(seed, False, print)
+    config, forget, retain = demo.config, demo.samples["forget"], demo.samples["retain"]
+    taught = demo.teach(tuple(GROUPS))
+    unlearned = copy.deepcopy(taught)
+    gradient_difference(
+        Decoder(unlearned), forget, retain, config, lr=config.warmup_lr, optimizer=config.warmup_optimizer,
+        epochs=config.warmup_epochs,
+    )  # fmt: skip
+    for precision in precisions:
+        model = copy.deepcopy(taught)
+        setting = dataclasses.replace(config, cover_precision=precision)
+        report = unlearn(model, forget, retain, setting, unlearned=copy.deepcopy(unlearned), progress=False)
+        demo.measure(precision, model, 0.0)
+        row = demo.rows[-1]
+        shown = {"forget": row["forget"], "retain": row["retain"], **row["other"], "rtt": row["rtt"]}
+        cosines = [*report.gradient_cosines.values()] or [1.0] * len(report.blocks)
+        decoder = Decoder(taught)
+        above = decoder.layers[report.blocks[0].stop :]
+        weights = sum(p.numel() for p in above.parameters() if p.dim() == 2)
+        with frozen(taught), low_precision_cover(decoder, report.blocks[0], precision) as cover:
+            nbytes = 2 * weights if cover is None else cover.nbytes
+        yield {
+            "benchmark": "cover_precision", "seed": seed, "cover": precision,
+            **{name: round(100 * value, 1) for name, value in shown.items()},
+            **{f"cosine_{i}": round(cosine, 6) for i, cosine in enumerate(cosines)},
+            "weights": weights, "bytes": nbytes, "bytes_bf16": 2 * weights,
+        }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--precisions", nargs="+", choices=COVER_PRECISIONS, default=COVER_PRECISIONS)
+    parser.add_argument("--csv", help="append rows here")
+    arguments = parser.parse_args()
+    for precision in arguments.precisions:
+        check_available(precision)
+    torch.set_num_threads(1)
+    for seed in arguments.seeds:
+        rows = []
+        for row in rows_of(seed, arguments.precisions):
+            print(row, flush=True)
+            rows.append(row)
+        if arguments.csv:
+            add_rows(arguments.csv, rows)
+
+
+if __name__ == "__main__":
+    main()
