@@ -20,6 +20,7 @@ A matrix of stacked experts is one matrix for each expert.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -31,7 +32,9 @@ from transformers.pytorch_utils import Conv1D
 from kunbr_fast.blocks import check_block
 from kunbr_fast.decoder import Decoder, check_finite
 from kunbr_fast.density import MODULES, Measurement, checked_samples, inner_product, watch_list
+from kunbr_fast.distributed import ALONE, Group
 from kunbr_fast.layer_kinds import How, Watched, norm_of
+from kunbr_fast.streaming import LayerStream, layer_stream
 from kunbr_fast.training import finite
 
 METHODS = ("grad", "fisher", "wagle", "sure", "memflex", "sign_agreement")
@@ -91,6 +94,7 @@ def attribute(
     gradient_checkpointing: bool | None = None,
     impl: str = "auto",
     progress: bool = False,
+    group: Group = ALONE,
 ) -> Attribution:
     """Scores of the weights by `method`, one of those that the module's docstring has the formulas and sources of.
 
@@ -106,7 +110,7 @@ def attribute(
     Equivalent: `mean over s of loss(model, s)`, backward, and the formula on each parameter's `.grad`.
 
     Memory: one fp32 gradient of the chosen weights for forget, in whose place the scores come, and one for retain where
-    that does not fit one batch of `batch_tokens`. Leaves no gradient, hook or changed flag behind.
+    that does not fit one batch of `batch_tokens`. group: as in `knowledge_density`. Leaves no gradient, hook or changed flag behind.
     Errors: ValueError as `knowledge_density`, and for a retain set that is missing or has no use.
     """
     for name, value, known in (("method", method, METHODS), ("modules", modules, MODULES)):
@@ -121,13 +125,13 @@ def attribute(
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     forget = checked_samples(forget, "forget sample")
     retain = None if retain is None else checked_samples(retain, "retain sample")
-    watched = watch_list(decoder, modules)
+    watched, stream = watch_list(decoder, modules), layer_stream(decoder)
     if blocks is not None:
         layers = {layer for block in blocks for layer in check_block(block, decoder.num_layers)}
         watched = [item for item in watched if item.layer in layers]
         if not watched:
             raise ValueError(f"blocks={list(blocks)}: these layers have no parameters of modules={modules!r}")
-    weights = {f"{item.path}.{name}": _Weight(item, name) for item in watched for name in item.parameters}
+    weights = {f"{item.path}.{name}": _Weight(item, name, stream) for item in watched for name in item.parameters}
     found: dict[str, torch.Tensor] = {}  # g_f (or its square), then the scores
     done: set[str] = set()
 
@@ -151,7 +155,9 @@ def attribute(
     def on_retain(path: str, gradient: torch.Tensor) -> None:
         score(path, found[path], mean(path, gradient, len(retain)))
 
-    measurement = Measurement(decoder, watched, How("grad_l2sq", impl), batch_tokens, gradient_checkpointing)
+    measurement = Measurement(
+        decoder, watched, How("grad_l2sq", impl), batch_tokens, gradient_checkpointing, group=group
+    )
     with measurement.ready(len(forget) + len(retain or ()), progress, "attribution") as bar:
         measurement.gradients(forget, on_forget, bar, squared=method == "fisher")
         for path in weights.keys() - found.keys():  # what the forget set does not reach
@@ -167,8 +173,9 @@ def attribute(
 class _Weight:
     """A parameter, and what its dimensions mean."""
 
-    def __init__(self, item: Watched, name: str):
-        self.parameter = getattr(item.module, name).detach()
+    def __init__(self, item: Watched, name: str, stream: LayerStream | None):
+        self.parameter = getattr(item.module, name).detach()  # of a streamed model a placeholder
+        self._value = None if stream is None else functools.partial(stream.__getitem__, f"{item.path}.{name}")
         self._transposed = isinstance(item.module, Conv1D) or getattr(item.module, "is_transposed", False)
         is_matrix = self.parameter.dim() > 1 and not name.endswith("bias")
         self._inputs = (-2 if self._transposed else -1) if is_matrix else None  # the dimension that is summed over
@@ -192,7 +199,8 @@ class _Weight:
         if method == "fisher":
             return forget if retain is None else torch.where(forget == 0, 0.0, forget.div_(retain))
         if method == "wagle":
-            return retain.div_(-mu).add_(self.parameter).mul_(forget).abs_()
+            value = self.parameter if self._value is None else self._value().to(retain.device)
+            return retain.div_(-mu).add_(value).mul_(forget).abs_()
         if method == "sure" and self._inputs is None:
             return forget.abs_()
         if method == "sure":

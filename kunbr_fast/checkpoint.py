@@ -3,13 +3,16 @@
 `state.json` is the only truth: it names the files that belong to it with their SHA-256, and is replaced in one step.
 A file is written under a new name first, then state.json refers to it, then the file it replaces is deleted; so a
 kill between any two of these leaves a state that is whole.
+
+Of several processes one writes state.json. While they work apart from each other each has a file of that kind for itself
+(`PartState`), which counts as a part of state.json, and is taken over into it by whoever opens the run next.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 from torch import nn
 
 from kunbr_fast.atomic import sha256, write_json
+from kunbr_fast.streaming import layer_stream
 from kunbr_fast.weights import load_tensors, save_tensors
 
 FORMAT = 1
@@ -36,9 +40,11 @@ def fingerprint(model: nn.Module, *parts: Sequence[Mapping[str, Any]]) -> str:
                     digest.update(entry[key].cpu().numpy().tobytes())
             else:
                 digest.update(json.dumps({k: v for k, v in entry.items() if k != "_where"}).encode())
+    stream = layer_stream(model)
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 16)].double().cpu()
+        step = max(1, parameter.numel() // 16)
+        some = parameter.detach().flatten()[::step] if stream is None else stream.strided(name, step)
+        some = some.double().cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
     return digest.hexdigest()
 
@@ -49,7 +55,7 @@ class RunState:
     def __init__(self, directory: str | Path, identity: str, config: Any, resume: bool):
         self.directory = Path(directory)
         self.path = self.directory / "state.json"
-        fresh = {"format": FORMAT, "identity": identity, "config": config.to_dict(), "stages": {}, "current": None}
+        fresh, parts = _fresh(identity, config.to_dict()), []
         if not resume:
             if self.path.exists():
                 raise ValueError(
@@ -59,19 +65,41 @@ class RunState:
             self.state = fresh
         else:
             self.state = self._read() if self.path.exists() else fresh
+            parts = self._take_parts()
             self._check(identity, config)
         self.state["config"] = config.to_dict()
         self._write()
+        _remove(parts)
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self, path: Path | None = None) -> dict[str, Any]:
+        path = path or self.path
         try:
-            state = json.loads(self.path.read_text())
+            state = json.loads(path.read_text())
             found = state["format"]
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self.path}: damaged ({error}): delete {self.directory} and start again") from error
+            raise ValueError(f"{path}: damaged ({error}): delete {self.directory} and start again") from error
         if found != FORMAT:
-            raise ValueError(f"{self.path}: format {found!r}, this version reads {FORMAT}: start again")
+            raise ValueError(f"{path}: format {found!r}, this version reads {FORMAT}: start again")
+        state.setdefault("interrupted", {})  # which earlier versions' files lack
         return state
+
+    def _take_parts(self) -> list[Path]:
+        """Takes what `PartState`s have written into `state`; their files may go once state.json is written."""
+        paths = sorted(self.directory.glob("state.rank-*.json"))
+        for path in paths:
+            part = self._read(path)
+            if part["identity"] != self.state["identity"]:
+                raise ValueError(f"{path}: belongs to another run than {self.path}: delete {self.directory}")
+            self.state["stages"] |= part["stages"]
+            self._interrupt(part["current"])
+        for stage in list(self.state["interrupted"]):
+            if stage in self.state["stages"]:
+                del self.state["interrupted"][stage]
+        return paths
+
+    def _interrupt(self, current: dict[str, Any] | None) -> None:
+        if current is not None:
+            self.state["interrupted"][current["stage"]] = current
 
     def _check(self, identity: str, config: Any) -> None:
         if self.state["identity"] != identity:
@@ -80,7 +108,8 @@ class RunState:
                 "Give the same --model, --forget, --retain and questions, or another output directory"
             )
         finished = {name.split(".")[0] for name in self.state["stages"]}
-        current = {self.state["current"]["stage"].split(".")[0]} if self.state["current"] else set()
+        current = {name.split(".")[0] for name in self.state["interrupted"]}
+        current |= {self.state["current"]["stage"].split(".")[0]} if self.state["current"] else set()
         locked = finished | ({"data"} if finished | current else set())
         locked |= {"training"} if finished & {"warmup", "blocks"} else set()
         for name, stage in config.changed(self.state["config"]).items():
@@ -105,10 +134,10 @@ class RunState:
             name = f"{stage}.safetensors"
             result = {**result, "file": name, "sha256": self._save(name, tensors)}
         self.state["stages"][stage] = result
-        old, self.state["current"] = self.state["current"], None
+        old = self._replaced(stage)
+        self.state["current"] = None
         self._write()
-        if old:
-            (self.directory / old["file"]).unlink(missing_ok=True)
+        _remove(old)
 
     def file(self, stage: str) -> Path:
         """The checked file of a finished stage."""
@@ -119,7 +148,7 @@ class RunState:
 
     def save_progress(self, stage: str, step: int, tensors: Mapping[str, torch.Tensor], extra: dict[str, Any]) -> None:
         """Replaces the present stage's progress: `step` steps are done, `tensors` is the training's state."""
-        old = self.state["current"]
+        old = self._replaced(stage)
         name = f"{stage}-step-{step}.safetensors"
         self.state["current"] = {
             "stage": stage,
@@ -129,13 +158,19 @@ class RunState:
             "sha256": self._save(name, tensors),
         }
         self._write()
-        if old and old["file"] != name:
-            (self.directory / old["file"]).unlink(missing_ok=True)
+        _remove(path for path in old if path.name != name)
+
+    def _replaced(self, stage: str) -> list[Path]:
+        """The files of progress that `stage`'s next entry stands for; only the entries are dropped."""
+        old = [self.state["current"], self.state["interrupted"].pop(stage, None)]
+        return [self.directory / entry["file"] for entry in old if entry]
 
     def progress(self, stage: str) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
         """(steps done, tensors, extra) of `stage` if it was interrupted."""
         current = self.state["current"]
         if not current or current["stage"] != stage:
+            current = self.state["interrupted"].get(stage)
+        if not current:
             return None
         return current["step"], load_tensors(self._checked(current)), current["extra"]
 
@@ -156,3 +191,36 @@ class RunState:
                 f"{path}: damaged (SHA-256 {found[:12]}..., expected {entry['sha256'][:12]}...): start again"
             )
         return path
+
+
+class PartState(RunState):
+    """What one of several processes adds to a run's state while they work on different stages, in a file of its own.
+
+    It reads `whole`, which no process writes meanwhile; it makes no file before it has something to keep.
+    """
+
+    def __init__(self, whole: RunState, rank: int):
+        self.directory, self._whole = whole.directory, whole
+        self.path = self.directory / f"state.rank-{rank}.json"
+        self.state = _fresh(whole.state["identity"], whole.state["config"])
+        self.state["interrupted"] = dict(whole.state["interrupted"])
+
+    def result(self, stage: str) -> dict[str, Any] | None:
+        return super().result(stage) or self._whole.result(stage)
+
+    def file(self, stage: str) -> Path:
+        return self._checked(self.result(stage))
+
+    def _write(self) -> None:
+        # what others have interrupted stays in the whole state
+        write_json(self.path, {**self.state, "interrupted": {}})
+
+
+def _fresh(identity: str, config: dict[str, Any]) -> dict[str, Any]:
+    stages = {"stages": {}, "current": None, "interrupted": {}}
+    return {"format": FORMAT, "identity": identity, "config": config, **stages}
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)

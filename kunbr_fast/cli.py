@@ -1,4 +1,4 @@
-"""The command line: `kunbr-fast demo | unlearn | density | rtt | merge | doctor`."""
+"""The command line: `kunbr-fast demo | unlearn | density | rtt | merge | plan | doctor`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ from kunbr_fast.decoder import Decoder
 from kunbr_fast.demo import demo
 from kunbr_fast.density import NO_SHARES, NORMS, STATISTICS, Density, knowledge_density
 from kunbr_fast.dispatch import Unavailable
+from kunbr_fast.distributed import ALONE, Group, ProcessGone, joined, local_device, num_processes
 from kunbr_fast.doctor import doctor, format_doctor
 from kunbr_fast.evaluation.plots import plot_density, plot_pareto, plot_relearning
 from kunbr_fast.evaluation.report import table, write_report
 from kunbr_fast.evaluation.rtt import Fold, rtt_attack
 from kunbr_fast.loading import DTYPES, check_same_architecture, load_model, load_tokenizer, save_model
+from kunbr_fast.memory import OutOfMemory, parse_bytes
 from kunbr_fast.merge import METHODS, MODES, merge_models
+from kunbr_fast.plan import GPUS, plan
+from kunbr_fast.streaming import open_streamed
 from kunbr_fast.training import Diverged, frozen
 from kunbr_fast.unlearn import rtt_config, to_samples, unlearn
 from kunbr_fast.version import __version__
@@ -48,6 +52,18 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: as saved")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+
+
+def _stream_arguments(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument(
+        "--stream", action="store_true", help=f"models larger than memory: layers are read when they run{text}"
+    )
+    parser.add_argument(
+        "--stream-cache",
+        default="0",
+        metavar="SIZE",
+        help="with --stream, main memory in which layers may stay once they were read, such as 64GiB [none]",
+    )
 
 
 def _output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +178,7 @@ def parser() -> argparse.ArgumentParser:
         help="the unlearned model, report.json and plots; checkpoints in DIR/work",
     )
     command.add_argument("--unlearned", metavar="DIR", help="your own M_u (made by any method): no warm-up")
+    _stream_arguments(command, "; needs --unlearned, and there is no attack")
     command.add_argument("--resume", action="store_true", help="go on with the run that was interrupted in --out")
     _output_arguments(command)
     _setting_arguments(command)
@@ -193,11 +210,12 @@ def parser() -> argparse.ArgumentParser:
         help="estimate a sum over weights without bias from this part of each matrix's rows (above 0, at most 1), and "
         "show the standard error [all rows]",
     )
+    _stream_arguments(command, "")
     _output_arguments(command)
     _setting_arguments(
         command,
         ["target", "max_length", "modules", "reduction", "num_blocks", "top_k", "skip_last_layers"]
-        + ["gradient_checkpointing", "impl"],
+        + ["gradient_checkpointing", "activations", "impl"],
     )
     command.set_defaults(run=_density)
 
@@ -254,6 +272,25 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_merge)
 
     command = commands.add_parser(
+        "plan", help="predict memory and time of a run from config.json alone, and choose settings that fit"
+    )
+    command.add_argument("--model", required=True, metavar="DIR", help="model directory, or only its config.json")
+    command.add_argument("--gpu-memory", required=True, metavar="SIZE", help="such as 24GiB or 80GB")
+    command.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)} [h100]")
+    command.add_argument("--gpus", type=int, default=1, metavar="N", help="how many [1]")
+    command.add_argument("--dtype", choices=list(DTYPES), help="default: as config.json says")
+    command.add_argument("--forget", nargs="+", metavar="F.jsonl", help="as of unlearn (default: sizes of WMDP)")
+    command.add_argument("--retain", nargs="+", metavar="R.jsonl")
+    command.add_argument("--unlearned", action="store_true", help="M_u will be given: no warm-up")
+    command.add_argument(
+        "--stream", action="store_true", help="as of unlearn: layers come from the files one by one; needs --unlearned"
+    )
+    command.add_argument("--out", metavar="run.yaml", help="the settings, for unlearn --config")
+    _output_arguments(command)
+    _setting_arguments(command)
+    command.set_defaults(run=_plan)
+
+    command = commands.add_parser(
         "doctor", help="versions, devices, and which implementation of each operation can run here"
     )
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -265,7 +302,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _load(arguments: argparse.Namespace):
-    return load_model(arguments.model, arguments.dtype, _device(arguments)), load_tokenizer(arguments.model)
+    device, kept = _device(arguments), getattr(arguments, "stream_cache", "0")
+    if getattr(arguments, "stream", False):
+        kept = parse_bytes(kept, "--stream-cache")
+        model = open_streamed(arguments.model, device, arguments.dtype, host_bytes=kept)
+    elif kept != "0":
+        raise ValueError(f"--stream-cache {kept} without --stream: the model is in memory whole: leave it out")
+    else:
+        model = load_model(arguments.model, arguments.dtype, device)
+    return model, load_tokenizer(arguments.model)
 
 
 def _device(arguments: argparse.Namespace) -> str:
@@ -274,7 +319,7 @@ def _device(arguments: argparse.Namespace) -> str:
         raise ValueError(
             f"--device {device}: torch {torch.__version__} sees no CUDA device; `kunbr-fast doctor` says more"
         )
-    return device
+    return local_device() if device == "cuda" and num_processes() > 1 else device
 
 
 def _folds(forget: Sequence[str], questions: Sequence[str] | None) -> list[Fold]:
@@ -326,16 +371,26 @@ def _unlearn(arguments: argparse.Namespace) -> dict[str, Any]:
         say("no question lines about the forget set: accuracy is not measured and there is no RTT attack")
     elif len(folds) < 2 and config.rtt:
         say("one forget file: the RTT attack needs two or more (each is a fold), so there is none")
+    if arguments.stream and not arguments.unlearned:
+        raise ValueError(
+            "--stream: the warm-up trains every parameter, which are never in memory together: make M_u elsewhere, by any "
+            "method, and give it with --unlearned DIR"
+        )
     model, tokenizer = _load(arguments)
     unlearned = None
-    if arguments.unlearned:
+    if arguments.stream:
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+        unlearned = open_streamed(arguments.unlearned, "cpu", dtype)
+        check_same_architecture(model, unlearned, arguments.unlearned)
+    elif arguments.unlearned:
         unlearned = load_model(arguments.unlearned, arguments.dtype, "cpu").to(model.dtype)
         check_same_architecture(model, unlearned, arguments.unlearned)
 
     def save(report) -> None:
         """All of it while work/ is still there: if the disk is full here, --resume has nothing to compute again."""
-        say(f"writing the model to {out}")
-        save_model(model, tokenizer, out)
+        if not arguments.stream:  # else it is there
+            say(f"writing the model to {out}")
+            save_model(model, tokenizer, out)
         plot_density(report.density, report.blocks, out / "density.png", config.skip_last_layers)
         if report.rtt is not None:
             forget_accuracy = {"KUnBR": report.accuracy["result"]["forget"]["plain"]}
@@ -358,10 +413,13 @@ def _unlearn(arguments: argparse.Namespace) -> dict[str, Any]:
         progress=not arguments.quiet,
         on_stage=say,
         before_cleanup=save,
+        group=arguments.group,
     )
     if not arguments.json:
         rows = [report.row(name, model) for name, model in (("original", "original"), ("warm-up (M_u)", "unlearned"))]
         print(table([*(row for row in rows if "forget" in row or "retain" in row), report.row()]))
+        if arguments.stream and config.rtt and questions:
+            print(f"the RTT attack trains every parameter: run `kunbr-fast rtt --model {out}` where they fit")
         print(f"model, report.json and plots are in {out}")
     return report.to_dict() | {"model": str(arguments.model)}
 
@@ -385,8 +443,10 @@ def _density(arguments: argparse.Namespace) -> dict[str, Any]:
         retain=None if retain is None else to_samples(retain, tokenizer, config, decoder, "retain"),
         gradient_checkpointing=config.gradient_checkpointing or None,
         sample_fraction=arguments.sample_fraction,
+        activations=config.activations,
         impl=config.impl,
         progress=not arguments.quiet,
+        group=arguments.group,
     )
     blocks = [] if density.statistic == "cosine" else select_blocks(density, *choice)
     result = density.to_dict() | {
@@ -395,6 +455,8 @@ def _density(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if density.alignment is not None:
         result["pareto_front"] = pareto_front(density.per_layer, density.alignment)
+    if not arguments.group.first:
+        return result
     if arguments.out:
         density.save(arguments.out)
     if arguments.plot and density.alignment is not None:
@@ -499,6 +561,26 @@ def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    found = plan(
+        arguments.model,
+        arguments.gpu_memory,
+        gpu=arguments.gpu,
+        gpus=arguments.gpus,
+        forget=arguments.forget,
+        retain=arguments.retain,
+        config=_config(arguments),
+        dtype=arguments.dtype,
+        unlearned=arguments.unlearned,
+        stream=arguments.stream,
+    )
+    if arguments.out:
+        found.config.save(arguments.out)
+    if not arguments.json:
+        print(found.table())
+    return found.to_dict()
+
+
 def _doctor(arguments: argparse.Namespace) -> dict[str, Any]:
     found = doctor()
     if not arguments.json:
@@ -509,8 +591,22 @@ def _doctor(arguments: argparse.Namespace) -> dict[str, Any]:
 # ---------------------------------------------------------------- main
 
 
+def _as_one_of(group: Group, arguments: argparse.Namespace) -> None:
+    """Settles what one of several processes does: the first one speaks."""
+    if arguments.command not in ("unlearn", "density"):
+        raise ValueError(
+            f"{arguments.command} runs in one process (unlearn and density in several): start it without torchrun"
+        )
+    arguments.group = group
+    if not group.first:
+        arguments.quiet = arguments.json = True  # of json `main` prints nothing
+        logging.getLogger().setLevel(logging.ERROR)
+        disable_progress_bar()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0; 2 for bad input, with one line on standard error; 3 where training diverged; 130 for Ctrl-C.
+    """Exit status 0; 2 for bad input, with one line on standard error; 3 where training diverged; 4 where another of several
+    processes has failed; 130 for Ctrl-C.
 
     Anything else is a bug and keeps its traceback.
     """
@@ -519,18 +615,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(arguments, "quiet", False):
         disable_progress_bar()
     resumes = hasattr(arguments, "resume") and arguments.out is not None
+    arguments.group, name = ALONE, "kunbr-fast"
     try:
-        result = arguments.run(arguments)
+        with joined(getattr(arguments, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")) as group:
+            if group.size > 1:
+                name = f"kunbr-fast, rank {group.rank} of {group.size}"
+                _as_one_of(group, arguments)
+            result = arguments.run(arguments)
+    except ProcessGone as error:
+        if not error.told or arguments.group.first:
+            _say(f"{name}: {error}" + ("; what was finished is kept, --resume goes on" if resumes else ""))
+        return 4
+    except OutOfMemory as error:
+        _say(f"{name}: {error}" + (" What was finished is kept, --resume goes on" if resumes else ""))
+        return 2
     except Diverged as error:
         kept = f". The last good state is kept in {arguments.out}/work; --resume goes on from there" if resumes else ""
-        _say(f"kunbr-fast: {error}{kept}")
+        _say(f"{name}: {error}{kept}")
         return 3
     except (ValueError, OSError, Unavailable, FloatingPointError) as error:
-        _say(f"kunbr-fast: {error}")
+        _say(f"{name}: {error}")
         return 2
     except KeyboardInterrupt:
-        _say("kunbr-fast: interrupted" + ("; what was finished is kept, --resume goes on" if resumes else ""))
+        _say(f"{name}: interrupted" + ("; what was finished is kept, --resume goes on" if resumes else ""))
         return 130
-    if arguments.json:
+    if arguments.json and arguments.group.first:
         print(json.dumps(result, indent=2))
     return 0

@@ -15,10 +15,13 @@ from kunbr_fast.atomic import atomic_write
 from kunbr_fast.data import TARGETS
 from kunbr_fast.density import MODULES, REDUCTIONS
 from kunbr_fast.dispatch import IMPLEMENTATIONS
+from kunbr_fast.distributed import PARALLEL
 from kunbr_fast.evaluation.accuracy import SCORINGS
+from kunbr_fast.memory import parse_bytes
 from kunbr_fast.objectives import OBJECTIVES, RETAIN_LOSSES, Criterion, check_options
-from kunbr_fast.optim import OPTIMIZERS
-from kunbr_fast.prefix_cache import STORAGES
+from kunbr_fast.optim import OPTIMIZER_DEVICES, OPTIMIZERS
+from kunbr_fast.prefix_cache import CACHE_DTYPES, STORAGES
+from kunbr_fast.quantized import COVER_PRECISIONS
 from kunbr_fast.reinsertion import INSERTIONS
 
 _CHOICES = {
@@ -31,8 +34,13 @@ _CHOICES = {
     "mask": ("none", *attribution.METHODS),
     "optimizer": OPTIMIZERS,
     "cache": STORAGES,
+    "cache_dtype": CACHE_DTYPES,
+    "optimizer_device": OPTIMIZER_DEVICES,
+    "activations": STORAGES,
+    "cover_precision": COVER_PRECISIONS,
     "scoring": SCORINGS,
     "rtt_target": TARGETS,
+    "parallel": PARALLEL,
     "impl": ("auto", *IMPLEMENTATIONS),
 }
 
@@ -105,6 +113,11 @@ class KUnBRConfig:
     block_lr: float = setting(2e-7, "learning rate of the block", "blocks")
     optimizer: str = setting("lion", "lion or adamw, started anew at each visit", "blocks")
     master_weights: bool = setting(True, "fp32 copies of half-precision block weights for the optimiser", "blocks")
+    cover_precision: str = setting(
+        "none",
+        "frozen weights above the block: none (exact), fp8, int8, nf4 or fp8_matmul, an approximation that the report measures",
+        "blocks",
+    )
     mask: str = setting(
         "none",
         f"the weights of a block that may change: none is all of them, or {', '.join(attribution.METHODS)}",
@@ -114,6 +127,27 @@ class KUnBRConfig:
         None, "the part of the mask's scores that is chosen (default: as published)", "blocks"
     )
     cache: str = setting("auto", "where the prefix cache lies: device, host, file or auto", "none")
+    cache_bytes: int | str | None = setting(
+        None, "the most that it takes there (8GiB), samples used later wait in a slower place (default: no limit)", "none"
+    )
+    cache_dtype: str = setting(
+        "none",
+        "how it is kept: none (the model's own dtype, exact), bf16 or fp8, an approximation that the report measures",
+        "blocks",
+    )
+    activations: str = setting(
+        "auto", "of a streamed model: where a step's activations wait between two layers; as cache", "none"
+    )
+    optimizer_device: str = setting(
+        "device",
+        "where a block's optimiser state, and the weights that it updates, are: device (the model's) or host (main memory)",
+        "none",
+    )
+    micro_batch_tokens: int | None = setting(
+        None,
+        "the most tokens that go through at once, a step's sums are the same (default: all; fewer where memory runs out)",
+        "none",
+    )
     checkpoint_every: int | None = setting(None, "steps between checkpoints (default: an epoch)", "none")
 
     scoring: str = setting(
@@ -134,6 +168,11 @@ class KUnBRConfig:
         "capture a block's steps as CUDA graphs (gradient difference and ga; no GPU has run it)",
         "none",
     )
+    parallel: str = setting(
+        "auto",
+        "with several processes (torchrun): blocks, each trained by one of them; samples, each step's spread over all; auto",
+        "none",
+    )
     impl: str = setting("auto", "auto, cuda, triton or torch", "none")
 
     def __post_init__(self) -> None:
@@ -146,7 +185,7 @@ class KUnBRConfig:
                 raise ValueError(f"{field.name}={value!r}: expected one of {', '.join(_CHOICES[field.name])}")
         for name in ("batch_size", "num_blocks", "top_k", "rounds", "block_epochs", "rtt_epochs", "rtt_batch_size"):
             self._at_least(name, 1)
-        for name in ("retain_batch_size", "max_length", "checkpoint_every"):
+        for name in ("retain_batch_size", "max_length", "micro_batch_tokens", "checkpoint_every"):
             if getattr(self, name) is not None:
                 self._at_least(name, 1)
         for name in ("warmup_epochs", "skip_last_layers", "retain_coeff", "weight_decay", "warmup_lr", "block_lr"):
@@ -157,6 +196,11 @@ class KUnBRConfig:
                 raise ValueError(f"{name}={value}: expected above 0")
         if not self.rtt_lrs or min(self.rtt_lrs) <= 0:
             raise ValueError(f"rtt_lrs={self.rtt_lrs}: expected one or more learning rates above 0")
+        parse_bytes(self.cache_bytes, "cache_bytes")
+        if self.cache_bytes is not None and self.cache == "file":
+            raise ValueError(f"cache_bytes={self.cache_bytes}: no place is slower than cache=file: leave one of them out")
+        if self.parallel == "blocks" and self.insertion == "cumulative":
+            raise ValueError("parallel='blocks': cumulative blocks build on each other: leave it out, or take samples")
         self._check_objectives()
         rule = attribution.RULES.get(self.mask, {})
         if self.mask_ratio is not None and (self.mask == "none" or "threshold" in rule):

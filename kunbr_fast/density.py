@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,12 +32,16 @@ from kunbr_fast.atomic import write_json
 from kunbr_fast.data import PackedBatch, Sample, as_samples, check_labels, pack
 from kunbr_fast.decoder import Decoder, check_finite
 from kunbr_fast.dispatch import resolve
+from kunbr_fast.distributed import ALONE, Group
 from kunbr_fast.layer_kinds import LAYER_KINDS, How, Tiles, Watched, norm_of
 from kunbr_fast.layer_major import LayerMajor
+from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes, in_halves, is_out_of_memory, release
 from kunbr_fast.schedule import token_batches
 from kunbr_fast.streaming import layer_stream, visit
 from kunbr_fast.taps import Part, Segments, Taps
 from kunbr_fast.training import frozen
+
+logger = logging.getLogger(__name__)
 
 MODULES = ("mlp", "attention", "norms", "all")
 NORMS = ("grad_l1", "grad_l2", "grad_l2sq", "grad_linf", "grad_mean_abs")
@@ -130,6 +135,9 @@ def _wanted(modules: str, inner_path: str, parameter: nn.Parameter) -> bool:
 
 
 def watch_list(decoder: Decoder, modules: str) -> list[Watched]:
+    from kunbr_fast.quantized import check_exact  # it imports blocks, which imports this module
+
+    check_exact(decoder, "density and attribution")
     uses: dict[int, list[str]] = {}
     for name, parameter in decoder.model.named_parameters(remove_duplicate=False):
         uses.setdefault(id(parameter), []).append(name)
@@ -196,6 +204,7 @@ def knowledge_density(
     directory: str | Path | None = None,
     impl: str = "auto",
     progress: bool = False,
+    group: Group = ALONE,
 ) -> Density:
     """Knowledge density of every layer for `samples` (usually the forget set), or another statistic of its gradients.
 
@@ -221,7 +230,7 @@ def knowledge_density(
     all samples fit one batch). None: `mean` for cosine and slug, which have no other, else `sample`.
     retain: a second set in the form of `samples`, for fisher_ratio, cosine and slug. Cosine and alignment hold one fp32
     gradient of the chosen weights, and a second one where `retain` does not fit one batch.
-    batch_tokens: tokens of one packed forward and backward pass.
+    batch_tokens: tokens of one packed forward and backward pass; where memory runs out, fewer, with the same result.
     gradient_checkpointing: keep only each layer's input for the backward pass and run the layer again; None: if the
     model has it enabled. The result is the same.
     sample_fraction: an unbiased estimate of grad_l1, grad_mean_abs, grad_l2sq or fisher from about this part of each
@@ -230,6 +239,8 @@ def knowledge_density(
     that of the samples.
     activations, directory: of a streamed model each layer is read once on the way up and once on the way down for all
     samples together; where their activations wait between two layers (layers x tokens x hidden size), as in `PrefixCache`.
+    group: processes that call this together, with the same arguments (`distributed.joined`): each measures its part of
+    the samples, and all have the whole result. With reduction="mean" they sum their gradients of the chosen weights.
 
     Equivalent, at H forward and backward passes' price for one sample at a time:
         for s in samples: loss(model, s).backward(); K += model.layers[l].weight.grad.abs().sum(); zero_grad()
@@ -247,7 +258,9 @@ def knowledge_density(
     tiles = {} if sample_fraction is None else _choose_tiles(watched, sample_fraction, sample_seed, decoder.device)
     norm = _MEASURED_AS.get(statistic, statistic)
     how = How("grad_l2sq" if norm in ("grad_l2", "cosine") else norm, impl, tiles)
-    measurement = Measurement(decoder, watched, how, batch_tokens, gradient_checkpointing, activations, directory)
+    measurement = Measurement(
+        decoder, watched, how, batch_tokens, gradient_checkpointing, activations, directory, group
+    )
 
     def density_of(samples: Sequence[Sample]) -> Density:
         sums = measurement.norms(samples, norm, reduction, bar)
@@ -319,6 +332,7 @@ class Measurement:
     gradient_checkpointing: bool | None = None
     activations: str = "auto"
     directory: str | Path | None = None
+    group: Group = ALONE
 
     def __post_init__(self) -> None:
         for operation in ("grad_density", "linear_loss"):
@@ -332,7 +346,9 @@ class Measurement:
         """Inside, `norms` and `gradients` may run; afterwards the model is as before. Yields a bar of `total` samples."""
         with (
             frozen(self.decoder.model),
-            tqdm(total=total, desc=title, unit="sample", leave=False, disable=not progress) as bar,
+            tqdm(
+                total=-(-total // self.group.size), desc=title, unit="sample", leave=False, disable=not progress
+            ) as bar,
         ):
             experts.check(self.decoder, [item for item in self.watched if item.experts is not None])
             yield bar
@@ -341,12 +357,16 @@ class Measurement:
         """The samples' statistic, summed (reduction="sample") or of their mean gradient."""
         sums, batches = _Sums(self.decoder, self.watched, self.how, statistic), self._batches(samples)
         if reduction == "sample":
-            for found in self._measure(batches, False, None, bar):
+            for found in self._measure(self._batches(self.group.share(samples)), False, None, bar):
                 sums.add(found, 1.0)
                 del found  # before the next one is made
-        elif len(batches) == 1:
-            for found in self._measure(batches, True, None, bar):
-                sums.add(found, 1.0 / len(samples))
+            sums.gather(self.group)
+        elif (
+            len(batches) == 1
+            and self.group.size == 1
+            and (found := self._fits(batches, lambda: [*self._measure(batches, True, None, bar)], bar))
+        ):
+            sums.add(found[0], 1.0 / len(samples))
         else:
             found: dict[str, torch.Tensor] = {}
 
@@ -369,17 +389,71 @@ class Measurement:
         The sum is (E, N, K) for a matrix, (E, n) for all else, in fp32 (fp64 for fp64 models), and becomes the caller's.
         Where all samples fit one batch it is made within the backward pass and nothing is held here; else one gradient
         of the watched parameters is. squared: the sum of each sample's squared gradient instead (always held).
+        Of several processes each makes its part, and all visit the sum.
         """
-        batches, held = self._batches(samples), {}
+        samples = self.group.share(samples)
+        held: dict[str, torch.Tensor] = {}
+        visited: set[str] = set()
+
+        def now(path: str, gradient: torch.Tensor) -> None:
+            visit(path, gradient)
+            visited.add(path)
 
         def add(path: str, gradient: torch.Tensor) -> None:
             gradient = gradient.square_() if squared else gradient
             held[path] = held[path].add_(gradient) if path in held else gradient
 
-        for _ in self._measure(batches, not squared, visit if len(batches) == 1 and not squared else add, bar):
-            pass
+        done = None
+        while done is None:
+            held.clear()
+            batches = self._batches(samples)
+            take = now if len(batches) == 1 and not squared and self.group.size == 1 else add
+            done = self._fits(batches, lambda b=batches, t=take: [*self._measure(b, not squared, t, bar)], bar)
+        self._gather(held)
         for path in list(held):
-            visit(path, held.pop(path))
+            gradient = held.pop(path)
+            if path not in visited:  # before memory ran out
+                visit(path, gradient)
+
+    def _gather(self, held: dict[str, torch.Tensor]) -> None:
+        """Sums gradients over the processes, of which one may have none of a parameter."""
+        if self.group.size == 1:
+            return
+        kinds: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        for found in self.group.gather({path: (g.shape, g.dtype) for path, g in held.items()}):
+            kinds |= found
+        for path in sorted(kinds):  # the same order everywhere
+            shape, dtype = kinds[path]
+            gradient = held[path] if path in held else torch.zeros(shape, dtype=dtype, device=self.decoder.device)
+            self.group.sum([gradient])
+            held[path] = gradient
+
+    def _fits(self, batches: list[list[Sample]], run: Callable[[], list], bar: tqdm) -> list | None:
+        """run(), or None if memory ran out; then `batch_tokens` is half of what did not fit."""
+        before = bar.n
+        try:
+            return run()
+        except Exception as error:
+            if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+                raise
+            said = str(error)
+        release()
+        bar.n = before
+        divisible = [_tokens(batch) for batch in batches if len(batch) > 1]
+        if not divisible:
+            raise self._refusal(max(map(_tokens, batches)), said)
+        largest = max(divisible)
+        self.batch_tokens = largest // 2
+        logger.warning(
+            f"density: memory ran out at batches of up to {largest} tokens: it begins again at {self.batch_tokens}"
+        )
+        return None
+
+    def _refusal(self, tokens: int, said: str) -> OutOfMemory:
+        cures = [] if self.gradient_checkpointing else ["gradient_checkpointing=True (the same result)"]
+        cures += ["shorter samples (max_length)", 'fewer matrices (modules="mlp")', "a streamed model (open_streamed)"]
+        weights = sum(p.nbytes for p in self.decoder.model.parameters())
+        return cannot_fit(tokens, f"density: the model {gibibytes(weights)}", cures, self.decoder.device, said)
 
     def _batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         batches = token_batches([len(s["input_ids"]) for s in samples], self.batch_tokens)
@@ -389,14 +463,40 @@ class Measurement:
         self, batches: list[list[Sample]], whole: bool, add: Callable[[str, torch.Tensor], None] | None, bar: tqdm
     ) -> Iterator[dict[str, torch.Tensor]]:
         """`_measure` of each batch, in their order."""
+        if not batches:  # of more processes than samples
+            return
         decoder, common = self.decoder, (self.watched, self.how, whole, add)
-        if layer_stream(decoder) is not None:
+        by_sample = add is None and not whole
+
+        def by_layer() -> list[dict[str, torch.Tensor]]:
             packed = [pack(samples).to(decoder.device) for samples in batches]
-            yield from _measure_by_layer(decoder, packed, *common, self.activations, self.directory, bar)
+            return _measure_by_layer(decoder, packed, *common, self.activations, self.directory, bar)
+
+        if layer_stream(decoder) is not None:
+            samples = [sample for batch in batches for sample in batch]
+            found = self._fits(batches, by_layer, bar) if by_sample else by_layer()
+            while found is None:
+                batches = self._batches(samples)
+                found = self._fits(batches, by_layer, bar)
+            yield from found
+            return
+
+        def one(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+            return _measure(decoder, pack(samples).to(decoder.device), *common, self.gradient_checkpointing)
+
+        if by_sample:
+            for samples, found in in_halves(batches, one, _tokens, "density", self._refusal):
+                yield found
+                del found
+                bar.update(len(samples))
             return
         for samples in batches:
-            yield _measure(decoder, pack(samples).to(decoder.device), *common, self.gradient_checkpointing)
+            yield one(samples)
             bar.update(len(samples))
+
+
+def _tokens(samples: Sequence[Sample]) -> int:
+    return sum(len(sample["input_ids"]) for sample in samples)
 
 
 def _measure(
@@ -557,6 +657,19 @@ class _Sums:
             values, by_layer = values.sqrt(), by_layer.sqrt()
         self._per_module += values.sum(1)
         self._per_layer += by_layer.sum(1)
+
+    def gather(self, group: Group) -> None:
+        """Of several processes' samples all have the sums of all: one all-reduce of a few float64 numbers."""
+        if group.size == 1:
+            return
+        for path, tiles in self._how.tiles.items():
+            none = torch.zeros(tiles.rows.shape[:2], dtype=torch.float64)
+            self._tiles[path] = self._tiles.get(path, none).double()
+        parts = [self._per_module, self._per_layer, *(self._tiles[path] for path in self._how.tiles)]
+        flat = torch.cat([part.flatten() for part in parts])
+        group.sum([flat])
+        for part, value in zip(parts, flat.split([part.numel() for part in parts])):
+            part.copy_(value.view(part.shape))
 
     def result(
         self, count: int, num_samples: int, modules: str, reduction: str, sample_fraction: float | None

@@ -21,6 +21,7 @@ import torch
 from kunbr_fast.data import PackedBatch, grid
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.losses import RowWeights
+from kunbr_fast.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ class StepGraphs:
 
     forward(batch, rows) -> (loss, nll (R,)), whose backward adds to gradients at fixed addresses; reset() makes these
     0. capture: as `capture_cuda`, or None: run each step anew, on the same buckets (the same bits as its graph).
+    gradient: the vector that they are in, where a step may come in parts; a capture then leaves it as it was.
     """
 
     def __init__(
@@ -144,11 +146,19 @@ class StepGraphs:
         forward: Pass,
         reset: Callable[[], None],
         capture: Callable[[Callable[[], Any], Any], tuple[Callable[[], None], Any]] | None = capture_cuda,
+        gradient: torch.Tensor | None = None,
     ):
+        self._gradient = gradient
         self._decoder, self._forward, self._reset, self._capture = decoder, forward, reset, capture
         on_gpu = decoder.device.type == "cuda" and capture is not None
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self._held: dict[Bucket, tuple[StaticBatch, Callable[[], None] | None, Any]] = {}
+
+    def drop(self) -> None:
+        """Lets go of all buckets and graphs, and of the memory that these hold."""
+        self._held.clear()
+        if self._pool is not None:
+            self._pool = torch.cuda.graph_pool_handle()
 
     @property
     def captured(self) -> int:
@@ -185,11 +195,18 @@ class StepGraphs:
         static.fill(batch, rows)
         replay = out = None
         if self._capture is not None:
+            before = (
+                None if self._gradient is None else self._gradient.to("cpu", copy=True)
+            )  # of the parts before this one
             try:
                 replay, out = self._capture(lambda: self._run(static), self._pool)
             except RuntimeError as error:  # a model's own code that waits for the device, for example
+                if is_out_of_memory(error):
+                    raise
                 log.warning("a step could not be captured as a CUDA graph (%s): it runs launch by launch", error)
                 self._capture = None
             self._reset()
+            if before is not None:
+                self._gradient.copy_(before)
         self._held[bucket] = static, replay, out
         return self._held[bucket]

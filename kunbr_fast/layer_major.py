@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -100,6 +100,34 @@ class LayerMajor:
                 if layer > self.start:
                     dx = torch.zeros_like(x) if x.grad is None else x.grad
                     self._place(layer, number).copy_(dx, non_blocking=True)
+
+
+@torch.no_grad()
+def forward_to(
+    decoder: Decoder,
+    batches: Sequence[PackedBatch],
+    layers: Iterable[int],
+    storage: str = "auto",
+    directory: str | Path | None = None,
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """(layer, number of the batch, its activations (T, D) at the input of the layer): for each of `layers`, from low to
+    high, all batches in their order. Every layer below the highest is read once for all of them; `storage`, `directory`:
+    where their activations wait meanwhile, as in `PrefixCache`."""
+    check_storage(storage)
+    lengths = [batch.num_tokens for batch in batches]
+    shape = (sum(lengths), decoder.hidden_size)
+    if storage == "auto":
+        storage = choose_storage(math.prod(shape) * decoder.dtype.itemsize, decoder.device)
+    store = allocate(shape, decoder.dtype, decoder.device, storage, directory, "activation store").split(lengths)
+    for batch, place in zip(batches, store):
+        place.copy_(decoder.embed(batch))
+    wanted = sorted(set(layers))
+    for start, stop in itertools.pairwise([0, *wanted]):
+        for layer in visit(decoder, range(start, stop)):
+            for batch, place in zip(batches, store):
+                place.copy_(decoder.run(batch, layer, layer + 1, place.to(decoder.device)))
+        for number, place in enumerate(store):
+            yield stop, number, place.to(decoder.device, copy=True)
 
 
 # ---------------------------------------------------------------- micro-batches

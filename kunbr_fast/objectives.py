@@ -32,6 +32,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
@@ -41,7 +42,9 @@ from tqdm import tqdm
 from kunbr_fast import linear_rows, losses
 from kunbr_fast.data import PackedBatch, Sample, pack, send, with_alternates
 from kunbr_fast.decoder import Decoder, Head
+from kunbr_fast.layer_major import forward_to
 from kunbr_fast.schedule import token_batches
+from kunbr_fast.streaming import layer_stream
 
 PARTS = ("forget", "alternate", "retain")
 Needs = dict[str, tuple[str, ...]]  # of the original model: for each kind of value, which PARTS it is needed of
@@ -70,10 +73,13 @@ class Reference:
         *,
         impl: str = "auto",
         batch_tokens: int = 4096,
+        storage: str = "auto",
+        directory: str | Path | None = None,
         progress: bool = False,
     ) -> Reference:
         """One forward pass of the original model over those of `samples` (lists by PARTS, one after the other in the
-        order of the mapping) that `needs` names; the values are kept in main memory."""
+        order of the mapping) that `needs` names; the values are kept in main memory. Of a streamed model each layer is read
+        once for all of them; storage, directory: where their activations wait between two layers, as in `PrefixCache`."""
         sizes = [len(part) for part in samples.values()]
         first = dict(zip(samples, itertools.accumulate(sizes, initial=0)))
         values: dict[str, list[torch.Tensor | None]] = {kind: [None] * sum(sizes) for kind in needs}
@@ -83,13 +89,33 @@ class Reference:
             if any(part in parts for parts in needs.values())
             for indices in token_batches([len(s["input_ids"]) for s in samples[part]], batch_tokens)
         ]
-        for part, indices in tqdm(jobs, desc="reference", unit="batch", leave=False, disable=not progress):
-            batch = pack([samples[part][i] for i in indices]).to(decoder.device)
-            mine = {kind: (part,) for kind, parts in needs.items() if part in parts}
-            found = measure(decoder, batch, {part: range(len(indices))}, mine, impl=impl)
+
+        def packed(job: tuple[str, list[int]]) -> PackedBatch:
+            part, indices = job
+            return pack([samples[part][i] for i in indices]).to(decoder.device)
+
+        def keep(job: tuple[str, list[int]], batch: PackedBatch, kinds: Iterable[str], **state: Any) -> None:
+            part, indices = job
+            mine = {kind: (part,) for kind in kinds if part in needs[kind]}
+            found = measure(decoder, batch, {part: range(len(indices))}, mine, impl=impl, **state)
             for kind, tensors in found.values.items():
                 for i, tensor in zip(indices, tensors):
                     values[kind][first[part] + i] = tensor.cpu()
+
+        bar = tqdm(jobs, desc="reference", unit="batch", leave=False, disable=not progress)
+        if layer_stream(decoder) is None:
+            for job in bar:
+                keep(job, packed(job), needs)
+            return cls(values)
+        stops: dict[int, list[str]] = {}  # what can be had of the input of a layer, that and the next one in its buffer
+        for kind in needs:
+            layer = int(kind.partition(".")[2]) if kind.startswith("layer.") else decoder.num_layers - 1
+            stops.setdefault(layer, []).append(kind)
+        batches = [packed(job) for job in jobs]
+        with bar:
+            for layer, number, hidden in forward_to(decoder, batches, stops, storage, directory):
+                keep(jobs[number], batches[number], stops[layer], start=layer, hidden=hidden)
+                bar.update(layer == max(stops))
         return cls(values)
 
     def batch(self, indices: Iterable[int]) -> Reference:
@@ -548,8 +574,8 @@ def pdu(rows: Rows, *, retain_loss_eps: float = 0.0, dual_step_size: float = 1.0
     arXiv 2506.05314; OpenUnlearning PDU with primal_dual, dual_update_upon="step" and no dual warm-up (its forget loss is
     taken at the positions that hold a label, not at those that predict one).
     """
-    margin = rows.forget.mean(rows.forget.each(linear_rows.margin_flattening)).mean()
-    return margin - rows.retain_coeff * retain_loss_eps if rows.retain.num_samples else margin
+    # retain_loss_eps comes with the retain term, of which a part of a batch has its share
+    return rows.forget.mean(rows.forget.each(linear_rows.margin_flattening)).mean()
 
 
 # ---------------------------------------------------------------- an objective of hidden states
@@ -651,6 +677,7 @@ class Criterion:
         self.retain_scale = (
             1.0  # for a part of a batch, whose share of the retain samples is not that of the forget ones
         )
+        self.share = 1.0  # what this process's part is of a step that several share (`micro_batching.share_of`)
         self.layer: int | None = None  # that an objective of hidden states is taken at
         if self.objective.states:
             if self.options["layer"] is None and block is None:
@@ -773,6 +800,8 @@ class Criterion:
         if rows.retain.num_samples and self.objective.retain:
             retain = term(rows)
             total.append(rows.retain_coeff * retain)
+            if limit := self.options.get("retain_loss_eps"):
+                total.append(-rows.retain_coeff * limit)
             if self.objective.update is not None:
                 self.terms.append(float(retain.detach()))
         return sum(total[1:], total[0])

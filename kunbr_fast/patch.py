@@ -45,7 +45,7 @@ from kunbr_fast.compat import (
     GELUTanh,
     SiLUActivation,
 )
-from kunbr_fast.decoder import Decoder
+from kunbr_fast.decoder import find_layers
 from kunbr_fast.fused.activations import geglu, swiglu
 from kunbr_fast.fused.linear import linears
 from kunbr_fast.fused.norms import rms_norm
@@ -371,9 +371,7 @@ def _layers(model: nn.Module) -> nn.ModuleList:
     if owner is None:
         raise ValueError(f"{type(model).__name__} holds no Hugging Face model: no module in it has a model's config")
     count = owner.config.get_text_config().num_hidden_layers
-    found = SimpleNamespace(model=model, config=SimpleNamespace(num_hidden_layers=count), name=type(owner).__name__)
-    Decoder._find_layers(found)
-    return found.layers
+    return find_layers(model, SimpleNamespace(num_hidden_layers=count), type(owner).__name__)[1]
 
 
 @contextlib.contextmanager

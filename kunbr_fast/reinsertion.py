@@ -7,7 +7,9 @@ between the loss and the block. Memory: the original model, plus the block's wei
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +20,15 @@ from kunbr_fast.data import PackedBatch, as_samples, pack
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.dispatch import Unavailable, resolve
 from kunbr_fast.graphs import StepGraphs
+from kunbr_fast.layer_major import MicroBatch
 from kunbr_fast.losses import RowWeights, linear_loss
+from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes
+from kunbr_fast.micro_batching import MicroBatches, share_of
 from kunbr_fast.objectives import Criterion, Reference, measure
-from kunbr_fast.optim import FlatBuffer, make_optimizer, warn_if_updates_vanish
+from kunbr_fast.optim import FlatBuffer, check_optimizer_device, make_optimizer, warn_if_updates_vanish
 from kunbr_fast.patch import fused
+from kunbr_fast.quantized import Cover, check_cover, low_precision_cover
+from kunbr_fast.streaming import layer_stream
 from kunbr_fast.training import Diverged, finite, frozen
 
 INSERTIONS = ("independent", "cumulative")
@@ -77,7 +84,12 @@ def _masks(
 
 
 class BlockTraining:
-    """The active block inside the original model. Made by `reinserted`."""
+    """The active block inside the original model. Made by `reinserted`.
+
+    cover: the cover in low precision (`quantized`), None where it is exact.
+    """
+
+    cover: Cover | None = None
 
     def __init__(
         self,
@@ -95,8 +107,12 @@ class BlockTraining:
         impl: str,
         mask: Mapping[str, torch.Tensor] | None = None,
         cuda_graphs: bool = False,
+        optimizer_device: str = "device",
+        micro_batch_tokens: int | None = None,
     ):
         self.decoder, self.block = decoder, block
+        where = f"block {block.start}-{block.stop - 1}"
+        self.micro_batches = MicroBatches(micro_batch_tokens, where, self._refusal)
         self.gradient_checkpointing, self.impl = gradient_checkpointing, impl
         self.criterion = criterion
         self.parameters = block_tensors(decoder, block)
@@ -111,11 +127,18 @@ class BlockTraining:
                     f"{name}: the unlearned model holds NaN or infinite values here; its training diverged"
                 )
         masks = None if mask is None else _masks(mask, decoder, block, self.parameters)
+        self._graphs: StepGraphs | None = None
         self._kept = {name: (p.data, p.grad) for name, p in self.parameters.items()}
+        self._away: dict[str, torch.Tensor] = {}  # of those whose storage is empty meanwhile, the values
         params = list(self.parameters.values())
         try:
             with torch.no_grad():
-                self.flat = FlatBuffer(params, [values[name] for name in self.parameters], master_weights, masks)
+                given = [values[name] for name in self.parameters]
+                self.flat = FlatBuffer(params, given, master_weights, masks, optimizer_device)
+                del given, values
+                if self.flat.on_host:
+                    impl = "torch"  # the update's: kernels are for the model's device
+                    self._send_away()
             self.optimizer = make_optimizer(optimizer, [self.flat.param], lr, betas, weight_decay, impl=impl)
             warn_if_updates_vanish([self.flat.param], lr, "use master_weights=True or a float32 model")
         except BaseException:
@@ -124,7 +147,8 @@ class BlockTraining:
         for parameter in params:
             parameter.requires_grad_(True)
         self.steps = 0
-        self._graphs = StepGraphs(decoder, self._weighted, self.flat.grad.zero_) if cuda_graphs else None
+        if cuda_graphs:
+            self._graphs = StepGraphs(decoder, self._weighted, self.flat.grad.zero_, gradient=self.flat.grad)
 
     # ------------------------------------------------ training
 
@@ -159,21 +183,65 @@ class BlockTraining:
     ) -> dict[str, float | None]:
         """`step` on one packed batch: `num_forget` samples to be forgotten, their alternates if the objective takes them,
         then those to be retained. reference: the original model's values for them, computed here where it is None."""
-        weights = None if self._graphs is None else self.criterion.weights(batch, num_forget)
-        if weights is None:
-            loss, nll = self.loss(batch, num_forget, reference)
-            loss.backward()
-        else:
-            self._check_layer(batch)
-            loss, nll = self._graphs(batch, weights)
+        loss, nll = self.accumulate(batch, num_forget, reference)
         good = finite(loss, *self.gradients())  # read after the metrics, so that the host waits once
         metrics = self.criterion.metrics(batch, num_forget, loss, nll)
         if not good:
             self.flat.grad.zero_()
             self.criterion.drop()
             raise Diverged(f"block {self.block.start}-{self.block.stop - 1}, step {self.steps}", metrics)
-        self.apply()
+        self.micro_batches.update(self.apply)
         return metrics
+
+    def accumulate(
+        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Adds a batch's gradient to the block's, in parts where it does not fit (`MicroBatches`); the loss and the rows'
+        NLL (R,), detached, as from `loss`. An exception leaves no part of a gradient."""
+        criterion = self.criterion
+        parts = criterion.parts(batch, num_forget)
+
+        def one(micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+            with share_of(criterion, parts, micro) as share:
+                rows = None if self._graphs is None else criterion.weights(micro.batch, micro.num_forget)
+                if rows is not None:
+                    self._check_layer(micro.batch)
+                    return self._graphs(micro.batch, RowWeights(rows.weight * share, rows.cap))
+                given = None if reference is None else reference.batch(micro.samples)
+                loss, nll = self.loss(micro.batch, micro.num_forget, given)
+            loss = loss if share == 1.0 else loss * share
+            loss.backward()
+            return loss.detach(), nll
+
+        return self.micro_batches.run(batch, parts, one, self.drop_gradient)
+
+    def drop_gradient(self) -> None:
+        """Forgets what has been accumulated, as if its losses had never been; lets go of CUDA graphs too."""
+        self.flat.grad.zero_()
+        self.criterion.drop()
+        if self._graphs is not None:
+            self._graphs.drop()
+
+    def _refusal(self, tokens: int | None, said: str) -> OutOfMemory:
+        flat, size = self.flat, self.flat.weights.nbytes
+        state = [self.flat.param, *self.optimizer.state[flat.param].values()]
+        state = sum(x.nbytes for x in state if isinstance(x, torch.Tensor) and x.data_ptr() != flat.weights.data_ptr())
+        where = "on the host" if flat.on_host else "on the device"
+        what = (
+            f"block {self.block.start}-{self.block.stop - 1}: weights {gibibytes(size)}, gradient {gibibytes(size)}, master "
+            f"weights and optimiser state {gibibytes(state)} {where}"
+        )
+        cures = []
+        if not self.gradient_checkpointing:
+            cures.append("gradient_checkpointing=True (the same result)")
+        if not flat.on_host:
+            cures.append(f'optimizer_device="host" (the same result, {gibibytes(state + size)} less on the device)')
+        if self._graphs is not None:
+            cures.append("cuda_graphs=False")
+        if flat.master is not None:
+            cures.append("master_weights=False (small updates are rounded away)")
+        cures += ["smaller blocks (num_blocks)", "shorter samples (max_length)", "a streamed model (open_streamed)"]
+        return cannot_fit(tokens, what, cures, self.decoder.device, said)
 
     def gradients(self) -> list[torch.Tensor]:
         """What has been accumulated, in one vector."""
@@ -236,7 +304,8 @@ class BlockTraining:
         active = {name: parameter.data for name, parameter in self.parameters.items()}
         try:
             for name, parameter in self.parameters.items():
-                parameter.data = self._kept[name][0]
+                kept = self._kept[name][0]
+                parameter.data = self._away[name].to(kept.device) if name in self._away else kept
             yield
         finally:
             for name, parameter in self.parameters.items():
@@ -271,8 +340,24 @@ class BlockTraining:
         }  # changed in place
         self.steps = steps
 
+    @torch.no_grad()
+    def _send_away(self) -> None:
+        """The original's own block to the host, which frees its storages until `take_out`. A storage that another tensor
+        may share, or that is no memory of torch's own (a mapped file), stays."""
+        for name, (data, _) in self._kept.items():
+            storage = data.untyped_storage()
+            if storage.resizable() and storage.nbytes() == data.nbytes and data.is_contiguous():
+                self._away[name] = data.to("cpu", copy=True)
+                storage.resize_(0)
+
     def take_out(self) -> None:
         """Gives every parameter of the original its own storage and gradient again."""
+        self._graphs = None  # they hold this object's own method, and memory of their own
+        for name in list(self._away):
+            data = self._kept[name][0]
+            data.untyped_storage().resize_(data.numel() * data.itemsize)
+            data.copy_(self._away[name])
+            del self._away[name]
         for name, parameter in self.parameters.items():
             parameter.data, parameter.grad = self._kept[name]
 
@@ -325,6 +410,11 @@ def reinserted(
     gradient_checkpointing: bool = False,
     mask: Mapping[str, torch.Tensor] | None = None,
     cuda_graphs: bool = False,
+    optimizer_device: str = "device",
+    micro_batch_tokens: int | None = None,
+    cover_precision: str = "none",
+    activations: str = "auto",
+    directory: str | Path | None = None,
     impl: str = "auto",
 ) -> Iterator[BlockTraining]:
     """Puts a block of `unlearned` into `original`, and yields a `BlockTraining` whose `step` trains it there.
@@ -334,7 +424,8 @@ def reinserted(
                 training.step(forget_batch, retain_batch)
 
     original: a Hugging Face causal language model (or a `Decoder` of one); unlearned: a model of the same
-    architecture, or a mapping from parameter names to tensors (a state dict) that holds the block's.
+    architecture, or a mapping from parameter names to tensors (a state dict) that holds the block's. Either may be streamed
+    (`streaming.open_streamed`).
     On a normal exit the trained block is moved into `unlearned`. The original's weights, gradients and
     requires_grad flags are put back exactly, also after an exception (which leaves `unlearned` as it was);
     with insertion="cumulative" the trained block stays in the original for the next ones.
@@ -348,11 +439,20 @@ def reinserted(
     no effect, and what has no mask may change everywhere.
     cuda_graphs: steps run in buckets of fixed sizes, each captured once as a CUDA graph (`kunbr_fast.graphs`), where the
     objective's weights are known before the pass (gradient difference, ga). No GPU has run it.
+    optimizer_device: "host" keeps the optimiser's state and the weights that it updates in main memory, where the update
+    runs (by torch), and the original's own block too as long as the other one is in its place (nothing else may look at
+    those weights meanwhile). On a CPU the bits are the same; a GPU's kernels round otherwise than the host.
+    micro_batch_tokens: the most tokens that go through at once; a larger step goes in parts, whose gradients add up to the
+    same up to summation order. Where memory runs out, a step is taken in smaller parts all by itself.
+    cover_precision: fp8, int8, nf4 or fp8_matmul keep the weights of the linear layers above the block in so many bits; the
+    exact ones wait in main memory. An approximation: `quantized` says of what, `quantized.gradient_cosine` how good.
+    activations, directory: of a streamed original, whose steps go layer by layer (`layer_training`); where the activations
+    of all of a step's tokens wait between two layers, as in `PrefixCache`.
     impl: who runs the fused layers (`patched`), the loss and the optimiser.
 
     Errors: ValueError for an objective or options that do not exist, for another architecture, shapes that differ, weights
     that are not finite or tied, and for one and the same model given as both; `dispatch.Unavailable` for an impl, or CUDA
-    graphs, that cannot run here.
+    graphs, that cannot run here. A step: `Diverged`, and `memory.OutOfMemory` where one sample alone does not fit.
     """
     if insertion not in INSERTIONS:
         raise ValueError(f"insertion={insertion!r}: expected one of {', '.join(INSERTIONS)}")
@@ -377,11 +477,29 @@ def reinserted(
     for operation in ("linear_loss", optimizer):
         resolve(operation, impl, decoder.device)
     check_cuda_graphs(cuda_graphs, decoder.device)
-    if unlearned is decoder.model:
+    check_optimizer_device(optimizer_device)
+    check_cover(decoder, block, cover_precision)
+    stream = layer_stream(decoder)
+    if unlearned is decoder.model or (stream is not None and unlearned is stream):
         raise ValueError("the unlearned model is the original itself: give a copy, or a mapping with its own weights")
+    if isinstance(unlearned, nn.Module):
+        unlearned = layer_stream(unlearned) or unlearned
+    if stream is None:
+        kind, held = BlockTraining, contextlib.nullcontext()
+    else:
+        from kunbr_fast.layer_training import LayerMajorTraining  # which is a BlockTraining
+
+        if cuda_graphs:
+            raise ValueError("cuda_graphs=True: a streamed model's layers have no place of their own: leave it out")
+        kind, held = functools.partial(LayerMajorTraining, storage=activations, directory=directory), stream.held(block)
     names = list(block_tensors(decoder, block))
-    with frozen(decoder.model), fused(decoder.model, impl):
-        training = BlockTraining(
+    with (
+        frozen(decoder.model),
+        held,
+        low_precision_cover(decoder, block, cover_precision) as cover,
+        fused(decoder.model, impl),
+    ):
+        training = kind(
             decoder,
             block,
             _values(unlearned, names),  # not kept here: what comes from a file is in memory for a moment only
@@ -395,7 +513,10 @@ def reinserted(
             impl=impl,
             mask=mask,
             cuda_graphs=cuda_graphs,
+            optimizer_device=optimizer_device,
+            micro_batch_tokens=micro_batch_tokens,
         )
+        training.cover = cover
         try:
             yield training
             _move_back(training, unlearned)

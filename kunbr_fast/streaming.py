@@ -45,6 +45,8 @@ from kunbr_fast.weights import Shards, open_tensors
 
 STREAM = "_kunbr_stream"  # on the list of layers: its LayerStream
 ALIGNMENT = 256  # of a parameter in its buffer, in bytes
+# files that may hold the former weights in another form, which a model saved anew must not bring along
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
 # ---------------------------------------------------------------- the stream
@@ -84,8 +86,8 @@ class _Slot:
 class LayerStream:
     """Puts the weights of a model's layers in place, a few layers at a time. Made by `open_streamed`.
 
-    Is also a mapping from the names of the layers' parameters to tensors: what is set stands for what the files hold
-    (`replace`), so a streamed model's stream can be the `unlearned` of a re-insertion.
+    Is also a mapping from the names of the model's parameters to tensors, those outside the layers too: what is set stands
+    for what the files hold (`replace`), so a streamed model's stream can be the `unlearned` of a re-insertion.
     loads: how often each layer has been put into a buffer; reads: how often it came from the files (and not from `host`, the
     layers kept in main memory); nbytes: what the buffers take, on the device.
     """
@@ -102,6 +104,7 @@ class LayerStream:
         if buffers < 2:
             raise ValueError(f"buffers={buffers}: expected at least 2, one to compute with and one to fill")
         self.shards, self.loads, self.reads = shards, Counter(), Counter()
+        self._sources = sources
         self.host: dict[int, torch.Tensor] = {}
         self._host_bytes = host_bytes
         self.device = model.get_input_embeddings().weight.device
@@ -110,13 +113,20 @@ class LayerStream:
         self._entries = [self._lay_out(f"{path}.{i}", layer, sources) for i, layer in enumerate(layers)]
         self._numbers = {entry.name: number for number, entries in enumerate(self._entries) for entry in entries}
         self._sizes = [max(entry.place.stop for entry in entries) for entries in self._entries]
-        self._slots = [_Slot(max(self._sizes), self.device) for _ in range(min(buffers, len(layers)))]
+        self._buffers = min(buffers, len(layers))
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         on_gpu = None if self._copies is None else functools.partial(torch.cuda.set_device, self.device)
         self._worker = ThreadPoolExecutor(1, "kunbr-stream", on_gpu)
         self._held: set[int] = set()
         self._replaced: dict[str, Mapping[str, torch.Tensor]] = {}
         self._last = 0
+        self._others = {
+            name: parameter
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if name not in self._numbers
+        }
+        self._changed: set[str] = set()  # of the others
+        self._names = [name for name, _ in model.named_parameters()]
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(_Hook(self, number))
         layers.register_state_dict_pre_hook(_refuse_state)
@@ -140,9 +150,14 @@ class LayerStream:
             self._nothing[like.dtype] = torch.full((), torch.nan, dtype=like.dtype, device=self.device)
         return self._nothing[like.dtype].expand(like.shape)
 
+    @functools.cached_property
+    def _slots(self) -> list[_Slot]:
+        """Made when the first layer is loaded: a model that is only read from has none."""
+        return [_Slot(max(self._sizes), self.device) for _ in range(self._buffers)]
+
     @property
     def nbytes(self) -> int:
-        return sum(slot.data.numel() for slot in self._slots)
+        return self._buffers * max(self._sizes)
 
     def layer_nbytes(self, layer: int) -> int:
         """How many bytes one load of a layer moves."""
@@ -201,69 +216,135 @@ class LayerStream:
         finally:
             self._held = before
 
+    # ------------------------------------------------ a mapping
+
     def __contains__(self, name: object) -> bool:
-        return name in self._numbers
+        return name in self._numbers or name in self._others
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the model's parameters; a tied one has one of its names."""
+        return iter(self._names)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """A parameter of the layers by its name in the model, read anew, in main memory."""
-        if name in self._replaced:
-            return self._replaced[name][name]
-        entry = next(entry for entry in self._entries[self._numbers[name]] if entry.name == name)
+        """A parameter by its name in the model, in the model's dtype; one of a layer is read anew, into main memory."""
+        if name in self._others:
+            return self._others[name].detach()
+        entry = self._entry(name)
         value = torch.empty(entry.parameter.shape, dtype=entry.parameter.dtype)
+        if name in self._replaced:
+            return value.copy_(self._replaced[name][name].detach())  # that may be mapped, with all of its file
         for piece in entry.pieces:
             value[piece.index].copy_(self.shards[piece.stored])
         return value
 
+    def strided(self, name: str, step: int) -> torch.Tensor:
+        """`self[name].flatten()[::step]`; of a tensor that the files hold as it is no more is read than that."""
+        pieces = self._sources[name]
+        if name in self._others or name in self._replaced or [piece.index for piece in pieces] != [()]:
+            return self[name].flatten()[::step]
+        return self.shards[pieces[0].stored].flatten()[::step].to(self._entry(name).parameter.dtype, copy=True)
+
+    def _entry(self, name: str) -> _Entry:
+        return next(entry for entry in self._entries[self._numbers[name]] if entry.name == name)
+
     def __setitem__(self, name: str, value: torch.Tensor) -> None:
         self.replace({name: value})
 
+    @torch.no_grad()
     def replace(self, values: Mapping[str, torch.Tensor]) -> None:
-        """From now on these tensors, by parameter name, stand for the files' ones. The mapping is kept and read at each
-        load, so it may be a `WeightSnapshot`."""
-        odd = [name for name in values if name not in self._numbers]
+        """From now on these tensors, by parameter name, stand for the files' ones. Those of layers are not copied: the
+        mapping is kept and read at each load, so it may be a `WeightSnapshot`, or another model's stream."""
+        names = list(values)
+        odd = [name for name in names if name not in self]
         if odd:
-            raise ValueError(f"{odd[0]} is no parameter of a streamed layer")
-        for name in values:
-            self._replaced[name] = values
-        changed = {self._numbers[name] for name in values}
-        for slot in self._slots:
+            raise ValueError(f"{odd[0]} is no parameter of this model")
+        if values is self:
+            raise ValueError("a stream cannot stand for itself")
+        for name in names:
+            if (own := self._others.get(name)) is not None:
+                own.copy_(values[name])
+                self._changed |= {other for other, parameter in self._others.items() if parameter is own}
+            else:
+                self._replaced[name] = values
+        self._read_anew({self._numbers[name] for name in names if name in self._numbers})
+
+    @contextlib.contextmanager
+    def instead(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Inside, `replace(values)`; afterwards the model is as it was."""
+        replaced, changed = dict(self._replaced), set(self._changed)
+        others = {name: self._others[name].to("cpu", copy=True) for name in values if name in self._others}
+        try:
+            self.replace(values)
+            yield
+        finally:
+            self.replace(others)
+            self._replaced, self._changed = replaced, changed
+            self._read_anew({self._numbers[name] for name in values if name in self._numbers})
+
+    def _read_anew(self, layers: set[int]) -> None:
+        for slot in self.__dict__.get("_slots", ()):
             if slot.loading is not None:
                 slot.loading.exception()  # waits: it may be reading the former values
-            if slot.layer in changed:
+            if slot.layer in layers:
                 self._leave(slot)
-        for layer in changed:
+        for layer in layers:
             self.host.pop(layer, None)
+
+    def check(self, whose: str = "") -> None:
+        """ValueError for a parameter that is not finite; `whose` goes before its name. Reads every file once."""
+        for name in self:
+            if not bool(torch.linalg.vector_norm(self[name], torch.inf).isfinite()):
+                raise ValueError(
+                    f"{whose}{name}: it holds NaN or infinite values: this checkpoint is damaged or its training diverged; "
+                    "load another one"
+                )
 
     def save(self, directory: str | Path) -> None:
         """Writes the model anew: the directory that it was opened from, with the tensors of `replace` in their places, in
-        the files' own dtypes. One file after the other, each whole or absent, config.json last."""
+        the files' own dtypes. One file after the other, each whole or absent, config.json last; of the new tensors those of
+        one file are in memory, twice."""
         source, directory = self.shards.directory, Path(directory)
-        if directory.exists() and directory.samefile(source):
-            raise ValueError(f"{directory}: the model is read from there: save it elsewhere")
+        self.check_target(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        self.release()
         new = {
-            piece.stored: (entry.name, piece.index)
-            for entries in self._entries
-            for entry in entries
-            for piece in entry.pieces
-            if entry.name in self._replaced
+            piece.stored: (name, piece.index)
+            for name in (*self._replaced, *self._changed)
+            for piece in self._sources[name]
         }
         for path in self.shards.paths:
-            tensors = {name: self.shards[name] for name, file in self.shards.files.items() if file == path}
-            for stored in tensors.keys() & new.keys():
-                name, index = new[stored]
-                tensors[stored] = self._replaced[name][name][index].to("cpu", tensors[stored].dtype)
             with open_tensors(path) as file:
                 metadata = file.metadata()  # transformers asks for it
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # mapped
+            for stored in tensors.keys() & new.keys():
+                name, index = new[stored]
+                tensors[stored] = self[name][index].to("cpu", tensors[stored].dtype)
             tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
             write_with(directory / path.name, functools.partial(save_file, tensors, metadata=metadata))
-        others = [file for file in source.iterdir() if file.is_file() and file.suffix != ".safetensors"]
+            del tensors  # before those of the next file
+        others = [file for file in source.iterdir() if file.is_file() and file.suffix not in WEIGHTS]
         for file in sorted(others, key=lambda file: file.name == "config.json"):
             write_with(directory / file.name, functools.partial(shutil.copyfile, file))
 
+    def check_target(self, directory: str | Path) -> None:
+        """ValueError for a directory that the model's tensors are read from, where `save` must not write."""
+        directory = Path(directory)
+        streams = [values for values in self._replaced.values() if isinstance(values, LayerStream)]
+        sources = {stream.shards.directory for stream in (self, *streams)}
+        if directory.exists() and any(directory.samefile(source) for source in sources):
+            raise ValueError(f"{directory}: the model is read from there: save it elsewhere")
+
+    def moved(self, directory: str | Path) -> None:
+        """From now on all is read from `directory`, where `save` has written the model."""
+        shards = Shards(directory)
+        self._read_anew(set(range(len(self._entries))))
+        self.shards, self._replaced, self._changed = shards, {}, set()
+
     def release(self) -> None:
-        """Empties the buffers: every layer's parameters are placeholders."""
-        for slot in self._slots:
+        """Gives the buffers back, until a layer is loaded again: every layer's parameters are placeholders."""
+        for slot in self.__dict__.pop("_slots", ()):
+            if slot.loading is not None:
+                slot.loading.exception()  # waits: it may still be on its way
             self._leave(slot)
 
     # ------------------------------------------------ one buffer
@@ -361,8 +442,8 @@ def _refuse_state(*args: Any) -> None:
 
 def layer_stream(model: nn.Module | Decoder) -> LayerStream | None:
     """The stream of a model that `open_streamed` has made, None of any other."""
-    layers = model.layers if isinstance(model, Decoder) else _layers(model)
-    return layers.__dict__.get(STREAM)
+    model = model.model if isinstance(model, Decoder) else model
+    return next((module.__dict__[STREAM] for module in model.modules() if STREAM in module.__dict__), None)
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:

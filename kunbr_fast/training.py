@@ -12,6 +12,9 @@ from tqdm import tqdm
 from kunbr_fast import losses
 from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.decoder import Decoder
+from kunbr_fast.layer_major import MicroBatch
+from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes
+from kunbr_fast.micro_batching import MicroBatches, share_of
 from kunbr_fast.objectives import Criterion, Reference
 from kunbr_fast.optim import make_optimizer, warn_if_updates_vanish
 from kunbr_fast.schedule import Schedule
@@ -60,6 +63,7 @@ class FullTraining:
 
     criterion: what `step_packed` minimises (default: gradient difference). If that needs the original's logits, the head
     is copied now, so the model must be the original; its other values are given to each step (`Reference`).
+    micro_batch_tokens: the most tokens that go through at once, as in `reinserted`; where memory runs out, fewer.
 
     Raises `Diverged`, with the weights as they were, at a step whose loss or gradient is not finite.
     """
@@ -75,7 +79,9 @@ class FullTraining:
         gradient_checkpointing: bool = False,
         impl: str = "auto",
         criterion: Criterion | None = None,
+        micro_batch_tokens: int | None = None,
     ):
+        self.micro_batches = MicroBatches(micro_batch_tokens, "training of all parameters", self._refusal)
         self.decoder, self.gradient_checkpointing, self.impl = decoder, gradient_checkpointing, impl
         self.criterion = criterion or Criterion()
         self.criterion.check_layer(decoder.num_layers)
@@ -90,17 +96,43 @@ class FullTraining:
     def step(self, batch: PackedBatch, rows: losses.RowWeights, num_forget: int = 0) -> dict[str, float | None]:
         """One update; returns `losses.metrics`; the batch's first `num_forget` samples are forget samples."""
         decoder = self.decoder
-        out = decoder.run(batch, checkpoint=self.gradient_checkpointing, rows=True)
-        hidden = decoder.final(out)
-        loss, nll = losses.linear_loss(hidden, decoder.head, batch.targets, rows.weight, rows.cap, impl=self.impl)
+        second = range(num_forget, batch.num_samples)
+        parts = {"forget": range(num_forget), "alternate": second[:0], "retain": second}
+
+        def one(micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+            out = decoder.run(micro.batch, checkpoint=self.gradient_checkpointing, rows=True)
+            weight, cap = rows.weight[micro.rows], None if rows.cap is None else rows.cap[micro.rows]
+            targets = micro.batch.targets
+            loss, nll = losses.linear_loss(decoder.final(out), decoder.head, targets, weight, cap, impl=self.impl)
+            loss.backward()
+            return loss.detach(), nll
+
+        loss, nll = self.micro_batches.run(batch, parts, one, self.drop_gradient)
         return self._update(loss, losses.metrics, batch, num_forget, nll)
 
     def step_packed(
         self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
     ) -> dict[str, float | None]:
         """One update by the criterion on a batch whose samples are in the order of `Criterion.parts`."""
-        loss, nll = self.loss(batch, num_forget, reference)
+        loss, nll = self.accumulate(batch, num_forget, reference)
         return self._update(loss, self.criterion.metrics, batch, num_forget, nll)
+
+    def accumulate(
+        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Adds a batch's gradient; as `BlockTraining.accumulate`."""
+        criterion = self.criterion
+        parts = criterion.parts(batch, num_forget)
+
+        def one(micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+            with share_of(criterion, parts, micro) as share:
+                given = None if reference is None else reference.batch(micro.samples)
+                loss, nll = self.loss(micro.batch, micro.num_forget, given)
+            loss = loss if share == 1.0 else loss * share
+            loss.backward()
+            return loss.detach(), nll
+
+        return self.micro_batches.run(batch, parts, one, self.drop_gradient)
 
     def loss(
         self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
@@ -117,15 +149,28 @@ class FullTraining:
         )
 
     def _update(self, loss, metrics, batch: PackedBatch, num_forget: int, nll) -> dict[str, float | None]:
-        loss.backward()
         good = finite(loss, *self.gradients())  # read after the metrics, so that the host waits once
         found = metrics(batch, num_forget, loss, nll)
         if not good:
-            self.optimizer.zero_grad()
-            self.criterion.drop()
+            self.drop_gradient()
             raise Diverged(f"step {self.steps}", found)
-        self.apply()
+        self.micro_batches.update(self.apply)
         return found
+
+    def drop_gradient(self) -> None:
+        """Forgets what has been accumulated, as if its losses had never been."""
+        self.optimizer.zero_grad()
+        self.criterion.drop()
+
+    def _refusal(self, tokens: int | None, said: str) -> OutOfMemory:
+        weights = sum(p.nbytes for p in self.parameters.values())
+        state = [x for values in self.optimizer.state.values() for x in values.values()]
+        state = sum(x.nbytes for x in state if isinstance(x, torch.Tensor))
+        what = f"all parameters: weights {gibibytes(weights)}, gradient as much, optimiser state {gibibytes(state)}"
+        cures = ["shorter samples (max_length)", "an M_u made on a larger machine (unlearned=)"]
+        if not self.gradient_checkpointing:
+            cures.insert(0, "gradient_checkpointing=True (the same result)")
+        return cannot_fit(tokens, what, cures, self.decoder.device, said)
 
     def gradients(self) -> list[torch.Tensor]:
         """What has been accumulated; none of a parameter that no loss has depended on."""

@@ -107,8 +107,12 @@ class WeightSnapshot:
 
     @classmethod
     def save(cls, model: nn.Module, path: str | Path) -> WeightSnapshot:
-        """Writes the model's parameters to `path`, atomically."""
-        save_tensors(path, dict(model.named_parameters()))
+        """Writes the model's parameters to `path`, atomically. ValueError for a streamed model's."""
+        parameters = dict(model.named_parameters())
+        absent = [name for name, parameter in parameters.items() if 0 in parameter.stride()]
+        if absent:
+            raise ValueError(f"{absent[0]} is not in memory: this model is streamed; load it whole for this")
+        save_tensors(path, parameters)
         return cls(path)
 
     def names(self) -> list[str]:

@@ -13,9 +13,10 @@ choice   For models too small to know what a letter stands for. sum_t log p(choi
 Questions go through the model in packed batches, and logits are made only at the rows that are compared: one
 a question for `letter`, the choices' tokens for `choice`, and no more than _LOGITS_AT_ONCE of them at a time.
 Nothing is sampled and a tie goes to the first choice, so two measurements of the same weights are equal.
+Of a streamed model all questions pass a layer before the next one is read, with the same result.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -23,7 +24,9 @@ import torch
 from tqdm import tqdm
 
 from kunbr_fast import data
+from kunbr_fast.layer_major import forward_to
 from kunbr_fast.loading import check_vocabulary
+from kunbr_fast.streaming import layer_stream
 
 SCORINGS = ("letter", "choice")
 
@@ -272,15 +275,15 @@ def _evaluating(model) -> Iterator[None]:
 def _scores(decoder, questions: Questions, batch_size: int, progress: str | None) -> torch.Tensor:
     """(questions, C) float64 on the CPU: letter logits or summed log-probabilities, -inf where no choice is."""
     total = len(questions.answers)
-    score = _letter_scores if questions.letters is not None else _choice_scores
+    texts, score = (_prompts, _letter_scores) if questions.letters is not None else (_choices, _choice_scores)
+    groups = [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
     out = torch.full((total, max(questions.num_choices)), float("-inf"), dtype=torch.float64)
     with (
         _evaluating(decoder.model),
         tqdm(total=total, desc=progress, unit="q", disable=progress is None) as bar,
     ):
-        for first in range(0, total, batch_size):
-            chosen = range(first, min(first + batch_size, total))
-            for i, scores in zip(chosen, score(decoder, questions, chosen), strict=True):
+        for chosen, batch, state in _states(decoder, groups, lambda chosen: _pack(decoder, texts(questions, chosen))):
+            for i, scores in zip(chosen, score(decoder, questions, chosen, batch, *state), strict=True):
                 if not torch.isfinite(scores).all():
                     raise FloatingPointError(
                         f"the model's answer to question {i} is not a finite number ({scores.tolist()}): its "
@@ -298,25 +301,49 @@ def _pack(decoder, sequences: list[list[int]]) -> data.PackedBatch:
     )
 
 
-def _letter_scores(decoder, questions: Questions, chosen: range) -> list[torch.Tensor]:
-    batch = _pack(decoder, [questions.sequences[i][0] for i in chosen])
+def _states(
+    decoder, groups: list[range], pack: Callable[[range], data.PackedBatch]
+) -> Iterator[tuple[range, data.PackedBatch, tuple[int, torch.Tensor | None]]]:
+    """Each group of questions, packed, and from which layer and with which activations (None: from the embeddings) it is
+    still to be run: all, or of a streamed model the last layer."""
+    if layer_stream(decoder) is None:
+        for chosen in groups:
+            yield chosen, pack(chosen), (0, None)
+        return
+    batches = [pack(chosen) for chosen in groups]
+    for layer, number, hidden in forward_to(decoder, batches, [decoder.num_layers - 1]):
+        yield groups[number], batches[number], (layer, hidden)
+
+
+def _prompts(questions: Questions, chosen: range) -> list[list[int]]:
+    return [questions.sequences[i][0] for i in chosen]
+
+
+def _choices(questions: Questions, chosen: range) -> list[list[int]]:
+    return [sequence for i in chosen for sequence in questions.sequences[i]]
+
+
+def _letter_scores(
+    decoder, questions: Questions, chosen: range, batch: data.PackedBatch, start: int, hidden: torch.Tensor | None
+) -> list[torch.Tensor]:
     letters = torch.tensor(questions.letters, device=decoder.device)
-    logits = decoder.logits(batch, rows=batch.cu_seqlens[1:] - 1)[:, letters].double().cpu()
+    logits = decoder.logits(batch, batch.cu_seqlens[1:] - 1, start, hidden)[:, letters].double().cpu()
     return [logits[k, : questions.num_choices[i]] for k, i in enumerate(chosen)]
 
 
-def _choice_scores(decoder, questions: Questions, chosen: range) -> list[torch.Tensor]:
-    batch = _pack(decoder, [sequence for i in chosen for sequence in questions.sequences[i]])
+def _choice_scores(
+    decoder, questions: Questions, chosen: range, batch: data.PackedBatch, start: int, hidden: torch.Tensor | None
+) -> list[torch.Tensor]:
     rows, tokens, owners = [], [], []
     texts = [pairs for i in chosen for pairs in questions.targets[i]]
-    for owner, (start, pairs) in enumerate(zip(batch.cu_seqlens[:-1].tolist(), texts, strict=True)):
+    for owner, (offset, pairs) in enumerate(zip(batch.cu_seqlens[:-1].tolist(), texts, strict=True)):
         for position, token in pairs:
-            rows.append(start + position)
+            rows.append(offset + position)
             tokens.append(token)
             owners.append(owner)
     rows = torch.tensor(rows, device=decoder.device)
     tokens = torch.tensor(tokens, device=decoder.device)
-    hidden = decoder.run(batch)
+    hidden = decoder.run(batch, start, None, hidden)
     at_once = max(1, _LOGITS_AT_ONCE // decoder.config.vocab_size)
     parts = []
     for some_rows, some_tokens in zip(rows.split(at_once), tokens.split(at_once), strict=True):

@@ -176,7 +176,8 @@ def rtt_attack(
     progress: bool = True,
     done: Sequence[dict] | None = None,
     on_result: Callable[[list[dict]], None] | None = None,
-) -> RTTResult:
+    share: tuple[int, int] = (0, 1),
+) -> RTTResult | None:
     """Fine-tune on all folds but one, ask about that one; for each fold and learning rate.
 
     decoder: the unlearned model as a Decoder; its weights are bit for bit the same afterwards, also after an
@@ -185,6 +186,8 @@ def rtt_attack(
     done: rows of an earlier, interrupted run. A (fold, lr) whose rows are there is not attacked again; rows
     of folds or learning rates that are not asked for now are left out.
     on_result: called with the finished rows (epochs 0 to the last) of each (fold, lr), to be kept for `done`.
+    share: (i, n), of the attacks that are left run only every n-th, from the i-th on; the rows of the others are needed for
+    a result, so there is none then.
 
     Raises ValueError for fewer than two folds, folds of the same name, unusable records (choice_accuracy,
     data.encode), or `done` rows from a run with other epochs; FloatingPointError, naming fold and learning
@@ -195,6 +198,10 @@ def rtt_attack(
     open_attacks = [(i, lr) for i in range(len(folds)) for lr in config.lrs if (folds[i].name, lr) not in finished]
     if not open_attacks:
         return _result(finished, folds, config)
+    whole = len(open_attacks)
+    open_attacks = open_attacks[share[0] :: share[1]]
+    if not open_attacks:
+        return None
 
     before: dict[int, Accuracy] = {}
     path = Path(snapshot_dir)
@@ -203,7 +210,7 @@ def rtt_attack(
     snapshot = WeightSnapshot.save(decoder.model, path)
     intact = True
     bar = tqdm(
-        total=len(folds) * len(config.lrs) * config.epochs,
+        total=(len(finished) + len(open_attacks)) * config.epochs,
         initial=len(finished) * config.epochs,
         desc="RTT attack",
         unit="epoch",
@@ -254,7 +261,7 @@ def rtt_attack(
         bar.close()
         if intact:  # else this file is the only good copy of the weights
             path.unlink(missing_ok=True)
-    return _result(finished, folds, config)
+    return _result(finished, folds, config) if len(open_attacks) == whole else None
 
 
 def _row(fold: Fold, lr: float, epoch: int, accuracy: Accuracy) -> dict:

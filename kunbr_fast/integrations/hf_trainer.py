@@ -26,7 +26,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,15 @@ if not is_accelerate_available():
     raise ImportError("KUnBRTrainer needs accelerate, as every Trainer does: pip install 'kunbr-fast[trainer]'")
 from transformers import Trainer, TrainerCallback
 
-from kunbr_fast import losses
 from kunbr_fast.checkpoint import RunState
 from kunbr_fast.config import KUnBRConfig
 from kunbr_fast.data import pack
 from kunbr_fast.density import Density
+from kunbr_fast.distributed import Group, SharedState, SharedStep
 from kunbr_fast.patch import fused
 from kunbr_fast.prefix_cache import PrefixCache
 from kunbr_fast.reinsertion import BlockTraining, block_tensors
-from kunbr_fast.training import Diverged, FullTraining, finite, frozen
+from kunbr_fast.training import FullTraining, frozen
 from kunbr_fast.unlearn import Run
 from kunbr_fast.weights import WeightSnapshot
 
@@ -63,32 +63,6 @@ class _Stage:
     number: int
     first: int
     stop: int
-
-
-class _SharedState(RunState):
-    """A `RunState` that one process writes, and all read: between two waits, so that none reads a later one."""
-
-    def __init__(self, writes: bool, wait: Callable[[], None], *arguments: Any):
-        self._writes, self._wait = writes, wait
-        *others, resume = arguments
-        if writes:
-            super().__init__(*others, resume)
-        wait()
-        if not writes:
-            super().__init__(*others, True)
-        wait()
-
-    def _write(self) -> None:
-        if self._writes:
-            super()._write()
-
-    def finish(self, stage: str, result: dict, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
-        if self._writes:
-            super().finish(stage, result, tensors)
-        self._wait()
-        if not self._writes:
-            self.state = self._read()
-        self._wait()
 
 
 class _Stages(Run):
@@ -112,7 +86,7 @@ class _Stages(Run):
         progress: bool,
     ):
         def open_state(*arguments: Any) -> RunState:
-            return _SharedState(writes, wait, *arguments)
+            return SharedState(writes, wait, *arguments)
 
         questions = {"forget": [], "retain": []}
         super().__init__(
@@ -141,7 +115,7 @@ class _Stages(Run):
         self.trained: dict[range, Mapping[str, torch.Tensor]] = {}
         self.cache: PrefixCache | None = None
         self._outer, self._inner = contextlib.ExitStack(), contextlib.ExitStack()
-        self._sums: torch.Tensor | None = None  # of this step
+        self._step: SharedStep | None = None
         self._since_log: list[dict[str, float]] = []
 
     # ------------------------------------------------ from stage to stage
@@ -218,9 +192,7 @@ class _Stages(Run):
                     f"{config.rounds * len(self.blocks)}"
                 )
                 if self.cache is None:
-                    self.cache = PrefixCache(
-                        self.decoder, self.cached(), config.cache, self.work, progress=self.progress
-                    )
+                    self.cache = self.prefix_cache(self.cached())
                 with self.autocast():
                     self.cache.advance(self.block.start)
                 source = self.trained.get(self.block) or self._unlearned_weights
@@ -278,62 +250,30 @@ class _Stages(Run):
     def backward(self, step: int, micro: int, accumulation: int) -> torch.Tensor:
         """Adds the gradient of one of a step's `accumulation` micro-batches on this process. Returns its loss; the sum of
         all of a step's on all processes is the loss of the step."""
-        training = self.training
-        criterion = training.criterion
         step_samples = self.schedule[step - self.stage.first]
         part, parts = micro * self.processes + self.rank, accumulation * self.processes
         forget, retain = (x[part * len(x) // parts : (part + 1) * len(x) // parts] for x in step_samples)
         # the shares of this part's means in the step's means
         share, retain_share = (len(x) / len(whole) for x, whole in zip((forget, retain), step_samples))
-        indices = self.members(criterion, forget, retain)
+        indices = self.members(self.training.criterion, forget, retain)
         if not indices:
             return torch.zeros((), device=self.decoder.device)
-        factor = share or 1.0
-        criterion.retain_scale = retain_share / factor
-        with self.autocast():
-            if self.block is None:
-                batch = pack([self.samples[i] for i in indices]).to(self.decoder.device)
-            else:
-                batch = self.cache.batch(indices)
-            loss, nll = training.loss(batch, len(forget), self.reference.batch(indices))
-        loss = loss * factor
-        loss.backward()
-        loss = loss.detach()
-        if self._sums is None:
-            self._sums = torch.zeros(6, dtype=torch.float64, device=loss.device)
-        self._sums[0] += loss
-        if criterion.terms:  # an objective that adapts to its retain term sees the whole step's
-            self._sums[1] += criterion.terms.pop() * retain_share
-        if nll is not None:
-            found, ranges = losses.mean_nll(batch, nll), criterion.parts(batch, len(forget))
-            for at, name in ((2, "forget"), (4, "retain")):
-                self._sums[at] += found[ranges[name].start : ranges[name].stop].sum()
-                self._sums[at + 1] += len(ranges[name])
-        return loss
+        if self._step is None:
+            self._step = SharedStep(self.training)
+        if self.block is None:
+            batch = pack([self.samples[i] for i in indices]).to(self.decoder.device)
+        else:
+            batch = self.cache.batch(indices)
+        reference = self.reference.batch(indices)
+        return self._step.add(batch, len(forget), reference, share, retain_share, self.autocast)
 
     def gather(self, step: int) -> None:
         """After the last micro-batch: sums the gradients over the processes. Raises `Diverged`, with the weights as they
         were, if something is not finite or the retain loss beyond its limit."""
-        sums, self._sums = self._sums, None
-        if self.processes > 1:
-            sums = torch.zeros(6, dtype=torch.float64, device=self.decoder.device) if sums is None else sums
-            if self.block is None:
-                for parameter in self.training.parameters.values():  # all have the same ones to sum
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-            self._all_reduce([sums, *self.training.gradients()])
-        loss, term, forget, num_forget, retain, num_retain = sums.tolist()
-        metrics = {
-            "loss": loss,
-            "forget_loss": forget / num_forget if num_forget else None,
-            "retain_loss": retain / num_retain if num_retain else None,
-        }
-        if self.training.criterion.objective.update is not None:
-            self.training.criterion.terms.append(term)
+        shared, self._step = self._step or SharedStep(self.training), None
         name = "warm-up" if self.block is None else f"block {self.block.start}-{self.block.stop - 1}"
         number = step - self.stage.first
-        if not finite(sums, *self.training.gradients()):
-            raise Diverged(f"{name}, step {number}", metrics)
+        metrics = shared.gather(Group(self.rank, self.processes), f"{name}, step {number}")
         self._account(name, number, self.schedule, metrics, self.extra)
         self._since_log.append(metrics)
 
@@ -350,11 +290,6 @@ class _Stages(Run):
                     found[name] = sum(values) / len(values)
             self._since_log = []
         return found
-
-    @staticmethod
-    def _all_reduce(tensors: Iterable[torch.Tensor]) -> None:
-        for work in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            work.wait()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the present stage, beside the model's weights."""
@@ -505,6 +440,11 @@ class KUnBRMixin:
             raise ValueError("no data: give forget_dataset= and retain_dataset=, or train_dataset=")
         self._refuse()
         self.config = KUnBRConfig.from_dict(dict(config)) if isinstance(config, Mapping) else config or KUnBRConfig()
+        if self.config.micro_batch_tokens is not None:
+            raise ValueError(
+                f"micro_batch_tokens={self.config.micro_batch_tokens}: here per_device_train_batch_size is what goes through at "
+                "once, gradient_accumulation_steps times in a step: leave it out"
+            )
         self.forget_dataset, self.retain_dataset, self.unlearned = forget_dataset, retain_dataset, unlearned
         self.density: Density | None = None
         self.blocks: list[range] | None = None

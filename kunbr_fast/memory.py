@@ -1,0 +1,102 @@
+"""Where memory runs out: how that is seen, and passes over batches that go on in halves."""
+
+from __future__ import annotations
+
+import collections
+import gc
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# what backends say in a RuntimeError of no type of its own
+_SAYS = ("out of memory", "can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
+
+
+class OutOfMemory(torch.OutOfMemoryError):
+    """The smallest part does not fit; the message says what to change."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory has run out, of a device or of the host; also behind an error that came of it (a CUDA graph's
+    capture that ends too early)."""
+    while isinstance(error, RuntimeError):
+        if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _SAYS):
+            return True
+        error = error.__cause__ or error.__context__
+    return isinstance(error, MemoryError)
+
+
+def release() -> None:
+    """Gives back what nobody uses any more. To be called outside the `except`, whose error holds on to its frames."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def gibibytes(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"
+
+
+def parse_bytes(value: int | str | None, name: str) -> int | None:
+    """A number of bytes, or "8GiB", "500 MB". ValueError that names the setting."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(i?))?B?\s*", str(value), re.IGNORECASE)
+    if value is None or isinstance(value, int) and value >= 0:
+        return value
+    if not match:
+        raise ValueError(f"{name}={value!r}: expected bytes, such as 8GiB, 500MB or 1000000")
+    unit = (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1) if match[2] else 1
+    return int(float(match[1]) * unit)
+
+
+def cannot_fit(tokens: int | None, what: str, cures: Sequence[str], device: torch.device, said: str) -> OutOfMemory:
+    """The error for one sample (with its alternate) that does not fit by itself, or (tokens None) for an update."""
+    when = "in the update" if tokens is None else f"with one sample of {tokens} tokens alone"
+    there = ""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        there = f"; {gibibytes(free)} of {gibibytes(total)} are free on {device}"
+    said = " ".join(said.split())
+    return OutOfMemory(f"out of memory {when} ({what}{there}). Cures: {'; '.join(cures)}. What was said: {said[:300]}")
+
+
+def in_halves(
+    batches: Sequence[Sequence[T]],
+    run: Callable[[Sequence[T]], object],
+    tokens: Callable[[Sequence[T]], int],
+    name: str,
+    refusal: Callable[[int, str], OutOfMemory],
+) -> Iterator[tuple[Sequence[T], object]]:
+    """(batch, run(batch)) for each batch, in order. One during which memory runs out is done again in halves, and later
+    ones are cut to what fits; `run` must leave nothing behind where it fails. name, refusal: as in `MicroBatches`."""
+    queue, limit = collections.deque(batches), None
+    while queue:
+        batch = queue.popleft()
+        count = tokens(batch)
+        if limit is not None and count > limit and len(batch) > 1:
+            queue.extendleft((batch[len(batch) // 2 :], batch[: len(batch) // 2]))
+            continue
+        try:
+            result = run(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            said = str(error)
+        else:
+            yield batch, result
+            del result  # before the next one is made
+            continue
+        release()
+        if len(batch) == 1:
+            raise refusal(count, said)
+        if limit is None:
+            logger.warning(
+                f"{name}: memory ran out at a batch of {count} tokens: it goes on in smaller ones, same result"
+            )
+        limit = count // 2
+        queue.appendleft(batch)
