@@ -87,7 +87,7 @@ class Group:
         if self.size == 1:
             return
         with self._speaking():
-            waiting = []
+            # one after the other: what is under way when a process is lost would keep this one from leaving
             for tensor in tensors:
                 flat = tensor.view(-1) if tensor.is_contiguous() else tensor.flatten()
                 if tensor.dtype in (torch.float16, torch.bfloat16):
@@ -95,12 +95,8 @@ class Group:
                         wide = part.float()
                         dist.all_reduce(wide)
                         part.copy_(wide)
-                    waiting.append((None, tensor, flat))
                 else:
-                    waiting.append((dist.all_reduce(flat, async_op=True), tensor, flat))
-            for work, tensor, flat in waiting:
-                if work is not None:
-                    work.wait()
+                    dist.all_reduce(flat)
                 if not tensor.is_contiguous():
                     tensor.copy_(flat.view(tensor.shape))
 
