@@ -128,7 +128,9 @@ class KUnBRConfig:
     )
     cache: str = setting("auto", "where the prefix cache lies: device, host, file or auto", "none")
     cache_bytes: int | str | None = setting(
-        None, "the most that it takes there (8GiB), samples used later wait in a slower place (default: no limit)", "none"
+        None,
+        "the most that it takes there (8GiB), samples used later wait in a slower place (default: no limit)",
+        "none",
     )
     cache_dtype: str = setting(
         "none",
@@ -198,7 +200,9 @@ class KUnBRConfig:
             raise ValueError(f"rtt_lrs={self.rtt_lrs}: expected one or more learning rates above 0")
         parse_bytes(self.cache_bytes, "cache_bytes")
         if self.cache_bytes is not None and self.cache == "file":
-            raise ValueError(f"cache_bytes={self.cache_bytes}: no place is slower than cache=file: leave one of them out")
+            raise ValueError(
+                f"cache_bytes={self.cache_bytes}: no place is slower than cache=file: leave one of them out"
+            )
         if self.parallel == "blocks" and self.insertion == "cumulative":
             raise ValueError("parallel='blocks': cumulative blocks build on each other: leave it out, or take samples")
         self._check_objectives()

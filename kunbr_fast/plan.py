@@ -523,6 +523,10 @@ def plan(
             "1 GiB of the GPU for CUDA itself, in each peak; kernels, not plain torch. No GPU has confirmed these peaks"
         )
 
+    if cpu:
+        assumed.append(
+            "freed memory goes back (MALLOC_MMAP_THRESHOLD_=262144): glibc keeps up to a third more by itself"
+        )
     run = Run(a, data, config, GPUS[gpu], cpu, unlearned, stream, gpus)
 
     def tried(**settings: Any) -> tuple[dict[str, Any], list[Stage]]:

@@ -124,6 +124,7 @@ def peak_bytes(function, largest=float("inf")):
     From the allocator's own log: also what lives only within autograd or within an operator is counted. So is a file
     that safetensors maps, each time it does, though that is no memory: what is larger than `largest` is not counted.
     """
+    gc.collect()  # or garbage of earlier tests is freed in the log, and counts against the peak
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -1,0 +1,172 @@
+"""Predicted and measured memory of re-insertion and warm-up steps: what `kunbr-fast plan` says, and what is.
+
+    python benchmarks/bench_plan.py --csv benchmarks/results/cpu_plan.csv
+
+Three models of random weights on a CPU, each stage in a process of its own: the most that is resident during two steps
+(VmHWM), less what was resident once the same had been done with a tiny model (VmRSS): Python, its libraries, the samples. The stage's whole memory, so:
+weights, block, gradient, optimiser state, prefix cache, activations, logits. Then Llama-3-8B in bf16 on torch's meta
+device, as benchmarks/count_step.py counts it: the transient part alone, of blocks at the bottom, in the middle and at the top.
+The last column is predicted over measured; the goal is 0.9 to 1.1.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import count_step
+import torch
+from bench_reinsertion_step import resident
+from results import add_rows
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from kunbr_fast.config import KUnBRConfig
+from kunbr_fast.costs import Architecture, Batch, Step
+from kunbr_fast.decoder import Decoder
+from kunbr_fast.patch import fused
+from kunbr_fast.plan import GPUS, Data, Run
+from kunbr_fast.prefix_cache import PrefixCache
+from kunbr_fast.reinsertion import reinserted
+from kunbr_fast.training import FullTraining, frozen
+from kunbr_fast.unlearn import _Values
+from kunbr_fast.weights import WeightSnapshot
+
+SMALL = dict(
+    hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4
+)
+SMOLLM2 = dict(
+    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
+)
+MODELS = {
+    "SmolLM2-135M": lambda: LlamaConfig(**SMOLLM2, vocab_size=49152, tie_word_embeddings=True),
+    "Llama-60M": lambda: LlamaConfig(**SMALL, vocab_size=32000),
+    "GPT-2-124M": lambda: GPT2Config(),
+}
+BATCH = 6
+# block start (None: the warm-up), gradient checkpointing
+STAGES = [(0, False), (0, True), (None, False)]
+# glibc by itself keeps freed pieces of up to 32 MiB in its heap, where they lie in each other's way
+HEAPS = {"VmHWM, pages given back": {"MALLOC_MMAP_THRESHOLD_": "262144"}, "VmHWM": {}}
+
+
+def samples(name):
+    return count_step.questions(2 * BATCH, MODELS[name]().vocab_size, "all")
+
+
+def settings(checkpoint):
+    return KUnBRConfig(batch_size=BATCH, gradient_checkpointing=checkpoint, rtt=False, block_epochs=1, warmup_epochs=1, impl="torch")  # fmt: skip
+
+
+def predicted(name, dtype, start, checkpoint):
+    config, data = MODELS[name](), samples(name)
+    a = Architecture.of(config, config.model_type, dtype)
+    sizes = [(len(s["input_ids"]), len(s["input_ids"]) - 1) for s in data]
+    run = Run(a, Data(sizes[:BATCH], sizes[BATCH:], [], []), settings(checkpoint), GPUS["cpu"], cpu=True)
+    return run.training("", None if start is None else range(start, start + 3), 1, BATCH).peak
+
+
+def alone(name, dtype, start, checkpoint):
+    """Runs in a process of its own; prints bytes."""
+    data = samples(name)
+    small = MODELS[name]()
+    for key, value in dict(vocab_size=64, hidden_size=64, num_attention_heads=4, num_hidden_layers=4).items():
+        setattr(small, key, value)
+    if small.model_type != "gpt2":
+        small.num_key_value_heads, small.intermediate_size, small.head_dim = 2, 128, 16
+    few = [{key: value[:8] % 64 for key, value in sample.items()} for sample in data]
+    for _ in range(2):  # libraries load parts of themselves when they are first used
+        run(small, few, dtype, None if start is None else 0, checkpoint)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident("VmRSS")
+    print(json.dumps(run(MODELS[name](), data, dtype, start, checkpoint) - before))
+
+
+def run(config, data, dtype, start, checkpoint):
+    """The most resident bytes of this process in two steps of a stage."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    decoder = Decoder(model)
+    if start is None:
+        with frozen(model), fused(model, "torch"):
+            training = FullTraining(decoder, lr=1e-5, optimizer="lion", gradient_checkpointing=checkpoint, impl="torch")
+            return steps(lambda: training.step_packed(count_step.pack(data), BATCH))
+    with tempfile.TemporaryDirectory() as scratch:
+        values = _Values(WeightSnapshot.save(model, Path(scratch) / "weights.safetensors"))
+        cache = PrefixCache(decoder, data, "host")
+        cache.advance(start)
+        block = range(start, start + 3)
+        with reinserted(decoder, values, block, 1e-5, gradient_checkpointing=checkpoint, impl="torch") as training:
+            return steps(lambda: training.step_packed(cache.batch(range(2 * BATCH)), BATCH))
+
+
+def steps(step):
+    step()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: building the model is no part of it
+    for _ in range(2):
+        step()
+    return resident("VmHWM")
+
+
+def on_cpu(name, dtype, heaps):
+    for start, checkpoint in STAGES:
+        command = [sys.executable, __file__, "--alone", name, "--dtype", dtype, "--checkpoint", str(int(checkpoint))]
+        command += [] if start is None else ["--start", str(start)]
+        stage = "warm-up" if start is None else f"re-insertion {start}-{start + 2}"
+        ours = predicted(name, dtype, start, checkpoint)
+        for by, heap in ((by, HEAPS[by]) for by in heaps):
+            out = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **heap}).stdout
+            yield row(name, dtype, stage, checkpoint, by, ours, json.loads(out.splitlines()[-1]))
+
+
+def on_meta():
+    name, dtype = "Llama-3-8B", torch.bfloat16
+    a = Architecture.of(count_step.build(name, dtype).config, "llama", "bfloat16")
+    data = count_step.questions(2 * BATCH, a.vocabulary, "all")
+    batch = Batch.of([(len(s["input_ids"]), len(s["input_ids"]) - 1) for s in data])
+    for start in (0, 12, 26):
+        block = range(start, start + 4)
+        found = count_step.ours(count_step.build(name, dtype), block, data[:BATCH], data[BATCH:])
+        step = Step(a, batch, block, torch=False, start=start)
+        ours = sum(step.memory().values())
+        yield row(name, "bfloat16", f"step {start}-{start + 3}", False, "count_step", ours, found["peak_bytes"])
+        print(f"{'':12} FLOPs predicted / counted {step.flops() / found['flops']:.4f}")
+
+
+def row(name, dtype, stage, checkpoint, by, ours, measured):
+    found = dict(
+        benchmark="plan", model=name, dtype=dtype, stage=stage, checkpointing=checkpoint, measured_by=by, predicted_mib=round(ours / 2**20),
+        measured_mib=round(measured / 2**20), predicted_over_measured=round(ours / measured, 3),
+    )  # fmt: skip
+    print(f"{name:>12} {dtype:>8} {stage:>16} {'checkpointed' if checkpoint else '':>12} {found['predicted_mib']:6d} MiB predicted, "
+          f"{found['measured_mib']:6d} measured, {found['predicted_over_measured']:.3f} ({by})", flush=True)  # fmt: skip
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), nargs="+", default=list(MODELS), help="[all]")
+    parser.add_argument("--heap", choices=list(HEAPS), nargs="+", default=list(HEAPS), help="[both]")
+    parser.add_argument("--no-meta", action="store_true", help="leave Llama-3-8B out")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="on the CPU [float32]")
+    parser.add_argument("--csv", help="append rows here")
+    parser.add_argument("--alone", choices=list(MODELS), help=argparse.SUPPRESS)
+    parser.add_argument("--start", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", type=int, default=0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.alone:
+        return alone(arguments.alone, arguments.dtype, arguments.start, bool(arguments.checkpoint))
+    rows = [found for name in arguments.model for found in on_cpu(name, arguments.dtype, arguments.heap)]
+    rows += [] if arguments.no_meta else list(on_meta())
+    if arguments.csv:
+        add_rows(arguments.csv, rows)
+
+
+if __name__ == "__main__":
+    main()
