@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(VENV)/bin/kunbr-fast demo
 
 test: $(STAMP)
-	$(VENV)/bin/pytest -m "not slow" -n auto --dist loadfile
+	$(VENV)/bin/pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(STAMP)
 	$(VENV)/bin/pytest -m slow

@@ -21,16 +21,17 @@ POINTS = {
     "a block is trained, nothing of it is recorded": (checkpoint.RunState, "finish", 5),
     "in the attack": (rtt, "measure", 3),
     "the model is half saved": (loading.os, "replace", None),
-    "a shard of the result is written": (streaming, "write_with", 1),
 }
-# of several processes, one
+# points that only a streamed run, or one of several processes, comes to
+STREAMED = {"a shard of the result is written": (streaming, "write_with", 1)}
+RANKED = {"rank 1, in its block": (reinsertion.BlockTraining, "step_packed", 2)}
 OF_RANK = {"rank 1, in its block": "1"}
 
 
 def main():
     point, *arguments = sys.argv[1:]
     torch.set_num_threads(1)
-    owner, name, passes = (POINTS | {"rank 1, in its block": (reinsertion.BlockTraining, "step_packed", 2)})[point]
+    owner, name, passes = (POINTS | STREAMED | RANKED)[point]
     real, calls = getattr(owner, name), 0
 
     def wrapped(*args, **kwargs):
