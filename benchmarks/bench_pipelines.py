@@ -20,9 +20,8 @@ from pathlib import Path
 
 import torch
 import transformers as tf
-from results import add_rows
+from results import add_rows, flop_counter
 from shapes import MODELS
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -36,7 +35,6 @@ from kunbr_fast.optim import Lion  # noqa: E402
 from kunbr_fast.schedule import Schedule  # noqa: E402
 
 LR, BATCH, EPOCHS, COUNT = 1e-5, 6, 2, 12
-COUNTED = {torch.ops.aten.addmm_: lambda out, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1]}
 
 
 def build(layers):
@@ -63,7 +61,7 @@ def samples(count, seed):
 
 
 def flops(run):
-    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+    with flop_counter() as counter:
         result = run()
     return counter.get_total_flops(), result
 

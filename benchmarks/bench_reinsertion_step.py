@@ -22,8 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from results import add_rows
-from torch.utils.flop_counter import FlopCounterMode
+from results import add_rows, flop_counter, percentile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,8 +107,6 @@ class Ours:
         return self.training.tensors()
 
 
-# torch counts addmm and not its in-place form, in which input gradients of several projections are summed
-COUNTED = {torch.ops.aten.addmm_: lambda out, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1]}
 VARIANTS = {v.name: v for v in (Reference, Ours)}
 
 
@@ -159,13 +156,9 @@ def alone(arguments):
 
 
 def flops(variant):
-    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+    with flop_counter() as counter:
         variant.step()
     return counter.get_total_flops()
-
-
-def percentile(values, share):
-    return sorted(values)[min(len(values) - 1, round(share * (len(values) - 1)))]
 
 
 def main():

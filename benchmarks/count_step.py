@@ -23,10 +23,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from results import add_rows
+from results import add_rows, flop_counter
 from shapes import MODELS
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,8 +40,6 @@ from kunbr_fast.decoder import Decoder  # noqa: E402
 from kunbr_fast.kernels.linear_loss import CHUNK_BYTES  # noqa: E402
 from kunbr_fast.patch import fused  # noqa: E402
 
-# torch counts addmm and not its in-place form, in which input gradients of several projections are summed
-COUNTED = {torch.ops.aten.addmm_: lambda out, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1]}
 ALLOCATIONS = ("aten::empty", "aten::new_empty", "aten::detach", "aten::lift_fresh", "aten::alias")
 
 
@@ -155,7 +153,7 @@ def count(step, known):
 
 def _count(step, known):
     saved = Saved(known)
-    with FlopCounterMode(display=False, custom_mapping=COUNTED) as flops:
+    with flop_counter() as flops:
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
             loss = step()
         loss.backward()
@@ -221,9 +219,7 @@ def ours(model, block, forget, retain):
 
     def step():
         rows = losses.gradient_difference(batch, len(forget), 1.0)
-        out = decoder.run(batch, block.start, None, hidden, rows=True)
-        loss, _ = losses.linear_loss(decoder.final(out), decoder.head, batch.targets, rows.weight)
-        return loss
+        return losses.weighted_pass(decoder, batch, rows, start=block.start, hidden=hidden)[0]
 
     with fused(model, "torch"):
         return count(step, [*model.parameters(), hidden])

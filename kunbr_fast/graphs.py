@@ -135,21 +135,19 @@ def capture_cuda(function: Callable[[], Any], pool: Any) -> tuple[Callable[[], N
 class StepGraphs:
     """Runs `forward` and its backward on batches put into buckets; replays a graph where one can be captured.
 
-    forward(batch, rows) -> (loss, nll (R,)), whose backward adds to gradients at fixed addresses; reset() makes these
-    0. capture: as `capture_cuda`, or None: run each step anew, on the same buckets (the same bits as its graph).
-    gradient: the vector that they are in, where a step may come in parts; a capture then leaves it as it was.
+    forward(batch, rows) -> (loss, nll (R,)), whose backward adds to `gradient`, at a fixed address; a capture leaves that
+    as it was, which may be the sum of a step's earlier parts.
+    capture: as `capture_cuda`, or None: run each step anew, on the same buckets (the same bits as its graph).
     """
 
     def __init__(
         self,
         decoder: Decoder,
         forward: Pass,
-        reset: Callable[[], None],
+        gradient: torch.Tensor,
         capture: Callable[[Callable[[], Any], Any], tuple[Callable[[], None], Any]] | None = capture_cuda,
-        gradient: torch.Tensor | None = None,
     ):
-        self._gradient = gradient
-        self._decoder, self._forward, self._reset, self._capture = decoder, forward, reset, capture
+        self._decoder, self._forward, self._gradient, self._capture = decoder, forward, gradient, capture
         on_gpu = decoder.device.type == "cuda" and capture is not None
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self._held: dict[Bucket, tuple[StaticBatch, Callable[[], None] | None, Any]] = {}
@@ -195,9 +193,7 @@ class StepGraphs:
         static.fill(batch, rows)
         replay = out = None
         if self._capture is not None:
-            before = (
-                None if self._gradient is None else self._gradient.to("cpu", copy=True)
-            )  # of the parts before this one
+            before = self._gradient.to("cpu", copy=True)  # the run before a capture adds to it
             try:
                 replay, out = self._capture(lambda: self._run(static), self._pool)
             except RuntimeError as error:  # a model's own code that waits for the device, for example
@@ -205,8 +201,6 @@ class StepGraphs:
                     raise
                 log.warning("a step could not be captured as a CUDA graph (%s): it runs launch by launch", error)
                 self._capture = None
-            self._reset()
-            if before is not None:
-                self._gradient.copy_(before)
+            self._gradient.copy_(before)
         self._held[bucket] = static, replay, out
         return self._held[bucket]

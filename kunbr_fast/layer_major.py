@@ -25,7 +25,7 @@ import torch
 
 from kunbr_fast.data import PackedBatch, send
 from kunbr_fast.decoder import Decoder
-from kunbr_fast.prefix_cache import allocate, check_storage, choose_storage
+from kunbr_fast.prefix_cache import allocate, check_storage
 from kunbr_fast.schedule import token_batches
 from kunbr_fast.streaming import visit
 
@@ -61,7 +61,6 @@ class LayerMajor:
         self.nbytes = size * decoder.dtype.itemsize
         if store is None or store.numel() < size:
             store = None  # before the new one is made
-            storage = choose_storage(self.nbytes, decoder.device) if storage == "auto" else storage
             store = allocate((size,), decoder.dtype, decoder.device, storage, directory, "activation store")
         self.store = store
         self._inputs = store[:size].view(shape)
@@ -116,8 +115,6 @@ def forward_to(
     check_storage(storage)
     lengths = [batch.num_tokens for batch in batches]
     shape = (sum(lengths), decoder.hidden_size)
-    if storage == "auto":
-        storage = choose_storage(math.prod(shape) * decoder.dtype.itemsize, decoder.device)
     store = allocate(shape, decoder.dtype, decoder.device, storage, directory, "activation store").split(lengths)
     for batch, place in zip(batches, store):
         place.copy_(decoder.embed(batch))

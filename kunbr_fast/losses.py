@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kunbr_fast import dispatch
 from kunbr_fast.data import PackedBatch
-from kunbr_fast.decoder import Head
+from kunbr_fast.decoder import Decoder, Head
 from kunbr_fast.kernels import operators, reference
 
 
@@ -185,6 +185,22 @@ def check_labelled(batch: PackedBatch) -> None:
         raise ValueError(
             f"sample {number} of the batch has no token with a loss (its first token is never predicted): leave it out"
         )
+
+
+def weighted_pass(
+    decoder: Decoder,
+    batch: PackedBatch,
+    rows: RowWeights,
+    *,
+    start: int = 0,
+    hidden: torch.Tensor | None = None,
+    checkpoint: bool = False,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear_loss` of a packed batch through the layers from `start` on; start, hidden, checkpoint: as in
+    `Decoder.run`."""
+    final = decoder.final(decoder.run(batch, start, None, hidden, checkpoint, rows=True))
+    return linear_loss(final, decoder.head, batch.targets, rows.weight, rows.cap, impl=impl)
 
 
 def _per_sample_mean(batch: PackedBatch, sample_weight: torch.Tensor) -> torch.Tensor:

@@ -776,8 +776,9 @@ class Criterion:
             rows.states = decoder.run(batch, start, self.layer + 1, hidden, checkpoint)
             return self._total(rows, _retain_states), None
         if (known := self.weights(batch, num_forget)) is not None:
-            final = decoder.final(decoder.run(batch, start, None, hidden, checkpoint, rows=True))
-            return losses.linear_loss(final, decoder.head, batch.targets, known.weight, known.cap, impl=impl)
+            return losses.weighted_pass(
+                decoder, batch, known, start=start, hidden=hidden, checkpoint=checkpoint, impl=impl
+            )
         losses.check_labelled(batch)
         every = "hidden_all" in self.needs
         final = decoder.final(decoder.run(batch, start, None, hidden, checkpoint, rows=not every))

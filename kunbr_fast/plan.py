@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
@@ -26,6 +25,7 @@ from kunbr_fast.config import KUnBRConfig
 from kunbr_fast.costs import Architecture, Batch, Step, batches, forward_extra, forward_flops
 from kunbr_fast.data import IGNORE, encode, is_question, load_records
 from kunbr_fast.distributed import SHARING_COSTS, spread_blocks
+from kunbr_fast.memory import bytes_of
 from kunbr_fast.schedule import Schedule
 
 # ---------------------------------------------------------------- machines
@@ -63,10 +63,10 @@ KINDS = ("weights", "layer buffers", "block copy", "gradient", "master", "optimi
 
 def parse_bytes(text: str) -> int:
     """ "24GiB", "24 GB", "512MiB" -> bytes."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
-    if not match or float(match[1]) == 0:
+    found = bytes_of(text, unit_needed=True)
+    if not found:
         raise ValueError(f"--gpu-memory {text!r}: expected a number above 0 and a unit, such as 24GiB, 80GB or 512MiB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1))
+    return found
 
 
 # ---------------------------------------------------------------- data

@@ -61,13 +61,15 @@ def allocate(
     directory: str | Path | None,
     what: str,
 ) -> torch.Tensor:
-    """An uninitialised tensor in one of the storages; `what` it is for, in errors and in the file's name."""
+    """An uninitialised tensor in one of STORAGES; `what` it is for, in errors and in the file's name."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if storage == "auto":
+        storage = choose_storage(nbytes, device)
     if storage == "device":
         return torch.empty(shape, dtype=dtype, device=device)
     if storage == "host":
         return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
     handle, name = tempfile.mkstemp(prefix=f"{what.replace(' ', '-')}-", dir=directory)
-    nbytes = math.prod(shape) * dtype.itemsize
     try:
         # blocks are reserved now: a full disk is an error here, not a bus error in the middle of a write
         os.posix_fallocate(handle, 0, nbytes)

@@ -39,6 +39,7 @@ No GPU has run this.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import functools
@@ -81,13 +82,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class Weight:
+class Weight(abc.ABC):
     """A frozen weight (N, K) in some form, and the two products with it. nbytes: what it holds on the device."""
 
     nbytes = 0
 
+    @abc.abstractmethod
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        raise NotImplementedError
+        """The weight written out, (N, K)."""
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (..., K) -> x @ W.T + bias."""

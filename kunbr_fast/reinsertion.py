@@ -21,7 +21,7 @@ from kunbr_fast.decoder import Decoder
 from kunbr_fast.dispatch import Unavailable, resolve
 from kunbr_fast.graphs import StepGraphs
 from kunbr_fast.layer_major import MicroBatch
-from kunbr_fast.losses import RowWeights, linear_loss
+from kunbr_fast.losses import RowWeights, weighted_pass
 from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes
 from kunbr_fast.micro_batching import MicroBatches, share_of
 from kunbr_fast.objectives import Criterion, Reference, measure
@@ -148,7 +148,7 @@ class BlockTraining:
             parameter.requires_grad_(True)
         self.steps = 0
         if cuda_graphs:
-            self._graphs = StepGraphs(decoder, self._weighted, self.flat.grad.zero_, gradient=self.flat.grad)
+            self._graphs = StepGraphs(decoder, self._weighted, self.flat.grad)
 
     # ------------------------------------------------ training
 
@@ -280,10 +280,8 @@ class BlockTraining:
 
     def _weighted(self, batch: PackedBatch, rows: RowWeights) -> tuple[torch.Tensor, torch.Tensor]:
         """`loss` of rows whose weights are known."""
-        decoder, hidden = self.decoder, self._input(batch)
-        out = decoder.run(batch, self.block.start, None, hidden, self.gradient_checkpointing, rows=True)
-        final = decoder.final(out)
-        return linear_loss(final, decoder.head, batch.targets, rows.weight, rows.cap, impl=self.impl)
+        given = dict(start=self.block.start, hidden=self._input(batch), checkpoint=self.gradient_checkpointing)
+        return weighted_pass(self.decoder, batch, rows, **given, impl=self.impl)
 
     def _input(self, batch: PackedBatch) -> torch.Tensor:
         """(T, D) at the block's input."""

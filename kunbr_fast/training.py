@@ -95,15 +95,13 @@ class FullTraining:
 
     def step(self, batch: PackedBatch, rows: losses.RowWeights, num_forget: int = 0) -> dict[str, float | None]:
         """One update; returns `losses.metrics`; the batch's first `num_forget` samples are forget samples."""
-        decoder = self.decoder
         second = range(num_forget, batch.num_samples)
         parts = {"forget": range(num_forget), "alternate": second[:0], "retain": second}
 
         def one(micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-            out = decoder.run(micro.batch, checkpoint=self.gradient_checkpointing, rows=True)
-            weight, cap = rows.weight[micro.rows], None if rows.cap is None else rows.cap[micro.rows]
-            targets = micro.batch.targets
-            loss, nll = losses.linear_loss(decoder.final(out), decoder.head, targets, weight, cap, impl=self.impl)
+            part = losses.RowWeights(rows.weight[micro.rows], None if rows.cap is None else rows.cap[micro.rows])
+            how = dict(checkpoint=self.gradient_checkpointing, impl=self.impl)
+            loss, nll = losses.weighted_pass(self.decoder, micro.batch, part, **how)
             loss.backward()
             return loss.detach(), nll
 

@@ -29,7 +29,7 @@ class Harness:
             out = decoder.run(batch, training.block.start, None, hidden, rows=True)
             return losses.linear_loss(decoder.final(out), decoder.head, batch.targets, rows.weight, rows.cap)
 
-        self.forward, self.graphs = forward, StepGraphs(decoder, forward, training.flat.grad.zero_, capture)
+        self.forward, self.graphs = forward, StepGraphs(decoder, forward, training.flat.grad, capture)
 
     def plain(self, batch, rows):
         """loss, nll, gradient of the batch as it is."""
@@ -209,7 +209,7 @@ def test_reinserted_steps_through_graphs(monkeypatch):
         decoder, unlearned = make()
         with reinserted(decoder, unlearned, range(2, 4), 1e-3, forget_loss_cap=5.0) as training:
             if graphs:
-                training._graphs = StepGraphs(decoder, training._weighted, training.flat.grad.zero_, capture)
+                training._graphs = StepGraphs(decoder, training._weighted, training.flat.grad, capture)
             found = [training.step([samples[i] for i in o[:2]], [samples[i] for i in o[2:]]) for o in orders]
             assert not graphs or 1 <= training._graphs.captured < 6
         trained.append((unlearned, found))

@@ -272,7 +272,7 @@ def test_graphs_are_dropped(caplog):
         original = tiny_model()
         decoder, mine = Decoder(original), weights(moved(original))
         with kf.reinserted(decoder, mine, BLOCK, lr=1e-3, optimizer="adamw") as training:
-            graphs = StepGraphs(decoder, training._weighted, training.flat.grad.zero_, capture, training.flat.grad)
+            graphs = StepGraphs(decoder, training._weighted, training.flat.grad, capture)
             training._graphs = graphs
             training.step(samples[:2], samples[2:4])
             assert graphs.captured == 1
