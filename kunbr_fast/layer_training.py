@@ -9,7 +9,7 @@ import torch
 
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.layer_major import LayerMajor, MicroBatch
-from kunbr_fast.micro_batching import share_of
+from kunbr_fast.micro_batching import add_part
 from kunbr_fast.objectives import Reference
 from kunbr_fast.prefix_cache import check_storage
 from kunbr_fast.reinsertion import BlockTraining
@@ -64,20 +64,9 @@ class LayerMajorTraining(BlockTraining):
                 if dy is not None:
                     decoder.run(micro.batch, layer, layer + 1, x).backward(dy)
                     return
-                given = None if reference is None else reference.batch(micro.samples)
-                with share_of(criterion, parts, micro) as share:
-                    loss, nll = criterion(
-                        decoder,
-                        micro.batch,
-                        micro.num_forget,
-                        start=top,
-                        hidden=x,
-                        impl=self.impl,
-                        reference=given,
-                    )
-                loss = loss if share == 1.0 else loss * share
-                loss.backward()
-                found.append((loss.detach(), nll))
+                how = dict(start=top, hidden=x, impl=self.impl)
+                loss = lambda batch, num_forget, given: criterion(decoder, batch, num_forget, reference=given, **how)  # noqa: E731
+                found.append(add_part(criterion, parts, micro, reference, loss))
 
             store, self._store = self._store, None
             batches = [micro.batch for micro in micros]

@@ -21,7 +21,7 @@ import torch
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.layer_major import MicroBatch, micro_batches
 from kunbr_fast.memory import OutOfMemory, is_out_of_memory, release
-from kunbr_fast.objectives import Criterion
+from kunbr_fast.objectives import Criterion, Reference
 
 logger = logging.getLogger(__name__)
 
@@ -122,3 +122,22 @@ def share_of(criterion: Criterion, parts: Mapping[str, range], micro: MicroBatch
         terms, criterion.terms, criterion.retain_scale = criterion.terms, earlier, scale
     if terms:
         criterion.terms = [sum(earlier) + retained * sum(terms)]
+
+
+def add_part(
+    criterion: Criterion,
+    parts: Mapping[str, range],
+    micro: MicroBatch,
+    reference: Reference | None,
+    loss: Callable[[PackedBatch, int, Reference | None], tuple[torch.Tensor, torch.Tensor | None]],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Backward of a part's share in the step: (its share of the loss, its rows' NLL), detached.
+
+    reference: of the whole batch. loss(batch, num_forget, reference): the criterion's, of the part alone.
+    """
+    with share_of(criterion, parts, micro) as share:
+        given = None if reference is None else reference.batch(micro.samples)
+        value, nll = loss(micro.batch, micro.num_forget, given)
+    value = value if share == 1.0 else value * share
+    value.backward()
+    return value.detach(), nll

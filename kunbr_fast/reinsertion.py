@@ -23,7 +23,7 @@ from kunbr_fast.graphs import StepGraphs
 from kunbr_fast.layer_major import MicroBatch
 from kunbr_fast.losses import RowWeights, weighted_pass
 from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes
-from kunbr_fast.micro_batching import MicroBatches, share_of
+from kunbr_fast.micro_batching import MicroBatches, add_part, share_of
 from kunbr_fast.objectives import Criterion, Reference, measure
 from kunbr_fast.optim import FlatBuffer, check_optimizer_device, make_optimizer, warn_if_updates_vanish
 from kunbr_fast.patch import fused
@@ -202,16 +202,13 @@ class BlockTraining:
         parts = criterion.parts(batch, num_forget)
 
         def one(micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-            with share_of(criterion, parts, micro) as share:
-                rows = None if self._graphs is None else criterion.weights(micro.batch, micro.num_forget)
+            if self._graphs is not None:
+                with share_of(criterion, parts, micro) as share:
+                    rows = criterion.weights(micro.batch, micro.num_forget)
                 if rows is not None:
                     self._check_layer(micro.batch)
                     return self._graphs(micro.batch, RowWeights(rows.weight * share, rows.cap))
-                given = None if reference is None else reference.batch(micro.samples)
-                loss, nll = self.loss(micro.batch, micro.num_forget, given)
-            loss = loss if share == 1.0 else loss * share
-            loss.backward()
-            return loss.detach(), nll
+            return add_part(criterion, parts, micro, reference, self.loss)
 
         return self.micro_batches.run(batch, parts, one, self.drop_gradient)
 

@@ -14,7 +14,7 @@ from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.layer_major import MicroBatch
 from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes
-from kunbr_fast.micro_batching import MicroBatches, share_of
+from kunbr_fast.micro_batching import MicroBatches, add_part
 from kunbr_fast.objectives import Criterion, Reference
 from kunbr_fast.optim import make_optimizer, warn_if_updates_vanish
 from kunbr_fast.schedule import Schedule
@@ -123,12 +123,7 @@ class FullTraining:
         parts = criterion.parts(batch, num_forget)
 
         def one(micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-            with share_of(criterion, parts, micro) as share:
-                given = None if reference is None else reference.batch(micro.samples)
-                loss, nll = self.loss(micro.batch, micro.num_forget, given)
-            loss = loss if share == 1.0 else loss * share
-            loss.backward()
-            return loss.detach(), nll
+            return add_part(criterion, parts, micro, reference, self.loss)
 
         return self.micro_batches.run(batch, parts, one, self.drop_gradient)
 
