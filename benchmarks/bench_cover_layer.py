@@ -11,7 +11,7 @@ import argparse
 import sys
 
 import torch
-from results import add_rows, interleaved, percentile
+from kunbr_fast.benchmarks.measure import add_rows, interleaved, percentile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kunbr_fast as kf

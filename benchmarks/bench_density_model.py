@@ -23,8 +23,8 @@ import sys
 import torch
 import torch.nn.functional as F
 from bench_grad_density import Case, bare
-from results import add_rows, interleaved, peak_memory, percentile, spare_cores
-from shapes import MODELS, ragged
+from kunbr_fast.benchmarks.measure import add_rows, interleaved, peak_memory, percentile, spare_cores
+from kunbr_fast.benchmarks.shapes import MODELS, ragged
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kunbr_fast as kf

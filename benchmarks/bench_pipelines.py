@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 import transformers as tf
-from results import add_rows, flop_counter
-from shapes import MODELS
+from kunbr_fast.benchmarks.measure import add_rows, flop_counter
+from kunbr_fast.benchmarks.shapes import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

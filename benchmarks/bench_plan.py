@@ -22,7 +22,7 @@ from pathlib import Path
 import count_step
 import torch
 from bench_reinsertion_step import resident
-from results import add_rows
+from kunbr_fast.benchmarks.measure import add_rows
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from kunbr_fast.config import KUnBRConfig

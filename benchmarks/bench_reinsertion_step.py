@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from results import add_rows, flop_counter, percentile
+from kunbr_fast.benchmarks.measure import add_rows, flop_counter, percentile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent

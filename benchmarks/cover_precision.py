@@ -12,7 +12,7 @@ import copy
 import dataclasses
 
 import torch
-from results import add_rows
+from kunbr_fast.benchmarks.measure import add_rows
 
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.demo import GROUPS, _Demo, gradient_difference

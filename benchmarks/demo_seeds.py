@@ -9,7 +9,7 @@ import json
 import statistics
 from pathlib import Path
 
-from results import add_rows
+from kunbr_fast.benchmarks.measure import add_rows
 
 
 def main():

@@ -1,5 +1,4 @@
-"""How variants are timed, and where the numbers go: rows in benchmarks/results/*.csv, each with the machine, the
-versions, the commit and the command."""
+"""How variants are timed, and what a row in benchmarks/results/*.csv says of its machine, versions, commit and command."""
 
 import csv
 import ctypes
@@ -156,6 +155,23 @@ def _resident(field):
     raise OSError(f"/proc/self/status has no {field}")
 
 
+def kept_bytes(run, known=()):
+    """Bytes that autograd keeps for the backward pass in one run, each storage once; storages of `known` do not count."""
+    found, held = {}, []
+    known = {tensor.untyped_storage().data_ptr() for tensor in known}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known and storage.data_ptr() not in found:
+            found[storage.data_ptr()] = storage.nbytes()
+            held.append(storage)  # or its address is given to another
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(found.values())
+
+
 # ---------------------------------------------------------------- rows
 
 
@@ -182,35 +198,58 @@ def driver():
     return _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
 
 
-def triton_version():
+PACKAGES = ("torch", "triton", "transformers", "numpy")
+RIVALS = {
+    "liger-kernel": "liger_kernel",
+    "opacus": "opacus",
+    "cut-cross-entropy": "cut_cross_entropy",
+    "lion-pytorch": "lion_pytorch",
+}
+
+
+def version(package):
     try:
-        return metadata.version("triton")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
 
 
-def about(kernels=False):
-    """kernels: with the versions that Triton kernels depend on."""
-    script = os.path.relpath(sys.argv[0], ROOT)
+def about():
+    """The machine, the versions, the commit and the command: the last columns of every row."""
+    gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "device": torch.cuda.get_device_name() if gpu else cpu_name(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        **({"triton": triton_version(), "driver": driver()} if kernels else {}),
-        "transformers": transformers.__version__,
+        "cuda": torch.version.cuda or "" if gpu else "",
+        "driver": driver() if gpu else "",
+        **{name: version(name) for name in PACKAGES},
+        "rivals": " ".join(f"{name} {version(name)}" for name in RIVALS if version(name)),
         "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
         "commit": commit(),
-        "command": " ".join(["python", script, *sys.argv[1:]]),
+        "command": command(),
     }
 
 
-def add_rows(path, rows, kernels=False, quiet=False):
-    """Appends `rows` (mappings of one shape) to the CSV at `path`, each with `about()`; a new file gets a header.
+def command():
+    """What was typed, with paths in the checkout from its root."""
+    script = Path(sys.argv[0])
+    if script.name in ("kunbr-fast", "__main__.py"):
+        words = ["kunbr-fast"]
+    else:
+        words = ["python", os.path.relpath(script, ROOT)]
+    return " ".join([*words, *sys.argv[1:]])
 
-    ValueError for a file whose columns are others.
-    """
-    path, more = Path(path), about(kernels)
-    columns = [*rows[0], *more]
+
+def add_rows(path, rows):
+    """Appends `rows` (mappings of one shape) to the CSV at `path`, each with `about()`; a new file gets a header."""
+    append_csv(path, [{**row, **about()} for row in rows])
+    print(f"{len(rows)} rows added to {path}")
+
+
+def append_csv(path, rows):
+    """Appends `rows` to the CSV at `path`; a new file gets a header. ValueError for a file whose columns are others."""
+    path, columns = Path(path), list(rows[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     if not new:
@@ -222,6 +261,4 @@ def add_rows(path, rows, kernels=False, quiet=False):
         writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
-        writer.writerows({**row, **more} for row in rows)
-    if not quiet:
-        print(f"{len(rows)} rows added to {path}")
+        writer.writerows(rows)

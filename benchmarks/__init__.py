@@ -1,0 +1,1 @@
+"""Benchmarks, installed as `kunbr_fast.benchmarks`: `kunbr-fast bench`."""

@@ -1,0 +1,379 @@
+"""What a suite says of its cases, and how a case becomes rows: first the gate, then memory, then time.
+
+A case is one operation at one shape. It draws its inputs, and names variants: ours, by implementation, and rivals,
+which are found at run time. Every variant of a case does the same work; the gate says so: before anything is timed, each
+runs on a small sibling of the shape and is held against fp64. Where ours is wrong, the case gives no numbers; a rival that
+is wrong or cannot run here is left out, and a row says why.
+
+Variants then take turns in one process with a square matrix product and a copy, whose rates are the roofline: the time
+that the needed FLOPs or the needed bytes take at these rates, whichever is longer. FLOPs and bytes are those that the
+operation needs, not those that a variant spends.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import gc
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from kunbr_fast import dispatch
+from kunbr_fast.benchmarks import measure
+from kunbr_fast.benchmarks.suites import SUITES
+
+RIVAL_LIMIT = 0.05  # largest relative error of a rival: some round what we keep in fp32
+CPU_ROOFLINE, GPU_ROOFLINE = (1536, 128 << 20), (8192, 1 << 30)  # side of the square product, bytes of the copy
+
+
+class Skip(Exception):
+    """A variant cannot run here, and why."""
+
+
+class Wrong(Exception):
+    """Ours gave another result than fp64: no numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user asked for; a suite chooses the rest by the device. None: its own choice.
+
+    quick: one small case a suite, to see that all works. compile: torch.compile's variants, on a CPU too.
+    """
+
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype | None = None
+    models: tuple[str, ...] | None = None
+    tokens: tuple[str, ...] | None = None
+    variants: tuple[str, ...] | None = None
+    quick: bool = False
+    compile: bool = False
+    tiles: bool = False
+    seconds: float | None = None
+    repeats: int | None = None
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def the_dtype(self) -> torch.dtype:
+        return self.dtype or (torch.bfloat16 if self.gpu else torch.float32)
+
+    def choose(self, quick: Sequence, cpu: Sequence, gpu: Sequence) -> Sequence:
+        """A suite's own choice."""
+        return quick if self.quick else gpu if self.gpu else cpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """`make()` builds what it needs, untimed, and returns the function that is timed, or raises `Skip`.
+
+    That function returns {name: tensor} of what the gate compares, or None. ours: held to our limits. keeps: bytes
+    that stay between two calls (weights, optimiser state, caches), None where variants share all of it.
+    """
+
+    name: str
+    make: Callable[[], Callable[[], Mapping[str, torch.Tensor] | None]]
+    ours: bool = False
+    standing_bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Case(abc.ABC):
+    """One operation at one shape.
+
+    suite, model, label: what names the row. tokens: T, for plots. baseline: the variant that speed-ups are over, plain
+    torch in the same dtype, by which our error is judged too.
+    """
+
+    suite: str
+    model: str
+    label: str
+    tokens: int
+    options: Options
+    baseline: str = "eager"
+
+    @property
+    def device(self) -> torch.device:
+        return self.options.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.options.the_dtype
+
+    @property
+    @abc.abstractmethod
+    def flops(self) -> int:
+        """That the operation needs."""
+
+    @property
+    @abc.abstractmethod
+    def nbytes(self) -> int:
+        """That have to be read and written once."""
+
+    @abc.abstractmethod
+    def draw(self) -> Any:
+        """Inputs on the device, the same at each call."""
+
+    @abc.abstractmethod
+    def variants(self, data: Any) -> list[Variant]:
+        """All there are; `Variant.make` says whether one can run."""
+
+    @abc.abstractmethod
+    def small(self) -> Case:
+        """The sibling whose results are checked: odd sizes, any dtype but fp64 as this one's."""
+
+    @abc.abstractmethod
+    def truth(self, data: Any) -> Mapping[str, torch.Tensor]:
+        """What the variants should return, in fp64 from the same inputs."""
+
+    def floor(self) -> float:
+        """The relative error that ours may have whatever the baseline's: a few roundings of the result."""
+        return 4 * torch.finfo(self.dtype).eps
+
+    def known(self, data: Any) -> list[torch.Tensor]:
+        """Weights and other tensors that are no part of what autograd keeps for the backward pass."""
+        return []
+
+    counts_kept = False  # whether variants run autograd, so that there is something to keep
+
+    def chosen(self, data: Any) -> list[Variant]:
+        wanted = self.options.variants
+        return [v for v in self.variants(data) if wanted is None or v.name in wanted or v.name == self.baseline]
+
+    def gate(self) -> tuple[dict[str, float], dict[str, str]]:
+        """({variant: relative error}, {variant: why it is left out}). `Wrong` where ours is beyond its limit."""
+        small = self.small()
+        data = small.draw()
+        truth, errors, left_out = small.truth(data), {}, {}
+        for variant in sorted(small.chosen(data), key=lambda v: v.name != self.baseline):
+            try:
+                found = variant.make()()
+            except Exception as reason:  # whatever a rival raises here, ours is still measured
+                if variant.ours and not isinstance(reason, (Skip, dispatch.Unavailable)):
+                    raise
+                left_out[variant.name] = _first_line(reason)
+                continue
+            error = 0.0 if found is None else max(relative_error(found[name], truth[name]) for name in found)
+            limit = 2 * errors.get(self.baseline, 0.0) + small.floor() if variant.ours else RIVAL_LIMIT
+            if error <= limit:
+                errors[variant.name] = error
+            elif variant.ours:
+                raise Wrong(
+                    f"{self.suite} {self.model} {self.label}: {variant.name} is {error:.1e} from fp64 (limit {limit:.1e}): "
+                    "no numbers"
+                )
+            else:
+                left_out[variant.name] = f"wrong: {error:.1e} from fp64"
+        return errors, left_out
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each variant. `Wrong` where ours is."""
+        errors, left_out = self.gate()
+        data = self.draw()
+        running, peaks, kept, standing, first = {}, {}, {}, {}, None
+        for variant in self.chosen(data):
+            if variant.name not in errors:
+                continue
+            try:
+                run = variant.make()
+                found = run()
+                peaks[variant.name] = measure.peak_memory(run, self.device)
+                if self.counts_kept:
+                    kept[variant.name] = measure.kept_bytes(run, self.known(data))
+            except (Skip, torch.OutOfMemoryError) as reason:
+                left_out[variant.name] = _first_line(reason)
+                continue
+            running[variant.name], standing[variant.name] = run, variant.standing_bytes
+            if variant.ours and found is not None:  # at the timed shape ours have to agree with each other
+                first = first or (variant.name, found)
+                apart = max(relative_error(found[name], first[1][name]) for name in found)
+                if not apart <= 8 * self.floor():
+                    raise Wrong(
+                        f"{self.suite} {self.model} {self.label}: {variant.name} and {first[0]} are {apart:.1e} apart: "
+                        "no numbers"
+                    )
+            del found
+        first = None
+        times, rates, others = measure_rounds(running, self.options)
+        return [
+            self.row(
+                name, times.get(name), times.get(self.baseline), rates, ours=variant.ours, others=others,
+                error=errors.get(name), peak_bytes=peaks.get(name), kept_bytes=kept.get(name),
+                standing_bytes=standing.get(name), note=f"not run: {left_out[name]}" if name in left_out else "",
+            )
+            for name, variant in ((v.name, v) for v in self.chosen(data))
+        ]  # fmt: skip
+
+    def row(
+        self,
+        variant: str,
+        values: Sequence[float] | None,
+        baseline: Sequence[float] | None,
+        rates: tuple[float, float] | None,
+        *,
+        ours: bool,
+        error: float | None = None,
+        peak_bytes: int | None = None,
+        kept_bytes: int | None = None,
+        standing_bytes: int | None = None,
+        others: float | None = None,
+        note: str = "",
+    ) -> dict[str, Any]:
+        """values: milliseconds of each round, None where it did not run. rates: (FLOP/s, bytes/s) of the roofline."""
+        row = dict.fromkeys(COLUMNS, "")
+        row |= {
+            "suite": self.suite, "model": self.model, "case": self.label, "tokens": self.tokens,
+            "dtype": str(self.dtype)[6:], "variant": variant, "ours": int(ours), "note": note,
+            "gflop": _rounded(self.flops / 1e9), "mib": _rounded(self.nbytes / 2**20),
+        }  # fmt: skip
+        if values is None:
+            return row
+        ms = statistics.median(values)
+        row |= {
+            "ms": _rounded(ms), "p20_ms": _rounded(measure.percentile(values, 0.2)),
+            "p80_ms": _rounded(measure.percentile(values, 0.8)), "rounds": len(values),
+            "tflop_per_s": _rounded(self.flops / ms / 1e9), "gb_per_s": _rounded(self.nbytes / ms / 1e6),
+        }  # fmt: skip
+        if baseline is not None:
+            row["baseline"] = self.baseline
+            row["speedup"] = round(statistics.median(b / a for a, b in zip(values, baseline)), 3)
+        if rates is not None:
+            least = max(self.flops / rates[0], self.nbytes / rates[1]) * 1e3
+            row["roofline_percent"] = round(100 * least / ms, 1)
+            row["matmul_tflop_per_s"], row["copy_gb_per_s"] = _rounded(rates[0] / 1e12), _rounded(rates[1] / 1e9)
+        for name, nbytes in (("peak_mib", peak_bytes), ("kept_mib", kept_bytes), ("standing_mib", standing_bytes)):
+            row[name] = "" if nbytes is None else _rounded(nbytes / 2**20)
+        row["error"] = "" if error is None else f"{error:.1e}"
+        row["others_cores"] = "" if others is None else round(others, 2)
+        return row
+
+
+# What names a row, then what was measured. `measure.about()` follows.
+KEY = ("suite", "model", "case", "tokens", "dtype", "variant")
+COLUMNS = (
+    *KEY, "ours", "ms", "p20_ms", "p80_ms", "rounds", "baseline", "speedup", "gflop", "mib", "tflop_per_s", "gb_per_s",
+    "roofline_percent", "peak_mib", "kept_mib", "standing_mib", "error", "note", "matmul_tflop_per_s", "copy_gb_per_s",
+    "others_cores",
+)  # fmt: skip
+
+
+def _rounded(value: float) -> float:
+    """Four significant digits, or whole numbers beyond."""
+    return float(f"{value:.4g}") if abs(value) < 1e4 else round(value)
+
+
+def _first_line(reason: BaseException) -> str:
+    return (str(reason).partition("\n")[0] or repr(reason))[:160]
+
+
+def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """|found - truth| / |truth|, Euclidean, in fp64; infinite where found is not finite."""
+    found, truth = found.detach().double(), truth.detach().double()
+    error = float(torch.linalg.vector_norm(found - truth))
+    size = float(torch.linalg.vector_norm(truth))
+    if not bool(found.isfinite().all()):
+        return float("inf")
+    return error / size if size else error
+
+
+def measure_rounds(running: Mapping[str, Callable], options: Options):
+    """({variant: milliseconds of each round}, (FLOP/s, bytes/s) of the same rounds, cores that others used)."""
+    side, size = GPU_ROOFLINE if options.gpu else CPU_ROOFLINE
+    if options.quick:
+        side, size = side // 8, size // 64
+    a, b = (torch.randn(side, side, device=options.device).to(options.the_dtype) for _ in range(2))
+    c, source = torch.empty_like(a), torch.ones(size, dtype=torch.int8, device=options.device)
+    target = torch.empty_like(source)
+    everything = {
+        **running,
+        "roofline: matmul": lambda: torch.mm(a, b, out=c),
+        "roofline: copy": lambda: target.copy_(source),
+    }
+    for run in everything.values():  # clocks, caches and the caching allocator as they will be
+        run()
+    repeats = options.repeats or (3 if options.quick else 30 if options.gpu else 7)
+    seconds = options.seconds if options.seconds is not None else (0.0 if options.quick else 4.0)
+    times, others = measure.interleaved(everything, options.device, repeats, seconds)
+    matmul, copy = (statistics.median(times.pop(f"roofline: {name}")) / 1e3 for name in ("matmul", "copy"))
+    return times, (2 * side**3 / matmul, 2 * size / copy), others
+
+
+# ---------------------------------------------------------------- all cases
+
+
+def all_cases(suites: Sequence[str], options: Options) -> list[Case]:
+    """ValueError for a suite that there is not."""
+    found = []
+    for suite in suites:
+        if suite not in SUITES:
+            raise ValueError(f"unknown suite {suite!r}: expected some of {', '.join(SUITES)}")
+        found += importlib.import_module(f"kunbr_fast.benchmarks.suites.{suite}").cases(options)
+    return found
+
+
+def run(
+    cases: Sequence[Case], budget: float = float("inf"), on_case: Callable[[int, Case], None] = lambda i, case: None
+) -> Iterator[tuple[Case, list[dict[str, Any]], str | None]]:
+    """For each case (case, its rows, None), or (case, [], why there are none): ours is wrong, or `budget` seconds are over."""
+    begin = time.perf_counter()
+    for index, case in enumerate(cases):
+        if time.perf_counter() - begin > budget:
+            yield case, [], f"left out: the {budget:.0f} s are over"
+            continue
+        on_case(index, case)
+        try:
+            rows = case.rows()
+        except Wrong as reason:
+            yield case, [], str(reason)
+            continue
+        except torch.OutOfMemoryError as reason:
+            yield case, [], f"out of memory: {_first_line(reason)}"
+            continue
+        finally:
+            gc.collect()
+            if case.options.gpu:
+                torch.cuda.empty_cache()
+        about = measure.about()
+        yield case, [{**row, **about} for row in rows], None
+
+
+# ---------------------------------------------------------------- what suites share
+
+
+def implementations(operation: str, device: torch.device) -> list[str]:
+    """Every implementation that this release has of an operation, "torch" first."""
+    return [
+        impl
+        for impl in reversed(dispatch.IMPLEMENTATIONS)
+        if dispatch.why_not(operation, impl, device) != "not in this release"
+    ]
+
+
+def need(operation: str, impl: str, device: torch.device) -> None:
+    """`Skip` where `impl` cannot run `operation` here."""
+    reason = dispatch.why_not(operation, impl, device)
+    if reason is not None:
+        raise Skip(reason)
+
+
+def imported(module: str, package: str):
+    """A rival's module; `Skip` where it is not installed or cannot be imported."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # ImportError, and whatever a package raises that needs a GPU to be imported
+        raise Skip(f"{package} cannot be imported ({_first_line(error)})") from error
+
+
+def compiled(options: Options, function: Callable) -> Callable:
+    """torch.compile of `function`; `Skip` on a CPU without --compile, where it takes minutes."""
+    if not (options.gpu or options.compile):
+        raise Skip("torch.compile takes minutes on a CPU: --compile")
+    torch._dynamo.reset()
+    return torch.compile(function)

@@ -1,0 +1,5 @@
+"""Stands in for the package in ../benchmarks, in a checkout."""
+
+from kunbr_fast import checkout
+
+checkout.load(__name__)
