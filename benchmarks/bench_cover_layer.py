@@ -11,10 +11,10 @@ import argparse
 import sys
 
 import torch
-from kunbr_fast.benchmarks.measure import add_rows, interleaved, percentile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kunbr_fast as kf
+from kunbr_fast.benchmarks.measure import add_rows, interleaved, percentile
 
 GPU = torch.cuda.is_available()
 MODELS = {  # hidden, intermediate, heads, key and value heads

@@ -23,12 +23,12 @@ import sys
 import torch
 import torch.nn.functional as F
 from bench_grad_density import Case, bare
-from kunbr_fast.benchmarks.measure import add_rows, interleaved, peak_memory, percentile, spare_cores
-from kunbr_fast.benchmarks.shapes import MODELS, ragged
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kunbr_fast as kf
 from kunbr_fast import dispatch, losses
+from kunbr_fast.benchmarks.measure import add_rows, interleaved, peak_memory, percentile, spare_cores
+from kunbr_fast.benchmarks.shapes import MODELS, ragged
 from kunbr_fast.data import pack
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.kernels import operators  # noqa: F401  registers its kernels

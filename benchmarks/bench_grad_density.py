@@ -32,10 +32,10 @@ import time
 
 import torch
 import torch.nn.functional as F
-from kunbr_fast.benchmarks.measure import add_rows, interleaved, peak_memory, percentile, ratio, spare_cores
-from kunbr_fast.benchmarks.shapes import MODELS, equal, ragged
 
 from kunbr_fast import dispatch
+from kunbr_fast.benchmarks.measure import add_rows, interleaved, peak_memory, percentile, ratio, spare_cores
+from kunbr_fast.benchmarks.shapes import MODELS, equal, ragged
 from kunbr_fast.kernels import operators
 
 GPU = torch.cuda.is_available()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers as tf
+
 from kunbr_fast.benchmarks.measure import add_rows, flop_counter
 from kunbr_fast.benchmarks.shapes import MODELS
 

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from kunbr_fast.benchmarks.measure import add_rows, flop_counter, percentile
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from kunbr_fast.benchmarks.measure import add_rows, flop_counter, percentile
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

@@ -23,11 +23,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from kunbr_fast.benchmarks.measure import add_rows, flop_counter
-from kunbr_fast.benchmarks.shapes import MODELS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import register_flop_formula
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from kunbr_fast.benchmarks.measure import add_rows, flop_counter
+from kunbr_fast.benchmarks.shapes import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

@@ -12,8 +12,8 @@ import copy
 import dataclasses
 
 import torch
-from kunbr_fast.benchmarks.measure import add_rows
 
+from kunbr_fast.benchmarks.measure import add_rows
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.demo import GROUPS, _Demo, gradient_difference
 from kunbr_fast.quantized import COVER_PRECISIONS, check_available, low_precision_cover

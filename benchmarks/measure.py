@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
