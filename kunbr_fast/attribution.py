@@ -31,10 +31,10 @@ from transformers.pytorch_utils import Conv1D
 
 from kunbr_fast.blocks import check_block
 from kunbr_fast.decoder import Decoder, check_finite
-from kunbr_fast.density import MODULES, Measurement, checked_samples, inner_product, watch_list
 from kunbr_fast.distributed import ALONE, Group
+from kunbr_fast.gradients import MODULES, Measurement, checked_samples, inner_product, watch_list
 from kunbr_fast.layer_kinds import How, Watched, norm_of
-from kunbr_fast.streaming import LayerStream, layer_stream
+from kunbr_fast.layer_stream import LayerStream, layer_stream
 from kunbr_fast.training import finite
 
 METHODS = ("grad", "fisher", "wagle", "sure", "memflex", "sign_agreement")

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from kunbr_fast.atomic import sha256, write_json
-from kunbr_fast.streaming import layer_stream
+from kunbr_fast.layer_stream import layer_stream
 from kunbr_fast.weights import load_tensors, save_tensors
 
 FORMAT = 1

@@ -1,4 +1,4 @@
-"""The command line: `kunbr-fast demo | unlearn | density | rtt | merge | plan | doctor`."""
+"""The command line: `kunbr-fast demo | unlearn | density | rtt | merge | plan | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from kunbr_fast.atomic import write_json
+from kunbr_fast.benchmarks import compare, harness
+from kunbr_fast.benchmarks.bench import bench
+from kunbr_fast.benchmarks.report import write_report as write_bench_report
+from kunbr_fast.benchmarks.rows import read_rows
+from kunbr_fast.benchmarks.shapes import MODELS
+from kunbr_fast.benchmarks.suites import SUITES
 from kunbr_fast.blocks import pareto_front, select_blocks, selectable_blocks
 from kunbr_fast.checkpoint import fingerprint
 from kunbr_fast.config import KUnBRConfig
@@ -289,6 +295,49 @@ def parser() -> argparse.ArgumentParser:
     _output_arguments(command)
     _setting_arguments(command)
     command.set_defaults(run=_plan)
+
+    command = commands.add_parser(
+        "bench",
+        help="time the kernels, a step and a whole run on this machine against their rivals, or compare two such runs",
+        description="Times each suite's cases on this machine: first a check of results against fp64, then rounds in which ours, "
+        "the rivals that are installed, and a copy and a matrix product (the roofline) take turns.",
+        epilog="suites:\n" + "\n".join(f"  {name:<12} {text}" for name, text in SUITES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("suites", nargs="*", metavar="SUITE", help="which suites, see below [all]")
+    command.add_argument(
+        "--out", default="bench-out", metavar="DIR", help="results.csv, results.json, report.html, plots [bench-out]"
+    )
+    command.add_argument("--resume", action="store_true", help="keep the cases that are in --out already")
+    command.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    command.add_argument("--dtype", choices=list(DTYPES), help="[bfloat16 on a GPU, float32 on a CPU]")
+    command.add_argument(
+        "--models", nargs="+", choices=list(MODELS), metavar="NAME", help=f"shapes of {', '.join(MODELS)}"
+    )
+    command.add_argument("--tokens", nargs="+", metavar="T", help="tokens, where a suite has them as a size")
+    command.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="only these, and the one that they are compared with"
+    )
+    command.add_argument("--quick", action="store_true", help="one small case a suite, to see that everything works")
+    command.add_argument("--compile", action="store_true", help="torch.compile's variants on a CPU too (minutes)")
+    command.add_argument("--tiles", action="store_true", help="density: each candidate tile of the Triton kernel too")
+    command.add_argument("--seconds", type=float, metavar="S", help="for the rounds of a case [4]")
+    command.add_argument("--repeats", type=int, metavar="N", help="rounds of a case, at most [7; 30 on a GPU]")
+    command.add_argument(
+        "--budget", type=float, default=float("inf"), metavar="S", help="seconds after which no case is begun"
+    )
+    command.add_argument("--list", action="store_true", help="say which cases there are, and measure none")
+    command.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A.csv", "B.csv"),
+        help="measure nothing: what became slower or faster from A to B, beyond noise; exit status 1 where ours became slower",
+    )
+    command.add_argument(
+        "--report", nargs="+", metavar="CSV", help="measure nothing: the report of these files, in --out"
+    )
+    _output_arguments(command)
+    command.set_defaults(run=_bench)
 
     command = commands.add_parser(
         "doctor", help="versions, devices, and which implementation of each operation can run here"
@@ -581,6 +630,52 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
     return found.to_dict()
 
 
+def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.compare:
+        found = compare.compare(*(read_rows(path) for path in arguments.compare))
+        if not arguments.json:
+            print(compare.format(found))
+        arguments.status = 1 if found.regressions else 0
+        return found.to_dict()
+    if arguments.report:
+        measured = [row for path in arguments.report for row in read_rows(path)]
+        files = [str(path) for path in write_bench_report(measured, arguments.out)]
+        if not arguments.json:
+            print("\n".join(files))
+        return {"files": files}
+    device = torch.device(_device(arguments))
+    options = harness.Options(
+        device=device,
+        dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
+        **{name: None if (given := getattr(arguments, name)) is None else tuple(given) for name in _NAMES},
+        **{name: getattr(arguments, name) for name in ("quick", "compile", "tiles", "seconds", "repeats")},
+    )
+    suites = arguments.suites or SUITES
+    if arguments.list:
+        cases = [str(case) for case in harness.all_cases(suites, options)]
+        if not arguments.json:
+            print("\n".join(cases))
+        return {"cases": cases}
+    found = bench(
+        suites,
+        options,
+        arguments.out,
+        budget=arguments.budget,
+        resume=arguments.resume,
+        progress=not arguments.quiet,
+        say=(lambda text: None) if arguments.json else lambda text: print(text, flush=True),
+    )
+    for case, reason in found["failed"].items():
+        _say(f"WRONG RESULT, no numbers: {case}: {reason}")
+    arguments.status = 1 if found["failed"] else 0
+    if not arguments.json:
+        print(f"report.html, results.csv, results.json and plots are in {arguments.out}")
+    return found
+
+
+_NAMES = ("models", "tokens", "variants")
+
+
 def _doctor(arguments: argparse.Namespace) -> dict[str, Any]:
     found = doctor()
     if not arguments.json:
@@ -605,7 +700,7 @@ def _as_one_of(group: Group, arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0; 2 for bad input, with one line on standard error; 3 where training diverged; 4 where another of several
+    """Exit status 0; 1 where `bench` found a wrong result or a regression; 2 for bad input, with one line on standard error; 3 where training diverged; 4 where another of several
     processes has failed; 130 for Ctrl-C.
 
     Anything else is a bug and keeps its traceback.
@@ -615,7 +710,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(arguments, "quiet", False):
         disable_progress_bar()
     resumes = hasattr(arguments, "resume") and arguments.out is not None
-    arguments.group, name = ALONE, "kunbr-fast"
+    arguments.group, arguments.status, name = ALONE, 0, "kunbr-fast"
     try:
         with joined(getattr(arguments, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")) as group:
             if group.size > 1:
@@ -641,4 +736,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     if arguments.json and arguments.group.first:
         print(json.dumps(result, indent=2))
-    return 0
+    return arguments.status

@@ -12,13 +12,15 @@ import yaml
 
 from kunbr_fast import attribution
 from kunbr_fast.atomic import atomic_write
+from kunbr_fast.criterion import Criterion
 from kunbr_fast.data import TARGETS
-from kunbr_fast.density import MODULES, REDUCTIONS
+from kunbr_fast.density import REDUCTIONS
 from kunbr_fast.dispatch import IMPLEMENTATIONS
 from kunbr_fast.distributed import PARALLEL
 from kunbr_fast.evaluation.accuracy import SCORINGS
+from kunbr_fast.gradients import MODULES
 from kunbr_fast.memory import parse_bytes
-from kunbr_fast.objectives import OBJECTIVES, RETAIN_LOSSES, Criterion, check_options
+from kunbr_fast.objectives import OBJECTIVES, RETAIN_LOSSES, check_options
 from kunbr_fast.optim import OPTIMIZER_DEVICES, OPTIMIZERS
 from kunbr_fast.prefix_cache import CACHE_DTYPES, STORAGES
 from kunbr_fast.quantized import COVER_PRECISIONS

@@ -37,7 +37,7 @@ import torch.distributed as dist
 from kunbr_fast import losses
 from kunbr_fast.checkpoint import PartState, RunState
 from kunbr_fast.data import PackedBatch
-from kunbr_fast.objectives import Reference
+from kunbr_fast.original import Reference
 from kunbr_fast.training import Diverged, finite
 
 # One process may evaluate, or train its last block, for hours while the others wait. One that dies is noticed at once.
@@ -399,9 +399,8 @@ class SharedStep:
         """`add` of all that this process has of the step, which the training takes through as it does a whole one: in parts
         that fit its memory, layer by layer."""
         criterion = self._training.criterion
-        with self._scaled(
-            share, retain_share
-        ) as criterion.share:  # within the loss: layers that compute in fp32 round alike
+        # `share` within the loss: layers that compute in fp32 round alike
+        with self._scaled(share, retain_share) as criterion.share:
             try:
                 loss, nll = self._training.accumulate(batch, num_forget, reference)
             finally:

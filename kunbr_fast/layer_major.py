@@ -1,6 +1,6 @@
 """Several packed batches through the layers, each layer over all of them before the next one.
 
-What a layer costs to bring in (over the bus, from a disk: `streaming`) is paid once for all micro-batches of a step, once on
+What a layer costs to bring in (over the bus, from a disk: `layer_stream`) is paid once for all micro-batches of a step, once on
 the way up and once on the way down, and not once for each micro-batch. Between two layers every batch's activations wait
 in one store, on the device, in main memory or in a memory-mapped file:
 
@@ -25,9 +25,9 @@ import torch
 
 from kunbr_fast.data import PackedBatch, send
 from kunbr_fast.decoder import Decoder
+from kunbr_fast.layer_stream import visit
 from kunbr_fast.prefix_cache import allocate, check_storage
 from kunbr_fast.schedule import token_batches
-from kunbr_fast.streaming import visit
 
 # ---------------------------------------------------------------- the passes
 

@@ -9,11 +9,11 @@ import torch
 
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.layer_major import LayerMajor, MicroBatch
+from kunbr_fast.layer_stream import layer_stream
 from kunbr_fast.micro_batching import add_part
-from kunbr_fast.objectives import Reference
+from kunbr_fast.original import Reference
 from kunbr_fast.prefix_cache import check_storage
 from kunbr_fast.reinsertion import BlockTraining
-from kunbr_fast.streaming import layer_stream
 
 
 class LayerMajorTraining(BlockTraining):

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
+from kunbr_fast.criterion import Criterion
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.layer_major import MicroBatch, micro_batches
 from kunbr_fast.memory import OutOfMemory, is_out_of_memory, release
-from kunbr_fast.objectives import Criterion, Reference
+from kunbr_fast.original import Reference
 
 logger = logging.getLogger(__name__)
 

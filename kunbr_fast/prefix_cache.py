@@ -19,7 +19,7 @@ import itertools
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.decoder import Decoder
+from kunbr_fast.layer_stream import stretches
 from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes, in_halves
 from kunbr_fast.schedule import token_batches
-from kunbr_fast.streaming import stretches
 
 STORAGES = ("auto", "device", "host", "file")
 CACHE_DTYPES = ("none", "bf16", "fp8")
@@ -320,3 +320,33 @@ class PrefixCache:
             else:
                 heapq.heappush(self._last, entry)
         return fits
+
+
+class CacheShard:
+    """The prefix cache of the samples that one process has; `batch` takes their places among all. of: makes one."""
+
+    def __init__(
+        self, of: Callable[[list[Sample]], PrefixCache], samples: list[Sample], home: Sequence[int], rank: int
+    ):
+        # after the forget and retain samples come alternates, each with its forget sample
+        held = [i for i in range(len(samples)) if home[i if i < len(home) else i - len(home)] == rank]
+        self._place = {index: place for place, index in enumerate(held)}
+        self._cache = of([samples[i] for i in held]) if held else None
+
+    def advance(self, layer: int) -> None:
+        if self._cache is not None:
+            self._cache.advance(layer)
+
+    def batch(self, indices: Sequence[int]) -> PackedBatch:
+        return self._cache.batch([self._place[i] for i in indices])
+
+    @property
+    def is_exact(self) -> bool:
+        return self._cache is None or self._cache.is_exact
+
+    def exact(self, indices: Sequence[int]) -> torch.Tensor:
+        return self._cache.exact([self._place[i] for i in indices])
+
+    def expect(self, batches: Sequence[Sequence[int]]) -> None:
+        if self._cache is not None:
+            self._cache.expect([self._place[i] for i in indices] for indices in batches)

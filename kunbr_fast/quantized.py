@@ -57,7 +57,7 @@ from kunbr_fast.blocks import check_block
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.dispatch import Unavailable
 from kunbr_fast.fused.linear import _autocast_dtype, _no_autocast
-from kunbr_fast.streaming import layer_stream
+from kunbr_fast.layer_stream import layer_stream
 
 logger = logging.getLogger(__name__)
 COVER_PRECISIONS = ("none", "fp8", "int8", "nf4", "fp8_matmul")

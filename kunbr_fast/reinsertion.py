@@ -16,19 +16,20 @@ import torch
 from torch import nn
 
 from kunbr_fast.blocks import check_block
+from kunbr_fast.criterion import Criterion
 from kunbr_fast.data import PackedBatch, as_samples, pack
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.dispatch import Unavailable, resolve
 from kunbr_fast.graphs import StepGraphs
 from kunbr_fast.layer_major import MicroBatch
+from kunbr_fast.layer_stream import layer_stream
 from kunbr_fast.losses import RowWeights, weighted_pass
 from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes
 from kunbr_fast.micro_batching import MicroBatches, add_part, share_of
-from kunbr_fast.objectives import Criterion, Reference, measure
 from kunbr_fast.optim import FlatBuffer, check_optimizer_device, make_optimizer, warn_if_updates_vanish
+from kunbr_fast.original import Reference, measure
 from kunbr_fast.patch import fused
 from kunbr_fast.quantized import Cover, check_cover, low_precision_cover
-from kunbr_fast.streaming import layer_stream
 from kunbr_fast.training import Diverged, finite, frozen
 
 INSERTIONS = ("independent", "cumulative")

@@ -10,13 +10,14 @@ from torch import nn
 from tqdm import tqdm
 
 from kunbr_fast import losses
+from kunbr_fast.criterion import Criterion
 from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.layer_major import MicroBatch
 from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes
 from kunbr_fast.micro_batching import MicroBatches, add_part
-from kunbr_fast.objectives import Criterion, Reference
 from kunbr_fast.optim import make_optimizer, warn_if_updates_vanish
+from kunbr_fast.original import Reference
 from kunbr_fast.schedule import Schedule
 
 

@@ -1,23 +1,22 @@
-"""The five stages of KUnBR: warm-up, density, selection, re-insertion, proof. Resumable, one model in memory."""
+"""The five stages of KUnBR: warm-up, density, selection, re-insertion, proof. Resumable, one model in memory.
+
+`Stages` has them and checks beforehand what they will meet; what they train with is in `run`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from kunbr_fast.attribution import COMPARING, attribute
 from kunbr_fast.blocks import select_blocks, selectable_blocks
 from kunbr_fast.checkpoint import RunState, fingerprint
 from kunbr_fast.config import KUnBRConfig
@@ -25,30 +24,19 @@ from kunbr_fast.data import PackedBatch, Sample, check_labels, check_lengths, en
 from kunbr_fast.decoder import Decoder, check_finite
 from kunbr_fast.density import Density, knowledge_density
 from kunbr_fast.dispatch import resolve
-from kunbr_fast.distributed import (
-    ALONE,
-    Group,
-    SharedState,
-    SharedStep,
-    block_cost,
-    busiest_share,
-    homes,
-    spread_blocks,
-)
+from kunbr_fast.distributed import ALONE, Group, SharedState, block_cost, busiest_share, homes, spread_blocks
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import Fold, RTTConfig, RTTResult, prepare_attack, rtt_attack
+from kunbr_fast.layer_stream import layer_stream
 from kunbr_fast.loading import check_same_architecture, check_vocabulary
-from kunbr_fast.memory import parse_bytes
-from kunbr_fast.objectives import Criterion, Needs, Reference
 from kunbr_fast.patch import fused
-from kunbr_fast.prefix_cache import PrefixCache
-from kunbr_fast.quantized import check_cover, cosine, gradient_cosine
-from kunbr_fast.reinsertion import BlockTraining, check_cuda_graphs, reinserted
-from kunbr_fast.schedule import Schedule
-from kunbr_fast.streaming import layer_stream
-from kunbr_fast.training import Diverged, FullTraining, frozen
-from kunbr_fast.weights import WeightSnapshot, load_tensors
+from kunbr_fast.prefix_cache import CacheShard, PrefixCache
+from kunbr_fast.quantized import check_cover
+from kunbr_fast.reinsertion import check_cuda_graphs
+from kunbr_fast.run import Run
+from kunbr_fast.training import frozen
+from kunbr_fast.weights import WeightSnapshot
 
 
 def unlearn(
@@ -114,7 +102,7 @@ def unlearn(
         if output_dir is None and group.size > 1:
             raise ValueError("several processes need an output_dir that all of them see")
         questions = {"forget": _questions(forget_questions, forget), "retain": _questions(retain_questions, retain)}
-        run = Run(
+        run = Stages(
             model, forget, retain, config, tokenizer, unlearned, questions, folds or [], work, resume, progress, on_stage,
             group=group,
         )  # fmt: skip
@@ -174,8 +162,27 @@ def to_samples(
     return samples
 
 
-class Run:
-    """One run: every method is a stage, skipped if its result is already there.
+def _is_streamed(model: Any) -> bool:
+    return isinstance(model, nn.Module) and layer_stream(model) is not None
+
+
+def _check_streamed(model: nn.Module, unlearned: Any, config: KUnBRConfig, group: Group) -> None:
+    """ValueError for what cannot be done with a streamed model."""
+    if unlearned is None:
+        raise ValueError(
+            "the warm-up trains every parameter, and of a streamed model they are never in memory together: give an "
+            "unlearned model made elsewhere, by any method (unlearned=, --unlearned DIR)"
+        )
+    if not _is_streamed(unlearned) or unlearned is model:
+        raise ValueError("the original is streamed: open the unlearned model with open_streamed too, as another one")
+    if group.size > 1:
+        raise ValueError("a streamed model is for one process: run it without torchrun")
+    if config.cuda_graphs:
+        raise ValueError("cuda_graphs=True: a streamed model's layers have no place of their own: leave it out")
+
+
+class Stages(Run):
+    """The stages of a run, each skipped if its result is already there.
 
     open_state: makes the `RunState`, from its arguments. group: the processes that share the run."""
 
@@ -183,46 +190,44 @@ class Run:
         self, model, forget, retain, config, tokenizer, unlearned, questions, folds, work, resume, progress, on_stage,
         open_state=None, group=ALONE,
     ):  # fmt: skip
-        self.group, self.team = group, group  # all processes, and those that this one works with now
-        self.config, self.tokenizer, self.work, self.progress = config, tokenizer, work, progress and group.first
-        self.given, self.questions, self.folds = unlearned, questions, folds
-        self.on_stage = on_stage if on_stage and group.first else lambda text: None
+        self.tokenizer, self.given, self.questions, self.folds = tokenizer, unlearned, questions, folds
         self.stream = layer_stream(model)
-        self._check_streamed(model, unlearned)
-        self.decoder = Decoder(model)
+        if self.stream is not None:
+            _check_streamed(model, unlearned, config, group)
+        elif _is_streamed(unlearned):
+            raise ValueError("the unlearned model is streamed and the original is not: open both with open_streamed")
+        decoder = Decoder(model)
         # Bad settings and bad input fail now, not hours later at the stage that meets them.
         for operation in ("grad_density", "linear_loss", config.warmup_optimizer, config.optimizer):
-            resolve(operation, config.impl, self.decoder.device)
-        check_cuda_graphs(config.cuda_graphs, self.decoder.device)
-        blocks = selectable_blocks(self.decoder.num_layers, config.num_blocks, config.top_k, config.skip_last_layers)
+            resolve(operation, config.impl, decoder.device)
+        check_cuda_graphs(config.cuda_graphs, decoder.device)
+        blocks = selectable_blocks(decoder.num_layers, config.num_blocks, config.top_k, config.skip_last_layers)
         for block in blocks:
-            check_cover(self.decoder, block, config.cover_precision)
+            check_cover(decoder, block, config.cover_precision)
         criteria = [config.criterion(block) for block in blocks]
         for block, criterion in zip(blocks, criteria):
-            criterion.check_layer(self.decoder.num_layers, block)
+            criterion.check_layer(decoder.num_layers, block)
         if unlearned is None:
             criteria.append(config.criterion(warmup=True))
-            criteria[-1].check_layer(self.decoder.num_layers)
+            criteria[-1].check_layer(decoder.num_layers)
         alternate = next((c.alternate for c in criteria if c.alternate is not None), None)
-        self.forget = to_samples(forget, tokenizer, config, self.decoder, "forget", alternate)
-        self.retain = to_samples(retain, tokenizer, config, self.decoder, "retain")
-        self.alternates = [sample["alternate"] for sample in self.forget] if alternate is not None else []
-        self.samples = self.forget + self.retain + self.alternates  # `members` and the reference count in it
-        self.reference = Reference({})
+        forget = to_samples(forget, tokenizer, config, decoder, "forget", alternate)
+        retain = to_samples(retain, tokenizer, config, decoder, "retain")
+        alternates = [sample["alternate"] for sample in forget] if alternate is not None else []
         check_finite(model)
         if tokenizer is None and (folds or any(questions.values())):
             raise ValueError("questions and folds hold text: give tokenizer=")
         if config.rtt and folds and self.stream is None:
-            prepare_attack(self.decoder, tokenizer, folds, rtt_config(config))
+            prepare_attack(decoder, tokenizer, folds, rtt_config(config))
         if isinstance(unlearned, nn.Module):
             check_same_architecture(model, unlearned, "unlearned")
             check_finite(unlearned, "the unlearned model's ")
             if self.stream is not None:
                 layer_stream(unlearned).check("the unlearned model's ")
         asked = [*questions.values(), *(part for fold in folds for part in (fold.train_records, fold.questions))]
-        if self.alternates:
-            asked.append(self.alternates)
-        identity = fingerprint(model, self.forget, self.retain, *asked)
+        if alternates:
+            asked.append(alternates)
+        identity = fingerprint(model, forget, retain, *asked)
         given = (
             None if unlearned is None else fingerprint(unlearned) if isinstance(unlearned, nn.Module) else "a mapping"
         )
@@ -230,29 +235,8 @@ class Run:
         group.check_same(started | config.to_dict())
         if open_state is None:
             open_state = RunState if group.size == 1 else functools.partial(SharedState, group.first, group.wait)
-        self.state = open_state(work, identity, config, resume)
-        self.retain_limit = config.max_retain_loss or 2 * math.log(self.decoder.config.vocab_size)
-
-    def _check_streamed(self, model: nn.Module, unlearned: Any) -> None:
-        """ValueError for what cannot be done with a streamed model."""
-        given = isinstance(unlearned, nn.Module) and layer_stream(unlearned) is not None
-        if self.stream is None and given:
-            raise ValueError("the unlearned model is streamed and the original is not: open both with open_streamed")
-        if self.stream is None:
-            return
-        if unlearned is None:
-            raise ValueError(
-                "the warm-up trains every parameter, and of a streamed model they are never in memory together: give an "
-                "unlearned model made elsewhere, by any method (unlearned=, --unlearned DIR)"
-            )
-        if not given or unlearned is model:
-            raise ValueError(
-                "the original is streamed: open the unlearned model with open_streamed too, as another one"
-            )
-        if self.group.size > 1:
-            raise ValueError("a streamed model is for one process: run it without torchrun")
-        if self.config.cuda_graphs:
-            raise ValueError("cuda_graphs=True: a streamed model's layers have no place of their own: leave it out")
+        state = open_state(work, identity, config, resume)
+        super().__init__(decoder, config, forget, retain, alternates, state, work, group, progress, on_stage)
 
     def all(self) -> Report:
         if self.stream is not None and self.config.rtt and self.folds:
@@ -317,6 +301,22 @@ class Run:
                 )
                 out[what] = {"plain": found.plain, "calibrated": found.calibrated, "num_questions": found.num_questions}
         return out
+
+    def measure_reference(self, blocks: Sequence[range] | None = None) -> None:
+        """What the objectives need of M0, which the model must be now: of hidden layers once the blocks are known."""
+        config, needs = self.config, {}
+        if blocks is None:
+            criteria = [config.criterion(range(self.decoder.num_layers))]
+            criteria = [c for c in criteria if not c.objective.states]
+            if self.given is None and self.state.result("warmup") is None:
+                criteria.append(config.criterion(warmup=True))
+        else:
+            criteria = [c for c in map(config.criterion, blocks) if c.objective.states]
+        for criterion in criteria:
+            for kind, parts in criterion.needs.items():
+                needs[kind] = tuple(dict.fromkeys((*needs.get(kind, ()), *parts)))
+        if needs:
+            self._measure("reference" if blocks is None else "reference.blocks", needs)
 
     def warm_up(self) -> None:
         """M_u's weights to work/warmup.safetensors; the model is M0 again afterwards."""
@@ -474,7 +474,7 @@ class Run:
         if not visits:
             return trained
         unlearned = self._unlearned()
-        cache: PrefixCache | _Shard | None = None
+        cache: PrefixCache | CacheShard | None = None
         for round_, index in visits:
             block = blocks[index]
             stage = self._stage(round_, block)
@@ -501,30 +501,12 @@ class Run:
             return layer_stream(self.given)
         return WeightSnapshot(self.state.file("warmup"))  # its checksum reads the whole model
 
-    def _cache(self, home: list[int] | None) -> PrefixCache | _Shard:
-        """Of `cached`, or of those that this process has in steps that all share."""
-
-        of = self.prefix_cache
-        return of(self.cached()) if self.team.size == 1 else _Shard(of, self.cached(), home, self.team.rank)
-
-    def prefix_cache(self, samples: list[Sample]) -> PrefixCache:
-        config = self.config
-        return PrefixCache(
-            self.decoder,
-            samples,
-            config.cache,
-            self.work,
-            progress=self.progress,
-            dtype=config.cache_dtype,
-            budget=parse_bytes(config.cache_bytes, "cache_bytes"),
-        )
-
     def _train_block(
         self,
         stage: str,
         block: range,
         source: Mapping[str, torch.Tensor],
-        cache: PrefixCache | _Shard,
+        cache: PrefixCache | CacheShard,
         number: int,
         start: float,
         home: list[int] | None = None,
@@ -540,50 +522,6 @@ class Run:
                 cache.expect([self.members(training.criterion, *mine) for mine in steps])
             result = self._train(stage, training, cache.batch, schedule, start, home) | measured
         self.state.finish(stage, result, values.trained)
-
-    def _cache_error(
-        self, training: BlockTraining, cache: PrefixCache | _Shard, schedule: Schedule, home: list[int] | None
-    ) -> dict[str, dict[str, float]]:
-        """Of a prefix cache in low precision: what it makes of the samples and of the gradient of the block's first step
-        (the first process's part)."""
-        mine = self._mine(*schedule[0], home)
-        indices = self.members(training.criterion, *mine)
-        if cache.is_exact or not indices:
-            return {}
-        batch, exact = cache.batch(indices), cache.exact(indices)
-
-        def gradient(hidden: torch.Tensor) -> torch.Tensor:
-            training.accumulate(dataclasses.replace(batch, hidden=hidden), len(mine[0]), self.reference.batch(indices))
-            found = training.flat.grad.clone()
-            training.drop_gradient()
-            return found
-
-        error = float((batch.hidden.double() - exact.double()).norm() / exact.double().norm())
-        same = cosine(gradient(batch.hidden), gradient(exact))
-        self.on_stage(
-            f"prefix cache in {self.config.cache_dtype}: a relative error of {error:.2g}; the block's gradient has a cosine of "
-            f"{same:.6f} to the exact one"
-        )
-        return {"cache_error": {"relative_error": error, "gradient_cosine": same}}
-
-    def _gradient_cosine(
-        self,
-        training: BlockTraining,
-        batch_of: Callable[[list[int]], PackedBatch],
-        schedule: Schedule,
-        home: list[int] | None,
-    ) -> dict[str, float]:
-        """Of a cover in low precision: what it makes of the gradient of the block's first step (the first process's part)."""
-        if training.cover is None:
-            return {}
-        forget, retain = self._mine(*schedule[0], home)
-        indices = self.members(training.criterion, forget, retain)
-        if not indices:
-            return {}
-        found = gradient_cosine(training, batch_of(indices), len(forget), self.reference.batch(indices))
-        precision = training.cover.precision
-        self.on_stage(f"cover in {precision}: the block's gradient has a cosine of {found:.6f} to the exact cover's")
-        return {"gradient_cosine": found}
 
     @torch.no_grad()
     def _place(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -628,266 +566,6 @@ class Run:
             with self._apart():
                 rtt_attack(*attack, self.work / f"rank-{rank}", self.progress, rows, keep, (rank, self.group.size))
         return rtt_attack(*attack, self.work, self.progress, done(), keep)
-
-    # ------------------------------------------------ steps
-
-    def full_training(self) -> FullTraining:
-        config = self.config
-        return FullTraining(
-            self.decoder,
-            lr=config.warmup_lr,
-            optimizer=config.warmup_optimizer,
-            weight_decay=config.weight_decay,
-            gradient_checkpointing=config.gradient_checkpointing,
-            impl=config.impl,
-            criterion=config.criterion(warmup=True),
-            micro_batch_tokens=config.micro_batch_tokens,
-        )
-
-    def block_training(
-        self, values: MutableMapping[str, torch.Tensor], block: range
-    ) -> contextlib.AbstractContextManager[BlockTraining]:
-        config = self.config
-        return reinserted(
-            self.decoder,
-            values,
-            block,
-            config.block_lr,
-            criterion=config.criterion(block),
-            optimizer=config.optimizer,
-            weight_decay=config.weight_decay,
-            insertion=config.insertion,
-            master_weights=config.master_weights,
-            gradient_checkpointing=config.gradient_checkpointing,
-            mask=None if config.mask == "none" else self.mask(block),
-            cuda_graphs=config.cuda_graphs,
-            optimizer_device=config.optimizer_device,
-            micro_batch_tokens=config.micro_batch_tokens,
-            cover_precision=config.cover_precision,
-            activations=config.activations,
-            directory=self.work,
-            impl=config.impl,
-        )
-
-    def mask(self, block: range) -> dict[str, torch.Tensor]:
-        """The weights of the block that may change, by all samples and the original as it stands."""
-        config = self.config
-        found = attribute(
-            self.decoder,
-            self.forget,
-            self.retain if config.mask in COMPARING else None,
-            config.mask,
-            "all",
-            blocks=[block],
-            gradient_checkpointing=config.gradient_checkpointing or None,
-            impl=config.impl,
-            progress=self.progress,
-            group=self.team,
-        )
-        return found.mask(ratio=config.mask_ratio)
-
-    def cached(self) -> list[Sample]:
-        """Those of `samples` that the blocks train on."""
-        criterion = self.config.criterion(range(self.decoder.num_layers))
-        if criterion.alternate is not None:
-            return self.samples
-        return self.forget + self.retain if criterion.objective.retain else self.forget
-
-    def members(self, criterion: Criterion, forget: Sequence[int], retain: Sequence[int]) -> list[int]:
-        """The places in `samples` of a step's samples, in the order that the criterion takes them."""
-        first = len(self.forget)
-        alternates = [first + len(self.retain) + i for i in forget] if criterion.alternate is not None else []
-        return [*forget, *alternates, *(first + i for i in retain if criterion.objective.retain)]
-
-    def measure_reference(self, blocks: Sequence[range] | None = None) -> None:
-        """What the objectives need of M0, which the model must be now: of hidden layers once the blocks are known."""
-        config, needs = self.config, {}
-        if blocks is None:
-            criteria = [config.criterion(range(self.decoder.num_layers))]
-            criteria = [c for c in criteria if not c.objective.states]
-            if self.given is None and self.state.result("warmup") is None:
-                criteria.append(config.criterion(warmup=True))
-        else:
-            criteria = [c for c in map(config.criterion, blocks) if c.objective.states]
-        for criterion in criteria:
-            for kind, parts in criterion.needs.items():
-                needs[kind] = tuple(dict.fromkeys((*needs.get(kind, ()), *parts)))
-        if needs:
-            self._measure("reference" if blocks is None else "reference.blocks", needs)
-
-    def _measure(self, stage: str, needs: Needs) -> None:
-        if self.state.result(stage) is None:
-            self.on_stage("the original model's values for the objective")
-            start, model = time.perf_counter(), self.decoder.model
-            samples = {"forget": self.forget, "retain": self.retain, "alternate": self.alternates}
-            found = Reference({})
-            if self.group.first:
-                with fused(model, self.config.impl):
-                    found = Reference.of(
-                        self.decoder,
-                        samples,
-                        needs,
-                        impl=self.config.impl,
-                        storage=self.config.activations,
-                        directory=self.work,
-                        progress=self.progress,
-                    )
-            self.state.finish(stage, {"seconds": time.perf_counter() - start}, found.tensors())
-        found = Reference.from_tensors(load_tensors(self.state.file(stage)))
-        self.reference = Reference({**self.reference.values, **found.values})
-
-    def _schedule(self, epochs: int, number: int) -> Schedule:
-        """Stage `number`'s own data order: 0 for the warm-up, then one for each visit of a block."""
-        config = self.config
-        return Schedule(
-            len(self.forget),
-            len(self.retain),
-            config.batch_size,
-            config.retain_size,
-            epochs,
-            config.seed * 1000 + number,
-        )
-
-    def _train(
-        self,
-        stage: str,
-        training: FullTraining | BlockTraining,
-        batch_of: Callable[[list[int]], PackedBatch],
-        schedule: Schedule,
-        start: float | None = None,
-        home: list[int] | None = None,
-    ) -> dict[str, Any]:
-        """Runs the steps of a stage that are not yet done, with checkpoints; returns {"epochs", "seconds"}. batch_of:
-        those of `samples` by their places; home: see `_step`."""
-        start = time.perf_counter() if start is None else start
-        first, extra = 0, {"epochs": [], "sums": None, "recent": [], "seconds": 0.0}
-        if (found := self.state.progress(stage)) is not None:
-            first, tensors, extra = found
-            training.load_state(tensors, first)
-            # what memory allowed before: other parts would have other bits
-            limits = (extra.get("micro_batch_tokens"), training.micro_batches.tokens)
-            training.micro_batches.tokens = min((n for n in limits if n is not None), default=None)
-        every = self.config.checkpoint_every or schedule.steps_per_epoch
-
-        def save(done: int) -> None:
-            seconds = extra["seconds"] + time.perf_counter() - start
-            also = {"seconds": seconds, "micro_batch_tokens": training.micro_batches.tokens}
-            self.state.save_progress(stage, done, training.state(), {**extra, **also})
-
-        label = "warm-up" if stage == "warmup" else f"block {stage.rpartition('.')[2]}"
-        with tqdm(
-            total=len(schedule), initial=first, desc=label, unit="step", leave=False, disable=not self.progress
-        ) as bar:
-            for number in range(first, len(schedule)):
-                try:
-                    metrics = self._step(training, batch_of, *schedule[number], home)
-                except Diverged:
-                    save(number)  # the weights before the bad step
-                    raise
-                self._account(stage, number, schedule, metrics, extra)
-                bar.set_postfix_str(_shown(metrics), refresh=False)
-                bar.update()
-                if (number + 1) % every == 0 and number + 1 < len(schedule):
-                    save(number + 1)
-        self.team.check_same_bits(stage, training.state())
-        return {"epochs": extra["epochs"], "seconds": extra["seconds"] + time.perf_counter() - start}
-
-    def _step(
-        self,
-        training: FullTraining | BlockTraining,
-        batch_of: Callable[[list[int]], PackedBatch],
-        forget: list[int],
-        retain: list[int],
-        home: list[int] | None,
-    ) -> dict[str, float | None]:
-        """One step, by all of `team`. home: which process has each of the forget and retain samples; None: each takes an
-        equal part of the step's."""
-        team = self.team
-        if team.size == 1:
-            indices = self.members(training.criterion, forget, retain)
-            return training.step_packed(batch_of(indices), len(forget), self.reference.batch(indices))
-        mine = self._mine(forget, retain, home)
-        share, retain_share = (len(part) / len(whole) for part, whole in zip(mine, (forget, retain)))
-        indices = self.members(training.criterion, *mine)
-        step = SharedStep(training)
-        if indices:
-            step.add_all(batch_of(indices), len(mine[0]), self.reference.batch(indices), share, retain_share)
-        try:
-            metrics = step.gather(team, f"step {training.steps}")
-        except Diverged:
-            training.drop_gradient()
-            raise
-        training.micro_batches.update(training.apply)
-        return metrics
-
-    def _mine(
-        self, forget: list[int], retain: list[int], home: list[int] | None
-    ) -> tuple[list[int], list[int]] | list[list[int]]:
-        """Of a step's samples those that this process takes. home: as in `_step`."""
-        team = self.team
-        if home is None:
-            return [
-                x[team.rank * len(x) // team.size : (team.rank + 1) * len(x) // team.size] for x in (forget, retain)
-            ]
-        first = len(self.forget)
-        return [i for i in forget if home[i] == team.rank], [i for i in retain if home[first + i] == team.rank]
-
-    def _account(self, stage: str, number: int, schedule: Schedule, metrics: dict, extra: dict) -> None:
-        """Means of each epoch for the report, and the limit on the retain loss. A loss that the objective does not
-        measure is None throughout, and has no limit."""
-        names = ("forget_loss", "retain_loss")
-        sums = extra["sums"] or {**{name: 0.0 for name in names}, "steps": 0}
-        for name in names:
-            sums[name] = None if metrics[name] is None else sums[name] + metrics[name]
-        sums["steps"] += 1
-        extra["sums"] = sums
-        if (number + 1) % schedule.steps_per_epoch == 0:
-            extra["epochs"].append({n: None if sums[n] is None else sums[n] / sums["steps"] for n in names})
-            extra["sums"] = None
-        if metrics["retain_loss"] is None:
-            return
-        extra["recent"] = [*extra["recent"][-9:], metrics["retain_loss"]]
-        recent = sum(extra["recent"]) / len(extra["recent"])
-        if len(extra["recent"]) == 10 and recent > self.retain_limit:
-            raise Diverged(
-                f"{stage}, step {number}: the retain loss is beyond max_retain_loss = {self.retain_limit:.2f}", metrics
-            )
-
-
-def _shown(metrics: Mapping[str, float | None]) -> str:
-    """A step's losses for the progress bar: the NLLs, or the objective's own value where there are none."""
-    shown = [f"{n} {metrics[f'{n}_loss']:.3f}" for n in ("forget", "retain") if metrics[f"{n}_loss"] is not None]
-    return " ".join(shown) or f"loss {metrics['loss']:.4g}"
-
-
-class _Shard:
-    """The prefix cache of the samples that one process has; `batch` takes their places among all. of: makes one."""
-
-    def __init__(
-        self, of: Callable[[list[Sample]], PrefixCache], samples: list[Sample], home: Sequence[int], rank: int
-    ):
-        # after the forget and retain samples come alternates, each with its forget sample
-        held = [i for i in range(len(samples)) if home[i if i < len(home) else i - len(home)] == rank]
-        self._place = {index: place for place, index in enumerate(held)}
-        self._cache = of([samples[i] for i in held]) if held else None
-
-    def advance(self, layer: int) -> None:
-        if self._cache is not None:
-            self._cache.advance(layer)
-
-    def batch(self, indices: Sequence[int]) -> PackedBatch:
-        return self._cache.batch([self._place[i] for i in indices])
-
-    @property
-    def is_exact(self) -> bool:
-        return self._cache is None or self._cache.is_exact
-
-    def exact(self, indices: Sequence[int]) -> torch.Tensor:
-        return self._cache.exact([self._place[i] for i in indices])
-
-    def expect(self, batches: Sequence[Sequence[int]]) -> None:
-        if self._cache is not None:
-            self._cache.expect([self._place[i] for i in indices] for indices in batches)
 
 
 class _Values(dict):

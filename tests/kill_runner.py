@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from kunbr_fast import checkpoint, cli, loading, reinsertion, streaming, training
+from kunbr_fast import checkpoint, cli, layer_stream, loading, reinsertion, training
 from kunbr_fast.evaluation import rtt
 
 # point: (where, name of the function, how many calls pass)
@@ -23,7 +23,7 @@ POINTS = {
     "the model is half saved": (loading.os, "replace", None),
 }
 # points that only a streamed run, or one of several processes, comes to
-STREAMED = {"a shard of the result is written": (streaming, "write_with", 1)}
+STREAMED = {"a shard of the result is written": (layer_stream, "write_with", 1)}
 RANKED = {"rank 1, in its block": (reinsertion.BlockTraining, "step_packed", 2)}
 OF_RANK = {"rank 1, in its block": "1"}
 

@@ -13,7 +13,8 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from kunbr_fast import experts
 from kunbr_fast.data import pack
 from kunbr_fast.decoder import Decoder
-from kunbr_fast.density import NORMS, REDUCTIONS, _choose_tiles, knowledge_density
+from kunbr_fast.density import NORMS, REDUCTIONS, knowledge_density
+from kunbr_fast.gradients import choose_tiles
 from kunbr_fast.layer_kinds import LAYER_KINDS, How, Watched
 from kunbr_fast.taps import Segments, Taps
 
@@ -143,7 +144,7 @@ def test_layouts_of_experts(layout, fraction):
     item = Watched(module, LAYER_KINDS["experts"], "experts", 0, parameters, 5)
     samples = [{"input_ids": torch.arange(n), "labels": torch.arange(n)} for n in lengths]
     batch, found = pack(samples), {}
-    how = How("grad_l1", tiles={} if fraction is None else _choose_tiles([item], fraction, 0, x.device))
+    how = How("grad_l1", tiles={} if fraction is None else choose_tiles([item], fraction, 0, x.device))
     taps = Taps(Segments.of(lengths, x.device), 8, lambda parts: found.update(*item.kind.values(parts, how)))
     with experts.watched([item], taps, batch):
         ours = module(x.requires_grad_(), index, weight)

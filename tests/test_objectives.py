@@ -14,10 +14,12 @@ from tiny_models import random_samples, tiny_model
 import kunbr_fast as kf
 from kunbr_fast import cli, losses
 from kunbr_fast.config import KUnBRConfig
+from kunbr_fast.criterion import Criterion
 from kunbr_fast.data import ALTERNATES, REFUSALS, encode, pack, with_alternates
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.kernels import reference as plain_kernels
-from kunbr_fast.objectives import OBJECTIVES, RETAIN_LOSSES, Criterion, Reference, check_options, measure
+from kunbr_fast.objectives import OBJECTIVES, RETAIN_LOSSES, check_options
+from kunbr_fast.original import Reference, measure
 from kunbr_fast.reinsertion import BlockTraining, join
 from kunbr_fast.schedule import Schedule
 from kunbr_fast.training import FullTraining

@@ -13,13 +13,15 @@ from tiny_models import random_samples, tiny_model
 import kunbr_fast as kf
 from kunbr_fast import cli, losses
 from kunbr_fast.attribution import attribute
+from kunbr_fast.criterion import Criterion
 from kunbr_fast.data import pack
 from kunbr_fast.decoder import Decoder
-from kunbr_fast.density import Measurement, knowledge_density, watch_list
+from kunbr_fast.density import knowledge_density
+from kunbr_fast.gradients import Measurement, watch_list
 from kunbr_fast.graphs import StepGraphs
 from kunbr_fast.layer_kinds import How
 from kunbr_fast.memory import OutOfMemory, is_out_of_memory
-from kunbr_fast.objectives import Criterion, Reference
+from kunbr_fast.original import Reference
 from kunbr_fast.prefix_cache import PrefixCache
 from kunbr_fast.training import FullTraining
 

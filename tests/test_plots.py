@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kunbr_fast.density import Density
-from kunbr_fast.evaluation import plots
+from kunbr_fast.evaluation import figures
 from kunbr_fast.evaluation.accuracy import Accuracy
 from kunbr_fast.evaluation.plots import plot_density, plot_pareto, plot_relearning
 from kunbr_fast.evaluation.report import table, write_report
@@ -48,9 +48,9 @@ def result(curves):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were saved, in order, still as matplotlib objects."""
-    figures, save = [], plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
-    return figures
+    found, save = [], figures.save
+    monkeypatch.setattr(figures, "save", lambda figure, path: (found.append(figure), save(figure, path)))
+    return found
 
 
 def read_png(path):

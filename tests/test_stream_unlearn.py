@@ -22,9 +22,10 @@ from kunbr_fast.checkpoint import fingerprint
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.rtt import Fold, RTTConfig, rtt_attack
+from kunbr_fast.layer_stream import layer_stream
 from kunbr_fast.loading import load_model, load_tokenizer
-from kunbr_fast.objectives import Reference
-from kunbr_fast.streaming import layer_stream, open_streamed
+from kunbr_fast.original import Reference
+from kunbr_fast.streaming import open_streamed
 from kunbr_fast.weights import Shards, WeightSnapshot
 
 SETTINGS = dict(

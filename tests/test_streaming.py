@@ -20,16 +20,19 @@ from tiny_models import MIXTURES, random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast import losses
+from kunbr_fast.criterion import Criterion
 from kunbr_fast.data import pack
 from kunbr_fast.decoder import Decoder, check_finite, find_layers
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.layer_major import LayerMajor, micro_batches
+from kunbr_fast.layer_stream import layer_stream
 from kunbr_fast.layer_training import LayerMajorTraining
 from kunbr_fast.loading import load_model, load_tokenizer
-from kunbr_fast.objectives import OBJECTIVES, Criterion, Reference
+from kunbr_fast.objectives import OBJECTIVES
+from kunbr_fast.original import Reference
 from kunbr_fast.prefix_cache import PrefixCache
 from kunbr_fast.reinsertion import BlockTraining
-from kunbr_fast.streaming import layer_stream, open_streamed
+from kunbr_fast.streaming import open_streamed
 from kunbr_fast.weights import Shards, WeightSnapshot, save_tensors
 
 BLOCK = range(1, 3)

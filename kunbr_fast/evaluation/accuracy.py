@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from kunbr_fast import data
 from kunbr_fast.layer_major import forward_to
+from kunbr_fast.layer_stream import layer_stream
 from kunbr_fast.loading import check_vocabulary
-from kunbr_fast.streaming import layer_stream
 
 SCORINGS = ("letter", "choice")
 

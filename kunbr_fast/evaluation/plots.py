@@ -1,21 +1,16 @@
 """The pictures of a run: where the knowledge sits, which layers to choose, and how much comes back under attack.
 
-Made for a README: 1800 x 960 pixels, readable at half that size. Colours are Okabe and Ito's, which stay
-apart for colour-blind readers, and no difference is shown by colour alone. matplotlib is imported on use,
-with its own canvas and no pyplot, so that nothing of the caller's plotting state changes.
+Made for a README: 1800 x 960 pixels, readable at half that size. No difference is shown by colour alone.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kunbr_fast import atomic
 from kunbr_fast.blocks import pareto_front
+from kunbr_fast.evaluation import figures
+from kunbr_fast.evaluation.figures import COLOURS, GREY, MARKERS, ORANGE
 from kunbr_fast.evaluation.rtt import RTTResult
 
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#8C8C8C"
-_COLOURS = (_ORANGE, _BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = "osD^vP"
-_SIZE, _DPI = (9.0, 4.8), 200
 _RAW = {  # statistics without shares: title, label
     "fisher_ratio": ("Where the forget set weighs more than the retain set", "Fisher information, forget / retain"),
     "cosine": ("Where forget and retain gradients agree", "cosine of the mean gradients"),
@@ -43,14 +38,14 @@ def plot_density(density, blocks: Sequence[range], path: str | Path, skip_last_l
         raise ValueError(f"blocks {list(blocks)} name layers that a density of {number} layers does not have")
     skipped = set(range(max(0, number - skip_last_layers), number)) - chosen
 
-    figure, axes = _figure()
+    figure, axes = figures.single()
     groups = (
-        ("re-inserted and trained", chosen, {"color": _ORANGE}),
+        ("re-inserted and trained", chosen, {"color": ORANGE}),
         ("not chosen", set(range(number)) - chosen - skipped, {"color": "#A9C6DC"}),
         (
             "last layers, never chosen",
             skipped,
-            {"facecolor": "white", "edgecolor": _GREY, "hatch": "////", "linewidth": 1},
+            {"facecolor": "white", "edgecolor": GREY, "hatch": "////", "linewidth": 1},
         ),
     )
     for label, layers, style in groups:
@@ -87,8 +82,8 @@ def plot_density(density, blocks: Sequence[range], path: str | Path, skip_last_l
     axes.set_ylabel(y_label.replace("(%)", f"(%{estimate})"))
     axes.set_title(title, loc="left", fontweight="bold", pad=36 if blocks or skipped else 14)
     if blocks or skipped:
-        _legend(axes, ncols=3)
-    _save(figure, path)
+        figures.legend(axes, ncols=3)
+    figures.save(figure, path)
 
 
 def plot_pareto(density, path: str | Path) -> None:
@@ -103,14 +98,14 @@ def plot_pareto(density, path: str | Path) -> None:
     front = pareto_front(importance, alignment)
     others = [layer for layer in range(len(importance)) if layer not in front]
 
-    figure, axes = _figure()
-    axes.grid(axis="x", color="#E3E3E3", linewidth=0.8)
+    figure, axes = figures.single()
+    axes.grid(axis="x", color=figures.GRID, linewidth=0.8)
     ordered = sorted(front, key=lambda layer: alignment[layer])
     for layers, style in (
         (
             ordered,
             {
-                "color": _ORANGE,
+                "color": ORANGE,
                 "marker": "o",
                 "markersize": 9,
                 "linewidth": 1.6,
@@ -142,8 +137,8 @@ def plot_pareto(density, path: str | Path) -> None:
     axes.set_xlabel("|cosine| of the forget and the retain gradient")
     axes.set_ylabel("importance, |gradient| / |weights|")
     axes.set_title("Which layers to change: important, and not aligned", loc="left", fontweight="bold", pad=36)
-    _legend(axes, ncols=2)
-    _save(figure, path)
+    figures.legend(axes, ncols=2)
+    figures.save(figure, path)
 
 
 def plot_relearning(
@@ -160,10 +155,10 @@ def plot_relearning(
     """
     if not results:
         raise ValueError("no methods to plot: the result mapping is empty")
-    figure, axes = _figure()
+    figure, axes = figures.single()
     methods = []
     for index, (method, result) in enumerate(results.items()):
-        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         lr, epoch = result.best
         for other in result.lrs:
             if other != lr:
@@ -192,7 +187,7 @@ def plot_relearning(
     epochs = max(len(result.curve(result.lrs[0])) for result in results.values()) - 1
     chance_line = axes.axhline(
         100 * chance,
-        color=_GREY,
+        color=GREY,
         linestyle="--",
         linewidth=1.6,
         zorder=1,
@@ -205,14 +200,14 @@ def plot_relearning(
             marker="o",
             markersize=12,
             markerfacecolor="none",
-            color=_GREY,
+            color=GREY,
             linewidth=0,
             label="strongest attack",
         )[0],
         chance_line,
     ]
     if any(len(result.lrs) > 1 for result in results.values()):
-        keys.insert(1, axes.plot([], color=_GREY, linewidth=1.1, alpha=0.6, label="other learning rates")[0])
+        keys.insert(1, axes.plot([], color=GREY, linewidth=1.1, alpha=0.6, label="other learning rates")[0])
     axes.set_ylim(0, 104)
     axes.set_xlim(-0.03 * epochs, 1.03 * epochs)
     axes.set_xticks(range(0, epochs + 1, max(1, -(-epochs // 16))))
@@ -220,9 +215,9 @@ def plot_relearning(
     axes.set_ylabel("held-out accuracy (%)")
     title = "What comes back under the RTT attack"
     axes.set_title(title, loc="left", fontweight="bold", pad=20 + 17 * max(len(methods), len(keys)))
-    axes.add_artist(_legend(axes, handles=methods))
-    _legend(axes, handles=keys, loc="lower right", bbox_to_anchor=(1.01, 1.0))
-    _save(figure, path)
+    axes.add_artist(figures.legend(axes, handles=methods))
+    figures.legend(axes, handles=keys, loc="lower right", bbox_to_anchor=(1.01, 1.0))
+    figures.save(figure, path)
 
 
 def _percents(values: Sequence[float]) -> list[float]:
@@ -231,39 +226,3 @@ def _percents(values: Sequence[float]) -> list[float]:
 
 def _rate(lr: float) -> str:
     return f"{lr:g}".replace("e-0", "e-")
-
-
-def _figure():
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=11)
-    axes.xaxis.label.set_size(12.5)
-    axes.yaxis.label.set_size(12.5)
-    axes.title.set_size(15)
-    return figure, axes
-
-
-def _legend(axes, loc: str = "lower left", bbox_to_anchor: tuple = (-0.01, 1.0), **options):
-    """A legend between title and axes, where it can cover nothing."""
-    return axes.legend(
-        loc=loc,
-        bbox_to_anchor=bbox_to_anchor,
-        frameon=False,
-        fontsize=11,
-        borderaxespad=0.3,
-        columnspacing=1.4,
-        **options,
-    )
-
-
-def _save(figure, path: str | Path) -> None:
-    with atomic.atomic_write(path) as file:
-        # matplotlib's version and the time stay out of the file: the same data gives the same bytes.
-        figure.savefig(file, format="png", metadata={"Software": None})

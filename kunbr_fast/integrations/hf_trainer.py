@@ -5,7 +5,7 @@
     trainer.save_model()
 
 One `train()` is all stages in one row of Trainer's steps: the warm-up's epochs, then those of each visit of a block. All
-of what a stage is comes from `kunbr_fast.unlearn.Run`, and each step sees the samples that it sees in `kunbr_fast.unlearn`,
+of what a stage is comes from `kunbr_fast.unlearn.Stages`, and each step sees the samples that it sees in `kunbr_fast.unlearn`,
 so the weights come out the same. Of Trainer's internals this relies on `_wrap_model` alone (called once before training;
 what it returns, if not `self.model`, is not put into DistributedDataParallel), on `callback_handler.callbacks`, and on
 trainer_state.json being the last file of a checkpoint.
@@ -47,7 +47,7 @@ from kunbr_fast.patch import fused
 from kunbr_fast.prefix_cache import PrefixCache
 from kunbr_fast.reinsertion import BlockTraining, block_tensors
 from kunbr_fast.training import FullTraining, frozen
-from kunbr_fast.unlearn import Run
+from kunbr_fast.unlearn import Stages
 from kunbr_fast.weights import WeightSnapshot
 
 logger = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ class _Stage:
     stop: int
 
 
-class _Stages(Run):
-    """The stages of `unlearn.Run`, entered and left one by one; another's loop calls `backward`, `gather` and the optimiser."""
+class _Stages(Stages):
+    """The stages of `unlearn.Stages`, entered and left one by one; another's loop calls `backward`, `gather` and the optimiser."""
 
     def __init__(
         self,

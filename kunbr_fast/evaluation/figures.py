@@ -1,0 +1,64 @@
+"""What all pictures share: size, colours, legend, and bytes that depend on the data alone.
+
+matplotlib is imported on use, with its own canvas and no pyplot, so that nothing of the caller's plotting state
+changes. Colours are Okabe and Ito's, which stay apart for colour-blind readers.
+"""
+
+from pathlib import Path
+
+from kunbr_fast import atomic
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
+COLOURS = (ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "osD^vP"
+GRID = "#E3E3E3"
+SIZE, DPI = (9.0, 4.8), 200
+
+
+def canvas(size: tuple[float, float] = SIZE, dpi: int = DPI):
+    """A figure without axes, `size` inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def style(axes, grid: str = "y") -> None:
+    """grid: the axis that has grid lines: "x", "y" or "both"."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=11)
+    axes.xaxis.label.set_size(12.5)
+    axes.yaxis.label.set_size(12.5)
+    axes.title.set_size(15)
+
+
+def single(size: tuple[float, float] = SIZE, grid: str = "y", dpi: int = DPI):
+    """A figure and its one axes."""
+    figure = canvas(size, dpi)
+    axes = figure.add_subplot()
+    style(axes, grid)
+    return figure, axes
+
+
+def legend(axes, loc: str = "lower left", bbox_to_anchor: tuple = (-0.01, 1.0), **options):
+    """A legend between title and axes, where it can cover nothing."""
+    return axes.legend(
+        loc=loc,
+        bbox_to_anchor=bbox_to_anchor,
+        frameon=False,
+        fontsize=11,
+        borderaxespad=0.3,
+        columnspacing=1.4,
+        **options,
+    )
+
+
+def save(figure, path: str | Path) -> None:
+    """A PNG at `path`."""
+    with atomic.atomic_write(path) as file:
+        # matplotlib's version and the time stay out of the file: the same data gives the same bytes.
+        figure.savefig(file, format="png", metadata={"Software": None})
