@@ -1,11 +1,14 @@
 """Where each package lives, and the CUDA library. All else (name, dependencies, entry point) is in pyproject.toml.
 
 The top-level directory kernels/ installs as `kunbr_fast.kernels`, because Hugging Face publishes a package
-called `kernels`, which ours must not shadow. The mapping also decides how an editable install is made: with
-an import finder that knows exactly `kunbr_fast` and `kunbr_fast.kernels`. Without it, or with
+called `kernels`, which ours must not shadow, and benchmarks/ as `kunbr_fast.benchmarks`. The mapping also decides how an
+editable install is made: with an import finder that knows exactly `kunbr_fast` and these two. Without it, or with
 `editable_mode=compat`, the repository root would go onto sys.path, and `kernels` with it.
 
-Python that is started in the checkout finds kunbr_fast/ there, not the installed one: kunbr_fast/kernels.py.
+Python that is started in the checkout finds kunbr_fast/ there, not the installed one: kunbr_fast/checkout.py.
+
+The reference procedure is written once, in tests/, where it is the truth for the fast path; `kunbr-fast bench` measures
+against it, so a wheel has it too.
 
 csrc/ is built by nvcc, where there is one, into kunbr_fast/libkunbr_cuda.so: in the wheel, or in the checkout for an
 editable install. Without it, or where it fails, the installation goes on and says so: `impl="cuda"` is then missing.
@@ -20,8 +23,10 @@ from pathlib import Path
 from setuptools import Command, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+BESIDE = {"kunbr_fast.kernels": "kernels", "kunbr_fast.benchmarks": "benchmarks"}  # package: its folder
 
 
 def build_module():
@@ -75,6 +80,16 @@ SOURCES = (".cu", ".cuh", ".cpp", ".h", ".py")
 build.sub_commands.append(("build_cuda", None))
 
 
+class build_modules(build_py):
+    """With tests/reference_procedure.py in kunbr_fast.benchmarks."""
+
+    def find_package_modules(self, package, package_dir):
+        found = super().find_package_modules(package, package_dir)
+        if package == "kunbr_fast.benchmarks":
+            found.append((package, "reference_procedure", str(Path("tests") / "reference_procedure.py")))
+        return found
+
+
 class wheel(bdist_wheel):
     """For this platform where the library is in it; for any Python, as nothing here is compiled against Python."""
 
@@ -87,7 +102,7 @@ class wheel(bdist_wheel):
 
 
 setup(
-    packages=[*find_packages(include=["kunbr_fast", "kunbr_fast.*"]), "kunbr_fast.kernels"],
-    package_dir={"kunbr_fast.kernels": "kernels"},
-    cmdclass={"build_cuda": build_cuda, "bdist_wheel": wheel},
+    packages=[*find_packages(include=["kunbr_fast", "kunbr_fast.*"]), *BESIDE, "kunbr_fast.benchmarks.suites"],
+    package_dir=BESIDE,
+    cmdclass={"build_cuda": build_cuda, "build_py": build_modules, "bdist_wheel": wheel},
 )

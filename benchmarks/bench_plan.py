@@ -19,12 +19,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import count_step
 import torch
-from bench_reinsertion_step import resident
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from kunbr_fast.benchmarks.measure import add_rows
+from kunbr_fast.benchmarks import count_step
+from kunbr_fast.benchmarks.measure import resident, add_rows
 from kunbr_fast.config import KUnBRConfig
 from kunbr_fast.costs import Architecture, Batch, Step
 from kunbr_fast.decoder import Decoder

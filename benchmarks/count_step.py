@@ -17,29 +17,22 @@ fused operator is one launch; here it is as many as its torch form has, so launc
 import argparse
 import contextlib
 import json
-import sys
 import weakref
-from pathlib import Path
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import register_flop_formula
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from kunbr_fast import losses
 from kunbr_fast.benchmarks.measure import add_rows, flop_counter
+from kunbr_fast.benchmarks.models import build
+from kunbr_fast.benchmarks.reference import procedure
 from kunbr_fast.benchmarks.shapes import MODELS
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
-from reference_procedure import block_names, padded, padded_loss  # noqa: E402
-
-from kunbr_fast import losses  # noqa: E402
-from kunbr_fast.data import IGNORE, pack  # noqa: E402
-from kunbr_fast.decoder import Decoder  # noqa: E402
-from kunbr_fast.kernels.linear_loss import CHUNK_BYTES  # noqa: E402
-from kunbr_fast.patch import fused  # noqa: E402
+from kunbr_fast.data import IGNORE, pack
+from kunbr_fast.decoder import Decoder
+from kunbr_fast.kernels.linear_loss import CHUNK_BYTES
+from kunbr_fast.patch import fused
 
 ALLOCATIONS = ("aten::empty", "aten::new_empty", "aten::detach", "aten::lift_fresh", "aten::alias")
 
@@ -168,18 +161,6 @@ def _count(step, known):
     return dict(flops=flops.get_total_flops(), saved_bytes=saved_bytes, peak_bytes=meter.peak, launches=meter.launches)
 
 
-def build(name, dtype, device="meta"):
-    shape = MODELS[name]
-    config, model = (Qwen2Config, Qwen2ForCausalLM) if name.startswith("Qwen") else (LlamaConfig, LlamaForCausalLM)
-    settings = dict(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.key_value_heads,
-        tie_word_embeddings=shape.tied,
-    )  # fmt: skip
-    with torch.device(device):
-        return model(config(**settings)).to(dtype).eval()
-
-
 def questions(count, vocabulary, target):
     """Samples of WMDP's lengths (log-normal, mean 77 tokens, 20 to 224)."""
     generator = torch.Generator().manual_seed(0)
@@ -193,7 +174,7 @@ def questions(count, vocabulary, target):
 
 
 def freeze_but(model, block):
-    names = set(block_names(model, "model.layers", block))
+    names = set(procedure().block_names(model, "model.layers", block))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
         parameter.grad = torch.zeros_like(parameter) if name in names else None
@@ -205,7 +186,7 @@ def reference(model, block, forget, retain):
 
     def step():
         with torch.device(model.device):
-            return -padded_loss(model, forget) + padded_loss(model, retain)
+            return -procedure().padded_loss(model, forget) + procedure().padded_loss(model, retain)
 
     with Answer(False):  # asked by transformers: whether no place is padded
         return count(step, list(model.parameters()))
@@ -229,7 +210,7 @@ def ours(model, block, forget, retain):
 def standing(model, block, dtype, tokens):
     """Bytes that stay: {side: {kind: bytes}}, with Lion."""
     weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    names = set(block_names(model, "model.layers", block))
+    names = set(procedure().block_names(model, "model.layers", block))
     entries = sum(p.numel() for name, p in model.named_parameters() if name in names)
     each = dict(weights=weights, gradient=entries * dtype.itemsize)
     master = 4 * entries if dtype.itemsize == 2 else 0
@@ -268,7 +249,7 @@ def table(name, layers, batch, target, dtype):
     data = questions(2 * batch, MODELS[name].vocabulary, target)
     forget, retain = data[:batch], data[batch:]
     tokens = sum(len(s["input_ids"]) for s in data)
-    in_grid = sum(padded(part)[0].numel() for part in (forget, retain))
+    in_grid = sum(procedure().padded(part)[0].numel() for part in (forget, retain))
     blocks = [range(i, i + layers) for i in range(0, MODELS[name].layers - layers + 1, layers)]
     blocks = [block for block in blocks if block.stop <= MODELS[name].layers - 2]
     rows = []

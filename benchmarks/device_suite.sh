@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of at most ten minutes: tests, the ahead-of-time check, benchmarks.
+# Everything that needs a GPU, in one call of at most ten minutes: build, tests, benchmarks, ahead-of-time check.
 #
-#     OUT=out bash benchmarks/device_suite.sh
+#     OUT=out bash benchmarks/device_suite.sh              # or: ... tests, or: ... bench, with all the time for it
 #
 # Needs no network: uses the python3 there is, and installs this checkout into it (or, failing that, runs from it).
-# In $OUT (default ./out): a log of each part and the CSV files of both benchmarks. Parts go on when one fails; a summary comes last. Exit 0: all passed, 1: a part failed, 2: no GPU.
-# Variables: OUT; PYTHON (python3); BUDGET, seconds for all parts (570); TILES=1, time every candidate tile of
-# kernels/config.py's table instead of all variants; KUNBR_COMMIT, what the CSV says where .git did not travel.
+# Leaves in $OUT (default ./out): log.txt of all parts, results.csv, results.json, report.html, plots.tar.gz. Parts go on
+# when one fails; a summary comes last. Exit 0: all passed, 1: a part failed, 2: no GPU.
+# Variables: OUT; PYTHON (python3); BUDGET, seconds for all parts (570); BENCH, options of `kunbr-fast bench` in place of all
+# suites with --seconds 1.5 (BENCH="density --tiles"); KUNBR_COMMIT, what the rows say where .git did not travel.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-out}
+WHAT=${1:-all}
+BENCH=${BENCH:---seconds 1.5}
 BUDGET=${BUDGET:-570}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 unset TRITON_INTERPRET # kernels are compiled here, not interpreted
@@ -21,8 +24,11 @@ if [ "$(tail -n 1 <<<"$cuda")" != True ]; then
     exit 2
 fi
 
+case $WHAT in all | tests | bench) ;; *) echo "no part $WHAT: all, tests or bench" >&2 && exit 1 ;; esac
 mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
+LOGS=$OUT/parts # one file each, until log.txt has all of them
+rm -rf "$LOGS" && mkdir "$LOGS"
 
 left() { echo $((BUDGET - SECONDS)); }
 
@@ -40,8 +46,8 @@ part() {
         return
     fi
     echo "== $name (at most $limit s): $*"
-    timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1 || code=$?
-    tail -n "$lines" "$OUT/$name.log"
+    timeout -k 5 "$limit" "$@" >"$LOGS/$name.log" 2>&1 || code=$?
+    tail -n "$lines" "$LOGS/$name.log"
     case $code in
     0) ;;
     124 | 137) word="FAIL  (out of time)" ;;
@@ -61,7 +67,7 @@ print("python", platform.python_version(), sys.executable)
 print("GPU", torch.cuda.get_device_name(), "sm_%d%d" % torch.cuda.get_device_capability(), "CUDA", torch.version.cuda)
 needed = ["torch", "triton", "transformers", "numpy", "safetensors", "tqdm", "pyyaml", "matplotlib", "pytest"]
 missing = []
-for name in [*needed, "pytest-benchmark", "setuptools", "opacus"]:
+for name in [*needed, "setuptools", "liger-kernel", "opacus", "cut-cross-entropy", "lion-pytorch"]:
     try:
         print(name, m.version(name))
     except m.PackageNotFoundError:
@@ -73,18 +79,18 @@ if wanted:
 PY
 }
 
-# Leaves in $OUT/environment.log which way was taken; PYTHONPATH is exported where pip could not install.
+# Leaves in $LOGS/environment.log which way was taken; PYTHONPATH is exported where pip could not install.
 install() {
     echo "== installation"
-    if "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation --no-index -e . >"$OUT/pip.tmp" 2>&1 &&
-        (cd / && "$PYTHON" -c 'import kunbr_fast.kernels') 2>>"$OUT/pip.tmp"; then
+    if "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation --no-index -e . >"$LOGS/pip.tmp" 2>&1 &&
+        (cd / && "$PYTHON" -c 'import kunbr_fast.kernels') 2>>"$LOGS/pip.tmp"; then
         echo "pip install -e . (offline)"
     else
-        echo "pip could not install it: $(tail -n 1 "$OUT/pip.tmp")"
+        echo "pip could not install it: $(tail -n 1 "$LOGS/pip.tmp")"
         export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
         echo "PYTHONPATH=$PYTHONPATH"
     fi
-    rm -f "$OUT/pip.tmp"
+    rm -f "$LOGS/pip.tmp"
     (cd / && "$PYTHON" -c 'import kunbr_fast; print("kunbr_fast", kunbr_fast.__version__, "from", kunbr_fast.__file__)')
 }
 
@@ -100,38 +106,41 @@ tests() { # MARKERS FILE...: several processes, where pytest-xdist is there, as 
 export -f environment tests
 export PYTHON
 part environment 40 20 bash -c environment
-install >>"$OUT/environment.log" 2>&1 # not in a pipeline, which is a subshell: it may export PYTHONPATH
-sed -n '/^== installation/,$p' "$OUT/environment.log"
+install >>"$LOGS/environment.log" 2>&1 # not in a pipeline, which is a subshell: it may export PYTHONPATH
+sed -n '/^== installation/,$p' "$LOGS/environment.log"
 
 command -v nvcc >/dev/null && part cuda_build 100 8 "$PYTHON" csrc/build.py
 
-# What ran on CPUs only so far comes first; then the numbers, the largest model first; what needs no GPU comes last.
-part gpu_tests 90 25 bash -c 'tests gpu tests'
-part triton_tests 200 25 bash -c 'tests "not gpu" tests/test_grad_density_triton.py tests/test_operators.py \
-    tests/test_fused_norms.py tests/test_fused_rotary.py tests/test_fused_activations.py tests/test_linear_loss_triton.py \
-    tests/test_optim_triton.py'
-rm -f "$OUT/grad_density.csv" "$OUT/density_model.csv"
-if [ "${TILES:-0}" = 1 ]; then
-    kernel_options=(--tiles --variants bare triton)
-else
-    kernel_options=()
+# What ran on CPUs only so far comes first, then the numbers, then what takes long or needs no GPU.
+[ "$WHAT" = bench ] || part gpu_tests 90 25 bash -c 'tests gpu tests'
+if [ "$WHAT" != tests ]; then
+    reserve=$([ "$WHAT" = all ] && echo 170 || echo 10)
+    bench_time=$(($(left) - reserve))
+    rm -rf "$OUT/bench"
+    # shellcheck disable=SC2086 # BENCH is words
+    part bench "$bench_time" 200 "$PYTHON" -m kunbr_fast bench $BENCH --out "$OUT/bench" --budget $((bench_time - 60))
+    mv "$OUT"/bench/{results.csv,results.json,report.html} "$OUT" && tar -C "$OUT/bench" -czf "$OUT/plots.tar.gz" . &&
+        rm -r "$OUT/bench"
 fi
-part density_model 130 25 "$PYTHON" benchmarks/bench_density_model.py --csv "$OUT/density_model.csv"
-kernel_time=$(($(left) - 90))
-[ "$kernel_time" -le 240 ] || kernel_time=240
-part grad_density "$kernel_time" 90 "$PYTHON" benchmarks/bench_grad_density.py --seconds 4 \
-    --budget $((kernel_time - 25)) --csv "$OUT/grad_density.csv" "${kernel_options[@]}"
-if command -v compute-sanitizer >/dev/null; then # small shapes: the sanitizer slows kernels down a hundredfold
-    part memcheck 60 8 compute-sanitizer --tool memcheck --error-exitcode 9 \
-        "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_kernels.py -m gpu -x
-    part racecheck 60 8 compute-sanitizer --tool racecheck --error-exitcode 9 \
-        "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_kernels.py -m gpu -x
+if [ "$WHAT" != bench ]; then
+    part triton_tests 200 25 bash -c 'tests "not gpu" tests/test_grad_density_triton.py tests/test_operators.py \
+        tests/test_fused_norms.py tests/test_fused_rotary.py tests/test_fused_activations.py \
+        tests/test_linear_loss_triton.py tests/test_optim_triton.py'
+    if command -v compute-sanitizer >/dev/null; then # small shapes: the sanitizer slows kernels down a hundredfold
+        for tool in memcheck racecheck; do
+            part $tool 60 8 compute-sanitizer --tool $tool --error-exitcode 9 \
+                "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_kernels.py -m gpu -x
+        done
+    fi
+    part aot 110 8 "$PYTHON" -m kunbr_fast.kernels.aot
 fi
-part aot 110 8 "$PYTHON" -m kunbr_fast.kernels.aot
 
 {
+    for log in "$LOGS"/*.log; do echo "== $(basename "$log" .log)" && cat "$log"; done
     echo
     echo "== summary after $SECONDS s"
     printf '%s\n' "${SUMMARY[@]}"
-} | tee -a "$OUT/environment.log"
+} >"$OUT/log.txt"
+rm -r "$LOGS"
+tail -n $((${#SUMMARY[@]} + 1)) "$OUT/log.txt"
 exit "$FAILED"

@@ -36,14 +36,15 @@ class Skip(Exception):
 
 
 class Wrong(Exception):
-    """Ours gave another result than fp64: no numbers."""
+    """Ours gave another result than it should: no numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the user asked for; a suite chooses the rest by the device. None: its own choice.
 
-    quick: one small case a suite, to see that all works. compile: torch.compile's variants, on a CPU too.
+    quick: one small case a suite, to see that all works. compile: torch.compile's variants, on a CPU too. say: told what
+    begins within a case that takes minutes.
     """
 
     device: torch.device = torch.device("cpu")
@@ -56,6 +57,7 @@ class Options:
     tiles: bool = False
     seconds: float | None = None
     repeats: int | None = None
+    say: Callable[[str], None] = lambda text: None
 
     @property
     def gpu(self) -> bool:
@@ -74,14 +76,16 @@ class Options:
 class Variant:
     """`make()` builds what it needs, untimed, and returns the function that is timed, or raises `Skip`.
 
-    That function returns {name: tensor} of what the gate compares, or None. ours: held to our limits. keeps: bytes
-    that stay between two calls (weights, optimiser state, caches), None where variants share all of it.
+    That function returns {name: tensor} of what the gate compares, or None. ours: held to our limits. standing_bytes: bytes
+    that stay between two calls (weights, optimiser state, caches), or a function that says so after the first one; None
+    where variants share all of it. spent_flops: a function that counts those of a call, where variants differ in them.
     """
 
     name: str
     make: Callable[[], Callable[[], Mapping[str, torch.Tensor] | None]]
     ours: bool = False
-    standing_bytes: int | None = None
+    standing_bytes: int | Callable[[], int] | None = None
+    spent_flops: Callable[[], int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,6 +102,16 @@ class Case(abc.ABC):
     tokens: int
     options: Options
     baseline: str = "eager"
+
+    def __str__(self) -> str:
+        return f"{self.suite}: {self.model}, {self.label}"
+
+    def identity(self) -> dict[str, Any]:
+        """What names all of its rows."""
+        return {
+            "suite": self.suite, "model": self.model, "case": self.label, "tokens": self.tokens,
+            "dtype": str(self.dtype)[6:],
+        }  # fmt: skip
 
     @property
     def device(self) -> torch.device:
@@ -137,6 +151,14 @@ class Case(abc.ABC):
         """The relative error that ours may have whatever the baseline's: a few roundings of the result."""
         return 4 * torch.finfo(self.dtype).eps
 
+    def limit(self, baseline: float) -> float:
+        """The largest error that ours may have where the baseline has that one."""
+        return 2 * baseline + self.floor()
+
+    def error(self, found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> float:
+        """The largest of the relative errors of `found`."""
+        return max(relative_error(found[name], truth[name]) for name in found)
+
     def known(self, data: Any) -> list[torch.Tensor]:
         """Weights and other tensors that are no part of what autograd keeps for the backward pass."""
         return []
@@ -147,8 +169,8 @@ class Case(abc.ABC):
         wanted = self.options.variants
         return [v for v in self.variants(data) if wanted is None or v.name in wanted or v.name == self.baseline]
 
-    def gate(self) -> tuple[dict[str, float], dict[str, str]]:
-        """({variant: relative error}, {variant: why it is left out}). `Wrong` where ours is beyond its limit."""
+    def gate(self) -> tuple[dict[str, float | None], dict[str, str]]:
+        """({variant: error, None where it returns nothing}, {variant: why it is left out}). `Wrong` where ours is beyond its limit."""
         small = self.small()
         data = small.draw()
         truth, errors, left_out = small.truth(data), {}, {}
@@ -160,15 +182,12 @@ class Case(abc.ABC):
                     raise
                 left_out[variant.name] = _first_line(reason)
                 continue
-            error = 0.0 if found is None else max(relative_error(found[name], truth[name]) for name in found)
-            limit = 2 * errors.get(self.baseline, 0.0) + small.floor() if variant.ours else RIVAL_LIMIT
-            if error <= limit:
+            error = None if found is None else small.error(found, truth)
+            limit = small.limit(errors.get(self.baseline) or 0.0) if variant.ours else RIVAL_LIMIT
+            if error is None or error <= limit:
                 errors[variant.name] = error
             elif variant.ours:
-                raise Wrong(
-                    f"{self.suite} {self.model} {self.label}: {variant.name} is {error:.1e} from fp64 (limit {limit:.1e}): "
-                    "no numbers"
-                )
+                raise Wrong(f"{self}: {variant.name} is {error:.1e} from fp64 (limit {limit:.1e}): no numbers")
             else:
                 left_out[variant.name] = f"wrong: {error:.1e} from fp64"
         return errors, left_out
@@ -177,7 +196,7 @@ class Case(abc.ABC):
         """One for each variant. `Wrong` where ours is."""
         errors, left_out = self.gate()
         data = self.draw()
-        running, peaks, kept, standing, first = {}, {}, {}, {}, None
+        running, peaks, kept, standing, spent, first = {}, {}, {}, {}, {}, {}
         for variant in self.chosen(data):
             if variant.name not in errors:
                 continue
@@ -187,26 +206,26 @@ class Case(abc.ABC):
                 peaks[variant.name] = measure.peak_memory(run, self.device)
                 if self.counts_kept:
                     kept[variant.name] = measure.kept_bytes(run, self.known(data))
+                if variant.spent_flops is not None:
+                    spent[variant.name] = variant.spent_flops()
             except (Skip, torch.OutOfMemoryError) as reason:
                 left_out[variant.name] = _first_line(reason)
                 continue
-            running[variant.name], standing[variant.name] = run, variant.standing_bytes
+            running[variant.name], stays = run, variant.standing_bytes
+            standing[variant.name] = stays() if callable(stays) else stays
             if variant.ours and found is not None:  # at the timed shape ours have to agree with each other
-                first = first or (variant.name, found)
-                apart = max(relative_error(found[name], first[1][name]) for name in found)
+                apart = self.error(found, {name: first.setdefault(name, result) for name, result in found.items()})
                 if not apart <= 8 * self.floor():
-                    raise Wrong(
-                        f"{self.suite} {self.model} {self.label}: {variant.name} and {first[0]} are {apart:.1e} apart: "
-                        "no numbers"
-                    )
+                    raise Wrong(f"{self}: {variant.name} and those before it are {apart:.1e} apart: no numbers")
             del found
-        first = None
+        first.clear()
         times, rates, others = measure_rounds(running, self.options)
         return [
             self.row(
                 name, times.get(name), times.get(self.baseline), rates, ours=variant.ours, others=others,
                 error=errors.get(name), peak_bytes=peaks.get(name), kept_bytes=kept.get(name),
-                standing_bytes=standing.get(name), note=f"not run: {left_out[name]}" if name in left_out else "",
+                standing_bytes=standing.get(name), spent_flops=spent.get(name),
+                note=f"not run: {left_out[name]}" if name in left_out else "",
             )
             for name, variant in ((v.name, v) for v in self.chosen(data))
         ]  # fmt: skip
@@ -223,14 +242,14 @@ class Case(abc.ABC):
         peak_bytes: int | None = None,
         kept_bytes: int | None = None,
         standing_bytes: int | None = None,
+        spent_flops: int | None = None,
         others: float | None = None,
         note: str = "",
     ) -> dict[str, Any]:
         """values: milliseconds of each round, None where it did not run. rates: (FLOP/s, bytes/s) of the roofline."""
         row = dict.fromkeys(COLUMNS, "")
         row |= {
-            "suite": self.suite, "model": self.model, "case": self.label, "tokens": self.tokens,
-            "dtype": str(self.dtype)[6:], "variant": variant, "ours": int(ours), "note": note,
+            **self.identity(), "variant": variant, "ours": int(ours), "note": note,
             "gflop": _rounded(self.flops / 1e9), "mib": _rounded(self.nbytes / 2**20),
         }  # fmt: skip
         if values is None:
@@ -250,6 +269,7 @@ class Case(abc.ABC):
             row["matmul_tflop_per_s"], row["copy_gb_per_s"] = _rounded(rates[0] / 1e12), _rounded(rates[1] / 1e9)
         for name, nbytes in (("peak_mib", peak_bytes), ("kept_mib", kept_bytes), ("standing_mib", standing_bytes)):
             row[name] = "" if nbytes is None else _rounded(nbytes / 2**20)
+        row["spent_gflop"] = "" if spent_flops is None else _rounded(spent_flops / 1e9)
         row["error"] = "" if error is None else f"{error:.1e}"
         row["others_cores"] = "" if others is None else round(others, 2)
         return row
@@ -258,7 +278,7 @@ class Case(abc.ABC):
 # What names a row, then what was measured. `measure.about()` follows.
 KEY = ("suite", "model", "case", "tokens", "dtype", "variant")
 COLUMNS = (
-    *KEY, "ours", "ms", "p20_ms", "p80_ms", "rounds", "baseline", "speedup", "gflop", "mib", "tflop_per_s", "gb_per_s",
+    *KEY, "ours", "ms", "p20_ms", "p80_ms", "rounds", "baseline", "speedup", "gflop", "spent_gflop", "mib", "tflop_per_s", "gb_per_s",
     "roofline_percent", "peak_mib", "kept_mib", "standing_mib", "error", "note", "matmul_tflop_per_s", "copy_gb_per_s",
     "others_cores",
 )  # fmt: skip
@@ -319,22 +339,22 @@ def all_cases(suites: Sequence[str], options: Options) -> list[Case]:
 
 
 def run(
-    cases: Sequence[Case], budget: float = float("inf"), on_case: Callable[[int, Case], None] = lambda i, case: None
-) -> Iterator[tuple[Case, list[dict[str, Any]], str | None]]:
-    """For each case (case, its rows, None), or (case, [], why there are none): ours is wrong, or `budget` seconds are over."""
+    cases: Sequence[Case], budget: float = float("inf"), on_case: Callable[[Case], None] = lambda case: None
+) -> Iterator[tuple[Case, list[dict[str, Any]], Wrong | Skip | None]]:
+    """For each case (case, its rows, None), or (case, [], why there are none): `Wrong`, or `Skip` for want of time or memory."""
     begin = time.perf_counter()
-    for index, case in enumerate(cases):
+    for case in cases:
         if time.perf_counter() - begin > budget:
-            yield case, [], f"left out: the {budget:.0f} s are over"
+            yield case, [], Skip(f"the {budget:.0f} s are over")
             continue
-        on_case(index, case)
+        on_case(case)
         try:
             rows = case.rows()
         except Wrong as reason:
-            yield case, [], str(reason)
+            yield case, [], reason
             continue
         except torch.OutOfMemoryError as reason:
-            yield case, [], f"out of memory: {_first_line(reason)}"
+            yield case, [], Skip(f"out of memory: {_first_line(reason)}")
             continue
         finally:
             gc.collect()

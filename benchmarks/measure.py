@@ -85,7 +85,7 @@ def _by_name(rounds):
 
 def _block(variants, seconds=0.25):
     """([{name: milliseconds}] of rounds in a row, cores that other processes used meanwhile)."""
-    begin, others, rounds = time.perf_counter(), _others(), []
+    begin, others, rounds = time.perf_counter(), others_seconds(), []
     while not rounds or time.perf_counter() - begin < seconds:
         times = {}
         for name, run in variants.items():
@@ -93,10 +93,10 @@ def _block(variants, seconds=0.25):
             run()
             times[name] = (time.perf_counter() - start) * 1e3
         rounds.append(times)
-    return rounds, max(0.0, _others() - others) / (time.perf_counter() - begin)
+    return rounds, max(0.0, others_seconds() - others) / (time.perf_counter() - begin)
 
 
-def _others():
+def others_seconds():
     """Seconds of processor time that all other processes have used; 0 without Linux' /proc."""
     try:
         fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
@@ -140,14 +140,14 @@ def peak_memory(run, device):
     try:
         ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, so that `before` is what is in use
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         run()
-        return max(0, _resident("VmHWM") - before)
+        return max(0, resident("VmHWM") - before)
     except (OSError, AttributeError):
         return None
 
 
-def _resident(field):
+def resident(field):
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024

@@ -36,6 +36,12 @@ def ragged(count: int, seed: int = 0) -> list[int]:
     return (37.8 * (0.55 * draw).exp()).round().clamp(8, 224).int().tolist()
 
 
+def wmdp(count: int, seed: int = 0) -> list[int]:
+    """Lengths as WMDP's questions have them: log-normal with a mean of 77 tokens, from 20 to 224."""
+    draw = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    return (68 * (0.5 * draw).exp()).round().clamp(20, 224).int().tolist()
+
+
 def equal(length: int, tokens: int) -> list[int]:
     """As many samples of `length` as have at least `tokens` tokens."""
     return [length] * -(-tokens // length)

@@ -53,7 +53,7 @@ def left_padded(samples, pad=0):
 
 def padded_loss(model, samples):
     """Mean over samples of the mean NLL over each one's labelled tokens, from full logits of a padded batch."""
-    ids, mask, labels = padded(samples)
+    ids, mask, labels = (x.to(model.device) for x in padded(samples))
     logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
     wide = torch.promote_types(logits.dtype, torch.float32)
     target = labels[:, 1:]

@@ -1,19 +1,16 @@
 """benchmarks/count_step.py, whose table the README quotes: what is counted on the meta device is what a run does."""
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import peak_bytes, random_samples
 
+from kunbr_fast.benchmarks import count_step
+from kunbr_fast.benchmarks.shapes import MODELS, Shape
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import count_step  # noqa: E402
-from shapes import MODELS, Shape  # noqa: E402
-
 SIDES = {"reference": count_step.reference, "kunbr_fast": count_step.ours}
 
 

@@ -3,9 +3,7 @@
 import gc
 import json
 import re
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import tiny_text
@@ -14,6 +12,7 @@ import transformers as tf
 from tiny_models import CONFIGS, MORE, peak_bytes, random_samples
 
 from kunbr_fast import KUnBRConfig, PrefixCache, cli, reinserted
+from kunbr_fast.benchmarks import count_step
 from kunbr_fast.costs import KINDS, Architecture, Batch, Step
 from kunbr_fast.data import encode, load_records, pack
 from kunbr_fast.decoder import Decoder
@@ -23,10 +22,6 @@ from kunbr_fast.loading import load_tokenizer
 from kunbr_fast.patch import fused
 from kunbr_fast.plan import ACCURACY_BATCH, GPUS, Data, Run, assumed_lengths, duration, parse_bytes, plan
 from kunbr_fast.training import FullTraining, frozen
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import count_step  # noqa: E402
 
 SHAPE = dict(vocab_size=499, hidden_size=128, intermediate_size=344, num_hidden_layers=6, num_attention_heads=4)
 ROTARY = dict(**SHAPE, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)

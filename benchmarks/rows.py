@@ -1,0 +1,140 @@
+"""Rows on disk: a CSV, for people and spreadsheets, and a JSON of the same rows, each rewritten whole."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kunbr_fast import atomic
+from kunbr_fast.benchmarks.harness import COLUMNS, KEY
+
+NEEDED = (*KEY, "ours", "ms", "p20_ms", "p80_ms")  # the rest may be missing: files of other releases stay readable
+TEXTS = ("suite", "model", "case", "dtype", "variant", "baseline", "note")
+NUMBERS = frozenset({*COLUMNS, "threads"} - {*TEXTS})
+
+
+def parsed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with numbers in its columns of numbers, None where one is missing. ValueError names the column."""
+    return {name: _number(name, value) if name in NUMBERS else value for name, value in row.items()}
+
+
+def _number(name: str, value: Any) -> int | float | None:
+    if value is None or value == "":
+        return None
+    try:
+        number = value if isinstance(value, int) else float(value)
+        if math.isfinite(number):
+            return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else number
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{name} is {value!r}, expected a number")
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a .csv or .json that `write_rows` wrote, `parsed`. ValueError names the file and its line (in a
+    .json, the row, counted from 1) for anything else."""
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: no rows of benchmarks: not text") from None
+    found = []
+    for place, row in (_from_json if path.suffix == ".json" else _from_csv)(text, path):
+        try:
+            missing = [name for name in NEEDED if name not in row]
+            if missing:
+                raise ValueError(f"no rows of benchmarks: there is no column {', '.join(missing)}")
+            found.append(parsed(row))
+        except ValueError as error:
+            raise ValueError(f"{path}, {place}: {error}") from None
+    return found
+
+
+def _from_json(text, path):
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: no JSON: {error.msg}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}, line 1: no rows of benchmarks: expected a list of objects")
+    return ((f"row {i}", row) for i, row in enumerate(rows, 1))
+
+
+def _from_csv(text, path):
+    reader = csv.reader(io.StringIO(text, newline=""))
+    try:
+        header = next(reader, [])
+        missing = [name for name in NEEDED if name not in header]
+        if missing:
+            raise ValueError(f"no rows of benchmarks: there is no column {', '.join(missing)}")
+        for fields in reader:
+            if fields and len(fields) != len(header):
+                raise ValueError(f"{len(fields)} fields, expected the header's {len(header)}")
+            if fields:
+                yield f"line {reader.line_num}", dict(zip(header, fields))
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path}, line {max(1, reader.line_num)}: {error}") from None
+
+
+def write_rows(path_csv: str | Path, path_json: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Both files anew, each whole or not at all. Columns in the order in which the rows have them."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    rows = [dict.fromkeys(columns, "") | row for row in rows]
+    numbers = [parsed(row) for row in rows]  # first: what cannot be read again is not written
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic.atomic_write(path_csv) as file:
+        file.write(text.getvalue().encode())
+    atomic.write_json(path_json, numbers)
+
+
+# ---------------------------------------------------------------- cases
+
+
+class Outcome:
+    """All rows of one case, `parsed`: first those that ran, by time, then the others."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]):
+        self.ran = sorted((row for row in rows if row["ms"]), key=lambda row: row["ms"])
+        self.not_run = [row for row in rows if not row["ms"]]
+        self.suite, self.model, self.case, self.tokens, self.dtype = (rows[0][name] for name in KEY[:-1])
+        self.gflop, self.mib = rows[0].get("gflop") or 0, rows[0].get("mib") or 0
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (self.model, self.case) if part)
+
+    @property
+    def ours(self) -> dict[str, Any] | None:
+        """The fastest of ours."""
+        return next((row for row in self.ran if row["ours"]), None)
+
+    @property
+    def rivals(self) -> list[dict[str, Any]]:
+        """Those that do the same work, fastest first."""
+        return [row for row in self.ran if not row["ours"] and not self.does_less(row)]
+
+    def does_less(self, row: Mapping[str, Any]) -> bool:
+        """Returned nothing that the gate could compare, where ours did: a part of the work, timed as a yardstick."""
+        return not row["ours"] and row.get("error") is None and bool(self.ours) and self.ours.get("error") is not None
+
+    @property
+    def ratio(self) -> float | None:
+        """The fastest rival's time over that of our fastest: below 1 we lose."""
+        return self.over(self.rivals[0]) if self.rivals else None
+
+    def over(self, rival: Mapping[str, Any]) -> float | None:
+        """A rival's time over that of our fastest."""
+        return rival["ms"] / self.ours["ms"] if self.ours else None
+
+
+def outcomes(rows: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+    """The cases of `rows`, in the order in which they first occur."""
+    cases: dict[tuple, list] = {}
+    for row in map(parsed, rows):
+        cases.setdefault(tuple(row[name] for name in KEY[:-1]), []).append(row)
+    return [Outcome(rows) for rows in cases.values()]

@@ -1,0 +1,476 @@
+"""Statistics of each sample's weight gradient: one weight at a time, and the knowledge density of a whole model.
+
+One weight (N, K) of a linear layer, samples of T tokens packed one after the other, 2048 tokens and more (256 on a
+CPU), grad_l1:
+
+  torch, triton, cuda   ours
+  triton all            ours, three statistics in one launch
+  tile ...              each candidate of kernels/config.py's table, with --tiles
+  bare                  each sample's product written to memory, no statistic: what the others are to be compared with;
+                        on a GPU the fastest of single, batched and grouped products
+  loop                  the baseline: a backward per sample (its forward untimed), then .grad.abs().sum()
+  grouped_mm            all gradients in memory, then abs and sum; grouped_norm: the same, reduced in one pass
+  func                  torch.func's per-sample gradients, which run the layer's forward too
+  torch.compile         of bmm, abs and sum
+
+and grad_l2sq ("L2"; of up alone, as down costs the same): ours with dW formed in tiles, `gram` by way of
+<X X^T, dY dY^T>, `opacus`, whose ghost norm is the same, and the loop. Samples are padded for func, opacus and
+torch.compile before the clock starts. Needed: 2*T*N*K FLOPs over all samples, and one reading of the inputs; the Gram
+form gets along with fewer FLOPs where samples are short, and may be beyond the roofline.
+
+A whole model, random weights, random tokens of the lengths that questions have, loss on every token:
+
+  torch, triton   ours: kf.knowledge_density of the MLP's weights, grad_l1, packed batches
+  loop            the baseline: for each sample the model's own forward and backward, gradients for the MLP's weights
+                  only, .grad.abs().sum()
+  plain           ours without the statistics: the same packed passes, no gradient of any weight
+  products        dy_i.T @ x_i of each sample, layer and MLP weight, written to memory (`bare`)
+
+Goals on an H200: loop / ours at least 5; ours / (plain + products) at most 1.15; memory beyond plain's under 1 % of the
+weights' (`mib`).
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+import kunbr_fast as kf
+from kunbr_fast import dispatch, losses
+from kunbr_fast.benchmarks.harness import Case, Options, Skip, Variant, compiled, implementations, imported, need
+from kunbr_fast.benchmarks.measure import interleaved
+from kunbr_fast.benchmarks.models import build, causal_pairs, exact_norms, matrices
+from kunbr_fast.benchmarks.shapes import MODELS, Shape, equal, ragged
+from kunbr_fast.data import pack
+from kunbr_fast.decoder import Decoder
+from kunbr_fast.kernels import operators
+from kunbr_fast.schedule import token_batches
+from kunbr_fast.training import frozen
+
+MEAN_RAGGED = 44  # tokens of a sample in `ragged`
+DW_LIMIT_GPU, DW_LIMIT_CPU = 24 << 30, 2 << 30  # bytes of per-sample gradients that a rival may hold
+CHUNK_GPU, CHUNK_CPU = 8 << 30, 1 << 30  # bytes of them that torch.func holds at a time
+ALL = ("grad_l1", "grad_l2sq", "grad_linf")
+
+
+class _PerSample(Case):
+    """Judged by its worst entry, a sample's or a layer's: a mistake in one of many must not drown."""
+
+    def error(self, found, truth):
+        return max(_worst(found[name].double(), truth[name].double()) for name in found)
+
+
+def _worst(found, truth):
+    return float(((found - truth).abs() / truth).max()) if found.isfinite().all() else float("inf")
+
+
+# ---------------------------------------------------------------- one weight
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed:
+    """One layer's x (T, K) and dy (T, N), packed samples."""
+
+    x: torch.Tensor
+    dy: torch.Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def draw(cls, N, K, lengths, dtype, device):
+        generator = torch.Generator(device).manual_seed(0)
+        x, dy = (torch.randn(sum(lengths), n, generator=generator, device=device).to(dtype) for n in (K, N))
+        return cls(x, dy, tuple(lengths))
+
+    @functools.cached_property
+    def cu_seqlens(self):
+        return torch.tensor([0, *self.lengths]).cumsum(0).to(self.x.device, torch.int32)
+
+    @property
+    def dw_bytes(self):
+        """Of all samples' gradients."""
+        return len(self.lengths) * self.dy.shape[1] * self.x.shape[1] * self.x.element_size()
+
+    @property
+    def same_length(self):
+        return len(set(self.lengths)) == 1
+
+    def parts(self):
+        return list(zip(self.x.split(self.lengths), self.dy.split(self.lengths)))
+
+    @functools.cached_property
+    def padded(self):
+        """(B, L, K) and (B, L, N): views where samples are of one length, else zeros after each one's end."""
+        if self.same_length:
+            return tuple(t.unflatten(0, (len(self.lengths), -1)) for t in (self.x, self.dy))
+        return tuple(
+            torch.nn.utils.rnn.pad_sequence(t.split(self.lengths), batch_first=True) for t in (self.x, self.dy)
+        )
+
+
+def _check_memory(data: Packed, copies: int = 1) -> None:
+    nbytes = copies * data.dw_bytes
+    if nbytes > (DW_LIMIT_GPU if data.x.is_cuda else DW_LIMIT_CPU):
+        raise Skip(f"would hold {nbytes / 2**30:.0f} GiB")
+
+
+def _l1(gradients):
+    return gradients.abs().sum((1, 2), dtype=torch.float32)
+
+
+def bare(data: Packed):
+    """On a GPU the fastest of three: one product a sample, one batched (equal samples), one grouped."""
+    # On a CPU new memory costs more than the product of a short sample: one buffer for all.
+    parts = data.parts()
+    out = None if data.x.is_cuda else torch.empty(data.dy.shape[1], data.x.shape[1], dtype=data.dy.dtype)
+
+    def one_by_one():
+        for x, dy in parts:
+            torch.mm(dy.t(), x, out=out)
+
+    if not data.x.is_cuda:
+        return one_by_one
+    ways = [one_by_one]
+    with contextlib.suppress(Skip):
+        if data.same_length:
+            _check_memory(data)
+            x, dy = data.padded
+            ways.append(lambda: _drop(torch.bmm(dy.mT, x)))
+    with contextlib.suppress(Skip):
+        product = _grouped_products(data)
+        ways.append(lambda: _drop(product()))
+    for run in ways:
+        run()
+    times, _ = interleaved(dict(enumerate(ways)), data.x.device, 3, 0)
+    return ways[min(times, key=lambda way: min(times[way]))]
+
+
+def _drop(_):
+    return None
+
+
+def _grouped_products(data: Packed):
+    """A function that returns all dW_i, (B, N, K)."""
+    grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+    if grouped_mm is None:
+        raise Skip("this torch has no grouped_mm")
+    _check_memory(data, 2)  # and what is made of them
+    ends = data.cu_seqlens[1:]
+    try:
+        grouped_mm(data.dy.t(), data.x, offs=ends)
+    except (RuntimeError, NotImplementedError) as error:
+        raise Skip(f"grouped_mm: {str(error).splitlines()[0][:120]}") from error
+    return lambda: grouped_mm(data.dy.t(), data.x, offs=ends)
+
+
+def _grouped(data: Packed):
+    product = _grouped_products(data)
+    return lambda: {"grad_l1": _l1(product())}
+
+
+def _grouped_norm(data: Packed):
+    product = _grouped_products(data)
+    return lambda: {"grad_l1": torch.linalg.vector_norm(product(), 1, (1, 2), dtype=torch.float32)}
+
+
+def _loop(data: Packed, statistic: str = "grad_l1"):
+    weight = torch.zeros(data.dy.shape[1], data.x.shape[1], dtype=data.x.dtype, device=data.x.device).requires_grad_()
+    graphs = [(F.linear(x, weight), dy) for x, dy in data.parts()]
+
+    def run():
+        sums = []
+        for y, dy in graphs:
+            y.backward(dy, retain_graph=True)
+            terms = weight.grad.abs() if statistic == "grad_l1" else weight.grad.square()
+            sums.append(terms.sum(dtype=torch.float32))
+            weight.grad = terms = None
+        return {statistic: torch.stack(sums)}
+
+    return run
+
+
+def _func(data: Packed):
+    weight = torch.zeros(data.dy.shape[1], data.x.shape[1], dtype=data.x.dtype, device=data.x.device)
+    x, dy = data.padded
+    each = torch.func.vmap(lambda x, dy: torch.func.vjp(lambda w: F.linear(x, w), weight)[1](dy)[0])
+    step = max(1, (CHUNK_GPU if x.is_cuda else CHUNK_CPU) * len(x) // data.dw_bytes)
+    return lambda: {"grad_l1": torch.cat([_l1(each(a, b)) for a, b in zip(x.split(step), dy.split(step))])}
+
+
+def _opacus(data: Packed):
+    norms = imported("opacus.grad_sample.linear", "opacus").compute_linear_norm_sample
+    layer = torch.nn.Linear(data.x.shape[1], data.dy.shape[1], bias=False, device="meta", dtype=data.x.dtype)
+    x, dy = data.padded
+    return lambda: {"grad_l2sq": norms(layer, [x], dy)[layer.weight].double().square()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Weight(_PerSample):
+    """One weight, (N, K), and samples of `lengths`. statistic: grad_l1 or grad_l2sq."""
+
+    N: int
+    K: int
+    lengths: tuple[int, ...]
+    statistic: str = "grad_l1"
+    baseline: str = "loop"
+
+    @property
+    def flops(self):
+        return 2 * sum(self.lengths) * self.N * self.K
+
+    @property
+    def nbytes(self):
+        return sum(self.lengths) * (self.N + self.K) * self.dtype.itemsize
+
+    def draw(self):
+        return Packed.draw(self.N, self.K, self.lengths, self.dtype, self.device)
+
+    def small(self):
+        # rows stay 16-byte aligned, or other kernels run than the timed ones; lengths stay, which choose kernels too
+        N, K = (max(16, round(n / 32 / 8) * 8) for n in (self.N, self.K))
+        return dataclasses.replace(self, N=N, K=K, lengths=self.lengths[:3])
+
+    def truth(self, data):
+        dw = [dy.double().T @ x.double() for x, dy in data.parts()]
+        return {
+            "grad_l1": torch.stack([g.abs().sum() for g in dw]),
+            "grad_l2sq": torch.stack([g.square().sum() for g in dw]),
+            "grad_linf": torch.stack([g.abs().max() for g in dw]),
+        }
+
+    def floor(self):
+        return 1e-5  # products of inputs of any dtype are summed in fp32
+
+    def limit(self, baseline):
+        return self.floor()  # the loop rounds its gradients to their dtype, ours none
+
+    def variants(self, data):
+        def ours(impl, statistics=(self.statistic,), form="direct"):
+            def make():
+                need("grad_density", impl, self.device)
+                arguments = dict(max_seqlen=max(data.lengths), statistics=statistics, form=form, impl=impl)
+                return lambda: operators.grad_density(data.x, [data.dy], data.cu_seqlens, **arguments)[0]
+
+            return make
+
+        def compiled_bmm():
+            _check_memory(data)
+            run, (x, dy) = compiled(self.options, lambda x, dy: _l1(torch.bmm(dy.mT, x))), data.padded
+            return lambda: {"grad_l1": run(x, dy)}
+
+        found = [Variant(impl, ours(impl), ours=True) for impl in implementations("grad_density", self.device)]
+        found.append(Variant("loop", lambda: _loop(data, self.statistic)))
+        if self.statistic == "grad_l2sq":
+            found.append(Variant("gram", ours("torch", form="gram"), ours=True))
+            return [*found, Variant("opacus", lambda: _opacus(data))]
+        found.append(Variant("triton all", ours("triton", ALL), ours=True))
+        buffer = None if self.options.gpu else self.N * self.K * self.dtype.itemsize
+        found.append(Variant("bare", lambda: bare(data), standing_bytes=buffer))
+        rivals = {"grouped_mm": _grouped, "grouped_norm": _grouped_norm, "func": _func}
+        found += [Variant(name, functools.partial(make, data)) for name, make in rivals.items()]
+        return [*found, Variant("torch.compile", compiled_bmm)]
+
+    def chosen(self, data):
+        """With --tiles one for each candidate tile, too, whatever variants were named."""
+        tiles = self._tiles(data) if self.options.tiles and self.statistic == "grad_l1" else []
+        return super().chosen(data) + tiles
+
+    def _tiles(self, data):
+        if dispatch.why_not("grad_density", "triton", self.device) is not None:
+            return [Variant("tile", lambda: need("grad_density", "triton", self.device), ours=True)]
+        from kunbr_fast.kernels import config
+        from kunbr_fast.kernels.grad_density import launch
+
+        def make(tile):
+            def run():
+                (found,) = launch(data.x, [data.dy], data.cu_seqlens, ("grad_l1",), tile=tile)
+                return {"grad_l1": found[0]}
+
+            return lambda: run
+
+        mean = sum(data.lengths) / len(data.lengths)
+        kind = "fp32" if self.dtype == torch.float32 else "short" if mean <= config.SHORT_MEAN_TOKENS else "long"
+        tiles = config.TABLE[config.architecture(self.device), kind]
+        return [Variant(f"tile {tile}", make(tile), ours=True) for tile in tiles]
+
+
+# ---------------------------------------------------------------- a whole model
+
+
+def narrow(shape: Shape) -> Shape:
+    return dataclasses.replace(shape, hidden=16 * shape.heads, intermediate=40 * shape.heads, vocabulary=1024)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Model(_PerSample):
+    """The first `layers` layers of a model, with embeddings and head, and samples of `lengths`."""
+
+    shape: Shape
+    layers: int
+    lengths: tuple[int, ...]
+    batch_tokens: int = 2048
+    baseline: str = "loop"
+
+    @property
+    def flops(self):
+        """Forward, input gradients down to the first MLP's weights, the MLPs' products; attention of earlier tokens
+        only, the head for rows that have a label."""
+        shape, tokens = self.shape, sum(self.lengths)
+        mlp = 6 * tokens * shape.hidden * shape.intermediate
+        projections = 2 * tokens * matrices(shape) - mlp
+        attention = 4 * shape.hidden * causal_pairs(self.lengths)
+        head = 2 * (tokens - len(self.lengths)) * shape.hidden * shape.vocabulary
+        forward = self.layers * (projections + attention + mlp) + head
+        # nothing below the first MLP has a gradient that counts, and within it only down passes one on
+        backward = (self.layers - 1) * (projections + 2 * attention + mlp) + mlp // 3 + head
+        return forward + backward + self.layers * mlp
+
+    @property
+    def nbytes(self):
+        """All matrices, once."""
+        ends = self.shape.hidden * self.shape.vocabulary * (1 if self.shape.tied else 2)
+        return (self.layers * matrices(self.shape) + ends) * self.dtype.itemsize
+
+    def draw(self):
+        """(decoder, samples)"""
+        torch.manual_seed(0)
+        shape = dataclasses.replace(self.shape, layers=self.layers)
+        decoder = Decoder(build(self.model, self.dtype, self.device, shape))
+        generator = torch.Generator().manual_seed(0)
+        ids = [torch.randint(self.shape.vocabulary, (n,), generator=generator) for n in self.lengths]
+        return decoder, [{"input_ids": i, "labels": i.clone()} for i in ids]
+
+    def small(self):
+        return dataclasses.replace(
+            self, shape=narrow(self.shape), layers=min(2, self.layers), lengths=(3, 40, 17, 131), batch_tokens=100
+        )
+
+    def truth(self, data):
+        decoder, samples = data
+        wide = exact_norms(copy.deepcopy(decoder.model).double())
+        return self._loop(Decoder(wide), samples)()
+
+    def floor(self):
+        # All sums of a model run in another order where samples are packed. fp32: thousands of terms; in half precision
+        # the rounding of activations is what counts, and a sum of |gradients| is averaged over many.
+        return 2e-5 if self.dtype == torch.float32 else torch.finfo(self.dtype).eps / 4
+
+    def variants(self, data):
+        decoder, samples = data
+
+        def ours(impl):
+            def make():
+                for operation in ("grad_density", "linear_loss"):
+                    need(operation, impl, self.device)
+                return lambda: {
+                    "density": kf.knowledge_density(
+                        decoder, samples, impl=impl, batch_tokens=self.batch_tokens
+                    ).per_layer
+                }
+
+            return make
+
+        # the CUDA library has no linear_loss
+        found = [Variant(impl, ours(impl), ours=True) for impl in implementations("linear_loss", self.device)]
+        found.append(Variant("loop", lambda: self._loop(decoder, samples)))
+        found.append(Variant("plain", lambda: self._plain(decoder, samples)))
+        found.append(Variant("products", lambda: self._products(decoder)))
+        return found
+
+    def _loop(self, decoder, samples):
+        wide = torch.promote_types(decoder.dtype, torch.float32)
+        weights = [[p for n, p in layer.named_parameters() if n.startswith("mlp.")] for layer in decoder.layers]
+        inputs = [sample["input_ids"].to(decoder.device) for sample in samples]
+
+        def run():
+            sums = torch.zeros(len(weights), dtype=torch.float64, device=decoder.device)
+            with frozen(decoder.model):
+                for weight in itertools.chain.from_iterable(weights):
+                    weight.requires_grad_()
+                for ids in inputs:  # the model's own loss rounds logits to fp32, which would show in the truth
+                    logits = decoder.model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+                    F.cross_entropy(logits.to(wide), ids[1:]).backward()
+                    for index, layer in enumerate(weights):
+                        for weight in layer:
+                            sums[index] += weight.grad.abs().sum(dtype=wide)
+                            weight.grad = None
+            return {"density": sums.cpu() / len(samples)}
+
+        return run
+
+    def _batches(self):
+        return token_batches(self.lengths, self.batch_tokens)
+
+    def _plain(self, decoder, samples):
+        triton = self.options.gpu and dispatch.why_not("linear_loss", "triton", self.device) is None
+        impl, batches = "triton" if triton else "torch", [[samples[i] for i in part] for part in self._batches()]
+
+        def run():
+            with frozen(decoder.model):
+                for group in batches:
+                    batch = pack(group).to(decoder.device)
+                    with torch.no_grad():
+                        embedded = decoder.embed(batch)
+                    hidden = decoder.run(batch, 0, None, embedded.requires_grad_())
+                    weight = losses.likelihood(batch, reduction="sum").weight
+                    final = decoder.final(hidden[batch.rows])
+                    del hidden
+                    loss, _ = losses.linear_loss(final, decoder.head, batch.targets, weight, impl=impl)
+                    loss.backward(inputs=[embedded])
+
+        return run
+
+    def _products(self, decoder):
+        """Of the same inputs for each layer: what they hold does not matter."""
+        runs = []
+        for indices in self._batches():
+            lengths = [self.lengths[i] for i in indices]
+            for name, count in (("up", 2), ("down", 1)):  # gate has up's shape
+                N, K = self.shape.projections()[name]
+                runs += [bare(Packed.draw(N, K, lengths, decoder.dtype, decoder.device))] * count
+        return lambda: _drop([run() for _ in range(self.layers) for run in runs])
+
+
+# ---------------------------------------------------------------- which
+
+
+def cases(options: Options) -> list[Case]:
+    models = options.models or options.choose(["SmolLM2-135M"], ["Llama-3.2-1B", "SmolLM2-135M"], list(MODELS))
+    # on a CPU up alone: down is its transpose
+    projections = options.choose(["up"], ["up"], ["up", "down"])
+    lengths = options.tokens or options.choose(
+        ["32"], ["32", "128", "512", "ragged"], ["32", "64", "128", "256", "512", "2048", "ragged"]
+    )
+    at_least = options.choose([64], [256], [2048])[0]  # tokens of a batch
+    suffix = ", narrow" if options.quick else ""
+    shapes = {name: narrow(MODELS[name]) if options.quick else MODELS[name] for name in models}
+    found = []
+    if options.tokens is None or "ragged" in options.tokens:
+        for name in options.models or options.choose(["SmolLM2-135M"], ["SmolLM2-135M"], ["Llama-3-8B"]):
+            shape = shapes[name]
+            layers = options.choose([2], [min(8, shape.layers)], [shape.layers])[0]
+            each = ragged(options.choose([4], [12], [96])[0])
+            found.append(
+                Model(
+                    suite="density", model=name, label=f"whole model, {layers} layers{suffix}", options=options,
+                    tokens=round(sum(each) / len(each)), shape=shape, layers=layers, lengths=tuple(each),
+                )
+            )  # fmt: skip
+    for (name, shape), projection, statistic, T in itertools.product(
+        shapes.items(), projections, ("grad_l1", "grad_l2sq"), lengths
+    ):
+        if statistic == "grad_l2sq" and projection == "down":
+            continue
+        N, K = shape.projections()[projection]
+        each = ragged(max(3, round(at_least / MEAN_RAGGED))) if T == "ragged" else equal(int(T), at_least)
+        label = f"{projection}{', L2' * (statistic == 'grad_l2sq')}, {'ragged' if T == 'ragged' else f'T={T}'}{suffix}"
+        found.append(
+            Weight(
+                suite="density", model=name, label=label, tokens=round(sum(each) / len(each)), options=options,
+                N=N, K=K, lengths=tuple(each), statistic=statistic,
+            )
+        )  # fmt: skip
+    return found

@@ -1,0 +1,505 @@
+"""KUnBR from start to end, stage by stage, against the reference procedure: random weights, data of WMDP's size.
+
+785 questions to forget with WMDP's lengths and as many samples to retain as an epoch takes, 6 + 6 in a step; a
+warm-up of 3 epochs; 8 blocks, of which those without one of the last two layers are visited, 3 times for an epoch
+each: of Llama-3-8B 7 blocks and 3144 steps. Accuracy and the RTT attack are left out: they prove a result and make
+none.
+
+Ours is `kf.unlearn` itself, with clocks on its steps, its density and its prefix cache. The last stage, "rest", is
+all other time: models and blocks written to disk and checked, checks, what moves weights in and out. Checkpoints
+within a stage are off. The reference procedure holds two models in memory and writes nothing. It publishes no
+density; the one here, one sample's backward pass after the other, is ours to say.
+
+A side runs on all questions, or on as many as its time allows, at least two steps an epoch: a first run of two steps
+tells the pace, a second one makes as many as fit in `seconds` (60 if not given; of Triton's on a GPU all). Such
+questions are spread evenly over all lengths. The clocks' seconds are then extrapolated, and `note` says from how
+many: a visit's first step (kernels are loaded, memory is found) counts once, and the others for all that follow;
+density and prefix cache go by tokens. The rest is not extrapolated, since it is the same for one question or all.
+`rounds` is what was measured.
+
+The gate, before anything is timed: whole runs of a small sibling by both sides in fp64, warm-up, density and all
+visits, change the weights by the same to 1e-9. Triton's kernels know no fp64: they are held against it in fp32, by
+the reference's own error there.
+
+FLOPs are those of the products with weights that have to be made (no padding, no layer below a block twice).
+
+Predicted for Llama-3-8B on an H200, by these FLOPs at 55 % of 790 TFLOP/s (`EndToEnd.predicted`), in seconds: warm-up
+38.2, density 5.9, prefix cache 8.9, layers 0-3 26.9, 4-7 23.9, 8-11 21.0, 12-15 18.0, 16-19 15.0, 20-23 12.1, 24-27
+9.1; together 179.0, just the goal of 3 minutes. On top come updates (Lion reads and writes about 12 bytes a weight in
+the warm-up and 22 in a visit, 21 s at 4.3 TB/s) and the rest, in which 69 GB are written and 121 GB checked by
+SHA-256.
+"""
+
+import copy
+import dataclasses
+import functools
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import kunbr_fast as kf
+from kunbr_fast import dispatch
+from kunbr_fast.benchmarks import measure
+from kunbr_fast.benchmarks.harness import (
+    Case,
+    Options,
+    Skip,
+    Variant,
+    Wrong,
+    implementations,
+    measure_rounds,
+    need,
+)
+from kunbr_fast.benchmarks.models import build, matrices
+from kunbr_fast.benchmarks.reference import procedure
+from kunbr_fast.benchmarks.shapes import MODELS, Shape, wmdp
+from kunbr_fast.blocks import selectable_blocks
+from kunbr_fast.prefix_cache import PrefixCache
+from kunbr_fast.reinsertion import BlockTraining
+from kunbr_fast.schedule import Schedule
+from kunbr_fast.training import FullTraining
+
+BATCH, WARMUP_EPOCHS, NEVER = 6, 3, 10**9
+SAME = 1e-9  # largest relative difference of the changed weights in fp64
+TINY = Shape(hidden=64, intermediate=128, layers=4, heads=4, key_value_heads=2, vocabulary=512)
+
+
+class Clock:
+    """Seconds by stage: of steps the first ones of each training, and the others; of what has no steps all as first."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.first: dict[str, list[float]] = {}
+        self.later: dict[str, list[float]] = {}
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    @contextmanager
+    def __call__(self, stage: str, first: bool = True) -> Iterator[None]:
+        begin = self._now()
+        yield
+        (self.first if first else self.later).setdefault(stage, []).append(self._now() - begin)
+
+    def method(self, kind: type, name: str, stage: Callable[[object], str]):
+        """A patch that clocks a method: of trainings a step, of others all of it."""
+        method = getattr(kind, name)
+
+        @functools.wraps(method)
+        def clocked(this, *args, **kwargs):
+            with self(stage(this), getattr(this, "steps", 0) == 0):
+                return method(this, *args, **kwargs)
+
+        return mock.patch.object(kind, name, clocked)
+
+    def total(self, stage: str) -> float:
+        return sum(self.first.get(stage, [])) + sum(self.later.get(stage, []))
+
+    def steps(self, stage: str) -> int:
+        return len(self.first[stage]) + len(self.later.get(stage, []))
+
+    def extrapolated(self, stage: str, steps: int) -> float:
+        """Seconds of `steps` steps in as many trainings."""
+        first, later = self.first[stage], self.later.get(stage, [])
+        if not later:
+            return sum(first) * steps / len(first)
+        return sum(first) + sum(later) * (steps - len(first)) / len(later)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a side took for it: milliseconds, extrapolated to `of` steps (or samples) from `measured`."""
+
+    ms: float
+    measured: int = 1
+    of: int = 1
+    unit: str = ""
+
+    @property
+    def note(self) -> str:
+        return "" if self.measured >= self.of else f"extrapolated from {self.measured} of {self.of} {self.unit}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    stages: dict[str, Stage]
+    clocked: float  # seconds that the clocks have measured
+    peak: int | None
+    others: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class EndToEnd(Case):
+    shape: Shape
+    questions: int = 785
+    num_blocks: int = 8
+    visits: int = 3
+    lr: float = 2e-7
+    stage: str = "total"
+    baseline: str = "reference"
+
+    # ------------------------------------------------ what is done
+
+    @property
+    def blocks(self) -> list[range]:
+        return selectable_blocks(self.shape.layers, self.num_blocks, 1)
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return -(-self.questions // BATCH)
+
+    @property
+    def stages(self) -> list[str]:
+        return ["warm-up", "density", "prefix cache", *map(_layers, self.blocks), "merge", "rest"]
+
+    def config(self, impl: str) -> kf.KUnBRConfig:
+        return kf.KUnBRConfig(
+            batch_size=BATCH, warmup_epochs=WARMUP_EPOCHS, warmup_lr=self.lr, num_blocks=self.num_blocks,
+            top_k=len(self.blocks), rounds=self.visits, block_epochs=1, block_lr=self.lr, checkpoint_every=NEVER,
+            rtt=False, impl=impl,
+        )  # fmt: skip
+
+    def lengths(self, steps: int | None = None) -> tuple[list[int], list[int]]:
+        """Of the samples to forget and to retain, for epochs of `steps` steps."""
+        lengths, steps = wmdp(self.questions + self.steps * BATCH), steps or self.steps
+        return (
+            _spread(lengths[: self.questions], min(self.questions, steps * BATCH)),
+            _spread(lengths[self.questions :], steps * BATCH),
+        )
+
+    def samples(self, steps: int | None = None) -> tuple[list[dict], list[dict]]:
+        generator = torch.Generator().manual_seed(0)
+        drawn = (
+            [torch.randint(3, self.shape.vocabulary, (n,), generator=generator) for n in part]
+            for part in self.lengths(steps)
+        )
+        return tuple([{"input_ids": ids, "labels": ids.clone()} for ids in part] for part in drawn)
+
+    def draw(self) -> torch.nn.Module:
+        """The model. In fp64 it has the weights that it has in fp32."""
+        torch.manual_seed(0)
+        dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
+        return build(self.model, dtype, self.device, self.shape).to(self.dtype)
+
+    # ------------------------------------------------ the two sides: (the unlearned model, its density)
+
+    def ours(self, impl: str, model, steps: int, clock: Clock):
+        forget, retain = self.samples(steps)
+        visits = 0
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kunbr-")))
+
+            def begins(text: str) -> None:
+                nonlocal visits, merging
+                self.options.say(f"{self}: {impl}, {text}")
+                merging = time.perf_counter()
+                visits += text.startswith("re-insertion")
+                # rounds that no later one reads: of an 8B model each leaves 12 GB
+                for path in folder.glob(f"work/blocks.{(visits - 1) // len(self.blocks) - 2}.*.safetensors"):
+                    path.unlink()
+
+            def ends(report) -> None:
+                clock.first["merge"] = [time.perf_counter() - merging]  # what began last
+                clock.first["density"] = [report.seconds["density"]]
+
+            merging = time.perf_counter()
+            stack.enter_context(clock.method(FullTraining, "step_packed", lambda training: "warm-up"))
+            stack.enter_context(clock.method(BlockTraining, "step_packed", lambda training: _layers(training.block)))
+            stack.enter_context(clock.method(PrefixCache, "__init__", lambda cache: "prefix cache"))
+            stack.enter_context(clock.method(PrefixCache, "advance", lambda cache: "prefix cache"))
+            with clock("all"):
+                report = kf.unlearn(
+                    model, forget, retain, self.config(impl), output_dir=folder, progress=False, on_stage=begins,
+                    before_cleanup=ends,
+                )  # fmt: skip
+        return model, report.density.per_layer
+
+    def reference(self, model, steps: int, clock: Clock):
+        them, (forget, retain) = procedure(), self.samples(steps)
+        orders = [
+            list(Schedule(len(forget), len(retain), BATCH, BATCH, epochs, number))
+            for number, epochs in enumerate([WARMUP_EPOCHS] + [1] * (self.visits * len(self.blocks)))
+        ]
+        forget, retain = ([{k: v.to(self.device) for k, v in s.items()} for s in part] for part in (forget, retain))
+
+        def batches(number: int, stage: str):
+            self.options.say(f"{self}: reference, {stage}, training {number + 1} of {len(orders)}")
+            for step, (f, r) in enumerate(orders[number]):
+                with clock(stage, step == 0):
+                    yield [forget[i] for i in f], [retain[i] for i in r]
+
+        with clock("all"), torch.device(self.device):
+            unlearned = copy.deepcopy(model)
+            optimizer = them.ReferenceLion(unlearned.parameters(), self.lr)
+            for f, r in batches(0, "warm-up"):
+                them.reference_step(unlearned, optimizer, f, r, 1.0)
+            optimizer.zero_grad()
+            del optimizer
+            self.options.say(f"{self}: reference, density")
+            with clock("density"):
+                density = _one_by_one(model, forget, them.padded_loss)
+            visits = self.visits * self.blocks
+            for number, block in enumerate(visits, 1):
+                them.reference_block(
+                    model, unlearned, "model.layers", block, batches(number, _layers(block)), self.lr, 1.0
+                )
+        return unlearned, density
+
+    # ------------------------------------------------ the gate
+
+    def variants(self, data):
+        def side(name):
+            def make():
+                if name == "reference":
+                    procedure()
+                else:
+                    need("linear_loss", name, self.device)
+                return lambda: self._result(name)
+
+            return Variant(name, make, ours=name != "reference")
+
+        return [side("reference"), *map(side, implementations("linear_loss", self.device))]
+
+    def _work(self, name: str):
+        return self.reference if name == "reference" else functools.partial(self.ours, name)
+
+    def _result(self, name: str) -> dict[str, torch.Tensor]:
+        """What a whole run makes of the weights, and the density."""
+        before = torch.cat([p.detach().flatten() for p in self.draw().parameters()])
+        after, density = self._work(name)(self.draw(), self.steps, Clock(self.device))
+        return {"change": torch.cat([p.detach().flatten() for p in after.parameters()]) - before, "density": density}
+
+    def small(self):
+        """In fp32 also where this one is bf16: there only ours has master weights."""
+        shape = Shape(
+            hidden=32, intermediate=48, layers=4, heads=4, key_value_heads=2, vocabulary=97, tied=self.shape.tied
+        )
+        options = dataclasses.replace(self.options, dtype=torch.float32)
+        return dataclasses.replace(self, shape=shape, questions=10, num_blocks=4, visits=2, lr=1e-3, options=options)
+
+    def exact(self):
+        return dataclasses.replace(self, options=dataclasses.replace(self.options, dtype=torch.float64))
+
+    def truth(self, data):
+        return self.exact()._result("reference")
+
+    def floor(self):
+        """Lion's update is a sign: where the gradient is about 0, rounding decides it."""
+        return 0.02
+
+    def gate(self):
+        small = self.small()
+        truth, errors, left_out = small.truth(None), {}, {}
+        for name in (variant.name for variant in self.chosen(None)):  # the reference is the first
+            side = small.exact() if name == "torch" else small
+            try:
+                found = next(variant for variant in side.variants(None) if variant.name == name).make()()
+            except (Skip, dispatch.Unavailable) as reason:
+                left_out[name] = str(reason)
+                continue
+            errors[name] = side.error(found, truth)
+            limit = SAME if name == "torch" else side.limit(errors[self.baseline])
+            if name != self.baseline and not errors[name] <= limit:
+                raise Wrong(f"{self}: {name} is {errors[name]:.1e} from the reference (limit {limit:.1e}): no numbers")
+        return errors, left_out
+
+    # ------------------------------------------------ time
+
+    def rows(self):
+        found = {}
+        try:
+            errors, left_out = self.gate()
+        except Skip as reason:  # without the reference there is nothing to hold ours against
+            errors, left_out = {}, {variant.name: str(reason) for variant in self.chosen(None)}
+        for variant in self.chosen(None):
+            if variant.name in left_out:
+                continue
+            try:
+                found[variant.name] = self._measured(variant.name)
+            except (torch.OutOfMemoryError, OSError) as reason:  # of memory, or of the disk
+                left_out[variant.name] = str(reason).partition("\n")[0]
+            self._release()
+        rates = measure_rounds({}, self.options)[1]
+        rows = []
+        for stage in [*self.stages, "total"]:
+            case = dataclasses.replace(self, stage=stage, label=_label(stage))
+            rows += [case._row(variant, found, rates, errors, left_out) for variant in self.chosen(None)]
+        return rows
+
+    def _row(self, variant, found, rates, errors, left_out):
+        name, side = variant.name, found.get(variant.name)
+        if side is None:
+            return self.row(name, None, None, None, ours=variant.ours, note=f"not run: {left_out[name]}")
+        mine, base = (found[n].stages.get(self.stage) if n in found else None for n in (name, self.baseline))
+        if mine is None:
+            return self.row(name, None, None, None, ours=variant.ours, note="not run: the procedure has no such stage")
+        whole = self.stage == "total"
+        row = self.row(
+            name, [mine.ms], [base.ms] if base else None, rates if self.flops else None, ours=variant.ours,
+            error=errors.get(name), others=side.others, note=mine.note, peak_bytes=side.peak if whole else None,
+            standing_bytes=self.standing(name) if whole else None,
+        )  # fmt: skip
+        return row | {"rounds": mine.measured}
+
+    def _release(self) -> None:
+        gc.collect()
+        if self.options.gpu:
+            torch.cuda.empty_cache()
+
+    def seconds(self, name: str) -> float:
+        """That a side may run."""
+        if self.options.seconds is not None:
+            return self.options.seconds
+        return float("inf") if self.options.gpu and name == "triton" else 60.0
+
+    def _measured(self, name: str) -> Side:
+        seconds = self.seconds(name)
+        if seconds == float("inf"):
+            return self._run(name, self.steps)
+        found = self._run(name, steps := min(2, self.steps))
+        fit = min(self.steps, int(steps * seconds / found.clocked))
+        if fit > steps:
+            self._release()
+            found = self._run(name, fit)
+        return found
+
+    def _run(self, name: str, steps: int) -> Side:
+        model, clock = self.draw(), Clock(self.device)
+        self._release()
+
+        def run():
+            self._work(name)(model, steps, clock)
+
+        before = measure.others_seconds()
+        peak = measure.peak_memory(run, self.device)
+        if "all" not in clock.first:  # no /proc to measure it by
+            run()
+        seconds = clock.total("all")
+        others = None if self.options.gpu else max(0.0, measure.others_seconds() - before) / seconds
+        stages = self._stages(clock, steps)
+        clocked = sum(clock.total(stage) for stage in stages)
+        stages["rest"] = Stage(1e3 * (seconds - clocked))
+        total = sum(stage.ms for stage in stages.values())
+        stages["total"] = Stage(total, steps, self.steps, "steps an epoch")
+        return Side(stages, clocked, peak, others)
+
+    def _stages(self, clock: Clock, steps: int) -> dict[str, Stage]:
+        (some, most), (all_, every) = self.lengths(steps), self.lengths()
+        found = {}
+        for stage in self.stages:
+            if stage not in clock.first:
+                continue
+            if stage == "merge":
+                found[stage] = Stage(1e3 * clock.total(stage))
+            elif stage == "density":
+                ms = 1e3 * clock.total(stage) * sum(all_) / sum(some)
+                found[stage] = Stage(ms, len(some), len(all_), "samples")
+            elif stage == "prefix cache":
+                ms = 1e3 * clock.total(stage) * (sum(all_) + sum(every)) / (sum(some) + sum(most))
+                found[stage] = Stage(ms, len(some) + len(most), len(all_) + len(every), "samples")
+            else:
+                of = self.steps * (WARMUP_EPOCHS if stage == "warm-up" else self.visits)
+                found[stage] = Stage(1e3 * clock.extrapolated(stage, of), clock.steps(stage), of, "steps")
+        return found
+
+    # ------------------------------------------------ counts
+
+    @property
+    def flops(self) -> int:
+        return sum(self.flops_of(stage) for stage in (self.stages if self.stage == "total" else [self.stage]))
+
+    def flops_of(self, stage: str) -> int:
+        shape, parts = self.shape, self.lengths()
+        layer, layers = matrices(shape), shape.layers
+        attention = layer - 3 * shape.hidden * shape.intermediate
+        from_input = attention - shape.hidden**2  # q, k and v
+        forget = sum(parts[0])
+        tokens = forget + sum(parts[1])
+        head = 2 * shape.hidden * shape.vocabulary  # of one row, one way
+        forget_rows, rows = forget - len(parts[0]), tokens - len(parts[0]) - len(parts[1])
+        if stage == "warm-up":
+            return WARMUP_EPOCHS * (6 * layers * layer * tokens + 3 * head * rows)
+        if stage == "density":  # the MLPs' gradients; the first layer passes none on to its attention
+            below = attention + 2 * shape.hidden * shape.intermediate
+            gradients = layers * (layer - attention)
+            return 2 * (2 * layers * layer - below + gradients) * forget + 2 * head * forget_rows
+        if stage == "prefix cache":
+            return self.visits * 2 * self.blocks[-1].start * layer * tokens
+        for block in self.blocks:
+            if stage == _layers(block):  # the block's first layer passes no gradient on
+                above = layers - block.start
+                each = 2 * (2 * above * layer - from_input + len(block) * layer) * tokens + 2 * head * rows
+                return self.visits * each
+        return 0
+
+    nbytes = 0  # products bind these stages, and what else they read and write depends on the side
+
+    def predicted(self, rate: float = 0.55 * 790e12) -> dict[str, float]:
+        """Seconds of each stage at `rate` FLOP/s."""
+        return {stage: self.flops_of(stage) / rate for stage in self.stages if self.flops_of(stage)}
+
+    def standing(self, name: str) -> int:
+        """Bytes between two steps of a visit (all blocks are as large), or of the warm-up if those are more."""
+        shape, size = self.shape, self.dtype.itemsize
+        each = matrices(shape) + 2 * shape.hidden
+        every = shape.layers * each + shape.hidden * (1 + shape.vocabulary * (1 if shape.tied else 2))
+        block = len(self.blocks[0]) * each
+        if name == "reference":  # two models, gradient and momentum of what is trained
+            return size * max(2 * every + 2 * block, 4 * every)
+        cache = shape.hidden * sum(map(sum, self.lengths()))
+        update = 2 * 4 * block if size == 2 else size * block  # master weights and momentum, or momentum alone
+        return max(size * (every + 2 * block + cache) + update, 3 * size * every)
+
+
+def _label(stage: str) -> str:
+    return f"end to end: {stage}"
+
+
+def _layers(block: range) -> str:
+    return f"layers {block.start}-{block.stop - 1}"
+
+
+def _spread(lengths: Sequence[int], count: int) -> list[int]:
+    """`count` of them, evenly spread over them by size; all of them as they are."""
+    if count == len(lengths):
+        return list(lengths)
+    ordered = sorted(lengths)
+    return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
+
+
+def _one_by_one(model, samples, loss) -> torch.Tensor:
+    """(H,) float64: the mean over samples of the L1 norm of each one's gradient of a layer's MLP matrices."""
+    layers = [[p for p in layer.mlp.parameters() if p.dim() == 2] for layer in model.model.layers]
+    wanted = {id(p) for layer in layers for p in layer}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in wanted)
+    wide = torch.promote_types(model.dtype, torch.float32)
+    sums = torch.zeros(len(layers), dtype=torch.float64)
+    for sample in samples:
+        loss(model, [sample]).backward()
+        for index, layer in enumerate(layers):
+            for parameter in layer:
+                sums[index] += torch.linalg.vector_norm(parameter.grad, 1, dtype=wide)
+                parameter.grad = None
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return (sums / len(samples)).cpu()
+
+
+def cases(options: Options) -> list[Case]:
+    models = options.models or options.choose(["SmolLM2-135M"], ["SmolLM2-135M"], ["Llama-3-8B"])
+    found = []
+    for model in models:
+        sizes = dict(shape=TINY, questions=12, num_blocks=4) if options.quick else dict(shape=MODELS[model])
+        case = EndToEnd(suite="end_to_end", model=model, label=_label("total"), tokens=0, options=options, **sizes)
+        found.append(dataclasses.replace(case, tokens=sum(map(sum, case.lengths()))))
+    return found

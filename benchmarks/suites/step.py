@@ -1,0 +1,380 @@
+"""One re-insertion step (forward, backward, update by Lion) against the reference procedure's, at several blocks.
+
+6 forget and 6 retain samples of WMDP's lengths, with a loss on all tokens or on the letter of the answer alone; random
+weights. Every variant trains the same block by the same loss, gradient difference:
+
+    reference               tests/reference_procedure.py: two whole models, two padded passes, full logits, plain Lion
+    frozen eager            one model, Lion on lists of tensors, no cache of keys and values; else as the reference
+    frozen, torch.compile   that, with torch.compile of the pass
+    frozen, liger           that, with Liger's RMSNorm, SwiGLU, rotary embedding and fused linear cross-entropy
+    torch, triton           ours: one model and the block, one packed pass from the prefix cache, fused layers, head on rows
+                            with a label
+    torch, graph and triton, graph    that, as a CUDA graph
+
+In bf16 ours updates an fp32 copy of the block's weights; the others round each update to bf16, as published.
+
+The gate is twofold. In fp64, where signs of rounding are no matter, three steps have to give the reference's weights to
+1e-9. In the dtype that is timed Lion's sign turns a gradient that is rounding into a whole update, so there the block's
+gradients of one step are compared, and the losses.
+
+Needed FLOPs are those of ours without waste: matrix products, 2 T a weight for each of forward, dX and, in the block, dW,
+from the block's first layer on; attention, 12 a pair of a query and a key that it sees and entry of a query; in the last
+layer queries and MLP for labelled rows alone; the head twice for these. The prefix is no part: it is computed once, not in
+a step. `spent_gflop` is what a variant does, counted (attention by its plain products). Needed bytes: weights from the
+block on, read once forward and once backward; the update's reads and writes; the block's input; no activations besides.
+
+standing_mib: what a variant alone would hold between two steps: models, block, gradient, optimiser state, caches, memory
+of CUDA graphs. Here variants share frozen weights, and the reference's second model, which no step touches, is only
+counted. A graph's activations are part of it, and no part of its peak.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kunbr_fast as kf
+from kunbr_fast.benchmarks import measure
+from kunbr_fast.benchmarks.count_step import questions
+from kunbr_fast.benchmarks.harness import Case, Options, Skip, Variant, Wrong, compiled, imported, relative_error
+from kunbr_fast.benchmarks.models import build, causal_pairs, copied, exact_norms, matrices, nbytes, with_liger
+from kunbr_fast.benchmarks.reference import procedure
+from kunbr_fast.benchmarks.shapes import MODELS, Shape
+from kunbr_fast.blocks import selectable_blocks
+from kunbr_fast.data import PackedBatch, pack
+from kunbr_fast.decoder import Decoder
+
+LR = 1e-5
+EXACT = 1e-9  # largest relative difference of the weights after three fp64 steps
+
+
+class Inputs(NamedTuple):
+    model: nn.Module  # frozen; no variant writes to its weights
+    values: dict[str, torch.Tensor]  # the unlearned model's block
+    samples: list[dict[str, torch.Tensor]]  # first those to forget
+
+
+# ---------------------------------------------------------------- the sides
+
+
+class Reference:
+    def __init__(self, case, data: Inputs):
+        model, self.forget, self.retain = data.model, data.samples[: case.batch], data.samples[case.batch :]
+        parameters = dict(model.named_parameters())
+        self.model = copied(model, {parameters[name]: nn.Parameter(v.clone()) for name, v in data.values.items()})
+        self.block = {name: p for name, p in self.model.named_parameters() if name in data.values}
+        self.optimizer = self.make_optimizer(list(self.block.values()))
+
+    def make_optimizer(self, params):
+        return procedure().ReferenceLion(params, LR)
+
+    def step(self):
+        losses = procedure().reference_step(self.model, self.optimizer, self.forget, self.retain, 1.0)
+        return {"losses": torch.tensor(losses)}
+
+    def gradients(self):
+        losses = self.step()  # which leaves the gradient there
+        return losses | {name: p.grad for name, p in self.block.items()}
+
+    def weights(self):
+        return {name: p.detach() for name, p in self.block.items()}
+
+    def standing(self):
+        return nbytes(self.model.parameters()) + self._state()  # the second model's weights
+
+    def _state(self):
+        gradient = [p.grad for p in self.block.values() if p.grad is not None]
+        return nbytes([*self.model.parameters(), *gradient, *self.optimizer.momentum])
+
+    def flops(self):
+        with sdpa_kernel(SDPBackend.MATH), measure.flop_counter() as counter:
+            self.step()
+        return counter.get_total_flops()
+
+
+class ListLion:
+    """Lion by torch's operations on lists of tensors."""
+
+    def __init__(self, params, lr):
+        self.params, self.lr, self.momentum = params, lr, [torch.zeros_like(p) for p in params]
+
+    @torch.no_grad()
+    def step(self):
+        grads = [p.grad for p in self.params]
+        update = torch._foreach_lerp(self.momentum, grads, 0.1)
+        torch._foreach_sign_(update)
+        torch._foreach_add_(self.params, update, alpha=-self.lr)
+        torch._foreach_lerp_(self.momentum, grads, 0.01)
+
+
+class Frozen(Reference):
+    def __init__(self, case, data):
+        super().__init__(case, data)
+        self.batches = [[x.to(case.device) for x in procedure().padded(part)] for part in (self.forget, self.retain)]
+        self.loss = self.make_loss(case)
+
+    def make_optimizer(self, params):
+        return ListLion(params, LR)
+
+    def make_loss(self, case):
+        return self.mean_nll
+
+    def standing(self):
+        return self._state() + nbytes(
+            [self.model.get_parameter(name) for name in self.block]
+        )  # and the original's block
+
+    def step(self):
+        for parameter in self.block.values():
+            parameter.grad = None
+        forget, retain = (self.loss(*batch) for batch in self.batches)
+        (retain - forget).backward()
+        self.optimizer.step()
+        return {"losses": torch.stack([forget, retain]).detach().cpu()}
+
+    def mean_nll(self, ids, mask, labels):
+        """As the reference's `padded_loss`."""
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        target = labels[:, 1:]
+        nll = F.cross_entropy(logits.flatten(0, 1).to(wide), target.flatten(), reduction="none").view(target.shape)
+        return (nll.sum(1) / (target != -100).sum(1)).mean()
+
+
+class Compiled(Frozen):
+    def make_loss(self, case):
+        return compiled(case.options, self.mean_nll)
+
+
+class Liger(Frozen):
+    def make_loss(self, case):
+        with_liger(self.model, case.options)
+        liger = imported("liger_kernel.transformers.fused_linear_cross_entropy", "liger-kernel")
+        # a mean over samples of means is no reduction of Liger's
+        linear_loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="none")
+
+        def loss(ids, mask, labels):
+            hidden = self.model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+            target = labels[:, 1:]
+            nll = linear_loss(self.model.lm_head.weight, hidden.flatten(0, 1), target.flatten()).view(target.shape)
+            return (nll.sum(1) / (target != -100).sum(1)).mean()
+
+        return loss
+
+
+class Ours:
+    def __init__(self, case, data, impl, graph=False):
+        parameters = dict(data.model.named_parameters())
+        # parameters of its own, which the block is put into, of the original's tensors
+        own = {parameters[name]: nn.Parameter(parameters[name].data, requires_grad=False) for name in data.values}
+        self.model, self.num_forget = copied(data.model, own), case.batch
+        self.original = [p.data for p in self.model.parameters()]
+        decoder = Decoder(self.model)
+        self.cache = kf.PrefixCache(decoder, data.samples, "device" if case.options.gpu else "host")
+        self.cache.advance(case.block.start)
+        self.context = kf.reinserted(decoder, dict(data.values), case.block, lr=LR, impl=impl, cuda_graphs=graph)
+        self.training = self.context.__enter__()
+
+    def _batch(self):
+        return self.cache.batch(range(2 * self.num_forget))
+
+    def step(self):
+        found = self.training.step_packed(self._batch(), self.num_forget)
+        return {"losses": torch.tensor([found["forget_loss"], found["retain_loss"]])}
+
+    def gradients(self):
+        training, batch = self.training, self._batch()
+        loss, nll = training.accumulate(batch, self.num_forget)
+        if training._graphs is not None and not training._graphs.captured:
+            raise Skip("the step could not be captured")
+        found = training.criterion.metrics(batch, self.num_forget, loss, nll)
+        gradient = training.flat.grad.clone()
+        training.flat.grad.zero_()
+        losses = {"losses": torch.tensor([found["forget_loss"], found["retain_loss"]])}
+        return losses | dict(zip(training.parameters, training.flat.views(gradient)))
+
+    def weights(self):
+        return self.training.tensors()
+
+    def standing(self):
+        flat, optimizer, graphs = self.training.flat, self.training.optimizer, self.training._graphs
+        state = [x for x in optimizer.state[flat.param].values() if isinstance(x, torch.Tensor)]
+        held = [*self.original, flat.weights, flat.grad, flat.param, *state, self.cache._buffer]
+        if graphs is None:
+            return nbytes(held)
+        inputs = [static.batch.hidden for static, _, _ in graphs._held.values()]
+        pool = [s["total_size"] for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == graphs._pool]
+        return nbytes([*held, *inputs]) + sum(pool)
+
+    def flops(self):
+        with sdpa_kernel(SDPBackend.MATH), measure.flop_counter() as counter:
+            self.gradients()
+        return counter.get_total_flops()
+
+
+SIDES = {
+    "reference": Reference,
+    "frozen eager": Frozen,
+    "frozen, torch.compile": Compiled,
+    "frozen, liger": Liger,
+    "torch": functools.partial(Ours, impl="torch"),
+    "triton": functools.partial(Ours, impl="triton"),
+    "torch, graph": functools.partial(Ours, impl="torch", graph=True),
+    "triton, graph": functools.partial(Ours, impl="triton", graph=True),
+}
+IN_FP64 = ("frozen eager", "torch", "torch, graph")
+UNCOUNTED = ("frozen, torch.compile", "torch, graph", "triton, graph")  # no operator of theirs passes the counter
+
+
+# ---------------------------------------------------------------- the case
+
+
+def step_flops(shape: Shape, block: range, batch: PackedBatch, pairs: int, last_pairs: int) -> int:
+    """pairs: of a query and a key, in each head; last_pairs: those of the last layer, whose queries are labelled rows."""
+    tokens, rows, layers = batch.num_tokens, len(batch.rows), shape.layers - block.start
+    keys = 2 * shape.hidden * (shape.hidden // shape.heads) * shape.key_value_heads  # in the last layer for all tokens
+    total = 4 * (layers - 1) * matrices(shape) * tokens + 2 * len(block) * matrices(shape) * tokens
+    total += 4 * (keys * tokens + (matrices(shape) - keys) * rows)
+    total += 12 * ((layers - 1) * pairs + last_pairs) * shape.hidden
+    return total + 4 * rows * shape.hidden * shape.vocabulary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Step(Case):
+    """names: of the variants here. For the gate: shorter, each sample is its last part of so many; gradients, variants
+    give the gradients of one step."""
+
+    shape: Shape
+    block: range
+    batch: int
+    target: str
+    names: tuple[str, ...] = tuple(SIDES)
+    shorter: int = 1
+    gradients: bool = False
+    baseline: str = "reference"
+
+    @functools.cached_property
+    def packed(self) -> PackedBatch:
+        return pack(self.samples())
+
+    def samples(self):
+        found = questions(2 * self.batch, self.shape.vocabulary, self.target)
+        return [{key: x[-(len(x) // self.shorter) :] for key, x in sample.items()} for sample in found]
+
+    @property
+    def flops(self):
+        batch = self.packed
+        last_pairs = int((batch.position_ids[batch.rows] + 1).sum())
+        return step_flops(self.shape, self.block, batch, causal_pairs(batch.lengths), last_pairs)
+
+    @property
+    def nbytes(self):
+        shape, size = self.shape, self.dtype.itemsize
+        layer = matrices(shape) + 2 * shape.hidden
+        read = (shape.layers - self.block.start) * layer + (1 + shape.vocabulary) * shape.hidden
+        # gradient and weights written, gradient read; momentum and the weights that are updated read, momentum written
+        update = 3 * size + (4 * 4 if size == 2 else 3 * size)  # a half-precision block's fp32 copy is written too
+        return 2 * read * size + len(self.block) * layer * update + self.tokens * shape.hidden * size
+
+    def draw(self):
+        torch.manual_seed(0)
+        model = build(self.model, self.dtype, self.device, self.shape).requires_grad_(False)
+        inside = procedure().block_names(model, "model.layers", self.block)
+        values = {name: p.detach() for name, p in model.named_parameters() if name in set(inside)}
+        values = {name: p + 0.1 * p.std() * torch.randn_like(p) for name, p in values.items()}
+        return Inputs(model, values, self.samples())
+
+    def small(self):
+        odd = Shape(
+            hidden=48, intermediate=75, layers=4, heads=3, key_value_heads=1, vocabulary=211, tied=self.shape.tied
+        )
+        small = dataclasses.replace(self, shape=odd, block=range(1, 2), batch=2, shorter=4, gradients=True)
+        return dataclasses.replace(small, tokens=small.packed.num_tokens)
+
+    def truth(self, data):
+        wide = {p: nn.Parameter(p.double(), requires_grad=False) for p in data.model.parameters()}
+        values = {name: value.double() for name, value in data.values.items()}
+        return Reference(self, Inputs(exact_norms(copied(data.model, wide)), values, data.samples)).gradients()
+
+    def variants(self, data):
+        return [self._variant(name, data) for name in self.names]
+
+    def _variant(self, name, data):
+        made = []
+
+        def make():
+            made[:] = [SIDES[name](self, data)]
+            return made[0].gradients if self.gradients else made[0].step
+
+        return Variant(
+            name,
+            make,
+            ours=isinstance(SIDES[name], functools.partial),
+            standing_bytes=lambda: made[0].standing(),
+            spent_flops=None if name in UNCOUNTED else lambda: made[0].flops(),
+        )
+
+    def gate(self):
+        self.same_weights()
+        return super().gate()
+
+    def same_weights(self):
+        """`Wrong` unless three fp64 steps of those that run in fp64 give the reference's weights."""
+        exact = dataclasses.replace(self.small(), options=dataclasses.replace(self.options, dtype=torch.float64))
+        data = exact.draw()
+        reference = Reference(exact, data)
+        for _ in range(3):
+            reference.step()
+        truth = reference.weights()
+        if any(weight.equal(data.values[name]) for name, weight in truth.items()):
+            raise Wrong(f"{self}: the reference trained nothing: no numbers")
+        for name in (v.name for v in exact.chosen(data) if v.name in IN_FP64):
+            try:
+                side = SIDES[name](exact, data)
+            except kf.dispatch.Unavailable:  # CUDA graphs without a GPU
+                continue
+            for _ in range(3):
+                side.step()
+            error = max(relative_error(weight, truth[n]) for n, weight in side.weights().items())
+            if not error <= EXACT:
+                raise Wrong(
+                    f"{self}: {name} is {error:.1e} from the reference's weights after three fp64 steps (limit {EXACT:.0e}): "
+                    "no numbers"
+                )
+
+
+def cases(options: Options) -> list[Case]:
+    models = options.models or options.choose(["SmolLM2-135M"], ["SmolLM2-135M"], ["Llama-3-8B"])
+    found = []
+    for model in models:
+        shape = MODELS[model]
+        if options.quick:
+            shape = dataclasses.replace(shape, layers=4, vocabulary=4096)
+            first = middle = last = range(0, 2)
+        else:
+            blocks = selectable_blocks(shape.layers, num_blocks=8, top_k=1)
+            first, middle, last = blocks[0], blocks[len(blocks) // 2], blocks[-1]
+        quick = [(middle, 2, "all")]
+        cpu = [(first, 6, "all"), (middle, 6, "all"), (last, 6, "all"), (last, 6, "letter")]
+        gpu = [(block, 6, target) for target in ("all", "letter") for block in (first, middle, last)]
+        gpu += [(middle, 32, target) for target in ("all", "letter")]
+        for block, batch, target in options.choose(quick, cpu, gpu):
+            names = set(SIDES)
+            if options.gpu and (block, batch, target) != (middle, 6, "all"):
+                names.discard("frozen, torch.compile")  # takes minutes to compile, so once
+            if batch > 6:  # what each of them holds for itself would not fit together
+                names -= {"torch", "torch, graph"}
+            case = Step(
+                suite="step", model=model, tokens=0, shape=shape, block=block, batch=batch, target=target, options=options,
+                label=f"layers {block.start}-{block.stop - 1}, {batch}+{batch}, {WORDS[target]}",
+                names=tuple(name for name in SIDES if name in names),
+            )  # fmt: skip
+            found.append(dataclasses.replace(case, tokens=case.packed.num_tokens))
+    return found
+
+
+WORDS = {"all": "all tokens", "letter": "the letter"}

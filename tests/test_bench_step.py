@@ -1,0 +1,197 @@
+"""Suite step: its formulas count what a step does, its gate refuses wrong steps, and its variants leave the shared model alone."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import graph_emulator
+import pytest
+import reference_procedure
+import torch
+
+from kunbr_fast import checkout, patch
+from kunbr_fast.benchmarks import harness, reference
+from kunbr_fast.benchmarks.models import nbytes
+from kunbr_fast.benchmarks.suites import step
+from kunbr_fast.graphs import StepGraphs
+
+HERE = ("reference", "frozen eager", "torch")  # what a CPU can run fast
+
+
+def tiny(target="all", variants=HERE, **options):
+    """The gate's sibling."""
+    [case] = step.cases(harness.Options(quick=True, variants=variants, **options))
+    return dataclasses.replace(case, target=target).small()
+
+
+def test_needed_flops_are_those_spent_without_waste():
+    for target, waste in (("letter", 1e-9), ("all", 0.01)):  # with labels on half of a sample ours runs all of it
+        case = tiny(target)
+        batch = case.packed
+        grid = batch.num_samples * max(batch.lengths) ** 2
+        last = (
+            batch.num_samples
+            * max(batch.lengths)
+            * (max(batch.row_counts) if target == "letter" else max(batch.lengths))
+        )
+        formula = step.step_flops(case.shape, case.block, batch, grid, last)
+        side = step.SIDES["torch"](case, case.draw())
+        assert side.flops() == pytest.approx(formula, rel=waste)
+        assert 0 < case.flops < formula
+        # causal pairs, one by one
+        rows, places = batch.rows.tolist(), batch.position_ids.tolist()
+        seen = sum(p + 1 for p in places), sum(places[row] + 1 for row in rows)
+        assert case.flops == step.step_flops(case.shape, case.block, batch, *seen)
+
+
+def test_the_others_spend_more():
+    case = tiny("letter")
+    data = case.draw()
+    spent = {name: step.SIDES[name](case, data).flops() for name in HERE}
+    assert spent["reference"] == spent["frozen eager"] > 1.5 * spent["torch"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_and_standing_bytes_are_those_of_the_tensors(dtype):
+    case = dataclasses.replace(tiny(dtype=dtype), gradients=False)
+    data = case.draw()
+    model, inside = nbytes(data.model.parameters()), nbytes(data.values.values())
+    below = nbytes(p for n, p in data.model.named_parameters() if n.startswith("model.layers.0."))
+    embedding = 0 if case.shape.tied else nbytes([data.model.get_input_embeddings().weight])
+    entries = inside // dtype.itemsize
+    update = entries * (2 + 2 + 2 + 16) if dtype == torch.bfloat16 else entries * 6 * 4
+    hidden = case.tokens * case.shape.hidden * dtype.itemsize
+    assert case.nbytes == 2 * (model - below - embedding) + update + hidden
+    standing = {}
+    for variant in case.variants(data):
+        if variant.name in HERE:
+            variant.make()()
+            standing[variant.name] = variant.standing_bytes()
+    assert standing["reference"] == 2 * model + 2 * inside  # gradient, momentum
+    assert standing["frozen eager"] == model + 3 * inside
+    state = 8 * entries if dtype == torch.bfloat16 else inside  # fp32 weights and momentum, or momentum alone
+    assert standing["torch"] == model + 2 * inside + state + hidden
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_lets_ours_pass(dtype):
+    case = tiny("letter", variants=None, dtype=dtype)
+    errors, left_out = case.gate()
+    assert set(errors) == {*HERE, "triton"}
+    assert all(0 < error < 0.05 for error in errors.values())
+    assert set(left_out) == {"frozen, torch.compile", "frozen, liger", "torch, graph", "triton, graph"}
+    assert "CUDA" in left_out["torch, graph"]
+
+
+@pytest.mark.parametrize("what", ["retain loss", "layer", "update"])
+def test_the_gate_refuses_a_wrong_step(what, monkeypatch):
+    case = tiny()
+    if what == "retain loss":
+        right = step.kf.reinserted
+        monkeypatch.setattr(step.kf, "reinserted", lambda *args, **kwargs: right(*args, **kwargs, retain_coeff=1.001))
+    elif what == "layer":
+        right = patch.swiglu
+        monkeypatch.setattr(patch, "swiglu", lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
+    else:
+        monkeypatch.setattr(step, "Ours", lambda: None)
+        wrong = functools.partial(Hasty, impl="torch")
+        monkeypatch.setitem(step.SIDES, "torch", wrong)
+    with pytest.raises(harness.Wrong, match="torch is .* from the reference's weights"):
+        case.gate()
+
+
+class Hasty(step.Ours):
+    def step(self):
+        self.training.flat.param.data.add_(1e-8)
+        return super().step()
+
+
+def test_the_gate_refuses_a_wrong_kernel(monkeypatch):
+    """What only the timed dtype runs is held against fp64 there."""
+    right = patch.swiglu
+    monkeypatch.setattr(
+        patch, "swiglu", lambda *args, impl: right(*args, impl=impl) * (1.001 if impl == "triton" else 1)
+    )
+    with pytest.raises(harness.Wrong, match="triton is .* from fp64"):
+        tiny("letter", variants=("triton",)).gate()
+
+
+def test_the_gate_refuses_a_reference_that_trains_nothing(monkeypatch):
+    monkeypatch.setattr(step, "LR", 0.0)
+    with pytest.raises(harness.Wrong, match="trained nothing"):
+        tiny().gate()
+
+
+def test_rows_and_the_shared_model():
+    case = dataclasses.replace(tiny("letter", variants=(*HERE, "frozen, liger")), gradients=False)
+    drawn, draw = [], case.draw
+    object.__setattr__(case, "draw", lambda: drawn.append(draw()) or drawn[-1])
+    rows = {row["variant"]: row for row in case.rows()}
+    assert all(tuple(row) == harness.COLUMNS for row in rows.values())
+    assert list(rows) == ["reference", "frozen eager", "frozen, liger", "torch"]
+    assert rows["reference"]["speedup"] == 1 and rows["torch"]["ours"] == 1
+    for name in HERE:
+        assert rows[name]["ms"] > 0 and rows[name]["spent_gflop"] > 0 and rows[name]["standing_mib"] > 0
+    assert rows["torch"]["standing_mib"] < rows["reference"]["standing_mib"]
+    assert rows["frozen, liger"]["ms"] == "" and rows["frozen, liger"]["note"] == "not run: Liger's kernels need a GPU"
+    fresh = case.small().draw()
+    assert all(a.equal(b) for a, b in zip(drawn[0].model.parameters(), fresh.model.parameters()))
+    assert all(a.equal(b) for a, b in zip(drawn[0].values.values(), fresh.values.values()))
+
+
+def test_steps_train_and_agree_on_the_losses():
+    case = dataclasses.replace(tiny(), gradients=False)
+    data = case.draw()
+    found = {}
+    for name in HERE:
+        side = step.SIDES[name](case, data)
+        found[name] = [side.step()["losses"] for _ in range(3)]
+        assert not any(w.equal(data.values[n]) for n, w in side.weights().items())
+    for name in HERE[1:]:
+        for a, b in zip(found[name], found["reference"]):
+            assert a.tolist() == pytest.approx(b.tolist(), rel=1e-5)
+
+
+def test_a_graph_gives_the_gradients_of_plain_steps():
+    case = tiny()
+    data = case.draw()
+    plain, graph = (step.SIDES["torch"](case, data) for _ in range(2))
+    training = graph.training
+    training._graphs = StepGraphs(
+        graph.training.decoder, training._weighted, training.flat.grad, graph_emulator.capture
+    )
+    truth = plain.gradients()
+    for _ in range(2):  # captured, and replayed
+        found = graph.gradients()
+        assert set(found) == set(truth)
+        assert max(harness.relative_error(found[n], truth[n]) for n in found) < 1e-5
+    training._graphs = StepGraphs(graph.training.decoder, training._weighted, training.flat.grad, None)
+    with pytest.raises(harness.Skip, match="captured"):  # it runs launch by launch then: another variant
+        graph.gradients()
+
+
+def test_default_cases():
+    found = step.cases(harness.Options(device=torch.device("cuda")))
+    assert [(c.block, c.batch, c.target) for c in found] == [
+        *((range(i, i + 4), 6, target) for target in ("all", "letter") for i in (0, 12, 24)),
+        *((range(12, 16), 32, target) for target in ("all", "letter")),
+    ]
+    assert [c.label for c in found if "frozen, torch.compile" in c.names] == ["layers 12-15, 6+6, all tokens"]
+    assert all({"reference", "triton, graph"} <= set(c.names) for c in found)
+    found = step.cases(harness.Options())
+    assert [c.label for c in found] == [
+        "layers 0-2, 6+6, all tokens", "layers 12-14, 6+6, all tokens", "layers 21-23, 6+6, all tokens",
+        "layers 21-23, 6+6, the letter",
+    ]  # fmt: skip
+    assert all(c.tokens == sum(c.packed.lengths) and c.model == "SmolLM2-135M" for c in found)
+
+
+def test_the_reference_is_found(monkeypatch, tmp_path):
+    found = reference.procedure()
+    assert Path(found.__file__).read_text() == Path(reference_procedure.__file__).read_text()
+    reference.procedure.cache_clear()
+    monkeypatch.setattr(checkout, "ROOT", tmp_path)
+    with pytest.raises(harness.Skip, match="use a checkout"):
+        reference.procedure()
+    monkeypatch.undo()
+    assert reference.procedure().ReferenceLion is not None
