@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ def bench(
     Returns {"rows", "failed": {case: why ours gave no numbers}, "left_out": {case: why}, "files"}. ValueError for a folder
     that has results where `resume` is not given, or results that others measured.
     """
+    options = dataclasses.replace(options, say=lambda text: bar.set_postfix_str(text))
     cases, out = harness.all_cases(suites, options), Path(out)
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET=1 is set: interpreted kernels are not what is measured: unset it")

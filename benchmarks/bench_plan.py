@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from kunbr_fast.benchmarks import count_step
-from kunbr_fast.benchmarks.measure import resident, add_rows
+from kunbr_fast.benchmarks.measure import add_rows, resident
 from kunbr_fast.config import KUnBRConfig
 from kunbr_fast.costs import Architecture, Batch, Step
 from kunbr_fast.decoder import Decoder

@@ -55,6 +55,7 @@ class RunState:
     def __init__(self, directory: str | Path, identity: str, config: Any, resume: bool):
         self.directory = Path(directory)
         self.path = self.directory / "state.json"
+        self._read_before: dict[Path, tuple[tuple[int, ...], str]] = {}
         fresh, parts = _fresh(identity, config.to_dict()), []
         if not resume:
             if self.path.exists():
@@ -141,8 +142,11 @@ class RunState:
 
     def file(self, stage: str) -> Path:
         """The checked file of a finished stage."""
-        result = self.state["stages"][stage]
-        return self._checked(result)
+        return self._checked(self.result(stage))
+
+    def drop_file(self, stage: str) -> None:
+        """Deletes the file of a finished stage that no later one reads; its result stays."""
+        _remove([self.directory / self.result(stage)["file"]])
 
     # ------------------------------------------------ progress within a stage
 
@@ -179,13 +183,22 @@ class RunState:
     def _save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> str:
         path = self.directory / name
         save_tensors(path, tensors)
-        return sha256(path)
+        return self._sha256(path)
+
+    def _sha256(self, path: Path) -> str:
+        """Of a file that is as it was when this process read it last, without reading it again: M_u of a model of 8B has
+        16 GB, and is asked for three times."""
+        now = path.stat()
+        now = now.st_ino, now.st_size, now.st_mtime_ns
+        if self._read_before.get(path, (None, None))[0] != now:
+            self._read_before[path] = now, sha256(path)
+        return self._read_before[path][1]
 
     def _checked(self, entry: Mapping[str, Any]) -> Path:
         path = self.directory / entry["file"]
         if not path.is_file():
             raise ValueError(f"{path}: missing, though {self.path} names it: start again in another directory")
-        found = sha256(path)
+        found = self._sha256(path)
         if found != entry["sha256"]:
             raise ValueError(
                 f"{path}: damaged (SHA-256 {found[:12]}..., expected {entry['sha256'][:12]}...): start again"
@@ -202,14 +215,12 @@ class PartState(RunState):
     def __init__(self, whole: RunState, rank: int):
         self.directory, self._whole = whole.directory, whole
         self.path = self.directory / f"state.rank-{rank}.json"
+        self._read_before = whole._read_before
         self.state = _fresh(whole.state["identity"], whole.state["config"])
         self.state["interrupted"] = dict(whole.state["interrupted"])
 
     def result(self, stage: str) -> dict[str, Any] | None:
         return super().result(stage) or self._whole.result(stage)
-
-    def file(self, stage: str) -> Path:
-        return self._checked(self.result(stage))
 
     def _write(self) -> None:
         # what others have interrupted stays in the whole state

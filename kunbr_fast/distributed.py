@@ -266,6 +266,11 @@ class SharedState(RunState):
         if self._writes:
             super().save_progress(stage, step, tensors, extra)
 
+    def drop_file(self, stage: str) -> None:
+        """All have read what it held: they have trained from it, and waited for each other since."""
+        if self._writes:
+            super().drop_file(stage)
+
     @contextlib.contextmanager
     def apart(self, rank: int) -> Iterator[PartState]:
         """Inside, each process has a state of its own to write to; afterwards all of it is here."""

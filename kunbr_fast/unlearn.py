@@ -479,6 +479,8 @@ class Stages(Run):
             block = blocks[index]
             stage = self._stage(round_, block)
             resumed = self.state.result(stage) is not None
+            if resumed and self.state.result(self._stage(round_ + 1, block)) is not None:
+                continue  # no file is left of this round
             if not resumed:
                 self.on_stage(
                     f"re-insertion of layers {block.start}-{block.stop - 1}, round {round_ + 1} of {config.rounds}"
@@ -490,6 +492,8 @@ class Stages(Run):
                 source = trained.get(block, unlearned)
                 self._train_block(stage, block, source, cache, self._number(round_, index, len(blocks)), start, home)
             trained[block] = WeightSnapshot(self.state.file(stage))
+            if round_ > 0:
+                self.state.drop_file(self._stage(round_ - 1, block))
             # a streamed model has kept in main memory what it reads from the file from now on
             if config.insertion == "cumulative" and (resumed or self.stream is not None):
                 self._place(trained[block])

@@ -9,6 +9,7 @@ from reference_procedure import ReferenceLion, padded_loss, reference_block
 from tiny_models import random_samples, tiny_model
 
 import kunbr_fast as kf
+from kunbr_fast import checkpoint
 from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.schedule import Schedule
 
@@ -235,3 +236,38 @@ def test_a_line_that_changes_sides_is_another_run(tmp_path):
         kf.unlearn(
             tiny_model("llama"), samples[:5], samples[5:], config, output_dir=tmp_path, progress=False, resume=True
         )
+
+
+@pytest.mark.parametrize("insertion", ["independent", "cumulative"])
+def test_a_block_keeps_the_file_of_its_last_round_alone_and_resumes_from_it(insertion, tmp_path):
+    forget, retain = random_samples(6, seed=1), random_samples(6, seed=2)
+    config = kf.KUnBRConfig(**SETTINGS, insertion=insertion, rounds=3)
+    model, truth, killed = tiny_model("llama"), tiny_model("llama"), []
+    kf.unlearn(truth, forget, retain, config, output_dir=tmp_path / "truth", progress=False)
+
+    def kill(text):
+        if text.startswith("re-insertion") and "round 3" in text:  # the first of two blocks, then the second
+            killed.append(sorted(path.name for path in (tmp_path / "run" / "work").glob("blocks*.safetensors")))
+            if len(killed) in (1, 3):
+                raise KeyboardInterrupt
+
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            kf.unlearn(
+                model, forget, retain, config, output_dir=tmp_path / "run", progress=False, resume=resume, on_stage=kill
+            )
+        model = tiny_model("llama")
+    kf.unlearn(model, forget, retain, config, output_dir=tmp_path / "run", progress=False, resume=True)
+    assert killed[0] == killed[1] == [f"blocks.1.{block}.safetensors" for block in ("0-2", "2-4")]
+    assert killed[2] == ["blocks.1.2-4.safetensors", "blocks.2.0-2.safetensors"]
+    for (name, ours), theirs in zip(model.named_parameters(), truth.parameters()):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_file_that_was_just_written_is_not_read_again_for_its_checksum(tmp_path, monkeypatch):
+    read = []
+    checksum = checkpoint.sha256
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: read.append(path.name) or checksum(path))
+    forget, retain = random_samples(6, seed=1), random_samples(6, seed=2)
+    kf.unlearn(tiny_model("llama"), forget, retain, kf.KUnBRConfig(**SETTINGS), output_dir=tmp_path, progress=False)
+    assert read.count("warmup.safetensors") == 1 and len(read) == len(set(read))

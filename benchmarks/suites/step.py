@@ -124,9 +124,7 @@ class Frozen(Reference):
         return self.mean_nll
 
     def standing(self):
-        return self._state() + nbytes(
-            [self.model.get_parameter(name) for name in self.block]
-        )  # and the original's block
+        return self._state() + nbytes(self.block.values())  # the original's own block
 
     def step(self):
         for parameter in self.block.values():
@@ -216,15 +214,18 @@ class Ours:
         return counter.get_total_flops()
 
 
+OURS = {
+    "torch": functools.partial(Ours, impl="torch"),
+    "triton": functools.partial(Ours, impl="triton"),
+    "torch, graph": functools.partial(Ours, impl="torch", graph=True),
+    "triton, graph": functools.partial(Ours, impl="triton", graph=True),
+}
 SIDES = {
     "reference": Reference,
     "frozen eager": Frozen,
     "frozen, torch.compile": Compiled,
     "frozen, liger": Liger,
-    "torch": functools.partial(Ours, impl="torch"),
-    "triton": functools.partial(Ours, impl="triton"),
-    "torch, graph": functools.partial(Ours, impl="torch", graph=True),
-    "triton, graph": functools.partial(Ours, impl="triton", graph=True),
+    **OURS,
 }
 IN_FP64 = ("frozen eager", "torch", "torch, graph")
 UNCOUNTED = ("frozen, torch.compile", "torch, graph", "triton, graph")  # no operator of theirs passes the counter
@@ -313,7 +314,7 @@ class Step(Case):
         return Variant(
             name,
             make,
-            ours=isinstance(SIDES[name], functools.partial),
+            ours=name in OURS,
             standing_bytes=lambda: made[0].standing(),
             spent_flops=None if name in UNCOUNTED else lambda: made[0].flops(),
         )
