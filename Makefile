@@ -24,9 +24,9 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# Every benchmarks/bench_*.py, each with its own small default settings.
+# All suites on this machine: results.csv, results.json, report.html and plots in bench-out.
 bench: $(STAMP)
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(VENV)/bin/python $$script; done
+	$(VENV)/bin/kunbr-fast bench
 
 venv: $(STAMP)
 

@@ -26,6 +26,7 @@ from setuptools.command.build import build
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+SCRIPTS = ("bench_pipelines", "bench_plan", "cover_precision", "demo_seeds", "test_regression")
 BESIDE = {"kunbr_fast.kernels": "kernels", "kunbr_fast.benchmarks": "benchmarks"}  # package: its folder
 
 
@@ -81,11 +82,12 @@ build.sub_commands.append(("build_cuda", None))
 
 
 class build_modules(build_py):
-    """With tests/reference_procedure.py in kunbr_fast.benchmarks."""
+    """With tests/reference_procedure.py in kunbr_fast.benchmarks, and without what needs a checkout."""
 
     def find_package_modules(self, package, package_dir):
         found = super().find_package_modules(package, package_dir)
         if package == "kunbr_fast.benchmarks":
+            found = [module for module in found if module[1] not in SCRIPTS]
             found.append((package, "reference_procedure", str(Path("tests") / "reference_procedure.py")))
         return found
 
