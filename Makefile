@@ -24,9 +24,9 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# All suites on this machine: results.csv, results.json, report.html and plots in bench-out.
+# All suites on this machine: results.csv, results.json, report.html and plots in bench-out. `make bench BENCH=density`
 bench: $(STAMP)
-	$(VENV)/bin/kunbr-fast bench
+	$(VENV)/bin/kunbr-fast bench $(BENCH)
 
 venv: $(STAMP)
 

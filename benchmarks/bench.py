@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from kunbr_fast.benchmarks import harness, measure, report, rows
-
-SAME = ("device", "threads", "torch", "commit")  # what rows of one file have to share to be compared within it
 
 
 def bench(
@@ -22,55 +22,79 @@ def bench(
     *,
     budget: float = float("inf"),
     resume: bool = False,
+    write_report: bool = True,
     progress: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measures `suites` and writes results.csv, results.json, report.html and the plots to the folder `out`.
+    """Measures `suites` and writes results.csv, results.json and, unless write_report=False, report.html and the plots to the
+    folder `out`.
 
-    resume: rows in out/results.csv of the same machine, versions and commit stay, and their cases are not measured
-    again. budget: seconds after which no case is begun. say: gets each case's table when it is there.
+    resume: cases that have numbers in out/results.csv are not measured again; they have to be of the same machine, versions,
+    commit and settings. budget: seconds after which no case is begun. say: gets each case's table when it is there.
 
-    Returns {"rows", "failed": {case: why ours gave no numbers}, "left_out": {case: why}, "files"}. ValueError for a folder
-    that has results where `resume` is not given, or results that others measured.
+    Returns {"rows", "wrong": {case: what was wrong with ours}, "left_out": {case: why}, "files"}. A case that gave no
+    numbers has rows that say why. ValueError for options that no case takes, for a folder that has results where `resume`
+    is not given, or results that do not go with these.
     """
+    if options.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {options.device}: what runs elsewhere than on a CPU or CUDA device is not timed here")
     options = dataclasses.replace(options, say=lambda text: bar.set_postfix_str(text))
     cases, out = harness.all_cases(suites, options), Path(out)
+    _check_variants(cases, options.variants)
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET=1 is set: interpreted kernels are not what is measured: unset it")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: name a folder")
+    out.mkdir(parents=True, exist_ok=True)
     csv = out / "results.csv"
-    found = _earlier(csv, resume)
+    found = _earlier(csv, resume, options)
     done = {_name(row) for row in found}
     todo = [case for case in cases if _name(case.identity()) not in done]
-    failed, left_out = {}, {}
+    wrong, left_out = {}, {}
+    gc.collect()
+    gc.freeze()  # what libraries have made: each variant's peak is measured after a collection
+    if options.gpu:
+        torch.cuda.set_device(options.device)  # of events, and of what rivals launch
     bar = tqdm(total=len(cases), initial=len(cases) - len(todo), disable=not progress, unit="case", dynamic_ncols=True)
     with bar:
         for case, measured, why in harness.run(todo, budget, lambda case: bar.set_postfix_str(str(case))):
-            if why is None:
-                found += measured
-                rows.write_rows(csv, out / "results.json", found)
-            else:
-                (failed if isinstance(why, harness.Wrong) else left_out)[str(case)] = str(why)
+            found += map(rows.parsed, measured)
+            rows.write_rows(csv, out / "results.json", found)
+            if why is not None:
+                (wrong if isinstance(why, harness.Wrong) else left_out)[str(case)] = str(why)
             with bar.external_write_mode():
                 say(report.table(measured) if why is None else f"{case}: {why}")
             bar.update()
-    files = report.write_report(found, out, failed | left_out) if found else []
-    return {"rows": found, "failed": failed, "left_out": left_out, "files": [str(path) for path in files]}
+    files = report.write_report(found, out) if found and write_report else []
+    return {"rows": found, "wrong": wrong, "left_out": left_out, "files": [str(path) for path in files]}
 
 
 def _name(row) -> tuple:
     return tuple(str(row[name]) for name in harness.KEY[:-1])
 
 
-def _earlier(csv: Path, resume: bool) -> list[dict[str, Any]]:
+def _check_variants(cases: Iterable[harness.Case], wanted: Sequence[str] | None) -> None:
+    if not wanted:
+        return
+    there = {variant.name for case in cases for variant in case.variants(case.small().draw())}
+    if unknown := sorted(set(wanted) - there):
+        raise ValueError(f"no variant {unknown[0]!r} in these suites: expected some of {', '.join(sorted(there))}")
+
+
+def _earlier(csv: Path, resume: bool, options: harness.Options) -> list[dict[str, Any]]:
+    """The rows of the cases that have numbers."""
     if not csv.exists():
         return []
     if not resume:
         raise ValueError(f"{csv} exists: give another --out, or --resume to go on with it")
-    found, about = rows.read_rows(csv), measure.about()
-    for name in SAME:
+    same = {"settings": options.settings, **measure.about(options.device)}
+    del same["command"]
+    found = rows.read_rows(csv)
+    for name, value in same.items():
         for row in found:
-            if str(row[name]) != str(about[name]):
+            if str(row.get(name) or "") != str(value):
                 raise ValueError(
-                    f"{csv} was measured with {name} {row[name]}, this is {about[name]}: give another --out"
+                    f"{csv} was measured with {name} {row.get(name) or 'unknown'!s}, this is {value or 'none'}: give another --out"
                 )
-    return found
+    with_numbers = {_name(row) for row in found if row["ms"]}
+    return [row for row in found if _name(row) in with_numbers]

@@ -1,6 +1,7 @@
-"""The pictures of a report, as PNG: each of `CHARTS` takes the cases and a folder, and draws those that the rows have data for.
+"""The pictures of a report, as PNG: each of `CHARTS` takes the cases and a folder, and draws those that the rows have
+data for.
 
-Ours are warm colours and solid lines, rivals cold colours and dashed lines, so that a legend is not needed to tell sides.
+Ours are warm colours and solid lines, rivals cold colours and dashed lines, so that sides can be told without a legend.
 What would not fit goes on further pictures, and beyond `PAGES` of them into the title as "n more in the CSV".
 """
 
@@ -12,7 +13,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from kunbr_fast.benchmarks.rows import Outcome
+from kunbr_fast.benchmarks.rows import EXTRAPOLATED, Outcome, tilde
+from kunbr_fast.benchmarks.suites import SUITES
 from kunbr_fast.evaluation import figures
 from kunbr_fast.evaluation.figures import BLUE, GREEN, GREY, ORANGE
 
@@ -21,17 +23,18 @@ RIVALS = (BLUE, "#56B4E9", GREEN, GREY, "#1B3A57", "#00404D")
 WIDTH, DPI = 9.0, 140  # inches; a report has many pictures: half the bytes of a README's
 LINE = 0.235  # inches of height that a bar takes
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # behind text that lines run through
-BARS, PAGES, PANELS, POINTS = (
-    44,
-    3,
-    6,
-    40,
-)  # bars and panels on a picture, pictures of a kind and suite, numbered points
+BARS, PANELS, POINTS = 44, 6, 40  # of a picture; points: those that have numbers
+PAGES = 3  # pictures of a kind and suite
+NAMES = re.compile(rf"(end_to_end|roofline_\w+|(speedup|time|memory)_({'|'.join(SUITES)}))(_\d+)?\.png")
 
 
 def draw(cases: Sequence[Outcome], folder: Path) -> list[tuple[str, Path]]:
-    """[(heading, PNG)] of all that can be drawn."""
-    return [found for chart in CHARTS for found in chart(cases, folder)]
+    """[(heading, PNG)] of all that can be drawn. Those of an earlier report that are not drawn now go."""
+    drawn = [found for chart in CHARTS for found in chart(cases, folder)]
+    for old in set(folder.glob("*.png")) - {path for _, path in drawn}:
+        if NAMES.fullmatch(old.name):
+            old.unlink()
+    return drawn
 
 
 # ---------------------------------------------------------------- roofline
@@ -82,7 +85,8 @@ def _roofline(cases, dtype, path):
         points = [(x, c.gflop / row["ms"]) for x, c in zip(xs, shown) for row in _best(c) if row["ours"] == ours]
         if points:
             axes.plot(*zip(*points), linewidth=0, markeredgecolor="white", **style)
-    # Numbers stand in a row above the points, each as near to its own as the others leave it; one for points in one place.
+    # Numbers stand in a row above the points, each as near to its own as the others leave it; one for points in one
+    # place.
     groups = _together([(math.log(x / left) / math.log(right / left), math.log(y / low) / math.log(high / low))
                         for x, y in zip(xs, best)])  # fmt: skip
     labels = [f"{first + 1}" if first == last else f"{first + 1}–{last + 1}" for first, last in groups]
@@ -195,12 +199,13 @@ def _times(panels, suite, left_out, path):
     for axes, ((model, kind, dtype), some) in zip(grid.flat, panels.items()):
         figures.style(axes, "both")
         for variant, style in styles.items():
-            points = sorted((c.tokens, r["ms"], r["p20_ms"], r["p80_ms"]) for c in some for r in c.ran
-                            if (r["variant"], r["ours"]) == variant)  # fmt: skip
-            if points:
-                xs, ms, low, high = zip(*points)
-                axes.plot(xs, ms, **style)
-                axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            mine = [(c.tokens, r) for c in some for r in c.ran if (r["variant"], r["ours"]) == variant]
+            mine.sort(key=lambda point: point[0])
+            if mine:
+                axes.plot(*zip(*((tokens, row["ms"]) for tokens, row in mine)), **style)
+            band = [(t, row["p20_ms"], row["p80_ms"]) for t, row in mine if row["p20_ms"] and row["p80_ms"]]
+            if band:
+                axes.fill_between(*zip(*band), color=style["color"], alpha=0.15, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         ticks = sorted({case.tokens for case in some})
@@ -262,20 +267,25 @@ def _styles(rows) -> dict[tuple, dict]:
 def speedups(cases: Sequence[Outcome], folder: Path) -> Iterable[tuple[str, Path]]:
     """The best of ours over each rival."""
     for suite in _suites(cases):
+        some = [case for case in cases if case.suite == suite and case.ratio]
         groups = []
-        for case in cases:
-            if case.suite == suite and case.ratio:
-                title = f"{case}, {case.dtype}: {case.ours['variant']}, {_number(case.ours['ms'])} ms"
-                groups.append((title, [_speedup(row["variant"], case.over(row)) for row in case.rivals]))
+        for case in some:
+            title = f"{case}, {case.dtype}: {case.ours['variant']}, {tilde(case.ours)}{_number(case.ours['ms'])} ms"
+            groups.append((title, [_speedup(case, rival) for rival in case.rivals]))
+        label = "rival's time / ours, logarithmic"
+        if any(tilde(case.ours, *case.rivals) for case in some):
+            label += f"; {EXTRAPOLATED}"
         yield from _charts(
-            groups, folder / f"speedup_{_name(suite)}.png", f"{suite}: the fastest of ours over each rival",
-            "rival's time / ours, logarithmic", mark=1, log=True, sides=("ours is faster", "ours is slower"),
+            groups, folder / f"speedup_{_name(suite)}.png", f"{suite}: the fastest of ours over each rival", label,
+            mark=1, log=True, sides=("ours is faster", "ours is slower"),
         )  # fmt: skip
 
 
-def _speedup(rival: str, ratio: float) -> Bar:
+def _speedup(case: Outcome, rival) -> Bar:
+    ratio = case.over(rival)
     style = {"color": GREEN} if ratio >= 1 else {"color": ORANGE, "hatch": "////", "edgecolor": "white", "linewidth": 0}
-    return Bar(rival, [(1, ratio - 1, style)], f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.3g}x", ratio < 1)
+    number = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.3g}"
+    return Bar(rival["variant"], [(1, ratio - 1, style)], f"{tilde(case.ours, rival)}{number}x", ratio < 1)
 
 
 def memory(cases: Sequence[Outcome], folder: Path) -> Iterable[tuple[str, Path]]:
@@ -283,7 +293,7 @@ def memory(cases: Sequence[Outcome], folder: Path) -> Iterable[tuple[str, Path]]
     for suite in _suites(cases):
         groups = []
         for case in cases:
-            rows = [row for row in case.ran if row.get("peak_mib") is not None and not case.does_less(row)]
+            rows = [row for row in case.ran if row.get("peak_mib") is not None and not case.aside(row)]
             if case.suite == suite and rows:
                 largest = max((row.get("standing_mib") or 0) + row["peak_mib"] for row in rows)
                 if largest > 0:
@@ -291,7 +301,8 @@ def memory(cases: Sequence[Outcome], folder: Path) -> Iterable[tuple[str, Path]]
                     groups.append((f"{case}, {case.dtype}", [_memory(row, 100 / largest) for row in rows]))
         yield from _charts(
             groups, folder / f"memory_{_name(suite)}.png", f"{suite}: memory at the peak",
-            "above the inputs, % of the largest of the case", mark=None, sides=("ours", "rival", "of it standing between calls"),
+            "above the inputs, % of the largest of the case", mark=None,
+            sides=("ours", "rival", "of it standing between calls"),
         )  # fmt: skip
 
 
@@ -433,8 +444,7 @@ def stages(cases: Sequence[Outcome], folder: Path) -> Iterable[tuple[str, Path]]
 
 def _stage(case: Outcome) -> str:
     """The blocks, which are many, as one stage."""
-    name = case.case.removeprefix("end to end: ")
-    return "re-insertion" if re.fullmatch(r"layers \d+-\d+", name) else name
+    return "re-insertion" if re.fullmatch(r"layers \d+-\d+", case.case) else case.case
 
 
 def _stages(cases, name, path):
@@ -444,7 +454,7 @@ def _stages(cases, name, path):
             side, stage = (row["variant"], row["ours"]), _stage(case)
             seconds = rows.setdefault(side, {})
             seconds[stage] = seconds.get(stage, 0.0) + row["ms"] / 1e3
-            if "extrapolated" in str(row.get("note")):
+            if tilde(row):
                 extrapolated.add(side)
     sides = sorted(rows, key=lambda side: (-side[1], sum(rows[side].values())))
     totals = [sum(rows[side].values()) for side in sides]

@@ -1,9 +1,9 @@
 """Two files of rows, before and after: what became slower, what faster, and what is noise.
 
 A row is slower where the bands of the two files, p20 to p80, lie apart and its median took more than 2 % longer; faster
-likewise. Machines drift too: where the product or the copy that ran beside the rows moved by more than 5 % (median over the
-cases), times are also shown as they would be at the old rates, corrected by the rate that bounds the case. Where the two
-verdicts differ the row is "unclear": the machine moved, not surely the code.
+likewise. Machines drift too: where the rate that bounds a row's case, the product's or the copy's, as measured in the
+row's own rounds, moved by more than 5 %, its time is also shown as it would be at the old rate. Where the two verdicts
+differ the row is "unclear": the machine moved, not surely the code.
 """
 
 from __future__ import annotations
@@ -15,21 +15,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kunbr_fast.benchmarks.harness import KEY
-from kunbr_fast.benchmarks.rows import parsed
+from kunbr_fast.benchmarks.rows import EXTRAPOLATED, NOTHING, WIDTH, cut, four, is_candidate, parsed, tilde
 
 LEAST = 1.02  # ratio of medians, below which nothing is called a change
 DRIFT = 1.05  # of a roofline's rate
-ONCE = 0.05  # half the band that a time has which was measured once, as the stages of end_to_end
+FEW, APART = (
+    5,
+    0.05,
+)  # with fewer rounds, or one measurement, the band is at least that part of the median on either side
+RATES = {"matmul": "matmul_tflop_per_s", "copy": "copy_gb_per_s"}
 MEMORY = {"peak_mib": "peak", "kept_mib": "kept", "standing_mib": "standing"}
-WIDTH = 120
 FASTER, SLOWER, NOISE, UNCLEAR, FAILED = "faster", "slower", "within noise", "unclear", "no longer runs"
+GONE = {"ms": None, "note": "missing in the file after"}  # the row after of one of ours that the file lacks
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One row of both files. ratio: after / before, of the medians, None where one of them has no time; corrected: the same
-    at the old rates, None where the machine did not move. memory: {column: (before, after)} of what moved by more than
-    1 % and 1 MiB."""
+    """A row of both files, or one of ours that only the first has.
+
+    ratio: after / before, of the medians, None where one of them has no time. corrected: the same at the old rate,
+    None where the machine did not move. extrapolated: whether the time before is, and the one after. regression: of
+    ours, and slower or without a time now. memory: {column: (before, after)} of what moved by more than 1 % and 1 MiB.
+    note: why it does not run.
+    """
 
     key: dict[str, Any]
     ours: bool
@@ -37,9 +45,11 @@ class Change:
     after_ms: float | None
     ratio: float | None
     corrected: float | None
+    extrapolated: tuple[bool, bool]
     verdict: str
+    regression: bool
     memory: dict[str, tuple[float, float]]
-    note: str = ""
+    note: str
 
     def __str__(self) -> str:
         return _named(self.key)
@@ -47,74 +57,71 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """changes: worst first. drift: {"matmul" | "copy": after / before}, of what both files have. differs: what the files
-    do not share of device and dtype, as text. only_before, only_after: rows that the other file lacks, by name."""
+    """changes: worst first. drift: {"matmul" | "copy": after / before}, the median over the rows that both files have;
+    moved: whether one of these is beyond 5 %. differs: what the files do not share of device, dtype, threads and
+    settings, as text. only_before, only_after: rows that are in one file and in no change, by name."""
 
     changes: list[Change]
     drift: dict[str, float]
+    moved: bool
     differs: list[str]
     only_before: list[str]
     only_after: list[str]
 
     @property
-    def moved(self) -> bool:
-        """Whether the machine did."""
-        return any(_beyond(rate, DRIFT) for rate in self.drift.values())
-
-    @property
     def regressions(self) -> list[Change]:
-        """Ours that are slower, or ran before and do not now."""
-        return [change for change in self.changes if change.ours and change.verdict in (SLOWER, FAILED)]
+        return [change for change in self.changes if change.regression]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        changes = [dataclasses.asdict(change) for change in self.changes]
-        regressions = [str(change) for change in self.regressions]
-        return {**dataclasses.asdict(self), "changes": changes, "regressions": regressions}
+        return {**dataclasses.asdict(self), "regressions": [str(change) for change in self.regressions]}
 
 
 def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> Comparison:
     """Rows of two runs matched by what names them; of rows with one name the last counts."""
     old, new = ({tuple(row[name] for name in KEY): row for row in map(parsed, rows)} for rows in (before, after))
-    both = [key for key in old if key in new]
-    drift = _drift([(old[key], new[key]) for key in both])
-    moved = any(_beyond(rate, DRIFT) for rate in drift.values())
-    changes = [
-        _change(old[key], new[key], drift if moved else None) for key in both if old[key]["ms"] or new[key]["ms"]
-    ]
+    pairs = [(row, new[key]) for key, row in old.items() if key in new]
+    gone = [row for key, row in old.items() if key not in new and row["ours"] and row["ms"]]
+    drift = _drift(pairs)
+    changes = [_change(a, b) for a, b in [*pairs, *((row, GONE) for row in gone)] if a["ms"] or b["ms"]]
     changes.sort(key=lambda change: (change.verdict != FAILED, -(change.corrected or change.ratio or 0)))
     return Comparison(
         changes,
         drift,
+        any(_beyond(rate, DRIFT) for rate in drift.values()),
         _differences(old.values(), new.values()),
-        [_named(old[key]) for key in old if key not in new],
-        [_named(new[key]) for key in new if key not in old],
+        [_named(row) for key, row in old.items() if key not in new and row not in gone],
+        [_named(row) for key, row in new.items() if key not in old],
     )
 
 
-def _change(old, new, drift) -> Change:
+def _change(old, new) -> Change:
     ratio = corrected = None
-    note, verdict = "", NOISE
+    note = ""
     if old["ms"] and new["ms"]:
-        ratio, verdict = new["ms"] / old["ms"], _verdict(old, new, 1.0)
-        if drift is not None:
-            factor = drift.get(_bound(old), 1.0)
+        ratio, verdict, factor = new["ms"] / old["ms"], _verdict(old, new, 1.0), _factor(old, new)
+        if _beyond(factor, DRIFT):
             corrected = ratio * factor
             verdict = verdict if verdict == _verdict(old, new, factor) else UNCLEAR
     else:
         verdict = FAILED if old["ms"] else "runs now"
-        note = str(new.get("note") or "")
+        note = new["note"]
     memory = {}
     for name in MEMORY:
         a, b = old.get(name), new.get(name)
         if a is not None and b is not None and abs(b - a) > max(1.0, 0.01 * a):
             memory[name] = a, b
-    key = {name: old[name] for name in KEY}
-    return Change(key, bool(new["ours"]), old["ms"], new["ms"], ratio, corrected, verdict, memory, note)
+    # a run's stages are measured once, and are parts of its total; candidates are nobody's time
+    held = old["ours"] and not is_candidate(old) and (old["suite"] != "end_to_end" or old["case"] == "total")
+    return Change(
+        key={name: old[name] for name in KEY}, ours=bool(old["ours"]), before_ms=old["ms"], after_ms=new["ms"],
+        ratio=ratio, corrected=corrected, extrapolated=(bool(tilde(old)), bool(tilde(new))), verdict=verdict,
+        regression=bool(held) and verdict in (SLOWER, FAILED), memory=memory, note=note,
+    )  # fmt: skip
 
 
 def _verdict(old, new, factor: float) -> str:
-    """factor: what makes a time of `new` one at the old rates."""
+    """factor: what makes a time of `new` one at the old rate."""
     (old_low, old_high), (new_low, new_high) = _band(old), _band(new)
     ratio = factor * new["ms"] / old["ms"]
     if factor * new_low > old_high and ratio > LEAST:
@@ -126,16 +133,26 @@ def _verdict(old, new, factor: float) -> str:
 
 def _band(row) -> tuple[float, float]:
     """p20 and p80 of its milliseconds."""
-    if row["p20_ms"] is None or row["p80_ms"] is None or row["p20_ms"] == row["p80_ms"]:
-        return (1 - ONCE) * row["ms"], (1 + ONCE) * row["ms"]
-    return row["p20_ms"], row["p80_ms"]
+    ms, low, high = row["ms"], row["p20_ms"], row["p80_ms"]
+    if low is None or high is None:
+        low = high = ms
+    elif (row.get("rounds") or 0) >= FEW:
+        return low, high
+    return min(low, (1 - APART) * ms), max(high, (1 + APART) * ms)
 
 
 def _beyond(ratio: float, limit: float) -> bool:
     return max(ratio, 1 / ratio) > limit
 
 
-RATES = {"matmul": "matmul_tflop_per_s", "copy": "copy_gb_per_s"}
+def _factor(old, new) -> float:
+    """After / before of the rate that its work takes longer at, in the rows' own rounds. 1 where a row has none."""
+    if not all(row.get(column) for row in (old, new) for column in RATES.values()):
+        return 1.0
+    flops = (old.get("gflop") or 0) / old[RATES["matmul"]] * 1e-3
+    nbytes = (old.get("mib") or 0) * 2**20 / 1e9 / old[RATES["copy"]]
+    column = RATES["matmul" if flops > nbytes else "copy"]
+    return new[column] / old[column] if flops or nbytes else 1.0
 
 
 def _drift(pairs) -> dict[str, float]:
@@ -148,19 +165,12 @@ def _drift(pairs) -> dict[str, float]:
     return found
 
 
-def _bound(row) -> str:
-    """The rate that the needed work takes longer at."""
-    flops = (row.get("gflop") or 0) / 1e3 / (row.get(RATES["matmul"]) or float("inf"))
-    nbytes = (row.get("mib") or 0) * 2**20 / 1e9 / (row.get(RATES["copy"]) or float("inf"))
-    return "matmul" if flops > nbytes else "copy"
-
-
 def _differences(old, new) -> list[str]:
     found = []
-    for name in ("device", "dtype", "threads"):
+    for name in ("device", "dtype", "threads", "settings"):
         a, b = (", ".join(sorted({str(row.get(name) or "") for row in rows})) for rows in (old, new))
         if a != b:
-            found.append(f"{name}: {a or 'unknown'} before, {b or 'unknown'} after")
+            found.append(f"{name}: {a or 'none'} before, {b or 'none'} after")
     return found
 
 
@@ -173,19 +183,23 @@ def _named(key: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------- terminal
 
 
-def format(comparison: Comparison) -> str:
+def table(comparison: Comparison) -> str:
     """A table, worst first, ours with a star, after what the files do not share."""
-    lines = [f"CAUTION: another {text}" for text in comparison.differs]
+    lines = [f"CAUTION: not the same {text}" for text in comparison.differs]
     if comparison.drift:
-        moved = ", ".join(f"{name} {100 * (rate - 1):+.1f} %" for name, rate in comparison.drift.items())
-        meaning = "the machine moved: corrected shows the ratio at the old rates" if comparison.moved else "steady"
-        lines.append(f"roofline's rates, after to before: {moved} ({meaning})")
+        drift = ", ".join(f"{name} {100 * (rate - 1):+.1f} %" for name, rate in comparison.drift.items())
+        meaning = "the machine moved" if comparison.moved else "steady"
+        lines.append(f"roofline's rates, after to before, median of the rows: {drift} ({meaning})")
+    if _corrected(comparison):
+        lines.append("corrected: after/before at the old rate, of rows beside which it moved by more than 5 %")
+    if any(any(change.extrapolated) for change in comparison.changes):
+        lines.append(EXTRAPOLATED)
     lines = [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent="  ")]
     if comparison.changes:
-        lines += ["", *_table(comparison)]
+        lines += ["", *_lines(comparison)]
     for title, names in (("before", comparison.only_before), ("after", comparison.only_after)):
         if names:
-            lines += ["", f"only in the file {title}: {len(names)}", *(_cut(f"  {name}") for name in names)]
+            lines += ["", f"only in the file {title}: {len(names)}", *(cut(f"  {name}") for name in names)]
     counts: dict[str, int] = {}
     for change in comparison.changes:
         counts[change.verdict] = counts.get(change.verdict, 0) + 1
@@ -193,15 +207,21 @@ def format(comparison: Comparison) -> str:
     return "\n".join([*lines, "", f"{counted}; of ours {len(comparison.regressions)} regressed"]).lstrip("\n")
 
 
-def _table(comparison: Comparison) -> list[str]:
-    header = ["before ms", "after ms", "after/before", *(["corrected"] if comparison.moved else []), "verdict"]
+def _corrected(comparison: Comparison) -> bool:
+    return any(change.corrected is not None for change in comparison.changes)
+
+
+def _lines(comparison: Comparison) -> list[str]:
+    corrected = ["corrected"] if _corrected(comparison) else []
+    header = ["before ms", "after ms", "after/before", *corrected, "verdict"]
     cells = []
     for change in comparison.changes:
-        values = [_four(change.before_ms), _four(change.after_ms), _ratio(change.ratio)]
-        cells.append([*values, *([_ratio(change.corrected)] if comparison.moved else []), change.verdict])
+        before, after = ("~" if extrapolated else "" for extrapolated in change.extrapolated)
+        ratios = [_ratio(value, before or after) for value in (change.ratio, change.corrected)][: 1 + len(corrected)]
+        cells.append([before + four(change.before_ms), after + four(change.after_ms), *ratios, change.verdict])
     widths = [max(map(len, column)) for column in zip(header, *cells)]
     room = WIDTH - sum(widths) - 2 * len(widths) - 2
-    names = [_cut(str(change), room) for change in comparison.changes]
+    names = [cut(str(change), room) for change in comparison.changes]
     room = max(map(len, names))
 
     def line(name, values):
@@ -211,19 +231,11 @@ def _table(comparison: Comparison) -> list[str]:
     for change, name, values in zip(comparison.changes, names, cells):
         lines.append(line(f"{'* ' if change.ours else '  '}{name}", values))
         for column, (a, b) in change.memory.items():
-            lines.append(f"      {MEMORY[column]} memory {_four(a)} -> {_four(b)} MiB")
+            lines.append(f"      {MEMORY[column]} memory {four(a)} -> {four(b)} MiB")
         if change.note:
             lines += textwrap.wrap(change.note, WIDTH, initial_indent="      ", subsequent_indent="      ")
     return lines
 
 
-def _cut(text: str, width: int = WIDTH) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def _four(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
-
-
-def _ratio(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _ratio(value: float | None, sign: str) -> str:
+    return NOTHING if value is None else f"{sign}{value:.3f}"

@@ -28,8 +28,8 @@ from kunbr_fast import losses
 from kunbr_fast.benchmarks.measure import add_rows, flop_counter
 from kunbr_fast.benchmarks.models import build
 from kunbr_fast.benchmarks.reference import procedure
-from kunbr_fast.benchmarks.shapes import MODELS
-from kunbr_fast.data import IGNORE, pack
+from kunbr_fast.benchmarks.shapes import MODELS, questions
+from kunbr_fast.data import pack
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.kernels.linear_loss import CHUNK_BYTES
 from kunbr_fast.patch import fused
@@ -159,18 +159,6 @@ def _count(step, known):
     with Meter() as meter:
         step().backward()
     return dict(flops=flops.get_total_flops(), saved_bytes=saved_bytes, peak_bytes=meter.peak, launches=meter.launches)
-
-
-def questions(count, vocabulary, target):
-    """Samples of WMDP's lengths (log-normal, mean 77 tokens, 20 to 224)."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = (68 * (0.5 * torch.randn(count, generator=generator)).exp()).round().clamp(20, 224).int().tolist()
-    out = []
-    for n in lengths:
-        ids = torch.randint(3, vocabulary, (n,), generator=generator)
-        labels = ids.clone() if target == "all" else torch.where(torch.arange(n) == n - 4, ids, IGNORE)
-        out.append({"input_ids": ids, "labels": labels})
-    return out
 
 
 def freeze_but(model, block):

@@ -13,9 +13,11 @@ operation needs, not those that a variant spends.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import gc
 import importlib
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +28,12 @@ import torch
 from kunbr_fast import dispatch
 from kunbr_fast.benchmarks import measure
 from kunbr_fast.benchmarks.suites import SUITES
+from kunbr_fast.memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 RIVAL_LIMIT = 0.05  # largest relative error of a rival: some round what we keep in fp32
+BASELINE_LIMIT = 0.2  # of the one that our own limit comes from: beyond it, the case itself is ill-conditioned
 CPU_ROOFLINE, GPU_ROOFLINE = (1536, 128 << 20), (8192, 1 << 30)  # side of the square product, bytes of the copy
 
 
@@ -67,9 +73,27 @@ class Options:
     def the_dtype(self) -> torch.dtype:
         return self.dtype or (torch.bfloat16 if self.gpu else torch.float32)
 
-    def choose(self, quick: Sequence, cpu: Sequence, gpu: Sequence) -> Sequence:
+    def choose(self, quick: Any, cpu: Any, gpu: Any) -> Any:
         """A suite's own choice."""
         return quick if self.quick else gpu if self.gpu else cpu
+
+    def the_models(self, cpu: Sequence[str] = ("SmolLM2-135M",)) -> Sequence[str]:
+        return self.models or self.choose(["SmolLM2-135M"], cpu, ["Llama-3-8B"])
+
+    def the_tokens(self, quick: Sequence[int], cpu: Sequence[int], gpu: Sequence[int]) -> Sequence[int]:
+        """Of suites whose samples are of one length."""
+        if self.tokens is None:
+            return self.choose(quick, cpu, gpu)
+        return [int(tokens) for tokens in self.tokens if tokens != "ragged"]
+
+    @property
+    def settings(self) -> str:
+        """What changes the numbers of a case, or what there is of it, as one text."""
+        found = [name for name in ("quick", "compile", "tiles") if getattr(self, name)]
+        found += [
+            f"{name}={getattr(self, name):g}" for name in ("seconds", "repeats") if getattr(self, name) is not None
+        ]
+        return ", ".join(found + ([f"variants={'|'.join(self.variants)}"] if self.variants else []))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,65 +194,85 @@ class Case(abc.ABC):
         return [v for v in self.variants(data) if wanted is None or v.name in wanted or v.name == self.baseline]
 
     def gate(self) -> tuple[dict[str, float | None], dict[str, str]]:
-        """({variant: error, None where it returns nothing}, {variant: why it is left out}). `Wrong` where ours is beyond its limit."""
+        """({variant: error, None where it returns nothing}, {variant: why it is left out}). `Wrong` where ours is beyond
+        its limit."""
         small = self.small()
         data = small.draw()
         truth, errors, left_out = small.truth(data), {}, {}
         for variant in sorted(small.chosen(data), key=lambda v: v.name != self.baseline):
-            try:
+            with forgiving(variant, left_out):
                 found = variant.make()()
-            except Exception as reason:  # whatever a rival raises here, ours is still measured
-                if variant.ours and not isinstance(reason, (Skip, dispatch.Unavailable)):
-                    raise
-                left_out[variant.name] = _first_line(reason)
-                continue
-            error = None if found is None else small.error(found, truth)
-            limit = small.limit(errors.get(self.baseline) or 0.0) if variant.ours else RIVAL_LIMIT
-            if error is None or error <= limit:
+                error = None if found is None else small.error(found, truth)
+                if variant.ours:
+                    limit = small.limit(errors.get(self.baseline) or 0.0)
+                else:
+                    limit = BASELINE_LIMIT if variant.name == self.baseline else RIVAL_LIMIT
+                if error is not None and not error <= limit:
+                    if variant.ours:
+                        raise Wrong(f"{variant.name} is {error:.1e} from fp64 (limit {limit:.1e}): no numbers")
+                    raise Skip(f"wrong: {error:.1e} from fp64")
                 errors[variant.name] = error
-            elif variant.ours:
-                raise Wrong(f"{self}: {variant.name} is {error:.1e} from fp64 (limit {limit:.1e}): no numbers")
-            else:
-                left_out[variant.name] = f"wrong: {error:.1e} from fp64"
         return errors, left_out
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each variant. `Wrong` where ours is."""
         errors, left_out = self.gate()
         data = self.draw()
-        running, peaks, kept, standing, spent, first = {}, {}, {}, {}, {}, {}
-        for variant in self.chosen(data):
+        variants, running, bytes_, spent, first = self.chosen(data), {}, {}, {}, {}
+        for variant in variants:
             if variant.name not in errors:
                 continue
-            try:
+            with forgiving(variant, left_out):
                 run = variant.make()
                 found = run()
-                peaks[variant.name] = measure.peak_memory(run, self.device)
+                sizes = {"peak_bytes": measure.peak_memory(run, self.device)}
                 if self.counts_kept:
-                    kept[variant.name] = measure.kept_bytes(run, self.known(data))
+                    sizes["kept_bytes"] = measure.kept_bytes(run, self.known(data))
                 if variant.spent_flops is not None:
                     spent[variant.name] = variant.spent_flops()
-            except (Skip, torch.OutOfMemoryError) as reason:
-                left_out[variant.name] = _first_line(reason)
-                continue
-            running[variant.name], stays = run, variant.standing_bytes
-            standing[variant.name] = stays() if callable(stays) else stays
-            if variant.ours and found is not None:  # at the timed shape ours have to agree with each other
-                apart = self.error(found, {name: first.setdefault(name, result) for name, result in found.items()})
-                if not apart <= 8 * self.floor():
-                    raise Wrong(f"{self}: {variant.name} and those before it are {apart:.1e} apart: no numbers")
-            del found
+                stays = variant.standing_bytes
+                bytes_[variant.name] = sizes | {"standing_bytes": stays() if callable(stays) else stays}
+                if variant.ours and found is not None:  # at the timed shape ours have to agree with each other
+                    apart = self.error(found, {name: first.setdefault(name, found[name]) for name in found})
+                    if not apart <= 8 * self.floor():
+                        raise Wrong(f"{variant.name} and those before it are {apart:.1e} apart: no numbers")
+                running[variant.name] = run
+            found = run = None
         first.clear()
-        times, rates, others = measure_rounds(running, self.options)
+        while True:
+            try:
+                times, rates, others = measure_rounds(running, self.options)
+                break
+            except torch.OutOfMemoryError:
+                if not running:
+                    raise
+            largest = max(running, key=lambda name: bytes_[name]["peak_bytes"] or 0)
+            del running[largest]
+            left_out[largest] = "out of memory beside the others"
+            self.release()
         return [
             self.row(
-                name, times.get(name), times.get(self.baseline), rates, ours=variant.ours, others=others,
-                error=errors.get(name), peak_bytes=peaks.get(name), kept_bytes=kept.get(name),
-                standing_bytes=standing.get(name), spent_flops=spent.get(name),
-                note=f"not run: {left_out[name]}" if name in left_out else "",
+                variant.name, times.get(variant.name), times.get(self.baseline), rates, ours=variant.ours, others=others,
+                error=errors.get(variant.name), spent_flops=spent.get(variant.name), **bytes_.get(variant.name, {}),
+                note=f"not run: {left_out[variant.name]}" if variant.name in left_out else "",
             )
-            for name, variant in ((v.name, v) for v in self.chosen(data))
+            for variant in variants
         ]  # fmt: skip
+
+    def release(self) -> None:
+        """Gives back what nobody uses any more, compiled functions and what they hold too."""
+        torch._dynamo.reset()
+        gc.collect()
+        if self.options.gpu:
+            torch.cuda.empty_cache()
+
+    def rows_without(self, why: str) -> list[dict[str, Any]]:
+        """Rows that say why this case has no numbers."""
+        try:
+            names = [(variant.name, variant.ours) for variant in self.chosen(self.small().draw())]
+        except Exception:  # what kept it from being measured may keep this from being drawn too
+            names = [("torch", True)]
+        return [self.row(name, None, None, None, ours=ours, note=f"not run: {why}") for name, ours in names]
 
     def row(
         self,
@@ -246,20 +290,23 @@ class Case(abc.ABC):
         others: float | None = None,
         note: str = "",
     ) -> dict[str, Any]:
-        """values: milliseconds of each round, None where it did not run. rates: (FLOP/s, bytes/s) of the roofline."""
+        """values: milliseconds of each round, or of what was measured once; None where it did not run. rates: (FLOP/s,
+        bytes/s) of the roofline."""
         row = dict.fromkeys(COLUMNS, "")
         row |= {
-            **self.identity(), "variant": variant, "ours": int(ours), "note": note,
+            **self.identity(), "variant": variant, "ours": int(ours), "note": note, "settings": self.options.settings,
             "gflop": _rounded(self.flops / 1e9), "mib": _rounded(self.nbytes / 2**20),
         }  # fmt: skip
         if values is None:
             return row
         ms = statistics.median(values)
         row |= {
-            "ms": _rounded(ms), "p20_ms": _rounded(measure.percentile(values, 0.2)),
-            "p80_ms": _rounded(measure.percentile(values, 0.8)), "rounds": len(values),
-            "tflop_per_s": _rounded(self.flops / ms / 1e9), "gb_per_s": _rounded(self.nbytes / ms / 1e6),
+            "ms": _rounded(ms), "rounds": len(values), "tflop_per_s": _rounded(self.flops / ms / 1e9),
+            "gb_per_s": _rounded(self.nbytes / ms / 1e6),
         }  # fmt: skip
+        if len(values) > 1:
+            for name, share in (("p20_ms", 0.2), ("p80_ms", 0.8)):
+                row[name] = _rounded(measure.percentile(values, share))
         if baseline is not None:
             row["baseline"] = self.baseline
             row["speedup"] = round(statistics.median(b / a for a, b in zip(values, baseline)), 3)
@@ -278,9 +325,9 @@ class Case(abc.ABC):
 # What names a row, then what was measured. `measure.about()` follows.
 KEY = ("suite", "model", "case", "tokens", "dtype", "variant")
 COLUMNS = (
-    *KEY, "ours", "ms", "p20_ms", "p80_ms", "rounds", "baseline", "speedup", "gflop", "spent_gflop", "mib", "tflop_per_s", "gb_per_s",
-    "roofline_percent", "peak_mib", "kept_mib", "standing_mib", "error", "note", "matmul_tflop_per_s", "copy_gb_per_s",
-    "others_cores",
+    *KEY, "ours", "ms", "p20_ms", "p80_ms", "rounds", "baseline", "speedup", "gflop", "spent_gflop", "mib", "tflop_per_s",
+    "gb_per_s", "roofline_percent", "peak_mib", "kept_mib", "standing_mib", "error", "note", "settings",
+    "matmul_tflop_per_s", "copy_gb_per_s", "others_cores",
 )  # fmt: skip
 
 
@@ -289,8 +336,21 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}") if abs(value) < 1e4 else round(value)
 
 
-def _first_line(reason: BaseException) -> str:
-    return (str(reason).partition("\n")[0] or repr(reason))[:160]
+def first_line(reason: BaseException) -> str:
+    return (str(reason).strip().partition("\n")[0] or repr(reason))[:160]
+
+
+@contextlib.contextmanager
+def forgiving(variant: Variant, left_out: dict[str, str]) -> Iterator[None]:
+    """Notes in `left_out` why a variant cannot run or is not fit to. Whatever a rival raises, ours is still measured; a
+    bug in ours is raised."""
+    try:
+        yield
+    except Exception as reason:
+        harmless = isinstance(reason, (Skip, dispatch.Unavailable)) or is_out_of_memory(reason)
+        if isinstance(reason, Wrong) or (variant.ours and not harmless):
+            raise
+        left_out[variant.name] = first_line(reason)
 
 
 def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
@@ -331,7 +391,7 @@ def measure_rounds(running: Mapping[str, Callable], options: Options):
 def all_cases(suites: Sequence[str], options: Options) -> list[Case]:
     """ValueError for a suite that there is not."""
     found = []
-    for suite in suites:
+    for suite in dict.fromkeys(suites):
         if suite not in SUITES:
             raise ValueError(f"unknown suite {suite!r}: expected some of {', '.join(SUITES)}")
         found += importlib.import_module(f"kunbr_fast.benchmarks.suites.{suite}").cases(options)
@@ -340,40 +400,43 @@ def all_cases(suites: Sequence[str], options: Options) -> list[Case]:
 
 def run(
     cases: Sequence[Case], budget: float = float("inf"), on_case: Callable[[Case], None] = lambda case: None
-) -> Iterator[tuple[Case, list[dict[str, Any]], Wrong | Skip | None]]:
-    """For each case (case, its rows, None), or (case, [], why there are none): `Wrong`, or `Skip` for want of time or memory."""
+) -> Iterator[tuple[Case, list[dict[str, Any]], Exception | None]]:
+    """For each case (case, its rows, None), or, where it gave no numbers, (case, rows that say so, why): `Wrong`, or `Skip`
+    for want of time, memory or something else."""
     begin = time.perf_counter()
     for case in cases:
+        why = None
         if time.perf_counter() - begin > budget:
-            yield case, [], Skip(f"the {budget:.0f} s are over")
-            continue
-        on_case(case)
-        try:
-            rows = case.rows()
-        except Wrong as reason:
-            yield case, [], reason
-            continue
-        except torch.OutOfMemoryError as reason:
-            yield case, [], Skip(f"out of memory: {_first_line(reason)}")
-            continue
-        finally:
-            gc.collect()
-            if case.options.gpu:
-                torch.cuda.empty_cache()
-        about = measure.about()
-        yield case, [{**row, **about} for row in rows], None
+            why = Skip(f"the {budget:.0f} s are over")
+        else:
+            on_case(case)
+            why, rows = _rows(case)
+        if why is not None:
+            rows = case.rows_without(first_line(why))
+        case.release()
+        about = measure.about(case.device)
+        yield case, [row | about for row in rows], why
+
+
+def _rows(case: Case) -> tuple[Exception | None, list[dict[str, Any]]]:
+    """Apart from `run`, so that a traceback does not keep what the case has drawn."""
+    try:
+        return None, case.rows()
+    except (Wrong, Skip) as reason:
+        return type(reason)(str(reason)), []
+    except Exception as reason:
+        if is_out_of_memory(reason):
+            return Skip(f"out of memory: {first_line(reason)}"), []
+        logger.exception("%s", case)  # the other cases' numbers are worth having
+        return Wrong(f"{type(reason).__name__}: {first_line(reason)}"), []
 
 
 # ---------------------------------------------------------------- what suites share
 
 
-def implementations(operation: str, device: torch.device) -> list[str]:
+def implementations(operation: str) -> list[str]:
     """Every implementation that this release has of an operation, "torch" first."""
-    return [
-        impl
-        for impl in reversed(dispatch.IMPLEMENTATIONS)
-        if dispatch.why_not(operation, impl, device) != "not in this release"
-    ]
+    return [impl for impl in reversed(dispatch.IMPLEMENTATIONS) if dispatch.has(operation, impl)]
 
 
 def need(operation: str, impl: str, device: torch.device) -> None:
@@ -388,7 +451,7 @@ def imported(module: str, package: str):
     try:
         return importlib.import_module(module)
     except Exception as error:  # ImportError, and whatever a package raises that needs a GPU to be imported
-        raise Skip(f"{package} cannot be imported ({_first_line(error)})") from error
+        raise Skip(f"{package} cannot be imported ({first_line(error)})") from error
 
 
 def compiled(options: Options, function: Callable) -> Callable:

@@ -2,9 +2,11 @@
 
 import csv
 import ctypes
+import functools
 import gc
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from kunbr_fast.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 FLUSH = 256 << 20  # bytes written between two runs on a GPU: more than any L2 cache
@@ -35,13 +39,16 @@ def percentile(values, share):
     return sorted(values)[min(len(values) - 1, round(share * (len(values) - 1)))]
 
 
-def interleaved(variants, device, repeats, seconds, at_least=3):
+AT_LEAST = 3  # rounds, whatever they take
+
+
+def interleaved(variants, device, repeats, seconds):
     """{name: function} -> ({name: milliseconds of each round}, cores that others used meanwhile, None on a GPU).
 
     In every round each variant runs once, in turn; each has run before. `repeats` rounds, or as many as are done in
-    `seconds`, `at_least` some.
-    On a CPU rounds are timed in blocks of a quarter of a second, and a block in which other processes used more than
-    `spare_cores()` is left out. After three times `seconds` the least disturbed blocks count: better disturbed numbers,
+    `seconds`, AT_LEAST some.
+    On a CPU rounds are timed in blocks of a quarter of a second, of which all count, so there may be more; a block in which
+    other processes used more than `spare_cores()` is left out. After three times `seconds` the least disturbed blocks count: better disturbed numbers,
     which say so, than none.
     On a GPU: events, with the L2 cache overwritten before each run. Writing it eight times takes the GPU about half a
     millisecond, in which the host gets ahead, so that the launch of a single kernel is not part of its time.
@@ -49,24 +56,24 @@ def interleaved(variants, device, repeats, seconds, at_least=3):
     begin = time.perf_counter()
     if torch.device(device).type == "cuda":
         rounds, flush = [], torch.empty(FLUSH, dtype=torch.int8, device=device)
-        while len(rounds) < at_least or (len(rounds) < repeats and time.perf_counter() - begin < seconds):
+        while len(rounds) < AT_LEAST or (len(rounds) < repeats and time.perf_counter() - begin < seconds):
             rounds.append(_gpu_round(variants, flush))
         return _by_name(rounds), None
     quiet, blocks, shares = [], [], []
     while len(quiet) < repeats:
         passed = time.perf_counter() - begin
-        if passed > (seconds if len(quiet) >= at_least else 3 * seconds) and len(blocks) >= at_least:
+        if passed > (seconds if len(quiet) >= AT_LEAST else 3 * seconds) and len(blocks) >= AT_LEAST:
             break
         blocks.append(_block(variants))
         if blocks[-1][1] <= spare_cores():
             quiet += blocks[-1][0]
             shares.append(blocks[-1][1])
-    if len(quiet) < at_least:
+    if len(quiet) < AT_LEAST:
         quiet, shares = [], []
         for rounds, share in sorted(blocks, key=lambda block: block[1]):
             quiet += rounds
             shares.append(share)
-            if len(quiet) >= at_least:
+            if len(quiet) >= AT_LEAST:
                 break
     return _by_name(quiet), statistics.mean(shares)
 
@@ -76,17 +83,18 @@ def spare_cores():
 
     A thread that others displace holds up all that wait for it, for as long as a time slice: 4 ms in place of 0.1.
     """
-    return max(0, len(os.sched_getaffinity(0)) - torch.get_num_threads()) + 0.1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(0, cores - torch.get_num_threads()) + 0.1
 
 
 def _by_name(rounds):
     return {name: [r[name] for r in rounds] for name in rounds[0]}
 
 
-def _block(variants, seconds=0.25):
+def _block(variants):
     """([{name: milliseconds}] of rounds in a row, cores that other processes used meanwhile)."""
     begin, others, rounds = time.perf_counter(), others_seconds(), []
-    while not rounds or time.perf_counter() - begin < seconds:
+    while not rounds or time.perf_counter() - begin < 0.25:
         times = {}
         for name, run in variants.items():
             start = time.perf_counter()
@@ -119,11 +127,6 @@ def _gpu_round(variants, flush):
     return {name: start.elapsed_time(end) for name, (start, end) in events.items()}
 
 
-def ratio(times, name, other):
-    """Median over the rounds of one variant's time over another's: what disturbs a round disturbs both."""
-    return statistics.median(a / b for a, b in zip(times[name], times[other]))
-
-
 def peak_memory(run, device):
     """Bytes at the peak of one run above what was there before it: of the GPU's memory, or resident in the process.
 
@@ -141,10 +144,10 @@ def peak_memory(run, device):
         ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, so that `before` is what is in use
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = resident("VmRSS")
-        run()
-        return max(0, resident("VmHWM") - before)
     except (OSError, AttributeError):
         return None
+    run()
+    return max(0, resident("VmHWM") - before)
 
 
 def resident(field):
@@ -175,10 +178,13 @@ def kept_bytes(run, known=()):
 
 
 def cpu_name():
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _said(*command):
@@ -189,21 +195,20 @@ def _said(*command):
 
 
 def commit():
-    """KUNBR_COMMIT names the commit where a checkout travels without its history."""
-    return os.environ.get("KUNBR_COMMIT") or _said("git", "-C", ROOT, "describe", "--always", "--dirty") or "unknown"
+    """KUNBR_COMMIT names the commit where a checkout travels without its history; "" for an installed release."""
+    ours = (ROOT / ".git").exists()  # not that of somebody's repository around our installation
+    return os.environ.get("KUNBR_COMMIT") or (
+        _said("git", "-C", ROOT, "describe", "--always", "--dirty") if ours else ""
+    )
 
 
+@functools.cache
 def driver():
     return _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
 
 
 PACKAGES = ("torch", "triton", "transformers", "numpy")
-RIVALS = {
-    "liger-kernel": "liger_kernel",
-    "opacus": "opacus",
-    "cut-cross-entropy": "cut_cross_entropy",
-    "lion-pytorch": "lion_pytorch",
-}
+RIVALS = ("liger-kernel", "opacus", "cut-cross-entropy", "lion-pytorch")
 
 
 def version(package):
@@ -213,14 +218,15 @@ def version(package):
         return ""
 
 
-def about():
+def about(device="cpu"):
     """The machine, the versions, the commit and the command: the last columns of every row."""
-    gpu = torch.cuda.is_available()
+    gpu = torch.device(device).type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if gpu else cpu_name(),
+        "device": torch.cuda.get_device_name(device) if gpu else cpu_name(),
         "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda or "" if gpu else "",
+        "cuda": torch.version.cuda if gpu else "",
         "driver": driver() if gpu else "",
+        "kunbr-fast": __version__,
         **{name: version(name) for name in PACKAGES},
         "rivals": " ".join(f"{name} {version(name)}" for name in RIVALS if version(name)),
         "python": platform.python_version(),
@@ -233,24 +239,18 @@ def about():
 def command():
     """What was typed, with paths in the checkout from its root."""
     script = Path(sys.argv[0])
-    if script.name in ("kunbr-fast", "__main__.py"):
-        words = ["kunbr-fast"]
-    else:
-        words = ["python", os.path.relpath(script, ROOT)]
-    return " ".join([*words, *sys.argv[1:]])
+    ours = script.name in ("kunbr-fast", "__main__.py")
+    return shlex.join([*(["kunbr-fast"] if ours else ["python", os.path.relpath(script, ROOT)]), *sys.argv[1:]])
 
 
 def add_rows(path, rows):
-    """Appends `rows` (mappings of one shape) to the CSV at `path`, each with `about()`; a new file gets a header."""
-    append_csv(path, [{**row, **about()} for row in rows])
-    print(f"{len(rows)} rows added to {path}")
+    """Appends `rows` (mappings of one shape) to the CSV at `path`, each with `about()`; a new file gets a header.
 
-
-def append_csv(path, rows):
-    """Appends `rows` to the CSV at `path`; a new file gets a header. ValueError for a file whose columns are others."""
-    path, columns = Path(path), list(rows[0])
+    ValueError for a file whose columns are others.
+    """
+    path, rows = Path(path), [{**row, **about()} for row in rows]
+    columns, new = list(rows[0]), not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
     if not new:
         with open(path, newline="") as file:
             header = next(csv.reader(file), [])
@@ -261,3 +261,4 @@ def append_csv(path, rows):
         if new:
             writer.writeheader()
         writer.writerows(rows)
+    print(f"{len(rows)} rows added to {path}")

@@ -75,6 +75,13 @@ def exact_norms(module: nn.Module) -> nn.Module:
     return module
 
 
+def liger(module: str, options: Options) -> types.ModuleType:
+    """A module of liger_kernel; `Skip` where it is not there or cannot run."""
+    if not options.gpu:
+        raise Skip("Liger's kernels need a GPU")
+    return imported(f"liger_kernel.{module}", "liger-kernel")
+
+
 def with_liger(module: nn.Module, options: Options) -> nn.Module:
     """Puts Liger's RMSNorm, SwiGLU and rotary embedding into the instances in `module`, which is returned.
 
@@ -82,17 +89,15 @@ def with_liger(module: nn.Module, options: Options) -> nn.Module:
     given a model, and cannot be undone. What it does to a model's norms and MLPs is done here by its own functions for
     that. The attention keeps its class's code, bound to the instance with globals in which one name is Liger's.
     """
-    if not options.gpu:
-        raise Skip("Liger's kernels need a GPU")
-    liger = imported("liger_kernel.transformers.monkey_patch", "liger-kernel")
+    found = liger("transformers.monkey_patch", options)
     for part in list(module.modules()):
         kind = type(part).__name__
         if kind.endswith("RMSNorm"):
-            liger._patch_rms_norm_module(part)
+            found._patch_rms_norm_module(part)
         elif kind.endswith("MLP"):
-            liger._patch_swiglu_module(part, liger.LigerSwiGLUMLP)
+            found._patch_swiglu_module(part, found.LigerSwiGLUMLP)
         elif kind.endswith("Attention"):
-            part.forward = types.MethodType(_rebound(type(part).forward, liger.liger_rotary_pos_emb), part)
+            part.forward = types.MethodType(_rebound(type(part).forward, found.liger_rotary_pos_emb), part)
     return module
 
 

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kunbr_fast import atomic
+import torch
+
+from kunbr_fast import atomic, dispatch
 from kunbr_fast.benchmarks import charts
 from kunbr_fast.benchmarks.harness import COLUMNS
-from kunbr_fast.benchmarks.rows import Outcome, outcomes
-
-WIDTH = 120  # of the terminal table
-NOTHING = "–"
+from kunbr_fast.benchmarks.rows import EXTRAPOLATED, NOTHING, WIDTH, Outcome, cut, four, outcomes, tilde
 
 
-def write_report(
-    rows: Sequence[Mapping[str, Any]], folder: str | Path, without: Mapping[str, str] | None = None
-) -> list[Path]:
+def write_report(rows: Sequence[Mapping[str, Any]], folder: str | Path) -> list[Path]:
     """Writes report.html and the pictures in it, as PNG, to `folder`; returns their paths, report.html first.
 
-    without: {case: why} of cases that have no rows, because ours was wrong or time or memory did not suffice.
-    ValueError where there are no rows.
+    Pictures of an earlier report there go. ValueError where there are no rows.
     """
     if not rows:
         raise ValueError("no rows, so nothing to report")
@@ -34,7 +31,7 @@ def write_report(
     pictures = charts.draw(cases, folder)
     path = folder / "report.html"
     with atomic.atomic_write(path) as file:
-        file.write(_page(rows, cases, pictures, without or {}).encode())
+        file.write(_page(rows, cases, pictures).encode())
     return [path, *(picture for _, picture in pictures)]
 
 
@@ -50,29 +47,35 @@ def _columns(cases: Sequence[Outcome]) -> list[str]:
 
 def _cells(case: Outcome, row: Mapping[str, Any]) -> dict[str, str]:
     """{heading: text} of what the row has."""
-    found = {
-        "ms": _four(row["ms"]),
-        "p20 .. p80": f"{_four(row['p20_ms'])} .. {_four(row['p80_ms'])}" if row["p20_ms"] and row["p80_ms"] else None,
-        "speed-up": _times(row.get("speedup")),
-        "% roof": f"{row['roofline_percent']:.1f}" if row.get("roofline_percent") else None,
-        "error": f"{row['error']:.1e}" if row.get("error") is not None else None,
-    }
-    rate = ("TFLOP/s", "tflop_per_s") if case.gflop else ("GB/s", "gb_per_s")
-    places = (("peak MiB", "peak_mib"), ("kept MiB", "kept_mib"), ("standing", "standing_mib"))
-    if row.get(rate[1]):
-        found[rate[0]] = _four(row[rate[1]])
-    for heading, name in places:
-        found[heading] = _four(row.get(name)) if row.get(name) is not None else None
+    sign, baseline = tilde(row), next((r for r in case.ran if r["variant"] == row.get("baseline")), None)
+    found = {"ms": f"{sign}{four(row['ms'])}", "p20 .. p80": None, "speed-up": None, "% roof": None, "error": None}
+    if row["p20_ms"] and row["p80_ms"]:
+        found["p20 .. p80"] = f"{four(row['p20_ms'])} .. {four(row['p80_ms'])}"
+    if row.get("speedup"):
+        found["speed-up"] = tilde(row, baseline) + _times(row["speedup"])
+    if row.get("roofline_percent"):
+        found["% roof"] = f"{sign}{row['roofline_percent']:.1f}"
+    if row.get("error") is not None:
+        found["error"] = f"{row['error']:.1e}"
+    heading, name = ("TFLOP/s", "tflop_per_s") if case.gflop else ("GB/s", "gb_per_s")
+    if row.get(name):
+        found[heading] = f"{sign}{four(row[name])}"
+    for heading, name in (("peak MiB", "peak_mib"), ("kept MiB", "kept_mib"), ("standing", "standing_mib")):
+        if row.get(name) is not None:
+            found[heading] = four(row[name])
     return {heading: text for heading, text in found.items() if text is not None}
 
 
-def _four(value: float | None) -> str | None:
-    """Four significant digits, or whole numbers beyond."""
-    return None if value is None else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+def _times(value: float) -> str:
+    return f"{value:.2f}x" if value < 100 else f"{value:.0f}x"
 
 
-def _times(value: float | None) -> str | None:
-    return None if value is None else f"{value:.2f}x" if value < 100 else f"{value:.0f}x"
+def _ms(row: Mapping[str, Any]) -> str:
+    return f"{tilde(row)}{four(row['ms'])} ms"
+
+
+def _ratio(case: Outcome) -> str:
+    return f"{'~' if case.extrapolated else ''}{_times(case.ratio)}"
 
 
 def _reason(row: Mapping[str, Any]) -> str:
@@ -83,36 +86,42 @@ def _verdict(case: Outcome) -> str:
     """Best of ours against the best rival."""
     if case.ours is None:
         return "none of ours ran"
-    said = f"best of ours: {case.ours['variant']}, {_four(case.ours['ms'])} ms"
+    said = f"best of ours: {case.ours['variant']}, {_ms(case.ours)}"
     if not case.rivals:
         return f"{said}; no rival ran"
-    rival, ratio = case.rivals[0], case.ratio
-    word = "faster" if ratio >= 1 else "SLOWER"
-    return f"{said}; best rival: {rival['variant']}, {_four(rival['ms'])} ms: {word} {_times(ratio)}"
+    rival, word = case.rivals[0], "faster" if case.ratio >= 1 else "SLOWER"
+    return f"{said}; best rival: {rival['variant']}, {_ms(rival)}: {word} {_ratio(case)}"
 
 
 # ---------------------------------------------------------------- terminal
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A block for each case: its variants, fastest first, ours with a star, parts of the work with a dash; who did not run,
-    and why; who wins."""
-    return "\n\n".join("\n".join(_block(case)) for case in outcomes(rows))
+    """A block for each case: its variants, fastest first, ours with a star, with a dash what is neither ours nor a
+    rival (parts of the work, candidates); who did not run, and why; who wins."""
+    cases = outcomes(rows)
+    blocks = ["\n".join(_block(case)) for case in cases]
+    return "\n\n".join(blocks + [EXTRAPOLATED] * _extrapolated(cases))
+
+
+def _extrapolated(cases: Sequence[Outcome]) -> bool:
+    """Whether anything is."""
+    return any(tilde(*case.ran) for case in cases)
 
 
 def _block(case: Outcome) -> Iterable[str]:
-    work = [f"{_four(value)} {unit}" for value, unit in ((case.gflop, "GFLOP"), (case.mib, "MiB")) if value]
-    yield _cut(f"{case.suite}: {case}  ({', '.join((case.dtype, *work))})")
+    work = [f"{four(value)} {unit}" for value, unit in ((case.gflop, "GFLOP"), (case.mib, "MiB")) if value]
+    yield cut(f"{case.suite}: {case}  ({', '.join((case.dtype, *work))})")
     columns = _columns([case])
     lines = [["variant", *columns]]
     for row in case.ran:
         cells = _cells(case, row)
-        mark = "*" if row["ours"] else "-" if case.does_less(row) else " "
-        lines.append([f"{mark} {row['variant']}"[:26], *(cells.get(c, NOTHING) for c in columns)])
+        sign = "-" if case.aside(row) else "*" if row["ours"] else " "
+        lines.append([f"{sign} {row['variant']}"[:26], *(cells.get(c, NOTHING) for c in columns)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines if case.ran else []:
         first, *others = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
-        yield _cut(f"  {'  '.join((first, *others))}")
+        yield cut(f"  {'  '.join((first, *others))}")
     for row in case.ran:
         if row.get("note"):
             yield from _wrapped(f"  {row['variant']}: {row['note']}")
@@ -128,10 +137,6 @@ def _by_reason(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
         if row["variant"] not in names:
             names.append(row["variant"])
     return found
-
-
-def _cut(line: str) -> str:
-    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
 
 
 def _wrapped(line: str) -> list[str]:
@@ -153,7 +158,8 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; } p, li { max-width: 60rem; } .sof
 th, td { padding: .22rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { background: var(--shade); font-weight: 600; } .t { text-align: left; white-space: normal; }
 .ours td { background: var(--ours); }
-.less td { font-style: italic; color: var(--soft); } .win { color: var(--win); } .lose { color: var(--lose); font-weight: 700; }
+.less td { font-style: italic; color: var(--soft); }
+.win { color: var(--win); } .lose { color: var(--lose); font-weight: 700; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .9rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; font-family: ui-monospace, monospace; }
 img { display: block; width: 100%; max-width: 56rem; height: auto; background: #fff; border: 1px solid var(--line);
@@ -161,19 +167,22 @@ img { display: block; width: 100%; max-width: 56rem; height: auto; background: #
 """
 
 
-def _page(rows, cases: Sequence[Outcome], pictures, without: Mapping[str, str]) -> str:
+def _page(rows, cases: Sequence[Outcome], pictures) -> str:
     about = {name: list(dict.fromkeys(str(row.get(name) or "") for row in rows)) for name in _about(rows)}
     device = about.get("device", [""])[0]
+    counts = f"{_count(len(cases), 'case')}, {_count(len(rows), 'row')}"
+    legend = f'<p class="soft">{EXTRAPOLATED}</p>' if _extrapolated(cases) else ""
     parts = [
         "<h1>kunbr-fast benchmarks</h1>",
-        f'<p class="soft">{_e(_count(len(cases), "case"))}, {_e(_count(len(rows), "row"))}'
-        f"{', ' + _e(device) if device else ''}</p>",
+        f'<p class="soft">{_e(f"{counts}, {device}" if device else counts)}</p>',
+        _passed_by(cases),
         "<h2>Environment</h2>",
-        "<dl>"
-        + "".join(f"<dt>{_e(n)}</dt><dd>{_e('; '.join(filter(None, v)))}</dd>" for n, v in about.items() if any(v)),
+        "<dl>",
+        *(f"<dt>{_e(n)}</dt><dd>{_e('; '.join(filter(None, v)))}</dd>" for n, v in about.items() if any(v)),
         "</dl>",
         "<h2>Summary</h2>",
         '<p class="soft">Ratio: time of the fastest rival over that of the fastest of ours. Above 1 we are faster.</p>',
+        legend,
         _summary(cases),
         "<h2>Where we lose</h2>",
         _losses(cases),
@@ -182,23 +191,38 @@ def _page(rows, cases: Sequence[Outcome], pictures, without: Mapping[str, str]) 
         "<h2>All rows</h2>",
         '<p class="soft">Median of the rounds with the 20th and 80th percentile; variants took turns. Peak: memory '
         "above what was there before. Kept: for the backward pass. Standing: what stays between two calls. Error: "
-        "relative, from fp64, on a small sibling of the shape. Ours are shaded; in italics: a part of the "
-        "work, no rival.</p>",
+        "relative, from fp64, on a small sibling of the shape. Ours are shaded; in italics what is neither ours nor a "
+        "rival: parts of the work, candidates.</p>",
+        legend,
         *(_suite(suite, [c for c in cases if c.suite == suite]) for suite in dict.fromkeys(c.suite for c in cases)),
         "<h2>Not run, and why</h2>",
-        _not_run(cases, without),
+        _not_run(cases),
     ]
+    title = f"kunbr-fast benchmarks{_e(': ' + device) if device else ''}"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>kunbr-fast benchmarks{_e(': ' + device) if device else ''}</title><style>{STYLE}</style></head>\n<body>\n"
-        + "\n".join(parts)
+        f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n"
+        + "\n".join(filter(None, parts))
         + "\n</body></html>\n"
     )
 
 
+def _passed_by(cases: Sequence[Outcome]) -> str:
+    """That users who name no implementation do not get those of ours, of the ones that ran on a GPU."""
+    ran = {re.match(r"\w*", row["variant"])[0] for c in cases for row in c.ran if row["ours"] and row.get("cuda")}
+    device = torch.device("cuda")
+    asked = (("triton", dispatch.triton_why_not_auto), ("cuda", dispatch.cuda_why_not_auto))
+    reasons = [f"{impl} ({reason})" for impl, why in asked if impl in ran and (reason := why(device))]
+    if not reasons:
+        return ""
+    said = f'In this release impl="auto" passes by {", ".join(reasons)}: name it to get it.'
+    return f"<p>{_e(said)}</p>"
+
+
 def _about(rows) -> list[str]:
-    return [name for name in dict.fromkeys(name for row in rows for name in row) if name not in COLUMNS]
+    """What was measured with: the columns after those of the measurement, and the settings."""
+    return [name for name in dict.fromkeys(n for row in rows for n in row) if name not in COLUMNS or name == "settings"]
 
 
 def _e(value: Any) -> str:
@@ -216,51 +240,57 @@ def _html_table(header: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]
         return "".join(f"<{tag}{' class=t' if i < texts else ''}>{v}</{tag}>" for i, v in enumerate(values))
 
     body = "\n".join(f"<tr{f' class={name}' if name else ''}>{cells('td', values)}</tr>" for name, values in lines)
-    return f'<div class="wide"><table><thead><tr>{cells("th", map(_e, header))}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    head = f"<thead><tr>{cells('th', map(_e, header))}</tr></thead>"
+    return f'<div class="wide"><table>{head}<tbody>\n{body}\n</tbody></table></div>'
 
 
-def _ratio(case: Outcome) -> str:
+def _coloured(case: Outcome) -> str:
     if case.ratio is None:
         return NOTHING
-    return f'<span class="{"win" if case.ratio >= 1 else "lose"}">{_times(case.ratio)}</span>'
+    return f'<span class="{"win" if case.ratio >= 1 else "lose"}">{_ratio(case)}</span>'
 
 
 def _summary(cases: Sequence[Outcome]) -> str:
-    header = [
-        "suite",
-        "model",
-        "case",
-        "dtype",
-        "best of ours",
-        "best rival",
-        "ours, ms",
-        "rival, ms",
-        "ratio",
-        "% roof",
-    ]
+    header = "suite|model|case|dtype|best of ours|best rival|ours, ms|rival, ms|ratio|% roof".split("|")
     lines = []
     for case in cases:
-        ours, rival = case.ours or {}, case.rivals[0] if case.rivals else {}
-        percent = f"{ours['roofline_percent']:.1f}" if ours.get("roofline_percent") else NOTHING
-        names = (case.suite, case.model, case.case, case.dtype, *(r.get("variant", NOTHING) for r in (ours, rival)))
-        lines.append((
-            "", [*map(_e, names), *(_four(r.get("ms")) or NOTHING for r in (ours, rival)), _ratio(case), percent],
-        ))  # fmt: skip
+        best = [case.ours, case.rivals[0] if case.rivals else None]
+        names = (case.suite, case.model, case.case, case.dtype, *(row["variant"] if row else NOTHING for row in best))
+        ours, rival = (_cells(case, row) if row else {} for row in best)
+        numbers = (ours.get("ms", NOTHING), rival.get("ms", NOTHING), _coloured(case), ours.get("% roof", NOTHING))
+        lines.append(("", [*map(_e, names), *numbers]))
     return _html_table(header, lines, 6)
 
 
 def _losses(cases: Sequence[Outcome]) -> str:
     lost = sorted((case for case in cases if case.ratio is not None and case.ratio < 1), key=lambda case: case.ratio)
-    compared = sum(case.ratio is not None for case in cases)
-    if not lost:
-        return f"<p>Nowhere in the {_count(compared, 'case')} where ours and a rival ran.</p>"
-    lines = [
-        f"<li>{_e(case.suite)}: {_e(case)} ({_e(case.dtype)}): {_e(case.rivals[0]['variant'])} takes "
-        f"{_four(case.rivals[0]['ms'])} ms, our {_e(case.ours['variant'])} {_four(case.ours['ms'])} ms: "
-        f'<span class="lose">{_times(case.ratio)}</span></li>'
-        for case in lost
-    ]
-    return f"<p>In {len(lost)} of {_count(compared, 'case')}, worst first:</p>\n<ul>\n" + "\n".join(lines) + "\n</ul>"
+    compared = _count(sum(case.ratio is not None for case in cases), "case")
+    silent = [case for case in cases if case.ours is None]
+    said = f"In {len(lost)} of {compared}, worst first:" if lost else f"Nowhere in the {compared} where both sides ran."
+    parts = [f"<p>{said}</p>"]
+    parts.append(_list(
+        f"{_e(_named(case))}: {_e(case.rivals[0]['variant'])} takes {_ms(case.rivals[0])}, our "
+        f"{_e(case.ours['variant'])} {_ms(case.ours)}: {_coloured(case)}" for case in lost
+    ))  # fmt: skip
+    if silent:
+        parts.append(f"<p>{_count(len(silent), 'case')} without numbers of ours:</p>")
+        parts.append(_list(f"{_e(_named(case))}: {_e(_why_silent(case))}" for case in silent))
+    return "\n".join(filter(None, parts))
+
+
+def _why_silent(case: Outcome) -> str:
+    reasons = _by_reason([row for row in case.not_run if row["ours"]])
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()) or "there was none"
+
+
+def _named(case: Outcome) -> str:
+    return f"{case.suite}: {case} ({case.dtype})"
+
+
+def _list(items: Iterable[str]) -> str:
+    """items: HTML."""
+    lines = "\n".join(f"<li>{item}</li>" for item in items)
+    return f"<ul>\n{lines}\n</ul>" if lines else ""
 
 
 def _picture(heading: str, path: Path) -> str:
@@ -273,7 +303,7 @@ def _suite(suite: str, cases: Sequence[Outcome]) -> str:
     for case in cases:
         lines = [
             (
-                "ours" if row["ours"] else "less" if case.does_less(row) else "",
+                "less" if case.aside(row) else "ours" if row["ours"] else "",
                 [_e(row["variant"]), *(_cells(case, row).get(c, NOTHING) for c in columns)],
             )
             for row in case.ran
@@ -284,14 +314,19 @@ def _suite(suite: str, cases: Sequence[Outcome]) -> str:
     return f"<details><summary>{_e(suite)}: {_count(len(cases), 'case')}</summary>\n" + "\n".join(blocks) + "</details>"
 
 
-def _not_run(cases: Sequence[Outcome], without: Mapping[str, str]) -> str:
-    found: dict[tuple[str, str], dict[str, int]] = {}
+def _not_run(cases: Sequence[Outcome]) -> str:
+    """By suite and reason; a case of which nothing ran, by its name."""
+    whole: dict[tuple[str, str], list[str]] = {}
+    some: dict[tuple[str, str], dict[str, int]] = {}
     for case in cases:
+        reasons = _by_reason(case.not_run)
+        if len(reasons) == 1 and not case.ran:
+            whole.setdefault((case.suite, *reasons), []).append(f"{case} ({case.dtype})")
+            continue
         for row in case.not_run:
-            names = found.setdefault((case.suite, _reason(row)), {})
+            names = some.setdefault((case.suite, _reason(row)), {})
             names[row["variant"]] = names.get(row["variant"], 0) + 1
-    lines = [f"<li>{_e(case)}: {_e(why)}</li>" for case, why in without.items()]
-    for (suite, reason), names in found.items():
-        said = ", ".join(f"{_e(name)} ({_count(number, 'case')})" for name, number in names.items())
-        lines.append(f"<li>{_e(suite)}: {said}: {_e(reason)}</li>")
-    return "<ul>\n" + "\n".join(lines) + "\n</ul>" if lines else "<p>Everything ran.</p>"
+    lines = [(suite, "; ".join(names), reason) for (suite, reason), names in whole.items()]
+    for (suite, reason), names in some.items():
+        lines.append((suite, ", ".join(f"{name} ({_count(n, 'case')})" for name, n in names.items()), reason))
+    return _list(_e(": ".join(line)) for line in lines) or "<p>Everything ran.</p>"

@@ -1,10 +1,11 @@
-"""Rows on disk: a CSV, for people and spreadsheets, and a JSON of the same rows, each rewritten whole."""
+"""Rows on disk: a CSV, for people and spreadsheets, and a JSON of the same rows, each rewritten whole. And what report
+and comparison share: the rows of a case, and how numbers and long lines are shown."""
 
 import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,31 @@ from kunbr_fast import atomic
 from kunbr_fast.benchmarks.harness import COLUMNS, KEY
 
 NEEDED = (*KEY, "ours", "ms", "p20_ms", "p80_ms")  # the rest may be missing: files of other releases stay readable
-TEXTS = ("suite", "model", "case", "dtype", "variant", "baseline", "note")
+TEXTS = ("suite", "model", "case", "dtype", "variant", "baseline", "note", "settings")
 NUMBERS = frozenset({*COLUMNS, "threads"} - {*TEXTS})
 
 
 def parsed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with numbers in its columns of numbers, None where one is missing. ValueError names the column."""
-    return {name: _number(name, value) if name in NUMBERS else value for name, value in row.items()}
+    """The row with numbers in its columns of numbers, None where one is missing, and texts in the others: the same of a
+    fresh row and of one that was read. ValueError names the column."""
+    return {name: _number(name, value) if name in NUMBERS else _text(value) for name, value in row.items()}
 
 
 def _number(name: str, value: Any) -> int | float | None:
     if value is None or value == "":
         return None
     try:
-        number = value if isinstance(value, int) else float(value)
+        number = int(value) if isinstance(value, int) else float(value)
         if math.isfinite(number):
             return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else number
     except (TypeError, ValueError):
         pass
     raise ValueError(f"{name} is {value!r}, expected a number")
+
+
+def _text(value: Any) -> str:
+    """Without carriage returns, which the csv of older Pythons writes and cannot read."""
+    return "" if value is None else str(value).replace("\r", " ")
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -44,13 +51,16 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     found = []
     for place, row in (_from_json if path.suffix == ".json" else _from_csv)(text, path):
         try:
-            missing = [name for name in NEEDED if name not in row]
-            if missing:
-                raise ValueError(f"no rows of benchmarks: there is no column {', '.join(missing)}")
             found.append(parsed(row))
         except ValueError as error:
             raise ValueError(f"{path}, {place}: {error}") from None
     return found
+
+
+def _check(names: Collection[str], place: str) -> None:
+    missing = [name for name in NEEDED if name not in names]
+    if missing:
+        raise ValueError(f"{place}: no rows of benchmarks: there is no column {', '.join(missing)}")
 
 
 def _from_json(text, path):
@@ -60,37 +70,36 @@ def _from_json(text, path):
         raise ValueError(f"{path}, line {error.lineno}: no JSON: {error.msg}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}, line 1: no rows of benchmarks: expected a list of objects")
-    return ((f"row {i}", row) for i, row in enumerate(rows, 1))
+    for number, row in enumerate(rows, 1):
+        _check(row, f"{path}, row {number}")
+        yield f"row {number}", row
 
 
 def _from_csv(text, path):
     reader = csv.reader(io.StringIO(text, newline=""))
     try:
         header = next(reader, [])
-        missing = [name for name in NEEDED if name not in header]
-        if missing:
-            raise ValueError(f"no rows of benchmarks: there is no column {', '.join(missing)}")
-        for fields in reader:
-            if fields and len(fields) != len(header):
-                raise ValueError(f"{len(fields)} fields, expected the header's {len(header)}")
-            if fields:
-                yield f"line {reader.line_num}", dict(zip(header, fields))
-    except (csv.Error, ValueError) as error:
+        _check(header, f"{path}, line 1")
+        for fields in filter(None, reader):
+            place = f"line {reader.line_num}"
+            if len(fields) != len(header):
+                raise ValueError(f"{path}, {place}: {len(fields)} fields, expected the header's {len(header)}")
+            yield place, dict(zip(header, fields))
+    except csv.Error as error:
         raise ValueError(f"{path}, line {max(1, reader.line_num)}: {error}") from None
 
 
 def write_rows(path_csv: str | Path, path_json: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Both files anew, each whole or not at all. Columns in the order in which the rows have them."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    rows = [dict.fromkeys(columns, "") | row for row in rows]
-    numbers = [parsed(row) for row in rows]  # first: what cannot be read again is not written
+    rows = [parsed(dict.fromkeys(columns) | row) for row in rows]  # first: what cannot be read again is not written
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     with atomic.atomic_write(path_csv) as file:
         file.write(text.getvalue().encode())
-    atomic.write_json(path_json, numbers)
+    atomic.write_json(path_json, rows)
 
 
 # ---------------------------------------------------------------- cases
@@ -111,16 +120,19 @@ class Outcome:
     @property
     def ours(self) -> dict[str, Any] | None:
         """The fastest of ours."""
-        return next((row for row in self.ran if row["ours"]), None)
+        return next((row for row in self.ran if row["ours"] and not is_candidate(row)), None)
 
     @property
     def rivals(self) -> list[dict[str, Any]]:
         """Those that do the same work, fastest first."""
-        return [row for row in self.ran if not row["ours"] and not self.does_less(row)]
+        return [row for row in self.ran if not row["ours"] and not self.aside(row)]
 
-    def does_less(self, row: Mapping[str, Any]) -> bool:
-        """Returned nothing that the gate could compare, where ours did: a part of the work, timed as a yardstick."""
-        return not row["ours"] and row.get("error") is None and bool(self.ours) and self.ours.get("error") is not None
+    def aside(self, row: Mapping[str, Any]) -> bool:
+        """Neither ours nor a rival: a candidate, or what returned nothing that the gate could compare, where ours did:
+        a part of the work, timed as a yardstick."""
+        if row["ours"]:
+            return is_candidate(row)
+        return row.get("error") is None and bool(self.ours) and self.ours.get("error") is not None
 
     @property
     def ratio(self) -> float | None:
@@ -131,6 +143,16 @@ class Outcome:
         """A rival's time over that of our fastest."""
         return rival["ms"] / self.ours["ms"] if self.ours else None
 
+    @property
+    def extrapolated(self) -> bool:
+        """Whether one of the two times of `ratio` is."""
+        return bool(tilde(self.ours, *self.rivals[:1]))
+
+
+def is_candidate(row: Mapping[str, Any]) -> bool:
+    """A tile that --tiles tries: nothing that a user would get."""
+    return row["variant"].split()[:1] == ["tile"]
+
 
 def outcomes(rows: Sequence[Mapping[str, Any]]) -> list[Outcome]:
     """The cases of `rows`, in the order in which they first occur."""
@@ -138,3 +160,24 @@ def outcomes(rows: Sequence[Mapping[str, Any]]) -> list[Outcome]:
     for row in map(parsed, rows):
         cases.setdefault(tuple(row[name] for name in KEY[:-1]), []).append(row)
     return [Outcome(rows) for rows in cases.values()]
+
+
+# ---------------------------------------------------------------- as text
+
+WIDTH = 120  # of what the terminal shows
+NOTHING = "–"
+EXTRAPOLATED = "~ extrapolated"
+
+
+def tilde(*rows: Mapping[str, Any] | None) -> str:
+    """What stands before a number that comes from these rows: "~" where one of them is extrapolated."""
+    return "~" if any(str(row.get("note") or "").startswith("extrapolated") for row in rows if row) else ""
+
+
+def four(value: float | None) -> str:
+    """Four significant digits, or whole numbers beyond."""
+    return NOTHING if value is None else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+
+
+def cut(text: str, width: int = WIDTH) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

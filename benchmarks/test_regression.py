@@ -33,7 +33,7 @@ def _variants(case):
 
 
 gate = functools.cache(lambda case: case.gate())
-commit = functools.cache(measure.commit)
+about = functools.cache(lambda: measure.about(DEVICE))
 
 
 @functools.lru_cache(maxsize=1)
@@ -57,7 +57,7 @@ def test_variant(benchmark, case, name):
     benchmark.group = str(case)
     benchmark.extra_info.update(
         **case.identity(), variant=name, ours=variant.ours, error=errors[name], gflop=case.flops / 1e9,
-        mib=case.nbytes / 2**20, device=measure.about()["device"], commit=commit(),
+        mib=case.nbytes / 2**20, device=about()["device"], commit=about()["commit"],
     )  # fmt: skip
 
     def once():

@@ -124,6 +124,23 @@ def _scalar(text: str) -> Any:
     return text
 
 
+def _positive(kind: type):
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    read.__name__ = f"{kind.__name__} above 0"  # argparse: "invalid float above 0 value: '-1'"
+    return read
+
+
+def _tokens(text: str) -> str:
+    if text != "ragged" and not (text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of tokens, or ragged")
+    return text
+
+
 def _config(arguments: argparse.Namespace) -> KUnBRConfig:
     values: dict[str, Any] = {}
     if arguments.config:
@@ -299,8 +316,9 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "bench",
         help="time the kernels, a step and a whole run on this machine against their rivals, or compare two such runs",
-        description="Times each suite's cases on this machine: first a check of results against fp64, then rounds in which ours, "
-        "the rivals that are installed, and a copy and a matrix product (the roofline) take turns.",
+        description="Times each suite's cases on this machine: first a check of results against fp64, then rounds in which\n"
+        "ours, the rivals that are installed, and a copy and a matrix product (the roofline) take turns.",
+        usage="%(prog)s [SUITE ...] [options]",
         epilog="suites:\n" + "\n".join(f"  {name:<12} {text}" for name, text in SUITES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -308,34 +326,44 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--out", default="bench-out", metavar="DIR", help="results.csv, results.json, report.html, plots [bench-out]"
     )
-    command.add_argument("--resume", action="store_true", help="keep the cases that are in --out already")
+    command.add_argument("--resume", action="store_true", help="keep the cases that have numbers in --out already")
     command.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     command.add_argument("--dtype", choices=list(DTYPES), help="[bfloat16 on a GPU, float32 on a CPU]")
     command.add_argument(
         "--models", nargs="+", choices=list(MODELS), metavar="NAME", help=f"shapes of {', '.join(MODELS)}"
     )
-    command.add_argument("--tokens", nargs="+", metavar="T", help="tokens, where a suite has them as a size")
     command.add_argument(
-        "--variants", nargs="+", metavar="NAME", help="only these, and the one that they are compared with"
+        "--tokens",
+        nargs="+",
+        type=_tokens,
+        metavar="T",
+        help="where a suite has them as a size; ragged: as questions have",
     )
+    command.add_argument("--variants", nargs="+", metavar="NAME", help="only these, and what they are compared with")
     command.add_argument("--quick", action="store_true", help="one small case a suite, to see that everything works")
     command.add_argument("--compile", action="store_true", help="torch.compile's variants on a CPU too (minutes)")
     command.add_argument("--tiles", action="store_true", help="density: each candidate tile of the Triton kernel too")
-    command.add_argument("--seconds", type=float, metavar="S", help="for the rounds of a case [4]")
-    command.add_argument("--repeats", type=int, metavar="N", help="rounds of a case, at most [7; 30 on a GPU]")
+    command.add_argument("--seconds", type=_positive(float), metavar="S", help="for the rounds of a case [4]")
     command.add_argument(
-        "--budget", type=float, default=float("inf"), metavar="S", help="seconds after which no case is begun"
+        "--repeats", type=_positive(int), metavar="N", help="rounds after which a case is done [7; 30 on a GPU]"
     )
-    command.add_argument("--list", action="store_true", help="say which cases there are, and measure none")
     command.add_argument(
+        "--budget",
+        type=_positive(float),
+        default=float("inf"),
+        metavar="S",
+        help="seconds after which no case is begun",
+    )
+    command.add_argument("--no-report", action="store_true", help="results.csv and results.json alone")
+    instead = command.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="say which cases there are, and measure none")
+    instead.add_argument(
         "--compare",
         nargs=2,
         metavar=("A.csv", "B.csv"),
         help="measure nothing: what became slower or faster from A to B, beyond noise; exit status 1 where ours became slower",
     )
-    command.add_argument(
-        "--report", nargs="+", metavar="CSV", help="measure nothing: the report of these files, in --out"
-    )
+    instead.add_argument("--report", metavar="FILE.csv", help="measure nothing: the report of this file, in --out")
     _output_arguments(command)
     command.set_defaults(run=_bench)
 
@@ -634,12 +662,11 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.compare:
         found = compare.compare(*(read_rows(path) for path in arguments.compare))
         if not arguments.json:
-            print(compare.format(found))
+            print(compare.table(found))
         arguments.status = 1 if found.regressions else 0
         return found.to_dict()
     if arguments.report:
-        measured = [row for path in arguments.report for row in read_rows(path)]
-        files = [str(path) for path in write_bench_report(measured, arguments.out)]
+        files = [str(path) for path in write_bench_report(read_rows(arguments.report), arguments.out)]
         if not arguments.json:
             print("\n".join(files))
         return {"files": files}
@@ -647,7 +674,10 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
     options = harness.Options(
         device=device,
         dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
-        **{name: None if (given := getattr(arguments, name)) is None else tuple(given) for name in _NAMES},
+        **{
+            name: getattr(arguments, name) and tuple(getattr(arguments, name))
+            for name in ("models", "tokens", "variants")
+        },
         **{name: getattr(arguments, name) for name in ("quick", "compile", "tiles", "seconds", "repeats")},
     )
     suites = arguments.suites or SUITES
@@ -663,17 +693,19 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
         budget=arguments.budget,
         resume=arguments.resume,
         progress=not arguments.quiet,
+        write_report=not arguments.no_report,
         say=(lambda text: None) if arguments.json else lambda text: print(text, flush=True),
     )
-    for case, reason in found["failed"].items():
-        _say(f"WRONG RESULT, no numbers: {case}: {reason}")
-    arguments.status = 1 if found["failed"] else 0
+    for what, cases in (("WRONG", found["wrong"]), ("left out", found["left_out"])):
+        for case, reason in cases.items():
+            _say(f"{what}: {case}: {reason}")
+    measured = {(row["suite"], row["model"], row["case"], row["tokens"]) for row in found["rows"] if row["ms"]}
+    arguments.status = 0 if measured and not found["wrong"] else 1
     if not arguments.json:
-        print(f"report.html, results.csv, results.json and plots are in {arguments.out}")
+        print(
+            f"numbers of {len(measured)} cases{'' if arguments.no_report else ', report and plots'} are in {arguments.out}"
+        )
     return found
-
-
-_NAMES = ("models", "tokens", "variants")
 
 
 def _doctor(arguments: argparse.Namespace) -> dict[str, Any]:

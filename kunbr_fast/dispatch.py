@@ -37,10 +37,15 @@ def register(operation: str, impl: str, why_not: WhyNot, why_not_auto: WhyNot | 
     _registry[operation, impl] = why_not, why_not_auto
 
 
+def has(operation: str, impl: str) -> bool:
+    """Whether this release has an `impl` of `operation`, for whatever device."""
+    _check(operation, impl)
+    return (operation, impl) in _registry
+
+
 def why_not(operation: str, impl: str, device: torch.device | str = "cpu") -> str | None:
     """None if `impl` can run `operation` on tensors of `device`, else the reason why not."""
-    _check(operation, impl)
-    if (operation, impl) not in _registry:
+    if not has(operation, impl):
         return "not in this release"
     return _registry[operation, impl][0](torch.device(device))
 

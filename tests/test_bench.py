@@ -55,7 +55,9 @@ def test_ours_beyond_its_limit_gives_no_numbers():
     with pytest.raises(harness.Wrong, match=r"mine is 1\.0e-05 from fp64 \(limit .*\): no numbers"):
         case(ours={"mine": 2.00002}).rows()
     ((_, rows, why),) = harness.run([case(ours={"mine": 2.00002})])
-    assert rows == [] and isinstance(why, harness.Wrong)
+    assert isinstance(why, harness.Wrong)
+    assert [(row["variant"], row["ours"], row["ms"]) for row in rows] == [("eager", 0, ""), ("mine", 1, "")]
+    assert all(row["note"] == f"not run: {why}" for row in rows)
 
 
 def test_the_limit_of_ours_is_twice_the_error_of_plain_torch_and_a_few_roundings():
@@ -72,9 +74,48 @@ def test_a_result_that_is_not_finite_is_wrong(result):
         case(ours={"mine": result}).gate()
 
 
-def test_an_error_in_ours_is_not_hidden():
+def test_a_bug_in_ours_is_a_wrong_result_and_the_next_case_still_runs(caplog):
+    broken = case(ours={"mine": RuntimeError("a bug")})
     with pytest.raises(RuntimeError, match="a bug"):
-        case(ours={"mine": RuntimeError("a bug")}).gate()
+        broken.gate()
+    (_, _, why), (_, rows, none) = harness.run([broken, case(ours={"mine": 2.0})])
+    assert isinstance(why, harness.Wrong) and str(why) == "RuntimeError: a bug" and "Traceback" in caplog.text
+    assert none is None and all(row["ms"] for row in rows)
+
+
+class Later(Doubling):
+    """What is given as `ours` and `rivals` shows at the timed shape; the small one is all right."""
+
+    def small(self):
+        return case(ours=dict.fromkeys(self.ours, 2.0), rivals=dict.fromkeys(self.rivals, 2.0))
+
+
+def later(ours=None, rivals=None):
+    parts = {field.name: getattr(case(), field.name) for field in dataclasses.fields(Doubling)}
+    return Later(**{**parts, "ours": ours or {}, "rivals": rivals or {}})
+
+
+def test_a_rival_that_breaks_at_the_timed_shape_is_left_out():
+    rows = {row["variant"]: row for row in later({"mine": 2.0}, {"theirs": RuntimeError("too large")}).rows()}
+    assert rows["theirs"]["note"] == "not run: too large" and rows["mine"]["ms"] and rows["eager"]["ms"]
+    with pytest.raises(RuntimeError, match="mine too"):
+        later({"mine": RuntimeError("mine too")}).rows()
+
+
+def test_what_does_not_fit_beside_the_others_is_left_out_largest_first(monkeypatch):
+    rounds = harness.measure_rounds
+
+    def too_many(running, options):
+        if len(running) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return rounds(running, options)
+
+    sizes = iter([10, 30, 20])
+    monkeypatch.setattr(measure, "peak_memory", lambda run, device: next(sizes))
+    monkeypatch.setattr(harness, "measure_rounds", too_many)
+    rows = {row["variant"]: row for row in case({"mine": 2.0}, {"theirs": 2.0}).rows()}
+    assert rows["mine"]["note"] == "not run: out of memory beside the others" and rows["mine"]["ms"] == ""
+    assert rows["eager"]["ms"] and rows["theirs"]["ms"]
 
 
 def test_rivals_that_are_wrong_or_missing_are_rows_that_say_why():
@@ -92,13 +133,29 @@ def test_rivals_that_are_wrong_or_missing_are_rows_that_say_why():
 
 
 def test_two_of_ours_that_differ_at_the_timed_shape_give_no_numbers():
-    class Drifting(Doubling):
-        def small(self):
-            return case(ours={"one": 2.0, "two": 2.0})
+    with pytest.raises(harness.Wrong, match="two and those before it are .* apart"):
+        later({"one": 2.0, "two": 2.001}).rows()
 
-    parts = {field.name: getattr(case(), field.name) for field in dataclasses.fields(Doubling)}
-    with pytest.raises(harness.Wrong, match="two and .* apart"):
-        Drifting(**{**parts, "ours": {"one": 2.0, "two": 2.001}}).rows()
+
+def test_what_was_measured_once_has_no_band():
+    row = case().row("mine", [2.0], [4.0], None, ours=True)
+    assert row["ms"] == 2.0 and row["p20_ms"] == row["p80_ms"] == "" and row["rounds"] == 1 and row["speedup"] == 2.0
+
+
+def test_disturbed_blocks_of_rounds_are_left_out(monkeypatch):
+    """On a CPU: those in which others used more cores than are to spare, unless there are no others."""
+    shares = iter([0.0, 9.0, 0.0, 0.05])
+
+    def block(variants):
+        share = next(shares)
+        return [{"a": share}] * 2, share
+
+    monkeypatch.setattr(measure, "_block", block)
+    times, others = measure.interleaved({"a": None}, "cpu", repeats=5, seconds=60)
+    assert times == {"a": [0.0, 0.0, 0.0, 0.0, 0.05, 0.05]} and others == pytest.approx(0.05 / 3)
+    shares = iter([9.0, 8.0, 9.0, 9.0])
+    times, others = measure.interleaved({"a": None}, "cpu", repeats=5, seconds=0)
+    assert times == {"a": [8.0, 8.0, 9.0, 9.0]} and others == 8.5
 
 
 def test_what_a_row_is_computed_from(monkeypatch):
@@ -116,8 +173,9 @@ def test_what_a_row_is_computed_from(monkeypatch):
 
 
 def test_a_case_that_no_time_is_left_for_is_named():
-    (_, rows, why), (_, none, late) = harness.run([case(), case()], budget=-1.0)
-    assert rows == none == [] and isinstance(why, harness.Skip) and "are over" in str(late)
+    ((_, (row,), why),) = harness.run([case()], budget=-1.0)
+    assert isinstance(why, harness.Skip) and "are over" in str(why) and row["note"] == f"not run: {why}"
+    assert list(row) == [*harness.COLUMNS, *measure.about()]
 
 
 def test_kept_bytes_counts_each_storage_once_and_no_weights():
@@ -156,7 +214,7 @@ def compiled_kernels(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-QUICK = ["bench", "norms", "--quick", "--quiet"]
+QUICK = ["bench", "norms", "--quick", "--quiet", "--device", "cpu"]
 
 
 def test_the_command_writes_results_report_and_plots(tmp_path, capsys, compiled_kernels):
@@ -192,6 +250,8 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys, compil
     result = json.loads(capsys.readouterr().out)
     after = (out / "results.csv").read_text()
     assert after.startswith(before) and len({row["case"] for row in result["rows"]}) == 3
+    assert cli.main([*QUICK, "--seconds", "1", "--out", str(out), "--resume"]) == 2
+    assert "was measured with settings quick, this is quick, seconds=1" in capsys.readouterr().err
     monkeypatch.setenv("KUNBR_COMMIT", "another")
     assert cli.main([*QUICK, "--out", str(out), "--resume"]) == 2
     assert "was measured with commit" in capsys.readouterr().err
@@ -199,10 +259,18 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys, compil
 
 def test_a_wrong_result_is_an_exit_status_and_no_row(tmp_path, monkeypatch, capsys, compiled_kernels):
     monkeypatch.setattr(norms.SwiGLU, "ours", staticmethod(lambda impl, gate, up: norms.SwiGLU.eager(gate, up) * 1.01))
-    out = tmp_path / "out"
+    out, right = tmp_path / "out", norms.SwiGLU.eager
     assert cli.main([*QUICK, "--out", str(out)]) == 1
-    assert "WRONG RESULT" in capsys.readouterr().err
-    assert "SwiGLU" not in (out / "results.csv").read_text()
+    assert "WRONG: norms: SmolLM2-135M, SwiGLU" in capsys.readouterr().err
+    with open(out / "results.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if "SwiGLU" in row["case"]]
+    assert rows and all(row["ms"] == "" and "from fp64" in row["note"] for row in rows)
+    assert "from fp64" in (out / "report.html").read_text()
+    monkeypatch.setattr(norms.SwiGLU, "ours", staticmethod(lambda impl, gate, up: right(gate, up)))
+    assert cli.main([*QUICK, "--out", str(out), "--resume"]) == 0  # what gave no numbers is measured
+    with open(out / "results.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if "SwiGLU" in row["case"]]
+    assert [row["variant"] for row in rows if row["ms"]] == ["torch", "eager"]
 
 
 def test_list_says_what_there_is_and_measures_nothing(tmp_path, capsys, monkeypatch):
@@ -215,10 +283,26 @@ def test_list_says_what_there_is_and_measures_nothing(tmp_path, capsys, monkeypa
 
 def test_bad_input(tmp_path, capsys, monkeypatch):
     assert cli.main(["bench", "speed", "--out", str(tmp_path / "a")]) == 2
-    assert "unknown suite 'speed': expected some of density" in capsys.readouterr().err
+    assert f"unknown suite 'speed': expected some of {', '.join(SUITES)}" in capsys.readouterr().err
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert cli.main([*QUICK, "--out", str(tmp_path / "a")]) == 2
     assert "unset it" in capsys.readouterr().err
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert cli.main([*QUICK, "--variants", "tritn", "--out", str(tmp_path / "a")]) == 2
+    assert "no variant 'tritn' in these suites: expected some of F.rms_norm, eager" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert cli.main([*QUICK, "--out", str(tmp_path / "file")]) == 2
+    assert "file is a file: name a folder" in capsys.readouterr().err
+    for words in (
+        ["--repeats", "0"],
+        ["--seconds", "-1"],
+        ["--tokens", "0"],
+        ["--tokens", "x"],
+        ["--list", "--report", "x"],
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*QUICK, *words])
+        assert words[0] in capsys.readouterr().err
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     assert cli.main(["bench", "--compare", str(tmp_path / "x.csv"), str(tmp_path / "x.csv")]) == 2
     assert "x.csv" in capsys.readouterr().err
@@ -242,3 +326,19 @@ def test_compare_is_an_exit_status(tmp_path, capsys, compiled_kernels):
     assert cli.main(["bench", "--compare", str(a), str(tmp_path / "b.csv")]) == 1
     assert "torch" in capsys.readouterr().out
     assert cli.main(["bench", "--compare", str(tmp_path / "b.csv"), str(a)]) == 0
+
+
+def test_report_of_a_file_and_no_report(tmp_path, capsys, compiled_kernels):
+    out = tmp_path / "out"
+    assert cli.main([*QUICK, "--out", str(out), "--no-report"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["results.csv", "results.json"]
+    capsys.readouterr()
+    assert cli.main(["bench", "--report", str(out / "results.csv"), "--out", str(tmp_path / "report")]) == 0
+    assert str(tmp_path / "report" / "report.html") in capsys.readouterr().out.splitlines()
+    assert "RMSNorm, frozen" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_budget_that_is_over_at_once_measures_nothing_and_says_so(tmp_path, capsys, compiled_kernels):
+    assert cli.main([*QUICK, "--budget", "1e-9", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "left out: norms: SmolLM2-135M, RMSNorm" in printed.err and "numbers of 0 cases" in printed.out

@@ -7,11 +7,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama import modeling_llama
 
-from kunbr_fast import patch
+from kunbr_fast import dispatch, patch
 from kunbr_fast.benchmarks import harness, models
 from kunbr_fast.benchmarks.measure import flop_counter
 from kunbr_fast.benchmarks.shapes import Shape
 from kunbr_fast.benchmarks.suites import cover_layer
+
+TRITON = dispatch.why_not("rms_norm", "triton", "cpu") is None  # the interpreter
 
 
 def cases(**options):
@@ -43,9 +45,9 @@ def test_flops_and_bytes_are_counted_ones(active):
 @pytest.mark.parametrize("active", [False, True])
 def test_the_gate_lets_ours_pass(active, dtype):
     errors, left_out = tiny(active, dtype=dtype).gate()
-    assert set(errors) == {"eager", "torch", "triton"}
+    assert set(errors) == {"eager", "torch"} | ({"triton"} if TRITON else set())
     assert all(0 < error < 0.02 for error in errors.values())
-    assert set(left_out) == {"torch.compile", "liger"}
+    assert set(left_out) == {"torch.compile", "liger"} | (set() if TRITON else {"triton"})
 
 
 @pytest.mark.parametrize("wrong", ["swiglu", "rms_norm", "apply_rotary", "linears"])
@@ -65,7 +67,9 @@ def test_gradients_are_of_what_the_role_trains():
     for active in (False, True):
         case = tiny(active)
         data = case.draw()
-        for variant in case.variants(data)[:3]:
+        for variant in case.variants(data):
+            if variant.name not in ("torch", "eager", *(["triton"] if TRITON else [])):
+                continue
             found = set(variant.make()())
             names = {f"gradient of {n}" for n, _ in data[0].model.layers[0].named_parameters()} if active else set()
             assert found == {"y", "dx"} | names == set(case.truth(data))

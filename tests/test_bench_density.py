@@ -150,7 +150,7 @@ def test_one_wrong_sample_of_many_is_found(monkeypatch, dtype):
     case = weight((60, 60, 1), dtype=dtype, variants=("torch",))
     assert case.gate()[0]["torch"] < 1e-6
     monkeypatch.setattr(operators, "grad_density", wrong)
-    with pytest.raises(harness.Wrong, match=r"density: tiny, up: torch is 3\..e-05 from fp64 \(limit 1.0e-05\)"):
+    with pytest.raises(harness.Wrong, match=r"^torch is 3\..e-05 from fp64 \(limit 1.0e-05\)"):
         case.rows()
 
 
@@ -174,7 +174,8 @@ def test_ours_have_to_agree_at_the_timed_shape(monkeypatch):
 def test_a_model_is_right_and_a_wrong_layer_is_found(monkeypatch, dtype):
     case = tiny(dtype=dtype)
     errors, left_out = case.gate()
-    assert not left_out and set(errors) == {"torch", "loop", "plain", "products"} | ({"triton"} if TRITON else set())
+    assert set(errors) == {"torch", "loop", "plain", "products"} | ({"triton"} if TRITON else set())
+    assert set(left_out) == (set() if TRITON else {"triton"})
     ours = max(errors["torch"], errors["triton"] if TRITON else 0)
     assert ours <= (1e-6 if dtype == torch.float32 else 4e-3)
     right = kf.knowledge_density
@@ -199,6 +200,11 @@ def test_all_that_a_gpu_runs_is_right():
     rows = {row["variant"]: row for row in weight(lengths, 512, 256, "grad_l2sq", device=GPU).rows()}
     assert all(rows[name]["ms"] > 0 for name in ("torch", "triton", "gram", "loop"))
     assert all(row["ms"] > 0 for row in tiny(device=GPU).rows())
+
+
+def test_longer_sums_may_round_more():
+    assert [weight((5, T)).limit(0.0) for T in (32, 512, 2048)] == [1e-5, 1e-5, 4e-5]
+    assert weight((2048,)).small().limit(0.0) == 4e-5
 
 
 def test_the_siblings_are_small_and_of_the_same_kind():
@@ -273,10 +279,13 @@ def test_the_choice_of_cases():
         for T in lengths
     ]
     gpu = of(device=GPU)
-    assert (gpu[0].model, gpu[0].label) == ("Llama-3-8B", "whole model, 32 layers") and len(gpu) == 1 + 4 * 3 * 7
+    assert {case.model for case in gpu} == {"Llama-3-8B"}
+    lengths = ("T=32", "T=128", "T=512", "T=2048", "ragged")
+    labels = ["whole model, 32 layers", *(f"{what}, {T}" for what in ("up", "up, L2") for T in lengths)]
+    assert [case.label for case in gpu] == [*labels, "down, T=128", "down, ragged"]
     assert {case.statistic for case in gpu[1:] if "down" in case.label} == {"grad_l1"}
-    last = of(device=GPU, models=("Qwen2.5-7B",), tokens=("128",))[-1]
-    assert (last.label, last.N, last.K, last.lengths) == ("down, T=128", 3584, 18944, (128,) * 16)
+    last = of(device=GPU, models=("Qwen2.5-7B",), tokens=("64",))[-1]
+    assert (last.label, last.N, last.K, last.lengths) == ("down, T=64", 3584, 18944, (64,) * 32)
     ragged = of(tokens=("ragged",), models=("SmolLM2-135M",))
     assert [case.label for case in ragged] == ["whole model, 8 layers", "up, ragged", "up, L2, ragged"]
     assert all(case.tokens == round(sum(case.lengths) / len(case.lengths)) for case in cpu + gpu)

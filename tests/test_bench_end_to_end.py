@@ -3,15 +3,19 @@
 import csv
 import dataclasses
 import importlib
+import re
 
 import pytest
 import torch
 
 import kunbr_fast as kf
+from kunbr_fast import data
 from kunbr_fast.benchmarks import harness, measure, rows
-from kunbr_fast.benchmarks.shapes import Shape
+from kunbr_fast.benchmarks.shapes import MODELS, Shape
 from kunbr_fast.benchmarks.suites import end_to_end
 from kunbr_fast.benchmarks.suites.end_to_end import Clock, EndToEnd
+from kunbr_fast.prefix_cache import PrefixCache
+from kunbr_fast.weights import WeightSnapshot
 
 QUICK = harness.Options(quick=True, variants=("torch",))
 # heads and embedding are untied, so that each matrix stands once
@@ -20,9 +24,7 @@ SHAPE = Shape(hidden=64, intermediate=96, layers=4, heads=4, key_value_heads=2, 
 
 def case(options=QUICK, **sizes):
     sizes = dict(shape=SHAPE, questions=14, num_blocks=4, visits=2) | sizes
-    return EndToEnd(
-        suite="end_to_end", model="Llama-3-8B", label="end to end: total", tokens=0, options=options, **sizes
-    )
+    return EndToEnd(suite="end_to_end", model="Llama-3-8B", label="total", tokens=0, options=options, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +37,10 @@ def quick():
 def test_a_quick_run_has_all_stages_and_their_sum(quick, tmp_path):
     found, measured = quick
     assert found.stages == ["warm-up", "density", "prefix cache", "layers 0-0", "layers 1-1", "merge", "rest"]
-    assert [row["case"] for row in measured[::2]] == [f"end to end: {stage}" for stage in [*found.stages, "total"]]
+    assert [row["case"] for row in measured[::2]] == [*found.stages, "total"]
+    assert {row["model"] for row in measured} == {"SmolLM2-135M, narrow"}
     for name in ("reference", "torch"):
-        mine = {row["case"][12:]: row for row in measured if row["variant"] == name}
+        mine = {row["case"]: row for row in measured if row["variant"] == name}
         total = mine.pop("total")
         times = [row["ms"] for row in mine.values() if row["ms"] != ""]
         assert all(ms > 0 for ms in times)
@@ -47,6 +50,8 @@ def test_a_quick_run_has_all_stages_and_their_sum(quick, tmp_path):
             {"prefix cache", "merge"} if name == "reference" else set()
         )
         assert all(row["note"] in ("", "not run: the procedure has no such stage") for row in mine.values())
+        assert all(row["error"] == row["p20_ms"] == row["p80_ms"] == "" for row in mine.values())
+        assert total["note"] == ("error of a small model in float64" if name == "torch" else "")
         assert (mine["warm-up"]["rounds"], mine["layers 0-0"]["rounds"], mine["density"]["rounds"]) == (6, 6, 12)
     assert all(list(row) == [*harness.COLUMNS, *measure.about()] for row in measured)
     assert {key: str(value) for key, value in found.identity().items()}.items() <= {
@@ -65,7 +70,7 @@ def test_the_gate_is_exact(quick):
 
 def test_a_share_of_the_steps_is_extrapolated():
     told = []
-    few = case(dataclasses.replace(QUICK, seconds=0.0, say=told.append), questions=27)
+    few = case(dataclasses.replace(QUICK, say=told.append), questions=27)
     assert few.steps == 5
     for name in ("reference", "torch"):
         side = few._measured(name)
@@ -90,13 +95,65 @@ def test_with_enough_time_a_second_run_takes_all_steps(monkeypatch):
         return end_to_end.Side({}, clocked=4.0, peak=None, others=None)
 
     monkeypatch.setattr(EndToEnd, "_run", run)
-    for seconds, expected in ((0.0, [2]), (7.9, [2, 3]), (1e6, [2, 131])):
+
+    def steps(name, **options):
         runs.clear()
-        case(dataclasses.replace(QUICK, seconds=seconds), questions=785)._measured("torch")
-        assert runs == expected
-    runs.clear()
-    case(dataclasses.replace(QUICK, seconds=None, device=torch.device("cuda")), questions=785)._measured("triton")
-    assert runs == [131]
+        case(harness.Options(**options), questions=785)._measured(name)
+        return [*runs]
+
+    assert steps("torch") == steps("torch", seconds=1.0) == [2, 30]  # of 60 seconds, whatever rounds take
+    assert steps("torch", quick=True) == [2]
+    gpu = torch.device("cuda")
+    assert steps("triton", device=gpu) == steps("triton", device=gpu, seconds=1.0) == [131]
+    assert steps("torch", device=gpu) == steps("reference", device=gpu) == [2, 30]
+    for seconds, expected in ((7.9, [2, 3]), (1e6, [2, 131])):
+        monkeypatch.setattr(end_to_end, "SECONDS", seconds)
+        assert steps("torch") == expected
+
+
+def test_a_step_is_clocked_from_its_samples_on(monkeypatch):
+    """What gathers a step's samples counts as the step, of a visit and of the warm-up."""
+    ticks = [0]
+
+    class Ticking(Clock):
+        def _now(self):
+            return ticks[0]
+
+    def counted(function):
+        def run(*args, **kwargs):
+            ticks[0] += 1
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(PrefixCache, "batch", counted(PrefixCache.batch))
+    monkeypatch.setattr(importlib.import_module("kunbr_fast.unlearn"), "pack", counted(data.pack))
+    found, clock = case(), Ticking(torch.device("cpu"))
+    found._work("torch")(found.draw(), found.steps, clock)
+    assert clock.total("warm-up") == clock.steps("warm-up") == 3 * found.steps
+    for block in ("layers 0-0", "layers 1-1"):
+        assert clock.total(block) == clock.steps(block) == 2 * found.steps
+        assert len(clock.first[block]) == 2
+
+
+def test_on_a_gpu_the_best_of_ours_is_run(monkeypatch):
+    """Triton's, and torch's where it is named. There is no GPU here: nothing is run."""
+    stages = {"total": end_to_end.Stage(1.0)}
+    monkeypatch.setattr(EndToEnd, "_measured", lambda this, name: end_to_end.Side(stages, 1.0, None, None))
+    monkeypatch.setattr(EndToEnd, "_release", lambda this: None)
+    monkeypatch.setattr(end_to_end, "measure_rounds", lambda *args: ({}, (1e12, 1e12), None))
+    monkeypatch.setattr(EndToEnd, "gate", lambda this: (dict(errors), dict(left_out)))
+
+    def notes(**options):
+        rows = case(harness.Options(device=torch.device("cuda"), **options)).rows()
+        return {row["variant"]: row["note"][:7] for row in rows if row["case"] == "total"}
+
+    errors, left_out = dict.fromkeys(("reference", "torch", "triton"), 0.0), {}
+    assert notes() == {"reference": "error o", "torch": "not run", "triton": "error o"}
+    assert notes(variants=("torch",)) == {"reference": "error o", "torch": "error o"}
+    assert notes(quick=True)["torch"] == "error o"
+    errors, left_out = dict.fromkeys(("reference", "torch"), 0.0), {"triton": "not installed"}
+    assert notes() == {"reference": "error o", "torch": "error o", "triton": "not run"}
 
 
 def test_a_first_step_counts_once():
@@ -158,6 +215,34 @@ def test_what_stands_by_hand():
     assert found.standing("torch") == max(every + 2 * block + 4 * block + cache, 3 * every)
 
 
+def test_the_prediction_is_the_docstrings():
+    whole = case(harness.Options(), shape=MODELS["Llama-3-8B"], questions=785, num_blocks=8, visits=3)
+    predicted = whole.predicted()
+    text = " ".join(end_to_end.__doc__.split()).partition("in seconds: ")[2]
+    stated = dict(re.findall(r"([a-z][a-z -]*(?: \d+-\d+)?) (\d+\.\d)[,;]", text))
+    assert float(stated.pop("together")) == pytest.approx(sum(predicted.values()), abs=0.05)
+    assert stated == {stage: f"{seconds:.1f}" for stage, seconds in predicted.items()} and len(stated) == 10
+    assert (len(whole.blocks), len(whole.blocks) * 3 * whole.steps + 3 * whole.steps) == (7, 3144)
+    weights = sum(p.numel() for p in end_to_end.build("Llama-3-8B", torch.bfloat16).parameters())
+    assert round(2 * 2 * weights / 1e9) == int(re.search(r"in bf16 (\d+) GB", end_to_end.__doc__)[1])
+
+
+def test_the_folder_takes_the_weights_twice(tmp_path, monkeypatch):
+    sizes, restore = [], WeightSnapshot.restore
+
+    def watched(this, model):  # the original, when the warm-up's weights have been written
+        sizes.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))
+        return restore(this, model)
+
+    monkeypatch.setattr(end_to_end.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(WeightSnapshot, "restore", watched)
+    found = case(visits=1)
+    model = found.draw()
+    found._work("torch")(model, 1, Clock(torch.device("cpu")))
+    weights = sum(p.nbytes for p in model.parameters())
+    assert 2 <= max(sizes) / weights < 2.1 and not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def short_gate(monkeypatch):
     small = EndToEnd.small
@@ -189,7 +274,8 @@ def test_without_the_reference_nothing_is_measured(monkeypatch):
         raise harness.Skip("no reference procedure here")
 
     monkeypatch.setattr(end_to_end, "procedure", none)
-    measured = case().rows()
+    ((_, measured, why),) = harness.run([case()])
+    assert isinstance(why, harness.Skip)
     assert {row["note"] for row in measured} == {"not run: no reference procedure here"}
-    assert all(row["ms"] == "" and list(row) == list(harness.COLUMNS) for row in measured)
+    assert all(row["ms"] == "" and row["case"] == "total" for row in measured)
     assert {row["variant"] for row in measured} == {"reference", "torch"}

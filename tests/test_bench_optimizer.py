@@ -2,16 +2,20 @@
 
 import dataclasses
 import importlib.util
+import operator
 import sys
 
 import pytest
 import torch
 
+from kunbr_fast import dispatch
 from kunbr_fast.benchmarks import harness
 from kunbr_fast.benchmarks.shapes import Shape
 from kunbr_fast.benchmarks.suites import optimizer
 from kunbr_fast.kernels import reference
+from kunbr_fast.optim import FlatBuffer, make_optimizer
 
+TRITON = dispatch.why_not("lion", "triton", "cpu") is None  # the interpreter
 TINY = Shape(hidden=16, intermediate=24, layers=1, heads=4, key_value_heads=2, vocabulary=64)
 KINDS = ("fp32", "fp32 master", "stochastic")
 
@@ -53,12 +57,12 @@ def test_all_that_run_here_pass_the_gate(operation, kind):
     errors, left_out = case(operation, kind).gate()
     expected = {"torch", "eager"}
     if operation == "adamw" and kind != "stochastic":
-        expected |= {"torch.optim fused", "torch.optim foreach"}
+        expected |= {"torch.optim foreach"}
     if operation == "lion" and kind != "stochastic" and importlib.util.find_spec("lion_pytorch"):
         expected |= {"lion-pytorch", "lion-pytorch foreach"}
-    if not torch.cuda.is_available():  # then TRITON_INTERPRET is set
+    if TRITON:
         expected |= {"triton"}
-        assert "CUDA" in left_out["cuda"] and "--compile" in left_out["torch.compile"]
+    assert left_out["cuda"] and "--compile" in left_out["torch.compile"]
     assert expected <= set(errors)
     assert not any("wrong" in reason for reason in left_out.values())
 
@@ -91,23 +95,64 @@ def scaled(place, factor):
     return broken
 
 
-# Places among the arguments: lr, beta1, beta2, weight decay of Lion; all of these and the step of AdamW.
+# Places among the arguments: lr, beta1, beta2, weight decay.
+@pytest.mark.parametrize(("place", "factor"), [(3, 1.001), (4, 0.95), (5, 0.999), (6, 0.9)])
+@pytest.mark.parametrize("kind", ("fp32", "fp32 master"))
+def test_wrong_updates_by_lion_give_no_numbers(place, factor, kind, monkeypatch):
+    monkeypatch.setattr(reference, "lion_", scaled(place, factor)("lion"))
+    with pytest.raises(harness.Wrong, match="torch is .* from fp64"):
+        case("lion", kind, variants=("torch",)).rows()
+
+
 @pytest.mark.parametrize(
-    ("operation", "place", "factor"),
-    [("lion", 3, 1.001), ("lion", 4, 0.95), ("lion", 5, 0.999), ("lion", 6, 0.9)]
-    + [("adamw", 4, 2), ("adamw", 5, 1.001), ("adamw", 6, 0.99), ("adamw", 7, 0.999), ("adamw", 9, 0.9)],
+    ("setting", "factors"),
+    [("lr", 1.001), ("betas", (0.99, 1)), ("betas", (1, 0.999)), ("weight_decay", 0.9)],
 )
 @pytest.mark.parametrize("kind", ("fp32", "fp32 master"))
-def test_wrong_updates_give_no_numbers(operation, place, factor, kind, monkeypatch):
-    monkeypatch.setattr(reference, f"{operation}_", scaled(place, factor)(operation))
+def test_wrong_updates_by_adamw_give_no_numbers(setting, factors, kind, monkeypatch):
+    """torch's, so by another setting."""
+
+    def wrong(name, params, **settings):
+        right = settings[setting]
+        other = tuple(map(operator.mul, right, factors)) if setting == "betas" else right * factors
+        return make_optimizer(name, params, **{**settings, setting: other})
+
+    monkeypatch.setattr(optimizer, "make_optimizer", wrong)
     with pytest.raises(harness.Wrong, match="torch is .* from fp64"):
-        case(operation, kind, variants=("torch",)).rows()
+        case("adamw", kind, variants=("torch",)).rows()
+
+
+@pytest.mark.parametrize("kind", ("fp32", "fp32 master"))
+@pytest.mark.parametrize("operation", ("lion", "adamw"))
+def test_torch_is_what_training_runs(operation, kind):
+    """To the bit, three updates of a block's parameters by `FlatBuffer`."""
+    small = case(operation, kind, variants=("torch",)).small()
+    data = grad, start, _ = small.draw()
+    (variant,) = (v for v in small.variants(data) if v.name == "torch")
+    found = variant.make()()
+    params = [torch.nn.Parameter(p.to(grad.dtype)) for p in small.cut(start.param.clone())]
+    flat = FlatBuffer(params, small.cut(start.param), master=True)
+    flat.param.data.copy_(start.param)  # of a master what the half-precision weights do not have
+    known = make_optimizer(operation, [flat.param], small.lr, small.betas, optimizer.WEIGHT_DECAY, impl="torch")
+    names = ["momentum"] if operation == "lion" else ["exp_avg", "exp_avg_sq"]
+    known.state[flat.param] = {name: moment.clone() for name, moment in zip(names, start.moments)}
+    known.state[flat.param]["step"] = torch.tensor(float(optimizer.STEPS_BEFORE))
+    for _ in range(small.updates):
+        flat.grad.copy_(grad)
+        flat.step(known)
+    assert found["weight"].equal(flat.param)
+    assert all(found[f"moment {i}"].equal(known.state[flat.param][name]) for i, name in enumerate(names))
+    if kind == "fp32 master":
+        assert found["copy"].equal(flat.weights)
+        kept = 0 if flat.param.grad is None else flat.param.grad.nbytes
+        assert variant.standing_bytes == start.nbytes + kept and kept == (operation == "adamw") * 4 * small.numel
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("operation", ("lion", "adamw"))
 def test_no_update_at_all_gives_no_numbers(operation, kind, monkeypatch):
     monkeypatch.setattr(reference, f"{operation}_", lambda *arguments, **named: None)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
     with pytest.raises(harness.Wrong, match="torch is .* from fp64"):
         case(operation, kind, variants=("torch",)).rows()
 
@@ -153,7 +198,8 @@ def test_variants_have_their_own_state_and_the_gradient_stays():
                 continue
             first, second = run(), run()
             assert second is None and not torch.equal(first["weight"], start.param)
-            assert variant.standing_bytes == start.nbytes
+            wide = (operation, kind, variant.name) == ("adamw", "fp32 master", "torch")  # its gradient
+            assert variant.standing_bytes == start.nbytes + wide * 4 * the_case.numel
         assert all(torch.equal(a, b) for a, b in zip(before, (grad, start.param, *start.moments)))
 
 

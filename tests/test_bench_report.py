@@ -5,7 +5,9 @@ import json
 import re
 
 import pytest
+import torch
 
+from kunbr_fast import dispatch
 from kunbr_fast.benchmarks import charts, harness, report
 from kunbr_fast.benchmarks.rows import outcomes, parsed, read_rows, write_rows
 from kunbr_fast.evaluation import figures
@@ -41,6 +43,14 @@ def drawn(monkeypatch):
     return found
 
 
+EXTRAPOLATED = "extrapolated from 2 of 131 steps"
+
+
+def once(row):
+    """As the harness writes what was measured once, and extrapolated."""
+    return row | {"p20_ms": "", "p80_ms": "", "rounds": 2, "note": EXTRAPOLATED} if row["ms"] else row
+
+
 def texts(axes):
     return [text.get_text() for text in axes.texts]
 
@@ -58,6 +68,29 @@ def test_rows_come_back_as_they_were(tmp_path):
     assert (last["case"], last["tokens"], last["ms"], last["commit"]) == ("512", 0, None, "abc")
     write_rows(tmp_path / "b.csv", tmp_path / "b.json", found)  # rows that were read can be written again
     assert read_rows(tmp_path / "b.csv") == found
+
+
+def test_fresh_rows_are_what_is_read_from_both_files(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # it would be timed
+    cases = harness.all_cases(["norms"], harness.Options(quick=True, repeats=1))
+    measured = [row for _, some, _ in harness.run(cases) for row in some]
+    measured += [row for _, some, _ in harness.run(cases[:1], budget=-1.0) for row in some]
+    assert {bool(row["ms"]) for row in measured} == {True, False}
+    write_rows(tmp_path / "a.csv", tmp_path / "a.json", measured)
+    fresh = [parsed(row) for row in measured]
+    assert read_rows(tmp_path / "a.csv") == read_rows(tmp_path / "a.json") == fresh
+    assert [list(row) for row in read_rows(tmp_path / "a.csv")] == [list(row) for row in fresh]
+    write_rows(tmp_path / "b.csv", tmp_path / "b.json", fresh)
+    for name in ("csv", "json"):
+        assert (tmp_path / f"a.{name}").read_bytes() == (tmp_path / f"b.{name}").read_bytes()
+
+
+def test_odd_values_are_the_same_fresh_and_read(tmp_path):
+    odd = rows(ours=True, cuda=None, commit="0123", note="a\rb", ms=12345, error=None)
+    write_rows(tmp_path / "a.csv", tmp_path / "a.json", odd)
+    assert read_rows(tmp_path / "a.csv") == read_rows(tmp_path / "a.json") == [parsed(row) for row in odd]
+    first = read_rows(tmp_path / "a.csv")[0]
+    assert (first["ours"], first["cuda"], first["commit"], first["ms"]) == (1, "", "0123", 12345)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -104,6 +137,47 @@ def test_what_does_a_part_of_the_work_is_no_rival():
     assert "- bare" in report.table(some)
 
 
+def test_candidates_are_not_the_best_of_ours(tmp_path):
+    some = rows(times={"*triton": 1.0, "*tile 64x64": 0.5, "eager": 2.0, "*tile": "no GPU"})
+    (case,) = outcomes(some)
+    assert case.ours["variant"] == "triton" and case.ratio == 2.0 and len(case.rivals) == 1
+    lines = report.table(some).splitlines()
+    assert lines[2].split()[:2] == ["-", "tile"] and "best of ours: triton, 1 ms" in lines[-1]
+    page = report.write_report(some, tmp_path)[0].read_text()
+    assert "<tr class=less><td class=t>tile 64x64" in page and "<tr class=ours><td class=t>triton" in page
+
+
+def test_an_extrapolated_time_marks_what_is_made_of_it():
+    some = rows(times={"*triton": 1.0, "eager": 2.0, "liger": 4.0})
+    assert not outcomes(some)[0].extrapolated and "~" not in report.table(some)
+    for which, extrapolated in ((0, True), (1, True), (2, False)):  # liger is not the rival that is compared
+        changed = [*some[:which], once(some[which]), *some[which + 1 :]]
+        assert outcomes(changed)[0].extrapolated == extrapolated
+        assert ("faster ~2.00x" if extrapolated else "faster 2.00x") in report.table(changed)
+    text = report.table([some[0], once(some[1]), some[2]])
+    ours, eager, liger = ([cell.strip() for cell in line.split("  ") if cell] for line in text.splitlines()[2:5])
+    assert ours[1:4] == ["1", "0.9 .. 1.2", "~2.00x"]  # its speed-up is over what was extrapolated
+    assert eager[1:4] == ["~2", "–", "~1.00x"] and liger[1:4] == ["4", "3.6 .. 4.8", "~0.50x"]
+    assert text.endswith("best of ours: triton, 1 ms; best rival: eager, ~2 ms: faster ~2.00x\n\n~ extrapolated")
+
+
+def test_a_case_without_numbers_is_in_all_tables(tmp_path):
+    lost = rows(case="SwiGLU", times={"*torch": "torch is 1.0e-02 from fp64", "eager": "torch is 1.0e-02 from fp64"})
+    text = report.table(lost)
+    assert text.split("\n    ")[1:] == ["not run: torch, eager: torch is 1.0e-02 from fp64", "none of ours ran"]
+    paths = report.write_report(rows() + lost, tmp_path)
+    page = paths[0].read_text()
+    summary = page[page.index("<h2>Summary") : page.index("<h2>Where")]
+    losses = page[page.index("<h2>Where") : page.index("<h2>Pictures")]
+    not_run = page[page.index("<h2>Not run") :]
+    assert "SwiGLU" in summary and "Nowhere in the 1 case" in losses
+    assert (
+        "1 case without numbers of ours:" in losses and "SwiGLU (float32): torch: torch is 1.0e-02 from fp64" in losses
+    )
+    assert "norms: SmolLM2-135M, SwiGLU (float32): torch is 1.0e-02" in not_run and "liger (1 case): no GPU" in not_run
+    assert len(report.write_report(lost, tmp_path)) == 1 and "No variant ran" in (tmp_path / "report.html").read_text()
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -147,6 +221,39 @@ def test_only_what_the_rows_have_data_for_is_drawn(tmp_path):
     alone = [row | {"peak_mib": "", "roofline_percent": ""} for row in rows(times={"*torch": 1.0})]
     assert names(alone) == set() and names(rows(times={"*torch": "broken"})) == set()
     assert names(rows()) == {"roofline_memory_bound.png", "speedup_norms.png", "memory_norms.png"}
+
+
+def test_pictures_of_an_earlier_report_go_and_others_stay(tmp_path):
+    for name in ("time_norms_2.png", "memory_step.png", "roofline_bfloat16.png", "mine.png", "memory_of_mine.png"):
+        (tmp_path / name).write_bytes(b"old")
+    first = charts.draw(outcomes(rows("optimizer") + rows("density", gflop=1.0)), tmp_path)
+    second = charts.draw(outcomes(rows()), tmp_path)
+    assert {path.name for _, path in first} > {"speedup_optimizer.png", "roofline_float32.png"}
+    names = {path.name for _, path in second} | {"mine.png", "memory_of_mine.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_all_can_be_drawn_of_times_that_were_measured_once(tmp_path, drawn):
+    some = [once(row) for n in (64, 256) for row in rows("density", f"up, T={n}", n, gflop=2.0, standing_mib=1.0)]
+    some += [once(row) for row in rows("end_to_end", "density")]
+    names = {path.name for _, path in charts.draw(outcomes(some), tmp_path)}
+    assert {"time_density.png", "speedup_density.png", "end_to_end.png", "roofline_float32.png"} <= names
+    axes = drawn["speedup_density.png"].axes[0]
+    assert {"~2.00x", "SmolLM2-135M, up, T=64, float32: triton, ~1 ms"} <= set(texts(axes))
+    assert axes.get_xlabel().endswith("; ~ extrapolated")
+    charts.draw(outcomes(rows()), tmp_path)
+    assert (
+        "~" not in "".join(texts(drawn["speedup_norms.png"].axes[0])) + drawn["speedup_norms.png"].axes[0].get_xlabel()
+    )
+
+
+def test_a_band_is_drawn_where_there_is_one(tmp_path, drawn):
+    some = rows("density", "up, T=64", 64) + rows("density", "up, T=128", 128)
+    some += [once(row) for row in rows("density", "up, T=256", 256)]
+    list(charts.times(outcomes(some), tmp_path))
+    (panel,) = drawn["time_density.png"].axes
+    assert [list(line.get_xdata()) for line in panel.get_lines()] == [[64, 128, 256]] * 2
+    assert [max(band.get_paths()[0].vertices[:, 0]) for band in panel.collections] == [128, 128]
 
 
 def test_roofline(tmp_path, drawn):
@@ -223,9 +330,9 @@ def test_end_to_end_is_stacked_by_stage(tmp_path, drawn):
             ("density", 1e3, 4e3), ("prefix cache", 5e2, "the procedure has no such stage"), ("layers 0-1", 1e3, 8e3),
             ("layers 2-3", 2e3, 8e3), ("total", 4.5e3, 2e4),
         )
-        for row in rows("end_to_end", f"end to end: {stage}", times={"*triton": ours, "reference": theirs})
+        for row in rows("end_to_end", stage, times={"*triton": ours, "reference": theirs})
     ]  # fmt: skip
-    some[1]["note"] = "extrapolated from 2 of 131 steps"
+    some[1] = once(some[1])
     assert [path.name for _, path in charts.stages(outcomes(some), tmp_path)] == ["end_to_end.png"]
     axes = drawn["end_to_end.png"].axes[0]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["density", "prefix cache", "re-insertion"]
@@ -238,7 +345,8 @@ def test_end_to_end_is_stacked_by_stage(tmp_path, drawn):
 
 def test_report_is_one_file_with_all_in_it(tmp_path):
     some = rows(times={"*triton": 2.0, "eager": 1.0, "<b>liger": "no <GPU> & none"}) + rows("density", "up", gflop=2.0)
-    paths = report.write_report(some, tmp_path / "out", {"density: <down>": "ours is wrong"})
+    some += rows("density", "<down>", times={"*torch": "wrong"})
+    paths = report.write_report([row | {"settings": "quick"} for row in some], tmp_path / "out")
     page = paths[0].read_text()
     assert paths[0].name == "report.html" and all(path.is_file() for path in paths)
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
@@ -246,11 +354,36 @@ def test_report_is_one_file_with_all_in_it(tmp_path):
         pictures
     ) > 3
     assert not re.search(r"<script|https?://|<link|@import|url\(", page) and "prefers-color-scheme: dark" in page
-    assert "<b>" not in page and "no &lt;GPU&gt; &amp; none" in page and "density: &lt;down&gt;: ours is wrong" in page
+    assert "<b>" not in page and "no &lt;GPU&gt; &amp; none" in page
+    assert "density: SmolLM2-135M, &lt;down&gt; (float32): wrong" in page and "<dt>settings</dt><dd>quick</dd>" in page
     lost = page[page.index("Where we lose") : page.index("<h2>Pictures")]
-    assert "In 1 of 2 cases" in lost and "0.50x" in lost and "up" not in lost.replace("<ul>", "")
+    assert "In 1 of 2 cases" in lost and ">0.50x" in lost and ", up" not in lost and "~" not in page
     for text in ("some CPU", "abc", "kunbr-fast bench", "&lt;b&gt;liger (1 case)"):
         assert text in page
+
+
+def test_report_marks_what_is_extrapolated(tmp_path):
+    some = rows(times={"*torch": 4.0, "eager": 2.0})
+    page = report.write_report([some[0], once(some[1])], tmp_path)[0].read_text()
+    summary = page[page.index("<h2>Summary") : page.index("<h2>Where")]
+    losses = page[page.index("<h2>Where") : page.index("<h2>Pictures")]
+    assert "<td>4</td><td>~2</td>" in summary and ">~0.50x<" in summary and "~ extrapolated" in summary
+    assert "eager takes ~2 ms, our torch 4 ms" in losses and ">~0.50x<" in losses
+    assert page.count(f"eager: {EXTRAPOLATED}") == 1
+
+
+def test_what_auto_passes_by_is_said_of_rows_of_a_gpu(tmp_path, monkeypatch):
+    def page(names, **others):
+        return report.write_report(rows(times=dict.fromkeys(names, 1.0), **others), tmp_path)[0].read_text()
+
+    said = "impl=&quot;auto&quot; passes by"
+    assert said not in page(["*triton", "eager"], cuda="") and said not in page(["*torch", "triton"], cuda="13.0")
+    reasons = [getattr(dispatch, f"{impl}_why_not_auto") for impl in ("triton", "cuda")]
+    triton, cuda = (f"{name} ({why(torch.device('cuda'))})" for name, why in zip(("triton", "cuda"), reasons))
+    assert f"{said} {triton}, {cuda}: " in page(["*triton all", "*cuda", "*torch"], cuda="13.0")
+    assert f"{said} {triton}: " in page(["*triton, graph"], cuda="13.0")
+    monkeypatch.setattr(dispatch, "triton_why_not_auto", lambda device: None)
+    assert said not in page(["*triton"], cuda="13.0")
 
 
 def test_same_rows_same_bytes(tmp_path):

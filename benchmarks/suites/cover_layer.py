@@ -16,7 +16,7 @@ import torch
 
 from kunbr_fast.benchmarks.harness import Case, Options, Variant, compiled, implementations, need
 from kunbr_fast.benchmarks.models import build, causal_pairs, copied, exact_norms, matrices, with_liger
-from kunbr_fast.benchmarks.shapes import MODELS, Shape
+from kunbr_fast.benchmarks.shapes import MODELS, Shape, odd
 from kunbr_fast.patch import patched
 
 FUSED = ("rms_norm", "swiglu", "rotary")
@@ -52,9 +52,7 @@ class Layer(Case):
         return model, x.requires_grad_(), dy, model.model.rotary_emb(x, places)
 
     def small(self):
-        head = 64 if self.shape.hidden // self.shape.heads >= 64 else 16
-        odd = Shape(hidden=6 * head, intermediate=123, layers=1, heads=6, key_value_heads=2, vocabulary=8)
-        return dataclasses.replace(self, shape=odd, tokens=63)
+        return dataclasses.replace(self, shape=odd(self.shape), tokens=63)
 
     def known(self, data):
         model, _, _, angles = data
@@ -82,7 +80,7 @@ class Layer(Case):
 
             return make
 
-        found = [Variant(impl, ours(impl), ours=True) for impl in implementations("rms_norm", self.device)]
+        found = [Variant(impl, ours(impl), ours=True) for impl in implementations("rms_norm")]
         return [
             *found,
             Variant("eager", lambda: _once(own, *rest)),
@@ -106,12 +104,12 @@ def _once(layer, x, dy, angles, call=None):
 
 
 def cases(options: Options) -> list[Case]:
-    models = options.models or options.choose(["SmolLM2-135M"], ["SmolLM2-135M"], ["Llama-3-8B"])
-    lengths = [int(n) for n in options.tokens or () if n != "ragged"] or options.choose([128], [512], [1024, 4096])
     return [
         Layer(
             suite="cover_layer", model=model, label=f"{'active' if active else 'cover'}, T={tokens}", tokens=tokens,
             shape=MODELS[model], active=active, options=options,
         )
-        for model in models for tokens in lengths for active in (False, True)
+        for model in options.the_models()
+        for tokens in options.the_tokens(quick=[128], cpu=[512], gpu=[1024, 4096])
+        for active in (False, True)
     ]  # fmt: skip

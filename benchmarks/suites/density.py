@@ -26,6 +26,8 @@ A whole model, random weights, random tokens of the lengths that questions have,
   plain           ours without the statistics: the same packed passes, no gradient of any weight
   products        dy_i.T @ x_i of each sample, layer and MLP weight, written to memory (`bare`)
 
+On a GPU the default is one model, and of down two lengths; --models and --tokens ask for more.
+
 Goals on an H200: loop / ours at least 5; ours / (plain + products) at most 1.15; memory beyond plain's under 1 % of the
 weights' (`mib`).
 """
@@ -41,10 +43,20 @@ import torch.nn.functional as F
 
 import kunbr_fast as kf
 from kunbr_fast import dispatch, losses
-from kunbr_fast.benchmarks.harness import Case, Options, Skip, Variant, compiled, implementations, imported, need
+from kunbr_fast.benchmarks.harness import (
+    Case,
+    Options,
+    Skip,
+    Variant,
+    compiled,
+    first_line,
+    implementations,
+    imported,
+    need,
+)
 from kunbr_fast.benchmarks.measure import interleaved
 from kunbr_fast.benchmarks.models import build, causal_pairs, exact_norms, matrices
-from kunbr_fast.benchmarks.shapes import MODELS, Shape, equal, ragged
+from kunbr_fast.benchmarks.shapes import MODELS, Shape, equal, ragged, samples
 from kunbr_fast.data import pack
 from kunbr_fast.decoder import Decoder
 from kunbr_fast.kernels import operators
@@ -162,7 +174,7 @@ def _grouped_products(data: Packed):
     try:
         grouped_mm(data.dy.t(), data.x, offs=ends)
     except (RuntimeError, NotImplementedError) as error:
-        raise Skip(f"grouped_mm: {str(error).splitlines()[0][:120]}") from error
+        raise Skip(f"grouped_mm: {first_line(error)}") from error
     return lambda: grouped_mm(data.dy.t(), data.x, offs=ends)
 
 
@@ -242,7 +254,7 @@ class Weight(_PerSample):
         }
 
     def floor(self):
-        return 1e-5  # products of inputs of any dtype are summed in fp32
+        return 1e-5 * max(1, max(self.lengths) / 512)  # products of inputs of any dtype are summed in fp32
 
     def limit(self, baseline):
         return self.floor()  # the loop rounds its gradients to their dtype, ours none
@@ -261,7 +273,7 @@ class Weight(_PerSample):
             run, (x, dy) = compiled(self.options, lambda x, dy: _l1(torch.bmm(dy.mT, x))), data.padded
             return lambda: {"grad_l1": run(x, dy)}
 
-        found = [Variant(impl, ours(impl), ours=True) for impl in implementations("grad_density", self.device)]
+        found = [Variant(impl, ours(impl), ours=True) for impl in implementations("grad_density")]
         found.append(Variant("loop", lambda: _loop(data, self.statistic)))
         if self.statistic == "grad_l2sq":
             found.append(Variant("gram", ours("torch", form="gram"), ours=True))
@@ -339,9 +351,7 @@ class Model(_PerSample):
         torch.manual_seed(0)
         shape = dataclasses.replace(self.shape, layers=self.layers)
         decoder = Decoder(build(self.model, self.dtype, self.device, shape))
-        generator = torch.Generator().manual_seed(0)
-        ids = [torch.randint(self.shape.vocabulary, (n,), generator=generator) for n in self.lengths]
-        return decoder, [{"input_ids": i, "labels": i.clone()} for i in ids]
+        return decoder, samples(self.lengths, self.shape.vocabulary)
 
     def small(self):
         return dataclasses.replace(
@@ -374,7 +384,7 @@ class Model(_PerSample):
             return make
 
         # the CUDA library has no linear_loss
-        found = [Variant(impl, ours(impl), ours=True) for impl in implementations("linear_loss", self.device)]
+        found = [Variant(impl, ours(impl), ours=True) for impl in implementations("linear_loss")]
         found.append(Variant("loop", lambda: self._loop(decoder, samples)))
         found.append(Variant("plain", lambda: self._plain(decoder, samples)))
         found.append(Variant("products", lambda: self._products(decoder)))
@@ -438,39 +448,41 @@ class Model(_PerSample):
 
 
 def cases(options: Options) -> list[Case]:
-    models = options.models or options.choose(["SmolLM2-135M"], ["Llama-3.2-1B", "SmolLM2-135M"], list(MODELS))
-    # on a CPU up alone: down is its transpose
-    projections = options.choose(["up"], ["up"], ["up", "down"])
-    lengths = options.tokens or options.choose(
-        ["32"], ["32", "128", "512", "ragged"], ["32", "64", "128", "256", "512", "2048", "ragged"]
-    )
-    at_least = options.choose([64], [256], [2048])[0]  # tokens of a batch
     suffix = ", narrow" if options.quick else ""
-    shapes = {name: narrow(MODELS[name]) if options.quick else MODELS[name] for name in models}
+
+    def shape_of(name):
+        return narrow(MODELS[name]) if options.quick else MODELS[name]
+
     found = []
     if options.tokens is None or "ragged" in options.tokens:
-        for name in options.models or options.choose(["SmolLM2-135M"], ["SmolLM2-135M"], ["Llama-3-8B"]):
-            shape = shapes[name]
-            layers = options.choose([2], [min(8, shape.layers)], [shape.layers])[0]
-            each = ragged(options.choose([4], [12], [96])[0])
+        each = ragged(options.choose(4, 12, 96))
+        for name in options.the_models():
+            shape = shape_of(name)
+            layers = options.choose(2, min(8, shape.layers), shape.layers)
             found.append(
                 Model(
                     suite="density", model=name, label=f"whole model, {layers} layers{suffix}", options=options,
                     tokens=round(sum(each) / len(each)), shape=shape, layers=layers, lengths=tuple(each),
                 )
             )  # fmt: skip
-    for (name, shape), projection, statistic, T in itertools.product(
-        shapes.items(), projections, ("grad_l1", "grad_l2sq"), lengths
-    ):
-        if statistic == "grad_l2sq" and projection == "down":
-            continue
-        N, K = shape.projections()[projection]
-        each = ragged(max(3, round(at_least / MEAN_RAGGED))) if T == "ragged" else equal(int(T), at_least)
-        label = f"{projection}{', L2' * (statistic == 'grad_l2sq')}, {'ragged' if T == 'ragged' else f'T={T}'}{suffix}"
-        found.append(
-            Weight(
-                suite="density", model=name, label=label, tokens=round(sum(each) / len(each)), options=options,
-                N=N, K=K, lengths=tuple(each), statistic=statistic,
-            )
-        )  # fmt: skip
+    lengths = options.tokens or options.choose(
+        ["32"], ["32", "128", "512", "ragged"], ["32", "128", "512", "2048", "ragged"]
+    )
+    at_least = options.choose(64, 256, 2048)  # tokens of a batch
+    kinds = [("up", "grad_l1", lengths), ("up", "grad_l2sq", lengths)]
+    if options.gpu and not options.quick:  # on a CPU up alone: down is its transpose
+        kinds.append(("down", "grad_l1", [T for T in lengths if options.tokens or T in ("128", "ragged")]))
+    for name in options.the_models(cpu=["Llama-3.2-1B", "SmolLM2-135M"]):
+        for projection, statistic, each_length in kinds:
+            N, K = shape_of(name).projections()[projection]
+            what = f"{projection}, L2" if statistic == "grad_l2sq" else projection
+            for T in each_length:
+                each = ragged(max(3, round(at_least / MEAN_RAGGED))) if T == "ragged" else equal(int(T), at_least)
+                found.append(
+                    Weight(
+                        suite="density", model=name, label=f"{what}, {'ragged' if T == 'ragged' else f'T={T}'}{suffix}",
+                        tokens=round(sum(each) / len(each)), options=options, N=N, K=K, lengths=tuple(each),
+                        statistic=statistic,
+                    )
+                )  # fmt: skip
     return found

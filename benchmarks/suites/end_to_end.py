@@ -5,29 +5,29 @@ warm-up of 3 epochs; 8 blocks, of which those without one of the last two layers
 each: of Llama-3-8B 7 blocks and 3144 steps. Accuracy and the RTT attack are left out: they prove a result and make
 none.
 
-Ours is `kf.unlearn` itself, with clocks on its steps, its density and its prefix cache. The last stage, "rest", is
-all other time: models and blocks written to disk and checked, checks, what moves weights in and out. Checkpoints
-within a stage are off. The reference procedure holds two models in memory and writes nothing. It publishes no
-density; the one here, one sample's backward pass after the other, is ours to say.
+Ours is `kf.unlearn` itself, with clocks on its steps (from a step's samples to the update), its density and its
+prefix cache. The last stage, "rest", is all other time: models and blocks written to disk and checked, checks, what
+moves weights in and out. Checkpoints within a stage are off. While it runs, a folder in TMPDIR takes twice the weights'
+bytes, of Llama-3-8B in bf16 32 GB; a process that is killed leaves it there. The reference procedure holds two models
+in memory and writes nothing. It publishes no density; the one here, one sample's backward pass after the other, is
+ours to say.
 
-A side runs on all questions, or on as many as its time allows, at least two steps an epoch: a first run of two steps
-tells the pace, a second one makes as many as fit in `seconds` (60 if not given; of Triton's on a GPU all). Such
-questions are spread evenly over all lengths. The clocks' seconds are then extrapolated, and `note` says from how
-many: a visit's first step (kernels are loaded, memory is found) counts once, and the others for all that follow;
-density and prefix cache go by tokens. The rest is not extrapolated, since it is the same for one question or all.
-`rounds` is what was measured.
+Triton's on a GPU runs on all questions; other sides run on as many as 60 seconds allow (--seconds, which is for rounds,
+has no say here), at least two steps an epoch: a first run of two steps tells the pace, a second one makes as many as
+fit. Such questions are spread evenly over all lengths. The clocks' seconds are then extrapolated, and `note` says from
+how many: a visit's first step (kernels are loaded, memory is found) counts once, and the others for all that follow;
+density and prefix cache go by tokens. The rest is not extrapolated: next to none of it grows with the
+questions. `rounds` is what was measured. On a GPU ours by torch is run where --variants names it.
 
 The gate, before anything is timed: whole runs of a small sibling by both sides in fp64, warm-up, density and all
 visits, change the weights by the same to 1e-9. Triton's kernels know no fp64: they are held against it in fp32, by
-the reference's own error there.
+the reference's own error there. `error`, in the row of the total, is this small model's.
 
 FLOPs are those of the products with weights that have to be made (no padding, no layer below a block twice).
 
 Predicted for Llama-3-8B on an H200, by these FLOPs at 55 % of 790 TFLOP/s (`EndToEnd.predicted`), in seconds: warm-up
-38.2, density 5.9, prefix cache 8.9, layers 0-3 26.9, 4-7 23.9, 8-11 21.0, 12-15 18.0, 16-19 15.0, 20-23 12.1, 24-27
-9.1; together 179.0, just the goal of 3 minutes. On top come updates (Lion reads and writes about 12 bytes a weight in
-the warm-up and 22 in a visit, 21 s at 4.3 TB/s) and the rest, in which 69 GB are written and 53 GB checked by
-SHA-256.
+38.2, density 5.9, prefix cache 8.9, layers 0-3 26.9, layers 4-7 23.9, layers 8-11 21.0, layers 12-15 18.0, layers 16-19
+15.0, layers 20-23 12.1, layers 24-27 9.1; together 179.0, just the goal of 3 minutes. Updates and the rest come on top.
 """
 
 import copy
@@ -43,7 +43,6 @@ from unittest import mock
 import torch
 
 import kunbr_fast as kf
-from kunbr_fast import dispatch
 from kunbr_fast.benchmarks import measure
 from kunbr_fast.benchmarks.harness import (
     Case,
@@ -51,20 +50,23 @@ from kunbr_fast.benchmarks.harness import (
     Skip,
     Variant,
     Wrong,
+    first_line,
+    forgiving,
     implementations,
     measure_rounds,
     need,
 )
 from kunbr_fast.benchmarks.models import build, matrices
 from kunbr_fast.benchmarks.reference import procedure
-from kunbr_fast.benchmarks.shapes import MODELS, Shape, wmdp
+from kunbr_fast.benchmarks.shapes import MODELS, Shape, samples, wmdp
 from kunbr_fast.blocks import selectable_blocks
 from kunbr_fast.prefix_cache import PrefixCache
-from kunbr_fast.reinsertion import BlockTraining
+from kunbr_fast.run import Run
 from kunbr_fast.schedule import Schedule
 from kunbr_fast.training import FullTraining
 
 BATCH, WARMUP_EPOCHS, NEVER = 6, 3, 10**9
+SECONDS = 60.0  # of a side that is not run whole
 SAME = 1e-9  # largest relative difference of the changed weights in fp64
 TINY = Shape(hidden=64, intermediate=128, layers=4, heads=4, key_value_heads=2, vocabulary=512)
 
@@ -88,14 +90,14 @@ class Clock:
         yield
         (self.first if first else self.later).setdefault(stage, []).append(self._now() - begin)
 
-    def method(self, kind: type, name: str, stage: Callable[[object], str]):
-        """A patch that clocks a method: of trainings a step, of others all of it."""
+    def method(self, kind: type, name: str, of: Callable[..., tuple[str, bool]]):
+        """A patch that clocks a method. of: takes what the method does, and gives what this clock does."""
         method = getattr(kind, name)
 
         @functools.wraps(method)
-        def clocked(this, *args, **kwargs):
-            with self(stage(this), getattr(this, "steps", 0) == 0):
-                return method(this, *args, **kwargs)
+        def clocked(*args, **kwargs):
+            with self(*of(*args, **kwargs)):
+                return method(*args, **kwargs)
 
         return mock.patch.object(kind, name, clocked)
 
@@ -176,12 +178,9 @@ class EndToEnd(Case):
         )
 
     def samples(self, steps: int | None = None) -> tuple[list[dict], list[dict]]:
-        generator = torch.Generator().manual_seed(0)
-        drawn = (
-            [torch.randint(3, self.shape.vocabulary, (n,), generator=generator) for n in part]
-            for part in self.lengths(steps)
-        )
-        return tuple([{"input_ids": ids, "labels": ids.clone()} for ids in part] for part in drawn)
+        forget, retain = self.lengths(steps)
+        found = samples([*forget, *retain], self.shape.vocabulary)
+        return found[: len(forget)], found[len(forget) :]
 
     def draw(self) -> torch.nn.Module:
         """The model. In fp64 it has the weights that it has in fp32."""
@@ -205,11 +204,14 @@ class EndToEnd(Case):
                 clock.first["merge"] = [time.perf_counter() - merging]  # what began last
                 clock.first["density"] = [report.seconds["density"]]
 
+            def of_step(run, training, *args):
+                warming_up = isinstance(training, FullTraining)
+                return "warm-up" if warming_up else _layers(training.block), training.steps == 0
+
             merging = time.perf_counter()
-            stack.enter_context(clock.method(FullTraining, "step_packed", lambda training: "warm-up"))
-            stack.enter_context(clock.method(BlockTraining, "step_packed", lambda training: _layers(training.block)))
-            stack.enter_context(clock.method(PrefixCache, "__init__", lambda cache: "prefix cache"))
-            stack.enter_context(clock.method(PrefixCache, "advance", lambda cache: "prefix cache"))
+            stack.enter_context(clock.method(Run, "_step", of_step))
+            for name in ("__init__", "advance"):
+                stack.enter_context(clock.method(PrefixCache, name, lambda *args, **kwargs: ("prefix cache", True)))
             with clock("all"):
                 report = kf.unlearn(
                     model, forget, retain, self.config(impl), output_dir=folder, progress=False, on_stage=begins,
@@ -261,7 +263,7 @@ class EndToEnd(Case):
 
             return Variant(name, make, ours=name != "reference")
 
-        return [side("reference"), *map(side, implementations("linear_loss", self.device))]
+        return [side("reference"), *map(side, implementations("linear_loss"))]
 
     def _work(self, name: str):
         return self.reference if name == "reference" else functools.partial(self.ours, name)
@@ -293,39 +295,35 @@ class EndToEnd(Case):
     def gate(self):
         small = self.small()
         truth, errors, left_out = small.truth(None), {}, {}
-        for name in (variant.name for variant in self.chosen(None)):  # the reference is the first
-            side = small.exact() if name == "torch" else small
-            try:
-                found = next(variant for variant in side.variants(None) if variant.name == name).make()()
-            except (Skip, dispatch.Unavailable) as reason:
-                left_out[name] = str(reason)
-                continue
-            errors[name] = side.error(found, truth)
-            limit = SAME if name == "torch" else side.limit(errors[self.baseline])
-            if name != self.baseline and not errors[name] <= limit:
-                raise Wrong(f"{self}: {name} is {errors[name]:.1e} from the reference (limit {limit:.1e}): no numbers")
+        for variant in self.chosen(None):  # the reference is the first
+            name, side = variant.name, small.exact() if variant.name == "torch" else small
+            with forgiving(variant, left_out):
+                found = next(v for v in side.variants(None) if v.name == name).make()()
+                errors[name] = side.error(found, truth)
+                limit = SAME if name == "torch" else side.limit(errors.get(self.baseline) or 0.0)
+                if variant.ours and not errors[name] <= limit:
+                    raise Wrong(f"{name} is {errors[name]:.1e} from the reference (limit {limit:.1e}): no numbers")
         return errors, left_out
 
     # ------------------------------------------------ time
 
     def rows(self):
-        found = {}
-        try:
-            errors, left_out = self.gate()
-        except Skip as reason:  # without the reference there is nothing to hold ours against
-            errors, left_out = {}, {variant.name: str(reason) for variant in self.chosen(None)}
+        found, (errors, left_out) = {}, self.gate()
+        if self.options.gpu and not self.options.quick and self.options.variants is None and "triton" in errors:
+            left_out["torch"] = "on a GPU only the best of ours, --variants torch"
         for variant in self.chosen(None):
             if variant.name in left_out:
                 continue
-            try:
-                found[variant.name] = self._measured(variant.name)
-            except (torch.OutOfMemoryError, OSError) as reason:  # of memory, or of the disk
-                left_out[variant.name] = str(reason).partition("\n")[0]
+            with forgiving(variant, left_out):
+                try:
+                    found[variant.name] = self._measured(variant.name)
+                except OSError as reason:  # the disk is full
+                    raise Skip(first_line(reason)) from None
             self._release()
         rates = measure_rounds({}, self.options)[1]
         rows = []
         for stage in [*self.stages, "total"]:
-            case = dataclasses.replace(self, stage=stage, label=_label(stage))
+            case = dataclasses.replace(self, stage=stage, label=stage)
             rows += [case._row(variant, found, rates, errors, left_out) for variant in self.chosen(None)]
         return rows
 
@@ -336,11 +334,14 @@ class EndToEnd(Case):
         mine, base = (found[n].stages.get(self.stage) if n in found else None for n in (name, self.baseline))
         if mine is None:
             return self.row(name, None, None, None, ours=variant.ours, note="not run: the procedure has no such stage")
-        whole = self.stage == "total"
+        whole, notes = {}, [mine.note] if mine.note else []
+        if self.stage == "total":
+            whole = dict(error=errors[name], peak_bytes=side.peak, standing_bytes=self.standing(name))
+            checked = torch.float64 if name == "torch" else torch.float32
+            notes += [f"error of a small model in {str(checked)[6:]}"] if checked != self.dtype else []
         row = self.row(
             name, [mine.ms], [base.ms] if base else None, rates if self.flops else None, ours=variant.ours,
-            error=errors.get(name), others=side.others, note=mine.note, peak_bytes=side.peak if whole else None,
-            standing_bytes=self.standing(name) if whole else None,
+            others=side.others, note="; ".join(notes), **whole,
         )  # fmt: skip
         return row | {"rounds": mine.measured}
 
@@ -351,9 +352,9 @@ class EndToEnd(Case):
 
     def seconds(self, name: str) -> float:
         """That a side may run."""
-        if self.options.seconds is not None:
-            return self.options.seconds
-        return float("inf") if self.options.gpu and name == "triton" else 60.0
+        if self.options.gpu and name == "triton":
+            return float("inf")
+        return 0.0 if self.options.quick else SECONDS
 
     def _measured(self, name: str) -> Side:
         seconds = self.seconds(name)
@@ -454,10 +455,6 @@ class EndToEnd(Case):
         return max(size * (every + 2 * block + cache) + update, 3 * size * every)
 
 
-def _label(stage: str) -> str:
-    return f"end to end: {stage}"
-
-
 def _layers(block: range) -> str:
     return f"layers {block.start}-{block.stop - 1}"
 
@@ -490,10 +487,11 @@ def _one_by_one(model, samples, loss) -> torch.Tensor:
 
 
 def cases(options: Options) -> list[Case]:
-    models = options.models or options.choose(["SmolLM2-135M"], ["SmolLM2-135M"], ["Llama-3-8B"])
     found = []
-    for model in models:
-        sizes = dict(shape=TINY, questions=12, num_blocks=4) if options.quick else dict(shape=MODELS[model])
-        case = EndToEnd(suite="end_to_end", model=model, label=_label("total"), tokens=0, options=options, **sizes)
+    for model in options.the_models():
+        sizes = dict(model=model, shape=MODELS[model])
+        if options.quick:
+            sizes = dict(model=f"{model}, narrow", shape=TINY, questions=12, num_blocks=4)
+        case = EndToEnd(suite="end_to_end", label="total", tokens=0, options=options, **sizes)
         found.append(dataclasses.replace(case, tokens=sum(map(sum, case.lengths()))))
     return found

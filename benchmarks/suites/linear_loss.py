@@ -33,6 +33,7 @@ from kunbr_fast.benchmarks.harness import (
     need,
     relative_error,
 )
+from kunbr_fast.benchmarks.models import liger
 from kunbr_fast.benchmarks.shapes import MODELS
 from kunbr_fast.decoder import Head
 from kunbr_fast.losses import linear_loss
@@ -107,7 +108,7 @@ class LinearLoss(Case):
 
             return function
 
-        found = [Variant(impl, make(ours(impl)), ours=True) for impl in implementations("linear_loss", self.device)]
+        found = [Variant(impl, make(ours(impl)), ours=True) for impl in implementations("linear_loss")]
         return found + [
             Variant("eager", make(lambda: _eager)),
             Variant("torch.compile", make(lambda: compiled(self.options, _eager))),
@@ -118,9 +119,7 @@ class LinearLoss(Case):
         ]
 
     def _liger(self):
-        if not self.options.gpu:
-            raise Skip("Liger's kernels need a GPU")
-        function = imported("liger_kernel.ops", "liger-kernel").LigerFusedLinearCrossEntropyFunction
+        function = liger("ops", self.options).LigerFusedLinearCrossEntropyFunction
         return lambda hidden, weight, targets: function.apply(hidden, weight, targets)[0]
 
     def _cut(self, filter_eps):
@@ -154,9 +153,7 @@ def _torch_chunked():
 
 
 def cases(options: Options) -> list[Case]:
-    models = options.models or options.choose(["SmolLM2-135M"], ["SmolLM2-135M"], ["Llama-3-8B"])
-    counts = [int(n) for n in options.tokens or () if n != "ragged"]
-    counts = counts or options.choose([32], [128, 512], [256, 2048, 8192])
+    models, counts = options.the_models(), options.the_tokens(quick=[32], cpu=[128, 512], gpu=[256, 2048, 8192])
 
     def case(model, rows, part=1, trained=False):
         vocabulary = MODELS[model].vocabulary // part
@@ -171,7 +168,7 @@ def cases(options: Options) -> list[Case]:
             trained=trained,
         )
 
-    if options.quick:
+    if options.quick or not counts:
         return [case(model, rows, 4) for model in models for rows in counts]
     found = []
     for model in models:

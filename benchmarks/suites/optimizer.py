@@ -6,9 +6,11 @@ The block is that of four layers of the model (two on a CPU). Kinds, and the nee
     fp32 master  20, 28   what half precision trains with: gradient read in it and the weight's copy written in it
     stochastic   14, 22   no master: bf16 weights, rounded stochastically, and bf16 gradient; state in fp32
 
-Ours update one vector in one launch. Rivals: the plain formula, tensor by tensor ("eager"); torch.compile of it over
-the whole vector; torch.optim.AdamW, fused and foreach, and lion-pytorch's Lion, over the tensors. Rivals need the
-gradient in fp32 beside a master, and a copy after the update. None of them rounds stochastically but the plain formula.
+Ours update one vector in one launch; "torch" is what training runs without a kernel, which of AdamW is torch's own fused
+one over that vector (but for stochastic rounding). Rivals: the plain formula, tensor by tensor ("eager"); torch.compile
+of it over the whole vector; torch.optim.AdamW in its other form, foreach, and lion-pytorch's Lion, over the tensors.
+Rivals, and torch's fused AdamW, need the gradient in fp32 beside a master, and a copy after the update. No rival rounds
+stochastically but the plain formula.
 
 Each variant has a weight and a state of its own, which `standing_mib` counts; the gradient is shared and stays the same.
 The gate compares three updates from one start. Lion's update is a sign: inputs are drawn so that in none of these
@@ -24,7 +26,7 @@ import torch
 
 from kunbr_fast.benchmarks.harness import Case, Options, Skip, Variant, compiled, implementations, imported, need
 from kunbr_fast.benchmarks.shapes import MODELS, Shape
-from kunbr_fast.optim import BETAS, AdamW, Lion
+from kunbr_fast.optim import BETAS, AdamW, Lion, make_optimizer
 
 WEIGHT_DECAY, EPS = 0.1, 1e-8
 STEPS_BEFORE = 10  # that the state comes from
@@ -175,38 +177,51 @@ class Update(Case):
         return run
 
     def variants(self, data):
-        standing = data[1].nbytes
-
         def variant(name, update_of, ours=False):
             def make():
                 block = data[1].copy()
                 return torch.no_grad()(self._once(data, block, update_of(block, data[0])))
 
+            standing = data[1].nbytes
+            if ours and name == "torch" and (self.operation, self.kind) == ("adamw", "fp32 master"):
+                standing += 4 * self.numel  # the gradient in fp32, which `FlatBuffer.step` keeps
             return Variant(name, make, ours=ours, standing_bytes=standing)
 
         found = [
             variant(impl, lambda *known, impl=impl: self._ours(impl, *known), ours=True)
-            for impl in implementations(self.operation, self.device)
+            for impl in implementations(self.operation)
         ]
         found += [variant("eager", self._eager), variant("torch.compile", self._compiled)]
         if self.kind == "stochastic":
             return found
         if self.operation == "adamw":
-            for way in ("fused", "foreach"):
-                found.append(variant(f"torch.optim {way}", lambda *known, way=way: self._torch(way, *known)))
-            return found
+            return [*found, variant("torch.optim foreach", self._foreach)]
         for way in ("", " foreach", " triton"):
             found.append(variant(f"lion-pytorch{way}", lambda *known, way=way: self._lion_pytorch(way, *known)))
         return found
 
     def _ours(self, impl, block, grad):
+        """As `FlatBuffer.step` makes the update."""
         need(self.operation, impl, self.device)
-        kind, names = (Lion, ["momentum"]) if self.operation == "lion" else (AdamW, ["exp_avg", "exp_avg_sq"])
-        optimizer = kind(
-            [block.param], self.lr, self.betas, WEIGHT_DECAY, seed=0 if self.kind == "stochastic" else None, impl=impl
-        )
-        optimizer.state[block.param] = dict(zip(names, block.moments), step=float(STEPS_BEFORE))
-        return lambda step: optimizer.update(grad, block.half)
+        settings = dict(lr=self.lr, betas=self.betas, weight_decay=WEIGHT_DECAY, impl=impl)
+        if self.kind == "stochastic":
+            optimizer = {"lion": Lion, "adamw": AdamW}[self.operation]([block.param], seed=0, **settings)
+        else:
+            optimizer = make_optimizer(self.operation, [block.param], **settings)
+        fused = isinstance(optimizer, torch.optim.AdamW)  # torch's, which counts on the device
+        count = torch.tensor(float(STEPS_BEFORE), device=self.device) if fused else float(STEPS_BEFORE)
+        names = ["momentum"] if self.operation == "lion" else ["exp_avg", "exp_avg_sq"]
+        optimizer.state[block.param] = dict(zip(names, block.moments), step=count)
+        if not fused:
+            return lambda step: optimizer.update(grad, block.half)
+
+        def update(step):
+            block.param.grad = grad if block.half is None else grad.float()
+            optimizer.step()
+            if block.half is not None:
+                block.half.copy_(block.param)
+
+        return update
 
     def _eager(self, block, grad):
         halves = [None] * len(self.sizes) if block.half is None else self.cut(block.half)
@@ -239,12 +254,11 @@ class Update(Case):
 
         return update
 
-    def _torch(self, way, block, grad):
+    def _foreach(self, block, grad):
         params = [torch.nn.Parameter(param) for param in self.cut(block.param)]
-        optimizer = torch.optim.AdamW(params, self.lr, self.betas, EPS, WEIGHT_DECAY, **{way: True})
+        optimizer = torch.optim.AdamW(params, self.lr, self.betas, EPS, WEIGHT_DECAY, foreach=True)
         for param, exp_avg, exp_avg_sq in zip(params, *(self.cut(moment) for moment in block.moments)):
-            # the fused one counts on the device
-            step = torch.tensor(float(STEPS_BEFORE), device=self.device if way == "fused" else "cpu")
+            step = torch.tensor(float(STEPS_BEFORE))
             optimizer.state[param] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         return self._optimizer(optimizer, params, block, grad)
 
@@ -261,8 +275,7 @@ class Update(Case):
 
 
 def cases(options: Options) -> list[Case]:
-    models = options.models or options.choose(["SmolLM2-135M"], ["SmolLM2-135M"], ["Llama-3-8B"])
-    (layers,) = options.choose([1], [2], [4])
+    layers = options.choose(1, 2, 4)
     kinds = [(operation, kind) for operation in ("lion", "adamw") for kind in ("fp32", "fp32 master", "stochastic")]
     found = [
         Update(
@@ -276,7 +289,7 @@ def cases(options: Options) -> list[Case]:
             operation=operation,
             kind=kind,
         )
-        for model in models
+        for model in options.the_models()
         for operation, kind in options.choose([kinds[0], kinds[4]], kinds, kinds)
     ]
     return [case for case in found if options.dtype in (None, case.dtype)]

@@ -5,11 +5,15 @@ weights. Every variant trains the same block by the same loss, gradient differen
 
     reference               tests/reference_procedure.py: two whole models, two padded passes, full logits, plain Lion
     frozen eager            one model, Lion on lists of tensors, no cache of keys and values; else as the reference
-    frozen, torch.compile   that, with torch.compile of the pass
+    frozen, torch.compile   that, with torch.compile of each layer: of all of them at once it takes minutes longer
     frozen, liger           that, with Liger's RMSNorm, SwiGLU, rotary embedding and fused linear cross-entropy
     torch, triton           ours: one model and the block, one packed pass from the prefix cache, fused layers, head on rows
                             with a label
     torch, graph and triton, graph    that, as a CUDA graph
+
+torch.compile, which still takes minutes, is measured at one block and batch; of 32 + 32 samples some variants are left out
+for the memory that each would hold for itself. Ours is what its name says: a step that memory would have in parts, or one
+that is no graph though it should be, is not timed.
 
 In bf16 ours updates an fp32 copy of the block's weights; the others round each update to bf16, as published.
 
@@ -30,6 +34,7 @@ counted. A graph's activations are part of it, and no part of its peak.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -39,14 +44,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kunbr_fast as kf
 from kunbr_fast.benchmarks import measure
-from kunbr_fast.benchmarks.count_step import questions
-from kunbr_fast.benchmarks.harness import Case, Options, Skip, Variant, Wrong, compiled, imported, relative_error
-from kunbr_fast.benchmarks.models import build, causal_pairs, copied, exact_norms, matrices, nbytes, with_liger
+from kunbr_fast.benchmarks.harness import Case, Options, Skip, Variant, Wrong, compiled, relative_error
+from kunbr_fast.benchmarks.models import build, causal_pairs, copied, exact_norms, liger, matrices, nbytes, with_liger
 from kunbr_fast.benchmarks.reference import procedure
-from kunbr_fast.benchmarks.shapes import MODELS, Shape
+from kunbr_fast.benchmarks.shapes import MODELS, Shape, questions
 from kunbr_fast.blocks import selectable_blocks
 from kunbr_fast.data import PackedBatch, pack
 from kunbr_fast.decoder import Decoder
+from kunbr_fast.memory import release
 
 LR = 1e-5
 EXACT = 1e-9  # largest relative difference of the weights after three fp64 steps
@@ -145,15 +150,18 @@ class Frozen(Reference):
 
 class Compiled(Frozen):
     def make_loss(self, case):
-        return compiled(case.options, self.mean_nll)
+        compiled(case.options, self.mean_nll)  # never called: asks whether it may, and forgets what was compiled before
+        for layer in self.model.model.layers:
+            layer.compile(dynamic=True)
+        return self.mean_nll
 
 
 class Liger(Frozen):
     def make_loss(self, case):
         with_liger(self.model, case.options)
-        liger = imported("liger_kernel.transformers.fused_linear_cross_entropy", "liger-kernel")
+        found = liger("transformers.fused_linear_cross_entropy", case.options)
         # a mean over samples of means is no reduction of Liger's
-        linear_loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="none")
+        linear_loss = found.LigerFusedLinearCrossEntropyLoss(reduction="none")
 
         def loss(ids, mask, labels):
             hidden = self.model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
@@ -182,18 +190,26 @@ class Ours:
 
     def step(self):
         found = self.training.step_packed(self._batch(), self.num_forget)
+        self._check()
         return {"losses": torch.tensor([found["forget_loss"], found["retain_loss"]])}
 
     def gradients(self):
         training, batch = self.training, self._batch()
         loss, nll = training.accumulate(batch, self.num_forget)
-        if training._graphs is not None and not training._graphs.captured:
-            raise Skip("the step could not be captured")
+        self._check()
         found = training.criterion.metrics(batch, self.num_forget, loss, nll)
         gradient = training.flat.grad.clone()
         training.flat.grad.zero_()
         losses = {"losses": torch.tensor([found["forget_loss"], found["retain_loss"]])}
         return losses | dict(zip(training.parameters, training.flat.views(gradient)))
+
+    def _check(self):
+        """That the step was what the variant's name says."""
+        if self.training.micro_batches.halvings:
+            raise torch.OutOfMemoryError("the step did not fit whole: it went through in parts")
+        graphs = self.training._graphs
+        if graphs is not None and not graphs.captured:
+            raise Skip("the step could not be captured")
 
     def weights(self):
         return self.training.tensors()
@@ -246,14 +262,14 @@ def step_flops(shape: Shape, block: range, batch: PackedBatch, pairs: int, last_
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Step(Case):
-    """names: of the variants here. For the gate: shorter, each sample is its last part of so many; gradients, variants
-    give the gradients of one step."""
+    """left_out: variants that are not run here, and why. For the gate: shorter, each sample is its last part of so many;
+    gradients, variants give the gradients of one step."""
 
     shape: Shape
     block: range
     batch: int
     target: str
-    names: tuple[str, ...] = tuple(SIDES)
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
     shorter: int = 1
     gradients: bool = False
     baseline: str = "reference"
@@ -302,14 +318,25 @@ class Step(Case):
         return Reference(self, Inputs(exact_norms(copied(data.model, wide)), values, data.samples)).gradients()
 
     def variants(self, data):
-        return [self._variant(name, data) for name in self.names]
+        return [self._variant(name, data) for name in SIDES]
 
     def _variant(self, name, data):
-        made = []
+        made = []  # the side, which is held here alone
 
         def make():
-            made[:] = [SIDES[name](self, data)]
-            return made[0].gradients if self.gradients else made[0].step
+            made.clear()
+            release()  # what a variant that failed held
+            if name in self.left_out:
+                raise Skip(self.left_out[name])
+            made.append(SIDES[name](self, data))
+            return run
+
+        def run():
+            try:
+                return made[0].gradients() if self.gradients else made[0].step()
+            except BaseException:
+                made.clear()  # or its memory would be missing until the case is over
+                raise
 
         return Variant(
             name,
@@ -332,8 +359,9 @@ class Step(Case):
             reference.step()
         truth = reference.weights()
         if any(weight.equal(data.values[name]) for name, weight in truth.items()):
-            raise Wrong(f"{self}: the reference trained nothing: no numbers")
-        for name in (v.name for v in exact.chosen(data) if v.name in IN_FP64):
+            raise Wrong("the reference trained nothing: no numbers")
+        names = [v.name for v in exact.chosen(data) if v.name in IN_FP64 and v.name not in self.left_out]
+        for name in names:
             try:
                 side = SIDES[name](exact, data)
             except kf.dispatch.Unavailable:  # CUDA graphs without a GPU
@@ -343,15 +371,14 @@ class Step(Case):
             error = max(relative_error(weight, truth[n]) for n, weight in side.weights().items())
             if not error <= EXACT:
                 raise Wrong(
-                    f"{self}: {name} is {error:.1e} from the reference's weights after three fp64 steps (limit {EXACT:.0e}): "
+                    f"{name} is {error:.1e} from the reference's weights after three fp64 steps (limit {EXACT:.0e}): "
                     "no numbers"
                 )
 
 
 def cases(options: Options) -> list[Case]:
-    models = options.models or options.choose(["SmolLM2-135M"], ["SmolLM2-135M"], ["Llama-3-8B"])
     found = []
-    for model in models:
+    for model in options.the_models():
         shape = MODELS[model]
         if options.quick:
             shape = dataclasses.replace(shape, layers=4, vocabulary=4096)
@@ -363,19 +390,24 @@ def cases(options: Options) -> list[Case]:
         cpu = [(first, 6, "all"), (middle, 6, "all"), (last, 6, "all"), (last, 6, "letter")]
         gpu = [(block, 6, target) for target in ("all", "letter") for block in (first, middle, last)]
         gpu += [(middle, 32, target) for target in ("all", "letter")]
-        for block, batch, target in options.choose(quick, cpu, gpu):
-            names = set(SIDES)
-            if options.gpu and (block, batch, target) != (middle, 6, "all"):
-                names.discard("frozen, torch.compile")  # takes minutes to compile, so once
+        chosen = options.choose(quick, cpu, gpu)
+        compiled_at = (middle, min(batch for _, batch, _ in chosen), "all")
+        for at in chosen:
+            block, batch, target = at
+            left_out = {}
+            if at != compiled_at:
+                left_out["frozen, torch.compile"] = f"takes minutes to compile: measured at {_label(*compiled_at)}"
             if batch > 6:  # what each of them holds for itself would not fit together
-                names -= {"torch", "torch, graph"}
+                names = ("frozen eager", "torch", "torch, graph")
+                left_out |= dict.fromkeys(names, f"not at {batch}+{batch}, for memory")
             case = Step(
                 suite="step", model=model, tokens=0, shape=shape, block=block, batch=batch, target=target, options=options,
-                label=f"layers {block.start}-{block.stop - 1}, {batch}+{batch}, {WORDS[target]}",
-                names=tuple(name for name in SIDES if name in names),
+                label=_label(*at) + ", narrow" * options.quick, left_out=left_out,
             )  # fmt: skip
             found.append(dataclasses.replace(case, tokens=case.packed.num_tokens))
     return found
 
 
-WORDS = {"all": "all tokens", "letter": "the letter"}
+def _label(block: range, batch: int, target: str) -> str:
+    words = {"all": "all tokens", "letter": "the letter"}
+    return f"layers {block.start}-{block.stop - 1}, {batch}+{batch}, {words[target]}"
