@@ -347,7 +347,9 @@ def _offset(weight: torch.Tensor, offset: float) -> torch.Tensor:
 
 # ---------------------------------------------------------------- head and loss
 
-# Elements of one chunk of logits, (rows, V).
+# Elements of one chunk of logits, (rows, V). In `linear_loss` a chunk is one tensor, and each chunk reads the head's weight
+# twice: 682 rows for a vocabulary of 49152, 261 for 128256. Elsewhere a chunk is several tensors.
+HEAD_CHUNK = 1 << 25
 LOGITS_CHUNK = 1 << 23
 
 
@@ -391,23 +393,25 @@ def linear_loss(
     d_hidden = torch.empty_like(hidden) if need_hidden else None
     d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
     d_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
-    rows = max(1, LOGITS_CHUNK // weight.shape[0])
+    rows = max(1, HEAD_CHUNK // weight.shape[0])
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
         x = hidden[part]
         logits = head_logits(x, weight, bias, scale, softcap)
-        log_z = torch.logsumexp(logits, 1)
-        target = targets[part, None]
-        nll[part] = log_z - logits.gather(1, target).squeeze(1)
+        target, largest = targets[part, None], logits.amax(1, keepdim=True)
+        of_target = logits.gather(1, target)
+        slope = None if softcap is None else (1 - (logits / softcap) ** 2)
+        exp = logits.sub_(largest).exp_()  # in place, and read once for the sum: a chunk is larger than a cache
+        total = exp.sum(1, keepdim=True)
+        nll[part] = (total.log() + largest - of_target).squeeze(1)
         if not (need_hidden or need_weight or need_bias):
             continue
         w = row_weights[part].to(wide)
         if nll_cap is not None:  # clamp(max=cap) has no slope beyond the cap
             w = torch.where(nll[part] < nll_cap[part], w, 0.0)
-        slope = None if softcap is None else (1 - (logits / softcap) ** 2)
-        d_logits = torch.exp_(logits.sub_(log_z[:, None]))
-        d_logits.scatter_add_(1, target, torch.full_like(d_logits[:, :1], -1.0))
-        d_logits *= w[:, None] if scale == 1.0 else (w * scale)[:, None]
+        w = (w if scale == 1.0 else w * scale)[:, None]
+        d_logits = exp.mul_(w / total)
+        d_logits.scatter_add_(1, target, -w)
         if slope is not None:
             d_logits *= slope
         narrow = d_logits.to(hidden.dtype)

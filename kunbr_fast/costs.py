@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kunbr_fast.kernels.reference import LOGITS_CHUNK
+from kunbr_fast.kernels.reference import HEAD_CHUNK
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 KERNEL_CHUNK = 256 << 20  # kernels.linear_loss.CHUNK_BYTES, which only a machine with triton can import
@@ -251,8 +251,8 @@ def head(a: Architecture, rows: int, *, torch: bool, train: bool) -> tuple[int, 
     b, V, D = a.itemsize, a.vocabulary, a.hidden
     keeps = (3 * rows * D + train * V * D) * b
     if torch:
-        chunk = min(rows, max(1, LOGITS_CHUNK // V)) * V
-        extra = chunk * (12 if a.softcap else 8)
+        chunk = min(rows, max(1, HEAD_CHUNK // V)) * V
+        extra = chunk * (4 + b * (b < 4) + 8 * bool(a.softcap))  # logits, their narrow copy, slope and what makes it
         if train:
             # logits, their gradient in the weight's dtype, and that in fp32
             narrow = (4 + b + 4 * (b < 4) + 4 * a.softcap) * chunk

@@ -184,6 +184,7 @@ def of_nll(nll, slopes):
 @pytest.mark.parametrize("rows, vocab, chunk", [(9, 13, 1 << 23), (9, 13, 13 * 4), (1, 63, 1)])
 def test_nll_and_gradients_for_every_subset(scale, softcap, bias, rows, vocab, chunk, monkeypatch):
     monkeypatch.setattr(reference, "LOGITS_CHUNK", chunk)
+    monkeypatch.setattr(reference, "HEAD_CHUNK", chunk)
     hidden, linear, targets, slopes = problem(rows, 6, vocab, bias=bias)
     tensors = [hidden, *linear.parameters()]
     for wanted in itertools.product([True, False], repeat=len(tensors)):
@@ -313,6 +314,7 @@ def mixed(z, targets, z_reference, slopes):
 @pytest.mark.parametrize("rows, vocab, chunk", [(9, 13, 1 << 23), (9, 13, 13 * 4), (1, 63, 1)])
 def test_values_and_gradients_for_every_subset(scale, softcap, bias, rows, vocab, chunk, monkeypatch):
     monkeypatch.setattr(reference, "LOGITS_CHUNK", chunk)
+    monkeypatch.setattr(reference, "HEAD_CHUNK", chunk)
     (hidden, linear, targets, slopes), theirs, teacher = teacher_problem(rows, 6, vocab, bias=bias)
     tensors = [hidden, *linear.parameters()]
     z_reference = logits(theirs, teacher, scale, softcap)
@@ -334,6 +336,7 @@ def test_values_and_gradients_for_every_subset(scale, softcap, bias, rows, vocab
 @pytest.mark.parametrize("trained", [True, False])
 def test_each_row_function(name, trained, monkeypatch):
     monkeypatch.setattr(reference, "LOGITS_CHUNK", 3 * 13)
+    monkeypatch.setattr(reference, "HEAD_CHUNK", 3 * 13)
     (hidden, linear, targets, slopes), theirs, teacher = teacher_problem(rows=7)
     linear.requires_grad_(trained)
     leaves = [hidden.requires_grad_(), *(linear.parameters() if trained else ())]
@@ -467,6 +470,7 @@ def both(hidden, head, targets, theirs, reference_head):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_low_precision_within_twice_torchs_own_error(dtype, softcap, trained, monkeypatch):
     monkeypatch.setattr(reference, "LOGITS_CHUNK", 123 * 20)
+    monkeypatch.setattr(reference, "HEAD_CHUNK", 123 * 20)
     (hidden, linear, targets, slopes), theirs, teacher = teacher_problem(63, 48, 123, dtype=dtype, size=0.3)
     linear.requires_grad_(trained)
     hidden.requires_grad_()
@@ -529,6 +533,7 @@ def test_without_rows(trained):
 @pytest.mark.parametrize("trained", [True, False])
 def test_same_bits_twice(trained, monkeypatch):
     monkeypatch.setattr(reference, "LOGITS_CHUNK", 13 * 7)
+    monkeypatch.setattr(reference, "HEAD_CHUNK", 13 * 7)
     (hidden, linear, targets, slopes), theirs, teacher = teacher_problem(rows=50, dtype=torch.float32)
     linear.requires_grad_(trained)
     leaves = [hidden.requires_grad_(), *(linear.parameters() if trained else ())]
@@ -583,6 +588,7 @@ def test_work(wanted):
 def test_no_tensor_of_all_logits(trained, monkeypatch):
     """The peak of a step is a few chunks; that of the plain formula is several times (R, V)."""
     monkeypatch.setattr(reference, "LOGITS_CHUNK", 8 * 1009)
+    monkeypatch.setattr(reference, "HEAD_CHUNK", 8 * 1009)
     (hidden, linear, targets, _), theirs, teacher = teacher_problem(400, 4, 1009, dtype=torch.float32)
     linear.requires_grad_(trained)
     hidden.requires_grad_()

@@ -52,7 +52,7 @@ def grads(loss, tensors):
 @pytest.mark.parametrize("chunk", [1 << 23, 13 * 4, 1])
 @pytest.mark.parametrize("capped", [False, True])
 def test_value_and_gradients_for_every_subset(scale, softcap, bias, chunk, capped, monkeypatch):
-    monkeypatch.setattr(reference, "LOGITS_CHUNK", chunk)
+    monkeypatch.setattr(reference, "HEAD_CHUNK", chunk)
     hidden, linear, targets, weights = problem(bias=bias)
     cap = None
     if capped:

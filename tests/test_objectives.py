@@ -183,6 +183,7 @@ def models():
 def small_chunks(monkeypatch):
     """Three rows of logits at a time."""
     monkeypatch.setattr(plain_kernels, "LOGITS_CHUNK", 300)
+    monkeypatch.setattr(plain_kernels, "HEAD_CHUNK", 300)
 
 
 def criterion(name, retain_loss="nll", **settings):
