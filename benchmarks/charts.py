@@ -255,6 +255,7 @@ def _styles(rows) -> dict[tuple, dict]:
             "linestyle": "-" if ours else "--",
             "linewidth": 2.4 if ours else 1.6,
             "marker": ("os^D" if ours else "Xv<>P*")[index % len(colours)],
+            "fillstyle": "full" if index < len(colours) else "none",  # the second time round
             "markersize": 6 if ours else 6.5,
             "zorder": 4 if ours else 3,
         }

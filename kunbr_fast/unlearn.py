@@ -405,11 +405,13 @@ class Stages(Run):
     def reinsert(self, blocks: list[range]) -> dict[range, WeightSnapshot]:
         """Each block's last trained weights, on disk. In cumulative mode the model holds them too, afterwards."""
         visits = [(round_, index) for round_ in range(self.config.rounds) for index in range(len(blocks))]
+        if self.config.insertion == "independent":
+            # which block comes when is no matter, so a block's rounds follow each other: the prefix cache is rolled forward once
+            visits.sort(key=lambda visit: visit[1])
         if self.group.size == 1:
             return self._visit_all(blocks, visits)
         mine, together, home = self._spread(blocks, visits)
         with self._apart() if len(together) < len(blocks) else contextlib.nullcontext():
-            # a block's rounds one after the other: the prefix cache is rolled forward once
             self._visit_all(blocks, [visit for index in mine for visit in visits if visit[1] == index])
         self._visit_all(blocks, [visit for visit in visits if visit[1] in together], home)
         last = [self._stage(self.config.rounds - 1, block) for block in blocks]

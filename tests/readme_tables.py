@@ -61,6 +61,18 @@ def density():
     return found
 
 
+def whole_model():
+    """A sentence."""
+    (case,) = (case for case in cases("density") if case.case.startswith("whole model"))
+    ran = _ran(case)
+    floor = ran["plain"]["ms"] + ran["products"]["ms"]
+    return (
+        f"In a whole model (8 layers of SmolLM2's\nshapes) density takes {ran['torch']['ms'] / floor:.2f}x the time of a "
+        f"backward pass without weight gradients plus the bare products, and the\nloop {_slower(ran['loop'], ran['torch'])} "
+        "the time of density."
+    )
+
+
 ELSEWHERE = {  # suite: cases
     "linear_loss": ("head frozen, R=512, V=49152",),
     "norms": ("RMSNorm, frozen, T=512", "SwiGLU, T=512", "rotary, T=512"),

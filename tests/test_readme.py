@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import readme_tables
 
 from kunbr_fast.objectives import OBJECTIVES
 
@@ -75,3 +76,20 @@ def test_the_pipelines_table_quotes_committed_rows():
             after.startswith(f"{row['flops']}x FLOPs, {row['saved_bytes']}x kept")
             and apart == f"{row['weights_apart']} apart"
         )
+
+
+@pytest.mark.parametrize(
+    "heading, make",
+    [
+        ("### One step, against the reference procedure", readme_tables.step),
+        ("### A whole run", readme_tables.end_to_end),
+        ("### Density, against its rivals", readme_tables.density),
+        ("### Elsewhere, on a CPU", readme_tables.elsewhere),
+    ],
+)
+def test_what_bench_measured_is_quoted_from_committed_rows(heading, make):
+    assert table(heading) == make()
+
+
+def test_the_sentence_on_a_whole_models_density_is_quoted_from_committed_rows():
+    assert readme_tables.whole_model() in README

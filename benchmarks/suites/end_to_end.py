@@ -26,8 +26,8 @@ the reference's own error there. `error`, in the row of the total, is this small
 FLOPs are those of the products with weights that have to be made (no padding, no layer below a block twice).
 
 Predicted for Llama-3-8B on an H200, by these FLOPs at 55 % of 790 TFLOP/s (`EndToEnd.predicted`), in seconds: warm-up
-38.2, density 5.9, prefix cache 8.9, layers 0-3 26.9, layers 4-7 23.9, layers 8-11 21.0, layers 12-15 18.0, layers 16-19
-15.0, layers 20-23 12.1, layers 24-27 9.1; together 179.0, just the goal of 3 minutes. Updates and the rest come on top.
+38.2, density 5.9, prefix cache 3.0, layers 0-3 26.9, layers 4-7 23.9, layers 8-11 21.0, layers 12-15 18.0, layers 16-19
+15.0, layers 20-23 12.1, layers 24-27 9.1; together 173.1, of a goal of 3 minutes. Updates and the rest come on top.
 """
 
 import copy
@@ -428,7 +428,7 @@ class EndToEnd(Case):
             gradients = layers * (layer - attention)
             return 2 * (2 * layers * layer - below + gradients) * forget + 2 * head * forget_rows
         if stage == "prefix cache":
-            return self.visits * 2 * self.blocks[-1].start * layer * tokens
+            return 2 * self.blocks[-1].start * layer * tokens
         for block in self.blocks:
             if stage == _layers(block):  # the block's first layer passes no gradient on
                 above = layers - block.start
