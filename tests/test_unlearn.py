@@ -45,7 +45,9 @@ def reference_run(model, forget, retain, config, blocks, rounds=1):
     return unlearned
 
 
-@pytest.mark.parametrize("insertion, rounds", [("independent", 1), ("independent", 2), ("cumulative", 1), ("cumulative", 2)])
+@pytest.mark.parametrize(
+    "insertion, rounds", [("independent", 1), ("independent", 2), ("cumulative", 1), ("cumulative", 2)]
+)
 def test_a_whole_run_equals_the_reference_procedure(insertion, rounds, tmp_path):
     forget, retain = random_samples(10, seed=1), random_samples(12, seed=2)
     model = tiny_model("llama")
