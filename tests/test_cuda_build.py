@@ -94,10 +94,12 @@ def checkout(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns("__pycache__"))
-    for package in ("kunbr_fast", "kernels"):
+    for package in ("kunbr_fast", "kernels", "benchmarks", "benchmarks/suites"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("")
     shutil.copy(ROOT / "kunbr_fast" / "version.py", tmp_path / "kunbr_fast")
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "reference_procedure.py", tmp_path / "tests")
     return tmp_path
 
 
@@ -134,7 +136,10 @@ def test_installation_goes_on_without_nvcc(checkout, nvcc, reason):
     assert 'WARNING: installed without impl="cuda" (csrc/ is not built): ' in stderr and reason in stderr
     (wheel,) = (checkout / "dist").iterdir()
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert not any("libkunbr" in name for name in zipfile.ZipFile(wheel).namelist())
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not any("libkunbr" in name for name in names)
+    # what `kunbr-fast bench` measures against comes from tests/
+    assert {"kunbr_fast/benchmarks/suites/__init__.py", "kunbr_fast/benchmarks/reference_procedure.py"} <= set(names)
 
 
 def test_a_wheel_with_the_library_is_for_its_platform_and_any_python(checkout):
@@ -149,6 +154,7 @@ def test_sources_are_in_the_source_distribution(checkout):
     setup(checkout, "egg_info", nvcc="/none/nvcc")
     listed = (checkout / "kunbr_fast.egg-info" / "SOURCES.txt").read_text().split()
     assert {"csrc/kunbr.h", "csrc/build.py", "csrc/grad_density_sm90.cu", "csrc/statistics.cuh"} <= set(listed)
+    assert "tests/reference_procedure.py" in listed
 
 
 def test_what_was_built_is_not_built_again(tmp_path, monkeypatch):
