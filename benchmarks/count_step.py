@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import register_flop_formula
 
 from kunbr_fast import losses
-from kunbr_fast.benchmarks.measure import add_rows, flop_counter
+from kunbr_fast.benchmarks.measure import add_rows, flop_counter, kept_bytes
 from kunbr_fast.benchmarks.models import build
 from kunbr_fast.benchmarks.reference import procedure
 from kunbr_fast.benchmarks.shapes import MODELS, questions
@@ -88,22 +88,6 @@ def _tensors(value):
     return [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
 
 
-class Saved:
-    """Bytes that autograd keeps, each storage once; parameters (and what else is in `known`) are no part of it."""
-
-    def __init__(self, known):
-        self._known, self.nbytes = {t.untyped_storage()._cdata for t in known}, 0
-        self._held = []  # keeps addresses from being used again
-
-    def pack(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:
-            self._known.add(storage._cdata)
-            self._held.append(storage)
-            self.nbytes += storage.nbytes()
-        return tensor
-
-
 @torch.library.custom_op("kunbr_count::attention", mutates_args=())
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros_like(q), q.new_zeros(q.shape[:-1], dtype=torch.float32)
@@ -146,14 +130,10 @@ def count(step, known):
 
 
 def _count(step, known):
-    saved = Saved(known)
+    loss = []
     with flop_counter() as flops:
-        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
-            loss = step()
-        loss.backward()
-    del loss
-    saved_bytes = saved.nbytes
-    del saved
+        saved_bytes = kept_bytes(lambda: loss.append(step()), known)
+        loss.pop().backward()
     for parameter in known:
         parameter.grad = None if parameter.grad is None else parameter.grad.zero_()
     with Meter() as meter:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-import gc
 import importlib
 import logging
 import statistics
@@ -28,7 +27,7 @@ import torch
 from kunbr_fast import dispatch
 from kunbr_fast.benchmarks import measure
 from kunbr_fast.benchmarks.suites import SUITES
-from kunbr_fast.memory import is_out_of_memory
+from kunbr_fast.memory import is_out_of_memory, release
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +248,7 @@ class Case(abc.ABC):
             largest = max(running, key=lambda name: bytes_[name]["peak_bytes"] or 0)
             del running[largest]
             left_out[largest] = "out of memory beside the others"
-            self.release()
+            clear()
         return [
             self.row(
                 variant.name, times.get(variant.name), times.get(self.baseline), rates, ours=variant.ours, others=others,
@@ -258,13 +257,6 @@ class Case(abc.ABC):
             )
             for variant in variants
         ]  # fmt: skip
-
-    def release(self) -> None:
-        """Gives back what nobody uses any more, compiled functions and what they hold too."""
-        torch._dynamo.reset()
-        gc.collect()
-        if self.options.gpu:
-            torch.cuda.empty_cache()
 
     def rows_without(self, why: str) -> list[dict[str, Any]]:
         """Rows that say why this case has no numbers."""
@@ -413,9 +405,15 @@ def run(
             why, rows = _rows(case)
         if why is not None:
             rows = case.rows_without(first_line(why))
-        case.release()
+        clear()
         about = measure.about(case.device)
         yield case, [row | about for row in rows], why
+
+
+def clear() -> None:
+    """Gives back what nobody uses any more, compiled functions and what they hold too."""
+    torch._dynamo.reset()
+    release()
 
 
 def _rows(case: Case) -> tuple[Exception | None, list[dict[str, Any]]]:

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from kunbr_fast.checkout import ROOT
 from kunbr_fast.version import __version__
 
-ROOT = Path(__file__).resolve().parent.parent
 FLUSH = 256 << 20  # bytes written between two runs on a GPU: more than any L2 cache
 
 
@@ -48,8 +48,8 @@ def interleaved(variants, device, repeats, seconds):
     In every round each variant runs once, in turn; each has run before. `repeats` rounds, or as many as are done in
     `seconds`, AT_LEAST some.
     On a CPU rounds are timed in blocks of a quarter of a second, of which all count, so there may be more; a block in which
-    other processes used more than `spare_cores()` is left out. After three times `seconds` the least disturbed blocks count: better disturbed numbers,
-    which say so, than none.
+    other processes used more than `spare_cores()` is left out. After three times `seconds` the least disturbed blocks
+    count: better disturbed numbers, which say so, than none.
     On a GPU: events, with the L2 cache overwritten before each run. Writing it eight times takes the GPU about half a
     millisecond, in which the host gets ahead, so that the launch of a single kernel is not part of its time.
     """
@@ -158,20 +158,21 @@ def resident(field):
 
 
 def kept_bytes(run, known=()):
-    """Bytes that autograd keeps for the backward pass in one run, each storage once; storages of `known` do not count."""
-    found, held = {}, []
-    known = {tensor.untyped_storage().data_ptr() for tensor in known}
+    """Bytes that autograd keeps for the backward pass in one run, each storage once; storages of `known` do not count.
+
+    On the meta device too: storages are told apart by what they are, not by where their data is.
+    """
+    known, found = {tensor.untyped_storage()._cdata for tensor in known}, {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known and storage.data_ptr() not in found:
-            found[storage.data_ptr()] = storage.nbytes()
-            held.append(storage)  # or its address is given to another
+        if storage._cdata not in known:
+            found[storage._cdata] = storage  # held, or its place is given to another
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run()
-    return sum(found.values())
+    return sum(storage.nbytes() for storage in found.values())
 
 
 # ---------------------------------------------------------------- rows

@@ -412,7 +412,7 @@ class Stages(Run):
             return self._visit_all(blocks, visits)
         mine, together, home = self._spread(blocks, visits)
         with self._apart() if len(together) < len(blocks) else contextlib.nullcontext():
-            self._visit_all(blocks, [visit for index in mine for visit in visits if visit[1] == index])
+            self._visit_all(blocks, [visit for visit in visits if visit[1] in mine])
         self._visit_all(blocks, [visit for visit in visits if visit[1] in together], home)
         last = [self._stage(self.config.rounds - 1, block) for block in blocks]
         return {block: WeightSnapshot(self.state.file(stage)) for block, stage in zip(blocks, last)}

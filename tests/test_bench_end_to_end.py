@@ -140,7 +140,6 @@ def test_on_a_gpu_the_best_of_ours_is_run(monkeypatch):
     """Triton's, and torch's where it is named. There is no GPU here: nothing is run."""
     stages = {"total": end_to_end.Stage(1.0)}
     monkeypatch.setattr(EndToEnd, "_measured", lambda this, name: end_to_end.Side(stages, 1.0, None, None))
-    monkeypatch.setattr(EndToEnd, "_release", lambda this: None)
     monkeypatch.setattr(end_to_end, "measure_rounds", lambda *args: ({}, (1e12, 1e12), None))
     monkeypatch.setattr(EndToEnd, "gate", lambda this: (dict(errors), dict(left_out)))
 

@@ -33,7 +33,6 @@ Predicted for Llama-3-8B on an H200, by these FLOPs at 55 % of 790 TFLOP/s (`End
 import copy
 import dataclasses
 import functools
-import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +59,7 @@ from kunbr_fast.benchmarks.models import build, matrices
 from kunbr_fast.benchmarks.reference import procedure
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, samples, wmdp
 from kunbr_fast.blocks import selectable_blocks
+from kunbr_fast.memory import release
 from kunbr_fast.prefix_cache import PrefixCache
 from kunbr_fast.run import Run
 from kunbr_fast.schedule import Schedule
@@ -319,7 +319,7 @@ class EndToEnd(Case):
                     found[variant.name] = self._measured(variant.name)
                 except OSError as reason:  # the disk is full
                     raise Skip(first_line(reason)) from None
-            self._release()
+            release()
         rates = measure_rounds({}, self.options)[1]
         rows = []
         for stage in [*self.stages, "total"]:
@@ -345,11 +345,6 @@ class EndToEnd(Case):
         )  # fmt: skip
         return row | {"rounds": mine.measured}
 
-    def _release(self) -> None:
-        gc.collect()
-        if self.options.gpu:
-            torch.cuda.empty_cache()
-
     def seconds(self, name: str) -> float:
         """That a side may run."""
         if self.options.gpu and name == "triton":
@@ -363,13 +358,13 @@ class EndToEnd(Case):
         found = self._run(name, steps := min(2, self.steps))
         fit = min(self.steps, int(steps * seconds / found.clocked))
         if fit > steps:
-            self._release()
+            release()
             found = self._run(name, fit)
         return found
 
     def _run(self, name: str, steps: int) -> Side:
         model, clock = self.draw(), Clock(self.device)
-        self._release()
+        release()
 
         def run():
             self._work(name)(model, steps, clock)
