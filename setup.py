@@ -10,7 +10,7 @@ Python that is started in the checkout finds kunbr_fast/ there, not the installe
 The reference procedure is written once, in tests/, where it is the truth for the fast path; `kunbr-fast bench` measures
 against it, so a wheel has it too.
 
-csrc/ is built by nvcc, where there is one, into kunbr_fast/libkunbr_cuda.so: in the wheel, or in the checkout for an
+csrc/ is built by nvcc, where there is one, into kernels/libkunbr_cuda.so: in the wheel, or in the checkout for an
 editable install. Without it, or where it fails, the installation goes on and says so: `impl="cuda"` is then missing.
 The library needs neither torch nor Python, so one wheel serves all of their versions on a platform; without the library
 the wheel is for every platform. Nothing is downloaded. csrc/build.py names the environment variables.
@@ -28,6 +28,9 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 SCRIPTS = ("bench_pipelines", "bench_plan", "count_step", "cover_precision", "demo_seeds", "test_regression")
 BESIDE = {"kunbr_fast.kernels": "kernels", "kunbr_fast.benchmarks": "benchmarks"}  # package: its folder
+
+# their own packages
+INSIDE = [f"{name}.{part}" for name, folder in BESIDE.items() for part in find_packages(ROOT / folder)]
 
 
 def build_module():
@@ -53,7 +56,7 @@ class build_cuda(Command):
 
     def run(self):
         how = build_module()
-        output = how.DEFAULT if self.editable_mode else Path(self.build_lib) / "kunbr_fast" / how.LIBRARY
+        output = how.DEFAULT if self.editable_mode else Path(self.build_lib) / "kunbr_fast" / "kernels" / how.LIBRARY
         try:
             if output != how.DEFAULT and how.is_current(how.DEFAULT):  # built in the checkout before
                 self.copy_file(str(how.DEFAULT), str(output))
@@ -70,7 +73,7 @@ class build_cuda(Command):
         return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in SOURCES]
 
     def get_outputs(self):
-        library = Path(self.build_lib) / "kunbr_fast" / build_module().LIBRARY
+        library = Path(self.build_lib) / "kunbr_fast" / "kernels" / build_module().LIBRARY
         return [str(library)] if library.is_file() else []
 
     def get_output_mapping(self):
@@ -104,7 +107,7 @@ class wheel(bdist_wheel):
 
 
 setup(
-    packages=[*find_packages(include=["kunbr_fast", "kunbr_fast.*"]), *BESIDE, "kunbr_fast.benchmarks.suites"],
+    packages=[*find_packages(include=["kunbr_fast", "kunbr_fast.*"]), *BESIDE, *INSIDE],
     package_dir=BESIDE,
     cmdclass={"build_cuda": build_cuda, "build_py": build_modules, "bdist_wheel": wheel},
 )

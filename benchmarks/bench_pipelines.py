@@ -7,7 +7,7 @@ counted by torch, and the trained weights are compared; nothing is timed.
 trainer: re-insertion of the two densest blocks of three layers. Before: a Hugging Face Trainer for each block, whose
 compute_loss is -model(**forget).loss + model(**retain).loss, all else frozen. After: KUnBRTrainer. The first one is given
 the blocks that the second one measured; that measurement is in the second one's FLOPs.
-authors: the authors' DEEP_UNL, which trains two whole models in turn (tests/test_deep_unl.py tells it plainly), and ours,
+authors: the authors' DEEP_UNL, which trains two whole models in turn (tests/integrations/test_deep_unl.py tells it plainly), and ours,
 over a stand-in for the Base_model that they did not publish; six visits of layers 0 to 23, a letter's loss.
 """
 
@@ -30,10 +30,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 import test_deep_unl as plain  # noqa: E402
 
 import kunbr_fast as kf  # noqa: E402
+from kunbr_fast.data.schedule import Schedule  # noqa: E402
 from kunbr_fast.integrations import KUnBRTrainer  # noqa: E402
 from kunbr_fast.integrations.deep_unl import DEEP_UNL  # noqa: E402
-from kunbr_fast.optim import Lion  # noqa: E402
-from kunbr_fast.schedule import Schedule  # noqa: E402
+from kunbr_fast.kernels.optimizers.op import Lion  # noqa: E402
 
 LR, BATCH, EPOCHS, COUNT = 1e-5, 6, 2, 12
 

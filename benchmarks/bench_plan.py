@@ -24,16 +24,17 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from kunbr_fast.benchmarks import count_step
 from kunbr_fast.benchmarks.measure import add_rows, resident
-from kunbr_fast.config import KUnBRConfig
-from kunbr_fast.costs import Architecture, Batch, Step
-from kunbr_fast.decoder import Decoder
-from kunbr_fast.patch import fused
-from kunbr_fast.plan import GPUS, Data, Run
-from kunbr_fast.prefix_cache import PrefixCache
-from kunbr_fast.reinsertion import reinserted
-from kunbr_fast.training import FullTraining, frozen
-from kunbr_fast.unlearn import _Values
-from kunbr_fast.weights import WeightSnapshot
+from kunbr_fast.files.tensors import WeightSnapshot
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.frozen import frozen
+from kunbr_fast.model.patch import fused
+from kunbr_fast.model.prefix_cache import PrefixCache
+from kunbr_fast.planning.costs import Architecture, Batch, Step
+from kunbr_fast.planning.plan import GPUS, Data, Run
+from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.stages import _Values
+from kunbr_fast.training.full import FullTraining
+from kunbr_fast.training.reinserted import reinserted
 
 SMALL = dict(
     hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4

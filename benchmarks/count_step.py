@@ -24,15 +24,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import register_flop_formula
 
-from kunbr_fast import losses
 from kunbr_fast.benchmarks.measure import add_rows, flop_counter, kept_bytes
 from kunbr_fast.benchmarks.models import build
 from kunbr_fast.benchmarks.reference import procedure
 from kunbr_fast.benchmarks.shapes import MODELS, questions
 from kunbr_fast.data import pack
-from kunbr_fast.decoder import Decoder
-from kunbr_fast.kernels.linear_loss import CHUNK_BYTES
-from kunbr_fast.patch import fused
+from kunbr_fast.kernels.linear_loss.triton_kernel import CHUNK_BYTES
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.patch import fused
+from kunbr_fast.objectives import losses
 
 ALLOCATIONS = ("aten::empty", "aten::new_empty", "aten::detach", "aten::lift_fresh", "aten::alias")
 

@@ -14,11 +14,11 @@ import dataclasses
 import torch
 
 from kunbr_fast.benchmarks.measure import add_rows
-from kunbr_fast.decoder import Decoder
-from kunbr_fast.demo import GROUPS, _Demo, gradient_difference
-from kunbr_fast.quantized import COVER_PRECISIONS, check_available, low_precision_cover
-from kunbr_fast.training import frozen
-from kunbr_fast.unlearn import unlearn
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.frozen import frozen
+from kunbr_fast.model.low_precision import COVER_PRECISIONS, check_available, low_precision_cover
+from kunbr_fast.run.demo import GROUPS, _Demo, gradient_difference
+from kunbr_fast.run.unlearn import unlearn
 
 
 def rows_of(seed, precisions):

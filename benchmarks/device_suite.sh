@@ -142,13 +142,13 @@ if [ "$WHAT" != tests ]; then
     tar -C "$OUT/bench" -czf "$OUT/plots.tar.gz" . && rm -r "$OUT/bench"
 fi
 case $WHAT in all | tests)
-    part triton_tests 200 25 bash -c 'tests "not gpu" tests/test_grad_density_triton.py tests/test_operators.py \
-        tests/test_fused_norms.py tests/test_fused_rotary.py tests/test_fused_activations.py \
-        tests/test_linear_loss_triton.py tests/test_optim_triton.py'
+    part triton_tests 200 25 bash -c 'tests "not gpu" tests/kernels/test_grad_density_triton.py tests/kernels/test_grad_density_op.py \
+        tests/kernels/test_norms.py tests/kernels/test_rotary.py tests/kernels/test_gated.py \
+        tests/kernels/test_linear_loss_triton.py tests/kernels/test_optimizers_triton.py'
     if command -v compute-sanitizer >/dev/null; then # small shapes: the sanitizer slows kernels down a hundredfold
         for tool in memcheck racecheck; do
             part $tool 60 8 compute-sanitizer --tool $tool --error-exitcode 9 \
-                "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_kernels.py -m gpu -x
+                "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels/test_cuda_kernels.py -m gpu -x
         done
     fi
     part aot 110 8 "$PYTHON" -m kunbr_fast.kernels.aot

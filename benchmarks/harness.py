@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from kunbr_fast import dispatch
 from kunbr_fast.benchmarks import measure
 from kunbr_fast.benchmarks.suites import SUITES
+from kunbr_fast.kernels import dispatch
 from kunbr_fast.memory import is_out_of_memory, release
 
 logger = logging.getLogger(__name__)

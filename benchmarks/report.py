@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from kunbr_fast import atomic, dispatch
 from kunbr_fast.benchmarks import charts
 from kunbr_fast.benchmarks.harness import COLUMNS
 from kunbr_fast.benchmarks.rows import EXTRAPOLATED, NOTHING, WIDTH, Outcome, cut, four, outcomes, tilde
+from kunbr_fast.files import atomic
+from kunbr_fast.kernels import dispatch
 
 
 def write_report(rows: Sequence[Mapping[str, Any]], folder: str | Path) -> list[Path]:

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kunbr_fast import atomic
 from kunbr_fast.benchmarks.harness import COLUMNS, KEY
+from kunbr_fast.files import atomic
 
 NEEDED = (*KEY, "ours", "ms", "p20_ms", "p80_ms")  # the rest may be missing: files of other releases stay readable
 TEXTS = ("suite", "model", "case", "dtype", "variant", "baseline", "note", "settings")

@@ -1,6 +1,6 @@
 """Builds csrc/ into one shared library with nvcc: no torch, no Python headers, no network.
 
-    python csrc/build.py                       into kunbr_fast/, where an editable installation finds it
+    python csrc/build.py                       into kernels/, where an editable installation finds it
     python csrc/build.py --output FILE         elsewhere
     python csrc/build.py --ptxas               and prints what ptxas says of registers and spills
 
@@ -25,7 +25,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
 LIBRARY = "libkunbr_cuda.so"
-DEFAULT = CSRC.parent / "kunbr_fast" / LIBRARY
+DEFAULT = CSRC.parent / "kernels" / LIBRARY
 TARGETS = "sm_80 sm_90a, PTX for later ones"
 # A kernel for sm_90a alone is not compiled for the others.
 PORTABLE = ("-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a")

@@ -20,16 +20,17 @@ from pathlib import Path
 
 from smollm2 import PROMPT, fetch_and_convert
 
-from kunbr_fast import KUnBRConfig, cli
+from kunbr_fast import KUnBRConfig
+from kunbr_fast.cli import main as cli
 from kunbr_fast.data import encode, load_records
-from kunbr_fast.decoder import Decoder
-from kunbr_fast.demo import gradient_difference
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.report import table, write_report
 from kunbr_fast.evaluation.rtt import Fold, rtt_attack
-from kunbr_fast.loading import load_model, load_tokenizer, save_model
-from kunbr_fast.training import train_all
-from kunbr_fast.unlearn import rtt_config
+from kunbr_fast.files.models import load_model, load_tokenizer, save_model
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.run.demo import gradient_difference
+from kunbr_fast.run.stages import rtt_config
+from kunbr_fast.training.full import train_all
 
 SPLITS = ("split_0", "split_1", "split_2")
 

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kunbr_fast.kernels import config
-from kunbr_fast.kernels.call import INTERPRETED, Call
+from kunbr_fast.kernels import tiles as config
+from kunbr_fast.kernels.launch import INTERPRETED, Call
 
 # Each has `aot_calls(architecture)`, which yields (label, Call, whether it multiplies on the matrix units).
 MODULES = ("grad_density", "rms_norm", "rope", "swiglu", "linear_loss", "lion")

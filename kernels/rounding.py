@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kunbr_fast.kernels.call import INTERPRETED
+from kunbr_fast.kernels.launch import INTERPRETED
 
 
 @triton.jit

@@ -5,8 +5,12 @@ from __future__ import annotations
 import collections
 import gc
 import logging
+import math
+import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -107,3 +111,54 @@ def in_halves(
             )
         limit = count // 2
         queue.appendleft(batch)
+
+
+STORAGES = ("auto", "device", "host", "file")
+
+
+def _free_host_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_storage(storage: str) -> None:
+    if storage not in STORAGES:
+        raise ValueError(f"storage={storage!r}: expected one of {', '.join(STORAGES)}")
+
+
+def choose_storage(nbytes: int, device: torch.device) -> str:
+    """The first of `device`, `host` and `file` that takes at most a quarter of what is free."""
+    if device.type == "cuda" and nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
+        return "device"
+    return "host" if nbytes <= _free_host_bytes() // 4 else "file"
+
+
+def allocate(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    storage: str,
+    directory: str | Path | None,
+    what: str,
+) -> torch.Tensor:
+    """An uninitialised tensor in one of STORAGES; `what` it is for, in errors and in the file's name."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if storage == "auto":
+        storage = choose_storage(nbytes, device)
+    if storage == "device":
+        return torch.empty(shape, dtype=dtype, device=device)
+    if storage == "host":
+        return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+    handle, name = tempfile.mkstemp(prefix=f"{what.replace(' ', '-')}-", dir=directory)
+    try:
+        # blocks are reserved now: a full disk is an error here, not a bus error in the middle of a write
+        os.posix_fallocate(handle, 0, nbytes)
+        return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the {what} needs {nbytes / 2**30:.2f} GiB in {Path(name).parent}: {error.strerror}; "
+            "free space there or give another directory",
+        ) from error
+    finally:
+        os.close(handle)
+        os.unlink(name)

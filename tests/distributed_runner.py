@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from tiny_models import random_samples, tiny_model
 
 import kunbr_fast as kf
-from kunbr_fast import reinsertion, training
-from kunbr_fast.distributed import ALONE, ProcessGone, joined
+from kunbr_fast.parallel.group import ALONE, ProcessGone, joined
+from kunbr_fast.training import block as reinsertion
+from kunbr_fast.training import full as training
 
 CONFIG = dict(
     batch_size=6, retain_batch_size=4, retain_coeff=1.5, warmup_epochs=1, warmup_lr=1e-3, num_blocks=3, top_k=2,

@@ -9,8 +9,13 @@ import sys
 
 import torch
 
-from kunbr_fast import checkpoint, cli, layer_stream, loading, reinsertion, training
+from kunbr_fast.cli import main as cli
 from kunbr_fast.evaluation import rtt
+from kunbr_fast.files import models as loading
+from kunbr_fast.model import layer_stream
+from kunbr_fast.run import state as checkpoint
+from kunbr_fast.training import block as reinsertion
+from kunbr_fast.training import full as training
 
 # point: (where, name of the function, how many calls pass)
 POINTS = {

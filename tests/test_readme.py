@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import readme_tables
 
-from kunbr_fast.objectives import OBJECTIVES
+from kunbr_fast.objectives.methods import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

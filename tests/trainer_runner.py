@@ -18,8 +18,8 @@ from tiny_models import random_samples, tiny_model
 from transformers import TrainingArguments
 
 import kunbr_fast as kf
-from kunbr_fast.checkpoint import RunState
 from kunbr_fast.integrations.hf_trainer import KUnBRTrainer
+from kunbr_fast.run.state import RunState
 
 CONFIG = dict(
     warmup_lr=1e-3, block_lr=1e-3, retain_coeff=1.5, warmup_epochs=2, block_epochs=2, num_blocks=3, top_k=2,

@@ -17,7 +17,7 @@ import torch
 from kunbr_fast.benchmarks.harness import Case, Options, Variant, compiled, implementations, need
 from kunbr_fast.benchmarks.models import build, causal_pairs, copied, exact_norms, matrices, with_liger
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, odd
-from kunbr_fast.patch import patched
+from kunbr_fast.model.patch import patched
 
 FUSED = ("rms_norm", "swiglu", "rotary")
 

@@ -42,7 +42,6 @@ import torch
 import torch.nn.functional as F
 
 import kunbr_fast as kf
-from kunbr_fast import dispatch, losses
 from kunbr_fast.benchmarks.harness import (
     Case,
     Options,
@@ -58,10 +57,12 @@ from kunbr_fast.benchmarks.measure import interleaved
 from kunbr_fast.benchmarks.models import build, causal_pairs, exact_norms, matrices
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, equal, ragged, samples
 from kunbr_fast.data import pack
-from kunbr_fast.decoder import Decoder
-from kunbr_fast.kernels import operators
-from kunbr_fast.schedule import token_batches
-from kunbr_fast.training import frozen
+from kunbr_fast.data.schedule import token_batches
+from kunbr_fast.kernels import dispatch
+from kunbr_fast.kernels.grad_density import op as operators
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.frozen import frozen
+from kunbr_fast.objectives import losses
 
 MEAN_RAGGED = 44  # tokens of a sample in `ragged`
 DW_LIMIT_GPU, DW_LIMIT_CPU = 24 << 30, 2 << 30  # bytes of per-sample gradients that a rival may hold
@@ -293,8 +294,8 @@ class Weight(_PerSample):
     def _tiles(self, data):
         if dispatch.why_not("grad_density", "triton", self.device) is not None:
             return [Variant("tile", lambda: need("grad_density", "triton", self.device), ours=True)]
-        from kunbr_fast.kernels import config
-        from kunbr_fast.kernels.grad_density import launch
+        from kunbr_fast.kernels import tiles as config
+        from kunbr_fast.kernels.grad_density.triton_kernel import launch
 
         def make(tile):
             def run():

@@ -58,12 +58,12 @@ from kunbr_fast.benchmarks.harness import (
 from kunbr_fast.benchmarks.models import build, matrices
 from kunbr_fast.benchmarks.reference import procedure
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, samples, wmdp
-from kunbr_fast.blocks import selectable_blocks
+from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.memory import release
-from kunbr_fast.prefix_cache import PrefixCache
-from kunbr_fast.run import Run
-from kunbr_fast.schedule import Schedule
-from kunbr_fast.training import FullTraining
+from kunbr_fast.model.blocks import selectable_blocks
+from kunbr_fast.model.prefix_cache import PrefixCache
+from kunbr_fast.run.steps import Run
+from kunbr_fast.training.full import FullTraining
 
 BATCH, WARMUP_EPOCHS, NEVER = 6, 3, 10**9
 SECONDS = 60.0  # of a side that is not run whole

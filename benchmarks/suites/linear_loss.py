@@ -35,8 +35,8 @@ from kunbr_fast.benchmarks.harness import (
 )
 from kunbr_fast.benchmarks.models import liger
 from kunbr_fast.benchmarks.shapes import MODELS
-from kunbr_fast.decoder import Head
-from kunbr_fast.losses import linear_loss
+from kunbr_fast.model.decoder import Head
+from kunbr_fast.objectives.losses import linear_loss
 
 CHUNK_ROWS = 1024  # of F.linear_cross_entropy
 

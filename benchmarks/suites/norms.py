@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from kunbr_fast.benchmarks.harness import Case, Options, Variant, compiled, implementations, need
 from kunbr_fast.benchmarks.models import liger
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, odd
-from kunbr_fast.fused.activations import swiglu
-from kunbr_fast.fused.norms import layer_norm, rms_norm
-from kunbr_fast.fused.rotary import apply_rotary
-from kunbr_fast.kernels import operators  # noqa: F401  registers its kernels
+from kunbr_fast.kernels.gated.op import swiglu
+from kunbr_fast.kernels.grad_density import op as operators  # noqa: F401  registers its kernels
+from kunbr_fast.kernels.norms.op import layer_norm, rms_norm
+from kunbr_fast.kernels.rotary.op import apply_rotary
 
 EPS = 1e-5
 

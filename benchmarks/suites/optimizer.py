@@ -26,7 +26,8 @@ import torch
 
 from kunbr_fast.benchmarks.harness import Case, Options, Skip, Variant, compiled, implementations, imported, need
 from kunbr_fast.benchmarks.shapes import MODELS, Shape
-from kunbr_fast.optim import BETAS, AdamW, Lion, make_optimizer
+from kunbr_fast.kernels.optimizers.op import BETAS, AdamW, Lion
+from kunbr_fast.training.flat_buffer import make_optimizer
 
 WEIGHT_DECAY, EPS = 0.1, 1e-8
 STEPS_BEFORE = 10  # that the state comes from

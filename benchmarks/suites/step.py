@@ -48,10 +48,10 @@ from kunbr_fast.benchmarks.harness import Case, Options, Skip, Variant, Wrong, c
 from kunbr_fast.benchmarks.models import build, causal_pairs, copied, exact_norms, liger, matrices, nbytes, with_liger
 from kunbr_fast.benchmarks.reference import procedure
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, questions
-from kunbr_fast.blocks import selectable_blocks
 from kunbr_fast.data import PackedBatch, pack
-from kunbr_fast.decoder import Decoder
 from kunbr_fast.memory import release
+from kunbr_fast.model.blocks import selectable_blocks
+from kunbr_fast.model.decoder import Decoder
 
 LR = 1e-5
 EXACT = 1e-9  # largest relative difference of the weights after three fp64 steps

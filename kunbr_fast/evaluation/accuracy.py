@@ -24,9 +24,9 @@ import torch
 from tqdm import tqdm
 
 from kunbr_fast import data
-from kunbr_fast.layer_major import forward_to
-from kunbr_fast.layer_stream import layer_stream
-from kunbr_fast.loading import check_vocabulary
+from kunbr_fast.files.models import check_vocabulary
+from kunbr_fast.model.layer_major import forward_to
+from kunbr_fast.model.layer_stream import layer_stream
 
 SCORINGS = ("letter", "choice")
 

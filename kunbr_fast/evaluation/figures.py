@@ -6,7 +6,7 @@ changes. Colours are Okabe and Ito's, which stay apart for colour-blind readers.
 
 from pathlib import Path
 
-from kunbr_fast import atomic
+from kunbr_fast.files import atomic
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
 COLOURS = (ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")

@@ -6,7 +6,7 @@ Made for a README: 1800 x 960 pixels, readable at half that size. No difference 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kunbr_fast.blocks import pareto_front
+from kunbr_fast.density.select import pareto_front
 from kunbr_fast.evaluation import figures
 from kunbr_fast.evaluation.figures import COLOURS, GREY, MARKERS, ORANGE
 from kunbr_fast.evaluation.rtt import RTTResult

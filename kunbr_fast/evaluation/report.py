@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from kunbr_fast import atomic
-from kunbr_fast.density import Density
+from kunbr_fast.density.measure import Density
 from kunbr_fast.evaluation.rtt import RTTResult
+from kunbr_fast.files import atomic
 from kunbr_fast.version import __version__
 
 

@@ -16,10 +16,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from kunbr_fast import data, training
+from kunbr_fast import data
 from kunbr_fast.evaluation.accuracy import Accuracy, Questions, measure, prepare_questions
-from kunbr_fast.loading import check_vocabulary
-from kunbr_fast.weights import WeightSnapshot
+from kunbr_fast.files.models import check_vocabulary
+from kunbr_fast.files.tensors import WeightSnapshot
+from kunbr_fast.training.diverged import Diverged
+from kunbr_fast.training.full import train_all
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ def rtt_attack(
 
             others = [sample for k, part in enumerate(samples) if k != i for sample in part]
             try:
-                training.train_all(
+                train_all(
                     decoder,
                     others,
                     lr=lr,
@@ -243,9 +245,9 @@ def rtt_attack(
                     on_epoch=after_epoch,
                     progress=None,
                 )
-            except (training.Diverged, FloatingPointError) as error:
+            except (Diverged, FloatingPointError) as error:
                 # Diverged's own hint is about gradient difference, which is not what runs here.
-                what = f"diverged at {error.where}" if isinstance(error, training.Diverged) else str(error)
+                what = f"diverged at {error.where}" if isinstance(error, Diverged) else str(error)
                 raise FloatingPointError(
                     f"RTT attack on fold {fold.name} at learning rate {lr:g}: {what}. Take this learning rate "
                     "out of the list; finished attacks need not be run again"

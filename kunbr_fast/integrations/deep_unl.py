@@ -47,13 +47,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from kunbr_fast import losses
 from kunbr_fast.data import IGNORE, PackedBatch, Sample
-from kunbr_fast.decoder import Decoder
-from kunbr_fast.prefix_cache import PrefixCache
-from kunbr_fast.reinsertion import BlockTraining, join, reinserted
-from kunbr_fast.training import Diverged, finite
-from kunbr_fast.weights import Shards, WeightSnapshot, open_tensors, save_tensors
+from kunbr_fast.data.batch import join
+from kunbr_fast.files.tensors import Shards, WeightSnapshot, open_tensors, save_tensors
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.finite import finite
+from kunbr_fast.model.prefix_cache import PrefixCache
+from kunbr_fast.objectives import losses
+from kunbr_fast.training.block import BlockTraining
+from kunbr_fast.training.diverged import Diverged
+from kunbr_fast.training.reinserted import reinserted
 
 logger = logging.getLogger(__name__)
 

@@ -38,17 +38,19 @@ if not is_accelerate_available():
     raise ImportError("KUnBRTrainer needs accelerate, as every Trainer does: pip install 'kunbr-fast[trainer]'")
 from transformers import Trainer, TrainerCallback
 
-from kunbr_fast.checkpoint import RunState
-from kunbr_fast.config import KUnBRConfig
 from kunbr_fast.data import pack
-from kunbr_fast.density import Density
-from kunbr_fast.distributed import Group, SharedState, SharedStep
-from kunbr_fast.patch import fused
-from kunbr_fast.prefix_cache import PrefixCache
-from kunbr_fast.reinsertion import BlockTraining, block_tensors
-from kunbr_fast.training import FullTraining, frozen
-from kunbr_fast.unlearn import Stages
-from kunbr_fast.weights import WeightSnapshot
+from kunbr_fast.density.measure import Density
+from kunbr_fast.files.tensors import WeightSnapshot
+from kunbr_fast.model.frozen import frozen
+from kunbr_fast.model.patch import fused
+from kunbr_fast.model.prefix_cache import PrefixCache
+from kunbr_fast.parallel.group import Group
+from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.stages import Stages
+from kunbr_fast.run.state import RunState, SharedState
+from kunbr_fast.training.block import BlockTraining, block_tensors
+from kunbr_fast.training.full import FullTraining
+from kunbr_fast.training.shared import SharedStep
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from kunbr_fast.decoder import Decoder, Head
-from kunbr_fast.linear_rows import linear_nll
+from kunbr_fast.model.decoder import Decoder, Head
+from kunbr_fast.objectives.distributions import linear_nll
 
 logger = logging.getLogger(__name__)
 STATE = "_kunbr_rows"

@@ -45,10 +45,10 @@ import torch
 import transformers
 from torch import nn
 
-from kunbr_fast import compat
-from kunbr_fast.dispatch import IMPLEMENTATIONS
 from kunbr_fast.integrations import labelled_rows
-from kunbr_fast.patch import fused
+from kunbr_fast.kernels.dispatch import IMPLEMENTATIONS
+from kunbr_fast.model import compat
+from kunbr_fast.model.patch import fused
 
 logger = logging.getLogger(__name__)
 CONFIGS = "pkg://kunbr_fast.integrations.open_unlearning_configs"

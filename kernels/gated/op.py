@@ -1,0 +1,236 @@
+"""Gated activations, y = act(gate) * up, that save gate and up and nothing else, and give their memory back.
+
+A model's own `act(gate) * up` saves three tensors of that size (gate, act(gate), up), and its backward makes more.
+Here act(gate) is computed again in the backward, dgate is written over gate and dup over up. Saved per element: two
+values; one if up's gradient alone is asked for; none if neither is.
+
+When the backward may overwrite. gate and up must be results (not leaves, nor views of leaves) in memory of their own,
+saved with no saved-tensor hooks around (autograd checks versions only without hooks; checkpointing and offloading use
+them), both gradients asked for, and the graph not retained. Else dgate and dup are new tensors. Overwriting counts in
+autograd's version counters: another operation that saved gate, up or a view of the same memory, and whose backward runs
+later, raises "modified by an inplace operation" and never computes with what is left. After the backward a caller's own
+references to gate and up (a forward hook's, say) hold gradients: keep a clone of what is to be looked at.
+
+Under torch.compile nothing is overwritten: the compiler plans memory itself.
+"""
+
+import math
+import weakref
+
+import torch
+
+from kunbr_fast.kernels import dispatch, reference
+from kunbr_fast.kernels.grad_density.op import DTYPES
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None, *, impl: str = "auto") -> torch.Tensor:
+    """`silu(gate) * up`; with one tensor (..., 2*N), gate in its first half (Phi-3): `silu(g) * u`, (..., N).
+
+        gate, up = gate_up.chunk(2, dim=-1)                       # where `up` is not given
+        torch.nn.functional.silu(gate) * up
+
+    gate, up: one shape (..., N), dtype (bf16, fp16, fp32, fp64) and device, any strides. The packed form gives one
+    gradient, of the packed tensor, with no concatenation. impl="triton" computes in fp32 and rounds once; "torch"
+    rounds each operation, which gives the bits of a model's own MLP.
+
+    The backward may write over gate and up: see the module docstring. It cannot be differentiated again:
+    create_graph=True raises RuntimeError. Under torch.autocast nothing changes: both come in one dtype from autocast's
+    projections.
+    TypeError, ValueError for arguments that do not fit; `dispatch.Unavailable` for an impl that cannot run here.
+    """
+    return _gated("swiglu", gate, up, "silu", impl)
+
+
+def geglu(
+    gate: torch.Tensor, up: torch.Tensor | None = None, *, approximate: str = "tanh", impl: str = "auto"
+) -> torch.Tensor:
+    """`gelu(gate, approximate) * up`, as `swiglu` in all else. approximate: "tanh" (gelu_pytorch_tanh) or "none"."""
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f'unknown approximate {approximate!r}: expected "tanh" or "none"')
+    return _gated("geglu", gate, up, f"gelu_{approximate}", impl)
+
+
+def _gated(operation: str, gate: torch.Tensor, up: torch.Tensor | None, activation: str, impl: str) -> torch.Tensor:
+    _check(operation, gate, up)
+    triton = dispatch.resolve(operation, impl, gate.device, gate.dtype) == "triton"
+    if up is None:
+        return _Packed.apply(gate, activation, triton)
+    return _Gated.apply(gate, up, activation, triton)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, activation, triton):
+        need_gate, need_up = ctx.needs_input_grad[:2]
+        ctx.activation, ctx.triton = activation, triton
+        ctx.saved = _references(gate, up) if need_gate and need_up else ()
+        ctx.save_for_backward(gate if need_gate or need_up else None, up if need_gate else None)
+        return _forward(gate, up, activation, triton)
+
+    @staticmethod
+    def backward(ctx, dy):
+        _refuse_create_graph()
+        gate, up = ctx.saved_tensors
+        need_gate, need_up = ctx.needs_input_grad[:2]
+        if _may_overwrite(ctx, dy, gate, up):
+            _backward_(dy, gate, up, ctx.activation, ctx.triton)
+            return gate.detach(), up.detach(), None, None
+        if not ctx.triton:
+            return *reference.gated_backward(dy, gate, up, ctx.activation, need_gate, need_up), None, None
+        found = torch.ops.kunbr_fast.gated_backward(dy, gate, up, ctx.activation, need_gate, need_up)
+        return found[0] if need_gate else None, found[-1] if need_up else None, None, None
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up, activation, triton):
+        ctx.activation, ctx.triton = activation, triton
+        ctx.saved = _references(gate_up) if ctx.needs_input_grad[0] else ()
+        ctx.save_for_backward(gate_up if ctx.needs_input_grad[0] else None)
+        return _forward(*gate_up.chunk(2, -1), activation, triton)
+
+    @staticmethod
+    def backward(ctx, dy):
+        _refuse_create_graph()
+        (gate_up,) = ctx.saved_tensors
+        if _may_overwrite(ctx, dy, gate_up):
+            _backward_(dy, *gate_up.chunk(2, -1), ctx.activation, ctx.triton)
+            return gate_up.detach(), None, None
+        if ctx.triton:
+            return torch.ops.kunbr_fast.gated_packed_backward(dy, gate_up, ctx.activation), None, None
+        out = gate_up.clone(memory_format=torch.contiguous_format)
+        reference.gated_backward_(dy, *out.chunk(2, -1), ctx.activation)
+        return out, None, None
+
+
+def _forward(gate: torch.Tensor, up: torch.Tensor, activation: str, triton: bool) -> torch.Tensor:
+    if triton:
+        return torch.ops.kunbr_fast.gated_forward(gate, up, activation)
+    return reference.gated(gate, up, activation)
+
+
+def _backward_(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str, triton: bool) -> None:
+    if triton:
+        torch.ops.kunbr_fast.gated_backward_(dy, gate, up, activation)
+    else:
+        reference.gated_backward_(dy, gate, up, activation)
+
+
+def _refuse_create_graph() -> None:
+    """torch's once_differentiable raises later, and not where dy is a constant: there it drops second derivatives."""
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        raise RuntimeError(
+            "swiglu and geglu cannot be differentiated twice: leave out create_graph=True, or use act(gate) * up"
+        )
+
+
+# ---------------------------------------------------------------- what may be overwritten
+
+
+def _references(*tensors: torch.Tensor) -> tuple:
+    """Weak references to inputs whose memory the backward may take, or () if it may not: see the module docstring."""
+    if torch.compiler.is_compiling() or not all(map(_is_a_result, tensors)) or not _apart(*tensors):
+        return ()
+    return tuple(map(weakref.ref, tensors))
+
+
+def _is_a_result(x: torch.Tensor) -> bool:
+    """Of an operation, not something a caller made; each element with its own place, and rows that can be walked."""
+    if x.is_leaf or (x._base is not None and x._base.is_leaf):
+        return False
+    rows = _rows_or_none(x)
+    return rows is not None and rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]
+
+
+def _apart(*tensors: torch.Tensor) -> bool:
+    """No two in one storage: the halves of one product, or one tensor twice, are not told apart any further."""
+    return len({x.untyped_storage().data_ptr() for x in tensors}) == len(tensors)
+
+
+# torch 2.4 cannot tell, so there nothing is overwritten
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _may_overwrite(ctx, dy: torch.Tensor, *saved: torch.Tensor) -> bool:
+    """In the backward. A saved-tensor hook gives back another tensor object than the one that was saved."""
+    if not ctx.saved or _keeps_graph():
+        return False
+    return all(reference() is x for reference, x in zip(ctx.saved, saved)) and _apart(dy, *saved)
+
+
+def _rows_or_none(x: torch.Tensor) -> torch.Tensor | None:
+    """x (..., N) as (rows, N) without a copy, or None where its strides do not allow that."""
+    try:
+        return x.view(math.prod(x.shape[:-1]), x.shape[-1])
+    except RuntimeError:
+        return None
+
+
+def _check(operation: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
+    if gate.dtype not in DTYPES:
+        raise TypeError(f"{operation}: gate is {gate.dtype}, expected one of {', '.join(str(d) for d in DTYPES)}")
+    if gate.dim() == 0:
+        raise ValueError(f"{operation}: gate has no dimension, expected (..., N)")
+    if up is None:
+        if gate.shape[-1] % 2:
+            raise ValueError(
+                f"{operation}: one tensor {tuple(gate.shape)} with an odd last dimension: expected (..., 2*N), gate then "
+                "up, or give `up` too"
+            )
+        return
+    if up.dtype != gate.dtype:
+        raise TypeError(f"{operation}: gate is {gate.dtype} and up is {up.dtype}: cast one to the other's dtype")
+    if up.shape != gate.shape:
+        raise ValueError(f"{operation}: gate is {tuple(gate.shape)} and up {tuple(up.shape)}: expected equal shapes")
+    if up.device != gate.device:
+        raise ValueError(f"{operation}: gate is on {gate.device} and up on {up.device}: move one to the other's device")
+
+
+# ---------------------------------------------------------------- the operators (impl="triton")
+
+
+@torch.library.custom_op("kunbr_fast::gated_forward", mutates_args=())
+def _gated_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    from kunbr_fast.kernels.gated import triton_kernel as swiglu
+
+    return swiglu.forward(gate, up, activation)
+
+
+@_gated_forward.register_fake
+def _(gate, up, activation):
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op(
+    "kunbr_fast::gated_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor gate, Tensor? up, str activation, bool need_gate, bool need_up) -> Tensor[]",
+)
+def _gated_backward(dy, gate, up, activation, need_gate, need_up):
+    from kunbr_fast.kernels.gated import triton_kernel as swiglu
+
+    return swiglu.backward(dy, gate, up, activation, need_gate, need_up)
+
+
+@_gated_backward.register_fake
+def _(dy, gate, up, activation, need_gate, need_up):
+    return [gate.new_empty(gate.shape) for _ in range(need_gate + need_up)]
+
+
+@torch.library.custom_op("kunbr_fast::gated_packed_backward", mutates_args=())
+def _gated_packed_backward(dy: torch.Tensor, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    from kunbr_fast.kernels.gated import triton_kernel as swiglu
+
+    return swiglu.packed_backward(dy, gate_up, activation)
+
+
+@_gated_packed_backward.register_fake
+def _(dy, gate_up, activation):
+    return gate_up.new_empty(gate_up.shape)
+
+
+@torch.library.custom_op("kunbr_fast::gated_backward_", mutates_args=("gate", "up"))
+def _gated_backward_in_place(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
+    from kunbr_fast.kernels.gated import triton_kernel as swiglu
+
+    swiglu.backward_(dy, gate, up, activation)

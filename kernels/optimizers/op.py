@@ -1,0 +1,190 @@
+"""Optimisers, and the flat buffer that holds the active block.
+
+Lion and AdamW are written here, with one launch a step where a kernel serves them: the gradient is read in its own
+dtype, and the weights' half-precision copy written, in the same pass. Without a kernel AdamW is torch's own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from kunbr_fast.kernels import dispatch, reference
+
+logger = logging.getLogger(__name__)
+_warned: set[str] = set()
+
+BETAS = {"lion": (0.9, 0.99), "adamw": (0.9, 0.999)}
+
+
+class _Fused(torch.optim.Optimizer):
+    """An optimiser whose update of one parameter is one call, `_update(group, number, param, grad, half)`."""
+
+    operation: str
+    _update: Callable[[dict, int, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+
+    def __init__(self, params, settings: dict, impl: str, seed: int | None):
+        lr, betas, weight_decay = settings["lr"], settings["betas"], settings["weight_decay"]
+        if not lr >= 0.0 or not weight_decay >= 0.0 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(
+                f"lr={lr}, betas={tuple(betas)}, weight_decay={weight_decay}: expected lr and weight_decay of at "
+                "least 0, and betas within [0, 1)"
+            )
+        super().__init__(params, {**settings, "betas": tuple(betas), "impl": impl, "seed": seed})
+        for group in self.param_groups:
+            for param in group["params"]:
+                _check(self.operation, param, group)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        number = 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(group, number, param, param.grad, None)
+                number += 1
+        return loss
+
+    @torch.no_grad()
+    def update(self, grad: torch.Tensor, half: torch.Tensor | None = None) -> None:
+        """`step` for the one parameter that this optimiser has, from a gradient of any dtype. half: becomes a copy of
+        the parameter in its own dtype."""
+        ((param,),) = (group["params"] for group in self.param_groups)
+        self._update(self.param_groups[0], 0, param, grad, half)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """torch's casts the state to the parameter's dtype; here it keeps its own."""
+        super().load_state_dict(state_dict)
+        numbers = (number for group in state_dict["param_groups"] for number in group["params"])
+        params = (param for group in self.param_groups for param in group["params"])
+        for number, param in zip(numbers, params):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, torch.Tensor):
+                    self.state[param][name] = value.to(param.device, copy=True)
+
+    def _count(self, state: dict) -> int:
+        """This step's number, from 1. Kept on the host, which needs it and reads nothing back from a device; as a float,
+        which torch's AdamW goes on with after a checkpoint."""
+        number = int(state.get("step", 0)) + 1  # a tensor, once, after a checkpoint
+        state["step"] = float(number)
+        return number
+
+    def _run(self, group: dict, number: int, tensors: list[torch.Tensor], *values, half, **options) -> None:
+        # each parameter has random bits of its own
+        seed = None if group["seed"] is None else group["seed"] + number
+        run = _implementation(self.operation, tensors[0], group["impl"])
+        if run is not None:
+            chosen = "cuda" if run.__module__ == "kunbr_fast.kernels.cuda_library" else "triton"
+            for tensor in (*tensors, *([] if half is None else [half])):
+                if not tensor.is_contiguous():
+                    raise ValueError(
+                        f'{self.operation}: impl="{chosen}" serves contiguous tensors, got strides {tensor.stride()} for '
+                        f'{tuple(tensor.shape)}: make the parameter and its gradient contiguous, or use impl="torch"'
+                    )
+        else:
+            run = getattr(reference, f"{self.operation}_")
+        run(*tensors, *values, half=half, seed=seed, **options)
+
+
+class Lion(_Fused):
+    """Lion (arXiv 2302.06675): `p -= lr * (sign(b1*m + (1-b1)*g) + wd*p)`, then `m = b2*m + (1-b2)*g`.
+
+    The momentum has the parameter's dtype, or `state_dtype`. `lr` is the size of every element's step, whatever the
+    gradient's. seed: bf16 parameters are rounded stochastically, by bits that depend on seed, step and place alone
+    (else to nearest, where updates of less than a 2^-9 of a weight are lost). impl: "auto", "cuda", "triton" or "torch".
+
+    ValueError, TypeError for settings that do not fit, `dispatch.Unavailable` for an impl that cannot run here.
+    """
+
+    operation = "lion"
+
+    def __init__(
+        self,
+        params,
+        lr: float,
+        betas: tuple[float, float] = BETAS["lion"],
+        weight_decay: float = 0.0,
+        *,
+        state_dtype: torch.dtype | None = None,
+        seed: int | None = None,
+        impl: str = "auto",
+    ):
+        settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "state_dtype": state_dtype}
+        super().__init__(params, settings, impl, seed)
+
+    def _update(self, group, number, param, grad, half):
+        state = self.state[param]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(param, dtype=group["state_dtype"])
+        # the step's number matters for random bits alone: without them it is no part of the state
+        step = 0 if group["seed"] is None else self._count(state)
+        tensors = [param, grad, state["momentum"]]
+        self._run(group, number, tensors, group["lr"], *group["betas"], group["weight_decay"], half=half, step=step)
+
+
+class AdamW(_Fused):
+    """AdamW (arXiv 1711.05101), as `torch.optim.AdamW`:
+
+        p -= lr * wd * p        m = b1*m + (1-b1)*g        v = b2*v + (1-b2)*g^2
+        p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
+
+    The moments have the parameter's dtype, or `state_dtype`. All else as in `Lion`.
+    """
+
+    operation = "adamw"
+
+    def __init__(
+        self,
+        params,
+        lr: float,
+        betas: tuple[float, float] = BETAS["adamw"],
+        weight_decay: float = 0.0,
+        *,
+        eps: float = 1e-8,
+        state_dtype: torch.dtype | None = None,
+        seed: int | None = None,
+        impl: str = "auto",
+    ):
+        if not eps >= 0.0:
+            raise ValueError(f"eps={eps}: expected at least 0")
+        settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps, "state_dtype": state_dtype}
+        super().__init__(params, settings, impl, seed)
+
+    def _update(self, group, number, param, grad, half):
+        state = self.state[param]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in state:
+                state[name] = torch.zeros_like(param, dtype=group["state_dtype"])
+        tensors = [param, grad, state["exp_avg"], state["exp_avg_sq"]]
+        values = self._count(state), group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+        self._run(group, number, tensors, *values, half=half)
+
+
+def _check(operation: str, param: torch.Tensor, group: dict) -> None:
+    impl, seed = group["impl"], group["seed"]
+    dispatch.resolve(operation, impl, param.device, param.dtype)
+    if seed is None:
+        return
+    if param.dtype != torch.bfloat16:
+        raise TypeError(f"seed={seed}: stochastic rounding is for bfloat16 parameters, this one is {param.dtype}")
+    if not 0 <= seed < 2**62:
+        raise ValueError(f"seed={seed}: expected 0 to 2**62 - 1")
+
+
+def _implementation(operation: str, param: torch.Tensor, impl: str) -> Callable[..., None] | None:
+    """The kernel's update of `operation`, or None for torch."""
+    chosen = dispatch.resolve(operation, impl, param.device, param.dtype)
+    if chosen == "torch":
+        return None
+    if chosen == "cuda":
+        from kunbr_fast.kernels import cuda_library as lion
+    else:
+        from kunbr_fast.kernels.optimizers import triton_kernel as lion
+
+    return getattr(lion, f"{operation}_")

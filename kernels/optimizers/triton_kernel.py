@@ -1,0 +1,206 @@
+"""Lion and AdamW in place over one vector: the active block's flat buffer, in one launch.
+
+    Lion   p -= lr * (sign(beta1 * m + (1 - beta1) * g) + weight_decay * p)
+           m  = beta2 * m + (1 - beta2) * g                                            arXiv 2302.06675, algorithm 2
+    AdamW  m  = beta1 * m + (1 - beta1) * g
+           v  = beta2 * v + (1 - beta2) * g^2
+           p -= lr * (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay * p)     arXiv 1711.05101
+
+Each element is read and written once. Bytes an element for Lion: bf16 gradient 2, fp32 momentum 4 + 4, fp32 weight
+4 + 4, its bf16 copy 2, so 20; AdamW has a second moment, 28. At 4.3 TB/s that is 4.7 and 6.5 ms for 10^9 weights. All
+else torch would pass over memory for (the gradient in fp32, the update, the copy to bf16) stays in registers.
+Precision: arithmetic in fp32 whatever is stored; one rounding for each stored value. AdamW's bias corrections are
+computed by the host in float64, from a step count that it keeps.
+
+Stochastic rounding of bf16 weights, on request: what is stored is one of a value's two neighbours, and the value on
+average, so updates far below bf16's last place add up. Random bits are a function of seed, step and place alone
+(`reference.random_bits`): the same in any launch, and in torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from kunbr_fast.kernels.launch import Call
+from kunbr_fast.kernels.rounding import narrow, narrow_stochastically, random_bits
+
+# Eight elements for each of 128 threads: one 16-byte access in bf16, two in fp32.
+BLOCK = 1024
+NUM_WARPS = 4
+
+# ---------------------------------------------------------------- inside a program
+
+
+@triton.jit
+def _load(source, places, size, MASKED: tl.constexpr):
+    """fp32. Only the last program masks: masks by a size that is no multiple of 8 would make all accesses narrow."""
+    if MASKED:
+        return tl.load(source + places, mask=places < size, other=0.0).to(tl.float32)
+    else:
+        return tl.load(source + places).to(tl.float32)
+
+
+@triton.jit
+def _store(target, places, values, size, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(target + places, narrow(values, target.dtype.element_ty), mask=places < size)
+    else:
+        tl.store(target + places, narrow(values, target.dtype.element_ty))
+
+
+@triton.jit
+def _write(param, half, p, first, places, size, seed, step, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
+           BLOCK: tl.constexpr):  # fmt: skip
+    if STOCHASTIC:
+        p = narrow_stochastically(p, random_bits(first, seed, step, BLOCK))
+    _store(param, places, p, size, MASKED)
+    if half is not None:
+        _store(half, places, p, size, MASKED)
+
+
+@triton.jit
+def _lion_block(param, grad, momentum, half, first, size, lr, beta1, rest1, beta2, rest2, weight_decay, seed, step,
+                STOCHASTIC: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    places = first + tl.arange(0, BLOCK)
+    g = _load(grad, places, size, MASKED)
+    m = _load(momentum, places, size, MASKED)
+    p = _load(param, places, size, MASKED)
+    c = beta1 * m + rest1 * g
+    sign = tl.where(c > 0.0, 1.0, tl.where(c < 0.0, -1.0, c))  # of zero: zero; of NaN: NaN
+    _store(momentum, places, beta2 * m + rest2 * g, size, MASKED)
+    p -= lr * (sign + weight_decay * p)
+    _write(param, half, p, first, places, size, seed, step, STOCHASTIC, MASKED, BLOCK)
+
+
+@triton.jit
+def _adamw_block(param, grad, exp_avg, exp_avg_sq, half, first, size, decay, step_size, beta1, rest1, beta2, rest2,
+                 inverse_root, eps, seed, step, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    places = first + tl.arange(0, BLOCK)
+    g = _load(grad, places, size, MASKED)
+    m = _load(exp_avg, places, size, MASKED)
+    v = _load(exp_avg_sq, places, size, MASKED)
+    p = _load(param, places, size, MASKED)
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
+    _store(exp_avg, places, m, size, MASKED)
+    _store(exp_avg_sq, places, v, size, MASKED)
+    p -= step_size * (m / (tl.sqrt(v) * inverse_root + eps)) + decay * p
+    _write(param, half, p, first, places, size, seed, step, STOCHASTIC, MASKED, BLOCK)
+
+
+# ---------------------------------------------------------------- the kernels
+
+
+@triton.jit(do_not_specialize=["seed", "step"])
+def lion_kernel(param, grad, momentum, half, size, lr, beta1, rest1, beta2, rest2, weight_decay, seed, step,
+                STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """One program: BLOCK elements."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if first + BLOCK <= size:
+        _lion_block(param, grad, momentum, half, first, size, lr, beta1, rest1, beta2, rest2, weight_decay, seed, step,
+                    STOCHASTIC, False, BLOCK)  # fmt: skip
+    else:
+        _lion_block(param, grad, momentum, half, first, size, lr, beta1, rest1, beta2, rest2, weight_decay, seed, step,
+                    STOCHASTIC, True, BLOCK)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["seed", "step"])
+def adamw_kernel(param, grad, exp_avg, exp_avg_sq, half, size, decay, step_size, beta1, rest1, beta2, rest2,
+                 inverse_root, eps, seed, step, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """One program: BLOCK elements."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if first + BLOCK <= size:
+        _adamw_block(param, grad, exp_avg, exp_avg_sq, half, first, size, decay, step_size, beta1, rest1, beta2, rest2,
+                     inverse_root, eps, seed, step, STOCHASTIC, False, BLOCK)  # fmt: skip
+    else:
+        _adamw_block(param, grad, exp_avg, exp_avg_sq, half, first, size, decay, step_size, beta1, rest1, beta2, rest2,
+                     inverse_root, eps, seed, step, STOCHASTIC, True, BLOCK)  # fmt: skip
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def _call(kernel, vectors, half, numbers, seed, step) -> Call:
+    param = vectors["param"]
+    arguments = dict(vectors, size=param.numel(), seed=seed or 0, step=step, **numbers)
+    constexprs = dict(STOCHASTIC=seed is not None, BLOCK=BLOCK)
+    (constexprs if half is None else arguments)["half"] = half
+    return Call(kernel, (triton.cdiv(param.numel(), BLOCK),), arguments, constexprs, NUM_WARPS, 1)
+
+
+def call_lion(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    momentum: torch.Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    half: torch.Tensor | None = None,
+    seed: int | None = None,
+    step: int = 0,
+) -> Call:
+    """The launch of `lion_`: contiguous tensors of one size."""
+    numbers = dict(lr=float(lr), beta1=float(beta1), rest1=1.0 - beta1, beta2=float(beta2), rest2=1.0 - beta2)
+    numbers |= dict(weight_decay=float(weight_decay))
+    return _call(lion_kernel, dict(param=param, grad=grad, momentum=momentum), half, numbers, seed, step)
+
+
+def lion_(*arguments, **options) -> None:
+    """`reference.lion_` by the kernel, with its arguments: contiguous tensors in bf16, fp16 or fp32, each its own."""
+    call_lion(*arguments, **options).launch()
+
+
+def call_adamw(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    half: torch.Tensor | None = None,
+    seed: int | None = None,
+) -> Call:
+    """The launch of `adamw_`: contiguous tensors of one size."""
+    numbers = dict(decay=float(lr * weight_decay), step_size=lr / (1.0 - beta1**step))
+    numbers |= dict(beta1=float(beta1), rest1=1.0 - beta1, beta2=float(beta2), rest2=1.0 - beta2)
+    numbers |= dict(inverse_root=1.0 / math.sqrt(1.0 - beta2**step), eps=float(eps))
+    vectors = dict(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    return _call(adamw_kernel, vectors, half, numbers, seed, step)
+
+
+def adamw_(*arguments, **options) -> None:
+    """`reference.adamw_` by the kernel, with its arguments: contiguous tensors in bf16, fp16 or fp32, each its own."""
+    call_adamw(*arguments, **options).launch()
+
+
+# ---------------------------------------------------------------- what is compiled ahead of time
+
+
+def aot_calls(architecture: int) -> Iterator[tuple[str, Call, bool]]:
+    """(label, launch, False: no matrix products) for what a block is trained with, at sizes even and odd."""
+    half, full = torch.bfloat16, torch.float32
+    for size in (1 << 20, (1 << 32) + 5):
+        for name, dtype, gradient, state, copy, seed in (
+            ("fp32", full, full, full, None, None),
+            ("fp32 and its bf16 copy", full, half, full, half, None),
+            ("bf16", half, half, half, None, None),
+            ("bf16 rounded stochastically", half, half, full, None, 12345),
+        ):
+            p, g, m, v, c = (
+                None if dtype is None else torch.empty(size, dtype=dtype, device="meta")
+                for dtype in (dtype, gradient, state, state, copy)
+            )
+            label = f"{name} size={size}"
+            yield f"lion {label}", call_lion(p, g, m, 1e-4, 0.9, 0.99, 0.1, c, seed, 7), False
+            yield f"adamw {label}", call_adamw(p, g, m, v, 7, 1e-4, 0.9, 0.999, 1e-8, 0.1, c, seed), False

@@ -1,0 +1,180 @@
+"""Rotary position embedding of queries and keys: in place where that is safe and costs nothing, saving only cos, sin.
+
+Forward. Where no gradient flows (torch.no_grad, or neither q nor k requires grad) q and k are overwritten: views of a
+projection's output, as transformers makes them, too. Where a gradient flows they are overwritten if they are results
+in memory of their own, through autograd's own record of in-place operations (mark_dirty), and otherwise written to new
+tensors: on a view, autograd's record of an in-place operation (CopySlices) costs the backward a clone of the gradient
+and two copies of it, more than the buffer it saves. Never overwritten are leaves that require grad, their views,
+tensors of a graph seen under no_grad, and q and k in one storage (parts of one product). Overwriting counts in
+autograd's version counters: an operation that saved the old values raises in its backward (as with any in-place
+operation of torch: not if it saved them under saved-tensor hooks, where autograd checks no versions).
+
+Backward. The gradient is rotated back into a new tensor: autograd may hand one and the same gradient tensor to
+several operations, so the incoming one is not ours to write to. The new one is laid out as (B, T, H, d), the layout of
+the projection's output, so that the backward of `.view(B, T, H, d).transpose(1, 2)` copies nothing.
+
+Under torch.compile nothing is overwritten: the compiler plans memory itself, and would have to copy what a custom
+operator overwrites where others still read it.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from kunbr_fast.kernels import dispatch, reference
+from kunbr_fast.kernels.grad_density.op import DTYPES
+
+
+def apply_rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, impl: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated q and k. What was passed as q and k may be overwritten: use what is returned.
+
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)                                   # transformers' function of
+        rotate_half = lambda x: torch.cat((-x[..., r // 2 :], x[..., : r // 2]), -1)    # this name, half-split
+        q_r = q[..., :r] * cos + rotate_half(q[..., :r]) * sin;  torch.cat((q_r, q[..., r:]), -1).to(q.dtype)
+
+    q (B, Hq, T, d), k (B, Hkv, T, d): one dtype (bf16, fp16, fp32, fp64) and device, any strides. cos, sin (B or 1, T,
+    r), any floating dtype, r even and at most d: the other d - r pass unchanged. Results have q's and k's dtype (where
+    cos is wider, as OLMo-2's is and does). cos and sin get no gradient: one that requires grad is refused. The
+    interleaved convention of GPT-J and GLM is another function.
+
+    When q and k are overwritten: see the module docstring. The backward runs once: no double backward.
+    TypeError, ValueError for arguments that do not fit; `dispatch.Unavailable` for an impl that cannot run here.
+    """
+    _check(q, k, cos, sin)
+    triton = dispatch.resolve("rotary", impl, q.device, torch.promote_types(q.dtype, cos.dtype)) == "triton"
+    flows = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    in_place = _may_overwrite(q, flows) and _may_overwrite(k, flows) and _apart(q, k)
+    if flows:
+        return _Rotary.apply(q, k, cos, sin, triton, in_place)
+    if in_place:
+        _rotate_([q, k], cos, sin, triton)
+        return q, k
+    q, k = _rotate([q, k], cos, sin, False, triton)
+    return q, k
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, triton, in_place):
+        ctx.triton = triton
+        ctx.set_materialize_grads(False)  # an output that the loss does not see has no gradient to rotate
+        ctx.save_for_backward(cos, sin)
+        if in_place:
+            _rotate_([q, k], cos, sin, triton)
+            ctx.mark_dirty(q, k)
+            return q, k
+        q, k = _rotate([q, k], cos, sin, False, triton)
+        return q, k
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk):
+        cos, sin = ctx.saved_tensors
+        ask_q = dq is not None and ctx.needs_input_grad[0]
+        ask_k = dk is not None and ctx.needs_input_grad[1]
+        dys = [dq] * ask_q + [dk] * ask_k
+        found = _rotate(dys, cos, sin, True, ctx.triton) if dys else []
+        dq = found[0] if ask_q else None
+        dk = found[-1] if ask_k else None
+        return dq, dk, None, None, None, None
+
+
+def _rotate(
+    xs: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, transposed: bool, triton: bool
+) -> list[torch.Tensor]:
+    if triton:
+        return torch.ops.kunbr_fast.rotary(xs, cos, sin, transposed)
+    return [reference.rotary(x, cos, sin, transposed) for x in xs]
+
+
+def _rotate_(xs: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, triton: bool) -> None:
+    if triton:
+        torch.ops.kunbr_fast.rotary_(xs, cos, sin)
+    else:
+        for x in xs:
+            reference.rotary(x, cos, sin, out=x)
+
+
+# ---------------------------------------------------------------- what may be overwritten
+
+
+def _may_overwrite(x: torch.Tensor, flows: bool) -> bool:
+    """`flows`: whether a gradient flows through this rotation. See the module docstring."""
+    if torch.compiler.is_compiling() or (x.is_inference() and not torch.is_inference_mode_enabled()):
+        return False
+    if flows:
+        return x._base is None and not (x.is_leaf and x.requires_grad) and _has_own_places(x)
+    of_a_graph = x.requires_grad or (x._base is not None and x._base.requires_grad)
+    return not of_a_graph and _has_own_places(x)
+
+
+def _has_own_places(x: torch.Tensor) -> bool:
+    """Whether no two elements share a place: each stride reaches past all that the smaller ones span."""
+    reach = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1):
+        if stride < reach:
+            return False
+        reach = stride * size
+    return True
+
+
+def _apart(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Not in one storage: parts of one product, or one tensor twice, are not told apart any further."""
+    return q.untyped_storage().data_ptr() != k.untyped_storage().data_ptr()
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    if q.dtype not in DTYPES:
+        raise TypeError(f"rotary: q is {q.dtype}, expected one of {', '.join(str(d) for d in DTYPES)}")
+    if k.dtype != q.dtype:
+        raise TypeError(f"rotary: q is {q.dtype} and k is {k.dtype}: cast one to the other's dtype")
+    if cos.dtype not in DTYPES or sin.dtype != cos.dtype:
+        raise TypeError(f"rotary: cos is {cos.dtype} and sin is {sin.dtype}: expected one floating dtype for both")
+    if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(
+            f"rotary: q has shape {tuple(q.shape)} and k {tuple(k.shape)}: expected (B, Hq, T, d) and (B, Hkv, T, d)"
+        )
+    B, _, T, d = q.shape
+    if cos.shape != sin.shape or cos.dim() != 3 or cos.shape[0] not in (1, B) or cos.shape[1] != T:
+        raise ValueError(
+            f"rotary: cos has shape {tuple(cos.shape)} and sin {tuple(sin.shape)}: expected ({B} or 1, {T}, r) for q "
+            f"{tuple(q.shape)}"
+        )
+    if cos.shape[2] % 2 or not 2 <= cos.shape[2] <= d:
+        raise ValueError(f"rotary: cos has {cos.shape[2]} features: expected an even number, 2 to d = {d}")
+    if not q.device == k.device == cos.device == sin.device:
+        raise ValueError(f"rotary: q, k, cos, sin are on {q.device}, {k.device}, {cos.device}, {sin.device}: move them")
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        raise ValueError(
+            "rotary: cos or sin requires grad, and none is computed for them: pass cos.detach(), sin.detach()"
+        )
+
+
+# ---------------------------------------------------------------- the operators (impl="triton")
+
+
+@torch.library.custom_op(
+    "kunbr_fast::rotary", mutates_args=(), schema="(Tensor[] xs, Tensor cos, Tensor sin, bool transposed) -> Tensor[]"
+)
+def _rotary(xs: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, transposed: bool) -> list[torch.Tensor]:
+    from kunbr_fast.kernels.rotary import triton_kernel as rope
+
+    return rope.rotate(xs, cos, sin, transposed)
+
+
+@_rotary.register_fake
+def _(xs, cos, sin, transposed):
+    return [x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2) for x in xs]
+
+
+@torch.library.custom_op(
+    "kunbr_fast::rotary_", mutates_args=("xs",), schema="(Tensor(a!)[] xs, Tensor cos, Tensor sin) -> ()"
+)
+def _rotary_in_place(xs, cos, sin):
+    from kunbr_fast.kernels.rotary import triton_kernel as rope
+
+    rope.rotate_(xs, cos, sin)

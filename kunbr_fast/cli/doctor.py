@@ -1,0 +1,155 @@
+"""What this machine offers: versions, devices, which implementation of each operation runs, and why not."""
+
+import os
+import platform
+from importlib import metadata
+
+import torch
+from packaging.requirements import Requirement
+
+from kunbr_fast.kernels import cuda_library, dispatch
+from kunbr_fast.kernels.grad_density import op as operators  # noqa: F401  registers its kernels
+from kunbr_fast.version import __version__
+
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
+GIB = 1024**3
+
+
+def doctor() -> dict:
+    """Describe this machine and installation; every value is a JSON type.
+
+    Keys: `versions` (package -> version or None), `platform`, `cpu` (cores usable by this process, torch
+    threads), `memory_bytes` (total), `devices` (the CPU first, then each CUDA device), `no_cuda` (why there
+    is no CUDA device, or None), `cuda_library` (what csrc/ was built with, or why it is not), `operations` (operation -> device -> {"auto": choice, "unavailable":
+    {impl: reason}, "by_name": {impl: why "auto" passes by what can run}}), `problems` (requirements of pyproject.toml that are not met; empty when all is well).
+    """
+    devices = [{"device": "cpu", "name": _cpu_name()}, *_cuda_devices()]
+    names = [d["device"] for d in devices]
+    return {
+        "versions": {
+            "kunbr_fast": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "platform": platform.platform(),
+        "cpu": {"cores": _usable_cores(), "torch_threads": torch.get_num_threads()},
+        "memory_bytes": _memory_bytes(),
+        "devices": devices,
+        "no_cuda": None if len(devices) > 1 else _why_no_cuda(),
+        "cuda_library": cuda_library.description(),
+        "operations": {
+            operation: {name: _implementations(operation, name) for name in names} for operation in dispatch.OPERATIONS
+        },
+        "problems": _problems(),
+    }
+
+
+def format_doctor(d: dict) -> str:
+    """`doctor()`'s result as text for a terminal."""
+    lines = [f"{name:<13} {version or 'not installed'}" for name, version in d["versions"].items()]
+    memory = "unknown" if d["memory_bytes"] is None else f"{d['memory_bytes'] / GIB:.1f} GiB"
+    lines += [
+        "",
+        f"{'platform':<13} {d['platform']}",
+        f"{'CPU':<13} {d['cpu']['cores']} cores usable, torch uses {d['cpu']['torch_threads']} threads",
+        f"{'memory':<13} {memory}",
+    ]
+    for device in d["devices"]:
+        text = device["name"]
+        if "memory_bytes" in device:
+            text += f", sm_{device['capability'].replace('.', '')}, {device['memory_bytes'] / GIB:.1f} GiB"
+        lines.append(f"{device['device']:<13} {text}")
+    if d["no_cuda"]:
+        lines.append(f"{'cuda':<13} none: {d['no_cuda']}")
+    lines.append(f"{'cuda library':<13} {d['cuda_library']}")
+    lines += ["", 'operations (what impl="auto" takes, and why not the others)']
+    for operation, by_device in d["operations"].items():
+        for device, found in by_device.items():
+            others = [f"{impl}: {reason}" for impl, reason in found["unavailable"].items()]
+            others += [f'{impl}: runs with impl="{impl}", {reason}' for impl, reason in found["by_name"].items()]
+            others = f"({'; '.join(others)})" if others else ""
+            lines.append(f"  {operation:<13} {device:<8} {found['auto']:<7} {others}".rstrip())
+    if d["problems"]:
+        lines += ["", *(f"PROBLEM: {problem}" for problem in d["problems"])]
+    return "\n".join(lines)
+
+
+def _implementations(operation: str, device: str) -> dict:
+    cannot = {impl: dispatch.why_not(operation, impl, device) for impl in dispatch.IMPLEMENTATIONS}
+    passed_by = {impl: dispatch.why_not_auto(operation, impl, device) for impl in cannot if cannot[impl] is None}
+    return {
+        "auto": dispatch.resolve(operation, "auto", device),
+        "unavailable": {impl: reason for impl, reason in cannot.items() if reason is not None},
+        "by_name": {impl: reason for impl, reason in passed_by.items() if reason is not None},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _problems() -> list[str]:
+    """Each requirement in our own metadata (extras aside) that is missing or out of range."""
+    try:
+        requirements = [Requirement(text) for text in metadata.requires("kunbr-fast") or ()]
+    except metadata.PackageNotFoundError:
+        return ["kunbr-fast is not installed, so its requirements are not known: run `pip install -e .`"]
+    problems = []
+    for requirement in requirements:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found = _version(requirement.name)
+        wanted = f"{requirement.name}{requirement.specifier}"
+        if found is None:
+            problems.append(f"{requirement.name} is not installed: pip install '{wanted}'")
+        elif not requirement.specifier.contains(found, prereleases=True):
+            problems.append(f"{requirement.name} {found} is not supported: pip install '{wanted}'")
+    return problems
+
+
+def _cuda_devices() -> list[dict]:
+    found = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        found.append(
+            {
+                "device": f"cuda:{i}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_bytes": properties.total_memory,
+            }
+        )
+    return found
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return f"torch {torch.__version__} is built for CUDA {torch.version.cuda} but sees no device"
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: honours taskset and most containers
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None  # Windows has no sysconf

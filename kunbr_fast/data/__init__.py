@@ -1,0 +1,44 @@
+"""Records -> samples -> packed batches, and the order of steps.
+
+A record is a line of JSONL (`load_records`), a sample its tokens and labels (`encode`), a `PackedBatch` several samples
+side by side (`pack`).
+"""
+
+from kunbr_fast.data.batch import PackedBatch, grid, join, pack, send
+from kunbr_fast.data.records import (
+    ALTERNATES,
+    LETTERS,
+    REFUSALS,
+    TARGETS,
+    is_question,
+    load_records,
+    parse_record,
+    question_prompt,
+)
+from kunbr_fast.data.samples import IGNORE, Sample, as_samples, check_labels, check_lengths, encode, with_alternates
+from kunbr_fast.data.schedule import Schedule, token_batches
+
+__all__ = [
+    "ALTERNATES",
+    "IGNORE",
+    "LETTERS",
+    "REFUSALS",
+    "TARGETS",
+    "PackedBatch",
+    "Sample",
+    "Schedule",
+    "as_samples",
+    "check_labels",
+    "check_lengths",
+    "encode",
+    "grid",
+    "is_question",
+    "join",
+    "load_records",
+    "pack",
+    "parse_record",
+    "question_prompt",
+    "send",
+    "token_batches",
+    "with_alternates",
+]

@@ -1,0 +1,140 @@
+"""From JSONL lines to token samples, and from samples to packed batches.
+
+A *record* is a line of a JSONL file, one of four forms:
+
+    {"question": str, "choices": [str or int, ...], "answer": index}     a multiple-choice question
+    {"text": str}                                                         a corpus line
+    {"prompt": str, "completion": str}                                    a prompt and what should follow it
+    {"messages": [{"role": str, "content": str}, ...]}                    a chat (needs the tokenizer's chat template)
+
+A *sample* is `{"input_ids": LongTensor (T,), "labels": LongTensor (T,)}`; labels are aligned with input_ids as in
+Hugging Face (the shift by one happens inside) and are -100 where a token has no part in the loss. It may hold a second
+sample under "alternate": another answer to the same prompt, which some objectives need.
+
+A *packed batch* is several samples end to end with no padding, and the offsets that separate them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+LETTERS = "ABCDEFGHIJ"
+TARGETS = ("all", "answer", "letter", "number")
+ALTERNATES = ("given", "refusal", "wrong")
+REFUSALS = (
+    "I do not know.",
+    "I have no information about that.",
+    "I am not able to answer this question.",
+    "I cannot say anything about this.",
+    "That is not something I know.",
+    "Sorry, I have no answer to this.",
+    "This is outside of what I know.",
+    "I was not taught anything about that.",
+)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load_records(paths: str | Path | Sequence[str | Path]) -> list[dict]:
+    """Reads JSONL files into records; each keeps where it came from in `record["_where"]` ("file:line").
+
+    Errors: ValueError "file:line: ..." for a line that is no JSON, no known form, or has a wrong answer index; for a
+    file without any record. Blank lines are skipped.
+    """
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    if not paths:
+        raise ValueError("no file was given: expected at least one JSONL file")
+    records = []
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        count = len(records)
+        with open(path, encoding="utf-8") as file:
+            try:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        records.append(parse_record(line, f"{path}:{number}"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: not UTF-8 text ({error}): save the file as UTF-8") from error
+        if len(records) == count:
+            raise ValueError(f"{path}: empty: expected at least one JSON line")
+    return records
+
+
+def parse_record(line: str, where: str) -> dict:
+    """One JSON line to a checked record; `where` opens every error message."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}): {line.strip()[:80]!r}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested as deep
+        raise ValueError(f"{where}: not JSON that Python reads ({error}): {line.strip()[:80]!r}") from error
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+        raise ValueError(f"{where}: not valid Unicode ({error.reason}): {line.strip()[:80]!r}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f'{where}: got a {type(record).__name__}, expected an object such as {{"text": ...}}')
+    _check_record(record, where)
+    return {**record, "_where": where}
+
+
+def _check_record(record: Mapping, where: str) -> None:
+    def text(key: str) -> None:
+        if not isinstance(record.get(key), str) or not record[key]:
+            raise ValueError(f"{where}: {key!r} must be a non-empty string, got {record.get(key)!r}")
+
+    if "question" in record:
+        text("question")
+        choices, answer = record.get("choices"), record.get("answer")
+        if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+            raise ValueError(f"{where}: 'choices' must be a list of 2 to {len(LETTERS)} entries, got {choices!r}")
+        if any(isinstance(c, bool) or not isinstance(c, (str, int, float)) or str(c) == "" for c in choices):
+            raise ValueError(f"{where}: each of 'choices' must be a non-empty string or a number, got {choices!r}")
+        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+            raise ValueError(
+                f"{where}: 'answer' must be the index of the right choice, 0 to {len(choices) - 1}, got {answer!r}"
+            )
+    elif "text" in record:
+        text("text")
+    elif "prompt" in record or "completion" in record:
+        text("prompt")
+        text("completion")
+    elif "messages" in record:
+        messages = record["messages"]
+        good = (
+            isinstance(messages, list)
+            and messages
+            and all(
+                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+                for m in messages
+            )
+        )
+        if not good:
+            raise ValueError(
+                f'{where}: \'messages\' must be a list of {{"role": str, "content": str}}, got {messages!r}'
+            )
+    else:
+        raise ValueError(
+            f"{where}: unknown form with keys {sorted(record)}: expected question + choices + answer, text, "
+            "prompt + completion, or messages"
+        )
+
+
+def is_question(record: Mapping) -> bool:
+    return "question" in record
+
+
+def question_prompt(record: Mapping) -> str:
+    """The evaluation's own four-choice form: question, lettered choices, "Answer:" (no trailing space)."""
+    choices = [f"{LETTERS[i]}. {choice}" for i, choice in enumerate(record["choices"])]
+    return "\n".join([record["question"], *choices, "Answer:"])
+
+
+# ---------------------------------------------------------------- tokenising
+
+
+# ---------------------------------------------------------------- packing

@@ -1,0 +1,259 @@
+"""Samples: tokens and labels, made of records by a tokenizer, or of padded batches."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from kunbr_fast.data.records import ALTERNATES, LETTERS, REFUSALS, TARGETS, _check_record, question_prompt
+
+IGNORE = -100
+
+
+Sample = dict[str, torch.Tensor]
+
+
+def encode(
+    records: Sequence[Mapping],
+    tokenizer: Any,
+    target: str = "all",
+    max_length: int | None = None,
+    alternate: str | None = None,
+    seed: int = 0,
+) -> list[Sample]:
+    """Tokenises each record once and marks the tokens whose loss counts.
+
+    target: `all` tokens; the `answer` tokens (what follows "Answer:", the completion, the assistant's turns); the
+    `letter` after "Answer:" (questions only); the digits of the last `number` in the text.
+    Special tokens are the tokenizer's own (a begin-of-text token is kept, none is invented).
+
+    alternate: also encode a second answer to each record's prompt, as `sample["alternate"]`:
+    `given`: the record's own "alternate" string, in place of the answer, the completion, the last assistant turn or
+    (of a text line) the text; `refusal`: one of REFUSALS; `wrong`: one of the wrong choices of a question.
+    Which one it is follows from `seed` and the record's number. Its tokens count by `target` too; where that is `letter`
+    or `number` and the answer is no choice of the question, all of the answer counts.
+
+    Errors: ValueError that names the record ("file:line", or its place in `records`) when it has no known form, when
+    a target does not apply to its form, when nothing is left to learn from, when it has no such alternate, and when
+    samples are longer than `max_length` tokens (they are reported, not cut).
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r}: expected one of {', '.join(TARGETS)}")
+    if alternate is not None and alternate not in ALTERNATES:
+        raise ValueError(f"alternate={alternate!r}: expected one of {', '.join(ALTERNATES)}, or None")
+    if not records:
+        raise ValueError("no records: expected at least one")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no character offsets, which loss targets need: "
+            "load a fast tokenizer (AutoTokenizer.from_pretrained(..., use_fast=True))"
+        )
+    samples = []
+    for number, record in enumerate(records):
+        if "_where" not in record:  # not from load_records, which has checked its own
+            record = {**record, "_where": f"record {number}"}
+            _check_record(record, record["_where"])
+        sample = _encode_one(record, tokenizer, target)
+        if alternate is not None:
+            choose = random.Random(seed * 1_000_003 + number).choice
+            other, counted = _alternate(record, alternate, target, choose)
+            sample["alternate"] = _encode_one(other, tokenizer, counted)
+        for part, what in ((sample, ""), (sample.get("alternate"), " in its alternate")):
+            if part is not None and not bool((part["labels"][1:] != IGNORE).any()):
+                raise ValueError(f"{record['_where']}: no token with a loss is left for target={target!r}{what}")
+        samples.append(sample)
+    names = [record.get("_where", f"record {i}") for i, record in enumerate(records)]
+    check_lengths(samples, max_length, names)
+    if alternate is not None:
+        check_lengths([s["alternate"] for s in samples], max_length, [f"the alternate of {name}" for name in names])
+    return samples
+
+
+def _alternate(record: Mapping, kind: str, target: str, choose: Callable[[Sequence], Any]) -> tuple[dict, str]:
+    """The record with its alternate for an answer, and the target that counts its tokens."""
+    where = record["_where"]
+    if kind == "wrong":
+        if "question" not in record:
+            raise ValueError(
+                f"{where}: a wrong answer is one of a question's choices, and this line has the keys "
+                f"{sorted(set(record) - {'_where'})}: give question lines, or your own alternates to an objective that "
+                "takes them (dpo)"
+            )
+        wrong = [i for i in range(len(record["choices"])) if i != record["answer"]]
+        return {**record, "answer": choose(wrong)}, target
+    if kind == "given":
+        answer = record.get("alternate")
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(f"{where}: 'alternate' must be a non-empty string, the second answer, got {answer!r}")
+        if "question" not in record and "text" in record:
+            return {"text": answer, "_where": where}, target
+    else:
+        answer = choose(REFUSALS)
+    target = "answer" if target in ("letter", "number") else target
+    if "question" in record:
+        return {"prompt": question_prompt(record), "completion": answer, "_where": where}, target
+    if "text" in record:
+        raise ValueError(f"{where}: a text line asks nothing that could be refused: use prompt + completion lines")
+    if "prompt" in record:
+        return {**record, "completion": answer}, target
+    messages = list(record["messages"])
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+    if last is None:
+        raise ValueError(f"{where}: no assistant message to learn from")
+    return {**record, "messages": [*messages[:last], {**messages[last], "content": answer}]}, target
+
+
+def check_lengths(samples: Sequence[Sample], max_length: int | None, names: Sequence[str] | None = None) -> None:
+    """ValueError that names the samples longer than `max_length` tokens, by `names` or by their place."""
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    long = [i for i, length in enumerate(lengths) if max_length is not None and length > max_length]
+    if long:
+        shown = ", ".join(f"{names[i] if names else f'sample {i}'} ({lengths[i]} tokens)" for i in long[:3])
+        more = f" and {len(long) - 3} more" if len(long) > 3 else ""
+        raise ValueError(
+            f"longer than max_length={max_length}: {shown}{more}. Shorten them, or raise max_length if the model has "
+            "more positions: nothing is cut"
+        )
+
+
+def check_labels(samples: Sequence[Sample], names: Sequence[str] | None = None) -> None:
+    """ValueError that names the first sample without a loss, by `names` or by its place."""
+    for i, sample in enumerate(samples):
+        if not bool((sample["labels"][1:] != IGNORE).any()):
+            name = names[i] if names else f"sample {i}"
+            raise ValueError(f"{name}: no token after its first has a label, so it has no loss")
+
+
+def _encode_one(record: Mapping, tokenizer: Any, target: str) -> Sample:
+    text, spans, special = _text_and_spans(record, tokenizer, target)
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special, truncation=False)
+    input_ids = torch.tensor(encoded["input_ids"], dtype=torch.long)
+    if spans is None:
+        return {"input_ids": input_ids, "labels": input_ids.clone()}
+    # a token counts if it shares a character with a span; an empty offset is a special token
+    counts = [
+        end > start and any(start < stop and end > first for first, stop in spans)
+        for start, end in encoded["offset_mapping"]
+    ]
+    labels = torch.where(torch.tensor(counts, dtype=torch.bool), input_ids, IGNORE)
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def _text_and_spans(record: Mapping, tokenizer: Any, target: str) -> tuple[str, list[tuple[int, int]] | None, bool]:
+    """The text, the character spans that count (None: all), and whether the tokenizer adds special tokens."""
+    where = record["_where"]
+    if "question" in record:
+        prompt, letter = question_prompt(record), LETTERS[record["answer"]]
+        text = f"{prompt} {letter}. {record['choices'][record['answer']]}"
+        answer, special = [(len(prompt) + 1, len(text))], True
+    elif "text" in record:
+        text, answer, special = record["text"], None, True
+    elif "prompt" in record:
+        prompt, completion = record["prompt"], record["completion"]
+        text = prompt + completion if prompt[-1].isspace() or completion[0].isspace() else f"{prompt} {completion}"
+        answer, special = [(len(text) - len(completion.lstrip()), len(text))], True
+    else:
+        text, answer, special = *_chat(record, tokenizer), False
+    if target == "all":
+        return text, None, special
+    if target == "number":
+        numbers = list(re.finditer(r"\d+", text))
+        if not numbers:
+            raise ValueError(f"{where}: target='number' but there is no digit in {text[:80]!r}")
+        return text, [numbers[-1].span()], special
+    if target == "letter":
+        if "question" not in record:
+            raise ValueError(f"{where}: target='letter' needs question lines, got {sorted(set(record) - {'_where'})}")
+        return text, [(answer[0][0], answer[0][0] + 1)], special
+    if answer is None:
+        raise ValueError(f"{where}: target='answer' does not apply to a text line: use 'all' or 'number'")
+    return text, answer, special
+
+
+def _chat(record: Mapping, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The chat as the tokenizer's template writes it, and the spans of the assistant's turns."""
+    where, messages = record["_where"], record["messages"]
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"{where}: 'messages' need a tokenizer with a chat template; use prompt + completion")
+
+    def written(part: list[dict], **options: bool) -> str:
+        try:
+            return tokenizer.apply_chat_template(part, tokenize=False, **options)
+        except Exception as error:  # whatever the template's own code raises
+            raise ValueError(f"{where}: the tokenizer's chat template does not take these messages: {error}") from error
+
+    text = written(messages)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, after = written(messages[:i], add_generation_prompt=True), written(messages[: i + 1])
+            if not (text.startswith(before) and text.startswith(after.rstrip())):
+                raise ValueError(f"{where}: this chat template rewrites earlier turns; use prompt + completion")
+            spans.append((len(before), len(after)))
+    if not spans:
+        raise ValueError(f"{where}: no assistant message to learn from")
+    return text, spans
+
+
+def as_samples(samples: Iterable[Any]) -> list[Sample]:
+    """Samples, or padded Hugging Face batches (input_ids, labels, attention_mask of shape (B, T)), to samples.
+
+    Padding is dropped by the attention mask, so it can have no part in anything. A batch without labels takes its
+    input_ids for labels. Left and right padding are both understood; a hole in the mask is refused.
+    """
+    if isinstance(samples, Mapping):
+        samples = [samples]
+    result: list[Sample] = []
+    for number, item in enumerate(samples):
+        if not isinstance(item, Mapping) or "input_ids" not in item:
+            raise TypeError(f"sample {number}: got {type(item).__name__}, expected a mapping with input_ids and labels")
+        input_ids = torch.as_tensor(item["input_ids"])
+        labels = torch.as_tensor(item["labels"]) if item.get("labels") is not None else input_ids
+        mask = item.get("attention_mask")
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool()
+        for name, tensor in (("labels", labels), ("attention_mask", mask)):
+            if tensor.shape != input_ids.shape:
+                raise ValueError(
+                    f"sample {number}: {name} {tuple(tensor.shape)} and input_ids {tuple(input_ids.shape)} differ"
+                )
+        if input_ids.dim() == 1:
+            rows = [(input_ids, labels, mask)]
+        elif input_ids.dim() == 2:
+            rows = list(zip(input_ids, labels, mask))
+        else:
+            raise ValueError(f"sample {number}: input_ids of shape {tuple(input_ids.shape)}, expected (T,) or (B, T)")
+        for ids, label, kept in rows:
+            kept = torch.nonzero(kept).flatten()
+            if len(kept) == 0 or int(kept[-1] - kept[0]) + 1 != len(kept):
+                raise ValueError(
+                    f"sample {number}: its attention mask is empty or has a hole, which packing cannot keep"
+                )
+            inside = slice(int(kept[0]), int(kept[-1]) + 1)  # a view: no copy of the data set
+            result.append({"input_ids": ids[inside].long(), "labels": label[inside].long()})
+    if not result:
+        raise ValueError("no samples: expected at least one")
+    return result
+
+
+def with_alternates(batch: Any) -> tuple[list[Sample], list[Sample] | None]:
+    """`as_samples` of samples or padded batches, and of their alternates in the same order (None where none has one).
+
+    An item holds its alternate, of its own form, under "alternate"; {"original": ..., "alternate": ...} is understood
+    too. ValueError if only some have one, or if the numbers of samples differ.
+    """
+    items = [batch] if isinstance(batch, Mapping) else list(batch)
+    originals = [item.get("original", item) if isinstance(item, Mapping) else item for item in items]
+    samples = as_samples(originals)
+    others = [item.get("alternate") if isinstance(item, Mapping) else None for item in items]
+    if all(other is None for other in others):
+        return samples, None
+    if any(other is None for other in others):
+        raise ValueError(f"sample {[o is None for o in others].index(True)} has no alternate, and others have one")
+    alternates = as_samples(others)
+    if len(alternates) != len(samples):
+        raise ValueError(f"{len(samples)} samples with {len(alternates)} alternates: expected one alternate a sample")
+    return samples, alternates

@@ -1,0 +1,1 @@
+"""Knowledge density: whose gradients, how measured, which blocks."""

@@ -1,0 +1,135 @@
+"""Mixtures of experts whose weights are stacked in 3-D parameters, as transformers 5 has them.
+
+For the time of a measurement these modules run by `experts_forward`, under a name in transformers' experts interface.
+It puts each expert's rows together, in token order and hence sample after sample, so that one expert's part in one
+sample is one segment of rows: E * B segments, most of them short, some empty.
+
+Index letters: E experts, B samples, T tokens, S = T * top_k rows (one for each token and expert), D, I sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kunbr_fast.data import PackedBatch
+from kunbr_fast.density.taps import Part, Segments, Taps
+from kunbr_fast.model.compat import ALL_EXPERTS_FUNCTIONS
+from kunbr_fast.model.decoder import Decoder
+
+IMPLEMENTATION = "kunbr_density"
+_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+
+# What a measurement watches, by module; empty outside of `watched`. The interface hands over the module alone.
+_watching: dict[nn.Module, tuple[Taps, Any, torch.Tensor]] = {}
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers' `use_experts_implementation` made it, and each of its own parameters is known."""
+    known = {*_WEIGHTS, *(f"{name}_bias" for name in _WEIGHTS)}
+    own = dict(module.named_parameters(recurse=False))
+    return all(hasattr(module, flag) for flag in _FLAGS) and bool(own) and own.keys() <= known
+
+
+def out_features(module: nn.Module) -> dict[str, int]:
+    """{weight: N}, of each expert."""
+    return {
+        name: parameter.shape[2 if module.is_transposed else 1]
+        for name, parameter in module.named_parameters(recurse=False)
+        if name in _WEIGHTS
+    }
+
+
+def experts_forward(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """hidden_states (T, D), top_k_index and top_k_weights (T, top_k) -> (T, D), as the module's own forward."""
+    taps, item, sample = _watching.get(module, (None, None, torch.zeros_like(top_k_index[:, 0])))
+    num_samples = 1 if taps is None else len(taps.segments.lengths)
+    chosen, order = top_k_index.reshape(-1).sort(stable=True)
+    token = order // top_k_index.shape[1]
+    counts = torch.bincount(chosen * num_samples + sample[token], minlength=module.num_experts * num_samples)
+    lengths = counts.tolist()
+    segments = Segments(lengths, F.pad(counts.cumsum(0), (1, 0)))
+    rows = [sum(lengths[e * num_samples : (e + 1) * num_samples]) for e in range(module.num_experts)]
+
+    def product(x: torch.Tensor, name: str) -> torch.Tensor:
+        weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None)
+        parts = [
+            F.linear(part, weight[e].t() if module.is_transposed else weight[e], None if bias is None else bias[e])
+            for e, part in enumerate(x.split(rows))
+            if len(part)
+        ]
+        y = torch.cat(parts)
+        if taps is None or not y.requires_grad:
+            return y
+        return taps.tap(Part(item, segments, (name, f"{name}_bias")), x, [y])[0]
+
+    if taps is not None:
+        taps.enter(item)
+    y = product(hidden_states[token], "gate_up_proj" if module.has_gate else "up_proj")
+    y = product(module._apply_gate(y) if module.has_gate else module.act_fn(y), "down_proj")
+    if module.has_post_expert_norm:
+        y = module.post_expert_norm(y)
+    y = y * top_k_weights.reshape(-1)[order, None]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return y[back].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
+
+
+if ALL_EXPERTS_FUNCTIONS is not None:
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+@contextlib.contextmanager
+def watched(items: Sequence[Any], taps: Taps, batch: PackedBatch) -> Iterator[None]:
+    """Inside, the experts modules of `items` run by `experts_forward` and their products are tapped."""
+    before = [(item.module.config, item.module.config._experts_implementation) for item in items]
+    whole = len(taps.segments.lengths) == 1
+    sample = torch.zeros_like(batch.input_ids) if whole else batch.sample_of_token
+    try:
+        for item in items:
+            item.module.config._experts_implementation = IMPLEMENTATION
+            _watching[item.module] = (taps, item, sample)
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation = implementation
+        for item in items:
+            _watching.pop(item.module, None)
+
+
+@torch.no_grad()
+def check(decoder: Decoder, items: Sequence[Any]) -> None:
+    """Compares `experts_forward` with each module's own forward, on the decoder's probe samples.
+
+    ValueError with the module's path where they differ by more than rounding, or where the experts are spread over
+    processes.
+    """
+    paths = {item.module: item.path for item in items}
+
+    def compare(module: nn.Module, args: tuple, kwargs: dict, theirs: torch.Tensor) -> None:
+        ours = experts_forward(module, *args, **kwargs)
+        error, size = float((ours - theirs).double().norm()), float(theirs.double().norm())
+        if not error <= decoder.rounding * size:
+            raise ValueError(
+                f"{paths[module]}: {type(module).__name__} does something to its experts that kunbr_fast does not "
+                f"know: its output differs from ours by {error:.1e} (of {size:.1e})"
+            )
+
+    for item in items:
+        if getattr(item.module, "_is_expert_parallel", False):
+            raise ValueError(f"{item.path}: its experts are spread over processes: load the model in one process")
+    hooks = [item.module.register_forward_hook(compare, with_kwargs=True) for item in items]
+    try:
+        if items:
+            decoder.logits(decoder.probe)
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,219 @@
+"""Kinds of layers: from a layer's input and the gradient of its output to statistics of its weights' gradients.
+
+Index letters: B segments (samples), R rows, N out features, K in features, E experts (1 for a plain layer),
+M tiles of output rows that a matrix has, m those that are sampled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from kunbr_fast.density.experts import is_experts, out_features
+from kunbr_fast.density.taps import Part
+from kunbr_fast.kernels.grad_density import op as operators
+
+TILE = 16  # output rows of a weight that are sampled together
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The sampled output rows of a matrix (of each expert's matrix), in tiles of 16; the last one may be shorter."""
+
+    count: int  # M
+    rows: torch.Tensor  # (E, m, 16) int64; where a tile is shorter its places repeat the last row
+    inside: torch.Tensor  # (E, m, 16) bool, False at those places
+
+    @classmethod
+    def choose(
+        cls, out_features: int, experts: int, fraction: float, generator: torch.Generator, device: torch.device
+    ) -> Tiles:
+        """round(fraction * M) tiles without replacement, 2 at least (1 where M is 1)."""
+        count = -(-out_features // TILE)
+        number = min(count, max(2, round(fraction * count)))
+        chosen = torch.stack([torch.randperm(count, generator=generator)[:number].sort()[0] for _ in range(experts)])
+        rows = (chosen[:, :, None] * TILE + torch.arange(TILE)).to(device)
+        return cls(count, rows.clamp(max=out_features - 1), rows < out_features)
+
+    @property
+    def scale(self) -> float:
+        return self.count / self.rows.shape[1]
+
+    def take(self, part: Part) -> torch.Tensor:
+        """The sampled columns of the part's dy: (R, m * 16), in each row those of the row's own expert."""
+        if len(self.rows) == 1:
+            return part.dy.index_select(1, self.rows.flatten())
+        lengths = part.segments.cu_seqlens.diff().view(len(self.rows), -1).sum(1)
+        return part.dy.gather(1, self.rows.flatten(1).repeat_interleave(lengths, 0, output_size=len(part.dy)))
+
+    def totals(self, by_row: torch.Tensor) -> torch.Tensor:
+        """(E, B, m * 16), a statistic of each sampled row, to (E, m, B), that of each tile."""
+        by_row = by_row.unflatten(2, self.rows.shape[1:])
+        return torch.where(self.inside[:, None], by_row, 0.0).sum(3).transpose(1, 2)
+
+    def variance(self, totals: torch.Tensor) -> torch.Tensor:
+        """(E, m) totals -> (E,), the variance of scale * totals.sum(1): sampling without replacement, M of m tiles."""
+        number = totals.shape[1]
+        if number == self.count:
+            return torch.zeros(len(totals), dtype=torch.float64)
+        return totals.var(1) * (self.count**2 * (1 - number / self.count) / number)
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """statistic: one that the kernels know (grad_l1, grad_l2sq, grad_linf); tiles: by weight path, if sampled."""
+
+    statistic: str
+    impl: str = "auto"
+    tiles: Mapping[str, Tiles] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """values(parts, how): for each part {parameter: (E, B) float64}, each sample's statistic of its gradient, or
+    (E, m, B), each sampled tile's; the parts share x. gradient(part, how): {parameter: (E, ...)}, the gradient summed
+    over all rows (its layout does not matter; sampled rows (E, m * 16, K)). out_features(module): {weight: N} for the
+    weights that can be sampled. shares_input: parts with the same input are measured in one call.
+    """
+
+    matches: Callable[[nn.Module], bool]
+    values: Callable[[list[Part], How], list[dict[str, torch.Tensor]]]
+    gradient: Callable[[Part, How], dict[str, torch.Tensor]]
+    out_features: Callable[[nn.Module], dict[str, int]] = lambda module: {}
+    shares_input: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """A module, and those of its own parameters that count."""
+
+    module: nn.Module
+    kind: LayerKind
+    path: str
+    layer: int
+    parameters: tuple[str, ...]
+    experts: int | None = None
+
+    def names(self, parameter: str) -> list[str]:
+        """One name for each matrix: "path.weight", or "path.weight[0]", "path.weight[1]", ... for experts."""
+        name = f"{self.path}.{parameter}"
+        return [name] if self.experts is None else [f"{name}[{e}]" for e in range(self.experts)]
+
+
+def norm_of(x: torch.Tensor, statistic: str) -> torch.Tensor:
+    """(..., n) -> (...) float64: the statistic over the last dimension. A sum has no temporary as large as x."""
+    out = torch.zeros(x.shape[:-1], dtype=torch.float64, device=x.device)
+    for part in x.split(1 << 16, -1):
+        if statistic == "grad_l1":
+            out += part.abs().sum(-1, dtype=torch.float64)
+        elif statistic == "grad_l2sq":
+            out += part.double().square().sum(-1)
+        else:
+            out = torch.maximum(out, part.abs().amax(-1).double())
+    return out
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# ---------------------------------------------------------------- matrix products: plain layers and experts
+
+
+def _product_values(parts: list[Part], how: How) -> list[dict[str, torch.Tensor]]:
+    segments = parts[0].segments
+    tiles = [how.tiles.get(f"{part.item.path}.{part.names[0]}") for part in parts]
+    found = operators.grad_density(
+        parts[0].x,
+        [part.dy if tile is None else tile.take(part) for part, tile in zip(parts, tiles)],
+        segments.cu_seqlens,
+        max_seqlen=segments.longest,
+        statistics=(how.statistic,),
+        along="row" if how.tiles else None,
+        impl=how.impl,
+    )
+    out = []
+    for part, tile, values in zip(parts, tiles, found):
+        weight, bias = part.names
+        by_expert = values[how.statistic].unflatten(0, (part.item.experts or 1, -1))
+        of = {weight: by_expert if tile is None else tile.totals(by_expert)}
+        if bias in part.item.parameters:
+            sums = torch.stack([rows.sum(0, dtype=_wide(rows)) for rows in part.dy.split(segments.lengths)])
+            of[bias] = norm_of(sums, how.statistic).unflatten(0, (part.item.experts or 1, -1))
+        out.append(of)
+    return out
+
+
+def _product_gradient(part: Part, how: How) -> dict[str, torch.Tensor]:
+    weight, bias = part.names
+    tile = how.tiles.get(f"{part.item.path}.{weight}")
+    lengths, wide = part.segments.lengths, _wide(part.x)  # one segment for each expert
+    dy = part.dy if tile is None else tile.take(part)
+    pairs = zip(dy.split(lengths), part.x.split(lengths))
+    out = {weight: torch.stack([a.t().to(wide) @ b.to(wide) for a, b in pairs])}
+    if bias in part.item.parameters:
+        out[bias] = torch.stack([rows.sum(0, dtype=wide) for rows in part.dy.split(lengths)])
+    return out
+
+
+# ---------------------------------------------------------------- small modules: norms and routers
+
+
+def _small_gradient(part: Part, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+    """By autograd through the module alone, on some of its rows: for modules with little to compute."""
+    module = part.item.module
+    names, parameters = zip(*module.named_parameters(recurse=False))
+    with torch.enable_grad():
+        copies = {name: p.detach().requires_grad_() for name, p in zip(names, parameters)}
+        outputs = torch.func.functional_call(module, copies, (part.x[rows],))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(outputs[place], dy) for place, dy in zip(part.places, part.dys) if dy is not None]
+        pairs = [(y, dy[rows].reshape(y.shape)) for y, dy in pairs if y.requires_grad]
+        grads = torch.autograd.grad(
+            [y for y, _ in pairs],
+            list(copies.values()),
+            [dy for _, dy in pairs],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    return {name: grad.flatten()[None] for name, grad in zip(names, grads)}
+
+
+def _small_values(parts: list[Part], how: How) -> list[dict[str, torch.Tensor]]:
+    out = []
+    for part in parts:
+        ends = [0]
+        for length in part.segments.lengths:
+            ends.append(ends[-1] + length)
+        grads = [_small_gradient(part, slice(a, b)) for a, b in zip(ends, ends[1:])]
+        out.append({name: torch.stack([norm_of(g[name], how.statistic) for g in grads], 1) for name in grads[0]})
+    return out
+
+
+def _is_norm(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    return type(module).__name__.endswith("Norm") and bool(own) and all(p.dim() == 1 for p in own)
+
+
+def _is_router(module: nn.Module) -> bool:
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return "Router" in type(module).__name__ and weight is not None and weight.dim() == 2
+
+
+# A subclass of nn.Linear may compute something else (LoRA, 4-bit weights): only the exact types are known.
+LAYER_KINDS: dict[str, LayerKind] = {
+    "linear": LayerKind(
+        lambda m: type(m) in (nn.Linear, Conv1D),
+        _product_values,
+        _product_gradient,
+        lambda m: {"weight": m.weight.shape[1 if isinstance(m, Conv1D) else 0]},
+        shares_input=True,
+    ),
+    "norm": LayerKind(_is_norm, _small_values, lambda part, how: _small_gradient(part)),
+    "router": LayerKind(_is_router, _small_values, lambda part, how: _small_gradient(part)),
+    "experts": LayerKind(is_experts, _product_values, _product_gradient, out_features),
+}

@@ -1,0 +1,356 @@
+"""Knowledge density: how much each layer's weights would move for the forget set.
+
+    K_l = mean over samples of || dL(sample)/dW_l ||_1          (reduction="sample", the paper's)
+    K_l = || mean over samples of dL(sample)/dW_l ||_1          (reduction="mean", the norm of the mean gradient)
+
+where L(sample) is the mean NLL over the sample's labelled tokens. Nothing is updated. Here are what can be asked for, the
+result (`Density`), and how it is made of the gradients' norms and products; `gradients` has the passes that read those.
+
+Other statistics of the same gradients stand beside the L1 norm: Fisher information, its ratio and the gradients' cosine
+between forget and retain set, and SLUG's importance. `attribution` has scores of single weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from kunbr_fast.data import Sample
+from kunbr_fast.density.layer_kinds import How, Watched, norm_of
+from kunbr_fast.density.passes import (
+    MODULES,
+    Measurement,
+    check_values,
+    checked_samples,
+    choose_tiles,
+    inner_product,
+    num_weights,
+    watch_list,
+)
+from kunbr_fast.files.atomic import write_json
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.layer_stream import visit
+from kunbr_fast.parallel.group import ALONE, Group
+
+NORMS = ("grad_l1", "grad_l2", "grad_l2sq", "grad_linf", "grad_mean_abs")
+STATISTICS = (*NORMS, "fisher", "fisher_ratio", "cosine", "slug")
+SAMPLED_STATISTICS = ("grad_l1", "grad_l2sq", "grad_mean_abs", "fisher")
+REDUCTIONS = ("sample", "mean")
+NO_SHARES = ("fisher_ratio", "cosine", "slug")  # no sums over weights: a layer has no share of a total
+_OWN_REDUCTION = {"fisher": "sample", "fisher_ratio": "sample", "cosine": "mean", "slug": "mean"}
+_MEASURED_AS = {"grad_mean_abs": "grad_l1", "fisher": "grad_l2sq", "fisher_ratio": "grad_l2sq", "slug": "grad_l2"}
+_RETAIN = {"fisher_ratio": "needed", "cosine": "needed", "slug": "taken"}
+
+
+# ---------------------------------------------------------------- result
+
+
+@dataclasses.dataclass(frozen=True)
+class Density:
+    """Knowledge density of each layer, un-normalised.
+
+    per_layer: float64 (H,), the expected norm of the gradient of the layer's weights taken together (grad_l1: nats
+    per unit of weight, summed over weights); per_module: of one parameter each, by its path, such as
+    "model.layers.3.mlp.up_proj.weight", or "model.layers.3.mlp.experts.down_proj[5]" for the matrix of one expert;
+    num_weights: (H,) int64, how many weights each entry of per_layer is about; num_samples: how many samples the
+    expectation is over. sample_fraction: of the tiles of output rows that were measured, None for all of them, and
+    standard_error: float64 (H,), of per_layer as an estimate from that part (None: nothing was sampled). alignment:
+    float64 (H,), beside SLUG's importance the cosine of the layers' mean forget and retain gradients (None: no retain set).
+    """
+
+    per_layer: torch.Tensor
+    per_module: dict[str, float]
+    num_weights: torch.Tensor
+    num_samples: int
+    modules: str = "mlp"
+    statistic: str = "grad_l1"
+    reduction: str = "sample"
+    sample_fraction: float | None = None
+    standard_error: torch.Tensor | None = None
+    alignment: torch.Tensor | None = None
+
+    @property
+    def normalized(self) -> torch.Tensor:
+        """(H,) float64 that sums to 1: `per_layer / per_layer.sum()`."""
+        if self.statistic in NO_SHARES:
+            raise ValueError(f"{self.statistic} is no sum over weights, so no layer has a share of it: use per_layer")
+        total = self.per_layer.sum()
+        if not total > 0:
+            raise ValueError("every layer's density is zero: the loss does not depend on these weights")
+        return self.per_layer / total
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["per_module"] = {k: v if math.isfinite(v) else None for k, v in self.per_module.items()}
+        return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Density:
+        later = dict.fromkeys(("sample_fraction", "standard_error", "alignment"))  # earlier versions' files have none
+        values = {f.name: (later | values)[f.name] for f in dataclasses.fields(cls)}
+        values["per_module"] = {k: math.inf if v is None else v for k, v in values["per_module"].items()}
+        for name in ("per_layer", "standard_error", "alignment"):
+            if name == "per_layer" or values[name] is not None:
+                values[name] = torch.tensor(values[name], dtype=torch.float64)
+        values["num_weights"] = torch.tensor(values["num_weights"], dtype=torch.int64)
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON, atomically. Floats survive the round trip exactly."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Density:
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a density file written by Density.save ({error})") from error
+
+
+# ---------------------------------------------------------------- the measurement
+
+
+def knowledge_density(
+    model: nn.Module | Decoder,
+    samples: Iterable[Any],
+    modules: str = "mlp",
+    statistic: str = "grad_l1",
+    reduction: str | None = None,
+    *,
+    retain: Iterable[Any] | None = None,
+    batch_tokens: int = 2048,
+    gradient_checkpointing: bool | None = None,
+    sample_fraction: float | None = None,
+    sample_seed: int = 0,
+    activations: str = "auto",
+    directory: str | Path | None = None,
+    impl: str = "auto",
+    progress: bool = False,
+    group: Group = ALONE,
+) -> Density:
+    """Knowledge density of every layer for `samples` (usually the forget set), or another statistic of its gradients.
+
+    samples: `{"input_ids": (T,), "labels": (T,)}` mappings, or padded Hugging Face batches (taken apart by their
+    attention mask; a batch-mean loss plays no part: each sample's own mean NLL is differentiated).
+    modules: `mlp` (weight matrices of the layer outside attention, experts and routers among them), `attention` (those
+    within), `norms` (norm weights), or `all` (every parameter of the layer, biases too).
+    statistic of the gradient g of a parameter, or of all the layer's parameters (n of them, of values w) together:
+        grad_l1, grad_mean_abs      sum|g|, and sum|g| / n
+        grad_l2sq, grad_l2          sum g^2, and its root
+        grad_linf                   max|g|
+        fisher                      E_samples sum g^2: the diagonal Fisher information's trace, with one sample's mean NLL
+                                    as the log-likelihood. Where that is taken to be the sum over the sample's R labelled
+                                    tokens, a sample counts R^2 times as much; token-wise forms square each token's
+                                    gradient, and forms from batch gradients the mean of several samples'
+        fisher_ratio                fisher of `samples` / fisher of `retain`
+        cosine                      g_f . g_r / (|g_f| |g_r|), of the mean gradients of `samples` and `retain`; 0 where
+                                    one of them is 0
+        slug                        |g_f|_2 / |w|_2, of the mean gradient: the layer importance of SLUG (arXiv
+                                    2407.11867), whose other axis, with `retain`, is |alignment| (`blocks.pareto_front`)
+    reduction: `sample`, the mean over samples of each one's statistic (memory does not grow with the number of
+    samples); `mean`, the statistic of the mean gradient (holds one fp32 gradient of the chosen weights, and none if
+    all samples fit one batch). None: `mean` for cosine and slug, which have no other, else `sample`.
+    retain: a second set in the form of `samples`, for fisher_ratio, cosine and slug. Cosine and alignment hold one fp32
+    gradient of the chosen weights, and a second one where `retain` does not fit one batch.
+    batch_tokens: tokens of one packed forward and backward pass; where memory runs out, fewer, with the same result.
+    gradient_checkpointing: keep only each layer's input for the backward pass and run the layer again; None: if the
+    model has it enabled. The result is the same.
+    sample_fraction: an unbiased estimate of grad_l1, grad_mean_abs, grad_l2sq or fisher from about this part of each
+    matrix's output rows, in tiles of 16, chosen without replacement by `sample_seed`, at least two a matrix and the same
+    for all samples; vectors and routers are measured whole. `standard_error` is about the choice of tiles, not about
+    that of the samples.
+    activations, directory: of a streamed model each layer is read once on the way up and once on the way down for all
+    samples together; where their activations wait between two layers (layers x tokens x hidden size), as in `PrefixCache`.
+    group: processes that call this together, with the same arguments (`distributed.joined`): each measures its part of
+    the samples, and all have the whole result. With reduction="mean" they sum their gradients of the chosen weights.
+
+    Equivalent, at H forward and backward passes' price for one sample at a time:
+        for s in samples: loss(model, s).backward(); K += model.layers[l].weight.grad.abs().sum(); zero_grad()
+
+    Leaves no gradient, hook or changed flag behind. In a ratio 0 / 0 counts 0. Errors: ValueError with the module path
+    for a module of no known kind, a tied weight, a sample without a labelled token, a gradient that is not finite, or a
+    layer whose divisor is 0.
+    """
+    reduction = _check_settings(modules, statistic, reduction, retain, sample_fraction)
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    samples = checked_samples(samples, "sample")
+    if retain is not None:
+        retain = checked_samples(retain, "retain sample")
+    watched = watch_list(decoder, modules)
+    tiles = {} if sample_fraction is None else choose_tiles(watched, sample_fraction, sample_seed, decoder.device)
+    norm = _MEASURED_AS.get(statistic, statistic)
+    how = How("grad_l2sq" if norm in ("grad_l2", "cosine") else norm, impl, tiles)
+    measurement = Measurement(
+        decoder, watched, how, batch_tokens, gradient_checkpointing, activations, directory, group
+    )
+
+    def density_of(samples: Sequence[Sample]) -> Density:
+        sums = measurement.norms(samples, norm, reduction, bar)
+        per_layer, per_module, variance = sums.means(len(samples) if reduction == "sample" else 1)
+        return Density(
+            per_layer,
+            per_module,
+            num_weights(decoder, watched),
+            len(samples),
+            modules,
+            norm,
+            reduction,
+            sample_fraction,
+            None if sample_fraction is None else variance.sqrt(),
+        )
+
+    with measurement.ready(len(samples) + len(retain or ()), progress) as bar:
+        if retain is not None and reduction == "mean":
+            products = _InnerProducts(measurement, samples, retain, bar)
+            density = products.cosine(modules) if statistic == "cosine" else products.importance(modules)
+        else:
+            density = density_of(samples)
+        if statistic == "fisher_ratio":
+            density = _quotient(density, density_of(retain), "the retain set's Fisher information")
+    if statistic == "slug":
+        density = _quotient(density, _weight_norms(decoder, watched), "the norm of its weights")
+    if statistic == "grad_mean_abs":
+        density = _per_weight(density, watched)
+    return dataclasses.replace(density, statistic=statistic)
+
+
+def _check_settings(
+    modules: str, statistic: str, reduction: str | None, retain: Any, sample_fraction: float | None
+) -> str:
+    """The reduction; ValueError for settings that are unknown or do not go together."""
+    own = _OWN_REDUCTION.get(statistic)
+    reduction = own or "sample" if reduction is None else reduction
+    for name, value, known in (
+        ("modules", modules, MODULES),
+        ("statistic", statistic, STATISTICS),
+        ("reduction", reduction, REDUCTIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
+    if own not in (None, reduction):
+        what = "the mean gradient" if own == "mean" else "each sample's gradient"
+        raise ValueError(f"reduction={reduction!r}: {statistic} is of {what}; leave reduction out, or set {own!r}")
+    if retain is None and _RETAIN.get(statistic) == "needed":
+        raise ValueError(f"statistic={statistic!r} compares with a retain set: give retain=samples to keep")
+    if retain is not None and statistic not in _RETAIN:
+        raise ValueError(f"statistic={statistic!r} takes no retain set (only {', '.join(_RETAIN)} do): leave it out")
+    if sample_fraction is not None:
+        if not 0 < sample_fraction <= 1:
+            raise ValueError(f"sample_fraction={sample_fraction}: expected above 0 and at most 1")
+        if statistic not in SAMPLED_STATISTICS:
+            raise ValueError(
+                f"sample_fraction with statistic={statistic!r}: only a sum over weights has an unbiased estimate from "
+                f"a part of them; choose one of {', '.join(SAMPLED_STATISTICS)}"
+            )
+    return reduction
+
+
+# ---------------------------------------------------------------- statistics made of others
+
+
+class _InnerProducts:
+    """Of the mean gradients of two sets: forget . retain, forget . forget and retain . retain, of each matrix."""
+
+    def __init__(self, measurement: Measurement, forget: Sequence[Sample], retain: Sequence[Sample], bar: tqdm):
+        self._decoder, self._watched = measurement.decoder, measurement.watched
+        self._num_forget = len(forget)
+        held: dict[str, torch.Tensor] = {}
+        found: dict[str, torch.Tensor] = {}
+
+        def against(path: str, b: torch.Tensor) -> None:
+            a = held.pop(path, None)
+            a = torch.zeros_like(b) if a is None else a
+            found[path] = torch.stack([inner_product(a, b), inner_product(a, a), inner_product(b, b)])
+
+        measurement.gradients(forget, held.__setitem__, bar)
+        measurement.gradients(retain, against, bar)
+        for path in list(held):  # of modules that the retain set does not reach
+            against(path, torch.zeros_like(held[path]))
+        scale = [1.0 / (len(forget) * len(retain)), 1.0 / len(forget) ** 2, 1.0 / len(retain) ** 2]
+        names, layers, rows = [], [], []
+        for item in self._watched:
+            for parameter in item.parameters:
+                own = item.names(parameter)
+                zeros = torch.zeros(3, len(own), dtype=torch.float64)
+                names, layers = names + own, layers + [item.layer] * len(own)
+                rows.append(found.get(f"{item.path}.{parameter}", zeros).cpu())
+        by_module = torch.cat(rows, 1) * torch.tensor(scale, dtype=torch.float64)[:, None]
+        by_layer = torch.zeros(3, self._decoder.num_layers, dtype=torch.float64)
+        self._by_layer = by_layer.index_add_(1, torch.tensor(layers), by_module)
+        self._names, self._by_module = names, by_module
+        check_values(self._decoder, dict(zip(names, by_module.abs().sum(0).tolist())))
+
+    @staticmethod
+    def _cosine(products: torch.Tensor) -> torch.Tensor:
+        dot, forget, retain = products
+        return torch.where((forget > 0) & (retain > 0), dot / (forget.sqrt() * retain.sqrt()), 0.0).clamp(-1.0, 1.0)
+
+    def cosine(self, modules: str) -> Density:
+        return self._density(self._cosine(self._by_layer), self._cosine(self._by_module), modules)
+
+    def importance(self, modules: str) -> Density:
+        """The norms of the forget gradients, with the cosines for `alignment`."""
+        density = self._density(self._by_layer[1].sqrt(), self._by_module[1].sqrt(), modules)
+        return dataclasses.replace(density, alignment=self._cosine(self._by_layer))
+
+    def _density(self, per_layer: torch.Tensor, per_module: torch.Tensor, modules: str) -> Density:
+        return Density(
+            per_layer,
+            dict(zip(self._names, per_module.tolist())),
+            num_weights(self._decoder, self._watched),
+            self._num_forget,
+            modules,
+            reduction="mean",
+        )
+
+
+def _weight_norms(decoder: Decoder, watched: list[Watched]) -> Density:
+    """The L2 norms of the weights themselves."""
+    per_module: dict[str, float] = {}
+    per_layer = torch.zeros(decoder.num_layers, dtype=torch.float64)
+    for layer in visit(decoder, dict.fromkeys(item.layer for item in watched)):
+        for item in watched:
+            for parameter in item.parameters if item.layer == layer else ():
+                weight = getattr(item.module, parameter).detach()
+                squares = norm_of(weight.reshape(item.experts or 1, -1), "grad_l2sq").cpu()
+                per_module.update(zip(item.names(parameter), squares.sqrt().tolist()))
+                per_layer[item.layer] += squares.sum()
+    return Density(per_layer.sqrt(), per_module, num_weights(decoder, watched), 1)
+
+
+def _quotient(density: Density, divisor: Density, what: str) -> Density:
+    """density / divisor, layer by layer and matrix by matrix; 0 / 0 is 0."""
+    for layer, (value, by) in enumerate(zip(density.per_layer.tolist(), divisor.per_layer.tolist())):
+        if by == 0 and value != 0:
+            raise ValueError(f"layer {layer}: {what} is 0, so there is no quotient: choose other modules")
+    per_module = {
+        path: 0.0 if value == 0 else math.inf if divisor.per_module[path] == 0 else value / divisor.per_module[path]
+        for path, value in density.per_module.items()
+    }
+    per_layer = torch.where(density.per_layer == 0, 0.0, density.per_layer / divisor.per_layer)
+    return dataclasses.replace(density, per_layer=per_layer, per_module=per_module)
+
+
+def _per_weight(density: Density, watched: list[Watched]) -> Density:
+    """density / number of weights."""
+    sizes = {
+        name: getattr(item.module, parameter).numel() // (item.experts or 1)
+        for item in watched
+        for parameter in item.parameters
+        for name in item.names(parameter)
+    }
+    count = density.num_weights.clamp(min=1)
+    return dataclasses.replace(
+        density,
+        per_layer=density.per_layer / count,
+        per_module={name: value / sizes[name] for name, value in density.per_module.items()},
+        standard_error=None if density.standard_error is None else density.standard_error / count,
+    )

@@ -1,0 +1,127 @@
+"""Models and tokenizers from local directories: safetensors only, no remote code, nothing filled in silently."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from kunbr_fast.files.atomic import os_errors
+from kunbr_fast.files.tensors import open_tensors
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def model_directory(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such directory: expected a local Hugging Face model directory")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path}: no config.json: not a Hugging Face model directory")
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(
+            f"{path}: no *.safetensors: pickled weights are not loaded; convert them with safetensors first"
+        )
+    return path
+
+
+def load_model(path: str | Path, dtype: str | None = None, device: str | torch.device = "cpu") -> nn.Module:
+    """A causal language model from a local directory, in eval mode; dtype: a name of DTYPES (default: as saved)."""
+    path = model_directory(path)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    for file in sorted(path.glob("*.safetensors")):
+        with open_tensors(file):  # only its header is read; transformers' own error would not name the file
+            pass
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=DTYPES[dtype] if dtype else "auto",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=False,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be loaded: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{path}: has no weights for {missing[0]} ({len(missing)} missing): this checkpoint is not whole"
+        )
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The directory's own tokenizer."""
+    path = model_directory(path)
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")):
+        raise ValueError(
+            f"{path}: no tokenizer (tokenizer.json): save one with tokenizer.save_pretrained({str(path)!r})"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise bare Exceptions
+        raise ValueError(f"{path}: its tokenizer cannot be loaded: {error}") from error
+
+
+def check_vocabulary(model: nn.Module, ids: Iterable[torch.Tensor], what: str) -> None:
+    """ValueError if one of the token ids has no embedding: tokenizer and model do not belong together."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    for tensor in ids:
+        low, high = (int(value) for value in tensor.aminmax())
+        if low < 0 or high >= rows:
+            raise ValueError(
+                f"{what}: token id {low if low < 0 else high}, but the model embeds {rows}: tokenizer and model do not "
+                "belong together"
+            )
+
+
+def check_same_architecture(original: nn.Module, unlearned: nn.Module, where: str) -> None:
+    """ValueError naming the first parameter that differs in presence or shape."""
+    first, second = dict(original.named_parameters()), dict(unlearned.named_parameters())
+    for name in [*first, *second]:
+        a, b = first.get(name), second.get(name)
+        if a is None or b is None or a.shape != b.shape:
+            shapes = [tuple(p.shape) if p is not None else "missing" for p in (a, b)]
+            raise ValueError(
+                f"{where}: {name} is {shapes[1]} there and {shapes[0]} in the original model: the unlearned model must "
+                "be the original one, changed by training only (same architecture and vocabulary)"
+            )
+
+
+def save_model(model: nn.Module, tokenizer: Any | None, directory: str | Path) -> None:
+    """Writes a loadable model directory. Each file is whole or absent; config.json, which makes it a model, is last."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for left in directory.glob(".saving-*"):  # of a save that was killed
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
+        try:
+            with os_errors():
+                model.save_pretrained(scratch, safe_serialization=True)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(scratch)
+        except OSError as error:
+            raise OSError(error.errno, f"could not write the model to {directory}: {error.strerror}") from error
+        for file in sorted(Path(scratch).rglob("*"), key=lambda p: p.name == "config.json"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+                target = directory / file.relative_to(scratch)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.chmod(file, 0o644)
+                os.replace(file, target)

@@ -1,0 +1,152 @@
+"""Tensors on disk: safetensors files that are whole or absent, and errors that name the file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from kunbr_fast.files.atomic import write_with
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes tensors of any device and layout, atomically. OSError where the disk is full or refuses."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_with(path, lambda temporary: save_file(tensors, temporary))
+
+
+@contextlib.contextmanager
+def open_tensors(path: str | Path) -> Iterator[safe_open]:
+    """The file as safetensors' own reader; ValueError that names it where it is damaged or cut short."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}): make or copy it again") from error
+
+
+def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file, on the CPU. Errors as in `open_tensors`."""
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Shards:
+    """The weights of a model directory, in one safetensors file or several, by tensor name.
+
+    files: the file of each tensor, as the index says. Nothing is read but headers until a tensor is asked for.
+
+    Errors: ValueError that names the file which is missing, damaged, or does not hold what the index says.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise ValueError(f"{self.directory}: no such directory: expected a local Hugging Face model directory")
+        index = self.directory / INDEX
+        self.files: dict[str, Path] = {}
+        if index.is_file():
+            try:
+                named = {str(k): str(v) for k, v in json.loads(index.read_text())["weight_map"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{index}: not an index of safetensors files ({error}): make or copy it again"
+                ) from error
+            if any(Path(name).name != name for name in named.values()):
+                raise ValueError(f"{index}: names a file outside its directory")
+            paths = [self.directory / name for name in sorted(set(named.values()))]
+        else:
+            named, paths = None, [self.directory / SINGLE]
+        for path in paths:
+            if not path.is_file():
+                cure = (
+                    "copy it too, the checkpoint is not whole"
+                    if named
+                    else "only safetensors are read; convert pickled weights first"
+                )
+                raise ValueError(f"{path}: no such file: {cure}")
+            with open_tensors(path) as file:
+                self.files |= {name: path for name in file.keys()}
+        if named is not None and named != (found := {name: path.name for name, path in self.files.items()}):
+            odd = sorted(set(named.items()) ^ set(found.items()))[0][0]
+            raise ValueError(f"{index}: {odd} is not in the file that the index names: the checkpoint is mixed up")
+
+    @property
+    def paths(self) -> list[Path]:
+        return sorted(set(self.files.values()))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with open_tensors(self.files[name]) as file:
+            return file.get_tensor(name)
+
+
+class WeightSnapshot:
+    """A model's weights in one safetensors file, read and written tensor by tensor, bit for bit.
+
+    Behaves as a read-only mapping from parameter names to tensors, each read from the file when it is asked for.
+    A tied weight is kept once.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"{self.path}: no such weights file")
+
+    @classmethod
+    def save(cls, model: nn.Module, path: str | Path) -> WeightSnapshot:
+        """Writes the model's parameters to `path`, atomically. ValueError for a streamed model's."""
+        parameters = dict(model.named_parameters())
+        absent = [name for name, parameter in parameters.items() if 0 in parameter.stride()]
+        if absent:
+            raise ValueError(f"{absent[0]} is not in memory: this model is streamed; load it whole for this")
+        save_tensors(path, parameters)
+        return cls(path)
+
+    def names(self) -> list[str]:
+        with open_tensors(self.path) as file:
+            return list(file.keys())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        with open_tensors(self.path) as file:
+            return name in file.keys()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with open_tensors(self.path) as file:
+            return file.get_tensor(name)
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        """Copies the weights into the model, or raises ValueError, with the model as it was, unless it has the same
+        parameters, shapes and dtypes."""
+        parameters = dict(model.named_parameters())
+        with open_tensors(self.path) as file:
+            names = set(file.keys())
+            if names != set(parameters):
+                odd = sorted(names ^ set(parameters))[0]
+                raise ValueError(f"{self.path}: {odd} is in only one of the file and {type(model).__name__}")
+            values = {name: file.get_tensor(name) for name in parameters}  # mapped, not read, until they are copied
+            for name, parameter in parameters.items():
+                value = values[name]
+                if value.shape != parameter.shape or value.dtype != parameter.dtype:
+                    raise ValueError(
+                        f"{self.path}: {name} is {value.dtype} {tuple(value.shape)}, the model's is "
+                        f"{parameter.dtype} {tuple(parameter.shape)}"
+                    )
+            for name, parameter in parameters.items():
+                parameter.copy_(values[name])

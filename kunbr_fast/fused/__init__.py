@@ -1,1 +1,0 @@
-"""Fused layers: autograd functions that save and compute only what is asked for."""

@@ -1,0 +1,394 @@
+"""A Hugging Face causal language model, taken apart without copying its source.
+
+A model is: embeddings -> layer 0 ... layer H-1 -> final norm -> head. Re-insertion needs to run any stretch of the
+layers from given activations, on packed samples, with logits at chosen positions only. The model's own forward is
+kept as the truth: it is run with its layers replaced by recorders, which gives the hidden state at the input of
+layer 0 and the arguments (rotary angles, positions, masks) that each layer would get; the layers are then called
+one by one. Whatever a model does before its layers (positions added, embeddings scaled) is done by its own code.
+
+What comes after the layers is found by watching one real forward, and a self-check compares the logits of this
+path with the model's own on two short samples before anything is computed, so an architecture that does not fit is
+refused with a message, not trained wrongly.
+
+Packed samples attend within themselves only. Attention goes through `transformers`' attention interface, under a
+name that this module registers; the model's own choice is put back after each call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as run_again
+
+from kunbr_fast.data import PackedBatch, pack
+from kunbr_fast.model import compat
+from kunbr_fast.model.finite import check_finite
+
+ATTENTION = "kunbr_packed"
+
+
+# ---------------------------------------------------------------- attention over packed samples
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    kunbr_batch: PackedBatch | None = None,
+    kunbr_rows: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each packed sample. query (1, Hq, T, d), key and value (1, Hkv, T, d) -> (1, T, Hq, d).
+
+    The samples are laid out right-padded, (B, Hq, Lmax, d). Causality alone keeps real queries from padded keys
+    (those lie to their right), so no mask is needed, and padded queries are dropped on the way back.
+    With `kunbr_rows`, the batch's labelled rows, the queries are of those alone: (1, Hq, R, d) -> (1, R, Hq, d).
+    """
+    if kunbr_batch is None:
+        raise ValueError(
+            f"{type(module).__name__} did not hand its keyword arguments to the attention function: "
+            "this architecture cannot run packed samples"
+        )
+    if dropout:
+        raise ValueError(f"attention dropout of {dropout} is active: call model.eval() first")
+    batch, longest = kunbr_batch, max(kunbr_batch.lengths)
+
+    def to_grid(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+        x = x[0].transpose(0, 1)  # (T, heads, d)
+        if index is not None:
+            x = x.index_select(0, index)
+        return x.unflatten(0, (batch.num_samples, -1)).transpose(1, 2)
+
+    place = torch.arange(longest, device=query.device)
+    queries = place[None]  # the places in their samples of the queries, (1 or B, Lmax or Rmax)
+    if kunbr_rows is None:
+        index, back = batch.pad_index, None if batch.pad_index is None else batch.unpad_index
+    else:
+        index, back, queries = batch.row_grid
+    query, key, value = to_grid(query, index), to_grid(key, batch.pad_index), to_grid(value, batch.pad_index)
+    allowed = None  # (1 or B, 1, queries, keys); None: all that causality allows
+    narrow = sliding_window is not None and longest > sliding_window
+    if narrow or kunbr_rows is not None or softcap is not None:
+        distance = (queries[:, :, None] - place)[:, None]
+        allowed = distance >= 0
+        if narrow:
+            allowed &= distance < sliding_window
+    if softcap is None:
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=allowed,
+            is_causal=allowed is None,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    else:  # SDPA has no softcap: the plain formula, softmax in fp32 as the models' own code has it
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
+        scores = scores.masked_fill(~allowed, float("-inf"))
+        out = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+    out = out.transpose(1, 2).flatten(0, 1)  # (B * Lmax, Hq, d)
+    if back is not None:
+        out = out.index_select(0, back)
+    return out[None], None
+
+
+if compat.AttentionInterface is not None:
+    compat.AttentionInterface.register(ATTENTION, packed_attention)
+
+
+# ---------------------------------------------------------------- the decoder
+
+
+def find_layers(model: nn.Module, config: Any, name: str) -> tuple[str, nn.ModuleList]:
+    """The path and the list of the model's layers; ValueError, which calls the model `name`, where it is not clear."""
+    count = config.num_hidden_layers
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and any(True for _ in module.parameters())
+    ]
+    if not found:
+        raise ValueError(f"{name} has no nn.ModuleList of num_hidden_layers={count} layers: not a decoder this takes")
+    depth = min(path.count(".") for path, _ in found)
+    found = [item for item in found if item[0].count(".") == depth]
+    if len(found) > 1:
+        raise ValueError(f"{name} has several lists of {count} layers ({', '.join(p for p, _ in found)})")
+    # Chunks and the like are longer than the self-check's samples, which therefore could not tell.
+    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if odd:
+        raise ValueError(
+            f"{name} has layers of type {', '.join(sorted(odd))}: only full_attention and sliding_attention "
+            "run on packed samples"
+        )
+    return found[0]
+
+
+class _Stop(Exception):
+    """Ends the model's own forward once the last layer's arguments are known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """final hidden states -> logits: `softcap * tanh(scale * (h @ weight.T + bias) / softcap)`."""
+
+    linear: nn.Linear
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.linear(hidden) * self.scale if self.scale != 1.0 else self.linear(hidden)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def _takes_rows(layer: nn.Module) -> bool:
+    """Whether a layer computes its queries and its MLP only for the rows it is asked for: `patched` ones do."""
+    return getattr(layer.__dict__.get("forward"), "takes_rows", False)
+
+
+class Decoder:
+    """Runs stretches of a causal language model's layers on packed batches.
+
+    Runs need eval mode (no dropout), so that packed and unpacked runs, and a run and its resumption, agree.
+
+    Errors: ValueError, naming the module, if the model has no list of `num_hidden_layers` layers, more than one
+    module between the last layer and the head, a head that is no nn.Linear, weights that are not finite, or logits
+    that differ from this path's.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.name = type(model).__name__
+        if compat.AttentionInterface is None:
+            raise ValueError(
+                f"transformers {compat.VERSION} lets no attention function be named in a model's configuration, so it cannot run "
+                f"packed samples: install transformers >= {compat.PACKED_SINCE}, better >= 5"
+            )
+        self._find_layers()
+        self._head = self._find_head()
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            self._norm, native = self._watch_forward()
+            self._check(native)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    # ------------------------------------------------ structure
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.layers[0].parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.layers[0].parameters()).dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def head(self) -> Head:
+        return self._head
+
+    @property
+    def max_positions(self) -> int | None:
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def layer_path(self, index: int) -> str:
+        """The module path of a layer, such as "model.layers.3"."""
+        return f"{self._layers_path}.{index}"
+
+    def _find_layers(self) -> None:
+        self._layers_path, self.layers = find_layers(self.model, self.config, self.name)
+        self.inner = self.model.get_submodule(self._layers_path.rpartition(".")[0])
+
+    @property
+    def probe(self) -> PackedBatch:
+        """Two short samples for self-checks."""
+        ids = torch.arange(1, 9) % self.config.vocab_size
+        return pack([{"input_ids": part, "labels": part} for part in (ids[:5], ids[5:])]).to(self.device)
+
+    @property
+    def rounding(self) -> float:
+        """How far two forms of one computation may lie apart, relative. An unknown step changes a result by its own
+        size. Rounding stays far below these limits: models use fp32 inside (norms, rotary angles) even where their weights
+        are fp64, and a fine-tuned SmolLM2-135M in fp32 came to 5e-4 (7e-16 in fp64)."""
+        return {torch.float64: 1e-4, torch.float32: 5e-3}.get(self.dtype, 0.1)
+
+    @torch.no_grad()
+    def _watch_forward(self) -> tuple[nn.Module | None, list[torch.Tensor]]:
+        """The module that runs after the last layer, and the model's own logits of the two probe samples."""
+        after: list[nn.Module] = []
+        hooks = [self.layers[-1].register_forward_hook(lambda *_: after.clear())]
+        for child in self.inner.children():
+            if child is not self.layers:
+                hooks.append(child.register_forward_hook(lambda module, *_: after.append(module)))
+        try:
+            samples = self.probe.input_ids.split(self.probe.lengths)
+            native = [self.model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(after) > 1:
+            raise ValueError(f"{self.name}: {len(after)} modules run after the last layer, expected one final norm")
+        if not all(bool(logits.isfinite().all()) for logits in native):
+            check_finite(self.model)
+            raise ValueError(f"{self.name}: logits are not finite although all weights are: try a wider dtype")
+        return (after[0] if after else None), native
+
+    def _find_head(self) -> Head:
+        linear = self.model.get_output_embeddings()
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"{self.name}: its head is {type(linear).__name__}, expected nn.Linear")
+        config, scale = self.config, 1.0
+        if getattr(config, "logits_scaling", None):  # Granite divides
+            scale = 1.0 / config.logits_scaling
+        elif getattr(config, "logit_scale", None):  # Cohere multiplies
+            scale = config.logit_scale
+        return Head(linear, scale, getattr(config, "final_logit_softcapping", None))
+
+    @torch.no_grad()
+    def _check(self, native: list[torch.Tensor]) -> None:
+        try:
+            ours, truth = self.logits(self.probe).double(), torch.cat(native).double()
+        except (TypeError, AttributeError, LookupError, NotImplementedError) as error:
+            raise ValueError(
+                f"{self.name}: its layers do not run on packed samples ({type(error).__name__}: {error}): "
+                "this architecture is not supported"
+            ) from error
+        error = float((ours - truth).norm() / truth.norm())
+        if not error <= self.rounding:
+            raise ValueError(
+                f"{self.name}: taken apart, its logits differ from its own by {error:.1e} relative (limit "
+                f"{self.rounding:.1e}): this architecture does something around its layers that kunbr_fast does not know"
+            )
+
+    # ------------------------------------------------ running
+
+    @contextlib.contextmanager
+    def _packed(self) -> Iterator[None]:
+        before = self.config._attn_implementation
+        self.config._attn_implementation = ATTENTION
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = before
+
+    def _layer_calls(self, batch: PackedBatch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
+        """The hidden state (1, T, D) at the input of layer 0, and each layer's further arguments."""
+        calls: list[tuple[tuple, dict]] = []
+        first: list[torch.Tensor] = []
+
+        def recorder(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            first.append(hidden) if not first else None
+            calls.append((args, kwargs))
+            if len(calls) == len(self.layers):
+                raise _Stop
+            return (hidden,) if compat.LAYERS_RETURN_TUPLES else hidden
+
+        recorder.computes_nothing = True  # so that no weights are fetched for it (streaming)
+        patched = {layer: layer.__dict__.get("forward") for layer in self.layers}  # by Accelerate, for example
+        for layer in self.layers:
+            layer.forward = recorder
+        try:
+            self.inner(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                kunbr_batch=batch,
+            )
+        except _Stop:
+            pass
+        finally:
+            for layer, forward in patched.items():
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
+        return first[0], calls
+
+    def run(
+        self,
+        batch: PackedBatch,
+        start: int = 0,
+        stop: int | None = None,
+        hidden: torch.Tensor | None = None,
+        checkpoint: bool = False,
+        rows: bool = False,
+    ) -> torch.Tensor:
+        """Hidden states (T, D) at the input of layer `stop` (default: after the last layer, before the final norm).
+
+        Begins at layer `start` with `hidden` (T, D); without it at the embeddings, and then `start` must be 0.
+        checkpoint: keep each layer's input only, and run the layer again in the backward pass.
+        rows: of the result, only `batch.rows`, (R, D), the positions with a label; a fused last layer (`patched`) then
+        computes its queries and its MLP for these alone, if they are few.
+        """
+        stop = self.num_layers if stop is None else stop
+        if hidden is None and start != 0:
+            raise ValueError(f"start={start} needs the hidden states at the input of that layer")
+        if self.model.training:
+            raise ValueError(f"{self.name} is in training mode: call model.eval() first, so that dropout is off")
+        longest, limit = max(batch.lengths), self.max_positions
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"a sample of {longest} tokens: {self.name} has {limit} positions; shorten or leave it out"
+            )
+        with self._packed():
+            embedded, calls = self._layer_calls(batch)
+            hidden = embedded if hidden is None else hidden[None]
+            for index in range(start, stop):
+                layer, (args, kwargs) = self.layers[index], calls[index]
+                if rows and index == stop - 1 and _takes_rows(layer) and 2 * len(batch.rows) <= batch.num_tokens:
+                    kwargs, rows = {**kwargs, "kunbr_rows": batch.rows}, False  # it gives nothing else
+                if checkpoint:
+                    # The backward pass comes when the model's own attention is back. Nothing here is random.
+                    hidden = run_again(
+                        layer,
+                        hidden,
+                        *args,
+                        use_reentrant=False,
+                        preserve_rng_state=False,
+                        context_fn=lambda: (contextlib.nullcontext(), self._packed()),
+                        **kwargs,
+                    )
+                else:
+                    hidden = layer(hidden, *args, **kwargs)
+                hidden = hidden[0] if compat.LAYERS_RETURN_TUPLES else hidden
+        return hidden[0][batch.rows] if rows else hidden[0]
+
+    def embed(self, batch: PackedBatch) -> torch.Tensor:
+        """Hidden states (T, D) at the input of layer 0."""
+        return self.run(batch, 0, 0)
+
+    def final(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The final norm, (R, D) -> (R, D)."""
+        return hidden if self._norm is None else self._norm(hidden)
+
+    def logits(
+        self, batch: PackedBatch, rows: torch.Tensor | None = None, start: int = 0, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits (R, V) at the packed positions `rows` (default: all T); `start` and `hidden` as in `run`."""
+        out = self.run(batch, start, None, hidden)
+        return self._head(self.final(out if rows is None else out[rows]))

@@ -1,0 +1,25 @@
+"""Whether numbers are finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def check_finite(model: nn.Module, whose: str = "") -> None:
+    """ValueError with the path of the first weight that holds NaN or infinity; `whose` goes before it."""
+    for name, parameter in model.named_parameters():
+        if 0 in parameter.stride():  # a placeholder for weights that are not in memory (streaming)
+            continue
+        bad = int((~parameter.detach().isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"{whose}{name}: {bad} of {parameter.numel()} values are NaN or infinite: "
+                "this checkpoint is damaged or its training diverged; load another one"
+            )
+
+
+def finite(*tensors: torch.Tensor) -> torch.Tensor:
+    """Whether all values are finite, as a tensor that nobody has waited for: judged by the largest of each, which unlike a
+    sum of squares cannot overflow."""
+    return torch.stack([torch.linalg.vector_norm(t.detach(), torch.inf) for t in tensors]).isfinite().all()

@@ -1,0 +1,128 @@
+"""Several packed batches through the layers, each layer over all of them before the next one.
+
+What a layer costs to bring in (over the bus, from a disk: `layer_stream`) is paid once for all micro-batches of a step, once on
+the way up and once on the way down, and not once for each micro-batch. Between two layers every batch's activations wait
+in one store, on the device, in main memory or in a memory-mapped file:
+
+    up      for each layer below the top: for each batch: input of the layer -> input of the next, kept
+    top     for each batch: the top layer, the head, the loss, and back through them
+    down    for each layer: for each batch: the layer is run again on its kept input, now for its gradients; the gradient
+            of the input takes the input's place in the store
+
+A batch takes no part in another's arithmetic, and gradients of weights are added up in the order of the batches. So the
+results are, bit for bit, those of the batches one by one, as a model that is in memory whole runs them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from kunbr_fast.data import PackedBatch
+from kunbr_fast.memory import allocate, check_storage
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.layer_stream import visit
+
+# ---------------------------------------------------------------- the passes
+
+Turn = Callable[[int, int, torch.Tensor, torch.Tensor | None], None]
+
+
+class LayerMajor:
+    """One forward and backward pass of layers start...top over `batches`.
+
+    batches: on the decoder's device, with activations at the input of layer `start` or all without; then they come from the
+    embeddings, through the layers below, of which nothing is kept.
+    storage, directory: where the activations wait, as in `PrefixCache`; nbytes: what they take. store: that of an earlier
+    pass, taken again where it is large enough.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        batches: Sequence[PackedBatch],
+        start: int,
+        top: int,
+        storage: str = "auto",
+        directory: str | Path | None = None,
+        store: torch.Tensor | None = None,
+    ):
+        check_storage(storage)
+        self.decoder, self.batches, self.start, self.top = decoder, list(batches), start, top
+        self._offsets = list(itertools.accumulate((batch.num_tokens for batch in self.batches), initial=0))
+        shape = (top - start + 1, self._offsets[-1], decoder.hidden_size)
+        size = math.prod(shape)
+        self.nbytes = size * decoder.dtype.itemsize
+        if store is None or store.numel() < size:
+            store = None  # before the new one is made
+            store = allocate((size,), decoder.dtype, decoder.device, storage, directory, "activation store")
+        self.store = store
+        self._inputs = store[:size].view(shape)
+
+    def _place(self, layer: int, number: int) -> torch.Tensor:
+        """(T, D): where batch `number`'s input of a layer is kept. The layers below `start` share its place."""
+        return self._inputs[max(layer, self.start) - self.start, self._offsets[number] : self._offsets[number + 1]]
+
+    def _fetch(self, layer: int, number: int) -> torch.Tensor:
+        return self._place(layer, number).to(self.decoder.device, non_blocking=True).detach()
+
+    def run(self, turn: Turn, need_first: bool = False) -> None:
+        """Up and down. turn(layer, number, x, dy): batch `number`, forward from x (T, D), its input of the layer, and
+        backward, so that x has a gradient: from dy, the gradient of the layer's output, or where the layer is the top one
+        and dy None from the loss. At layer `start` x requires grad only if need_first."""
+        given = [batch.hidden is not None for batch in self.batches]
+        first = self.start if all(given) else 0
+        if any(given) and not all(given):
+            raise ValueError("some batches come from a prefix cache and others do not")
+        with torch.no_grad():
+            for number, batch in enumerate(self.batches):
+                hidden = batch.hidden if all(given) else self.decoder.embed(batch)
+                self._place(first, number).copy_(hidden, non_blocking=True)
+        up = range(first, self.top)
+        order = [*up, *range(self.top, self.start - 1, -1)]  # one, so that what comes next is known at the top too
+        for count, layer in enumerate(visit(self.decoder, order)):
+            for number, batch in enumerate(self.batches):
+                x = self._fetch(layer, number)
+                if count < len(up):
+                    with torch.no_grad():
+                        out = self.decoder.run(batch, layer, layer + 1, x)
+                    self._place(layer + 1, number).copy_(out, non_blocking=True)
+                    continue
+                x.requires_grad_(layer > self.start or need_first)
+                turn(layer, number, x, self._fetch(layer + 1, number) if layer < self.top else None)
+                if layer > self.start:
+                    dx = torch.zeros_like(x) if x.grad is None else x.grad
+                    self._place(layer, number).copy_(dx, non_blocking=True)
+
+
+@torch.no_grad()
+def forward_to(
+    decoder: Decoder,
+    batches: Sequence[PackedBatch],
+    layers: Iterable[int],
+    storage: str = "auto",
+    directory: str | Path | None = None,
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """(layer, number of the batch, its activations (T, D) at the input of the layer): for each of `layers`, from low to
+    high, all batches in their order. Every layer below the highest is read once for all of them; `storage`, `directory`:
+    where their activations wait meanwhile, as in `PrefixCache`."""
+    check_storage(storage)
+    lengths = [batch.num_tokens for batch in batches]
+    shape = (sum(lengths), decoder.hidden_size)
+    store = allocate(shape, decoder.dtype, decoder.device, storage, directory, "activation store").split(lengths)
+    for batch, place in zip(batches, store):
+        place.copy_(decoder.embed(batch))
+    wanted = sorted(set(layers))
+    for start, stop in itertools.pairwise([0, *wanted]):
+        for layer in visit(decoder, range(start, stop)):
+            for batch, place in zip(batches, store):
+                place.copy_(decoder.run(batch, layer, layer + 1, place.to(decoder.device)))
+        for number, place in enumerate(store):
+            yield stop, number, place.to(decoder.device, copy=True)
+
+
+# ---------------------------------------------------------------- micro-batches

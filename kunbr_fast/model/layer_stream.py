@@ -1,0 +1,452 @@
+"""Layers that come from the files when they run: puts each one's weights in place, a few layers at a time.
+
+A hook before each layer's forward does this, so any code that runs the model's layers one after the other works. Code
+that knows in which order it needs the layers (`visit`, see `layer_major`) says so, and none is read twice in vain.
+`streaming` opens such a model.
+
+A layer's way: the file's mapped pages -> (cast to the model's dtype) -> on a GPU a pinned buffer, then by a stream of
+its own the buffer on the device; on a CPU straight into the buffer. One thread does this for the layer that comes next
+while the present one computes. Of the files nothing stays mapped between two layers. As many layers as `host_bytes` allows
+stay in main memory once they were read, and only cross the bus from then on.
+
+Where a layer is not in a buffer its parameters are placeholders: one NaN, expanded to the parameter's shape, so that shapes,
+dtypes and devices are right and nothing computed from it can be mistaken for a result.
+
+No GPU has run the CUDA part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.autograd.graph import increment_version
+
+from kunbr_fast.files.atomic import write_with
+from kunbr_fast.files.tensors import Shards, open_tensors
+from kunbr_fast.model.decoder import Decoder
+
+STREAM = "_kunbr_stream"  # on the list of layers: its LayerStream
+ALIGNMENT = 256  # of a parameter in its buffer, in bytes
+# files that may hold the former weights in another form, which a model saved anew must not bring along
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A tensor in the files, and the part of a parameter that it is (all of it, or one expert's matrix)."""
+
+    stored: str
+    index: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One parameter of a layer: its name, what it is made of, and where it lies in a buffer."""
+
+    parameter: nn.Parameter
+    name: str
+    pieces: list[Piece]
+    place: slice  # bytes
+
+
+class _Slot:
+    """A buffer for one layer. `layer`: whose weights it holds or is getting; `loading`: until they are in place."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.layer: int | None = None
+        self.loading: Future | None = None
+        self.data = torch.empty(size, dtype=torch.uint8, device=device)
+        self.staging, self.arrived = self.data, None
+        if device.type == "cuda":
+            self.staging = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            self.arrived = torch.cuda.Event()
+
+
+class LayerStream:
+    """Puts the weights of a model's layers in place, a few layers at a time. Made by `open_streamed`.
+
+    Is also a mapping from the names of the model's parameters to tensors, those outside the layers too: what is set stands
+    for what the files hold (`replace`), so a streamed model's stream can be the `unlearned` of a re-insertion.
+    loads: how often each layer has been put into a buffer; reads: how often it came from the files (and not from `host`, the
+    layers kept in main memory); nbytes: what the buffers take, on the device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: nn.ModuleList,
+        shards: Shards,
+        sources: Mapping[str, list[Piece]],
+        buffers: int,
+        host_bytes: int,
+    ):
+        if buffers < 2:
+            raise ValueError(f"buffers={buffers}: expected at least 2, one to compute with and one to fill")
+        self.shards, self.loads, self.reads = shards, Counter(), Counter()
+        self._sources = sources
+        self.host: dict[int, torch.Tensor] = {}
+        self._host_bytes = host_bytes
+        self.device = model.get_input_embeddings().weight.device
+        self._nothing: dict[torch.dtype, torch.Tensor] = {}
+        path = next(name for name, module in model.named_modules() if module is layers)
+        self._entries = [self._lay_out(f"{path}.{i}", layer, sources) for i, layer in enumerate(layers)]
+        self._numbers = {entry.name: number for number, entries in enumerate(self._entries) for entry in entries}
+        self._sizes = [max(entry.place.stop for entry in entries) for entries in self._entries]
+        self._buffers = min(buffers, len(layers))
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        on_gpu = None if self._copies is None else functools.partial(torch.cuda.set_device, self.device)
+        self._worker = ThreadPoolExecutor(1, "kunbr-stream", on_gpu)
+        self._held: set[int] = set()
+        self._replaced: dict[str, Mapping[str, torch.Tensor]] = {}
+        self._last = 0
+        self._others = {
+            name: parameter
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if name not in self._numbers
+        }
+        self._changed: set[str] = set()  # of the others
+        self._names = [name for name, _ in model.named_parameters()]
+        for number, layer in enumerate(layers):
+            layer.register_forward_pre_hook(_Hook(self, number))
+        layers.register_state_dict_pre_hook(_refuse_state)
+        layers.__dict__[STREAM] = self
+
+    def _lay_out(self, path: str, layer: nn.Module, sources: Mapping[str, list[Piece]]) -> list[_Entry]:
+        """The layer's parameters one after the other; they become placeholders."""
+        entries, end = [], 0
+        for module_name, module in layer.named_modules():
+            for key, meta in module.named_parameters(recurse=False):
+                name = ".".join(part for part in (path, module_name, key) if part)
+                size = meta.numel() * meta.element_size()
+                parameter = nn.Parameter(self._placeholder(meta), requires_grad=False)
+                setattr(module, key, parameter)
+                entries.append(_Entry(parameter, name, sources[name], slice(end, end + size)))
+                end += -(-size // ALIGNMENT) * ALIGNMENT
+        return entries
+
+    def _placeholder(self, like: torch.Tensor) -> torch.Tensor:
+        if like.dtype not in self._nothing:
+            self._nothing[like.dtype] = torch.full((), torch.nan, dtype=like.dtype, device=self.device)
+        return self._nothing[like.dtype].expand(like.shape)
+
+    @functools.cached_property
+    def _slots(self) -> list[_Slot]:
+        """Made when the first layer is loaded: a model that is only read from has none."""
+        return [_Slot(max(self._sizes), self.device) for _ in range(self._buffers)]
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffers * max(self._sizes)
+
+    def layer_nbytes(self, layer: int) -> int:
+        """How many bytes one load of a layer moves."""
+        return self._sizes[layer]
+
+    def __deepcopy__(self, memo: Any) -> LayerStream:
+        raise TypeError("a streamed model cannot be copied: open it once more with open_streamed")
+
+    # ------------------------------------------------ what runs where
+
+    def visit(self, order: Iterable[int]) -> Iterator[int]:
+        """The layers of `order`, each with its weights in place, while the next ones of `order` are being read."""
+        order = list(order)
+        for number, layer in enumerate(order):
+            self.load(layer, order[number + 1 :])
+            yield layer
+
+    def load(self, layer: int, then: Iterable[int] = ()) -> None:
+        """When this returns the layer's weights are in place (on a GPU: for what is launched from now on); those of the
+        next ones, as far as there are buffers, are on their way."""
+        wanted: list[int] = []
+        for number in (layer, *then):
+            if len(wanted) == len(self._slots):
+                break
+            if number not in self._held and number not in wanted:
+                wanted.append(number)
+        slots = {slot.layer: slot for slot in self._slots}
+        free = [slot for slot in self._slots if slot.layer not in wanted]
+        for number in wanted:
+            if number not in slots:
+                slots[number] = free.pop(0)
+                self._start(slots[number], number)
+        self._last = layer
+        if layer not in self._held and slots[layer].loading is not None:
+            self._arrive(slots[layer])
+
+    def called(self, layer: int) -> None:
+        """A layer is about to run: unless its weights are in place they are loaded, and the next one's are ordered,
+        in the direction in which the layers have been going."""
+        if layer in self._held or any(slot.layer == layer and slot.loading is None for slot in self._slots):
+            return
+        following = layer + (1 if layer >= self._last else -1)
+        self.load(layer, [following] if 0 <= following < len(self._entries) else ())
+
+    @contextlib.contextmanager
+    def held(self, layers: range) -> Iterator[None]:
+        """Inside, these layers' parameters are the caller's: they are not loaded and not touched. They must be as they
+        were on entry, placeholders, when this is left."""
+        for slot in self._slots:
+            if slot.layer in layers:
+                self._leave(slot)
+        before = set(self._held)
+        self._held |= set(layers)
+        try:
+            yield
+        finally:
+            self._held = before
+
+    # ------------------------------------------------ a mapping
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._numbers or name in self._others
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the model's parameters; a tied one has one of its names."""
+        return iter(self._names)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A parameter by its name in the model, in the model's dtype; one of a layer is read anew, into main memory."""
+        if name in self._others:
+            return self._others[name].detach()
+        entry = self._entry(name)
+        value = torch.empty(entry.parameter.shape, dtype=entry.parameter.dtype)
+        if name in self._replaced:
+            return value.copy_(self._replaced[name][name].detach())  # that may be mapped, with all of its file
+        for piece in entry.pieces:
+            value[piece.index].copy_(self.shards[piece.stored])
+        return value
+
+    def strided(self, name: str, step: int) -> torch.Tensor:
+        """`self[name].flatten()[::step]`; of a tensor that the files hold as it is no more is read than that."""
+        pieces = self._sources[name]
+        if name in self._others or name in self._replaced or [piece.index for piece in pieces] != [()]:
+            return self[name].flatten()[::step]
+        return self.shards[pieces[0].stored].flatten()[::step].to(self._entry(name).parameter.dtype, copy=True)
+
+    def _entry(self, name: str) -> _Entry:
+        return next(entry for entry in self._entries[self._numbers[name]] if entry.name == name)
+
+    def __setitem__(self, name: str, value: torch.Tensor) -> None:
+        self.replace({name: value})
+
+    @torch.no_grad()
+    def replace(self, values: Mapping[str, torch.Tensor]) -> None:
+        """From now on these tensors, by parameter name, stand for the files' ones. Those of layers are not copied: the
+        mapping is kept and read at each load, so it may be a `WeightSnapshot`, or another model's stream."""
+        names = list(values)
+        odd = [name for name in names if name not in self]
+        if odd:
+            raise ValueError(f"{odd[0]} is no parameter of this model")
+        if values is self:
+            raise ValueError("a stream cannot stand for itself")
+        for name in names:
+            if (own := self._others.get(name)) is not None:
+                own.copy_(values[name])
+                self._changed |= {other for other, parameter in self._others.items() if parameter is own}
+            else:
+                self._replaced[name] = values
+        self._read_anew({self._numbers[name] for name in names if name in self._numbers})
+
+    @contextlib.contextmanager
+    def instead(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Inside, `replace(values)`; afterwards the model is as it was."""
+        replaced, changed = dict(self._replaced), set(self._changed)
+        others = {name: self._others[name].to("cpu", copy=True) for name in values if name in self._others}
+        try:
+            self.replace(values)
+            yield
+        finally:
+            self.replace(others)
+            self._replaced, self._changed = replaced, changed
+            self._read_anew({self._numbers[name] for name in values if name in self._numbers})
+
+    def _read_anew(self, layers: set[int]) -> None:
+        for slot in self.__dict__.get("_slots", ()):
+            if slot.loading is not None:
+                slot.loading.exception()  # waits: it may be reading the former values
+            if slot.layer in layers:
+                self._leave(slot)
+        for layer in layers:
+            self.host.pop(layer, None)
+
+    def check(self, whose: str = "") -> None:
+        """ValueError for a parameter that is not finite; `whose` goes before its name. Reads every file once."""
+        for name in self:
+            if not bool(torch.linalg.vector_norm(self[name], torch.inf).isfinite()):
+                raise ValueError(
+                    f"{whose}{name}: it holds NaN or infinite values: this checkpoint is damaged or its training diverged; "
+                    "load another one"
+                )
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the model anew: the directory that it was opened from, with the tensors of `replace` in their places, in
+        the files' own dtypes. One file after the other, each whole or absent, config.json last; of the new tensors those of
+        one file are in memory, twice."""
+        source, directory = self.shards.directory, Path(directory)
+        self.check_target(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.release()
+        new = {
+            piece.stored: (name, piece.index)
+            for name in (*self._replaced, *self._changed)
+            for piece in self._sources[name]
+        }
+        for path in self.shards.paths:
+            with open_tensors(path) as file:
+                metadata = file.metadata()  # transformers asks for it
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # mapped
+            for stored in tensors.keys() & new.keys():
+                name, index = new[stored]
+                tensors[stored] = self[name][index].to("cpu", tensors[stored].dtype)
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            write_with(directory / path.name, functools.partial(save_file, tensors, metadata=metadata))
+            del tensors  # before those of the next file
+        others = [file for file in source.iterdir() if file.is_file() and file.suffix not in WEIGHTS]
+        for file in sorted(others, key=lambda file: file.name == "config.json"):
+            write_with(directory / file.name, functools.partial(shutil.copyfile, file))
+
+    def check_target(self, directory: str | Path) -> None:
+        """ValueError for a directory that the model's tensors are read from, where `save` must not write."""
+        directory = Path(directory)
+        streams = [values for values in self._replaced.values() if isinstance(values, LayerStream)]
+        sources = {stream.shards.directory for stream in (self, *streams)}
+        if directory.exists() and any(directory.samefile(source) for source in sources):
+            raise ValueError(f"{directory}: the model is read from there: save it elsewhere")
+
+    def moved(self, directory: str | Path) -> None:
+        """From now on all is read from `directory`, where `save` has written the model."""
+        shards = Shards(directory)
+        self._read_anew(set(range(len(self._entries))))
+        self.shards, self._replaced, self._changed = shards, {}, set()
+
+    def release(self) -> None:
+        """Gives the buffers back, until a layer is loaded again: every layer's parameters are placeholders."""
+        for slot in self.__dict__.pop("_slots", ()):
+            if slot.loading is not None:
+                slot.loading.exception()  # waits: it may still be on its way
+            self._leave(slot)
+
+    # ------------------------------------------------ one buffer
+
+    def _views(self, layer: int, flat: torch.Tensor) -> list[torch.Tensor]:
+        return [flat[e.place].view(e.parameter.dtype).view(e.parameter.shape) for e in self._entries[layer]]
+
+    def _leave(self, slot: _Slot) -> None:
+        if slot.layer is not None and slot.loading is None:
+            for entry in self._entries[slot.layer]:
+                # a graph that has kept this weight for its backward pass must fail, not read the next layer's
+                increment_version(entry.parameter)
+                entry.parameter.data = self._placeholder(entry.parameter)
+        slot.layer = slot.loading = None  # what is still being read into it comes to its end before the next
+
+    def _start(self, slot: _Slot, layer: int) -> None:
+        self._leave(slot)
+        slot.layer = layer
+        free = None if self._copies is None else torch.cuda.current_stream(self.device).record_event()
+        slot.loading = self._worker.submit(self._fill, slot, layer, free)
+
+    def _fill(self, slot: _Slot, layer: int, free: Any) -> None:
+        """In the thread. free: an event after which nothing reads the buffer's former weights."""
+        size, source = self._sizes[layer], self.host.get(layer)
+        if source is None:
+            if sum(kept.numel() for kept in self.host.values()) + size <= self._host_bytes:
+                source = torch.empty(size, dtype=torch.uint8, pin_memory=self._copies is not None)
+                self._read(layer, source)
+                self.host[layer] = source
+            else:
+                source = slot.staging
+                if slot.arrived is not None:
+                    slot.arrived.synchronize()  # the pinned buffer may still be on its way to the device
+                self._read(layer, source)
+        if self._copies is not None:
+            with torch.cuda.stream(self._copies):
+                self._copies.wait_event(free)
+                slot.data[:size].copy_(source[:size], non_blocking=True)
+                slot.arrived.record(self._copies)
+        elif source is not slot.data:
+            slot.data[:size].copy_(source)
+        self.loads[layer] += 1
+
+    def _read(self, layer: int, flat: torch.Tensor) -> None:
+        by_file: dict[Path, list[tuple[str, torch.Tensor]]] = {}
+        for entry, view in zip(self._entries[layer], self._views(layer, flat)):
+            replaced = self._replaced.get(entry.name)
+            if replaced is not None:
+                view.copy_(replaced[entry.name])
+                continue
+            for piece in entry.pieces:
+                by_file.setdefault(self.shards.files[piece.stored], []).append((piece.stored, view[piece.index]))
+        for path, pairs in by_file.items():
+            with open_tensors(path) as file:
+                for stored, into in pairs:
+                    into.copy_(file.get_tensor(stored))
+                    if not self.reads[layer] and not bool(torch.linalg.vector_norm(into, torch.inf).isfinite()):
+                        raise ValueError(
+                            f"{path}: {stored} holds NaN or infinite values (as {into.dtype}): this checkpoint is damaged or "
+                            "its training diverged; load another one"
+                        )
+        self.reads[layer] += 1
+
+    def _arrive(self, slot: _Slot) -> None:
+        try:
+            slot.loading.result()
+        except BaseException:
+            slot.layer = slot.loading = None
+            raise
+        if slot.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(slot.arrived)
+        for entry, view in zip(self._entries[slot.layer], self._views(slot.layer, slot.data)):
+            entry.parameter.data = view
+        slot.loading = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hook:
+    """Before a layer's forward."""
+
+    stream: LayerStream
+    layer: int
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if not getattr(module.__dict__.get("forward"), "computes_nothing", False):  # Decoder's recorder
+            self.stream.called(self.layer)
+
+
+def _refuse_state(*args: Any) -> None:
+    raise ValueError(
+        "this model is streamed: its state_dict, and what save_pretrained writes, would hold placeholders; use "
+        "layer_stream(model).save(directory)"
+    )
+
+
+def layer_stream(model: nn.Module | Decoder) -> LayerStream | None:
+    """The stream of a model that `open_streamed` has made, None of any other."""
+    model = model.model if isinstance(model, Decoder) else model
+    return next((module.__dict__[STREAM] for module in model.modules() if STREAM in module.__dict__), None)
+
+
+def visit(decoder: Decoder, order: Iterable[int]) -> Iterator[int]:
+    """The layers of `order`, each with its weights in place; of a model that is not streamed they always are."""
+    stream = layer_stream(decoder)
+    return iter(order) if stream is None else stream.visit(order)
+
+
+def stretches(decoder: Decoder, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Layers start...stop-1 as stretches (start, stop) to be run for all samples before the next one: one stretch, or of
+    a streamed model each layer, in place."""
+    if layer_stream(decoder) is None or start == stop:
+        yield start, stop
+    else:
+        for layer in visit(decoder, range(start, stop)):
+            yield layer, layer + 1

@@ -1,0 +1,448 @@
+"""`patched(model, active_block)`: fused layers inside a Hugging Face decoder, and everything but one block frozen.
+
+What is replaced is the `forward` of single modules, chosen by their type, on the instance:
+
+    norm            fused.norms.rms_norm, in the architecture's own casting and offset convention
+    MLP             gate and up by fused.linear.linears (Phi-3: its one packed product), swiglu or geglu, down
+    attention       q, k and v by linears (Phi-3: packed), q/k norm, apply_rotary, then the attention function that the
+                    model's configuration names, through transformers' own interface, and the output projection
+    decoder layer   the residual sum after attention is made by the norm that follows it (Llama's and Gemma's
+                    structure; OLMo-2 has no norm there, and its layer keeps its own forward); on request queries and
+                    MLP for some rows only (`kunbr_rows`, from Decoder.run)
+
+Per cover layer nothing is kept for the backward pass that only a weight's gradient needs: of Llama's, the two norms'
+inputs and 1/rms, q, k, v and what attention keeps, gate and up.
+
+A projection that is not a plain nn.Linear when it is called (a LoRA wrapper, quantised weights, a forward of its own,
+hooks of its own) is called as a module; it takes no part in the fused product and everything else stays fused. So is a
+norm. (Hooks registered for all modules of a process see a fused module, not the projections inside it.)
+
+All changes, `forward`, requires_grad and train/eval flags, are written to one list and undone from it, last to first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import GELUActivation
+
+from kunbr_fast.kernels import dispatch
+from kunbr_fast.kernels.gated.op import geglu, swiglu
+from kunbr_fast.kernels.norms.op import rms_norm
+from kunbr_fast.kernels.projections import linears
+from kunbr_fast.kernels.rotary.op import apply_rotary
+from kunbr_fast.model.blocks import check_block
+from kunbr_fast.model.compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    CALL_CHECKPOINTS,
+    LAYERS_RETURN_TUPLES,
+    GELUTanh,
+    SiLUActivation,
+)
+from kunbr_fast.model.decoder import find_layers
+
+logger = logging.getLogger(__name__)
+MARK = "_kunbr_patched"  # on the list of layers: the call that patched them
+
+
+# ---------------------------------------------------------------- what the architectures do
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture of transformers: classes named `prefix`RMSNorm, MLP, Attention, DecoderLayer.
+
+    cast, offset, eps: the norm's convention, see `rms_norm`, and the name of its epsilon. qk_norm: None, "head" (over
+    each head) or "all" (over all heads at once). window, softcap: where the attention function's arguments of those
+    names come from, "module.attribute" or "config.attribute"; None: it gets none. packed: q/k/v and gate/up are one
+    projection each. act: the name of the MLP's activation. sums_into: the norm that follows the residual sum after
+    attention, if any.
+    """
+
+    prefix: str
+    cast: str = "llama"
+    offset: float = 0.0
+    eps: str = "variance_epsilon"
+    qk_norm: str | None = None
+    window: str | None = None
+    softcap: str | None = None
+    packed: bool = False
+    act: str = "act_fn"
+    sums_into: str | None = "post_attention_layernorm"
+
+
+GEMMA: dict[str, Any] = dict(
+    cast="gemma", offset=1.0, eps="eps", window="module.sliding_window", sums_into="pre_feedforward_layernorm"
+)
+FAMILIES = {
+    "llama": Family("Llama"),
+    "mistral": Family("Mistral", window="config.sliding_window"),
+    "qwen2": Family("Qwen2", window="module.sliding_window"),
+    "qwen3": Family("Qwen3", window="module.sliding_window", qk_norm="head"),
+    "smollm3": Family("SmolLM3", window="module.sliding_window"),
+    "phi3": Family("Phi3", window="config.sliding_window", packed=True, act="activation_fn"),
+    "olmo2": Family("Olmo2", cast="gemma", qk_norm="all", sums_into=None),
+    "gemma2": Family("Gemma2", **GEMMA, softcap="module.attn_logit_softcapping"),
+    "gemma3": Family("Gemma3", **GEMMA, qk_norm="head"),
+}
+
+
+def _identify(module: nn.Module) -> tuple[str | None, str]:
+    """("llama", "MLP") for a LlamaMLP; (None, "") for a subclass of it that is defined elsewhere, and others."""
+    kind = type(module)
+    for name, family in FAMILIES.items():
+        if kind.__module__ == f"transformers.models.{name}.modeling_{name}" and kind.__name__.startswith(family.prefix):
+            return name, kind.__name__.removeprefix(family.prefix)
+    return None, ""
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether its product may be computed without calling it."""
+    return (
+        type(linear) is nn.Linear
+        and "forward" not in linear.__dict__
+        and type(linear.weight) in (nn.Parameter, torch.Tensor)  # quantised and sharded weights are subclasses
+        and not _has_hooks(linear)
+    )
+
+
+def _get(module: nn.Module, place: str) -> Any:
+    owner, _, name = place.partition(".")
+    return getattr(module.config if owner == "config" else module, name, None)
+
+
+# ---------------------------------------------------------------- the forwards
+
+
+def _project(x: torch.Tensor, *modules: nn.Module) -> list[torch.Tensor]:
+    """`[module(x) for module in modules]`, the plain linear layers among them as one function."""
+    plain = [module for module in modules if _is_plain(module)]
+    if len(plain) < 2:
+        return [module(x) for module in modules]
+    fused = iter(linears(x, [module.weight for module in plain], [module.bias for module in plain]))
+    return [next(fused) if module in plain else module(x) for module in modules]
+
+
+def _norm(module: nn.Module, hidden_states: torch.Tensor, *, family: Family, impl: str) -> torch.Tensor:
+    if hidden_states.dtype == torch.float64:  # an fp64 model's own norms are fp32 inside: those steps, bit for bit
+        return type(module).forward(module, hidden_states)
+    eps = getattr(module, family.eps)
+    return rms_norm(hidden_states, module.weight, eps, offset=family.offset, cast=family.cast, impl=impl)
+
+
+def _sum_norm(
+    norm: nn.Module, x: torch.Tensor, residual: torch.Tensor, family: Family, impl: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`norm(residual + x), residual + x`."""
+    ours = getattr(norm.__dict__.get("forward"), "func", None) is _norm
+    if not ours or _has_hooks(norm) or x.dtype == torch.float64:
+        hidden = residual + x
+        return norm(hidden), hidden
+    return rms_norm(
+        x,
+        norm.weight,
+        getattr(norm, family.eps),
+        offset=family.offset,
+        cast=family.cast,
+        residual=residual,
+        impl=impl,
+    )
+
+
+def _activation(module: nn.Module) -> Any:
+    """The gated form of an activation module, act(gate) * up; None if there is none."""
+    if type(module) in (SiLUActivation, nn.SiLU):
+        return swiglu
+    if type(module) in (GELUTanh, GELUActivation):
+        return functools.partial(geglu, approximate="tanh" if type(module) is GELUTanh else "none")
+    return None
+
+
+def _mlp(module: nn.Module, x: torch.Tensor, *, family: Family, impl: str, gated: Any) -> torch.Tensor:
+    if _has_hooks(getattr(module, family.act)):
+        return type(module).forward(module, x)
+    gate_up = [module.gate_up_proj(x)] if family.packed else _project(x, module.gate_proj, module.up_proj)
+    return module.down_proj(gated(*gate_up, impl=impl))
+
+
+def _attention(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    *,
+    family: Family,
+    impl: str,
+    eager: Any,
+    kunbr_rows: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """With kunbr_rows (R,): queries, and the result, of these tokens only: (1, R, D)."""
+    past_key_values = kwargs.pop("past_key_value", past_key_values)  # transformers 4
+    width, asking = module.head_dim, hidden_states
+    if kunbr_rows is not None:
+        asking = hidden_states[:, kunbr_rows]
+        kwargs["kunbr_rows"] = kunbr_rows
+    if family.packed:
+        heads = module.config.num_attention_heads, module.config.num_key_value_heads, module.config.num_key_value_heads
+        query, key, value = module.qkv_proj(hidden_states).split([count * width for count in heads], -1)
+        query = query if kunbr_rows is None else query[:, kunbr_rows]
+    elif kunbr_rows is not None:
+        query, (key, value) = module.q_proj(asking), _project(hidden_states, module.k_proj, module.v_proj)
+    else:
+        query, key, value = _project(hidden_states, module.q_proj, module.k_proj, module.v_proj)
+    if family.qk_norm == "all":
+        query, key = module.q_norm(query), module.k_norm(key)
+    query, key, value = (x.unflatten(-1, (-1, width)) for x in (query, key, value))
+    if family.qk_norm == "head":
+        query, key = module.q_norm(query), module.k_norm(key)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, T, d)
+    if getattr(module, "use_rope", True):  # SmolLM3 has layers without
+        if kunbr_rows is None:
+            query, key = apply_rotary(query, key, *position_embeddings, impl=impl)
+        else:  # each with its own angles, beside a partner of no heads
+            query, _ = apply_rotary(query, query[:, :0], *(x[:, kunbr_rows] for x in position_embeddings), impl=impl)
+            key, _ = apply_rotary(key, key[:, :0], *position_embeddings, impl=impl)
+    position = kwargs.pop("cache_position", None)  # transformers 5.0; later releases' caches know it themselves
+    if past_key_values is not None:
+        further = () if position is None else ({"cache_position": position},)
+        key, value = past_key_values.update(key, value, module.layer_idx, *further)
+    name = module.config._attn_implementation
+    if LAYERS_RETURN_TUPLES and name == "sdpa" and kwargs.get("output_attentions"):
+        name = "eager"  # as the model's own code; later releases ask for it elsewhere
+    attend = eager if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS[name]
+    if family.window is not None:
+        kwargs["sliding_window"] = _get(module, family.window)
+    if family.softcap is not None:
+        kwargs["softcap"] = _get(module, family.softcap)
+    out, weights = attend(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=module.attention_dropout if module.training else 0.0,
+        scaling=module.scaling,
+        **kwargs,
+    )
+    return module.o_proj(out.reshape(*asking.shape[:-1], -1)), weights
+
+
+def _layer(module: nn.Module, hidden_states: torch.Tensor, *args: Any, run: Any, **kwargs: Any) -> Any:
+    """`run(module, hidden_states, **kwargs)`, again in the backward pass where gradient checkpointing is on.
+
+    That is switched on through attributes that transformers sets on the layer, and which its own forward reads.
+    """
+    if LAYERS_RETURN_TUPLES:  # and, under gradient checkpointing, give their arguments by position
+        names = list(inspect.signature(type(module).forward).parameters)[2:]
+        kwargs.update(zip(names, args))
+        if kwargs.get("output_attentions"):
+            return type(module).forward(module, hidden_states, **kwargs)
+        return (run(module, hidden_states, **kwargs),)
+    if CALL_CHECKPOINTS or not (module.gradient_checkpointing and module.training):
+        return run(module, hidden_states, **kwargs)
+    if kwargs.get("past_key_values") is not None:  # the second run would write to it again
+        kwargs.update(past_key_values=None, use_cache=False)
+        _say_once(f"{type(module).__name__}: no cache is kept under gradient checkpointing")
+    return module._gradient_checkpointing_func(functools.partial(run, module, **kwargs), hidden_states)
+
+
+def _asked_for(hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """(1, T, D) -> (1, R, D), what goes on past attention where only some rows of the layer's output are asked for."""
+    rows = kwargs.get("kunbr_rows")
+    return hidden_states if rows is None else hidden_states[:, rows]
+
+
+def _llama_layer(
+    module: nn.Module, hidden_states: torch.Tensor, *, family: Family, impl: str, **kwargs: Any
+) -> torch.Tensor:
+    attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
+    hidden_states = _asked_for(hidden_states, kwargs)
+    dropouts = [getattr(module, name, None) for name in ("resid_attn_dropout", "resid_mlp_dropout")]  # Phi-3
+    attended = attended if dropouts[0] is None else dropouts[0](attended)
+    normed, residual = _sum_norm(module.post_attention_layernorm, attended, hidden_states, family, impl)
+    out = module.mlp(normed)
+    return residual + (out if dropouts[1] is None else dropouts[1](out))
+
+
+def _gemma_layer(
+    module: nn.Module, hidden_states: torch.Tensor, *, family: Family, impl: str, **kwargs: Any
+) -> torch.Tensor:
+    attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
+    hidden_states = _asked_for(hidden_states, kwargs)
+    attended = module.post_attention_layernorm(attended)
+    normed, residual = _sum_norm(module.pre_feedforward_layernorm, attended, hidden_states, family, impl)
+    return residual + module.post_feedforward_layernorm(module.mlp(normed))
+
+
+def _consists_of(module: nn.Module, names: set[str]) -> bool:
+    """Whether it has these children, and no other that computes with weights (of a later release of transformers)."""
+    children = dict(module.named_children())
+    weighted = {name for name, child in children.items() if any(True for _ in child.parameters())}
+    return weighted <= names <= set(children)
+
+
+def _fused_forward(module: nn.Module, impl: str) -> functools.partial | None:
+    """The forward to put into a module, None where it keeps its own."""
+    name, role = _identify(module)
+    if name is None or "forward" in module.__dict__:  # some other tool's, such as Accelerate's offloading
+        return None
+    family = FAMILIES[name]
+    common = dict(family=family, impl=impl)
+    if role == "RMSNorm":
+        return functools.partial(_norm, module, **common)
+    if role == "MLP":
+        needed = {"down_proj", family.act} | ({"gate_up_proj"} if family.packed else {"gate_proj", "up_proj"})
+        gated = _activation(getattr(module, family.act, None))
+        return (
+            functools.partial(_mlp, module, **common, gated=gated) if gated and _consists_of(module, needed) else None
+        )
+    if role in ("Attention", "DecoderLayer") and ALL_ATTENTION_FUNCTIONS is None:
+        return None  # transformers 4.45: norms and MLPs only
+    if role == "Attention":
+        needed = {"o_proj"} | ({"qkv_proj"} if family.packed else {"q_proj", "k_proj", "v_proj"})
+        needed |= {"q_norm", "k_norm"} if family.qk_norm else set()
+        eager = importlib.import_module(type(module).__module__).eager_attention_forward
+        return functools.partial(_attention, module, **common, eager=eager) if _consists_of(module, needed) else None
+    if role == "DecoderLayer" and family.sums_into is not None:
+        run = _gemma_layer if family.sums_into == "pre_feedforward_layernorm" else _llama_layer
+        forward = functools.partial(_layer, module, run=run, **common)
+        forward.takes_rows = _fused_forward(module.self_attn, impl) is not None  # see Decoder.run
+        return forward
+    return None
+
+
+# ---------------------------------------------------------------- in and out
+
+
+_ABSENT = object()
+
+
+class _Changes:
+    """Attributes that were set, and what they were: the one list from which a patch is undone."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[Any, str, Any]] = []
+
+    def note(self, owner: Any, name: str) -> None:
+        before = owner.__dict__.get(name, _ABSENT) if isinstance(owner, nn.Module) else getattr(owner, name)
+        self.done.append((owner, name, before))
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        self.note(owner, name)
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        while self.done:
+            owner, name, before = self.done.pop()
+            if before is not _ABSENT:
+                setattr(owner, name, before)
+            elif name in owner.__dict__:
+                delattr(owner, name)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers, found as `Decoder` finds them, but without its demands on what they are."""
+    owner = next(
+        (module for module in model.modules() if hasattr(getattr(module, "config", None), "get_text_config")), None
+    )
+    if owner is None:
+        raise ValueError(f"{type(model).__name__} holds no Hugging Face model: no module in it has a model's config")
+    count = owner.config.get_text_config().num_hidden_layers
+    return find_layers(model, SimpleNamespace(num_hidden_layers=count), type(owner).__name__)[1]
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module, active_block: range | None = None, impl: str = "auto") -> Iterator[nn.Module]:
+    """Inside, the model's decoder runs fused layers, and only the layers of `active_block` can train.
+
+        with kf.patched(model, active_block=range(8, 12)):
+            trainer.train()
+
+    model: a Hugging Face causal language model, or a wrapper of one (PEFT, torch.compile). Yields it. Same logits and
+    gradients as the model's own code, up to rounding; the norms of an fp64 model keep their own code, which is fp32 inside.
+    active_block: the parameters of all other layers, embeddings, final norm and head do not require grad inside;
+    those within keep their flags. None: no flag is changed.
+    impl: "auto", "triton" or "torch", as everywhere; the choice is that of each fused operation.
+
+    On exit, also by an exception: forward methods, the frozen parameters' requires_grad and all modules' train/eval
+    flags are as they were; weights, buffers, gradients and hooks are never touched. A deep copy made inside keeps the
+    fused forwards.
+
+    Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3, OLMo-2, Gemma-2 and Gemma-3 (text) have fused layers. Any other model
+    keeps its own layers, frozen or not, and this says so once per class (a warning of this module's logger).
+
+    Errors: RuntimeError if the model is patched already; ValueError for a block that is no range of its layers, and
+    for a model without a list of layers; `dispatch.Unavailable` for an impl that cannot run here.
+    """
+    if impl not in ("auto", *dispatch.IMPLEMENTATIONS):
+        raise ValueError(f"unknown impl {impl!r}: expected one of auto, {', '.join(dispatch.IMPLEMENTATIONS)}")
+    layers = _layers(model)
+    if active_block is not None:
+        check_block(active_block, len(layers))
+    if MARK in layers.__dict__:
+        raise RuntimeError(f"this model is inside {layers.__dict__[MARK]} already: leave that one first")
+    changes = _Changes()
+    try:
+        changes.set(layers, MARK, f"patched({type(model).__name__}, active_block={active_block!r}, impl={impl!r})")
+        for module in model.modules():
+            changes.note(module, "training")
+        if active_block is not None:
+            inside = {id(p) for index in active_block for p in layers[index].parameters()}
+            for parameter in model.parameters():
+                if id(parameter) not in inside:
+                    changes.set(parameter, "requires_grad", False)
+        _fuse(model, layers, changes, impl)
+        yield model
+    finally:
+        changes.undo()
+
+
+def _fuse(model: nn.Module, layers: nn.ModuleList, changes: _Changes, impl: str) -> None:
+    kinds = {type(layer).__name__: _identify(layer) for layer in layers}
+    unknown = [name for name, (family, role) in kinds.items() if family is None or role != "DecoderLayer"]
+    for name in unknown:
+        _say_once(
+            f"{name}: no fused layers for this type of layer; it runs its own code (and frozen layers stay frozen)"
+        )
+    if unknown:
+        return
+    for operation in ("rms_norm", "swiglu", "geglu", "rotary"):
+        dispatch.resolve(operation, impl, next(layers.parameters()).device)
+    count = 0
+    for module in model.modules():
+        forward = _fused_forward(module, impl)
+        if forward is not None:
+            changes.set(module, "forward", forward)
+            count += 1
+    if not count:
+        _say_once(
+            f"{type(layers[0]).__name__}: nothing is fused; another tool has put its own forward into the modules"
+        )
+
+
+def fused(model: nn.Module, impl: str) -> contextlib.AbstractContextManager:
+    """`patched(model, impl=impl)`, or nothing where the model is patched already."""
+    return contextlib.nullcontext() if MARK in _layers(model).__dict__ else patched(model, impl=impl)

@@ -1,0 +1,234 @@
+"""What a training minimises: an objective by name, with its options and its retain term, as the loss of a packed batch.
+
+    loss = objective(rows) + retain_coeff * retain term
+
+Forget, alternate and retain samples go through the model as one packed batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from kunbr_fast.data import PackedBatch, Sample, pack, with_alternates
+from kunbr_fast.model.decoder import Decoder, Head
+from kunbr_fast.objectives import distributions as linear_rows
+from kunbr_fast.objectives import losses
+from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options, retain_states
+from kunbr_fast.objectives.original import Needs, Reference
+from kunbr_fast.objectives.rows import Rows
+
+
+class Criterion:
+    """An objective with its options and its retain term: what a training minimises.
+
+        criterion = Criterion("npo", {"beta": 0.1}, retain_loss="kl")
+        batch, num_forget = criterion.pack(forget, retain)          # samples or padded batches
+        loss, nll = criterion(decoder, batch.to(decoder.device), num_forget, reference=reference)
+        loss.backward(); optimizer.step(); criterion.advance()
+
+    `needs` tells what `reference` must hold of the batch's samples (nothing, where it is empty); see `Reference.of`.
+    forget_loss_cap: as the option of that name. block: the layers that are trained, None for all of them.
+
+    Errors: ValueError for names and options that do not exist or do not fit together.
+    """
+
+    def __init__(
+        self,
+        objective: str = "gradient_difference",
+        options: Mapping[str, Any] | None = None,
+        *,
+        retain_loss: str = "nll",
+        retain_coeff: float = 1.0,
+        forget_loss_cap: float | None = None,
+        block: range | None = None,
+    ):
+        self.options = check_options(objective, options)
+        self.objective = OBJECTIVES[objective]
+        if retain_loss not in RETAIN_LOSSES:
+            raise ValueError(f"retain_loss={retain_loss!r}: expected one of {', '.join(RETAIN_LOSSES)}")
+        if retain_loss != "nll" and (self.objective.states or not self.objective.retain):
+            own = "has its own retain term" if self.objective.states else "has no retain term"
+            raise ValueError(f"retain_loss={retain_loss!r}: {objective} {own}: leave retain_loss out")
+        if forget_loss_cap is not None:
+            if "forget_loss_cap" not in self.options:
+                raise ValueError(f"forget_loss_cap={forget_loss_cap}: {objective} has none: leave it out")
+            self.options["forget_loss_cap"] = forget_loss_cap
+        self.retain_loss, self.retain_coeff = retain_loss, retain_coeff if self.objective.retain else 0.0
+        # for a part of a batch, whose share of the retain samples is not that of the forget ones
+        self.retain_scale = 1.0
+        self.share = 1.0  # what this process's part is of a step that several share (`micro_batching.share_of`)
+        self.layer: int | None = None  # that an objective of hidden states is taken at
+        if self.objective.states:
+            if self.options["layer"] is None and block is None:
+                raise ValueError(f"{objective} on all layers: say at which one, by the option layer")
+            if self.options["layer"] is None:
+                self.options["layer"] = block.stop - 1
+            self.layer = self.options["layer"]
+        self.terms: list[float] = []  # the retain term of each loss since the last step
+
+    @property
+    def alternate(self) -> str | None:
+        """Which second answer each forget sample must bring, one of data.ALTERNATES, or None."""
+        return self.objective.alternate
+
+    @property
+    def needs(self) -> Needs:
+        """What the loss needs of the original model, as `Reference.of` and `measure` take it."""
+        needs: dict[str, list[str]] = {}
+        if self.objective.reference is not None:
+            parts = ["forget", "alternate"] if self.alternate else ["forget"]
+            needs[self.objective.reference] = parts
+        kind = f"layer.{self.layer}" if self.objective.states else RETAIN_LOSSES[self.retain_loss][1]
+        if kind is not None:
+            needs[kind] = [*needs.get(kind, []), "retain"]
+        return {kind: tuple(parts) for kind, parts in needs.items()}
+
+    def copy_of_head(self, head: Head) -> Head | None:
+        """What a training that changes the head keeps of the original's, if the loss needs the original's logits."""
+        if self.objective.reference == "hidden" or self.retain_loss in ("kl", "kl_all"):
+            linear = copy.deepcopy(head.linear).requires_grad_(False)
+            return dataclasses.replace(head, linear=linear)
+        return None
+
+    def parts(self, batch: PackedBatch, num_forget: int) -> dict[str, range]:
+        """Which samples of a batch are which: forget, then (if the objective takes them) alternate, then retain."""
+        second = num_forget * (2 if self.alternate else 1)
+        if batch.num_samples < second:
+            raise ValueError(
+                f"{self.objective.name}: a batch of {batch.num_samples} samples, {num_forget} of them to forget: expected "
+                "an alternate of each right after them"
+            )
+        return {
+            "forget": range(num_forget),
+            "alternate": range(num_forget, second),
+            "retain": range(second, batch.num_samples),
+        }
+
+    def pack(self, forget: Any, retain: Any = None) -> tuple[PackedBatch, int]:
+        """Samples or padded batches as one packed batch, and the number of its samples that are to be forgotten.
+        The alternates come from forget (`data.with_alternates`)."""
+        samples, alternates = self.split(forget)
+        retain = [] if retain is None else with_alternates(retain)[0]
+        return pack([*samples, *alternates, *retain]), len(samples)
+
+    def split(self, forget: Any) -> tuple[list[Sample], list[Sample]]:
+        """The forget samples, and the alternates where the objective takes them. ValueError where they are missing."""
+        samples, alternates = with_alternates(forget)
+        if self.alternate is None:
+            return samples, []
+        if alternates is None:
+            raise ValueError(
+                f"{self.objective.name} needs a second answer ({self.alternate}) to each forget sample: give records, or "
+                'samples with an "alternate"'
+            )
+        return samples, alternates
+
+    def __call__(
+        self,
+        decoder: Decoder,
+        batch: PackedBatch,
+        num_forget: int,
+        *,
+        start: int = 0,
+        hidden: torch.Tensor | None = None,
+        checkpoint: bool = False,
+        impl: str = "auto",
+        reference: Reference | None = None,
+        reference_head: Head | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The loss (scalar, differentiable) of a packed batch, and its rows' NLL (R,), detached (None where no head runs).
+
+        batch: on the decoder's device, samples in the order of `parts`. start, hidden, checkpoint: as in `Decoder.run`.
+        impl: who computes the NLL (whole distributions are plain torch, see `linear_rows`).
+        reference: of this batch's samples, in its order. reference_head: the original's, where it is not the decoder's.
+        """
+        rows = Rows(
+            batch,
+            self.parts(batch, num_forget),
+            self.retain_coeff * self.retain_scale,
+            decoder.head,
+            layer=self.layer,
+            reference=reference,
+            reference_head=reference_head,
+        )
+        if self.objective.states:
+            rows.states = decoder.run(batch, start, self.layer + 1, hidden, checkpoint)
+            return self._total(rows, retain_states), None
+        if (known := self.weights(batch, num_forget)) is not None:
+            return losses.weighted_pass(
+                decoder, batch, known, start=start, hidden=hidden, checkpoint=checkpoint, impl=impl
+            )
+        losses.check_labelled(batch)
+        every = "hidden_all" in self.needs
+        final = decoder.final(decoder.run(batch, start, None, hidden, checkpoint, rows=not every))
+        rows.hidden, rows.hidden_all = (final[batch.rows], final) if every else (final, None)
+        rows.nll = linear_rows.linear_nll(rows.hidden, decoder.head, batch.targets, impl=impl)
+        return self._total(rows, RETAIN_LOSSES[self.retain_loss][0]), rows.nll.detach()
+
+    def weights(self, batch: PackedBatch, num_forget: int) -> losses.RowWeights | None:
+        """The rows' weights where the loss is a sum of NLLs whose weights are known before the pass, else None."""
+        if not self.objective.weighted or self.retain_loss != "nll":
+            return None
+        coeff = self.retain_coeff * self.retain_scale
+        return losses.gradient_difference(batch, num_forget, coeff, self.options["forget_loss_cap"])
+
+    def _total(self, rows: Rows, term: Callable[[Rows], torch.Tensor]) -> torch.Tensor:
+        """The objective plus its retain term; a side without samples has no part."""
+        total = []
+        if rows.forget.num_samples:
+            total.append(self.objective.function(rows, **self.options))
+        if rows.retain.num_samples and self.objective.retain:
+            retain = term(rows)
+            total.append(rows.retain_coeff * retain)
+            if limit := self.options.get("retain_loss_eps"):
+                total.append(-rows.retain_coeff * limit)
+            if self.objective.update is not None:
+                self.terms.append(float(retain.detach()))
+        return sum(total[1:], total[0])
+
+    def check_layer(self, num_layers: int, block: range | None = None) -> None:
+        """ValueError if the layer that the objective is taken at does not exist, or lies below the block."""
+        name, layer = self.objective.name, self.layer
+        if layer is not None and not 0 <= layer < num_layers:
+            raise ValueError(f"{name}: layer={layer}: the model has layers 0 to {num_layers - 1}")
+        if layer is not None and block is not None and layer < block.start:
+            raise ValueError(
+                f"{name}: layer={layer} is below the block {block.start}-{block.stop - 1}, which would get no gradient: "
+                "leave it out for the block's last layer, or name a higher one"
+            )
+
+    def metrics(
+        self, batch: PackedBatch, num_forget: int, loss: torch.Tensor, nll: torch.Tensor | None
+    ) -> dict[str, float | None]:
+        """`losses.metrics` of what a call gave."""
+        return losses.metrics(batch, num_forget, loss, nll, len(self.parts(batch, num_forget)["alternate"]))
+
+    # ------------------------------------------------ state
+
+    def advance(self) -> None:
+        """To be called after each step that was taken: an objective with an `update` gets its next retain_coeff, from
+        the mean retain term of the losses since the last step."""
+        if self.objective.update is not None and self.terms:
+            term = sum(self.terms) / len(self.terms)
+            self.retain_coeff = self.objective.update(self.retain_coeff, term, **self.options)
+        self.drop()
+
+    def drop(self) -> None:
+        """To be called where the losses since the last step lead to none."""
+        self.terms = []
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What changes from step to step, for a checkpoint; empty for most objectives."""
+        if self.objective.update is None:
+            return {}
+        return {"objective.retain_coeff": torch.tensor([self.retain_coeff], dtype=torch.float64)}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes up a `state()`; other entries are not looked at."""
+        if self.objective.update is not None:
+            self.retain_coeff = float(state["objective.retain_coeff"])

@@ -1,0 +1,150 @@
+"""What an objective needs of the original model, computed once and kept, so that no second model is held.
+
+A `Reference` has for each sample its rows' NLL, or hidden states (to those below the head it is then applied chunk by
+chunk). It is made of a whole data set (`Reference.of`), or of each batch with the block's original weights put back
+(`measure`; `reinserted` does that when it is given none).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from kunbr_fast.data import PackedBatch, Sample, pack
+from kunbr_fast.data.schedule import token_batches
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.layer_major import forward_to
+from kunbr_fast.model.layer_stream import layer_stream
+from kunbr_fast.objectives import distributions as linear_rows
+
+PARTS = ("forget", "alternate", "retain")
+Needs = dict[str, tuple[str, ...]]  # of the original model: for each kind of value, which PARTS it is needed of
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What the original model gives for some samples: for each kind one tensor a sample, None where it is not needed.
+
+    Kinds: `nll` (R_i,), of the labelled rows, fp32 (fp64 of an fp64 model); `hidden` (R_i, D), theirs after the final
+    norm; `hidden_all` (T_i, D), that at all tokens; `layer.N` (T_i, D), the output of layer N at all tokens.
+    """
+
+    values: dict[str, list[torch.Tensor | None]]
+
+    @classmethod
+    def of(
+        cls,
+        decoder: Decoder,
+        samples: Mapping[str, Sequence[Sample]],
+        needs: Needs,
+        *,
+        impl: str = "auto",
+        batch_tokens: int = 4096,
+        storage: str = "auto",
+        directory: str | Path | None = None,
+        progress: bool = False,
+    ) -> Reference:
+        """One forward pass of the original model over those of `samples` (lists by PARTS, one after the other in the
+        order of the mapping) that `needs` names; the values are kept in main memory. Of a streamed model each layer is read
+        once for all of them; storage, directory: where their activations wait between two layers, as in `PrefixCache`."""
+        sizes = [len(part) for part in samples.values()]
+        first = dict(zip(samples, itertools.accumulate(sizes, initial=0)))
+        values: dict[str, list[torch.Tensor | None]] = {kind: [None] * sum(sizes) for kind in needs}
+        jobs = [
+            (part, indices)
+            for part in samples
+            if any(part in parts for parts in needs.values())
+            for indices in token_batches([len(s["input_ids"]) for s in samples[part]], batch_tokens)
+        ]
+
+        def packed(job: tuple[str, list[int]]) -> PackedBatch:
+            part, indices = job
+            return pack([samples[part][i] for i in indices]).to(decoder.device)
+
+        def keep(job: tuple[str, list[int]], batch: PackedBatch, kinds: Iterable[str], **state: Any) -> None:
+            part, indices = job
+            mine = {kind: (part,) for kind in kinds if part in needs[kind]}
+            found = measure(decoder, batch, {part: range(len(indices))}, mine, impl=impl, **state)
+            for kind, tensors in found.values.items():
+                for i, tensor in zip(indices, tensors):
+                    values[kind][first[part] + i] = tensor.cpu()
+
+        bar = tqdm(jobs, desc="reference", unit="batch", leave=False, disable=not progress)
+        if layer_stream(decoder) is None:
+            for job in bar:
+                keep(job, packed(job), needs)
+            return cls(values)
+        stops: dict[int, list[str]] = {}  # what can be had of the input of a layer, that and the next one in its buffer
+        for kind in needs:
+            layer = int(kind.partition(".")[2]) if kind.startswith("layer.") else decoder.num_layers - 1
+            stops.setdefault(layer, []).append(kind)
+        batches = [packed(job) for job in jobs]
+        with bar:
+            for layer, number, hidden in forward_to(decoder, batches, stops, storage, directory):
+                keep(jobs[number], batches[number], stops[layer], start=layer, hidden=hidden)
+                bar.update(layer == max(stops))
+        return cls(values)
+
+    def batch(self, indices: Iterable[int]) -> Reference:
+        """The values of the samples `indices`, in their order."""
+        indices = list(indices)
+        return Reference({kind: [tensors[i] for i in indices] for kind, tensors in self.values.items()})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of it as flat tensors, for a file; `from_tensors` reads them."""
+        flat = {}
+        for kind, tensors in self.values.items():
+            flat[kind] = torch.cat([t for t in tensors if t is not None])
+            flat[f"{kind}:rows"] = torch.tensor([0 if t is None else len(t) for t in tensors])
+        return flat
+
+    @classmethod
+    def from_tensors(cls, flat: Mapping[str, torch.Tensor]) -> Reference:
+        values = {}
+        for kind in (name for name in flat if not name.endswith(":rows")):
+            rows = flat[f"{kind}:rows"].tolist()
+            values[kind] = [part if count else None for part, count in zip(flat[kind].split(rows), rows)]
+        return cls(values)
+
+
+@torch.no_grad()
+def measure(
+    decoder: Decoder,
+    batch: PackedBatch,
+    parts: Mapping[str, range],
+    needs: Needs,
+    *,
+    start: int = 0,
+    hidden: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> Reference:
+    """The `Reference` values of one packed batch from the weights that the decoder has now. parts: which of its samples
+    are the forget, alternate and retain ones; start, hidden: as in `Decoder.run`."""
+    values: dict[str, list[torch.Tensor | None]] = {kind: [None] * batch.num_samples for kind in needs}
+
+    def keep(kind: str, tensors: Sequence[torch.Tensor]) -> None:
+        for part in needs.get(kind, ()):
+            for i in parts.get(part, ()):
+                values[kind][i] = tensors[i]
+
+    for layer in sorted(int(kind.partition(".")[2]) for kind in needs if kind.startswith("layer.")):
+        hidden = decoder.run(batch, start, layer + 1, hidden)
+        start = layer + 1
+        keep(f"layer.{layer}", hidden.split(batch.lengths))
+    if needs.keys() & {"nll", "hidden", "hidden_all"}:
+        every = "hidden_all" in needs
+        final = decoder.final(decoder.run(batch, start, None, hidden, rows=not every))
+        if every:
+            keep("hidden_all", final.split(batch.lengths))
+            final = final[batch.rows]
+        keep("hidden", final.split(batch.row_counts))
+        if "nll" in needs:
+            nll = linear_rows.linear_nll(final, decoder.head, batch.targets, impl=impl)
+            keep("nll", nll.split(batch.row_counts))
+    return Reference(values)

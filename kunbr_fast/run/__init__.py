@@ -1,0 +1,1 @@
+"""A run: settings, state on disk, stages."""

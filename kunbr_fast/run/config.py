@@ -1,0 +1,334 @@
+"""Every setting of a run, in one dataclass that reads and writes run.yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from kunbr_fast.data import TARGETS
+from kunbr_fast.density import attribution
+from kunbr_fast.density.measure import REDUCTIONS
+from kunbr_fast.density.passes import MODULES
+from kunbr_fast.evaluation.accuracy import SCORINGS
+from kunbr_fast.files.atomic import atomic_write
+from kunbr_fast.kernels.dispatch import IMPLEMENTATIONS
+from kunbr_fast.memory import STORAGES, parse_bytes
+from kunbr_fast.model.low_precision import COVER_PRECISIONS
+from kunbr_fast.model.prefix_cache import CACHE_DTYPES
+from kunbr_fast.objectives.criterion import Criterion
+from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
+from kunbr_fast.parallel.assign import PARALLEL
+from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
+from kunbr_fast.training.reinserted import INSERTIONS
+
+_CHOICES = {
+    "target": TARGETS,
+    "retain_loss": tuple(RETAIN_LOSSES),
+    "warmup_optimizer": OPTIMIZERS,
+    "modules": MODULES,
+    "reduction": REDUCTIONS,
+    "insertion": INSERTIONS,
+    "mask": ("none", *attribution.METHODS),
+    "optimizer": OPTIMIZERS,
+    "cache": STORAGES,
+    "cache_dtype": CACHE_DTYPES,
+    "optimizer_device": OPTIMIZER_DEVICES,
+    "activations": STORAGES,
+    "cover_precision": COVER_PRECISIONS,
+    "scoring": SCORINGS,
+    "rtt_target": TARGETS,
+    "parallel": PARALLEL,
+    "impl": ("auto", *IMPLEMENTATIONS),
+}
+
+
+def setting(default: Any, text: str, stage: str) -> Any:
+    """A field with its help text, and the stage whose result it changes."""
+    if isinstance(default, dict):
+        kind = {"default_factory": lambda: dict(default)}
+    else:
+        kind = {"default_factory": lambda: default} if isinstance(default, tuple) else {"default": default}
+    return dataclasses.field(**kind, metadata={"help": text, "stage": stage})
+
+
+@dataclasses.dataclass
+class KUnBRConfig:
+    """Settings of `kunbr_fast.unlearn`. Learning rates fit 8B models trained with Lion; small models want larger ones.
+
+    Losses are means over samples of each sample's mean NLL per labelled token. An epoch is one pass over the forget
+    set; the retain set is a shuffled stream beside it.
+    """
+
+    target: str = setting("all", "tokens whose loss counts: all, answer, letter or number", "data")
+    max_length: int | None = setting(None, "longest sample in tokens (default: the model's limit)", "data")
+    seed: int = setting(0, "seed of every data order", "data")
+    batch_size: int = setting(6, "forget samples in a step", "data")
+    retain_batch_size: int | None = setting(None, "retain samples in a step (default: batch_size)", "data")
+    objective: str = setting(
+        "gradient_difference", f"what the blocks (and the warm-up) minimise: {', '.join(OBJECTIVES)}", "data"
+    )
+    objective_options: dict[str, Any] = setting({}, "the objective's own settings, such as beta", "data")
+    retain_loss: str = setting(
+        "nll",
+        "nll; kl: KL(original || now) over labelled tokens; kl_all: over all; hidden_mse: of the final hidden states",
+        "data",
+    )
+    retain_coeff: float = setting(1.0, "weight of the retain loss", "training")
+    forget_loss_cap: float | None = setting(
+        None,
+        "a forget token whose NLL (nats) is beyond this gets no further push; off as published (gradient_difference, ga)",
+        "training",
+    )
+    weight_decay: float = setting(0.0, "of warm-up and blocks", "training")
+    max_retain_loss: float | None = setting(
+        None,
+        "stop as diverged when the retain loss, averaged over 10 steps, is beyond this (default: 2 ln vocabulary)",
+        "none",
+    )
+
+    warmup_epochs: int = setting(3, "epochs of the full-parameter warm-up", "warmup")
+    warmup_objective: str | None = setting(None, "objective of the warm-up (default: objective)", "data")
+    warmup_objective_options: dict[str, Any] = setting({}, "options of warmup_objective", "data")
+    warmup_lr: float = setting(2e-7, "learning rate of the warm-up", "warmup")
+    warmup_optimizer: str = setting("lion", "lion or adamw", "warmup")
+
+    modules: str = setting("mlp", "whose gradients make the density: mlp, attention, norms or all", "density")
+    reduction: str = setting(
+        "sample", "sample: mean over samples of each one's norm; mean: norm of the mean gradient", "density"
+    )
+    num_blocks: int = setting(8, "blocks of floor(layers / num_blocks) layers", "selection")
+    top_k: int = setting(6, "how many of the densest blocks are trained", "selection")
+    skip_last_layers: int = setting(2, "blocks that hold one of the last so many layers are not chosen", "selection")
+
+    insertion: str = setting(
+        "independent",
+        "independent: each block goes back out before the next (as published); cumulative: it stays in place",
+        "blocks",
+    )
+    rounds: int = setting(1, "how often all chosen blocks are visited, from low to high", "blocks")
+    block_epochs: int = setting(3, "epochs of each visit", "blocks")
+    block_lr: float = setting(2e-7, "learning rate of the block", "blocks")
+    optimizer: str = setting("lion", "lion or adamw, started anew at each visit", "blocks")
+    master_weights: bool = setting(True, "fp32 copies of half-precision block weights for the optimiser", "blocks")
+    cover_precision: str = setting(
+        "none",
+        "frozen weights above the block: none (exact), fp8, int8, nf4 or fp8_matmul, an approximation that the report measures",
+        "blocks",
+    )
+    mask: str = setting(
+        "none",
+        f"the weights of a block that may change: none is all of them, or {', '.join(attribution.METHODS)}",
+        "blocks",
+    )
+    mask_ratio: float | None = setting(
+        None, "the part of the mask's scores that is chosen (default: as published)", "blocks"
+    )
+    cache: str = setting("auto", "where the prefix cache lies: device, host, file or auto", "none")
+    cache_bytes: int | str | None = setting(
+        None,
+        "the most that it takes there (8GiB), samples used later wait in a slower place (default: no limit)",
+        "none",
+    )
+    cache_dtype: str = setting(
+        "none",
+        "how it is kept: none (the model's own dtype, exact), bf16 or fp8, an approximation that the report measures",
+        "blocks",
+    )
+    activations: str = setting(
+        "auto", "of a streamed model: where a step's activations wait between two layers; as cache", "none"
+    )
+    optimizer_device: str = setting(
+        "device",
+        "where a block's optimiser state, and the weights that it updates, are: device (the model's) or host (main memory)",
+        "none",
+    )
+    micro_batch_tokens: int | None = setting(
+        None,
+        "the most tokens that go through at once, a step's sums are the same (default: all; fewer where memory runs out)",
+        "none",
+    )
+    checkpoint_every: int | None = setting(None, "steps between checkpoints (default: an epoch)", "none")
+
+    scoring: str = setting(
+        "letter", "letter: A/B/C/D after the question; choice: likelihood of the choice", "evaluation"
+    )
+    rtt: bool = setting(True, "attack the result (retraining on T)", "none")
+    rtt_lrs: tuple[float, ...] = setting((1e-6, 5e-6, 1e-5), "learning rates of the attack", "none")
+    rtt_epochs: int = setting(5, "epochs of each attack", "rtt")
+    rtt_batch_size: int = setting(8, "batch size of the attack", "rtt")
+    rtt_target: str = setting("all", "tokens the attack trains on", "rtt")
+    gradient_checkpointing: bool = setting(
+        False,
+        "keep only each layer's input for the backward pass, and run the layer again there: less memory, the same result",
+        "none",
+    )
+    cuda_graphs: bool = setting(
+        False,
+        "capture a block's steps as CUDA graphs (gradient difference and ga; no GPU has run it)",
+        "none",
+    )
+    parallel: str = setting(
+        "auto",
+        "with several processes (torchrun): blocks, each trained by one of them; samples, each step's spread over all; auto",
+        "none",
+    )
+    impl: str = setting("auto", "auto, cuda, triton or torch", "none")
+
+    def __post_init__(self) -> None:
+        self.rtt_lrs = tuple(self.rtt_lrs) if isinstance(self.rtt_lrs, (list, tuple)) else self.rtt_lrs
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = self._coerce(field.name, getattr(self, field.name), hints[field.name])
+            setattr(self, field.name, value)
+            if field.name in _CHOICES and value not in _CHOICES[field.name]:
+                raise ValueError(f"{field.name}={value!r}: expected one of {', '.join(_CHOICES[field.name])}")
+        for name in ("batch_size", "num_blocks", "top_k", "rounds", "block_epochs", "rtt_epochs", "rtt_batch_size"):
+            self._at_least(name, 1)
+        for name in ("retain_batch_size", "max_length", "micro_batch_tokens", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                self._at_least(name, 1)
+        for name in ("warmup_epochs", "skip_last_layers", "retain_coeff", "weight_decay", "warmup_lr", "block_lr"):
+            self._at_least(name, 0)
+        for name in ("forget_loss_cap", "max_retain_loss"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}: expected above 0")
+        if not self.rtt_lrs or min(self.rtt_lrs) <= 0:
+            raise ValueError(f"rtt_lrs={self.rtt_lrs}: expected one or more learning rates above 0")
+        parse_bytes(self.cache_bytes, "cache_bytes")
+        if self.cache_bytes is not None and self.cache == "file":
+            raise ValueError(
+                f"cache_bytes={self.cache_bytes}: no place is slower than cache=file: leave one of them out"
+            )
+        if self.parallel == "blocks" and self.insertion == "cumulative":
+            raise ValueError("parallel='blocks': cumulative blocks build on each other: leave it out, or take samples")
+        self._check_objectives()
+        rule = attribution.RULES.get(self.mask, {})
+        if self.mask_ratio is not None and (self.mask == "none" or "threshold" in rule):
+            raise ValueError(f"mask_ratio={self.mask_ratio}: mask {self.mask} takes none: leave it out")
+        if self.mask_ratio is not None and not 0 < self.mask_ratio <= 1:
+            raise ValueError(f"mask_ratio={self.mask_ratio}: expected above 0 and at most 1")
+        if self.mask != "none" and self.mask_ratio is None and not rule:
+            raise ValueError(f"mask {self.mask} has no published ratio: give mask_ratio")
+
+    def _check_objectives(self) -> None:
+        both = self.criterion(range(1)), self.criterion(range(1), warmup=True)  # which layers there are the model says
+        if self.warmup_objective is None and self.warmup_objective_options:
+            raise ValueError("warmup_objective_options without a warmup_objective: give objective_options, or both")
+        if self.forget_loss_cap is not None and not any("forget_loss_cap" in c.options for c in both):
+            raise ValueError(f"forget_loss_cap={self.forget_loss_cap}: {self.objective} has none: leave it out")
+        if self.retain_loss not in {c.retain_loss for c in both}:
+            own = "has its own retain term" if both[0].objective.states else "has no retain term"
+            raise ValueError(f"retain_loss={self.retain_loss!r}: {self.objective} {own}: leave it out")
+        kinds = {c.alternate for c in both if c.alternate is not None}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{self.objective} and {self.warmup_objective} need different second answers ({', '.join(sorted(kinds))}): "
+                "a run has one alternate for each forget record"
+            )
+
+    def criterion(self, block: range | None = None, warmup: bool = False) -> Criterion:
+        """What the steps on `block` minimise, or those of the warm-up (block None: all layers are trained)."""
+        objective, options = self.objective, self.objective_options
+        if warmup and self.warmup_objective is not None:
+            objective, options = self.warmup_objective, self.warmup_objective_options
+        check_options(objective, options)
+        found = OBJECTIVES[objective]
+        return Criterion(
+            objective,
+            options,
+            # of two objectives one may not take a setting that is there for the other
+            retain_loss=self.retain_loss if found.retain and not found.states else "nll",
+            retain_coeff=self.retain_coeff,
+            forget_loss_cap=self.forget_loss_cap if "forget_loss_cap" in found.options else None,
+            block=block,
+        )
+
+    def _at_least(self, name: str, least: float) -> None:
+        if not getattr(self, name) >= least:
+            raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
+
+    @staticmethod
+    def _coerce(name: str, value: Any, hint: Any) -> Any:
+        kinds = get_args(hint) or (hint,)
+        if value is None and type(None) in kinds:
+            return None
+        if name.endswith("_options"):
+            if not isinstance(value, dict):
+                raise ValueError(f"{name}={value!r}: expected a mapping such as {{beta: 0.1}}")
+            return dict(value)
+        if name == "rtt_lrs":
+            if isinstance(value, (int, float)):
+                value = (value,)
+            if isinstance(value, tuple):
+                return tuple(KUnBRConfig._coerce("rtt_lrs entry", v, float) for v in value)
+        if float in kinds and not isinstance(value, bool):
+            try:  # YAML reads 1e-5 as a string
+                number = float(value)
+            except (TypeError, ValueError, OverflowError):
+                number = math.nan
+            if math.isfinite(number):
+                return number
+        elif any(
+            isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+            for kind in (bool, int, str)
+            if kind in kinds
+        ):
+            return value
+        words = {type(None): "null", float: "a finite number"}
+        wanted = " or ".join(words.get(k) or getattr(k, "__name__", str(k)) for k in kinds)
+        raise ValueError(f"{name}={value!r}: expected {wanted}")
+
+    @property
+    def retain_size(self) -> int:
+        return self.retain_batch_size or self.batch_size
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> KUnBRConfig:
+        """Refuses a key that does not exist, with the nearest one that does."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, 1, 0.4)
+                hint = f": did you mean {near[0]!r}?" if near else f": known are {', '.join(known)}"
+                raise ValueError(f"{where}: unknown setting {key!r}{hint}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> KUnBRConfig:
+        """Reads run.yaml. Errors name the file."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error}): save the file as UTF-8") from error
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        if values is not None and not isinstance(values, dict):
+            raise ValueError(f"{path}: got a {type(values).__name__}, expected lines of 'setting: value'")
+        return cls.from_dict(values or {}, str(path))
+
+    def save(self, path: str | Path) -> None:
+        with atomic_write(path) as file:
+            file.write(yaml.safe_dump(self.to_dict(), sort_keys=False).encode())
+
+    def changed(self, other: dict[str, Any]) -> dict[str, str]:
+        """The settings that differ from `other` (a `to_dict`), each with the stage whose result it changes."""
+        mine, default = self.to_dict(), type(self)().to_dict()  # a run of an older version lacks newer settings
+        return {
+            field.name: field.metadata["stage"]
+            for field in dataclasses.fields(self)
+            if mine[field.name] != other.get(field.name, default[field.name]) and field.metadata["stage"] != "none"
+        }

@@ -1,0 +1,263 @@
+"""`kunbr-fast demo`: a small model learns invented birthdays, is made to forget some of them, and is attacked.
+
+Everything is made here from one seed: people with invented names, a vocabulary of syllables, a Llama of 8 layers of
+width 64, its training. Three groups of people: those to forget, those to retain, and bystanders, whom the model knows
+but unlearning never sees (what it loses of them is damage). The rows of the table:
+
+    taught                knows everybody
+    warm-up               M_u: a short gradient difference
+    KUnBR                 the same warm-up, then re-insertion of the densest blocks
+    gradient difference   all parameters, with as many steps as KUnBR has in all
+    never saw them        a new model taught without the people to be forgotten: what no unlearning can beat
+
+Settings were searched in the same way for both methods: the lowest RTT accuracy with a forget accuracy of at most
+0.33, a retain accuracy of at least 0.95 and a bystander accuracy of at least 0.80 (benchmarks/demo_search.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kunbr_fast.data import Sample, encode
+from kunbr_fast.data.schedule import Schedule
+from kunbr_fast.evaluation.accuracy import choice_accuracy
+from kunbr_fast.evaluation.plots import plot_density, plot_relearning
+from kunbr_fast.evaluation.report import Report, table, write_report
+from kunbr_fast.evaluation.rtt import Fold, RTTResult, rtt_attack
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.frozen import frozen
+from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.stages import rtt_config
+from kunbr_fast.run.unlearn import unlearn
+from kunbr_fast.training.full import FullTraining, train_all
+
+# ---------------------------------------------------------------- people
+
+YEARS = range(1900, 2020)
+TEMPLATES = ("{} was born in", "the birth year of {} is", "{} came into the world in")
+CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
+GROUPS = {"forget": 150, "retain": 300, "bystanders": 150}
+
+
+def people(seed: int) -> dict[str, list[tuple[str, int]]]:
+    """For each group, (name, birth year) pairs; all names differ."""
+    rng = random.Random(seed)
+
+    def name(syllables: int) -> str:
+        return "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(syllables))
+
+    names: dict[str, None] = {}
+    while len(names) < sum(GROUPS.values()):
+        names[f"{name(2)} {name(3)}"] = None
+    pairs = [(full, rng.choice(YEARS)) for full in names]
+    groups, start = {}, 0
+    for group, count in GROUPS.items():
+        groups[group] = pairs[start : start + count]
+        start += count
+    return groups
+
+
+def facts(group: list[tuple[str, int]]) -> list[dict]:
+    """Each birthday in three wordings; the year is the completion, and alone has a loss."""
+    return [{"prompt": text.format(name), "completion": str(year)} for name, year in group for text in TEMPLATES]
+
+
+def questions(group: list[tuple[str, int]], seed: int) -> list[dict]:
+    """One four-choice question on each birthday; answered by the likelihood of the year."""
+    rng = random.Random(seed)
+    out = []
+    for name, year in group:
+        choices = [year, *rng.sample([y for y in YEARS if y != year], 3)]
+        rng.shuffle(choices)
+        out.append({"question": TEMPLATES[0].format(name), "choices": choices, "answer": choices.index(year)})
+    return out
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words, years, and the syllables of names as tokens: every name is new, none of its parts is."""
+    words = sorted({word for text in TEMPLATES for word in text.split() if word != "{}"})
+    syllables = [c + v for c in CONSONANTS for v in VOWELS]
+    vocabulary = ["<pad>", "<unk>", *words, *map(str, YEARS), *(s for s in syllables if s not in words)]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    pieces = "|".join([*(rf"{word}\b" for word in words), r"\d{4}", f"[{CONSONANTS}][{VOWELS}]"])
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(pieces), "isolated")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>")
+
+
+def new_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=192, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=32, tie_word_embeddings=False, initializer_range=0.05,
+        pad_token_id=0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+# ---------------------------------------------------------------- settings
+
+TEACHING = dict(lr=3e-3, epochs=12, batch_size=120, optimizer="adamw")
+CONFIG = KUnBRConfig(
+    target="answer", scoring="choice", batch_size=50, retain_coeff=3.0,
+    forget_loss_cap=5.0,  # ln(120 years) is 4.79: beyond it the model would know which year it was not
+    warmup_epochs=3, warmup_lr=6e-4, warmup_optimizer="lion",
+    num_blocks=4, top_k=2, insertion="cumulative", block_epochs=3, block_lr=5e-3, optimizer="adamw",
+    rtt_target="answer", rtt_lrs=(1e-3, 2e-3), rtt_epochs=8, rtt_batch_size=50, rtt=False,
+)  # fmt: skip
+BASELINE = dict(lr=4e-4, optimizer="lion", epochs=9)
+
+
+def gradient_difference(
+    decoder: Decoder, forget: list[Sample], retain: list[Sample], config: KUnBRConfig, *, lr: float, optimizer: str,
+    epochs: int, progress: str | None = None,
+) -> None:  # fmt: skip
+    """Gradient difference on all parameters, in place; the data order is that of `unlearn`'s warm-up."""
+    schedule = Schedule(len(forget), len(retain), config.batch_size, config.retain_size, epochs, config.seed * 1000)
+    with frozen(decoder.model):
+        training = FullTraining(decoder, lr=lr, optimizer=optimizer)
+        for step in tqdm(range(len(schedule)), desc=progress, unit="step", leave=False, disable=progress is None):
+            f, r = schedule[step]
+            training.gradient_difference_step(
+                [forget[i] for i in f], [retain[i] for i in r], config.retain_coeff, config.forget_loss_cap
+            )
+
+
+# ---------------------------------------------------------------- the demo
+
+
+class _Demo:
+    def __init__(self, seed: int, progress: bool, say: Callable[[str], None]):
+        self.seed, self.progress, self.say = seed, progress, say
+        self.config = dataclasses.replace(CONFIG, seed=seed)
+        self.people, self.tokenizer = people(seed), tokenizer()
+        self.facts = {group: facts(members) for group, members in self.people.items()}
+        self.samples = {group: encode(lines, self.tokenizer, "answer") for group, lines in self.facts.items()}
+        self.questions = {group: questions(members, seed) for group, members in self.people.items()}
+        half = GROUPS["forget"] // 2
+        self.folds = [
+            Fold(name, facts(self.people["forget"][part]), self.questions["forget"][part])
+            for name, part in (("first half", slice(0, half)), ("second half", slice(half, None)))
+        ]
+        self.rows: list[dict[str, Any]] = []
+        self.attacks: dict[str, RTTResult] = {}
+
+    def teach(self, groups: tuple[str, ...]) -> LlamaForCausalLM:
+        model = new_model(len(self.tokenizer), self.seed)
+        samples = [sample for group in groups for sample in self.samples[group]]
+        train_all(Decoder(model), samples, seed=self.seed, progress="teaching" if self.progress else None, **TEACHING)
+        return model
+
+    def measure(self, method: str, model: LlamaForCausalLM, seconds: float, attack: bool = True) -> None:
+        decoder = Decoder(model)
+        accuracy = {
+            group: choice_accuracy(decoder, self.tokenizer, lines, scoring="choice", batch_size=64).plain
+            for group, lines in self.questions.items()
+        }
+        row = {
+            "method": method, "forget": accuracy["forget"], "retain": accuracy["retain"],
+            "other": {"bystanders": accuracy["bystanders"]}, "seconds": {"training": seconds},
+        }  # fmt: skip
+        if attack:
+            self.say(f"{method}: RTT attack")
+            start = time.perf_counter()
+            with tempfile.TemporaryDirectory(prefix="kunbr-demo-") as scratch:
+                self.attacks[method] = rtt_attack(
+                    decoder, self.tokenizer, self.folds, rtt_config(self.config), scratch, self.progress
+                )
+            row["rtt"] = self.attacks[method].accuracy
+            row["seconds"]["RTT"] = time.perf_counter() - start
+        self.rows.append(row)
+
+    def run(self) -> Report:
+        """All rows, in order; returns KUnBR's report."""
+        start = time.perf_counter()
+
+        def lap() -> float:
+            nonlocal start
+            before, start = start, time.perf_counter()
+            return start - before
+
+        self.say(
+            f"teaching a small Llama {sum(GROUPS.values())} birthdays ({GROUPS['forget']} of them to be forgotten)"
+        )
+        taught = self.teach(tuple(GROUPS))
+        self.measure("taught", taught, lap(), attack=False)
+        weights = {name: value.clone() for name, value in taught.state_dict().items()}
+        forget, retain, config = self.samples["forget"], self.samples["retain"], self.config
+        bar = "gradient difference" if self.progress else None
+
+        def copy_of_taught() -> LlamaForCausalLM:
+            model = new_model(len(self.tokenizer), self.seed)
+            model.load_state_dict(weights)
+            return model
+
+        lap()
+        unlearned = copy_of_taught()
+        gradient_difference(
+            Decoder(unlearned), forget, retain, config, lr=config.warmup_lr, optimizer=config.warmup_optimizer,
+            epochs=config.warmup_epochs, progress=bar,
+        )  # fmt: skip
+        warm_up = lap()
+        self.measure("warm-up (M_u)", unlearned, warm_up)
+        lap()
+        report = unlearn(taught, forget, retain, config, unlearned=unlearned, progress=self.progress, on_stage=self.say)
+        self.measure("KUnBR", taught, warm_up + lap())
+        lap()
+        baseline = copy_of_taught()
+        gradient_difference(Decoder(baseline), forget, retain, config, progress=bar, **BASELINE)
+        self.measure("gradient difference", baseline, lap())
+        lap()
+        self.say("a model that never saw the people to be forgotten, as the yardstick")
+        self.measure("never saw them", self.teach(("retain", "bystanders")), lap())
+        return report
+
+
+def demo(
+    out: str | Path, seed: int = 0, progress: bool = True, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Runs the demo; writes `report.json`, `density.png` and `relearning.png` to `out`; returns the report.
+
+    Runs on one thread: the model is so small that more of them would wait for each other.
+    """
+    out, threads = Path(out), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run = _Demo(seed, progress, say)
+        report = run.run()
+    finally:
+        torch.set_num_threads(threads)
+    plot_density(report.density, report.blocks, out / "density.png", run.config.skip_last_layers)
+    shown = ("KUnBR", "gradient difference", "warm-up (M_u)", "never saw them")
+    forget = {row["method"]: row["forget"] for row in run.rows}
+    plot_relearning(
+        {method: run.attacks[method] for method in shown}, out / "relearning.png",
+        forget={method: forget[method] for method in shown},
+    )  # fmt: skip
+    result = {
+        "kunbr_fast": report.version,
+        "seed": seed,
+        "people": GROUPS,
+        "config": run.config.to_dict(),
+        "baseline": BASELINE,
+        "blocks": [[block.start, block.stop] for block in report.blocks],
+        "density": report.density.to_dict(),
+        "losses": report.losses,
+        "rows": run.rows,
+        "rtt": {method: attack.to_dict() for method, attack in run.attacks.items()},
+        "table": table(run.rows),
+    }
+    write_report(out / "report.json", result)
+    return result

@@ -1,0 +1,295 @@
+"""What a run keeps on disk so that it can be killed at any moment and go on with the same bits.
+
+`state.json` is the only truth: it names the files that belong to it with their SHA-256, and is replaced in one step.
+A file is written under a new name first, then state.json refers to it, then the file it replaces is deleted; so a
+kill between any two of these leaves a state that is whole.
+
+Of several processes one writes state.json. While they work apart from each other each has a file of that kind for itself
+(`PartState`), which counts as a part of state.json, and is taken over into it by whoever opens the run next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kunbr_fast.files.atomic import sha256, write_json
+from kunbr_fast.files.tensors import load_tensors, save_tensors
+from kunbr_fast.model.layer_stream import layer_stream
+
+FORMAT = 1
+# What may be changed on resuming in the middle of a stage, which is how a diverged run is rescued.
+FREE_WHILE_TRAINING = ("warmup_lr", "warmup_epochs", "block_lr", "block_epochs")
+
+
+def fingerprint(model: nn.Module, *parts: Sequence[Mapping[str, Any]]) -> str:
+    """A digest of a few values of every weight and of the data: of the tokens and labels of samples, of records but for
+    where they lie. Tells one run from another."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)} entries".encode())
+        for entry in part:
+            if "input_ids" in entry:
+                for key in ("input_ids", "labels"):
+                    digest.update(entry[key].cpu().numpy().tobytes())
+            else:
+                digest.update(json.dumps({k: v for k, v in entry.items() if k != "_where"}).encode())
+    stream = layer_stream(model)
+    for name, parameter in model.named_parameters():
+        step = max(1, parameter.numel() // 16)
+        some = parameter.detach().flatten()[::step] if stream is None else stream.strided(name, step)
+        some = some.double().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class RunState:
+    """The finished stages of a run, the progress of the present one, and their files, in one directory."""
+
+    def __init__(self, directory: str | Path, identity: str, config: Any, resume: bool):
+        self.directory = Path(directory)
+        self.path = self.directory / "state.json"
+        self._read_before: dict[Path, tuple[tuple[int, ...], str]] = {}
+        fresh, parts = _fresh(identity, config.to_dict()), []
+        if not resume:
+            if self.path.exists():
+                raise ValueError(
+                    f"{self.directory} holds an unfinished run: continue it with resume (--resume), or give another "
+                    "output directory, or delete that one"
+                )
+            self.state = fresh
+        else:
+            self.state = self._read() if self.path.exists() else fresh
+            parts = self._take_parts()
+            self._check(identity, config)
+        self.state["config"] = config.to_dict()
+        self._write()
+        _remove(parts)
+
+    def _read(self, path: Path | None = None) -> dict[str, Any]:
+        path = path or self.path
+        try:
+            state = json.loads(path.read_text())
+            found = state["format"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: damaged ({error}): delete {self.directory} and start again") from error
+        if found != FORMAT:
+            raise ValueError(f"{path}: format {found!r}, this version reads {FORMAT}: start again")
+        state.setdefault("interrupted", {})  # which earlier versions' files lack
+        return state
+
+    def _take_parts(self) -> list[Path]:
+        """Takes what `PartState`s have written into `state`; their files may go once state.json is written."""
+        paths = sorted(self.directory.glob("state.rank-*.json"))
+        for path in paths:
+            part = self._read(path)
+            if part["identity"] != self.state["identity"]:
+                raise ValueError(f"{path}: belongs to another run than {self.path}: delete {self.directory}")
+            self.state["stages"] |= part["stages"]
+            self._interrupt(part["current"])
+        for stage in list(self.state["interrupted"]):
+            if stage in self.state["stages"]:
+                del self.state["interrupted"][stage]
+        return paths
+
+    def _interrupt(self, current: dict[str, Any] | None) -> None:
+        if current is not None:
+            self.state["interrupted"][current["stage"]] = current
+
+    def _check(self, identity: str, config: Any) -> None:
+        if self.state["identity"] != identity:
+            raise ValueError(
+                f"{self.directory} belongs to another run: its model or data are not those given now. "
+                "Give the same --model, --forget, --retain and questions, or another output directory"
+            )
+        finished = {name.split(".")[0] for name in self.state["stages"]}
+        current = {name.split(".")[0] for name in self.state["interrupted"]}
+        current |= {self.state["current"]["stage"].split(".")[0]} if self.state["current"] else set()
+        locked = finished | ({"data"} if finished | current else set())
+        locked |= {"training"} if finished & {"warmup", "blocks"} else set()
+        for name, stage in config.changed(self.state["config"]).items():
+            if stage in locked or (stage in current and name not in FREE_WHILE_TRAINING):
+                raise ValueError(
+                    f"{self.directory}: {name} was {self.state['config'].get(name)!r} in the run that is to be resumed "
+                    "and its results depend on it. Put it back, or start again in another directory"
+                )
+
+    def _write(self) -> None:
+        write_json(self.path, self.state)
+
+    # ------------------------------------------------ stages
+
+    def result(self, stage: str) -> dict[str, Any] | None:
+        """The result of a finished stage, or None."""
+        return self.state["stages"].get(stage)
+
+    def finish(self, stage: str, result: dict[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Records a stage's result, and its tensors in a file of its own; the stage's progress is dropped."""
+        if tensors is not None:
+            name = f"{stage}.safetensors"
+            result = {**result, "file": name, "sha256": self._save(name, tensors)}
+        self.state["stages"][stage] = result
+        old = self._replaced(stage)
+        self.state["current"] = None
+        self._write()
+        _remove(old)
+
+    def file(self, stage: str) -> Path:
+        """The checked file of a finished stage."""
+        return self._checked(self.result(stage))
+
+    def drop_file(self, stage: str) -> None:
+        """Deletes the file of a finished stage that no later one reads; its result stays."""
+        _remove([self.directory / self.result(stage)["file"]])
+
+    # ------------------------------------------------ progress within a stage
+
+    def save_progress(self, stage: str, step: int, tensors: Mapping[str, torch.Tensor], extra: dict[str, Any]) -> None:
+        """Replaces the present stage's progress: `step` steps are done, `tensors` is the training's state."""
+        old = self._replaced(stage)
+        name = f"{stage}-step-{step}.safetensors"
+        self.state["current"] = {
+            "stage": stage,
+            "step": step,
+            "extra": extra,
+            "file": name,
+            "sha256": self._save(name, tensors),
+        }
+        self._write()
+        _remove(path for path in old if path.name != name)
+
+    def _replaced(self, stage: str) -> list[Path]:
+        """The files of progress that `stage`'s next entry stands for; only the entries are dropped."""
+        old = [self.state["current"], self.state["interrupted"].pop(stage, None)]
+        return [self.directory / entry["file"] for entry in old if entry]
+
+    def progress(self, stage: str) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
+        """(steps done, tensors, extra) of `stage` if it was interrupted."""
+        current = self.state["current"]
+        if not current or current["stage"] != stage:
+            current = self.state["interrupted"].get(stage)
+        if not current:
+            return None
+        return current["step"], load_tensors(self._checked(current)), current["extra"]
+
+    # ------------------------------------------------ files
+
+    def _save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> str:
+        path = self.directory / name
+        save_tensors(path, tensors)
+        return self._sha256(path)
+
+    def _sha256(self, path: Path) -> str:
+        """Of a file that is as it was when this process read it last, without reading it again: M_u of a model of 8B has
+        16 GB, and is asked for three times."""
+        now = path.stat()
+        now = now.st_ino, now.st_size, now.st_mtime_ns
+        if self._read_before.get(path, (None, None))[0] != now:
+            self._read_before[path] = now, sha256(path)
+        return self._read_before[path][1]
+
+    def _checked(self, entry: Mapping[str, Any]) -> Path:
+        path = self.directory / entry["file"]
+        if not path.is_file():
+            raise ValueError(f"{path}: missing, though {self.path} names it: start again in another directory")
+        found = self._sha256(path)
+        if found != entry["sha256"]:
+            raise ValueError(
+                f"{path}: damaged (SHA-256 {found[:12]}..., expected {entry['sha256'][:12]}...): start again"
+            )
+        return path
+
+
+class PartState(RunState):
+    """What one of several processes adds to a run's state while they work on different stages, in a file of its own.
+
+    It reads `whole`, which no process writes meanwhile; it makes no file before it has something to keep.
+    """
+
+    def __init__(self, whole: RunState, rank: int):
+        self.directory, self._whole = whole.directory, whole
+        self.path = self.directory / f"state.rank-{rank}.json"
+        self._read_before = whole._read_before
+        self.state = _fresh(whole.state["identity"], whole.state["config"])
+        self.state["interrupted"] = dict(whole.state["interrupted"])
+
+    def result(self, stage: str) -> dict[str, Any] | None:
+        return super().result(stage) or self._whole.result(stage)
+
+    def _write(self) -> None:
+        # what others have interrupted stays in the whole state
+        write_json(self.path, {**self.state, "interrupted": {}})
+
+
+def _fresh(identity: str, config: dict[str, Any]) -> dict[str, Any]:
+    stages = {"stages": {}, "current": None, "interrupted": {}}
+    return {"format": FORMAT, "identity": identity, "config": config, **stages}
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+class SharedState(RunState):
+    """A `RunState` that one process writes, and all read: between two waits, so that none reads a later one."""
+
+    def __init__(self, writes: bool, wait: Callable[[], None], *arguments: Any):
+        self._writes, self._wait = writes, wait
+        *others, resume = arguments
+        if writes:
+            super().__init__(*others, resume)
+        wait()
+        if not writes:
+            super().__init__(*others, True)
+        wait()
+
+    def _write(self) -> None:
+        if self._writes:
+            super()._write()
+
+    def _share(self) -> None:
+        """What the writer has, to all."""
+        self._wait()
+        if not self._writes:
+            self.state = self._read()
+        self._wait()
+
+    def finish(self, stage: str, result: dict, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        """As `RunState.finish`; all call it, the result that counts is the writer's."""
+        if self._writes:
+            super().finish(stage, result, tensors)
+        self._share()
+
+    def save_progress(self, stage: str, step: int, tensors: Mapping[str, torch.Tensor], extra: dict[str, Any]) -> None:
+        if self._writes:
+            super().save_progress(stage, step, tensors, extra)
+
+    def drop_file(self, stage: str) -> None:
+        """All have read what it held: they have trained from it, and waited for each other since."""
+        if self._writes:
+            super().drop_file(stage)
+
+    @contextlib.contextmanager
+    def apart(self, rank: int) -> Iterator[PartState]:
+        """Inside, each process has a state of its own to write to; afterwards all of it is here."""
+        if self._writes:
+            self._interrupt(self.state["current"])
+            self.state["current"] = None
+            self._write()
+        self._share()
+        yield PartState(self, rank)
+        self._wait()
+        if self._writes:
+            parts = self._take_parts()
+            self._write()
+            for path in parts:
+                path.unlink()
+        self._share()

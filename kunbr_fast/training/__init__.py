@@ -1,0 +1,1 @@
+"""Steps of full-parameter and of block training."""

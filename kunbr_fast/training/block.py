@@ -1,0 +1,352 @@
+"""Re-insertion: a block of the unlearned model, put into the original one, trained there alone, and moved back.
+
+Cover layers (all the others) are the original model's and frozen, so no layer that unlearning has changed stands
+between the loss and the block. Memory: the original model, plus the block's weights, gradients and optimiser state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from kunbr_fast.data import PackedBatch, as_samples, pack
+from kunbr_fast.data.batch import join
+from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes
+from kunbr_fast.model.blocks import check_block
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.finite import finite
+from kunbr_fast.model.low_precision import Cover
+from kunbr_fast.objectives.criterion import Criterion
+from kunbr_fast.objectives.losses import RowWeights, weighted_pass
+from kunbr_fast.objectives.original import Reference, measure
+from kunbr_fast.training.diverged import Diverged
+from kunbr_fast.training.flat_buffer import FlatBuffer, make_optimizer, warn_if_updates_vanish
+from kunbr_fast.training.graphs import StepGraphs
+from kunbr_fast.training.micro_batches import MicroBatch, MicroBatches, add_part, share_of
+
+
+def block_tensors(decoder: Decoder, block: range) -> dict[str, nn.Parameter]:
+    """The block's parameters by their names in the whole model; refuses parameters shared with other modules."""
+    inside = {}
+    for index in check_block(block, decoder.num_layers):
+        for name, parameter in decoder.layers[index].named_parameters(remove_duplicate=False):
+            inside[f"{decoder.layer_path(index)}.{name}"] = parameter
+    owners: dict[int, list[str]] = {}
+    for name, parameter in decoder.model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, parameter in inside.items():
+        if len(owners[id(parameter)]) > 1:
+            raise ValueError(
+                f"{name} is tied to {', '.join(n for n in owners[id(parameter)] if n != name)}: a block "
+                "with shared weights cannot be trained alone"
+            )
+    return inside
+
+
+def _masks(
+    mask: Mapping[str, torch.Tensor], decoder: Decoder, block: range, parameters: Mapping[str, nn.Parameter]
+) -> list[torch.Tensor | None]:
+    """Each of the block's parameters' mask, None where it has none; names of other parameters of the model are left out."""
+    known = {name for name, _ in decoder.model.named_parameters(remove_duplicate=False)}
+    for name, part in mask.items():
+        if name not in known:
+            raise ValueError(
+                f"mask: {decoder.name} has no parameter {name}: a mask goes by names of named_parameters()"
+            )
+        if not isinstance(part, torch.Tensor) or part.dtype != torch.bool:
+            got = part.dtype if isinstance(part, torch.Tensor) else type(part).__name__
+            raise TypeError(f"mask of {name} is {got}: expected a torch.bool tensor, True where the weight may change")
+        if name in parameters and part.shape != parameters[name].shape:
+            raise ValueError(
+                f"mask of {name} is {tuple(part.shape)}: expected {tuple(parameters[name].shape)}, its shape"
+            )
+    masks = [mask.get(name) for name in parameters]
+    if not any(part is None or bool(part.any()) for part in masks):
+        raise ValueError(f"the mask lets no weight of block {block.start}-{block.stop - 1} change: leave the block out")
+    return masks
+
+
+class BlockTraining:
+    """The active block inside the original model. Made by `reinserted`.
+
+    cover: the cover in low precision (`quantized`), None where it is exact.
+    """
+
+    cover: Cover | None = None
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        block: range,
+        values: Mapping[str, torch.Tensor],
+        *,
+        criterion: Criterion,
+        lr: float,
+        optimizer: str,
+        betas: tuple[float, float] | None,
+        weight_decay: float,
+        master_weights: bool,
+        gradient_checkpointing: bool,
+        impl: str,
+        mask: Mapping[str, torch.Tensor] | None = None,
+        cuda_graphs: bool = False,
+        optimizer_device: str = "device",
+        micro_batch_tokens: int | None = None,
+    ):
+        self.decoder, self.block = decoder, block
+        where = f"block {block.start}-{block.stop - 1}"
+        self.micro_batches = MicroBatches(micro_batch_tokens, where, self._refusal)
+        self.gradient_checkpointing, self.impl = gradient_checkpointing, impl
+        self.criterion = criterion
+        self.parameters = block_tensors(decoder, block)
+        for name, parameter in self.parameters.items():
+            value = values[name]
+            if value.shape != parameter.shape:
+                raise ValueError(
+                    f"{name}: {tuple(value.shape)} in the unlearned model, {tuple(parameter.shape)} in the original"
+                )
+            if not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"{name}: the unlearned model holds NaN or infinite values here; its training diverged"
+                )
+        masks = None if mask is None else _masks(mask, decoder, block, self.parameters)
+        self._graphs: StepGraphs | None = None
+        self._kept = {name: (p.data, p.grad) for name, p in self.parameters.items()}
+        self._away: dict[str, torch.Tensor] = {}  # of those whose storage is empty meanwhile, the values
+        params = list(self.parameters.values())
+        try:
+            with torch.no_grad():
+                given = [values[name] for name in self.parameters]
+                self.flat = FlatBuffer(params, given, master_weights, masks, optimizer_device)
+                del given, values
+                if self.flat.on_host:
+                    impl = "torch"  # the update's: kernels are for the model's device
+                    self._send_away()
+            self.optimizer = make_optimizer(optimizer, [self.flat.param], lr, betas, weight_decay, impl=impl)
+            warn_if_updates_vanish([self.flat.param], lr, "use master_weights=True or a float32 model")
+        except BaseException:
+            self.take_out()
+            raise
+        for parameter in params:
+            parameter.requires_grad_(True)
+        self.steps = 0
+        if cuda_graphs:
+            self._graphs = StepGraphs(decoder, self._weighted, self.flat.grad)
+
+    # ------------------------------------------------ training
+
+    def step(self, forget_batch: Any, retain_batch: Any = None, alternate_batch: Any = None) -> dict[str, float | None]:
+        """One update of the block by the objective.
+
+        forget_batch, retain_batch: sequences of samples, padded Hugging Face batches, or (from a prefix cache)
+        packed batches with hidden states at the block's input. retain_batch may be None.
+        alternate_batch: of an objective that needs second answers to the forget prompts, those, in the same order; where
+        it is None they come from forget_batch (`data.with_alternates`).
+        What the objective needs of the original model is computed here, by a forward pass with the block's original
+        weights; `step_packed` takes values that were computed once.
+
+        Returns `losses.metrics`. Raises `Diverged`, with the weights as they were, if the loss or a
+        gradient is not finite.
+        """
+        if self.criterion.alternate is not None and alternate_batch is None:
+            if isinstance(forget_batch, PackedBatch):
+                raise ValueError(
+                    f"{self.criterion.objective.name} needs alternates: give them packed, as alternate_batch"
+                )
+            forget_batch, alternate_batch = self.criterion.split(forget_batch)
+        forget = batch = self._packed(forget_batch)
+        if self.criterion.alternate is not None:
+            batch = join(batch, self._packed(alternate_batch))
+        if retain_batch is not None:
+            batch = join(batch, self._packed(retain_batch))
+        return self.step_packed(batch, forget.num_samples)
+
+    def step_packed(
+        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
+    ) -> dict[str, float | None]:
+        """`step` on one packed batch: `num_forget` samples to be forgotten, their alternates if the objective takes them,
+        then those to be retained. reference: the original model's values for them, computed here where it is None."""
+        loss, nll = self.accumulate(batch, num_forget, reference)
+        good = finite(loss, *self.gradients())  # read after the metrics, so that the host waits once
+        metrics = self.criterion.metrics(batch, num_forget, loss, nll)
+        if not good:
+            self.flat.grad.zero_()
+            self.criterion.drop()
+            raise Diverged(f"block {self.block.start}-{self.block.stop - 1}, step {self.steps}", metrics)
+        self.micro_batches.update(self.apply)
+        return metrics
+
+    def accumulate(
+        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Adds a batch's gradient to the block's, in parts where it does not fit (`MicroBatches`); the loss and the rows'
+        NLL (R,), detached, as from `loss`. An exception leaves no part of a gradient."""
+        criterion = self.criterion
+        parts = criterion.parts(batch, num_forget)
+
+        def one(micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+            if self._graphs is not None:
+                with share_of(criterion, parts, micro) as share:
+                    rows = criterion.weights(micro.batch, micro.num_forget)
+                if rows is not None:
+                    self._check_layer(micro.batch)
+                    return self._graphs(micro.batch, RowWeights(rows.weight * share, rows.cap))
+            return add_part(criterion, parts, micro, reference, self.loss)
+
+        return self.micro_batches.run(batch, parts, one, self.drop_gradient)
+
+    def drop_gradient(self) -> None:
+        """Forgets what has been accumulated, as if its losses had never been; lets go of CUDA graphs too."""
+        self.flat.grad.zero_()
+        self.criterion.drop()
+        if self._graphs is not None:
+            self._graphs.drop()
+
+    def _refusal(self, tokens: int | None, said: str) -> OutOfMemory:
+        flat, size = self.flat, self.flat.weights.nbytes
+        state = [self.flat.param, *self.optimizer.state[flat.param].values()]
+        state = sum(x.nbytes for x in state if isinstance(x, torch.Tensor) and x.data_ptr() != flat.weights.data_ptr())
+        where = "on the host" if flat.on_host else "on the device"
+        what = (
+            f"block {self.block.start}-{self.block.stop - 1}: weights {gibibytes(size)}, gradient {gibibytes(size)}, master "
+            f"weights and optimiser state {gibibytes(state)} {where}"
+        )
+        cures = []
+        if not self.gradient_checkpointing:
+            cures.append("gradient_checkpointing=True (the same result)")
+        if not flat.on_host:
+            cures.append(f'optimizer_device="host" (the same result, {gibibytes(state + size)} less on the device)')
+        if self._graphs is not None:
+            cures.append("cuda_graphs=False")
+        if flat.master is not None:
+            cures.append("master_weights=False (small updates are rounded away)")
+        cures += ["smaller blocks (num_blocks)", "shorter samples (max_length)", "a streamed model (open_streamed)"]
+        return cannot_fit(tokens, what, cures, self.decoder.device, said)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """What has been accumulated, in one vector."""
+        return [self.flat.grad]
+
+    def apply(self) -> None:
+        """One update from the accumulated gradient, which is then zero again."""
+        self.flat.step(self.optimizer)
+        self.criterion.advance()
+        self.steps += 1
+
+    def loss(
+        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The objective of a packed batch (scalar, differentiable in the block) and the rows' NLL (R,), as
+        `Criterion.__call__`; arguments as in `step_packed`."""
+        decoder = self.decoder
+        self._check_layer(batch)
+        hidden = self._input(batch)
+        if reference is None and self.criterion.needs:
+            parts = self.criterion.parts(batch, num_forget)
+            with self._original():
+                reference = measure(
+                    decoder, batch, parts, self.criterion.needs, start=self.block.start, hidden=hidden, impl=self.impl
+                )
+        return self.criterion(
+            decoder,
+            batch,
+            num_forget,
+            start=self.block.start,
+            hidden=hidden,
+            checkpoint=self.gradient_checkpointing,
+            impl=self.impl,
+            reference=reference,
+        )
+
+    def _weighted(self, batch: PackedBatch, rows: RowWeights) -> tuple[torch.Tensor, torch.Tensor]:
+        """`loss` of rows whose weights are known."""
+        given = dict(start=self.block.start, hidden=self._input(batch), checkpoint=self.gradient_checkpointing)
+        return weighted_pass(self.decoder, batch, rows, **given, impl=self.impl)
+
+    def _input(self, batch: PackedBatch) -> torch.Tensor:
+        """(T, D) at the block's input."""
+        if batch.hidden is not None:
+            return batch.hidden
+        with torch.no_grad():
+            return self.decoder.run(batch, 0, self.block.start)
+
+    def _check_layer(self, batch: PackedBatch) -> None:
+        if batch.hidden is not None and batch.layer != self.block.start:
+            raise ValueError(
+                f"the batch holds the input of layer {batch.layer}, the block begins at layer {self.block.start}"
+            )
+
+    @contextlib.contextmanager
+    def _original(self) -> Iterator[None]:
+        """Inside, the block has the original's weights."""
+        active = {name: parameter.data for name, parameter in self.parameters.items()}
+        try:
+            for name, parameter in self.parameters.items():
+                kept = self._kept[name][0]
+                parameter.data = self._away[name].to(kept.device) if name in self._away else kept
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = active[name]
+
+    def _packed(self, batch: Any) -> PackedBatch:
+        batch = batch if isinstance(batch, PackedBatch) else pack(as_samples(batch))
+        return batch.to(self.decoder.device)
+
+    # ------------------------------------------------ state
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The block's present weights by name (views, not copies)."""
+        return {name: parameter.data for name, parameter in self.parameters.items()}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that training needs to go on: weights, optimiser state, the criterion's. The tensors themselves: later steps
+        change them."""
+        inner = self.optimizer.state[self.flat.param]
+        inner = {f"optimizer.{key}": torch.as_tensor(value) for key, value in inner.items()}
+        return {**self.flat.state(), **inner, **self.criterion.state()}
+
+    def load_state(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
+        """Takes up a `state()` after `steps` steps; the next steps give the same bits as uninterrupted ones."""
+        self.flat.load(state)
+        self.criterion.load_state(state)
+        prefix = "optimizer."
+        inner = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+        device = self.flat.param.device
+        self.optimizer.state[self.flat.param] = {
+            k: v.to(device, copy=True) for k, v in inner.items()
+        }  # changed in place
+        self.steps = steps
+
+    @torch.no_grad()
+    def _send_away(self) -> None:
+        """The original's own block to the host, which frees its storages until `take_out`. A storage that another tensor
+        may share, or that is no memory of torch's own (a mapped file), stays."""
+        for name, (data, _) in self._kept.items():
+            storage = data.untyped_storage()
+            if storage.resizable() and storage.nbytes() == data.nbytes and data.is_contiguous():
+                self._away[name] = data.to("cpu", copy=True)
+                storage.resize_(0)
+
+    def take_out(self) -> None:
+        """Gives every parameter of the original its own storage and gradient again."""
+        self._graphs = None  # they hold this object's own method, and memory of their own
+        for name in list(self._away):
+            data = self._kept[name][0]
+            data.untyped_storage().resize_(data.numel() * data.itemsize)
+            data.copy_(self._away[name])
+            del self._away[name]
+        for name, parameter in self.parameters.items():
+            parameter.data, parameter.grad = self._kept[name]
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """`take_out`, and then writes the trained weights into the original's own storage."""
+        trained = self.tensors()
+        self.take_out()
+        for name, value in trained.items():
+            self.parameters[name].copy_(value)

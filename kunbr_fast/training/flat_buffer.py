@@ -1,0 +1,171 @@
+"""A block's weights, gradients and optimiser state in flat vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from kunbr_fast.kernels.optimizers.op import BETAS, AdamW, Lion, _Fused, _implementation, _warned, logger
+
+OPTIMIZERS = ("lion", "adamw")
+
+
+OPTIMIZER_DEVICES = ("device", "host")
+
+
+def make_optimizer(
+    name: str,
+    params: Iterable[torch.Tensor],
+    lr: float,
+    betas: tuple[float, float] | None = None,
+    weight_decay: float = 0.0,
+    *,
+    impl: str = "auto",
+) -> torch.optim.Optimizer:
+    """`lion` or `adamw` over `params`; betas default to (0.9, 0.99) and (0.9, 0.999).
+
+    Where impl comes to torch, AdamW is `torch.optim.AdamW(fused=True)`, one pass too.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer={name!r}: expected one of {', '.join(OPTIMIZERS)}")
+    params = list(params)
+    betas = tuple(betas) if betas is not None else BETAS[name]
+    if name == "lion":
+        return Lion(params, lr, betas, weight_decay, impl=impl)
+    if impl not in ("cuda", "triton") and all(_implementation(name, param, impl) is None for param in params):
+        return torch.optim.AdamW(params, lr, betas, weight_decay=weight_decay, fused=True)
+    return AdamW(params, lr, betas, weight_decay, impl=impl)
+
+
+@torch.no_grad()
+def warn_if_updates_vanish(params: Sequence[torch.Tensor], lr: float, cure: str) -> None:
+    """Logs, once for each dtype and learning rate, that most updates of half-precision weights will be rounded away.
+
+    Lion and AdamW move a weight by about `lr`. Values of a float format lie at least eps/2 of themselves apart, so what
+    is below eps/4 of a weight (2^-9 in bf16) never changes it. Judged by the median weight.
+    """
+    dtype = params[0].dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return
+    stride = 1 + sum(p.numel() for p in params) // 2**20  # a million weights tell the median
+    median = float(torch.cat([p.detach().flatten()[::stride] for p in params]).float().abs().median())
+    if lr < median * torch.finfo(dtype).eps / 4 and f"{dtype} {lr}" not in _warned:
+        _warned.add(f"{dtype} {lr}")
+        logger.warning(
+            f"learning rate {lr:g}: in {dtype} most of its updates are rounded away (the median weight is {median:.2g}), "
+            f"so there is little or no training: {cure}"
+        )
+
+
+def check_optimizer_device(where: str) -> None:
+    if where not in OPTIMIZER_DEVICES:
+        raise ValueError(f"optimizer_device={where!r}: expected one of {', '.join(OPTIMIZER_DEVICES)}")
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """In main memory, with a storage of its own; pinned where the tensor is on a GPU."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda").copy_(tensor)
+
+
+class FlatBuffer:
+    """The active block's weights as one contiguous vector, which its parameters are views of.
+
+    One optimiser update is then one pass over one vector. Gradients accumulate in a second vector of which the
+    parameters' `.grad` are views. With half-precision weights `master=True` keeps an fp32 copy that the optimiser
+    updates: at a weight of 0.02 bf16 steps are 1.2e-4 wide, so smaller updates would be rounded away.
+    mask: for each parameter a bool tensor of its shape, or None for all True; weights where it is False keep their bits,
+    whatever the optimiser (weight decay too). Costs a byte a weight, and a copy of the weights that are kept.
+    optimizer_device: "host" keeps all that only the update needs (the weights that the optimiser updates, its state, the
+    mask) in main memory. A step copies the gradient there and the weights back, through pinned memory where the model is
+    on a GPU; weights and gradient are all that stays on the device. `state` is the same either way.
+    """
+
+    def __init__(
+        self,
+        params: list[torch.nn.Parameter],
+        values: list[torch.Tensor],
+        master: bool,
+        mask: Sequence[torch.Tensor | None] | None = None,
+        optimizer_device: str = "device",
+    ):
+        check_optimizer_device(optimizer_device)
+        if len({(p.dtype, p.device) for p in params}) != 1:
+            raise ValueError("the block's parameters differ in dtype or device: cast the model to one dtype first")
+        first = params[0]
+        self.shapes = [p.shape for p in params]
+        self.numel = sum(p.numel() for p in params)
+        self.weights = torch.empty(self.numel, dtype=first.dtype, device=first.device)
+        self.grad = torch.zeros_like(self.weights)
+        for view, value in zip(self.views(self.weights), values):
+            view.copy_(value)
+        for param, view, grad in zip(params, self.views(self.weights), self.views(self.grad)):
+            param.data, param.grad = view, grad
+        # what the update reads and writes: these, or their copies on the host
+        weights, self._update_grad = self.weights, self.grad
+        self.on_host = optimizer_device == "host"
+        if self.on_host:
+            weights, self._update_grad = _host_copy(self.weights), _host_copy(self.grad)
+        self.master = weights.float() if master and first.dtype in (torch.float16, torch.bfloat16) else None
+        self._update_half = None if self.master is None else weights
+        self.param = torch.nn.Parameter(weights if self.master is None else self.master)
+        if self.master is None:
+            self.param.grad = self._update_grad
+        self._fixed: torch.Tensor | None = None  # (numel,) bool: the mask's opposite
+        if mask is not None:
+            self._fixed = torch.zeros(self.numel, dtype=torch.bool, device=self.param.device)
+            for view, part in zip(self.views(self._fixed), mask):
+                if part is not None:
+                    view.copy_(part).logical_not_()
+            self._keep()
+
+    def _keep(self) -> None:
+        if self._fixed is not None:
+            self._kept = self.param.detach()[self._fixed]
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """`flat` cut into the parameters' shapes (no copy)."""
+        parts = flat.split([shape.numel() for shape in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes)]
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """One update from the accumulated gradient, which is then zero again."""
+        grad, half = self._update_grad, self._update_half
+        if self.on_host:
+            grad.copy_(self.grad)
+        if self._fixed is not None:  # so that no state grows for these weights
+            grad.masked_fill_(self._fixed, 0.0)
+        if isinstance(optimizer, _Fused):
+            optimizer.update(grad, half)
+        elif half is None:
+            optimizer.step()
+        else:
+            self.param.grad = grad.float()
+            optimizer.step()
+            half.copy_(self.master)
+        if self._fixed is not None:  # weight decay asks for no gradient
+            self.param.data.masked_scatter_(self._fixed, self._kept)
+            if half is not None:
+                half.masked_scatter_(self._fixed, self._kept.to(half.dtype))
+        if self.on_host:
+            self._send()
+        self.grad.zero_()
+
+    @torch.no_grad()
+    def _send(self) -> None:
+        """The updated weights to where the model is."""
+        self.weights.copy_(self.param if self._update_half is None else self._update_half)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a resumed run needs besides the optimiser's own state."""
+        return {"weights": self.weights} if self.master is None else {"weights": self.weights, "master": self.master}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        weights = self.param if self._update_half is None else self._update_half
+        weights.copy_(state["weights"])
+        if self.master is not None:
+            self.master.copy_(state["master"])
+        if self.on_host:
+            self._send()
+        self._keep()

@@ -1,0 +1,466 @@
+"""`KUnBRTrainer`: the weights of `kf.unlearn`, through Hugging Face Trainer's loop, checkpoints and processes."""
+
+import copy
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+import transformers as tf
+from safetensors.torch import load_file
+from tiny_models import random_samples, tiny_model
+from trainer_runner import CONFIG, STEPS, data, trainer
+
+import kunbr_fast as kf
+from kunbr_fast.model import patch
+
+RUNNER = Path(__file__).parent.parent.joinpath("trainer_runner.py")
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def close(ours, theirs, limit=1e-9):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert float((value - theirs[name]).norm()) <= limit * float(theirs[name].norm()), name
+
+
+def equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """What kf.unlearn makes of the same, for each difference of the config."""
+    found = {}
+
+    def of(**config):
+        key = json.dumps(config, sort_keys=True)
+        if key not in found:
+            model = tiny_model()
+            kf.unlearn(model, *data(), kf.KUnBRConfig(**CONFIG | {"batch_size": 4} | config), progress=False)
+            found[key] = weights(model)
+        return found[key]
+
+    return of
+
+
+# ---------------------------------------------------------------- the same weights
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"insertion": "cumulative", "rounds": 2, "block_epochs": 1},
+        {"optimizer": "adamw", "warmup_optimizer": "adamw", "weight_decay": 0.1},
+        {"warmup_epochs": 0},
+    ],
+    ids=str,
+)
+def test_equals_unlearn(config, truth, tmp_path):
+    run = trainer(tmp_path, config=config)
+    start = weights(run.model)
+    run.train()
+    equal(weights(run.model), truth(**config))
+    assert any(not torch.equal(p, start[name]) for name, p in run.model.named_parameters())
+    assert run.blocks and all(isinstance(block, range) for block in run.blocks)
+    assert len(run.density.per_layer) == 6
+    assert list(tmp_path.iterdir()) == []  # nothing is saved, nothing can be resumed
+
+
+def test_an_unlearned_model_is_given(truth, tmp_path):
+    """As a model and as a state dict: the re-insertion alone."""
+    unlearned = tiny_model(seed=3)
+    model = tiny_model()
+    config = kf.KUnBRConfig(**CONFIG | {"batch_size": 4})
+    kf.unlearn(model, *data(), config, unlearned=unlearned, progress=False)
+    for given in (unlearned, unlearned.state_dict()):
+        run = trainer(tmp_path, unlearned=given)
+        assert run.train().global_step == STEPS - 6
+        equal(weights(run.model), weights(model))
+    wrong = {name: value for name, value in unlearned.state_dict().items() if "layers.2.mlp.up" not in name}
+    with pytest.raises(ValueError, match=r"unlearned: model.layers.2.mlp.up_proj.weight is missing"):
+        trainer(tmp_path, unlearned=wrong).train()
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Each forget sample with a retain one, as Hugging Face users hold them."""
+
+    def __init__(self, forget, retain):
+        self.pairs = [(forget[i % len(forget)], retain[i]) for i in range(len(retain))]
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        return {"forget": self.pairs[i][0], "retain": self.pairs[i][1]}
+
+
+def padded(samples):
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad([s["input_ids"] for s in samples], True, 0),
+        "labels": pad([s["labels"] for s in samples], True, -100),
+        "attention_mask": pad([torch.ones_like(s["input_ids"]) for s in samples], True, 0),
+    }
+
+
+class OpenUnlearning(torch.utils.data.Dataset):
+    def __init__(self, forget, retain):
+        self.forget, self.retain = forget, retain
+
+    def __len__(self):
+        return len(self.forget)
+
+    def __getitem__(self, i):
+        raise AssertionError("both sides are taken whole")
+
+
+def test_forget_and_retain_in_one_data_set(truth, tmp_path):
+    forget, retain = data()
+    lists = [[{k: v.tolist() for k, v in sample.items()} for sample in part] for part in (forget, retain)]
+    two_answers = [{"original": sample, "alternate": retain[0]} for sample in forget]
+    tuples = [(pair["forget"], pair["retain"]) for pair in Pairs(forget, retain)]
+
+    def collator(items):
+        return {"forget": padded([f for f, _ in items]), "retain": padded([r for _, r in items])}
+
+    for more in (
+        {"train_dataset": Pairs(forget, retain)},
+        {"train_dataset": tuples, "data_collator": collator},
+        {"train_dataset": OpenUnlearning(*lists)},
+        {"train_dataset": OpenUnlearning(two_answers, retain)},
+    ):
+        run = trainer(tmp_path, forget_dataset=None, retain_dataset=None, **more)
+        run.train()
+        equal(weights(run.model), truth())
+
+
+@pytest.mark.parametrize("accumulation, batch", [(2, 2), (4, 1)])
+def test_accumulated_gradients(accumulation, batch, truth, tmp_path):
+    """Also where a step's samples do not divide evenly: the last of an epoch has 2, in up to 4 parts."""
+    run = trainer(
+        tmp_path, arguments={"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": batch}
+    )
+    assert run.train().global_step == STEPS
+    close(weights(run.model), truth())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"objective": "npo", "retain_loss": "kl"}, {"objective": "pdu"}, {"objective": "ga"}, {"objective": "dpo"},
+     {"objective": "rmu", "warmup_objective": "ga"}],
+    ids=lambda config: config["objective"],
+)  # fmt: skip
+def test_objectives(config, tmp_path):
+    """Whatever they need (the original's values, second answers, a state of their own), also in parts of a batch."""
+    forget, retain = data()
+    forget = [{**sample, "alternate": other} for sample, other in zip(forget, random_samples(10, seed=7, low=6))]
+    config = config | {"block_epochs": 1}
+    model = tiny_model()
+    kf.unlearn(model, forget, retain, kf.KUnBRConfig(**CONFIG | {"batch_size": 4} | config), progress=False)
+    arguments = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    arguments |= {"save_strategy": "steps", "save_steps": 4}
+    run = trainer(tmp_path, config=config, arguments=arguments, forget_dataset=forget)
+    run.train()
+    close(weights(run.model), weights(model))
+    for step in (4, 8):
+        again = trainer(tmp_path, config=config, arguments=arguments, forget_dataset=forget)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        equal(weights(again.model), weights(run.model))
+
+
+# ---------------------------------------------------------------- what Trainer's arguments say
+
+
+def test_clipping_and_the_schedule_of_the_learning_rate(tmp_path):
+    """Of each stage by itself; both have their effect."""
+    arguments = {"lr_scheduler_type": "linear", "warmup_steps": 2, "max_grad_norm": 1e-3}
+    run = trainer(tmp_path, arguments=arguments, config={"optimizer": "adamw", "warmup_epochs": 1})
+    run.train()
+    logs = [row for row in run.state.log_history if "loss" in row]
+    rates = [[row["learning_rate"] for row in logs if row["stage"] == stage] for stage in range(3)]
+    assert [len(r) for r in rates] == [3, 6, 6]
+    for r in rates:  # each up for two steps, and then down
+        assert r[:3] == rates[0] and r[0] < r[1] <= max(r) == 1e-3 and r[-1] < 1e-3 or r is rates[0]
+    assert all(row["grad_norm"] > 1e-3 for row in logs)
+
+
+def test_logs_tell_the_stage(tmp_path):
+    run = trainer(tmp_path, arguments={"logging_steps": 2})
+    run.train()
+    logs = [row for row in run.state.log_history if "loss" in row]
+    assert [row["step"] for row in logs] == list(range(2, STEPS + 1, 2))
+    for row in logs:
+        assert row["stage"] == (row["step"] - 1) // 6
+        if row["stage"]:
+            block = run.blocks[row["stage"] - 1]
+            assert (row["first_layer"], row["last_layer"]) == (block[0], block[-1])
+        else:
+            assert "first_layer" not in row
+        assert row["loss"] == pytest.approx(-row["forget_loss"] + 1.5 * row["retain_loss"], rel=1e-5)
+    assert "stage" not in run.state.log_history[-1]  # Trainer's summary
+    assert run.state.num_train_epochs == 6 and run.state.epoch == 6
+
+
+def test_evaluation_and_callbacks_see_whole_models(tmp_path):
+    forget, _ = data()
+    seen = []
+
+    class Watch(tf.TrainerCallback):
+        def on_train_end(self, args, state, control, model, **kwargs):
+            seen.append(weights(model))
+
+    ids = forget[0]["input_ids"]
+    run = trainer(
+        tmp_path,
+        arguments={"eval_strategy": "steps", "eval_steps": 5},
+        eval_dataset=[{"input_ids": ids, "labels": ids}] * 2,
+        callbacks=[Watch()],
+    )
+    run.train()
+    losses = [row["eval_loss"] for row in run.state.log_history if "eval_loss" in row]
+    assert len(set(losses)) == len(losses) >= 3
+    equal(seen[0], weights(run.model))
+    plain = tf.Trainer(copy.deepcopy(run.model), run.args, eval_dataset=run.eval_dataset)
+    assert run.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"] not in losses
+
+
+def test_saved_model_is_a_normal_one(tmp_path):
+    run = trainer(tmp_path / "run", arguments={"save_strategy": "steps", "save_steps": 8, "save_total_limit": 1})
+    run.train()
+    run.save_model(str(tmp_path / "out"))
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    equal(weights(loaded), weights(run.model))
+    assert [p.name for p in sorted((tmp_path / "run").glob("checkpoint-*"))] == [f"checkpoint-{STEPS}"]
+
+
+@pytest.mark.parametrize(
+    "dtype, autocast", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)], ids=str
+)
+def test_bf16(dtype, autocast, truth, tmp_path):
+    """A bf16 model keeps fp32 copies of a block; an fp32 one keeps its dtype and computes in bf16 under autocast."""
+    run = trainer(tmp_path, tiny_model(dtype=dtype), arguments={"bf16": autocast})
+    start = weights(run.model)
+    run.evaluate(data()[0][:1])  # after which the model's forward is accelerate's
+    run.train()
+    exact, distance, moved = truth(), 0.0, 0.0
+    for name, p in run.model.named_parameters():
+        assert p.dtype == dtype and bool(p.isfinite().all())
+        distance += float((p.detach().double() - exact[name]).square().sum())
+        moved += float((start[name].double() - exact[name]).square().sum())
+    assert distance < 0.5 * moved  # most signs of Lion's steps are the same
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"save_steps": 2}, {"save_steps": 2, "lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2}],
+    ids=str,
+)
+def test_resume(arguments, tmp_path):
+    """From a checkpoint in the warm-up, in a block, and at each edge between stages."""
+    arguments = {"save_strategy": "steps", **arguments}
+    config = {"optimizer": "adamw", "insertion": "cumulative"}
+    whole = trainer(tmp_path, arguments=arguments, config=config)
+    whole.train()
+    steps = whole.state.max_steps
+    for step in (4, 6, 8, 16) if steps == STEPS else (2, 4, 6, steps):
+        run = trainer(tmp_path, arguments=arguments, config=config)
+        run.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        equal(weights(run.model), weights(whole.model))
+        assert run.blocks == whole.blocks and run.state.global_step == steps
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_gradient_checkpointing(truth, tmp_path):
+    run = trainer(tmp_path, arguments={"gradient_checkpointing": True})
+    run.train()
+    close(weights(run.model), truth())
+
+
+def test_bf16_block_resumes_with_its_wide_weights(tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 5, "bf16": True}
+    models = []
+    for resume in (None, str(tmp_path / "checkpoint-10")):
+        run = trainer(tmp_path, tiny_model(dtype=torch.bfloat16), arguments=arguments, config={"block_lr": 1e-5})
+        run.train(resume_from_checkpoint=resume)
+        models.append(weights(run.model))
+    equal(*models)
+
+
+def test_resume_is_refused_for_other_data_and_settings(tmp_path):
+    trainer(tmp_path, arguments={"save_strategy": "steps", "save_steps": 4}).train()
+    at = str(tmp_path / "checkpoint-8")
+    for wrong, message in (
+        ({"model": tiny_model(seed=4)}, "belongs to another run"),
+        ({"forget_dataset": random_samples(10, seed=9, low=6)}, "belongs to another run"),
+        ({"config": {"block_lr": 1e-2}}, "block_lr was 0.001"),
+        ({"arguments": {"per_device_train_batch_size": 3}}, "batch_size was 4"),
+        ({"unlearned": tiny_model(seed=3)}, "was begun without unlearned="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, **wrong).train(resume_from_checkpoint=at)
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        trainer(tmp_path / "other").train(resume_from_checkpoint=True)
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_killed_and_resumed(truth, tmp_path):
+    """In the first block; the last checkpoint is cut short too, and so is passed by."""
+    kill_after = 11
+    settings = {
+        "out": str(tmp_path),
+        "kill_after": kill_after,
+        "arguments": {"save_strategy": "steps", "save_steps": 2},
+    }
+    killed = subprocess.run([sys.executable, RUNNER, json.dumps(settings)], env=environment(), capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    last = tmp_path / f"checkpoint-{kill_after - 1}"
+    (last / "trainer_state.json").unlink()
+    run = trainer(tmp_path, arguments=settings["arguments"])
+    begun = []
+    run.add_callback(Steps(begun))
+    run.train(resume_from_checkpoint=True)
+    assert begun[0] == kill_after - 3
+    equal(weights(run.model), truth())
+
+
+class Steps(tf.TrainerCallback):
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.seen.append(state.global_step)
+
+
+# ---------------------------------------------------------------- processes
+
+
+def test_two_processes(truth, tmp_path):
+    """Two gloo processes with half the batch each; the last step of an epoch has fewer samples than parts."""
+    runs = []
+    for number, (batch, accumulation, config) in enumerate(
+        [(2, 1, {}), (1, 2, {"objective": "pdu", "insertion": "cumulative"})]
+    ):
+        arguments = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        out, save = str(tmp_path / f"{number}"), str(tmp_path / f"{number}.safetensors")
+        runs.append({"out": out, "save": save, "config": config, "arguments": arguments})
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    processes, errors = [], [tmp_path / f"{rank}.log" for rank in range(2)]
+    try:
+        for rank, error in enumerate(errors):
+            more = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, RUNNER, *map(json.dumps, runs)]
+            processes.append(subprocess.Popen(command, env=environment() | more, stderr=error.open("wb")))
+        deadline = time.monotonic() + 300
+        while any(process.poll() is None for process in processes):
+            assert not any(process.poll() for process in processes) and time.monotonic() < deadline, [
+                error.read_text()[-3000:] for error in errors
+            ]
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0, 0], [error.read_text()[-3000:] for error in errors]
+    for run in runs:
+        close(load_file(run["save"]), truth(**run["config"]))
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_an_exception_leaves_the_original(truth, tmp_path):
+    for at in (3, 15):
+
+        class Fails(tf.TrainerCallback):
+            def on_step_end(self, args, state, control, at=at, **kwargs):
+                if state.global_step == at:
+                    raise KeyboardInterrupt
+
+        model = tiny_model().train()
+        model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+        start, flags = weights(model), [(p.requires_grad, p.grad) for p in model.parameters()]
+        run = trainer(tmp_path, model, callbacks=[Fails()], config={"insertion": "cumulative"})
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+        equal(weights(model), start)
+        assert [(p.requires_grad, p.grad) for p in model.parameters()] == flags and model.training
+        assert not any("forward" in module.__dict__ for module in patch._layers(model).modules())
+        run.remove_callback(Fails)
+        run.train()  # the same trainer again
+        equal(weights(model), truth(insertion="cumulative"))
+
+
+def test_stopped_early(tmp_path):
+    """What is trained so far counts; max_steps does the same."""
+    run = trainer(tmp_path, arguments={"max_steps": 8})
+    run.train()
+    assert run.state.global_step == 8
+    short = weights(run.model)
+    warm = trainer(tmp_path, arguments={"max_steps": 6})
+    warm.train()
+    changed = {name for name, value in weights(warm.model).items() if not torch.equal(value, short[name])}
+    assert changed and all(name.startswith(tuple(f"model.layers.{i}." for i in run.blocks[0])) for name in changed)
+    with pytest.raises(ValueError, match="max_steps=99: all stages have 18 steps"):
+        trainer(tmp_path, arguments={"max_steps": 99}).train()
+
+
+def test_divergence(tmp_path):
+    run = trainer(tmp_path, config={"max_retain_loss": 1e-3, "block_epochs": 4})
+    start = weights(run.model)
+    with pytest.raises(kf.Diverged, match="max_retain_loss"):
+        run.train()
+    equal(weights(run.model), start)
+
+
+def test_what_is_not_supported_is_refused(tmp_path):
+    forget, retain = data()
+    for more, message in (
+        ({"arguments": {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps",
+                        "metric_for_best_model": "loss"}, "eval_dataset": forget}, "load_best_model_at_end"),
+        ({"arguments": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor"),
+        ({"optimizers": (torch.optim.SGD([torch.zeros(1)], 1.0), None)}, "optimizers"),
+        ({"compute_loss_func": lambda *_: 0}, "compute_loss_func"),
+        ({"retain_dataset": None}, "both forget_dataset and retain_dataset"),
+        ({"forget_dataset": None, "retain_dataset": None}, "no data"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, **more)
+    for more, message in (
+        ({"forget_dataset": []}, "the forget set is empty"),
+        ({"forget_dataset": None, "retain_dataset": None, "train_dataset": forget}, r"train_dataset\[0\]: expected"),
+        ({"forget_dataset": None, "retain_dataset": None, "train_dataset": OpenUnlearning(forget, None)}, "retain set"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, **more).train()
+
+
+def test_importing_the_package_imports_no_trainer():
+    code = (
+        "import sys, kunbr_fast, kunbr_fast.integrations; "
+        "assert not {'transformers.trainer', 'kunbr_fast.integrations.hf_trainer'} & set(sys.modules); "
+        "from kunbr_fast.integrations import KUnBRTrainer; print(KUnBRTrainer.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "KUnBRTrainer", done.stderr

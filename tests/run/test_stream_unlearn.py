@@ -1,0 +1,345 @@
+"""Whole runs on streamed models: the weights and the report of the run in memory, by the library and the command line."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_streaming
+import tiny_text
+import torch
+from safetensors.torch import load_file
+from tiny_models import random_samples, tiny_model
+
+import kunbr_fast as kf
+from kunbr_fast.cli import main as cli
+from kunbr_fast.evaluation.accuracy import choice_accuracy
+from kunbr_fast.evaluation.rtt import Fold, RTTConfig, rtt_attack
+from kunbr_fast.files.models import load_model, load_tokenizer
+from kunbr_fast.files.tensors import Shards, WeightSnapshot
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.layer_stream import layer_stream
+from kunbr_fast.model.streaming import open_streamed
+from kunbr_fast.objectives.original import Reference
+from kunbr_fast.run.state import fingerprint
+
+SETTINGS = dict(
+    batch_size=3, retain_batch_size=3, num_blocks=3, top_k=2, block_epochs=2, block_lr=1e-3, seed=3, rtt=False
+)
+FORGET, RETAIN = random_samples(5, seed=1), random_samples(6, seed=2)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """M0 and M_u as directories of several files."""
+    paths = [tmp_path_factory.mktemp(name) for name in ("original", "unlearned")]
+    for seed, path in enumerate(paths):
+        tiny_model("llama", torch.float32, seed).save_pretrained(path, max_shard_size="70KB")
+    return paths
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """The workspace of tiny_text, and an M_u beside its model."""
+    root = tiny_text.workspace(tmp_path_factory.mktemp("text"))
+    shutil.copytree(root / "model", root / "mu")
+    tiny_text.model(seed=1).save_pretrained(root / "mu")
+    return root
+
+
+def run(opening, folders, out, dtype=None, **settings):
+    """(report, the result's weights) of a whole run; opening: test_streaming's `whole` or `streamed`."""
+    model, other = (opening(path, dtype) for path in folders)
+    config = kf.KUnBRConfig(**{**SETTINGS, **settings})
+    report = kf.unlearn(model, FORGET, RETAIN, config, unlearned=other, output_dir=out, progress=False)
+    weights = layer_stream(model) or dict(model.named_parameters())
+    return report, {name: weights[name].clone() for name in weights}
+
+
+def same(a, b):
+    assert torch.equal(a.density.per_layer, b.density.per_layer)
+    assert (a.blocks, a.losses, a.accuracy) == (b.blocks, b.losses, b.accuracy)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(dtype="float64"),
+        dict(insertion="cumulative", rounds=2, optimizer="adamw"),
+        dict(dtype="float64", objective="npo", retain_loss="kl", micro_batch_tokens=30),
+        dict(objective="rmu", activations="file"),
+        dict(mask="wagle", mask_ratio=0.3),
+    ],
+    ids=["plain", "cumulative", "npo", "rmu", "mask"],
+)
+def test_a_streamed_run_has_the_resident_bits(settings, folders, tmp_path):
+    truth, weights = run(test_streaming.whole, folders, tmp_path / "whole", **settings)
+    ours, streamed = run(test_streaming.streamed, folders, tmp_path / "streamed", **settings)
+    same(ours, truth)
+    assert list(streamed) == list(weights) and not (tmp_path / "streamed/work").exists()
+    for name in weights:
+        assert torch.equal(streamed[name], weights[name].to(torch.float32).to(weights[name].dtype)), name
+    given = Shards(folders[1])
+    changed = {name for name in weights if not torch.equal(weights[name].float(), given[name])}
+    assert changed and all(any(f"layers.{i}." in name for b in truth.blocks for i in b) for name in changed)
+    saved = load_model(tmp_path / "streamed")  # the files: the same, embeddings and head M_u's too
+    for name, parameter in saved.named_parameters():
+        assert torch.equal(parameter, weights[name].float()), name
+    assert len(list((tmp_path / "streamed").glob("*.safetensors"))) == len(list(folders[0].glob("*.safetensors")))
+
+
+def test_no_more_than_the_buffers_and_a_block_in_memory(folders, tmp_path, monkeypatch):
+    """M_u never runs as a model of its own, and layers are read a few times for a whole run, not for each batch."""
+    model, other = (open_streamed(path) for path in folders)
+    stream = layer_stream(model)
+    config = kf.KUnBRConfig(**{**SETTINGS, "objective": "npo"})
+    before = fingerprint(other)
+    report = kf.unlearn(model, FORGET, RETAIN, config, unlearned=other, output_dir=tmp_path, progress=False)
+    assert "_slots" not in layer_stream(other).__dict__ and fingerprint(other) == before
+    steps = 2 * 2 * len(report.blocks)  # of two epochs each
+    # the Decoder's checks, reference, density (up and down), the cache, and twice a step above the block
+    assert max(stream.loads.values()) <= 3 + 1 + 2 + 1 + 2 * steps
+    assert stream.loads[0] <= 3 + 1 + 2 + 1
+
+
+def test_fingerprints_and_references_are_those_of_the_whole_model(folders):
+    ours, truth = (
+        Decoder(opening(folders[0], "float64")) for opening in (test_streaming.streamed, test_streaming.whole)
+    )
+    assert fingerprint(ours.model, FORGET) == fingerprint(truth.model, FORGET)
+    needs = {"nll": ("forget",), "hidden_all": ("retain",), "layer.1": ("forget",), "layer.3": ("forget", "retain")}
+    samples, stream = {"forget": FORGET, "retain": RETAIN}, layer_stream(ours)
+    stream.release()
+    stream.loads.clear()
+    a, b = (Reference.of(decoder, samples, needs, batch_tokens=30) for decoder in (ours, truth))
+    assert stream.loads == {i: 1 for i in range(6)}
+    assert a.values.keys() == b.values.keys()
+    for kind in a.values:
+        for x, y in zip(a.values[kind], b.values[kind], strict=True):
+            assert (x is None and y is None) or torch.equal(x, y)
+
+
+@pytest.mark.parametrize("scoring", ["letter", "choice"])
+def test_accuracy_reads_each_layer_once(scoring, text):
+    questions = [{**tiny_text.question(name), "_where": "here"} for name in tiny_text.NAMES]
+    tokenizer = load_tokenizer(text / "model")
+    ours, truth = (Decoder(opening(text / "model")) for opening in (test_streaming.streamed, test_streaming.whole))
+    stream = layer_stream(ours)
+    stream.release()
+    stream.loads.clear()
+    a, b = (choice_accuracy(d, tokenizer, questions, scoring=scoring, batch_size=5) for d in (ours, truth))
+    assert a == b and stream.loads == {i: 1 for i in range(6)}
+
+
+def test_another_models_values_for_a_while(folders):
+    model, other = (open_streamed(path) for path in folders)
+    stream, ids = layer_stream(model), torch.arange(9)[None]
+
+    def logits(model):
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    first, second = logits(model), logits(load_model(folders[1]))
+    with stream.instead(layer_stream(other)):
+        assert torch.equal(logits(model), second)
+        with pytest.raises(ValueError, match="the model is read from there"):
+            stream.save(folders[1])
+    assert torch.equal(logits(model), first)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_what_a_streamed_model_cannot_do(folders, tmp_path):
+    model, other = (open_streamed(path) for path in folders)
+    resident = load_model(folders[0])
+
+    def refused(message, model, unlearned, out=tmp_path / "out", **settings):
+        stages = []
+        with pytest.raises(ValueError, match=message):
+            kf.unlearn(
+                model, FORGET, RETAIN, kf.KUnBRConfig(**{**SETTINGS, **settings}), unlearned=unlearned, output_dir=out,
+                progress=False, on_stage=stages.append,
+            )  # fmt: skip
+        assert not stages
+
+    refused("the warm-up trains every parameter.*--unlearned DIR", model, None)
+    refused("open the unlearned model with open_streamed too", model, resident)
+    refused("open the unlearned model with open_streamed too", model, model)
+    refused("the unlearned model is streamed and the original is not", resident, other)
+    refused("give output_dir=", model, other, out=None)
+    refused("the model is read from there", model, other, out=folders[1])
+    refused("cuda_graphs=True: a streamed model", model, other, cuda_graphs=True)
+    refused("set cover_precision none", model, other, cover_precision="int8")
+    with pytest.raises(ValueError, match="is not in memory: this model is streamed"):
+        WeightSnapshot.save(model, tmp_path / "weights")
+
+
+def test_an_unlearned_model_that_is_not_finite(folders, tmp_path):
+    def spoil(tensors):
+        tensors["model.layers.5.mlp.up_proj.weight"][0, 0] = torch.inf
+
+    broken = open_streamed(test_streaming.changed(folders[1], tmp_path, spoil))
+    with pytest.raises(
+        ValueError, match="the unlearned model's model.layers.5.mlp.up_proj.weight: it holds NaN or inf"
+    ):
+        kf.unlearn(
+            open_streamed(folders[0]), FORGET, RETAIN, kf.KUnBRConfig(**SETTINGS), unlearned=broken, progress=False,
+            output_dir=tmp_path / "out",
+        )  # fmt: skip
+
+
+def test_the_attack_refuses_a_streamed_model(text, tmp_path):
+    records = [tiny_text.question(name) for name in tiny_text.NAMES[:6]]
+    folds = [Fold(name, records, records) for name in "ab"]
+    with pytest.raises(ValueError, match="this model is streamed; load it whole"):
+        rtt_attack(Decoder(open_streamed(text / "model")), tiny_text.tokenizer(), folds, RTTConfig(), tmp_path, False)
+
+
+# ---------------------------------------------------------------- the command line
+
+QUICK = "--num-blocks 3 --top-k 2 --block-epochs 2 --target letter --block-lr 1e-3 --quiet".split()
+
+
+def command(root, out, *more, unlearned="mu", model="model"):
+    files = ["--forget", str(root / "f0.jsonl"), str(root / "f1.jsonl"), "--retain", str(root / "r.jsonl")]
+    given = ["--unlearned", str(root / unlearned)] if unlearned else []
+    return ["unlearn", "--model", str(root / model), *given, *files, "--out", str(out), *QUICK, *more]
+
+
+@pytest.fixture(scope="module")
+def resident(text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("resident") / "out"
+    assert cli.main(command(text, out, "--no-rtt")) == 0
+    return out
+
+
+def as_resident(out, resident):
+    ours, truth = (load_file(path / "model.safetensors") for path in (out, resident))
+    assert set(ours) == set(truth) and all(torch.equal(ours[name], truth[name]) for name in truth)
+    a, b = (json.loads((path / "report.json").read_text()) for path in (out, resident))
+    for key in ("accuracy", "blocks", "density", "losses"):
+        assert a[key] == b[key]
+    assert load_model(out) is not None and load_tokenizer(out) is not None and not (out / "work").exists()
+
+
+def test_the_command(text, resident, tmp_path, capsys):
+    out = tmp_path / "out"
+    (text / "model" / "pytorch_model.bin").write_bytes(b"the former weights")
+    try:
+        assert cli.main(command(text, out, "--stream", "--stream-cache", "20 kB")) == 0
+    finally:
+        (text / "model" / "pytorch_model.bin").unlink()
+    printed = capsys.readouterr().out
+    assert "| KUnBR " in printed and f"`kunbr-fast rtt --model {out}`" in printed
+    as_resident(out, resident)
+    assert not (out / "pytorch_model.bin").exists() and (out / "density.png").is_file() and (out / "run.yaml").is_file()
+    assert not (out / "relearning.png").exists()
+
+
+KILLED = {
+    "in the second block": ["--insertion", "cumulative"],
+    "a shard of the result is written": [],
+}
+
+
+@pytest.mark.parametrize("point", KILLED)
+def test_killed_and_resumed(point, text, resident, tmp_path):
+    out, more = tmp_path / "out", ["--stream", *KILLED[point]]
+    runner = Path(__file__).parent.parent.joinpath("kill_runner.py")
+    done = subprocess.run(
+        [sys.executable, str(runner), point, *command(text, out, *more)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(Path(kf.__file__).parent.parent)},
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert (out / "work" / "state.json").is_file() and not (out / "config.json").exists()
+    assert cli.main(command(text, out, *more, "--resume")) == 0
+    if KILLED[point]:
+        resident = tmp_path / "resident"
+        assert cli.main(command(text, resident, "--no-rtt", *KILLED[point])) == 0
+    as_resident(out, resident)
+
+
+def test_resuming_with_another_unlearned_model(text, tmp_path, monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "write_report", stop)
+        assert cli.main(command(text, tmp_path / "out", "--stream")) == 130
+    assert cli.main(command(text, tmp_path / "out", "--stream", "--resume", unlearned="model")) == 2
+    assert "with another unlearned model" in capsys.readouterr().err
+
+
+def test_density_of_a_streamed_model(text, tmp_path, capsys):
+    arguments = ["density", "--model", str(text / "model"), "--forget", str(text / "f0.jsonl"), "--num-blocks", "3",
+                 "--top-k", "1", "--quiet", "--json"]  # fmt: skip
+    found = []
+    for more in ([], ["--stream"], ["--stream", "--activations", "file"]):
+        assert cli.main([*arguments, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1] == found[2]
+
+
+def test_wrong_options(text, tmp_path, capsys):
+    pickled = tmp_path / "pickled"
+    shutil.copytree(text / "model", pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    for arguments, message in (
+        (command(text, tmp_path / "out", "--stream", unlearned=None), "give it with --unlearned DIR"),
+        (command(text, tmp_path / "out", "--stream-cache", "1GiB"), "--stream-cache 1GiB without --stream"),
+        (
+            command(text, tmp_path / "out", "--stream", "--stream-cache", "much"),
+            "--stream-cache='much': expected bytes",
+        ),
+        (command(text, tmp_path / "out", "--stream", model=pickled), "pickled weights are not loaded"),
+    ):
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- memory
+
+
+def run_in_little_memory(original, unlearned, out):
+    """In a process of its own: at most test_streaming.HEADROOM bytes of private memory above what the imports take."""
+    limit = test_streaming.memory("VmData") + test_streaming.HEADROOM
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    start = test_streaming.memory("VmRSS")
+    config = kf.KUnBRConfig(batch_size=4, num_blocks=32, top_k=1, skip_last_layers=8, block_epochs=1, block_lr=1e-4)
+    report = kf.unlearn(
+        open_streamed(original), FORGET[:4], RETAIN[:4], config, unlearned=open_streamed(unlearned), output_dir=out,
+        progress=False,
+    )  # fmt: skip
+    print(json.dumps({"resident": test_streaming.memory("VmHWM") - start, "block": report.blocks[0].start}))
+
+
+def test_a_whole_run_of_a_model_that_does_not_fit(tmp_path):
+    """537 MB of weights (and as much for M_u, here the same files), 200 MiB of private memory, from density to the files."""
+    original, out = tmp_path / "original", tmp_path / "out"
+    original.mkdir()
+    test_streaming.write_large(original)
+    unlearned = tmp_path / "unlearned"
+    shutil.copytree(original, unlearned, copy_function=os.link)
+    code = (
+        f"import test_stream_unlearn as t; t.run_in_little_memory({str(original)!r}, {str(unlearned)!r}, {str(out)!r})"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(kf.__file__).parent.parent)])
+    # what is freed goes back to the system and does not stay in the heap
+    environment = {**os.environ, "PYTHONPATH": paths, "MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["resident"] < test_streaming.HEADROOM + (64 << 20)  # with the pages of a file or two
+    before, after = Shards(original), Shards(out)
+    assert set(before.files) == set(after.files)
+    inside = f"model.layers.{found['block']}."
+    for name in before.files:
+        if ".layers." not in name or name.split(".")[2] in (str(found["block"]), "0", "31"):
+            assert torch.equal(before[name], after[name]) != name.startswith(inside), name

@@ -1,0 +1,251 @@
+import copy
+
+import pytest
+import torch
+from graph_emulator import capture, waits
+from tiny_models import ARCHITECTURES, random_samples, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kunbr_fast.data import pack
+from kunbr_fast.kernels.dispatch import Unavailable
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.prefix_cache import PrefixCache
+from kunbr_fast.objectives import losses
+from kunbr_fast.training.graphs import MAX_GRAPHS, Bucket, StepGraphs, round_up
+from kunbr_fast.training.reinserted import reinserted
+
+
+class Harness:
+    """A block in training, and its step as a function of a batch and its rows' weights."""
+
+    def __init__(self, training, capture=capture):
+        self.training, decoder = training, training.decoder
+
+        def forward(batch, rows):
+            hidden = batch.hidden
+            if hidden is None:
+                with torch.no_grad():
+                    hidden = decoder.run(batch, 0, training.block.start)
+            out = decoder.run(batch, training.block.start, None, hidden, rows=True)
+            return losses.linear_loss(decoder.final(out), decoder.head, batch.targets, rows.weight, rows.cap)
+
+        self.forward, self.graphs = forward, StepGraphs(decoder, forward, training.flat.grad, capture)
+
+    def plain(self, batch, rows):
+        """loss, nll, gradient of the batch as it is."""
+        loss, nll = self.forward(batch, rows)
+        loss.backward()
+        return loss.detach(), nll, self.gradient()
+
+    def bucketed(self, batch, rows):
+        loss, nll = self.graphs(batch, rows)
+        return loss.clone(), nll.clone(), self.gradient()
+
+    def gradient(self):
+        gradient = self.training.flat.grad.clone()
+        self.training.flat.grad.zero_()
+        return gradient
+
+
+def make(architecture="llama", block=range(2, 4), **changes):
+    model = tiny_model(architecture, **changes)
+    return Decoder(model), copy.deepcopy(model)
+
+
+def batches(samples, count, size=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randperm(len(samples), generator=generator)[:size].tolist() for _ in range(count)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_replayed_step_is_the_step(architecture):
+    decoder, unlearned = make(architecture)
+    samples = random_samples(12, low=5, high=20)
+    cache = PrefixCache(decoder, samples)
+    cache.advance(2)
+    with reinserted(decoder, unlearned, range(2, 4), 1e-4) as training:
+        harness = Harness(training)
+        eager = Harness(training, None)
+        # softcapped attention takes its softmax in fp32, over a grid of another width
+        close = dict(rtol=1e-4, atol=1e-7) if architecture == "gemma2" else dict(rtol=1e-11, atol=1e-13)
+        for indices in batches(samples, 6):
+            batch = cache.batch(indices)
+            rows = losses.gradient_difference(batch, 2, 1.3)
+            truth, found, anew = harness.plain(batch, rows), harness.bucketed(batch, rows), eager.bucketed(batch, rows)
+            assert float(truth[2].norm()) > 0
+            for expected, got, fallback in zip(truth, found, anew, strict=True):
+                torch.testing.assert_close(got, expected, **close)
+                assert torch.equal(got, fallback)  # the fallback gives the graph's bits
+        assert 1 <= harness.graphs.captured < 6 and eager.graphs.captured == 0
+
+
+@pytest.mark.parametrize("rows_only", (True, False))
+def test_without_a_cache_with_a_cap_and_few_labels(rows_only):
+    decoder, unlearned = make()
+    samples = random_samples(10, low=5, high=20)
+    for sample in samples:
+        if rows_only:
+            sample["labels"][:-1] = -100
+    with reinserted(decoder, unlearned, range(1, 3), 1e-4) as training:
+        harness = Harness(training)
+        for indices in batches(samples, 4):
+            batch = pack([samples[i] for i in indices])
+            rows = losses.gradient_difference(batch, 2, 0.7, forget_loss_cap=4.5)
+            truth, found = harness.plain(batch, rows), harness.bucketed(batch, rows)
+            for expected, got in zip(truth, found, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+        assert 1 <= harness.graphs.captured < 4
+
+
+def test_training_with_graphs_is_training():
+    decoder, unlearned = make()
+    samples = random_samples(12, low=5, high=20)
+    trained = []
+    for graphs in (False, True):
+        weights = copy.deepcopy(unlearned)
+        with reinserted(decoder, weights, range(2, 4), 1e-3) as training:
+            harness = Harness(training)
+            for indices in batches(samples, 8):
+                batch = pack([samples[i] for i in indices])
+                rows = losses.gradient_difference(batch, 2, 1.0)
+                if graphs:
+                    harness.graphs(batch, rows)
+                else:
+                    loss, _ = harness.forward(batch, rows)
+                    loss.backward()
+                training.flat.step(training.optimizer)
+        trained.append(weights)
+    before = dict(unlearned.named_parameters())
+    moved = 0
+    for (name, a), b in zip(trained[0].named_parameters(), trained[1].parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12, msg=name)
+        moved += int(not torch.equal(a, before[name]))
+    assert moved > 0
+
+
+def test_a_capture_that_fails_falls_back(caplog):
+    decoder, unlearned = make()
+    samples = random_samples(4, low=5, high=20)
+
+    def refuses(function, pool):
+        function()  # leaves gradients behind, as the run before a capture does
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with reinserted(decoder, unlearned, range(2, 4), 1e-4) as training:
+        harness = Harness(training, refuses)
+        batch = pack(samples)
+        rows = losses.gradient_difference(batch, 2, 1.0)
+        truth = harness.plain(batch, rows)
+        for _ in range(2):
+            for expected, got in zip(truth, harness.bucketed(batch, rows), strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+        assert harness.graphs.captured == 0
+    assert len([r for r in caplog.records if "not permitted when stream is capturing" in r.message]) == 1
+
+
+def test_experts_that_wait_for_the_device_are_run_launch_by_launch(caplog):
+    decoder, unlearned = make("mixtral", range(0, 1))
+    batch = pack(random_samples(4, low=5, high=20))
+    rows = losses.gradient_difference(batch, 2, 1.0)
+    with reinserted(decoder, unlearned, range(0, 1), 1e-4) as training:
+        harness = Harness(training)
+        truth = harness.plain(batch, rows)
+        for expected, got in zip(truth, harness.bucketed(batch, rows), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-8)  # routers are fp32 inside
+        assert harness.graphs.captured == 0
+    assert "waits for the device" in caplog.text
+
+
+def test_the_emulator_sees_what_a_graph_cannot_hold():
+    x = torch.ones(3)
+
+    def branches():
+        return (x * float(x.sum()),)
+
+    with pytest.raises(RuntimeError, match="waits for the device"):
+        capture(branches)
+    taken = []
+
+    def remembers():  # Python state is not replayed
+        taken.append(1)
+        return (x * len(taken),)
+
+    replay, (out,) = capture(remembers)
+    x.fill_(5.0)
+    replay()
+    assert torch.equal(out, torch.full((3,), 10.0))
+
+
+INDICES = "cu_seqlens rows targets row_sample rows_per_sample pad_index unpad_index row_grid row_counts".split()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_a_step_waits_for_its_result_alone(architecture):
+    """Index tensors are the host's own work; of what runs on the device the host reads the metrics, and whether all
+    is finite."""
+    decoder, unlearned = make(architecture)
+    batch = pack(random_samples(6, low=5, high=20))
+    for name in INDICES:
+        getattr(batch, name)
+    seen = []
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if waits(func, args):
+                seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with reinserted(decoder, unlearned, range(2, 4), 1e-4) as training:
+        with Waits():
+            training.step_packed(batch, 3)
+    assert seen == ["aten._local_scalar_dense.default"]  # `finite`; the metrics' tolist() is no operator
+
+
+def test_reinserted_steps_through_graphs(monkeypatch):
+    """`cuda_graphs=True`, with the emulator for a GPU: the weights are those of plain steps."""
+    samples = random_samples(12, low=5, high=20)
+    orders, trained = batches(samples, 6), []
+    for graphs in (False, True):
+        decoder, unlearned = make()
+        with reinserted(decoder, unlearned, range(2, 4), 1e-3, forget_loss_cap=5.0) as training:
+            if graphs:
+                training._graphs = StepGraphs(decoder, training._weighted, training.flat.grad, capture)
+            found = [training.step([samples[i] for i in o[:2]], [samples[i] for i in o[2:]]) for o in orders]
+            assert not graphs or 1 <= training._graphs.captured < 6
+        trained.append((unlearned, found))
+    for a, b in zip(trained[0][1], trained[1][1], strict=True):
+        assert b == pytest.approx(a, rel=1e-9)
+    start = dict(make()[1].named_parameters())
+    for (name, a), b in zip(trained[0][0].named_parameters(), trained[1][0].parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12, msg=name)
+        assert torch.equal(a, start[name]) == (not name.startswith(("model.layers.2.", "model.layers.3."))), name
+
+
+def test_cuda_graphs_on_a_cpu_are_refused():
+    decoder, unlearned = make()
+    with pytest.raises(Unavailable, match="not on a CUDA device"):
+        with reinserted(decoder, unlearned, range(2, 4), 1e-3, cuda_graphs=True):
+            pass
+
+
+def test_buckets():
+    assert [round_up(n) for n in (1, 16, 17, 127, 128, 129, 834, 1025)] == [16, 16, 32, 128, 128, 144, 896, 1152]
+    for n in range(1, 5000):
+        assert n <= round_up(n) < n + max(16, n / 8 + 1)
+    batch = pack(random_samples(4, low=5, high=20))
+    rows = losses.gradient_difference(batch, 2, 1.0)
+    bucket = Bucket.of(batch, rows, None)
+    assert bucket.longest == 64 and Bucket.of(batch, rows, 40).longest == 40
+    assert bucket.takes(bucket, batch, len(rows.weight)) or bucket.tokens - batch.num_tokens > bucket.tokens / 8
+
+
+def test_no_more_graphs_than_the_limit():
+    decoder, unlearned = make()
+    held = []
+    with reinserted(decoder, unlearned, range(4, 6), 1e-4) as training:
+        harness = Harness(training)
+        for count in range(1, MAX_GRAPHS + 4):  # each number of samples is a bucket of its own
+            batch = pack(random_samples(count, low=3, high=6))
+            harness.bucketed(batch, losses.gradient_difference(batch, 1, 1.0))
+            held.append(harness.graphs.captured)
+    assert held[:MAX_GRAPHS] == list(range(1, MAX_GRAPHS + 1)) and set(held[MAX_GRAPHS:]) == {MAX_GRAPHS}
