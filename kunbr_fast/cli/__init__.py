@@ -1,5 +1,1 @@
-"""The command line: `kunbr-fast COMMAND`."""
-
-from kunbr_fast.cli.main import main
-
-__all__ = ["main"]
+"""The command line: `kunbr-fast COMMAND`, one file a command."""

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from kunbr_fast import data
 from kunbr_fast.files.models import check_vocabulary
+from kunbr_fast.model.decoder import Stretch
 from kunbr_fast.model.frozen import evaluating
 
 SCORINGS = ("letter", "choice")
@@ -268,9 +269,9 @@ def _scores(decoder, questions: Questions, batch_size: int, progress: str | None
         torch.no_grad(),  # not inference_mode: tensors that a model keeps from here (rotary tables) serve training too
         tqdm(total=total, desc=progress, unit="q", disable=progress is None) as bar,
     ):
-        for number, batch, _, *state in decoder.forward_to(batches, [decoder.num_layers - 1]):
+        for number, batch, _, stretch in decoder.forward_to(batches, [decoder.num_layers - 1]):
             chosen = groups[number]
-            for i, scores in zip(chosen, score(decoder, questions, chosen, batch, *state), strict=True):
+            for i, scores in zip(chosen, score(decoder, questions, chosen, batch, stretch), strict=True):
                 if not torch.isfinite(scores).all():
                     raise FloatingPointError(
                         f"the model's answer to question {i} is not a finite number ({scores.tolist()}): its "
@@ -297,15 +298,15 @@ def _choices(questions: Questions, chosen: range) -> list[list[int]]:
 
 
 def _letter_scores(
-    decoder, questions: Questions, chosen: range, batch: data.PackedBatch, start: int, hidden: torch.Tensor | None
+    decoder, questions: Questions, chosen: range, batch: data.PackedBatch, stretch: Stretch
 ) -> list[torch.Tensor]:
     letters = torch.tensor(questions.letters, device=decoder.device)
-    logits = decoder.logits(batch, batch.cu_seqlens[1:] - 1, start, hidden)[:, letters].double().cpu()
+    logits = decoder.logits(batch, batch.cu_seqlens[1:] - 1, stretch)[:, letters].double().cpu()
     return [logits[k, : questions.num_choices[i]] for k, i in enumerate(chosen)]
 
 
 def _choice_scores(
-    decoder, questions: Questions, chosen: range, batch: data.PackedBatch, start: int, hidden: torch.Tensor | None
+    decoder, questions: Questions, chosen: range, batch: data.PackedBatch, stretch: Stretch
 ) -> list[torch.Tensor]:
     rows, tokens, owners = [], [], []
     texts = [pairs for i in chosen for pairs in questions.targets[i]]
@@ -316,7 +317,7 @@ def _choice_scores(
             owners.append(owner)
     rows = torch.tensor(rows, device=decoder.device)
     tokens = torch.tensor(tokens, device=decoder.device)
-    hidden = decoder.run(batch, start, None, hidden)
+    hidden = decoder.run(batch, stretch)
     at_once = max(1, _LOGITS_AT_ONCE // decoder.config.vocab_size)
     parts = []
     for some_rows, some_tokens in zip(rows.split(at_once), tokens.split(at_once), strict=True):

@@ -23,7 +23,7 @@ import torch
 
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.memory import Place
-from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.decoder import Decoder, Stretch
 
 Turn = Callable[[int, int, torch.Tensor, torch.Tensor | None], None]
 
@@ -83,7 +83,7 @@ class LayerMajor:
                 x = self._fetch(layer, number)
                 if count < len(up):
                     with torch.no_grad():
-                        out = self.decoder.run(batch, layer, layer + 1, x)
+                        out = self.decoder.run(batch, Stretch(layer, x), layer + 1)
                     self._place(layer + 1, number).copy_(out, non_blocking=True)
                     continue
                 x.requires_grad_(layer > self.start or need_first)

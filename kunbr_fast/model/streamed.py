@@ -12,7 +12,7 @@ from torch import nn
 
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.memory import Place
-from kunbr_fast.model.decoder import Arrival, Decoder
+from kunbr_fast.model.decoder import Arrival, Decoder, Stretch
 from kunbr_fast.model.weights import weights_of
 
 
@@ -55,6 +55,6 @@ class StreamedDecoder(Decoder):
         for start, stop in itertools.pairwise([0, *sorted(set(layers))]):
             for layer in self.visit(range(start, stop)):
                 for batch, waiting in zip(batches, store):
-                    waiting.copy_(self.run(batch, layer, layer + 1, waiting.to(self.device)))
+                    waiting.copy_(self.run(batch, Stretch(layer, waiting.to(self.device)), layer + 1))
             for number, waiting in enumerate(store):
-                yield Arrival(number, batches[number], [stop], stop, waiting.to(self.device, copy=True))
+                yield Arrival(number, batches[number], [stop], Stretch(stop, waiting.to(self.device, copy=True)))

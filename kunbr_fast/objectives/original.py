@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.data.schedule import token_batches
 from kunbr_fast.memory import Place
-from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Decoder, Stretch
 from kunbr_fast.objectives import distributions as linear_rows
 
 PARTS = ("forget", "alternate", "retain")
@@ -64,10 +63,10 @@ class Reference:
             part, indices = job
             return pack([samples[part][i] for i in indices]).to(decoder.device)
 
-        def keep(job: tuple[str, list[int]], batch: PackedBatch, kinds: Iterable[str], **state: Any) -> None:
+        def keep(job: tuple[str, list[int]], batch: PackedBatch, kinds: Iterable[str], stretch: Stretch) -> None:
             part, indices = job
             mine = {kind: (part,) for kind in kinds if part in needs[kind]}
-            found = measure(decoder, batch, {part: range(len(indices))}, mine, impl=impl, **state)
+            found = measure(decoder, batch, {part: range(len(indices))}, mine, stretch=stretch, impl=impl)
             for kind, tensors in found.values.items():
                 for i, tensor in zip(indices, tensors):
                     values[kind][first[part] + i] = tensor.cpu()
@@ -77,9 +76,8 @@ class Reference:
             layer = int(kind.partition(".")[2]) if kind.startswith("layer.") else decoder.num_layers - 1
             stops.setdefault(layer, []).append(kind)
         with tqdm(total=len(jobs), desc="reference", unit="batch", leave=False, disable=not progress) as bar:
-            for number, batch, layers, start, hidden in decoder.forward_to(map(packed, jobs), stops, place):
-                kinds = [kind for layer in layers for kind in stops[layer]]
-                keep(jobs[number], batch, kinds, start=start, hidden=hidden)
+            for number, batch, layers, stretch in decoder.forward_to(map(packed, jobs), stops, place):
+                keep(jobs[number], batch, [kind for layer in layers for kind in stops[layer]], stretch)
                 bar.update(max(stops) in layers)
         return cls(values)
 
@@ -112,12 +110,11 @@ def measure(
     parts: Mapping[str, range],
     needs: Needs,
     *,
-    start: int = 0,
-    hidden: torch.Tensor | None = None,
+    stretch: Stretch = FROM_EMBEDDINGS,
     impl: str = "auto",
 ) -> Reference:
     """The `Reference` values of one packed batch from the weights that the decoder has now. parts: which of its samples
-    are the forget, alternate and retain ones; start, hidden: as in `Decoder.run`."""
+    are the forget, alternate and retain ones; stretch: as in `Decoder.run`."""
     values: dict[str, list[torch.Tensor | None]] = {kind: [None] * batch.num_samples for kind in needs}
 
     def keep(kind: str, tensors: Sequence[torch.Tensor]) -> None:
@@ -126,12 +123,12 @@ def measure(
                 values[kind][i] = tensors[i]
 
     for layer in sorted(int(kind.partition(".")[2]) for kind in needs if kind.startswith("layer.")):
-        hidden = decoder.run(batch, start, layer + 1, hidden)
-        start = layer + 1
+        hidden = decoder.run(batch, stretch, layer + 1)
+        stretch = Stretch(layer + 1, hidden)
         keep(f"layer.{layer}", hidden.split(batch.lengths))
     if needs.keys() & {"nll", "hidden", "hidden_all"}:
         every = "hidden_all" in needs
-        final = decoder.final(decoder.run(batch, start, None, hidden, rows=not every))
+        final = decoder.final(decoder.run(batch, stretch, rows=not every))
         if every:
             keep("hidden_all", final.split(batch.lengths))
             final = final[batch.rows]
