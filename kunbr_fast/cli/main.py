@@ -38,7 +38,8 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.parallel.group import ALONE, Group, ProcessGone, joined, local_device, num_processes
-from kunbr_fast.planning.plan import GPUS, plan
+from kunbr_fast.planning.machines import GPUS
+from kunbr_fast.planning.plan import plan
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.demo import demo
 from kunbr_fast.run.stages import rtt_config, to_samples
