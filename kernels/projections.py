@@ -26,14 +26,14 @@ import torch
 import torch.nn.functional as F
 
 
-def _autocast_dtype(device: str) -> torch.dtype | None:
+def autocast_dtype(device: str) -> torch.dtype | None:
     """What torch.autocast casts to on such devices now, None if it is off."""
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else None
 
 
-def _no_autocast(device: str) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if _autocast_dtype(device) is None else torch.autocast(device, enabled=False)
+def no_autocast(device: str) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 
 
 class _Linears(torch.autograd.Function):
@@ -54,7 +54,7 @@ class _Linears(torch.autograd.Function):
         dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
         dx, dws, dbs = None, [None] * count, [None] * count
         flat = None if x is None else x.reshape(-1, x.shape[-1])
-        with _no_autocast(ctx.device):  # what is here has one dtype, that of the forward pass
+        with no_autocast(ctx.device):  # what is here has one dtype, that of the forward pass
             for p, dy in enumerate(dys):
                 if dy is None:  # an output that nothing used
                     continue
@@ -80,7 +80,7 @@ def linears(
     biases = [None] * len(weights) if biases is None else biases
     if not weights or len(weights) != len(biases):
         raise ValueError(f"got {len(weights)} weights and {len(biases)} biases: expected one bias (or None) each")
-    dtype = _autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         # Here, not inside the function: what is saved for the backward pass must be what the forward pass used.
         x, *others = (

@@ -20,7 +20,7 @@ import weakref
 import torch
 
 from kunbr_fast.kernels import dispatch, reference
-from kunbr_fast.kernels.grad_density.op import DTYPES
+from kunbr_fast.kernels.checks import DTYPES
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None, *, impl: str = "auto") -> torch.Tensor:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 
 from kunbr_fast.kernels import dispatch, reference
+from kunbr_fast.kernels.checks import DTYPES, one_of, same_kind
 
 STATISTICS = reference.STATISTICS
 ALONG = (None, "row", "column")
 FORMS = ("auto", "direct", "gram")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _READ = -1  # in an operator's max_seqlen: read it from cu_seqlens
 
 
@@ -268,18 +268,6 @@ def _check_pair(
         raise ValueError(f"{cu_name} has shape {tuple(cu_seqlens.shape)}: expected (B+1,), the samples' ends after a 0")
     if cu_seqlens.device != x.device:
         raise ValueError(f"{cu_name} is on {cu_seqlens.device} and {x_name} on {x.device}: move it there")
-
-
-def same_kind(name: str, tensor: torch.Tensor, x_name: str, x: torch.Tensor) -> None:
-    if tensor.dtype != x.dtype:
-        raise TypeError(f"{name} is {tensor.dtype} and {x_name} is {x.dtype}: cast one to the other's dtype")
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device} and {x_name} on {x.device}: move one to the other's device")
-
-
-def one_of(name: str, value: str | None, known: Sequence[str | None]) -> None:
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}: expected one of {', '.join(str(k) for k in known)}")
 
 
 def _on_host(x: torch.Tensor, max_seqlen: int) -> bool:

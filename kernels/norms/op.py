@@ -28,9 +28,8 @@ from collections.abc import Callable
 import torch
 
 from kunbr_fast.kernels import dispatch, reference
-from kunbr_fast.kernels.grad_density import op as operators
+from kunbr_fast.kernels.checks import DTYPES
 
-DTYPES = operators.DTYPES
 # Of impl="triton": a program keeps whole rows in registers.
 MAX_WIDTH = 8192
 

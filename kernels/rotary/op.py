@@ -21,7 +21,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from kunbr_fast.kernels import dispatch, reference
-from kunbr_fast.kernels.grad_density.op import DTYPES
+from kunbr_fast.kernels.checks import DTYPES
 
 
 def apply_rotary(

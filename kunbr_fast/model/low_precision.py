@@ -54,7 +54,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from kunbr_fast.kernels.dispatch import Unavailable
-from kunbr_fast.kernels.projections import _autocast_dtype, _no_autocast
+from kunbr_fast.kernels.projections import autocast_dtype, no_autocast
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.layer_stream import layer_stream
@@ -200,7 +200,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        with _no_autocast(ctx.device):
+        with no_autocast(ctx.device):
             return ctx.weight.backward(dy), None, None
 
 
@@ -218,10 +218,10 @@ class _Linear:
     use_exact: bool = False
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        dtype, bias = _autocast_dtype(x.device.type), self.module.bias
+        dtype, bias = autocast_dtype(x.device.type), self.module.bias
         if dtype is not None and x.is_floating_point() and x.dtype != torch.float64:
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        with _no_autocast(x.device.type):
+        with no_autocast(x.device.type):
             return _Product.apply(x, bias, self.exact if self.use_exact else self.weight)
 
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kunbr_fast.kernels import reference as plain
+from kunbr_fast.kernels.linear_loss import op
 from kunbr_fast.model.decoder import Head
-from kunbr_fast.objectives import losses
 
 
 class _LinearNLL(torch.autograd.Function):
@@ -55,12 +55,12 @@ def linear_nll(hidden: torch.Tensor, head: Head, targets: torch.Tensor, *, impl:
 
     hidden (R, D) after the final norm; targets (R,) int64. fp32, fp64 for fp64 inputs; in nats. Differentiable, once,
     in hidden and in the head's own weight and bias where these require grad. Any loss that is a function of these R
-    numbers costs with a frozen head what `losses.linear_loss` costs; with a trained one the backward makes the logits
+    numbers costs with a frozen head what `linear_loss` costs; with a trained one the backward makes the logits
     a second time. Without autograd no gradient is made.
 
-    Dtypes, autocast, impl, targets that are no row of the head, and errors: as `losses.linear_loss`.
+    Dtypes, autocast, impl, targets that are no row of the head, and errors: as `linear_loss`.
     """
-    hidden, weight, bias = losses.operands(hidden, head)
+    hidden, weight, bias = op.operands(hidden, head.linear.weight, head.linear.bias)
     return _LinearNLL.apply(hidden, weight, bias, targets, head.scale, head.softcap, impl)
 
 
@@ -181,11 +181,11 @@ def linear_rows(
 
     Plain torch on every device, and nothing waits for it. At most LOGITS_CHUNK elements (kernels/reference.py) in a
     tensor that `function` sees. A trained head's backward calls `function` a second time. Without autograd no gradient
-    is made. Dtypes and autocast: as `losses.linear_loss`. TypeError, ValueError for arguments that do not fit.
+    is made. Dtypes and autocast: as `linear_loss`. TypeError, ValueError for arguments that do not fit.
     """
-    hidden, weight, bias = losses.operands(hidden, head)
-    losses.check_head(hidden, weight, bias)
-    losses.check_rows(hidden, targets)
+    hidden, weight, bias = op.operands(hidden, head.linear.weight, head.linear.bias)
+    op.check_head(hidden, weight, bias)
+    op.check_rows(hidden, targets)
     for number, tensor in enumerate(extra):
         if tensor.shape[:1] != hidden.shape[:1] or tensor.device != hidden.device:
             raise ValueError(
@@ -205,8 +205,8 @@ def linear_rows(
             )
         source = reference_head or head
         with torch.no_grad():
-            teacher = losses.operands(reference, source)
-        losses.check_head(*teacher, "reference", "the reference's head")
+            teacher = op.operands(reference, source.linear.weight, source.linear.bias)
+        op.check_head(*teacher, "reference", "the reference's head")
         if len(reference) != len(hidden) or len(teacher[1]) != len(weight) or reference.device != hidden.device:
             raise ValueError(
                 f"reference has {len(reference)} rows and {len(teacher[1])} logits each, on {reference.device}: expected "

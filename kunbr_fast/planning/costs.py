@@ -236,7 +236,7 @@ def kept(a: Architecture, batch: Batch, *, active: bool, fused: bool, taps: bool
 
 
 def backward_extra(a: Architecture, batch: Batch, *, active: bool, fused: bool, torch: bool) -> int:
-    """The most bytes that a layer's backward pass makes besides: in its MLP, while all that the layer keeps is there."""
+    """The most bytes that a layer's backward pass makes besides: in its MLP, with all that the layer keeps."""
     b, T, D, I = a.itemsize, batch.tokens, a.hidden, a.intermediate  # noqa: E741
     if not a.kind.gated:
         inside = max((3 if a.kind.activations == 4 else 2) * T * I, T * I + active * D * I)

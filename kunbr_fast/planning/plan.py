@@ -234,5 +234,6 @@ def _does_not_fit(run: Run, least: Mapping[str, Any], memory: int) -> str:
             cures.append("layers streamed from the files (--stream says what that takes)")
     return (
         f"does not fit: the least that the {stage} of {run.a.parameters / 1e9:.2f} billion parameters needs is "
-        f"predicted to be {least['peak_bytes'] / 2**30:.2f} GiB, and there are {memory / 2**30:.2f}. Cures: {'; '.join(cures)}"
+        f"predicted to be {least['peak_bytes'] / 2**30:.2f} GiB, and there are {memory / 2**30:.2f}. "
+        f"Cures: {'; '.join(cures)}"
     )

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_losses import problem
+from head_problem import problem
 from tiny_models import peak_bytes, random_samples, tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
