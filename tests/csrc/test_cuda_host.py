@@ -212,7 +212,7 @@ def pointers(tensors):
 
 
 def emulate(emulator, x, dys, cu, lengths, along=None, names=density.STATISTICS, blocks=0, seed=0):
-    outs = reference.empty_statistics(x, dys, len(lengths), len(names), along)
+    outs = density.empty_statistics(x, dys, len(lengths), len(names), along)
     for out in outs:
         out.fill_(torch.nan)
     code = emulator.emulate_grad_density(
