@@ -13,7 +13,7 @@ import yaml
 from kunbr_fast.data import TARGETS
 from kunbr_fast.density import attribution
 from kunbr_fast.density.measure import REDUCTIONS
-from kunbr_fast.density.passes import MODULES
+from kunbr_fast.density.watch import MODULES
 from kunbr_fast.evaluation.accuracy import SCORINGS
 from kunbr_fast.files.atomic import atomic_write
 from kunbr_fast.kernels.dispatch import IMPLEMENTATIONS
