@@ -41,7 +41,7 @@ from kunbr_fast.parallel.group import ALONE, Group, ProcessGone, joined, local_d
 from kunbr_fast.planning.plan import GPUS, plan
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.demo import demo
-from kunbr_fast.run.stages import rtt_config, to_samples
+from kunbr_fast.run.samples import to_samples
 from kunbr_fast.run.state import fingerprint
 from kunbr_fast.run.unlearn import unlearn
 from kunbr_fast.training.diverged import Diverged
@@ -577,7 +577,7 @@ def _rtt(arguments: argparse.Namespace) -> dict[str, Any]:
     if out is not None and out.exists() and not arguments.resume:
         raise ValueError(f"{out} exists: give another --out, or --resume to go on with it")
     model, tokenizer = _load(arguments)
-    attack = rtt_config(config)
+    attack = config.attack()
     belongs = {name: value for name, value in dataclasses.asdict(attack).items() if name != "lrs"}
     belongs["run"] = fingerprint(model, *(part for fold in folds for part in (fold.train_records, fold.questions)))
     done = _finished_attacks(out, belongs) if arguments.resume and out.is_file() else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -15,8 +14,10 @@ from kunbr_fast.density import attribution
 from kunbr_fast.density.measure import REDUCTIONS
 from kunbr_fast.density.passes import MODULES
 from kunbr_fast.evaluation.accuracy import SCORINGS
+from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.atomic import atomic_write
 from kunbr_fast.kernels.dispatch import IMPLEMENTATIONS
+from kunbr_fast.keywords import nearest
 from kunbr_fast.memory import STORAGES, parse_bytes
 from kunbr_fast.model.low_precision import COVER_PRECISIONS
 from kunbr_fast.model.prefix_cache import CACHE_DTYPES
@@ -249,6 +250,17 @@ class KUnBRConfig:
             block=block,
         )
 
+    def attack(self) -> RTTConfig:
+        """The RTT attack's settings."""
+        return RTTConfig(
+            lrs=self.rtt_lrs,
+            epochs=self.rtt_epochs,
+            batch_size=self.rtt_batch_size,
+            target=self.rtt_target,
+            scoring=self.scoring,
+            seed=self.seed,
+        )
+
     def _at_least(self, name: str, least: float) -> None:
         if not getattr(self, name) >= least:
             raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
@@ -297,9 +309,7 @@ class KUnBRConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, 1, 0.4)
-                hint = f": did you mean {near[0]!r}?" if near else f": known are {', '.join(known)}"
-                raise ValueError(f"{where}: unknown setting {key!r}{hint}")
+                raise ValueError(f"{where}: unknown setting {key!r}{nearest(key, known)}")
         try:
             return cls(**values)
         except ValueError as error:

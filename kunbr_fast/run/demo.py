@@ -38,7 +38,6 @@ from kunbr_fast.evaluation.rtt import Fold, RTTResult, rtt_attack
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.run.stages import rtt_config
 from kunbr_fast.run.unlearn import unlearn
 from kunbr_fast.training.full import FullTraining, train_all
 
@@ -175,7 +174,7 @@ class _Demo:
             start = time.perf_counter()
             with tempfile.TemporaryDirectory(prefix="kunbr-demo-") as scratch:
                 self.attacks[method] = rtt_attack(
-                    decoder, self.tokenizer, self.folds, rtt_config(self.config), scratch, self.progress
+                    decoder, self.tokenizer, self.folds, self.config.attack(), scratch, self.progress
                 )
             row["rtt"] = self.attacks[method].accuracy
             row["seconds"]["RTT"] = time.perf_counter() - start
