@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -39,12 +41,16 @@ _CHOICES = {
     "cache": STORAGES,
     "cache_dtype": CACHE_DTYPES,
     "optimizer_device": OPTIMIZER_DEVICES,
-    "activations": STORAGES,
     "cover_precision": COVER_PRECISIONS,
     "scoring": SCORINGS,
     "rtt_target": TARGETS,
     "parallel": PARALLEL,
     "impl": ("auto", *IMPLEMENTATIONS),
+}
+# Settings, and values of them, that earlier versions had: what stands for them now.
+OLD_SETTINGS = {
+    "activations": "cache also says where a streamed model's activations wait",
+    "cover_precision=fp8_matmul": "its gradients were too far from the exact ones (cosine 0.949): take fp8",
 }
 
 
@@ -118,7 +124,7 @@ class KUnBRConfig:
     master_weights: bool = setting(True, "fp32 copies of half-precision block weights for the optimiser", "blocks")
     cover_precision: str = setting(
         "none",
-        "frozen weights above the block: none (exact), fp8, int8, nf4 or fp8_matmul, an approximation that the report measures",
+        "frozen weights above the block: none (exact), fp8, int8 or nf4, an approximation that the report measures",
         "blocks",
     )
     mask: str = setting(
@@ -129,7 +135,11 @@ class KUnBRConfig:
     mask_ratio: float | None = setting(
         None, "the part of the mask's scores that is chosen (default: as published)", "blocks"
     )
-    cache: str = setting("auto", "where the prefix cache lies: device, host, file or auto", "none")
+    cache: str = setting(
+        "auto",
+        "where activations lie (the prefix cache; a streamed model's between two layers): device, host, file or auto",
+        "none",
+    )
     cache_bytes: int | str | None = setting(
         None,
         "the most that it takes there (8GiB), samples used later wait in a slower place (default: no limit)",
@@ -139,9 +149,6 @@ class KUnBRConfig:
         "none",
         "how it is kept: none (the model's own dtype, exact), bf16 or fp8, an approximation that the report measures",
         "blocks",
-    )
-    activations: str = setting(
-        "auto", "of a streamed model: where a step's activations wait between two layers; as cache", "none"
     )
     optimizer_device: str = setting(
         "device",
@@ -186,6 +193,7 @@ class KUnBRConfig:
         for field in dataclasses.fields(self):
             value = self._coerce(field.name, getattr(self, field.name), hints[field.name])
             setattr(self, field.name, value)
+            _refuse_old(f"{field.name}={value}")
             if field.name in _CHOICES and value not in _CHOICES[field.name]:
                 raise ValueError(f"{field.name}={value!r}: expected one of {', '.join(_CHOICES[field.name])}")
         for name in ("batch_size", "num_blocks", "top_k", "rounds", "block_epochs", "rtt_epochs", "rtt_batch_size"):
@@ -309,6 +317,7 @@ class KUnBRConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
+                _refuse_old(str(key), f"{where}: ")
                 raise ValueError(f"{where}: unknown setting {key!r}{nearest(key, known)}")
         try:
             return cls(**values)
@@ -342,3 +351,21 @@ class KUnBRConfig:
             for field in dataclasses.fields(self)
             if mine[field.name] != other.get(field.name, default[field.name]) and field.metadata["stage"] != "none"
         }
+
+
+def _refuse_old(name: str, where: str = "") -> None:
+    if name in OLD_SETTINGS:
+        raise ValueError(f"{where}{name} is no longer a setting: {OLD_SETTINGS[name]}")
+
+
+def _refusing_old(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def __init__(self: KUnBRConfig, *args: Any, **settings: Any) -> None:
+        for name in settings:
+            _refuse_old(name)
+        init(self, *args, **settings)
+
+    return __init__
+
+
+KUnBRConfig.__init__ = _refusing_old(KUnBRConfig.__init__)

@@ -213,7 +213,7 @@ class Stages(Run):
                 self.config.modules,
                 reduction=self.config.reduction,
                 gradient_checkpointing=self.config.gradient_checkpointing or None,
-                activations=self.config.activations,
+                activations=self.config.cache,
                 directory=self.work,
                 impl=self.config.impl,
                 progress=self.reporter.progress,

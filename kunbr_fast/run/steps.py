@@ -61,7 +61,7 @@ class Run:
                             self.samples.parts,
                             needs,
                             impl=self.config.impl,
-                            storage=self.config.activations,
+                            storage=self.config.cache,
                             directory=self.work,
                             progress=self.reporter.progress,
                         )
@@ -122,7 +122,7 @@ class Run:
             optimizer_device=config.optimizer_device,
             micro_batch_tokens=config.micro_batch_tokens,
             cover_precision=config.cover_precision,
-            activations=config.activations,
+            activations=config.cache,
             directory=self.work,
             impl=config.impl,
         )
