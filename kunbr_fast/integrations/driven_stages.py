@@ -118,7 +118,7 @@ class DrivenStages(Stages):
             if cumulative or visit.block != present.block:
                 self.trained[visit.block] = WeightSnapshot(self.state.file(visit.stage))
                 if cumulative:
-                    self._place(self.trained[visit.block])
+                    self.decoder.place(self.trained[visit.block])
 
     def advance(self) -> None:
         """From a stage whose steps are all done to the next one."""

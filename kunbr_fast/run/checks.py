@@ -7,18 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from kunbr_fast.evaluation.rtt import prepare_attack
+from kunbr_fast.evaluation.rtt import Fold, prepare_attack
 from kunbr_fast.files.models import check_same_architecture
 from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.finite import check_finite
-from kunbr_fast.model.layer_stream import layer_stream
 from kunbr_fast.model.low_precision import check_cover
+from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
+from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.samples import Samples, to_samples
 from kunbr_fast.run.state import RunState, fingerprint
 from kunbr_fast.training.graphs import check_cuda_graphs
@@ -34,20 +35,31 @@ def prepare(inputs: RunInputs, config: KUnBRConfig, context: RunContext) -> tupl
     check_finite(model)
     if inputs.tokenizer is None and (inputs.folds or any(inputs.questions.values())):
         raise ValueError("questions and folds hold text: give tokenizer=")
-    if config.rtt and inputs.folds and layer_stream(model) is None:
+    if config.rtt and inputs.folds and not decoder.streamed:
         prepare_attack(decoder, inputs.tokenizer, inputs.folds, config.attack())
     if isinstance(unlearned, nn.Module):
         check_same_architecture(model, unlearned, "unlearned")
-        check_finite(unlearned, "the unlearned model's ")
-        if (stream := layer_stream(unlearned)) is not None:
-            stream.check("the unlearned model's ")
+        weights_of(unlearned).check("the unlearned model's ")
     return decoder, samples, _open_state(inputs, samples, config, context)
+
+
+def folds_to_attack(inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, reporter: Reporter) -> Sequence[Fold]:
+    """The folds, if the result is to be attacked and can be."""
+    if not config.rtt or not inputs.folds:
+        return ()
+    if decoder.streamed:
+        reporter.say(
+            "no RTT attack: it trains every parameter, and of a streamed model they are never in memory together. "
+            "`kunbr-fast rtt` attacks the result on a machine that holds it"
+        )
+        return ()
+    return inputs.folds
 
 
 def _check_streamed(model: nn.Module, unlearned: Any, config: KUnBRConfig, group: Group) -> None:
     """ValueError for what cannot be done with a streamed model."""
-    unlearned_streamed = isinstance(unlearned, nn.Module) and layer_stream(unlearned) is not None
-    if layer_stream(model) is None:
+    unlearned_streamed = isinstance(unlearned, nn.Module) and weights_of(unlearned).streamed
+    if not weights_of(model).streamed:
         if unlearned_streamed:
             raise ValueError("the unlearned model is streamed and the original is not: open both with open_streamed")
         return

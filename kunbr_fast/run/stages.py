@@ -17,13 +17,11 @@ from kunbr_fast.evaluation.rtt import RTTResult, rtt_attack
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
-from kunbr_fast.model.layer_stream import layer_stream
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
+from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.assign import block_cost, busiest_share, homes, spread_blocks
 from kunbr_fast.parallel.group import ALONE
-from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.reporter import Timer
 from kunbr_fast.run.samples import Feed
 from kunbr_fast.run.state import fingerprint
@@ -46,16 +44,7 @@ from kunbr_fast.run.visits import (
 class Stages(Run):
     """The stages of a run, each skipped if its result is already there."""
 
-    def __init__(self, inputs: RunInputs, config: KUnBRConfig, context: RunContext):
-        super().__init__(inputs, config, context)
-        self.stream = layer_stream(inputs.model)
-
     def all(self) -> Report:
-        if self.stream is not None and self.config.rtt and self.inputs.folds:
-            self.reporter.say(
-                "no RTT attack: it trains every parameter, and of a streamed model they are never in memory together. "
-                "`kunbr-fast rtt` attacks the result on a machine that holds it"
-            )
         accuracy = {"original": self.evaluate("original")}
         self.measure_original()
         self.warm_up()
@@ -108,8 +97,8 @@ class Stages(Run):
         return out
 
     def attack(self) -> RTTResult | None:
-        config, folds, progress = self.config, self.inputs.folds, self.reporter.progress
-        if not config.rtt or not folds or self.stream is not None:
+        config, folds, progress = self.config, self.folds, self.reporter.progress
+        if not folds:
             return None
         lrs = ", ".join(f"{lr:g}" for lr in config.rtt_lrs)
         with self.reporter.stage(RTT, f"RTT attack: {len(folds)} folds, learning rates {lrs}") as took:
@@ -162,16 +151,13 @@ class Stages(Run):
 
     def _take_given(self, given: str) -> None:
         """Keeps the unlearned model that the user brings; given: its fingerprint."""
-        if self.stream is not None:
-            with self.stream.instead(layer_stream(self.inputs.unlearned)):
-                accuracy = self._accuracy(self.decoder, "unlearned")
-            self.state.finish(WARMUP, {"accuracy": accuracy, "given": given})  # its weights stay where they are
-            return
-        self.reporter.say("keeping the unlearned model's weights")
-        with frozen(self.inputs.unlearned):
-            accuracy = self._accuracy(Decoder(self.inputs.unlearned), "unlearned")
-        own = dict(self.decoder.model.named_parameters())
-        values = {name: value.to(own[name].dtype) for name, value in self.inputs.unlearned.named_parameters()}
+        with self.decoder.instead(self.inputs.unlearned) as decoder:
+            accuracy = self._accuracy(decoder, "unlearned")
+        weights = weights_of(self.inputs.unlearned)
+        values = None  # those of a streamed one stay where they are
+        if not weights.streamed:
+            self.reporter.say("keeping the unlearned model's weights")
+            values = {name: weights[name].to(own.dtype) for name, own in self.decoder.model.named_parameters()}
         self.state.finish(WARMUP, {"accuracy": accuracy, "given": given}, values)
 
     def _warm_up(self) -> None:
@@ -306,16 +292,15 @@ class Stages(Run):
             trained[block] = WeightSnapshot(self.state.file(stage))
             if visit.round > 0:
                 self.state.drop_file(visit.in_round(visit.round - 1).stage)
-            # a streamed model has kept in main memory what it reads from the file from now on
-            if self.config.insertion == "cumulative" and (resumed or self.stream is not None):
-                self._place(trained[block])
+            if self.config.insertion == "cumulative":
+                self.decoder.place(trained[block])
         return trained
 
     def _unlearned(self) -> Mapping[str, torch.Tensor]:
         """M_u's weights on disk."""
-        if self.stream is not None:
-            return layer_stream(self.inputs.unlearned)
-        return WeightSnapshot(self.state.file(WARMUP))  # its checksum reads the whole model
+        if "file" in self.state.result(WARMUP):
+            return WeightSnapshot(self.state.file(WARMUP))  # its checksum reads the whole model
+        return weights_of(self.inputs.unlearned)
 
     def _train_block(
         self,
@@ -336,24 +321,11 @@ class Stages(Run):
             result = self.train(visit.stage, training, feed, schedule, took) | measured
         self.state.finish(visit.stage, result, values.trained)
 
-    @torch.no_grad()
-    def _place(self, weights: Mapping[str, torch.Tensor]) -> None:
-        if self.stream is not None:
-            self.stream.replace(weights)
-            return
-        parameters = dict(self.decoder.model.named_parameters())
-        for name in weights:
-            parameters[name].copy_(weights[name])
-
     def merge(self, trained: Mapping[range, Mapping[str, torch.Tensor]]) -> None:
         """The model becomes M_u with the trained blocks."""
         with self.reporter.stage(MERGE, "merging the trained blocks into the unlearned model"):
-            if self.stream is not None:
-                self._place(self._unlearned())
-            else:
-                WeightSnapshot(self.state.file(WARMUP)).restore(self.decoder.model)
-            for weights in trained.values():
-                self._place(weights)
+            for weights in (self._unlearned(), *trained.values()):
+                self.decoder.place(weights)
 
 
 class Values(dict):

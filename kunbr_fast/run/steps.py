@@ -13,11 +13,11 @@ import torch
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.density.attribution import COMPARING, attribute
 from kunbr_fast.files.tensors import load_tensors
-from kunbr_fast.memory import parse_bytes
+from kunbr_fast.memory import Place, parse_bytes
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
 from kunbr_fast.objectives.original import Needs, Reference
-from kunbr_fast.run.checks import prepare
+from kunbr_fast.run.checks import folds_to_attack, prepare
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.reporter import Timer
@@ -44,6 +44,7 @@ class Run:
         self.reporter = context.reporter
         self.group = self.team = context.group
         self.decoder, self.samples, self.state = prepare(inputs, config, context)
+        self.folds = folds_to_attack(inputs, config, self.decoder, self.reporter)
         self.original = Reference({})
         self.retain_limit = config.max_retain_loss or 2 * math.log(self.decoder.config.vocab_size)
 
@@ -61,8 +62,7 @@ class Run:
                             self.samples.parts,
                             needs,
                             impl=self.config.impl,
-                            storage=self.config.cache,
-                            directory=self.work,
+                            place=Place(self.config.cache, self.work),
                             progress=self.reporter.progress,
                         )
             self.state.finish(stage, {"seconds": took.seconds}, found.tensors())

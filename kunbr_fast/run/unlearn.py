@@ -17,7 +17,7 @@ from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.keywords import taken
 from kunbr_fast.model.frozen import frozen
-from kunbr_fast.model.layer_stream import layer_stream
+from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
@@ -100,24 +100,21 @@ def unlearn(
         else:
             work = Path(output_dir) / "work"
             work.mkdir(parents=True, exist_ok=True)
-        stream = layer_stream(model)
-        if stream is not None:
-            if output_dir is None:
-                raise ValueError(
-                    "a streamed model's result is never in memory whole: give output_dir=, where it is written"
-                )
-            for source in (stream, None if given.unlearned is None else layer_stream(given.unlearned)):
-                if source is not None:
-                    source.check_target(output_dir)
+        if output_dir is None and weights_of(model).streamed:
+            raise ValueError(
+                "a streamed model's result is never in memory whole: give output_dir=, where it is written"
+            )
+        for source in (model, given.unlearned):
+            if output_dir is not None and source is not None:
+                weights_of(source).check_target(output_dir)
         if output_dir is None and group.size > 1:
             raise ValueError("several processes need an output_dir that all of them see")
         context = RunContext(work, group, reporter if group.first else reporter.silent(), given.resume)
         run = Stages(inputs, config, context)
         report = run.all()
-        if stream is not None:
+        if run.decoder.streamed:
             run.reporter.say(f"writing the model to {output_dir}")
-            stream.save(output_dir)
-            stream.moved(output_dir)
+            run.decoder.save(output_dir)
         if given.before_cleanup is not None and group.first:
             given.before_cleanup(report)
     group.wait()
