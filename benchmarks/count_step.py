@@ -30,7 +30,7 @@ from kunbr_fast.benchmarks.reference import procedure
 from kunbr_fast.benchmarks.shapes import MODELS, questions
 from kunbr_fast.data import pack
 from kunbr_fast.kernels.linear_loss.triton_kernel import CHUNK_BYTES
-from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.patch import fused
 from kunbr_fast.objectives import losses
 
@@ -169,7 +169,7 @@ def ours(model, block, forget, retain):
 
     def step():
         rows = losses.gradient_difference(batch, len(forget), 1.0)
-        return losses.weighted_pass(decoder, batch, rows, start=block.start, hidden=hidden)[0]
+        return losses.weighted_pass(decoder, batch, rows, Stretch(block.start, hidden))[0]
 
     with fused(model, "torch"):
         return count(step, [*model.parameters(), hidden])

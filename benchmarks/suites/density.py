@@ -60,7 +60,7 @@ from kunbr_fast.data import pack
 from kunbr_fast.data.schedule import token_batches
 from kunbr_fast.kernels import dispatch
 from kunbr_fast.kernels.grad_density import op as operators
-from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives import losses
 
@@ -425,7 +425,7 @@ class Model(_PerSample):
                     batch = pack(group).to(decoder.device)
                     with torch.no_grad():
                         embedded = decoder.embed(batch)
-                    hidden = decoder.run(batch, 0, None, embedded.requires_grad_())
+                    hidden = decoder.run(batch, Stretch(0, embedded.requires_grad_()))
                     weight = losses.likelihood(batch, reduction="sum").weight
                     final = decoder.final(hidden[batch.rows])
                     del hidden

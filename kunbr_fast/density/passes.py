@@ -27,7 +27,7 @@ from kunbr_fast.density.layer_kinds import LAYER_KINDS, How, Tiles, Watched, nor
 from kunbr_fast.density.taps import Part, Segments, Taps
 from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes, in_halves, is_out_of_memory, release
-from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.finite import check_finite
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.layer_major import LayerMajor
@@ -307,7 +307,7 @@ def _measure(
     how: How,
     whole: bool,
     add: Callable[[str, torch.Tensor], None] | None,
-    checkpoint: bool,
+    recompute: bool,
 ) -> dict[str, torch.Tensor]:
     """One packed batch: {parameter path: values as `LayerKind.values` has them}, B its samples, or one if it is taken
     `whole`. With `add` instead add(path, gradient) for the gradient of the whole batch, or of each of its samples."""
@@ -315,9 +315,9 @@ def _measure(
     start = min((item.layer for item in watched), default=0)
     with torch.no_grad():
         hidden = decoder.embed(batch)
-        below = decoder.run(batch, 0, start, hidden) if start else hidden
+        below = decoder.run(batch, Stretch(0, hidden), start) if start else hidden
     with _tapped(decoder, batch, watched, how, whole, add, found) as forward_is_over:
-        hidden = decoder.run(batch, start, None, below.requires_grad_(), checkpoint)
+        hidden = decoder.run(batch, Stretch(start, below.requires_grad_(), recompute))
         forward_is_over()
         loss = _loss(decoder, batch, hidden, how)
         del hidden
@@ -343,7 +343,7 @@ def _measure_by_layer(
     def turn(layer: int, number: int, x: torch.Tensor, dy: torch.Tensor | None) -> None:
         batch, inside = batches[number], [item for item in watched if item.layer == layer]
         with _tapped(decoder, batch, inside, how, whole, add, found[number]) as forward_is_over:
-            out = decoder.run(batch, layer, layer + 1, x)
+            out = decoder.run(batch, Stretch(layer, x), layer + 1)
             forward_is_over()
             if dy is None:
                 out = _loss(decoder, batch, out, how)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from kunbr_fast import data
 from kunbr_fast.files.models import check_vocabulary
+from kunbr_fast.model.decoder import Stretch
 from kunbr_fast.model.layer_major import forward_to
 from kunbr_fast.model.layer_stream import layer_stream
 
@@ -282,8 +283,8 @@ def _scores(decoder, questions: Questions, batch_size: int, progress: str | None
         _evaluating(decoder.model),
         tqdm(total=total, desc=progress, unit="q", disable=progress is None) as bar,
     ):
-        for chosen, batch, state in _states(decoder, groups, lambda chosen: _pack(decoder, texts(questions, chosen))):
-            for i, scores in zip(chosen, score(decoder, questions, chosen, batch, *state), strict=True):
+        for chosen, batch, stretch in _states(decoder, groups, lambda chosen: _pack(decoder, texts(questions, chosen))):
+            for i, scores in zip(chosen, score(decoder, questions, chosen, batch, stretch), strict=True):
                 if not torch.isfinite(scores).all():
                     raise FloatingPointError(
                         f"the model's answer to question {i} is not a finite number ({scores.tolist()}): its "
@@ -303,16 +304,16 @@ def _pack(decoder, sequences: list[list[int]]) -> data.PackedBatch:
 
 def _states(
     decoder, groups: list[range], pack: Callable[[range], data.PackedBatch]
-) -> Iterator[tuple[range, data.PackedBatch, tuple[int, torch.Tensor | None]]]:
-    """Each group of questions, packed, and from which layer and with which activations (None: from the embeddings) it is
-    still to be run: all, or of a streamed model the last layer."""
+) -> Iterator[tuple[range, data.PackedBatch, Stretch]]:
+    """Each group of questions, packed, and where its forward pass still has to begin: at the embeddings, or at the last
+    layer of a streamed model."""
     if layer_stream(decoder) is None:
         for chosen in groups:
-            yield chosen, pack(chosen), (0, None)
+            yield chosen, pack(chosen), Stretch()
         return
     batches = [pack(chosen) for chosen in groups]
     for layer, number, hidden in forward_to(decoder, batches, [decoder.num_layers - 1]):
-        yield groups[number], batches[number], (layer, hidden)
+        yield groups[number], batches[number], Stretch(layer, hidden)
 
 
 def _prompts(questions: Questions, chosen: range) -> list[list[int]]:
@@ -324,15 +325,15 @@ def _choices(questions: Questions, chosen: range) -> list[list[int]]:
 
 
 def _letter_scores(
-    decoder, questions: Questions, chosen: range, batch: data.PackedBatch, start: int, hidden: torch.Tensor | None
+    decoder, questions: Questions, chosen: range, batch: data.PackedBatch, stretch: Stretch
 ) -> list[torch.Tensor]:
     letters = torch.tensor(questions.letters, device=decoder.device)
-    logits = decoder.logits(batch, batch.cu_seqlens[1:] - 1, start, hidden)[:, letters].double().cpu()
+    logits = decoder.logits(batch, batch.cu_seqlens[1:] - 1, stretch)[:, letters].double().cpu()
     return [logits[k, : questions.num_choices[i]] for k, i in enumerate(chosen)]
 
 
 def _choice_scores(
-    decoder, questions: Questions, chosen: range, batch: data.PackedBatch, start: int, hidden: torch.Tensor | None
+    decoder, questions: Questions, chosen: range, batch: data.PackedBatch, stretch: Stretch
 ) -> list[torch.Tensor]:
     rows, tokens, owners = [], [], []
     texts = [pairs for i in chosen for pairs in questions.targets[i]]
@@ -343,7 +344,7 @@ def _choice_scores(
             owners.append(owner)
     rows = torch.tensor(rows, device=decoder.device)
     tokens = torch.tensor(tokens, device=decoder.device)
-    hidden = decoder.run(batch, start, None, hidden)
+    hidden = decoder.run(batch, stretch)
     at_once = max(1, _LOGITS_AT_ONCE // decoder.config.vocab_size)
     parts = []
     for some_rows, some_tokens in zip(rows.split(at_once), tokens.split(at_once), strict=True):

@@ -50,7 +50,7 @@ from tqdm import tqdm
 from kunbr_fast.data import IGNORE, PackedBatch, Sample
 from kunbr_fast.data.batch import join
 from kunbr_fast.files.tensors import Shards, WeightSnapshot, open_tensors, save_tensors
-from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.finite import finite
 from kunbr_fast.model.prefix_cache import PrefixCache
 from kunbr_fast.objectives import losses
@@ -224,7 +224,7 @@ class DEEP_UNL:
             with own.above(start):
                 return -forget.get_loss(self.model) + coeff * retain.get_loss(self.model)
         batch = join(forget.packed(start), retain.packed(start))
-        hidden = self.decoder.run(batch, start, None, batch.hidden, rows=True)
+        hidden = self.decoder.run(batch, Stretch(start, batch.hidden), rows=True)
         weights = torch.cat([-forget.weights, coeff * retain.weights])
         hidden = self.decoder.final(hidden)
         return losses.linear_loss(hidden, self.decoder.head, batch.targets, weights, impl=self.impl)[0]

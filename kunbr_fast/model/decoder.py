@@ -156,6 +156,26 @@ class Head:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Where a forward pass begins: at layer `start`, with `hidden` (T, D) at its input.
+
+    Without `hidden` it begins at the embeddings, and `start` must be 0. recompute: keep each layer's input only, and run
+    the layer again in the backward pass.
+    """
+
+    start: int = 0
+    hidden: torch.Tensor | None = None
+    recompute: bool = False
+
+    def __post_init__(self):
+        if self.hidden is None and self.start != 0:
+            raise ValueError(f"start={self.start} needs the hidden states at the input of that layer")
+
+
+FROM_EMBEDDINGS = Stretch()
+
+
 def _takes_rows(layer: nn.Module) -> bool:
     """Whether a layer computes its queries and its MLP only for the rows it is asked for: `patched` ones do."""
     return getattr(layer.__dict__.get("forward"), "takes_rows", False)
@@ -332,22 +352,16 @@ class Decoder:
     def run(
         self,
         batch: PackedBatch,
-        start: int = 0,
+        stretch: Stretch = FROM_EMBEDDINGS,
         stop: int | None = None,
-        hidden: torch.Tensor | None = None,
-        checkpoint: bool = False,
         rows: bool = False,
     ) -> torch.Tensor:
         """Hidden states (T, D) at the input of layer `stop` (default: after the last layer, before the final norm).
 
-        Begins at layer `start` with `hidden` (T, D); without it at the embeddings, and then `start` must be 0.
-        checkpoint: keep each layer's input only, and run the layer again in the backward pass.
-        rows: of the result, only `batch.rows`, (R, D), the positions with a label; a fused last layer (`patched`) then
-        computes its queries and its MLP for these alone, if they are few.
+        rows: return `batch.rows` only, (R, D), the positions with a label. A fused last layer (`patched`) then computes
+        its queries and its MLP for these alone, if they are few.
         """
         stop = self.num_layers if stop is None else stop
-        if hidden is None and start != 0:
-            raise ValueError(f"start={start} needs the hidden states at the input of that layer")
         if self.model.training:
             raise ValueError(f"{self.name} is in training mode: call model.eval() first, so that dropout is off")
         longest, limit = max(batch.lengths), self.max_positions
@@ -357,12 +371,12 @@ class Decoder:
             )
         with self._packed():
             embedded, calls = self._layer_calls(batch)
-            hidden = embedded if hidden is None else hidden[None]
-            for index in range(start, stop):
+            hidden = embedded if stretch.hidden is None else stretch.hidden[None]
+            for index in range(stretch.start, stop):
                 layer, (args, kwargs) = self.layers[index], calls[index]
                 if rows and index == stop - 1 and _takes_rows(layer) and 2 * len(batch.rows) <= batch.num_tokens:
                     kwargs, rows = {**kwargs, "kunbr_rows": batch.rows}, False  # it gives nothing else
-                if checkpoint:
+                if stretch.recompute:
                     # The backward pass comes when the model's own attention is back. Nothing here is random.
                     hidden = run_again(
                         layer,
@@ -380,15 +394,15 @@ class Decoder:
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:
         """Hidden states (T, D) at the input of layer 0."""
-        return self.run(batch, 0, 0)
+        return self.run(batch, stop=0)
 
     def final(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm, (R, D) -> (R, D)."""
         return hidden if self._norm is None else self._norm(hidden)
 
     def logits(
-        self, batch: PackedBatch, rows: torch.Tensor | None = None, start: int = 0, hidden: torch.Tensor | None = None
+        self, batch: PackedBatch, rows: torch.Tensor | None = None, stretch: Stretch = FROM_EMBEDDINGS
     ) -> torch.Tensor:
-        """Logits (R, V) at the packed positions `rows` (default: all T); `start` and `hidden` as in `run`."""
-        out = self.run(batch, start, None, hidden)
+        """Logits (R, V) at the packed positions `rows` (default: all T)."""
+        out = self.run(batch, stretch)
         return self._head(self.final(out if rows is None else out[rows]))

@@ -24,7 +24,7 @@ import torch
 
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.memory import allocate, check_storage
-from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.layer_stream import visit
 
 # ---------------------------------------------------------------- the passes
@@ -89,7 +89,7 @@ class LayerMajor:
                 x = self._fetch(layer, number)
                 if count < len(up):
                     with torch.no_grad():
-                        out = self.decoder.run(batch, layer, layer + 1, x)
+                        out = self.decoder.run(batch, Stretch(layer, x), layer + 1)
                     self._place(layer + 1, number).copy_(out, non_blocking=True)
                     continue
                 x.requires_grad_(layer > self.start or need_first)
@@ -120,7 +120,7 @@ def forward_to(
     for start, stop in itertools.pairwise([0, *wanted]):
         for layer in visit(decoder, range(start, stop)):
             for batch, place in zip(batches, store):
-                place.copy_(decoder.run(batch, layer, layer + 1, place.to(decoder.device)))
+                place.copy_(decoder.run(batch, Stretch(layer, place.to(decoder.device)), layer + 1))
         for number, place in enumerate(store):
             yield stop, number, place.to(decoder.device, copy=True)
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.data.schedule import token_batches
 from kunbr_fast.memory import OutOfMemory, allocate, cannot_fit, check_storage, choose_storage, gibibytes, in_halves
-from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.layer_stream import stretches
 
 CACHE_DTYPES = ("none", "bf16", "fp8")
@@ -169,7 +169,7 @@ class PrefixCache:
                     batch = pack([self.samples[i] for i in indices]).to(self.decoder.device)
                     rows = self._buffer[self._offsets[indices[0]] : self._offsets[indices[-1] + 1]]
                     hidden = None if last == 0 else self.rows.decode(rows.to(self.decoder.device))
-                    rows.copy_(self.rows.encode(self.decoder.run(batch, first, last, hidden)))
+                    rows.copy_(self.rows.encode(self.decoder.run(batch, Stretch(first, hidden), last)))
 
                 done = []
                 for indices, _ in in_halves(self._batches, one, self._tokens, "prefix cache", self._refusal):
@@ -216,7 +216,7 @@ class PrefixCache:
     @torch.no_grad()
     def exact(self, indices: Sequence[int]) -> torch.Tensor:
         """(T, D): what the samples' activations are without rounding, computed anew from the embeddings."""
-        return self.decoder.run(pack([self.samples[i] for i in indices]).to(self.decoder.device), 0, self._layer)
+        return self.decoder.run(pack([self.samples[i] for i in indices]).to(self.decoder.device), stop=self._layer)
 
     def relative_error(self, indices: Sequence[int]) -> float:
         """|held - exact| / |exact| of the samples' activations together, by the root of the sum of squares."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kunbr_fast.data import PackedBatch, Sample, pack, with_alternates
-from kunbr_fast.model.decoder import Decoder, Head
+from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Decoder, Head, Stretch
 from kunbr_fast.objectives import distributions as linear_rows
 from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options, retain_states
@@ -134,16 +134,14 @@ class Criterion:
         batch: PackedBatch,
         num_forget: int,
         *,
-        start: int = 0,
-        hidden: torch.Tensor | None = None,
-        checkpoint: bool = False,
+        stretch: Stretch = FROM_EMBEDDINGS,
         impl: str = "auto",
         reference: Reference | None = None,
         reference_head: Head | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The loss (scalar, differentiable) of a packed batch, and its rows' NLL (R,), detached (None where no head runs).
 
-        batch: on the decoder's device, samples in the order of `parts`. start, hidden, checkpoint: as in `Decoder.run`.
+        batch: on the decoder's device, samples in the order of `parts`. stretch: as in `Decoder.run`.
         impl: who computes the NLL (whole distributions are plain torch, see `linear_rows`).
         reference: of this batch's samples, in its order. reference_head: the original's, where it is not the decoder's.
         """
@@ -157,15 +155,13 @@ class Criterion:
             reference_head=reference_head,
         )
         if self.objective.states:
-            rows.states = decoder.run(batch, start, self.layer + 1, hidden, checkpoint)
+            rows.states = decoder.run(batch, stretch, self.layer + 1)
             return self._total(rows, retain_states), None
         if (known := self.weights(batch, num_forget)) is not None:
-            return losses.weighted_pass(
-                decoder, batch, known, start=start, hidden=hidden, checkpoint=checkpoint, impl=impl
-            )
+            return losses.weighted_pass(decoder, batch, known, stretch, impl=impl)
         losses.check_labelled(batch)
         every = "hidden_all" in self.needs
-        final = decoder.final(decoder.run(batch, start, None, hidden, checkpoint, rows=not every))
+        final = decoder.final(decoder.run(batch, stretch, rows=not every))
         rows.hidden, rows.hidden_all = (final[batch.rows], final) if every else (final, None)
         rows.nll = linear_rows.linear_nll(rows.hidden, decoder.head, batch.targets, impl=impl)
         return self._total(rows, RETAIN_LOSSES[self.retain_loss][0]), rows.nll.detach()

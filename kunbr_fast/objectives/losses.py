@@ -18,7 +18,7 @@ import torch
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.kernels.linear_loss import op
 from kunbr_fast.kernels.linear_loss.op import Logits
-from kunbr_fast.model.decoder import Decoder, Head
+from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Decoder, Head, Stretch
 
 
 def linear_loss(
@@ -56,15 +56,12 @@ def weighted_pass(
     decoder: Decoder,
     batch: PackedBatch,
     rows: RowWeights,
+    stretch: Stretch = FROM_EMBEDDINGS,
     *,
-    start: int = 0,
-    hidden: torch.Tensor | None = None,
-    checkpoint: bool = False,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`linear_loss` of a packed batch through the layers from `start` on; start, hidden, checkpoint: as in
-    `Decoder.run`."""
-    final = decoder.final(decoder.run(batch, start, None, hidden, checkpoint, rows=True))
+    """`linear_loss` of a packed batch through the layers of a stretch."""
+    final = decoder.final(decoder.run(batch, stretch, rows=True))
     return linear_loss(final, decoder.head, batch.targets, rows.weight, rows.cap, impl=impl)
 
 

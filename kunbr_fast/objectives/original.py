@@ -11,14 +11,13 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.data.schedule import token_batches
-from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Decoder, Stretch
 from kunbr_fast.model.layer_major import forward_to
 from kunbr_fast.model.layer_stream import layer_stream
 from kunbr_fast.objectives import distributions as linear_rows
@@ -67,10 +66,12 @@ class Reference:
             part, indices = job
             return pack([samples[part][i] for i in indices]).to(decoder.device)
 
-        def keep(job: tuple[str, list[int]], batch: PackedBatch, kinds: Iterable[str], **state: Any) -> None:
+        def keep(
+            job: tuple[str, list[int]], batch: PackedBatch, kinds: Iterable[str], stretch: Stretch = FROM_EMBEDDINGS
+        ) -> None:
             part, indices = job
             mine = {kind: (part,) for kind in kinds if part in needs[kind]}
-            found = measure(decoder, batch, {part: range(len(indices))}, mine, impl=impl, **state)
+            found = measure(decoder, batch, {part: range(len(indices))}, mine, stretch=stretch, impl=impl)
             for kind, tensors in found.values.items():
                 for i, tensor in zip(indices, tensors):
                     values[kind][first[part] + i] = tensor.cpu()
@@ -87,7 +88,7 @@ class Reference:
         batches = [packed(job) for job in jobs]
         with bar:
             for layer, number, hidden in forward_to(decoder, batches, stops, storage, directory):
-                keep(jobs[number], batches[number], stops[layer], start=layer, hidden=hidden)
+                keep(jobs[number], batches[number], stops[layer], Stretch(layer, hidden))
                 bar.update(layer == max(stops))
         return cls(values)
 
@@ -120,12 +121,11 @@ def measure(
     parts: Mapping[str, range],
     needs: Needs,
     *,
-    start: int = 0,
-    hidden: torch.Tensor | None = None,
+    stretch: Stretch = FROM_EMBEDDINGS,
     impl: str = "auto",
 ) -> Reference:
     """The `Reference` values of one packed batch from the weights that the decoder has now. parts: which of its samples
-    are the forget, alternate and retain ones; start, hidden: as in `Decoder.run`."""
+    are the forget, alternate and retain ones; stretch: as in `Decoder.run`."""
     values: dict[str, list[torch.Tensor | None]] = {kind: [None] * batch.num_samples for kind in needs}
 
     def keep(kind: str, tensors: Sequence[torch.Tensor]) -> None:
@@ -134,12 +134,12 @@ def measure(
                 values[kind][i] = tensors[i]
 
     for layer in sorted(int(kind.partition(".")[2]) for kind in needs if kind.startswith("layer.")):
-        hidden = decoder.run(batch, start, layer + 1, hidden)
-        start = layer + 1
+        hidden = decoder.run(batch, stretch, layer + 1)
+        stretch = Stretch(layer + 1, hidden)
         keep(f"layer.{layer}", hidden.split(batch.lengths))
     if needs.keys() & {"nll", "hidden", "hidden_all"}:
         every = "hidden_all" in needs
-        final = decoder.final(decoder.run(batch, start, None, hidden, rows=not every))
+        final = decoder.final(decoder.run(batch, stretch, rows=not every))
         if every:
             keep("hidden_all", final.split(batch.lengths))
             final = final[batch.rows]

@@ -17,7 +17,7 @@ from kunbr_fast.data import PackedBatch, as_samples, pack
 from kunbr_fast.data.batch import join
 from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes
 from kunbr_fast.model.blocks import check_block
-from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.finite import finite
 from kunbr_fast.model.low_precision import Cover
 from kunbr_fast.objectives.criterion import Criterion
@@ -244,35 +244,31 @@ class BlockTraining:
         `Criterion.__call__`; arguments as in `step_packed`."""
         decoder = self.decoder
         self._check_layer(batch)
-        hidden = self._input(batch)
+        stretch = self._stretch(batch)
         if reference is None and self.criterion.needs:
             parts = self.criterion.parts(batch, num_forget)
             with self._original():
-                reference = measure(
-                    decoder, batch, parts, self.criterion.needs, start=self.block.start, hidden=hidden, impl=self.impl
-                )
+                reference = measure(decoder, batch, parts, self.criterion.needs, stretch=stretch, impl=self.impl)
         return self.criterion(
             decoder,
             batch,
             num_forget,
-            start=self.block.start,
-            hidden=hidden,
-            checkpoint=self.gradient_checkpointing,
+            stretch=stretch,
             impl=self.impl,
             reference=reference,
         )
 
     def _weighted(self, batch: PackedBatch, rows: RowWeights) -> tuple[torch.Tensor, torch.Tensor]:
         """`loss` of rows whose weights are known."""
-        given = dict(start=self.block.start, hidden=self._input(batch), checkpoint=self.gradient_checkpointing)
-        return weighted_pass(self.decoder, batch, rows, **given, impl=self.impl)
+        return weighted_pass(self.decoder, batch, rows, self._stretch(batch), impl=self.impl)
 
-    def _input(self, batch: PackedBatch) -> torch.Tensor:
-        """(T, D) at the block's input."""
-        if batch.hidden is not None:
-            return batch.hidden
-        with torch.no_grad():
-            return self.decoder.run(batch, 0, self.block.start)
+    def _stretch(self, batch: PackedBatch) -> Stretch:
+        """The layers from the block on."""
+        hidden = batch.hidden
+        if hidden is None:
+            with torch.no_grad():
+                hidden = self.decoder.run(batch, stop=self.block.start)
+        return Stretch(self.block.start, hidden, self.gradient_checkpointing)
 
     def _check_layer(self, batch: PackedBatch) -> None:
         if batch.hidden is not None and batch.layer != self.block.start:

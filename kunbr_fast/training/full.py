@@ -10,7 +10,7 @@ from tqdm import tqdm
 from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes
-from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.finite import finite
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives import losses
@@ -63,8 +63,8 @@ class FullTraining:
 
         def one(micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
             part = losses.RowWeights(rows.weight[micro.rows], None if rows.cap is None else rows.cap[micro.rows])
-            how = dict(checkpoint=self.gradient_checkpointing, impl=self.impl)
-            loss, nll = losses.weighted_pass(self.decoder, micro.batch, part, **how)
+            stretch = Stretch(recompute=self.gradient_checkpointing)
+            loss, nll = losses.weighted_pass(self.decoder, micro.batch, part, stretch, impl=self.impl)
             loss.backward()
             return loss.detach(), nll
 
@@ -98,7 +98,7 @@ class FullTraining:
             self.decoder,
             batch,
             num_forget,
-            checkpoint=self.gradient_checkpointing,
+            stretch=Stretch(recompute=self.gradient_checkpointing),
             impl=self.impl,
             reference=reference,
             reference_head=self.reference_head,

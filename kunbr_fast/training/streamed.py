@@ -9,6 +9,7 @@ import torch
 
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.memory import check_storage
+from kunbr_fast.model.decoder import Stretch
 from kunbr_fast.model.layer_major import LayerMajor
 from kunbr_fast.model.layer_stream import layer_stream
 from kunbr_fast.objectives.original import Reference
@@ -62,9 +63,9 @@ class LayerMajorTraining(BlockTraining):
             def turn(layer: int, number: int, x: torch.Tensor, dy: torch.Tensor | None) -> None:
                 micro = micros[number]
                 if dy is not None:
-                    decoder.run(micro.batch, layer, layer + 1, x).backward(dy)
+                    decoder.run(micro.batch, Stretch(layer, x), layer + 1).backward(dy)
                     return
-                how = dict(start=top, hidden=x, impl=self.impl)
+                how = dict(stretch=Stretch(top, x), impl=self.impl)
                 loss = lambda batch, num_forget, given: criterion(decoder, batch, num_forget, reference=given, **how)  # noqa: E731
                 found.append(add_part(criterion, parts, micro, reference, loss))
 

@@ -9,7 +9,7 @@ from tiny_models import ARCHITECTURES, ROTARY, VOCAB, random_samples, tiny_model
 from torch import nn
 
 from kunbr_fast.data import pack
-from kunbr_fast.model.decoder import ATTENTION, Decoder, Head
+from kunbr_fast.model.decoder import ATTENTION, Decoder, Head, Stretch
 
 # Gemma-2's attention softmax runs in fp32 also in an fp64 model, in its own code and here: equal up to its rounding.
 LIMIT = {"gemma2": 1e-6}
@@ -111,11 +111,11 @@ def test_stretches_are_the_whole(architecture):
         for cuts in ([0, 6], [0, 1, 2, 3, 4, 5, 6], [0, 3, 3, 6]):
             hidden = decoder.embed(batch)
             for start, stop in zip(cuts, cuts[1:]):
-                hidden = decoder.run(batch, start, stop, hidden)
+                hidden = decoder.run(batch, Stretch(start, hidden), stop)
             assert torch.equal(hidden, whole)
         rows = torch.tensor([3, 0, 17])
-        middle = decoder.run(batch, 0, 4)
-        some = decoder.logits(batch, rows, start=4, hidden=middle)
+        middle = decoder.run(batch, stop=4)
+        some = decoder.logits(batch, rows, Stretch(4, middle))
         assert relative(some, decoder.logits(batch)[rows]) < 1e-13 and some.shape == (3, VOCAB)
 
 
@@ -125,11 +125,11 @@ def test_a_neighbour_is_never_seen(architecture):
     decoder, samples = Decoder(tiny_model(architecture)), mixed_samples()
     batch = pack(samples)
     clean = decoder.embed(batch).detach().requires_grad_()
-    truth = decoder.run(batch, 0, None, clean)
+    truth = decoder.run(batch, Stretch(0, clean))
     for poisoned in range(len(samples)):
         mine = batch.sample_of_token == poisoned
         hidden = torch.where(mine[:, None], torch.nan, clean.detach()).requires_grad_()
-        out = decoder.run(batch, 0, None, hidden)
+        out = decoder.run(batch, Stretch(0, hidden))
         assert torch.equal(out[~mine], truth[~mine])
         assert bool(out[mine].isnan().any(1).all())
         (true_grad,) = torch.autograd.grad(truth[~mine].square().sum(), clean, retain_graph=True)
@@ -143,7 +143,7 @@ def test_what_a_token_sees(architecture):
     """Nothing to its right; with a window of 7, over 1 layer, nothing more than 6 tokens to its left."""
     decoder, batch = Decoder(tiny_model(architecture)), pack(random_samples(1, low=20, high=20))
     hidden = decoder.embed(batch).detach().requires_grad_()
-    out = decoder.run(batch, 0, 1, hidden)
+    out = decoder.run(batch, Stretch(0, hidden), 1)
     windowed = architecture != "llama"
     for t in range(20):
         (grad,) = torch.autograd.grad(out[t].sum(), hidden, retain_graph=True)
@@ -240,7 +240,7 @@ def test_training_mode_is_refused():
     with pytest.raises(ValueError, match="LlamaForCausalLM is in training mode: call model.eval"):
         decoder.run(pack(mixed_samples()))
     with pytest.raises(ValueError, match="start=2 needs the hidden states"):
-        Decoder(model.eval()).run(pack(mixed_samples()), 2, 3)
+        Decoder(model.eval()).run(pack(mixed_samples()), Stretch(2), 3)
 
 
 # ---------------------------------------------------------------- refusals

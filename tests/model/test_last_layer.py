@@ -6,7 +6,7 @@ from tiny_models import random_samples, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from kunbr_fast.data import IGNORE, pack
-from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.patch import FAMILIES, patched
 
 
@@ -29,11 +29,11 @@ def test_row_grid():
     assert torch.equal(batch.row_sample[index], sample.flatten())  # padded places repeat a row of their own sample
 
 
-def run(decoder, batch, start, **kwargs):
+def run(decoder, batch, start, recompute=False, **kwargs):
     """The labelled rows' hidden states, and the gradients of a sum of them in the last layer and in the input."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(batch.num_tokens, 32, generator=generator, dtype=torch.float64).requires_grad_()
-    out = decoder.run(batch, start, None, hidden, **kwargs)
+    out = decoder.run(batch, Stretch(start, hidden, recompute), **kwargs)
     weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     parameters = list(decoder.layers[-1].parameters())
     grads = torch.autograd.grad((out * weight).sum(), [hidden, *parameters])
@@ -42,14 +42,14 @@ def run(decoder, batch, start, **kwargs):
 
 # OLMo-2's layer keeps its own forward; a SmolLM3 of six layers has its one without rotary in the middle
 @pytest.mark.parametrize("architecture", sorted(FAMILIES))
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_rows_of_the_last_layer(architecture, checkpoint):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_rows_of_the_last_layer(architecture, recompute):
     decoder, batch = Decoder(tiny_model(architecture)), pack(few_labels())
     asked = []
     with patched(decoder.model):
         layer = decoder.layers[-1]
         handle = layer.register_forward_hook(lambda module, args, out: asked.append(out.shape[1]))
-        ours, our_grads = run(decoder, batch, 4, checkpoint=checkpoint, rows=True)
+        ours, our_grads = run(decoder, batch, 4, recompute=recompute, rows=True)
         handle.remove()
         everything = decoder.run
         decoder.run = lambda *args, **kwargs: everything(*args, **kwargs)[batch.rows]
@@ -83,7 +83,7 @@ def test_fewer_flops():
     with patched(decoder.model), torch.no_grad():
         for rows in (False, True):
             with FlopCounterMode(display=False) as counter:
-                decoder.run(batch, 5, None, hidden, rows=rows)
+                decoder.run(batch, Stretch(5, hidden), rows=rows)
             flops[rows] = counter.get_total_flops()
     q_o_mlp = 2 * 32 * (32 + 32 + 3 * 48)
     k_v = 2 * 32 * 32

@@ -16,7 +16,7 @@ from kunbr_fast.cli.main import main
 from kunbr_fast.data import pack
 from kunbr_fast.kernels.dispatch import Unavailable
 from kunbr_fast.model import low_precision as quantized
-from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.low_precision import low_precision_cover, quantize
 from kunbr_fast.model.patch import patched
@@ -275,7 +275,7 @@ def test_fused_layers_and_the_models_own_agree(impl):
         with frozen(model), low_precision_cover(decoder, BLOCK, "int8"):
             with patched(model, impl=impl) if fuse else frozen(model):
                 hidden = random(1, 32, seed=5)[0].expand(pack(FORGET).num_tokens, 32).double().requires_grad_()
-                decoder.run(pack(FORGET), 4, None, hidden).sum().backward()
+                decoder.run(pack(FORGET), Stretch(4, hidden)).sum().backward()
         gradients.append(hidden.grad)
     assert relative(*gradients) < 1e-7  # norms: fp32 inside
 
@@ -283,13 +283,13 @@ def test_fused_layers_and_the_models_own_agree(impl):
 def test_below_the_block_all_is_exact_with_and_without_a_prefix_cache():
     model = tiny_model("llama", torch.float64)
     decoder = Decoder(model)
-    truth = decoder.run(pack(FORGET), 0, BLOCK.start)
+    truth = decoder.run(pack(FORGET), stop=BLOCK.start)
     source = dict(tiny_model("llama", seed=1).named_parameters())
     with kf.reinserted(decoder, source, BLOCK, lr=1e-3, cover_precision="int8") as training:
         cache = PrefixCache(decoder, FORGET + RETAIN)
         cache.advance(BLOCK.start)
         batch = cache.batch(range(len(FORGET) + len(RETAIN)))
-        assert relative(decoder.run(pack(FORGET), 0, BLOCK.start), truth) < 1e-12
+        assert relative(decoder.run(pack(FORGET), stop=BLOCK.start), truth) < 1e-12
         assert relative(batch.hidden[: len(truth)], truth) < 1e-7  # batched otherwise
         assert relative(gradient_of(training, batch), gradient_of(training)) < 1e-6
         # they lie in main memory, the parameters on the device are placeholders

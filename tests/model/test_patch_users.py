@@ -12,7 +12,7 @@ from tiny_models import VOCAB, random_samples, tiny_model
 import kunbr_fast as kf
 from kunbr_fast.data import pack
 from kunbr_fast.model import patch
-from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.decoder import Decoder, Stretch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
@@ -160,7 +160,7 @@ def test_layers_that_run_again_in_the_backward_pass_on_packed_samples(architectu
     parameters = block_parameters(model, BLOCK)
     with kf.patched(model, active_block=BLOCK):
         found = [
-            results(lambda: ((h := decoder.run(batch, checkpoint=flag)), h.square().mean()), parameters)  # noqa: B023
+            results(lambda: ((h := decoder.run(batch, Stretch(recompute=flag))), h.square().mean()), parameters)  # noqa: B023
             for flag in (False, True)
         ]
     assert all(relative(found[1][name], value) < 1e-12 for name, value in found[0].items())

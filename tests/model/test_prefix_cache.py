@@ -30,7 +30,7 @@ def count_tokens(decoder):
 
 def truth(decoder, sample, layer):
     with torch.no_grad():
-        return decoder.run(pack([sample]), 0, layer)
+        return decoder.run(pack([sample]), stop=layer)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -59,7 +59,7 @@ def test_the_storages_hold_the_same_bits_as_the_layers_put_out(dtype, tmp_path):
     caches = [PrefixCache(decoder, samples, s, tmp_path, batch_tokens=10_000) for s in STORAGES]
     for layer in (0, 1, 5):
         with torch.no_grad():
-            whole = decoder.run(pack(samples), 0, layer)
+            whole = decoder.run(pack(samples), stop=layer)
         for cache in caches:
             cache.advance(layer)
             hidden = cache.batch(range(6)).hidden
@@ -99,7 +99,7 @@ def test_going_back_starts_again_through_what_is_in_place():
         decoder.layers[1].mlp.up_proj.weight.mul_(1.5)
     stale = cache.batch(range(5)).hidden
     cache.advance(3)  # back: recomputed
-    assert torch.equal(cache.batch(range(5)).hidden, decoder.run(pack(samples), 0, 3).detach())
+    assert torch.equal(cache.batch(range(5)).hidden, decoder.run(pack(samples), stop=3).detach())
     cache.reset()
     assert cache.layer == 0
     cache.advance(4)

@@ -23,7 +23,7 @@ from kunbr_fast.data import pack
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.files.models import load_model, load_tokenizer
 from kunbr_fast.files.tensors import Shards, WeightSnapshot, save_tensors
-from kunbr_fast.model.decoder import Decoder, find_layers
+from kunbr_fast.model.decoder import Decoder, Stretch, find_layers
 from kunbr_fast.model.finite import check_finite
 from kunbr_fast.model.layer_major import LayerMajor
 from kunbr_fast.model.layer_stream import layer_stream
@@ -117,8 +117,8 @@ def test_the_same_outputs_as_the_whole_model(architecture, folder):
             ids = batch.input_ids[None, :9]
             assert torch.equal(ours(input_ids=ids).logits, truth(input_ids=ids).logits)
             assert torch.equal(decoder.logits(batch), other.logits(batch))
-            hidden = other.run(batch, 0, 1)
-            assert torch.equal(decoder.logits(batch, batch.rows, 1, hidden), other.logits(batch, batch.rows, 1, hidden))
+            hidden = other.run(batch, stop=1)
+            assert torch.equal(*(d.logits(batch, batch.rows, Stretch(1, hidden)) for d in (decoder, other)))
         assert sum(any(not is_placeholder(p) for p in layer.parameters()) for layer in layers_of(ours)) <= 2
         stream.release()
         assert all(is_placeholder(p) for p in layers_of(ours).parameters())
@@ -257,7 +257,7 @@ def test_a_backward_pass_needs_checkpointing_and_says_so(folder):
     def gradient(decoder, checkpoint):
         with torch.no_grad():
             hidden = decoder.embed(batch)
-        decoder.run(batch, 0, None, hidden.requires_grad_(), checkpoint).sin().sum().backward()
+        decoder.run(batch, Stretch(0, hidden.requires_grad_(), checkpoint)).sin().sum().backward()
         return hidden.grad
 
     other.model.requires_grad_(False)

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kunbr_fast.data import pack
 from kunbr_fast.kernels.dispatch import Unavailable
-from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.prefix_cache import PrefixCache
 from kunbr_fast.objectives import losses
 from kunbr_fast.training.graphs import MAX_GRAPHS, Bucket, StepGraphs, round_up
@@ -25,8 +25,8 @@ class Harness:
             hidden = batch.hidden
             if hidden is None:
                 with torch.no_grad():
-                    hidden = decoder.run(batch, 0, training.block.start)
-            out = decoder.run(batch, training.block.start, None, hidden, rows=True)
+                    hidden = decoder.run(batch, stop=training.block.start)
+            out = decoder.run(batch, Stretch(training.block.start, hidden), rows=True)
             return losses.linear_loss(decoder.final(out), decoder.head, batch.targets, rows.weight, rows.cap)
 
         self.forward, self.graphs = forward, StepGraphs(decoder, forward, training.flat.grad, capture)

@@ -428,7 +428,7 @@ def test_the_command_line_says_it_in_one_line(monkeypatch, capsys):
     def fails(arguments):
         raise OutOfMemory("out of memory with one sample of 9 tokens alone. Cures: shorter samples")
 
-    monkeypatch.setattr(cli, "_doctor", fails)
+    monkeypatch.setattr("kunbr_fast.cli.doctor.run", fails)
     assert cli.main(["doctor"]) == 2
     assert (
         capsys.readouterr().err

@@ -1,0 +1,148 @@
+"""`kunbr-fast bench`: times the kernels, a step and a whole run, or compares two such runs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from kunbr_fast.benchmarks import compare, harness
+from kunbr_fast.benchmarks.bench import bench
+from kunbr_fast.benchmarks.report import write_report
+from kunbr_fast.benchmarks.rows import read_rows
+from kunbr_fast.benchmarks.shapes import MODELS
+from kunbr_fast.benchmarks.suites import SUITES
+from kunbr_fast.cli.arguments import add_output, positive
+from kunbr_fast.cli.inputs import choose_device, say
+from kunbr_fast.files.models import DTYPES
+
+DESCRIPTION = """\
+Times each suite's cases on this machine: first a check of results against fp64, then rounds in which
+ours, the rivals that are installed, and a copy and a matrix product (the roofline) take turns."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage, parser.description = "%(prog)s [SUITE ...] [options]", DESCRIPTION
+    parser.epilog = "suites:\n" + "\n".join(f"  {name:<12} {text}" for name, text in SUITES.items())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help="which suites, see below [all]")
+    parser.add_argument(
+        "--out", default="bench-out", metavar="DIR", help="results.csv, results.json, report.html, plots [bench-out]"
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the cases that have numbers in --out already")
+    _add_cases(parser)
+    _add_rounds(parser)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="say which cases there are, and measure none")
+    instead.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A.csv", "B.csv"),
+        help="measure nothing: what became slower or faster from A to B, beyond noise; "
+        "exit status 1 where ours became slower",
+    )
+    instead.add_argument("--report", metavar="FILE.csv", help="measure nothing: the report of this file, in --out")
+    add_output(parser)
+
+
+def _add_cases(parser: argparse.ArgumentParser) -> None:
+    """Which cases are measured."""
+    group = parser.add_argument_group("cases")
+    group.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    group.add_argument("--dtype", choices=list(DTYPES), help="[bfloat16 on a GPU, float32 on a CPU]")
+    group.add_argument(
+        "--models", nargs="+", choices=list(MODELS), metavar="NAME", help=f"shapes of {', '.join(MODELS)}"
+    )
+    group.add_argument(
+        "--tokens",
+        nargs="+",
+        type=_tokens,
+        metavar="T",
+        help="where a suite has them as a size; ragged: as questions have",
+    )
+    group.add_argument("--variants", nargs="+", metavar="NAME", help="only these, and what they are compared with")
+    group.add_argument("--quick", action="store_true", help="one small case a suite, to see that everything works")
+    group.add_argument("--compile", action="store_true", help="torch.compile's variants on a CPU too (minutes)")
+    group.add_argument("--tiles", action="store_true", help="density: each candidate tile of the Triton kernel too")
+
+
+def _add_rounds(parser: argparse.ArgumentParser) -> None:
+    """How long they are measured."""
+    group = parser.add_argument_group("rounds")
+    group.add_argument("--seconds", type=positive(float), metavar="S", help="for the rounds of a case [4]")
+    group.add_argument(
+        "--repeats", type=positive(int), metavar="N", help="rounds after which a case is done [7; 30 on a GPU]"
+    )
+    group.add_argument(
+        "--budget",
+        type=positive(float),
+        default=float("inf"),
+        metavar="S",
+        help="seconds after which no case is begun",
+    )
+    group.add_argument("--no-report", action="store_true", help="results.csv and results.json alone")
+
+
+def _tokens(text: str) -> str:
+    if text != "ragged" and not (text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of tokens, or ragged")
+    return text
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.compare:
+        return _compare(arguments)
+    if arguments.report:
+        files = [str(path) for path in write_report(read_rows(arguments.report), arguments.out)]
+        if not arguments.json:
+            print("\n".join(files))
+        return {"files": files}
+    options = _options(arguments)
+    suites = arguments.suites or SUITES
+    if arguments.list:
+        cases = [str(case) for case in harness.all_cases(suites, options)]
+        if not arguments.json:
+            print("\n".join(cases))
+        return {"cases": cases}
+    return _measure(suites, options, arguments)
+
+
+def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    found = compare.compare(*(read_rows(path) for path in arguments.compare))
+    if not arguments.json:
+        print(compare.table(found))
+    arguments.status = 1 if found.regressions else 0
+    return found.to_dict()
+
+
+def _options(arguments: argparse.Namespace) -> harness.Options:
+    lists = {name: getattr(arguments, name) for name in ("models", "tokens", "variants")}
+    return harness.Options(
+        device=torch.device(choose_device(arguments)),
+        dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
+        **{name: value and tuple(value) for name, value in lists.items()},
+        **{name: getattr(arguments, name) for name in ("quick", "compile", "tiles", "seconds", "repeats")},
+    )
+
+
+def _measure(suites: Any, options: harness.Options, arguments: argparse.Namespace) -> dict[str, Any]:
+    found = bench(
+        suites,
+        options,
+        arguments.out,
+        budget=arguments.budget,
+        resume=arguments.resume,
+        progress=not arguments.quiet,
+        write_report=not arguments.no_report,
+        say=(lambda text: None) if arguments.json else lambda text: print(text, flush=True),
+    )
+    for what, cases in (("WRONG", found["wrong"]), ("left out", found["left_out"])):
+        for case, reason in cases.items():
+            say(f"{what}: {case}: {reason}")
+    measured = {(row["suite"], row["model"], row["case"], row["tokens"]) for row in found["rows"] if row["ms"]}
+    arguments.status = 0 if measured and not found["wrong"] else 1
+    if not arguments.json:
+        more = "" if arguments.no_report else ", report and plots"
+        print(f"numbers of {len(measured)} cases{more} are in {arguments.out}")
+    return found

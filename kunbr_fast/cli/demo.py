@@ -1,0 +1,31 @@
+"""`kunbr-fast demo`: a small model learns invented birthdays and forgets some of them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from kunbr_fast.cli.arguments import add_output
+from kunbr_fast.cli.inputs import sayer
+from kunbr_fast.run.demo import demo
+
+LEGEND = """\
+retain: people rehearsed during unlearning; bystanders: known, and never seen by it; RTT: the best that an
+attacker gets on one half of the forget set by teaching the other half again (chance is 25 %)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", default="demo-out", metavar="DIR", help="where report.json and the plots go [demo-out]"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="people, initial weights and data order [0]")
+    add_output(parser)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    result = demo(arguments.out, arguments.seed, progress=not arguments.quiet, say=sayer(arguments))
+    if not arguments.json:
+        print(result["table"])
+        print(LEGEND)
+        print(f"report.json, density.png and relearning.png are in {arguments.out}")
+    return result

@@ -1,0 +1,126 @@
+"""`kunbr-fast density`: the knowledge density of each layer; changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from kunbr_fast.cli.arguments import add_model, add_output, add_settings, add_stream
+from kunbr_fast.cli.inputs import open_model, read_config
+from kunbr_fast.data import load_records
+from kunbr_fast.density.measure import NO_SHARES, NORMS, STATISTICS, Density, knowledge_density
+from kunbr_fast.density.select import pareto_front, select_blocks
+from kunbr_fast.evaluation.plots import plot_density, plot_pareto
+from kunbr_fast.model.blocks import selectable_blocks
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.parallel.group import ALONE
+from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.stages import to_samples
+
+SETTINGS = (
+    "target max_length modules reduction num_blocks top_k skip_last_layers gradient_checkpointing activations impl"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--forget", nargs="+", required=True, metavar="F.jsonl")
+    parser.add_argument(
+        "--retain", nargs="+", metavar="R.jsonl", help="what to keep: for fisher_ratio, cosine and slug's Pareto front"
+    )
+    parser.add_argument("--out", metavar="FILE.json", help="keep the result (kunbr_fast.Density.load reads it)")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE.png",
+        help="bars per layer, the chosen blocks marked; slug with --retain: importance against alignment",
+    )
+    parser.add_argument(
+        "--statistic",
+        choices=STATISTICS,
+        default="grad_l1",
+        help="of each layer's gradient g: grad_l1 sum|g|, grad_mean_abs mean|g|, grad_l2sq sum g^2, grad_l2 its root, "
+        "grad_linf max|g|, fisher E g^2, fisher_ratio forget/retain, cosine of forget and retain, slug |g|/|w| "
+        "[grad_l1]",
+    )
+    parser.add_argument(
+        "--sample-fraction",
+        type=float,
+        metavar="F",
+        help="estimate a sum over weights without bias from this part of each matrix's rows (above 0, at most 1), and "
+        "show the standard error [all rows]",
+    )
+    add_stream(parser)
+    add_settings(parser, SETTINGS.split())
+    add_output(parser)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    config, group = read_config(arguments), arguments.group or ALONE
+    density = _measure(config, arguments)
+    blocks = [] if density.statistic == "cosine" else select_blocks(density, *_choice(config))
+    result = density.to_dict() | {
+        "normalized": None if density.statistic in NO_SHARES else density.normalized.tolist(),
+        "blocks": [[block.start, block.stop] for block in blocks],
+    }
+    if density.alignment is not None:
+        result["pareto_front"] = pareto_front(density.per_layer, density.alignment)
+    if not group.first:
+        return result
+    if arguments.out:
+        density.save(arguments.out)
+    if arguments.plot and density.alignment is not None:
+        plot_pareto(density, arguments.plot)
+    elif arguments.plot:
+        plot_density(density, blocks, arguments.plot, config.skip_last_layers)
+    if not arguments.json:
+        _print(density, blocks, result.get("pareto_front"))
+    return result
+
+
+def _choice(config: KUnBRConfig) -> tuple[int, int, int]:
+    return config.num_blocks, config.top_k, config.skip_last_layers
+
+
+def _measure(config: KUnBRConfig, arguments: argparse.Namespace) -> Density:
+    records = load_records(arguments.forget)
+    retain = None if arguments.retain is None else load_records(arguments.retain)
+    model, tokenizer = open_model(arguments)
+    decoder = Decoder(model)
+    if arguments.statistic != "cosine":
+        selectable_blocks(decoder.num_layers, *_choice(config))  # fails now or never
+    return knowledge_density(
+        decoder,
+        to_samples(records, tokenizer, config, decoder, "forget"),
+        config.modules,
+        arguments.statistic,
+        # some statistics have a reduction of their own, which only an option of the command contradicts
+        None if arguments.statistic not in NORMS and not hasattr(arguments, "set_reduction") else config.reduction,
+        retain=None if retain is None else to_samples(retain, tokenizer, config, decoder, "retain"),
+        gradient_checkpointing=config.gradient_checkpointing or None,
+        sample_fraction=arguments.sample_fraction,
+        activations=config.activations,
+        impl=config.impl,
+        progress=not arguments.quiet,
+        group=arguments.group or ALONE,
+    )
+
+
+def _print(density: Density, blocks: Sequence[range], front: Sequence[int] | None) -> None:
+    marked, meaning = {layer for block in blocks for layer in block}, " (* chosen)" if blocks else ""
+    if front is not None:
+        marked, meaning = set(front), " (* Pareto front: high importance, low |alignment|)"
+    sampled = "" if density.sample_fraction is None else f", estimate from {density.sample_fraction:g} of the rows"
+    print(f"knowledge density, {density.modules}, {density.statistic}, {density.num_samples} samples{sampled}{meaning}")
+    values = density.per_layer.tolist()
+    longest = max(map(abs, values)) or 1.0
+    for layer, value in enumerate(values):
+        error = "" if density.standard_error is None else f" ± {float(density.standard_error[layer]):<10.3g}"
+        if density.alignment is not None:
+            after = f"alignment {float(density.alignment[layer]):+.4f}  {'#' * round(40 * value / longest)}"
+        elif density.statistic in NO_SHARES:
+            after = "#" * round(40 * abs(value) / longest)
+        else:
+            share = float(density.normalized[layer])
+            after = f"{share:7.2%}  {'#' * round(share * 200)}"
+        print(f"layer {layer:3d} {'*' if layer in marked else ' '} {value:12.5g}{error}  {after}")

@@ -1,0 +1,78 @@
+"""What arguments name: settings, devices, models, and the folds of the attack."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kunbr_fast.data import is_question, load_records
+from kunbr_fast.evaluation.rtt import Fold
+from kunbr_fast.files.models import load_model, load_tokenizer
+from kunbr_fast.memory import parse_bytes
+from kunbr_fast.model.streaming import open_streamed
+from kunbr_fast.parallel.group import local_device, num_processes
+from kunbr_fast.run.config import KUnBRConfig
+
+
+def read_config(arguments: argparse.Namespace) -> KUnBRConfig:
+    """The settings of --config, and of the options, which win."""
+    values: dict[str, Any] = {}
+    if arguments.config:
+        values = KUnBRConfig.load(arguments.config).to_dict()
+    for name, value in vars(arguments).items():
+        if name.startswith("set_"):
+            name = name[4:]
+            values[name] = {**values.get(name, {}), **dict(value)} if name.endswith("_options") else value
+    return KUnBRConfig.from_dict(values, "settings")
+
+
+def choose_device(arguments: argparse.Namespace) -> str:
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {device}: torch {torch.__version__} sees no CUDA device; `kunbr-fast doctor` says more"
+        )
+    return local_device() if device == "cuda" and num_processes() > 1 else device
+
+
+def open_model(arguments: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
+    """(model, tokenizer) of --model: in memory, or with --stream read layer by layer."""
+    device, kept = choose_device(arguments), getattr(arguments, "stream_cache", "0")
+    if getattr(arguments, "stream", False):
+        kept = parse_bytes(kept, "--stream-cache")
+        model = open_streamed(arguments.model, device, arguments.dtype, host_bytes=kept)
+    elif kept != "0":
+        raise ValueError(f"--stream-cache {kept} without --stream: the model is in memory whole: leave it out")
+    else:
+        model = load_model(arguments.model, arguments.dtype, device)
+    return model, load_tokenizer(arguments.model)
+
+
+def read_folds(forget: Sequence[str], questions: Sequence[str] | None) -> list[Fold]:
+    """One fold for each forget file, with its own questions."""
+    if questions is not None and len(questions) != len(forget):
+        raise ValueError(
+            f"--forget-questions has {len(questions)} files and --forget {len(forget)}: "
+            "give one for each, in the same order"
+        )
+    folds = []
+    for i, path in enumerate(forget):
+        records = load_records(path)
+        asked = load_records(questions[i]) if questions is not None else records
+        folds.append(Fold(Path(path).stem, records, [r for r in asked if is_question(r)]))
+    return folds
+
+
+def say(text: str) -> None:
+    """A line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def sayer(arguments: argparse.Namespace) -> Callable[[str], None]:
+    """`say`, or with --quiet nothing."""
+    return (lambda text: None) if arguments.quiet else say

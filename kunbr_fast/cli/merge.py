@@ -1,0 +1,55 @@
+"""`kunbr-fast merge`: one model from several, by their task vectors."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from kunbr_fast.cli.arguments import add_output
+from kunbr_fast.files.merge import METHODS, MODES, merge_models
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, metavar="DIR", help="the model that the others were trained from")
+    parser.add_argument("--models", nargs="+", required=True, metavar="DIR", help="one or more (safetensors)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the merged model, and merge.json")
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        required=True,
+        help="negate: the models were fine-tuned on what is to be forgotten; add: they were unlearned",
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="consensus",
+        help="of the task vectors; consensus: the mean where they agree in sign, 0 elsewhere [consensus]",
+    )
+    parser.add_argument("--alpha", type=float, default=1.0, metavar="A", help="how far along the task vector [1.0]")
+    parser.add_argument(
+        "--agree",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of the models that consensus needs, above 0.5 [1.0: all]",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the merge that was interrupted in --out")
+    add_output(parser)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    found = merge_models(
+        arguments.base,
+        arguments.models,
+        arguments.out,
+        resume=arguments.resume,
+        progress=not arguments.quiet,
+        **{name: getattr(arguments, name) for name in ("mode", "method", "alpha", "agree")},
+    )
+    if not arguments.json:
+        print(f"{found['tensors']} tensors, {found['entries']} entries; {found['agreed_share']:.1%} agree in sign")
+        for model, norm in zip(found["models"], found["task_vector_norms"]):
+            print(f"task vector of {model}: norm {norm:.4g}")
+        change = f"change ({arguments.mode}, alpha {arguments.alpha:g})"
+        print(f"{change}: norm {found['merged_norm']:.4g}, in {arguments.out}")
+    return found

@@ -1,0 +1,44 @@
+"""`kunbr-fast plan`: memory and time of a run, from config.json alone."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from kunbr_fast.cli.arguments import add_output, add_settings
+from kunbr_fast.cli.inputs import read_config
+from kunbr_fast.files.models import DTYPES
+from kunbr_fast.planning.machines import GPUS
+from kunbr_fast.planning.plan import plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="model directory, or only its config.json")
+    parser.add_argument("--gpu-memory", required=True, metavar="SIZE", help="such as 24GiB or 80GB")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)} [h100]")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="how many [1]")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: as config.json says")
+    parser.add_argument("--forget", nargs="+", metavar="F.jsonl", help="as of unlearn (default: sizes of WMDP)")
+    parser.add_argument("--retain", nargs="+", metavar="R.jsonl")
+    parser.add_argument("--unlearned", action="store_true", help="M_u will be given: no warm-up")
+    parser.add_argument(
+        "--stream", action="store_true", help="as of unlearn: layers come from the files one by one; needs --unlearned"
+    )
+    parser.add_argument("--out", metavar="run.yaml", help="the settings, for unlearn --config")
+    add_settings(parser)
+    add_output(parser)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("gpu", "gpus", "forget", "retain", "dtype", "unlearned", "stream")
+    found = plan(
+        arguments.model,
+        arguments.gpu_memory,
+        config=read_config(arguments),
+        **{name: getattr(arguments, name) for name in names},
+    )
+    if arguments.out:
+        found.config.save(arguments.out)
+    if not arguments.json:
+        print(found.table())
+    return found.to_dict()

@@ -1,0 +1,97 @@
+"""`kunbr-fast rtt`: how much comes back when a part of the forget set is taught again."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kunbr_fast.cli.arguments import add_model, add_output, add_settings
+from kunbr_fast.cli.inputs import open_model, read_config, read_folds
+from kunbr_fast.evaluation.plots import plot_relearning
+from kunbr_fast.evaluation.rtt import RTTResult, rtt_attack
+from kunbr_fast.files.atomic import write_json
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.frozen import frozen
+from kunbr_fast.run.stages import rtt_config
+from kunbr_fast.run.state import fingerprint
+
+SETTINGS = "scoring seed rtt_lrs rtt_epochs rtt_batch_size rtt_target"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "--forget", nargs="+", required=True, metavar="F.jsonl", help="one file for each fold, two or more"
+    )
+    parser.add_argument(
+        "--forget-questions",
+        nargs="+",
+        metavar="Q.jsonl",
+        help="questions, one file for each fold (default: the question lines of --forget)",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE.json", help="keep the curves; an interrupted attack goes on from there with --resume"
+    )
+    parser.add_argument("--plot", metavar="FILE.png", help="relearning curve")
+    parser.add_argument("--resume", action="store_true", help="keep the finished attacks in --out")
+    add_settings(parser, SETTINGS.split())
+    add_output(parser)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = read_config(arguments)
+    folds = read_folds(arguments.forget, arguments.forget_questions)
+    out = Path(arguments.out) if arguments.out else None
+    if arguments.resume and out is None:
+        raise ValueError("--resume needs --out, the file with the finished attacks")
+    if out is not None and out.exists() and not arguments.resume:
+        raise ValueError(f"{out} exists: give another --out, or --resume to go on with it")
+    model, tokenizer = open_model(arguments)
+    attack = rtt_config(config)
+    belongs = {name: value for name, value in dataclasses.asdict(attack).items() if name != "lrs"}
+    belongs["run"] = fingerprint(model, *(part for fold in folds for part in (fold.train_records, fold.questions)))
+    done = _finished_attacks(out, belongs) if arguments.resume and out.is_file() else []
+
+    def keep(rows: list[dict]) -> None:
+        done.extend(rows)
+        if out is not None:
+            write_json(out, {"belongs_to": belongs, "curves": done})
+
+    with tempfile.TemporaryDirectory(prefix="kunbr-rtt-") as scratch, frozen(model):
+        result = rtt_attack(Decoder(model), tokenizer, folds, attack, scratch, not arguments.quiet, list(done), keep)
+    if out is not None:
+        write_json(out, {"belongs_to": belongs, **result.to_dict()})
+    if arguments.plot:
+        plot_relearning({Path(arguments.model).name: result}, arguments.plot)
+    if not arguments.json:
+        _print(result)
+    return result.to_dict()
+
+
+def _print(result: RTTResult) -> None:
+    print("learning rate | accuracy after each epoch (0 = before), mean over folds")
+    for lr in result.lrs:
+        for key in ("plain", "calibrated"):
+            if (curve := result.curve(lr, key)) is not None:
+                print(f"{lr:13g} | {'  '.join(f'{value:6.1%}' for value in curve)}  {key}")
+    lr, epoch = result.best
+    calibrated = "" if result.calibrated_accuracy is None else f", calibrated {result.calibrated_accuracy:.1%}"
+    print(f"RTT accuracy {result.accuracy:.1%} (lr {lr:g}, epoch {epoch}){calibrated}; before {result.before:.1%}")
+
+
+def _finished_attacks(path: Path, belongs: dict[str, Any]) -> list[dict]:
+    """The curves in an earlier --out, if they are of this model, these questions and these settings."""
+    try:
+        found = json.loads(path.read_text())
+        before, curves = found["belongs_to"], list(found["curves"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not a file of kunbr-fast rtt --out ({error}): give another --out") from error
+    changed = [name for name, value in belongs.items() if before.get(name) != value]
+    if changed:
+        what = "the model or the questions" if changed[0] == "run" else f"{changed[0]} = {before.get(changed[0])!r}"
+        raise ValueError(f"{path}: {what} changed since it was begun: put it back, or give another --out")
+    return curves

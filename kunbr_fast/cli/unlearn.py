@@ -1,0 +1,148 @@
+"""`kunbr-fast unlearn`: warm-up, density, selection, re-insertion, proof."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kunbr_fast.cli.arguments import add_model, add_output, add_settings, add_stream
+from kunbr_fast.cli.inputs import open_model, read_config, read_folds, sayer
+from kunbr_fast.data import is_question, load_records
+from kunbr_fast.evaluation.plots import plot_density, plot_relearning
+from kunbr_fast.evaluation.report import Report, table, write_report
+from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model, save_model
+from kunbr_fast.model.streaming import open_streamed
+from kunbr_fast.parallel.group import ALONE
+from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.unlearn import unlearn
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "--forget",
+        nargs="+",
+        required=True,
+        metavar="F.jsonl",
+        help="what to forget; each file is a fold of the RTT attack",
+    )
+    parser.add_argument("--retain", nargs="+", required=True, metavar="R.jsonl", help="what to keep")
+    parser.add_argument(
+        "--forget-questions",
+        nargs="+",
+        metavar="Q.jsonl",
+        help="questions on the forget files, one file for each (default: the question lines among them)",
+    )
+    parser.add_argument(
+        "--retain-questions",
+        nargs="+",
+        metavar="Q.jsonl",
+        help="questions on the retain files (default: the question lines among them)",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="the unlearned model, report.json and plots; checkpoints in DIR/work",
+    )
+    parser.add_argument("--unlearned", metavar="DIR", help="your own M_u (made by any method): no warm-up")
+    add_stream(parser, "; needs --unlearned, and there is no attack")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that was interrupted in --out")
+    add_settings(parser)
+    add_output(parser)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    config, out, say = read_config(arguments), Path(arguments.out), sayer(arguments)
+    _check_target(out, arguments.resume)
+    folds = read_folds(arguments.forget, arguments.forget_questions)
+    questions = [record for fold in folds for record in fold.questions]
+    retain = load_records(arguments.retain)
+    asked = load_records(arguments.retain_questions) if arguments.retain_questions else retain
+    if not questions:
+        say("no question lines about the forget set: accuracy is not measured and there is no RTT attack")
+    elif len(folds) < 2 and config.rtt:
+        say("one forget file: the RTT attack needs two or more (each is a fold), so there is none")
+    if arguments.stream and not arguments.unlearned:
+        raise ValueError(
+            "--stream: the warm-up trains every parameter, which are never in memory together: make M_u elsewhere, "
+            "by any method, and give it with --unlearned DIR"
+        )
+    model, tokenizer = open_model(arguments)
+
+    def save(report: Report) -> None:
+        """All of it while work/ is still there: if the disk is full here, --resume has nothing to compute again."""
+        if not arguments.stream:  # else it is there
+            say(f"writing the model to {out}")
+            save_model(model, tokenizer, out)
+        _write(report, config, arguments)
+
+    report = unlearn(
+        model,
+        [record for fold in folds for record in fold.train_records],
+        retain,
+        config,
+        tokenizer=tokenizer,
+        unlearned=_open_unlearned(arguments, model),
+        forget_questions=questions,
+        retain_questions=[record for record in asked if is_question(record)],
+        folds=folds if questions and len(folds) > 1 else None,
+        output_dir=out,
+        resume=arguments.resume,
+        progress=not arguments.quiet,
+        on_stage=say,
+        before_cleanup=save,
+        group=arguments.group or ALONE,
+    )
+    if not arguments.json:
+        _print(report, arguments, attack_left_out=arguments.stream and config.rtt and bool(questions))
+    return report.to_dict() | {"model": str(arguments.model)}
+
+
+def _check_target(out: Path, resume: bool) -> None:
+    """ValueError where --out holds a finished run or a model."""
+    if (out / "work").is_dir():
+        return
+    if (out / "report.json").is_file():
+        if resume:
+            raise ValueError(f"{out}: this run is finished (report.json is there): nothing to resume")
+        raise ValueError(f"{out} already holds a finished run: give another --out or delete it")
+    if (out / "config.json").is_file():
+        raise ValueError(f"{out} holds a model, which the result would replace: give another --out")
+
+
+def _open_unlearned(arguments: argparse.Namespace, model: nn.Module) -> nn.Module | None:
+    """The model of --unlearned, in the dtype of `model`."""
+    if not arguments.unlearned:
+        return None
+    if arguments.stream:
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+        unlearned = open_streamed(arguments.unlearned, "cpu", dtype)
+    else:
+        unlearned = load_model(arguments.unlearned, arguments.dtype, "cpu").to(model.dtype)
+    check_same_architecture(model, unlearned, arguments.unlearned)
+    return unlearned
+
+
+def _write(report: Report, config: KUnBRConfig, arguments: argparse.Namespace) -> None:
+    """Plots, settings and last the report, in --out."""
+    out = Path(arguments.out)
+    plot_density(report.density, report.blocks, out / "density.png", config.skip_last_layers)
+    if report.rtt is not None:
+        forget_accuracy = {"KUnBR": report.accuracy["result"]["forget"]["plain"]}
+        plot_relearning({"KUnBR": report.rtt}, out / "relearning.png", forget=forget_accuracy)
+    config.save(out / "run.yaml")
+    write_report(out / "report.json", report.to_dict() | {"model": str(arguments.model)})
+
+
+def _print(report: Report, arguments: argparse.Namespace, attack_left_out: bool) -> None:
+    names: Sequence[tuple[str, str]] = (("original", "original"), ("warm-up (M_u)", "unlearned"))
+    rows = [report.row(name, model) for name, model in names]
+    print(table([*(row for row in rows if "forget" in row or "retain" in row), report.row()]))
+    if attack_left_out:
+        print(f"the RTT attack trains every parameter: run `kunbr-fast rtt --model {arguments.out}` where they fit")
+    print(f"model, report.json and plots are in {arguments.out}")
