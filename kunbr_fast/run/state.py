@@ -22,7 +22,7 @@ from torch import nn
 
 from kunbr_fast.files.atomic import sha256, write_json
 from kunbr_fast.files.tensors import load_tensors, save_tensors
-from kunbr_fast.model.layer_stream import layer_stream
+from kunbr_fast.model.weights import weights_of
 
 FORMAT = 1
 # What may be changed on resuming in the middle of a stage, which is how a diverged run is rescued.
@@ -41,11 +41,10 @@ def fingerprint(model: nn.Module, *parts: Sequence[Mapping[str, Any]]) -> str:
                     digest.update(entry[key].cpu().numpy().tobytes())
             else:
                 digest.update(json.dumps({k: v for k, v in entry.items() if k != "_where"}).encode())
-    stream = layer_stream(model)
+    weights = weights_of(model)
     for name, parameter in model.named_parameters():
         step = max(1, parameter.numel() // 16)
-        some = parameter.detach().flatten()[::step] if stream is None else stream.strided(name, step)
-        some = some.double().cpu()
+        some = weights.strided(name, step).double().cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
     return digest.hexdigest()
 

@@ -20,7 +20,7 @@ from kunbr_fast.data import PackedBatch, Sample
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.density.attribution import COMPARING, attribute
 from kunbr_fast.files.tensors import load_tensors
-from kunbr_fast.memory import parse_bytes
+from kunbr_fast.memory import Place, parse_bytes
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
@@ -95,8 +95,7 @@ class Run:
                         samples,
                         needs,
                         impl=self.config.impl,
-                        storage=self.config.activations,
-                        directory=self.work,
+                        place=Place(self.config.activations, self.work),
                         progress=self.progress,
                     )
             self.state.finish(stage, {"seconds": time.perf_counter() - start}, found.tensors())
