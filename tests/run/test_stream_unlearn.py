@@ -1,4 +1,5 @@
-"""Whole runs on streamed models: the weights and the report of the run in memory, by the library and the command line."""
+"""Whole runs on streamed models: the weights and the report of the run in memory, by the library and the command
+line."""
 
 import json
 import os
@@ -321,7 +322,8 @@ def run_in_little_memory(original, unlearned, out):
 
 
 def test_a_whole_run_of_a_model_that_does_not_fit(tmp_path):
-    """537 MB of weights (and as much for M_u, here the same files), 200 MiB of private memory, from density to the files."""
+    """537 MB of weights (and as much for M_u, here the same files), 200 MiB of private memory, from density to the
+    files."""
     original, out = tmp_path / "original", tmp_path / "out"
     original.mkdir()
     test_streaming.write_large(original)
