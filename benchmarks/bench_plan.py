@@ -34,7 +34,7 @@ from kunbr_fast.planning.lengths import Data
 from kunbr_fast.planning.machines import Setup
 from kunbr_fast.planning.predict import Run
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.run.stages import _Values
+from kunbr_fast.run.stages import Values
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.reinserted import reinserted
 
@@ -101,7 +101,7 @@ def run(config, data, dtype, start, checkpoint):
             training = FullTraining(decoder, lr=1e-5, optimizer="lion", gradient_checkpointing=checkpoint, impl="torch")
             return steps(lambda: training.step_packed(count_step.pack(data), BATCH))
     with tempfile.TemporaryDirectory() as scratch:
-        values = _Values(WeightSnapshot.save(model, Path(scratch) / "weights.safetensors"))
+        values = Values(WeightSnapshot.save(model, Path(scratch) / "weights.safetensors"))
         cache = PrefixCache(decoder, data, "host")
         cache.advance(start)
         block = range(start, start + 3)

@@ -35,9 +35,8 @@ import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from unittest import mock
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -62,9 +61,9 @@ from kunbr_fast.benchmarks.shapes import MODELS, Shape, samples, wmdp
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.memory import release
 from kunbr_fast.model.blocks import selectable_blocks
-from kunbr_fast.model.prefix_cache import PrefixCache
-from kunbr_fast.run.steps import Run
-from kunbr_fast.training.full import FullTraining
+from kunbr_fast.run.reporter import Reporter
+from kunbr_fast.run.visits import DENSITY, MERGE, layers
+from kunbr_fast.run.visits import Stage as RunStage
 
 BATCH, WARMUP_EPOCHS, NEVER = 6, 3, 10**9
 SECONDS = 60.0  # of a side that is not run whole
@@ -90,17 +89,6 @@ class Clock:
         begin = self._now()
         yield
         (self.first if first else self.later).setdefault(stage, []).append(self._now() - begin)
-
-    def method(self, kind: type, name: str, of: Callable[..., tuple[str, bool]]):
-        """A patch that clocks a method. of: takes what the method does, and gives what this clock does."""
-        method = getattr(kind, name)
-
-        @functools.wraps(method)
-        def clocked(*args, **kwargs):
-            with self(*of(*args, **kwargs)):
-                return method(*args, **kwargs)
-
-        return mock.patch.object(kind, name, clocked)
 
     def total(self, stage: str) -> float:
         return sum(self.first.get(stage, [])) + sum(self.later.get(stage, []))
@@ -193,31 +181,18 @@ class EndToEnd(Case):
 
     def ours(self, impl: str, model, steps: int, clock: Clock):
         forget, retain = self.samples(steps)
-        with ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kunbr-"))
+        begun: set[str] = set()
 
-            def begins(text: str) -> None:
-                nonlocal merging
-                self.options.say(f"{self}: {impl}, {text}")
-                merging = time.perf_counter()
+        def around(stage: str, part: str):
+            if part == "step":
+                block, first = RunStage(stage).block, stage not in begun
+                begun.add(stage)
+                return clock("warm-up" if block is None else _layers(block), first)
+            return clock(part or stage) if part == "prefix cache" or stage in (DENSITY, MERGE) else nullcontext()
 
-            def ends(report) -> None:
-                clock.first["merge"] = [time.perf_counter() - merging]  # what began last
-                clock.first["density"] = [report.seconds["density"]]
-
-            def of_step(run, training, *args):
-                warming_up = isinstance(training, FullTraining)
-                return "warm-up" if warming_up else _layers(training.block), training.steps == 0
-
-            merging = time.perf_counter()
-            stack.enter_context(clock.method(Run, "_step", of_step))
-            for name in ("__init__", "advance"):
-                stack.enter_context(clock.method(PrefixCache, name, lambda *args, **kwargs: ("prefix cache", True)))
-            with clock("all"):
-                report = kf.unlearn(
-                    model, forget, retain, self.config(impl), output_dir=folder, progress=False, on_stage=begins,
-                    before_cleanup=ends,
-                )  # fmt: skip
+        reporter = Reporter(say=lambda text: self.options.say(f"{self}: {impl}, {text}"), around=around)
+        with tempfile.TemporaryDirectory(prefix="kunbr-") as folder, clock("all"):
+            report = kf.unlearn(model, forget, retain, self.config(impl), output_dir=folder, reporter=reporter)
         return model, report.density.per_layer
 
     def reference(self, model, steps: int, clock: Clock):
@@ -450,7 +425,7 @@ class EndToEnd(Case):
 
 
 def _layers(block: range) -> str:
-    return f"layers {block.start}-{block.stop - 1}"
+    return f"layers {layers(block)}"
 
 
 def _spread(lengths: Sequence[int], count: int) -> list[int]:

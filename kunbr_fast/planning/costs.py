@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kunbr_fast.data.schedule import token_batches
-from kunbr_fast.kernels.reference import HEAD_CHUNK
+from kunbr_fast.kernels.linear_loss.reference import HEAD_CHUNK
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 KERNEL_CHUNK = 256 << 20  # kernels.linear_loss.CHUNK_BYTES, which only a machine with triton can import
