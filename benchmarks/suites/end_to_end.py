@@ -56,6 +56,7 @@ from kunbr_fast.benchmarks.harness import (
 )
 from kunbr_fast.benchmarks.models import build, matrices
 from kunbr_fast.benchmarks.reference import procedure
+from kunbr_fast.benchmarks.rows import Measured
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, samples, wmdp
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.memory import release
@@ -305,20 +306,18 @@ class EndToEnd(Case):
     def _row(self, variant, found, rates, errors, left_out):
         name, side = variant.name, found.get(variant.name)
         if side is None:
-            return self.row(name, None, None, None, ours=variant.ours, note=f"not run: {left_out[name]}")
+            return self.row(name, variant.ours, note=f"not run: {left_out[name]}")
         mine, base = (found[n].stages.get(self.stage) if n in found else None for n in (name, self.baseline))
         if mine is None:
-            return self.row(name, None, None, None, ours=variant.ours, note="not run: the procedure has no such stage")
+            return self.row(name, variant.ours, note="not run: the procedure has no such stage")
         whole, notes = {}, [mine.note] if mine.note else []
         if self.stage == "total":
             whole = dict(error=errors[name], peak_bytes=side.peak, standing_bytes=self.standing(name))
             checked = torch.float64 if name == "torch" else torch.float32
             notes += [f"error of a small model in {str(checked)[6:]}"] if checked != self.dtype else []
-        row = self.row(
-            name, [mine.ms], [base.ms] if base else None, rates if self.flops else None, ours=variant.ours,
-            others=side.others, note="; ".join(notes), **whole,
-        )  # fmt: skip
-        return row | {"rounds": mine.measured}
+        baseline, rates = [base.ms] if base else None, rates if self.flops else None
+        measured = Measured([mine.ms], baseline, rates, others=side.others, **whole)
+        return self.row(name, variant.ours, measured, "; ".join(notes)) | {"rounds": mine.measured}
 
     def seconds(self, name: str) -> float:
         """That a side may run."""
