@@ -53,8 +53,8 @@ def derivatives(run, gate, up, dy):
 
 
 def floors(activation, gate, up, dy):
-    """Of [y, dgate, dup]: rounding of the fp32 arithmetic of kernels/gated/triton_kernel.py. exp(-z) is off by |z| roundings and a
-    few, and so is s = 1 / (1 + exp(-z)), relatively; 1 - s is off by as much of s."""
+    """Of [y, dgate, dup]: rounding of the kernel's fp32 arithmetic. exp(-z) is off by |z| roundings and a few, and
+    so is s = 1 / (1 + exp(-z)), relatively; 1 - s is off by as much of s."""
     g, u, d = (t.double() for t in (gate, up, dy))
     if activation == "gelu_none":
         phi = torch.exp(-g * g / 2) / (2 * torch.pi) ** 0.5

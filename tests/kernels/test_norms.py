@@ -249,7 +249,7 @@ def test_offset_in_the_llama_cast(impl):
 
 @each_impl
 def test_mixed_dtypes(impl):
-    """A narrow branch added to a wide stream, and a wide weight: torch's promotion, gradients in their tensor's dtype."""
+    """A narrow branch added to a wide stream, and a wide weight: torch's promotion, gradients in each dtype."""
     given = inputs((4, 63), torch.bfloat16, "layer")
     given |= dict(residual=given["residual"].float(), weight=given["weight"].float())
     grads = both((4, 63), torch.float32)
