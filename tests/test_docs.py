@@ -67,7 +67,8 @@ def test_names_of_the_code_exist(page):
             found = getattr(found, part) if hasattr(found, part) else importlib.import_module(path)
     places = r"(?:kunbr_fast|kernels|csrc|benchmarks|tests|examples|docs|\.ci|\.github)/[\w./*-]*[\w/]"
     for path in re.findall(rf"(?<![\w./-])({places})", text):
-        assert list(ROOT.glob(path.rstrip("/"))), path
+        shown = page.name == "CONTRIBUTING.md" and "relu2" in path  # made by following it: tests/test_contributing.py
+        assert shown or list(ROOT.glob(path.rstrip("/"))), path
 
 
 # ---------------------------------------------------------------- what is shown
