@@ -145,7 +145,8 @@ def test_errors(arguments, error, message):
 def test_triton_can_be_named_and_auto_passes_it_by(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert dispatch.why_not("grad_density", "triton", "cpu") in ("needs a CUDA device", "triton is not installed")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "triton" else find_spec(name))
     assert dispatch.why_not("grad_density", "triton", "meta") == "needs a CUDA device"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert dispatch.resolve("grad_density", "triton", "cpu") == "triton"
@@ -154,7 +155,7 @@ def test_triton_can_be_named_and_auto_passes_it_by(monkeypatch):
     on_cpu = doctor()["operations"]["grad_density"]["cpu"]
     assert on_cpu["by_name"] == {"triton": "the interpreter is for tests"} and "triton" not in on_cpu["unavailable"]
     assert 'triton: runs with impl="triton", the interpreter is for tests' in format_doctor(doctor())
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
     assert dispatch.why_not("grad_density", "triton", "cpu") == "triton is not installed"
 
 
