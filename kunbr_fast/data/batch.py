@@ -142,6 +142,10 @@ class PackedBatch:
         back = self.row_sample * width + torch.arange(len(self.rows)) - first[self.row_sample]
         return index, back, self.position_ids[self.rows][index].view(-1, width)
 
+    def set_indices(self, **indices: Any) -> None:
+        """Gives the batch indices (`rows`, `pad_index`, ...) that it then does not work out itself."""
+        vars(self).update(indices)
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch on `device`; from the host without a wait for what runs there."""
         device = torch.device(device)
