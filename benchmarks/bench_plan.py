@@ -30,7 +30,9 @@ from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import PrefixCache
 from kunbr_fast.planning.costs import Architecture, Batch, Step
-from kunbr_fast.planning.plan import GPUS, Data, Run
+from kunbr_fast.planning.lengths import Data
+from kunbr_fast.planning.machines import Setup
+from kunbr_fast.planning.predict import Run
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.stages import _Values
 from kunbr_fast.training.full import FullTraining
@@ -66,8 +68,8 @@ def predicted(name, dtype, start, checkpoint):
     config, data = MODELS[name](), samples(name)
     a = Architecture.of(config, config.model_type, dtype)
     sizes = [(len(s["input_ids"]), len(s["input_ids"]) - 1) for s in data]
-    run = Run(a, Data(sizes[:BATCH], sizes[BATCH:], [], []), settings(checkpoint), GPUS["cpu"], cpu=True)
-    return run.training("", None if start is None else range(start, start + 3), 1, BATCH).peak
+    run = Run(a, Data(sizes[:BATCH], sizes[BATCH:], [], []), settings(checkpoint), Setup("cpu"))
+    return run.training("", None if start is None else range(start, start + 3)).peak
 
 
 def alone(name, dtype, start, checkpoint):

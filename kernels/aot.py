@@ -28,11 +28,11 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kunbr_fast.kernels import tiles as config
-from kunbr_fast.kernels.launch import INTERPRETED, Call
+from . import tiles as config
+from .launch import INTERPRETED, Call
 
-# Each has `aot_calls(architecture)`, which yields (label, Call, whether it multiplies on the matrix units).
-MODULES = ("grad_density", "rms_norm", "rope", "swiglu", "linear_loss", "lion")
+# Folders whose triton_kernel.py has `aot_calls(architecture)`, which yields (label, Call, whether it multiplies on the matrix units).
+MODULES = ("grad_density", "norms", "rotary", "gated", "linear_loss", "optimizers")
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes, the most that one program can have
 _INSTRUCTIONS = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
@@ -118,7 +118,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 def calls(architecture: int) -> Iterator[tuple[int, str, Call, bool]]:
     """The arguments of `compile_call` for every kernel."""
     for name in MODULES:
-        for label, call, matrix in importlib.import_module(f"kunbr_fast.kernels.{name}").aot_calls(architecture):
+        kernels = importlib.import_module(f".{name}.triton_kernel", __package__)
+        for label, call, matrix in kernels.aot_calls(architecture):
             yield architecture, label, call, matrix
 
 

@@ -1,7 +1,7 @@
-"""The CUDA kernels of csrc/ (`impl="cuda"`): the library loaded by ctypes, and its functions over tensors.
+"""The library of csrc/ (`impl="cuda"`), loaded by ctypes. Each operation's `cuda.py` calls it.
 
 The library has a plain C interface (csrc/kunbr.h) and knows nothing of torch or Python: pointers, sizes, strides in
-elements and torch's current stream go in, and a code comes back, which becomes an exception here. No GPU has run these
+elements and torch's current stream go in, and a code comes back, which becomes an exception here. No GPU has run its
 kernels yet, so `impl="auto"` passes them by.
 """
 
@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from kunbr_fast.kernels import reference
-from kunbr_fast.kernels.dispatch import Unavailable
+from .errors import Unavailable
 
 ABI_VERSION = 1
 PATH = Path(__file__).with_name("libkunbr_cuda.so")
@@ -99,7 +98,7 @@ def _load() -> ctypes.CDLL | str:
 
 
 def library() -> ctypes.CDLL:
-    """The library; `dispatch.Unavailable` with the reason where there is none."""
+    """The library; `Unavailable` with the reason where there is none."""
     found = _load()
     if isinstance(found, str):
         raise Unavailable(found)
@@ -145,165 +144,6 @@ def why_not(device: torch.device) -> str | None:
     return _device(torch.cuda.current_device() if device.index is None else device.index)
 
 
-# ---------------------------------------------------------------- statistics of weight gradients
-
-STATISTICS = {"grad_l1": 1, "grad_l2sq": 2, "grad_linf": 4}  # in the order of the library's planes
-ALONG = {None: 0, "row": 1, "column": 2}
-VARIANTS = {"fastest": 0, "portable": 80, "hopper": 90}
-MAX_PROJECTIONS = 3
-
-
-def grad_density(
-    x: torch.Tensor,
-    dys: Sequence[torch.Tensor],
-    cu_seqlens: torch.Tensor,
-    statistics: Sequence[str] = ("grad_l1",),
-    along: str | None = None,
-    variant: str = "fastest",
-) -> list[torch.Tensor]:
-    """`reference.grad_density` by csrc/: x (T, K), each dy (T, N_p), cu_seqlens (B+1,) int32 or int64.
-
-    Returns P float64 tensors, (S, B), (S, B, N_p) for along="row" or (S, B, K) for "column". bf16, fp16 or fp32, any
-    strides that are not negative. variant: "portable" or "hopper" instead of the library's choice.
-    """
-    if len(dys) > MAX_PROJECTIONS:
-        parts = [dys[i : i + MAX_PROJECTIONS] for i in range(0, len(dys), MAX_PROJECTIONS)]
-        return [out for part in parts for out in grad_density(x, part, cu_seqlens, statistics, along, variant)]
-    cu_seqlens = cu_seqlens.contiguous()
-    samples = cu_seqlens.shape[0] - 1
-    outs = reference.empty_statistics(x, dys, samples, len(statistics), along)
-    if samples == 0 or x.shape[1] == 0 or any(dy.shape[1] == 0 for dy in dys):
-        if len(dys) > 1:  # what is left of them, one by one
-            return [grad_density(x, [dy], cu_seqlens, statistics, along, variant)[0] for dy in dys]
-        return [out.zero_() for out in outs]
-    mask = sum(STATISTICS[name] for name in set(statistics))
-    sizes = _array(ctypes.c_int64, [dy.shape[1] for dy in dys])
-    shape = (x.shape[1], len(dys), sizes, samples, mask, ALONG[along])
-    with torch.cuda.device(x.device):
-        count = library().kunbr_grad_density_workspace(*shape)
-        workspace = torch.empty(count, dtype=torch.uint8, device=x.device)
-        # a plane for each statistic, in the library's order
-        check(
-            library().kunbr_grad_density(
-                *(x.data_ptr(), _array(ctypes.c_int64, x.stride()), x.shape[0], x.shape[1], len(dys)),
-                _array(ctypes.c_void_p, [dy.data_ptr() for dy in dys]),
-                _array(ctypes.c_int64, [stride for dy in dys for stride in dy.stride()]),
-                *(sizes, type_of(x), cu_seqlens.data_ptr(), type_of(cu_seqlens), samples, mask, ALONG[along]),
-                _array(ctypes.c_void_p, [out.data_ptr() for out in outs]),
-                *(workspace.data_ptr(), count, VARIANTS[variant], _stream()),
-            )
-        )
-    planes = [name for name in STATISTICS if name in statistics]
-    if tuple(planes) == tuple(statistics):
-        return outs
-    return [out[[planes.index(name) for name in statistics]] for out in outs]
-
-
-def grad_alignment(
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    other_x: torch.Tensor,
-    other_dy: torch.Tensor,
-    other_cu_seqlens: torch.Tensor,
-) -> torch.Tensor:
-    """`reference.grad_alignment` by csrc/: (3, B) float64, rows dot, l2sq, other_l2sq of the pairs by index."""
-    samples, (K, N) = cu_seqlens.shape[0] - 1, (x.shape[1], dy.shape[1])
-    out = x.new_empty((3, samples), dtype=torch.float64)
-    if samples == 0 or K == 0 or N == 0:
-        return out.zero_()
-    cu_seqlens = cu_seqlens.contiguous()
-    other_cu_seqlens = other_cu_seqlens.to(cu_seqlens.dtype).contiguous()
-    pointers: list = []
-    for a, b, ends in ((x, dy, cu_seqlens), (other_x, other_dy, other_cu_seqlens)):
-        for tensor in (a, b):
-            pointers += [tensor.data_ptr(), _array(ctypes.c_int64, tensor.stride())]
-        pointers += [ends.data_ptr(), a.shape[0]]
-    with torch.cuda.device(x.device):
-        count = library().kunbr_grad_alignment_workspace(K, N, samples)
-        workspace = torch.empty(count, dtype=torch.uint8, device=x.device)
-        kinds = (type_of(x), type_of(cu_seqlens))
-        rest = (out.data_ptr(), workspace.data_ptr(), count, _stream())
-        check(library().kunbr_grad_alignment(*pointers, K, N, *kinds, samples, *rest))
-    return out
-
-
-# ---------------------------------------------------------------- optimisers
-
-
-def lion_(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    momentum: torch.Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    half: torch.Tensor | None = None,
-    seed: int | None = None,
-    step: int = 0,
-    summary: torch.Tensor | None = None,
-) -> None:
-    """`reference.lion_` by csrc/optimizer.cu, with its arguments: contiguous tensors in bf16, fp16 or fp32.
-
-    summary: becomes the sum of grad^2 and the number of its elements that are not finite, (2,) float64 on the device,
-    from the same pass.
-    """
-    values = (lr, beta1, beta2, weight_decay, *_seed(seed), step & 0xFFFFFFFF)
-    _update("lion", [param, grad, momentum], param, half, (), values, summary)
-
-
-def adamw_(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    half: torch.Tensor | None = None,
-    seed: int | None = None,
-    summary: torch.Tensor | None = None,
-) -> None:
-    """`reference.adamw_` by csrc/optimizer.cu; all else as in `lion_`. Both moments have one dtype."""
-    if exp_avg.dtype != exp_avg_sq.dtype:
-        raise TypeError(f"exp_avg is {exp_avg.dtype} and exp_avg_sq {exp_avg_sq.dtype}: give both one dtype")
-    values = (lr, beta1, beta2, eps, weight_decay, *_seed(seed))
-    _update("adamw", [param, grad, exp_avg, exp_avg_sq], param, half, (step,), values, summary)
-
-
-def _update(name, tensors, param, half, first_values, values, summary) -> None:
-    size = param.numel()
-    for tensor in (*tensors, *([] if half is None else [half])):
-        if tensor.numel() != size or not tensor.is_contiguous() or tensor.device != param.device:
-            raise ValueError(
-                f"{name}: got {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device} beside "
-                f"{tuple(param.shape)} on {param.device}: give contiguous tensors of one size and device"
-            )
-    if summary is not None and (summary.dtype, summary.numel()) != (torch.float64, 2):
-        raise TypeError(f"summary is {summary.dtype}, {tuple(summary.shape)}: expected (2,) float64")
-    pointers: list = []
-    for number, tensor in enumerate(tensors):
-        pointers += [tensor.data_ptr()] if number == 2 and name == "adamw" else _vector(tensor)
-    pointers += [None, 0] if half is None else _vector(half)
-    count = 0 if summary is None else library().kunbr_summary_workspace(size)
-    with torch.cuda.device(param.device):
-        workspace = torch.empty(count, dtype=torch.uint8, device=param.device) if count else None
-        run = getattr(library(), f"kunbr_{name}")
-        check(run(*pointers, size, *first_values, *values, _address(summary), _address(workspace), count, _stream()))
-
-
-def _seed(seed: int | None) -> tuple[int, int]:
-    return (0, 0) if seed is None else (1, seed & 0xFFFFFFFFFFFFFFFF)
-
-
-def _vector(tensor: torch.Tensor) -> list[int]:
-    return [tensor.data_ptr(), type_of(tensor)]
-
-
 def type_of(tensor: torch.Tensor) -> int:
     """kunbr.h's number for the tensor's dtype."""
     if tensor.dtype not in TYPES:
@@ -311,13 +151,16 @@ def type_of(tensor: torch.Tensor) -> int:
     return TYPES[tensor.dtype]
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Of its first element; NULL without a tensor."""
     return None if tensor is None else tensor.data_ptr()
 
 
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
+def stream() -> int:
+    """torch's current one."""
+    return torch.cuda.currentstream().cuda_stream
 
 
-def _array(kind, values: Sequence) -> ctypes.Array:
+def array(kind, values: Sequence) -> ctypes.Array:
+    """`values` in host memory."""
     return (kind * len(values))(*values)

@@ -1,7 +1,7 @@
 """Which implementation runs an operation: `impl="auto" | "cuda" | "triton" | "torch"`, one word everywhere.
 
 `torch` is always there, every operation has Triton kernels, and some are served by the CUDA library too
-(kunbr_fast/cuda_library.py). Another implementation joins with one line:
+(cuda_library.py). Another implementation joins with one line:
 
     dispatch.register("swiglu", "cuda", lambda device: None if device.type == "cuda" else "needs a GPU")
 
@@ -16,13 +16,12 @@ from collections.abc import Callable
 
 import torch
 
+from . import cuda_library
+from .errors import Unavailable
+
 OPERATIONS = ("grad_density", "linear_loss", "lion", "adamw", "rms_norm", "layer_norm", "swiglu", "geglu", "rotary")
 CUDA_OPERATIONS = ("grad_density", "lion", "adamw")  # those that csrc/ has kernels for
 IMPLEMENTATIONS = ("cuda", "triton", "torch")  # the order in which "auto" prefers them
-
-
-class Unavailable(RuntimeError):
-    """A named implementation cannot run here; the message says what is missing."""
 
 
 logger = logging.getLogger(__name__)
@@ -131,8 +130,6 @@ def triton_why_not_auto(device: torch.device) -> str | None:
 
 def cuda_why_not(device: torch.device) -> str | None:
     """Why the CUDA library cannot run on tensors of `device`, None if it can."""
-    from kunbr_fast.kernels import cuda_library
-
     return cuda_library.why_not(device)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kunbr_fast.kernels.launch import INTERPRETED
+from .launch import INTERPRETED
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    "kernels version checkout",
+    "kernels version checkout keywords",
     "memory files data",
     "parallel model",
     "objectives",

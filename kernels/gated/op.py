@@ -19,8 +19,9 @@ import weakref
 
 import torch
 
-from kunbr_fast.kernels import dispatch, reference
-from kunbr_fast.kernels.checks import DTYPES
+from .. import dispatch
+from ..checks import DTYPES
+from . import reference
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None, *, impl: str = "auto") -> torch.Tensor:
@@ -191,7 +192,7 @@ def _check(operation: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
 
 @torch.library.custom_op("kunbr_fast::gated_forward", mutates_args=())
 def _gated_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    from kunbr_fast.kernels.gated import triton_kernel as swiglu
+    from . import triton_kernel as swiglu
 
     return swiglu.forward(gate, up, activation)
 
@@ -207,7 +208,7 @@ def _(gate, up, activation):
     schema="(Tensor dy, Tensor gate, Tensor? up, str activation, bool need_gate, bool need_up) -> Tensor[]",
 )
 def _gated_backward(dy, gate, up, activation, need_gate, need_up):
-    from kunbr_fast.kernels.gated import triton_kernel as swiglu
+    from . import triton_kernel as swiglu
 
     return swiglu.backward(dy, gate, up, activation, need_gate, need_up)
 
@@ -219,7 +220,7 @@ def _(dy, gate, up, activation, need_gate, need_up):
 
 @torch.library.custom_op("kunbr_fast::gated_packed_backward", mutates_args=())
 def _gated_packed_backward(dy: torch.Tensor, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    from kunbr_fast.kernels.gated import triton_kernel as swiglu
+    from . import triton_kernel as swiglu
 
     return swiglu.packed_backward(dy, gate_up, activation)
 
@@ -231,6 +232,6 @@ def _(dy, gate_up, activation):
 
 @torch.library.custom_op("kunbr_fast::gated_backward_", mutates_args=("gate", "up"))
 def _gated_backward_in_place(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
-    from kunbr_fast.kernels.gated import triton_kernel as swiglu
+    from . import triton_kernel as swiglu
 
     swiglu.backward_(dy, gate, up, activation)

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kunbr_fast.kernels.launch import Call
+from ..launch import Call
 
 # 8 elements a thread with 4 warps: one 16-byte access a tensor in half precision, two in fp32. A multiprocessor's 2048
 # threads then have 64 KiB (forward) on their way, where 4.8 TB/s at 700 ns of latency ask for 25 KiB.

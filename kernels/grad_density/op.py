@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from kunbr_fast.kernels import dispatch, reference
-from kunbr_fast.kernels.checks import DTYPES, one_of, same_kind
+from .. import dispatch
+from ..checks import DTYPES, one_of, same_kind
+from . import reference
 
 STATISTICS = reference.STATISTICS
 ALONG = (None, "row", "column")
@@ -123,13 +124,13 @@ def _grad_density(x, dys, cu_seqlens, max_seqlen, statistics, along, form, impl)
     gram = 2 * (len(cu_seqlens) - 1) * longest**2 * (x.shape[1] + width)
     way = _way(x, form, impl, fewer_in_gram=gram < direct and _gram_serves(names, along))
     if way == "triton":
-        from kunbr_fast.kernels.grad_density.triton_kernel import launch
+        from .triton_kernel import launch
 
         return launch(x, dys, cu_seqlens, names, along)
     if way == "cuda":
-        from kunbr_fast.kernels import cuda_library
+        from . import cuda
 
-        return cuda_library.grad_density(x, dys, cu_seqlens, names, along)
+        return cuda.grad_density(x, dys, cu_seqlens, names, along)
     if lengths is None:
         lengths = _lengths("cu_seqlens", cu_seqlens, x, max_seqlen)
     return (
@@ -160,13 +161,13 @@ def _grad_alignment(x, dy, cu_seqlens, other_x, other_dy, other_cu_seqlens, max_
     gram = 6 * (len(cu_seqlens) - 1) * longest**2 * (x.shape[1] + dy.shape[1])
     way = _way(x, form, impl, fewer_in_gram=gram < direct)
     if way == "triton":
-        from kunbr_fast.kernels.grad_density.triton_kernel import launch_alignment
+        from .triton_kernel import launch_alignment
 
         return launch_alignment(x, dy, cu_seqlens, other_x, other_dy, other_cu_seqlens)
     if way == "cuda":
-        from kunbr_fast.kernels import cuda_library
+        from . import cuda
 
-        return cuda_library.grad_alignment(x, dy, cu_seqlens, other_x, other_dy, other_cu_seqlens)
+        return cuda.grad_alignment(x, dy, cu_seqlens, other_x, other_dy, other_cu_seqlens)
     if lengths is None:
         lengths = _lengths("cu_seqlens", cu_seqlens, x, max_seqlen)
         other_lengths = _lengths("other_cu_seqlens", other_cu_seqlens, other_x, max_seqlen)

@@ -34,9 +34,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kunbr_fast.kernels import reference
-from kunbr_fast.kernels import tiles as config
-from kunbr_fast.kernels.launch import INTERPRETED, Call, dot
+from .. import tiles as config
+from ..launch import INTERPRETED, Call, dot
+from . import reference
 
 MAX_PROJECTIONS = 3  # of one launch (q, k, v); more are launched in turn
 

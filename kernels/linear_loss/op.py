@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from kunbr_fast.kernels import dispatch, reference
-from kunbr_fast.kernels.checks import DTYPES, one_of, same_kind
-from kunbr_fast.kernels.projections import autocast_dtype
+from .. import dispatch
+from ..checks import DTYPES, one_of, same_kind
+from ..projections import autocast_dtype
+from . import reference
 
 
 class Logits(NamedTuple):
@@ -103,7 +104,7 @@ def _linear_loss(
     """`reference.linear_loss`, by whom `impl` says. A gradient not asked for is an empty tensor."""
     _check(hidden, weight, bias, targets, row_weights, nll_cap, need_bias, impl)
     if dispatch.resolve("linear_loss", impl, hidden.device, hidden.dtype) == "triton":
-        from kunbr_fast.kernels.linear_loss.triton_kernel import launch as run
+        from .triton_kernel import launch as run
     else:
         run = reference.linear_loss
     loss, nll, *grads = run(

@@ -27,8 +27,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kunbr_fast.kernels.launch import Call
-from kunbr_fast.kernels.rounding import narrow
+from ..launch import Call
+from ..rounding import narrow
 
 # Bytes of one chunk's logits, however large V is. At V=128256 in bf16: 1046 rows, so each pass over the weights (D*V
 # elements) does 1046 FLOPs a byte, where the GPU needs 184 to be bound by arithmetic (H200: 790 TFLOP/s, 4.3 TB/s).

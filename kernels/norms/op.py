@@ -27,8 +27,9 @@ from collections.abc import Callable
 
 import torch
 
-from kunbr_fast.kernels import dispatch, reference
-from kunbr_fast.kernels.checks import DTYPES
+from .. import dispatch
+from ..checks import DTYPES
+from . import reference
 
 # Of impl="triton": a program keeps whole rows in registers.
 MAX_WIDTH = 8192
@@ -181,7 +182,7 @@ class _LayerNorm(torch.autograd.Function):
     schema="(Tensor x, Tensor? residual, Tensor weight, float eps, float offset, str cast) -> Tensor[]",
 )
 def _rms_norm_forward(x, residual, weight, eps, offset, cast):
-    from kunbr_fast.kernels.norms.triton_kernel import forward
+    from .triton_kernel import forward
 
     dtype = _rms_norm_dtype(x, residual, weight, cast)
     return forward(x, residual, weight, None, eps, offset, False, cast == "llama", dtype)
@@ -199,7 +200,7 @@ def _(x, residual, weight, eps, offset, cast):
     "bool compute_dw) -> Tensor[]",
 )
 def _rms_norm_backward(dy, dh, h, weight, rstd, offset, compute_dx, compute_dw):
-    from kunbr_fast.kernels.norms.triton_kernel import backward
+    from .triton_kernel import backward
 
     return backward(dy, dh, h, weight, None, rstd, offset, compute_dx, compute_dw, False)
 
@@ -215,7 +216,7 @@ def _(dy, dh, h, weight, rstd, offset, compute_dx, compute_dw):
     schema="(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, ScalarType? out_dtype) -> Tensor[]",
 )
 def _layer_norm_forward(x, residual, weight, bias, eps, out_dtype):
-    from kunbr_fast.kernels.norms.triton_kernel import forward
+    from .triton_kernel import forward
 
     return forward(x, residual, weight, bias, eps, 0.0, True, False, out_dtype or _h_dtype(x, residual))
 
@@ -232,7 +233,7 @@ def _(x, residual, weight, bias, eps, out_dtype):
     "bool compute_dw, bool compute_db) -> Tensor[]",
 )
 def _layer_norm_backward(dy, dh, h, weight, mean, rstd, compute_dx, compute_dw, compute_db):
-    from kunbr_fast.kernels.norms.triton_kernel import backward
+    from .triton_kernel import backward
 
     return backward(dy, dh, h, weight, mean, rstd, 0.0, compute_dx, compute_dw, compute_db)
 

@@ -31,9 +31,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kunbr_fast.kernels import tiles as config
-from kunbr_fast.kernels.launch import Call
-from kunbr_fast.kernels.rounding import narrow
+from .. import tiles as config
+from ..launch import Call
+from ..rounding import narrow
 
 MAX_LEADING = 3  # leading dimensions of any strides
 

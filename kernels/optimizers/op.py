@@ -6,20 +6,17 @@ dtype, and the weights' half-precision copy written, in the same pass. Without a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import torch
 
-from kunbr_fast.kernels import dispatch, reference
-
-logger = logging.getLogger(__name__)
-_warned: set[str] = set()
+from .. import dispatch
+from . import reference
 
 BETAS = {"lion": (0.9, 0.99), "adamw": (0.9, 0.999)}
 
 
-class _Fused(torch.optim.Optimizer):
+class Fused(torch.optim.Optimizer):
     """An optimiser whose update of one parameter is one call, `_update(group, number, param, grad, half)`."""
 
     operation: str
@@ -78,21 +75,18 @@ class _Fused(torch.optim.Optimizer):
     def _run(self, group: dict, number: int, tensors: list[torch.Tensor], *values, half, **options) -> None:
         # each parameter has random bits of its own
         seed = None if group["seed"] is None else group["seed"] + number
-        run = _implementation(self.operation, tensors[0], group["impl"])
-        if run is not None:
-            chosen = "cuda" if run.__module__ == "kunbr_fast.kernels.cuda_library" else "triton"
+        chosen, run = implementation(self.operation, tensors[0], group["impl"])
+        if chosen != "torch":
             for tensor in (*tensors, *([] if half is None else [half])):
                 if not tensor.is_contiguous():
                     raise ValueError(
                         f'{self.operation}: impl="{chosen}" serves contiguous tensors, got strides {tensor.stride()} for '
                         f'{tuple(tensor.shape)}: make the parameter and its gradient contiguous, or use impl="torch"'
                     )
-        else:
-            run = getattr(reference, f"{self.operation}_")
         run(*tensors, *values, half=half, seed=seed, **options)
 
 
-class Lion(_Fused):
+class Lion(Fused):
     """Lion (arXiv 2302.06675): `p -= lr * (sign(b1*m + (1-b1)*g) + wd*p)`, then `m = b2*m + (1-b2)*g`.
 
     The momentum has the parameter's dtype, or `state_dtype`. `lr` is the size of every element's step, whatever the
@@ -128,7 +122,7 @@ class Lion(_Fused):
         self._run(group, number, tensors, group["lr"], *group["betas"], group["weight_decay"], half=half, step=step)
 
 
-class AdamW(_Fused):
+class AdamW(Fused):
     """AdamW (arXiv 1711.05101), as `torch.optim.AdamW`:
 
         p -= lr * wd * p        m = b1*m + (1-b1)*g        v = b2*v + (1-b2)*g^2
@@ -177,14 +171,14 @@ def _check(operation: str, param: torch.Tensor, group: dict) -> None:
         raise ValueError(f"seed={seed}: expected 0 to 2**62 - 1")
 
 
-def _implementation(operation: str, param: torch.Tensor, impl: str) -> Callable[..., None] | None:
-    """The kernel's update of `operation`, or None for torch."""
+def implementation(operation: str, param: torch.Tensor, impl: str) -> tuple[str, Callable[..., None]]:
+    """The implementation's name, and its update of `operation`."""
     chosen = dispatch.resolve(operation, impl, param.device, param.dtype)
     if chosen == "torch":
-        return None
-    if chosen == "cuda":
-        from kunbr_fast.kernels import cuda_library as lion
+        module = reference
+    elif chosen == "cuda":
+        from . import cuda as module
     else:
-        from kunbr_fast.kernels.optimizers import triton_kernel as lion
+        from . import triton_kernel as module
 
-    return getattr(lion, f"{operation}_")
+    return chosen, getattr(module, f"{operation}_")

@@ -26,8 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kunbr_fast.kernels.launch import Call
-from kunbr_fast.kernels.rounding import narrow, narrow_stochastically, random_bits
+from ..launch import Call
+from ..rounding import narrow, narrow_stochastically, random_bits
 
 # Eight elements for each of 128 threads: one 16-byte access in bf16, two in fp32.
 BLOCK = 1024

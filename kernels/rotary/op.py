@@ -20,8 +20,9 @@ operator overwrites where others still read it.
 import torch
 from torch.autograd.function import once_differentiable
 
-from kunbr_fast.kernels import dispatch, reference
-from kunbr_fast.kernels.checks import DTYPES
+from .. import dispatch
+from ..checks import DTYPES
+from . import reference
 
 
 def apply_rotary(
@@ -161,7 +162,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     "kunbr_fast::rotary", mutates_args=(), schema="(Tensor[] xs, Tensor cos, Tensor sin, bool transposed) -> Tensor[]"
 )
 def _rotary(xs: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, transposed: bool) -> list[torch.Tensor]:
-    from kunbr_fast.kernels.rotary import triton_kernel as rope
+    from . import triton_kernel as rope
 
     return rope.rotate(xs, cos, sin, transposed)
 
@@ -175,6 +176,6 @@ def _(xs, cos, sin, transposed):
     "kunbr_fast::rotary_", mutates_args=("xs",), schema="(Tensor(a!)[] xs, Tensor cos, Tensor sin) -> ()"
 )
 def _rotary_in_place(xs, cos, sin):
-    from kunbr_fast.kernels.rotary import triton_kernel as rope
+    from . import triton_kernel as rope
 
     rope.rotate_(xs, cos, sin)

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kunbr_fast.kernels.launch import Call
+from ..launch import Call
 
 # Elements of one half of a program's heads: 8 a thread with 4 warps, a 16-byte access in half precision. For d = 128,
 # 16 heads of one token share the cos and sin that the program loads.

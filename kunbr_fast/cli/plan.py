@@ -8,7 +8,8 @@ from typing import Any
 from kunbr_fast.cli.arguments import add_output, add_settings
 from kunbr_fast.cli.inputs import read_config
 from kunbr_fast.files.models import DTYPES
-from kunbr_fast.planning.plan import GPUS, plan
+from kunbr_fast.planning.machines import GPUS
+from kunbr_fast.planning.plan import plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from kunbr_fast.files.atomic import atomic_write, sha256, write_json
 from kunbr_fast.files.tensors import INDEX, Shards, open_tensors
+from kunbr_fast.keywords import taken
 
 METHODS = ("sum", "mean", "consensus")
 MODES = ("negate", "add")
@@ -52,17 +53,14 @@ def merge_models(
     models: Sequence[str | Path],
     output: str | Path,
     *,
-    mode: str,
-    method: str = "consensus",
-    alpha: float = 1.0,
-    agree: float = 1.0,
     resume: bool = False,
     progress: bool = False,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Writes the merged model to the directory `output`, which `load_model` and transformers read.
 
-    base: directory of theta_0; models: directories of models trained from it, one or more, of any float dtype and cut
-    into files in any way. Safetensors only. mode, method, alpha, agree (above 0.5, at most 1): see the module.
+    base: directory of theta_0. models: one or more directories of models trained from it, of any float dtype, in any
+    number of files. Safetensors only. settings: the fields of `MergeSettings`, `mode` at least.
     resume: go on after a kill or a full disk; files that are whole (SHA-256) are kept.
 
     The output has the base's dtype, files, configuration and tokenizer. A tied weight is in the files once, and stays
@@ -77,8 +75,7 @@ def merge_models(
     for a model given twice, an output that is an input or not empty; OSError where the disk has not enough space. While
     computing: ValueError for NaN or infinity, in an input or in the result.
     """
-    settings = _Settings(mode, method, float(alpha), float(agree))
-    output = Path(output)
+    how, output = taken(MergeSettings, settings, "merge_models"), Path(output)
     inputs = [Path(path) for path in (base, *models)]
     if len(inputs) == 1:
         raise ValueError("no model to merge: expected at least one, trained from the base")
@@ -95,7 +92,7 @@ def merge_models(
     _check_same(sources)
 
     job = {
-        **dataclasses.asdict(settings),
+        **dataclasses.asdict(how),
         "inputs": [
             {"directory": str(path), "files": [header.identity() for header in found.values()]}
             for path, found in zip(real, headers)
@@ -108,14 +105,13 @@ def merge_models(
     with tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=not progress) as bar:
         for file, header in files.items():
             if file.name not in done:
-                done[file.name] = _merge_file(output / file.name, header, sources, settings, bar)
+                done[file.name] = _merge_file(output / file.name, header, sources, how, bar)
                 write_json(output / PARTIAL, {"job": job, "files": done})
             else:
                 bar.update(header.size)
-    summary = _summary(settings, inputs, done)
-    for path in sorted(
-        inputs[0].iterdir(), key=lambda path: path.name == "config.json"
-    ):  # which makes it a model: last
+    summary = _summary(how, inputs, done)
+    # config.json is last: it makes the directory a model
+    for path in sorted(inputs[0].iterdir(), key=lambda path: path.name == "config.json"):
         if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in BESIDE):
             with atomic_write(output / path.name) as copy:
                 copy.write(path.read_bytes())
@@ -128,13 +124,17 @@ def merge_models(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Settings:
+class MergeSettings:
+    """mode: of MODES. method: of METHODS. alpha: above 0. agree: above 0.5, at most 1. The module says what they do."""
+
     mode: str
-    method: str
-    alpha: float
-    agree: float
+    method: str = "consensus"
+    alpha: float = 1.0
+    agree: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "agree"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         for name, value, known in (("mode", self.mode, MODES), ("method", self.method, METHODS)):
             if value not in known:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
@@ -271,7 +271,7 @@ def _begin(output: Path, job: dict, resume: bool) -> dict[str, dict]:
     partial = output / PARTIAL
     if not resume:
         if any(output.iterdir()):
-            cure = "resume it (--resume)" if partial.is_file() else "give another one"
+            cure = "go on with it (resume=True)" if partial.is_file() else "give another one"
             raise ValueError(f"{output} is not empty: {cure}, or delete it")
         return {}
     if not partial.is_file():
@@ -299,11 +299,11 @@ def _begin(output: Path, job: dict, resume: bool) -> dict[str, dict]:
 def _check_space(output: Path, needed: int) -> None:
     free, more = shutil.disk_usage(output).free, 2**26  # tokenizer and the like
     if free < needed + more:
-        message = f"{output}: {needed / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB free: free space, or give another"
-        raise OSError(errno.ENOSPC, message)
+        sizes = f"{needed / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB free"
+        raise OSError(errno.ENOSPC, f"{output}: {sizes}: free space, or give another")
 
 
-def _summary(settings: _Settings, inputs: Sequence[Path], files: dict[str, dict]) -> dict[str, Any]:
+def _summary(settings: MergeSettings, inputs: Sequence[Path], files: dict[str, dict]) -> dict[str, Any]:
     per_tensor = {name: entry for file in files.values() for name, entry in file["tensors"].items()}
     entries = sum(entry["entries"] for entry in per_tensor.values())
 
@@ -344,7 +344,7 @@ class _Digest:
         self.bar.update(len(data))
 
 
-def _merge_file(path: Path, header: _Header, sources: Sequence[_Source], settings: _Settings, bar: tqdm) -> dict:
+def _merge_file(path: Path, header: _Header, sources: Sequence[_Source], settings: MergeSettings, bar: tqdm) -> dict:
     """One file of the base, merged: {"sha256", "tensors": {name: counts and norms}}."""
     tensors = {}
     with atomic_write(path) as file:
@@ -371,7 +371,7 @@ def _copy(out: _Digest, tensor: _Tensor, readers: Sequence[_Reader]) -> None:
         out.write(parts[0])
 
 
-def _merge_tensor(out: _Digest, tensor: _Tensor, readers: Sequence[_Reader], settings: _Settings) -> dict[str, Any]:
+def _merge_tensor(out: _Digest, tensor: _Tensor, readers: Sequence[_Reader], settings: MergeSettings) -> dict[str, Any]:
     dtype = FLOATS[tensor.dtype]
     wide = torch.promote_types(dtype, torch.float32)
     agreed = changed = 0
@@ -403,7 +403,7 @@ def _square(x: torch.Tensor) -> float:
 
 
 def _combine(
-    vectors: Iterator[torch.Tensor], settings: _Settings, like: torch.Tensor
+    vectors: Iterator[torch.Tensor], settings: MergeSettings, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     """The task vectors of a chunk as one; where enough of them agree in sign; and the squared norm of each.
 

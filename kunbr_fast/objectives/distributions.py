@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kunbr_fast.kernels import reference as plain
 from kunbr_fast.kernels.linear_loss import op
+from kunbr_fast.kernels.linear_loss import reference as plain
 from kunbr_fast.model.decoder import Head
 
 
@@ -179,7 +179,7 @@ def linear_rows(
     original_head: the original model's, by default `head`. A head that is trained is no longer that: then give a copy
     from before its training, `copy.deepcopy(decoder.head)`.
 
-    Plain torch on every device, and nothing waits for it. At most LOGITS_CHUNK elements (kernels/reference.py) in a
+    Plain torch on every device, and nothing waits for it. At most LOGITS_CHUNK elements (kernels/linear_loss/reference.py) in a
     tensor that `function` sees. A trained head's backward calls `function` a second time. Without autograd no gradient
     is made. Dtypes and autocast: as `linear_loss`. TypeError, ValueError for arguments that do not fit.
     """

@@ -1,7 +1,7 @@
 """What one forward and backward pass costs, from a model's config.json alone: parameters, FLOPs, bytes.
 
-Index letters: T tokens, P places of the attention grid (B samples x the longest one), R rows with a label, D hidden size,
-I width of the MLP, V vocabulary, b bytes of a weight.
+Index letters: T tokens, P places of the attention grid (B samples x the longest one), R rows with a label, D hidden
+size, I width of the MLP, V vocabulary, b bytes of a weight.
 
 Counts of parameters are exact. FLOPs are those of matrix products and attention, as torch's FlopCounterMode counts them
 (attention without regard to causality). Bytes are what this package's own code keeps and makes: see `kept` and `Step`;
@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kunbr_fast.kernels.reference import HEAD_CHUNK
+from kunbr_fast.data.schedule import token_batches
+from kunbr_fast.kernels.linear_loss.reference import HEAD_CHUNK
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 KERNEL_CHUNK = 256 << 20  # kernels.linear_loss.CHUNK_BYTES, which only a machine with triton can import
@@ -30,7 +31,8 @@ KERNEL_CHUNK = 256 << 20  # kernels.linear_loss.CHUNK_BYTES, which only a machin
 class Kind:
     """What tells one architecture of transformers from another. Biases: True, False, or the setting that says so.
 
-    norms: of width D in a layer; inputs: different tensors that they normalise; layer_norm: with a mean and a bias; qk_norm: None, "head" or "all"; gated: an MLP of three matrices; activations: T x I tensors that its activation
+    norms: of width D in a layer; inputs: different tensors that they normalise; layer_norm: with a mean and a bias;
+    qk_norm: None, "head" or "all"; gated: an MLP of three matrices; activations: T x I tensors that its activation
     keeps; fused: whether `patch` serves it; needs: what config.json must say.
     """
 
@@ -62,7 +64,8 @@ KINDS = {
     "gemma2": Kind(**_BIAS, norms=4, inputs=4),
     "gemma3_text": Kind(**_BIAS, norms=4, inputs=4, qk_norm="head"),
     "gpt2": Kind(
-        **_GPT, qkv_bias=True, out_bias=True, activations=4, needs=("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+        **_GPT, qkv_bias=True, out_bias=True, activations=4,
+        needs=("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"),
     ),
     "gpt_neox": Kind(**_GPT, **_BIAS, inputs=1, activations=1),
 }  # fmt: skip
@@ -70,8 +73,8 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Sizes of a decoder. queries, keys: heads x width of a head; matrices: entries of a layer's weight matrices; layer,
-    outside: parameters of a layer, and of all else (a tied embedding once)."""
+    """Sizes of a decoder. queries, keys: heads x width of a head; matrices: entries of a layer's weight matrices;
+    layer, outside: parameters of a layer, and of all else (a tied embedding once)."""
 
     name: str
     kind: Kind
@@ -128,9 +131,10 @@ class Architecture:
         except Exception as error:  # its checks raise types of their own
             raise ValueError(f"{path}: transformers refuses it: {' '.join(str(error).split())}") from error
         saved = str(values.get("dtype") or values.get("torch_dtype") or "").removeprefix("torch.")
-        assumed = [] if dtype or saved in BYTES else [f"dtype {'float32' if KINDS[name].layer_norm else 'bfloat16'}: config.json names none"]  # fmt: skip
-        dtype = dtype or (saved if saved in BYTES else assumed[0].split()[1].rstrip(":"))
-        return cls.of(config, name, dtype), assumed
+        if dtype or saved in BYTES:
+            return cls.of(config, name, dtype or saved), []
+        dtype = "float32" if KINDS[name].layer_norm else "bfloat16"
+        return cls.of(config, name, dtype), [f"dtype {dtype}: config.json names none"]
 
     @classmethod
     def of(cls, config: Any, name: str, dtype: str) -> Architecture:
@@ -151,10 +155,13 @@ class Architecture:
         positions = config.max_position_embeddings if name == "gpt2" else 0
         tied = bool(config.tie_word_embeddings)
         outside = V * D * (1 if tied else 2) + positions * D + D * (1 + kind.layer_norm)
+        softcap, attention_softcap = (
+            bool(getattr(config, name, None)) for name in ("final_logit_softcapping", "attn_logit_softcapping")
+        )
         return cls(
             name, kind, dtype, D, I, config.num_hidden_layers, heads, q, k, V,
-            getattr(config, "max_position_embeddings", None), tied, bool(getattr(config, "final_logit_softcapping", None)),
-            bool(getattr(config, "attn_logit_softcapping", None)), matrices + norms + biases, matrices, outside,
+            getattr(config, "max_position_embeddings", None), tied, softcap, attention_softcap,
+            matrices + norms + biases, matrices, outside,
         )  # fmt: skip
 
 
@@ -204,8 +211,8 @@ class Batch:
 def kept(a: Architecture, batch: Batch, *, active: bool, fused: bool, taps: bool = False, short: bool = False) -> int:
     """Bytes that a layer keeps for the backward pass, its input among them.
 
-    active: its weights get gradients; taps: its MLP's inputs are kept for the density; short: queries and MLP are of the
-    rows with a label alone.
+    active: its weights get gradients; taps: its MLP's inputs are kept for the density; short: queries and MLP are of
+    the rows with a label alone.
     """
     k, b, T, D = a.kind, a.itemsize, batch.tokens, a.hidden
     fused = fused and k.fused
@@ -229,7 +236,7 @@ def kept(a: Architecture, batch: Batch, *, active: bool, fused: bool, taps: bool
 
 
 def backward_extra(a: Architecture, batch: Batch, *, active: bool, fused: bool, torch: bool) -> int:
-    """The most bytes that a layer's backward pass makes besides: in its MLP, where the layer's own are all still there."""
+    """The most bytes that a layer's backward pass makes besides: in its MLP, with all that the layer keeps."""
     b, T, D, I = a.itemsize, batch.tokens, a.hidden, a.intermediate  # noqa: E741
     if not a.kind.gated:
         inside = max((3 if a.kind.activations == 4 else 2) * T * I, T * I + active * D * I)
@@ -268,8 +275,12 @@ def head(a: Architecture, rows: int, *, torch: bool, train: bool) -> tuple[int, 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One pass forward and back. block: the layers that are trained, None for every parameter of the model; start: the
-    first layer that runs (its input is given, or it is 0). torch: who computes is plain torch and not the kernels."""
+    """One forward and backward pass.
+
+    block: the layers that are trained, None for every parameter of the model. start: the first layer that runs (its
+    input is given, or it is 0). torch: plain torch computes, not the kernels. recompute: layers keep their input alone.
+    taps: the density's pass, which trains nothing. rows_last: the last layer may leave out rows without a label.
+    """
 
     a: Architecture
     batch: Batch
@@ -277,7 +288,7 @@ class Step:
     torch: bool
     start: int = 0
     fused: bool = True
-    checkpoint: bool = False
+    recompute: bool = False
     taps: bool = False
     rows_last: bool = True
 
@@ -304,7 +315,7 @@ class Step:
         sizes = [by_kind[self._active(i), i == a.layers - 1] for i in layers]
         shared = 2 * self.batch.tokens * (a.queries // a.heads) * b if a.name != "gpt2" else 0  # cos, sin
         inputs = self.batch.tokens * a.hidden * b
-        stored = [inputs] * len(sizes) if self.checkpoint else sizes
+        stored = [inputs] * len(sizes) if self.recompute else sizes
         below = [shared, *itertools.accumulate(stored, initial=shared)][1:]
         keeps, extra = head(a, self.batch.rows, torch=self.torch, train=full)
         points = [dict(activations=below[-1], head=keeps + extra, gradient=0, workspace=0)]
@@ -312,11 +323,11 @@ class Step:
         if full:  # the head's gradient is scaled into a new tensor
             points.append(dict(activations=below[-1], head=keeps, gradient=made, workspace=0))
         top = self.batch.rows * a.hidden * b
-        in_place = self.fused and a.kind.fused and not self.checkpoint  # see fused.activations
+        in_place = self.fused and a.kind.fused and not self.recompute  # see fused.activations
         for number in reversed(range(len(sizes))):
             active = self._active(layers[number])
             extra = backward_extra(a, self.batch, active=active, fused=in_place, torch=self.torch)
-            again = sizes[number] if self.checkpoint else 0
+            again = sizes[number] if self.recompute else 0
             points.append(dict(activations=below[number + 1] + again, head=top, gradient=made, workspace=extra))
             made += full * a.layer * b
         if full:
@@ -332,11 +343,12 @@ class Step:
         T, layers = batch.tokens, self.a.layers - self.start
         trained = layers if self.block is None else len(self.block)  # with taps, dW as well, a tile at a time
         attention = a.queries * batch.places * batch.longest
-        total = (2 + 2 * self.checkpoint) * layers * a.matrices * T + 2 * (layers + trained) * a.matrices * T
+        total = (2 + 2 * self.recompute) * layers * a.matrices * T + 2 * (layers + trained) * a.matrices * T
         back = 8 if a.attention_softcap else 10  # the fused form computes the scores again
-        total += (4 + back + 4 * self.checkpoint) * layers * attention
+        total += (4 + back + 4 * self.recompute) * layers * attention
         if a.name == "olmo2" and self.block is not None and self.start == self.block.start:
-            # its first projections read the block's input itself, which needs no gradient; others' read a trained norm's output
+            # its first projections read the block's input itself, which needs no gradient; others' read a trained
+            # norm's output
             total -= 2 * a.hidden * (a.queries + 2 * a.keys) * T
         if self._short:
             mlp = 3 * a.hidden * a.intermediate + (1 if a.name == "phi3" else 2) * a.hidden * a.queries
@@ -352,7 +364,5 @@ def forward_flops(a: Architecture, batch: Batch, layers: int, rows: int = 0) -> 
 
 def batches(sizes: Sequence[tuple[int, int]], most: int) -> Iterator[Batch]:
     """Consecutive samples, at most `most` tokens together, as `schedule.token_batches` puts them."""
-    from kunbr_fast.data.schedule import token_batches
-
     for indices in token_batches([tokens for tokens, _ in sizes], most):
         yield Batch.of([sizes[i] for i in indices])

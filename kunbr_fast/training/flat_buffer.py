@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import torch
 
-from kunbr_fast.kernels.optimizers.op import BETAS, AdamW, Lion, _Fused, _implementation, _warned, logger
+from kunbr_fast.kernels.dispatch import resolve
+from kunbr_fast.kernels.optimizers.op import BETAS, AdamW, Fused, Lion
+
+logger = logging.getLogger(__name__)
+_warned: set[str] = set()
 
 OPTIMIZERS = ("lion", "adamw")
 
@@ -33,7 +38,9 @@ def make_optimizer(
     betas = tuple(betas) if betas is not None else BETAS[name]
     if name == "lion":
         return Lion(params, lr, betas, weight_decay, impl=impl)
-    if impl not in ("cuda", "triton") and all(_implementation(name, param, impl) is None for param in params):
+    if impl not in ("cuda", "triton") and all(
+        resolve(name, impl, param.device, param.dtype) == "torch" for param in params
+    ):
         return torch.optim.AdamW(params, lr, betas, weight_decay=weight_decay, fused=True)
     return AdamW(params, lr, betas, weight_decay, impl=impl)
 
@@ -135,7 +142,7 @@ class FlatBuffer:
             grad.copy_(self.grad)
         if self._fixed is not None:  # so that no state grows for these weights
             grad.masked_fill_(self._fixed, 0.0)
-        if isinstance(optimizer, _Fused):
+        if isinstance(optimizer, Fused):
             optimizer.update(grad, half)
         elif half is None:
             optimizer.step()

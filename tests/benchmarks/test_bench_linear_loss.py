@@ -8,8 +8,8 @@ import torch
 
 from kunbr_fast.benchmarks import harness, measure
 from kunbr_fast.benchmarks.suites import linear_loss
-from kunbr_fast.kernels import dispatch, reference
-from kunbr_fast.objectives import losses
+from kunbr_fast.kernels import dispatch
+from kunbr_fast.kernels.linear_loss import reference
 
 TRITON = dispatch.why_not("linear_loss", "triton", "cpu") is None  # the interpreter
 OPTIONS = harness.Options(quick=True)
@@ -73,7 +73,7 @@ def test_wrong_results_give_no_numbers(what, monkeypatch):
         found[place] = found[place] * 1.0001
         return tuple(found)
 
-    monkeypatch.setattr(losses.reference, "linear_loss", broken)
+    monkeypatch.setattr(reference, "linear_loss", broken)
     with pytest.raises(harness.Wrong, match="torch is .* from fp64"):
         case(trained=True, variants=("torch",)).rows()
 

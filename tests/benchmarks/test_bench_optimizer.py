@@ -11,7 +11,8 @@ import torch
 from kunbr_fast.benchmarks import harness
 from kunbr_fast.benchmarks.shapes import Shape
 from kunbr_fast.benchmarks.suites import optimizer
-from kunbr_fast.kernels import dispatch, reference
+from kunbr_fast.kernels import dispatch
+from kunbr_fast.kernels.optimizers import reference
 from kunbr_fast.training.flat_buffer import FlatBuffer, make_optimizer
 
 TRITON = dispatch.why_not("lion", "triton", "cpu") is None  # the interpreter

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kunbr_fast.kernels import reference
+from kunbr_fast.kernels.grad_density import reference as density
+from kunbr_fast.kernels.optimizers import reference
 
 TESTS = Path(__file__).resolve().parents[2] / "csrc" / "tests"
 COMPILER = shutil.which("g++")
@@ -210,8 +211,8 @@ def pointers(tensors):
     return array(ctypes.c_void_p, [t.data_ptr() for t in tensors])
 
 
-def emulate(emulator, x, dys, cu, lengths, along=None, names=reference.STATISTICS, blocks=0, seed=0):
-    outs = reference.empty_statistics(x, dys, len(lengths), len(names), along)
+def emulate(emulator, x, dys, cu, lengths, along=None, names=density.STATISTICS, blocks=0, seed=0):
+    outs = density.empty_statistics(x, dys, len(lengths), len(names), along)
     for out in outs:
         out.fill_(torch.nan)
     code = emulator.emulate_grad_density(
@@ -219,17 +220,17 @@ def emulate(emulator, x, dys, cu, lengths, along=None, names=reference.STATISTIC
         *(strides(x), ctypes.c_int64(x.shape[1]), len(dys), pointers(dys), strides(*dys)),
         *(array(ctypes.c_int64, [dy.shape[1] for dy in dys]), int(x.dtype == torch.bfloat16)),
         *(ctypes.c_void_p(cu.data_ptr()), ctypes.c_int64(len(lengths))),
-        *(sum(1 << reference.STATISTICS.index(name) for name in names), [None, "row", "column"].index(along)),
+        *(sum(1 << density.STATISTICS.index(name) for name in names), [None, "row", "column"].index(along)),
         *(pointers(outs), blocks, seed),
     )
     return code, outs
 
 
-def check(emulator, lengths, K, sizes, along=None, names=reference.STATISTICS, dtype=torch.bfloat16, gap=0, **options):
+def check(emulator, lengths, K, sizes, along=None, names=density.STATISTICS, dtype=torch.bfloat16, gap=0, **options):
     x, dys, cu = batch(lengths, K, sizes, dtype, gap)
     code, outs = emulate(emulator, x, dys, cu, lengths, along, names, **options)
     assert code == 0, {1: "a partial sum is NaN", 2: "the emulator stopped: see stderr"}[code]
-    truth = reference.grad_density(x.double(), [dy.double() for dy in dys], lengths, names, along)
+    truth = density.grad_density(x.double(), [dy.double() for dy in dys], lengths, names, along)
     for mine, true in zip(outs, truth):
         assert_close(mine, true, rtol=1e-5, atol=1e-4)
 
@@ -293,7 +294,7 @@ def test_pairs(emulator, dtype):
     sizes = (ctypes.c_int64(K), ctypes.c_int64(N), int(dtype == torch.bfloat16), ctypes.c_int64(3))
     assert emulator.emulate_grad_alignment(pointers(xs), pointers(dys), pointers(ends), *sizes, address(out), 0) == 0
     xs, dys = ([t.double() for t in tensors] for tensors in (xs, dys))
-    assert_close(out, reference.grad_alignment(xs[0], dys[0], lengths, xs[1], dys[1], others), rtol=1e-5, atol=1e-3)
+    assert_close(out, density.grad_alignment(xs[0], dys[0], lengths, xs[1], dys[1], others), rtol=1e-5, atol=1e-3)
 
 
 FAULTS = [  # what each would be on a GPU: a copy not waited for, a stage overwritten, a phase that never comes

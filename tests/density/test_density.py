@@ -20,7 +20,7 @@ from kunbr_fast.density import passes as gradients_module
 from kunbr_fast.density.layer_kinds import LAYER_KINDS, How
 from kunbr_fast.density.measure import NORMS, REDUCTIONS, Density, knowledge_density
 from kunbr_fast.density.passes import MODULES
-from kunbr_fast.kernels import reference
+from kunbr_fast.kernels.grad_density import reference
 from kunbr_fast.model.decoder import Decoder
 
 ATTENTION = ("self_attn.", "attn.", "attention.")

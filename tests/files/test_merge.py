@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_weights import refused
+from test_tensors import refused
 from tiny_models import tiny_model
 from tiny_text import tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -221,7 +221,8 @@ def test_odd_tensors(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from kunbr_fast import atomic, cli, merge
+from kunbr_fast.cli import main as cli
+from kunbr_fast.files import atomic, merge
 real, calls = getattr({owner}, {name!r}), 0
 def wrapped(*args, **kwargs):
     global calls
@@ -320,7 +321,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         big[:, 0] = value
         raw_model(tmp_path / name, big=big)
     program = (
-        "import sys, resource, torch; from kunbr_fast import merge\n"
+        "import sys, resource, torch; from kunbr_fast.files import merge\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "merge.merge_models(sys.argv[1], sys.argv[2:4], sys.argv[4], mode='add')\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
@@ -347,6 +348,8 @@ def test_refusals(five, tmp_path):
             )
         assert not list((tmp_path / "out").glob("*")), message
 
+    with pytest.raises(TypeError, match="unexpected keyword argument 'methd': did you mean 'method'"):
+        kf.merge_models(base, [root / "m0"], tmp_path / "out", mode="add", methd="sum")
     attempt("mode='subtract': expected one of negate, add", mode="subtract")
     attempt("method='ties': expected one of sum, mean, consensus", method="ties")
     attempt("alpha=-1.0: expected a number above 0; mode says", alpha=-1)

@@ -42,7 +42,8 @@ def test_everything_compiles_without_spills_on_the_matrix_units():
 BAD = """
 import sys
 import torch
-from kunbr_fast.kernels import aot, config, grad_density
+from kunbr_fast.kernels import aot, tiles as config
+from kunbr_fast.kernels.grad_density import triton_kernel as grad_density
 
 def call(tile, dtype=torch.bfloat16):
     x, dy = (torch.empty(512, n, dtype=dtype, device="meta") for n in (4096, 14336))

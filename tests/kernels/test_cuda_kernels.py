@@ -8,9 +8,14 @@ import itertools
 import pytest
 import torch
 
-from kunbr_fast.kernels import cuda_library, reference
+from kunbr_fast.kernels import cuda_library
+from kunbr_fast.kernels.grad_density import cuda as cuda_density
 from kunbr_fast.kernels.grad_density import op as operators
+from kunbr_fast.kernels.grad_density import reference
+from kunbr_fast.kernels.optimizers import cuda as cuda_optimizers
 from kunbr_fast.kernels.optimizers import op as optim
+from kunbr_fast.kernels.optimizers import reference as optimizers_reference
+from kunbr_fast.training.flat_buffer import FlatBuffer
 
 WHY_NOT = cuda_library.why_not(torch.device("cuda"))
 pytestmark = [
@@ -39,9 +44,9 @@ def variants(dtype=BF16, along=None):
 def test_density(lengths, dtype, along):
     x, dys, cu = density.batch(lengths, 1160, (136, 264, 8), dtype)
     for variant, index in itertools.product(variants(dtype, along), (torch.int32, torch.int64)):
-        out = cuda_library.grad_density(x, dys, cu.to(index), STATISTICS, along, variant)
+        out = cuda_density.grad_density(x, dys, cu.to(index), STATISTICS, along, variant)
         density.check(out, x, dys, lengths, along)
-        again = cuda_library.grad_density(x, dys, cu.to(index), STATISTICS, along, variant)
+        again = cuda_density.grad_density(x, dys, cu.to(index), STATISTICS, along, variant)
         assert all(torch.equal(a, b) for a, b in zip(out, again))
 
 
@@ -50,21 +55,21 @@ def test_odd_shapes_and_strides(along):
     lengths = [7, 0, 33]
     for dtype in (BF16, FP32):
         x, dys, cu = density.batch(lengths, 63, (123, 1), dtype)
-        density.check(cuda_library.grad_density(x, dys, cu, STATISTICS, along), x, dys, lengths, along)
+        density.check(cuda_density.grad_density(x, dys, cu, STATISTICS, along), x, dys, lengths, along)
         for kinds in (("gaps", "gaps"), ("transposed", "gaps"), ("gaps", "transposed")):
             a, b = density.strided(kinds[0], x), [density.strided(kinds[1], dy) for dy in dys]
-            density.check(cuda_library.grad_density(a, b, cu, STATISTICS, along), a, b, lengths, along)
+            density.check(cuda_density.grad_density(a, b, cu, STATISTICS, along), a, b, lengths, along)
 
 
 def test_many_samples_and_order_of_statistics():
     lengths = [i % 7 for i in range(9000)]  # more than are sorted
     x, dys, cu = density.batch(lengths, 64, (24,), BF16)
     for variant in variants():
-        (every,) = cuda_library.grad_density(x, dys, cu, STATISTICS, None, variant)
+        (every,) = cuda_density.grad_density(x, dys, cu, STATISTICS, None, variant)
         (truth,) = reference.grad_density(x, dys, lengths, STATISTICS)
         torch.testing.assert_close(every, truth.to(every.device), rtol=1e-4, atol=1e-5)
         for names in itertools.permutations(STATISTICS, 2):
-            (out,) = cuda_library.grad_density(x, dys, cu, names, None, variant)
+            (out,) = cuda_density.grad_density(x, dys, cu, names, None, variant)
             assert torch.equal(out, every[[STATISTICS.index(name) for name in names]])
 
 
@@ -72,11 +77,11 @@ def test_a_neighbour_never_leaks():
     lengths = [5, 30, 33, 1, 130]
     x, dys, cu = density.batch(lengths, 264, (72,), BF16)
     for variant in variants():
-        (clean,) = cuda_library.grad_density(x, dys, cu, STATISTICS, None, variant)
+        (clean,) = cuda_density.grad_density(x, dys, cu, STATISTICS, None, variant)
         for which in range(5):
             bad = x.clone()
             bad[sum(lengths[:which]) : sum(lengths[: which + 1])] = torch.nan
-            (out,) = cuda_library.grad_density(bad, dys, cu, STATISTICS, None, variant)
+            (out,) = cuda_density.grad_density(bad, dys, cu, STATISTICS, None, variant)
             others = [i for i in range(5) if i != which]
             assert bool(out[:, which].isnan().all()) and torch.equal(out[:, others], clean[:, others])
 
@@ -87,7 +92,7 @@ def test_addresses_beyond_32_bits():
     x.copy_(torch.randn(6, 64, generator=torch.Generator().manual_seed(0)))
     _, dys, cu = density.batch([2, 4], 64, (16,), BF16)
     for variant in variants():
-        density.check(cuda_library.grad_density(x, dys, cu, STATISTICS, None, variant), x, dys, [2, 4], None)
+        density.check(cuda_density.grad_density(x, dys, cu, STATISTICS, None, variant), x, dys, [2, 4], None)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=lambda d: str(d)[6:])
@@ -97,11 +102,11 @@ def test_pairs(shape, dtype):
     lengths, others = [7, 0, 33, 1], [20, 5, 0, 140]
     x, (dy,), cu = density.batch(lengths, K, (N,), dtype)
     other_x, (other_dy,), other_cu = density.batch(others, K, (N,), dtype, seed=1)
-    out = cuda_library.grad_alignment(x, dy, cu, other_x, other_dy, other_cu)
+    out = cuda_density.grad_alignment(x, dy, cu, other_x, other_dy, other_cu)
     truth = reference.grad_alignment(x.double(), dy.double(), lengths, other_x.double(), other_dy.double(), others)
     size = (truth[1] * truth[2]).sqrt()
     assert bool(((out - truth).abs() <= 1e-5 * torch.stack([size, truth[1], truth[2]]) + 1e-12).all())
-    same = cuda_library.grad_alignment(x, dy, cu, x, dy, cu)
+    same = cuda_density.grad_alignment(x, dy, cu, x, dy, cu)
     assert torch.equal(same[0], same[1]) and torch.equal(same[1], same[2])
 
 
@@ -119,7 +124,7 @@ def test_full_size():
     x, dys, cu = density.batch(lengths, 4096, (14336,), BF16)
     (truth,) = reference.grad_density(x, dys, lengths, STATISTICS)
     for variant in variants():
-        (out,) = cuda_library.grad_density(x, dys, cu, STATISTICS, None, variant)
+        (out,) = cuda_density.grad_density(x, dys, cu, STATISTICS, None, variant)
         torch.testing.assert_close(out, truth, rtol=2e-5, atol=0)
 
 
@@ -139,7 +144,7 @@ def test_one_step_against_fp64(name, weight_decay, step, size):
         numbers = optimizers.values(name, weight_decay, step)
         truth = optimizers.run(reference, name, [t.double() for t in tensors], numbers)
         torchs = optimizers.run(reference, name, tensors, numbers, copy)
-        ours = optimizers.run(cuda_library, name, tensors, numbers, copy)
+        ours = optimizers.run(cuda_optimizers, name, tensors, numbers, copy)
         assert torch.equal(ours[1], tensors[1])
         size_of = tensors[1].double().abs() + tensors[2].double().abs()
         moved, eps = (truth[0] - tensors[0].double()).abs(), torch.finfo(FP32).eps
@@ -155,12 +160,12 @@ def test_one_step_against_fp64(name, weight_decay, step, size):
 def test_vectors_that_begin_anywhere(name):
     """The same bits with narrow accesses as with wide ones, and nothing beyond the ends is touched."""
     tensors, copy = optimizers.vectors(name, 1030, optimizers.DTYPES[1])
-    clean = optimizers.run(cuda_library, name, tensors, optimizers.values(name, 0.1, 3), copy)
+    clean = optimizers.run(cuda_optimizers, name, tensors, optimizers.values(name, 0.1, 3), copy)
     memory = [torch.full((3000,), torch.nan, dtype=t.dtype, device="cuda") for t in (*tensors, copy)]
     views = [m[1:1031] for m in memory]
     for view, t in zip(views, tensors):
         view.copy_(t)
-    getattr(cuda_library, f"{name}_")(*views[:-1], *optimizers.values(name, 0.1, 3), half=views[-1])
+    getattr(cuda_optimizers, f"{name}_")(*views[:-1], *optimizers.values(name, 0.1, 3), half=views[-1])
     for view, m, t in zip(views, memory, clean):
         assert torch.equal(view, t) and bool(m[:1].isnan().all()) and bool(m[1031:].isnan().all())
 
@@ -175,7 +180,8 @@ def test_random_bits_are_the_references(name):
             tensors[1].zero_()
             tensors[2].zero_()
         ours, torchs = (
-            optimizers.run(module, name, tensors, numbers, **options) for module in (cuda_library, reference)
+            optimizers.run(module, name, tensors, numbers, **options)
+            for module in (cuda_optimizers, optimizers_reference)
         )
         assert torch.equal(ours[0], torchs[0])
 
@@ -186,13 +192,13 @@ def test_summary_of_the_gradient(size):
     tensors = [torch.zeros(size, device="cuda"), g, torch.zeros(size, device="cuda")]
     found = [torch.full((2,), torch.nan, dtype=torch.float64, device="cuda") for _ in range(2)]
     for summary in found:
-        cuda_library.lion_(*tensors, 1e-3, 0.9, 0.99, 0.0, summary=summary)
+        cuda_optimizers.lion_(*tensors, 1e-3, 0.9, 0.99, 0.0, summary=summary)
     assert torch.equal(*found)
     torch.testing.assert_close(found[0][0], g.double().square().sum(), rtol=1e-5, atol=0)
     assert found[0][1] == 0
     if size:
         g[size // 2], g[-1] = torch.inf, torch.nan
-        cuda_library.lion_(*tensors, 1e-3, 0.9, 0.99, 0.0, summary=found[0])
+        cuda_optimizers.lion_(*tensors, 1e-3, 0.9, 0.99, 0.0, summary=found[0])
         assert found[0][1] == 2 and not bool(found[0][0].isfinite())
 
 
@@ -201,7 +207,7 @@ def test_through_the_flat_buffer(name):
     final = []
     for impl in ("cuda", "torch"):
         params = [torch.nn.Parameter(optimizers.random(n, BF16, seed=n)) for n in (300, 5, 1200)]
-        flat = optim.FlatBuffer(params, [p.detach().clone() for p in params], master=True)
+        flat = FlatBuffer(params, [p.detach().clone() for p in params], master=True)
         kind = {"lion": optim.Lion, "adamw": optim.AdamW}[name]
         optimizer = kind([flat.param], 1e-2, weight_decay=0.1, impl=impl)
         for step in range(5):

@@ -9,7 +9,9 @@ from cuda_build import ROOT, build_module, built
 
 from kunbr_fast.cli import doctor
 from kunbr_fast.kernels import cuda_library, dispatch
+from kunbr_fast.kernels.grad_density import cuda as cuda_density
 from kunbr_fast.kernels.grad_density import op as operators
+from kunbr_fast.kernels.optimizers import cuda as cuda_optimizers
 from kunbr_fast.kernels.optimizers import op as optim
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -64,10 +66,10 @@ def test_constants_are_the_headers():
     names = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
     names |= {torch.int32: "INT32", torch.int64: "INT64"}
     assert cuda_library.TYPES == {dtype: values[f"KUNBR_{name}"] for dtype, name in names.items()}
-    assert list(cuda_library.STATISTICS.values()) == [values[f"KUNBR_{name}"] for name in ("L1", "L2SQ", "LINF")]
-    assert list(cuda_library.ALONG.values()) == [values[f"KUNBR_{name}"] for name in ("ALL", "ROW", "COLUMN")]
+    assert list(cuda_density.STATISTICS.values()) == [values[f"KUNBR_{name}"] for name in ("L1", "L2SQ", "LINF")]
+    assert list(cuda_density.ALONG.values()) == [values[f"KUNBR_{name}"] for name in ("ALL", "ROW", "COLUMN")]
     variants = ("FASTEST", "PORTABLE", "HOPPER")
-    assert list(cuda_library.VARIANTS.values()) == [values[f"KUNBR_{name}"] for name in variants]
+    assert list(cuda_density.VARIANTS.values()) == [values[f"KUNBR_{name}"] for name in variants]
     assert (cuda_library.OLD_GPU, cuda_library.CUDA) == (values["KUNBR_OLD_GPU"], values["KUNBR_CUDA"])
 
 
@@ -295,15 +297,15 @@ def test_a_library_of_another_version(library, monkeypatch):
 def test_what_the_functions_refuse(loaded):
     p = torch.zeros(4)
     with pytest.raises(ValueError, match=r"lion: got \(3,\) .* beside \(4,\)"):
-        cuda_library.lion_(p, torch.zeros(3), p, 1e-3, 0.9, 0.99, 0.0)
+        cuda_optimizers.lion_(p, torch.zeros(3), p, 1e-3, 0.9, 0.99, 0.0)
     with pytest.raises(ValueError, match="give contiguous tensors"):
-        cuda_library.lion_(p, torch.zeros(8)[::2], p, 1e-3, 0.9, 0.99, 0.0)
+        cuda_optimizers.lion_(p, torch.zeros(8)[::2], p, 1e-3, 0.9, 0.99, 0.0)
     with pytest.raises(TypeError, match=r"summary is torch.float32, \(2,\)"):
-        cuda_library.lion_(p, p, p, 1e-3, 0.9, 0.99, 0.0, summary=torch.zeros(2))
+        cuda_optimizers.lion_(p, p, p, 1e-3, 0.9, 0.99, 0.0, summary=torch.zeros(2))
     with pytest.raises(TypeError, match="exp_avg is torch.float32 and exp_avg_sq torch.bfloat16"):
-        cuda_library.adamw_(p, p, p, p.bfloat16(), 1, 1e-3, 0.9, 0.99, 1e-8, 0.0)
+        cuda_optimizers.adamw_(p, p, p, p.bfloat16(), 1, 1e-3, 0.9, 0.99, 1e-8, 0.0)
     with pytest.raises(TypeError, match='impl="cuda" does not serve torch.float64'):
-        cuda_library.lion_(p.double(), p, p, 1e-3, 0.9, 0.99, 0.0)
+        cuda_optimizers.lion_(p.double(), p, p, 1e-3, 0.9, 0.99, 0.0)
 
 
 def test_shapes_through_torch_compile_are_the_operators(monkeypatch, loaded):

@@ -8,8 +8,9 @@ import torch
 from torch.nn.functional import gelu, silu
 from torch.utils.checkpoint import checkpoint
 
-from kunbr_fast.kernels import dispatch, reference
+from kunbr_fast.kernels import dispatch
 from kunbr_fast.kernels.gated import op as activations
+from kunbr_fast.kernels.gated import reference
 from kunbr_fast.kernels.gated.op import geglu, swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

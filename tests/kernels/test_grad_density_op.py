@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from kunbr_fast.cli.doctor import doctor, format_doctor
-from kunbr_fast.kernels import dispatch, reference
+from kunbr_fast.kernels import dispatch
 from kunbr_fast.kernels.grad_density import op as operators
+from kunbr_fast.kernels.grad_density import reference
 
 grad_density, grad_alignment = operators.grad_density, operators.grad_alignment
 LENGTHS = [1, 5, 0, 4]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kunbr_fast.kernels import reference
+from kunbr_fast.kernels.grad_density import reference
 
 LENGTHS = [1, 5, 0, 9, 1, 0]
 OTHER_LENGTHS = [4, 1, 3, 0, 6, 0]

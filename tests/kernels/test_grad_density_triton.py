@@ -9,9 +9,9 @@ from tiny_models import random_samples, tiny_model
 pytest.importorskip("triton", reason="triton is made for Linux only")
 
 import kunbr_fast as kf
-from kunbr_fast.kernels import reference
 from kunbr_fast.kernels import tiles as config
 from kunbr_fast.kernels.grad_density import op as operators
+from kunbr_fast.kernels.grad_density import reference
 from kunbr_fast.kernels.grad_density import triton_kernel as grad_density
 from kunbr_fast.kernels.tiles import Tile
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from head_problem import problem
 from torch import nn
 
-from kunbr_fast.kernels import dispatch, reference
-from kunbr_fast.kernels.linear_loss import op
+from kunbr_fast.kernels import dispatch
+from kunbr_fast.kernels.linear_loss import op, reference
 from kunbr_fast.model.decoder import Head
 from kunbr_fast.objectives import losses
 

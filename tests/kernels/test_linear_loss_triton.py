@@ -9,7 +9,8 @@ from torch import nn
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
 
-from kunbr_fast.kernels import dispatch, reference
+from kunbr_fast.kernels import dispatch
+from kunbr_fast.kernels.linear_loss import reference
 from kunbr_fast.kernels.linear_loss import triton_kernel as linear_loss
 from kunbr_fast.model.decoder import Head
 from kunbr_fast.objectives import losses

@@ -9,8 +9,9 @@ pytest.importorskip("triton", reason="triton is made for Linux only")
 import triton
 import triton.language as tl
 
-from kunbr_fast.kernels import dispatch, reference, rounding
+from kunbr_fast.kernels import dispatch, rounding
 from kunbr_fast.kernels.optimizers import op as optim
+from kunbr_fast.kernels.optimizers import reference
 from kunbr_fast.kernels.optimizers import triton_kernel as lion
 from kunbr_fast.kernels.optimizers.op import AdamW, Lion
 from kunbr_fast.training.flat_buffer import FlatBuffer, make_optimizer
@@ -345,8 +346,8 @@ def test_choice(name, monkeypatch):
     assert isinstance(make_optimizer(name, [single], 1e-3, impl="triton"), (Lion, AdamW))
     monkeypatch.setattr(dispatch, "_registry", dict(dispatch._registry))
     dispatch.register(name, "triton", lambda device: None)  # also where triton comes first
-    assert optim._implementation(name, double, "auto") is None
-    assert optim._implementation(name, single, "auto") is getattr(lion, f"{name}_")
+    assert optim.implementation(name, double, "auto")[0] == "torch"
+    assert optim.implementation(name, single, "auto") == ("triton", getattr(lion, f"{name}_"))
     kind = {"lion": Lion, "adamw": AdamW}[name]
     assert type(make_optimizer(name, [single], 1e-3)) is kind
     assert type(make_optimizer(name, [double], 1e-3)) is (Lion if name == "lion" else torch.optim.AdamW)

@@ -5,7 +5,8 @@ import importlib
 import pytest
 import torch
 
-from kunbr_fast.kernels import dispatch, reference
+from kunbr_fast.kernels import dispatch
+from kunbr_fast.kernels.rotary import reference
 from kunbr_fast.kernels.rotary.op import apply_rotary
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

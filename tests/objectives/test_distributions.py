@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kunbr_fast.data import pack
-from kunbr_fast.kernels import dispatch, reference
+from kunbr_fast.kernels import dispatch
+from kunbr_fast.kernels.linear_loss import reference
 from kunbr_fast.model.decoder import Decoder, Head
 from kunbr_fast.objectives import distributions as linear_rows
 from kunbr_fast.objectives import losses

@@ -16,7 +16,7 @@ from kunbr_fast.cli import main as cli
 from kunbr_fast.data import ALTERNATES, REFUSALS, encode, pack, with_alternates
 from kunbr_fast.data.batch import join
 from kunbr_fast.data.schedule import Schedule
-from kunbr_fast.kernels import reference as plain_kernels
+from kunbr_fast.kernels.linear_loss import reference as plain_kernels
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.criterion import Criterion

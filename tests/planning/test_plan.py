@@ -22,7 +22,10 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.patch import fused
 from kunbr_fast.planning.costs import KINDS, Architecture, Batch, Step
-from kunbr_fast.planning.plan import ACCURACY_BATCH, GPUS, Data, Run, assumed_lengths, duration, parse_bytes, plan
+from kunbr_fast.planning.lengths import Data, assumed_lengths
+from kunbr_fast.planning.machines import Setup
+from kunbr_fast.planning.plan import duration, parse_bytes, plan
+from kunbr_fast.planning.predict import ACCURACY_BATCH, Run
 from kunbr_fast.training.full import FullTraining
 
 SHAPE = dict(vocab_size=499, hidden_size=128, intermediate_size=344, num_hidden_layers=6, num_attention_heads=4)
@@ -119,7 +122,7 @@ def stage(config, dtype, data, checkpoint=False, **settings):
     a = Architecture.of(config, config.model_type, dtype)
     settings = KUnBRConfig(batch_size=6, gradient_checkpointing=checkpoint, block_epochs=1, warmup_epochs=1, **settings)
     found = sizes(data)
-    run = Run(a, Data(found[:6], found[6:], [], []), settings, GPUS["cpu"], cpu=True)
+    run = Run(a, Data(found[:6], found[6:], [], []), settings, Setup("cpu"))
     return run, lambda: tf.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 
 
@@ -146,7 +149,7 @@ def measured_block(make, data, block, checkpoint, **settings):
 def test_peak_of_a_block(name, dtype, checkpoint, length):
     data = random_samples(12, low=length // 2, high=length, vocab=499)  # of short samples the update is the peak
     run, make = stage(MEASURED[name](), dtype, data, checkpoint)
-    predicted = run.training("", range(1, 3), 1, 6)
+    predicted = run.training("", range(1, 3))
     assert predicted.peak == pytest.approx(measured_block(make, data, range(1, 3), checkpoint), rel=0.1)
     assert (predicted.memory["master"] > 0) == (dtype == "bfloat16")
 
@@ -159,7 +162,7 @@ def test_peak_of_a_block_without_master_weights_and_with_adamw():
         dict(optimizer="adamw", master_weights=False),
     ):
         run, make = stage(MEASURED["llama"](), "bfloat16", data, **settings)
-        predicted = run.training("", range(1, 3), 1, 6).peak
+        predicted = run.training("", range(1, 3)).peak
         assert predicted == pytest.approx(measured_block(make, data, range(1, 3), False, **settings), rel=0.1), settings
 
 
@@ -177,7 +180,7 @@ def test_peak_of_the_warm_up(name, checkpoint):
             for _ in range(2):
                 training.step_packed(pack(data), 6)
 
-    assert run.training("warm-up", None, 1, 6).peak == pytest.approx(most_bytes(warm_up), rel=0.1)
+    assert run.training("warm-up", None).peak == pytest.approx(most_bytes(warm_up), rel=0.1)
 
 
 def test_peak_of_density_and_attack():

@@ -11,9 +11,9 @@ import kunbr_fast as kf
 from kunbr_fast.data import pack
 from kunbr_fast.data.batch import join
 from kunbr_fast.files.tensors import WeightSnapshot
-from kunbr_fast.kernels.optimizers import op as optim
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.training import block as reinsertion
+from kunbr_fast.training import flat_buffer
 from kunbr_fast.training.block import block_tensors
 
 BLOCK = range(2, 4)
@@ -514,7 +514,7 @@ def test_a_state_before_the_first_step():
 
 
 def test_master_weights_keep_small_updates(caplog, monkeypatch):
-    monkeypatch.setattr(optim, "_warned", set())
+    monkeypatch.setattr(flat_buffer, "_warned", set())
     original = tiny_model(dtype=torch.bfloat16)
     moves = {}
     for master in (True, False):

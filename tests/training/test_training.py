@@ -10,11 +10,11 @@ from tiny_models import ARCHITECTURES, peak_bytes, random_samples, tiny_model
 
 from kunbr_fast.data import pack
 from kunbr_fast.data.schedule import Schedule
-from kunbr_fast.kernels.optimizers import op as optim
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.finite import finite
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives import losses
+from kunbr_fast.training import flat_buffer
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.full import FullTraining, train_all
 
@@ -208,7 +208,7 @@ def test_finite_finds_one_bad_value_and_does_not_overflow(bad):
     (torch.bfloat16, 1e-6, True), (torch.bfloat16, 1e-2, False), (torch.float16, 1e-6, True), (torch.float32, 1e-6, False),
 ])  # fmt: skip
 def test_updates_that_half_precision_rounds_away_are_said_once(dtype, lr, warns, caplog, monkeypatch):
-    monkeypatch.setattr(optim, "_warned", set())
+    monkeypatch.setattr(flat_buffer, "_warned", set())
     model = tiny_model(dtype=dtype)
     before = {name: p.clone() for name, p in model.named_parameters()}
     with frozen(model), caplog.at_level(logging.WARNING):

@@ -1,0 +1,26 @@
+"""Keyword arguments of a public function that are the fields of a dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def taken(kind: type[T], given: Mapping[str, Any], function: str) -> T:
+    """`kind(**given)`. TypeError as Python's own for a name that is no field of it, with the nearest one that is."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{nearest(name, known)}")
+    return kind(**given)
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """For the end of an error message: the nearest name, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, 1, 0.4)
+    return f": did you mean {near[0]!r}?" if near else f": known are {', '.join(known)}"

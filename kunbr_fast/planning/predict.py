@@ -1,0 +1,383 @@
+"""Memory, FLOPs, bytes over the bus and seconds of each stage of a run with given settings.
+
+Memory is that of the accelerator, or on a CPU of the process above Python and its libraries. Time is the longest of
+arithmetic, memory traffic and bus, each at a stated share of its rate on the data sheet. Disks, tokenising and launches
+are left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from kunbr_fast.data.schedule import Schedule
+from kunbr_fast.model.blocks import selectable_blocks
+from kunbr_fast.parallel.assign import SHARING_COSTS, spread_blocks
+from kunbr_fast.planning.costs import Architecture, Batch, Step, batches, forward_extra, forward_flops
+from kunbr_fast.planning.lengths import Data
+from kunbr_fast.planning.machines import ARITHMETIC, BUS, DISK, HOST, TRAFFIC, Setup
+from kunbr_fast.run.config import KUnBRConfig
+
+LOOKED_AT = 200  # steps of a stage whose batches are looked at one by one
+# defaults of choice_accuracy, PrefixCache and knowledge_density
+ACCURACY_BATCH, CACHE_TOKENS, DENSITY_TOKENS = 16, 4096, 2048
+KINDS = (
+    "weights", "layer buffers", "block copy", "gradient", "master", "optimiser", "prefix cache", "activations", "head",
+    "workspace",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Stage:
+    """One run of a stage, of which there are `runs` (of a block the mean number: the density chooses).
+
+    memory: bytes by kind at the peak. host: bytes of main memory beside a GPU. bus: bytes.
+    """
+
+    name: str
+    memory: dict[str, int]
+    flops: float
+    seconds: float
+    bus: float = 0.0
+    host: int = 0
+    runs: float = 1.0
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def of_block(self) -> bool:
+        return self.name.startswith("re-insertion")
+
+
+class Steps(NamedTuple):
+    """Batches of a training's steps (of many steps some), all their micro-batches, and the number of all steps."""
+
+    whole: list[Batch]
+    parts: list[Batch]
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What an optimiser updates. entries: of the weights; states: of the optimiser for each entry; master: in fp32
+    beside a half-precision weight; on_host: the host updates a block that a GPU trains."""
+
+    entries: int
+    states: int
+    itemsize: int
+    master: bool
+    on_host: bool
+
+    @property
+    def weights(self) -> int:
+        """Bytes."""
+        return self.entries * self.itemsize
+
+    @property
+    def master_bytes(self) -> int:
+        return 4 * self.entries * self.master
+
+    @property
+    def state(self) -> int:
+        """Bytes."""
+        return self.states * self.entries * self._wide
+
+    @property
+    def traffic(self) -> int:
+        """Bytes that one update reads and writes."""
+        return self.entries * (2 * self.itemsize + self._wide * (2 * self.states + 2))
+
+    @property
+    def _wide(self) -> int:
+        return 4 if self.master else self.itemsize
+
+
+@dataclasses.dataclass
+class Run:
+    """The stages of one run with given settings, on each GPU of the setup."""
+
+    a: Architecture
+    data: Data
+    config: KUnBRConfig
+    setup: Setup
+    made: dict[Any, Any] = dataclasses.field(default_factory=dict)  # what settings that are tried have in common
+
+    def stages(self) -> list[Stage]:
+        found = [copy.copy(self._once("evaluation", lambda: self.evaluation(3)))] if self.data.questions else []
+        if not self.setup.unlearned:
+            found.append(self.training("warm-up", None))
+        found.append(copy.copy(self._once("density", self.density)))
+        config = self.config
+        blocks = selectable_blocks(self.a.layers, config.num_blocks, config.top_k, config.skip_last_layers)
+        for block in blocks:
+            found.append(
+                self.training(f"re-insertion {block.start}-{block.stop - 1}", block, config.top_k / len(blocks))
+            )
+        if self.setup.gpus > 1:
+            self._divide(found)
+        if self.data.folds:
+            found.append(copy.copy(self._once("attack", self.attack)))
+        return found
+
+    def _divide(self, stages: list[Stage]) -> None:
+        """Over several GPUs, as `parallel` does: blocks are dealt out, samples of warm-up and density are spread, each
+        GPU evaluates for itself."""
+        gpus = self.setup.gpus
+        costs = [stage.seconds for stage in stages if stage.of_block]
+        alone, together = spread_blocks(costs, gpus, 1 / gpus, self.config.parallel)
+        longest = max(sum(costs[i] for i in part) for part in alone)
+        longest += sum(costs[i] for i in together) * SHARING_COSTS / gpus
+        for stage in stages:
+            if stage.name == "warm-up":
+                stage.runs *= SHARING_COSTS / gpus
+            elif stage.name != "evaluation":
+                stage.runs *= longest / sum(costs) if stage.of_block else 1 / gpus
+
+    def enough_blocks(self, memory: int) -> int | None:
+        """The smallest num_blocks whose blocks can be trained within so many bytes."""
+        low, high = self.config.num_blocks, self.a.layers + 1
+
+        def fits(number: int) -> bool:
+            run = dataclasses.replace(self, config=dataclasses.replace(self.config, num_blocks=number))
+            return run.training("", range(self.a.layers // number)).peak <= memory
+
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return high if high <= self.a.layers else None
+
+    # ------------------------------------------------ parts
+
+    def _seconds(self, flops: float, traffic: float, bus: float = 0.0) -> float:
+        machine = self.setup.machine
+        rate = (machine.fp32 if self.a.itemsize > 2 else machine.bf16) * 1e12 * ARITHMETIC
+        return max(flops / rate, traffic / (machine.memory * 1e9 * TRAFFIC), self._over_bus(bus))
+
+    def _over_bus(self, nbytes: float) -> float:
+        """Seconds."""
+        return nbytes / (self.setup.machine.bus * 1e9 * BUS)
+
+    def _weights(self) -> dict[str, int]:
+        a, b = self.a, self.a.itemsize
+        if not self.setup.stream:
+            return {"weights": a.parameters * b}
+        return {"weights": a.outside * b, "layer buffers": 2 * a.layer * b}
+
+    def _bytes(self, layers: float, times: float) -> tuple[float, float]:
+        """(memory traffic, bus bytes) of running that many layers so often."""
+        moved = layers * times * self.a.layer * self.a.itemsize
+        return moved, moved if self.setup.stream else 0.0
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """make(), or what it gave before for this key and the settings that change it (not where things lie)."""
+        key = key, self.config.gradient_checkpointing, self.config.micro_batch_tokens, self.config.num_blocks
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
+
+    @property
+    def _recompute(self) -> bool:
+        return self.config.gradient_checkpointing or self.setup.stream
+
+    def _worst(self, found: Sequence[Batch], **step: Any) -> dict[str, int]:
+        """The memory of the passes over the batches with most tokens and most places."""
+        candidates = {max(found, key=lambda batch: batch.tokens), max(found, key=lambda batch: batch.places)}
+        return max((Step(self.a, b, **step).memory() for b in candidates), key=lambda m: sum(m.values()))
+
+    # ------------------------------------------------ warm-up and blocks
+
+    def training(self, name: str, block: range | None, chance: float = 1.0) -> Stage:
+        """block: None for the warm-up. chance: that the block is one of the chosen ones."""
+        a, b, config = self.a, self.a.itemsize, self.config
+        epochs = config.warmup_epochs if block is None else config.block_epochs
+        steps = self._once(("steps", epochs), lambda: self._steps(epochs))
+        update = self._update(block)
+        peak, flops = self._once(("passes", block, epochs), lambda: self._passes(block, steps))
+        peak, flops = dict(peak), steps.count * flops
+        if block is None and len(steps.parts) > len(steps.whole):  # all gradients are there from the first part on
+            peak |= {"gradient": update.weights, "workspace": peak["workspace"] + a.vocabulary * a.hidden * b}
+        longest = max(batch.tokens for batch in steps.whole)
+        fixed, host = self._fixed(block, update)
+        start = 0 if block is None else block.start
+        if self.setup.stream:  # one layer's activations at a time; the others' inputs wait in main memory
+            inputs = (a.layers - start) * a.hidden * b
+            peak["activations"] = max(peak["activations"] - inputs * max(part.tokens for part in steps.parts), 0)
+            host += inputs * longest + 2 * a.layer * b
+        top = self._top(block, update, peak, 0 if block is None else longest * a.hidden * b)
+        memory = {kind: fixed.get(kind, 0) + top.get(kind, 0) for kind in dict.fromkeys((*fixed, *top))}
+
+        above = a.layers - (block.stop if self.setup.stream else start)
+        _, bus = self._bytes(above, 2 * steps.count)
+        passes = steps.count * len(steps.parts) / len(steps.whole)
+        traffic = passes * (2 * above * a.layer * b + 2 * sum(peak.values()))
+        seconds = self._seconds(flops, traffic + steps.count * update.traffic * (not update.on_host), bus)
+        if update.on_host:  # gradient down, update, weights up, one after the other
+            bus += steps.count * 2 * update.weights
+            seconds += steps.count * (self._over_bus(2 * update.weights) + update.traffic / HOST)
+        stage = Stage(name, memory, flops, seconds, bus, host)
+        if block is not None:
+            stage.runs = config.rounds * chance
+            self._add_prefix(stage, min(start, len(block)) / chance, epochs)
+        return stage
+
+    def _steps(self, epochs: int) -> Steps:
+        config, data = self.config, self.data
+        schedule = Schedule(
+            len(data.forget),
+            len(data.retain),
+            config.batch_size,
+            config.retain_size,
+            max(1, epochs),
+            config.seed * 1000,
+        )
+        objective, whole = config.criterion(range(1)).objective, []
+        for forget, retain in (schedule[i] for i in _some(len(schedule))):
+            sizes = [data.forget[i] for i in forget] * (2 if objective.alternate else 1)
+            whole.append(Batch.of(sizes + [data.retain[i] for i in retain if objective.retain]))
+        return Steps(whole, [part for batch in whole for part in self._cut(batch)], schedule.steps_per_epoch * epochs)
+
+    def _cut(self, batch: Batch) -> list[Batch]:
+        """Its micro-batches."""
+        return list(batches(list(zip(batch.lengths, batch.labels)), self.config.micro_batch_tokens or batch.tokens))
+
+    def _passes(self, block: range | None, steps: Steps) -> tuple[dict[str, int], float]:
+        """(memory of the largest pass, FLOPs of a step)"""
+        start = 0 if block is None else block.start
+        step = dict(block=block, start=start, torch=self.setup.cpu, recompute=self._recompute)
+        flops = sum(Step(self.a, part, **step).flops() for part in steps.parts)
+        return self._worst(steps.parts, **step), flops / len(steps.whole)
+
+    def _update(self, block: range | None) -> Update:
+        a, config = self.a, self.config
+        return Update(
+            entries=a.parameters if block is None else len(block) * a.layer,
+            states={"lion": 1, "adamw": 2}[config.warmup_optimizer if block is None else config.optimizer],
+            itemsize=a.itemsize,
+            master=block is not None and config.master_weights and a.itemsize == 2,
+            on_host=block is not None and config.optimizer_device == "host" and not self.setup.cpu,
+        )
+
+    @property
+    def _cache_bytes(self) -> int:
+        return sum(n for n, _ in self.data.forget + self.data.retain) * self.a.hidden * self.a.itemsize
+
+    @property
+    def _cache_place(self) -> str:
+        if self.config.cache != "auto":
+            return self.config.cache
+        return "host" if self.setup.cpu else "device"
+
+    def _fixed(self, block: range | None, update: Update) -> tuple[dict[str, int], int]:
+        """(bytes by kind, bytes of main memory) that stay for the whole training."""
+        fixed, host, cpu = {**self._weights(), "optimiser": update.state}, 0, self.setup.cpu
+        if block is None:
+            return fixed, host
+        fixed |= {"block copy": update.weights, "gradient": update.weights, "master": update.master_bytes}
+        if cpu and update.master and update.states == 2:
+            fixed["gradient"] += 4 * update.entries  # torch's AdamW reads an fp32 one, which stays
+        place = self._cache_place
+        fixed["prefix cache"] = self._cache_bytes if place == "device" or (cpu and place == "host") else 0
+        host = self._cache_bytes if place == "host" and not cpu else 0
+        if update.on_host:
+            host += 2 * update.weights + update.master_bytes + update.state
+            fixed |= {"master": 0, "optimiser": 0}
+        return fixed, host
+
+    def _top(self, block: range | None, update: Update, peak: dict[str, int], given: int) -> dict[str, int]:
+        """The largest of what a pass, an update and the end of a training need besides. given: bytes of a block's
+        input."""
+        points = [{**peak, "activations": peak["activations"] + given}]
+        points.append({"workspace": self._optimizer_temporary(block, update), "activations": given})
+        if block is None:
+            points[-1]["gradient"] = update.weights
+        else:  # the trained block as it leaves the training
+            points.append({"workspace": update.weights, "activations": given})
+        return max(points, key=lambda point: sum(point.values()))
+
+    def _optimizer_temporary(self, block: range | None, update: Update) -> int:
+        """What plain torch makes within an update; a kernel nothing. AdamW is torch's own fused one."""
+        if not self.setup.cpu or update.states == 2:
+            return 0
+        if block is None:
+            return self.a.largest * self.a.itemsize
+        return update.entries * (8 if update.master else self.a.itemsize)
+
+    def _add_prefix(self, stage: Stage, layers: float, epochs: int) -> None:
+        """The cache is rolled forward through so many layers, once for all blocks, and read each epoch."""
+        cut = self._once("cache", lambda: list(batches(self.data.forget + self.data.retain, CACHE_TOKENS)))
+        flops = sum(forward_flops(self.a, part, 1) for part in cut) * layers
+        traffic, bus = self._bytes(layers, 1)
+        read, place = (epochs + 1) * self._cache_bytes, self._cache_place
+        copied = 0 if place == "device" or self.setup.cpu else read
+        stage.flops += flops
+        stage.bus += bus + copied
+        stage.seconds += self._seconds(flops, traffic, bus) + self._over_bus(copied) + (place == "file") * read / DISK
+
+    # ------------------------------------------------ the other stages
+
+    def density(self) -> Stage:
+        a, config = self.a, self.config
+        found = list(batches(self.data.forget, DENSITY_TOKENS))
+        step = dict(
+            block=None, torch=self.setup.cpu, fused=False, taps=True, rows_last=False, recompute=self._recompute
+        )
+        peak, host = self._worst(found, **step), 0
+        if self.setup.stream:
+            waiting = a.layers * a.hidden * a.itemsize
+            peak["activations"] -= waiting * max(batch.tokens for batch in found)
+            host = waiting * sum(n for n, _ in self.data.forget) + 2 * a.layer * a.itemsize
+        if config.reduction == "mean":
+            peak["gradient"] += 4 * a.layers * 3 * a.hidden * a.intermediate
+        flops = sum(Step(a, batch, **step).flops() for batch in found)
+        traffic, _ = self._bytes(a.layers, 2 * len(found))
+        _, bus = self._bytes(a.layers, 2)
+        return Stage("density", {**self._weights(), **peak}, flops, self._seconds(flops, traffic, bus), bus, host)
+
+    def _asked(self, questions: Sequence[int]) -> Iterator[Batch]:
+        texts = 4 if self.config.scoring == "choice" else 1
+        for i in range(0, len(questions), ACCURACY_BATCH):
+            lengths = [n for n in questions[i : i + ACCURACY_BATCH] for _ in range(texts)]
+            yield Batch.of([(n, 1 if texts == 1 else n // 2) for n in lengths])
+
+    def _answering(self, questions: Sequence[int]) -> tuple[float, float, float, dict[str, int]]:
+        """(flops, seconds, bus bytes, memory) of measuring accuracy once."""
+        a, found = self.a, list(self._asked(questions))
+        flops = sum(forward_flops(a, batch, a.layers, batch.rows) for batch in found)
+        traffic, bus = self._bytes(a.layers, len(found))
+        logits = max(min(batch.rows * a.vocabulary * 4, 256 << 20) for batch in found)
+        memory = {"activations": max(forward_extra(a, batch) for batch in found), "head": 2 * logits}
+        return flops, self._seconds(flops, traffic, bus), bus, memory
+
+    def evaluation(self, times: int) -> Stage:
+        flops, seconds, bus, memory = self._answering(self.data.questions)
+        return Stage("evaluation", {**self._weights(), **memory}, flops, seconds, bus, runs=times)
+
+    def attack(self) -> Stage:
+        """All parameters by AdamW on all folds but one, for each fold; once for each learning rate."""
+        a, config, folds = self.a, self.config, self.data.folds
+        b, flops, steps, found = a.itemsize, 0.0, 0, []
+        step = dict(block=None, torch=self.setup.cpu, fused=False)
+        for i in range(len(folds)):
+            others = [sample for k, fold in enumerate(folds) if k != i for sample in fold]
+            schedule = Schedule(len(others), 0, config.rtt_batch_size, 1, config.rtt_epochs, config.seed)
+            parts = [Batch.of([others[k] for k in schedule[at][0]]) for at in _some(len(schedule), len(folds))]
+            flops += len(schedule) * sum(Step(a, batch, **step).flops() for batch in parts) / len(parts)
+            found, steps = found + parts, steps + len(schedule)
+        peak = self._worst(found, **step)
+        traffic = steps * (10 * a.parameters * b + 2 * sum(peak.values()))
+        if sum(peak.values()) < a.parameters * b:  # the update is the peak
+            peak = {"activations": 0, "head": 0, "gradient": a.parameters * b, "workspace": 0}
+        asked, asking, _, _ = self._answering([n for fold in folds for n, _ in fold])
+        seconds = self._seconds(flops, traffic) + (config.rtt_epochs + 1) * asking
+        memory = {**self._weights(), "optimiser": 2 * a.parameters * b, **peak}
+        flops += (config.rtt_epochs + 1) * asked
+        return Stage("RTT attack", memory, flops, seconds, runs=len(config.rtt_lrs))
+
+
+def _some(count: int, parts: int = 1) -> range:
+    """Evenly spread numbers below count, LOOKED_AT / parts at most."""
+    return range(0, count, -(-count * parts // LOOKED_AT))
