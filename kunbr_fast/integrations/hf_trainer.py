@@ -44,6 +44,7 @@ from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import PrefixCache
+from kunbr_fast.objectives.batch import Shares
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.stages import Stages
@@ -118,6 +119,7 @@ class _Stages(Stages):
         self.cache: PrefixCache | None = None
         self._outer, self._inner = contextlib.ExitStack(), contextlib.ExitStack()
         self._step: SharedStep | None = None
+        self.gathered: SharedStep | None = None  # what the next update is made from
         self._since_log: list[dict[str, float]] = []
 
     # ------------------------------------------------ from stage to stage
@@ -256,7 +258,7 @@ class _Stages(Stages):
         part, parts = micro * self.processes + self.rank, accumulation * self.processes
         forget, retain = (x[part * len(x) // parts : (part + 1) * len(x) // parts] for x in step_samples)
         # the shares of this part's means in the step's means
-        share, retain_share = (len(x) / len(whole) for x, whole in zip((forget, retain), step_samples))
+        shares = Shares(*(len(x) / len(whole) for x, whole in zip((forget, retain), step_samples)))
         indices = self.members(self.training.criterion, forget, retain)
         if not indices:
             return torch.zeros((), device=self.decoder.device)
@@ -266,16 +268,16 @@ class _Stages(Stages):
             batch = pack([self.samples[i] for i in indices]).to(self.decoder.device)
         else:
             batch = self.cache.batch(indices)
-        reference = self.reference.batch(indices)
-        return self._step.add(batch, len(forget), reference, share, retain_share, self.autocast)
+        step_batch = self.training.criterion.step_batch(batch, len(forget), self.original.batch(indices), shares)
+        return self._step.add(step_batch, self.autocast())
 
     def gather(self, step: int) -> None:
         """After the last micro-batch: sums the gradients over the processes. Raises `Diverged`, with the weights as they
         were, if something is not finite or the retain loss beyond its limit."""
-        shared, self._step = self._step or SharedStep(self.training), None
+        self.gathered, self._step = self._step or SharedStep(self.training), None
         name = "warm-up" if self.block is None else f"block {self.block.start}-{self.block.stop - 1}"
         number = step - self.stage.first
-        metrics = shared.gather(Group(self.rank, self.processes), f"{name}, step {number}")
+        metrics = self.gathered.gather(Group(self.rank, self.processes), f"{name}, step {number}")
         self._account(name, number, self.schedule, metrics, self.extra)
         self._since_log.append(metrics)
 
@@ -331,7 +333,7 @@ class _StageOptimizer(torch.optim.Optimizer):
         return self._stages.training.optimizer.state
 
     def step(self, closure: Any = None) -> None:
-        self._stages.training.apply()
+        self._stages.gathered.apply()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: `step` has done it, and a block's gradients are views that stay."""

@@ -18,8 +18,8 @@ from kunbr_fast.data import PackedBatch, Sample, pack, with_alternates
 from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Decoder, Head, Stretch
 from kunbr_fast.objectives import distributions as linear_rows
 from kunbr_fast.objectives import losses
-from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options, retain_states
 from kunbr_fast.objectives.batch import WHOLE, PartLoss, Shares, StepBatch
+from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options, retain_states
 from kunbr_fast.objectives.original import Needs, OriginalValues, Parts
 from kunbr_fast.objectives.rows import Rows
 

@@ -24,8 +24,9 @@ from kunbr_fast.memory import parse_bytes
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
+from kunbr_fast.objectives.batch import WHOLE, Shares, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
-from kunbr_fast.objectives.original import Needs, Reference
+from kunbr_fast.objectives.original import Needs, OriginalValues
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.state import RunState
@@ -60,8 +61,8 @@ class Run:
         self.decoder, self.config, self.state, self.work = decoder, config, state, work
         self.group, self.team = group, group  # all processes, and those that this one works with now
         self.forget, self.retain, self.alternates = forget, retain, alternates
-        self.samples = forget + retain + alternates  # `members` and the reference count in it
-        self.reference = Reference({})
+        self.samples = forget + retain + alternates  # `members` and the original values count in it
+        self.original = OriginalValues({})
         self.progress = progress and group.first
         self.on_stage = on_stage if on_stage and group.first else lambda text: None
         self.retain_limit = config.max_retain_loss or 2 * math.log(decoder.config.vocab_size)
@@ -82,15 +83,15 @@ class Run:
         return [*forget, *alternates, *(first + i for i in retain if criterion.objective.retain)]
 
     def _measure(self, stage: str, needs: Needs) -> None:
-        """Adds what `needs` names to `reference`, from the model, or from the state where it is there already."""
+        """Adds what `needs` names to `original`, from the model, or from the state where it is there already."""
         if self.state.result(stage) is None:
             self.on_stage("the original model's values for the objective")
             start, model = time.perf_counter(), self.decoder.model
             samples = {"forget": self.forget, "retain": self.retain, "alternate": self.alternates}
-            found = Reference({})
+            found = OriginalValues({})
             if self.group.first:
                 with fused(model, self.config.impl):
-                    found = Reference.of(
+                    found = OriginalValues.of(
                         self.decoder,
                         samples,
                         needs,
@@ -100,8 +101,8 @@ class Run:
                         progress=self.progress,
                     )
             self.state.finish(stage, {"seconds": time.perf_counter() - start}, found.tensors())
-        found = Reference.from_tensors(load_tensors(self.state.file(stage)))
-        self.reference = Reference({**self.reference.values, **found.values})
+        found = OriginalValues.from_tensors(load_tensors(self.state.file(stage)))
+        self.original = OriginalValues({**self.original.values, **found.values})
 
     def _schedule(self, epochs: int, number: int) -> Schedule:
         """Stage `number`'s own data order: 0 for the warm-up, then one for each visit of a block."""
@@ -247,21 +248,33 @@ class Run:
         equal part of the step's."""
         team = self.team
         if team.size == 1:
-            indices = self.members(training.criterion, forget, retain)
-            return training.step_packed(batch_of(indices), len(forget), self.reference.batch(indices))
+            return training.step_packed(self._batch(training, batch_of, forget, retain))
         mine = self._mine(forget, retain, home)
-        share, retain_share = (len(part) / len(whole) for part, whole in zip(mine, (forget, retain)))
-        indices = self.members(training.criterion, *mine)
-        step = SharedStep(training)
-        if indices:
-            step.add_all(batch_of(indices), len(mine[0]), self.reference.batch(indices), share, retain_share)
+        shares = Shares(*(len(part) / len(whole) for part, whole in zip(mine, (forget, retain))))
+        batch, step = self._batch(training, batch_of, *mine, shares), SharedStep(training)
+        if batch is not None:
+            step.add_all(batch)
         try:
             metrics = step.gather(team, f"step {training.steps}")
         except Diverged:
             training.drop_gradient()
             raise
-        training.micro_batches.update(training.apply)
+        step.apply()
         return metrics
+
+    def _batch(
+        self,
+        training: FullTraining | BlockTraining,
+        batch_of: Callable[[list[int]], PackedBatch],
+        forget: Sequence[int],
+        retain: Sequence[int],
+        shares: Shares = WHOLE,
+    ) -> StepBatch | None:
+        """A step's batch of these forget and retain samples; None where the objective takes none of them."""
+        indices = self.members(training.criterion, forget, retain)
+        if not indices:
+            return None
+        return training.criterion.step_batch(batch_of(indices), len(forget), self.original.batch(indices), shares)
 
     def _mine(
         self, forget: list[int], retain: list[int], home: list[int] | None
@@ -308,9 +321,10 @@ class Run:
         if cache.is_exact or not indices:
             return {}
         batch, exact = cache.batch(indices), cache.exact(indices)
+        step = training.criterion.step_batch(batch, len(mine[0]), self.original.batch(indices))
 
         def gradient(hidden: torch.Tensor) -> torch.Tensor:
-            training.accumulate(dataclasses.replace(batch, hidden=hidden), len(mine[0]), self.reference.batch(indices))
+            training.accumulate(dataclasses.replace(step, packed=dataclasses.replace(batch, hidden=hidden)))
             found = training.flat.grad.clone()
             training.drop_gradient()
             return found
@@ -333,11 +347,10 @@ class Run:
         """Of a cover in low precision: what it makes of the gradient of the block's first step (the first process's part)."""
         if training.cover is None:
             return {}
-        forget, retain = self._mine(*schedule[0], home)
-        indices = self.members(training.criterion, forget, retain)
-        if not indices:
+        step = self._batch(training, batch_of, *self._mine(*schedule[0], home))
+        if step is None:
             return {}
-        found = gradient_cosine(training, batch_of(indices), len(forget), self.reference.batch(indices))
+        found = gradient_cosine(training, step)
         precision = training.cover.precision
         self.on_stage(f"cover in {precision}: the block's gradient has a cosine of {found:.6f} to the exact cover's")
         return {"gradient_cosine": found}

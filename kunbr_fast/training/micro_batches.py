@@ -145,9 +145,7 @@ def _cut(step: StepBatch, samples: list[int]) -> StepBatch:
     taken = (torch.cat([x[at] for at in tokens]) for x in (host.input_ids, host.labels, host.position_ids))
     part = PackedBatch(*taken, [packed.lengths[i] for i in samples], layer=packed.layer).to(packed.device)
     part.hidden = None if packed.hidden is None else torch.cat([packed.hidden[at] for at in tokens])
-    forget, alternate, retain = (
-        sum(i in of for i in samples) for of in (parts.forget, parts.alternate, parts.retain)
-    )
+    forget, alternate, retain = (sum(i in of for i in samples) for of in (parts.forget, parts.alternate, parts.retain))
     shares = Shares(forget / max(len(parts.forget), 1), retain / max(len(parts.retain), 1), step.shares)
     original = None if step.original is None else step.original.batch(samples)
     return StepBatch(part, Parts.of(forget, alternate, retain), original, shares)
