@@ -8,6 +8,7 @@ import torch
 from reference_procedure import padded_loss
 from tiny_models import ARCHITECTURES, peak_bytes, random_samples, tiny_model
 
+from kunbr_fast.data import pack
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.finite import finite
