@@ -26,15 +26,16 @@ def bench(
     progress: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measures `suites` and writes results.csv, results.json and, unless write_report=False, report.html and the plots to the
-    folder `out`.
+    """Measures `suites` and writes results.csv, results.json and, unless write_report=False, report.html and the plots
+    to the folder `out`.
 
-    resume: cases that have numbers in out/results.csv are not measured again; they have to be of the same machine, versions,
-    commit and settings. budget: seconds after which no case is begun. say: gets each case's table when it is there.
+    resume: cases that have numbers in out/results.csv are not measured again; they have to be of the same machine,
+    versions, commit and settings. budget: seconds after which no case is begun. say: gets each case's table when it is
+    there.
 
     Returns {"rows", "wrong": {case: what was wrong with ours}, "left_out": {case: why}, "files"}. A case that gave no
-    numbers has rows that say why. ValueError for options that no case takes, for a folder that has results where `resume`
-    is not given, or results that do not go with these.
+    numbers has rows that say why. ValueError for options that no case takes, for a folder that has results where
+    `resume` is not given, or results that do not go with these.
     """
     if options.device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {options.device}: what runs elsewhere than on a CPU or CUDA device is not timed here")
@@ -70,7 +71,7 @@ def bench(
 
 
 def _name(row) -> tuple:
-    return tuple(str(row[name]) for name in harness.KEY[:-1])
+    return tuple(str(row[name]) for name in rows.KEY[:-1])
 
 
 def _check_variants(cases: Iterable[harness.Case], wanted: Sequence[str] | None) -> None:
@@ -94,7 +95,8 @@ def _earlier(csv: Path, resume: bool, options: harness.Options) -> list[dict[str
         for row in found:
             if str(row.get(name) or "") != str(value):
                 raise ValueError(
-                    f"{csv} was measured with {name} {row.get(name) or 'unknown'!s}, this is {value or 'none'}: give another --out"
+                    f"{csv} was measured with {name} {row.get(name) or 'unknown'}, this is {value or 'none'}: "
+                    "give another --out"
                 )
     with_numbers = {_name(row) for row in found if row["ms"]}
     return [row for row in found if _name(row) in with_numbers]

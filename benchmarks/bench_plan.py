@@ -3,10 +3,10 @@
     python benchmarks/bench_plan.py --csv benchmarks/results/cpu_plan.csv
 
 Three models of random weights on a CPU, each stage in a process of its own: the most that is resident during two steps
-(VmHWM), less what was resident once the same had been done with a tiny model (VmRSS): Python, its libraries, the samples. The stage's whole memory, so:
-weights, block, gradient, optimiser state, prefix cache, activations, logits. Then Llama-3-8B in bf16 on torch's meta
-device, as benchmarks/count_step.py counts it: the transient part alone, of blocks at the bottom, in the middle and at the top.
-The last column is predicted over measured; the goal is 0.9 to 1.1.
+(VmHWM), less what was resident once the same had been done with a tiny model (VmRSS): Python, its libraries, the
+samples. The stage's whole memory, so: weights, block, gradient, optimiser state, prefix cache, activations, logits.
+Then Llama-3-8B in bf16 on torch's meta device, as benchmarks/count_step.py counts it: the transient part alone, of
+blocks at the bottom, in the middle and at the top. The last column is predicted over measured; the goal is 0.9 to 1.1.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from kunbr_fast.planning.lengths import Data
 from kunbr_fast.planning.machines import Setup
 from kunbr_fast.planning.predict import Run
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.run.stages import _Values
+from kunbr_fast.run.stages import Values
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.reinserted import reinserted
 
@@ -61,7 +61,9 @@ def samples(name):
 
 
 def settings(checkpoint):
-    return KUnBRConfig(batch_size=BATCH, gradient_checkpointing=checkpoint, rtt=False, block_epochs=1, warmup_epochs=1, impl="torch")  # fmt: skip
+    return KUnBRConfig(
+        batch_size=BATCH, gradient_checkpointing=checkpoint, rtt=False, block_epochs=1, warmup_epochs=1, impl="torch"
+    )
 
 
 def predicted(name, dtype, start, checkpoint):
@@ -99,7 +101,7 @@ def run(config, data, dtype, start, checkpoint):
             training = FullTraining(decoder, lr=1e-5, optimizer="lion", gradient_checkpointing=checkpoint, impl="torch")
             return steps(lambda: training.step_packed(training.criterion.step_batch(count_step.pack(data), BATCH)))
     with tempfile.TemporaryDirectory() as scratch:
-        values = _Values(WeightSnapshot.save(model, Path(scratch) / "weights.safetensors"))
+        values = Values(WeightSnapshot.save(model, Path(scratch) / "weights.safetensors"))
         cache = PrefixCache(decoder, data, "host")
         cache.advance(start)
         block = range(start, start + 3)
@@ -144,11 +146,16 @@ def on_meta():
 
 def row(name, dtype, stage, checkpoint, by, ours, measured):
     found = dict(
-        benchmark="plan", model=name, dtype=dtype, stage=stage, checkpointing=checkpoint, measured_by=by, predicted_mib=round(ours / 2**20),
-        measured_mib=round(measured / 2**20), predicted_over_measured=round(ours / measured, 3),
+        benchmark="plan", model=name, dtype=dtype, stage=stage, checkpointing=checkpoint, measured_by=by,
+        predicted_mib=round(ours / 2**20), measured_mib=round(measured / 2**20),
+        predicted_over_measured=round(ours / measured, 3),
     )  # fmt: skip
-    print(f"{name:>12} {dtype:>8} {stage:>16} {'checkpointed' if checkpoint else '':>12} {found['predicted_mib']:6d} MiB predicted, "
-          f"{found['measured_mib']:6d} measured, {found['predicted_over_measured']:.3f} ({by})", flush=True)  # fmt: skip
+    print(
+        f"{name:>12} {dtype:>8} {stage:>16} {'checkpointed' if checkpoint else '':>12} "
+        f"{found['predicted_mib']:6d} MiB predicted, {found['measured_mib']:6d} measured, "
+        f"{found['predicted_over_measured']:.3f} ({by})",
+        flush=True,
+    )
     return found
 
 

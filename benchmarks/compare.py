@@ -14,8 +14,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kunbr_fast.benchmarks.harness import KEY
-from kunbr_fast.benchmarks.rows import EXTRAPOLATED, NOTHING, WIDTH, cut, four, is_candidate, parsed, tilde
+from kunbr_fast.benchmarks.rows import EXTRAPOLATED, KEY, NOTHING, WIDTH, cut, four, is_candidate, parsed, tilde
 
 LEAST = 1.02  # ratio of medians, below which nothing is called a change
 DRIFT = 1.05  # of a roofline's rate

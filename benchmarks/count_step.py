@@ -226,25 +226,40 @@ def table(name, layers, batch, target, dtype):
             model = build(name, dtype)
             found = run(model, block, forget, retain)
             stay = sum(standing(model, block, dtype, tokens)[side].values())
-            rows.append(
-                dict(benchmark="count_step", model=name, block=f"{block.start}-{block.stop - 1}", variant=side, target=target,
-                     dtype=str(dtype)[6:], batch=f"{batch}+{batch}", tokens=tokens, padded=in_grid, gflop=round(found["flops"] / 1e9, 1),
-                     saved_mib=round(found["saved_bytes"] / 2**20, 1), peak_mib=round(found["peak_bytes"] / 2**20, 1),
-                     standing_mib=round(stay / 2**20), launches=found["launches"])
-            )  # fmt: skip
+            rows.append(dict(
+                benchmark="count_step", model=name, block=f"{block.start}-{block.stop - 1}", variant=side,
+                target=target, dtype=str(dtype)[6:], batch=f"{batch}+{batch}", tokens=tokens, padded=in_grid,
+                gflop=round(found["flops"] / 1e9, 1), saved_mib=round(found["saved_bytes"] / 2**20, 1),
+                peak_mib=round(found["peak_bytes"] / 2**20, 1), standing_mib=round(stay / 2**20),
+                launches=found["launches"],
+            ))  # fmt: skip
     return rows
 
 
+SHOWN = {
+    "model": (14, "model", ""),
+    "block": (6, "block", ""),
+    "variant": (11, "variant", ""),
+    "gflop": (9, "GFLOP", ".1f"),
+    "saved_mib": (10, "saved MiB", ".1f"),
+    "peak_mib": (9, "peak MiB", ".1f"),
+    "standing_mib": (13, "standing MiB", "d"),
+    "launches": (9, "launches", "d"),
+}  # fmt: skip  column: (width, heading, format)
+
+
 def show(rows):
-    print(f"{'model':>14} {'block':>6} {'variant':>11} {'GFLOP':>9} {'saved MiB':>10} {'peak MiB':>9} {'standing MiB':>13} {'launches':>9}")  # fmt: skip
+    print(" ".join(heading.rjust(width) for width, heading, _ in SHOWN.values()))
     for theirs, mine in zip(rows[::2], rows[1::2]):
-        for r in (theirs, mine):
-            print(f"{r['model']:>14} {r['block']:>6} {r['variant']:>11} {r['gflop']:9.1f} {r['saved_mib']:10.1f} "
-                  f"{r['peak_mib']:9.1f} {r['standing_mib']:13d} {r['launches']:9d}")  # fmt: skip
-        whole = [r["peak_mib"] + r["standing_mib"] for r in (theirs, mine)]
-        print(f"{'':14} {'':6} {'':>11} {theirs['gflop'] / mine['gflop']:8.2f}x {mine['saved_mib'] / theirs['saved_mib']:9.2f}x "
-              f"{mine['peak_mib'] / theirs['peak_mib']:8.2f}x {mine['standing_mib'] / theirs['standing_mib']:12.2f}x "
-              f"{mine['launches'] / theirs['launches']:8.2f}x   memory in all {whole[1] / whole[0]:.2f}x")  # fmt: skip
+        for row in (theirs, mine):
+            print(" ".join(format(row[name], form).rjust(width) for name, (width, _, form) in SHOWN.items()))
+        ratios = [
+            f"{theirs[name] / mine[name] if name == 'gflop' else mine[name] / theirs[name]:.2f}x" if form else ""
+            for name, (_, _, form) in SHOWN.items()
+        ]
+        whole = [row["peak_mib"] + row["standing_mib"] for row in (theirs, mine)]
+        cells = (text.rjust(width) for text, (width, _, _) in zip(ratios, SHOWN.values()))
+        print(" ".join(cells) + f"   memory in all {whole[1] / whole[0]:.2f}x")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What a suite says of its cases, and how a case becomes rows: first the gate, then memory, then time.
 
 A case is one operation at one shape. It draws its inputs, and names variants: ours, by implementation, and rivals,
-which are found at run time. Every variant of a case does the same work; the gate says so: before anything is timed, each
-runs on a small sibling of the shape and is held against fp64. Where ours is wrong, the case gives no numbers; a rival that
-is wrong or cannot run here is left out, and a row says why.
+which are found at run time. Every variant of a case does the same work; the gate says so: before anything is timed,
+each runs on a small sibling of the shape and is held against fp64. Where ours is wrong, the case gives no numbers; a
+rival that is wrong or cannot run here is left out, and a row says why.
 
 Variants then take turns in one process with a square matrix product and a copy, whose rates are the roofline: the time
 that the needed FLOPs or the needed bytes take at these rates, whichever is longer. FLOPs and bytes are those that the
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from kunbr_fast.benchmarks import measure
+from kunbr_fast.benchmarks.rows import COLUMNS, Measured, rounded
 from kunbr_fast.benchmarks.suites import SUITES
 from kunbr_fast.kernels import dispatch
 from kunbr_fast.memory import is_out_of_memory, release
@@ -48,8 +49,8 @@ class Wrong(Exception):
 class Options:
     """What the user asked for; a suite chooses the rest by the device. None: its own choice.
 
-    quick: one small case a suite, to see that all works. compile: torch.compile's variants, on a CPU too. say: told what
-    begins within a case that takes minutes.
+    quick: one small case a suite, to see that all works. compile: torch.compile's variants, on a CPU too. say: told
+    what begins within a case that takes minutes.
     """
 
     device: torch.device = torch.device("cpu")
@@ -99,9 +100,10 @@ class Options:
 class Variant:
     """`make()` builds what it needs, untimed, and returns the function that is timed, or raises `Skip`.
 
-    That function returns {name: tensor} of what the gate compares, or None. ours: held to our limits. standing_bytes: bytes
-    that stay between two calls (weights, optimiser state, caches), or a function that says so after the first one; None
-    where variants share all of it. spent_flops: a function that counts those of a call, where variants differ in them.
+    That function returns {name: tensor} of what the gate compares, or None. ours: held to our limits. standing_bytes:
+    bytes that stay between two calls (weights, optimiser state, caches), or a function that says so after the first
+    one; None where variants share all of it. spent_flops: a function that counts those of a call, where variants differ
+    in them.
     """
 
     name: str
@@ -193,8 +195,8 @@ class Case(abc.ABC):
         return [v for v in self.variants(data) if wanted is None or v.name in wanted or v.name == self.baseline]
 
     def gate(self) -> tuple[dict[str, float | None], dict[str, str]]:
-        """({variant: error, None where it returns nothing}, {variant: why it is left out}). `Wrong` where ours is beyond
-        its limit."""
+        """({variant: error, None where it returns nothing}, {variant: why it is left out}). `Wrong` where ours is
+        beyond its limit."""
         small = self.small()
         data = small.draw()
         truth, errors, left_out = small.truth(data), {}, {}
@@ -217,25 +219,26 @@ class Case(abc.ABC):
         """One for each variant. `Wrong` where ours is."""
         errors, left_out = self.gate()
         data = self.draw()
-        variants, running, bytes_, spent, first = self.chosen(data), {}, {}, {}, {}
+        variants, running, known, first = self.chosen(data), {}, {}, {}
         for variant in variants:
-            if variant.name not in errors:
+            name = variant.name
+            if name not in errors:
                 continue
             with forgiving(variant, left_out):
                 run = variant.make()
                 found = run()
-                sizes = {"peak_bytes": measure.peak_memory(run, self.device)}
+                known[name] = {"error": errors[name], "peak_bytes": measure.peak_memory(run, self.device)}
                 if self.counts_kept:
-                    sizes["kept_bytes"] = measure.kept_bytes(run, self.known(data))
+                    known[name]["kept_bytes"] = measure.kept_bytes(run, self.known(data))
                 if variant.spent_flops is not None:
-                    spent[variant.name] = variant.spent_flops()
+                    known[name]["spent_flops"] = variant.spent_flops()
                 stays = variant.standing_bytes
-                bytes_[variant.name] = sizes | {"standing_bytes": stays() if callable(stays) else stays}
+                known[name]["standing_bytes"] = stays() if callable(stays) else stays
                 if variant.ours and found is not None:  # at the timed shape ours have to agree with each other
-                    apart = self.error(found, {name: first.setdefault(name, found[name]) for name in found})
+                    apart = self.error(found, {key: first.setdefault(key, found[key]) for key in found})
                     if not apart <= 8 * self.floor():
-                        raise Wrong(f"{variant.name} and those before it are {apart:.1e} apart: no numbers")
-                running[variant.name] = run
+                        raise Wrong(f"{name} and those before it are {apart:.1e} apart: no numbers")
+                running[name] = run
             found = run = None
         first.clear()
         while True:
@@ -245,18 +248,17 @@ class Case(abc.ABC):
             except torch.OutOfMemoryError:
                 if not running:
                     raise
-            largest = max(running, key=lambda name: bytes_[name]["peak_bytes"] or 0)
+            largest = max(running, key=lambda name: known[name]["peak_bytes"] or 0)
             del running[largest]
             left_out[largest] = "out of memory beside the others"
             clear()
+        shared = dict(baseline=times.get(self.baseline), rates=rates, others=others)
         return [
-            self.row(
-                variant.name, times.get(variant.name), times.get(self.baseline), rates, ours=variant.ours, others=others,
-                error=errors.get(variant.name), spent_flops=spent.get(variant.name), **bytes_.get(variant.name, {}),
-                note=f"not run: {left_out[variant.name]}" if variant.name in left_out else "",
-            )
+            self.row(variant.name, variant.ours, Measured(times[variant.name], **shared, **known[variant.name]))
+            if variant.name in times
+            else self.row(variant.name, variant.ours, note=f"not run: {left_out[variant.name]}")
             for variant in variants
-        ]  # fmt: skip
+        ]
 
     def rows_without(self, why: str) -> list[dict[str, Any]]:
         """Rows that say why this case has no numbers."""
@@ -264,68 +266,17 @@ class Case(abc.ABC):
             names = [(variant.name, variant.ours) for variant in self.chosen(self.small().draw())]
         except Exception:  # what kept it from being measured may keep this from being drawn too
             names = [("torch", True)]
-        return [self.row(name, None, None, None, ours=ours, note=f"not run: {why}") for name, ours in names]
+        return [self.row(name, ours, note=f"not run: {why}") for name, ours in names]
 
-    def row(
-        self,
-        variant: str,
-        values: Sequence[float] | None,
-        baseline: Sequence[float] | None,
-        rates: tuple[float, float] | None,
-        *,
-        ours: bool,
-        error: float | None = None,
-        peak_bytes: int | None = None,
-        kept_bytes: int | None = None,
-        standing_bytes: int | None = None,
-        spent_flops: int | None = None,
-        others: float | None = None,
-        note: str = "",
-    ) -> dict[str, Any]:
-        """values: milliseconds of each round, or of what was measured once; None where it did not run. rates: (FLOP/s,
-        bytes/s) of the roofline."""
-        row = dict.fromkeys(COLUMNS, "")
-        row |= {
+    def row(self, variant: str, ours: bool, found: Measured | None = None, note: str = "") -> dict[str, Any]:
+        row = dict.fromkeys(COLUMNS, "") | {
             **self.identity(), "variant": variant, "ours": int(ours), "note": note, "settings": self.options.settings,
-            "gflop": _rounded(self.flops / 1e9), "mib": _rounded(self.nbytes / 2**20),
+            "gflop": rounded(self.flops / 1e9), "mib": rounded(self.nbytes / 2**20),
         }  # fmt: skip
-        if values is None:
-            return row
-        ms = statistics.median(values)
-        row |= {
-            "ms": _rounded(ms), "rounds": len(values), "tflop_per_s": _rounded(self.flops / ms / 1e9),
-            "gb_per_s": _rounded(self.nbytes / ms / 1e6),
-        }  # fmt: skip
-        if len(values) > 1:
-            for name, share in (("p20_ms", 0.2), ("p80_ms", 0.8)):
-                row[name] = _rounded(measure.percentile(values, share))
-        if baseline is not None:
-            row["baseline"] = self.baseline
-            row["speedup"] = round(statistics.median(b / a for a, b in zip(values, baseline)), 3)
-        if rates is not None:
-            least = max(self.flops / rates[0], self.nbytes / rates[1]) * 1e3
-            row["roofline_percent"] = round(100 * least / ms, 1)
-            row["matmul_tflop_per_s"], row["copy_gb_per_s"] = _rounded(rates[0] / 1e12), _rounded(rates[1] / 1e9)
-        for name, nbytes in (("peak_mib", peak_bytes), ("kept_mib", kept_bytes), ("standing_mib", standing_bytes)):
-            row[name] = "" if nbytes is None else _rounded(nbytes / 2**20)
-        row["spent_gflop"] = "" if spent_flops is None else _rounded(spent_flops / 1e9)
-        row["error"] = "" if error is None else f"{error:.1e}"
-        row["others_cores"] = "" if others is None else round(others, 2)
+        if found is not None:
+            row |= found.columns(self.flops, self.nbytes)
+            row["baseline"] = "" if found.baseline is None else self.baseline
         return row
-
-
-# What names a row, then what was measured. `measure.about()` follows.
-KEY = ("suite", "model", "case", "tokens", "dtype", "variant")
-COLUMNS = (
-    *KEY, "ours", "ms", "p20_ms", "p80_ms", "rounds", "baseline", "speedup", "gflop", "spent_gflop", "mib", "tflop_per_s",
-    "gb_per_s", "roofline_percent", "peak_mib", "kept_mib", "standing_mib", "error", "note", "settings",
-    "matmul_tflop_per_s", "copy_gb_per_s", "others_cores",
-)  # fmt: skip
-
-
-def _rounded(value: float) -> float:
-    """Four significant digits, or whole numbers beyond."""
-    return float(f"{value:.4g}") if abs(value) < 1e4 else round(value)
 
 
 def first_line(reason: BaseException) -> str:
@@ -334,8 +285,8 @@ def first_line(reason: BaseException) -> str:
 
 @contextlib.contextmanager
 def forgiving(variant: Variant, left_out: dict[str, str]) -> Iterator[None]:
-    """Notes in `left_out` why a variant cannot run or is not fit to. Whatever a rival raises, ours is still measured; a
-    bug in ours is raised."""
+    """Notes in `left_out` why a variant cannot run. Whatever a rival raises, ours is still measured; a bug in ours is
+    raised."""
     try:
         yield
     except Exception as reason:
@@ -393,8 +344,8 @@ def all_cases(suites: Sequence[str], options: Options) -> list[Case]:
 def run(
     cases: Sequence[Case], budget: float = float("inf"), on_case: Callable[[Case], None] = lambda case: None
 ) -> Iterator[tuple[Case, list[dict[str, Any]], Exception | None]]:
-    """For each case (case, its rows, None), or, where it gave no numbers, (case, rows that say so, why): `Wrong`, or `Skip`
-    for want of time, memory or something else."""
+    """For each case (case, its rows, None), or, where it gave no numbers, (case, rows that say so, why): `Wrong`, or
+    `Skip` for want of time, memory or something else."""
     begin = time.perf_counter()
     for case in cases:
         why = None

@@ -1,4 +1,4 @@
-"""How variants are timed, and what a row in benchmarks/results/*.csv says of its machine, versions, commit and command."""
+"""How variants are timed, and what a row says of its machine, versions, commit and command."""
 
 import csv
 import ctypes
@@ -46,12 +46,11 @@ def interleaved(variants, device, repeats, seconds):
     """{name: function} -> ({name: milliseconds of each round}, cores that others used meanwhile, None on a GPU).
 
     In every round each variant runs once, in turn; each has run before. `repeats` rounds, or as many as are done in
-    `seconds`, AT_LEAST some.
-    On a CPU rounds are timed in blocks of a quarter of a second, of which all count, so there may be more; a block in which
-    other processes used more than `spare_cores()` is left out. After three times `seconds` the least disturbed blocks
-    count: better disturbed numbers, which say so, than none.
-    On a GPU: events, with the L2 cache overwritten before each run. Writing it eight times takes the GPU about half a
-    millisecond, in which the host gets ahead, so that the launch of a single kernel is not part of its time.
+    `seconds`, AT_LEAST some. On a CPU rounds are timed in blocks of a quarter of a second, of which all count, so there
+    may be more; a block in which other processes used more than `spare_cores()` is left out. After three times
+    `seconds` the least disturbed blocks count: better disturbed numbers, which say so, than none. On a GPU: events,
+    with the L2 cache overwritten before each run. Writing it eight times takes the GPU about half a millisecond, in
+    which the host gets ahead, so that the launch of a single kernel is not part of its time.
     """
     begin = time.perf_counter()
     if torch.device(device).type == "cuda":

@@ -85,9 +85,9 @@ def liger(module: str, options: Options) -> types.ModuleType:
 def with_liger(module: nn.Module, options: Options) -> nn.Module:
     """Puts Liger's RMSNorm, SwiGLU and rotary embedding into the instances in `module`, which is returned.
 
-    Liger's own call (`apply_liger_kernel_to_llama`) replaces classes and a function for the whole process even where it is
-    given a model, and cannot be undone. What it does to a model's norms and MLPs is done here by its own functions for
-    that. The attention keeps its class's code, bound to the instance with globals in which one name is Liger's.
+    Liger's own call (`apply_liger_kernel_to_llama`) replaces classes and a function for the whole process even where it
+    is given a model, and cannot be undone. What it does to a model's norms and MLPs is done here by its own functions
+    for that. The attention keeps its class's code, bound to the instance with globals in which one name is Liger's.
     """
     found = liger("transformers.monkey_patch", options)
     for part in list(module.modules()):

@@ -1,4 +1,5 @@
-"""The reference procedure: tests/reference_procedure.py of a checkout, which an installed package has beside this file."""
+"""The reference procedure: tests/reference_procedure.py of a checkout, which an installed package has beside this
+file."""
 
 import functools
 import importlib

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from kunbr_fast.benchmarks import charts
-from kunbr_fast.benchmarks.harness import COLUMNS
-from kunbr_fast.benchmarks.rows import EXTRAPOLATED, NOTHING, WIDTH, Outcome, cut, four, outcomes, tilde
+from kunbr_fast.benchmarks.charts.draw import draw
+from kunbr_fast.benchmarks.rows import COLUMNS, EXTRAPOLATED, NOTHING, WIDTH, Outcome, cut, four, outcomes, tilde
 from kunbr_fast.files import atomic
 from kunbr_fast.kernels import dispatch
 
@@ -29,7 +28,7 @@ def write_report(rows: Sequence[Mapping[str, Any]], folder: str | Path) -> list[
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     cases = outcomes(rows)
-    pictures = charts.draw(cases, folder)
+    pictures = draw(cases, folder)
     path = folder / "report.html"
     with atomic.atomic_write(path) as file:
         file.write(_page(rows, cases, pictures).encode())

@@ -1,20 +1,78 @@
-"""Rows on disk: a CSV, for people and spreadsheets, and a JSON of the same rows, each rewritten whole. And what report
-and comparison share: the rows of a case, and how numbers and long lines are shown."""
+"""Rows: their columns, the files that hold them (a CSV for people and spreadsheets, a JSON of the same rows), and what
+report and comparison share: the rows of a case, and how numbers and long lines are shown."""
+
+from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kunbr_fast.benchmarks.harness import COLUMNS, KEY
+from kunbr_fast.benchmarks.measure import percentile
 from kunbr_fast.files import atomic
 
+# What names a row, then what was measured. `measure.about()` follows.
+KEY = ("suite", "model", "case", "tokens", "dtype", "variant")
+COLUMNS = (
+    *KEY, "ours", "ms", "p20_ms", "p80_ms", "rounds", "baseline", "speedup", "gflop", "spent_gflop", "mib",
+    "tflop_per_s", "gb_per_s", "roofline_percent", "peak_mib", "kept_mib", "standing_mib", "error", "note", "settings",
+    "matmul_tflop_per_s", "copy_gb_per_s", "others_cores",
+)  # fmt: skip
 NEEDED = (*KEY, "ours", "ms", "p20_ms", "p80_ms")  # the rest may be missing: files of other releases stay readable
 TEXTS = ("suite", "model", "case", "dtype", "variant", "baseline", "note", "settings")
 NUMBERS = frozenset({*COLUMNS, "threads"} - {*TEXTS})
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """times: milliseconds of each round, or of the one run. baseline: those of the baseline. rates: (FLOP/s, bytes/s)
+    of the roofline. others: cores that other processes used meanwhile."""
+
+    times: Sequence[float]
+    baseline: Sequence[float] | None = None
+    rates: tuple[float, float] | None = None
+    error: float | None = None
+    peak_bytes: int | None = None
+    kept_bytes: int | None = None
+    standing_bytes: int | None = None
+    spent_flops: int | None = None
+    others: float | None = None
+
+    def columns(self, flops: int, nbytes: int) -> dict[str, Any]:
+        """flops, nbytes: that the operation needs."""
+        ms = statistics.median(self.times)
+        found = {
+            "ms": rounded(ms), "rounds": len(self.times), "tflop_per_s": rounded(flops / ms / 1e9),
+            "gb_per_s": rounded(nbytes / ms / 1e6),
+        }  # fmt: skip
+        if len(self.times) > 1:
+            found |= {"p20_ms": rounded(percentile(self.times, 0.2)), "p80_ms": rounded(percentile(self.times, 0.8))}
+        if self.baseline is not None:
+            found["speedup"] = round(statistics.median(b / a for a, b in zip(self.times, self.baseline)), 3)
+        if self.rates is not None:
+            rate, copy = self.rates
+            found["roofline_percent"] = round(100 * max(flops / rate, nbytes / copy) * 1e3 / ms, 1)
+            found |= {"matmul_tflop_per_s": rounded(rate / 1e12), "copy_gb_per_s": rounded(copy / 1e9)}
+        for name in ("peak", "kept", "standing"):
+            size = getattr(self, f"{name}_bytes")
+            found[f"{name}_mib"] = "" if size is None else rounded(size / 2**20)
+        found["spent_gflop"] = "" if self.spent_flops is None else rounded(self.spent_flops / 1e9)
+        found["error"] = "" if self.error is None else f"{self.error:.1e}"
+        found["others_cores"] = "" if self.others is None else round(self.others, 2)
+        return found
+
+
+def rounded(value: float) -> float:
+    """Four significant digits, or whole numbers beyond."""
+    return float(f"{value:.4g}") if abs(value) < 1e4 else round(value)
+
+
+# ---------------------------------------------------------------- files
 
 
 def parsed(row: Mapping[str, Any]) -> dict[str, Any]:

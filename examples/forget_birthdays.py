@@ -29,7 +29,6 @@ from kunbr_fast.evaluation.rtt import Fold, rtt_attack
 from kunbr_fast.files.models import load_model, load_tokenizer, save_model
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.run.demo import gradient_difference
-from kunbr_fast.run.stages import rtt_config
 from kunbr_fast.training.full import train_all
 
 SPLITS = ("split_0", "split_1", "split_2")
@@ -87,7 +86,7 @@ def baseline(taught: Path, data: Path, out: Path, lr: float, device: str) -> Non
         name: choice_accuracy(decoder, tokenizer, lines, scoring=config.scoring).plain for name, lines in asked.items()
     }
     start = time.perf_counter()
-    attack = rtt_attack(decoder, tokenizer, folds, rtt_config(config), out)
+    attack = rtt_attack(decoder, tokenizer, folds, config.attack(), out)
     seconds["RTT"] = time.perf_counter() - start
     row |= {"method": f"gradient difference, lr {lr:g}", "rtt": attack.accuracy, "seconds": seconds}
     print(table([row]))

@@ -10,12 +10,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from .errors import Unavailable
+
+if TYPE_CHECKING:  # `kunbr-fast doctor` asks for the library without torch
+    import torch
 
 ABI_VERSION = 1
 PATH = Path(__file__).with_name("libkunbr_cuda.so")
@@ -24,7 +25,6 @@ HOW_TO_BUILD = (
 )
 
 # kunbr.h's constants
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3, torch.int64: 4}
 OLD_GPU, CUDA, INSUFFICIENT_DRIVER = 9, 1000, 1035
 
 
@@ -138,29 +138,9 @@ def why_not(device: torch.device) -> str | None:
     found = _load()
     if isinstance(found, str):
         return found
+    import torch
+
     if not torch.cuda.is_available():
         # what the driver says: CUDA error 35 where there is none
         return f"needs a CUDA device, torch sees none; {_device(0) or 'the library sees one'}"
     return _device(torch.cuda.current_device() if device.index is None else device.index)
-
-
-def type_of(tensor: torch.Tensor) -> int:
-    """kunbr.h's number for the tensor's dtype."""
-    if tensor.dtype not in TYPES:
-        raise TypeError(f'impl="cuda" does not serve {tensor.dtype}: use impl="torch" or "auto"')
-    return TYPES[tensor.dtype]
-
-
-def address(tensor: torch.Tensor | None) -> int | None:
-    """Of its first element; NULL without a tensor."""
-    return None if tensor is None else tensor.data_ptr()
-
-
-def stream() -> int:
-    """torch's current one."""
-    return torch.cuda.currentstream().cuda_stream
-
-
-def array(kind, values: Sequence) -> ctypes.Array:
-    """`values` in host memory."""
-    return (kind * len(values))(*values)

@@ -9,15 +9,19 @@ That function returns None where the implementation can run on tensors of that d
 one may say why "auto" passes by an implementation that can run, and that `impl` may name.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import logging
 import os
 from collections.abc import Callable
-
-import torch
+from typing import TYPE_CHECKING
 
 from . import cuda_library
 from .errors import Unavailable
+
+if TYPE_CHECKING:  # `kunbr-fast doctor` asks about the CPU without torch
+    import torch
 
 OPERATIONS = ("grad_density", "linear_loss", "lion", "adamw", "rms_norm", "layer_norm", "swiglu", "geglu", "rotary")
 CUDA_OPERATIONS = ("grad_density", "lion", "adamw")  # those that csrc/ has kernels for
@@ -25,7 +29,7 @@ IMPLEMENTATIONS = ("cuda", "triton", "torch")  # the order in which "auto" prefe
 
 
 logger = logging.getLogger(__name__)
-WhyNot = Callable[[torch.device], str | None]
+WhyNot = Callable[["torch.device"], "str | None"]
 _registry: dict[tuple[str, str], tuple[WhyNot, WhyNot | None]] = {}
 _logged: set[tuple[str, str, str]] = set()
 
@@ -46,7 +50,7 @@ def why_not(operation: str, impl: str, device: torch.device | str = "cpu") -> st
     """None if `impl` can run `operation` on tensors of `device`, else the reason why not."""
     if not has(operation, impl):
         return "not in this release"
-    return _registry[operation, impl][0](torch.device(device))
+    return _registry[operation, impl][0](_as_device(device))
 
 
 def why_not_auto(operation: str, impl: str, device: torch.device | str = "cpu") -> str | None:
@@ -55,7 +59,16 @@ def why_not_auto(operation: str, impl: str, device: torch.device | str = "cpu") 
     if reason is not None:
         return reason
     passes_by = _registry[operation, impl][1]
-    return None if passes_by is None else passes_by(torch.device(device))
+    return None if passes_by is None else passes_by(_as_device(device))
+
+
+def _as_device(device: torch.device | str) -> torch.device:
+    """torch's; what has a `type` and an `index` stays as it is."""
+    if hasattr(device, "type"):
+        return device
+    import torch
+
+    return torch.device(device)
 
 
 def resolve(
@@ -64,14 +77,14 @@ def resolve(
     """The implementation to use, "cuda", "triton" or "torch", for tensors of `device`.
 
     "auto" takes the first one in that order that is available and that it does not pass by, and logs once per
-    operation and kind of device what it took and why (level INFO). A named implementation that cannot run raises `Unavailable` with the reason;
-    an unknown name raises ValueError.
+    operation and kind of device what it took and why (level INFO). A named implementation that cannot run raises
+    `Unavailable` with the reason; an unknown name raises ValueError.
 
     dtype: of the tensors. torch alone serves float64: "auto" takes it there, and another named impl raises TypeError.
     """
-    device = torch.device(device)
+    device = _as_device(device)
     check_dtype(operation, impl, dtype)
-    if impl == "auto" and dtype == torch.float64:
+    if impl == "auto" and _is_float64(dtype):
         return "torch"
     if impl != "auto":
         reason = why_not(operation, impl, device)
@@ -80,7 +93,7 @@ def resolve(
                 f'{operation}: impl="{impl}" cannot run on {device}: {reason}. Use impl="auto", which takes '
                 "what is available; `kunbr-fast doctor` lists it"
             )
-        if impl == "cuda" and dtype == torch.float64:
+        if impl == "cuda" and _is_float64(dtype):
             _refuse_float64(operation, impl)
         return impl
     reasons = {name: why_not_auto(operation, name, device) for name in IMPLEMENTATIONS}
@@ -94,8 +107,16 @@ def resolve(
 
 def check_dtype(operation: str, impl: str, dtype: torch.dtype | None) -> None:
     """TypeError where `impl` is named and does not serve `dtype`; also for the fakes of operators, which choose none."""
-    if impl == "triton" and dtype == torch.float64:
+    if impl == "triton" and _is_float64(dtype):
         _refuse_float64(operation, impl)
+
+
+def _is_float64(dtype: torch.dtype | None) -> bool:
+    if dtype is None:
+        return False
+    import torch
+
+    return dtype == torch.float64
 
 
 def _refuse_float64(operation: str, impl: str) -> None:
@@ -115,7 +136,11 @@ def triton_why_not(device: torch.device) -> str | None:
         return "triton is not installed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda":
+        return "needs a CUDA device"
+    import torch
+
+    if not torch.cuda.is_available():
         return "needs a CUDA device"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import gc
 import logging
 import math
@@ -120,11 +121,6 @@ def _free_host_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_storage(storage: str) -> None:
-    if storage not in STORAGES:
-        raise ValueError(f"storage={storage!r}: expected one of {', '.join(STORAGES)}")
-
-
 def choose_storage(nbytes: int, device: torch.device) -> str:
     """The first of `device`, `host` and `file` that takes at most a quarter of what is free."""
     if device.type == "cuda" and nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
@@ -132,33 +128,44 @@ def choose_storage(nbytes: int, device: torch.device) -> str:
     return "host" if nbytes <= _free_host_bytes() // 4 else "file"
 
 
-def allocate(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    storage: str,
-    directory: str | Path | None,
-    what: str,
-) -> torch.Tensor:
-    """An uninitialised tensor in one of STORAGES; `what` it is for, in errors and in the file's name."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    if storage == "auto":
-        storage = choose_storage(nbytes, device)
-    if storage == "device":
-        return torch.empty(shape, dtype=dtype, device=device)
-    if storage == "host":
-        return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
-    handle, name = tempfile.mkstemp(prefix=f"{what.replace(' ', '-')}-", dir=directory)
-    try:
-        # blocks are reserved now: a full disk is an error here, not a bus error in the middle of a write
-        os.posix_fallocate(handle, 0, nbytes)
-        return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"the {what} needs {nbytes / 2**30:.2f} GiB in {Path(name).parent}: {error.strerror}; "
-            "free space there or give another directory",
-        ) from error
-    finally:
-        os.close(handle)
-        os.unlink(name)
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a large buffer lies.
+
+    storage: `device` (beside the model), `host` (main memory; pinned where the model is on a GPU), `file` (a memory-mapped
+    file in `directory`, by default the system's for temporary files; unlinked at once, it goes away with the process), or
+    `auto`: the first of these that takes at most a quarter of what is free.
+    """
+
+    storage: str = "auto"
+    directory: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.storage not in STORAGES:
+            raise ValueError(f"storage={self.storage!r}: expected one of {', '.join(STORAGES)}")
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, what: str) -> torch.Tensor:
+        """An uninitialised tensor for use with a model on `device`; `what` it is for, in errors and in the file's name."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        storage = choose_storage(nbytes, device) if self.storage == "auto" else self.storage
+        if storage == "device":
+            return torch.empty(shape, dtype=dtype, device=device)
+        if storage == "host":
+            return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+        return self._map_file(shape, dtype, nbytes, what)
+
+    def _map_file(self, shape: Sequence[int], dtype: torch.dtype, nbytes: int, what: str) -> torch.Tensor:
+        handle, name = tempfile.mkstemp(prefix=f"{what.replace(' ', '-')}-", dir=self.directory)
+        try:
+            # blocks are reserved now: a full disk is an error here, not a bus error in the middle of a write
+            os.posix_fallocate(handle, 0, nbytes)
+            return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"the {what} needs {nbytes / 2**30:.2f} GiB in {Path(name).parent}: {error.strerror}; "
+                "free space there or give another directory",
+            ) from error
+        finally:
+            os.close(handle)
+            os.unlink(name)

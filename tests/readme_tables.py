@@ -1,4 +1,4 @@
-"""The README's tables of what `kunbr-fast bench` measured, made from the committed rows.
+"""The tables of docs/results.md of what `kunbr-fast bench` measured, made from the committed rows.
 
 python tests/readme_tables.py          # prints them, to be pasted
 """

@@ -1,33 +1,137 @@
-"""What the README says of objectives and of counted steps is what the code has and what was measured."""
+"""The README is short, and every figure that it and docs/ quote is what the code has or what was measured."""
 
 import csv
+import importlib.util
+import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
 import readme_tables
 
+from kunbr_fast.benchmarks.rows import read_rows
 from kunbr_fast.objectives.methods import OBJECTIVES
+from kunbr_fast.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
 
 
-def table(heading):
+def page(name):
+    return (ROOT / "docs" / f"{name}.md").read_text()
+
+
+def rows(name):
+    with open(RESULTS / f"{name}.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def table(text, heading):
     """The rows of the first table below a heading, each a list of cells."""
-    lines = README.split(heading + "\n", 1)[1].splitlines()
+    lines = text.split(heading + "\n", 1)[1].splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    rows = []
+    found = []
     for line in lines[first:]:
         if not line.startswith("|"):
             break
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return rows[2:]
+        found.append([cell.strip() for cell in line.strip("|").split("|")])
+    return found[2:]
+
+
+def percent(value):
+    return f"{float(value):.1f} %"
+
+
+# ---------------------------------------------------------------- the README
+
+
+def test_the_readme_is_read_in_a_minute():
+    assert len(README.encode()) <= 8192
+    first = "\n".join(README.splitlines()[:10])
+    assert "**Status:" in first and "(docs/results.md#what-has-run-where)" in first
+
+
+def test_the_picture_shows_committed_rows():
+    Image = pytest.importorskip("PIL.Image")
+    spec = importlib.util.spec_from_file_location("docs_figure", ROOT / "docs" / "figure.py")
+    figure = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figure)
+    measured = read_rows(figure.ROWS)
+    times, faster = figure.steps(measured)
+    shown = json.loads(Image.open(figure.PICTURE).text["Description"])
+    assert shown == {"steps": times, "faster": faster, "stages": figure.stages(measured)}
+
+
+def test_what_is_forgotten_is_quoted_from_committed_rows():
+    demo = [row for row in rows("demo_cpu") if row["seed"] != "0"]
+    smollm2 = [row for row in rows("smollm2_cpu") if row["forget"]]
+    names = {"warm-up": "warm-up (M_u)", "never saw the facts": "never saw them"}
+    found = table(README, "## Does it forget?")
+    assert len(found) == 6
+    for model, method, *values in found:
+        mine = [
+            row for row in (demo if "demo" in model else smollm2) if row["method"].startswith(names.get(method, method))
+        ]
+        assert len(mine) == (3 if "demo" in model else 1)
+        assert values == [f"{statistics.mean(float(row[k]) for row in mine):.1f}" for k in ("forget", "retain", "rtt")]
+    means = {(model.strip("[").split("]")[0], method): values[-1] for model, method, *values in found}
+    assert f"from {means['demo', 'warm-up']} to {means['demo', 'KUnBR']}" in README
+
+
+# ---------------------------------------------------------------- docs
+
+
+def test_the_demos_table_quotes_committed_rows():
+    text = page("demo")
+    found = re.findall(r"^\| ([a-zA-Z].*?) +\|(.*)\|$", text.split("| method", 1)[1], re.M)
+    seeds = [[row for row in rows("demo_cpu") if row["seed"] == str(seed)] for seed in range(4)]
+    assert len(found) == len(seeds[0])
+    for (method, cells), row in zip(found, seeds[0]):
+        forget, retain, bystanders, rtt, recovery, training, attack = (cell.strip() for cell in cells.split("|"))
+        assert (method, training) == (row["method"], row["training_s"])
+        assert [forget, retain, bystanders] == [percent(row[k]) for k in ("forget", "retain", "bystanders")]
+        if rtt != "-":
+            assert (rtt, attack) == (percent(row["rtt"]), row["rtt_s"])
+            assert float(recovery) == pytest.approx(float(row["rtt"]) - float(row["forget"]), abs=0.11)
+    for method in ("KUnBR", "gradient difference"):
+        wanted = ", ".join(next(row["rtt"] for row in seed if row["method"] == method) for seed in seeds[1:])
+        assert f"{method} {wanted}" in " ".join(text.split())
+
+
+def test_smollm2s_table_quotes_committed_rows():
+    text, measured = page("smollm2"), {row["method"]: row for row in rows("smollm2_cpu") if row["forget"]}
+    found = re.findall(r"^\| ([a-zA-Z].*?) +\|(.*)\|$", text.split("| method", 1)[1], re.M)
+    assert [method for method, _ in found] == ["original", "warm-up (M_u)", "KUnBR"]
+    for method, cells in found:
+        forget, retain, rtt, *_, warmup, _, trained, attack = (cell.strip() for cell in cells.split("|"))
+        row = measured[method]
+        assert (forget, retain) == (percent(row["forget"]), percent(row["retain"]))
+    assert (rtt, attack) == (percent(row["rtt"]), row["rtt_s"])
+    assert float(warmup) + float(trained) == pytest.approx(float(row["training_s"]), abs=0.11)
+    plain = measured["gradient difference, Lion 1e-5"]
+    quoted = f"{plain['forget']} % forget, {float(plain['retain']):.0f} % retain and {plain['rtt']} % RTT accuracy"
+    times = f"in {float(plain['training_s']):.0f} s of training against {float(row['training_s']):.0f} s"
+    assert f"{quoted}, {times}" in " ".join(text.split())
+
+
+def test_the_low_precision_table_quotes_committed_rows():
+    measured, text = rows("cover_precision_cpu"), page("large_models")
+    found = table(text, "## Low-precision cover")
+    assert found[0][0] == "none" and len(found) >= 4
+    for cover, _, cosine, *means, seeds in found:
+        mine = [row for row in measured if row["cover"] == cover]
+        lowest = min(float(row[name]) for row in mine for name in ("cosine_0", "cosine_1"))
+        assert float(cosine) == pytest.approx(lowest, abs=6e-6)
+        for value, name in zip(means, ("forget", "retain", "bystanders", "rtt")):
+            assert float(value) == pytest.approx(statistics.mean(float(row[name]) for row in mine), abs=0.06), name
+        assert seeds == ", ".join(row["rtt"] for row in mine)
 
 
 def test_every_objective_is_in_the_table_with_what_it_needs():
     found = {}
-    for _, names, reference, alternate, way in table("## Objectives"):
+    for _, names, reference, alternate, way in table(page("objectives"), "# Objectives"):
         for name in re.findall(r"`(\w+)`", names):
             found[name] = reference, alternate, way
     assert set(found) == set(OBJECTIVES)
@@ -40,14 +144,13 @@ def test_every_objective_is_in_the_table_with_what_it_needs():
 
 
 def test_the_counted_table_quotes_committed_rows():
-    with open(ROOT / "benchmarks" / "results" / "counted.csv") as file:
-        rows = [r for r in csv.DictReader(file) if r["model"] == "Llama-3-8B"]
-    quoted = table("### One step of an 8B model, counted")
+    counted = [row for row in rows("counted") if row["model"] == "Llama-3-8B"]
+    quoted = table(page("results"), "## One step of an 8B model, counted")
     assert len(quoted) == 6
     for block, target, reference, here, fewer, kept, in_all, launches in quoted:
         kind = {"all tokens": "all", "the letter": "letter"}[target]
         a, b = (
-            next(r for r in rows if (r["block"], r["target"], r["variant"]) == (block, kind, side))
+            next(r for r in counted if (r["block"], r["target"], r["variant"]) == (block, kind, side))
             for side in ("reference", "kunbr_fast")
         )
         assert reference == f"{float(a['gflop']) / 1e3:.1f} TFLOP" and here == f"{float(b['gflop']) / 1e3:.1f} TFLOP"
@@ -58,38 +161,55 @@ def test_the_counted_table_quotes_committed_rows():
         assert launches == f"{a['launches']}, {b['launches']}"
 
 
-def test_the_pipelines_table_quotes_committed_rows():
-    results = ROOT / "benchmarks" / "results"
-    with open(results / "pipelines_cpu.csv") as file:
-        pipelines = {r["pipeline"]: r for r in csv.DictReader(file)}
-    with open(results / "open_unlearning_cpu.csv") as file:
-        theirs = {r["trainer"]: r for r in csv.DictReader(file) if r["transformers"].startswith("5.")}
-    rows = table("### Before and after")
-    for (name, before, after, same), kind in zip(rows, ("trainer", "authors")):
+def test_the_pipelines_tables_quote_committed_rows():
+    text = page("integrations")
+    pipelines = {row["pipeline"]: row for row in rows("pipelines_cpu")}
+    found = table(text, "## Trainer and the authors' script: before and after")
+    for (name, before, after, same), kind in zip(found, ("trainer", "authors"), strict=True):
         row = pipelines[kind]
         assert before.startswith(f"{float(row['before_tflop']):.2f} TFLOP"), name
         assert after.startswith(f"{float(row['after_tflop']):.2f} TFLOP"), name
         assert same == f"{row['entries_that_differ']} of {int(row['entries_moved']) / 1e6:.1f} million entries differ"
-    for name, _, after, apart in rows[2:]:
-        row = theirs[name.removeprefix("OpenUnlearning ")]
-        assert (
-            after.startswith(f"{row['flops']}x FLOPs, {row['saved_bytes']}x kept")
-            and apart == f"{row['weights_apart']} apart"
-        )
+    theirs = rows("open_unlearning_cpu")
+    for name, *cells in table(text, "### What it saves"):
+        both = [next(row for row in theirs if row["trainer"] == name and row["transformers"][0] == v) for v in "54"]
+        assert cells[0] == ", ".join(row["weights_apart"] for row in both), name
+        for cell, column in zip(cells[1:], ("flops", "saved_bytes", "peak_bytes"), strict=True):
+            assert cell == ", ".join(f"{row[column]}x" for row in both), name
 
 
 @pytest.mark.parametrize(
     "heading, make",
     [
-        ("### One step, against the reference procedure", readme_tables.step),
-        ("### A whole run", readme_tables.end_to_end),
-        ("### Density, against its rivals", readme_tables.density),
-        ("### Elsewhere, on a CPU", readme_tables.elsewhere),
+        ("## One step, against the reference procedure", readme_tables.step),
+        ("## A whole run", readme_tables.end_to_end),
+        ("## Density, against its rivals", readme_tables.density),
+        ("## Elsewhere, on a CPU", readme_tables.elsewhere),
     ],
 )
 def test_what_bench_measured_is_quoted_from_committed_rows(heading, make):
-    assert table(heading) == make()
+    assert table(page("results"), heading) == make()
 
 
 def test_the_sentence_on_a_whole_models_density_is_quoted_from_committed_rows():
-    assert readme_tables.whole_model() in README
+    assert readme_tables.whole_model() in page("results")
+
+
+# ---------------------------------------------------------------- files beside them
+
+
+def test_pre_commit_and_constraints_have_one_ruff():
+    wanted = re.search(r"^ruff==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.search(r"ruff-pre-commit\n    rev: v(\S+)$", hooks, re.M)[1] == wanted
+
+
+def test_the_citation_is_of_this_version_and_paper():
+    yaml = pytest.importorskip("yaml")
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == __version__ and f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    paper = cited["preferred-citation"]
+    assert f"title   = {{{paper['title']}}}" in README
+    names = " and ".join(f"{a['family-names']}, {a['given-names']}" for a in paper["authors"])
+    assert f"author  = {{{names}}}" in README
+    assert paper["url"].rpartition("/")[2] in README

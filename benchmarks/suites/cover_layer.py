@@ -1,13 +1,14 @@
 """One decoder layer, forward and backward: a cover layer (frozen, dX alone) and an active one (dX and dW).
 
 The layer is a Llama's (or Qwen's) of the named model's shape, on one sequence of T tokens. ours: the layer as
-`kunbr_fast.patched` leaves it. Rivals: the model's own layer, torch.compile of it, and Liger's RMSNorm, SwiGLU and rotary
-embedding put into a copy of it (`models.with_liger`: into the instance, not into the process). All share one set of weights.
+`kunbr_fast.patched` leaves it. Rivals: the model's own layer, torch.compile of it, and Liger's RMSNorm, SwiGLU and
+rotary embedding put into a copy of it (`models.with_liger`: into the instance, not into the process). All share one set
+of weights.
 
-Needed FLOPs: matrix products, 2 T a weight for each of forward, dX and (active) dW; attention, 12 a pair of a query and a
-key that it sees and entry of a query, 4 of them forward. Needed bytes: weights read once forward and once backward, (active)
-dW written once, x, y, dy, dx; nothing that stays between forward and backward. `kept_mib` is what does stay, without
-weights and rotary angles.
+Needed FLOPs: matrix products, 2 T a weight for each of forward, dX and (active) dW; attention, 12 a pair of a query and
+a key that it sees and entry of a query, 4 of them forward. Needed bytes: weights read once forward and once backward,
+(active) dW written once, x, y, dy, dx; nothing that stays between forward and backward. `kept_mib` is what does stay,
+without weights and rotary angles.
 """
 
 import dataclasses

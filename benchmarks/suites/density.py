@@ -32,7 +32,6 @@ Goals on an H200: loop / ours at least 5; ours / (plain + products) at most 1.15
 weights' (`mib`).
 """
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -42,19 +41,17 @@ import torch
 import torch.nn.functional as F
 
 import kunbr_fast as kf
+from kunbr_fast.benchmarks import per_sample
 from kunbr_fast.benchmarks.harness import (
     Case,
     Options,
-    Skip,
     Variant,
     compiled,
-    first_line,
     implementations,
-    imported,
     need,
 )
-from kunbr_fast.benchmarks.measure import interleaved
 from kunbr_fast.benchmarks.models import build, causal_pairs, exact_norms, matrices
+from kunbr_fast.benchmarks.per_sample import Packed, bare
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, equal, ragged, samples
 from kunbr_fast.data import pack
 from kunbr_fast.data.schedule import token_batches
@@ -65,8 +62,6 @@ from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives import losses
 
 MEAN_RAGGED = 44  # tokens of a sample in `ragged`
-DW_LIMIT_GPU, DW_LIMIT_CPU = 24 << 30, 2 << 30  # bytes of per-sample gradients that a rival may hold
-CHUNK_GPU, CHUNK_CPU = 8 << 30, 1 << 30  # bytes of them that torch.func holds at a time
 ALL = ("grad_l1", "grad_l2sq", "grad_linf")
 
 
@@ -82,142 +77,6 @@ def _worst(found, truth):
 
 
 # ---------------------------------------------------------------- one weight
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Packed:
-    """One layer's x (T, K) and dy (T, N), packed samples."""
-
-    x: torch.Tensor
-    dy: torch.Tensor
-    lengths: tuple[int, ...]
-
-    @classmethod
-    def draw(cls, N, K, lengths, dtype, device):
-        generator = torch.Generator(device).manual_seed(0)
-        x, dy = (torch.randn(sum(lengths), n, generator=generator, device=device).to(dtype) for n in (K, N))
-        return cls(x, dy, tuple(lengths))
-
-    @functools.cached_property
-    def cu_seqlens(self):
-        return torch.tensor([0, *self.lengths]).cumsum(0).to(self.x.device, torch.int32)
-
-    @property
-    def dw_bytes(self):
-        """Of all samples' gradients."""
-        return len(self.lengths) * self.dy.shape[1] * self.x.shape[1] * self.x.element_size()
-
-    @property
-    def same_length(self):
-        return len(set(self.lengths)) == 1
-
-    def parts(self):
-        return list(zip(self.x.split(self.lengths), self.dy.split(self.lengths)))
-
-    @functools.cached_property
-    def padded(self):
-        """(B, L, K) and (B, L, N): views where samples are of one length, else zeros after each one's end."""
-        if self.same_length:
-            return tuple(t.unflatten(0, (len(self.lengths), -1)) for t in (self.x, self.dy))
-        return tuple(
-            torch.nn.utils.rnn.pad_sequence(t.split(self.lengths), batch_first=True) for t in (self.x, self.dy)
-        )
-
-
-def _check_memory(data: Packed, copies: int = 1) -> None:
-    nbytes = copies * data.dw_bytes
-    if nbytes > (DW_LIMIT_GPU if data.x.is_cuda else DW_LIMIT_CPU):
-        raise Skip(f"would hold {nbytes / 2**30:.0f} GiB")
-
-
-def _l1(gradients):
-    return gradients.abs().sum((1, 2), dtype=torch.float32)
-
-
-def bare(data: Packed):
-    """On a GPU the fastest of three: one product a sample, one batched (equal samples), one grouped."""
-    # On a CPU new memory costs more than the product of a short sample: one buffer for all.
-    parts = data.parts()
-    out = None if data.x.is_cuda else torch.empty(data.dy.shape[1], data.x.shape[1], dtype=data.dy.dtype)
-
-    def one_by_one():
-        for x, dy in parts:
-            torch.mm(dy.t(), x, out=out)
-
-    if not data.x.is_cuda:
-        return one_by_one
-    ways = [one_by_one]
-    with contextlib.suppress(Skip):
-        if data.same_length:
-            _check_memory(data)
-            x, dy = data.padded
-            ways.append(lambda: _drop(torch.bmm(dy.mT, x)))
-    with contextlib.suppress(Skip):
-        product = _grouped_products(data)
-        ways.append(lambda: _drop(product()))
-    for run in ways:
-        run()
-    times, _ = interleaved(dict(enumerate(ways)), data.x.device, 3, 0)
-    return ways[min(times, key=lambda way: min(times[way]))]
-
-
-def _drop(_):
-    return None
-
-
-def _grouped_products(data: Packed):
-    """A function that returns all dW_i, (B, N, K)."""
-    grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-    if grouped_mm is None:
-        raise Skip("this torch has no grouped_mm")
-    _check_memory(data, 2)  # and what is made of them
-    ends = data.cu_seqlens[1:]
-    try:
-        grouped_mm(data.dy.t(), data.x, offs=ends)
-    except (RuntimeError, NotImplementedError) as error:
-        raise Skip(f"grouped_mm: {first_line(error)}") from error
-    return lambda: grouped_mm(data.dy.t(), data.x, offs=ends)
-
-
-def _grouped(data: Packed):
-    product = _grouped_products(data)
-    return lambda: {"grad_l1": _l1(product())}
-
-
-def _grouped_norm(data: Packed):
-    product = _grouped_products(data)
-    return lambda: {"grad_l1": torch.linalg.vector_norm(product(), 1, (1, 2), dtype=torch.float32)}
-
-
-def _loop(data: Packed, statistic: str = "grad_l1"):
-    weight = torch.zeros(data.dy.shape[1], data.x.shape[1], dtype=data.x.dtype, device=data.x.device).requires_grad_()
-    graphs = [(F.linear(x, weight), dy) for x, dy in data.parts()]
-
-    def run():
-        sums = []
-        for y, dy in graphs:
-            y.backward(dy, retain_graph=True)
-            terms = weight.grad.abs() if statistic == "grad_l1" else weight.grad.square()
-            sums.append(terms.sum(dtype=torch.float32))
-            weight.grad = terms = None
-        return {statistic: torch.stack(sums)}
-
-    return run
-
-
-def _func(data: Packed):
-    weight = torch.zeros(data.dy.shape[1], data.x.shape[1], dtype=data.x.dtype, device=data.x.device)
-    x, dy = data.padded
-    each = torch.func.vmap(lambda x, dy: torch.func.vjp(lambda w: F.linear(x, w), weight)[1](dy)[0])
-    step = max(1, (CHUNK_GPU if x.is_cuda else CHUNK_CPU) * len(x) // data.dw_bytes)
-    return lambda: {"grad_l1": torch.cat([_l1(each(a, b)) for a, b in zip(x.split(step), dy.split(step))])}
-
-
-def _opacus(data: Packed):
-    norms = imported("opacus.grad_sample.linear", "opacus").compute_linear_norm_sample
-    layer = torch.nn.Linear(data.x.shape[1], data.dy.shape[1], bias=False, device="meta", dtype=data.x.dtype)
-    x, dy = data.padded
-    return lambda: {"grad_l2sq": norms(layer, [x], dy)[layer.weight].double().square()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -270,19 +129,19 @@ class Weight(_PerSample):
             return make
 
         def compiled_bmm():
-            _check_memory(data)
-            run, (x, dy) = compiled(self.options, lambda x, dy: _l1(torch.bmm(dy.mT, x))), data.padded
+            per_sample.check_memory(data)
+            run, (x, dy) = compiled(self.options, lambda x, dy: per_sample.l1(torch.bmm(dy.mT, x))), data.padded
             return lambda: {"grad_l1": run(x, dy)}
 
         found = [Variant(impl, ours(impl), ours=True) for impl in implementations("grad_density")]
-        found.append(Variant("loop", lambda: _loop(data, self.statistic)))
+        found.append(Variant("loop", lambda: per_sample.loop(data, self.statistic)))
         if self.statistic == "grad_l2sq":
             found.append(Variant("gram", ours("torch", form="gram"), ours=True))
-            return [*found, Variant("opacus", lambda: _opacus(data))]
+            return [*found, Variant("opacus", lambda: per_sample.opacus(data))]
         found.append(Variant("triton all", ours("triton", ALL), ours=True))
         buffer = None if self.options.gpu else self.N * self.K * self.dtype.itemsize
         found.append(Variant("bare", lambda: bare(data), standing_bytes=buffer))
-        rivals = {"grouped_mm": _grouped, "grouped_norm": _grouped_norm, "func": _func}
+        rivals = {"grouped_mm": per_sample.grouped, "grouped_norm": per_sample.grouped_norm, "func": per_sample.func}
         found += [Variant(name, functools.partial(make, data)) for name, make in rivals.items()]
         return [*found, Variant("torch.compile", compiled_bmm)]
 
@@ -442,7 +301,7 @@ class Model(_PerSample):
             for name, count in (("up", 2), ("down", 1)):  # gate has up's shape
                 N, K = self.shape.projections()[name]
                 runs += [bare(Packed.draw(N, K, lengths, decoder.dtype, decoder.device))] * count
-        return lambda: _drop([run() for _ in range(self.layers) for run in runs])
+        return lambda: per_sample.drop([run() for _ in range(self.layers) for run in runs])
 
 
 # ---------------------------------------------------------------- which

@@ -35,9 +35,8 @@ import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from unittest import mock
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -57,13 +56,14 @@ from kunbr_fast.benchmarks.harness import (
 )
 from kunbr_fast.benchmarks.models import build, matrices
 from kunbr_fast.benchmarks.reference import procedure
+from kunbr_fast.benchmarks.rows import Measured
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, samples, wmdp
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.memory import release
 from kunbr_fast.model.blocks import selectable_blocks
-from kunbr_fast.model.prefix_cache import PrefixCache
-from kunbr_fast.run.steps import Run
-from kunbr_fast.training.full import FullTraining
+from kunbr_fast.run.reporter import Reporter
+from kunbr_fast.run.visits import DENSITY, MERGE, layers
+from kunbr_fast.run.visits import Stage as RunStage
 
 BATCH, WARMUP_EPOCHS, NEVER = 6, 3, 10**9
 SECONDS = 60.0  # of a side that is not run whole
@@ -89,17 +89,6 @@ class Clock:
         begin = self._now()
         yield
         (self.first if first else self.later).setdefault(stage, []).append(self._now() - begin)
-
-    def method(self, kind: type, name: str, of: Callable[..., tuple[str, bool]]):
-        """A patch that clocks a method. of: takes what the method does, and gives what this clock does."""
-        method = getattr(kind, name)
-
-        @functools.wraps(method)
-        def clocked(*args, **kwargs):
-            with self(*of(*args, **kwargs)):
-                return method(*args, **kwargs)
-
-        return mock.patch.object(kind, name, clocked)
 
     def total(self, stage: str) -> float:
         return sum(self.first.get(stage, [])) + sum(self.later.get(stage, []))
@@ -192,31 +181,18 @@ class EndToEnd(Case):
 
     def ours(self, impl: str, model, steps: int, clock: Clock):
         forget, retain = self.samples(steps)
-        with ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kunbr-"))
+        begun: set[str] = set()
 
-            def begins(text: str) -> None:
-                nonlocal merging
-                self.options.say(f"{self}: {impl}, {text}")
-                merging = time.perf_counter()
+        def around(stage: str, part: str):
+            if part == "step":
+                block, first = RunStage(stage).block, stage not in begun
+                begun.add(stage)
+                return clock("warm-up" if block is None else _layers(block), first)
+            return clock(part or stage) if part == "prefix cache" or stage in (DENSITY, MERGE) else nullcontext()
 
-            def ends(report) -> None:
-                clock.first["merge"] = [time.perf_counter() - merging]  # what began last
-                clock.first["density"] = [report.seconds["density"]]
-
-            def of_step(run, training, *args):
-                warming_up = isinstance(training, FullTraining)
-                return "warm-up" if warming_up else _layers(training.block), training.steps == 0
-
-            merging = time.perf_counter()
-            stack.enter_context(clock.method(Run, "_step", of_step))
-            for name in ("__init__", "advance"):
-                stack.enter_context(clock.method(PrefixCache, name, lambda *args, **kwargs: ("prefix cache", True)))
-            with clock("all"):
-                report = kf.unlearn(
-                    model, forget, retain, self.config(impl), output_dir=folder, progress=False, on_stage=begins,
-                    before_cleanup=ends,
-                )  # fmt: skip
+        reporter = Reporter(say=lambda text: self.options.say(f"{self}: {impl}, {text}"), around=around)
+        with tempfile.TemporaryDirectory(prefix="kunbr-") as folder, clock("all"):
+            report = kf.unlearn(model, forget, retain, self.config(impl), output_dir=folder, reporter=reporter)
         return model, report.density.per_layer
 
     def reference(self, model, steps: int, clock: Clock):
@@ -330,20 +306,18 @@ class EndToEnd(Case):
     def _row(self, variant, found, rates, errors, left_out):
         name, side = variant.name, found.get(variant.name)
         if side is None:
-            return self.row(name, None, None, None, ours=variant.ours, note=f"not run: {left_out[name]}")
+            return self.row(name, variant.ours, note=f"not run: {left_out[name]}")
         mine, base = (found[n].stages.get(self.stage) if n in found else None for n in (name, self.baseline))
         if mine is None:
-            return self.row(name, None, None, None, ours=variant.ours, note="not run: the procedure has no such stage")
+            return self.row(name, variant.ours, note="not run: the procedure has no such stage")
         whole, notes = {}, [mine.note] if mine.note else []
         if self.stage == "total":
             whole = dict(error=errors[name], peak_bytes=side.peak, standing_bytes=self.standing(name))
             checked = torch.float64 if name == "torch" else torch.float32
             notes += [f"error of a small model in {str(checked)[6:]}"] if checked != self.dtype else []
-        row = self.row(
-            name, [mine.ms], [base.ms] if base else None, rates if self.flops else None, ours=variant.ours,
-            others=side.others, note="; ".join(notes), **whole,
-        )  # fmt: skip
-        return row | {"rounds": mine.measured}
+        baseline, rates = [base.ms] if base else None, rates if self.flops else None
+        measured = Measured([mine.ms], baseline, rates, others=side.others, **whole)
+        return self.row(name, variant.ours, measured, "; ".join(notes)) | {"rounds": mine.measured}
 
     def seconds(self, name: str) -> float:
         """That a side may run."""
@@ -451,7 +425,7 @@ class EndToEnd(Case):
 
 
 def _layers(block: range) -> str:
-    return f"layers {block.start}-{block.stop - 1}"
+    return f"layers {layers(block)}"
 
 
 def _spread(lengths: Sequence[int], count: int) -> list[int]:

@@ -1,9 +1,9 @@
 """Head and loss over R labelled rows: the mean NLL and its gradients, logits in chunks or whole.
 
 Every variant returns the mean of the rows' NLL and its gradient in the hidden rows ("frozen": what unlearning asks for,
-most of the time) and in the head's weight too ("trained"). Ours takes a weight of any sign for each row, which rivals do
-not: here every row weighs 1/R. The largest R is measured with a quarter of the vocabulary too: peak_mib follows V where
-logits are whole, and hardly where they are in chunks of a bounded size.
+most of the time) and in the head's weight too ("trained"). Ours takes a weight of any sign for each row, which rivals
+do not: here every row weighs 1/R. The largest R is measured with a quarter of the vocabulary too: peak_mib follows V
+where logits are whole, and hardly where they are in chunks of a bounded size.
 
 Needed FLOPs: 2*R*D*V for the logits and as many for each gradient; what recomputes logits is given nothing for it.
 Needed bytes: hidden and weight read once, each gradient written once. Once, although the gradient needs each row's sum
@@ -131,7 +131,8 @@ class LinearLoss(Case):
         return lambda hidden, weight, targets: function(hidden, weight, targets, filter_eps=filter_eps, impl="cce")
 
     def _filtered(self, data):
-        """The gate's vocabulary is too small for any gradient to count as small: it is looked at here, at each shape."""
+        """The gate's vocabulary is too small for any gradient to count as small: it is looked at here, at each
+        shape."""
         run = self._once(self._cut("high"), data)
         found, whole = run(), self._once(self._cut(None), data)()
         error = max(relative_error(found[name], whole[name]) for name in whole)

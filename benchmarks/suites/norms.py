@@ -9,8 +9,8 @@ transformers has it, torch's own `rms_norm`, torch.compile, Liger's kernels. Nee
     SwiGLU                8   forward gate, up -> y; backward dy, gate, up -> d_gate, d_up
     rotary                4   forward and backward, each in and out
 
-Some of Liger's functions write their results over their inputs, as a model lets them. So each rival has inputs and output
-gradients of its own; from its second run on its numbers are others, which its time does not depend on.
+Some of Liger's functions write their results over their inputs, as a model lets them. So each rival has inputs and
+output gradients of its own; from its second run on its numbers are others, which its time does not depend on.
 """
 
 import dataclasses

@@ -6,17 +6,17 @@ The block is that of four layers of the model (two on a CPU). Kinds, and the nee
     fp32 master  20, 28   what half precision trains with: gradient read in it and the weight's copy written in it
     stochastic   14, 22   no master: bf16 weights, rounded stochastically, and bf16 gradient; state in fp32
 
-Ours update one vector in one launch; "torch" is what training runs without a kernel, which of AdamW is torch's own fused
-one over that vector (but for stochastic rounding). Rivals: the plain formula, tensor by tensor ("eager"); torch.compile
-of it over the whole vector; torch.optim.AdamW in its other form, foreach, and lion-pytorch's Lion, over the tensors.
-Rivals, and torch's fused AdamW, need the gradient in fp32 beside a master, and a copy after the update. No rival rounds
-stochastically but the plain formula.
+Ours update one vector in one launch; "torch" is what training runs without a kernel, which of AdamW is torch's own
+fused one over that vector (but for stochastic rounding). Rivals: the plain formula, tensor by tensor ("eager");
+torch.compile of it over the whole vector; torch.optim.AdamW in its other form, foreach, and lion-pytorch's Lion, over
+the tensors. Rivals, and torch's fused AdamW, need the gradient in fp32 beside a master, and a copy after the update. No
+rival rounds stochastically but the plain formula.
 
-Each variant has a weight and a state of its own, which `standing_mib` counts; the gradient is shared and stays the same.
-The gate compares three updates from one start. Lion's update is a sign: inputs are drawn so that in none of these
-updates an entry is within a twentieth of where it would turn, but momentum and gradient decide it by turns. Steps are as
-large as weights, so that a wrong one shows. Stochastic rounding: steps are far below bf16's last place, and the way that
-weights went on average counts too, which rounding to nearest would lose. At the timed shape ours are held against
+Each variant has a weight and a state of its own, which `standing_mib` counts; the gradient is shared and stays the
+same. The gate compares three updates from one start. Lion's update is a sign: inputs are drawn so that in none of these
+updates an entry is within a twentieth of where it would turn, but momentum and gradient decide it by turns. Steps are
+as large as weights, so that a wrong one shows. Stochastic rounding: steps are far below bf16's last place, and the way
+that weights went on average counts too, which rounding to nearest would lose. At the timed shape ours are held against
 each other in a sample after the first update.
 """
 

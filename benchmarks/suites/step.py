@@ -7,13 +7,13 @@ weights. Every variant trains the same block by the same loss, gradient differen
     frozen eager            one model, Lion on lists of tensors, no cache of keys and values; else as the reference
     frozen, torch.compile   that, with torch.compile of each layer: of all of them at once it takes minutes longer
     frozen, liger           that, with Liger's RMSNorm, SwiGLU, rotary embedding and fused linear cross-entropy
-    torch, triton           ours: one model and the block, one packed pass from the prefix cache, fused layers, head on rows
-                            with a label
+    torch, triton           ours: one model and the block, one packed pass from the prefix cache, fused layers, head on
+                            rows with a label
     torch, graph and triton, graph    that, as a CUDA graph
 
-torch.compile, which still takes minutes, is measured at one block and batch; of 32 + 32 samples some variants are left out
-for the memory that each would hold for itself. Ours is what its name says: a step that memory would have in parts, or one
-that is no graph though it should be, is not timed.
+torch.compile, which still takes minutes, is measured at one block and batch; of 32 + 32 samples some variants are left
+out for the memory that each would hold for itself. Ours is what its name says: a step that memory would have in parts,
+or one that is no graph though it should be, is not timed.
 
 In bf16 ours updates an fp32 copy of the block's weights; the others round each update to bf16, as published.
 
@@ -21,15 +21,16 @@ The gate is twofold. In fp64, where signs of rounding are no matter, three steps
 1e-9. In the dtype that is timed Lion's sign turns a gradient that is rounding into a whole update, so there the block's
 gradients of one step are compared, and the losses.
 
-Needed FLOPs are those of ours without waste: matrix products, 2 T a weight for each of forward, dX and, in the block, dW,
-from the block's first layer on; attention, 12 a pair of a query and a key that it sees and entry of a query; in the last
-layer queries and MLP for labelled rows alone; the head twice for these. The prefix is no part: it is computed once, not in
-a step. `spent_gflop` is what a variant does, counted (attention by its plain products). Needed bytes: weights from the
-block on, read once forward and once backward; the update's reads and writes; the block's input; no activations besides.
+Needed FLOPs are those of ours without waste: matrix products, 2 T a weight for each of forward, dX and, in the block,
+dW, from the block's first layer on; attention, 12 a pair of a query and a key that it sees and entry of a query; in the
+last layer queries and MLP for labelled rows alone; the head twice for these. The prefix is no part: it is computed
+once, not in a step. `spent_gflop` is what a variant does, counted (attention by its plain products). Needed bytes:
+weights from the block on, read once forward and once backward; the update's reads and writes; the block's input; no
+activations besides.
 
-standing_mib: what a variant alone would hold between two steps: models, block, gradient, optimiser state, caches, memory
-of CUDA graphs. Here variants share frozen weights, and the reference's second model, which no step touches, is only
-counted. A graph's activations are part of it, and no part of its peak.
+standing_mib: what a variant alone would hold between two steps: models, block, gradient, optimiser state, caches,
+memory of CUDA graphs. Here variants share frozen weights, and the reference's second model, which no step touches, is
+only counted. A graph's activations are part of it, and no part of its peak.
 """
 
 import dataclasses
@@ -251,7 +252,7 @@ UNCOUNTED = ("frozen, torch.compile", "torch, graph", "triton, graph")  # no ope
 
 
 def step_flops(shape: Shape, block: range, batch: PackedBatch, pairs: int, last_pairs: int) -> int:
-    """pairs: of a query and a key, in each head; last_pairs: those of the last layer, whose queries are labelled rows."""
+    """pairs: of a query and a key, in each head; last_pairs: of the last layer, whose queries are labelled rows."""
     tokens, rows, layers = batch.num_tokens, len(batch.rows), shape.layers - block.start
     keys = 2 * shape.hidden * (shape.hidden // shape.heads) * shape.key_value_heads  # in the last layer for all tokens
     total = 4 * (layers - 1) * matrices(shape) * tokens + 2 * len(block) * matrices(shape) * tokens
@@ -262,8 +263,8 @@ def step_flops(shape: Shape, block: range, batch: PackedBatch, pairs: int, last_
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Step(Case):
-    """left_out: variants that are not run here, and why. For the gate: shorter, each sample is its last part of so many;
-    gradients, variants give the gradients of one step."""
+    """left_out: variants that are not run here, and why. For the gate: shorter, each sample is its last part of so
+    many; gradients, variants give the gradients of one step."""
 
     shape: Shape
     block: range
@@ -401,8 +402,8 @@ def cases(options: Options) -> list[Case]:
                 names = ("frozen eager", "torch", "torch, graph")
                 left_out |= dict.fromkeys(names, f"not at {batch}+{batch}, for memory")
             case = Step(
-                suite="step", model=model, tokens=0, shape=shape, block=block, batch=batch, target=target, options=options,
-                label=_label(*at) + ", narrow" * options.quick, left_out=left_out,
+                suite="step", model=model, tokens=0, shape=shape, block=block, batch=batch, target=target,
+                options=options, label=_label(*at) + ", narrow" * options.quick, left_out=left_out,
             )  # fmt: skip
             found.append(dataclasses.replace(case, tokens=case.packed.num_tokens))
     return found

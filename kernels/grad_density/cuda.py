@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..cuda_library import array, check, library, stream, type_of
+from ..c_arguments import array, stream, type_of
+from ..cuda_library import check, library
 from . import reference
 
 STATISTICS = {"grad_l1": 1, "grad_l2sq": 2, "grad_linf": 4}  # in the order of the library's planes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..cuda_library import address, check, library, stream, type_of
+from ..c_arguments import address, stream, type_of
+from ..cuda_library import check, library
 
 
 def lion_(

@@ -16,11 +16,9 @@ from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.run.stages import to_samples
+from kunbr_fast.run.samples import to_samples
 
-SETTINGS = (
-    "target max_length modules reduction num_blocks top_k skip_last_layers gradient_checkpointing activations impl"
-)
+SETTINGS = "target max_length modules reduction num_blocks top_k skip_last_layers gradient_checkpointing cache impl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +97,7 @@ def _measure(config: KUnBRConfig, arguments: argparse.Namespace) -> Density:
         retain=None if retain is None else to_samples(retain, tokenizer, config, decoder, "retain"),
         gradient_checkpointing=config.gradient_checkpointing or None,
         sample_fraction=arguments.sample_fraction,
-        activations=config.activations,
+        activations=config.cache,
         impl=config.impl,
         progress=not arguments.quiet,
         group=arguments.group or ALONE,

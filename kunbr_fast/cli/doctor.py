@@ -1,30 +1,58 @@
-"""What this machine offers: versions, devices, which implementation of each operation runs, and why not."""
+"""`kunbr-fast doctor`: versions, devices, which implementation of each operation runs, and why not the others.
 
+Where the driver shows no device, all of that is known without torch, whose import takes a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import importlib.util
 import os
 import platform
+import sys
+from collections.abc import Collection
 from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import torch
 from packaging.requirements import Requirement
 
 from kunbr_fast.kernels import cuda_library, dispatch
-from kunbr_fast.kernels.grad_density import op as operators  # noqa: F401  registers its kernels
 from kunbr_fast.version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 GIB = 1024**3
 
 
-def doctor() -> dict:
-    """Describe this machine and installation; every value is a JSON type.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
-    Keys: `versions` (package -> version or None), `platform`, `cpu` (cores usable by this process, torch
-    threads), `memory_bytes` (total), `devices` (the CPU first, then each CUDA device), `no_cuda` (why there
-    is no CUDA device, or None), `cuda_library` (what csrc/ was built with, or why it is not), `operations` (operation -> device -> {"auto": choice, "unavailable":
-    {impl: reason}, "by_name": {impl: why "auto" passes by what can run}}), `problems` (requirements of pyproject.toml that are not met; empty when all is well).
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    found = doctor()
+    if not arguments.json:
+        print(format_doctor(found))
+    return found
+
+
+def doctor() -> dict[str, Any]:
+    """Describes this machine and installation; every value is a JSON type.
+
+    Keys: `versions` (package -> version or None), `platform`, `cpu` (cores usable by this process, torch's threads),
+    `memory_bytes` (total), `devices` (the CPU first, then each CUDA device), `no_cuda` (why there is no CUDA device, or
+    None), `cuda_library` (what csrc/ was built with, or why it is not), `operations` (operation -> device -> {"auto":
+    choice, "unavailable": {impl: reason}, "by_name": {impl: why "auto" passes by what can run}}), `problems`
+    (requirements of pyproject.toml that are not met; empty when all is well).
     """
-    devices = [{"device": "cpu", "name": _cpu_name()}, *_cuda_devices()]
-    names = [d["device"] for d in devices]
+    torch = _torch_if_needed()
+    devices = [{"device": "cpu", "name": _cpu_name()}, *_cuda_devices(torch)]
+    places = {device["device"]: torch.device(device["device"]) if torch else _Host() for device in devices}
     return {
         "versions": {
             "kunbr_fast": __version__,
@@ -32,13 +60,14 @@ def doctor() -> dict:
             **{name: _version(name) for name in PACKAGES},
         },
         "platform": platform.platform(),
-        "cpu": {"cores": _usable_cores(), "torch_threads": torch.get_num_threads()},
+        "cpu": {"cores": _usable_cores(), "torch_threads": torch.get_num_threads() if torch else _torch_threads()},
         "memory_bytes": _memory_bytes(),
         "devices": devices,
         "no_cuda": None if len(devices) > 1 else _why_no_cuda(),
         "cuda_library": cuda_library.description(),
         "operations": {
-            operation: {name: _implementations(operation, name) for name in names} for operation in dispatch.OPERATIONS
+            operation: {name: _implementations(operation, place) for name, place in places.items()}
+            for operation in dispatch.OPERATIONS
         },
         "problems": _problems(),
     }
@@ -74,7 +103,21 @@ def format_doctor(d: dict) -> str:
     return "\n".join(lines)
 
 
-def _implementations(operation: str, device: str) -> dict:
+# ---------------------------------------------------------------- operations
+
+
+@dataclasses.dataclass(frozen=True)
+class _Host:
+    """torch.device("cpu"), without torch."""
+
+    type: str = "cpu"
+    index: int | None = None
+
+    def __str__(self) -> str:
+        return self.type
+
+
+def _implementations(operation: str, device: torch.device | _Host) -> dict:
     cannot = {impl: dispatch.why_not(operation, impl, device) for impl in dispatch.IMPLEMENTATIONS}
     passed_by = {impl: dispatch.why_not_auto(operation, impl, device) for impl in cannot if cannot[impl] is None}
     return {
@@ -82,6 +125,9 @@ def _implementations(operation: str, device: str) -> dict:
         "unavailable": {impl: reason for impl, reason in cannot.items() if reason is not None},
         "by_name": {impl: reason for impl, reason in passed_by.items() if reason is not None},
     }
+
+
+# ---------------------------------------------------------------- packages
 
 
 def _version(package: str) -> str | None:
@@ -110,9 +156,62 @@ def _problems() -> list[str]:
     return problems
 
 
-def _cuda_devices() -> list[dict]:
+# ---------------------------------------------------------------- torch and its devices
+
+
+def _torch_if_needed() -> ModuleType | None:
+    """torch, where it is imported already or may see a device: NVIDIA's, or AMD's if it is built for those."""
+    if "torch" not in sys.modules and not _driver_devices() and not getattr(_torch_build(), "hip", None):
+        return None
+    import torch
+
+    return torch
+
+
+def _driver_devices() -> int:
+    """How many devices NVIDIA's driver shows to this process (CUDA_VISIBLE_DEVICES counts); 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    return 0 if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) else count.value
+
+
+def _torch_build() -> ModuleType:
+    """torch/version.py: this torch's version, and what it was built for."""
+    package = importlib.util.find_spec("torch")
+    if package is None:
+        raise ValueError("torch is not installed: pip install torch")
+    spec = importlib.util.spec_from_file_location("torch_version", Path(package.origin).with_name("version.py"))
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    return build
+
+
+def _torch_threads() -> int:
+    """How many threads torch starts with: one for each physical core, or as many as the environment says (with MKL, so
+    on x86, no more than there are physical cores)."""
+    every = range(os.cpu_count() or 1)
+    for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        first = os.environ.get(name, "").partition(",")[0].strip()
+        if first.isdigit() and int(first):
+            return min(int(first), _physical_cores(every)) if platform.machine() in ("x86_64", "AMD64") else int(first)
+    return _physical_cores(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every)
+
+
+def _physical_cores(cpus: Collection[int]) -> int:
+    """How many cores these CPUs are, of which one core may be two."""
+    try:
+        topology = Path("/sys/devices/system/cpu")
+        return len({(topology / f"cpu{i}/topology/thread_siblings_list").read_text() for i in cpus})
+    except OSError:  # not Linux
+        return len(cpus)
+
+
+def _cuda_devices(torch: ModuleType | None) -> list[dict]:
     found = []
-    for i in range(torch.cuda.device_count()):
+    for i in range(torch.cuda.device_count() if torch else 0):
         properties = torch.cuda.get_device_properties(i)
         found.append(
             {
@@ -126,9 +225,13 @@ def _cuda_devices() -> list[dict]:
 
 
 def _why_no_cuda() -> str:
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    return f"torch {torch.__version__} is built for CUDA {torch.version.cuda} but sees no device"
+    build = _torch_build()
+    if build.cuda is None:
+        return f"torch {build.__version__} is built without CUDA"
+    return f"torch {build.__version__} is built for CUDA {build.cuda} but sees no device"
+
+
+# ---------------------------------------------------------------- the machine
 
 
 def _usable_cores() -> int:
@@ -153,14 +256,3 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None  # Windows has no sysconf
-
-
-def add_arguments(parser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def run(arguments) -> dict:
-    found = doctor()
-    if not arguments.json:
-        print(format_doctor(found))
-    return found

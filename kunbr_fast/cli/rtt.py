@@ -16,7 +16,6 @@ from kunbr_fast.evaluation.rtt import RTTResult, rtt_attack
 from kunbr_fast.files.atomic import write_json
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
-from kunbr_fast.run.stages import rtt_config
 from kunbr_fast.run.state import fingerprint
 
 SETTINGS = "scoring seed rtt_lrs rtt_epochs rtt_batch_size rtt_target"
@@ -51,7 +50,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if out is not None and out.exists() and not arguments.resume:
         raise ValueError(f"{out} exists: give another --out, or --resume to go on with it")
     model, tokenizer = open_model(arguments)
-    attack = rtt_config(config)
+    attack = config.attack()
     belongs = {name: value for name, value in dataclasses.asdict(attack).items() if name != "lrs"}
     belongs["run"] = fingerprint(model, *(part for fold in folds for part in (fold.train_records, fold.questions)))
     done = _finished_attacks(out, belongs) if arguments.resume and out.is_file() else []

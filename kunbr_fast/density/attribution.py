@@ -34,7 +34,7 @@ from kunbr_fast.density.passes import MODULES, Measurement, checked_samples, inn
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.finite import check_finite, finite
-from kunbr_fast.model.layer_stream import LayerStream, layer_stream
+from kunbr_fast.model.weights import Weights
 from kunbr_fast.parallel.group import ALONE, Group
 
 METHODS = ("grad", "fisher", "wagle", "sure", "memflex", "sign_agreement")
@@ -125,13 +125,13 @@ def attribute(
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     forget = checked_samples(forget, "forget sample")
     retain = None if retain is None else checked_samples(retain, "retain sample")
-    watched, stream = watch_list(decoder, modules), layer_stream(decoder)
+    watched, stored = watch_list(decoder, modules), decoder.weights
     if blocks is not None:
         layers = {layer for block in blocks for layer in check_block(block, decoder.num_layers)}
         watched = [item for item in watched if item.layer in layers]
         if not watched:
             raise ValueError(f"blocks={list(blocks)}: these layers have no parameters of modules={modules!r}")
-    weights = {f"{item.path}.{name}": _Weight(item, name, stream) for item in watched for name in item.parameters}
+    weights = {f"{item.path}.{name}": _Weight(item, name, stored) for item in watched for name in item.parameters}
     found: dict[str, torch.Tensor] = {}  # g_f (or its square), then the scores
     done: set[str] = set()
 
@@ -173,9 +173,9 @@ def attribute(
 class _Weight:
     """A parameter, and what its dimensions mean."""
 
-    def __init__(self, item: Watched, name: str, stream: LayerStream | None):
+    def __init__(self, item: Watched, name: str, stored: Weights):
         self.parameter = getattr(item.module, name).detach()  # of a streamed model a placeholder
-        self._value = None if stream is None else functools.partial(stream.__getitem__, f"{item.path}.{name}")
+        self._value = functools.partial(stored.__getitem__, f"{item.path}.{name}")
         self._transposed = isinstance(item.module, Conv1D) or getattr(item.module, "is_transposed", False)
         is_matrix = self.parameter.dim() > 1 and not name.endswith("bias")
         self._inputs = (-2 if self._transposed else -1) if is_matrix else None  # the dimension that is summed over
@@ -199,7 +199,7 @@ class _Weight:
         if method == "fisher":
             return forget if retain is None else torch.where(forget == 0, 0.0, forget.div_(retain))
         if method == "wagle":
-            value = self.parameter if self._value is None else self._value().to(retain.device)
+            value = self._value().to(retain.device)
             return retain.div_(-mu).add_(value).mul_(forget).abs_()
         if method == "sure" and self._inputs is None:
             return forget.abs_()

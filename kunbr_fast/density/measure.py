@@ -37,7 +37,6 @@ from kunbr_fast.density.passes import (
 )
 from kunbr_fast.files.atomic import write_json
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.layer_stream import visit
 from kunbr_fast.parallel.group import ALONE, Group
 
 NORMS = ("grad_l1", "grad_l2", "grad_l2sq", "grad_linf", "grad_mean_abs")
@@ -316,7 +315,7 @@ def _weight_norms(decoder: Decoder, watched: list[Watched]) -> Density:
     """The L2 norms of the weights themselves."""
     per_module: dict[str, float] = {}
     per_layer = torch.zeros(decoder.num_layers, dtype=torch.float64)
-    for layer in visit(decoder, dict.fromkeys(item.layer for item in watched)):
+    for layer in decoder.visit(dict.fromkeys(item.layer for item in watched)):
         for item in watched:
             for parameter in item.parameters if item.layer == layer else ():
                 weight = getattr(item.module, parameter).detach()

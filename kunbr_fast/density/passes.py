@@ -26,12 +26,11 @@ from kunbr_fast.density import experts
 from kunbr_fast.density.layer_kinds import LAYER_KINDS, How, Tiles, Watched, norm_of
 from kunbr_fast.density.taps import Part, Segments, Taps
 from kunbr_fast.kernels.dispatch import resolve
-from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes, in_halves, is_out_of_memory, release
+from kunbr_fast.memory import OutOfMemory, Place, cannot_fit, gibibytes, in_halves, is_out_of_memory, release
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.finite import check_finite
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.layer_major import LayerMajor
-from kunbr_fast.model.layer_stream import layer_stream
 from kunbr_fast.objectives import losses
 from kunbr_fast.parallel.group import ALONE, Group
 
@@ -270,7 +269,7 @@ class Measurement:
             packed = [pack(samples).to(decoder.device) for samples in batches]
             return _measure_by_layer(decoder, packed, *common, self.activations, self.directory, bar)
 
-        if layer_stream(decoder) is not None:
+        if decoder.streamed:
             samples = [sample for batch in batches for sample in batch]
             found = self._fits(batches, by_layer, bar) if by_sample else by_layer()
             while found is None:
@@ -351,7 +350,7 @@ def _measure_by_layer(
         if layer == start:
             bar.update(batch.num_samples)
 
-    LayerMajor(decoder, batches, start, top, activations, directory).run(turn, need_first=True)
+    LayerMajor(decoder, batches, start, top, Place(activations, directory)).run(turn, need_first=True)
     return found
 
 

@@ -16,8 +16,7 @@ Nothing is sampled and a tie goes to the first choice, so two measurements of th
 Of a streamed model all questions pass a layer before the next one is read, with the same result.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -26,8 +25,7 @@ from tqdm import tqdm
 from kunbr_fast import data
 from kunbr_fast.files.models import check_vocabulary
 from kunbr_fast.model.decoder import Stretch
-from kunbr_fast.model.layer_major import forward_to
-from kunbr_fast.model.layer_stream import layer_stream
+from kunbr_fast.model.frozen import evaluating
 
 SCORINGS = ("letter", "choice")
 
@@ -259,31 +257,20 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
     return length
 
 
-@contextmanager
-def _evaluating(model) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        # no_grad, not inference_mode: tensors a model keeps from here (rotary tables) must serve training too.
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _scores(decoder, questions: Questions, batch_size: int, progress: str | None) -> torch.Tensor:
     """(questions, C) float64 on the CPU: letter logits or summed log-probabilities, -inf where no choice is."""
     total = len(questions.answers)
     texts, score = (_prompts, _letter_scores) if questions.letters is not None else (_choices, _choice_scores)
     groups = [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
     out = torch.full((total, max(questions.num_choices)), float("-inf"), dtype=torch.float64)
+    batches = (_pack(decoder, texts(questions, chosen)) for chosen in groups)
     with (
-        _evaluating(decoder.model),
+        evaluating(decoder.model),
+        torch.no_grad(),  # not inference_mode: tensors that a model keeps from here (rotary tables) serve training too
         tqdm(total=total, desc=progress, unit="q", disable=progress is None) as bar,
     ):
-        for chosen, batch, stretch in _states(decoder, groups, lambda chosen: _pack(decoder, texts(questions, chosen))):
+        for number, batch, _, stretch in decoder.forward_to(batches, [decoder.num_layers - 1]):
+            chosen = groups[number]
             for i, scores in zip(chosen, score(decoder, questions, chosen, batch, stretch), strict=True):
                 if not torch.isfinite(scores).all():
                     raise FloatingPointError(
@@ -300,20 +287,6 @@ def _pack(decoder, sequences: list[list[int]]) -> data.PackedBatch:
     return data.pack([{"input_ids": ids, "labels": torch.full_like(ids, data.IGNORE)} for ids in tensors]).to(
         decoder.device
     )
-
-
-def _states(
-    decoder, groups: list[range], pack: Callable[[range], data.PackedBatch]
-) -> Iterator[tuple[range, data.PackedBatch, Stretch]]:
-    """Each group of questions, packed, and where its forward pass still has to begin: at the embeddings, or at the last
-    layer of a streamed model."""
-    if layer_stream(decoder) is None:
-        for chosen in groups:
-            yield chosen, pack(chosen), Stretch()
-        return
-    batches = [pack(chosen) for chosen in groups]
-    for layer, number, hidden in forward_to(decoder, batches, [decoder.num_layers - 1]):
-        yield groups[number], batches[number], Stretch(layer, hidden)
 
 
 def _prompts(questions: Questions, chosen: range) -> list[list[int]]:

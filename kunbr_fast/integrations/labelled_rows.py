@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from types import MethodType, SimpleNamespace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from kunbr_fast.model.decoder import Decoder, Head
+from kunbr_fast.model.decoder import Head, find_head, find_layers
+from kunbr_fast.model.frozen import evaluating
 from kunbr_fast.objectives.distributions import linear_nll
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def _forward(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
     if rows.wanted == "layers":
         with _first_layers(model, rows.stop):
             return CausalLMOutputWithPast(hidden_states=(model.base_model(**inputs)[0],))
-    return CausalLMOutputWithPast(loss=_loss(model, _head(model), inputs, labels, rows.wanted, rows.impl))
+    return CausalLMOutputWithPast(loss=_loss(model, find_head(model), inputs, labels, rows.wanted, rows.impl))
 
 
 def _loss(
@@ -117,9 +118,9 @@ def _loss(
 @contextlib.contextmanager
 def _first_layers(model: PreTrainedModel, stop: int) -> Iterator[None]:
     """The model with no more than its first `stop` layers: the very modules, so hooks on them see what they always do."""
-    found = _structure(model)
-    owner, _, name = found._layers_path.rpartition(".")
-    modules, whole = model.get_submodule(owner)._modules, found.layers
+    path, whole = find_layers(model)
+    owner, _, name = path.rpartition(".")
+    modules = model.get_submodule(owner)._modules
     modules[name] = whole[:stop]
     try:
         yield
@@ -127,21 +128,8 @@ def _first_layers(model: PreTrainedModel, stop: int) -> Iterator[None]:
         modules[name] = whole
 
 
-def _structure(model: nn.Module) -> SimpleNamespace:
-    """`layers`, `_layers_path` and all else that `Decoder._find_layers` finds, without a Decoder's further demands."""
-    found = SimpleNamespace(model=model, config=model.config.get_text_config(), name=type(model).__name__)
-    Decoder._find_layers(found)
-    return found
-
-
 def layers(model: nn.Module) -> nn.ModuleList:
-    return _structure(model).layers
-
-
-def _head(model: PreTrainedModel) -> Head:
-    return Decoder._find_head(
-        SimpleNamespace(model=model, config=model.config.get_text_config(), name=type(model).__name__)
-    )
+    return find_layers(model)[1]
 
 
 @torch.no_grad()
@@ -150,21 +138,17 @@ def _why_not(model: nn.Module, impl: str) -> str | None:
         return "it is no Hugging Face model with a head"
     if "forward" in model.__dict__:
         return "another tool has put its own forward into it"
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        head = _head(model)
-        device = model.get_input_embeddings().weight.device
-        ids = torch.arange(1, 13, device=device).view(2, 6) % model.config.get_text_config().vocab_size
-        labels = ids.clone()
-        labels[0, :3] = -100
-        own = model(input_ids=ids, labels=labels, use_cache=False).loss.double()
-        ours = _loss(model, head, {"input_ids": ids, "use_cache": False}, labels, "loss", impl).double()
+        with evaluating(model):
+            head = find_head(model)
+            device = model.get_input_embeddings().weight.device
+            ids = torch.arange(1, 13, device=device).view(2, 6) % model.config.get_text_config().vocab_size
+            labels = ids.clone()
+            labels[0, :3] = -100
+            own = model(input_ids=ids, labels=labels, use_cache=False).loss.double()
+            ours = _loss(model, head, {"input_ids": ids, "use_cache": False}, labels, "loss", impl).double()
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         return str(error)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     error, limit = float(abs(ours - own) / abs(own)), 0.05 if head.linear.weight.dtype.itemsize < 4 else 1e-4
     return None if error <= limit else f"its loss differs from that of its head by {error:.1e} relative"
 

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as run_again
 
 from kunbr_fast.data import PackedBatch, pack
+from kunbr_fast.files.models import save_model
+from kunbr_fast.memory import Place
 from kunbr_fast.model import compat
 from kunbr_fast.model.finite import check_finite
+from kunbr_fast.model.frozen import evaluating, frozen
+from kunbr_fast.model.weights import Weights, weights_of
 
 ATTENTION = "kunbr_packed"
 
@@ -115,8 +120,9 @@ if compat.AttentionInterface is not None:
 # ---------------------------------------------------------------- the decoder
 
 
-def find_layers(model: nn.Module, config: Any, name: str) -> tuple[str, nn.ModuleList]:
+def find_layers(model: nn.Module, config: Any = None, name: str | None = None) -> tuple[str, nn.ModuleList]:
     """The path and the list of the model's layers; ValueError, which calls the model `name`, where it is not clear."""
+    config, name = config or model.config.get_text_config(), name or type(model).__name__
     count = config.num_hidden_layers
     found = [
         (path, module)
@@ -156,6 +162,18 @@ class Head:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
+def find_head(model: nn.Module) -> Head:
+    config, linear = model.config.get_text_config(), model.get_output_embeddings()
+    if type(linear) is not nn.Linear:
+        raise ValueError(f"{type(model).__name__}: its head is {type(linear).__name__}, expected nn.Linear")
+    scale = 1.0
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / config.logits_scaling
+    elif getattr(config, "logit_scale", None):  # Cohere multiplies
+        scale = config.logit_scale
+    return Head(linear, scale, getattr(config, "final_logit_softcapping", None))
+
+
 @dataclasses.dataclass(frozen=True)
 class Stretch:
     """Where a forward pass begins: at layer `start`, with `hidden` (T, D) at its input.
@@ -176,6 +194,18 @@ class Stretch:
 FROM_EMBEDDINGS = Stretch()
 
 
+class Arrival(NamedTuple):
+    """A batch on its way through the layers, and which of the layers that were asked for come next.
+
+    number: of the batch; stretch: where `Decoder.run` goes on with it.
+    """
+
+    number: int
+    batch: PackedBatch
+    layers: list[int]
+    stretch: Stretch = FROM_EMBEDDINGS
+
+
 def _takes_rows(layer: nn.Module) -> bool:
     """Whether a layer computes its queries and its MLP only for the rows it is asked for: `patched` ones do."""
     return getattr(layer.__dict__.get("forward"), "takes_rows", False)
@@ -184,12 +214,18 @@ def _takes_rows(layer: nn.Module) -> bool:
 class Decoder:
     """Runs stretches of a causal language model's layers on packed batches.
 
+    Of a model that `open_streamed` has made, `Decoder(model)` is a `StreamedDecoder`; whoever goes by `visit`,
+    `stretches`, `forward_to`, `weights` and `place` need not know which of the two it has.
+
     Runs need eval mode (no dropout), so that packed and unpacked runs, and a run and its resumption, agree.
 
     Errors: ValueError, naming the module, if the model has no list of `num_hidden_layers` layers, more than one
     module between the last layer and the head, a head that is no nn.Linear, weights that are not finite, or logits
     that differ from this path's.
     """
+
+    def __new__(cls, model: nn.Module) -> Decoder:
+        return super().__new__(weights_of(model).decoder_class or cls)
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -200,16 +236,12 @@ class Decoder:
                 f"transformers {compat.VERSION} lets no attention function be named in a model's configuration, so it cannot run "
                 f"packed samples: install transformers >= {compat.PACKED_SINCE}, better >= 5"
             )
-        self._find_layers()
-        self._head = self._find_head()
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
+        self._layers_path, self.layers = find_layers(model)
+        self.inner = model.get_submodule(self._layers_path.rpartition(".")[0])
+        self._head = find_head(model)
+        with evaluating(model):
             self._norm, native = self._watch_forward()
             self._check(native)
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
     # ------------------------------------------------ structure
 
@@ -240,10 +272,6 @@ class Decoder:
     def layer_path(self, index: int) -> str:
         """The module path of a layer, such as "model.layers.3"."""
         return f"{self._layers_path}.{index}"
-
-    def _find_layers(self) -> None:
-        self._layers_path, self.layers = find_layers(self.model, self.config, self.name)
-        self.inner = self.model.get_submodule(self._layers_path.rpartition(".")[0])
 
     @property
     def probe(self) -> PackedBatch:
@@ -279,17 +307,6 @@ class Decoder:
             raise ValueError(f"{self.name}: logits are not finite although all weights are: try a wider dtype")
         return (after[0] if after else None), native
 
-    def _find_head(self) -> Head:
-        linear = self.model.get_output_embeddings()
-        if type(linear) is not nn.Linear:
-            raise ValueError(f"{self.name}: its head is {type(linear).__name__}, expected nn.Linear")
-        config, scale = self.config, 1.0
-        if getattr(config, "logits_scaling", None):  # Granite divides
-            scale = 1.0 / config.logits_scaling
-        elif getattr(config, "logit_scale", None):  # Cohere multiplies
-            scale = config.logit_scale
-        return Head(linear, scale, getattr(config, "final_logit_softcapping", None))
-
     @torch.no_grad()
     def _check(self, native: list[torch.Tensor]) -> None:
         try:
@@ -305,6 +322,55 @@ class Decoder:
                 f"{self.name}: taken apart, its logits differ from its own by {error:.1e} relative (limit "
                 f"{self.rounding:.1e}): this architecture does something around its layers that kunbr_fast does not know"
             )
+
+    # ------------------------------------------------ weights, and what a streamed model does otherwise
+
+    @property
+    def weights(self) -> Weights:
+        """The model's weights by parameter name."""
+        return weights_of(self.model)
+
+    @property
+    def streamed(self) -> bool:
+        return self.weights.streamed
+
+    def place(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """These tensors, by parameter name, become the model's weights. A stream keeps the mapping and reads it at
+        each load."""
+        self.weights.replace(weights)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the model (no tokenizer) to a directory."""
+        save_model(self.model, None, directory)
+
+    def held(self, layers: range) -> contextlib.AbstractContextManager:
+        """Inside, these layers' parameters are the caller's: a stream does not touch them."""
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def instead(self, other: nn.Module) -> Iterator[Decoder]:
+        """Inside, a decoder with the weights of `other`, a model of the same architecture, for evaluation."""
+        with frozen(other):
+            yield Decoder(other)
+
+    def visit(self, order: Iterable[int]) -> Iterator[int]:
+        """The layers of `order`, each with its weights in place."""
+        return iter(order)
+
+    def stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Layers start...stop-1 as stretches (start, stop), each to be run for all samples before the next one."""
+        yield start, stop
+
+    def forward_to(
+        self, batches: Iterable[PackedBatch], layers: Iterable[int], place: Place | None = None
+    ) -> Iterator[Arrival]:
+        """Takes batches to the inputs of `layers`: yields each batch, in some order, until it has been there for every
+        layer. A model in memory yields a batch once, at the embeddings, for all layers; a streamed one for each layer,
+        from low to high, all batches in their order, so that every layer is read once. place: where a streamed model's
+        activations wait."""
+        layers = sorted(set(layers))
+        for number, batch in enumerate(batches):
+            yield Arrival(number, batch, layers)
 
     # ------------------------------------------------ running
 

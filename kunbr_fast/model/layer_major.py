@@ -17,17 +17,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 
 from kunbr_fast.data import PackedBatch
-from kunbr_fast.memory import allocate, check_storage
+from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder, Stretch
-from kunbr_fast.model.layer_stream import visit
-
-# ---------------------------------------------------------------- the passes
 
 Turn = Callable[[int, int, torch.Tensor, torch.Tensor | None], None]
 
@@ -37,8 +33,8 @@ class LayerMajor:
 
     batches: on the decoder's device, with activations at the input of layer `start` or all without; then they come from the
     embeddings, through the layers below, of which nothing is kept.
-    storage, directory: where the activations wait, as in `PrefixCache`; nbytes: what they take. store: that of an earlier
-    pass, taken again where it is large enough.
+    place: where the activations wait; nbytes: what they take. store: that of an earlier pass, taken again where it is large
+    enough.
     """
 
     def __init__(
@@ -47,11 +43,9 @@ class LayerMajor:
         batches: Sequence[PackedBatch],
         start: int,
         top: int,
-        storage: str = "auto",
-        directory: str | Path | None = None,
+        place: Place | None = None,
         store: torch.Tensor | None = None,
     ):
-        check_storage(storage)
         self.decoder, self.batches, self.start, self.top = decoder, list(batches), start, top
         self._offsets = list(itertools.accumulate((batch.num_tokens for batch in self.batches), initial=0))
         shape = (top - start + 1, self._offsets[-1], decoder.hidden_size)
@@ -59,7 +53,7 @@ class LayerMajor:
         self.nbytes = size * decoder.dtype.itemsize
         if store is None or store.numel() < size:
             store = None  # before the new one is made
-            store = allocate((size,), decoder.dtype, decoder.device, storage, directory, "activation store")
+            store = (place or Place()).allocate((size,), decoder.dtype, decoder.device, "activation store")
         self.store = store
         self._inputs = store[:size].view(shape)
 
@@ -84,7 +78,7 @@ class LayerMajor:
                 self._place(first, number).copy_(hidden, non_blocking=True)
         up = range(first, self.top)
         order = [*up, *range(self.top, self.start - 1, -1)]  # one, so that what comes next is known at the top too
-        for count, layer in enumerate(visit(self.decoder, order)):
+        for count, layer in enumerate(self.decoder.visit(order)):
             for number, batch in enumerate(self.batches):
                 x = self._fetch(layer, number)
                 if count < len(up):
@@ -97,32 +91,3 @@ class LayerMajor:
                 if layer > self.start:
                     dx = torch.zeros_like(x) if x.grad is None else x.grad
                     self._place(layer, number).copy_(dx, non_blocking=True)
-
-
-@torch.no_grad()
-def forward_to(
-    decoder: Decoder,
-    batches: Sequence[PackedBatch],
-    layers: Iterable[int],
-    storage: str = "auto",
-    directory: str | Path | None = None,
-) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """(layer, number of the batch, its activations (T, D) at the input of the layer): for each of `layers`, from low to
-    high, all batches in their order. Every layer below the highest is read once for all of them; `storage`, `directory`:
-    where their activations wait meanwhile, as in `PrefixCache`."""
-    check_storage(storage)
-    lengths = [batch.num_tokens for batch in batches]
-    shape = (sum(lengths), decoder.hidden_size)
-    store = allocate(shape, decoder.dtype, decoder.device, storage, directory, "activation store").split(lengths)
-    for batch, place in zip(batches, store):
-        place.copy_(decoder.embed(batch))
-    wanted = sorted(set(layers))
-    for start, stop in itertools.pairwise([0, *wanted]):
-        for layer in visit(decoder, range(start, stop)):
-            for batch, place in zip(batches, store):
-                place.copy_(decoder.run(batch, Stretch(layer, place.to(decoder.device)), layer + 1))
-        for number, place in enumerate(store):
-            yield stop, number, place.to(decoder.device, copy=True)
-
-
-# ---------------------------------------------------------------- micro-batches

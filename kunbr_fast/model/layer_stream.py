@@ -35,8 +35,8 @@ from torch.autograd.graph import increment_version
 from kunbr_fast.files.atomic import write_with
 from kunbr_fast.files.tensors import Shards, open_tensors
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.weights import CARRIED, Weights, weights_of
 
-STREAM = "_kunbr_stream"  # on the list of layers: its LayerStream
 ALIGNMENT = 256  # of a parameter in its buffer, in bytes
 # files that may hold the former weights in another form, which a model saved anew must not bring along
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -73,14 +73,16 @@ class _Slot:
             self.arrived = torch.cuda.Event()
 
 
-class LayerStream:
+class LayerStream(Weights):
     """Puts the weights of a model's layers in place, a few layers at a time. Made by `open_streamed`.
 
-    Is also a mapping from the names of the model's parameters to tensors, those outside the layers too: what is set stands
-    for what the files hold (`replace`), so a streamed model's stream can be the `unlearned` of a re-insertion.
+    As the model's `Weights` it has those outside the layers too: what is set stands for what the files hold (`replace`),
+    so a streamed model's stream can be the `unlearned` of a re-insertion.
     loads: how often each layer has been put into a buffer; reads: how often it came from the files (and not from `host`, the
     layers kept in main memory); nbytes: what the buffers take, on the device.
     """
+
+    streamed = True
 
     def __init__(
         self,
@@ -120,7 +122,7 @@ class LayerStream:
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(_Hook(self, number))
         layers.register_state_dict_pre_hook(_refuse_state)
-        layers.__dict__[STREAM] = self
+        layers.__dict__[CARRIED] = self
 
     def _lay_out(self, path: str, layer: nn.Module, sources: Mapping[str, list[Piece]]) -> list[_Entry]:
         """The layer's parameters one after the other; they become placeholders."""
@@ -236,9 +238,6 @@ class LayerStream:
 
     def _entry(self, name: str) -> _Entry:
         return next(entry for entry in self._entries[self._numbers[name]] if entry.name == name)
-
-    def __setitem__(self, name: str, value: torch.Tensor) -> None:
-        self.replace({name: value})
 
     @torch.no_grad()
     def replace(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -426,27 +425,11 @@ class _Hook:
 def _refuse_state(*args: Any) -> None:
     raise ValueError(
         "this model is streamed: its state_dict, and what save_pretrained writes, would hold placeholders; use "
-        "layer_stream(model).save(directory)"
+        "Decoder(model).save(directory)"
     )
 
 
 def layer_stream(model: nn.Module | Decoder) -> LayerStream | None:
     """The stream of a model that `open_streamed` has made, None of any other."""
-    model = model.model if isinstance(model, Decoder) else model
-    return next((module.__dict__[STREAM] for module in model.modules() if STREAM in module.__dict__), None)
-
-
-def visit(decoder: Decoder, order: Iterable[int]) -> Iterator[int]:
-    """The layers of `order`, each with its weights in place; of a model that is not streamed they always are."""
-    stream = layer_stream(decoder)
-    return iter(order) if stream is None else stream.visit(order)
-
-
-def stretches(decoder: Decoder, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Layers start...stop-1 as stretches (start, stop) to be run for all samples before the next one: one stretch, or of
-    a streamed model each layer, in place."""
-    if layer_stream(decoder) is None or start == stop:
-        yield start, stop
-    else:
-        for layer in visit(decoder, range(start, stop)):
-            yield layer, layer + 1
+    weights = weights_of(model.model if isinstance(model, Decoder) else model)
+    return weights if weights.streamed else None

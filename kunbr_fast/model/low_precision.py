@@ -57,7 +57,6 @@ from kunbr_fast.kernels.dispatch import Unavailable
 from kunbr_fast.kernels.projections import autocast_dtype, no_autocast
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.layer_stream import layer_stream
 
 logger = logging.getLogger(__name__)
 COVER_PRECISIONS = ("none", "fp8", "int8", "nf4", "fp8_matmul")
@@ -274,7 +273,7 @@ def check_cover(decoder: Decoder, block: range, precision: str) -> dict[str, nn.
     check_exact(decoder, "re-insertion")
     if precision == "none":
         return {}
-    if layer_stream(decoder) is not None:
+    if decoder.streamed:
         raise ValueError(
             f"{decoder.name} is streamed: its layers come as they are in the files; set cover_precision none"
         )

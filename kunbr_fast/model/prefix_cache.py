@@ -25,9 +25,8 @@ from tqdm import tqdm
 
 from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.data.schedule import token_batches
-from kunbr_fast.memory import OutOfMemory, allocate, cannot_fit, check_storage, choose_storage, gibibytes, in_halves
+from kunbr_fast.memory import OutOfMemory, Place, cannot_fit, choose_storage, gibibytes, in_halves
 from kunbr_fast.model.decoder import Decoder, Stretch
-from kunbr_fast.model.layer_stream import stretches
 
 CACHE_DTYPES = ("none", "bf16", "fp8")
 FP8 = torch.float8_e4m3fn
@@ -89,7 +88,7 @@ class PrefixCache:
         dtype: str = "none",
         budget: int | None = None,
     ):
-        check_storage(storage)
+        Place(storage)
         self.decoder, self.samples, self.progress = decoder, list(samples), progress
         if not self.samples:
             raise ValueError("no samples: expected at least one")
@@ -112,7 +111,8 @@ class PrefixCache:
             self.fast = storage
             storage = "file" if storage == "host" else choose_storage(self.nbytes, torch.device("cpu"))
         self.storage = storage
-        self._buffer = allocate(shape, self.rows.dtype, decoder.device, self.storage, directory, "prefix cache")
+        place = Place(self.storage, directory)
+        self._buffer = place.allocate(shape, self.rows.dtype, decoder.device, "prefix cache")
         self.hits = self.misses = 0  # samples that were in the fast place, or not
         self.expect([])
         self.reset()
@@ -163,7 +163,7 @@ class PrefixCache:
         self._layer = None  # until all samples are there
         self._drop_held()
         with bar:
-            for first, last in stretches(self.decoder, start, stop):
+            for first, last in self.decoder.stretches(start, stop):
 
                 def one(indices: Sequence[int], first: int = first, last: int = last) -> None:
                     batch = pack([self.samples[i] for i in indices]).to(self.decoder.device)
@@ -236,7 +236,8 @@ class PrefixCache:
             self.misses += 1
             if not self._make_room(rows.nbytes, self._next_use(i)):
                 return rows
-            self._held[i] = allocate(rows.shape, rows.dtype, self.decoder.device, self.fast, None, "prefix cache")
+            fast = Place(self.fast)
+            self._held[i] = fast.allocate(rows.shape, rows.dtype, self.decoder.device, "prefix cache")
             self._held[i].copy_(rows)
             self._held_bytes += rows.nbytes
         heapq.heappush(self._last, (-self._next_use(i), i))

@@ -24,6 +24,7 @@ from kunbr_fast.files.tensors import Shards, open_tensors
 from kunbr_fast.model import compat
 from kunbr_fast.model.decoder import find_layers
 from kunbr_fast.model.layer_stream import LayerStream, Piece
+from kunbr_fast.model.streamed import StreamedDecoder
 
 
 def open_streamed(
@@ -73,13 +74,13 @@ def open_streamed(
         )
     model.requires_grad_(False).eval()
     model.tie_weights()
-    layers = find_layers(model, model.config.get_text_config(), type(model).__name__)[1]
+    layers = find_layers(model)[1]
     sources = _sources(model, shards)
     device = torch.device(device)
     _make_buffers(model, device, path)
     inside = {id(parameter) for parameter in layers.parameters()}
     _load_others(model, inside, shards, sources, device)
-    LayerStream(model, layers, shards, sources, buffers, host_bytes)
+    LayerStream(model, layers, shards, sources, buffers, host_bytes).decoder_class = StreamedDecoder
     for name, module in model.named_modules():
         for key, value in (vars(module) | module._parameters | module._buffers).items():
             if isinstance(value, torch.Tensor) and value.is_meta:

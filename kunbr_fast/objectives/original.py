@@ -10,16 +10,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.data.schedule import token_batches
+from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Decoder, Stretch
-from kunbr_fast.model.layer_major import forward_to
-from kunbr_fast.model.layer_stream import layer_stream
 from kunbr_fast.objectives import distributions as linear_rows
 
 PARTS = ("forget", "alternate", "retain")
@@ -60,14 +58,13 @@ class OriginalValues:
         *,
         impl: str = "auto",
         batch_tokens: int = 4096,
-        storage: str = "auto",
-        directory: str | Path | None = None,
+        place: Place | None = None,
         progress: bool = False,
     ) -> OriginalValues:
         """One forward pass of the original model over the samples that `needs` names; the values are in main memory.
 
         samples: lists by PARTS; the values follow the order of the mapping. A streamed model reads each layer once for all
-        samples; storage, directory: where their activations wait between two layers, as in `PrefixCache`.
+        samples; place: where their activations wait between two layers.
         """
         sizes = [len(part) for part in samples.values()]
         first = dict(zip(samples, itertools.accumulate(sizes, initial=0)))
@@ -83,9 +80,7 @@ class OriginalValues:
             part, indices = job
             return pack([samples[part][i] for i in indices]).to(decoder.device)
 
-        def keep(
-            job: tuple[str, list[int]], batch: PackedBatch, kinds: Iterable[str], stretch: Stretch = FROM_EMBEDDINGS
-        ) -> None:
+        def keep(job: tuple[str, list[int]], batch: PackedBatch, kinds: Iterable[str], stretch: Stretch) -> None:
             part, indices = job
             mine = {kind: (part,) for kind in kinds if part in needs[kind]}
             found = measure(decoder, batch, Parts.of(**{part: len(indices)}), mine, stretch=stretch, impl=impl)
@@ -93,20 +88,14 @@ class OriginalValues:
                 for i, tensor in zip(indices, tensors):
                     values[kind][first[part] + i] = tensor.cpu()
 
-        bar = tqdm(jobs, desc="original values", unit="batch", leave=False, disable=not progress)
-        if layer_stream(decoder) is None:
-            for job in bar:
-                keep(job, packed(job), needs)
-            return cls(values)
-        stops: dict[int, list[str]] = {}  # what can be had of the input of a layer, that and the next one in its buffer
+        stops: dict[int, list[str]] = {}  # what can be had of the input of a layer, if that and the next one run
         for kind in needs:
             layer = int(kind.partition(".")[2]) if kind.startswith("layer.") else decoder.num_layers - 1
             stops.setdefault(layer, []).append(kind)
-        batches = [packed(job) for job in jobs]
-        with bar:
-            for layer, number, hidden in forward_to(decoder, batches, stops, storage, directory):
-                keep(jobs[number], batches[number], stops[layer], Stretch(layer, hidden))
-                bar.update(layer == max(stops))
+        with tqdm(total=len(jobs), desc="original values", unit="batch", leave=False, disable=not progress) as bar:
+            for number, batch, layers, stretch in decoder.forward_to(map(packed, jobs), stops, place):
+                keep(jobs[number], batch, [kind for layer in layers for kind in stops[layer]], stretch)
+                bar.update(max(stops) in layers)
         return cls(values)
 
     def batch(self, indices: Iterable[int]) -> OriginalValues:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -15,8 +16,10 @@ from kunbr_fast.density import attribution
 from kunbr_fast.density.measure import REDUCTIONS
 from kunbr_fast.density.passes import MODULES
 from kunbr_fast.evaluation.accuracy import SCORINGS
+from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.atomic import atomic_write
 from kunbr_fast.kernels.dispatch import IMPLEMENTATIONS
+from kunbr_fast.keywords import nearest
 from kunbr_fast.memory import STORAGES, parse_bytes
 from kunbr_fast.model.low_precision import COVER_PRECISIONS
 from kunbr_fast.model.prefix_cache import CACHE_DTYPES
@@ -38,12 +41,16 @@ _CHOICES = {
     "cache": STORAGES,
     "cache_dtype": CACHE_DTYPES,
     "optimizer_device": OPTIMIZER_DEVICES,
-    "activations": STORAGES,
     "cover_precision": COVER_PRECISIONS,
     "scoring": SCORINGS,
     "rtt_target": TARGETS,
     "parallel": PARALLEL,
     "impl": ("auto", *IMPLEMENTATIONS),
+}
+# Settings, and values of them, that earlier versions had: what stands for them now.
+OLD_SETTINGS = {
+    "activations": "cache also says where a streamed model's activations wait",
+    "cover_precision=fp8_matmul": "its gradients were too far from the exact ones (cosine 0.949): take fp8",
 }
 
 
@@ -117,7 +124,7 @@ class KUnBRConfig:
     master_weights: bool = setting(True, "fp32 copies of half-precision block weights for the optimiser", "blocks")
     cover_precision: str = setting(
         "none",
-        "frozen weights above the block: none (exact), fp8, int8, nf4 or fp8_matmul, an approximation that the report measures",
+        "frozen weights above the block: none (exact), fp8, int8 or nf4, an approximation that the report measures",
         "blocks",
     )
     mask: str = setting(
@@ -128,7 +135,11 @@ class KUnBRConfig:
     mask_ratio: float | None = setting(
         None, "the part of the mask's scores that is chosen (default: as published)", "blocks"
     )
-    cache: str = setting("auto", "where the prefix cache lies: device, host, file or auto", "none")
+    cache: str = setting(
+        "auto",
+        "where activations lie (the prefix cache; a streamed model's between two layers): device, host, file or auto",
+        "none",
+    )
     cache_bytes: int | str | None = setting(
         None,
         "the most that it takes there (8GiB), samples used later wait in a slower place (default: no limit)",
@@ -138,9 +149,6 @@ class KUnBRConfig:
         "none",
         "how it is kept: none (the model's own dtype, exact), bf16 or fp8, an approximation that the report measures",
         "blocks",
-    )
-    activations: str = setting(
-        "auto", "of a streamed model: where a step's activations wait between two layers; as cache", "none"
     )
     optimizer_device: str = setting(
         "device",
@@ -185,6 +193,7 @@ class KUnBRConfig:
         for field in dataclasses.fields(self):
             value = self._coerce(field.name, getattr(self, field.name), hints[field.name])
             setattr(self, field.name, value)
+            _refuse_old(f"{field.name}={value}")
             if field.name in _CHOICES and value not in _CHOICES[field.name]:
                 raise ValueError(f"{field.name}={value!r}: expected one of {', '.join(_CHOICES[field.name])}")
         for name in ("batch_size", "num_blocks", "top_k", "rounds", "block_epochs", "rtt_epochs", "rtt_batch_size"):
@@ -249,6 +258,17 @@ class KUnBRConfig:
             block=block,
         )
 
+    def attack(self) -> RTTConfig:
+        """The RTT attack's settings."""
+        return RTTConfig(
+            lrs=self.rtt_lrs,
+            epochs=self.rtt_epochs,
+            batch_size=self.rtt_batch_size,
+            target=self.rtt_target,
+            scoring=self.scoring,
+            seed=self.seed,
+        )
+
     def _at_least(self, name: str, least: float) -> None:
         if not getattr(self, name) >= least:
             raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
@@ -297,9 +317,8 @@ class KUnBRConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, 1, 0.4)
-                hint = f": did you mean {near[0]!r}?" if near else f": known are {', '.join(known)}"
-                raise ValueError(f"{where}: unknown setting {key!r}{hint}")
+                _refuse_old(str(key), f"{where}: ")
+                raise ValueError(f"{where}: unknown setting {key!r}{nearest(key, known)}")
         try:
             return cls(**values)
         except ValueError as error:
@@ -332,3 +351,21 @@ class KUnBRConfig:
             for field in dataclasses.fields(self)
             if mine[field.name] != other.get(field.name, default[field.name]) and field.metadata["stage"] != "none"
         }
+
+
+def _refuse_old(name: str, where: str = "") -> None:
+    if name in OLD_SETTINGS:
+        raise ValueError(f"{where}{name} is no longer a setting: {OLD_SETTINGS[name]}")
+
+
+def _refusing_old(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def __init__(self: KUnBRConfig, *args: Any, **settings: Any) -> None:
+        for name in settings:
+            _refuse_old(name)
+        init(self, *args, **settings)
+
+    return __init__
+
+
+KUnBRConfig.__init__ = _refusing_old(KUnBRConfig.__init__)

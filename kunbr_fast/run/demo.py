@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import random
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.run.stages import rtt_config
+from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.unlearn import unlearn
 from kunbr_fast.training.full import FullTraining, train_all
 
@@ -139,8 +138,8 @@ def gradient_difference(
 
 
 class _Demo:
-    def __init__(self, seed: int, progress: bool, say: Callable[[str], None]):
-        self.seed, self.progress, self.say = seed, progress, say
+    def __init__(self, seed: int, reporter: Reporter):
+        self.seed, self.reporter = seed, reporter
         self.config = dataclasses.replace(CONFIG, seed=seed)
         self.people, self.tokenizer = people(seed), tokenizer()
         self.facts = {group: facts(members) for group, members in self.people.items()}
@@ -157,8 +156,14 @@ class _Demo:
     def teach(self, groups: tuple[str, ...]) -> LlamaForCausalLM:
         model = new_model(len(self.tokenizer), self.seed)
         samples = [sample for group in groups for sample in self.samples[group]]
-        train_all(Decoder(model), samples, seed=self.seed, progress="teaching" if self.progress else None, **TEACHING)
+        train_all(Decoder(model), samples, seed=self.seed, progress=self.reporter.title("teaching"), **TEACHING)
         return model
+
+    def unlearn_plainly(self, model: LlamaForCausalLM, **settings: Any) -> None:
+        forget, retain, title = self.samples["forget"], self.samples["retain"], "gradient difference"
+        gradient_difference(
+            Decoder(model), forget, retain, self.config, progress=self.reporter.title(title), **settings
+        )
 
     def measure(self, method: str, model: LlamaForCausalLM, seconds: float, attack: bool = True) -> None:
         decoder = Decoder(model)
@@ -171,62 +176,51 @@ class _Demo:
             "other": {"bystanders": accuracy["bystanders"]}, "seconds": {"training": seconds},
         }  # fmt: skip
         if attack:
-            self.say(f"{method}: RTT attack")
-            start = time.perf_counter()
-            with tempfile.TemporaryDirectory(prefix="kunbr-demo-") as scratch:
-                self.attacks[method] = rtt_attack(
-                    decoder, self.tokenizer, self.folds, rtt_config(self.config), scratch, self.progress
+            with (
+                self.reporter.stage(f"{method}, attack", f"{method}: RTT attack") as took,
+                tempfile.TemporaryDirectory(prefix="kunbr-demo-") as scratch,
+            ):
+                found = rtt_attack(
+                    decoder, self.tokenizer, self.folds, self.config.attack(), scratch, self.reporter.progress
                 )
-            row["rtt"] = self.attacks[method].accuracy
-            row["seconds"]["RTT"] = time.perf_counter() - start
+            self.attacks[method] = found
+            row["rtt"], row["seconds"]["RTT"] = found.accuracy, took.seconds
         self.rows.append(row)
 
     def run(self) -> Report:
         """All rows, in order; returns KUnBR's report."""
-        start = time.perf_counter()
-
-        def lap() -> float:
-            nonlocal start
-            before, start = start, time.perf_counter()
-            return start - before
-
-        self.say(
-            f"teaching a small Llama {sum(GROUPS.values())} birthdays ({GROUPS['forget']} of them to be forgotten)"
-        )
-        taught = self.teach(tuple(GROUPS))
-        self.measure("taught", taught, lap(), attack=False)
+        stage, config = self.reporter.stage, self.config
+        says = f"teaching a small Llama {sum(GROUPS.values())} birthdays ({GROUPS['forget']} of them to be forgotten)"
+        with stage("taught", says) as took:
+            taught = self.teach(tuple(GROUPS))
+        self.measure("taught", taught, took.seconds, attack=False)
         weights = {name: value.clone() for name, value in taught.state_dict().items()}
-        forget, retain, config = self.samples["forget"], self.samples["retain"], self.config
-        bar = "gradient difference" if self.progress else None
 
         def copy_of_taught() -> LlamaForCausalLM:
             model = new_model(len(self.tokenizer), self.seed)
             model.load_state_dict(weights)
             return model
 
-        lap()
-        unlearned = copy_of_taught()
-        gradient_difference(
-            Decoder(unlearned), forget, retain, config, lr=config.warmup_lr, optimizer=config.warmup_optimizer,
-            epochs=config.warmup_epochs, progress=bar,
-        )  # fmt: skip
-        warm_up = lap()
-        self.measure("warm-up (M_u)", unlearned, warm_up)
-        lap()
-        report = unlearn(taught, forget, retain, config, unlearned=unlearned, progress=self.progress, on_stage=self.say)
-        self.measure("KUnBR", taught, warm_up + lap())
-        lap()
-        baseline = copy_of_taught()
-        gradient_difference(Decoder(baseline), forget, retain, config, progress=bar, **BASELINE)
-        self.measure("gradient difference", baseline, lap())
-        lap()
-        self.say("a model that never saw the people to be forgotten, as the yardstick")
-        self.measure("never saw them", self.teach(("retain", "bystanders")), lap())
+        with stage("warm-up (M_u)") as warm_up:
+            unlearned = copy_of_taught()
+            settings = dict(lr=config.warmup_lr, optimizer=config.warmup_optimizer, epochs=config.warmup_epochs)
+            self.unlearn_plainly(unlearned, **settings)
+        self.measure("warm-up (M_u)", unlearned, warm_up.seconds)
+        with stage("KUnBR") as took:
+            forget, retain = self.samples["forget"], self.samples["retain"]
+            report = unlearn(taught, forget, retain, config, unlearned=unlearned, reporter=self.reporter)
+        self.measure("KUnBR", taught, warm_up.seconds + took.seconds)
+        with stage("gradient difference") as took:
+            self.unlearn_plainly(baseline := copy_of_taught(), **BASELINE)
+        self.measure("gradient difference", baseline, took.seconds)
+        with stage("never saw them", "a model that never saw the people to be forgotten, as the yardstick") as took:
+            never = self.teach(("retain", "bystanders"))
+        self.measure("never saw them", never, took.seconds)
         return report
 
 
 def demo(
-    out: str | Path, seed: int = 0, progress: bool = True, say: Callable[[str], None] = lambda text: None
+    out: str | Path, seed: int = 0, progress: bool = True, say: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
     """Runs the demo; writes `report.json`, `density.png` and `relearning.png` to `out`; returns the report.
 
@@ -235,7 +229,7 @@ def demo(
     out, threads = Path(out), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run = _Demo(seed, progress, say)
+        run = _Demo(seed, Reporter(progress, say))
         report = run.run()
     finally:
         torch.set_num_threads(threads)

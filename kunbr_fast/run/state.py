@@ -22,7 +22,8 @@ from torch import nn
 
 from kunbr_fast.files.atomic import sha256, write_json
 from kunbr_fast.files.tensors import load_tensors, save_tensors
-from kunbr_fast.model.layer_stream import layer_stream
+from kunbr_fast.model.weights import weights_of
+from kunbr_fast.run.visits import Stage
 
 FORMAT = 1
 # What may be changed on resuming in the middle of a stage, which is how a diverged run is rescued.
@@ -41,11 +42,10 @@ def fingerprint(model: nn.Module, *parts: Sequence[Mapping[str, Any]]) -> str:
                     digest.update(entry[key].cpu().numpy().tobytes())
             else:
                 digest.update(json.dumps({k: v for k, v in entry.items() if k != "_where"}).encode())
-    stream = layer_stream(model)
+    weights = weights_of(model)
     for name, parameter in model.named_parameters():
         step = max(1, parameter.numel() // 16)
-        some = parameter.detach().flatten()[::step] if stream is None else stream.strided(name, step)
-        some = some.double().cpu()
+        some = weights.strided(name, step).double().cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
     return digest.hexdigest()
 
@@ -109,9 +109,9 @@ class RunState:
                 f"{self.directory} belongs to another run: its model or data are not those given now. "
                 "Give the same --model, --forget, --retain and questions, or another output directory"
             )
-        finished = {name.split(".")[0] for name in self.state["stages"]}
-        current = {name.split(".")[0] for name in self.state["interrupted"]}
-        current |= {self.state["current"]["stage"].split(".")[0]} if self.state["current"] else set()
+        finished = {Stage(name).group for name in self.state["stages"]}
+        current = {Stage(name).group for name in self.state["interrupted"]}
+        current |= {Stage(self.state["current"]["stage"]).group} if self.state["current"] else set()
         locked = finished | ({"data"} if finished | current else set())
         locked |= {"training"} if finished & {"warmup", "blocks"} else set()
         for name, stage in config.changed(self.state["config"]).items():
@@ -130,6 +130,16 @@ class RunState:
         """The result of a finished stage, or None."""
         return self.state["stages"].get(stage)
 
+    def results(self, group: str | None = None) -> dict[Stage, dict[str, Any]]:
+        """All finished stages' results, or those of a group, in the order in which they were finished."""
+        found = {Stage(name): result for name, result in self.state["stages"].items()}
+        return {stage: result for stage, result in found.items() if group in (None, stage.group)}
+
+    def keep_only(self, stages: Iterable[str]) -> None:
+        """Forgets all other finished stages, from the next write on."""
+        kept = set(stages)
+        self.state["stages"] = {name: result for name, result in self.state["stages"].items() if name in kept}
+
     def finish(self, stage: str, result: dict[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         """Records a stage's result, and its tensors in a file of its own; the stage's progress is dropped."""
         if tensors is not None:
@@ -143,6 +153,8 @@ class RunState:
 
     def file(self, stage: str) -> Path:
         """The checked file of a finished stage."""
+        if self.result(stage) is None:
+            raise ValueError(f"{self.path}: it has no result of {stage}: start again in another directory")
         return self._checked(self.result(stage))
 
     def drop_file(self, stage: str) -> None:
@@ -256,7 +268,7 @@ class SharedState(RunState):
             super()._write()
 
     def _share(self) -> None:
-        """What the writer has, to all."""
+        """Every rank reloads the state that rank 0 wrote."""
         self._wait()
         if not self._writes:
             self.state = self._read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +15,32 @@ from torch import nn
 from kunbr_fast.data import is_question
 from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import Fold
+from kunbr_fast.keywords import taken
 from kunbr_fast.model.frozen import frozen
-from kunbr_fast.model.layer_stream import layer_stream
+from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.context import RunContext, RunInputs
+from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.stages import Stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The keywords of `unlearn`."""
+
+    tokenizer: Any = None
+    unlearned: nn.Module | None = None
+    forget_questions: Sequence[Mapping] | None = None
+    retain_questions: Sequence[Mapping] | None = None
+    folds: Sequence[Fold] | None = None
+    output_dir: str | Path | None = None
+    resume: bool = False
+    progress: bool = True
+    on_stage: Callable[[str], None] | None = None
+    reporter: Reporter | None = None
+    before_cleanup: Callable[[Report], None] | None = None
+    group: Group = ALONE
 
 
 def unlearn(
@@ -26,45 +48,51 @@ def unlearn(
     forget: Sequence[Mapping],
     retain: Sequence[Mapping],
     config: KUnBRConfig | None = None,
-    *,
-    tokenizer: Any = None,
-    unlearned: nn.Module | None = None,
-    forget_questions: Sequence[Mapping] | None = None,
-    retain_questions: Sequence[Mapping] | None = None,
-    folds: Sequence[Fold] | None = None,
-    output_dir: str | Path | None = None,
-    resume: bool = False,
-    progress: bool = True,
-    on_stage: Callable[[str], None] | None = None,
-    before_cleanup: Callable[[Report], None] | None = None,
-    group: Group = ALONE,
+    **options: Any,
 ) -> Report:
     """Makes `model` forget, in place: warm-up, density, selection, re-insertion, merge, and the measured proof.
 
     forget, retain: records (see kunbr_fast.data; they need `tokenizer`), samples, or padded Hugging Face batches. Where
     config.objective needs a second answer to each forget prompt, it is encoded from the record as the objective says;
     samples and batches bring it under "alternate".
-    unlearned: an M_u of the same architecture made by any method; then there is no warm-up (its weights are copied to
-    disk first, and it is not changed).
-    forget_questions, retain_questions: question records to measure accuracy on (default: those among forget and
-    retain). folds: what the RTT attack uses; without them, or with config.rtt false, there is no attack.
-    output_dir: where `work/` keeps checkpoints (a temporary directory if None); removed at the end of a whole run.
-    on_stage(text): told what begins. before_cleanup(report): called when all is done and `work/` still there, the
-    place to save the model, so that a failing save (full disk) can be resumed too.
-    resume: go on where a run with the same model, data and settings was interrupted: same bits as without.
-    group: the processes that do this together (`distributed.joined`), each calling with the same arguments; then
-    output_dir is needed, which all must see. Rank 0 alone reports, calls back and cleans up; all return the report, and
-    hold the result.
 
-    model may be streamed (`streaming.open_streamed`), with an `unlearned` that is too. Neither is ever in memory whole, M_u
-    is not copied, there is no attack (it trains all parameters), and the result is written to output_dir, from where the
-    model is read afterwards. Weights and report are, in fp64 and fp32 bit for bit, those of the model in memory.
+    Keywords, all optional:
+    tokenizer: encodes records, questions and folds.
+    unlearned: an M_u of the same architecture made by any method; then there is no warm-up (its weights are copied to
+        disk first, and it is not changed).
+    forget_questions, retain_questions: question records to measure accuracy on (default: those among forget and retain).
+    folds: what the RTT attack uses; without them, or with config.rtt false, there is no attack.
+    output_dir: where `work/` keeps checkpoints (None: a temporary directory); removed at the end of a whole run.
+    resume: go on where a run with the same model, data and settings was interrupted: same bits as without.
+    progress: show progress bars (default True). on_stage(text): told what begins. reporter: a `Reporter` in place of both,
+        which also has the seconds of each stage.
+    before_cleanup(report): called when all is done and `work/` still there, the place to save the model, so that a failing
+        save (full disk) can be resumed too.
+    group: the processes that do this together (`parallel.group.joined`), each calling with the same arguments; then
+        output_dir is needed, which all must see. Rank 0 alone reports, calls back and cleans up; all return the report,
+        and hold the result.
+
+    model may be streamed (`open_streamed`), with an `unlearned` that is too. Neither is ever in memory whole, M_u is not
+    copied, there is no attack (it trains all parameters), and the result is written to output_dir, from where the model is
+    read afterwards. Weights and report are, in fp64 and fp32 bit for bit, those of the model in memory.
 
     Returns the `Report`. One model is in memory: M0 waits on disk during the warm-up, M_u during re-insertion.
-    Settings and data are checked before anything is computed: ValueError, or `dispatch.Unavailable` for config.impl. On
-    an exception the model holds whatever the stage had reached; `Diverged` leaves the last good state in `work/`.
+    Settings and data are checked before anything is computed: ValueError, or `Unavailable` for config.impl; TypeError for
+    another keyword. On an exception the model holds whatever the stage had reached; `Diverged` leaves the last good state
+    in `work/`.
     """
-    config = config or KUnBRConfig()
+    config, given = config or KUnBRConfig(), taken(Options, options, "unlearn")
+    output_dir, group = given.output_dir, given.group
+    reporter = given.reporter or Reporter(given.progress, given.on_stage)
+    inputs = RunInputs(
+        model,
+        forget,
+        retain,
+        given.tokenizer,
+        given.unlearned,
+        {"forget": _questions(given.forget_questions, forget), "retain": _questions(given.retain_questions, retain)},
+        given.folds or (),
+    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
         if output_dir is None:
@@ -72,29 +100,23 @@ def unlearn(
         else:
             work = Path(output_dir) / "work"
             work.mkdir(parents=True, exist_ok=True)
-        stream = layer_stream(model)
-        if stream is not None:
-            if output_dir is None:
-                raise ValueError(
-                    "a streamed model's result is never in memory whole: give output_dir=, where it is written"
-                )
-            for source in (stream, None if unlearned is None else layer_stream(unlearned)):
-                if source is not None:
-                    source.check_target(output_dir)
+        if output_dir is None and weights_of(model).streamed:
+            raise ValueError(
+                "a streamed model's result is never in memory whole: give output_dir=, where it is written"
+            )
+        for source in (model, given.unlearned):
+            if output_dir is not None and source is not None:
+                weights_of(source).check_target(output_dir)
         if output_dir is None and group.size > 1:
             raise ValueError("several processes need an output_dir that all of them see")
-        questions = {"forget": _questions(forget_questions, forget), "retain": _questions(retain_questions, retain)}
-        run = Stages(
-            model, forget, retain, config, tokenizer, unlearned, questions, folds or [], work, resume, progress, on_stage,
-            group=group,
-        )  # fmt: skip
+        context = RunContext(work, group, reporter if group.first else reporter.silent(), given.resume)
+        run = Stages(inputs, config, context)
         report = run.all()
-        if stream is not None:
-            run.on_stage(f"writing the model to {output_dir}")
-            stream.save(output_dir)
-            stream.moved(output_dir)
-        if before_cleanup is not None and group.first:
-            before_cleanup(report)
+        if run.decoder.streamed:
+            run.reporter.say(f"writing the model to {output_dir}")
+            run.decoder.save(output_dir)
+        if given.before_cleanup is not None and group.first:
+            given.before_cleanup(report)
     group.wait()
     if output_dir is not None and group.first:
         shutil.rmtree(work)

@@ -15,9 +15,9 @@ from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
-from kunbr_fast.model.layer_stream import layer_stream
 from kunbr_fast.model.low_precision import check_cover, low_precision_cover
 from kunbr_fast.model.patch import fused
+from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.training.block import BlockTraining, block_tensors
 from kunbr_fast.training.flat_buffer import check_optimizer_device
@@ -26,12 +26,11 @@ from kunbr_fast.training.graphs import check_cuda_graphs
 INSERTIONS = ("independent", "cumulative")
 
 
-def _values(unlearned: nn.Module | Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
-    source = dict(unlearned.named_parameters()) if isinstance(unlearned, nn.Module) else unlearned
-    missing = [name for name in names if name not in source]
+def _values(unlearned: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    missing = [name for name in names if name not in unlearned]
     if missing:
         raise ValueError(f"the unlearned model has no {missing[0]}: it is not of the original's architecture")
-    return {name: source[name] for name in names}
+    return {name: unlearned[name] for name in names}
 
 
 @contextlib.contextmanager
@@ -124,23 +123,21 @@ def reinserted(
     check_cuda_graphs(cuda_graphs, decoder.device)
     check_optimizer_device(optimizer_device)
     check_cover(decoder, block, cover_precision)
-    stream = layer_stream(decoder)
-    if unlearned is decoder.model or (stream is not None and unlearned is stream):
+    if unlearned is decoder.model or (decoder.streamed and unlearned is decoder.weights):
         raise ValueError("the unlearned model is the original itself: give a copy, or a mapping with its own weights")
     if isinstance(unlearned, nn.Module):
-        unlearned = layer_stream(unlearned) or unlearned
-    if stream is None:
-        kind, held = BlockTraining, contextlib.nullcontext()
-    else:
+        unlearned = weights_of(unlearned)
+    kind = BlockTraining
+    if decoder.streamed:
         from kunbr_fast.training.streamed import LayerMajorTraining  # which is a BlockTraining
 
         if cuda_graphs:
             raise ValueError("cuda_graphs=True: a streamed model's layers have no place of their own: leave it out")
-        kind, held = functools.partial(LayerMajorTraining, storage=activations, directory=directory), stream.held(block)
+        kind = functools.partial(LayerMajorTraining, storage=activations, directory=directory)
     names = list(block_tensors(decoder, block))
     with (
         frozen(decoder.model),
-        held,
+        decoder.held(block),
         low_precision_cover(decoder, block, cover_precision) as cover,
         fused(decoder.model, impl),
     ):
@@ -164,7 +161,8 @@ def reinserted(
         training.cover = cover
         try:
             yield training
-            _move_back(training, unlearned)
+            for name, value in training.tensors().items():
+                unlearned[name] = value.clone()
         except BaseException:
             training.take_out()
             raise
@@ -172,15 +170,3 @@ def reinserted(
             training.settle()
         else:
             training.take_out()
-
-
-@torch.no_grad()
-def _move_back(training: BlockTraining, unlearned: nn.Module | MutableMapping[str, torch.Tensor]) -> None:
-    trained = training.tensors()
-    if isinstance(unlearned, nn.Module):
-        target = dict(unlearned.named_parameters())
-        for name, value in trained.items():
-            target[name].copy_(value)
-    else:
-        for name, value in trained.items():
-            unlearned[name] = value.clone()

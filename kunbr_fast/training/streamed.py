@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from kunbr_fast.memory import check_storage
+from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Stretch
 from kunbr_fast.model.layer_major import LayerMajor
-from kunbr_fast.model.layer_stream import layer_stream
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.training.block import BlockTraining
 
@@ -27,8 +26,7 @@ class LayerMajorTraining(BlockTraining):
     """
 
     def __init__(self, *args: Any, storage: str = "auto", directory: str | Path | None = None, **settings: Any):
-        check_storage(storage)
-        self.storage, self.directory = storage, directory
+        self.place = Place(storage, directory)
         self._store: torch.Tensor | None = None
         super().__init__(*args, **{**settings, "gradient_checkpointing": True})  # for `loss`
 
@@ -63,7 +61,7 @@ class LayerMajorTraining(BlockTraining):
 
         store, self._store = self._store, None
         batches = [step.packed for step in steps]
-        passes = LayerMajor(decoder, batches, self.block.start, top, self.storage, self.directory, store)
+        passes = LayerMajor(decoder, batches, self.block.start, top, self.place, store)
         self._store = passes.store
         del store
         passes.run(turn)
@@ -74,4 +72,4 @@ class LayerMajorTraining(BlockTraining):
         """`take_out`; the trained weights, in main memory, then stand for those in the files."""
         trained = {name: value.to("cpu", copy=True) for name, value in self.tensors().items()}
         self.take_out()
-        layer_stream(self.decoder).replace(trained)
+        self.decoder.place(trained)

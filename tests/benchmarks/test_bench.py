@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kunbr_fast.benchmarks import bench, harness, measure
+from kunbr_fast.benchmarks.rows import Measured
 from kunbr_fast.benchmarks.suites import SUITES, norms
 from kunbr_fast.cli import main as cli
 
@@ -138,7 +139,7 @@ def test_two_of_ours_that_differ_at_the_timed_shape_give_no_numbers():
 
 
 def test_what_was_measured_once_has_no_band():
-    row = case().row("mine", [2.0], [4.0], None, ours=True)
+    row = case().row("mine", True, Measured([2.0], [4.0]))
     assert row["ms"] == 2.0 and row["p20_ms"] == row["p80_ms"] == "" and row["rounds"] == 1 and row["speedup"] == 2.0
 
 

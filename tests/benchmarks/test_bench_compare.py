@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from kunbr_fast.benchmarks import compare as comparing
-from kunbr_fast.benchmarks import harness
 from kunbr_fast.benchmarks.compare import compare
+from kunbr_fast.benchmarks.rows import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def row(variant="triton", ms=1.0, spread=0.05, ours=1, matmul=100.0, copy=1000.0, gflop=0.0, **others):
     """Bounded by its bytes, unless `gflop` is large."""
-    found = dict.fromkeys(harness.COLUMNS, "") | {
+    found = dict.fromkeys(COLUMNS, "") | {
         "suite": "norms", "model": "m", "case": "c", "tokens": 8, "dtype": "float32", "variant": variant, "ours": ours,
         "ms": ms, "p20_ms": ms and ms * (1 - spread), "p80_ms": ms and ms * (1 + spread), "rounds": 7, "gflop": gflop,
         "mib": 1.0,

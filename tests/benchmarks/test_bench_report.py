@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 
-from kunbr_fast.benchmarks import charts, harness, report
-from kunbr_fast.benchmarks.rows import outcomes, parsed, read_rows, write_rows
+from kunbr_fast.benchmarks import harness, report
+from kunbr_fast.benchmarks.charts import bars, draw, roofline, stages, times
+from kunbr_fast.benchmarks.rows import COLUMNS, outcomes, parsed, read_rows, write_rows
 from kunbr_fast.evaluation import figures
 from kunbr_fast.kernels import dispatch
 
@@ -17,7 +18,7 @@ def rows(suite="norms", case="RMSNorm, T=128", tokens=128, gflop=0.0, model="Smo
     """A case's rows. times: {variant: ms, or why it did not run}, ours first letter "*"."""
     found = []
     for name, ms in (times or {"*triton": 1.0, "eager": 2.0, "liger": "no GPU"}).items():
-        row = dict.fromkeys(harness.COLUMNS, "") | {
+        row = dict.fromkeys(COLUMNS, "") | {
             "suite": suite, "model": model, "case": case, "tokens": tokens, "dtype": "float32",
             "variant": name.lstrip("*"), "ours": int(name[0] == "*"), "gflop": gflop, "mib": 8.0,
         }  # fmt: skip
@@ -216,7 +217,7 @@ def test_table_without_one_side():
 
 def test_only_what_the_rows_have_data_for_is_drawn(tmp_path):
     def names(some):
-        return {path.name for _, path in charts.draw(outcomes(some), tmp_path)}
+        return {path.name for _, path in draw.draw(outcomes(some), tmp_path)}
 
     alone = [row | {"peak_mib": "", "roofline_percent": ""} for row in rows(times={"*torch": 1.0})]
     assert names(alone) == set() and names(rows(times={"*torch": "broken"})) == set()
@@ -226,8 +227,8 @@ def test_only_what_the_rows_have_data_for_is_drawn(tmp_path):
 def test_pictures_of_an_earlier_report_go_and_others_stay(tmp_path):
     for name in ("time_norms_2.png", "memory_step.png", "roofline_bfloat16.png", "mine.png", "memory_of_mine.png"):
         (tmp_path / name).write_bytes(b"old")
-    first = charts.draw(outcomes(rows("optimizer") + rows("density", gflop=1.0)), tmp_path)
-    second = charts.draw(outcomes(rows()), tmp_path)
+    first = draw.draw(outcomes(rows("optimizer") + rows("density", gflop=1.0)), tmp_path)
+    second = draw.draw(outcomes(rows()), tmp_path)
     assert {path.name for _, path in first} > {"speedup_optimizer.png", "roofline_float32.png"}
     names = {path.name for _, path in second} | {"mine.png", "memory_of_mine.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
@@ -236,12 +237,12 @@ def test_pictures_of_an_earlier_report_go_and_others_stay(tmp_path):
 def test_all_can_be_drawn_of_times_that_were_measured_once(tmp_path, drawn):
     some = [once(row) for n in (64, 256) for row in rows("density", f"up, T={n}", n, gflop=2.0, standing_mib=1.0)]
     some += [once(row) for row in rows("end_to_end", "density")]
-    names = {path.name for _, path in charts.draw(outcomes(some), tmp_path)}
+    names = {path.name for _, path in draw.draw(outcomes(some), tmp_path)}
     assert {"time_density.png", "speedup_density.png", "end_to_end.png", "roofline_float32.png"} <= names
     axes = drawn["speedup_density.png"].axes[0]
     assert {"~2.00x", "SmolLM2-135M, up, T=64, float32: triton, ~1 ms"} <= set(texts(axes))
     assert axes.get_xlabel().endswith("; ~ extrapolated")
-    charts.draw(outcomes(rows()), tmp_path)
+    draw.draw(outcomes(rows()), tmp_path)
     assert (
         "~" not in "".join(texts(drawn["speedup_norms.png"].axes[0])) + drawn["speedup_norms.png"].axes[0].get_xlabel()
     )
@@ -250,7 +251,7 @@ def test_all_can_be_drawn_of_times_that_were_measured_once(tmp_path, drawn):
 def test_a_band_is_drawn_where_there_is_one(tmp_path, drawn):
     some = rows("density", "up, T=64", 64) + rows("density", "up, T=128", 128)
     some += [once(row) for row in rows("density", "up, T=256", 256)]
-    list(charts.times(outcomes(some), tmp_path))
+    list(times.times(outcomes(some), tmp_path))
     (panel,) = drawn["time_density.png"].axes
     assert [list(line.get_xdata()) for line in panel.get_lines()] == [[64, 128, 256]] * 2
     assert [max(band.get_paths()[0].vertices[:, 0]) for band in panel.collections] == [128, 128]
@@ -258,12 +259,12 @@ def test_a_band_is_drawn_where_there_is_one(tmp_path, drawn):
 
 def test_roofline(tmp_path, drawn):
     some = [row for n in range(50) for row in rows("density", f"up, T={n}", n, gflop=0.1 * (1 + n % 30))]
-    ((_, path),) = charts.roofline(outcomes(some), tmp_path)
+    ((_, path),) = roofline.roofline(outcomes(some), tmp_path)
     axes, key = drawn[path.name].axes
     roof, ours, rival = axes.get_lines()[:3]
-    assert max(roof.get_ydata()) == 0.2 and len(ours.get_xdata()) == len(rival.get_xdata()) == charts.POINTS
+    assert max(roof.get_ydata()) == 0.2 and len(ours.get_xdata()) == len(rival.get_xdata()) == roofline.POINTS
     assert list(ours.get_ydata()) == pytest.approx([2 * y for y in rival.get_ydata()])
-    assert "10 more in the CSV" in axes.get_title(loc="left") and len(key.texts) == charts.POINTS
+    assert "10 more in the CSV" in axes.get_title(loc="left") and len(key.texts) == roofline.POINTS
     renderer = drawn[path.name].canvas.get_renderer()
     boxes = sorted((text.get_window_extent(renderer) for text in axes.texts), key=lambda box: box.x0)
     assert len(boxes) > 5 and all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:]))
@@ -273,25 +274,25 @@ def test_roofline(tmp_path, drawn):
 def test_what_does_less_is_no_point_of_the_roofline(tmp_path, drawn):
     some = rows("density", "up", gflop=1.0, times={"*triton": 1.0, "bare": 0.01, "eager": 2.0})
     some[1]["error"] = ""
-    ((_, path),) = charts.roofline(outcomes(some), tmp_path)
+    ((_, path),) = roofline.roofline(outcomes(some), tmp_path)
     _, ours, rival, leader = drawn[path.name].axes[0].get_lines()
     assert (list(ours.get_ydata()), list(rival.get_ydata()), leader.get_ydata()[0]) == ([1.0], [0.5], 1.0)
 
 
 def test_labels_are_moved_apart_and_stay_inside():
     for centres, width in (([0.5] * 7, 0.05), ([0.99] * 4, 0.1), ([0.0, 0.01, 0.9], 0.2), ([0.4] * 40, 0.05)):
-        found = charts._apart(centres, [width] * len(centres))
+        found = roofline.apart(centres, [width] * len(centres))
         width = min(width, 1 / len(centres))
         assert all(b - a >= width - 1e-9 for a, b in zip(found, found[1:]))
         assert found[0] >= width / 2 - 1e-9 and found[-1] <= 1 - width / 2 + 1e-9
-    assert charts._apart([0.2, 0.8], [0.1, 0.1]) == [0.2, 0.8]
+    assert roofline.apart([0.2, 0.8], [0.1, 0.1]) == [0.2, 0.8]
 
 
 def test_time_against_T(tmp_path, drawn):
     some = [row for n in (64, 256) for kind in ("up", "down") for row in rows("density", f"{kind}, T={n}", n)]
     some += rows("density", "up, ragged", 44) + rows("linear_loss", "head frozen, R=32, V=99", 32)
     some += rows("linear_loss", "head frozen, R=64, V=99", 64)
-    found = [path.name for _, path in charts.times(outcomes(some), tmp_path)]
+    found = [path.name for _, path in times.times(outcomes(some), tmp_path)]
     assert found == ["time_density.png", "time_linear_loss.png"]
     panels = [axes.get_title(loc="left") for axes in drawn["time_density.png"].axes]
     assert panels == ["SmolLM2-135M\nup, float32", "SmolLM2-135M\ndown, float32"]
@@ -301,11 +302,11 @@ def test_time_against_T(tmp_path, drawn):
 
 
 def test_lost_cases_have_another_colour_and_pages_end(tmp_path, drawn, monkeypatch):
-    monkeypatch.setattr(charts, "BARS", 9)
+    monkeypatch.setattr(bars, "BARS", 9)
     some = [
         row for n in range(20) for row in rows(case=f"case {n}", times={"*triton": 1.0, "eager": 2.0, "liger": 0.5})
     ]
-    found = [path.name for _, path in charts.speedups(outcomes(some), tmp_path)]
+    found = [path.name for _, path in bars.speedups(outcomes(some), tmp_path)]
     assert found == ["speedup_norms.png", "speedup_norms_2.png", "speedup_norms_3.png"]
     axes = drawn["speedup_norms.png"].axes[0]
     colours = {round(bar.get_width(), 3): bar.get_facecolor()[:3] for bar in axes.patches}
@@ -317,7 +318,7 @@ def test_lost_cases_have_another_colour_and_pages_end(tmp_path, drawn, monkeypat
 
 def test_memory_stacks_what_stands_and_the_peak(tmp_path, drawn):
     some = rows("optimizer", standing_mib=9.0)
-    assert [path.name for _, path in charts.memory(outcomes(some), tmp_path)] == ["memory_optimizer.png"]
+    assert [path.name for _, path in bars.memory(outcomes(some), tmp_path)] == ["memory_optimizer.png"]
     axes = drawn["memory_optimizer.png"].axes[0]
     assert [round(bar.get_width(), 1) for bar in axes.patches] == [60.0, 20.0, 60.0, 40.0]
     assert "12 MiB, 9 of it standing" in texts(axes) and "15 MiB, 9 of it standing" in texts(axes)
@@ -333,7 +334,7 @@ def test_end_to_end_is_stacked_by_stage(tmp_path, drawn):
         for row in rows("end_to_end", stage, times={"*triton": ours, "reference": theirs})
     ]  # fmt: skip
     some[1] = once(some[1])
-    assert [path.name for _, path in charts.stages(outcomes(some), tmp_path)] == ["end_to_end.png"]
+    assert [path.name for _, path in stages.stages(outcomes(some), tmp_path)] == ["end_to_end.png"]
     axes = drawn["end_to_end.png"].axes[0]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["density", "prefix cache", "re-insertion"]
     assert [bar.get_width() for bar in axes.patches] == [1, 0.5, 3, 4, 0, 16]

@@ -2,11 +2,16 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
 
+import kunbr_fast
 from kunbr_fast.cli.doctor import doctor, format_doctor
 from kunbr_fast.kernels import dispatch
 
@@ -82,6 +87,27 @@ def test_doctor_describes_this_machine():
         on_cpu = found["operations"][operation]["cpu"]
         assert {on_cpu["auto"], *on_cpu["unavailable"], *on_cpu["by_name"]} <= set(dispatch.IMPLEMENTATIONS)
         assert on_cpu["auto"] not in {**on_cpu["unavailable"], **on_cpu["by_name"]}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch is asked about the devices")
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"OMP_NUM_THREADS": "3"}, {"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "1"}, {"TRITON_INTERPRET": "1"}],
+    ids=str,
+)
+def test_doctor_says_the_same_without_torch(environment):
+    code = "import json; from kunbr_fast.cli.doctor import doctor; print(json.dumps(doctor()))"
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "TRITON_INTERPRET")
+    }
+    inherited["PYTHONPATH"] = str(Path(kunbr_fast.__file__).parents[1])
+    found = []
+    for before in ("", "import torch; "):
+        command = [sys.executable, "-c", before + code]
+        done = subprocess.run(command, env={**inherited, **environment}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    assert found[0] == found[1]
 
 
 def test_doctor_names_each_unmet_requirement(monkeypatch):

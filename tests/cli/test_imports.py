@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import kunbr_fast as kf
 from kunbr_fast.cli.arguments import THEME, THEMES
@@ -28,12 +29,17 @@ def loaded(code: str) -> set[str]:
     return set(done.stdout.rpartition("MODULES")[2].split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["doctor", "--help"]], ids=" ".join)
 def test_help_loads_no_command_and_no_torch(arguments):
     found = loaded(COMMAND.format(arguments))
     assert not found & HEAVY
     commands = {f"kunbr_fast.cli.{name}" for name in COMMANDS} - {f"kunbr_fast.cli.{arguments[0]}"}
     assert not found & commands
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch is asked about the devices")
+def test_doctor_loads_no_torch_where_there_is_no_device():
+    assert not loaded(COMMAND.format(["doctor"])) & HEAVY
 
 
 def test_the_package_is_free_until_it_is_used():

@@ -64,6 +64,7 @@ def truth():
     [
         {},
         {"insertion": "cumulative", "rounds": 2, "block_epochs": 1},
+        {"rounds": 2, "block_epochs": 1},
         {"optimizer": "adamw", "warmup_optimizer": "adamw", "weight_decay": 0.1},
         {"warmup_epochs": 0},
     ],
@@ -284,6 +285,26 @@ def test_resume(arguments, tmp_path):
         run.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         equal(weights(run.model), weights(whole.model))
         assert run.blocks == whole.blocks and run.state.global_step == steps
+
+
+@pytest.mark.parametrize("insertion", ["independent", "cumulative"])
+def test_rounds_come_in_the_order_of_unlearn(insertion, truth, tmp_path):
+    """And any checkpoint can be resumed, though independent blocks keep no file of a former round."""
+    config = {"insertion": insertion, "rounds": 2, "block_epochs": 1, "warmup_epochs": 1}
+    run = trainer(tmp_path, arguments={"save_strategy": "steps", "save_steps": 1}, config=config)
+    run.train()
+    equal(weights(run.model), truth(**config))
+    logs = [row for row in run.state.log_history if "loss" in row and row["stage"]]
+    order = list(dict.fromkeys((row["stage"], row["first_layer"]) for row in logs))
+    first, second = (block.start for block in run.blocks)
+    twice = [first, first, second, second] if insertion == "independent" else [first, second, first, second]
+    assert order == list(zip((1, 2, 3, 4), twice))
+    kept = {path.name.split(".")[1] for path in (tmp_path / "kunbr").glob("blocks.*.safetensors")}
+    assert kept == ({"1"} if insertion == "independent" else {"0", "1"})
+    for step in (4, 6, 8, 11, 15):  # in rounds 0 and 1 of both blocks, and at an edge and the end
+        again = trainer(tmp_path, arguments={"save_strategy": "steps", "save_steps": 100}, config=config)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        equal(weights(again.model), weights(run.model))
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")

@@ -8,7 +8,7 @@ import torch
 from cuda_build import ROOT, build_module, built
 
 from kunbr_fast.cli import doctor
-from kunbr_fast.kernels import cuda_library, dispatch
+from kunbr_fast.kernels import c_arguments, cuda_library, dispatch
 from kunbr_fast.kernels.grad_density import cuda as cuda_density
 from kunbr_fast.kernels.grad_density import op as operators
 from kunbr_fast.kernels.optimizers import cuda as cuda_optimizers
@@ -65,7 +65,7 @@ def test_constants_are_the_headers():
     assert int(re.search(r"#define KUNBR_ABI_VERSION (\d+)", header)[1]) == cuda_library.ABI_VERSION
     names = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
     names |= {torch.int32: "INT32", torch.int64: "INT64"}
-    assert cuda_library.TYPES == {dtype: values[f"KUNBR_{name}"] for dtype, name in names.items()}
+    assert c_arguments.TYPES == {dtype: values[f"KUNBR_{name}"] for dtype, name in names.items()}
     assert list(cuda_density.STATISTICS.values()) == [values[f"KUNBR_{name}"] for name in ("L1", "L2SQ", "LINF")]
     assert list(cuda_density.ALONG.values()) == [values[f"KUNBR_{name}"] for name in ("ALL", "ROW", "COLUMN")]
     variants = ("FASTEST", "PORTABLE", "HOPPER")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, random_samples, tiny_model
 
+from kunbr_fast import memory
 from kunbr_fast.data import pack
-from kunbr_fast.model import prefix_cache
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.prefix_cache import PrefixCache
 
@@ -172,7 +172,7 @@ def test_auto_takes_the_file_when_memory_is_short(tmp_path, monkeypatch):
     decoder, samples = Decoder(tiny_model()), random_samples(4)
     need = sum(len(s["input_ids"]) for s in samples) * 32 * 8
     for free, expected in ((4 * need, "host"), (4 * need - 1, "file")):
-        monkeypatch.setattr(prefix_cache, "_free_host_bytes", lambda free=free: free)
+        monkeypatch.setattr(memory, "_free_host_bytes", lambda free=free: free)
         assert PrefixCache(decoder, samples, "auto", tmp_path).storage == expected
 
 

@@ -35,6 +35,7 @@ from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.methods import OBJECTIVES
 from kunbr_fast.objectives.original import OriginalValues, Parts
 from kunbr_fast.training.block import BlockTraining
+from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.micro_batches import micro_batches, rows_of
 from kunbr_fast.training.streamed import LayerMajorTraining
 
@@ -494,7 +495,7 @@ def test_an_exception_leaves_nothing_behind(error, folder, monkeypatch):
 def test_diverged_leaves_the_weights_as_they_were(folder):
     decoder = Decoder(streamed(folder()))
     values = {n: p.detach() for n, p in whole(folder("llama", 1)).named_parameters()}
-    with pytest.raises(kf.Diverged, match="block 1-2, step 0"):
+    with pytest.raises(Diverged, match="block 1-2, step 0"):
         with kf.reinserted(decoder, values, BLOCK, lr=1e-3, micro_batch_tokens=20) as training:
             before = {name: tensor.clone() for name, tensor in training.tensors().items()}
             with torch.no_grad():
@@ -753,7 +754,8 @@ def test_a_block_of_a_model_that_does_not_fit(tmp_path):
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert size > 2.5 * HEADROOM
     code = f"import test_streaming as t; t.train_in_little_memory({str(tmp_path)!r}, {str(tmp_path / 'block')!r})"
-    paths = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(kf.__file__).parent.parent)])
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, [here, here.parent, Path(kf.__file__).parent.parent]))
     environment = {**os.environ, "PYTHONPATH": paths, "MALLOC_ARENA_MAX": "2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -55,6 +55,8 @@ def test_yaml_numbers(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
+        ("activations: file", "activations is no longer a setting: cache also says where"),
+        ("cover_precision: fp8_matmul", "cover_precision=fp8_matmul is no longer a setting: its gradients"),
         ("retain_coef: 2", "unknown setting 'retain_coef': did you mean 'retain_coeff'?"),
         ("Target: all", "unknown setting 'Target': did you mean 'target'?"),
         ("lr: 1", "unknown setting 'lr'"),
@@ -104,6 +106,13 @@ def test_refusals_name_the_file_and_the_setting(text, message, tmp_path):
     with pytest.raises(ValueError) as error:
         KUnBRConfig.load(path)
     assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
+
+
+def test_old_settings_as_keywords_name_the_new_way():
+    with pytest.raises(ValueError, match="^activations is no longer a setting: cache also says where"):
+        KUnBRConfig(activations="file")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        KUnBRConfig(nonsense=1)
 
 
 def test_files_that_cannot_be_read(tmp_path):

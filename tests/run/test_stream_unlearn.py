@@ -72,7 +72,7 @@ def same(a, b):
         dict(dtype="float64"),
         dict(insertion="cumulative", rounds=2, optimizer="adamw"),
         dict(dtype="float64", objective="npo", retain_loss="kl", micro_batch_tokens=30),
-        dict(objective="rmu", activations="file"),
+        dict(objective="rmu", cache="file"),
         dict(mask="wagle", mask_ratio=0.3),
     ],
     ids=["plain", "cumulative", "npo", "rmu", "mask"],
@@ -280,7 +280,7 @@ def test_density_of_a_streamed_model(text, tmp_path, capsys):
     arguments = ["density", "--model", str(text / "model"), "--forget", str(text / "f0.jsonl"), "--num-blocks", "3",
                  "--top-k", "1", "--quiet", "--json"]  # fmt: skip
     found = []
-    for more in ([], ["--stream"], ["--stream", "--activations", "file"]):
+    for more in ([], ["--stream"], ["--stream", "--cache", "file"]):
         assert cli.main([*arguments, *more]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0] == found[1] == found[2]

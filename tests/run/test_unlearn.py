@@ -11,6 +11,7 @@ from tiny_models import random_samples, tiny_model
 import kunbr_fast as kf
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.evaluation.rtt import Fold
+from kunbr_fast.kernels.dispatch import Unavailable
 from kunbr_fast.run import state as checkpoint
 
 SETTINGS = dict(
@@ -184,9 +185,9 @@ def test_what_a_later_stage_needs_is_checked_first():
     refused(
         r"^the unlearned model's model.embed_tokens.weight: 1 of", model, samples, samples, config, unlearned=broken
     )
-    with pytest.raises(kf.dispatch.Unavailable, match='impl="cuda" cannot run on cpu'):
+    with pytest.raises(Unavailable, match='impl="cuda" cannot run on cpu'):
         kf.unlearn(model, samples, samples, kf.KUnBRConfig(**SETTINGS, impl="cuda"), progress=False)
-    with pytest.raises(kf.dispatch.Unavailable, match="cuda_graphs=True: the model is on cpu"):
+    with pytest.raises(Unavailable, match="cuda_graphs=True: the model is on cpu"):
         kf.unlearn(model, samples, samples, kf.KUnBRConfig(**SETTINGS, cuda_graphs=True), progress=False)
 
 

@@ -12,9 +12,9 @@ from tiny_models import random_samples, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kunbr_fast as kf
+from kunbr_fast import memory
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.memory import parse_bytes
-from kunbr_fast.model import prefix_cache
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.prefix_cache import PrefixCache, Rows
 from kunbr_fast.training.approximation import cosine
@@ -330,7 +330,7 @@ def test_where_a_budget_puts_things(tmp_path, monkeypatch):
     assert (make("auto", budget=need - 1).fast, make("auto", budget=need - 1).storage) == ("host", "file")
     assert (make("device", budget=0).fast, make("device", budget=0).storage) == ("device", "host")
     assert make("file", budget=need).storage == "file"
-    monkeypatch.setattr(prefix_cache, "_free_host_bytes", lambda: need)
+    monkeypatch.setattr(memory, "_free_host_bytes", lambda: need)
     assert make("device", budget=need - 1).storage == "file"  # no room in main memory either
     with pytest.raises(ValueError, match="a budget of .* GiB for a prefix cache of .* in a file: there is no slower"):
         make("file", budget=need - 1)

@@ -1,0 +1,97 @@
+"""The README's picture, drawn from committed rows of `kunbr-fast bench`: python docs/figure.py [rows.csv]
+
+The numbers drawn are in the PNG's Description too, where tests/test_readme.py compares them with the rows.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from kunbr_fast.benchmarks.rows import outcomes, read_rows
+from kunbr_fast.evaluation import figures
+from kunbr_fast.files.atomic import atomic_write
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS, PICTURE = ROOT / "benchmarks" / "results" / "cpu.csv", ROOT / "docs" / "step.png"
+REFERENCE, RIVAL, OURS = "reference procedure", "fastest rival", "kunbr-fast"
+COLOURS = {REFERENCE: "#1B3A57", RIVAL: "#56B4E9", OURS: figures.ORANGE}
+STAGES = {"warm-up": "#0072B2", "density": "#E69F00", "prefix cache": "#CC79A7", "re-insertion": figures.GREEN}
+
+
+def steps(rows):
+    """({case: {side: ms}}, {case: how much faster}) of one re-insertion step."""
+    found, faster = {}, {}
+    for case in outcomes(rows):
+        if case.suite == "step" and case.ours:
+            times = {row["variant"]: row["ms"] for row in case.rivals}
+            block, _, loss = case.case.split(", ")
+            reference = times.pop("reference")
+            name = f"{block},\nloss on {loss}"
+            found[name] = {REFERENCE: reference, RIVAL: min(times.values()), OURS: case.ours["ms"]}
+            faster[name] = case.ours["speedup"]
+    return found, faster
+
+
+def stages(rows):
+    """{side: {stage: minutes}} of a whole run, the blocks as one stage."""
+    found = {REFERENCE: {}, OURS: {}}
+    for case in outcomes(rows):
+        if case.suite != "end_to_end" or case.case == "total":
+            continue
+        stage = "re-insertion" if case.case.startswith("layers") else case.case
+        for side, row in ((REFERENCE, case.rivals[:1]), (OURS, [case.ours])):
+            for one in row:
+                found[side][stage] = found[side].get(stage, 0.0) + one["ms"] / 6e4
+    return found
+
+
+def draw(rows, path=PICTURE):
+    (one, faster), run = steps(rows), stages(rows)
+    row = next(row for row in rows if row["suite"] == "step" and row["ms"])
+    where = f"{row['device']}, {row['threads']} cores" if not row["cuda"] else row["device"]
+    figure = figures.canvas((11.5, 4.4))
+    left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
+
+    figures.style(left, "x")
+    for group, (case, times) in enumerate(one.items()):
+        for index, (side, ms) in enumerate(times.items()):
+            y = group + (index - 1) * 0.26
+            left.barh(y, ms / 1e3, 0.24, color=COLOURS[side], label=side if group == 0 else None)
+            text = f"{ms / 1e3:.1f} s" + (f", {faster[case]:.2f}x faster" if side == OURS else "")
+            left.text(ms / 1e3 + 0.06, y, text, va="center", fontsize=10, fontweight="bold" if side == OURS else None)
+    left.set_yticks(range(len(one)), one)
+    left.set_ylim(len(one) - 0.5, -0.5)
+    left.set_xlim(0, 1.13 * max(max(times.values()) for times in one.values()) / 1e3)
+    left.set_xlabel("seconds")
+    left.set_title("One re-insertion step", loc="left", fontweight="bold", pad=26)
+    figures.legend(left, ncols=3, handlelength=1.2).set_in_layout(False)
+
+    figures.style(right, "x")
+    for y, (side, minutes) in enumerate(run.items()):
+        begin = 0.0
+        for stage, colour in STAGES.items():
+            value = minutes.get(stage, 0.0)
+            right.barh(
+                y, value, 0.5, left=begin, color=colour, edgecolor="white", label=stage if side == OURS else None
+            )
+            if value > 20:
+                right.text(begin + value / 2, y, f"{value:.0f}", ha="center", va="center", color="white", fontsize=10)
+            begin += value
+        right.text(begin + 6, y, f"{sum(minutes.values()):.0f} min", va="center", fontsize=11, fontweight="bold")
+    right.set_yticks(range(len(run)), [side.replace(" ", "\n") for side in run])
+    right.set_ylim(len(run) - 0.4, -0.6)
+    right.set_xlim(0, 1.3 * max(sum(minutes.values()) for minutes in run.values()))
+    right.set_xlabel("minutes, extrapolated")
+    right.set_title("A whole run", loc="left", fontweight="bold", pad=26)
+    figures.legend(right, "lower right", (1.0, 0.02), handlelength=1.2)
+
+    figure.supxlabel(
+        f"{row['model']} shapes, {row['dtype']}, {where}, torch {row['torch']}", fontsize=10, color="#555555"
+    )
+    numbers = json.dumps({"steps": one, "faster": faster, "stages": run})
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", facecolor="white", metadata={"Software": None, "Description": numbers})
+
+
+if __name__ == "__main__":
+    draw(read_rows(sys.argv[1] if len(sys.argv) > 1 else ROWS))

@@ -1,0 +1,328 @@
+"""The stages of `kunbr_fast.unlearn`, driven from outside: entered and left one by one, step by step, by another's loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from kunbr_fast.density.measure import Density
+from kunbr_fast.files.tensors import WeightSnapshot
+from kunbr_fast.model.frozen import frozen
+from kunbr_fast.model.patch import fused
+from kunbr_fast.model.prefix_cache import PrefixCache
+from kunbr_fast.objectives.batch import Shares
+from kunbr_fast.parallel.group import Group
+from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.context import RunContext, RunInputs
+from kunbr_fast.run.samples import Feed, share
+from kunbr_fast.run.stages import Stages
+from kunbr_fast.run.state import SharedState
+from kunbr_fast.run.steps import LOSSES, new_account
+from kunbr_fast.run.visits import BEGIN, ORIGINAL, WARMUP, Visit, layers, visits
+from kunbr_fast.training.block import BlockTraining, block_tensors
+from kunbr_fast.training.full import FullTraining
+from kunbr_fast.training.shared import SharedStep
+
+
+@dataclasses.dataclass(frozen=True)
+class Driver:
+    """The loop that drives: its processes, whether this one writes, how they wait, and what a forward pass runs in."""
+
+    team: Group
+    writes: bool
+    wait: Callable[[], None]
+    autocast: Callable[[], contextlib.AbstractContextManager]
+
+    def open_state(self, *arguments: Any) -> SharedState:
+        return SharedState(self.writes, self.wait, *arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """The driver's steps `first` to `stop` (exclusive) of a stage. Number 0 is the warm-up, n the n-th visit of a block."""
+
+    number: int
+    first: int
+    stop: int
+
+
+class DrivenStages(Stages):
+    """The stages, entered and left one by one; the driver calls `backward`, `gather` and the training's optimiser.
+
+    spans: of the stages that have steps; at: the present one; visit: the present one, None in the warm-up.
+    """
+
+    def __init__(self, inputs: RunInputs, config: KUnBRConfig, context: RunContext, driver: Driver):
+        super().__init__(inputs, config, context)
+        self.driver = driver
+        begun = {"unlearned_given": inputs.unlearned is not None}
+        if (found := self.state.result(BEGIN)) is None:
+            self.state.finish(BEGIN, begun)  # from here on the settings of the data are fixed
+        elif found != begun:
+            how = "without" if inputs.unlearned is not None else "with"
+            raise ValueError(f"{self.work}: this run was begun {how} unlearned=")
+        self.steps_per_epoch = self.samples.schedule(config, 1, 0).steps_per_epoch
+        self.spans = self._spans()
+        self.at: Span | None = None
+        self.visit: Visit | None = None
+        self.training: FullTraining | BlockTraining | None = None
+        self.blocks: list[range] | None = None
+        self.measured: Density | None = None
+        self.trained: dict[range, Mapping[str, torch.Tensor]] = {}
+        self.cache: PrefixCache | None = None
+        self._outer, self._inner = contextlib.ExitStack(), contextlib.ExitStack()
+        self._step: SharedStep | None = None
+        self.gathered: SharedStep | None = None  # what the next update is made from
+        self._since_log: list[dict[str, float]] = []
+
+    def _spans(self) -> list[Span]:
+        config, found, first = self.config, [], 0
+        epochs = [0 if self.inputs.unlearned is not None else config.warmup_epochs]
+        epochs += [config.block_epochs] * config.rounds * config.top_k
+        for number, stop in enumerate(itertools.accumulate(epochs)):
+            stop *= self.steps_per_epoch
+            if stop > first:
+                found.append(Span(number, first, stop))
+            first = stop
+        return found
+
+    # ------------------------------------------------ from stage to stage
+
+    def begin(self, steps: int) -> None:
+        """Enters the stage in which the last of `steps` steps was done. The model must be the original."""
+        if self.driver.writes:
+            WeightSnapshot.save(self.decoder.model, self.work / "original.safetensors")
+        self.driver.wait()
+        self._outer.enter_context(frozen(self.decoder.model))
+        if steps > self.spans[-1].stop:
+            raise ValueError(f"a checkpoint of step {steps}, in a run of {self.spans[-1].stop} steps")
+        present = next(span for span in self.spans if steps <= span.stop)
+        if present.number == 0:  # what a run that had come further has left is made again
+            self.state.keep_only((BEGIN, ORIGINAL))
+        with self.driver.autocast():
+            self.measure_original()
+        if present.number:
+            self._take_trained(self.order[: present.number - 1], self.order[present.number - 1])
+        self._enter(present)
+
+    def _take_trained(self, before: list[Visit], present: Visit) -> None:
+        """Takes up the blocks that earlier visits have trained."""
+        cumulative = self.config.insertion == "cumulative"
+        for visit in {visit.block: visit for visit in before}.values():  # the last of each block
+            # the checkpoint has the present block's weights; its file of the former round may be gone
+            if cumulative or visit.block != present.block:
+                self.trained[visit.block] = WeightSnapshot(self.state.file(visit.stage))
+                if cumulative:
+                    self.decoder.place(self.trained[visit.block])
+
+    def advance(self) -> None:
+        """From a stage whose steps are all done to the next one."""
+        following = self.spans[self.spans.index(self.at) + 1]
+        self._leave(complete=True)
+        self._enter(following)
+
+    @functools.cached_property
+    def order(self) -> list[Visit]:
+        """All visits; M_u and density are made first where they are not yet there."""
+        if self.state.result(WARMUP) is None:
+            self._take_unlearned()
+        self.measured = self.density()
+        self.blocks = self.select(self.measured)
+        with self.driver.autocast():
+            self.measure_original(self.blocks)
+        return visits(self.config, self.blocks)
+
+    @functools.cached_property
+    def _unlearned_weights(self) -> WeightSnapshot:
+        return WeightSnapshot(self.state.file(WARMUP))  # once: its checksum reads the whole model
+
+    def _take_unlearned(self) -> None:
+        """M_u's weights to work/warmup.safetensors, where no stage has made them."""
+        own = dict(self.decoder.model.named_parameters())
+        if (given := self.inputs.unlearned) is not None:
+            values = {name: value.to(own[name].dtype) for name, value in given.items() if name in own}
+        elif self.spans[0].number:  # no epoch of warm-up
+            values = own
+        else:
+            raise ValueError(f"{self.work}: the warm-up's result is missing: resume from a checkpoint of the warm-up")
+        self.state.finish(WARMUP, {}, values)
+
+    def _enter(self, span: Span) -> None:
+        self.visit = self.order[span.number - 1] if span.number else None
+        with contextlib.ExitStack() as stack:
+            if self.visit is None:
+                self._enter_warm_up(stack)
+            else:
+                self._enter_visit(stack, self.visit)
+            self._inner = stack.pop_all()
+        self.at, self.losses = span, new_account()
+
+    def _enter_warm_up(self, stack: contextlib.ExitStack) -> None:
+        config, model = self.config, self.decoder.model
+        says = f"warm-up on all parameters, {config.warmup_epochs} epochs"
+        stack.enter_context(self.reporter.stage(WARMUP, says))
+        stack.enter_context(frozen(model))
+        stack.enter_context(fused(model, config.impl))
+        self.training = self.full_training()
+        self.feed = Feed(self.samples, self.training.criterion, self.pack, self.original)
+        self.schedule = self.samples.schedule(config, config.warmup_epochs, 0)
+
+    def _enter_visit(self, stack: contextlib.ExitStack, visit: Visit) -> None:
+        block, which = visit.block, f"visit {1 + self.order.index(visit)} of {len(self.order)}"
+        says = f"re-insertion of layers {layers(block)}, {which}"
+        stack.enter_context(self.reporter.stage(visit.stage, says))
+        with self.reporter.part("prefix cache"):
+            if self.cache is None:
+                self.cache = self.prefix_cache()
+            with self.driver.autocast():
+                self.cache.advance(block.start)
+        source = self.trained.get(block) or self._unlearned_weights
+        self._values = {name: source[name] for name in block_tensors(self.decoder, block)}
+        self.training = stack.enter_context(self.block_training(self._values, block))
+        self._values.clear()  # to be filled when the block leaves
+        self.feed = Feed(self.samples, self.training.criterion, self.cache.batch, self.original)
+        self.schedule = self.samples.schedule(self.config, self.config.block_epochs, visit.number)
+
+    def _leave(self, complete: bool) -> None:
+        """Out of the present stage; with complete=False its result is used, but not recorded as the stage's."""
+        visit, self.at, self.training = self.visit, None, None
+        result = {"epochs": self.losses["epochs"]}
+        if visit is None:
+            if complete:
+                self.state.finish(WARMUP, result, dict(self.decoder.model.named_parameters()))
+            self._inner.close()
+            if complete:
+                WeightSnapshot(self.work / "original.safetensors").restore(self.decoder.model)
+            return
+        self._inner.close()
+        self.trained[visit.block] = self._values
+        if complete:
+            self.state.finish(visit.stage, result, self._values)
+            self.trained[visit.block] = WeightSnapshot(self.state.file(visit.stage))
+            # of cumulative blocks any checkpoint needs the round before its own
+            if visit.round > 0 and self.config.insertion == "independent":
+                self.state.drop_file(visit.in_round(visit.round - 1).stage)
+
+    def end(self, steps: int) -> None:
+        """The model becomes M_u with the blocks trained so far; after a part of the warm-up it stays as it is."""
+        warming, complete = self.visit is None, steps == self.at.stop
+        self._leave(complete)
+        if complete or not warming:
+            self.merge(self.trained)
+        self._outer.close()
+        self.driver.wait()
+        if self.driver.writes:
+            (self.work / "original.safetensors").unlink()
+
+    def abort(self) -> None:
+        """After an exception: the model is the original again."""
+        self.at = None
+        self._inner.__exit__(*sys.exc_info())
+        original = self.work / "original.safetensors"
+        if original.is_file():
+            WeightSnapshot(original).restore(self.decoder.model)
+        self._outer.close()
+
+    # ------------------------------------------------ steps
+
+    def backward(self, step: int, micro: int, accumulation: int) -> torch.Tensor:
+        """Adds the gradient of one of a step's `accumulation` micro-batches on this rank. Returns its loss; over all
+        micro-batches and ranks they sum to the loss of the step."""
+        whole = self.schedule[step - self.at.first]
+        team = self.driver.team
+        part, parts = micro * team.size + team.rank, accumulation * team.size
+        mine = [share(samples, part, parts) for samples in whole]
+        if not self.samples.places(self.training.criterion, *mine):
+            return torch.zeros((), device=self.decoder.device)
+        if self._step is None:
+            self._step = SharedStep(self.training)
+        shares = Shares(*(len(samples) / len(all_) for samples, all_ in zip(mine, whole)))
+        return self._step.add(self.feed.batch(*mine, shares), self.driver.autocast())
+
+    def gather(self, step: int) -> None:
+        """After the last micro-batch: sums the gradients over the ranks. Raises `Diverged`, with the weights as they were,
+        if something is not finite or the retain loss beyond its limit."""
+        self.gathered, self._step = self._step or SharedStep(self.training), None
+        number = step - self.at.first
+        where = f"{'warm-up' if self.visit is None else f'block {layers(self.visit.block)}'}, step {number}"
+        metrics = self.gathered.gather(self.driver.team, where)
+        self.account(where, (number + 1) % self.schedule.steps_per_epoch == 0, metrics, self.losses)
+        self._since_log.append(metrics)
+
+    def logged(self, losses_too: bool) -> dict[str, float]:
+        """Numbers alone, which every logger takes: the stage (0 the warm-up, n the n-th visit), the block's first and last
+        layer, and the mean losses of the steps since the last time."""
+        found: dict[str, float] = {"stage": self.at.number}
+        if self.visit is not None:
+            found |= {"first_layer": self.visit.block.start, "last_layer": self.visit.block.stop - 1}
+        if losses_too and self._since_log:
+            for name in LOSSES:
+                values = [metrics[name] for metrics in self._since_log if metrics[name] is not None]
+                if values:
+                    found[name] = sum(values) / len(values)
+            self._since_log = []
+        return found
+
+    # ------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the present stage, beside the model's weights."""
+        tensors = self.training.state()
+        if self.visit is None:  # the weights are in the model's file
+            tensors = {name: value for name, value in tensors.items() if name not in self.training.parameters}
+        return {
+            "stage": self.at.number,
+            "visit": None if self.visit is None else str(self.visit.stage),
+            "steps": self.training.steps,
+            "lr": [group["lr"] for group in self.training.optimizer.param_groups],
+            "tensors": tensors,
+            "extra": self.losses,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["stage"] != self.at.number:
+            raise ValueError(f"optimizer.pt is of stage {state['stage']}, trainer_state.json of {self.at.number}")
+        visit = None if self.visit is None else self.visit.stage
+        # earlier versions went round by round, and did not note the visit
+        old = None if self.config.rounds > 1 and self.config.insertion == "independent" else visit
+        if state.get("visit", old) != visit:
+            raise ValueError(f"optimizer.pt is of another visit than {visit}: its run had another order: start again")
+        self.training.load_state({**self.training.state(), **state["tensors"]}, state["steps"])
+        for group, lr in zip(self.training.optimizer.param_groups, state["lr"]):
+            group["lr"] = lr
+        self.losses = state["extra"]
+
+
+class StageOptimizer(torch.optim.Optimizer):
+    """The optimiser that the driver holds throughout: the present stage's."""
+
+    def __init__(self, stages: DrivenStages):  # torch's own would want parameters
+        self._stages = stages
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        training = self._stages.training
+        return [] if training is None else training.optimizer.param_groups
+
+    @property
+    def state(self) -> Mapping[torch.Tensor, Any]:
+        return self._stages.training.optimizer.state
+
+    def step(self, closure: Any = None) -> None:
+        self._stages.gathered.apply()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing: `step` has done it, and a block's gradients are views that stay."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._stages.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._stages.load_state_dict(state_dict)

@@ -1,0 +1,66 @@
+"""A model's weights by name, whether it is in memory or streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kunbr_fast.model.finite import check_finite
+
+CARRIED = "_kunbr_weights"  # on a module of a streamed model: its `Weights`
+
+
+class Weights:
+    """A mapping from the names of a model's parameters to tensors: of a model in memory, its own storage.
+
+    A tied parameter has one of its names. What is set is copied into the model.
+    """
+
+    streamed = False
+    decoder_class: type | None = None  # what `Decoder(model)` makes, None: a Decoder
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._parameters = dict(model.named_parameters())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parameters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def keys(self) -> list[str]:
+        return list(self)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._parameters[name].detach()
+
+    def __setitem__(self, name: str, value: torch.Tensor) -> None:
+        self.replace({name: value})
+
+    def strided(self, name: str, step: int) -> torch.Tensor:
+        """`self[name].flatten()[::step]`"""
+        return self[name].flatten()[::step]
+
+    @torch.no_grad()
+    def replace(self, values: Mapping[str, torch.Tensor]) -> None:
+        """These tensors, by parameter name, become the model's weights."""
+        for name in values:
+            self._parameters[name].copy_(values[name])
+
+    def check(self, whose: str = "") -> None:
+        """ValueError for a parameter that is not finite; `whose` goes before its name."""
+        check_finite(self._model, whose)
+
+    def check_target(self, directory: str | Path) -> None:
+        """ValueError for a directory that the weights are read from, where nothing must be written."""
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """The weights of a model; of one that `open_streamed` has made, those of its files."""
+    return next((vars(module)[CARRIED] for module in model.modules() if CARRIED in vars(module)), None) or Weights(
+        model
+    )

@@ -1,0 +1,115 @@
+"""Bad settings and bad input fail here, not hours later at the stage that meets them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from kunbr_fast.evaluation.rtt import Fold, prepare_attack
+from kunbr_fast.files.models import check_same_architecture
+from kunbr_fast.kernels.dispatch import resolve
+from kunbr_fast.model.blocks import selectable_blocks
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.finite import check_finite
+from kunbr_fast.model.low_precision import check_cover
+from kunbr_fast.model.weights import weights_of
+from kunbr_fast.objectives.criterion import Criterion
+from kunbr_fast.parallel.group import Group
+from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.context import RunContext, RunInputs
+from kunbr_fast.run.reporter import Reporter
+from kunbr_fast.run.samples import Samples, to_samples
+from kunbr_fast.run.state import RunState, fingerprint
+from kunbr_fast.training.graphs import check_cuda_graphs
+
+
+def prepare(inputs: RunInputs, config: KUnBRConfig, context: RunContext) -> tuple[Decoder, Samples, RunState]:
+    """The model's decoder, the samples and the opened state of a run whose settings, models and data are checked."""
+    model, unlearned = inputs.model, inputs.unlearned
+    _check_streamed(model, unlearned, config, context.group)
+    decoder = Decoder(model)
+    criteria = _check_settings(decoder, config, unlearned is None)
+    samples = _samples(inputs, config, decoder, criteria)
+    check_finite(model)
+    if inputs.tokenizer is None and (inputs.folds or any(inputs.questions.values())):
+        raise ValueError("questions and folds hold text: give tokenizer=")
+    if config.rtt and inputs.folds and not decoder.streamed:
+        prepare_attack(decoder, inputs.tokenizer, inputs.folds, config.attack())
+    if isinstance(unlearned, nn.Module):
+        check_same_architecture(model, unlearned, "unlearned")
+        weights_of(unlearned).check("the unlearned model's ")
+    return decoder, samples, _open_state(inputs, samples, config, context)
+
+
+def folds_to_attack(inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, reporter: Reporter) -> Sequence[Fold]:
+    """The folds, if the result is to be attacked and can be."""
+    if not config.rtt or not inputs.folds:
+        return ()
+    if decoder.streamed:
+        reporter.say(
+            "no RTT attack: it trains every parameter, and of a streamed model they are never in memory together. "
+            "`kunbr-fast rtt` attacks the result on a machine that holds it"
+        )
+        return ()
+    return inputs.folds
+
+
+def _check_streamed(model: nn.Module, unlearned: Any, config: KUnBRConfig, group: Group) -> None:
+    """ValueError for what cannot be done with a streamed model."""
+    unlearned_streamed = isinstance(unlearned, nn.Module) and weights_of(unlearned).streamed
+    if not weights_of(model).streamed:
+        if unlearned_streamed:
+            raise ValueError("the unlearned model is streamed and the original is not: open both with open_streamed")
+        return
+    if unlearned is None:
+        raise ValueError(
+            "the warm-up trains every parameter, and of a streamed model they are never in memory together: give an "
+            "unlearned model made elsewhere, by any method (unlearned=, --unlearned DIR)"
+        )
+    if not unlearned_streamed or unlearned is model:
+        raise ValueError("the original is streamed: open the unlearned model with open_streamed too, as another one")
+    if group.size > 1:
+        raise ValueError("a streamed model is for one process: run it without torchrun")
+    if config.cuda_graphs:
+        raise ValueError("cuda_graphs=True: a streamed model's layers have no place of their own: leave it out")
+
+
+def _check_settings(decoder: Decoder, config: KUnBRConfig, warm_up: bool) -> list[Criterion]:
+    """What the run will minimise, on each block that may be chosen and in the warm-up."""
+    for operation in ("grad_density", "linear_loss", config.warmup_optimizer, config.optimizer):
+        resolve(operation, config.impl, decoder.device)
+    check_cuda_graphs(config.cuda_graphs, decoder.device)
+    blocks = selectable_blocks(decoder.num_layers, config.num_blocks, config.top_k, config.skip_last_layers)
+    for block in blocks:
+        check_cover(decoder, block, config.cover_precision)
+    criteria = [config.criterion(block) for block in blocks]
+    for block, criterion in zip(blocks, criteria):
+        criterion.check_layer(decoder.num_layers, block)
+    if warm_up:
+        criteria.append(config.criterion(warmup=True))
+        criteria[-1].check_layer(decoder.num_layers)
+    return criteria
+
+
+def _samples(inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, criteria: Sequence[Criterion]) -> Samples:
+    alternate = next((c.alternate for c in criteria if c.alternate is not None), None)
+    forget = to_samples(inputs.forget, inputs.tokenizer, config, decoder, "forget", alternate)
+    retain = to_samples(inputs.retain, inputs.tokenizer, config, decoder, "retain")
+    return Samples(forget, retain, [sample["alternate"] for sample in forget] if alternate is not None else [])
+
+
+def _open_state(inputs: RunInputs, samples: Samples, config: KUnBRConfig, context: RunContext) -> RunState:
+    """The state of the run that these models and data identify, which all ranks must have alike."""
+    parts = [part for fold in inputs.folds for part in (fold.train_records, fold.questions)]
+    asked = [*inputs.questions.values(), *parts]
+    if samples.alternates:
+        asked.append(samples.alternates)
+    identity = fingerprint(inputs.model, samples.forget, samples.retain, *asked)
+    given = None
+    if inputs.unlearned is not None:
+        given = fingerprint(inputs.unlearned) if isinstance(inputs.unlearned, nn.Module) else "a mapping"
+    started = {"the model or the data": identity, "the unlearned model": given, "resume": context.resume}
+    context.group.check_same(started | config.to_dict())
+    return context.state(identity, config)

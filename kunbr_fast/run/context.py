@@ -1,0 +1,53 @@
+"""What a run is given: its models and data, and where and with whom it works."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kunbr_fast.evaluation.rtt import Fold
+from kunbr_fast.parallel.group import ALONE, Group
+from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.reporter import Reporter
+from kunbr_fast.run.state import RunState, SharedState
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInputs:
+    """Models and data. questions: {"forget": records, "retain": records} to measure accuracy on; folds: of the attack."""
+
+    model: nn.Module
+    forget: Sequence[Mapping]
+    retain: Sequence[Mapping]
+    tokenizer: Any = None
+    unlearned: nn.Module | Mapping[str, torch.Tensor] | None = None
+    questions: Mapping[str, Sequence[Mapping]] = dataclasses.field(default_factory=lambda: {"forget": [], "retain": []})
+    folds: Sequence[Fold] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class RunContext:
+    """Where a run keeps its state, which processes share it, and what it tells.
+
+    open_state: makes the `RunState` from its arguments; None: the one that fits `group`.
+    """
+
+    work: Path
+    group: Group = ALONE
+    reporter: Reporter = dataclasses.field(default_factory=Reporter)
+    resume: bool = False
+    open_state: Callable[..., RunState] | None = None
+
+    def state(self, identity: str, config: KUnBRConfig) -> RunState:
+        """Opens the run's state."""
+        make = self.open_state
+        if make is None:
+            group = self.group
+            make = RunState if group.size == 1 else functools.partial(SharedState, group.first, group.wait)
+        return make(self.work, identity, config, self.resume)

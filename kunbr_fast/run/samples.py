@@ -1,0 +1,144 @@
+"""A run's samples: made from what the user gives, and handed to trainings as packed batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kunbr_fast.data import PackedBatch, Sample, check_labels, check_lengths, encode, with_alternates
+from kunbr_fast.data.schedule import Schedule
+from kunbr_fast.files.models import check_vocabulary
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.objectives.batch import WHOLE, Shares, StepBatch
+from kunbr_fast.objectives.criterion import Criterion
+from kunbr_fast.objectives.original import OriginalValues
+from kunbr_fast.parallel.group import ALONE, Group
+from kunbr_fast.run.config import KUnBRConfig
+
+
+def to_samples(
+    data: Sequence[Mapping],
+    tokenizer: Any,
+    config: KUnBRConfig,
+    decoder: Decoder,
+    what: str,
+    alternate: str | None = None,
+) -> list[Sample]:
+    """Records (tokenised once), samples or padded batches as samples that the model can take. alternate: the kind of
+    second answer that each must bring, as in `encode`; samples and batches hold it themselves."""
+    if not data:
+        raise ValueError(f"the {what} set is empty: expected at least one record")
+    limit = min((n for n in (config.max_length, decoder.max_positions) if n is not None), default=None)
+    if "input_ids" in data[0] or "original" in data[0]:
+        samples = _tokenized(data, limit, what, alternate, config.objective)
+    elif tokenizer is None:
+        raise ValueError(f"the {what} set holds records, not tokens: give tokenizer=")
+    else:
+        samples = encode(data, tokenizer, config.target, limit, alternate, config.seed)
+    ids = [sample["input_ids"] for sample in samples]
+    if alternate is not None:
+        ids += [sample["alternate"]["input_ids"] for sample in samples]
+    check_vocabulary(decoder.model, ids, f"the {what} set")
+    return samples
+
+
+def _tokenized(
+    data: Sequence[Mapping], limit: int | None, what: str, alternate: str | None, objective: str
+) -> list[Sample]:
+    """Samples or padded batches, checked."""
+    samples, others = with_alternates(data)
+    names = [f"{what} sample {i}" for i in range(len(samples))]
+    check_lengths(samples, limit, names)
+    check_labels(samples, names)
+    if alternate is None:
+        return samples
+    if others is None:
+        raise ValueError(
+            f"the {what} set has no alternates, which {objective} needs ({alternate}): give records, or samples "
+            'with a second sample under "alternate"'
+        )
+    names = [f"the alternate of {name}" for name in names]
+    check_lengths(others, limit, names)
+    check_labels(others, names)
+    return [{**sample, "alternate": other} for sample, other in zip(samples, others)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What a run trains on. alternates: in the order of `forget`, or none. Places count in `all`."""
+
+    forget: list[Sample]
+    retain: list[Sample]
+    alternates: list[Sample] = dataclasses.field(default_factory=list)
+
+    @functools.cached_property
+    def all(self) -> list[Sample]:
+        return self.forget + self.retain + self.alternates
+
+    @property
+    def parts(self) -> dict[str, list[Sample]]:
+        return {"forget": self.forget, "retain": self.retain, "alternate": self.alternates}
+
+    def read_by(self, criterion: Criterion) -> list[Sample]:
+        """The samples that steps on this criterion read: the first ones of `all`."""
+        if criterion.alternate is not None:
+            return self.all
+        return self.forget + self.retain if criterion.objective.retain else self.forget
+
+    def places(self, criterion: Criterion, forget: Sequence[int], retain: Sequence[int]) -> list[int]:
+        """The places of a step's samples, in the order in which the criterion takes them."""
+        first = len(self.forget)
+        alternates = [first + len(self.retain) + i for i in forget] if criterion.alternate is not None else []
+        return [*forget, *alternates, *(first + i for i in retain if criterion.objective.retain)]
+
+    def schedule(self, config: KUnBRConfig, epochs: int, number: int) -> Schedule:
+        """Training `number`'s own data order: 0 for the warm-up, then one for each visit of a block."""
+        return Schedule(
+            len(self.forget),
+            len(self.retain),
+            config.batch_size,
+            config.retain_size,
+            epochs,
+            config.seed * 1000 + number,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """Gives a training its batches.
+
+    packed: makes a batch of samples by their places. team: the processes that share each step; home: the rank that has
+    each forget and retain sample, or None: each rank takes an equal part of the step's.
+    """
+
+    samples: Samples
+    criterion: Criterion
+    packed: Callable[[list[int]], PackedBatch]
+    original: OriginalValues
+    team: Group = ALONE
+    home: list[int] | None = None
+
+    def mine(self, forget: list[int], retain: list[int]) -> tuple[list[int], list[int]]:
+        """This rank's samples of a step."""
+        rank, size = self.team.rank, self.team.size
+        if size == 1:
+            return forget, retain
+        if self.home is None:
+            return share(forget, rank, size), share(retain, rank, size)
+        first = len(self.samples.forget)
+        return [i for i in forget if self.home[i] == rank], [i for i in retain if self.home[first + i] == rank]
+
+    def places(self, forget: list[int], retain: list[int]) -> list[int]:
+        return self.samples.places(self.criterion, *self.mine(forget, retain))
+
+    def batch(self, forget: list[int], retain: list[int], shares: Shares = WHOLE) -> StepBatch:
+        """The batch of a step, or of a part of one."""
+        places = self.samples.places(self.criterion, forget, retain)
+        return self.criterion.step_batch(self.packed(places), len(forget), self.original.batch(places), shares)
+
+
+def share(items: list[int], part: int, parts: int) -> list[int]:
+    """One of `parts` equal parts, as far as they go."""
+    return items[part * len(items) // parts : (part + 1) * len(items) // parts]
