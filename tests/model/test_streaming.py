@@ -524,7 +524,7 @@ def test_what_a_step_by_layers_refuses(folder):
             with kf.reinserted(decoder, values, BLOCK, lr=1e-3, **settings):
                 pass
     with pytest.raises(
-        ValueError, match="npo with retain_loss='nll' needs the original model's values: give reference="
+        ValueError, match="npo with retain_loss='nll' needs the original model's values: give original="
     ):
         with kf.reinserted(decoder, dict(layer_items(values)), BLOCK, lr=1e-3, criterion=Criterion("npo")) as t:
             t.loss(t.criterion.step_batch(pack(SAMPLES), 4))
