@@ -1,19 +1,19 @@
 """Where each package lives, and the CUDA library. All else (name, dependencies, entry point) is in pyproject.toml.
 
-The top-level directory kernels/ installs as `kunbr_fast.kernels`, because Hugging Face publishes a package
-called `kernels`, which ours must not shadow, and benchmarks/ as `kunbr_fast.benchmarks`. The mapping also decides how an
-editable install is made: with an import finder that knows exactly `kunbr_fast` and these two. Without it, or with
-`editable_mode=compat`, the repository root would go onto sys.path, and `kernels` with it.
+The top-level directory kernels/ installs as `kunbr_fast.kernels` (Hugging Face publishes a package called `kernels`,
+which ours must not shadow), benchmarks/ as `kunbr_fast.benchmarks`. Because of that mapping an editable installation
+gets an import finder that knows `kunbr_fast` and these two. Without it, or with `editable_mode=compat`, the repository
+root would be on sys.path, and `kernels` with it.
 
 Python that is started in the checkout finds kunbr_fast/ there, not the installed one: kunbr_fast/checkout.py.
 
-The reference procedure is written once, in tests/, where it is the truth for the fast path; `kunbr-fast bench` measures
-against it, so a wheel has it too.
+The reference procedure is written once, in tests/, as the truth for the fast path. `kunbr-fast bench` measures against
+it, so a wheel has it too.
 
-csrc/ is built by nvcc, where there is one, into kernels/libkunbr_cuda.so: in the wheel, or in the checkout for an
-editable install. Without it, or where it fails, the installation goes on and says so: `impl="cuda"` is then missing.
-The library needs neither torch nor Python, so one wheel serves all of their versions on a platform; without the library
-the wheel is for every platform. Nothing is downloaded. csrc/build.py names the environment variables.
+nvcc, where there is one, builds csrc/ into kernels/libkunbr_cuda.so: in the wheel, or in the checkout for an editable
+installation. Without nvcc, or if it fails, the installation goes on and says that `impl="cuda"` is missing. The library
+needs neither torch nor Python, so one wheel a platform serves all of their versions; without the library the wheel is
+for every platform. Nothing is downloaded. csrc/build.py names the environment variables.
 """
 
 import importlib.util

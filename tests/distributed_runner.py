@@ -2,7 +2,8 @@
 
 Each JOB is a JSON object and runs after the one before it, on all processes:
 {"name", "config": {...}, "given": bool, "resume": bool, "layers", "differs": {...}, "at": {"rank", "step", "does"}}
-unlearns a small model; without "given" it makes its own M_u. "differs": settings that rank 1 has otherwise. "at": what happens
+unlearns a small model; without "given" it makes its own M_u. "differs": settings that rank 1 has otherwise. "at":
+what happens
 on a rank before one of its updates: "kill" (SIGKILL) or "fail" (OSError).
 {"density": [arguments of knowledge_density, ...], "attribute": [...], "name"} measures.
 

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 README, INDEX = ROOT / "README.md", ROOT / "docs" / "README.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "demo_search.md"]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-HISTORY = ROOT / "CHANGELOG.md"  # names what is gone
 
 
 def without_code(text):
@@ -55,9 +54,11 @@ def test_every_page_is_in_the_index():
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_names_of_the_code_exist(page):
     """Dotted names and paths: `kunbr_fast.data.pack`, `tests/run/test_parity.py`, `kernels/norms/`."""
-    if page == HISTORY:
-        return
     text = re.sub(r"\w+\.kunbr_fast|\+kunbr_fast", "", page.read_text())
+    if page.name == "CHANGELOG.md":  # the column of its table that says what is now
+        text = "\n".join(line.rpartition("| `")[2] for line in text.splitlines() if line.startswith("  | `"))
+    elif page.name == "CONTRIBUTING.md":  # made by following it: tests/test_contributing.py
+        text = re.sub(r"[\w./]*relu2[\w./]*", "", text)
     for name in sorted(
         set(re.findall(r"kunbr_fast(?:\.\w+)+", text)) - {"kunbr_fast.json", "kunbr_fast.patch", "kunbr_fast.measure"}
     ):

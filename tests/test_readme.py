@@ -11,6 +11,7 @@ import pytest
 import readme_tables
 
 from kunbr_fast.benchmarks.rows import read_rows
+from kunbr_fast.model.patch import FAMILIES
 from kunbr_fast.objectives.methods import OBJECTIVES
 from kunbr_fast.version import __version__
 
@@ -78,6 +79,12 @@ def test_what_is_forgotten_is_quoted_from_committed_rows():
         assert values == [f"{statistics.mean(float(row[k]) for row in mine):.1f}" for k in ("forget", "retain", "rtt")]
     means = {(model.strip("[").split("]")[0], method): values[-1] for model, method, *values in found}
     assert f"from {means['demo', 'warm-up']} to {means['demo', 'KUnBR']}" in README
+
+
+def test_models_with_fused_layers_are_those_of_the_table():
+    text = README.split("## Models\n", 1)[1].split(" have fused layers")[0]
+    named = {name.strip().lower().replace("-", "").removesuffix(" (text)") for name in re.split(r",|\band\b", text)}
+    assert named == set(FAMILIES)
 
 
 # ---------------------------------------------------------------- docs

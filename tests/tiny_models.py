@@ -1,5 +1,6 @@
 """Tiny random models of every architecture that the package names, and random samples for them."""
 
+import copy
 import gc
 
 import torch
@@ -133,3 +134,13 @@ def peak_bytes(function, largest=float("inf")):
         now += event.nbytes() if abs(event.nbytes()) <= largest else 0
         peak = max(peak, now)
     return peak
+
+
+def unlearned_copy(model, seed=5):
+    """A stand-in for M_u: the original with every weight moved."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) * 0.02)
+    return other

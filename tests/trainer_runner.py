@@ -2,8 +2,8 @@
 
 Usage: python trainer_runner.py '{"out": DIR, "save": FILE, "kill_after": N, "arguments": {...}, "config": {...}}' ...
 
-Runs one after the other. kill_after: the process kills itself (SIGKILL) before its N-th training step. save: where the main process writes the
-trained weights.
+Runs one after the other. kill_after: the process kills itself (SIGKILL) before its N-th training step. save: where
+the main process writes the trained weights.
 """
 
 import json

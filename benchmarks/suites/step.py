@@ -50,6 +50,7 @@ from kunbr_fast.benchmarks.models import build, causal_pairs, copied, exact_norm
 from kunbr_fast.benchmarks.reference import procedure
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, questions
 from kunbr_fast.data import PackedBatch, pack
+from kunbr_fast.kernels.errors import Unavailable
 from kunbr_fast.memory import release
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.decoder import Decoder
@@ -365,7 +366,7 @@ class Step(Case):
         for name in names:
             try:
                 side = SIDES[name](exact, data)
-            except kf.dispatch.Unavailable:  # CUDA graphs without a GPU
+            except Unavailable:  # CUDA graphs without a GPU
                 continue
             for _ in range(3):
                 side.step()

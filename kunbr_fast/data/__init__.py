@@ -5,17 +5,19 @@ side by side (`pack`).
 """
 
 from kunbr_fast.data.batch import PackedBatch, grid, join, pack, send
-from kunbr_fast.data.records import (
+from kunbr_fast.data.records import LETTERS, is_question, load_records, parse_record, question_prompt
+from kunbr_fast.data.samples import (
     ALTERNATES,
-    LETTERS,
+    IGNORE,
     REFUSALS,
     TARGETS,
-    is_question,
-    load_records,
-    parse_record,
-    question_prompt,
+    Sample,
+    as_samples,
+    check_labels,
+    check_lengths,
+    encode,
+    with_alternates,
 )
-from kunbr_fast.data.samples import IGNORE, Sample, as_samples, check_labels, check_lengths, encode, with_alternates
 from kunbr_fast.data.schedule import Schedule, token_batches
 
 __all__ = [

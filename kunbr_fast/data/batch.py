@@ -1,4 +1,4 @@
-"""Samples side by side, without padding: the form in which they go through a model."""
+"""Packed batches: samples end to end, without padding, as they go through the model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from kunbr_fast.data.samples import IGNORE, Sample
 
 
 def _index(function: Callable[[PackedBatch], Any]) -> functools.cached_property:
-    """A cached property made of integers alone: worked out on the host, and sent to the batch's device without a wait
-    for what runs there."""
+    """A cached property of integers: computed on the host, and sent to the batch's device without synchronising."""
 
     def value(self: PackedBatch) -> Any:
         if self.host is self:
@@ -29,13 +28,13 @@ def _index(function: Callable[[PackedBatch], Any]) -> functools.cached_property:
 
 
 def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on `device`. The copy goes through pinned memory, so that the host does not wait for a GPU."""
+    """A host tensor on `device`, copied through pinned memory so that the host does not wait for a GPU."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def grid(first: torch.Tensor, counts: torch.Tensor, width: int) -> torch.Tensor:
-    """(B * width,) int64: item number at each place of a right-padded (B, width) grid whose row i holds the items
-    first[i], ..., first[i] + counts[i] - 1; a padded place repeats first[i]."""
+    """(B * width,) int64: the item at each place of a right-padded (B, width) grid. Row i holds the items first[i],
+    ..., first[i] + counts[i] - 1; its padding repeats first[i]."""
     place = torch.arange(width)
     return (first[:, None] + torch.where(place < counts[:, None], place, 0)).flatten()
 
@@ -116,8 +115,8 @@ class PackedBatch:
 
     @_index
     def pad_index(self) -> torch.Tensor | None:
-        """(B * Lmax,) int64: the packed token at each place of the right-padded (B, Lmax) grid; a padded place
-        repeats its sample's first token, so that it stays finite. None where no place is padded."""
+        """(B * Lmax,) int64: the packed token at each place of the right-padded (B, Lmax) grid. Padding repeats the
+        sample's first token, so that it stays finite. None without padding."""
         longest = max(self.lengths)
         if min(self.lengths) == longest:
             return None
@@ -130,13 +129,13 @@ class PackedBatch:
 
     @_index
     def row_grid(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The labelled rows as a right-padded (B, Rmax) grid: (B * Rmax,) which of `rows` is at each place (padded
-        places repeat one), (R,) the place of each of `rows` in the flattened grid, and (B, Rmax) the position in its
-        sample of each place's token."""
+        """The labelled rows as a right-padded (B, Rmax) grid: (B * Rmax,) the index into `rows` at each place (padding
+        repeats one), (R,) the place of each row in the flattened grid, (B, Rmax) the position in its sample of the
+        token at each place."""
         return self.row_grid_of(max(1, *self.row_counts))
 
     def row_grid_of(self, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`row_grid` of a batch on the host, for a grid of `width` places a sample, Rmax or more."""
+        """`row_grid` with `width` places a sample, Rmax or more, of a batch on the host."""
         first = self.rows_per_sample.cumsum(0) - self.rows_per_sample
         index = grid(first, self.rows_per_sample, width).clamp(max=len(self.rows) - 1)
         back = self.row_sample * width + torch.arange(len(self.rows)) - first[self.row_sample]
@@ -147,7 +146,7 @@ class PackedBatch:
         vars(self).update(indices)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The batch on `device`; from the host without a wait for what runs there."""
+        """The batch on `device`; a copy from the host does not synchronise."""
         device = torch.device(device)
         if self.device == device:
             return self
@@ -158,7 +157,7 @@ class PackedBatch:
 
 
 def pack(samples: Sequence[Sample], hidden: torch.Tensor | None = None, layer: int = 0) -> PackedBatch:
-    """Puts samples end to end, in main memory. `hidden` (T, D), on any device: their activations at the input of
+    """Puts samples end to end, in main memory. hidden: (T, D), on any device, their activations at the input of
     `layer`, in the same order."""
     if not samples:
         raise ValueError("an empty batch: expected at least one sample")
@@ -176,7 +175,7 @@ def pack(samples: Sequence[Sample], hidden: torch.Tensor | None = None, layer: i
 
 
 def join(first: PackedBatch, second: PackedBatch) -> PackedBatch:
-    """Two packed batches as one; both or neither hold hidden states, at the same layer."""
+    """Two packed batches as one. Both hold hidden states, at the same layer, or neither does."""
     if (first.hidden is None) != (second.hidden is None) or first.layer != second.layer:
         raise ValueError("one batch comes from a prefix cache and the other does not, or they are at different layers")
     return PackedBatch(

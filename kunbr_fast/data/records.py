@@ -1,17 +1,11 @@
-"""From JSONL lines to token samples, and from samples to packed batches.
+"""Records: the lines of a JSONL file, read and checked.
 
-A *record* is a line of a JSONL file, one of four forms:
+A record has one of four forms:
 
     {"question": str, "choices": [str or int, ...], "answer": index}     a multiple-choice question
     {"text": str}                                                         a corpus line
     {"prompt": str, "completion": str}                                    a prompt and what should follow it
     {"messages": [{"role": str, "content": str}, ...]}                    a chat (needs the tokenizer's chat template)
-
-A *sample* is `{"input_ids": LongTensor (T,), "labels": LongTensor (T,)}`; labels are aligned with input_ids as in
-Hugging Face (the shift by one happens inside) and are -100 where a token has no part in the loss. It may hold a second
-sample under "alternate": another answer to the same prompt, which some objectives need.
-
-A *packed batch* is several samples end to end with no padding, and the offsets that separate them.
 """
 
 from __future__ import annotations
@@ -21,28 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 LETTERS = "ABCDEFGHIJ"
-TARGETS = ("all", "answer", "letter", "number")
-ALTERNATES = ("given", "refusal", "wrong")
-REFUSALS = (
-    "I do not know.",
-    "I have no information about that.",
-    "I am not able to answer this question.",
-    "I cannot say anything about this.",
-    "That is not something I know.",
-    "Sorry, I have no answer to this.",
-    "This is outside of what I know.",
-    "I was not taught anything about that.",
-)
-
-
-# ---------------------------------------------------------------- reading
 
 
 def load_records(paths: str | Path | Sequence[str | Path]) -> list[dict]:
-    """Reads JSONL files into records; each keeps where it came from in `record["_where"]` ("file:line").
+    """Reads JSONL files into records; `record["_where"]` says where each came from ("file:line").
 
-    Errors: ValueError "file:line: ..." for a line that is no JSON, no known form, or has a wrong answer index; for a
-    file without any record. Blank lines are skipped.
+    Blank lines are skipped. Errors: ValueError "file:line: ..." for a line that is not JSON, has no known form or a
+    wrong answer index; ValueError for a file without a record.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not paths:
@@ -65,7 +44,7 @@ def load_records(paths: str | Path | Sequence[str | Path]) -> list[dict]:
 
 
 def parse_record(line: str, where: str) -> dict:
-    """One JSON line to a checked record; `where` opens every error message."""
+    """A checked record from one line of JSON. Error messages begin with `where`."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -78,11 +57,13 @@ def parse_record(line: str, where: str) -> dict:
         raise ValueError(f"{where}: not valid Unicode ({error.reason}): {line.strip()[:80]!r}") from error
     if not isinstance(record, dict):
         raise ValueError(f'{where}: got a {type(record).__name__}, expected an object such as {{"text": ...}}')
-    _check_record(record, where)
+    check_record(record, where)
     return {**record, "_where": where}
 
 
-def _check_record(record: Mapping, where: str) -> None:
+def check_record(record: Mapping, where: str) -> None:
+    """ValueError, beginning with `where`, unless the record has one of the four forms."""
+
     def text(key: str) -> None:
         if not isinstance(record.get(key), str) or not record[key]:
             raise ValueError(f"{where}: {key!r} must be a non-empty string, got {record.get(key)!r}")
@@ -132,9 +113,3 @@ def question_prompt(record: Mapping) -> str:
     """The evaluation's own four-choice form: question, lettered choices, "Answer:" (no trailing space)."""
     choices = [f"{LETTERS[i]}. {choice}" for i, choice in enumerate(record["choices"])]
     return "\n".join([record["question"], *choices, "Answer:"])
-
-
-# ---------------------------------------------------------------- tokenising
-
-
-# ---------------------------------------------------------------- packing

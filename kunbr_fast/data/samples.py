@@ -1,4 +1,9 @@
-"""Samples: tokens and labels, made of records by a tokenizer, or of padded batches."""
+"""Samples: tokens and labels, made from records by a tokenizer, or from padded batches.
+
+A sample is `{"input_ids": LongTensor (T,), "labels": LongTensor (T,)}`. Labels are aligned with input_ids as in Hugging
+Face (the shift by one happens inside) and are -100 where a token has no loss. Under "alternate" it may hold a second
+sample: another answer to the same prompt, which some objectives need.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +14,23 @@ from typing import Any
 
 import torch
 
-from kunbr_fast.data.records import ALTERNATES, LETTERS, REFUSALS, TARGETS, _check_record, question_prompt
-
-IGNORE = -100
-
+from kunbr_fast.data.records import LETTERS, check_record, question_prompt
 
 Sample = dict[str, torch.Tensor]
+
+IGNORE = -100  # the label of a token that has no loss
+TARGETS = ("all", "answer", "letter", "number")
+ALTERNATES = ("given", "refusal", "wrong")
+REFUSALS = (
+    "I do not know.",
+    "I have no information about that.",
+    "I am not able to answer this question.",
+    "I cannot say anything about this.",
+    "That is not something I know.",
+    "Sorry, I have no answer to this.",
+    "This is outside of what I know.",
+    "I was not taught anything about that.",
+)
 
 
 def encode(
@@ -27,19 +43,23 @@ def encode(
 ) -> list[Sample]:
     """Tokenises each record once and marks the tokens whose loss counts.
 
-    target: `all` tokens; the `answer` tokens (what follows "Answer:", the completion, the assistant's turns); the
-    `letter` after "Answer:" (questions only); the digits of the last `number` in the text.
-    Special tokens are the tokenizer's own (a begin-of-text token is kept, none is invented).
+    target, the tokens that count:
+        all      every token
+        answer   what follows "Answer:", the completion, the assistant's turns
+        letter   the letter after "Answer:" (questions only)
+        number   the digits of the last number in the text
+    Special tokens are the tokenizer's own: a begin-of-text token is kept, none is invented.
 
-    alternate: also encode a second answer to each record's prompt, as `sample["alternate"]`:
-    `given`: the record's own "alternate" string, in place of the answer, the completion, the last assistant turn or
-    (of a text line) the text; `refusal`: one of REFUSALS; `wrong`: one of the wrong choices of a question.
-    Which one it is follows from `seed` and the record's number. Its tokens count by `target` too; where that is `letter`
-    or `number` and the answer is no choice of the question, all of the answer counts.
+    alternate: encode a second answer to each prompt too, as `sample["alternate"]`:
+        given    the record's own "alternate" string, in place of the answer, the completion, the last assistant turn or
+                 (of a text line) the text
+        refusal  one of REFUSALS, drawn by `seed` and the record's number
+        wrong    one of the wrong choices of a question, drawn likewise
+    `target` says which of its tokens count; for `letter` and `number`, all tokens of an answer that is no choice do.
 
-    Errors: ValueError that names the record ("file:line", or its place in `records`) when it has no known form, when
-    a target does not apply to its form, when nothing is left to learn from, when it has no such alternate, and when
-    samples are longer than `max_length` tokens (they are reported, not cut).
+    Errors: ValueError that names the record ("file:line", or its place in `records`) if it has no known form, if the
+    target or the alternate does not apply to its form, if no token with a loss is left, or if it is longer than
+    `max_length` tokens: nothing is cut.
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r}: expected one of {', '.join(TARGETS)}")
@@ -56,7 +76,7 @@ def encode(
     for number, record in enumerate(records):
         if "_where" not in record:  # not from load_records, which has checked its own
             record = {**record, "_where": f"record {number}"}
-            _check_record(record, record["_where"])
+            check_record(record, record["_where"])
         sample = _encode_one(record, tokenizer, target)
         if alternate is not None:
             choose = random.Random(seed * 1_000_003 + number).choice
@@ -74,7 +94,7 @@ def encode(
 
 
 def _alternate(record: Mapping, kind: str, target: str, choose: Callable[[Sequence], Any]) -> tuple[dict, str]:
-    """The record with its alternate for an answer, and the target that counts its tokens."""
+    """The record with its alternate as the answer, and the target that marks the alternate's tokens."""
     where = record["_where"]
     if kind == "wrong":
         if "question" not in record:
@@ -108,7 +128,7 @@ def _alternate(record: Mapping, kind: str, target: str, choose: Callable[[Sequen
 
 
 def check_lengths(samples: Sequence[Sample], max_length: int | None, names: Sequence[str] | None = None) -> None:
-    """ValueError that names the samples longer than `max_length` tokens, by `names` or by their place."""
+    """ValueError that names the samples longer than `max_length` tokens, by `names` or by number."""
     lengths = [len(sample["input_ids"]) for sample in samples]
     long = [i for i, length in enumerate(lengths) if max_length is not None and length > max_length]
     if long:
@@ -121,7 +141,7 @@ def check_lengths(samples: Sequence[Sample], max_length: int | None, names: Sequ
 
 
 def check_labels(samples: Sequence[Sample], names: Sequence[str] | None = None) -> None:
-    """ValueError that names the first sample without a loss, by `names` or by its place."""
+    """ValueError that names the first sample without a labelled token, by `names` or by number."""
     for i, sample in enumerate(samples):
         if not bool((sample["labels"][1:] != IGNORE).any()):
             name = names[i] if names else f"sample {i}"
@@ -200,10 +220,10 @@ def _chat(record: Mapping, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
 
 
 def as_samples(samples: Iterable[Any]) -> list[Sample]:
-    """Samples, or padded Hugging Face batches (input_ids, labels, attention_mask of shape (B, T)), to samples.
+    """Samples from samples, or from padded Hugging Face batches (input_ids, labels, attention_mask of shape (B, T)).
 
-    Padding is dropped by the attention mask, so it can have no part in anything. A batch without labels takes its
-    input_ids for labels. Left and right padding are both understood; a hole in the mask is refused.
+    The attention mask says what is padding, left or right, which is dropped; a hole in it is refused. Without labels,
+    input_ids are the labels.
     """
     if isinstance(samples, Mapping):
         samples = [samples]
@@ -240,10 +260,10 @@ def as_samples(samples: Iterable[Any]) -> list[Sample]:
 
 
 def with_alternates(batch: Any) -> tuple[list[Sample], list[Sample] | None]:
-    """`as_samples` of samples or padded batches, and of their alternates in the same order (None where none has one).
+    """(`as_samples` of samples or padded batches, the same of their alternates); None for the second if none has any.
 
-    An item holds its alternate, of its own form, under "alternate"; {"original": ..., "alternate": ...} is understood
-    too. ValueError if only some have one, or if the numbers of samples differ.
+    An item holds its alternate under "alternate", in its own form; or it is {"original": ..., "alternate": ...}.
+    ValueError if only some items have one, or if the numbers of samples differ.
     """
     items = [batch] if isinstance(batch, Mapping) else list(batch)
     originals = [item.get("original", item) if isinstance(item, Mapping) else item for item in items]

@@ -1,4 +1,4 @@
-"""Which samples go together: the steps of a training, and the batches of one pass over everything."""
+"""Which samples go together: in the steps of a training, and in one pass over all samples."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Which samples each step sees, by step number alone, so that a resumed run needs nothing but that number.
+    """schedule[step] is (forget samples, retain samples), by number. A resumed run needs nothing but the step.
 
-    An epoch is one pass over the forget set in a new order; the retain set is its own endless shuffled stream.
+    An epoch is one pass over the forget set, in a new order each time. The retain set is an endless shuffled stream.
     """
 
     num_forget: int

@@ -30,12 +30,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from kunbr_fast.density.layer_kinds import How, Watched, norm_of
-from kunbr_fast.density.passes import MODULES, Measurement, checked_samples, inner_product, watch_list
+from kunbr_fast.density.passes import Measurement, PassSettings, checked_samples, inner_product
+from kunbr_fast.density.watch import MODULES, watch_list
+from kunbr_fast.keywords import taken
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.finite import check_finite, finite
 from kunbr_fast.model.weights import Weights
-from kunbr_fast.parallel.group import ALONE, Group
 
 METHODS = ("grad", "fisher", "wagle", "sure", "memflex", "sign_agreement")
 COMPARING = ("wagle", "memflex", "sign_agreement")  # need a retain set
@@ -80,6 +81,19 @@ class Attribution:
         return {name: mask.expand(self.shapes[name]).contiguous() for name, mask in chosen.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class AttributionSettings(PassSettings):
+    """mu: WAGLE's, an estimate of the retain loss' curvature. Its code sums gradients over batches where this takes
+    means, so its mu (1e-6 in the published configurations) over n batches is mu / n here. max_cosine: MemFlex'."""
+
+    mu: float = 1e-6
+    max_cosine: float = 0.92
+
+    def __post_init__(self) -> None:
+        if not self.mu > 0:
+            raise ValueError(f"mu={self.mu}: expected above 0")
+
+
 def attribute(
     model: nn.Module | Decoder,
     forget: Iterable[Any],
@@ -88,13 +102,7 @@ def attribute(
     modules: str = "mlp",
     *,
     blocks: Sequence[range] | None = None,
-    mu: float = 1e-6,
-    max_cosine: float = 0.92,
-    batch_tokens: int = 2048,
-    gradient_checkpointing: bool | None = None,
-    impl: str = "auto",
-    progress: bool = False,
-    group: Group = ALONE,
+    **settings: Any,
 ) -> Attribution:
     """Scores of the weights by `method`, one of those that the module's docstring has the formulas and sources of.
 
@@ -103,15 +111,14 @@ def attribute(
 
     forget, retain: samples as `knowledge_density` takes them; wagle, memflex and sign_agreement need retain, fisher
     can have it, grad and sure take none. modules: as there (WAGLE is published for `all`). blocks: only the weights of
-    these layers; what lies below them runs without gradients.
-    mu: WAGLE's, an estimate of the retain loss' curvature. Its code sums gradients over batches where this takes means, so
-    its mu (1e-6 in the published configurations) over n batches is mu / n here. max_cosine: MemFlex'.
+    these layers; what lies below them runs without gradients. settings: the fields of `AttributionSettings` and
+    `PassSettings`.
 
     Equivalent: `mean over s of loss(model, s)`, backward, and the formula on each parameter's `.grad`.
 
     Memory: one fp32 gradient of the chosen weights for forget, in whose place the scores come, and one for retain where
-    that does not fit one batch of `batch_tokens`. group: as in `knowledge_density`. Leaves no gradient, hook or changed flag behind.
-    Errors: ValueError as `knowledge_density`, and for a retain set that is missing or has no use.
+    that does not fit one batch of `batch_tokens`. Leaves no gradient, hook or changed flag behind.
+    Errors: as `knowledge_density`, and ValueError for a retain set that is missing or has no use.
     """
     for name, value, known in (("method", method, METHODS), ("modules", modules, MODULES)):
         if value not in known:
@@ -120,8 +127,7 @@ def attribute(
         raise ValueError(f"method={method!r} compares with a retain set: give retain=samples to keep")
     if retain is not None and method in ("grad", "sure"):
         raise ValueError(f"method={method!r} takes no retain set: leave it out")
-    if not mu > 0:
-        raise ValueError(f"mu={mu}: expected above 0")
+    how = taken(AttributionSettings, settings, "attribute")
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     forget = checked_samples(forget, "forget sample")
     retain = None if retain is None else checked_samples(retain, "retain sample")
@@ -136,7 +142,7 @@ def attribute(
     done: set[str] = set()
 
     def score(path: str, forget_gradient: torch.Tensor, retain_gradient: torch.Tensor | None) -> None:
-        found[path] = weights[path].score(method, forget_gradient, retain_gradient, mu, max_cosine)
+        found[path] = weights[path].score(method, forget_gradient, retain_gradient, how)
         done.add(path)
 
     def mean(path: str, gradient: torch.Tensor, count: int) -> torch.Tensor:
@@ -155,15 +161,13 @@ def attribute(
     def on_retain(path: str, gradient: torch.Tensor) -> None:
         score(path, found[path], mean(path, gradient, len(retain)))
 
-    measurement = Measurement(
-        decoder, watched, How("grad_l2sq", impl), batch_tokens, gradient_checkpointing, group=group
-    )
-    with measurement.ready(len(forget) + len(retain or ()), progress, "attribution") as bar:
-        measurement.gradients(forget, on_forget, bar, squared=method == "fisher")
+    measurement = Measurement(decoder, watched, How("grad_l2sq", how.impl), how)
+    with measurement.ready(len(forget) + len(retain or ()), "attribution"):
+        measurement.gradients(forget, on_forget, squared=method == "fisher")
         for path in weights.keys() - found.keys():  # what the forget set does not reach
             on_forget(path, weights[path].zeros())
         if retain is not None:
-            measurement.gradients(retain, on_retain, bar, squared=method == "fisher")
+            measurement.gradients(retain, on_retain, squared=method == "fisher")
             for path in weights.keys() - done:
                 on_retain(path, weights[path].zeros())
     scores = {path: found.pop(path) for path in weights}  # in the model's order
@@ -191,7 +195,7 @@ class _Weight:
         return torch.zeros_like(self.parameter, dtype=torch.promote_types(self.parameter.dtype, torch.float32))
 
     def score(
-        self, method: str, forget: torch.Tensor, retain: torch.Tensor | None, mu: float, max_cosine: float
+        self, method: str, forget: torch.Tensor, retain: torch.Tensor | None, how: AttributionSettings
     ) -> torch.Tensor:
         """The formulas of the module's docstring. forget, retain: mean gradients (fisher: mean squares), written over."""
         if method == "grad":
@@ -200,7 +204,7 @@ class _Weight:
             return forget if retain is None else torch.where(forget == 0, 0.0, forget.div_(retain))
         if method == "wagle":
             value = self._value().to(retain.device)
-            return retain.div_(-mu).add_(value).mul_(forget).abs_()
+            return retain.div_(-how.mu).add_(value).mul_(forget).abs_()
         if method == "sure" and self._inputs is None:
             return forget.abs_()
         if method == "sure":
@@ -209,7 +213,7 @@ class _Weight:
             a, b = forget.reshape(self._number, -1), retain.reshape(self._number, -1)
             norms = (inner_product(a, a) * inner_product(b, b)).sqrt()
             cosine = torch.where(norms > 0, inner_product(a, b) / norms, 0.0)
-            size = torch.where(cosine < max_cosine, norm_of(a, "grad_l1") / a.shape[1], 0.0)
+            size = torch.where(cosine < how.max_cosine, norm_of(a, "grad_l1") / a.shape[1], 0.0)
             return size.to(forget.dtype).reshape(-1, *[1] * (forget.dim() - 1))
         return forget.sign_().mul_(retain.sign_()).neg_().add_(0.0)  # the last for -0.0
 

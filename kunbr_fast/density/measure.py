@@ -3,11 +3,9 @@
     K_l = mean over samples of || dL(sample)/dW_l ||_1          (reduction="sample", the paper's)
     K_l = || mean over samples of dL(sample)/dW_l ||_1          (reduction="mean", the norm of the mean gradient)
 
-where L(sample) is the mean NLL over the sample's labelled tokens. Nothing is updated. Here are what can be asked for, the
-result (`Density`), and how it is made of the gradients' norms and products; `gradients` has the passes that read those.
-
-Other statistics of the same gradients stand beside the L1 norm: Fisher information, its ratio and the gradients' cosine
-between forget and retain set, and SLUG's importance. `attribution` has scores of single weights.
+where L(sample) is the mean NLL over the sample's labelled tokens. Nothing is updated. Other statistics of the same
+gradients: Fisher information, its ratio and the gradients' cosine between forget and retain set, and SLUG's importance.
+`passes` reads the gradients; `attribution` has scores of single weights.
 """
 
 from __future__ import annotations
@@ -21,23 +19,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from kunbr_fast.data import Sample
 from kunbr_fast.density.layer_kinds import How, Watched, norm_of
-from kunbr_fast.density.passes import (
-    MODULES,
-    Measurement,
-    check_values,
-    checked_samples,
-    choose_tiles,
-    inner_product,
-    num_weights,
-    watch_list,
-)
+from kunbr_fast.density.passes import Measurement, PassSettings, checked_samples, inner_product
+from kunbr_fast.density.sums import check_values
+from kunbr_fast.density.watch import MODULES, choose_tiles, num_weights, watch_list
 from kunbr_fast.files.atomic import write_json
+from kunbr_fast.keywords import taken
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.parallel.group import ALONE, Group
 
 NORMS = ("grad_l1", "grad_l2", "grad_l2sq", "grad_linf", "grad_mean_abs")
 STATISTICS = (*NORMS, "fisher", "fisher_ratio", "cosine", "slug")
@@ -57,12 +47,13 @@ class Density:
     """Knowledge density of each layer, un-normalised.
 
     per_layer: float64 (H,), the expected norm of the gradient of the layer's weights taken together (grad_l1: nats
-    per unit of weight, summed over weights); per_module: of one parameter each, by its path, such as
-    "model.layers.3.mlp.up_proj.weight", or "model.layers.3.mlp.experts.down_proj[5]" for the matrix of one expert;
-    num_weights: (H,) int64, how many weights each entry of per_layer is about; num_samples: how many samples the
-    expectation is over. sample_fraction: of the tiles of output rows that were measured, None for all of them, and
-    standard_error: float64 (H,), of per_layer as an estimate from that part (None: nothing was sampled). alignment:
-    float64 (H,), beside SLUG's importance the cosine of the layers' mean forget and retain gradients (None: no retain set).
+    per unit of weight, summed over weights).
+    per_module: {path: the same of one parameter}, such as "model.layers.3.mlp.up_proj.weight", or
+    "model.layers.3.mlp.experts.down_proj[5]" for the matrix of one expert.
+    num_weights: int64 (H,), the weights that each entry of per_layer is about. num_samples: of the expectation.
+    sample_fraction: the part of the output rows that was measured, None for all; standard_error: float64 (H,), of
+    per_layer as an estimate from that part, else None.
+    alignment: float64 (H,), for SLUG with a retain set the cosine of each layer's mean forget and retain gradients.
     """
 
     per_layer: torch.Tensor
@@ -117,6 +108,17 @@ class Density:
 # ---------------------------------------------------------------- the measurement
 
 
+@dataclasses.dataclass(frozen=True)
+class DensitySettings(PassSettings):
+    """sample_fraction: an unbiased estimate of grad_l1, grad_mean_abs, grad_l2sq or fisher from about this part of each
+    matrix's output rows, in tiles of 16, chosen without replacement by `sample_seed`, at least two a matrix and the same
+    for all samples; vectors and routers are measured whole. `standard_error` is about the choice of tiles, not about that
+    of the samples."""
+
+    sample_fraction: float | None = None
+    sample_seed: int = 0
+
+
 def knowledge_density(
     model: nn.Module | Decoder,
     samples: Iterable[Any],
@@ -125,15 +127,7 @@ def knowledge_density(
     reduction: str | None = None,
     *,
     retain: Iterable[Any] | None = None,
-    batch_tokens: int = 2048,
-    gradient_checkpointing: bool | None = None,
-    sample_fraction: float | None = None,
-    sample_seed: int = 0,
-    activations: str = "auto",
-    directory: str | Path | None = None,
-    impl: str = "auto",
-    progress: bool = False,
-    group: Group = ALONE,
+    **settings: Any,
 ) -> Density:
     """Knowledge density of every layer for `samples` (usually the forget set), or another statistic of its gradients.
 
@@ -153,62 +147,46 @@ def knowledge_density(
         cosine                      g_f . g_r / (|g_f| |g_r|), of the mean gradients of `samples` and `retain`; 0 where
                                     one of them is 0
         slug                        |g_f|_2 / |w|_2, of the mean gradient: the layer importance of SLUG (arXiv
-                                    2407.11867), whose other axis, with `retain`, is |alignment| (`blocks.pareto_front`)
+                                    2407.11867), whose other axis, with `retain`, is |alignment| (`pareto_front`)
     reduction: `sample`, the mean over samples of each one's statistic (memory does not grow with the number of
     samples); `mean`, the statistic of the mean gradient (holds one fp32 gradient of the chosen weights, and none if
-    all samples fit one batch). None: `mean` for cosine and slug, which have no other, else `sample`.
+    all samples fit one batch; several processes sum theirs). None: `mean` for cosine and slug, which have no other, else
+    `sample`.
     retain: a second set in the form of `samples`, for fisher_ratio, cosine and slug. Cosine and alignment hold one fp32
     gradient of the chosen weights, and a second one where `retain` does not fit one batch.
-    batch_tokens: tokens of one packed forward and backward pass; where memory runs out, fewer, with the same result.
-    gradient_checkpointing: keep only each layer's input for the backward pass and run the layer again; None: if the
-    model has it enabled. The result is the same.
-    sample_fraction: an unbiased estimate of grad_l1, grad_mean_abs, grad_l2sq or fisher from about this part of each
-    matrix's output rows, in tiles of 16, chosen without replacement by `sample_seed`, at least two a matrix and the same
-    for all samples; vectors and routers are measured whole. `standard_error` is about the choice of tiles, not about
-    that of the samples.
-    activations, directory: of a streamed model each layer is read once on the way up and once on the way down for all
-    samples together; where their activations wait between two layers (layers x tokens x hidden size), as in `PrefixCache`.
-    group: processes that call this together, with the same arguments (`distributed.joined`): each measures its part of
-    the samples, and all have the whole result. With reduction="mean" they sum their gradients of the chosen weights.
+    settings: the fields of `DensitySettings` and `PassSettings`.
 
     Equivalent, at H forward and backward passes' price for one sample at a time:
         for s in samples: loss(model, s).backward(); K += model.layers[l].weight.grad.abs().sum(); zero_grad()
 
     Leaves no gradient, hook or changed flag behind. In a ratio 0 / 0 counts 0. Errors: ValueError with the module path
     for a module of no known kind, a tied weight, a sample without a labelled token, a gradient that is not finite, or a
-    layer whose divisor is 0.
+    layer whose divisor is 0; TypeError for an unknown setting.
     """
-    reduction = _check_settings(modules, statistic, reduction, retain, sample_fraction)
+    how = taken(DensitySettings, settings, "knowledge_density")
+    reduction = _check_settings(modules, statistic, reduction, retain, how.sample_fraction)
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     samples = checked_samples(samples, "sample")
     if retain is not None:
         retain = checked_samples(retain, "retain sample")
     watched = watch_list(decoder, modules)
-    tiles = {} if sample_fraction is None else choose_tiles(watched, sample_fraction, sample_seed, decoder.device)
+    tiles = {}
+    if how.sample_fraction is not None:
+        tiles = choose_tiles(watched, how.sample_fraction, how.sample_seed, decoder.device)
     norm = _MEASURED_AS.get(statistic, statistic)
-    how = How("grad_l2sq" if norm in ("grad_l2", "cosine") else norm, impl, tiles)
-    measurement = Measurement(
-        decoder, watched, how, batch_tokens, gradient_checkpointing, activations, directory, group
-    )
+    kernels = How("grad_l2sq" if norm in ("grad_l2", "cosine") else norm, how.impl, tiles)
+    measurement = Measurement(decoder, watched, kernels, how)
 
     def density_of(samples: Sequence[Sample]) -> Density:
-        sums = measurement.norms(samples, norm, reduction, bar)
-        per_layer, per_module, variance = sums.means(len(samples) if reduction == "sample" else 1)
-        return Density(
-            per_layer,
-            per_module,
-            num_weights(decoder, watched),
-            len(samples),
-            modules,
-            norm,
-            reduction,
-            sample_fraction,
-            None if sample_fraction is None else variance.sqrt(),
-        )
+        sums, count = measurement.norms(samples, norm, reduction), len(samples)
+        per_layer, per_module, variance = sums.means(count if reduction == "sample" else 1)
+        error = None if how.sample_fraction is None else variance.sqrt()
+        weights = num_weights(decoder, watched)
+        return Density(per_layer, per_module, weights, count, modules, norm, reduction, how.sample_fraction, error)
 
-    with measurement.ready(len(samples) + len(retain or ()), progress) as bar:
+    with measurement.ready(len(samples) + len(retain or ())):
         if retain is not None and reduction == "mean":
-            products = _InnerProducts(measurement, samples, retain, bar)
+            products = _InnerProducts(measurement, samples, retain)
             density = products.cosine(modules) if statistic == "cosine" else products.importance(modules)
         else:
             density = density_of(samples)
@@ -258,7 +236,7 @@ def _check_settings(
 class _InnerProducts:
     """Of the mean gradients of two sets: forget . retain, forget . forget and retain . retain, of each matrix."""
 
-    def __init__(self, measurement: Measurement, forget: Sequence[Sample], retain: Sequence[Sample], bar: tqdm):
+    def __init__(self, measurement: Measurement, forget: Sequence[Sample], retain: Sequence[Sample]):
         self._decoder, self._watched = measurement.decoder, measurement.watched
         self._num_forget = len(forget)
         held: dict[str, torch.Tensor] = {}
@@ -269,8 +247,8 @@ class _InnerProducts:
             a = torch.zeros_like(b) if a is None else a
             found[path] = torch.stack([inner_product(a, b), inner_product(a, a), inner_product(b, b)])
 
-        measurement.gradients(forget, held.__setitem__, bar)
-        measurement.gradients(retain, against, bar)
+        measurement.gradients(forget, held.__setitem__)
+        measurement.gradients(retain, against)
         for path in list(held):  # of modules that the retain set does not reach
             against(path, torch.zeros_like(held[path]))
         scale = [1.0 / (len(forget) * len(retain)), 1.0 / len(forget) ** 2, 1.0 / len(retain) ** 2]

@@ -14,8 +14,8 @@ A task vector is what training changed: tau_k = theta_k - theta_0, for models th
                 model did not change has no sign. With one model, all three are its task vector.
 
 Tensors are read and computed in chunks of CHUNK entries, in fp32 (fp64 where the base is fp64), and written in the
-base's dtype into files with the layout of the base's own. The models' task vectors of a chunk come one by one. Memory: a
-dozen chunks, for any size and number of models. Disk: every input is read once, the output is written once.
+base's dtype into files with the layout of the base's own. The models' task vectors of a chunk come one by one. Memory:
+a dozen chunks, for any size and number of models. Disk: every input is read once, the output is written once.
 """
 
 from __future__ import annotations
@@ -251,8 +251,8 @@ def _check_same(sources: Sequence[_Source]) -> None:
         if odd := sorted(base.tensors.keys() ^ other.tensors.keys()):
             here, there = (base, other) if odd[0] in base.tensors else (other, base)
             raise ValueError(
-                f"{odd[0]} is in {here.tensors[odd[0]][0]} and not in {there.directory} ({len(odd)} tensors differ): all "
-                "models must be of the base's architecture; if it is a tied weight, save both with save_pretrained"
+                f"{odd[0]} is in {here.tensors[odd[0]][0]} and not in {there.directory} ({len(odd)} tensors differ): "
+                "all models must be of the base's architecture; if it is a tied weight, save both with save_pretrained"
             )
         for name, (file, tensor) in base.tensors.items():
             path, mine = other.tensors[name]

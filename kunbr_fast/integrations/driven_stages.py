@@ -1,4 +1,5 @@
-"""The stages of `kunbr_fast.unlearn`, driven from outside: entered and left one by one, step by step, by another's loop."""
+"""The stages of `kunbr_fast.unlearn`, driven from outside: entered and left one by one, step by step, by another's
+loop."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class Driver:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """The driver's steps `first` to `stop` (exclusive) of a stage. Number 0 is the warm-up, n the n-th visit of a block."""
+    """The driver's steps `first` to `stop` (exclusive) of a stage. Number 0 is the warm-up, n the n-th visit of a
+    block."""
 
     number: int
     first: int
@@ -247,8 +249,8 @@ class DrivenStages(Stages):
         return self._step.add(self.feed.batch(*mine, shares), self.driver.autocast())
 
     def gather(self, step: int) -> None:
-        """After the last micro-batch: sums the gradients over the ranks. Raises `Diverged`, with the weights as they were,
-        if something is not finite or the retain loss beyond its limit."""
+        """After the last micro-batch: sums the gradients over the ranks. Raises `Diverged`, with the weights as they
+        were, if something is not finite or the retain loss beyond its limit."""
         self.gathered, self._step = self._step or SharedStep(self.training), None
         number = step - self.at.first
         where = f"{'warm-up' if self.visit is None else f'block {layers(self.visit.block)}'}, step {number}"
@@ -257,8 +259,8 @@ class DrivenStages(Stages):
         self._since_log.append(metrics)
 
     def logged(self, losses_too: bool) -> dict[str, float]:
-        """Numbers alone, which every logger takes: the stage (0 the warm-up, n the n-th visit), the block's first and last
-        layer, and the mean losses of the steps since the last time."""
+        """Numbers alone, which every logger takes: the stage (0 the warm-up, n the n-th visit), the block's first and
+        last layer, and the mean losses of the steps since the last time."""
         found: dict[str, float] = {"stage": self.at.number}
         if self.visit is not None:
             found |= {"first_layer": self.visit.block.start, "last_layer": self.visit.block.stop - 1}

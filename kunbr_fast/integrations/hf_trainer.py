@@ -6,13 +6,13 @@
 
 One `train()` is all stages in one row of Trainer's steps: the warm-up's epochs, then those of each visit of a block, in
 the order of `run.visits`. The stages are those of `kunbr_fast.unlearn` (`driven_stages`) and each step sees the same
-samples, so the weights are the same. Trainer's internals that this relies on: `_wrap_model` (called once before training;
-a model that it returns wrapped gets no DistributedDataParallel), `callback_handler.callbacks`, and trainer_state.json
-being the last file of a checkpoint.
+samples, so the weights are the same. Trainer's internals that this relies on: `_wrap_model` (called once before
+training; a model that it returns wrapped gets no DistributedDataParallel), `callback_handler.callbacks`, and
+trainer_state.json being the last file of a checkpoint.
 
 With several processes each holds the whole model and prefix cache, takes its part of every step's samples, and sums the
-gradients of what is trained (for a block one vector). The main process writes the stages' results to `output_dir/kunbr`, a
-folder that all must see.
+gradients of what is trained (for a block one vector). The main process writes the stages' results to
+`output_dir/kunbr`, a folder that all must see.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ class KUnBRMixin:
         self.config = KUnBRConfig.from_dict(dict(config)) if isinstance(config, Mapping) else config or KUnBRConfig()
         if self.config.micro_batch_tokens is not None:
             raise ValueError(
-                f"micro_batch_tokens={self.config.micro_batch_tokens}: here per_device_train_batch_size is what goes through at "
-                "once, gradient_accumulation_steps times in a step: leave it out"
+                f"micro_batch_tokens={self.config.micro_batch_tokens}: here per_device_train_batch_size is what goes "
+                "through at once, gradient_accumulation_steps times in a step: leave it out"
             )
         self.forget_dataset, self.retain_dataset, self.unlearned = forget_dataset, retain_dataset, unlearned
         self.density: Density | None = None
@@ -182,7 +182,8 @@ class KUnBRMixin:
     # ------------------------------------------------ Trainer's hooks
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's `train`, after which the model is M_u with its trained blocks. After an exception it is the original.
+        """Trainer's `train`, after which the model is M_u with its trained blocks. After an exception it is the
+        original.
 
         Errors: ValueError for data or settings that do not fit, before anything is computed; `Diverged`."""
         checkpoint, steps = None, 0
@@ -305,23 +306,24 @@ class KUnBRTrainer(KUnBRMixin, Trainer):
         trainer = KUnBRTrainer(model, args, config=config, forget_dataset=forget, retain_dataset=retain)
         trainer.train()
 
-    config: a `KUnBRConfig`, or a mapping of its settings, says what is done: stages, epochs, learning rates, optimisers,
-    objective, order of the data. args (`TrainingArguments`) says how: per_device_train_batch_size times
-    gradient_accumulation_steps times the processes are the forget samples of a step (config.batch_size is not read, nor
-    are args' num_train_epochs, learning_rate, optim and weight_decay); max_grad_norm and lr_scheduler_type, the latter
-    anew in each stage, do what they always do. With max_grad_norm=0 and lr_scheduler_type="constant" the weights are
-    those of `kunbr_fast.unlearn`.
+    config: a `KUnBRConfig`, or a mapping of its settings, says what is done: stages, epochs, learning rates,
+    optimisers, objective, order of the data. args (`TrainingArguments`) says how: per_device_train_batch_size times
+    gradient_accumulation_steps times the processes are the forget samples of a step (config.batch_size is not read,
+    nor are args' num_train_epochs, learning_rate, optim and weight_decay); max_grad_norm and lr_scheduler_type, the
+    latter anew in each stage, do what they always do. With max_grad_norm=0 and lr_scheduler_type="constant" the
+    weights are those of `kunbr_fast.unlearn`.
 
-    forget_dataset, retain_dataset: data sets of {"input_ids", "labels"}, or records and a tokenizer as processing_class.
-    Or train_dataset: one with both as attributes `forget` and `retain` (OpenUnlearning's), else its items are read once,
-    as {"forget": ..., "retain": ...} or after data_collator has made that of each; different samples count once. Batches
-    are made from these in kunbr_fast's own order, so that the prefix cache holds what every step needs.
+    forget_dataset, retain_dataset: data sets of {"input_ids", "labels"}, or records and a tokenizer as
+    processing_class. Or train_dataset: one with both as attributes `forget` and `retain` (OpenUnlearning's), else its
+    items are read once, as {"forget": ..., "retain": ...} or after data_collator has made that of each; different
+    samples count once. Batches are made from these in kunbr_fast's own order, so that the prefix cache holds what
+    every step needs.
     unlearned: an M_u of any method, a model or a state dict; then there is no warm-up.
 
     After `train()` the model is M_u with its trained blocks, `density` and `blocks` hold what was measured and chosen.
-    While it trains the model is what the stage has: M_u in the making, or the original with the active block; so are the
-    checkpoints, and what evaluations and callbacks see. Logs have `stage` (0: the warm-up, n: the n-th visit in the order in
-    which they are made: independent blocks have all their rounds one after the other, cumulative ones go round by round),
+    While it trains the model is what the stage has: M_u in the making, or the original with the active block; so are
+    the checkpoints, and what evaluations and callbacks see. Logs have `stage` (0: the warm-up, n: the n-th visit of a
+    block: an independent block has all its rounds before the next block begins, cumulative ones go round by round),
     `first_layer`, `last_layer`, `forget_loss` and `retain_loss`.
 
     train(resume_from_checkpoint=True) goes on from the last whole checkpoint, to the same bits as without; it needs the

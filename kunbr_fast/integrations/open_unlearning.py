@@ -1,7 +1,8 @@
 """OpenUnlearning (github locuslab/open-unlearning) on our engine, with no edit to its tree. From its checkout:
 
     python -m kunbr_fast.integrations.open_unlearning --config-name=unlearn.yaml trainer=KUnBR ...
-    python -m kunbr_fast.integrations.open_unlearning --config-name=unlearn.yaml trainer=GradDiff +kunbr_fast.patch=true ...
+    python -m kunbr_fast.integrations.open_unlearning --config-name=unlearn.yaml trainer=GradDiff \
+        +kunbr_fast.patch=true ...
 
 Every argument is Hydra's, as for its own `python src/train.py`, which this runs after it has put our trainer into
 TRAINER_REGISTRY and our configs onto Hydra's search path. Settings of ours, all optional:
@@ -17,10 +18,11 @@ TRAINER_REGISTRY and our configs onto Hydra's search path. Settings of ours, all
 RMU with chosen weights (`trainable_params_regex`) makes gradients of all others too, and its clipping counts them in
 the norm. With patch and `trainer.args.max_grad_norm=0` those gradients are not made; with clipping they must be.
 
-Its code was written for transformers 4.45. What later releases changed is put right here, in subclasses of its trainers:
-`tokenizer` became `processing_class`, `compute_loss` is given num_items_in_batch (and a loss that does not use it must
-say so, or gradient accumulation multiplies it), TrainingArguments has no logging_dir, and `apply_chat_template` gives a
-dict; and an eval_strategy wants an eval_dataset, which its evaluators have no use for. README says with which versions this was run. Several processes, DeepSpeed and FSDP were not run.
+Its code was written for transformers 4.45. What later releases changed is put right here, in subclasses of its
+trainers: `tokenizer` became `processing_class`, `compute_loss` is given num_items_in_batch (and a loss that does not
+use it must say so, or gradient accumulation multiplies it), TrainingArguments has no logging_dir, and
+`apply_chat_template` gives a dict; and an eval_strategy wants an eval_dataset, which its evaluators have no use for.
+README says with which versions this was run. Several processes, DeepSpeed and FSDP were not run.
 """
 
 from __future__ import annotations
@@ -189,8 +191,8 @@ class _Patched:
         spare = [p for p in self.model.parameters() if p.requires_grad and id(p) not in taken]
         if spare and self.args.max_grad_norm:
             logger.warning(
-                "%d parameters are not trained, but their gradients are made, as they count in the norm that is clipped: "
-                "trainer.args.max_grad_norm=0 saves them",
+                "%d parameters are not trained, but their gradients are made, as they count in the norm that is "
+                "clipped: trainer.args.max_grad_norm=0 saves them",
                 len(spare),
             )
         elif self.accelerator.num_processes == 1:

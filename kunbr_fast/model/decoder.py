@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as run_again
 
@@ -31,93 +30,13 @@ from kunbr_fast.data import PackedBatch, pack
 from kunbr_fast.files.models import save_model
 from kunbr_fast.memory import Place
 from kunbr_fast.model import compat
+from kunbr_fast.model.attention import ATTENTION
 from kunbr_fast.model.finite import check_finite
 from kunbr_fast.model.frozen import evaluating, frozen
 from kunbr_fast.model.weights import Weights, weights_of
 
-ATTENTION = "kunbr_packed"
-
-
-# ---------------------------------------------------------------- attention over packed samples
-
-
-def packed_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    kunbr_batch: PackedBatch | None = None,
-    kunbr_rows: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each packed sample. query (1, Hq, T, d), key and value (1, Hkv, T, d) -> (1, T, Hq, d).
-
-    The samples are laid out right-padded, (B, Hq, Lmax, d). Causality alone keeps real queries from padded keys
-    (those lie to their right), so no mask is needed, and padded queries are dropped on the way back.
-    With `kunbr_rows`, the batch's labelled rows, the queries are of those alone: (1, Hq, R, d) -> (1, R, Hq, d).
-    """
-    if kunbr_batch is None:
-        raise ValueError(
-            f"{type(module).__name__} did not hand its keyword arguments to the attention function: "
-            "this architecture cannot run packed samples"
-        )
-    if dropout:
-        raise ValueError(f"attention dropout of {dropout} is active: call model.eval() first")
-    batch, longest = kunbr_batch, max(kunbr_batch.lengths)
-
-    def to_grid(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-        x = x[0].transpose(0, 1)  # (T, heads, d)
-        if index is not None:
-            x = x.index_select(0, index)
-        return x.unflatten(0, (batch.num_samples, -1)).transpose(1, 2)
-
-    place = torch.arange(longest, device=query.device)
-    queries = place[None]  # the places in their samples of the queries, (1 or B, Lmax or Rmax)
-    if kunbr_rows is None:
-        index, back = batch.pad_index, None if batch.pad_index is None else batch.unpad_index
-    else:
-        index, back, queries = batch.row_grid
-    query, key, value = to_grid(query, index), to_grid(key, batch.pad_index), to_grid(value, batch.pad_index)
-    allowed = None  # (1 or B, 1, queries, keys); None: all that causality allows
-    narrow = sliding_window is not None and longest > sliding_window
-    if narrow or kunbr_rows is not None or softcap is not None:
-        distance = (queries[:, :, None] - place)[:, None]
-        allowed = distance >= 0
-        if narrow:
-            allowed &= distance < sliding_window
-    if softcap is None:
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=allowed,
-            is_causal=allowed is None,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-    else:  # SDPA has no softcap: the plain formula, softmax in fp32 as the models' own code has it
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
-        scores = scores.masked_fill(~allowed, float("-inf"))
-        out = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
-    out = out.transpose(1, 2).flatten(0, 1)  # (B * Lmax, Hq, d)
-    if back is not None:
-        out = out.index_select(0, back)
-    return out[None], None
-
-
-if compat.AttentionInterface is not None:
-    compat.AttentionInterface.register(ATTENTION, packed_attention)
-
-
-# ---------------------------------------------------------------- the decoder
+# (number of the batch, where its pass begins, its end, gradient of its output or None), see `Decoder.passes`
+Turn = Callable[[int, "Stretch", int, torch.Tensor | None], None]
 
 
 def find_layers(model: nn.Module, config: Any = None, name: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -364,13 +283,42 @@ class Decoder:
     def forward_to(
         self, batches: Iterable[PackedBatch], layers: Iterable[int], place: Place | None = None
     ) -> Iterator[Arrival]:
-        """Takes batches to the inputs of `layers`: yields each batch, in some order, until it has been there for every
-        layer. A model in memory yields a batch once, at the embeddings, for all layers; a streamed one for each layer,
-        from low to high, all batches in their order, so that every layer is read once. place: where a streamed model's
-        activations wait."""
+        """Forward passes by way of the inputs of `layers`: yields each batch until it has been there for all of them.
+
+        A model in memory yields each batch once, at the embeddings, for all layers. A streamed one yields all batches for
+        one layer, then for the next, from low to high, so that every layer is read once. place: where a streamed model's
+        activations wait.
+        """
         layers = sorted(set(layers))
         for number, batch in enumerate(batches):
             yield Arrival(number, batch, layers)
+
+    def groups(self, batches: Sequence[PackedBatch]) -> Sequence[Sequence[PackedBatch]]:
+        """Which batches `passes` is to be given at once: those that share the reading of a layer."""
+        return [[batch] for batch in batches]
+
+    def passes(
+        self,
+        batches: Sequence[PackedBatch],
+        start: int,
+        turn: Turn,
+        recompute: bool = False,
+        place: Place | None = None,
+    ) -> None:
+        """A forward and backward pass of each batch through layers start...H-1.
+
+        turn(number, stretch, stop, dy): batch `number`, forward from `stretch` to the input of layer `stop`, and backward:
+        from dy, the gradient of that, or where dy is None from the loss. The stretch's hidden states require grad, and
+        have one afterwards. A model in memory has one turn for each batch, a streamed one a turn for each of its
+        layers, from high to low. recompute: of the stretch, where it has several layers. place: where a streamed
+        model's activations wait.
+        """
+        for number, batch in enumerate(batches):
+            with torch.no_grad():
+                hidden = self.embed(batch)
+                hidden = self.run(batch, Stretch(0, hidden), start) if start else hidden
+            turn(number, Stretch(start, hidden.requires_grad_(), recompute), self.num_layers, None)
+            del hidden  # before the next one is made
 
     # ------------------------------------------------ running
 

@@ -57,6 +57,7 @@ from kunbr_fast.kernels.dispatch import Unavailable
 from kunbr_fast.kernels.projections import autocast_dtype, no_autocast
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.weights import other_names, owners
 
 logger = logging.getLogger(__name__)
 COVER_PRECISIONS = ("none", "fp8", "int8", "nf4", "fp8_matmul")
@@ -356,31 +357,29 @@ def _restore(linear: _Linear) -> None:
 
 def _linears(decoder: Decoder, indices: Iterable[int], strict: bool) -> Iterator[tuple[str, nn.Module]]:
     """The modules of these layers whose weights can be taken, by path; strict: ValueError for any other with a matrix."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in decoder.model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    uses = owners(decoder.model)
     for index in indices:
         for inner, module in decoder.layers[index].named_modules():
             path = f"{decoder.layer_path(index)}.{inner}".rstrip(".")
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() < 2:
                     continue
-                reason = _why_not(module, name, parameter, owners[id(parameter)], path)
+                reason = _why_not(module, name, parameter, other_names(uses, parameter, f"{path}.{name}"))
                 if reason is None:
                     yield path, module
                 elif strict:
                     raise ValueError(f"{path}: {reason}; set cover_precision none")
 
 
-def _why_not(module: nn.Module, name: str, parameter: nn.Parameter, owners: list[str], path: str) -> str | None:
+def _why_not(module: nn.Module, name: str, parameter: nn.Parameter, others: str) -> str | None:
     if type(module) not in (nn.Linear, Conv1D) or name != "weight":
         return f"low precision takes the weights of nn.Linear and Conv1D, not {name} of {type(module).__name__}"
     if "forward" in module.__dict__:
         return "another tool has put its own forward into this module"
     if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
         return f"its weight is {type(parameter).__name__} of {parameter.dtype}, not a plain one"
-    if len(owners) > 1:
-        return f"its weight is tied to {', '.join(owner for owner in owners if owner != f'{path}.{name}')}"
+    if others:
+        return f"its weight is tied to {others}"
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,8 @@ from torch import nn
 
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.memory import Place
-from kunbr_fast.model.decoder import Arrival, Decoder, Stretch
+from kunbr_fast.model.decoder import Arrival, Decoder, Stretch, Turn
+from kunbr_fast.model.layer_major import LayerMajor
 from kunbr_fast.model.weights import weights_of
 
 
@@ -58,3 +59,19 @@ class StreamedDecoder(Decoder):
                     waiting.copy_(self.run(batch, Stretch(layer, waiting.to(self.device)), layer + 1))
             for number, waiting in enumerate(store):
                 yield Arrival(number, batches[number], [stop], Stretch(stop, waiting.to(self.device, copy=True)))
+
+    def groups(self, batches: Sequence[PackedBatch]) -> Sequence[Sequence[PackedBatch]]:
+        return [batches] if batches else []
+
+    def passes(
+        self,
+        batches: Sequence[PackedBatch],
+        start: int,
+        turn: Turn,
+        recompute: bool = False,
+        place: Place | None = None,
+    ) -> None:
+        def one_layer(layer: int, number: int, x: torch.Tensor, dy: torch.Tensor | None) -> None:
+            turn(number, Stretch(layer, x), layer + 1, dy)
+
+        LayerMajor(self, batches, start, self.num_layers - 1, place).run(one_layer, need_first=True)

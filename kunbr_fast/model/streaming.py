@@ -25,6 +25,7 @@ from kunbr_fast.model import compat
 from kunbr_fast.model.decoder import find_layers
 from kunbr_fast.model.layer_stream import LayerStream, Piece
 from kunbr_fast.model.streamed import StreamedDecoder
+from kunbr_fast.model.weights import owners
 
 
 def open_streamed(
@@ -102,9 +103,7 @@ def _saved_dtype(config: Any, shards: Shards) -> torch.dtype:
 def _sources(model: nn.Module, shards: Shards) -> dict[str, list[Piece]]:
     """{parameter or saved buffer: what it is made of}. ValueError unless all is there, in the right shapes."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
-    owners: dict[int, list[str]] = {}
-    for name, parameter in tensors.items():
-        owners.setdefault(id(parameter), []).append(name)
+    uses = owners(model)
     for path, module in model.named_modules():
         for key, buffer in module._buffers.items():
             if buffer is not None and key not in module._non_persistent_buffers_set:
@@ -112,7 +111,7 @@ def _sources(model: nn.Module, shards: Shards) -> dict[str, list[Piece]]:
     named = _named_by_the_model(model, shards)
     found, missing = {}, []
     for name, tensor in tensors.items():
-        names = (name, *owners.get(id(tensor), ()))  # a tied weight is kept under one of its names
+        names = (name, *uses.get(id(tensor), ()))  # a tied weight is kept under one of its names
         pieces = next((named[n] for n in names if n in named), None)
         if pieces is None:
             missing.append(name)

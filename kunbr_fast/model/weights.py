@@ -64,3 +64,16 @@ def weights_of(model: nn.Module) -> Weights:
     return next((vars(module)[CARRIED] for module in model.modules() if CARRIED in vars(module)), None) or Weights(
         model
     )
+
+
+def owners(model: nn.Module) -> dict[int, list[str]]:
+    """{id of a parameter: all its names}, several where it is tied."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def other_names(found: dict[int, list[str]], parameter: nn.Parameter, name: str) -> str:
+    """The names that the parameter `name` has besides, for an error; "" where it is not tied. found: from `owners`."""
+    return ", ".join(other for other in found[id(parameter)] if other != name)

@@ -1,1 +1,1 @@
-"""Processes that work together."""
+"""Processes that work together, and which of them computes what."""

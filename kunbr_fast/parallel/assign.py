@@ -1,31 +1,30 @@
-"""Who computes what: blocks and samples, dealt out to processes."""
+"""Which rank computes what: blocks and samples, dealt out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-# What a step shared by all costs beyond its part: small batches use a GPU less well, and gradients are summed. A guess.
+# A shared step takes longer than its share of the work: small batches use a GPU less well, and gradients are summed.
+# 1.25 is a guess.
 SHARING_COSTS = 1.25
-
-
 PARALLEL = ("auto", "blocks", "samples")
 
 
 def block_cost(block: range, num_layers: int) -> float:
-    """What a step of a block's training takes, in forward passes of one layer: 3 for each of its own layers (forward, dX,
-    dW), 2 for each above (forward, dX). Those below are in the prefix cache."""
+    """The cost of a training step, in forward passes of one layer: 3 for each layer of the block (forward, dX, dW), 2
+    for each cover layer (forward, dX), 0 for those below (prefix cache)."""
     return 3.0 * len(block) + 2.0 * (num_layers - block.stop)
 
 
 def spread_blocks(
     costs: Sequence[float], size: int, share: float, parallel: str = "auto"
 ) -> tuple[list[list[int]], list[int]]:
-    """(the blocks that each process trains alone, those that all train together), as indices into `costs`.
+    """Returns (blocks that each rank trains alone, blocks that all ranks train together), as indices into `costs`.
 
-    share: the part of a step that the busiest process has where all train together. parallel: "blocks" for all alone,
-    "samples" for all together, "auto" for whatever is predicted to end first: the blocks alone are dealt out longest
-    first, each to the process with the least to do; and where that leaves some idle (fewer blocks than processes, or
-    seven on four), the cheapest or the costliest ones are trained together by all.
+    share: the busiest rank's part of a step that all ranks share; 1 / size at best. parallel: "blocks" trains all
+    blocks alone, "samples" all together, "auto" does what is predicted to end first. Blocks to be trained alone are
+    dealt out longest first, each to the rank with the least to do. Where that leaves ranks idle (fewer blocks than
+    ranks, or seven on four), "auto" has the cheapest or the costliest ones trained together.
     """
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
 
@@ -50,18 +49,18 @@ def spread_blocks(
 
 
 def homes(steps: Iterable[Sequence[int]], sizes: Sequence[int], ranks: int) -> list[int]:
-    """For each sample the process that it always goes to, in steps that all processes share.
+    """Returns for each sample its home: the rank that always computes it, in steps that all ranks share.
 
-    steps: each one's samples; sizes: of each sample, in tokens. A fixed home means that one process alone needs the sample's
-    activations. The steps are known beforehand, so homes are chosen, longest sample first, where the sample meets the
-    fewest tokens of its own steps (an index modulo `ranks` leaves the busiest process with 1.6 times its part at 12 samples
-    a step on 4 processes; this with 1.2 to 1.4 times, and less in larger steps).
+    steps: the samples of each step. sizes: tokens of each sample. With a fixed home only one rank needs the sample's
+    cached activations. Homes are balanced over the known steps: longest sample first, each to the rank with the fewest
+    tokens in the sample's own steps. At 12 samples a step and 4 ranks, the busiest rank has 1.2 to 1.4 times its fair
+    part (index modulo `ranks`: 1.6 times), and less in larger steps.
     """
     where: list[list[int]] = [[] for _ in sizes]
     for number, step in enumerate(steps):
         for i in step:
             where[i].append(number)
-    tokens: dict[int, list[int]] = {}  # of a step, on each process
+    tokens: dict[int, list[int]] = {}  # step -> tokens on each rank
     held = [0] * ranks
     home = [0] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -75,7 +74,7 @@ def homes(steps: Iterable[Sequence[int]], sizes: Sequence[int], ranks: int) -> l
 
 
 def busiest_share(steps: Iterable[Sequence[int]], sizes: Sequence[int], home: Sequence[int], ranks: int) -> float:
-    """The part of all steps' tokens that the busiest process of each step has: 1 / ranks at best."""
+    """The busiest rank's part of the tokens, summed over all steps: 1 / ranks at best."""
     most = total = 0
     for step in steps:
         loads = [0] * ranks

@@ -14,7 +14,7 @@ import yaml
 from kunbr_fast.data import TARGETS
 from kunbr_fast.density import attribution
 from kunbr_fast.density.measure import REDUCTIONS
-from kunbr_fast.density.passes import MODULES
+from kunbr_fast.density.watch import MODULES
 from kunbr_fast.evaluation.accuracy import SCORINGS
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.atomic import atomic_write
@@ -88,7 +88,8 @@ class KUnBRConfig:
     retain_coeff: float = setting(1.0, "weight of the retain loss", "training")
     forget_loss_cap: float | None = setting(
         None,
-        "a forget token whose NLL (nats) is beyond this gets no further push; off as published (gradient_difference, ga)",
+        "a forget token whose NLL (nats) is beyond this gets no further push; off as published (gradient_difference, "
+        "ga)",
         "training",
     )
     weight_decay: float = setting(0.0, "of warm-up and blocks", "training")
@@ -152,12 +153,12 @@ class KUnBRConfig:
     )
     optimizer_device: str = setting(
         "device",
-        "where a block's optimiser state, and the weights that it updates, are: device (the model's) or host (main memory)",
+        "where a block's optimiser state and the weights that it updates lie: device or host (main memory)",
         "none",
     )
     micro_batch_tokens: int | None = setting(
         None,
-        "the most tokens that go through at once, a step's sums are the same (default: all; fewer where memory runs out)",
+        "the most tokens that go through at once; the step is the same (default: all, fewer where memory runs out)",
         "none",
     )
     checkpoint_every: int | None = setting(None, "steps between checkpoints (default: an epoch)", "none")
@@ -172,7 +173,7 @@ class KUnBRConfig:
     rtt_target: str = setting("all", "tokens the attack trains on", "rtt")
     gradient_checkpointing: bool = setting(
         False,
-        "keep only each layer's input for the backward pass, and run the layer again there: less memory, the same result",
+        "keep only each layer's input for the backward pass and run it again there: less memory, the same result",
         "none",
     )
     cuda_graphs: bool = setting(
@@ -182,7 +183,7 @@ class KUnBRConfig:
     )
     parallel: str = setting(
         "auto",
-        "with several processes (torchrun): blocks, each trained by one of them; samples, each step's spread over all; auto",
+        "with several processes (torchrun): blocks, each trained by one; samples, each step's spread over all; auto",
         "none",
     )
     impl: str = setting("auto", "auto, cuda, triton or torch", "none")
@@ -237,8 +238,8 @@ class KUnBRConfig:
         kinds = {c.alternate for c in both if c.alternate is not None}
         if len(kinds) > 1:
             raise ValueError(
-                f"{self.objective} and {self.warmup_objective} need different second answers ({', '.join(sorted(kinds))}): "
-                "a run has one alternate for each forget record"
+                f"{self.objective} and {self.warmup_objective} need different second answers "
+                f"({', '.join(sorted(kinds))}): a run has one alternate for each forget record"
             )
 
     def criterion(self, block: range | None = None, warmup: bool = False) -> Criterion:

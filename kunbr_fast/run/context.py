@@ -20,7 +20,7 @@ from kunbr_fast.run.state import RunState, SharedState
 
 @dataclasses.dataclass(frozen=True)
 class RunInputs:
-    """Models and data. questions: {"forget": records, "retain": records} to measure accuracy on; folds: of the attack."""
+    """Models and data. questions: {"forget": records, "retain": records}, for accuracy; folds: of the attack."""
 
     model: nn.Module
     forget: Sequence[Mapping]

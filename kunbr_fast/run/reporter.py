@@ -38,9 +38,9 @@ def _nothing(stage: str, part: str) -> contextlib.AbstractContextManager:
 class Reporter:
     """Tells what a run does.
 
-    progress: whether progress bars are shown. say(text): is given the lines. around(stage, part): gives a context manager
-    that is entered around each stage (part "") and each part of one: "step", from its samples to the update, and "prefix
-    cache", a fill or a move. A benchmark puts its clock there.
+    progress: whether progress bars are shown. say(text): is given the lines. around(stage, part): gives a context
+    manager that is entered around each stage (part "") and each part of one: "step", from its samples to the update,
+    and "prefix cache", a fill or a move. A benchmark puts its clock there.
     seconds: of the stages that have ended, by name.
     """
 

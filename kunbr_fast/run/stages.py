@@ -141,8 +141,8 @@ class Stages(Run):
         if (found := self.state.result(WARMUP)) is not None:
             if given not in (None, found.get("given")):
                 raise ValueError(
-                    f"{self.work}: the warm-up is done with another unlearned model than the one given now. Give the same "
-                    "one (--unlearned) or none, or another output directory"
+                    f"{self.work}: the warm-up is done with another unlearned model than the one given now. Give the "
+                    "same one (--unlearned) or none, or another output directory"
                 )
         elif given is not None:
             self._take_given(given)

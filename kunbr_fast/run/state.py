@@ -4,8 +4,8 @@
 A file is written under a new name first, then state.json refers to it, then the file it replaces is deleted; so a
 kill between any two of these leaves a state that is whole.
 
-Of several processes one writes state.json. While they work apart from each other each has a file of that kind for itself
-(`PartState`), which counts as a part of state.json, and is taken over into it by whoever opens the run next.
+Of several ranks the first writes state.json. While they work apart each has a small file of the same kind for itself
+(`PartState`), which counts as part of state.json; whoever opens the run next takes it over.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ FREE_WHILE_TRAINING = ("warmup_lr", "warmup_epochs", "block_lr", "block_epochs")
 
 
 def fingerprint(model: nn.Module, *parts: Sequence[Mapping[str, Any]]) -> str:
-    """A digest of a few values of every weight and of the data: of the tokens and labels of samples, of records but for
-    where they lie. Tells one run from another."""
+    """Tells one run from another: a digest of a few values of every weight and of the data (tokens and labels of samples;
+    records, but not where they lie)."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{len(part)} entries".encode())
@@ -86,7 +86,7 @@ class RunState:
         return state
 
     def _take_parts(self) -> list[Path]:
-        """Takes what `PartState`s have written into `state`; their files may go once state.json is written."""
+        """Takes over what each `PartState` has written. Returns their files, which may go once state.json is written."""
         paths = sorted(self.directory.glob("state.rank-*.json"))
         for path in paths:
             part = self._read(path)
@@ -158,7 +158,7 @@ class RunState:
         return self._checked(self.result(stage))
 
     def drop_file(self, stage: str) -> None:
-        """Deletes the file of a finished stage that no later one reads; its result stays."""
+        """Deletes the file of a finished stage that no later stage reads; the result stays."""
         _remove([self.directory / self.result(stage)["file"]])
 
     # ------------------------------------------------ progress within a stage
@@ -178,7 +178,7 @@ class RunState:
         _remove(path for path in old if path.name != name)
 
     def _replaced(self, stage: str) -> list[Path]:
-        """The files of progress that `stage`'s next entry stands for; only the entries are dropped."""
+        """Drops the progress that `stage`'s next entry replaces; returns its files, which are still there."""
         old = [self.state["current"], self.state["interrupted"].pop(stage, None)]
         return [self.directory / entry["file"] for entry in old if entry]
 
@@ -199,8 +199,8 @@ class RunState:
         return self._sha256(path)
 
     def _sha256(self, path: Path) -> str:
-        """Of a file that is as it was when this process read it last, without reading it again: M_u of a model of 8B has
-        16 GB, and is asked for three times."""
+        """A file's digest. One that this process has read and that has not changed since is not read again: M_u of an
+        8B model has 16 GB, and is asked for three times."""
         now = path.stat()
         now = now.st_ino, now.st_size, now.st_mtime_ns
         if self._read_before.get(path, (None, None))[0] != now:
@@ -220,9 +220,9 @@ class RunState:
 
 
 class PartState(RunState):
-    """What one of several processes adds to a run's state while they work on different stages, in a file of its own.
+    """What one rank adds to a run's state while the ranks work on different stages, in a file of its own.
 
-    It reads `whole`, which no process writes meanwhile; it makes no file before it has something to keep.
+    Reads `whole`, which no rank writes meanwhile. There is no file before there is something to keep.
     """
 
     def __init__(self, whole: RunState, rank: int):
@@ -251,7 +251,7 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 class SharedState(RunState):
-    """A `RunState` that one process writes, and all read: between two waits, so that none reads a later one."""
+    """A `RunState` that one rank writes and all read, between two waits, so that all read the same."""
 
     def __init__(self, writes: bool, wait: Callable[[], None], *arguments: Any):
         self._writes, self._wait = writes, wait
@@ -275,7 +275,7 @@ class SharedState(RunState):
         self._wait()
 
     def finish(self, stage: str, result: dict, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
-        """As `RunState.finish`; all call it, the result that counts is the writer's."""
+        """As `RunState.finish`. All ranks call it; the writer's result counts."""
         if self._writes:
             super().finish(stage, result, tensors)
         self._share()
@@ -285,13 +285,13 @@ class SharedState(RunState):
             super().save_progress(stage, step, tensors, extra)
 
     def drop_file(self, stage: str) -> None:
-        """All have read what it held: they have trained from it, and waited for each other since."""
+        """As `RunState.drop_file`. All ranks have read the file: they have waited for each other since."""
         if self._writes:
             super().drop_file(stage)
 
     @contextlib.contextmanager
     def apart(self, rank: int) -> Iterator[PartState]:
-        """Inside, each process has a state of its own to write to; afterwards all of it is here."""
+        """Inside, each rank writes to a state of its own; afterwards all of it is here."""
         if self._writes:
             self._interrupt(self.state["current"])
             self.state["current"] = None

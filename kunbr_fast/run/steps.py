@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping, MutableMapping
@@ -52,7 +53,8 @@ class Run:
     # ------------------------------------------------ what trainings read
 
     def measure(self, stage: Stage, needs: Needs) -> None:
-        """Adds the original's values that `needs` names, from the model, or from the state where they are there already."""
+        """Adds the original's values that `needs` names, from the model, or from the state where they are there
+        already."""
         if self.state.result(stage) is None:
             found = OriginalValues({})
             with self.reporter.stage(stage, "the original model's values for the objective") as took:
@@ -153,7 +155,7 @@ class Run:
         """Runs the steps of a stage that are not yet done, with checkpoints; returns {"epochs", "seconds"}."""
         first, account = 0, new_account()
         if (found := self.state.progress(stage)) is not None:
-            first, tensors, extra = found
+            first, tensors, extra = found[0], found[1], copy.deepcopy(found[2])
             training.load_state(tensors, first)
             # what memory allowed before: other micro-batches would have other bits
             limits = (extra.pop("micro_batch_tokens", None), training.micro_batches.tokens)
@@ -232,13 +234,14 @@ class Run:
         if training.cover is not None:
             same = found["gradient_cosine"] = gradient_cosine(training, feed.batch(*step))
             self.reporter.say(
-                f"cover in {training.cover.precision}: the block's gradient has a cosine of {same:.6f} to the exact cover's"
+                f"cover in {training.cover.precision}: the block's gradient has a cosine of {same:.6f} to the exact "
+                "cover's"
             )
         if not cache.is_exact:
             error = found["cache_error"] = self._cache_error(training, feed.batch(*step), cache.exact(places))
             self.reporter.say(
-                f"prefix cache in {self.config.cache_dtype}: a relative error of {error['relative_error']:.2g}; the block's "
-                f"gradient has a cosine of {error['gradient_cosine']:.6f} to the exact one"
+                f"prefix cache in {self.config.cache_dtype}: a relative error of {error['relative_error']:.2g}; the "
+                f"block's gradient has a cosine of {error['gradient_cosine']:.6f} to the exact one"
             )
         return found
 

@@ -60,26 +60,28 @@ def unlearn(
     tokenizer: encodes records, questions and folds.
     unlearned: an M_u of the same architecture made by any method; then there is no warm-up (its weights are copied to
         disk first, and it is not changed).
-    forget_questions, retain_questions: question records to measure accuracy on (default: those among forget and retain).
+    forget_questions, retain_questions: records to measure accuracy on (default: the questions among forget and retain).
     folds: what the RTT attack uses; without them, or with config.rtt false, there is no attack.
     output_dir: where `work/` keeps checkpoints (None: a temporary directory); removed at the end of a whole run.
     resume: go on where a run with the same model, data and settings was interrupted: same bits as without.
-    progress: show progress bars (default True). on_stage(text): told what begins. reporter: a `Reporter` in place of both,
-        which also has the seconds of each stage.
-    before_cleanup(report): called when all is done and `work/` still there, the place to save the model, so that a failing
-        save (full disk) can be resumed too.
+    progress: show progress bars (default True).
+    on_stage(text): told what begins.
+    reporter: a `Reporter` in place of these two; it also has the seconds of each stage.
+    before_cleanup(report): called when all is done and `work/` still there: the place to save the model, so that a
+        failing save (full disk) can be resumed too.
     group: the processes that do this together (`parallel.group.joined`), each calling with the same arguments; then
         output_dir is needed, which all must see. Rank 0 alone reports, calls back and cleans up; all return the report,
         and hold the result.
 
-    model may be streamed (`open_streamed`), with an `unlearned` that is too. Neither is ever in memory whole, M_u is not
-    copied, there is no attack (it trains all parameters), and the result is written to output_dir, from where the model is
-    read afterwards. Weights and report are, in fp64 and fp32 bit for bit, those of the model in memory.
+    model may be streamed (`open_streamed`), with an `unlearned` that is too. Neither is ever in memory whole, M_u is
+    not copied, there is no attack (it trains all parameters), and the result is written to output_dir, from where the
+    model is read afterwards. Weights and report are, in fp64 and fp32 bit for bit, those of the model in memory.
 
     Returns the `Report`. One model is in memory: M0 waits on disk during the warm-up, M_u during re-insertion.
-    Settings and data are checked before anything is computed: ValueError, or `Unavailable` for config.impl; TypeError for
-    another keyword. On an exception the model holds whatever the stage had reached; `Diverged` leaves the last good state
-    in `work/`.
+
+    Errors, before anything is computed: ValueError for settings and data, `Unavailable` for config.impl, TypeError for
+    another keyword. On an exception the model holds whatever the stage had reached; `Diverged` leaves the last good
+    state in `work/`.
     """
     config, given = config or KUnBRConfig(), taken(Options, options, "unlearn")
     output_dir, group = given.output_dir, given.group

@@ -18,6 +18,7 @@ from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.low_precision import Cover
+from kunbr_fast.model.weights import other_names, owners
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.losses import RowWeights, weighted_pass
@@ -33,15 +34,10 @@ def block_tensors(decoder: Decoder, block: range) -> dict[str, nn.Parameter]:
     for index in check_block(block, decoder.num_layers):
         for name, parameter in decoder.layers[index].named_parameters(remove_duplicate=False):
             inside[f"{decoder.layer_path(index)}.{name}"] = parameter
-    owners: dict[int, list[str]] = {}
-    for name, parameter in decoder.model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    uses = owners(decoder.model)
     for name, parameter in inside.items():
-        if len(owners[id(parameter)]) > 1:
-            raise ValueError(
-                f"{name} is tied to {', '.join(n for n in owners[id(parameter)] if n != name)}: a block "
-                "with shared weights cannot be trained alone"
-            )
+        if others := other_names(uses, parameter, name):
+            raise ValueError(f"{name} is tied to {others}: a block with shared weights cannot be trained alone")
     return inside
 
 

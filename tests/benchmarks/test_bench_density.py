@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kunbr_fast as kf
-from kunbr_fast.benchmarks import harness, measure
+from kunbr_fast.benchmarks import harness, measure, per_sample
 from kunbr_fast.benchmarks.shapes import Shape
 from kunbr_fast.benchmarks.suites import density
 from kunbr_fast.kernels import dispatch
@@ -239,14 +239,14 @@ def test_rivals_may_hold_so_much(monkeypatch):
     found, needed = variants(case, data), 4 * 48 * 32 * 4
     assert data.dw_bytes == needed
     expected = case.truth(data)["grad_l1"]
-    monkeypatch.setattr(density, "CHUNK_CPU", needed // 2)
+    monkeypatch.setattr(per_sample, "CHUNK_CPU", needed // 2)
     assert case.error(found["func"].make()(), {"grad_l1": expected}) < 1e-6
-    monkeypatch.setattr(density, "DW_LIMIT_CPU", 2 * needed - 1)
+    monkeypatch.setattr(per_sample, "DW_LIMIT_CPU", 2 * needed - 1)
     for name in ("grouped_mm", "grouped_norm"):
         with pytest.raises(harness.Skip, match="would hold"):
             found[name].make()
     found["torch.compile"].make()  # holds them once; compiles when it is first called
-    monkeypatch.setattr(density, "DW_LIMIT_CPU", needed - 1)
+    monkeypatch.setattr(per_sample, "DW_LIMIT_CPU", needed - 1)
     with pytest.raises(harness.Skip, match="would hold"):
         found["torch.compile"].make()
 

@@ -108,8 +108,8 @@ def test_an_own_unlearned_model(workspace, tmp_path):
 
 def test_density_prints_saves_and_plots(workspace, tmp_path, capsys):
     out, plot = tmp_path / "density.json", tmp_path / "density.png"
-    command = ["density", "--model", str(workspace / "model"), "--forget", str(workspace / "f0.jsonl"), "--num-blocks", "3",
-               "--top-k", "1", "--quiet", "--out", str(out), "--plot", str(plot)]  # fmt: skip
+    command = ["density", "--model", str(workspace / "model"), "--forget", str(workspace / "f0.jsonl"),
+               "--num-blocks", "3", "--top-k", "1", "--quiet", "--out", str(out), "--plot", str(plot)]  # fmt: skip
     assert cli.main(command) == 0
     assert capsys.readouterr().out.count("layer ") == 6
     assert cli.main([*command, "--json"]) == 0
@@ -124,8 +124,8 @@ def test_density_prints_saves_and_plots(workspace, tmp_path, capsys):
 
 
 def test_density_statistics_estimates_and_checkpointing(workspace, capsys):
-    command = ["density", "--model", str(workspace / "model"), "--forget", str(workspace / "f0.jsonl"), "--num-blocks", "3",
-               "--top-k", "1", "--quiet", "--impl", "torch"]  # fmt: skip
+    command = ["density", "--model", str(workspace / "model"), "--forget", str(workspace / "f0.jsonl"),
+               "--num-blocks", "3", "--top-k", "1", "--quiet", "--impl", "torch"]  # fmt: skip
     results = {}
     for name, more in {
         "l1": [],
@@ -150,8 +150,8 @@ def test_density_statistics_estimates_and_checkpointing(workspace, capsys):
 
 def test_density_of_two_sets(workspace, tmp_path, capsys):
     plot = tmp_path / "density.png"
-    command = ["density", "--model", str(workspace / "model"), "--forget", str(workspace / "f0.jsonl"), "--num-blocks", "3",
-               "--top-k", "1", "--quiet", "--impl", "torch", "--plot", str(plot)]  # fmt: skip
+    command = ["density", "--model", str(workspace / "model"), "--forget", str(workspace / "f0.jsonl"),
+               "--num-blocks", "3", "--top-k", "1", "--quiet", "--impl", "torch", "--plot", str(plot)]  # fmt: skip
     retain = ["--retain", str(workspace / "r.jsonl")]
     results = {}
     for statistic in ("fisher", "fisher_ratio", "cosine", "slug"):
@@ -185,7 +185,8 @@ def test_density_of_two_sets(workspace, tmp_path, capsys):
 def test_rtt_prints_the_curve_and_resumes(workspace, tmp_path, capsys):
     out = tmp_path / "rtt.json"
     command = ["rtt", "--model", str(workspace / "model"), "--forget", str(workspace / "f0.jsonl"),
-               str(workspace / "f1.jsonl"), "--rtt-lrs", "1e-3", "--rtt-epochs", "2", "--quiet", "--out", str(out)]  # fmt: skip
+               str(workspace / "f1.jsonl"), "--rtt-lrs", "1e-3", "--rtt-epochs", "2", "--quiet",
+               "--out", str(out)]  # fmt: skip
     assert cli.main([*command, "--plot", str(tmp_path / "r.png")]) == 0
     printed = capsys.readouterr().out
     assert "RTT accuracy" in printed and printed.count("plain") == 1 and printed.count("calibrated") == 2
@@ -223,7 +224,9 @@ def _write(path, text):
 
 
 BAD = {
-    "malformed line": (lambda w: {"forget": [_write(w / "x.jsonl", '{"text": "a b c"}\n{"text": \n')]}, "x.jsonl:2: not JSON"),
+    "malformed line": (
+        lambda w: {"forget": [_write(w / "x.jsonl", '{"text": "a b c"}\n{"text": \n')]}, "x.jsonl:2: not JSON"
+    ),
     "wrong answer": (
         lambda w: {"forget": [_write(w / "x.jsonl", '{"question": "q", "choices": ["a", "b"], "answer": 2}\n')]},
         "x.jsonl:1: 'answer' must be the index of the right choice, 0 to 1, got 2",

@@ -456,7 +456,9 @@ def test_packed_batch_against_a_loop(lengths):
         assert batch.pad_index is None
 
 
-INDICES = "cu_seqlens sample_of_token rows targets row_sample rows_per_sample pad_index unpad_index row_grid row_counts".split()
+INDICES = (
+    "cu_seqlens sample_of_token rows targets row_sample rows_per_sample pad_index unpad_index row_grid row_counts"
+).split()
 
 
 @pytest.mark.parametrize("lengths", [[3, 5, 2], [4, 4]])

@@ -16,12 +16,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import kunbr_fast as kf
 from kunbr_fast.data import pack
 from kunbr_fast.density import layer_kinds
-from kunbr_fast.density import passes as gradients_module
 from kunbr_fast.density.layer_kinds import LAYER_KINDS, How
 from kunbr_fast.density.measure import NORMS, REDUCTIONS, Density, knowledge_density
-from kunbr_fast.density.passes import MODULES
+from kunbr_fast.density.passes import Measurement, PassSettings, Reading
+from kunbr_fast.density.watch import MODULES, watch_list
 from kunbr_fast.kernels.grad_density import reference
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.frozen import frozen
+from kunbr_fast.objectives import losses
 
 ATTENTION = ("self_attn.", "attn.", "attention.")
 
@@ -229,14 +231,14 @@ def test_scaling_the_loss_scales_the_density():
     """A sample's weight of -4 gives 4 times its norm (a power of two: also the models' inner fp32 steps are exact)."""
     model, samples = tiny_model(), random_samples(4)
     once = knowledge_density(model, samples)
-    likelihood = gradients_module.losses.likelihood
+    likelihood = losses.likelihood
 
     def fourfold(batch, reduction):
         rows = likelihood(batch, reduction)
-        return gradients_module.losses.RowWeights(rows.weight * -4, rows.cap)
+        return losses.RowWeights(rows.weight * -4, rows.cap)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradients_module.losses, "likelihood", fourfold)
+        patch.setattr(losses, "likelihood", fourfold)
         scaled = knowledge_density(model, samples)
     torch.testing.assert_close(scaled.per_layer, 4 * once.per_layer, rtol=1e-12, atol=0)
 
@@ -360,7 +362,8 @@ def test_checkpointing_lowers_the_peak_and_is_taken_from_the_model():
 def test_nothing_leaks_from_one_sample_into_another(architecture, monkeypatch):
     """With NaN in one sample's embedding all others' values keep their bits."""
     decoder = Decoder(tiny_model(architecture))
-    watched, batch = gradients_module.watch_list(decoder, "all"), pack(random_samples(4))
+    measurement, batch = Measurement(decoder, watch_list(decoder, "all"), How("grad_l1")), pack(random_samples(4))
+    reading = Reading(measurement, whole=False)
     first, last = batch.cu_seqlens[1], batch.cu_seqlens[2]
     embed = decoder.embed
 
@@ -369,10 +372,10 @@ def test_nothing_leaks_from_one_sample_into_another(architecture, monkeypatch):
         out[first:last] = torch.nan
         return out
 
-    with gradients_module.frozen(decoder.model):
-        clean = gradients_module._measure(decoder, batch, watched, How("grad_l1"), False, None, False)
+    with frozen(decoder.model):
+        (clean,) = measurement._pass([batch], reading)
         monkeypatch.setattr(decoder, "embed", with_nan)
-        dirty = gradients_module._measure(decoder, batch, watched, How("grad_l1"), False, None, False)
+        (dirty,) = measurement._pass([batch], reading)
     others = [0, 2, 3]
     assert clean.keys() == dirty.keys() and clean
     for path, values in clean.items():
@@ -396,16 +399,19 @@ def test_memory_of_the_measurement(checkpointing, monkeypatch):
     size = sum(p.nbytes for p in model.parameters())
     assert 20e6 < size / 4 < 50e6 and 1408 * 512 * 4 > 0.02 * size
     decoder, batch = Decoder(model), pack(random_samples(4, low=5, high=12))
-    watched = gradients_module.watch_list(decoder, "mlp")
+    watched = watch_list(decoder, "mlp")
     idle = [
         dataclasses.replace(i, kind=dataclasses.replace(i.kind, values=lambda parts, how: [{} for _ in parts]))
         for i in watched
     ]
     peaks = {}
-    with gradients_module.frozen(model):
+    with frozen(model):
         for name, items in (("with", watched), ("without", [] if checkpointing else idle)):
-            args = (decoder, batch, items, How("grad_l1"), False, None, checkpointing)
-            peaks[name] = peak_bytes(lambda args=args: gradients_module._measure(*args))
+            measurement = Measurement(
+                decoder, items, How("grad_l1"), PassSettings(gradient_checkpointing=checkpointing)
+            )
+            args = ([batch], Reading(measurement, whole=False))
+            peaks[name] = peak_bytes(lambda pass_=measurement._pass, args=args: pass_(*args))
     assert 0 < peaks["with"] - peaks["without"] < 0.01 * size, peaks
 
 
@@ -767,7 +773,7 @@ def test_nothing_is_left_behind(reduction, monkeypatch):
 
     for place in ("linear_loss", "likelihood"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(gradients_module.losses, place, fail)
+            patch.setattr(losses, place, fail)
             knowledge_density(model, samples, "all", **settings)
         assert trace(model) == before
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # within the backward pass
@@ -782,7 +788,7 @@ def test_memory_is_flat_in_the_number_of_samples(monkeypatch):
     model = tiny_model()
     decoder = Decoder(model)
     peaks = {}
-    measure = gradients_module._measure
+    measure = Measurement._pass
     for count in (5, 20):
         samples, seen = random_samples(count, low=8, high=8), []
         base = live_tensor_bytes()
@@ -792,7 +798,7 @@ def test_memory_is_flat_in_the_number_of_samples(monkeypatch):
             seen.append(live_tensor_bytes())
             return found
 
-        monkeypatch.setattr(gradients_module, "_measure", watched)
+        monkeypatch.setattr(Measurement, "_pass", watched)
         knowledge_density(decoder, samples, "all", batch_tokens=40)
         peaks[count] = max(seen) - base
         assert len(seen) == count // 5

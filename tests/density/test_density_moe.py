@@ -14,8 +14,8 @@ from kunbr_fast.data import pack
 from kunbr_fast.density import experts
 from kunbr_fast.density.layer_kinds import LAYER_KINDS, How, Watched
 from kunbr_fast.density.measure import NORMS, REDUCTIONS, knowledge_density
-from kunbr_fast.density.passes import choose_tiles
 from kunbr_fast.density.taps import Segments, Taps
+from kunbr_fast.density.watch import choose_tiles
 from kunbr_fast.model.decoder import Decoder
 
 # Both models' routers take their softmax in fp32 whatever the weights' dtype. A last-bit difference of a hidden state

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 from reference_procedure import ReferenceLion, block_names, left_padded, padded, padded_loss, reference_block, swap
-from test_parity import unlearned_copy
-from tiny_models import peak_bytes, random_samples, tiny_model
+from tiny_models import peak_bytes, random_samples, tiny_model, unlearned_copy
 
 from kunbr_fast.integrations.deep_unl import DEEP_UNL, _Batch, _relative, recognise
 from kunbr_fast.model.decoder import Decoder

@@ -9,7 +9,8 @@ from tiny_models import ARCHITECTURES, ROTARY, VOCAB, random_samples, tiny_model
 from torch import nn
 
 from kunbr_fast.data import pack
-from kunbr_fast.model.decoder import ATTENTION, Decoder, Head, Stretch
+from kunbr_fast.model.attention import ATTENTION
+from kunbr_fast.model.decoder import Decoder, Head, Stretch
 
 # Gemma-2's attention softmax runs in fp32 also in an fp64 model, in its own code and here: equal up to its rounding.
 LIMIT = {"gemma2": 1e-6}

@@ -16,8 +16,7 @@ import kunbr_fast as kf
 from kunbr_fast.data import pack
 from kunbr_fast.kernels.dispatch import Unavailable
 from kunbr_fast.kernels.projections import linears
-from kunbr_fast.model import decoder as decoder_module
-from kunbr_fast.model import patch
+from kunbr_fast.model import attention, patch
 from kunbr_fast.model.decoder import Decoder
 
 FUSED = [name for name in [*ARCHITECTURES, *MORE] if name not in ("gpt2", "gpt_neox")]
@@ -195,8 +194,8 @@ class Wide:
 @pytest.fixture
 def widened(monkeypatch):
     def apply(model):
-        for name in {type(m).__module__ for m in model.modules()} | {decoder_module.__name__}:
-            if name.startswith("transformers.models") or name == decoder_module.__name__:
+        for name in {type(m).__module__ for m in model.modules()} | {attention.__name__}:
+            if name.startswith("transformers.models") or name == attention.__name__:
                 monkeypatch.setattr(sys.modules[name], "torch", Wide())
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
         return model

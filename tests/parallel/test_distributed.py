@@ -1,4 +1,4 @@
-"""Several gloo processes on a CPU against one process: the same weights and densities, and what a lost process leaves."""
+"""Several gloo processes on a CPU against one: the same weights and densities, and what a lost process leaves."""
 
 import contextlib
 import functools
@@ -114,7 +114,7 @@ def same_measures(found, one):
 
 
 def test_two_processes(truth, tmp_path):
-    """Blocks apart, steps shared, a density; a setting that differs; a process that fails, and what can be done then."""
+    """Blocks apart, steps shared, a density; a setting that differs; a process that fails, and the cure."""
     differs = {"name": "differs", "given": True, "config": {}, "differs": {"block_lr": 2e-3}}
     fails = CUMULATIVE | {"name": "fails", "at": {"rank": 1, "step": 5, "does": "fail"}}  # in the second block
     jobs = [BLOCKS, CUMULATIVE, SAMPLES, PDU, DENSITY, differs, fails]
@@ -172,7 +172,7 @@ def torchrun(count, *command):
 
 
 def test_command_line_killed_and_resumed(tmp_path, capfd):
-    """torchrun; a process killed in its block; resumed by one process and by three, to the bits of an undisturbed run."""
+    """torchrun; a process killed in its block; resumed by one process and by three, to an undisturbed run's bits."""
     workspace = tiny_text.workspace(tmp_path)
     tiny_text.model(seed=1).save_pretrained(tmp_path / "unlearned")
     files = {"--model": ["model"], "--forget": ["f0.jsonl", "f1.jsonl"], "--retain": ["r.jsonl"]}

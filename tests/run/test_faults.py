@@ -17,8 +17,8 @@ from kunbr_fast.cli import main as cli
 from kunbr_fast.files import tensors as weights
 
 HERE = Path(__file__).parent.parent
-SETTINGS = """--num-blocks 3 --top-k 2 --batch-size 3 --warmup-epochs 2 --warmup-lr 1e-3 --block-epochs 1 --block-lr 1e-3
-    --target letter --rtt-lrs 1e-3 --rtt-epochs 1 --checkpoint-every 2 --quiet""".split()
+SETTINGS = """--num-blocks 3 --top-k 2 --batch-size 3 --warmup-epochs 2 --warmup-lr 1e-3 --block-epochs 1
+    --block-lr 1e-3    --target letter --rtt-lrs 1e-3 --rtt-epochs 1 --checkpoint-every 2 --quiet""".split()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from reference_procedure import reference_block
-from tiny_models import ARCHITECTURES, random_samples, tiny_model
+from tiny_models import ARCHITECTURES, random_samples, tiny_model, unlearned_copy
 
 import kunbr_fast as kf
 from kunbr_fast.data.schedule import Schedule
@@ -13,16 +13,6 @@ from kunbr_fast.model.decoder import Decoder
 
 BLOCKS = [range(0, 2), range(2, 4), range(4, 5)]
 LR, RETAIN_COEFF = 1e-3, 1.5
-
-
-def unlearned_copy(model, seed=5):
-    """A stand-in for M_u: the original with every weight moved."""
-    other = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) * 0.02)
-    return other
 
 
 def invariant(architecture, name, shape):

@@ -16,7 +16,8 @@ def test_smollm2_learns_and_forgets(shared_data, tmp_path):
     pytest.importorskip("gguf", reason="pip install 'kunbr-fast[gguf]'")
     command = [
         sys.executable, EXAMPLE, "--out", tmp_path, "--data", shared_data / "random_birthdays", "--people", "12",
-        "--teach-epochs", "8", "--baseline-lr", "1e-5", "--", "--quiet", "--top-k", "1", "--rtt-lrs", "5e-5", "--rtt-epochs", "2",
+        "--teach-epochs", "8", "--baseline-lr", "1e-5", "--", "--quiet", "--top-k", "1", "--rtt-lrs", "5e-5",
+        "--rtt-epochs", "2",
     ]  # fmt: skip
     finished = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr

@@ -1,4 +1,5 @@
-"""Whole runs on streamed models: the weights and the report of the run in memory, by the library and the command line."""
+"""Whole runs on streamed models: the weights and the report of the run in memory, by the library and the command
+line."""
 
 import json
 import os
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_streaming
+import streamed_models
 import tiny_text
 import torch
 from safetensors.torch import load_file
@@ -53,7 +54,7 @@ def text(tmp_path_factory):
 
 
 def run(opening, folders, out, dtype=None, **settings):
-    """(report, the result's weights) of a whole run; opening: test_streaming's `whole` or `streamed`."""
+    """(report, the result's weights) of a whole run; opening: streamed_models's `whole` or `streamed`."""
     model, other = (opening(path, dtype) for path in folders)
     config = kf.KUnBRConfig(**{**SETTINGS, **settings})
     report = kf.unlearn(model, FORGET, RETAIN, config, unlearned=other, output_dir=out, progress=False)
@@ -78,8 +79,8 @@ def same(a, b):
     ids=["plain", "cumulative", "npo", "rmu", "mask"],
 )
 def test_a_streamed_run_has_the_resident_bits(settings, folders, tmp_path):
-    truth, weights = run(test_streaming.whole, folders, tmp_path / "whole", **settings)
-    ours, streamed = run(test_streaming.streamed, folders, tmp_path / "streamed", **settings)
+    truth, weights = run(streamed_models.whole, folders, tmp_path / "whole", **settings)
+    ours, streamed = run(streamed_models.streamed, folders, tmp_path / "streamed", **settings)
     same(ours, truth)
     assert list(streamed) == list(weights) and not (tmp_path / "streamed/work").exists()
     for name in weights:
@@ -109,7 +110,7 @@ def test_no_more_than_the_buffers_and_a_block_in_memory(folders, tmp_path, monke
 
 def test_fingerprints_and_references_are_those_of_the_whole_model(folders):
     ours, truth = (
-        Decoder(opening(folders[0], "float64")) for opening in (test_streaming.streamed, test_streaming.whole)
+        Decoder(opening(folders[0], "float64")) for opening in (streamed_models.streamed, streamed_models.whole)
     )
     assert fingerprint(ours.model, FORGET) == fingerprint(truth.model, FORGET)
     needs = {"nll": ("forget",), "hidden_all": ("retain",), "layer.1": ("forget",), "layer.3": ("forget", "retain")}
@@ -128,7 +129,7 @@ def test_fingerprints_and_references_are_those_of_the_whole_model(folders):
 def test_accuracy_reads_each_layer_once(scoring, text):
     questions = [{**tiny_text.question(name), "_where": "here"} for name in tiny_text.NAMES]
     tokenizer = load_tokenizer(text / "model")
-    ours, truth = (Decoder(opening(text / "model")) for opening in (test_streaming.streamed, test_streaming.whole))
+    ours, truth = (Decoder(opening(text / "model")) for opening in (streamed_models.streamed, streamed_models.whole))
     stream = layer_stream(ours)
     stream.release()
     stream.loads.clear()
@@ -184,7 +185,7 @@ def test_an_unlearned_model_that_is_not_finite(folders, tmp_path):
     def spoil(tensors):
         tensors["model.layers.5.mlp.up_proj.weight"][0, 0] = torch.inf
 
-    broken = open_streamed(test_streaming.changed(folders[1], tmp_path, spoil))
+    broken = open_streamed(streamed_models.changed(folders[1], tmp_path, spoil))
     with pytest.raises(
         ValueError, match="the unlearned model's model.layers.5.mlp.up_proj.weight: it holds NaN or inf"
     ):
@@ -308,23 +309,24 @@ def test_wrong_options(text, tmp_path, capsys):
 
 
 def run_in_little_memory(original, unlearned, out):
-    """In a process of its own: at most test_streaming.HEADROOM bytes of private memory above what the imports take."""
-    limit = test_streaming.memory("VmData") + test_streaming.HEADROOM
+    """In a process of its own: at most streamed_models.HEADROOM bytes of private memory above what the imports take."""
+    limit = streamed_models.memory("VmData") + streamed_models.HEADROOM
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    start = test_streaming.memory("VmRSS")
+    start = streamed_models.memory("VmRSS")
     config = kf.KUnBRConfig(batch_size=4, num_blocks=32, top_k=1, skip_last_layers=8, block_epochs=1, block_lr=1e-4)
     report = kf.unlearn(
         open_streamed(original), FORGET[:4], RETAIN[:4], config, unlearned=open_streamed(unlearned), output_dir=out,
         progress=False,
     )  # fmt: skip
-    print(json.dumps({"resident": test_streaming.memory("VmHWM") - start, "block": report.blocks[0].start}))
+    print(json.dumps({"resident": streamed_models.memory("VmHWM") - start, "block": report.blocks[0].start}))
 
 
 def test_a_whole_run_of_a_model_that_does_not_fit(tmp_path):
-    """537 MB of weights (and as much for M_u, here the same files), 200 MiB of private memory, from density to the files."""
+    """537 MB of weights (and as much for M_u, here the same files), 200 MiB of private memory, from density to the
+    files."""
     original, out = tmp_path / "original", tmp_path / "out"
     original.mkdir()
-    test_streaming.write_large(original)
+    streamed_models.write_large(original)
     unlearned = tmp_path / "unlearned"
     shutil.copytree(original, unlearned, copy_function=os.link)
     code = (
@@ -336,7 +338,7 @@ def test_a_whole_run_of_a_model_that_does_not_fit(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["resident"] < test_streaming.HEADROOM + (64 << 20)  # with the pages of a file or two
+    assert found["resident"] < streamed_models.HEADROOM + (64 << 20)  # with the pages of a file or two
     before, after = Shards(original), Shards(out)
     assert set(before.files) == set(after.files)
     inside = f"model.layers.{found['block']}."

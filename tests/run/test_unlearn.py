@@ -176,7 +176,8 @@ def test_what_a_later_stage_needs_is_checked_first():
     folds = [Fold("a", [{"text": "no digit"}], questions), Fold("b", questions, questions)]
     refused(
         "target='number' but there is no digit", tiny_text.model(), questions, questions,
-        kf.KUnBRConfig(**{**SETTINGS, "rtt": True, "rtt_target": "number"}), tokenizer=tiny_text.tokenizer(), folds=folds,
+        kf.KUnBRConfig(**{**SETTINGS, "rtt": True, "rtt_target": "number"}),
+            tokenizer=tiny_text.tokenizer(), folds=folds,
     )  # fmt: skip
     broken = tiny_model("llama", seed=1)
     with torch.no_grad():

@@ -16,7 +16,8 @@ from kunbr_fast.data import pack
 from kunbr_fast.density.attribution import attribute
 from kunbr_fast.density.layer_kinds import How
 from kunbr_fast.density.measure import knowledge_density
-from kunbr_fast.density.passes import Measurement, watch_list
+from kunbr_fast.density.passes import Measurement
+from kunbr_fast.density.watch import watch_list
 from kunbr_fast.memory import OutOfMemory, is_out_of_memory
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.prefix_cache import PrefixCache
@@ -319,8 +320,8 @@ def test_a_gradient_that_was_visited_before_memory_ran_out_is_not_visited_again(
     watched, found = watch_list(decoder, "mlp"), []
     for room in (math.inf, 25):
         measurement, seen = Measurement(decoder, watched, How("grad_l1", "auto", {})), []
-        with memory_for(room, decoder, 3, True), measurement.ready(8, False) as bar:
-            measurement.gradients(samples, lambda path, gradient, seen=seen: seen.append((path, gradient.clone())), bar)
+        with memory_for(room, decoder, 3, True), measurement.ready(8):
+            measurement.gradients(samples, lambda path, gradient, seen=seen: seen.append((path, gradient.clone())))
         assert len(seen) == len(dict(seen)) == 18
         found.append(dict(seen))
     for path, gradient in found[0].items():

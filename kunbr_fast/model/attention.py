@@ -1,0 +1,94 @@
+"""Causal attention over packed samples, for transformers' attention interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kunbr_fast.data import PackedBatch
+from kunbr_fast.model import compat
+
+ATTENTION = "kunbr_packed"
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    kunbr_batch: PackedBatch | None = None,
+    kunbr_rows: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention within each packed sample. query (1, Hq, T, d), key and value (1, Hkv, T, d) -> (1, T, Hq, d).
+
+    kunbr_rows: the batch's labelled rows; queries are of these alone then: (1, Hq, R, d) -> (1, R, Hq, d).
+    options: of the interface, `scaling`, `dropout` (which must be 0), `sliding_window` and `softcap`.
+
+    The samples are laid out right-padded, (B, Hq, Lmax, d). Padded keys lie to the right of real queries, so causality
+    masks them; padded queries are dropped on the way back.
+    """
+    if kunbr_batch is None:
+        raise ValueError(
+            f"{type(module).__name__} did not hand its keyword arguments to the attention function: "
+            "this architecture cannot run packed samples"
+        )
+    if dropout := options.get("dropout", 0.0):
+        raise ValueError(f"attention dropout of {dropout} is active: call model.eval() first")
+    batch, longest = kunbr_batch, max(kunbr_batch.lengths)
+    window, softcap = options.get("sliding_window"), options.get("softcap")
+
+    def to_grid(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+        x = x[0].transpose(0, 1)  # (T, heads, d)
+        if index is not None:
+            x = x.index_select(0, index)
+        return x.unflatten(0, (batch.num_samples, -1)).transpose(1, 2)
+
+    place = torch.arange(longest, device=query.device)
+    queries = place[None]  # positions within their samples, (1 or B, Lmax or Rmax)
+    if kunbr_rows is None:
+        index, back = batch.pad_index, None if batch.pad_index is None else batch.unpad_index
+    else:
+        index, back, queries = batch.row_grid
+    query, key, value = to_grid(query, index), to_grid(key, batch.pad_index), to_grid(value, batch.pad_index)
+    allowed = None  # (1 or B, 1, queries, keys); None: all that causality allows
+    narrow = window is not None and longest > window
+    if narrow or kunbr_rows is not None or softcap is not None:
+        distance = (queries[:, :, None] - place)[:, None]
+        allowed = distance >= 0
+        if narrow:
+            allowed &= distance < window
+    out = _attend(query, key, value, allowed, options.get("scaling"), softcap)
+    out = out.transpose(1, 2).flatten(0, 1)  # (B * Lmax, Hq, d)
+    if back is not None:
+        out = out.index_select(0, back)
+    return out[None], None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=scaling, enable_gqa=groups != 1
+        )
+    # SDPA has no softcap: the plain formula, softmax in fp32 as the models' own code has it
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+if compat.AttentionInterface is not None:
+    compat.AttentionInterface.register(ATTENTION, packed_attention)
