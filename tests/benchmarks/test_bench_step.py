@@ -1,4 +1,4 @@
-"""Suite step: its formulas count what a step does, its gate refuses wrong steps, and its variants leave the shared model alone."""
+"""Suite step: its formulas count what a step does, its gate refuses wrong steps, no variant changes the shared model."""
 
 import dataclasses
 import functools

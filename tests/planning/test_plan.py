@@ -1,4 +1,4 @@
-"""kunbr-fast plan: what is predicted is what is counted and measured, and the settings that it writes are the fastest that fit."""
+"""kunbr-fast plan: predictions are what is counted and measured, and the settings that it writes are the fastest."""
 
 import gc
 import json
