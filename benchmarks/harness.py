@@ -28,6 +28,7 @@ from kunbr_fast.benchmarks import measure
 from kunbr_fast.benchmarks.rows import COLUMNS, Measured, rounded
 from kunbr_fast.benchmarks.suites import SUITES
 from kunbr_fast.kernels import dispatch
+from kunbr_fast.kernels.errors import Unavailable
 from kunbr_fast.memory import is_out_of_memory, release
 
 logger = logging.getLogger(__name__)
@@ -290,7 +291,7 @@ def forgiving(variant: Variant, left_out: dict[str, str]) -> Iterator[None]:
     try:
         yield
     except Exception as reason:
-        harmless = isinstance(reason, (Skip, dispatch.Unavailable)) or is_out_of_memory(reason)
+        harmless = isinstance(reason, (Skip, Unavailable)) or is_out_of_memory(reason)
         if isinstance(reason, Wrong) or (variant.ours and not harmless):
             raise
         left_out[variant.name] = first_line(reason)

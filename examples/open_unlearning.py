@@ -7,8 +7,8 @@
 It makes a random Llama of 10 layers, a tokenizer and two JSON files of questions and answers, and runs from the
 checkout, through `python -m kunbr_fast.integrations.open_unlearning`, trainer=KUnBR, and each of OpenUnlearning's
 trainers as it is and with +kunbr_fast.patch=true, with its own evaluation of the forget set (the answers' probability,
-and ROUGE of 8 generated tokens) before and after. Then it compares the weights that came out, and prints what one step cost. Nothing is written
-into the checkout. Exit status 1 where weights differ.
+and ROUGE of 8 generated tokens) before and after. Then it compares the weights that came out, and prints what one step
+cost. Nothing is written into the checkout. Exit status 1 where weights differ.
 """
 
 from __future__ import annotations

@@ -59,9 +59,10 @@ def parse_bytes(value: int | str | None, name: str, unit_needed: bool = False) -
         found = int(float(match[1]) * unit)
         if found or not unit_needed:
             return found
-    if unit_needed:
-        raise ValueError(f"{name} {value!r}: expected a number above 0 and a unit, such as 24GiB, 80GB or 512MiB")
-    raise ValueError(f"{name}={value!r}: expected bytes, such as 8GiB, 500MB or 1000000")
+    expected = "a number above 0 and a unit, such as 24GiB, 80GB or 512MiB"
+    raise ValueError(
+        f"{name}={value!r}: expected {expected if unit_needed else 'bytes, such as 8GiB, 500MB or 1000000'}"
+    )
 
 
 def cannot_fit(tokens: int | None, what: str, cures: Sequence[str], device: torch.device, said: str) -> OutOfMemory:

@@ -11,6 +11,9 @@ import pytest
 import readme_tables
 
 from kunbr_fast.benchmarks.rows import read_rows
+from kunbr_fast.density.attribution import METHODS
+from kunbr_fast.density.measure import STATISTICS
+from kunbr_fast.model.patch import FAMILIES
 from kunbr_fast.objectives.methods import OBJECTIVES
 from kunbr_fast.version import __version__
 
@@ -80,6 +83,12 @@ def test_what_is_forgotten_is_quoted_from_committed_rows():
     assert f"from {means['demo', 'warm-up']} to {means['demo', 'KUnBR']}" in README
 
 
+def test_models_with_fused_layers_are_those_of_the_table():
+    text = README.split("## Models\n", 1)[1].split(" have fused layers")[0]
+    named = {name.strip().lower().replace("-", "").removesuffix(" (text)") for name in re.split(r",|\band\b", text)}
+    assert named == set(FAMILIES)
+
+
 # ---------------------------------------------------------------- docs
 
 
@@ -141,6 +150,13 @@ def test_every_objective_is_in_the_table_with_what_it_needs():
         assert reference == ("layer" if objective.states else words[objective.reference]), name
         assert alternate == (objective.alternate or "-"), name
         assert (way == "fused, weights") == objective.weighted and way.startswith("none") == objective.states, name
+
+
+def test_every_statistic_and_attribution_is_in_its_table():
+    text = page("density")
+    for heading, wanted in (("## Statistics", STATISTICS), ("## Single weights", METHODS)):
+        named = [name for cells in table(text, heading) for name in re.findall(r"`(\w+)`", cells[0])]
+        assert sorted(named) == sorted(wanted)
 
 
 def test_the_counted_table_quotes_committed_rows():

@@ -34,14 +34,14 @@ import copy
 import dataclasses
 import functools
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
 import kunbr_fast as kf
 from kunbr_fast.benchmarks import measure
+from kunbr_fast.benchmarks.clock import Clock, Side, StageTime
 from kunbr_fast.benchmarks.harness import (
     Case,
     Options,
@@ -62,68 +62,12 @@ from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.memory import release
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.run.reporter import Reporter
-from kunbr_fast.run.visits import DENSITY, MERGE, layers
-from kunbr_fast.run.visits import Stage as RunStage
+from kunbr_fast.run.visits import DENSITY, MERGE, Stage, layers
 
 BATCH, WARMUP_EPOCHS, NEVER = 6, 3, 10**9
 SECONDS = 60.0  # of a side that is not run whole
 SAME = 1e-9  # largest relative difference of the changed weights in fp64
 TINY = Shape(hidden=64, intermediate=128, layers=4, heads=4, key_value_heads=2, vocabulary=512)
-
-
-class Clock:
-    """Seconds by stage: of steps the first ones of each training, and the others; of what has no steps all as first."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self.first: dict[str, list[float]] = {}
-        self.later: dict[str, list[float]] = {}
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    @contextmanager
-    def __call__(self, stage: str, first: bool = True) -> Iterator[None]:
-        begin = self._now()
-        yield
-        (self.first if first else self.later).setdefault(stage, []).append(self._now() - begin)
-
-    def total(self, stage: str) -> float:
-        return sum(self.first.get(stage, [])) + sum(self.later.get(stage, []))
-
-    def steps(self, stage: str) -> int:
-        return len(self.first[stage]) + len(self.later.get(stage, []))
-
-    def extrapolated(self, stage: str, steps: int) -> float:
-        """Seconds of `steps` steps in as many trainings."""
-        first, later = self.first[stage], self.later.get(stage, [])
-        if not later:
-            return sum(first) * steps / len(first)
-        return sum(first) + sum(later) * (steps - len(first)) / len(later)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """What a side took for it: milliseconds, extrapolated to `of` steps (or samples) from `measured`."""
-
-    ms: float
-    measured: int = 1
-    of: int = 1
-    unit: str = ""
-
-    @property
-    def note(self) -> str:
-        return "" if self.measured >= self.of else f"extrapolated from {self.measured} of {self.of} {self.unit}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Side:
-    stages: dict[str, Stage]
-    clocked: float  # seconds that the clocks have measured
-    peak: int | None
-    others: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -185,7 +129,7 @@ class EndToEnd(Case):
 
         def around(stage: str, part: str):
             if part == "step":
-                block, first = RunStage(stage).block, stage not in begun
+                block, first = Stage(stage).block, stage not in begun
                 begun.add(stage)
                 return clock("warm-up" if block is None else _layers(block), first)
             return clock(part or stage) if part == "prefix cache" or stage in (DENSITY, MERGE) else nullcontext()
@@ -351,28 +295,28 @@ class EndToEnd(Case):
         others = None if self.options.gpu else max(0.0, measure.others_seconds() - before) / seconds
         stages = self._stages(clock, steps)
         clocked = sum(clock.total(stage) for stage in stages)
-        stages["rest"] = Stage(1e3 * (seconds - clocked))
+        stages["rest"] = StageTime(1e3 * (seconds - clocked))
         total = sum(stage.ms for stage in stages.values())
-        stages["total"] = Stage(total, steps, self.steps, "steps an epoch")
+        stages["total"] = StageTime(total, steps, self.steps, "steps an epoch")
         return Side(stages, clocked, peak, others)
 
-    def _stages(self, clock: Clock, steps: int) -> dict[str, Stage]:
+    def _stages(self, clock: Clock, steps: int) -> dict[str, StageTime]:
         (some, most), (all_, every) = self.lengths(steps), self.lengths()
         found = {}
         for stage in self.stages:
             if stage not in clock.first:
                 continue
             if stage == "merge":
-                found[stage] = Stage(1e3 * clock.total(stage))
+                found[stage] = StageTime(1e3 * clock.total(stage))
             elif stage == "density":
                 ms = 1e3 * clock.total(stage) * sum(all_) / sum(some)
-                found[stage] = Stage(ms, len(some), len(all_), "samples")
+                found[stage] = StageTime(ms, len(some), len(all_), "samples")
             elif stage == "prefix cache":
                 ms = 1e3 * clock.total(stage) * (sum(all_) + sum(every)) / (sum(some) + sum(most))
-                found[stage] = Stage(ms, len(some) + len(most), len(all_) + len(every), "samples")
+                found[stage] = StageTime(ms, len(some) + len(most), len(all_) + len(every), "samples")
             else:
                 of = self.steps * (WARMUP_EPOCHS if stage == "warm-up" else self.visits)
-                found[stage] = Stage(1e3 * clock.extrapolated(stage, of), clock.steps(stage), of, "steps")
+                found[stage] = StageTime(1e3 * clock.extrapolated(stage, of), clock.steps(stage), of, "steps")
         return found
 
     # ------------------------------------------------ counts

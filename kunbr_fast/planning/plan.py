@@ -124,7 +124,7 @@ def plan(
     ValueError: input that does not fit, by file and cure; and where nothing fits, the least that does, and for what.
     """
     setup, config = Setup(**setup), config or KUnBRConfig()
-    memory = parse_bytes(memory, "--gpu-memory", unit_needed=True)
+    memory = parse_bytes(memory, "gpu_memory", unit_needed=True)
     a, assumed = Architecture.load(model, setup.dtype)
     data = Data.load(forget, retain, _tokenizer(Path(model)) if forget else None, config)
     if setup.stream:

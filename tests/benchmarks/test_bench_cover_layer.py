@@ -1,4 +1,4 @@
-"""Suite cover_layer: its formulas count what a layer does, its gate refuses wrong layers, its rivals leave others alone."""
+"""Suite cover_layer: its formulas count what a layer does, its gate refuses wrong layers, no rival changes others."""
 
 import dataclasses
 

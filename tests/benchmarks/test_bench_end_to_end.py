@@ -11,9 +11,10 @@ import torch
 import kunbr_fast as kf
 from kunbr_fast import data
 from kunbr_fast.benchmarks import harness, measure, rows
+from kunbr_fast.benchmarks.clock import Clock, Side, StageTime
 from kunbr_fast.benchmarks.shapes import MODELS, Shape
 from kunbr_fast.benchmarks.suites import end_to_end
-from kunbr_fast.benchmarks.suites.end_to_end import Clock, EndToEnd
+from kunbr_fast.benchmarks.suites.end_to_end import EndToEnd
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.prefix_cache import PrefixCache
 
@@ -92,7 +93,7 @@ def test_with_enough_time_a_second_run_takes_all_steps(monkeypatch):
 
     def run(this, name, steps):
         runs.append(steps)
-        return end_to_end.Side({}, clocked=4.0, peak=None, others=None)
+        return Side({}, clocked=4.0, peak=None, others=None)
 
     monkeypatch.setattr(EndToEnd, "_run", run)
 
@@ -138,8 +139,8 @@ def test_a_step_is_clocked_from_its_samples_on(monkeypatch):
 
 def test_on_a_gpu_the_best_of_ours_is_run(monkeypatch):
     """Triton's, and torch's where it is named. There is no GPU here: nothing is run."""
-    stages = {"total": end_to_end.Stage(1.0)}
-    monkeypatch.setattr(EndToEnd, "_measured", lambda this, name: end_to_end.Side(stages, 1.0, None, None))
+    stages = {"total": StageTime(1.0)}
+    monkeypatch.setattr(EndToEnd, "_measured", lambda this, name: Side(stages, 1.0, None, None))
     monkeypatch.setattr(end_to_end, "measure_rounds", lambda *args: ({}, (1e12, 1e12), None))
     monkeypatch.setattr(EndToEnd, "gate", lambda this: (dict(errors), dict(left_out)))
 
