@@ -12,7 +12,6 @@ plainly), and ours, over a stand-in for the Base_model that they did not publish
 letter's loss.
 """
 
-import argparse
 import copy
 import random
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 import transformers as tf
 
-from kunbr_fast.benchmarks.measure import add_rows, flop_counter
+from kunbr_fast.benchmarks.measure import add_rows, flop_counter, script_parser
 from kunbr_fast.benchmarks.shapes import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,9 +193,8 @@ PIPELINES = {"trainer": trainer, "authors": authors}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--only", choices=list(PIPELINES), help="one of them [both]")
-    parser.add_argument("--csv", help="append rows here")
     arguments = parser.parse_args()
     tf.utils.logging.set_verbosity_error()
     rows = []
@@ -211,8 +209,7 @@ def main():
         print(rows[-1], flush=True)
         if found["entries_that_differ"] > 1e-4 * found["entries_moved"]:
             sys.exit("more than one entry in 10000 differs: not the same training, no numbers")
-    if arguments.csv:
-        add_rows(arguments.csv, rows)
+    add_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":
