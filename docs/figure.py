@@ -50,6 +50,7 @@ def draw(rows, path=PICTURE):
     row = next(row for row in rows if row["suite"] == "step" and row["ms"])
     where = f"{row['device']}, {row['threads']} cores" if not row["cuda"] else row["device"]
     figure = figures.canvas((11.5, 4.4))
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
 
     figures.style(left, "x")

@@ -71,6 +71,14 @@ def test_names_of_the_code_exist(page):
         assert list(ROOT.glob(path.rstrip("/"))), path
 
 
+def test_the_floors_are_those_that_are_tested():
+    from test_layers import FLOORS
+
+    helpers = {"version", "checkout", "keywords"}  # single files without a room of their own
+    found = re.findall(r"^\| (\d+) \| `(\w+)` \|", (ROOT / "docs" / "architecture.md").read_text(), re.M)
+    assert set(found) == {(str(i), room) for i, rooms in enumerate(FLOORS) for room in {*rooms.split()} - helpers}
+
+
 # ---------------------------------------------------------------- what is shown
 
 
@@ -189,3 +197,36 @@ def test_what_extending_shows_works(monkeypatch):
         layer.mlp.up_proj.__class__ = names["MyLinear"]
     found = [kf.knowledge_density(model, encoded[:4]).per_layer for model in (plain, own)]
     torch.testing.assert_close(*found)
+
+
+def test_the_trainer_of_integrations_trains(tmp_path):
+    pytest.importorskip("accelerate")
+    import transformers as tf
+
+    import kunbr_fast as kf
+
+    (code,) = blocks(ROOT / "docs" / "integrations.md", "python")
+    encoded = samples()
+    names = {
+        "kf": kf, "model": tiny_text.model(layers=8), "forget": encoded[:4], "retain": encoded[4:8],
+        "args": tf.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, save_strategy="no"),
+    }  # fmt: skip
+    exec(code, names)
+    assert tf.AutoModelForCausalLM.from_pretrained(tmp_path).config.num_hidden_layers == 8
+
+
+def test_large_models_python_runs(tmp_path, monkeypatch):
+    import kunbr_fast as kf
+
+    for seed, name in enumerate(("M0", "MU")):
+        tiny_text.model(seed, layers=16).save_pretrained(tmp_path / name)
+        tiny_text.tokenizer().save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(ROOT / "docs" / "large_models.md", "python")
+    encoded = samples()
+    names = {
+        "kf": kf, "forget": encoded[:4], "retain": encoded[4:8], "tokenizer": tiny_text.tokenizer(),
+        "config": kf.KUnBRConfig(block_epochs=1, top_k=1),
+    }  # fmt: skip
+    exec(code.replace('"cuda"', '"cpu"'), names)
+    assert (tmp_path / "OUT" / "model.safetensors").is_file()

@@ -61,13 +61,34 @@ def test_kernels_are_a_subpackage_only(installed, tmp_path):
     assert imported(installed, code, cwd=tmp_path) == "The kernels kunbr_fast.kernels None"
 
 
-def test_every_kernel_module_is_installed(installed, tmp_path):
-    names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+def test_every_module_is_installed(installed, tmp_path):
+    """All that lies in the folders of the three packages, py.typed too; in a wheel, scripts of a checkout aside."""
     code = """
-    import pathlib, kunbr_fast.kernels
-    print(*sorted(path.stem for path in pathlib.Path(kunbr_fast.kernels.__path__[0]).glob("*.py")))
+    import pathlib, kunbr_fast, kunbr_fast.kernels, kunbr_fast.benchmarks
+    for package in (kunbr_fast, kunbr_fast.kernels, kunbr_fast.benchmarks):
+        root = pathlib.Path(package.__path__[0])
+        for path in root.rglob("*"):
+            if path.suffix in (".py", ".typed"):
+                print(package.__name__.replace(".", "/"), path.relative_to(root))
     """
-    assert imported(installed, code, cwd=tmp_path).split() == names
+    found = {"/".join(line.split()) for line in imported(installed, code, cwd=tmp_path).splitlines()}
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kunbr_fast").rglob("*") if path.suffix == ".py"}
+    for top in ("kernels", "benchmarks"):
+        expected |= {f"kunbr_fast/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / top).rglob("*.py")}
+    expected.add("kunbr_fast/py.typed")
+    if installed[1].parent.name.startswith("plain"):
+        assert "kunbr_fast/benchmarks/reference_procedure.py" in found - expected
+        missing = {path.removeprefix("kunbr_fast/benchmarks/").removesuffix(".py") for path in expected - found}
+        assert missing == {
+            "bench_pipelines",
+            "bench_plan",
+            "count_step",
+            "cover_precision",
+            "demo_seeds",
+            "test_regression",
+        }
+        expected = expected & found | {"kunbr_fast/benchmarks/reference_procedure.py"}
+    assert found == expected
 
 
 def test_hugging_face_kernels_is_not_shadowed(installed, tmp_path):

@@ -11,6 +11,8 @@ import pytest
 import readme_tables
 
 from kunbr_fast.benchmarks.rows import read_rows
+from kunbr_fast.density.attribution import METHODS
+from kunbr_fast.density.measure import STATISTICS
 from kunbr_fast.model.patch import FAMILIES
 from kunbr_fast.objectives.methods import OBJECTIVES
 from kunbr_fast.version import __version__
@@ -148,6 +150,13 @@ def test_every_objective_is_in_the_table_with_what_it_needs():
         assert reference == ("layer" if objective.states else words[objective.reference]), name
         assert alternate == (objective.alternate or "-"), name
         assert (way == "fused, weights") == objective.weighted and way.startswith("none") == objective.states, name
+
+
+def test_every_statistic_and_attribution_is_in_its_table():
+    text = page("density")
+    for heading, wanted in (("## Statistics", STATISTICS), ("## Single weights", METHODS)):
+        named = [name for cells in table(text, heading) for name in re.findall(r"`(\w+)`", cells[0])]
+        assert sorted(named) == sorted(wanted)
 
 
 def test_the_counted_table_quotes_committed_rows():

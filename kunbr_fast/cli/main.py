@@ -12,6 +12,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -28,8 +29,8 @@ COMMANDS = {
     "doctor": "versions, devices, and which implementation of each operation can run here",
 }
 TOGETHER = ("unlearn", "density")  # what several processes can run
-# The library's messages name parameters. What they are called here:
-OPTIONS = {"resume=True": "--resume", "unlearned=": "--unlearned", "output_dir=": "--out", "stream=True": "--stream"}
+# The library's messages name parameters, as `name=` or `name=True`. Those that are options here:
+OPTIONS = {"resume", "unlearned", "stream", "forget", "retain", "gpu_memory", "gpu", "gpus"}
 
 
 def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -70,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status is None:
             raise
         if text:
-            for parameter, option in OPTIONS.items():
-                text = text.replace(parameter, option)
-            print(f"{_name(arguments)}: {text}", file=sys.stderr, flush=True)
+            print(f"{_name(arguments)}: {_with_options(text)}", file=sys.stderr, flush=True)
         return status
     if arguments.json and _speaks(arguments):
         print(json.dumps(result, indent=2))
@@ -110,6 +109,18 @@ def _speaks(arguments: argparse.Namespace) -> bool:
 def _name(arguments: argparse.Namespace) -> str:
     group = arguments.group
     return "kunbr-fast" if group is None or group.size == 1 else f"kunbr-fast, rank {group.rank} of {group.size}"
+
+
+def _with_options(text: str) -> str:
+    """A message of the library, with `--gpu x` for `gpu=x` and `--resume` for `resume=True`."""
+
+    def option(found: re.Match) -> str:
+        name, value = found.groups()
+        if name not in OPTIONS:
+            return found[0]
+        return f"--{name.replace('_', '-')}{'' if value == 'True' or not value else ' ' + value}"
+
+    return re.sub(r"\b([a-z_]+)=(True\b|[^\s,;:)]*)", option, text)
 
 
 def _no_progress_bars() -> None:

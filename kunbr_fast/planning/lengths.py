@@ -32,7 +32,7 @@ class Data:
     ) -> Data:
         """Of the files of `kunbr-fast unlearn`; lengths by the tokenizer, or WMDP's where there is none."""
         if bool(forget) != bool(retain):
-            raise ValueError("--forget and --retain go together: give both, or none for assumed lengths")
+            raise ValueError("forget= and retain= go together: give both, or none for assumed lengths")
         found, assumed = {}, []
         for what, paths in (("forget", forget), ("retain", retain)):
             found[what] = [load_records(path) for path in paths] if paths else [[None] * 157] * 5

@@ -46,13 +46,13 @@ class Setup:
 
     def __post_init__(self):
         if self.gpu not in GPUS:
-            raise ValueError(f"--gpu {self.gpu}: known are {', '.join(GPUS)}")
+            raise ValueError(f"gpu={self.gpu}: known are {', '.join(GPUS)}")
         if self.gpus < 1 or (self.gpus > 1 and self.stream):
-            raise ValueError(f"--gpus {self.gpus}: expected 1 or more, and 1 with --stream, which is for one process")
+            raise ValueError(f"gpus={self.gpus}: expected 1 or more, and 1 with stream=True, which is for one process")
         if self.stream and not self.unlearned:
             raise ValueError(
-                "--stream: the warm-up trains every parameter, which cannot be streamed: "
-                "make M_u elsewhere and add --unlearned"
+                "stream=True: the warm-up trains every parameter, which cannot be streamed: "
+                "make M_u elsewhere and add unlearned=True"
             )
 
     @property

@@ -29,7 +29,7 @@ def parse_bytes(text: str) -> int:
     """ "24GiB", "24 GB", "512MiB" -> bytes."""
     found = bytes_of(text, unit_needed=True)
     if not found:
-        raise ValueError(f"--gpu-memory {text!r}: expected a number above 0 and a unit, such as 24GiB, 80GB or 512MiB")
+        raise ValueError(f"gpu_memory={text!r}: expected a number above 0 and a unit, such as 24GiB, 80GB or 512MiB")
     return found
 
 

@@ -142,7 +142,7 @@ class Stages(Run):
             if given not in (None, found.get("given")):
                 raise ValueError(
                     f"{self.work}: the warm-up is done with another unlearned model than the one given now. Give the "
-                    "same one (--unlearned) or none, or another output directory"
+                    "same one (unlearned=) or none, or another output directory"
                 )
         elif given is not None:
             self._take_given(given)

@@ -107,7 +107,7 @@ class RunState:
         if self.state["identity"] != identity:
             raise ValueError(
                 f"{self.directory} belongs to another run: its model or data are not those given now. "
-                "Give the same --model, --forget, --retain and questions, or another output directory"
+                "Give the same model, forget and retain records and questions, or another output directory"
             )
         finished = {Stage(name).group for name in self.state["stages"]}
         current = {Stage(name).group for name in self.state["interrupted"]}

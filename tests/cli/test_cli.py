@@ -322,3 +322,13 @@ def test_help(command, capsys):
         cli.main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert "usage: kunbr-fast" in capsys.readouterr().out
+
+
+def test_messages_of_the_library_name_options_here():
+    said = cli._with_options(
+        "x: go on (resume=True), or bring it (unlearned=, alpha=1): gpu_memory='24': stream=True, gpus=2"
+    )
+    assert said == "x: go on (--resume), or bring it (--unlearned, alpha=1): --gpu-memory '24': --stream, --gpus 2"
+    assert cli._with_options("forget= and retain= go together; retain_coeff=2 stays") == (
+        "--forget and --retain go together; retain_coeff=2 stays"
+    )

@@ -51,7 +51,7 @@ def training_of(model, precision, block=BLOCK, **settings):
 
 def gradient_of(training, batch=None):
     batch = batch or pack(FORGET + RETAIN)
-    loss, _ = training.loss(batch, len(FORGET))
+    loss = training.loss(training.criterion.step_batch(batch, len(FORGET))).loss
     loss.backward()
     gradient = training.flat.grad.clone()
     training.flat.grad.zero_()
@@ -216,7 +216,7 @@ def test_the_gradient_has_nearly_the_exact_direction(precision, architecture):
     with training_of(model, "none") as training:
         truth = gradient_of(training)
     with training_of(model, precision) as training:
-        found = gradient_cosine(training, batch, len(FORGET))
+        found = gradient_cosine(training, training.criterion.step_batch(batch, len(FORGET)))
         assert not training.flat.grad.any() and training.steps == 0
         ours = gradient_of(training)
         with training.cover.exact():
@@ -232,7 +232,10 @@ def test_none_changes_no_bit():
         model = tiny_model("llama", torch.bfloat16)
         source = dict(tiny_model("llama", torch.bfloat16, seed=1).named_parameters())
         with kf.reinserted(model, source, BLOCK, lr=1e-3, **settings) as training:
-            assert training.cover is None and gradient_cosine(training, samples, len(FORGET)) == 1.0
+            assert (
+                training.cover is None
+                and gradient_cosine(training, training.criterion.step_batch(samples, len(FORGET))) == 1.0
+            )
             gradients.append(gradient_of(training))
     assert torch.equal(*gradients)
 
@@ -261,7 +264,7 @@ def test_gradient_checkpointing_gives_the_same_bits(precision):
     for again in (False, True):
         with training_of(tiny_model("llama", torch.float32), precision, gradient_checkpointing=again) as training:
             gradients.append(gradient_of(training))
-            cosine_ = gradient_cosine(training, pack(FORGET + RETAIN), len(FORGET))
+            cosine_ = gradient_cosine(training, training.criterion.pack(FORGET, RETAIN))
             gradients.append(torch.tensor(cosine_))
     assert torch.equal(gradients[0], gradients[2]) and gradients[1] == gradients[3]
 
@@ -538,7 +541,7 @@ def test_objectives_with_a_reference_and_parts():
     _, report = whole_run("fp8", retain_loss="kl")
     assert all(found > 0.99 for found in report.gradient_cosines.values())
     with training_of(tiny_model("llama", torch.float32), "int8", retain_loss="kl", micro_batch_tokens=20) as training:
-        assert gradient_cosine(training, pack(FORGET + RETAIN), len(FORGET)) > 0.999
+        assert gradient_cosine(training, training.criterion.pack(FORGET, RETAIN)) > 0.999
 
 
 def test_the_command_line_has_the_setting(capsys):

@@ -30,12 +30,13 @@ from kunbr_fast.model.layer_stream import layer_stream
 from kunbr_fast.model.prefix_cache import PrefixCache
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.objectives import losses
+from kunbr_fast.objectives.batch import StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.methods import OBJECTIVES
-from kunbr_fast.objectives.original import Reference
+from kunbr_fast.objectives.original import OriginalValues, Parts
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.diverged import Diverged
-from kunbr_fast.training.micro_batches import micro_batches
+from kunbr_fast.training.micro_batches import micro_batches, rows_of
 from kunbr_fast.training.streamed import LayerMajorTraining
 
 BLOCK = range(1, 3)
@@ -277,7 +278,7 @@ def resident(path, unlearned, dtype, tokens, cached, steps=2, **settings):
         assert type(training) is BlockTraining
         for _ in range(steps):
             batch = cache.batch(range(9)) if cached else pack(SAMPLES)
-            metrics.append(training.step_packed(batch, 4))
+            metrics.append(training.step_packed(training.criterion.step_batch(batch, 4)))
         return {name: tensor.clone() for name, tensor in training.tensors().items()}, metrics
 
 
@@ -302,7 +303,7 @@ def by_layer(decoder, unlearned, tokens, cached, steps=2, storage="host", **sett
         for _ in range(steps):
             stream.loads.clear()
             batch = cache.batch(range(9)) if cached else pack(SAMPLES)
-            metrics.append(training.step_packed(batch, 4))
+            metrics.append(training.step_packed(training.criterion.step_batch(batch, 4)))
             loads.append(dict(stream.loads))
     return found, metrics, loads
 
@@ -356,13 +357,11 @@ def test_micro_batches_add_up_to_the_whole_batchs_gradient(name, folder):
     samples = FORGET + alternates + RETAIN
     resident, other = Decoder(whole(folder(), "float64")), whole(folder("llama", 1), "float64")
     parts = {"forget": FORGET, "alternate": alternates, "retain": RETAIN}
-    reference = Reference.of(resident, parts, criterion.needs)
+    original = OriginalValues.of(resident, parts, criterion.needs)
     with kf.reinserted(resident, other, BLOCK, lr=1e-3, criterion=criterion) as training:
-        loss, nll = training.loss(pack(samples), 4, reference)
-        loss.backward()
-        loss = loss.detach()
+        step = criterion.step_batch(pack(samples), 4, original)
+        whole_batch = training.loss(step).backward()
         truth = training.flat.grad.clone()
-        criterion.drop()
     values = {n: p.detach() for n, p in whole(folder("llama", 1), "float64").named_parameters()}
     for tokens in (None, 25):
         decoder = Decoder(streamed(folder(), "float64"))
@@ -371,14 +370,15 @@ def test_micro_batches_add_up_to_the_whole_batchs_gradient(name, folder):
         with kf.reinserted(
             decoder, dict(values), BLOCK, lr=1e-3, criterion=criterion, micro_batch_tokens=tokens
         ) as training:
-            ours, rows = training.accumulate(pack(samples), 4, reference)
+            step = criterion.step_batch(pack(samples), 4, original)
+            ours, loss = training.accumulate(step), whole_batch.loss
             assert float((training.flat.grad - truth).norm()) <= 1e-12 * float(truth.norm()) and truth.norm() > 0
-            assert float((ours - loss).abs()) <= 1e-12 * float(loss.abs()) + 1e-14
+            assert float((ours.loss - loss).abs()) <= 1e-12 * float(loss.abs()) + 1e-14
+            rows, nll = ours.nll, whole_batch.nll
             assert (rows is None and nll is None) or torch.allclose(rows, nll, rtol=1e-12)
-            assert criterion.retain_scale == 1.0
             if tokens is None:  # in one go, by activation checkpointing: for those who accumulate themselves
                 training.flat.grad.zero_()
-                training.loss(pack(samples), 4, reference)[0].backward()
+                training.loss(step).backward()
                 assert float((training.flat.grad - truth).norm()) <= 1e-12 * float(truth.norm())
             if name == "rmu":  # of the last layer of the block: nothing above it runs
                 assert set(layer_stream(decoder).loads) <= {0}
@@ -387,22 +387,24 @@ def test_micro_batches_add_up_to_the_whole_batchs_gradient(name, folder):
 def test_micro_batches():
     batch = pack(SAMPLES + random_samples(4, seed=3))
     batch.hidden = torch.randn(batch.num_tokens, 8)
-    parts = {"forget": range(4), "alternate": range(4, 8), "retain": range(8, 13)}
+    step = StepBatch(batch, Parts.of(4, 4, 5))
     for tokens in (None, 1, 30, 10_000):
-        found = micro_batches(batch, parts, tokens)
+        found = micro_batches(step, tokens)
         assert sorted(i for micro in found for i in micro.samples) == list(range(13))
-        assert sorted(torch.cat([micro.rows for micro in found]).tolist()) == list(range(len(batch.rows)))
+        assert sorted(torch.cat([rows_of(batch, micro.samples) for micro in found]).tolist()) == list(
+            range(len(batch.rows))
+        )
         for micro in found:
             forget = [i for i in micro.samples if i < 4]
-            assert micro.num_forget == len(forget) and micro.samples[len(forget) :][: len(forget)] == [
+            assert len(micro.step.parts.forget) == len(forget) and micro.samples[len(forget) :][: len(forget)] == [
                 i + 4 for i in forget
             ]
-            assert torch.equal(micro.batch.targets, batch.targets[micro.rows])
+            assert torch.equal(micro.step.packed.targets, batch.targets[rows_of(batch, micro.samples)])
             pieces = batch.hidden.split(batch.lengths)
-            assert torch.equal(micro.batch.hidden, torch.cat([pieces[i] for i in micro.samples]))
+            assert torch.equal(micro.step.packed.hidden, torch.cat([pieces[i] for i in micro.samples]))
         assert len(found) == (1 if tokens in (None, 10_000) else 9 if tokens == 1 else len(found))
         if tokens == 30:
-            assert len(found) > 2 and all(m.batch.num_tokens <= 30 for m in found)
+            assert len(found) > 2 and all(m.step.packed.num_tokens <= 30 for m in found)
 
 
 def test_cumulative_insertion_and_a_streamed_unlearned_model(folder, tmp_path):
@@ -503,10 +505,10 @@ def test_what_a_step_by_layers_refuses(folder):
             with kf.reinserted(decoder, values, BLOCK, lr=1e-3, **settings):
                 pass
     with pytest.raises(
-        ValueError, match="npo with retain_loss='nll' needs the original model's values: give reference="
+        ValueError, match="npo with retain_loss='nll' needs the original model's values: give original="
     ):
         with kf.reinserted(decoder, dict(layer_items(values)), BLOCK, lr=1e-3, criterion=Criterion("npo")) as t:
-            t.loss(pack(SAMPLES), 4)
+            t.loss(t.criterion.step_batch(pack(SAMPLES), 4))
     batches = [pack(FORGET), pack(RETAIN, torch.zeros(sum(len(s["input_ids"]) for s in RETAIN), 32), 0)]
     with pytest.raises(ValueError, match="some batches come from a prefix cache and others do not"):
         LayerMajor(decoder, batches, 0, 5).run(lambda *args: None)
@@ -670,7 +672,7 @@ def train_large(decoder):
     }
     with kf.reinserted(decoder, values, LARGE_BLOCK, lr=1e-4) as training:
         for _ in range(2):
-            training.step_packed(cache.batch(range(6)), 4)
+            training.step_packed(training.criterion.step_batch(cache.batch(range(6)), 4))
     return values
 
 

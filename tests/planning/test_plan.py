@@ -136,7 +136,7 @@ def measured_block(make, data, block, checkpoint, **settings):
             decoder, values, block, 1e-3, gradient_checkpointing=checkpoint, impl="torch", **settings
         ) as training:
             for _ in range(2):
-                training.step_packed(cache.batch(range(12)), 6)
+                training.step_packed(training.criterion.step_batch(cache.batch(range(12)), 6))
 
     return most_bytes(run)
 
@@ -178,7 +178,7 @@ def test_peak_of_the_warm_up(name, checkpoint):
                 Decoder(model), lr=1e-5, optimizer="lion", gradient_checkpointing=checkpoint, impl="torch"
             )
             for _ in range(2):
-                training.step_packed(pack(data), 6)
+                training.step_packed(training.criterion.step_batch(pack(data), 6))
 
     assert run.training("warm-up", None).peak == pytest.approx(most_bytes(warm_up), rel=0.1)
 
@@ -196,7 +196,7 @@ def test_peak_of_density_and_attack():
         with frozen(model):
             training = FullTraining(Decoder(model), lr=1e-5, optimizer=RTTConfig().optimizer, impl="torch")
             for part in (*training_on, *training_on):
-                training.gradient_difference_step([], part, 1.0)
+                training.step_packed(training.criterion.step_batch(pack(part), 0))
 
     assert run.attack().peak == pytest.approx(most_bytes(attack), rel=0.1)
 

@@ -26,7 +26,7 @@ from kunbr_fast.files.tensors import Shards, WeightSnapshot
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.layer_stream import layer_stream
 from kunbr_fast.model.streaming import open_streamed
-from kunbr_fast.objectives.original import Reference
+from kunbr_fast.objectives.original import OriginalValues
 from kunbr_fast.run.state import fingerprint
 
 SETTINGS = dict(
@@ -117,7 +117,7 @@ def test_fingerprints_and_references_are_those_of_the_whole_model(folders):
     samples, stream = {"forget": FORGET, "retain": RETAIN}, layer_stream(ours)
     stream.release()
     stream.loads.clear()
-    a, b = (Reference.of(decoder, samples, needs, batch_tokens=30) for decoder in (ours, truth))
+    a, b = (OriginalValues.of(decoder, samples, needs, batch_tokens=30) for decoder in (ours, truth))
     assert stream.loads == {i: 1 for i in range(6)}
     assert a.values.keys() == b.values.keys()
     for kind in a.values:
