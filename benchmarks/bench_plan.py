@@ -99,14 +99,15 @@ def run(config, data, dtype, start, checkpoint):
     if start is None:
         with frozen(model), fused(model, "torch"):
             training = FullTraining(decoder, lr=1e-5, optimizer="lion", gradient_checkpointing=checkpoint, impl="torch")
-            return steps(lambda: training.step_packed(count_step.pack(data), BATCH))
+            return steps(lambda: training.step_packed(training.criterion.step_batch(count_step.pack(data), BATCH)))
     with tempfile.TemporaryDirectory() as scratch:
         values = Values(WeightSnapshot.save(model, Path(scratch) / "weights.safetensors"))
         cache = PrefixCache(decoder, data, "host")
         cache.advance(start)
         block = range(start, start + 3)
         with reinserted(decoder, values, block, 1e-5, gradient_checkpointing=checkpoint, impl="torch") as training:
-            return steps(lambda: training.step_packed(cache.batch(range(2 * BATCH)), BATCH))
+            batch = training.criterion.step_batch
+            return steps(lambda: training.step_packed(batch(cache.batch(range(2 * BATCH)), BATCH)))
 
 
 def steps(step):

@@ -216,7 +216,7 @@ def test_a_smaller_cache_and_its_error(dtype, nbytes, error, storage, tmp_path):
     with kf.reinserted(decoder, weights(moved(original)), BLOCK, lr=1e-3) as training:
         batch = cache.batch(range(9))
         for hidden in (batch.hidden, cache.exact(range(9))):
-            training.accumulate(dataclasses.replace(batch, hidden=hidden), 4)
+            training.accumulate(training.criterion.step_batch(dataclasses.replace(batch, hidden=hidden), 4))
             gradients.append(training.flat.grad.clone())
             training.drop_gradient()
     found = cosine(*gradients)

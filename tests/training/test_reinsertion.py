@@ -211,10 +211,9 @@ def test_only_the_block_gets_a_gradient_and_its_input_none(architecture):
 
         return hook
 
-    batch = pack(FORGET + RETAIN)
     with kf.reinserted(decoder, moved(original), BLOCK, lr=1e-3) as training:
         handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(decoder.layers)]
-        loss, _ = training.loss(batch, len(FORGET))
+        loss = training.loss(training.criterion.pack(FORGET, RETAIN)).loss
         for handle in handles:
             handle.remove()
         # the block's input has no graph below it, so no gradient of it is computed
@@ -226,7 +225,7 @@ def test_only_the_block_gets_a_gradient_and_its_input_none(architecture):
         assert any(bool(p.grad.any()) for p in training.parameters.values())
 
 
-def saved_bytes(training, batch, num_forget):
+def saved_bytes(training, batch):
     """{storage address: bytes} of all that autograd keeps between the forward and the backward pass."""
     saved = {}
 
@@ -235,7 +234,7 @@ def saved_bytes(training, batch, num_forget):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
-        training.loss(batch, num_forget)
+        training.loss(batch)
     return saved
 
 
@@ -252,7 +251,7 @@ def test_nothing_is_kept_for_gradients_that_nobody_asked_for():
                 kept[i] = args[0].untyped_storage()  # holds the storage, so that its address stays its own
 
             handles.append(layer.mlp.down_proj.register_forward_pre_hook(hook))
-        saved = saved_bytes(training, pack(FORGET + RETAIN), len(FORGET))
+        saved = saved_bytes(training, training.criterion.pack(FORGET, RETAIN))
         for handle in handles:
             handle.remove()
     assert kept[3].data_ptr() in saved
@@ -559,12 +558,12 @@ def test_the_kernels_train_the_same_block(optimizer):
     forget, retain, found = FORGET[:2], RETAIN[:1], {}
     for impl in ("torch", "triton"):
         with kf.reinserted(original, dict(values), range(1, 2), lr=1e-3, optimizer=optimizer, impl=impl) as training:
-            loss, nll = training.loss(pack(forget + retain).to(device), len(forget))
-            loss.backward()
+            packed = pack(forget + retain).to(device)
+            part = training.loss(training.criterion.step_batch(packed, len(forget))).backward()
             grad = training.flat.grad.clone()
             training.flat.grad.zero_()
             training.step(forget, retain)
-            found[impl] = loss.detach(), nll, grad, training.flat.param.detach().clone()
+            found[impl] = part.loss, part.nll, grad, training.flat.param.detach().clone()
     (loss, nll, grad, weights), (loss_t, nll_t, grad_t, weights_t) = found["torch"], found["triton"]
     torch.testing.assert_close(loss_t, loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(nll_t, nll, rtol=1e-5, atol=1e-6)
