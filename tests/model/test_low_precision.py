@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from helpers import relative
 from tiny_models import ROTARY, peak_bytes, random_samples, tiny_model
 
 import kunbr_fast as kf
@@ -37,10 +38,6 @@ OFF = {"fp8": 16 / 448, "int8": 0.5 / 127, "nf4": 0.16}
 
 def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def relative(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def training_of(model, precision, block=BLOCK, **settings):
