@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from kunbr_fast.benchmarks import count_step
-from kunbr_fast.benchmarks.measure import add_rows, resident
+from kunbr_fast.benchmarks.measure import add_rows, resident, script_parser
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
@@ -99,14 +99,15 @@ def run(config, data, dtype, start, checkpoint):
     if start is None:
         with frozen(model), fused(model, "torch"):
             training = FullTraining(decoder, lr=1e-5, optimizer="lion", gradient_checkpointing=checkpoint, impl="torch")
-            return steps(lambda: training.step_packed(count_step.pack(data), BATCH))
+            return steps(lambda: training.step_packed(training.criterion.step_batch(count_step.pack(data), BATCH)))
     with tempfile.TemporaryDirectory() as scratch:
         values = Values(WeightSnapshot.save(model, Path(scratch) / "weights.safetensors"))
         cache = PrefixCache(decoder, data, "host")
         cache.advance(start)
         block = range(start, start + 3)
         with reinserted(decoder, values, block, 1e-5, gradient_checkpointing=checkpoint, impl="torch") as training:
-            return steps(lambda: training.step_packed(cache.batch(range(2 * BATCH)), BATCH))
+            batch = training.criterion.step_batch
+            return steps(lambda: training.step_packed(batch(cache.batch(range(2 * BATCH)), BATCH)))
 
 
 def steps(step):
@@ -159,12 +160,11 @@ def row(name, dtype, stage, checkpoint, by, ours, measured):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--model", choices=list(MODELS), nargs="+", default=list(MODELS), help="[all]")
     parser.add_argument("--heap", choices=list(HEAPS), nargs="+", default=list(HEAPS), help="[both]")
     parser.add_argument("--no-meta", action="store_true", help="leave Llama-3-8B out")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="on the CPU [float32]")
-    parser.add_argument("--csv", help="append rows here")
     parser.add_argument("--alone", choices=list(MODELS), help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", type=int, default=0, help=argparse.SUPPRESS)
@@ -173,8 +173,7 @@ def main():
         return alone(arguments.alone, arguments.dtype, arguments.start, bool(arguments.checkpoint))
     rows = [found for name in arguments.model for found in on_cpu(name, arguments.dtype, arguments.heap)]
     rows += [] if arguments.no_meta else list(on_meta())
-    if arguments.csv:
-        add_rows(arguments.csv, rows)
+    add_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":

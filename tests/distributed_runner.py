@@ -46,13 +46,13 @@ def run(job, out, group=ALONE):
     real = {owner: owner.apply for owner in owners}
     at = job.get("at", {"rank": -1})
 
-    def apply(self):
+    def apply(self, *args):
         updates.append(next(stage(self) for owner, stage in owners.items() if isinstance(self, owner)))
         if at["rank"] == group.rank and at["step"] == len(updates):
             if at["does"] == "fail":
                 raise OSError("the disk of this machine is full")
             os.kill(os.getpid(), signal.SIGKILL)
-        real[next(owner for owner in owners if isinstance(self, owner))](self)
+        real[next(owner for owner in owners if isinstance(self, owner))](self, *args)
 
     config = CONFIG | job["config"] | (job.get("differs", {}) if group.rank == 1 else {})
     layers = {"num_hidden_layers": job.get("layers", 6)}

@@ -41,7 +41,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kunbr_fast as kf
 from kunbr_fast.benchmarks import measure
@@ -54,6 +53,7 @@ from kunbr_fast.kernels.errors import Unavailable
 from kunbr_fast.memory import release
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.objectives import losses
 
 LR = 1e-5
 EXACT = 1e-9  # largest relative difference of the weights after three fp64 steps
@@ -98,9 +98,7 @@ class Reference:
         return nbytes([*self.model.parameters(), *gradient, *self.optimizer.momentum])
 
     def flops(self):
-        with sdpa_kernel(SDPBackend.MATH), measure.flop_counter() as counter:
-            self.step()
-        return counter.get_total_flops()
+        return measure.spent_flops(self.step)
 
 
 class ListLion:
@@ -188,28 +186,28 @@ class Ours:
         self.training = self.context.__enter__()
 
     def _batch(self):
-        return self.cache.batch(range(2 * self.num_forget))
+        return self.training.criterion.step_batch(self.cache.batch(range(2 * self.num_forget)), self.num_forget)
 
     def step(self):
-        found = self.training.step_packed(self._batch(), self.num_forget)
+        found = self.training.step_packed(self._batch())
         self._check()
         return {"losses": torch.tensor([found["forget_loss"], found["retain_loss"]])}
 
     def gradients(self):
         training, batch = self.training, self._batch()
-        loss, nll = training.accumulate(batch, self.num_forget)
+        part = training.accumulate(batch)
         self._check()
-        found = training.criterion.metrics(batch, self.num_forget, loss, nll)
+        found = losses.metrics(batch, part)
         gradient = training.flat.grad.clone()
         training.flat.grad.zero_()
-        losses = {"losses": torch.tensor([found["forget_loss"], found["retain_loss"]])}
-        return losses | dict(zip(training.parameters, training.flat.views(gradient)))
+        means = {"losses": torch.tensor([found["forget_loss"], found["retain_loss"]])}
+        return means | dict(zip(training.parameters, training.flat.views(gradient)))
 
     def _check(self):
         """That the step was what the variant's name says."""
         if self.training.micro_batches.halvings:
             raise torch.OutOfMemoryError("the step did not fit whole: it went through in parts")
-        graphs = self.training._graphs
+        graphs = self.training.graphs
         if graphs is not None and not graphs.captured:
             raise Skip("the step could not be captured")
 
@@ -217,19 +215,16 @@ class Ours:
         return self.training.tensors()
 
     def standing(self):
-        flat, optimizer, graphs = self.training.flat, self.training.optimizer, self.training._graphs
+        flat, optimizer, graphs = self.training.flat, self.training.optimizer, self.training.graphs
         state = [x for x in optimizer.state[flat.param].values() if isinstance(x, torch.Tensor)]
         held = [*self.original, flat.weights, flat.grad, flat.param, *state, self.cache._buffer]
         if graphs is None:
             return nbytes(held)
-        inputs = [static.batch.hidden for static, _, _ in graphs._held.values()]
-        pool = [s["total_size"] for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == graphs._pool]
-        return nbytes([*held, *inputs]) + sum(pool)
+        pool = [s["total_size"] for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == graphs.pool]
+        return nbytes([*held, *graphs.inputs]) + sum(pool)
 
     def flops(self):
-        with sdpa_kernel(SDPBackend.MATH), measure.flop_counter() as counter:
-            self.gradients()
-        return counter.get_total_flops()
+        return measure.spent_flops(self.gradients)
 
 
 OURS = {

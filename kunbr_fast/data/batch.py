@@ -141,6 +141,10 @@ class PackedBatch:
         back = self.row_sample * width + torch.arange(len(self.rows)) - first[self.row_sample]
         return index, back, self.position_ids[self.rows][index].view(-1, width)
 
+    def set_indices(self, **indices: Any) -> None:
+        """Gives the batch indices (`rows`, `pad_index`, ...) that it then does not work out itself."""
+        vars(self).update(indices)
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch on `device`; a copy from the host does not synchronise."""
         device = torch.device(device)

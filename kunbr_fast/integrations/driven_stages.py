@@ -18,6 +18,7 @@ from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import PrefixCache
+from kunbr_fast.objectives.batch import Shares
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
@@ -80,6 +81,7 @@ class DrivenStages(Stages):
         self.cache: PrefixCache | None = None
         self._outer, self._inner = contextlib.ExitStack(), contextlib.ExitStack()
         self._step: SharedStep | None = None
+        self.gathered: SharedStep | None = None  # what the next update is made from
         self._since_log: list[dict[str, float]] = []
 
     def _spans(self) -> list[Span]:
@@ -243,16 +245,16 @@ class DrivenStages(Stages):
             return torch.zeros((), device=self.decoder.device)
         if self._step is None:
             self._step = SharedStep(self.training)
-        shares = [len(samples) / len(all_) for samples, all_ in zip(mine, whole)]
-        return self._step.add(*self.feed.batch(*mine), *shares, self.driver.autocast)
+        shares = Shares(*(len(samples) / len(all_) for samples, all_ in zip(mine, whole)))
+        return self._step.add(self.feed.batch(*mine, shares), self.driver.autocast())
 
     def gather(self, step: int) -> None:
         """After the last micro-batch: sums the gradients over the ranks. Raises `Diverged`, with the weights as they
         were, if something is not finite or the retain loss beyond its limit."""
-        shared, self._step = self._step or SharedStep(self.training), None
+        self.gathered, self._step = self._step or SharedStep(self.training), None
         number = step - self.at.first
         where = f"{'warm-up' if self.visit is None else f'block {layers(self.visit.block)}'}, step {number}"
-        metrics = shared.gather(self.driver.team, where)
+        metrics = self.gathered.gather(self.driver.team, where)
         self.account(where, (number + 1) % self.schedule.steps_per_epoch == 0, metrics, self.losses)
         self._since_log.append(metrics)
 
@@ -316,7 +318,7 @@ class StageOptimizer(torch.optim.Optimizer):
         return self._stages.training.optimizer.state
 
     def step(self, closure: Any = None) -> None:
-        self._stages.training.apply()
+        self._stages.gathered.apply()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: `step` has done it, and a block's gradients are views that stay."""

@@ -18,8 +18,9 @@ from kunbr_fast.data import PackedBatch, Sample, pack, with_alternates
 from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Decoder, Head, Stretch
 from kunbr_fast.objectives import distributions as linear_rows
 from kunbr_fast.objectives import losses
+from kunbr_fast.objectives.batch import WHOLE, PartLoss, Shares, StepBatch
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options, retain_states
-from kunbr_fast.objectives.original import Needs, Reference
+from kunbr_fast.objectives.original import Needs, OriginalValues, Parts
 from kunbr_fast.objectives.rows import Rows
 
 
@@ -27,11 +28,10 @@ class Criterion:
     """An objective with its options and its retain term: what a training minimises.
 
         criterion = Criterion("npo", {"beta": 0.1}, retain_loss="kl")
-        batch, num_forget = criterion.pack(forget, retain)          # samples or padded batches
-        loss, nll = criterion(decoder, batch.to(decoder.device), num_forget, reference=reference)
-        loss.backward(); optimizer.step(); criterion.advance()
+        values = OriginalValues.of(decoder, {"forget": forget, "retain": retain}, criterion.needs)
+        step = criterion.pack(forget, retain, values)          # samples or padded batches
+        part = criterion(decoder, step).backward(); optimizer.step(); criterion.advance(part.retain_term)
 
-    `needs` tells what `reference` must hold of the batch's samples (nothing, where it is empty); see `Reference.of`.
     forget_loss_cap: as the option of that name. block: the layers that are trained, None for all of them.
 
     Errors: ValueError for names and options that do not exist or do not fit together.
@@ -59,9 +59,6 @@ class Criterion:
                 raise ValueError(f"forget_loss_cap={forget_loss_cap}: {objective} has none: leave it out")
             self.options["forget_loss_cap"] = forget_loss_cap
         self.retain_loss, self.retain_coeff = retain_loss, retain_coeff if self.objective.retain else 0.0
-        # for a part of a batch, whose share of the retain samples is not that of the forget ones
-        self.retain_scale = 1.0
-        self.share = 1.0  # what this process's part is of a step that several share (`micro_batching.share_of`)
         self.layer: int | None = None  # that an objective of hidden states is taken at
         if self.objective.states:
             if self.options["layer"] is None and block is None:
@@ -69,7 +66,6 @@ class Criterion:
             if self.options["layer"] is None:
                 self.options["layer"] = block.stop - 1
             self.layer = self.options["layer"]
-        self.terms: list[float] = []  # the retain term of each loss since the last step
 
     @property
     def alternate(self) -> str | None:
@@ -78,11 +74,11 @@ class Criterion:
 
     @property
     def needs(self) -> Needs:
-        """What the loss needs of the original model, as `Reference.of` and `measure` take it."""
+        """What the loss needs of the original model, as `OriginalValues.of` takes it; empty for most objectives."""
         needs: dict[str, list[str]] = {}
-        if self.objective.reference is not None:
+        if self.objective.original is not None:
             parts = ["forget", "alternate"] if self.alternate else ["forget"]
-            needs[self.objective.reference] = parts
+            needs[self.objective.original] = parts
         kind = f"layer.{self.layer}" if self.objective.states else RETAIN_LOSSES[self.retain_loss][1]
         if kind is not None:
             needs[kind] = [*needs.get(kind, []), "retain"]
@@ -90,31 +86,33 @@ class Criterion:
 
     def copy_of_head(self, head: Head) -> Head | None:
         """What a training that changes the head keeps of the original's, if the loss needs the original's logits."""
-        if self.objective.reference == "hidden" or self.retain_loss in ("kl", "kl_all"):
+        if self.objective.original == "hidden" or self.retain_loss in ("kl", "kl_all"):
             linear = copy.deepcopy(head.linear).requires_grad_(False)
             return dataclasses.replace(head, linear=linear)
         return None
 
-    def parts(self, batch: PackedBatch, num_forget: int) -> dict[str, range]:
+    def parts(self, packed: PackedBatch, num_forget: int) -> Parts:
         """Which samples of a batch are which: forget, then (if the objective takes them) alternate, then retain."""
-        second = num_forget * (2 if self.alternate else 1)
-        if batch.num_samples < second:
+        alternate = num_forget if self.alternate else 0
+        if packed.num_samples < num_forget + alternate:
             raise ValueError(
-                f"{self.objective.name}: a batch of {batch.num_samples} samples, {num_forget} of them to forget: expected "
+                f"{self.objective.name}: a batch of {packed.num_samples} samples, {num_forget} of them to forget: expected "
                 "an alternate of each right after them"
             )
-        return {
-            "forget": range(num_forget),
-            "alternate": range(num_forget, second),
-            "retain": range(second, batch.num_samples),
-        }
+        return Parts.of(num_forget, alternate, packed.num_samples - num_forget - alternate)
 
-    def pack(self, forget: Any, retain: Any = None) -> tuple[PackedBatch, int]:
-        """Samples or padded batches as one packed batch, and the number of its samples that are to be forgotten.
-        The alternates come from forget (`data.with_alternates`)."""
+    def step_batch(
+        self, packed: PackedBatch, num_forget: int, original: OriginalValues | None = None, shares: Shares = WHOLE
+    ) -> StepBatch:
+        """A packed batch whose first `num_forget` samples are to be forgotten, the others in the order of `parts`."""
+        return StepBatch(packed, self.parts(packed, num_forget), original, shares)
+
+    def pack(self, forget: Any, retain: Any = None, original: OriginalValues | None = None) -> StepBatch:
+        """Samples or padded batches as a step's batch, in main memory. The alternates come from forget
+        (`data.with_alternates`)."""
         samples, alternates = self.split(forget)
         retain = [] if retain is None else with_alternates(retain)[0]
-        return pack([*samples, *alternates, *retain]), len(samples)
+        return self.step_batch(pack([*samples, *alternates, *retain]), len(samples), original)
 
     def split(self, forget: Any) -> tuple[list[Sample], list[Sample]]:
         """The forget samples, and the alternates where the objective takes them. ValueError where they are missing."""
@@ -131,61 +129,56 @@ class Criterion:
     def __call__(
         self,
         decoder: Decoder,
-        batch: PackedBatch,
-        num_forget: int,
-        *,
+        step: StepBatch,
         stretch: Stretch = FROM_EMBEDDINGS,
+        *,
         impl: str = "auto",
-        reference: Reference | None = None,
-        reference_head: Head | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The loss (scalar, differentiable) of a packed batch, and its rows' NLL (R,), detached (None where no head runs).
+        original_head: Head | None = None,
+    ) -> PartLoss:
+        """The loss of a batch on the decoder's device, its part of the step's by `step.shares`.
 
-        batch: on the decoder's device, samples in the order of `parts`. stretch: as in `Decoder.run`.
-        impl: who computes the NLL (whole distributions are plain torch, see `linear_rows`).
-        reference: of this batch's samples, in its order. reference_head: the original's, where it is not the decoder's.
+        impl: who computes the NLL (whole distributions are plain torch, see `linear_rows`). original_head: the original
+        model's, where it is not the decoder's.
         """
-        rows = Rows(
-            batch,
-            self.parts(batch, num_forget),
-            self.retain_coeff * self.retain_scale,
-            decoder.head,
-            layer=self.layer,
-            reference=reference,
-            reference_head=reference_head,
-        )
+        packed, rows = step.packed, Rows(step, decoder.head, original_head, layer=self.layer)
         if self.objective.states:
-            rows.states = decoder.run(batch, stretch, self.layer + 1)
-            return self._total(rows, retain_states), None
-        if (known := self.weights(batch, num_forget)) is not None:
-            return losses.weighted_pass(decoder, batch, known, stretch, impl=impl)
-        losses.check_labelled(batch)
+            rows.states = decoder.run(packed, stretch, self.layer + 1)
+            return self._total(rows, retain_states)
+        if (known := self.weights(step)) is not None:
+            loss, nll = losses.weighted_pass(decoder, packed, known, stretch, impl=impl)
+            return PartLoss(_times(loss, step.shares.factor), nll)
+        losses.check_labelled(packed)
         every = "hidden_all" in self.needs
-        final = decoder.final(decoder.run(batch, stretch, rows=not every))
-        rows.hidden, rows.hidden_all = (final[batch.rows], final) if every else (final, None)
-        rows.nll = linear_rows.linear_nll(rows.hidden, decoder.head, batch.targets, impl=impl)
-        return self._total(rows, RETAIN_LOSSES[self.retain_loss][0]), rows.nll.detach()
+        final = decoder.final(decoder.run(packed, stretch, rows=not every))
+        rows.hidden, rows.hidden_all = (final[packed.rows], final) if every else (final, None)
+        rows.nll = linear_rows.linear_nll(rows.hidden, decoder.head, packed.targets, impl=impl)
+        return self._total(rows, RETAIN_LOSSES[self.retain_loss][0])
 
-    def weights(self, batch: PackedBatch, num_forget: int) -> losses.RowWeights | None:
-        """The rows' weights where the loss is a sum of NLLs whose weights are known before the pass, else None."""
+    def weights(self, step: StepBatch) -> losses.RowWeights | None:
+        """The rows' weights where the loss is a sum of NLLs whose weights are known before the pass, else None. They do
+        not hold `step.shares.factor`."""
         if not self.objective.weighted or self.retain_loss != "nll":
             return None
-        coeff = self.retain_coeff * self.retain_scale
-        return losses.gradient_difference(batch, num_forget, coeff, self.options["forget_loss_cap"])
+        coeff = self.retain_coeff * step.shares.retain_scale
+        return losses.gradient_difference(step.packed, len(step.parts.forget), coeff, self.options["forget_loss_cap"])
 
-    def _total(self, rows: Rows, term: Callable[[Rows], torch.Tensor]) -> torch.Tensor:
+    def _total(self, rows: Rows, term: Callable[[Rows], torch.Tensor]) -> PartLoss:
         """The objective plus its retain term; a side without samples has no part."""
-        total = []
+        shares, total, retain = rows.step.shares, [], None
+        coeff = self.retain_coeff * shares.retain_scale
         if rows.forget.num_samples:
             total.append(self.objective.function(rows, **self.options))
         if rows.retain.num_samples and self.objective.retain:
             retain = term(rows)
-            total.append(rows.retain_coeff * retain)
+            total.append(coeff * retain)
             if limit := self.options.get("retain_loss_eps"):
-                total.append(-rows.retain_coeff * limit)
-            if self.objective.update is not None:
-                self.terms.append(float(retain.detach()))
-        return sum(total[1:], total[0])
+                total.append(-coeff * limit)
+        adapts = retain is not None and self.objective.update is not None
+        return PartLoss(
+            _times(sum(total[1:], total[0]), shares.factor),
+            None if rows.nll is None else rows.nll.detach(),
+            float(retain.detach()) if adapts else None,
+        )
 
     def check_layer(self, num_layers: int, block: range | None = None) -> None:
         """ValueError if the layer that the objective is taken at does not exist, or lies below the block."""
@@ -198,25 +191,13 @@ class Criterion:
                 "leave it out for the block's last layer, or name a higher one"
             )
 
-    def metrics(
-        self, batch: PackedBatch, num_forget: int, loss: torch.Tensor, nll: torch.Tensor | None
-    ) -> dict[str, float | None]:
-        """`losses.metrics` of what a call gave."""
-        return losses.metrics(batch, num_forget, loss, nll, len(self.parts(batch, num_forget)["alternate"]))
-
     # ------------------------------------------------ state
 
-    def advance(self) -> None:
-        """To be called after each step that was taken: an objective with an `update` gets its next retain_coeff, from
-        the mean retain term of the losses since the last step."""
-        if self.objective.update is not None and self.terms:
-            term = sum(self.terms) / len(self.terms)
-            self.retain_coeff = self.objective.update(self.retain_coeff, term, **self.options)
-        self.drop()
-
-    def drop(self) -> None:
-        """To be called where the losses since the last step lead to none."""
-        self.terms = []
+    def advance(self, retain_term: float | None) -> None:
+        """To be called after each step that was taken, with the step's retain term (`PartLoss`): an objective with an
+        `update` gets its next retain_coeff."""
+        if self.objective.update is not None and retain_term is not None:
+            self.retain_coeff = self.objective.update(self.retain_coeff, retain_term, **self.options)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What changes from step to step, for a checkpoint; empty for most objectives."""
@@ -228,3 +209,7 @@ class Criterion:
         """Takes up a `state()`; other entries are not looked at."""
         if self.objective.update is not None:
             self.retain_coeff = float(state["objective.retain_coeff"])
+
+
+def _times(loss: torch.Tensor, factor: float) -> torch.Tensor:
+    return loss if factor == 1.0 else loss * factor

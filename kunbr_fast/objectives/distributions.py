@@ -91,10 +91,10 @@ class _Rows:
     def _chunk(self, part, hidden, weight, bias, slopes, d_hidden, d_weight, d_bias) -> list[torch.Tensor]:
         x, differentiate = hidden[part], slopes is not None
         targets = None if self.targets is None else self.targets[part]
-        z_reference = None if self.teacher is None else plain.head_logits(self.teacher[0][part], *self.teacher[1:])
+        z_original = None if self.teacher is None else plain.head_logits(self.teacher[0][part], *self.teacher[1:])
         z = plain.head_logits(x, weight, bias, self.scale, self.softcap).requires_grad_(differentiate)
         with torch.set_grad_enabled(differentiate):
-            values = self.function(z, targets, z_reference, *(rows[part] for rows in self.extra))
+            values = self.function(z, targets, z_original, *(rows[part] for rows in self.extra))
         values = self._checked(values, z)
         if differentiate:
             (d,) = torch.autograd.grad(values[0], z, slopes[part].to(values[0].dtype))
@@ -158,25 +158,25 @@ def linear_rows(
     head: Head,
     function: Callable,
     targets: torch.Tensor | None = None,
-    reference: torch.Tensor | None = None,
+    original: torch.Tensor | None = None,
     extra: Sequence[torch.Tensor] = (),
     *,
-    reference_head: Head | None = None,
+    original_head: Head | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """`function(head(hidden), targets, reference_head(reference).detach(), *extra)`, by chunks of rows.
+    """`function(head(hidden), targets, original_head(original).detach(), *extra)`, by chunks of rows.
 
-        kept, now = linear_rows(hidden, head, lambda z, t, z0: (kl(z, t, z0), nll(z, t)), targets, reference)
+        kept, now = linear_rows(hidden, head, lambda z, t, z0: (kl(z, t, z0), nll(z, t)), targets, original)
 
-    function(z, targets, z_reference, *extra) is given a chunk's logits z (r, V), after scale and softcap and in fp32
+    function(z, targets, z_original, *extra) is given a chunk's logits z (r, V), after scale and softcap and in fp32
     (fp64 for fp64 inputs), and its rows of the others, None where not given. It returns a tensor (r,) or several, a
     row's value depending on that row alone; the functions below are such. Here they come back as a tuple of tensors
     (R,). The first is differentiable, once, in hidden and in the head's own weight and bias where these require grad;
     the others are reports, detached.
 
-    hidden (R, D) after the final norm; targets (R,) int64; reference (R, D'), the original model's hidden states at the
+    hidden (R, D) after the final norm; targets (R,) int64; original (R, D'), the original model's hidden states at the
     same places, a constant here; extra: tensors (R, ...).
 
-    reference_head: the original model's, by default `head`. A head that is trained is no longer that: then give a copy
+    original_head: the original model's, by default `head`. A head that is trained is no longer that: then give a copy
     from before its training, `copy.deepcopy(decoder.head)`.
 
     Plain torch on every device, and nothing waits for it. At most LOGITS_CHUNK elements (kernels/linear_loss/reference.py) in a
@@ -197,19 +197,19 @@ def linear_rows(
                 f"extra[{number}] requires grad, but values are differentiable in hidden and the head: detach it"
             )
     teacher = None
-    if reference is not None:
-        if reference_head is None and any(p.requires_grad for p in head.linear.parameters()):
+    if original is not None:
+        if original_head is None and any(p.requires_grad for p in head.linear.parameters()):
             raise ValueError(
-                "the head requires grad, so it may not be the original model's for long: give reference_head, a copy "
+                "the head requires grad, so it may not be the original model's for long: give original_head, a copy "
                 "from before its training (copy.deepcopy of the head), or freeze the head"
             )
-        source = reference_head or head
+        source = original_head or head
         with torch.no_grad():
-            teacher = op.operands(reference, source.linear.weight, source.linear.bias)
-        op.check_head(*teacher, "reference", "the reference's head")
-        if len(reference) != len(hidden) or len(teacher[1]) != len(weight) or reference.device != hidden.device:
+            teacher = op.operands(original, source.linear.weight, source.linear.bias)
+        op.check_head(*teacher, "original", "the original's head")
+        if len(original) != len(hidden) or len(teacher[1]) != len(weight) or original.device != hidden.device:
             raise ValueError(
-                f"reference has {len(reference)} rows and {len(teacher[1])} logits each, on {reference.device}: expected "
+                f"original has {len(original)} rows and {len(teacher[1])} logits each, on {original.device}: expected "
                 f"hidden's {len(hidden)} rows and the head's {len(weight)} logits, on {hidden.device}"
             )
         teacher = (*teacher, source.scale, source.softcap)
@@ -219,33 +219,33 @@ def linear_rows(
 
 # ---------------------------------------------------------------- row functions
 #
-# Logits z (r, V), targets (r,), the original model's logits z_reference (r, V) -> values (r,). In formulas p = softmax(z)
+# Logits z (r, V), targets (r,), the original model's logits z_original (r, V) -> values (r,). In formulas p = softmax(z)
 # and sums and maxima run over the tokens v. Each serves `linear_rows` as it is, its keyword set by functools.partial.
 # Logits of -inf, tokens that a head forbids, count as p(v) = 0 and have no gradient; z - mean(z) has no value there.
 
 
-def nll(z: torch.Tensor, targets: torch.Tensor, z_reference: torch.Tensor | None = None) -> torch.Tensor:
+def nll(z: torch.Tensor, targets: torch.Tensor, z_original: torch.Tensor | None = None) -> torch.Tensor:
     """-log p(target). No target is ignored, unlike in F.cross_entropy, to which -100 is none."""
     return torch.logsumexp(z, 1) - _pick(z, targets)
 
 
-def kl(z: torch.Tensor, targets: torch.Tensor | None, z_reference: torch.Tensor) -> torch.Tensor:
-    """KL(original || now) = sum q(v) * (log q(v) - log p(v)), q = softmax(z_reference).
+def kl(z: torch.Tensor, targets: torch.Tensor | None, z_original: torch.Tensor) -> torch.Tensor:
+    """KL(original || now) = sum q(v) * (log q(v) - log p(v)), q = softmax(z_original).
 
     A row's sum of `F.kl_div(log p, log q, log_target=True, reduction="none")`, as OpenUnlearning's retain loss has it.
     """
-    log_q = z_reference.log_softmax(1)
+    log_q = z_original.log_softmax(1)
     q = log_q.exp()
     return (q * (log_q - z.log_softmax(1)).masked_fill(q == 0, 0)).sum(1)
 
 
-def undial(z: torch.Tensor, targets: torch.Tensor, z_reference: torch.Tensor, *, beta: float) -> torch.Tensor:
-    """UNDIAL (arXiv 2402.10052): -sum q(v) * log p(v), q = softmax(z_reference - beta * onehot(target))."""
-    lowered = z_reference.scatter_add(1, targets[:, None], torch.full_like(z_reference[:, :1], -beta))
+def undial(z: torch.Tensor, targets: torch.Tensor, z_original: torch.Tensor, *, beta: float) -> torch.Tensor:
+    """UNDIAL (arXiv 2402.10052): -sum q(v) * log p(v), q = softmax(z_original - beta * onehot(target))."""
+    lowered = z_original.scatter_add(1, targets[:, None], torch.full_like(z_original[:, :1], -beta))
     return _cross_entropy(z, lowered.softmax(1))
 
 
-def ceu(z: torch.Tensor, targets: torch.Tensor, z_reference: torch.Tensor | None = None) -> torch.Tensor:
+def ceu(z: torch.Tensor, targets: torch.Tensor, z_original: torch.Tensor | None = None) -> torch.Tensor:
     """CE-U (arXiv 2503.01224): -sum q(v) * log p(v), q = softmax(z with -inf at the target), a constant.
 
     The paper leaves the first token of an answer out (a footnote of its settings): that is for the caller to do.
@@ -254,13 +254,13 @@ def ceu(z: torch.Tensor, targets: torch.Tensor, z_reference: torch.Tensor | None
 
 
 def margin_flattening(
-    z: torch.Tensor, targets: torch.Tensor | None = None, z_reference: torch.Tensor | None = None
+    z: torch.Tensor, targets: torch.Tensor | None = None, z_original: torch.Tensor | None = None
 ) -> torch.Tensor:
     """PDU's forget loss (arXiv 2506.05314): (max z - mean z)^2. Of equal maxima the first has the gradient."""
     return (z.max(1).values - z.mean(1)).square()
 
 
-def inverted_hinge(z: torch.Tensor, targets: torch.Tensor, z_reference: torch.Tensor | None = None) -> torch.Tensor:
+def inverted_hinge(z: torch.Tensor, targets: torch.Tensor, z_original: torch.Tensor | None = None) -> torch.Tensor:
     """LoKU's forget loss (arXiv 2408.06621): 1 + p(target) - max of p(v), v != target. Of equal maxima the first has
     the gradient."""
     p = z.softmax(1)
@@ -268,14 +268,14 @@ def inverted_hinge(z: torch.Tensor, targets: torch.Tensor, z_reference: torch.Te
 
 
 def negative_entropy(
-    z: torch.Tensor, targets: torch.Tensor | None = None, z_reference: torch.Tensor | None = None
+    z: torch.Tensor, targets: torch.Tensor | None = None, z_original: torch.Tensor | None = None
 ) -> torch.Tensor:
     """sum p(v) * log p(v), the maximum-entropy loss (TAR, arXiv 2408.00761)."""
     log_p = z.log_softmax(1)
     return (log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(1)
 
 
-def logit_margin(z: torch.Tensor, targets: torch.Tensor, z_reference: torch.Tensor | None = None) -> torch.Tensor:
+def logit_margin(z: torch.Tensor, targets: torch.Tensor, z_original: torch.Tensor | None = None) -> torch.Tensor:
     """MUDMAN's forget loss (arXiv 2506.12484): max(0, z(target) - mean z)."""
     return (_pick(z, targets) - z.mean(1)).clamp(min=0)
 

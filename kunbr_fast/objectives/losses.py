@@ -19,6 +19,7 @@ from kunbr_fast.data import PackedBatch
 from kunbr_fast.kernels.linear_loss import op
 from kunbr_fast.kernels.linear_loss.op import Logits
 from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Decoder, Head, Stretch
+from kunbr_fast.objectives.batch import PartLoss, StepBatch
 
 
 def linear_loss(
@@ -102,15 +103,14 @@ def mean_nll(batch: PackedBatch, nll: torch.Tensor) -> torch.Tensor:
     return total.index_add_(0, batch.row_sample, nll) / batch.rows_per_sample
 
 
-def metrics(
-    batch: PackedBatch, num_forget: int, loss: torch.Tensor, nll: torch.Tensor | None, num_alternate: int = 0
-) -> dict[str, float | None]:
+def metrics(step: StepBatch, part: PartLoss) -> dict[str, float | None]:
     """What is reported of a step, from before its update: `loss` (as optimised), `tokens`, `forget_loss` and
-    `retain_loss` (mean over samples of `mean_nll`, in nats, uncapped; None where the batch has no such sample, or where
-    nll is None because no head ran). The `num_alternate` samples after the forget ones count in neither."""
-    per_sample = loss.new_empty(0) if nll is None else mean_nll(batch, nll)
-    forget, retain = per_sample[:num_forget], per_sample[num_forget + num_alternate :]
-    found = {"loss": loss.detach()}
+    `retain_loss` (mean over samples of `mean_nll`, in nats, uncapped). None where the batch has no such sample, or no head
+    ran. Alternates count in neither."""
+    packed, parts = step.packed, step.parts
+    per_sample = part.loss.new_empty(0) if part.nll is None else mean_nll(packed, part.nll)
+    forget, retain = (per_sample[at.start : at.stop] for at in (parts.forget, parts.retain))
+    found = {"loss": part.loss.detach()}
     found |= {name: x.mean() for name, x in (("forget_loss", forget), ("retain_loss", retain)) if len(x)}
     numbers = torch.stack([x.double() for x in found.values()]).tolist()  # one wait for all
-    return {"forget_loss": None, "retain_loss": None, **dict(zip(found, numbers)), "tokens": batch.num_tokens}
+    return {"forget_loss": None, "retain_loss": None, **dict(zip(found, numbers)), "tokens": packed.num_tokens}

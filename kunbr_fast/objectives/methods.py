@@ -1,9 +1,9 @@
 """Unlearning objectives by name. Each is one short function from a batch's labelled rows to a scalar.
 
-    @objective(reference="nll")
+    @objective(original="nll")
     def npo(rows, *, beta=0.1):
         forget = rows.forget
-        ratio = forget.sum(forget.reference_nll - forget.nll)          # log pi - log pi_reference, (samples,)
+        ratio = forget.sum(forget.original_nll - forget.nll)          # log pi - log pi_reference, (samples,)
         return -2 / beta * F.logsigmoid(-beta * ratio).mean()
 
 is all there is to one: its name, what it needs, its options with their defaults. It sees the batch as `rows.Rows`; a
@@ -41,7 +41,7 @@ AboveZero = Annotated[float, "above 0"]
 class Objective:
     """An objective's function and what it needs.
 
-    options: the function's keyword arguments and their defaults. reference: what it needs of the original model for the
+    options: the function's keyword arguments and their defaults. original: what it needs of the original model for the
     forget samples (and their alternates): "nll" or "hidden". alternate: which second answer it needs, one of
     data.ALTERNATES. retain: whether it has a retain term. weighted: with retain_loss="nll" it is a sum of NLLs whose
     weights are known beforehand (`losses.gradient_difference`). states: it is a function of the output of layer
@@ -52,7 +52,7 @@ class Objective:
     name: str
     function: Callable[..., torch.Tensor]
     options: Mapping[str, Any]
-    reference: str | None = None
+    original: str | None = None
     alternate: str | None = None
     retain: bool = True
     weighted: bool = False
@@ -130,37 +130,37 @@ def gradient_difference(rows: Rows, *, forget_loss_cap: float | None = None) -> 
     return ga(rows, forget_loss_cap=forget_loss_cap)
 
 
-@objective(reference="nll")
+@objective(original="nll")
 def npo(rows: Rows, *, beta: AboveZero = 0.1) -> torch.Tensor:
     """Negative preference optimisation: mean over samples of -2/beta log sigmoid(-beta (log pi - log pi_ref)).
 
     log pi is the sum over the sample's labelled tokens, not their mean. arXiv 2404.05868; OpenUnlearning NPO.
     """
-    ratio = rows.forget.sum(rows.forget.reference_nll - rows.forget.nll)
+    ratio = rows.forget.sum(rows.forget.original_nll - rows.forget.nll)
     return -2 / beta * F.logsigmoid(-beta * ratio).mean()
 
 
-@objective(reference="nll")
+@objective(original="nll")
 def npo_token(rows: Rows, *, beta: AboveZero = 0.1) -> torch.Tensor:
     """`npo` for each labelled token by itself (TNPO): house mean of -2/beta log sigmoid(-beta (log p - log p_ref)).
     arXiv 2502.19301."""
-    ratio = rows.forget.reference_nll - rows.forget.nll
+    ratio = rows.forget.original_nll - rows.forget.nll
     return rows.forget.mean(-2 / beta * F.logsigmoid(-beta * ratio)).mean()
 
 
-@objective(reference="nll", alternate="given")
+@objective(original="nll", alternate="given")
 def dpo(rows: Rows, *, beta: AboveZero = 0.1) -> torch.Tensor:
     """Direct preference optimisation, the alternate preferred to the forget answer: mean over samples of
     -2/beta log sigmoid(beta (log pi/pi_ref of the alternate - log pi/pi_ref of the answer)), sums over labelled tokens.
 
     arXiv 2305.18290, with the factor 2/beta of NPO; OpenUnlearning DPO (QAwithAlternateDataset).
     """
-    wins = rows.alternate.sum(rows.alternate.reference_nll - rows.alternate.nll)
-    loses = rows.forget.sum(rows.forget.reference_nll - rows.forget.nll)
+    wins = rows.alternate.sum(rows.alternate.original_nll - rows.alternate.nll)
+    loses = rows.forget.sum(rows.forget.original_nll - rows.forget.nll)
     return -2 / beta * F.logsigmoid(beta * (wins - loses)).mean()
 
 
-@objective(reference="nll", alternate="refusal")
+@objective(original="nll", alternate="refusal")
 def idk_dpo(rows: Rows, *, beta: AboveZero = 0.1) -> torch.Tensor:
     """`dpo` whose alternate is a refusal ("I do not know."). arXiv 2404.05868; OpenUnlearning DPO (QAwithIdkDataset)."""
     return dpo(rows, beta=beta)
@@ -244,12 +244,12 @@ def flat_pearson(rows: Rows) -> torch.Tensor:
 # ---------------------------------------------------------------- objectives of whole distributions
 
 
-@objective(reference="hidden")
+@objective(original="hidden")
 def undial(rows: Rows, *, beta: float = 10.0) -> torch.Tensor:
     """Self-distillation on adjusted logits: house mean of the cross entropy with softmax(original's logits - beta at the
     label). arXiv 2402.10052; OpenUnlearning UNDIAL (which averages over all positions, prompt and padding too)."""
     function = functools.partial(linear_rows.undial, beta=beta)
-    return rows.forget.mean(rows.forget.each(function, reference=True)).mean()
+    return rows.forget.mean(rows.forget.each(function, original=True)).mean()
 
 
 @objective()
@@ -332,7 +332,7 @@ def _retain_nll(rows: Rows) -> torch.Tensor:
 
 def _retain_kl(rows: Rows) -> torch.Tensor:
     """House mean of KL(original || now)."""
-    return rows.retain.mean(rows.retain.each(linear_rows.kl, reference=True)).mean()
+    return rows.retain.mean(rows.retain.each(linear_rows.kl, original=True)).mean()
 
 
 def _retain_kl_all(rows: Rows) -> torch.Tensor:
@@ -342,12 +342,12 @@ def _retain_kl_all(rows: Rows) -> torch.Tensor:
 
 def _retain_hidden(rows: Rows) -> torch.Tensor:
     """House mean of the squared error, mean over the D entries, of the hidden states after the final norm."""
-    return rows.retain.mean((rows.retain.hidden - rows.retain.reference_hidden).square().mean(1)).mean()
+    return rows.retain.mean((rows.retain.hidden - rows.retain.original_hidden).square().mean(1)).mean()
 
 
 def retain_states(rows: Rows) -> torch.Tensor:
     """Of objectives with `states`: mean squared error of the layer's output, over all tokens."""
-    return rows.retain.token_mean((rows.retain.states - rows.retain.reference_states).square().mean(1)).mean()
+    return rows.retain.token_mean((rows.retain.states - rows.retain.original_states).square().mean(1)).mean()
 
 
 # name -> (the term, what it needs of the original model)

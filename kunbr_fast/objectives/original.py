@@ -1,8 +1,8 @@
 """What an objective needs of the original model, computed once and kept, so that no second model is held.
 
-A `Reference` has for each sample its rows' NLL, or hidden states (to those below the head it is then applied chunk by
-chunk). It is made of a whole data set (`Reference.of`), or of each batch with the block's original weights put back
-(`measure`; `reinserted` does that when it is given none).
+`OriginalValues` hold each sample's NLL or hidden states (the head is applied to them later, chunk by chunk). They are
+computed for a whole data set (`OriginalValues.of`), or for each batch with the block's original weights put back
+(`measure`; a `BlockTraining` does that when it is given none).
 """
 
 from __future__ import annotations
@@ -21,15 +21,30 @@ from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Decoder, Stretch
 from kunbr_fast.objectives import distributions as linear_rows
 
 PARTS = ("forget", "alternate", "retain")
-Needs = dict[str, tuple[str, ...]]  # of the original model: for each kind of value, which PARTS it is needed of
+Needs = dict[str, tuple[str, ...]]  # for each kind of value, the PARTS that need it
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference:
+class Parts:
+    """Which samples of a packed batch are which: forget samples, then an alternate of each (or none), then retain samples."""
+
+    forget: range
+    alternate: range
+    retain: range
+
+    @classmethod
+    def of(cls, forget: int = 0, alternate: int = 0, retain: int = 0) -> Parts:
+        """By how many of each there are."""
+        second = forget + alternate
+        return cls(range(forget), range(forget, second), range(second, second + retain))
+
+
+@dataclasses.dataclass(frozen=True)
+class OriginalValues:
     """What the original model gives for some samples: for each kind one tensor a sample, None where it is not needed.
 
-    Kinds: `nll` (R_i,), of the labelled rows, fp32 (fp64 of an fp64 model); `hidden` (R_i, D), theirs after the final
-    norm; `hidden_all` (T_i, D), that at all tokens; `layer.N` (T_i, D), the output of layer N at all tokens.
+    Kinds: `nll` (R_i,), the labelled rows' NLL, fp32 (fp64 of an fp64 model); `hidden` (R_i, D), the labelled rows after
+    the final norm; `hidden_all` (T_i, D), all tokens after the final norm; `layer.N` (T_i, D), the output of layer N.
     """
 
     values: dict[str, list[torch.Tensor | None]]
@@ -45,10 +60,12 @@ class Reference:
         batch_tokens: int = 4096,
         place: Place | None = None,
         progress: bool = False,
-    ) -> Reference:
-        """One forward pass of the original model over those of `samples` (lists by PARTS, one after the other in the
-        order of the mapping) that `needs` names; the values are kept in main memory. place: where a streamed model's
-        activations wait between two layers, each of which is read once for all samples."""
+    ) -> OriginalValues:
+        """One forward pass of the original model over the samples that `needs` names; the values are in main memory.
+
+        samples: lists by PARTS; the values follow the order of the mapping. A streamed model reads each layer once for all
+        samples; place: where their activations wait between two layers.
+        """
         sizes = [len(part) for part in samples.values()]
         first = dict(zip(samples, itertools.accumulate(sizes, initial=0)))
         values: dict[str, list[torch.Tensor | None]] = {kind: [None] * sum(sizes) for kind in needs}
@@ -66,7 +83,7 @@ class Reference:
         def keep(job: tuple[str, list[int]], batch: PackedBatch, kinds: Iterable[str], stretch: Stretch) -> None:
             part, indices = job
             mine = {kind: (part,) for kind in kinds if part in needs[kind]}
-            found = measure(decoder, batch, {part: range(len(indices))}, mine, stretch=stretch, impl=impl)
+            found = measure(decoder, batch, Parts.of(**{part: len(indices)}), mine, stretch=stretch, impl=impl)
             for kind, tensors in found.values.items():
                 for i, tensor in zip(indices, tensors):
                     values[kind][first[part] + i] = tensor.cpu()
@@ -75,16 +92,16 @@ class Reference:
         for kind in needs:
             layer = int(kind.partition(".")[2]) if kind.startswith("layer.") else decoder.num_layers - 1
             stops.setdefault(layer, []).append(kind)
-        with tqdm(total=len(jobs), desc="reference", unit="batch", leave=False, disable=not progress) as bar:
+        with tqdm(total=len(jobs), desc="original values", unit="batch", leave=False, disable=not progress) as bar:
             for number, batch, layers, stretch in decoder.forward_to(map(packed, jobs), stops, place):
                 keep(jobs[number], batch, [kind for layer in layers for kind in stops[layer]], stretch)
                 bar.update(max(stops) in layers)
         return cls(values)
 
-    def batch(self, indices: Iterable[int]) -> Reference:
+    def batch(self, indices: Iterable[int]) -> OriginalValues:
         """The values of the samples `indices`, in their order."""
         indices = list(indices)
-        return Reference({kind: [tensors[i] for i in indices] for kind, tensors in self.values.items()})
+        return OriginalValues({kind: [tensors[i] for i in indices] for kind, tensors in self.values.items()})
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of it as flat tensors, for a file; `from_tensors` reads them."""
@@ -95,7 +112,7 @@ class Reference:
         return flat
 
     @classmethod
-    def from_tensors(cls, flat: Mapping[str, torch.Tensor]) -> Reference:
+    def from_tensors(cls, flat: Mapping[str, torch.Tensor]) -> OriginalValues:
         values = {}
         for kind in (name for name in flat if not name.endswith(":rows")):
             rows = flat[f"{kind}:rows"].tolist()
@@ -107,19 +124,18 @@ class Reference:
 def measure(
     decoder: Decoder,
     batch: PackedBatch,
-    parts: Mapping[str, range],
+    parts: Parts,
     needs: Needs,
     *,
     stretch: Stretch = FROM_EMBEDDINGS,
     impl: str = "auto",
-) -> Reference:
-    """The `Reference` values of one packed batch from the weights that the decoder has now. parts: which of its samples
-    are the forget, alternate and retain ones; stretch: as in `Decoder.run`."""
+) -> OriginalValues:
+    """The `OriginalValues` of one packed batch, from the weights that the decoder has now."""
     values: dict[str, list[torch.Tensor | None]] = {kind: [None] * batch.num_samples for kind in needs}
 
     def keep(kind: str, tensors: Sequence[torch.Tensor]) -> None:
         for part in needs.get(kind, ()):
-            for i in parts.get(part, ()):
+            for i in getattr(parts, part):
                 values[kind][i] = tensors[i]
 
     for layer in sorted(int(kind.partition(".")[2]) for kind in needs if kind.startswith("layer.")):
@@ -136,4 +152,4 @@ def measure(
         if "nll" in needs:
             nll = linear_rows.linear_nll(final, decoder.head, batch.targets, impl=impl)
             keep("nll", nll.split(batch.row_counts))
-    return Reference(values)
+    return OriginalValues(values)

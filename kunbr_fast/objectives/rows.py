@@ -8,15 +8,16 @@ rows.forget.each(linear_rows.logit_margin)            # (r,) a function of each 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from kunbr_fast.data import PackedBatch, send
+from kunbr_fast.data import send
 from kunbr_fast.model.decoder import Head
 from kunbr_fast.objectives import distributions as linear_rows
-from kunbr_fast.objectives.original import PARTS, Reference
+from kunbr_fast.objectives.batch import StepBatch
+from kunbr_fast.objectives.original import PARTS
 
 
 def _sums(x: torch.Tensor, owner: torch.Tensor, count: int) -> torch.Tensor:
@@ -29,51 +30,51 @@ def _sums(x: torch.Tensor, owner: torch.Tensor, count: int) -> torch.Tensor:
 class Part:
     """The forget, the alternate or the retain samples of a batch: b samples, r labelled rows, t tokens, in order.
 
-    nll (r,): differentiable. reference_nll (r,): the original model's. states, reference_states (t, D): the output of
+    nll (r,): differentiable. original_nll (r,): the original model's. states, original_states (t, D): the output of
     the objective's layer (of an objective with `states`), and the original's. All in fp32, or fp64 of fp64 models.
     """
 
     def __init__(self, rows: Rows, samples: range):
         self._rows, self.samples = rows, samples
-        counts, lengths = rows.batch.row_counts, rows.batch.lengths
+        counts, lengths = rows.packed.row_counts, rows.packed.lengths
         self.num_samples, before = len(samples), samples.start
         self._at = slice(sum(counts[:before]), sum(counts[: samples.stop]))
         self._tokens = slice(sum(lengths[:before]), sum(lengths[: samples.stop]))
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """(b,) each sample's sum of x (r,) over its labelled rows."""
-        return _sums(x, self._rows.batch.row_sample[self._at] - self.samples.start, self.num_samples)
+        return _sums(x, self._rows.packed.row_sample[self._at] - self.samples.start, self.num_samples)
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """(b,) each sample's mean of x (r,) over its labelled rows."""
-        return self.sum(x) / self._rows.batch.rows_per_sample[self.samples.start : self.samples.stop]
+        return self.sum(x) / self._rows.packed.rows_per_sample[self.samples.start : self.samples.stop]
 
     def token_mean(self, x: torch.Tensor) -> torch.Tensor:
         """(b,) each sample's mean of x (t,) over its tokens, labelled or not."""
-        owner = self._rows.batch.sample_of_token[self._tokens] - self.samples.start
-        lengths = torch.tensor(self._rows.batch.lengths[self.samples.start : self.samples.stop], dtype=x.dtype)
+        owner = self._rows.packed.sample_of_token[self._tokens] - self.samples.start
+        lengths = torch.tensor(self._rows.packed.lengths[self.samples.start : self.samples.stop], dtype=x.dtype)
         return _sums(x, owner, self.num_samples) / send(lengths, x.device)
 
     @property
     def place(self) -> torch.Tensor:
         """(r,) how many labelled rows of its sample come before each row."""
-        number = torch.arange(self._at.start, self._at.stop, device=self._rows.batch.row_sample.device)
-        counts = self._rows.batch.rows_per_sample
+        number = torch.arange(self._at.start, self._at.stop, device=self._rows.packed.row_sample.device)
+        counts = self._rows.packed.rows_per_sample
         first = counts.cumsum(0) - counts
-        return number - first[self._rows.batch.row_sample[self._at]]
+        return number - first[self._rows.packed.row_sample[self._at]]
 
     @property
     def count(self) -> torch.Tensor:
         """(r,) how many labelled rows each row's sample has."""
-        return self._rows.batch.rows_per_sample[self._rows.batch.row_sample[self._at]]
+        return self._rows.packed.rows_per_sample[self._rows.packed.row_sample[self._at]]
 
     @property
     def nll(self) -> torch.Tensor:
         return self._rows.nll[self._at]
 
     @property
-    def reference_nll(self) -> torch.Tensor:
-        return self._reference("nll", self._at)
+    def original_nll(self) -> torch.Tensor:
+        return self._original("nll", self._at)
 
     @property
     def hidden(self) -> torch.Tensor:
@@ -81,47 +82,48 @@ class Part:
         return _wide(self._rows.hidden[self._at])
 
     @property
-    def reference_hidden(self) -> torch.Tensor:
-        return _wide(self._reference("hidden", self._at))
+    def original_hidden(self) -> torch.Tensor:
+        return _wide(self._original("hidden", self._at))
 
     @property
     def states(self) -> torch.Tensor:
         return _wide(self._rows.states[self._tokens])
 
     @property
-    def reference_states(self) -> torch.Tensor:
-        return _wide(self._reference(f"layer.{self._rows.layer}", self._tokens))
+    def original_states(self) -> torch.Tensor:
+        return _wide(self._original(f"layer.{self._rows.layer}", self._tokens))
 
-    def each(self, function: Callable[..., Any], reference: bool = False) -> torch.Tensor:
+    def each(self, function: Callable[..., Any], original: bool = False) -> torch.Tensor:
         """(r,) `function` of each row's whole distribution (a row function of `linear_rows`), differentiable; with
-        `reference` it sees the original's logits too."""
-        rows, other = self._rows, self._reference("hidden", self._at) if reference else None
-        return self._distributions(function, rows.hidden[self._at], rows.batch.targets[self._at], other)
+        `original` it sees the original's logits too."""
+        rows, other = self._rows, self._original("hidden", self._at) if original else None
+        return self._distributions(function, rows.hidden[self._at], rows.packed.targets[self._at], other)
 
     def each_token(self, function: Callable[..., Any]) -> torch.Tensor:
         """(t,) `function` of the distribution at every token, and of the original's there."""
-        other = self._reference("hidden_all", self._tokens)
+        other = self._original("hidden_all", self._tokens)
         return self._distributions(function, self._rows.hidden_all[self._tokens], None, other)
 
-    def _distributions(self, function, hidden, targets, reference) -> torch.Tensor:
+    def _distributions(self, function, hidden, targets, original) -> torch.Tensor:
         rows = self._rows
         (value,) = linear_rows.linear_rows(
-            hidden, rows.head, function, targets, reference, reference_head=rows.reference_head
+            hidden, rows.head, function, targets, original, original_head=rows.original_head
         )
         return value
 
-    def _reference(self, kind: str, entries: slice) -> torch.Tensor:
-        values = {} if self._rows.reference is None else self._rows.reference.values
+    def _original(self, kind: str, entries: slice) -> torch.Tensor:
+        original = self._rows.step.original
+        values = {} if original is None else original.values
         found = [values[kind][i] for i in self.samples] if kind in values else [None]
         if any(tensor is None for tensor in found):
-            raise ValueError(f"the original model's {kind} of these samples is needed: give reference=")
+            raise ValueError(f"the original model's {kind} of these samples is needed: give original=")
         found = torch.cat(found)
         if len(found) != entries.stop - entries.start:
             raise ValueError(
-                f"the reference has {len(found)} rows of {kind} for samples that have {entries.stop - entries.start}: "
-                "give the Reference of this batch's samples, in its order (Reference.batch)"
+                f"the original values have {len(found)} rows of {kind} for samples that have {entries.stop - entries.start}: "
+                "give those of this batch's samples, in its order (OriginalValues.batch)"
             )
-        return found.to(self._rows.batch.labels.device, non_blocking=True)
+        return found.to(self._rows.packed.labels.device, non_blocking=True)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -131,19 +133,17 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 @dataclasses.dataclass
 class Rows:
     """A packed batch as an objective sees it: `forget`, `alternate` (a second answer to each forget prompt, in the same
-    order) and `retain`, each a `Part`; `retain_coeff`, the weight that the retain term has in this step."""
+    order) and `retain`, each a `Part`."""
 
-    batch: PackedBatch
-    parts: Mapping[str, range]
-    retain_coeff: float
+    step: StepBatch
     head: Head
+    original_head: Head | None = None
     nll: torch.Tensor | None = None  # (R,)
     hidden: torch.Tensor | None = None  # (R, D)
     hidden_all: torch.Tensor | None = None  # (T, D)
     states: torch.Tensor | None = None  # (T, D), the output of `layer`
     layer: int | None = None
-    reference: Reference | None = None
-    reference_head: Head | None = None
 
     def __post_init__(self):
-        self.forget, self.alternate, self.retain = (Part(self, self.parts[name]) for name in PARTS)
+        self.packed = self.step.packed
+        self.forget, self.alternate, self.retain = (Part(self, getattr(self.step.parts, name)) for name in PARTS)

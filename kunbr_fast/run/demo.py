@@ -36,6 +36,7 @@ from kunbr_fast.evaluation.report import Report, table, write_report
 from kunbr_fast.evaluation.rtt import Fold, RTTResult, rtt_attack
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
+from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.unlearn import unlearn
@@ -126,12 +127,11 @@ def gradient_difference(
     """Gradient difference on all parameters, in place; the data order is that of `unlearn`'s warm-up."""
     schedule = Schedule(len(forget), len(retain), config.batch_size, config.retain_size, epochs, config.seed * 1000)
     with frozen(decoder.model):
-        training = FullTraining(decoder, lr=lr, optimizer=optimizer)
+        criterion = Criterion(retain_coeff=config.retain_coeff, forget_loss_cap=config.forget_loss_cap)
+        training = FullTraining(decoder, lr=lr, optimizer=optimizer, criterion=criterion)
         for step in tqdm(range(len(schedule)), desc=progress, unit="step", leave=False, disable=progress is None):
             f, r = schedule[step]
-            training.gradient_difference_step(
-                [forget[i] for i in f], [retain[i] for i in r], config.retain_coeff, config.forget_loss_cap
-            )
+            training.step([forget[i] for i in f], [retain[i] for i in r])
 
 
 # ---------------------------------------------------------------- the demo

@@ -11,8 +11,9 @@ from kunbr_fast.data import PackedBatch, Sample, check_labels, check_lengths, en
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.files.models import check_vocabulary
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.objectives.batch import WHOLE, Shares, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
-from kunbr_fast.objectives.original import Reference
+from kunbr_fast.objectives.original import OriginalValues
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.config import KUnBRConfig
 
@@ -115,7 +116,7 @@ class Feed:
     samples: Samples
     criterion: Criterion
     packed: Callable[[list[int]], PackedBatch]
-    original: Reference
+    original: OriginalValues
     team: Group = ALONE
     home: list[int] | None = None
 
@@ -132,10 +133,10 @@ class Feed:
     def places(self, forget: list[int], retain: list[int]) -> list[int]:
         return self.samples.places(self.criterion, *self.mine(forget, retain))
 
-    def batch(self, forget: list[int], retain: list[int]) -> tuple[PackedBatch, int, Reference]:
-        """The batch of a part of a step: packed, how many samples are to be forgotten, the original's values."""
+    def batch(self, forget: list[int], retain: list[int], shares: Shares = WHOLE) -> StepBatch:
+        """The batch of a step, or of a part of one."""
         places = self.samples.places(self.criterion, forget, retain)
-        return self.packed(places), len(forget), self.original.batch(places)
+        return self.criterion.step_batch(self.packed(places), len(forget), self.original.batch(places), shares)
 
 
 def share(items: list[int], part: int, parts: int) -> list[int]:

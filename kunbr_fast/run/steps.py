@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -17,14 +16,15 @@ from kunbr_fast.files.tensors import load_tensors
 from kunbr_fast.memory import Place, parse_bytes
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
-from kunbr_fast.objectives.original import Needs, Reference
+from kunbr_fast.objectives.batch import Shares
+from kunbr_fast.objectives.original import Needs, OriginalValues
 from kunbr_fast.run.checks import folds_to_attack, prepare
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.reporter import Timer
 from kunbr_fast.run.samples import Feed
 from kunbr_fast.run.visits import Stage, layers
-from kunbr_fast.training.approximation import cosine, gradient_cosine
+from kunbr_fast.training.approximation import cache_error, gradient_cosine
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.full import FullTraining
@@ -46,7 +46,7 @@ class Run:
         self.group = self.team = context.group
         self.decoder, self.samples, self.state = prepare(inputs, config, context)
         self.folds = folds_to_attack(inputs, config, self.decoder, self.reporter)
-        self.original = Reference({})
+        self.original = OriginalValues({})
         self.retain_limit = config.max_retain_loss or 2 * math.log(self.decoder.config.vocab_size)
 
     # ------------------------------------------------ what trainings read
@@ -55,11 +55,11 @@ class Run:
         """Adds the original's values that `needs` names, from the model, or from the state where they are there
         already."""
         if self.state.result(stage) is None:
-            found = Reference({})
+            found = OriginalValues({})
             with self.reporter.stage(stage, "the original model's values for the objective") as took:
                 if self.group.first:
                     with fused(self.decoder.model, self.config.impl):
-                        found = Reference.of(
+                        found = OriginalValues.of(
                             self.decoder,
                             self.samples.parts,
                             needs,
@@ -68,8 +68,8 @@ class Run:
                             progress=self.reporter.progress,
                         )
             self.state.finish(stage, {"seconds": took.seconds}, found.tensors())
-        found = Reference.from_tensors(load_tensors(self.state.file(stage)))
-        self.original = Reference({**self.original.values, **found.values})
+        found = OriginalValues.from_tensors(load_tensors(self.state.file(stage)))
+        self.original = OriginalValues({**self.original.values, **found.values})
 
     def prefix_cache(self, home: list[int] | None = None) -> PrefixCache | CacheShard:
         """Of the samples that blocks train on; of a team's the rank's own, by `home` (as of `Feed`)."""
@@ -189,18 +189,18 @@ class Run:
     ) -> dict[str, float | None]:
         """One step, by all of the feed's team."""
         if feed.team.size == 1:
-            return training.step_packed(*feed.batch(forget, retain))
+            return training.step_packed(feed.batch(forget, retain))
         mine = feed.mine(forget, retain)
         step = SharedStep(training)
         if feed.samples.places(training.criterion, *mine):
-            shares = (len(part) / len(whole) for part, whole in zip(mine, (forget, retain)))
-            step.add_all(*feed.batch(*mine), *shares)
+            shares = Shares(*(len(part) / len(whole) for part, whole in zip(mine, (forget, retain))))
+            step.add_all(feed.batch(*mine, shares))
         try:
             metrics = step.gather(feed.team, f"step {training.steps}")
         except Diverged:
             training.drop_gradient()
             raise
-        training.micro_batches.update(training.apply)
+        step.apply()
         return metrics
 
     def account(self, where: str, ends_epoch: bool, metrics: Mapping[str, float | None], account: dict) -> None:
@@ -231,32 +231,18 @@ class Run:
         if not (places := feed.samples.places(training.criterion, *step)):
             return found
         if training.cover is not None:
-            same = found["gradient_cosine"] = gradient_cosine(training, *feed.batch(*step))
+            same = found["gradient_cosine"] = gradient_cosine(training, feed.batch(*step))
             self.reporter.say(
                 f"cover in {training.cover.precision}: the block's gradient has a cosine of {same:.6f} to the exact "
                 "cover's"
             )
         if not cache.is_exact:
-            error = found["cache_error"] = self._cache_error(training, feed.batch(*step), cache.exact(places))
+            error = found["cache_error"] = cache_error(training, feed.batch(*step), cache.exact(places))
             self.reporter.say(
                 f"prefix cache in {self.config.cache_dtype}: a relative error of {error['relative_error']:.2g}; the "
                 f"block's gradient has a cosine of {error['gradient_cosine']:.6f} to the exact one"
             )
         return found
-
-    @staticmethod
-    def _cache_error(training: BlockTraining, step: tuple, exact: torch.Tensor) -> dict[str, float]:
-        """exact: (T, D), what the cache would hold without rounding."""
-        batch, *others = step
-
-        def gradient(hidden: torch.Tensor) -> torch.Tensor:
-            training.accumulate(dataclasses.replace(batch, hidden=hidden), *others)
-            found = training.flat.grad.clone()
-            training.drop_gradient()
-            return found
-
-        error = float((batch.hidden.double() - exact.double()).norm() / exact.double().norm())
-        return {"relative_error": error, "gradient_cosine": cosine(gradient(batch.hidden), gradient(exact))}
 
 
 def new_account() -> dict[str, Any]:

@@ -1,35 +1,43 @@
-"""What an approximation makes of a block's gradient."""
+"""What an approximation makes of a block's first step."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import torch
 
+from kunbr_fast.objectives.batch import StepBatch
+from kunbr_fast.training.block import BlockTraining
 
-def gradient_cosine(training: Any, *batch: Any) -> float:
+
+def gradient_cosine(training: BlockTraining, step: StepBatch) -> float:
     """Cosine of the block's gradient to the one that the exact cover gives, of one batch; 1.0 where the cover is exact.
 
-    training: a `BlockTraining` of `reinserted(..., cover_precision=)`; batch: the arguments of its `step_packed`. Costs
-    two forward and backward passes and one more gradient's memory; no step is taken and no gradient is left.
+    training: of `reinserted(..., cover_precision=)`. Costs two forward and backward passes and one more gradient's memory;
+    no step is taken and no gradient is left.
     """
     if training.cover is None:
         return 1.0
-
-    def gradient() -> torch.Tensor:
-        training.accumulate(*batch)
-        found = training.flat.grad.clone()
-        training.flat.grad.zero_()
-        training.criterion.drop()
-        return found
-
-    graphs, training._graphs = training._graphs, None  # what they captured runs on one kind of weights
-    try:
+    with training.without_graphs():  # what they captured runs on one kind of weights
         with training.cover.exact():
-            exact = gradient()
-        return cosine(gradient(), exact)
-    finally:
-        training._graphs = graphs
+            exact = _gradient(training, step)
+        return cosine(_gradient(training, step), exact)
+
+
+def cache_error(training: BlockTraining, step: StepBatch, exact: torch.Tensor) -> dict[str, float]:
+    """What a prefix cache in low precision makes of one batch: the relative error of its activations, and the cosine of
+    the block's gradient to the exact one. exact (T, D): the activations without rounding. Costs as `gradient_cosine`."""
+    held = step.packed.hidden
+    error = float((held.double() - exact.double()).norm() / exact.double().norm())
+    truth = dataclasses.replace(step, packed=dataclasses.replace(step.packed, hidden=exact))
+    return {"relative_error": error, "gradient_cosine": cosine(_gradient(training, step), _gradient(training, truth))}
+
+
+def _gradient(training: BlockTraining, step: StepBatch) -> torch.Tensor:
+    training.accumulate(step)
+    found = training.flat.grad.clone()
+    training.drop_gradient()
+    return found
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -7,27 +7,25 @@ between the loss and the block. Memory: the original model, plus the block's wei
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
-from kunbr_fast.data import PackedBatch, as_samples, pack
-from kunbr_fast.data.batch import join
+from kunbr_fast.data import PackedBatch
 from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import Decoder, Stretch
-from kunbr_fast.model.finite import finite
 from kunbr_fast.model.low_precision import Cover
 from kunbr_fast.model.weights import other_names, owners
+from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.losses import RowWeights, weighted_pass
-from kunbr_fast.objectives.original import Reference, measure
-from kunbr_fast.training.diverged import Diverged
+from kunbr_fast.objectives.original import measure
 from kunbr_fast.training.flat_buffer import FlatBuffer, make_optimizer, warn_if_updates_vanish
-from kunbr_fast.training.graphs import StepGraphs
-from kunbr_fast.training.micro_batches import MicroBatch, MicroBatches, add_part, share_of
+from kunbr_fast.training.graphs import Capture, StepGraphs, capture_cuda
+from kunbr_fast.training.training import Training
 
 
 def block_tensors(decoder: Decoder, block: range) -> dict[str, nn.Parameter]:
@@ -66,7 +64,7 @@ def _masks(
     return masks
 
 
-class BlockTraining:
+class BlockTraining(Training):
     """The active block inside the original model. Made by `reinserted`.
 
     cover: the cover in low precision (`quantized`), None where it is exact.
@@ -93,11 +91,8 @@ class BlockTraining:
         optimizer_device: str = "device",
         micro_batch_tokens: int | None = None,
     ):
-        self.decoder, self.block = decoder, block
-        where = f"block {block.start}-{block.stop - 1}"
-        self.micro_batches = MicroBatches(micro_batch_tokens, where, self._refusal)
-        self.gradient_checkpointing, self.impl = gradient_checkpointing, impl
-        self.criterion = criterion
+        super().__init__(decoder, criterion, f"block {block.start}-{block.stop - 1}", micro_batch_tokens)
+        self.block, self.gradient_checkpointing, self.impl = block, gradient_checkpointing, impl
         self.parameters = block_tensors(decoder, block)
         for name, parameter in self.parameters.items():
             value = values[name]
@@ -110,7 +105,7 @@ class BlockTraining:
                     f"{name}: the unlearned model holds NaN or infinite values here; its training diverged"
                 )
         masks = None if mask is None else _masks(mask, decoder, block, self.parameters)
-        self._graphs: StepGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self._kept = {name: (p.data, p.grad) for name, p in self.parameters.items()}
         self._away: dict[str, torch.Tensor] = {}  # of those whose storage is empty meanwhile, the values
         params = list(self.parameters.values())
@@ -129,78 +124,25 @@ class BlockTraining:
             raise
         for parameter in params:
             parameter.requires_grad_(True)
-        self.steps = 0
         if cuda_graphs:
-            self._graphs = StepGraphs(decoder, self._weighted, self.flat.grad)
+            self.use_graphs()
 
     # ------------------------------------------------ training
 
-    def step(self, forget_batch: Any, retain_batch: Any = None, alternate_batch: Any = None) -> dict[str, float | None]:
-        """One update of the block by the objective.
-
-        forget_batch, retain_batch: sequences of samples, padded Hugging Face batches, or (from a prefix cache)
-        packed batches with hidden states at the block's input. retain_batch may be None.
-        alternate_batch: of an objective that needs second answers to the forget prompts, those, in the same order; where
-        it is None they come from forget_batch (`data.with_alternates`).
-        What the objective needs of the original model is computed here, by a forward pass with the block's original
-        weights; `step_packed` takes values that were computed once.
-
-        Returns `losses.metrics`. Raises `Diverged`, with the weights as they were, if the loss or a
-        gradient is not finite.
-        """
-        if self.criterion.alternate is not None and alternate_batch is None:
-            if isinstance(forget_batch, PackedBatch):
-                raise ValueError(
-                    f"{self.criterion.objective.name} needs alternates: give them packed, as alternate_batch"
-                )
-            forget_batch, alternate_batch = self.criterion.split(forget_batch)
-        forget = batch = self._packed(forget_batch)
-        if self.criterion.alternate is not None:
-            batch = join(batch, self._packed(alternate_batch))
-        if retain_batch is not None:
-            batch = join(batch, self._packed(retain_batch))
-        return self.step_packed(batch, forget.num_samples)
-
-    def step_packed(
-        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
-    ) -> dict[str, float | None]:
-        """`step` on one packed batch: `num_forget` samples to be forgotten, their alternates if the objective takes them,
-        then those to be retained. reference: the original model's values for them, computed here where it is None."""
-        loss, nll = self.accumulate(batch, num_forget, reference)
-        good = finite(loss, *self.gradients())  # read after the metrics, so that the host waits once
-        metrics = self.criterion.metrics(batch, num_forget, loss, nll)
-        if not good:
-            self.flat.grad.zero_()
-            self.criterion.drop()
-            raise Diverged(f"block {self.block.start}-{self.block.stop - 1}, step {self.steps}", metrics)
-        self.micro_batches.update(self.apply)
-        return metrics
-
-    def accumulate(
-        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Adds a batch's gradient to the block's, in parts where it does not fit (`MicroBatches`); the loss and the rows'
-        NLL (R,), detached, as from `loss`. An exception leaves no part of a gradient."""
-        criterion = self.criterion
-        parts = criterion.parts(batch, num_forget)
-
-        def one(micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-            if self._graphs is not None:
-                with share_of(criterion, parts, micro) as share:
-                    rows = criterion.weights(micro.batch, micro.num_forget)
-                if rows is not None:
-                    self._check_layer(micro.batch)
-                    return self._graphs(micro.batch, RowWeights(rows.weight * share, rows.cap))
-            return add_part(criterion, parts, micro, reference, self.loss)
-
-        return self.micro_batches.run(batch, parts, one, self.drop_gradient)
+    def _backward(self, step: StepBatch) -> PartLoss:
+        if self.graphs is not None and (rows := self.criterion.weights(step)) is not None:
+            self._check_layer(step.packed)
+            return PartLoss(*self.graphs(step.packed, RowWeights(rows.weight * step.shares.factor, rows.cap)))
+        return super()._backward(step)
 
     def drop_gradient(self) -> None:
-        """Forgets what has been accumulated, as if its losses had never been; lets go of CUDA graphs too."""
+        """Forgets what has been accumulated; lets go of CUDA graphs too."""
         self.flat.grad.zero_()
-        self.criterion.drop()
-        if self._graphs is not None:
-            self._graphs.drop()
+        if self.graphs is not None:
+            self.graphs.drop()
+
+    def _where(self) -> str:
+        return f"block {self.block.start}-{self.block.stop - 1}, step {self.steps}"
 
     def _refusal(self, tokens: int | None, said: str) -> OutOfMemory:
         flat, size = self.flat, self.flat.weights.nbytes
@@ -216,7 +158,7 @@ class BlockTraining:
             cures.append("gradient_checkpointing=True (the same result)")
         if not flat.on_host:
             cures.append(f'optimizer_device="host" (the same result, {gibibytes(state + size)} less on the device)')
-        if self._graphs is not None:
+        if self.graphs is not None:
             cures.append("cuda_graphs=False")
         if flat.master is not None:
             cures.append("master_weights=False (small updates are rounded away)")
@@ -224,35 +166,34 @@ class BlockTraining:
         return cannot_fit(tokens, what, cures, self.decoder.device, said)
 
     def gradients(self) -> list[torch.Tensor]:
-        """What has been accumulated, in one vector."""
         return [self.flat.grad]
 
-    def apply(self) -> None:
-        """One update from the accumulated gradient, which is then zero again."""
+    def _update(self) -> None:
         self.flat.step(self.optimizer)
-        self.criterion.advance()
-        self.steps += 1
 
-    def loss(
-        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The objective of a packed batch (scalar, differentiable in the block) and the rows' NLL (R,), as
-        `Criterion.__call__`; arguments as in `step_packed`."""
-        decoder = self.decoder
-        self._check_layer(batch)
-        stretch = self._stretch(batch)
-        if reference is None and self.criterion.needs:
-            parts = self.criterion.parts(batch, num_forget)
+    def loss(self, step: StepBatch) -> PartLoss:
+        """The criterion's loss, differentiable in the block. The original's values, where the objective needs them and
+        the batch has none, are computed here, by a forward pass with the block's original weights."""
+        self._check_layer(step.packed)
+        stretch, needs = self._stretch(step.packed), self.criterion.needs
+        if step.original is None and needs:
             with self._original():
-                reference = measure(decoder, batch, parts, self.criterion.needs, stretch=stretch, impl=self.impl)
-        return self.criterion(
-            decoder,
-            batch,
-            num_forget,
-            stretch=stretch,
-            impl=self.impl,
-            reference=reference,
-        )
+                found = measure(self.decoder, step.packed, step.parts, needs, stretch=stretch, impl=self.impl)
+            step = dataclasses.replace(step, original=found)
+        return self.criterion(self.decoder, step, stretch, impl=self.impl)
+
+    def use_graphs(self, capture: Capture | None = capture_cuda) -> None:
+        """From here on steps run as CUDA graphs, where the objective allows it; capture: as in `StepGraphs`."""
+        self.graphs = StepGraphs(self.decoder, self._weighted, self.flat.grad, capture)
+
+    @contextlib.contextmanager
+    def without_graphs(self) -> Iterator[None]:
+        """Inside, steps run launch by launch: for weights at other addresses than those that were captured."""
+        graphs, self.graphs = self.graphs, None
+        try:
+            yield
+        finally:
+            self.graphs = graphs
 
     def _weighted(self, batch: PackedBatch, rows: RowWeights) -> tuple[torch.Tensor, torch.Tensor]:
         """`loss` of rows whose weights are known."""
@@ -285,10 +226,6 @@ class BlockTraining:
             for name, parameter in self.parameters.items():
                 parameter.data = active[name]
 
-    def _packed(self, batch: Any) -> PackedBatch:
-        batch = batch if isinstance(batch, PackedBatch) else pack(as_samples(batch))
-        return batch.to(self.decoder.device)
-
     # ------------------------------------------------ state
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -296,14 +233,11 @@ class BlockTraining:
         return {name: parameter.data for name, parameter in self.parameters.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything that training needs to go on: weights, optimiser state, the criterion's. The tensors themselves: later steps
-        change them."""
         inner = self.optimizer.state[self.flat.param]
         inner = {f"optimizer.{key}": torch.as_tensor(value) for key, value in inner.items()}
         return {**self.flat.state(), **inner, **self.criterion.state()}
 
     def load_state(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
-        """Takes up a `state()` after `steps` steps; the next steps give the same bits as uninterrupted ones."""
         self.flat.load(state)
         self.criterion.load_state(state)
         prefix = "optimizer."
@@ -326,7 +260,7 @@ class BlockTraining:
 
     def take_out(self) -> None:
         """Gives every parameter of the original its own storage and gradient again."""
-        self._graphs = None  # they hold this object's own method, and memory of their own
+        self.graphs = None  # they hold this object's own method, and memory of their own
         for name in list(self._away):
             data = self._kept[name][0]
             data.untyped_storage().resize_(data.numel() * data.itemsize)

@@ -1,4 +1,4 @@
-"""Full-parameter training on packed batches: the warm-up, the RTT attack, teaching; and what all training shares."""
+"""Full-parameter training on packed batches: the warm-up, the RTT attack, teaching."""
 
 from __future__ import annotations
 
@@ -7,25 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from tqdm import tqdm
 
-from kunbr_fast.data import PackedBatch, Sample, pack
+from kunbr_fast.data import Sample, pack
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes
 from kunbr_fast.model.decoder import Decoder, Stretch
-from kunbr_fast.model.finite import finite
 from kunbr_fast.model.frozen import frozen
-from kunbr_fast.objectives import losses
+from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
-from kunbr_fast.objectives.original import Reference
-from kunbr_fast.training.diverged import Diverged
+from kunbr_fast.objectives.original import Parts
 from kunbr_fast.training.flat_buffer import make_optimizer, warn_if_updates_vanish
-from kunbr_fast.training.micro_batches import MicroBatch, MicroBatches, add_part
+from kunbr_fast.training.training import Training
 
 
-class FullTraining:
-    """Every parameter of the model, trained in place. Its steps take packed batches; `state` is what a resume needs.
+class FullTraining(Training):
+    """Every parameter of the model, trained in place.
 
-    criterion: what `step_packed` minimises (default: gradient difference). If that needs the original's logits, the head
-    is copied now, so the model must be the original; its other values are given to each step (`Reference`).
+    criterion: what a step minimises (default: gradient difference). If it needs the original's logits, the head is copied
+    now, so the model must be the original; its other values come with each step (`StepBatch.original`).
     micro_batch_tokens: the most tokens that go through at once, as in `reinserted`; where memory runs out, fewer.
 
     Raises `Diverged`, with the weights as they were, at a step whose loss or gradient is not finite.
@@ -44,79 +42,26 @@ class FullTraining:
         criterion: Criterion | None = None,
         micro_batch_tokens: int | None = None,
     ):
-        self.micro_batches = MicroBatches(micro_batch_tokens, "training of all parameters", self._refusal)
-        self.decoder, self.gradient_checkpointing, self.impl = decoder, gradient_checkpointing, impl
-        self.criterion = criterion or Criterion()
+        super().__init__(decoder, criterion or Criterion(), "training of all parameters", micro_batch_tokens)
+        self.gradient_checkpointing, self.impl = gradient_checkpointing, impl
         self.criterion.check_layer(decoder.num_layers)
-        self.reference_head = self.criterion.copy_of_head(decoder.head)
+        self.original_head = self.criterion.copy_of_head(decoder.head)
         self.parameters = dict(decoder.model.named_parameters())  # a tied weight appears once
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.optimizer = make_optimizer(optimizer, self.parameters.values(), lr, betas, weight_decay, impl=impl)
         warn_if_updates_vanish(list(self.parameters.values()), lr, "load the model in float32 (--dtype float32)")
-        self.steps = 0
 
-    def step(self, batch: PackedBatch, rows: losses.RowWeights, num_forget: int = 0) -> dict[str, float | None]:
-        """One update; returns `losses.metrics`; the batch's first `num_forget` samples are forget samples."""
-        second = range(num_forget, batch.num_samples)
-        parts = {"forget": range(num_forget), "alternate": second[:0], "retain": second}
-
-        def one(micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-            part = losses.RowWeights(rows.weight[micro.rows], None if rows.cap is None else rows.cap[micro.rows])
-            stretch = Stretch(recompute=self.gradient_checkpointing)
-            loss, nll = losses.weighted_pass(self.decoder, micro.batch, part, stretch, impl=self.impl)
-            loss.backward()
-            return loss.detach(), nll
-
-        loss, nll = self.micro_batches.run(batch, parts, one, self.drop_gradient)
-        return self._update(loss, losses.metrics, batch, num_forget, nll)
-
-    def step_packed(
-        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
-    ) -> dict[str, float | None]:
-        """One update by the criterion on a batch whose samples are in the order of `Criterion.parts`."""
-        loss, nll = self.accumulate(batch, num_forget, reference)
-        return self._update(loss, self.criterion.metrics, batch, num_forget, nll)
-
-    def accumulate(
-        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Adds a batch's gradient; as `BlockTraining.accumulate`."""
-        criterion = self.criterion
-        parts = criterion.parts(batch, num_forget)
-
-        def one(micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-            return add_part(criterion, parts, micro, reference, self.loss)
-
-        return self.micro_batches.run(batch, parts, one, self.drop_gradient)
-
-    def loss(
-        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The criterion's loss, differentiable in every parameter, and the rows' NLL; as `Criterion.__call__`."""
-        return self.criterion(
-            self.decoder,
-            batch,
-            num_forget,
-            stretch=Stretch(recompute=self.gradient_checkpointing),
-            impl=self.impl,
-            reference=reference,
-            reference_head=self.reference_head,
-        )
-
-    def _update(self, loss, metrics, batch: PackedBatch, num_forget: int, nll) -> dict[str, float | None]:
-        good = finite(loss, *self.gradients())  # read after the metrics, so that the host waits once
-        found = metrics(batch, num_forget, loss, nll)
-        if not good:
-            self.drop_gradient()
-            raise Diverged(f"step {self.steps}", found)
-        self.micro_batches.update(self.apply)
-        return found
+    def loss(self, step: StepBatch) -> PartLoss:
+        """The criterion's loss, differentiable in every parameter."""
+        stretch = Stretch(recompute=self.gradient_checkpointing)
+        return self.criterion(self.decoder, step, stretch, impl=self.impl, original_head=self.original_head)
 
     def drop_gradient(self) -> None:
-        """Forgets what has been accumulated, as if its losses had never been."""
         self.optimizer.zero_grad()
-        self.criterion.drop()
+
+    def _where(self) -> str:
+        return f"step {self.steps}"
 
     def _refusal(self, tokens: int | None, said: str) -> OutOfMemory:
         weights = sum(p.nbytes for p in self.parameters.values())
@@ -132,27 +77,11 @@ class FullTraining:
         """What has been accumulated; none of a parameter that no loss has depended on."""
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 
-    def apply(self) -> None:
-        """One update from the accumulated gradients, which are then dropped."""
+    def _update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.criterion.advance()
-        self.steps += 1
-
-    def gradient_difference_step(
-        self,
-        forget: Sequence[Sample],
-        retain: Sequence[Sample],
-        retain_coeff: float,
-        forget_loss_cap: float | None = None,
-    ) -> dict[str, float | None]:
-        """One update that minimises -L_forget + retain_coeff * L_retain; arguments as in `losses.gradient_difference`."""
-        batch = pack([*forget, *retain]).to(self.decoder.device)
-        rows = losses.gradient_difference(batch, len(forget), retain_coeff, forget_loss_cap)
-        return self.step(batch, rows, len(forget))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Weights, optimiser and criterion state by name. The tensors themselves: later steps change them."""
         tensors = {name: parameter.data for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -161,7 +90,6 @@ class FullTraining:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
-        """Takes up a `state()` after `steps` steps; the next steps give the same bits as uninterrupted ones."""
         for name, parameter in self.parameters.items():
             parameter.copy_(state[name])
         self.criterion.load_state(state)
@@ -198,8 +126,8 @@ def train_all(
         training = FullTraining(decoder, lr=lr, optimizer=optimizer, betas=betas, weight_decay=weight_decay)
         for step in tqdm(range(len(schedule)), desc=progress, unit="step", leave=False, disable=progress is None):
             indices, _ = schedule[step]
-            batch = pack([samples[i] for i in indices]).to(decoder.device)
-            metrics = training.step(batch, losses.likelihood(batch))
+            packed = pack([samples[i] for i in indices]).to(decoder.device)
+            metrics = training.step_packed(StepBatch(packed, Parts.of(retain=len(indices))))
             if on_step is not None:
                 on_step(metrics)
             if on_epoch is not None and (step + 1) % schedule.steps_per_epoch == 0:

@@ -31,6 +31,7 @@ WASTE = 8  # a bucket is at most 1/WASTE empty
 ATTENTION_STEP = 64  # the grid of attention is a multiple of this wide: its share of a step is small
 
 Pass = Callable[[PackedBatch, RowWeights], tuple[torch.Tensor, torch.Tensor]]
+Capture = Callable[[Callable[[], Any], Any], tuple[Callable[[], None], Any]]
 
 
 def round_up(n: int) -> int:
@@ -88,8 +89,10 @@ class StaticBatch:
         self.batch = PackedBatch(
             held["input_ids"], held["input_ids"], held["position_ids"], [L] * B, hidden, bucket.layer
         )
-        self.batch.__dict__.update({name: held[name] for name in ("rows", "targets", "pad_index", "unpad_index")})
-        self.batch.__dict__["row_grid"] = held["row_index"], held["row_back"], held["row_places"].view(B, M)
+        self.batch.set_indices(
+            **{name: held[name] for name in ("rows", "targets", "pad_index", "unpad_index")},
+            row_grid=(held["row_index"], held["row_back"], held["row_places"].view(B, M)),
+        )
         weight = torch.zeros(R, dtype=torch.float64, device=device)
         self.rows = RowWeights(weight, torch.full_like(weight, torch.inf) if bucket.capped else None)
 
@@ -146,18 +149,23 @@ class StepGraphs:
         decoder: Decoder,
         forward: Pass,
         gradient: torch.Tensor,
-        capture: Callable[[Callable[[], Any], Any], tuple[Callable[[], None], Any]] | None = capture_cuda,
+        capture: Capture | None = capture_cuda,
     ):
         self._decoder, self._forward, self._gradient, self._capture = decoder, forward, gradient, capture
         on_gpu = decoder.device.type == "cuda" and capture is not None
-        self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self._held: dict[Bucket, tuple[StaticBatch, Callable[[], None] | None, Any]] = {}
 
     def drop(self) -> None:
         """Lets go of all buckets and graphs, and of the memory that these hold."""
         self._held.clear()
-        if self._pool is not None:
-            self._pool = torch.cuda.graph_pool_handle()
+        if self.pool is not None:
+            self.pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        """The buckets' activations at the block's input, where they have any."""
+        return [static.batch.hidden for static, _, _ in self._held.values() if static.batch.hidden is not None]
 
     @property
     def captured(self) -> int:
@@ -196,7 +204,7 @@ class StepGraphs:
         if self._capture is not None:
             before = self._gradient.to("cpu", copy=True)  # the run before a capture adds to it
             try:
-                replay, out = self._capture(lambda: self._run(static), self._pool)
+                replay, out = self._capture(lambda: self._run(static), self.pool)
             except RuntimeError as error:  # a model's own code that waits for the device, for example
                 if is_out_of_memory(error):
                     raise

@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 
-from kunbr_fast.data import PackedBatch
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Stretch
 from kunbr_fast.model.layer_major import LayerMajor
-from kunbr_fast.objectives.original import Reference
+from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.training.block import BlockTraining
-from kunbr_fast.training.micro_batches import MicroBatch, add_part
 
 
 class LayerMajorTraining(BlockTraining):
@@ -23,8 +21,8 @@ class LayerMajorTraining(BlockTraining):
     prefix cache none below it. Of the block, weights, gradient and optimiser state are in memory. The bits are those of
     `BlockTraining` with the same micro_batch_tokens.
 
-    What the objective needs of the original model must be given (`Reference`), since the block's original weights are not
-    in memory.
+    What the objective needs of the original model must come with the batch (`StepBatch.original`), since the block's
+    original weights are not in memory.
     """
 
     def __init__(self, *args: Any, storage: str = "auto", directory: str | Path | None = None, **settings: Any):
@@ -32,50 +30,42 @@ class LayerMajorTraining(BlockTraining):
         self._store: torch.Tensor | None = None
         super().__init__(*args, **{**settings, "gradient_checkpointing": True})  # for `loss`
 
-    def loss(
-        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `BlockTraining.loss`: the batch in one go, its layers run again in the backward pass."""
-        self._check_reference(reference)
-        return super().loss(batch, num_forget, reference)
+    def loss(self, step: StepBatch) -> PartLoss:
+        """The batch in one go, its layers run again in the backward pass."""
+        self._check_original(step)
+        return super().loss(step)
 
-    def _check_reference(self, reference: Reference | None) -> None:
-        if reference is None and self.criterion.needs:
+    def _check_original(self, step: StepBatch) -> None:
+        if step.original is None and self.criterion.needs:
             raise ValueError(
                 f"{self.criterion.objective.name} with retain_loss={self.criterion.retain_loss!r} needs the original model's "
-                "values: give reference=, made before (Reference.of)"
+                "values: give original=, made before (OriginalValues.of)"
             )
 
-    def accumulate(
-        self, batch: PackedBatch, num_forget: int, reference: Reference | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        self._check_layer(batch)
-        self._check_reference(reference)
-        decoder, criterion = self.decoder, self.criterion
-        parts = criterion.parts(batch, num_forget)
+    def accumulate(self, step: StepBatch) -> PartLoss:
+        self._check_layer(step.packed)
+        self._check_original(step)
+        return self.micro_batches.run(step, None, self.drop_gradient, self._together)
+
+    def _together(self, steps: list[StepBatch]) -> list[PartLoss]:
+        """Forward and backward of all micro-batches, each layer over all of them before the next one."""
+        decoder, criterion, found = self.decoder, self.criterion, []
         top = criterion.layer if criterion.objective.states else decoder.num_layers - 1
 
-        def together(micros: list[MicroBatch]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-            found: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        def turn(layer: int, number: int, x: torch.Tensor, dy: torch.Tensor | None) -> None:
+            stretch = Stretch(layer, x)
+            if dy is not None:
+                decoder.run(steps[number].packed, stretch, layer + 1).backward(dy)
+            else:
+                found.append(criterion(decoder, steps[number], stretch, impl=self.impl).backward())
 
-            def turn(layer: int, number: int, x: torch.Tensor, dy: torch.Tensor | None) -> None:
-                micro = micros[number]
-                if dy is not None:
-                    decoder.run(micro.batch, Stretch(layer, x), layer + 1).backward(dy)
-                    return
-                how = dict(stretch=Stretch(top, x), impl=self.impl)
-                loss = lambda batch, num_forget, given: criterion(decoder, batch, num_forget, reference=given, **how)  # noqa: E731
-                found.append(add_part(criterion, parts, micro, reference, loss))
-
-            store, self._store = self._store, None
-            batches = [micro.batch for micro in micros]
-            passes = LayerMajor(decoder, batches, self.block.start, top, self.place, store)
-            self._store = passes.store
-            del store
-            passes.run(turn)
-            return found
-
-        return self.micro_batches.run(batch, parts, None, self.drop_gradient, together)
+        store, self._store = self._store, None
+        batches = [step.packed for step in steps]
+        passes = LayerMajor(decoder, batches, self.block.start, top, self.place, store)
+        self._store = passes.store
+        del store
+        passes.run(turn)
+        return found
 
     @torch.no_grad()
     def settle(self) -> None:

@@ -17,7 +17,6 @@ from kunbr_fast.benchmarks.suites import step
 from kunbr_fast.kernels import dispatch
 from kunbr_fast.model import patch
 from kunbr_fast.training.block import BlockTraining
-from kunbr_fast.training.graphs import StepGraphs
 
 TRITON = dispatch.why_not("linear_loss", "triton", "cpu") is None  # the interpreter
 HERE = ("reference", "frozen eager", "torch")  # what a CPU can run fast
@@ -161,15 +160,13 @@ def test_a_graph_gives_the_gradients_of_plain_steps():
     data = case.draw()
     plain, graph = (step.SIDES["torch"](case, data) for _ in range(2))
     training = graph.training
-    training._graphs = StepGraphs(
-        graph.training.decoder, training._weighted, training.flat.grad, graph_emulator.capture
-    )
+    training.use_graphs(graph_emulator.capture)
     truth = plain.gradients()
     for _ in range(2):  # captured, and replayed
         found = graph.gradients()
         assert set(found) == set(truth)
         assert max(harness.relative_error(found[n], truth[n]) for n in found) < 1e-5
-    training._graphs = StepGraphs(graph.training.decoder, training._weighted, training.flat.grad, None)
+    training.use_graphs(None)
     for run in (graph.gradients, graph.step):  # it runs launch by launch then: another variant
         with pytest.raises(harness.Skip, match="captured"):
             run()
@@ -180,12 +177,12 @@ def test_a_step_in_parts_is_none_of_ours(monkeypatch):
     monkeypatch.setattr(step.Step, "gate", lambda self: (dict.fromkeys(("reference", "torch"), 0.0), {}))
     right, sizes = BlockTraining.loss, []
 
-    def loss(self, batch, *args):
+    def loss(self, batch):
         """Memory runs out in the second step."""
-        sizes.append(batch.num_tokens)
-        if batch.num_tokens == case.tokens and len(sizes) > 1:
+        sizes.append(batch.packed.num_tokens)
+        if batch.packed.num_tokens == case.tokens and len(sizes) > 1:
             raise torch.OutOfMemoryError("out of memory")
-        return right(self, batch, *args)
+        return right(self, batch)
 
     monkeypatch.setattr(BlockTraining, "loss", loss)
     rows = {row["variant"]: row for row in case.rows()}

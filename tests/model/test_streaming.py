@@ -1,4 +1,4 @@
-"""Streamed models and the layer-major schedule: the bits of the model that is in memory whole, and what is read when."""
+"""Streamed models and the layer-major schedule: the bits of the model in memory, and what is read when."""
 
 import contextlib
 import copy
@@ -26,16 +26,17 @@ from kunbr_fast.files.tensors import Shards, WeightSnapshot, save_tensors
 from kunbr_fast.model.decoder import Decoder, Stretch, find_layers
 from kunbr_fast.model.finite import check_finite
 from kunbr_fast.model.layer_major import LayerMajor
-from kunbr_fast.model.layer_stream import layer_stream
 from kunbr_fast.model.prefix_cache import PrefixCache
 from kunbr_fast.model.streaming import open_streamed
+from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives import losses
+from kunbr_fast.objectives.batch import StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.methods import OBJECTIVES
-from kunbr_fast.objectives.original import Reference
+from kunbr_fast.objectives.original import OriginalValues, Parts
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.diverged import Diverged
-from kunbr_fast.training.micro_batches import micro_batches
+from kunbr_fast.training.micro_batches import micro_batches, rows_of
 from kunbr_fast.training.streamed import LayerMajorTraining
 
 BLOCK = range(1, 3)
@@ -72,7 +73,7 @@ def state(model):
     return (
         [(name, id(p), p.requires_grad, p.grad is None) for name, p in model.named_parameters()],
         [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__)) for m in model.modules()],
-        set(layer_stream(model)._held),
+        set(weights_of(model)._held),
     )
 
 
@@ -91,7 +92,7 @@ def test_the_same_outputs_as_the_whole_model(architecture, folder):
         for (name, a), (other, b) in zip(ours.named_buffers(), truth.named_buffers(), strict=True):
             assert name == other and a.dtype == b.dtype and torch.equal(a, b)
         assert not ours.training and not any(p.requires_grad for p in ours.parameters())
-        stream = layer_stream(ours)
+        stream = weights_of(ours)
         assert not stream.loads and all(is_placeholder(p) for p in layers_of(ours).parameters())
         decoder, other = Decoder(ours), Decoder(truth)
         assert decoder.device == other.device and decoder.dtype == other.dtype
@@ -122,15 +123,15 @@ def test_one_file_and_a_base_models_file(tmp_path):
 def test_buffers_are_bounded_and_layers_of_any_size_fit_them(folder):
     path = folder("qwen2_moe")  # layer 1 is dense and the others are not
     model = streamed(path, buffers=2)
-    stream = layer_stream(model)
+    stream = weights_of(model)
     sizes = [stream.layer_nbytes(i) for i in range(3)]
     assert sizes[0] != sizes[1] and stream.nbytes == 2 * max(sizes)
-    assert layer_stream(streamed(path, buffers=9)).nbytes == 3 * max(sizes)  # no more than there are layers
+    assert weights_of(streamed(path, buffers=9)).nbytes == 3 * max(sizes)  # no more than there are layers
 
 
 def test_what_comes_next_is_being_read(folder):
     model = streamed(folder(), buffers=3)
-    stream = layer_stream(model)
+    stream = weights_of(model)
     held = [{0, 1, 2}, {1, 2, 3}, {2, 3, 5}, {2, 3, 5}, {2, 5, 0}, {2, 5, 0}, {2, 5, 0}]
     for layer, expected in zip(stream.visit([0, 1, 2, 3, 2, 5, 0]), held):
         assert {slot.layer for slot in stream._slots} == expected
@@ -140,10 +141,10 @@ def test_what_comes_next_is_being_read(folder):
 
 def test_layers_that_stay_in_main_memory(folder):
     path, batch, name = folder(), pack(SAMPLES), "model.layers.1.mlp.up_proj.weight"
-    size = layer_stream(streamed(path)).layer_nbytes(0)
+    size = weights_of(streamed(path)).layer_nbytes(0)
     for kept in (0, 3, 6):
         model = streamed(path, host_bytes=kept * size + 10)
-        decoder, stream = Decoder(model), layer_stream(model)
+        decoder, stream = Decoder(model), weights_of(model)
         with torch.no_grad():
             assert torch.equal(decoder.logits(batch), Decoder(whole(path)).logits(batch))
         assert set(stream.host) == set(range(kept))
@@ -157,7 +158,7 @@ def test_layers_that_stay_in_main_memory(folder):
 
 def test_a_layer_is_read_once_for_all_samples_of_a_prefix_cache(folder):
     decoder, other = Decoder(streamed(folder())), Decoder(whole(folder()))
-    stream = layer_stream(decoder)
+    stream = decoder.weights
     stream.release()
     stream.loads.clear()
     ours, truth = (PrefixCache(d, SAMPLES, batch_tokens=20) for d in (decoder, other))
@@ -182,9 +183,9 @@ def test_accuracy_of_a_streamed_model(tmp_path):
 def test_the_order_of_copies_on_a_device(folder, monkeypatch):
     """No GPU here: with stand-ins for streams and events the device's path runs, and what it waits for is written down.
 
-    For each load: `free` is recorded on the compute stream before the buffer's copy is ordered; the copy stream waits for
-    it, copies, records `arrived`; the compute stream waits for that before the layer runs; and the pinned buffer is not
-    written again before `arrived`.
+    For each load: `free` is recorded on the compute stream before the buffer's copy is ordered; the copy stream waits
+    for it, copies, records `arrived`; the compute stream waits for that before the layer runs; and the pinned buffer
+    is not written again before `arrived`.
     """
     log = []
 
@@ -211,7 +212,7 @@ def test_the_order_of_copies_on_a_device(folder, monkeypatch):
             return event
 
     model, compute = streamed(folder()), Stream("compute")
-    stream, copies = layer_stream(model), Stream("copies")
+    stream, copies = weights_of(model), Stream("copies")
     stream._copies = copies
     for number, slot in enumerate(stream._slots):
         slot.staging, slot.arrived = torch.empty_like(slot.data), Event(f"arrived {number}")
@@ -250,7 +251,7 @@ def test_a_backward_pass_needs_checkpointing_and_says_so(folder):
 
 def test_values_that_stand_for_the_files(folder, tmp_path):
     model = streamed(folder())
-    decoder, stream, name = Decoder(model), layer_stream(model), "model.layers.2.mlp.up_proj.weight"
+    decoder, stream, name = Decoder(model), weights_of(model), "model.layers.2.mlp.up_proj.weight"
     truth = whole(folder())
     assert name in stream and "lm_head.weight" in stream and "lm_head" not in stream
     assert torch.equal(stream[name], truth.get_parameter(name))
@@ -277,7 +278,7 @@ def resident(path, unlearned, dtype, tokens, cached, steps=2, **settings):
         assert type(training) is BlockTraining
         for _ in range(steps):
             batch = cache.batch(range(9)) if cached else pack(SAMPLES)
-            metrics.append(training.step_packed(batch, 4))
+            metrics.append(training.step_packed(training.criterion.step_batch(batch, 4)))
         return {name: tensor.clone() for name, tensor in training.tensors().items()}, metrics
 
 
@@ -285,7 +286,7 @@ def by_layer(decoder, unlearned, tokens, cached, steps=2, storage="host", **sett
     if cached:
         cache = PrefixCache(decoder, SAMPLES)
         cache.advance(BLOCK.start)
-    stream = layer_stream(decoder)
+    stream = decoder.weights
     loads, metrics = [], []
     values = Shards(unlearned) if isinstance(unlearned, Path) else unlearned
     found = {}
@@ -302,7 +303,7 @@ def by_layer(decoder, unlearned, tokens, cached, steps=2, storage="host", **sett
         for _ in range(steps):
             stream.loads.clear()
             batch = cache.batch(range(9)) if cached else pack(SAMPLES)
-            metrics.append(training.step_packed(batch, 4))
+            metrics.append(training.step_packed(training.criterion.step_batch(batch, 4)))
             loads.append(dict(stream.loads))
     return found, metrics, loads
 
@@ -337,7 +338,7 @@ def test_a_layer_crosses_the_bus_once_each_way_and_none_below_the_block(folder):
     path, unlearned = folder(), folder("llama", 1)
     for tokens in (None, 20, 1):
         decoder = Decoder(streamed(path))
-        layer_stream(decoder).release()
+        decoder.weights.release()
         _, _, loads = by_layer(decoder, unlearned, tokens, cached=True, steps=3)
         # up 3 4 5, down (5 4) 3
         assert loads == [{3: 2, 4: 1, 5: 1}, {3: 1, 5: 1}, {3: 1, 5: 1}]
@@ -356,53 +357,54 @@ def test_micro_batches_add_up_to_the_whole_batchs_gradient(name, folder):
     samples = FORGET + alternates + RETAIN
     resident, other = Decoder(whole(folder(), "float64")), whole(folder("llama", 1), "float64")
     parts = {"forget": FORGET, "alternate": alternates, "retain": RETAIN}
-    reference = Reference.of(resident, parts, criterion.needs)
+    original = OriginalValues.of(resident, parts, criterion.needs)
     with kf.reinserted(resident, other, BLOCK, lr=1e-3, criterion=criterion) as training:
-        loss, nll = training.loss(pack(samples), 4, reference)
-        loss.backward()
-        loss = loss.detach()
+        step = criterion.step_batch(pack(samples), 4, original)
+        whole_batch = training.loss(step).backward()
         truth = training.flat.grad.clone()
-        criterion.drop()
     values = {n: p.detach() for n, p in whole(folder("llama", 1), "float64").named_parameters()}
     for tokens in (None, 25):
         decoder = Decoder(streamed(folder(), "float64"))
-        layer_stream(decoder).loads.clear()
+        decoder.weights.loads.clear()
         criterion = Criterion(name, retain_loss=retain_loss, retain_coeff=0.7, block=BLOCK)
         with kf.reinserted(
             decoder, dict(values), BLOCK, lr=1e-3, criterion=criterion, micro_batch_tokens=tokens
         ) as training:
-            ours, rows = training.accumulate(pack(samples), 4, reference)
+            step = criterion.step_batch(pack(samples), 4, original)
+            ours, loss = training.accumulate(step), whole_batch.loss
             assert float((training.flat.grad - truth).norm()) <= 1e-12 * float(truth.norm()) and truth.norm() > 0
-            assert float((ours - loss).abs()) <= 1e-12 * float(loss.abs()) + 1e-14
+            assert float((ours.loss - loss).abs()) <= 1e-12 * float(loss.abs()) + 1e-14
+            rows, nll = ours.nll, whole_batch.nll
             assert (rows is None and nll is None) or torch.allclose(rows, nll, rtol=1e-12)
-            assert criterion.retain_scale == 1.0
             if tokens is None:  # in one go, by activation checkpointing: for those who accumulate themselves
                 training.flat.grad.zero_()
-                training.loss(pack(samples), 4, reference)[0].backward()
+                training.loss(step).backward()
                 assert float((training.flat.grad - truth).norm()) <= 1e-12 * float(truth.norm())
             if name == "rmu":  # of the last layer of the block: nothing above it runs
-                assert set(layer_stream(decoder).loads) <= {0}
+                assert set(decoder.weights.loads) <= {0}
 
 
 def test_micro_batches():
     batch = pack(SAMPLES + random_samples(4, seed=3))
     batch.hidden = torch.randn(batch.num_tokens, 8)
-    parts = {"forget": range(4), "alternate": range(4, 8), "retain": range(8, 13)}
+    step = StepBatch(batch, Parts.of(4, 4, 5))
     for tokens in (None, 1, 30, 10_000):
-        found = micro_batches(batch, parts, tokens)
+        found = micro_batches(step, tokens)
         assert sorted(i for micro in found for i in micro.samples) == list(range(13))
-        assert sorted(torch.cat([micro.rows for micro in found]).tolist()) == list(range(len(batch.rows)))
+        assert sorted(torch.cat([rows_of(batch, micro.samples) for micro in found]).tolist()) == list(
+            range(len(batch.rows))
+        )
         for micro in found:
             forget = [i for i in micro.samples if i < 4]
-            assert micro.num_forget == len(forget) and micro.samples[len(forget) :][: len(forget)] == [
+            assert len(micro.step.parts.forget) == len(forget) and micro.samples[len(forget) :][: len(forget)] == [
                 i + 4 for i in forget
             ]
-            assert torch.equal(micro.batch.targets, batch.targets[micro.rows])
+            assert torch.equal(micro.step.packed.targets, batch.targets[rows_of(batch, micro.samples)])
             pieces = batch.hidden.split(batch.lengths)
-            assert torch.equal(micro.batch.hidden, torch.cat([pieces[i] for i in micro.samples]))
+            assert torch.equal(micro.step.packed.hidden, torch.cat([pieces[i] for i in micro.samples]))
         assert len(found) == (1 if tokens in (None, 10_000) else 9 if tokens == 1 else len(found))
         if tokens == 30:
-            assert len(found) > 2 and all(m.batch.num_tokens <= 30 for m in found)
+            assert len(found) > 2 and all(m.step.packed.num_tokens <= 30 for m in found)
 
 
 def test_cumulative_insertion_and_a_streamed_unlearned_model(folder, tmp_path):
@@ -414,7 +416,7 @@ def test_cumulative_insertion_and_a_streamed_unlearned_model(folder, tmp_path):
             training.step(FORGET, RETAIN)
         with kf.reinserted(ours, other, block, lr=1e-3, insertion="cumulative") as training:
             training.step(FORGET, RETAIN)
-    stream, unlearned = layer_stream(ours), layer_stream(other)
+    stream, unlearned = weights_of(ours), weights_of(other)
     for name, parameter in truth.named_parameters():
         if name in stream:
             assert torch.equal(stream[name], parameter) and torch.equal(unlearned[name], theirs.get_parameter(name))
@@ -503,10 +505,10 @@ def test_what_a_step_by_layers_refuses(folder):
             with kf.reinserted(decoder, values, BLOCK, lr=1e-3, **settings):
                 pass
     with pytest.raises(
-        ValueError, match="npo with retain_loss='nll' needs the original model's values: give reference="
+        ValueError, match="npo with retain_loss='nll' needs the original model's values: give original="
     ):
         with kf.reinserted(decoder, dict(layer_items(values)), BLOCK, lr=1e-3, criterion=Criterion("npo")) as t:
-            t.loss(pack(SAMPLES), 4)
+            t.loss(t.criterion.step_batch(pack(SAMPLES), 4))
     batches = [pack(FORGET), pack(RETAIN, torch.zeros(sum(len(s["input_ids"]) for s in RETAIN), 32), 0)]
     with pytest.raises(ValueError, match="some batches come from a prefix cache and others do not"):
         LayerMajor(decoder, batches, 0, 5).run(lambda *args: None)
@@ -524,7 +526,7 @@ def test_density_by_layers(architecture, folder):
     """Same bits, and each layer is read at most once each way for the whole set."""
     mixture = architecture in MIXTURES
     model, truth = (open(folder(architecture), "float64") for open in (streamed, whole))
-    decoder, stream, other = Decoder(model), layer_stream(model), Decoder(truth)
+    decoder, stream, other = Decoder(model), weights_of(model), Decoder(truth)
     was = state(model)
     for settings in (
         {},
@@ -605,8 +607,8 @@ def test_weights_that_are_not_finite_are_met_when_they_are_read(folder, tmp_path
             ValueError, match="model.safetensors: model.layers.4.self_attn.q_proj.weight holds NaN or inf"
         ):
             Decoder(model)
-    assert layer_stream(model).loads[4] == 0
-    layer_stream(model).load(3)  # the others can still be read
+    assert weights_of(model).loads[4] == 0
+    weights_of(model).load(3)  # the others can still be read
 
 
 def test_files_that_are_damaged_or_gone(folder, tmp_path):
@@ -670,7 +672,7 @@ def train_large(decoder):
     }
     with kf.reinserted(decoder, values, LARGE_BLOCK, lr=1e-4) as training:
         for _ in range(2):
-            training.step_packed(cache.batch(range(6)), 4)
+            training.step_packed(training.criterion.step_batch(cache.batch(range(6)), 4))
     return values
 
 
@@ -683,7 +685,7 @@ def train_in_little_memory(path, result):
     start = memory("VmRSS")
     decoder = Decoder(open_streamed(path))
     save_tensors(result, train_large(decoder))
-    print(json.dumps({"resident": memory("VmHWM") - start, "loads": dict(layer_stream(decoder).loads)}))
+    print(json.dumps({"resident": memory("VmHWM") - start, "loads": dict(decoder.weights.loads)}))
 
 
 def test_a_block_of_a_model_that_does_not_fit(tmp_path):

@@ -35,9 +35,9 @@ FUNCTIONS = {
 SCALINGS = [(1.0, None), (0.37, None), (2.5, 1.5)]
 
 
-def formula(name, z, target, z_reference):
+def formula(name, z, target, z_original):
     """One row's value as its paper writes it, with none of the functions that the package uses."""
-    p, q = z.exp() / z.exp().sum(), z_reference.exp() / z_reference.exp().sum()
+    p, q = z.exp() / z.exp().sum(), z_original.exp() / z_original.exp().sum()
     others = [v for v in range(len(z)) if v != target]
     if name == "nll":
         return -p[target].log()
@@ -59,8 +59,8 @@ def formula(name, z, target, z_reference):
     return margin if margin > 0 else margin * 0
 
 
-def by_formula(name, z, targets, z_reference):
-    return torch.stack([formula(name, *row) for row in zip(z, targets, z_reference)])
+def by_formula(name, z, targets, z_original):
+    return torch.stack([formula(name, *row) for row in zip(z, targets, z_original)])
 
 
 def logits(hidden, linear, scale=1.0, softcap=None):
@@ -93,11 +93,11 @@ def close(ours, truth, rtol=1e-11, atol=1e-13):
 @pytest.mark.parametrize("vocab", [2, 13])
 def test_row_function_is_its_formula(name, vocab):
     generator = torch.Generator().manual_seed(vocab)
-    z, z_reference = (torch.randn(9, vocab, generator=generator, dtype=torch.float64) * 2 for _ in range(2))
+    z, z_original = (torch.randn(9, vocab, generator=generator, dtype=torch.float64) * 2 for _ in range(2))
     targets = torch.randint(0, vocab, (9,), generator=generator)
     z.requires_grad_()
     slopes = torch.arange(1.0, 10, dtype=torch.float64)
-    ours, truth = FUNCTIONS[name](z, targets, z_reference), by_formula(name, z, targets, z_reference)
+    ours, truth = FUNCTIONS[name](z, targets, z_original), by_formula(name, z, targets, z_original)
     assert ours.shape == (9,)
     torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-13)
     close(differentiate((slopes * ours).sum(), [z]), differentiate((slopes * truth).sum(), [z]), 1e-11, 1e-12)
@@ -105,12 +105,12 @@ def test_row_function_is_its_formula(name, vocab):
         assert 0 < int((ours == 0).sum()) < 9  # both sides of the clip
     if name == "kl":
         own = torch.nn.functional.kl_div(
-            z.log_softmax(1), z_reference.log_softmax(1), log_target=True, reduction="none"
+            z.log_softmax(1), z_original.log_softmax(1), log_target=True, reduction="none"
         ).sum(1)
         torch.testing.assert_close(ours, own, rtol=1e-12, atol=1e-13)
         assert not linear_rows.kl(z, None, z.detach()).detach().any()
     if name != "ceu":  # which holds a part of itself constant: its gradient is p - q, tested by the formula
-        function = functools.partial(FUNCTIONS[name], targets=targets, z_reference=z_reference)
+        function = functools.partial(FUNCTIONS[name], targets=targets, z_original=z_original)
         assert torch.autograd.gradcheck(lambda z: function(z), [z], eps=1e-6, atol=1e-7)
 
 
@@ -118,13 +118,13 @@ def test_row_function_is_its_formula(name, vocab):
 def test_forbidden_tokens_are_as_if_they_were_not_there(name):
     """Logits of -inf: the value of the smaller vocabulary, and no NaN in a gradient."""
     generator = torch.Generator().manual_seed(0)
-    z, z_reference = (torch.randn(5, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    z, z_original = (torch.randn(5, 9, generator=generator, dtype=torch.float64) for _ in range(2))
     targets = torch.randint(0, 9, (5,), generator=generator)
     forbidden = torch.full((5, 4), -torch.inf, dtype=torch.float64)
     small = z.clone().requires_grad_()
     large = torch.cat([z, forbidden], 1).requires_grad_()
-    truth = FUNCTIONS[name](small, targets, z_reference)
-    ours = FUNCTIONS[name](large, targets, torch.cat([z_reference, forbidden], 1))
+    truth = FUNCTIONS[name](small, targets, z_original)
+    ours = FUNCTIONS[name](large, targets, torch.cat([z_original, forbidden], 1))
     torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-14)
     (expected,), (found,) = differentiate(truth.sum(), [small]), differentiate(ours.sum(), [large])
     torch.testing.assert_close(found[:, :9], expected, rtol=1e-11, atol=1e-14)
@@ -133,12 +133,12 @@ def test_forbidden_tokens_are_as_if_they_were_not_there(name):
 
 def test_kl_to_a_reference_that_forbids_more_and_less():
     z = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
-    z_reference = torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf]], dtype=torch.float64)
-    value = linear_rows.kl(z, None, z_reference)
+    z_original = torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf]], dtype=torch.float64)
+    value = linear_rows.kl(z, None, z_original)
     torch.testing.assert_close(value, torch.tensor([math.log(2)], dtype=torch.float64))
     (found,) = differentiate(value.sum(), [z])
     torch.testing.assert_close(found, torch.tensor([[-0.25, -0.25, 0.25, 0.25]], dtype=torch.float64))
-    assert float(linear_rows.kl(z_reference, None, z.detach())) == math.inf
+    assert float(linear_rows.kl(z_original, None, z.detach())) == math.inf
 
 
 def test_of_equal_maxima_the_first_has_the_gradient():
@@ -305,9 +305,9 @@ def test_nll_under_torch_compile():
 # ---------------------------------------------------------------- linear_rows
 
 
-def mixed(z, targets, z_reference, slopes):
+def mixed(z, targets, z_original, slopes):
     """Several functions, rows of which weigh differently, and two reports."""
-    value = slopes * linear_rows.kl(z, targets, z_reference) + linear_rows.inverted_hinge(z, targets).square()
+    value = slopes * linear_rows.kl(z, targets, z_original) + linear_rows.inverted_hinge(z, targets).square()
     return value, linear_rows.nll(z, targets), z.argmax(1)
 
 
@@ -319,14 +319,14 @@ def test_values_and_gradients_for_every_subset(scale, softcap, bias, rows, vocab
     monkeypatch.setattr(reference, "HEAD_CHUNK", chunk)
     (hidden, linear, targets, slopes), theirs, teacher = teacher_problem(rows, 6, vocab, bias=bias)
     tensors = [hidden, *linear.parameters()]
-    z_reference = logits(theirs, teacher, scale, softcap)
+    z_original = logits(theirs, teacher, scale, softcap)
     for wanted in itertools.product([True, False], repeat=len(tensors)):
         for tensor, flag in zip(tensors, wanted):
             tensor.requires_grad_(flag)
         asked = [tensor for tensor, flag in zip(tensors, wanted) if flag]
-        head, reference_head = Head(linear, scale, softcap), Head(teacher, scale, softcap)
-        ours = linear_rows.linear_rows(hidden, head, mixed, targets, theirs, [slopes], reference_head=reference_head)
-        truth = mixed(logits(hidden, linear, scale, softcap), targets, z_reference, slopes)
+        head, original_head = Head(linear, scale, softcap), Head(teacher, scale, softcap)
+        ours = linear_rows.linear_rows(hidden, head, mixed, targets, theirs, [slopes], original_head=original_head)
+        truth = mixed(logits(hidden, linear, scale, softcap), targets, z_original, slopes)
         assert [v.shape for v in ours] == [(rows,)] * 3 and [v.dtype for v in ours] == [v.dtype for v in truth]
         assert [v.requires_grad for v in ours] == [any(wanted), False, False]
         close(ours, truth, 1e-12)
@@ -342,8 +342,8 @@ def test_each_row_function(name, trained, monkeypatch):
     (hidden, linear, targets, slopes), theirs, teacher = teacher_problem(rows=7)
     linear.requires_grad_(trained)
     leaves = [hidden.requires_grad_(), *(linear.parameters() if trained else ())]
-    head, reference_head = Head(linear, 2.5, 3.5), Head(teacher, 0.5)
-    (ours,) = linear_rows.linear_rows(hidden, head, FUNCTIONS[name], targets, theirs, reference_head=reference_head)
+    head, original_head = Head(linear, 2.5, 3.5), Head(teacher, 0.5)
+    (ours,) = linear_rows.linear_rows(hidden, head, FUNCTIONS[name], targets, theirs, original_head=original_head)
     truth = by_formula(name, logits(hidden, linear, 2.5, 3.5), targets, logits(theirs, teacher, 0.5))
     close([ours], [truth], 1e-12)
     close(differentiate((slopes * ours).sum(), leaves), differentiate((slopes * truth).sum(), leaves))
@@ -375,7 +375,7 @@ def test_all_parameters_of_a_model_with_a_reference_from_before(architecture):
     with torch.no_grad():
         theirs = decoder.final(decoder.run(batch)[batch.rows])
         original = copy.deepcopy(decoder.head)
-        z_reference = original(theirs)
+        z_original = original(theirs)
         for parameter in decoder.model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     parameters = list(decoder.model.parameters())
@@ -384,12 +384,12 @@ def test_all_parameters_of_a_model_with_a_reference_from_before(architecture):
         hidden = decoder.final(decoder.run(batch)[batch.rows])
         if ours:
             (value,) = linear_rows.linear_rows(
-                hidden, decoder.head, linear_rows.kl, batch.targets, theirs, reference_head=original
+                hidden, decoder.head, linear_rows.kl, batch.targets, theirs, original_head=original
             )
             nll = linear_nll(hidden, decoder.head, batch.targets)
         else:
             z = decoder.head(hidden)
-            value, nll = linear_rows.kl(z, None, z_reference), F.cross_entropy(z, batch.targets, reduction="none")
+            value, nll = linear_rows.kl(z, None, z_original), F.cross_entropy(z, batch.targets, reduction="none")
         assert float(value.detach().min()) > 1e-6
         found.append(differentiate(value.mean() + torch.exp(-nll).sum(), parameters))
     close(*found, rtol=1e-9, atol=1e-11)
@@ -418,17 +418,17 @@ def test_rows_gradcheck():
         ({"extra": [torch.ones(8)], "function": mixed}, ValueError, r"extra\[0\] is \(8,\) on cpu: expected one for"),
         ({"extra": [torch.ones(9, 2), torch.ones(9, device="meta")]}, ValueError, r"extra\[1\] is \(9,\) on meta"),
         ({"extra": [torch.ones(9, requires_grad=True)]}, ValueError, r"extra\[0\] requires grad, but"),
-        ({"reference": torch.ones(8, 6).double()}, ValueError, "reference has 8 rows and 13 logits each"),
+        ({"original": torch.ones(8, 6).double()}, ValueError, "original has 8 rows and 13 logits each"),
         (
-            {"reference": torch.ones(9, 5).double()},
+            {"original": torch.ones(9, 5).double()},
             ValueError,
-            r"reference is \(9, 5\) and the reference's head's weight",
+            r"original is \(9, 5\) and the original's head's weight",
         ),
-        ({"reference": torch.ones(9, 6)}, TypeError, "the reference's head's weight is torch.float64 and reference is"),
+        ({"original": torch.ones(9, 6)}, TypeError, "the original's head's weight is torch.float64 and original is"),
         (
-            {"reference": torch.ones(9, 4).double(), "reference_head": Head(nn.Linear(4, 12).double())},
+            {"original": torch.ones(9, 4).double(), "original_head": Head(nn.Linear(4, 12).double())},
             ValueError,
-            "reference has 9 rows and 12 logits each, on cpu: expected hidden's 9 rows and the head's 13",
+            "original has 9 rows and 12 logits each, on cpu: expected hidden's 9 rows and the head's 13",
         ),
     ],
 )
@@ -441,12 +441,12 @@ def test_errors(change, error, message):
 
 def test_a_trained_head_is_not_taken_for_the_references():
     hidden, linear, targets, _ = problem()
-    with pytest.raises(ValueError, match="give reference_head, a copy from before its training"):
+    with pytest.raises(ValueError, match="give original_head, a copy from before its training"):
         linear_rows.linear_rows(hidden, Head(linear), linear_rows.kl, targets, hidden)
-    with torch.no_grad(), pytest.raises(ValueError, match="give reference_head"):  # an evaluation on the way, too
+    with torch.no_grad(), pytest.raises(ValueError, match="give original_head"):  # an evaluation on the way, too
         linear_rows.linear_rows(hidden, Head(linear), linear_rows.kl, targets, hidden)
     (value,) = linear_rows.linear_rows(
-        hidden, Head(linear), linear_rows.kl, targets, hidden, reference_head=copy.deepcopy(Head(linear))
+        hidden, Head(linear), linear_rows.kl, targets, hidden, original_head=copy.deepcopy(Head(linear))
     )
     assert float(value.detach().abs().max()) < 1e-15
 
@@ -454,7 +454,7 @@ def test_a_trained_head_is_not_taken_for_the_references():
 # ---------------------------------------------------------------- both
 
 
-def both(hidden, head, targets, theirs, reference_head):
+def both(hidden, head, targets, theirs, original_head):
     """Each one's values, through one more step, so that what comes in is no constant."""
     (value, _) = linear_rows.linear_rows(
         hidden,
@@ -462,7 +462,7 @@ def both(hidden, head, targets, theirs, reference_head):
         lambda z, t, z0: (linear_rows.kl(z, t, z0), linear_rows.nll(z, t)),
         targets,
         theirs,
-        reference_head=reference_head,
+        original_head=original_head,
     )
     return [("rows", value), ("nll", linear_nll(hidden, head, targets))]
 
@@ -619,5 +619,5 @@ def test_nothing_waits_for_the_device(trained, monkeypatch):
         for _, value in both(hidden, Head(linear), targets, theirs, Head(teacher)):
             (slopes * value).sum().backward()
         for function in FUNCTIONS.values():
-            linear_rows.linear_rows(hidden, Head(linear), function, targets, theirs, reference_head=Head(teacher))
+            linear_rows.linear_rows(hidden, Head(linear), function, targets, theirs, original_head=Head(teacher))
     assert hidden.grad.shape == hidden.shape

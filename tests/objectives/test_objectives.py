@@ -9,7 +9,7 @@ import tiny_text
 import torch
 import torch.nn.functional as F
 from reference_procedure import ReferenceLion, padded
-from tiny_models import random_samples, tiny_model
+from tiny_models import moved, random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.cli import main as cli
@@ -19,9 +19,10 @@ from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.kernels.linear_loss import reference as plain_kernels
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.objectives import losses
+from kunbr_fast.objectives.batch import Shares
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
-from kunbr_fast.objectives.original import Reference, measure
+from kunbr_fast.objectives.original import OriginalValues, Parts, measure
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.full import FullTraining
@@ -161,20 +162,11 @@ CASES = [(name, "nll") for name in PLAIN]
 CASES += [(name, loss) for name in ("gradient_difference", "undial") for loss in RETAIN_LOSSES if loss != "nll"]
 
 
-def moved(model, seed=5, size=0.05):
-    other = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.add_((torch.randn(p.shape, generator=generator, dtype=torch.float64) * size).to(p.dtype))
-    return other
-
-
 @pytest.fixture(scope="module")
 def models():
     """M0, M_u, and M0 with M_u's block."""
     original = tiny_model(num_hidden_layers=5)
-    unlearned = moved(original)
+    unlearned = moved(original, size=0.05)
     grafted = copy.deepcopy(original)
     for i in BLOCK:
         grafted.model.layers[i].load_state_dict(unlearned.model.layers[i].state_dict())
@@ -194,7 +186,11 @@ def criterion(name, retain_loss="nll", **settings):
 
 def packed(c):
     parts = [FORGET, ALTERNATE if c.alternate else [], RETAIN]
-    return pack([sample for part in parts for sample in part]), len(FORGET)
+    return c.step_batch(pack([sample for part in parts for sample in part]), len(FORGET))
+
+
+def with_values(step, original):
+    return dataclasses.replace(step, original=original)
 
 
 def close(ours, theirs, what=""):
@@ -217,16 +213,15 @@ def test_in_re_insertion(name, retain_loss, models):
     wanted = {n: p.grad for n, p in grafted.named_parameters() if p.grad is not None}
     settings = dict(objective=name, objective_options=PLAIN[name][0], retain_loss=retain_loss, retain_coeff=1.5)
     with kf.reinserted(original, dict(unlearned.named_parameters()), BLOCK, lr=1e-3, **settings) as training:
-        batch, num_forget = packed(training.criterion)
+        batch = packed(training.criterion)
         for checkpoint in (False, True):
             training.gradient_checkpointing = checkpoint
-            loss, rows_nll = training.loss(batch, num_forget)
-            loss.backward()
-            close(loss.detach(), truth.detach())
+            part = training.loss(batch).backward()
+            close(part.loss, truth.detach())
             for key, parameter in training.parameters.items():
                 close(parameter.grad, wanted.get(key, torch.zeros_like(parameter)), key)
             training.flat.grad.zero_()
-        metrics = training.criterion.metrics(batch, num_forget, loss, rows_nll)
+        metrics = losses.metrics(batch, part)
     with torch.no_grad():
         forget, retain = (float(house([nll(o) for o in outputs(grafted, s)])) for s in (FORGET, RETAIN))
     assert metrics["loss"] == pytest.approx(float(truth.detach()), rel=1e-9)
@@ -246,16 +241,14 @@ def test_in_the_warm_up(name, retain_loss, models):
     truth.backward()
     model = copy.deepcopy(original)
     decoder, c = Decoder(model), criterion(name, retain_loss)
-    reference = Reference.of(decoder, SAMPLES, c.needs, batch_tokens=20)
+    values = OriginalValues.of(decoder, SAMPLES, c.needs, batch_tokens=20)
     training = FullTraining(decoder, lr=1e-3, criterion=c)
     with torch.no_grad():
         for ours, theirs in zip(model.parameters(), unlearned.parameters()):
             ours.copy_(theirs)  # as steps would have
-    batch, num_forget = packed(c)
     indices = [*range(4), *(range(4, 8) if c.alternate else ()), *range(8, 11)]
-    loss, _ = training.loss(batch, num_forget, reference.batch(indices))
-    loss.backward()
-    close(loss.detach(), truth.detach())
+    part = training.loss(with_values(packed(c), values.batch(indices))).backward()
+    close(part.loss, truth.detach())
     for (key, ours), theirs in zip(model.named_parameters(), truth_model.parameters()):
         assert (ours.grad is None) == (theirs.grad is None) or not theirs.grad.any(), key
         if ours.grad is not None:
@@ -274,17 +267,17 @@ def test_the_reference_is_that_of_a_second_model(name, retain_loss, models):
         decoder, dict(unlearned.named_parameters()), BLOCK, lr=1e-3, criterion=criterion(name, retain_loss)
     ) as training:
         c = training.criterion
-        batch, num_forget = packed(c)
-        whole = Reference.of(other, SAMPLES, c.needs)
-        stored = Reference.from_tensors(whole.tensors())
+        batch = packed(c)
+        whole = OriginalValues.of(other, SAMPLES, c.needs)
+        stored = OriginalValues.from_tensors(whole.tensors())
         indices = [*range(4), *(range(4, 8) if c.alternate else ()), *range(8, 11)]
-        live = measure(other, batch, c.parts(batch, num_forget), c.needs)
-        found = [training.loss(batch, num_forget, r)[0].detach() for r in (None, stored.batch(indices), live)]
+        live = measure(other, batch.packed, batch.parts, c.needs)
+        found = [training.loss(with_values(batch, v)).loss.detach() for v in (None, stored.batch(indices), live)]
         for key, parameter in training.parameters.items():
             assert torch.equal(parameter, dict(unlearned.named_parameters())[key])  # put back after it was measured
         cache = kf.PrefixCache(decoder, FORGET + ALTERNATE + RETAIN)
         cache.advance(BLOCK.start)
-        found.append(training.loss(cache.batch(indices), num_forget)[0].detach())
+        found.append(training.loss(c.step_batch(cache.batch(indices), len(FORGET))).loss.detach())
     for value in found[1:]:
         close(value, found[0])
     assert all(torch.equal(p, kept[n]) for n, p in original.named_parameters())
@@ -294,14 +287,14 @@ def test_a_step_needs_its_reference(models):
     original = models[0]
     c = criterion("npo", "kl")
     training = FullTraining(Decoder(copy.deepcopy(original)), lr=1e-3, criterion=c)
-    batch, num_forget = packed(c)
-    with pytest.raises(ValueError, match="the original model's nll of these samples is needed: give reference="):
-        training.step_packed(batch, num_forget)
-    whole = Reference.of(Decoder(original), {"forget": FORGET, "retain": RETAIN}, c.needs)
+    batch = packed(c)
+    with pytest.raises(ValueError, match="the original model's nll of these samples is needed: give original="):
+        training.step_packed(batch)
+    whole = OriginalValues.of(Decoder(original), {"forget": FORGET, "retain": RETAIN}, c.needs)
     with pytest.raises(ValueError, match="the original model's hidden of these"):
-        training.step_packed(batch, num_forget, whole.batch([0, 1, 2, 3, 0, 1, 2]))
+        training.step_packed(with_values(batch, whole.batch([0, 1, 2, 3, 0, 1, 2])))
     with pytest.raises(ValueError, match="rows of nll for samples that have"):
-        training.step_packed(batch, num_forget, whole.batch([0, 0, 0, 0, 4, 5, 6]))
+        training.step_packed(with_values(batch, whole.batch([0, 0, 0, 0, 4, 5, 6])))
     assert training.steps == 0
 
 
@@ -344,28 +337,27 @@ def test_the_default_has_the_bits_of_one_weighted_pass(models):
         with kf.reinserted(
             original, dict(unlearned.named_parameters()), BLOCK, 1e-3, 1.5, forget_loss_cap=cap
         ) as training:
-            batch, num_forget = packed(training.criterion)
-            loss, rows_nll = training.loss(batch, num_forget)
-            loss.backward()
+            step = packed(training.criterion)
+            batch, part = step.packed, training.loss(step).backward()
             grad = training.flat.grad.clone()
             training.flat.grad.zero_()
             decoder = training.decoder
-            rows = losses.gradient_difference(batch, num_forget, 1.5, cap)
+            rows = losses.gradient_difference(batch, len(FORGET), 1.5, cap)
             hidden = decoder.final(decoder.run(batch, rows=True))
             other = losses.linear_loss(hidden, decoder.head, batch.targets, rows.weight, rows.cap)
             other[0].backward()
-            assert torch.equal(loss, other[0]) and torch.equal(rows_nll, other[1])
+            assert torch.equal(part.loss, other[0]) and torch.equal(part.nll, other[1])
             assert torch.equal(grad, training.flat.grad) and training.criterion.needs == {}
             # and as a function of the NLL it is the same number
             c = Criterion(forget_loss_cap=cap, retain_coeff=1.5)
             c.objective = dataclasses.replace(c.objective, weighted=False)
-            close(c(decoder, batch, num_forget)[0].detach(), loss.detach())
+            close(c(decoder, step).loss.detach(), part.loss)
             assert training.state().keys() == {"weights"} or "objective.retain_coeff" not in training.state()
     weights = []
-    for step in ("gradient_difference_step", "step_packed"):
+    for step in ("step", "step_packed"):
         model = copy.deepcopy(original)
         training = FullTraining(Decoder(model), lr=1e-3, optimizer="lion", criterion=Criterion(retain_coeff=1.5))
-        args = (FORGET, RETAIN, 1.5) if step == "gradient_difference_step" else (pack(FORGET + RETAIN), len(FORGET))
+        args = (FORGET, RETAIN) if step == "step" else (training.criterion.pack(FORGET, RETAIN),)
         getattr(training, step)(*args)
         weights.append(list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*weights))
@@ -397,13 +389,14 @@ def test_every_form_of_batch_gives_the_same_step(models):
                 with pytest.raises(ValueError, match=match):
                     training.step(bad, RETAIN)
             with pytest.raises(ValueError, match="expected an alternate of each right after them"):
-                training.step_packed(pack(FORGET), 4)
+                training.step_packed(training.criterion.step_batch(pack(FORGET), 4))
     for metrics, weights in found.values():
         assert metrics == found["samples"][0] and torch.equal(weights, found["samples"][1])
     c = Criterion("dpo")
-    batch, num_forget = c.pack(PAIRS, RETAIN)
-    assert torch.equal(batch.input_ids, pack(FORGET + ALTERNATE + RETAIN).input_ids) and num_forget == 4
-    assert Criterion("npo").pack(PAIRS, RETAIN)[0].num_samples == 7  # alternates that nothing asks for are left out
+    batch = c.pack(PAIRS, RETAIN)
+    assert torch.equal(batch.packed.input_ids, pack(FORGET + ALTERNATE + RETAIN).input_ids)
+    assert batch.parts.forget == range(4)
+    assert Criterion("npo").pack(PAIRS, RETAIN).packed.num_samples == 7  # alternates that nothing asks for are left out
     with pytest.raises(ValueError, match="sample 1 has no alternate, and others have one"):
         with_alternates([PAIRS[0], FORGET[1]])
     with pytest.raises(ValueError, match="4 samples with 3 alternates"):
@@ -415,22 +408,25 @@ def test_one_side_alone(name, models):
     original, unlearned, _ = models
     with kf.reinserted(original, dict(unlearned.named_parameters()), BLOCK, lr=1e-3, objective=name) as training:
         assert math.isfinite(training.step(FORGET)["loss"])
-        loss, _ = training.loss(pack(RETAIN), 0)
-        both, _ = training.loss(pack(FORGET + RETAIN), 4)
-        alone, _ = training.loss(pack(FORGET), 4)
+        loss, both, alone = (
+            training.loss(training.criterion.step_batch(pack(samples), forget)).loss
+            for samples, forget in ((RETAIN, 0), (FORGET + RETAIN, 4), (FORGET, 4))
+        )
     close(both.detach(), (alone + loss).detach())
 
 
 def test_parts_of_a_batch_add_up(models):
-    """retain_scale: micro-batches that hold unequal shares of both sides."""
+    """Micro-batches that hold unequal shares of both sides."""
     original, unlearned, _ = models
     with kf.reinserted(original, dict(unlearned.named_parameters()), BLOCK, 1e-3, 1.5, objective="npo") as training:
-        whole, _ = training.loss(pack(FORGET + RETAIN), 4)
+        whole = training.loss(training.criterion.pack(FORGET, RETAIN)).loss
         total = 0
         for forget, retain in ((FORGET[:1], RETAIN[:2]), (FORGET[1:], RETAIN[2:])):
-            share, retain_share = len(forget) / 4, len(retain) / 3
-            training.criterion.retain_scale = retain_share / share
-            total = total + share * training.loss(pack(forget + retain), len(forget))[0]
+            shares = Shares(len(forget) / 4, len(retain) / 3)
+            total = (
+                total
+                + training.loss(training.criterion.step_batch(pack(forget + retain), len(forget), shares=shares)).loss
+            )
     close(total.detach(), whole.detach())
 
 
@@ -467,13 +463,13 @@ def test_the_kernels_train_the_same_block():
     pytest.importorskip("triton", reason="triton is made for Linux only")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     original = tiny_model(dtype=torch.float32, num_hidden_layers=3).to(device)
-    values, found = {n: p.detach().clone() for n, p in moved(original).named_parameters()}, {}
+    values, found = {n: p.detach().clone() for n, p in moved(original, size=0.05).named_parameters()}, {}
     for impl in ("torch", "triton"):
         settings = dict(objective="npo", objective_options={"beta": 0.5}, impl=impl)
         with kf.reinserted(original, dict(values), range(1, 2), lr=1e-3, **settings) as training:
-            loss, rows_nll = training.loss(pack(FORGET[:2] + RETAIN[:1]).to(device), 2)
-            loss.backward()
-            found[impl] = loss.detach(), rows_nll, training.flat.grad.clone()
+            packed = pack(FORGET[:2] + RETAIN[:1]).to(device)
+            part = training.loss(training.criterion.step_batch(packed, 2)).backward()
+            found[impl] = part.loss, part.nll, training.flat.grad.clone()
     (loss, rows_nll, grad), (loss_t, nll_t, grad_t) = found["torch"], found["triton"]
     torch.testing.assert_close(loss_t, loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(nll_t, rows_nll, rtol=1e-5, atol=1e-6)
@@ -534,7 +530,7 @@ def test_a_whole_run_is_that_of_the_plain_formulas(name, retain_loss):
     model = tiny_model(**RUN)
     start, options = copy.deepcopy(model), PLAIN[name][0]
     # at M0 the gradient of the KL is rounding alone, and Lion takes its sign: with it only blocks can be compared
-    unlearned = moved(model) if retain_loss == "kl" else None
+    unlearned = moved(model, size=0.05) if retain_loss == "kl" else None
     config = KUnBRConfig(
         **{**SETTINGS, "num_blocks": 4}, objective=name, objective_options=options, retain_loss=retain_loss
     )
@@ -815,4 +811,4 @@ def test_the_command_line(tmp_path, capsys):
 def test_join_keeps_the_order_of_the_parts():
     c = Criterion("dpo")
     batch = join(join(pack(FORGET), pack(ALTERNATE)), pack(RETAIN))
-    assert c.parts(batch, 4) == {"forget": range(4), "alternate": range(4, 8), "retain": range(8, 11)}
+    assert c.parts(batch, 4) == Parts(forget=range(4), alternate=range(4, 8), retain=range(8, 11))

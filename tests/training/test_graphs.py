@@ -197,7 +197,7 @@ def test_a_step_waits_for_its_result_alone(architecture):
 
     with reinserted(decoder, unlearned, range(2, 4), 1e-4) as training:
         with Waits():
-            training.step_packed(batch, 3)
+            training.step_packed(training.criterion.step_batch(batch, 3))
     assert seen == ["aten._local_scalar_dense.default"]  # `finite`; the metrics' tolist() is no operator
 
 
@@ -209,9 +209,9 @@ def test_reinserted_steps_through_graphs(monkeypatch):
         decoder, unlearned = make()
         with reinserted(decoder, unlearned, range(2, 4), 1e-3, forget_loss_cap=5.0) as training:
             if graphs:
-                training._graphs = StepGraphs(decoder, training._weighted, training.flat.grad, capture)
+                training.use_graphs(capture)
             found = [training.step([samples[i] for i in o[:2]], [samples[i] for i in o[2:]]) for o in orders]
-            assert not graphs or 1 <= training._graphs.captured < 6
+            assert not graphs or 1 <= training.graphs.captured < 6
         trained.append((unlearned, found))
     for a, b in zip(trained[0][1], trained[1][1], strict=True):
         assert b == pytest.approx(a, rel=1e-9)

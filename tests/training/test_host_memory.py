@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from test_reinsertion import BLOCK, FORGET, RETAIN, equal, identity, in_block, moved, touched_model, weights
-from tiny_models import random_samples, tiny_model
+from reinsertion_problem import BLOCK, FORGET, RETAIN, equal, identity, in_block, touched_model, weights
+from tiny_models import moved, random_samples, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kunbr_fast as kf
@@ -216,7 +216,7 @@ def test_a_smaller_cache_and_its_error(dtype, nbytes, error, storage, tmp_path):
     with kf.reinserted(decoder, weights(moved(original)), BLOCK, lr=1e-3) as training:
         batch = cache.batch(range(9))
         for hidden in (batch.hidden, cache.exact(range(9))):
-            training.accumulate(dataclasses.replace(batch, hidden=hidden), 4)
+            training.accumulate(training.criterion.step_batch(dataclasses.replace(batch, hidden=hidden), 4))
             gradients.append(training.flat.grad.clone())
             training.drop_gradient()
     found = cosine(*gradients)

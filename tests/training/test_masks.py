@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_reinsertion import BLOCK, FORGET, RETAIN, equal, identity, in_block, moved, touched_model, weights
-from tiny_models import random_samples, tiny_model
+from reinsertion_problem import BLOCK, FORGET, RETAIN, equal, identity, in_block, touched_model, weights
+from tiny_models import moved, random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.kernels.optimizers.op import AdamW, Lion
@@ -78,7 +78,7 @@ def test_the_rest_is_trained_as_by_a_plain_loop(optimizer):
         with kf.reinserted(
             original, {**start, **{n: p.detach().clone() for n, p in theirs.items()}}, BLOCK, lr=1.0
         ) as at:
-            loss, _ = at.loss(at._packed([*forget, *retain]), len(forget))
+            loss = at.loss(at.criterion.pack(forget, retain)).loss
             loss.backward()
             for name, parameter in theirs.items():
                 keep = ~mask[name] if name in mask else torch.zeros_like(parameter, dtype=torch.bool)

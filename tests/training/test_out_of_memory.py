@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from graph_emulator import capture
-from test_reinsertion import BLOCK, FORGET, RETAIN, equal, moved, weights
-from tiny_models import random_samples, tiny_model
+from reinsertion_problem import BLOCK, FORGET, RETAIN, equal, weights
+from tiny_models import moved, random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.cli import main as cli
@@ -21,11 +21,10 @@ from kunbr_fast.density.watch import watch_list
 from kunbr_fast.memory import OutOfMemory, is_out_of_memory
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.prefix_cache import PrefixCache
-from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.criterion import Criterion
-from kunbr_fast.objectives.original import Reference
+from kunbr_fast.objectives.original import OriginalValues
+from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.full import FullTraining
-from kunbr_fast.training.graphs import StepGraphs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,12 +130,13 @@ def test_the_number_of_parts_is_as_expected():
     decoder = Decoder(original)
     with kf.reinserted(decoder, weights(moved(original)), BLOCK, lr=1e-3) as training:
         batch = pack(samples)
-        batch.hidden, batch.layer = training._input(batch), BLOCK.start
+        batch.hidden, batch.layer = decoder.run(batch, stop=BLOCK.start).detach(), BLOCK.start
+        step = training.criterion.step_batch(batch, 8)
         with memory_for(25, decoder) as tried:
-            training.step_packed(batch, 8)
+            training.step_packed(step)
             assert tried == [80, 40, 20, 20, 20, 20] and training.micro_batches.tokens == 20
             tried.clear()
-            training.step_packed(batch, 8)
+            training.step_packed(step)
             assert tried == [20, 20, 20, 20] and training.micro_batches.halvings == 2
         assert training.steps == 2
 
@@ -166,24 +166,21 @@ def test_parts_that_were_asked_for(limit):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("form", ["rows", "gradient_difference", "npo"])
+@pytest.mark.parametrize("form", ["capped", "gradient_difference", "npo"])
 def test_full_training(form, backward, caplog):
     found = []
     for room in (math.inf, 25):
         model = tiny_model()
         decoder = Decoder(model)
-        criterion = Criterion("npo" if form == "npo" else "gradient_difference", retain_coeff=0.6)
+        cap = {"forget_loss_cap": 4.0} if form == "capped" else {}
+        criterion = Criterion("npo" if form == "npo" else "gradient_difference", retain_coeff=0.6, **cap)
         samples = {"forget": FORGET, "retain": RETAIN}
-        reference = Reference.of(decoder, samples, criterion.needs) if criterion.needs else None
+        original = OriginalValues.of(decoder, samples, criterion.needs) if criterion.needs else None
         training = FullTraining(decoder, lr=1e-3, optimizer="adamw", criterion=criterion)
-        batch = pack(FORGET + RETAIN)
-        rows = losses.gradient_difference(batch, len(FORGET), 0.6, 4.0)
+        step = criterion.pack(FORGET, RETAIN, original)
         with memory_for(room, decoder, 2, backward):
             for _ in range(2):
-                if form == "rows":
-                    metrics = training.step(batch, rows, len(FORGET))
-                else:
-                    metrics = training.step_packed(batch, len(FORGET), reference)
+                metrics = training.step_packed(step)
         assert all(p.grad is None for p in model.parameters())
         found.append((metrics, weights(model)))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-12)
@@ -205,7 +202,6 @@ def test_one_sample_that_does_not_fit_says_what_to_change(objective, backward):
         with memory_for(1, decoder, BLOCK.start, backward), pytest.raises(OutOfMemory) as error:
             training.step(forget, RETAIN)
         assert equal(training.state(), before) and training.steps == steps and not training.flat.grad.any()
-        assert training.criterion.retain_scale == 1.0 and training.criterion.terms == []
         training.step(forget, RETAIN)  # more memory: it goes on
     text = str(error.value)
     assert isinstance(error.value, torch.OutOfMemoryError) and SAYS in text
@@ -276,8 +272,8 @@ def test_graphs_are_dropped(caplog):
         original = tiny_model()
         decoder, mine = Decoder(original), weights(moved(original))
         with kf.reinserted(decoder, mine, BLOCK, lr=1e-3, optimizer="adamw") as training:
-            graphs = StepGraphs(decoder, training._weighted, training.flat.grad, capture)
-            training._graphs = graphs
+            training.use_graphs(capture)
+            graphs = training.graphs
             training.step(samples[:2], samples[2:4])
             assert graphs.captured == 1
             kept = list(graphs._held)
@@ -407,7 +403,7 @@ def test_a_resumed_run_goes_on_with_parts_as_small_as_before(monkeypatch, tmp_pa
     little_memory(monkeypatch, 20)
     expected = tiny_model()
     kf.unlearn(expected, forget, retain, config, progress=False)
-    step = kf.reinsertion.BlockTraining.step_packed
+    step = BlockTraining.step_packed
     calls = []
 
     def interrupted(self, *args):
@@ -418,7 +414,7 @@ def test_a_resumed_run_goes_on_with_parts_as_small_as_before(monkeypatch, tmp_pa
 
     model = tiny_model()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(kf.reinsertion.BlockTraining, "step_packed", interrupted)
+        patch.setattr(BlockTraining, "step_packed", interrupted)
         kf.unlearn(model, forget, retain, config, progress=False, output_dir=tmp_path)
     model = tiny_model()
     kf.unlearn(model, forget, retain, config, progress=False, output_dir=tmp_path, resume=True)

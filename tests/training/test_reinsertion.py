@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from reference_procedure import left_padded, padded, reference_block
-from tiny_models import ARCHITECTURES, live_tensor_bytes, peak_bytes, random_samples, tiny_model
+from reinsertion_problem import BLOCK, FORGET, RETAIN, equal, identity, in_block, touched_model, weights
+from tiny_models import ARCHITECTURES, live_tensor_bytes, moved, peak_bytes, random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.data import pack
@@ -15,56 +16,6 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.training import block as reinsertion
 from kunbr_fast.training import flat_buffer
 from kunbr_fast.training.block import block_tensors
-
-BLOCK = range(2, 4)
-FORGET, RETAIN = random_samples(4, seed=1), random_samples(5, seed=2)
-
-
-def moved(model, seed=5, size=0.02):
-    """A stand-in for M_u: every weight moved."""
-    other = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.add_((torch.randn(p.shape, generator=generator, dtype=torch.float64) * size).to(p.dtype))
-    return other
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def in_block(name, block=BLOCK, path="model.layers"):
-    return any(name.startswith(f"{path}.{i}.") for i in block)
-
-
-def identity(model):
-    """All that must be as before: objects, storages, gradients, flags, modes, hooks."""
-    return (
-        [
-            (n, id(p), p.data_ptr(), p.requires_grad, None if p.grad is None else id(p.grad))
-            for n, p in model.named_parameters()
-        ],
-        [(id(m), m.training, set(m.__dict__), len(m._forward_hooks), len(m._backward_hooks)) for m in model.modules()],
-        [(n, b.data_ptr()) for n, b in model.named_buffers()],
-        model.config._attn_implementation,
-    )
-
-
-def equal(a, b):
-    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def touched_model():
-    """Grads on some parameters, some frozen, a mixture of training modes."""
-    model = tiny_model()
-    for number, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(number % 3 > 0)
-        parameter.grad = torch.full_like(parameter, number) if number % 2 else None
-    model.train()
-    model.model.layers[3].eval()
-    return model
-
 
 # ---------------------------------------------------------------- what comes back
 
@@ -211,10 +162,9 @@ def test_only_the_block_gets_a_gradient_and_its_input_none(architecture):
 
         return hook
 
-    batch = pack(FORGET + RETAIN)
     with kf.reinserted(decoder, moved(original), BLOCK, lr=1e-3) as training:
         handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(decoder.layers)]
-        loss, _ = training.loss(batch, len(FORGET))
+        loss = training.loss(training.criterion.pack(FORGET, RETAIN)).loss
         for handle in handles:
             handle.remove()
         # the block's input has no graph below it, so no gradient of it is computed
@@ -226,7 +176,7 @@ def test_only_the_block_gets_a_gradient_and_its_input_none(architecture):
         assert any(bool(p.grad.any()) for p in training.parameters.values())
 
 
-def saved_bytes(training, batch, num_forget):
+def saved_bytes(training, batch):
     """{storage address: bytes} of all that autograd keeps between the forward and the backward pass."""
     saved = {}
 
@@ -235,7 +185,7 @@ def saved_bytes(training, batch, num_forget):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
-        training.loss(batch, num_forget)
+        training.loss(batch)
     return saved
 
 
@@ -252,7 +202,7 @@ def test_nothing_is_kept_for_gradients_that_nobody_asked_for():
                 kept[i] = args[0].untyped_storage()  # holds the storage, so that its address stays its own
 
             handles.append(layer.mlp.down_proj.register_forward_pre_hook(hook))
-        saved = saved_bytes(training, pack(FORGET + RETAIN), len(FORGET))
+        saved = saved_bytes(training, training.criterion.pack(FORGET, RETAIN))
         for handle in handles:
             handle.remove()
     assert kept[3].data_ptr() in saved
@@ -559,12 +509,12 @@ def test_the_kernels_train_the_same_block(optimizer):
     forget, retain, found = FORGET[:2], RETAIN[:1], {}
     for impl in ("torch", "triton"):
         with kf.reinserted(original, dict(values), range(1, 2), lr=1e-3, optimizer=optimizer, impl=impl) as training:
-            loss, nll = training.loss(pack(forget + retain).to(device), len(forget))
-            loss.backward()
+            packed = pack(forget + retain).to(device)
+            part = training.loss(training.criterion.step_batch(packed, len(forget))).backward()
             grad = training.flat.grad.clone()
             training.flat.grad.zero_()
             training.step(forget, retain)
-            found[impl] = loss.detach(), nll, grad, training.flat.param.detach().clone()
+            found[impl] = part.loss, part.nll, grad, training.flat.param.detach().clone()
     (loss, nll, grad, weights), (loss_t, nll_t, grad_t, weights_t) = found["torch"], found["triton"]
     torch.testing.assert_close(loss_t, loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(nll_t, nll, rtol=1e-5, atol=1e-6)

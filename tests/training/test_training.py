@@ -13,12 +13,13 @@ from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.finite import finite
 from kunbr_fast.model.frozen import frozen
-from kunbr_fast.objectives import losses
+from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.training import flat_buffer
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.full import FullTraining, train_all
 
 FORGET, RETAIN = random_samples(3, seed=1), random_samples(3, seed=2)
+CRITERION = Criterion(retain_coeff=1.5)
 
 
 def equal(a, b):
@@ -75,8 +76,8 @@ def test_a_step_is_the_plain_two_pass_step(architecture):
     grads = {name: p.grad.clone() for name, p in truth.named_parameters()}
     optimizer.step()
     with frozen(model):
-        training = FullTraining(decoder, lr=1e-3, weight_decay=0.1)
-        metrics = training.gradient_difference_step(forget, retain, 1.5)
+        training = FullTraining(decoder, lr=1e-3, weight_decay=0.1, criterion=CRITERION)
+        metrics = training.step(forget, retain)
     limit = 1e-5 if architecture == "gemma2" else 1e-9
     assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=limit)
     assert set(training.parameters) == set(grads)  # a tied weight once
@@ -91,10 +92,10 @@ def test_a_step_is_the_plain_two_pass_step(architecture):
 def test_metrics_tell_forget_from_retain():
     model = tiny_model()
     with frozen(model):
-        training = FullTraining(Decoder(model), lr=0.0)
-        both = training.gradient_difference_step(FORGET, RETAIN, 1.5)
-        batch = pack(RETAIN)
-        only = training.step(batch, losses.likelihood(batch))
+        training = FullTraining(Decoder(model), lr=0.0, criterion=CRITERION)
+        both = training.step(FORGET, RETAIN)
+        only = FullTraining(Decoder(model), lr=0.0)
+        only = only.step_packed(only.criterion.step_batch(pack(RETAIN), 0))
     assert both["forget_loss"] == pytest.approx(float(padded_loss(model, FORGET).detach()), rel=1e-10)
     assert both["retain_loss"] == pytest.approx(float(padded_loss(model, RETAIN).detach()), rel=1e-10)
     assert both["loss"] == pytest.approx(-both["forget_loss"] + 1.5 * both["retain_loss"], rel=1e-12)
@@ -107,8 +108,8 @@ def test_checkpointing_lowers_the_peak_and_keeps_the_bits():
     for flag in (False, True):
         models.append(tiny_model())
         training = FullTraining(Decoder(models[-1]), lr=1e-3, optimizer="lion", gradient_checkpointing=flag)
-        training.gradient_difference_step(forget, retain, 1.0)
-        peaks.append(peak_bytes(lambda: training.gradient_difference_step(forget, retain, 1.0)))  # noqa: B023
+        training.step(forget, retain)
+        peaks.append(peak_bytes(lambda: training.step(forget, retain)))  # noqa: B023
     assert peaks[1] < 0.7 * peaks[0], peaks
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models)))
 
@@ -120,12 +121,12 @@ def test_a_resumed_training_goes_on_with_the_same_bits(optimizer):
 
     def train(model, part, state=None, steps=0):
         with frozen(model):
-            training = FullTraining(Decoder(model), lr=1e-3, optimizer=optimizer, weight_decay=0.1)
+            training = FullTraining(Decoder(model), lr=1e-3, optimizer=optimizer, weight_decay=0.1, criterion=CRITERION)
             if state is not None:
-                training.gradient_difference_step(*batches[4], 1.5)  # what was trained before must not matter
+                training.step(*batches[4])  # what was trained before must not matter
                 training.load_state(state, steps)
             for batch in part:
-                training.gradient_difference_step(*batch, 1.5)
+                training.step(*batch)
             assert training.steps == steps + len(part)
             return {name: tensor.clone() for name, tensor in training.state().items()}
 
@@ -143,16 +144,16 @@ def test_a_resumed_training_goes_on_with_the_same_bits(optimizer):
 def test_a_diverged_step_changes_nothing(optimizer):
     model = tiny_model()
     with frozen(model):
-        training = FullTraining(Decoder(model), lr=1e-3, optimizer=optimizer)
-        training.gradient_difference_step(FORGET, RETAIN, 1.5)
+        training = FullTraining(Decoder(model), lr=1e-3, optimizer=optimizer, criterion=CRITERION)
+        training.step(FORGET, RETAIN)
         state = {name: tensor.clone() for name, tensor in training.state().items()}
         handle = model.model.layers[5].register_forward_hook(lambda m, args, out: out * torch.inf)
         with pytest.raises(Diverged, match=r"diverged at step 1 \(.*set forget_loss_cap"):
-            training.gradient_difference_step(FORGET, RETAIN, 1.5)
+            training.step(FORGET, RETAIN)
         handle.remove()
         assert equal(training.state(), state) and training.steps == 1
         assert all(p.grad is None for p in model.parameters())
-        training.gradient_difference_step(FORGET, RETAIN, 1.5)
+        training.step(FORGET, RETAIN)
         assert training.steps == 2
 
 
@@ -213,8 +214,8 @@ def test_updates_that_half_precision_rounds_away_are_said_once(dtype, lr, warns,
     before = {name: p.clone() for name, p in model.named_parameters()}
     with frozen(model), caplog.at_level(logging.WARNING):
         for _ in range(2):
-            training = FullTraining(Decoder(model), lr=lr, optimizer="lion")
-        training.gradient_difference_step(FORGET, RETAIN, 1.5)
+            training = FullTraining(Decoder(model), lr=lr, optimizer="lion", criterion=CRITERION)
+        training.step(FORGET, RETAIN)
     assert len(caplog.records) == int(warns)
     moved = torch.cat([(p != before[name]).flatten() for name, p in model.named_parameters()]).double().mean()
     assert (moved < 0.5) == warns
