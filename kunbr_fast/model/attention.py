@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from kunbr_fast.data import PackedBatch
-from kunbr_fast.model import compat
 
 ATTENTION = "kunbr_packed"
 
@@ -88,7 +87,3 @@ def _attend(
     scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
     scores = scores.masked_fill(~allowed, float("-inf"))
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
-
-
-if compat.AttentionInterface is not None:
-    compat.AttentionInterface.register(ATTENTION, packed_attention)

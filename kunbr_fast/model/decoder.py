@@ -29,7 +29,7 @@ from kunbr_fast.data import PackedBatch, pack
 from kunbr_fast.files.models import save_model
 from kunbr_fast.memory import Place
 from kunbr_fast.model import compat
-from kunbr_fast.model.attention import ATTENTION
+from kunbr_fast.model.attention import ATTENTION, packed_attention
 from kunbr_fast.model.finite import check_finite
 from kunbr_fast.model.frozen import evaluating, frozen
 from kunbr_fast.model.weights import Weights, weights_of
@@ -154,6 +154,7 @@ class Decoder:
                 f"transformers {compat.VERSION} lets no attention function be named in a model's configuration, so it "
                 f"cannot run packed samples: install transformers >= {compat.PACKED_SINCE}, better >= 5"
             )
+        compat.AttentionInterface.register(ATTENTION, packed_attention)
         self._layers_path, self.layers = find_layers(model)
         self.inner = model.get_submodule(self._layers_path.rpartition(".")[0])
         self._head = find_head(model)
