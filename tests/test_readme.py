@@ -61,10 +61,9 @@ def test_the_picture_shows_committed_rows():
     spec = importlib.util.spec_from_file_location("docs_figure", ROOT / "docs" / "figure.py")
     figure = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(figure)
-    measured = read_rows(figure.ROWS)
-    times, faster = figure.steps(measured)
+    times, faster = figure.steps(read_rows(figure.STEP))
     shown = json.loads(Image.open(figure.PICTURE).text["Description"])
-    assert shown == {"steps": times, "faster": faster, "stages": figure.stages(measured)}
+    assert shown == {"steps": times, "faster": faster, "stages": figure.stages(read_rows(figure.RUN))}
 
 
 def test_what_is_forgotten_is_quoted_from_committed_rows():
@@ -194,15 +193,7 @@ def test_the_pipelines_tables_quote_committed_rows():
             assert cell == ", ".join(f"{row[column]}x" for row in both), name
 
 
-@pytest.mark.parametrize(
-    "heading, make",
-    [
-        ("## One step, against the reference procedure", readme_tables.step),
-        ("## A whole run", readme_tables.end_to_end),
-        ("## Density, against its rivals", readme_tables.density),
-        ("## Elsewhere, on a CPU", readme_tables.elsewhere),
-    ],
-)
+@pytest.mark.parametrize("heading, make", readme_tables.TABLES.items())
 def test_what_bench_measured_is_quoted_from_committed_rows(heading, make):
     assert table(page("results"), heading) == make()
 
