@@ -48,22 +48,21 @@ def gibibytes(nbytes: float) -> str:
     return f"{nbytes / 2**30:.2f} GiB"
 
 
-def parse_bytes(value: int | str | None, name: str) -> int | None:
-    """A number of bytes, or "8GiB", "500 MB". ValueError that names the setting."""
+def parse_bytes(value: int | str | None, name: str, unit_needed: bool = False) -> int | None:
+    """A number of bytes, or "8GiB", "500 MB"; unit_needed: as text with a unit, and above 0. ValueError that names the
+    setting."""
     if value is None or isinstance(value, int) and value >= 0:
         return value
-    if (found := bytes_of(str(value))) is None:
-        raise ValueError(f"{name}={value!r}: expected bytes, such as 8GiB, 500MB or 1000000")
-    return found
-
-
-def bytes_of(text: str, unit_needed: bool = False) -> int | None:
-    """ "8GiB", "500 MB", and without unit_needed "1000000", in bytes; None for what is no size."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(i?))?B?\s*", text, re.IGNORECASE)
-    if not match or (unit_needed and not match[2]):
-        return None
-    unit = (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1) if match[2] else 1
-    return int(float(match[1]) * unit)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(i?))?B?\s*", str(value), re.IGNORECASE)
+    if match and (match[2] or not unit_needed):
+        unit = (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1) if match[2] else 1
+        found = int(float(match[1]) * unit)
+        if found or not unit_needed:
+            return found
+    expected = "a number above 0 and a unit, such as 24GiB, 80GB or 512MiB"
+    raise ValueError(
+        f"{name}={value!r}: expected {expected if unit_needed else 'bytes, such as 8GiB, 500MB or 1000000'}"
+    )
 
 
 def cannot_fit(tokens: int | None, what: str, cures: Sequence[str], device: torch.device, said: str) -> OutOfMemory:

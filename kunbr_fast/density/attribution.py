@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from kunbr_fast.density.layer_kinds import How, Watched, norm_of
 from kunbr_fast.density.passes import Measurement, PassSettings, checked_samples, inner_product
 from kunbr_fast.density.watch import MODULES, watch_list
 from kunbr_fast.keywords import taken
 from kunbr_fast.model.blocks import check_block
+from kunbr_fast.model.compat import Conv1D
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.finite import check_finite, finite
 from kunbr_fast.model.weights import Weights

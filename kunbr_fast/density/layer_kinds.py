@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from kunbr_fast.density.experts import is_experts, out_features
 from kunbr_fast.density.taps import Part
 from kunbr_fast.kernels.grad_density import op as operators
+from kunbr_fast.model.compat import Conv1D
 
 TILE = 16  # output rows of a weight that are sampled together
 

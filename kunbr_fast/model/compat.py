@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import transformers
 from packaging.version import Version
+from transformers.pytorch_utils import Conv1D
 
 VERSION = Version(transformers.__version__)
 PACKED_SINCE = Version("4.51.3")  # the oldest release that packed samples were run with
@@ -49,6 +50,7 @@ __all__ = [
     "PACKED_SINCE",
     "VERSION",
     "AttentionInterface",
+    "Conv1D",
     "GELUTanh",
     "SiLUActivation",
 ]
