@@ -13,7 +13,7 @@ import readme_tables
 from kunbr_fast.benchmarks.rows import read_rows
 from kunbr_fast.density.attribution import METHODS
 from kunbr_fast.density.measure import STATISTICS
-from kunbr_fast.model.patch import FAMILIES
+from kunbr_fast.model.families import FAMILIES
 from kunbr_fast.objectives.methods import OBJECTIVES
 from kunbr_fast.version import __version__
 
@@ -139,14 +139,14 @@ def test_the_low_precision_table_quotes_committed_rows():
 
 def test_every_objective_is_in_the_table_with_what_it_needs():
     found = {}
-    for _, names, reference, alternate, way in table(page("objectives"), "# Objectives"):
+    for _, names, original, alternate, way in table(page("objectives"), "# Objectives"):
         for name in re.findall(r"`(\w+)`", names):
-            found[name] = reference, alternate, way
+            found[name] = original, alternate, way
     assert set(found) == set(OBJECTIVES)
     words = {"nll": "NLL", "hidden": "hidden", None: "-"}
-    for name, (reference, alternate, way) in found.items():
+    for name, (original, alternate, way) in found.items():
         objective = OBJECTIVES[name]
-        assert reference == ("layer" if objective.states else words[objective.reference]), name
+        assert original == ("layer" if objective.states else words[objective.original]), name
         assert alternate == (objective.alternate or "-"), name
         assert (way == "fused, weights") == objective.weighted and way.startswith("none") == objective.states, name
 
