@@ -88,7 +88,7 @@ def reinserted(
     those weights meanwhile). On a CPU the bits are the same; a GPU's kernels round otherwise than the host.
     micro_batch_tokens: the most tokens that go through at once; a larger step goes in parts, whose gradients add up to the
     same up to summation order. Where memory runs out, a step is taken in smaller parts all by itself.
-    cover_precision: fp8, int8, nf4 or fp8_matmul keep the weights of the linear layers above the block in so many bits; the
+    cover_precision: fp8, int8 or nf4 keep the weights of the linear layers above the block in so many bits; the
     exact ones wait in main memory. An approximation: `quantized` says of what, `quantized.gradient_cosine` how good.
     activations, directory: of a streamed original, whose steps go layer by layer (`layer_training`); where the activations
     of all of a step's tokens wait between two layers, as in `PrefixCache`.

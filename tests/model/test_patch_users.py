@@ -6,7 +6,8 @@ import logging
 import pytest
 import torch
 import transformers as tf
-from test_patch import FUSED, batch_of_ids, block_parameters, own_loss, relative, results
+from helpers import relative
+from patch_problem import FUSED, batch_of_ids, block_parameters, own_loss, results
 from tiny_models import VOCAB, random_samples, tiny_model
 
 import kunbr_fast as kf
