@@ -10,7 +10,8 @@ import transformers as tf
 from reference_procedure import ReferenceLion, block_names, left_padded, padded, padded_loss, reference_block, swap
 from tiny_models import peak_bytes, random_samples, tiny_model, unlearned_copy
 
-from kunbr_fast.integrations.deep_unl import DEEP_UNL, _Batch, _relative, recognise
+from kunbr_fast.integrations.deep_unl import DEEP_UNL, _Batch
+from kunbr_fast.integrations.recognise import _relative, recognise
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.training.diverged import Diverged
 

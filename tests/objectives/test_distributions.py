@@ -1,4 +1,5 @@
-"""Losses of single rows, `linear_nll` and `linear_rows`, and the row functions, against plain formulas on full logits."""
+"""Losses of single rows, `linear_nll` and `linear_rows`, and the row functions, against plain formulas on full
+logits."""
 
 import copy
 import functools
@@ -558,7 +559,8 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3)))
 def test_work(wanted):
     """Products of 2*R*D*V FLOPs. Without autograd one. With a frozen head two in the forward and none in the backward;
-    with a trained one one in the forward, and in the backward one and one for each of hidden's and weight's gradients."""
+    with a trained one one in the forward, and in the backward one and one for each of hidden's and weight's
+    gradients."""
     hidden, linear, targets, slopes = problem()
     leaves = [hidden, linear.weight, linear.bias]
     for leaf, flag in zip(leaves, wanted):
