@@ -7,12 +7,11 @@ counted by torch, and the trained weights are compared; nothing is timed.
 trainer: re-insertion of the two densest blocks of three layers. Before: a Hugging Face Trainer for each block, whose
 compute_loss is -model(**forget).loss + model(**retain).loss, all else frozen. After: KUnBRTrainer. The first one is
 given the blocks that the second one measured; that measurement is in the second one's FLOPs.
-authors: the authors' DEEP_UNL, which trains two whole models in turn (tests/integrations/test_deep_unl.py tells it
+authors: the authors' DEEP_UNL, which trains two whole models in turn (tests/authors_class.py tells it
 plainly), and ours, over a stand-in for the Base_model that they did not publish; six visits of layers 0 to 23, a
 letter's loss.
 """
 
-import argparse
 import copy
 import random
 import sys
@@ -22,13 +21,13 @@ from pathlib import Path
 import torch
 import transformers as tf
 
-from kunbr_fast.benchmarks.measure import add_rows, flop_counter
+from kunbr_fast.benchmarks.measure import add_rows, flop_counter, script_parser
 from kunbr_fast.benchmarks.shapes import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "integrations")]
+sys.path.insert(0, str(ROOT / "tests"))
 
-import test_deep_unl as plain  # noqa: E402
+import authors_class as plain  # noqa: E402
 
 import kunbr_fast as kf  # noqa: E402
 from kunbr_fast.data.schedule import Schedule  # noqa: E402
@@ -194,9 +193,8 @@ PIPELINES = {"trainer": trainer, "authors": authors}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--only", choices=list(PIPELINES), help="one of them [both]")
-    parser.add_argument("--csv", help="append rows here")
     arguments = parser.parse_args()
     tf.utils.logging.set_verbosity_error()
     rows = []
@@ -211,8 +209,7 @@ def main():
         print(rows[-1], flush=True)
         if found["entries_that_differ"] > 1e-4 * found["entries_moved"]:
             sys.exit("more than one entry in 10000 differs: not the same training, no numbers")
-    if arguments.csv:
-        add_rows(arguments.csv, rows)
+    add_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":

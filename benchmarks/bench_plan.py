@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from kunbr_fast.benchmarks import count_step
-from kunbr_fast.benchmarks.measure import add_rows, resident
+from kunbr_fast.benchmarks.measure import add_rows, resident, script_parser
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
@@ -160,12 +160,11 @@ def row(name, dtype, stage, checkpoint, by, ours, measured):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--model", choices=list(MODELS), nargs="+", default=list(MODELS), help="[all]")
     parser.add_argument("--heap", choices=list(HEAPS), nargs="+", default=list(HEAPS), help="[both]")
     parser.add_argument("--no-meta", action="store_true", help="leave Llama-3-8B out")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="on the CPU [float32]")
-    parser.add_argument("--csv", help="append rows here")
     parser.add_argument("--alone", choices=list(MODELS), help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", type=int, default=0, help=argparse.SUPPRESS)
@@ -174,8 +173,7 @@ def main():
         return alone(arguments.alone, arguments.dtype, arguments.start, bool(arguments.checkpoint))
     rows = [found for name in arguments.model for found in on_cpu(name, arguments.dtype, arguments.heap)]
     rows += [] if arguments.no_meta else list(on_meta())
-    if arguments.csv:
-        add_rows(arguments.csv, rows)
+    add_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ alive at any time above the models, gradients and cached activations, which are 
 fused operator is one launch; here it is as many as its torch form has, so launches are an upper limit.
 """
 
-import argparse
 import contextlib
 import json
 import weakref
@@ -24,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import register_flop_formula
 
-from kunbr_fast.benchmarks.measure import add_rows, flop_counter, kept_bytes
+from kunbr_fast.benchmarks.measure import add_rows, flop_counter, kept_bytes, script_parser
 from kunbr_fast.benchmarks.models import build
 from kunbr_fast.benchmarks.reference import procedure
 from kunbr_fast.benchmarks.shapes import MODELS, questions
@@ -192,13 +191,12 @@ def standing(model, block, dtype, tokens):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--model", choices=list(MODELS), nargs="+", default=["Llama-3-8B"], help="[Llama-3-8B]")
     parser.add_argument("--layers", type=int, default=4, help="layers of a block [4]")
     parser.add_argument("--batch", type=int, default=6, help="forget samples of a step, and retain samples [6]")
     parser.add_argument("--target", choices=["all", "letter"], default="all", help="tokens whose loss counts [all]")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="[bfloat16]")
-    parser.add_argument("--csv", help="append rows here")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     arguments = parser.parse_args()
     rows = []
@@ -208,8 +206,7 @@ def main():
         print(json.dumps(rows, indent=1))
     else:
         show(rows)
-    if arguments.csv:
-        add_rows(arguments.csv, rows)
+    add_rows(arguments.csv, rows)
 
 
 def table(name, layers, batch, target, dtype):

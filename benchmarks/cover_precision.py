@@ -7,13 +7,12 @@ bitsandbytes. cosine_I: of block I's gradient at its first step to the one with 
 those of the cover of the first block.
 """
 
-import argparse
 import copy
 import dataclasses
 
 import torch
 
-from kunbr_fast.benchmarks.measure import add_rows
+from kunbr_fast.benchmarks.measure import add_rows, script_parser
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.low_precision import COVER_PRECISIONS, check_available, low_precision_cover
@@ -53,10 +52,9 @@ def rows_of(seed, precisions):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--precisions", nargs="+", choices=COVER_PRECISIONS, default=COVER_PRECISIONS)
-    parser.add_argument("--csv", help="append rows here")
     arguments = parser.parse_args()
     for precision in arguments.precisions:
         check_available(precision)
@@ -66,8 +64,7 @@ def main():
         for row in rows_of(seed, arguments.precisions):
             print(row, flush=True)
             rows.append(row)
-        if arguments.csv:
-            add_rows(arguments.csv, rows)
+        add_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,16 @@ for s in 1 2 3; do kunbr-fast demo --seed $s --out runs/demo-$s; done
 python benchmarks/demo_seeds.py runs/demo-*/report.json --csv benchmarks/results/demo_cpu.csv
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 
-from kunbr_fast.benchmarks.measure import add_rows
+from kunbr_fast.benchmarks.measure import add_rows, script_parser
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("reports", nargs="+", type=Path, help="report.json of demo runs")
-    parser.add_argument("--csv", help="append rows here")
     arguments = parser.parse_args()
     rows = []
     for report in (json.loads(path.read_text()) for path in arguments.reports):
@@ -35,8 +33,7 @@ def main():
         cells = [f"{value:.1f}" for value in mean.values()]
         cells += [f"{statistics.mean(rtt):.1f}", ", ".join(f"{v:.1f}" for v in rtt)] if rtt else ["-", "-"]
         print(f"| {method} | {' | '.join(cells)} |")
-    if arguments.csv:
-        add_rows(arguments.csv, rows)
+    add_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":

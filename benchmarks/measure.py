@@ -1,5 +1,6 @@
 """How variants are timed, and what a row says of its machine, versions, commit and command."""
 
+import argparse
 import csv
 import ctypes
 import functools
@@ -15,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kunbr_fast.checkout import ROOT
@@ -33,6 +35,13 @@ COUNTED = {torch.ops.aten.addmm_: lambda out, a, b, out_shape=None, **_: 2 * a[0
 def flop_counter():
     """torch's FlopCounterMode, with what it leaves out."""
     return FlopCounterMode(display=False, custom_mapping=COUNTED)
+
+
+def spent_flops(run):
+    """FLOPs of run(), attention by its plain products."""
+    with sdpa_kernel(SDPBackend.MATH), flop_counter() as counter:
+        run()
+    return counter.get_total_flops()
 
 
 def percentile(values, share):
@@ -243,11 +252,20 @@ def command():
     return shlex.join([*(["kunbr-fast"] if ours else ["python", os.path.relpath(script, ROOT)]), *sys.argv[1:]])
 
 
+def script_parser(description):
+    """The parser of a script that is run by hand, with --csv."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", help="append rows here")
+    return parser
+
+
 def add_rows(path, rows):
     """Appends `rows` (mappings of one shape) to the CSV at `path`, each with `about()`; a new file gets a header.
 
-    ValueError for a file whose columns are others.
+    Without a path nothing. ValueError for a file whose columns are others.
     """
+    if path is None:
+        return
     path, rows = Path(path), [{**row, **about()} for row in rows]
     columns, new = list(rows[0]), not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 // Gradient density: checks, the choice of a kernel, and the passes before and after it.
 //
-// Before it the samples are ranked by length. After it the items' partial sums (fp32) are added in float64 in a fixed
-// order: for each tensor of a few million weights some thousand numbers, which costs microseconds.
+// Before the kernel the samples are ranked by length. After it the items' partial sums (fp32) are added in float64 in a
+// fixed order: some thousand numbers for a weight of a few million elements, which costs microseconds.
 #include "grad_density.h"
 
 #include "check.h"
@@ -10,7 +10,7 @@
 namespace kunbr {
 
 static int reduce(const char *operation, const Reduction &r, cudaStream_t stream) {
-    const int64_t results = r.statistics * r.samples * r.elements;
+    const int64_t results = r.samples * r.elements;
     if (results == 0) return KUNBR_OK;
     if (r.elements == 1) {
         const int64_t blocks = ceil_div(results * 32, HELPER_THREADS);
@@ -29,8 +29,6 @@ constexpr int64_t MAX_SIZE = 1ll << 30;  // of N and K
 
 static int64_t padded(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 
-static int count_bits(int mask) { return (mask & 1) + (mask >> 1 & 1) + (mask >> 2 & 1); }
-
 static int check_operand(const char *operation, const char *name, const void *data, const int64_t *strides, int type,
                          int64_t tokens, int64_t columns, Operand *out) {
     if (columns < 1 || columns > MAX_SIZE)
@@ -45,11 +43,11 @@ static int check_operand(const char *operation, const char *name, const void *da
     return KUNBR_OK;
 }
 
-static int check_batch(const char *operation, const char *name, const void *cu_seqlens, int index_type, int64_t samples,
+static int check_batch(const char *operation, const void *cu_seqlens, int index_type, int64_t samples,
                        int64_t tokens) {
     if (index_type != KUNBR_INT32 && index_type != KUNBR_INT64)
         return fail(KUNBR_BAD_TYPE, "%s: index_type is %d, expected KUNBR_INT32 or KUNBR_INT64", operation, index_type);
-    KUNBR_TRY(check_pointer(operation, name, cu_seqlens, index_type == KUNBR_INT64 ? 8 : 4));
+    KUNBR_TRY(check_pointer(operation, "cu_seqlens", cu_seqlens, index_type == KUNBR_INT64 ? 8 : 4));
     if (samples < 0 || samples > 0x7FFFFFFE)
         return fail(KUNBR_BAD_SIZE, "%s: samples is %lld", operation, static_cast<long long>(samples));
     if (tokens < 0 || tokens > MAX_TOKENS)
@@ -92,7 +90,7 @@ static int prepare(const char *operation, Arguments *arguments, void *workspace,
     int32_t *order = reinterpret_cast<int32_t *>(memory);
     arguments->order = order;
     const unsigned blocks = static_cast<unsigned>(ceil_div(samples, HELPER_THREADS));
-    const Batch &batch = arguments->batch[0];
+    const Batch &batch = arguments->batch;
     order_kernel<<<blocks, HELPER_THREADS, 0, stream>>>(batch.cu_seqlens, batch.wide_index, static_cast<int>(samples), order);
     return launched(operation);
 }
@@ -103,107 +101,68 @@ using namespace kunbr;
 
 extern "C" {
 
-int64_t kunbr_grad_density_workspace(int64_t K, int projections, const int64_t *sizes, int64_t samples, int statistics,
-                                     int along) {
+int64_t kunbr_grad_density_workspace(int64_t K, int projections, const int64_t *sizes, int64_t samples, int along) {
     if (K < 1 || projections < 1 || projections > MAX_PROJECTIONS || sizes == nullptr || samples <= 0) return 0;
     // for either kernel: the caller does not know which it will be
     const Schedule schedule = Schedule::of(samples, K, projections, sizes, TILE_N, 2);
     return order_bytes(samples) + padded(hopper_workspace(samples, projections)) +
-           padded(count_bits(statistics) * schedule.plane(along) * 4);
+           padded(schedule.partials(along) * 4);
 }
 
 int kunbr_grad_density(const void *x, const int64_t *x_strides, int64_t tokens, int64_t K, int projections,
                        const void *const *dys, const int64_t *dy_strides, const int64_t *sizes, int type,
-                       const void *cu_seqlens, int index_type, int64_t samples, int statistics, int along,
+                       const void *cu_seqlens, int index_type, int64_t samples, int statistic, int along,
                        double *const *outs, void *workspace, int64_t workspace_bytes, int variant, void *stream_) {
     const char *operation = "grad_density";
     const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
     if (projections < 1 || projections > MAX_PROJECTIONS)
         return fail(KUNBR_BAD_SIZE, "%s: %d projections, expected 1 to %d", operation, projections, MAX_PROJECTIONS);
-    if (statistics < 1 || statistics > 7)
-        return fail(KUNBR_BAD_VALUE, "%s: statistics is %d, expected an OR of kunbr_statistic", operation, statistics);
-    if (along < ALONG_ALL || along > ALONG_COLUMN)
+    if (statistic < KUNBR_L1 || statistic > KUNBR_LINF)
+        return fail(KUNBR_BAD_VALUE, "%s: statistic is %d, expected one of kunbr_statistic", operation, statistic);
+    if (along < ALONG_ALL || along > ALONG_ROW)
         return fail(KUNBR_BAD_VALUE, "%s: along is %d, expected one of kunbr_along", operation, along);
     if (variant != KUNBR_FASTEST && variant != KUNBR_PORTABLE && variant != KUNBR_HOPPER)
         return fail(KUNBR_BAD_VALUE, "%s: variant is %d, expected one of kunbr_variant", operation, variant);
     KUNBR_TRY(check_type(operation, type));
-    KUNBR_TRY(check_batch(operation, "cu_seqlens", cu_seqlens, index_type, samples, tokens));
+    KUNBR_TRY(check_batch(operation, cu_seqlens, index_type, samples, tokens));
     if (dys == nullptr || dy_strides == nullptr || sizes == nullptr || outs == nullptr)
         return fail(KUNBR_NULL_POINTER, "%s: dys, dy_strides, sizes or outs is NULL", operation);
     Arguments a = {};
-    KUNBR_TRY(check_operand(operation, "x", x, x_strides, type, tokens, K, &a.batch[0].x));
+    KUNBR_TRY(check_operand(operation, "x", x, x_strides, type, tokens, K, &a.batch.x));
     for (int p = 0; p < projections; ++p) {
         const char *names[] = {"dys[0]", "dys[1]", "dys[2]"}, *out_names[] = {"outs[0]", "outs[1]", "outs[2]"};
-        KUNBR_TRY(check_operand(operation, names[p], dys[p], dy_strides + 2 * p, type, tokens, sizes[p], &a.batch[0].dy[p]));
+        KUNBR_TRY(check_operand(operation, names[p], dys[p], dy_strides + 2 * p, type, tokens, sizes[p], &a.batch.dy[p]));
         if (samples > 0) KUNBR_TRY(check_pointer(operation, out_names[p], outs[p], 8));
     }
     if (samples == 0) return KUNBR_OK;
-    a.batch[0].cu_seqlens = cu_seqlens;
-    a.batch[0].wide_index = index_type == KUNBR_INT64;
-    a.statistics = statistics;
+    a.batch.cu_seqlens = cu_seqlens;
+    a.batch.wide_index = index_type == KUNBR_INT64;
+    a.statistic = statistic;
     a.along = along;
     a.schedule = Schedule::of(samples, K, projections, sizes, TILE_N, 1);
     KUNBR_TRY(check_items(operation, a.schedule));
     KUNBR_TRY(check_workspace(operation, workspace, workspace_bytes,
-                              kunbr_grad_density_workspace(K, projections, sizes, samples, statistics, along)));
+                              kunbr_grad_density_workspace(K, projections, sizes, samples, along)));
     int capability = 0;
     KUNBR_TRY(check_device(operation, &capability));
 
     const bool hopper = variant != KUNBR_PORTABLE && hopper_can_run(a, tokens, type, capability);
     if (variant == KUNBR_HOPPER && !hopper)
         return fail(KUNBR_NOT_HOPPER,
-                    "%s: compute capability %d, type %d, along %d, or rows that are not aligned to 16 bytes", operation,
-                    capability, type, along);
+                    "%s: compute capability %d, type %d, or rows that are not aligned to 16 bytes", operation, capability,
+                    type);
     const int64_t maps_at = order_bytes(samples), partials_at = maps_at + padded(hopper_workspace(samples, projections));
     KUNBR_TRY(prepare(operation, &a, workspace, partials_at, stream));
     if (hopper) {
         a.schedule = Schedule::of(samples, K, projections, sizes, TILE_N, 2);
         KUNBR_TRY(launch_hopper(a, tokens, type, static_cast<char *>(workspace) + maps_at, stream));
     } else {
-        KUNBR_TRY(launch_portable(operation, a, type, along == ALONG_COLUMN ? MODE_COLUMNS : MODE_ROWS, stream));
+        KUNBR_TRY(launch_portable(operation, a, type, stream));
     }
 
     for (int p = 0; p < projections; ++p)
-        KUNBR_TRY(reduce(operation, Reduction::of(a.schedule, along, statistics, p, a.partial, outs[p]), stream));
+        KUNBR_TRY(reduce(operation, Reduction::of(a.schedule, along, statistic, p, a.partial, outs[p]), stream));
     return KUNBR_OK;
-}
-
-int64_t kunbr_grad_alignment_workspace(int64_t K, int64_t N, int64_t samples) {
-    if (K < 1 || N < 1 || samples <= 0) return 0;
-    return order_bytes(samples) + padded(3 * Schedule::of(samples, K, 1, &N, PAIR_TILE_N, 1).plane(ALONG_ALL) * 4);
-}
-
-int kunbr_grad_alignment(const void *x, const int64_t *x_strides, const void *dy, const int64_t *dy_strides,
-                         const void *cu_seqlens, int64_t tokens, const void *other_x, const int64_t *other_x_strides,
-                         const void *other_dy, const int64_t *other_dy_strides, const void *other_cu_seqlens,
-                         int64_t other_tokens, int64_t K, int64_t N, int type, int index_type, int64_t samples,
-                         double *out, void *workspace, int64_t workspace_bytes, void *stream_) {
-    const char *operation = "grad_alignment";
-    const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-    KUNBR_TRY(check_type(operation, type));
-    KUNBR_TRY(check_batch(operation, "cu_seqlens", cu_seqlens, index_type, samples, tokens));
-    KUNBR_TRY(check_batch(operation, "other_cu_seqlens", other_cu_seqlens, index_type, samples, other_tokens));
-    Arguments a = {};
-    KUNBR_TRY(check_operand(operation, "x", x, x_strides, type, tokens, K, &a.batch[0].x));
-    KUNBR_TRY(check_operand(operation, "dy", dy, dy_strides, type, tokens, N, &a.batch[0].dy[0]));
-    KUNBR_TRY(check_operand(operation, "other_x", other_x, other_x_strides, type, other_tokens, K, &a.batch[1].x));
-    KUNBR_TRY(check_operand(operation, "other_dy", other_dy, other_dy_strides, type, other_tokens, N, &a.batch[1].dy[0]));
-    if (samples == 0) return KUNBR_OK;
-    KUNBR_TRY(check_pointer(operation, "out", out, 8));
-    a.batch[0].cu_seqlens = cu_seqlens;
-    a.batch[1].cu_seqlens = other_cu_seqlens;
-    a.batch[0].wide_index = a.batch[1].wide_index = index_type == KUNBR_INT64;
-    a.along = ALONG_ALL;
-    a.schedule = Schedule::of(samples, K, 1, &N, PAIR_TILE_N, 1);
-    KUNBR_TRY(check_items(operation, a.schedule));
-    KUNBR_TRY(check_workspace(operation, workspace, workspace_bytes, kunbr_grad_alignment_workspace(K, N, samples)));
-    int capability = 0;
-    KUNBR_TRY(check_device(operation, &capability));
-
-    KUNBR_TRY(prepare(operation, &a, workspace, order_bytes(samples), stream));  // by the first batch's lengths
-    KUNBR_TRY(launch_portable(operation, a, type, MODE_PAIR, stream));
-
-    return reduce(operation, Reduction::of_pairs(a.schedule, a.partial, out), stream);
 }
 
 }  // extern "C"

@@ -23,20 +23,18 @@ struct Batch {
 
 struct Arguments {
     Schedule schedule;
-    Batch batch[2];        // the second one for pairs
+    Batch batch;
     const int32_t *order;  // the samples, longest first; NULL: as they come
     float *partial;
-    int32_t statistics, along;
+    int32_t statistic, along;
 };
 
-constexpr int PAIR_TILE_N = 64;
 constexpr int TILE_N = 128;
-enum Mode { MODE_ROWS, MODE_COLUMNS, MODE_PAIR };
 
 #if !defined(KUNBR_EMULATED)
 
 // grad_density_sm80.cu. type: KUNBR_FP32, KUNBR_BF16 or KUNBR_FP16.
-int launch_portable(const char *operation, const Arguments &arguments, int type, Mode mode, cudaStream_t stream);
+int launch_portable(const char *operation, const Arguments &arguments, int type, cudaStream_t stream);
 
 // grad_density_sm90.cu: what its tensor maps need in the workspace, and the launch.
 int64_t hopper_workspace(int64_t samples, int projections);

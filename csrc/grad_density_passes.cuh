@@ -17,45 +17,27 @@ __global__ void order_kernel(const void *cu_seqlens, bool wide_index, int sample
 
 // ---------------------------------------------------------------- after: the sum of the partial sums
 
-// out[s, b, e] joins partial[s * plane + b * sample_stride + first + part * part_stride + i + e] over part and i.
+// out[b, e] joins partial[b * sample_stride + first + part * part_stride + i + e] over part and i.
 struct Reduction {
     const float *partial;
     double *out;
-    int64_t plane, sample_stride, first, part_stride, samples, elements;
+    int64_t sample_stride, first, part_stride, samples, elements;
     int32_t parts, inner;
-    int32_t statistics, kind[STATISTICS];  // kind: 2 is a maximum
+    bool largest;  // a maximum, not a sum
 
     // Of projection p, for what density_kernel or hopper_kernel left.
-    static Reduction of(const Schedule &s, int along, int statistics, int p, const float *partial, double *out) {
+    static Reduction of(const Schedule &s, int along, int statistic, int p, const float *partial, double *out) {
         Reduction r = {};
         r.partial = partial;
         r.out = out;
-        r.plane = s.plane(along);
         r.samples = s.samples;
-        for (int kind = 0; kind < STATISTICS; ++kind)
-            if (statistics & (1 << kind)) r.kind[r.statistics++] = kind;
-        const int32_t tiles = s.first_tile(p + 1) - s.first_tile(p);
-        if (along == ALONG_COLUMN) {
-            r.elements = r.part_stride = s.K;
-            r.sample_stride = s.n_tiles * s.K;
-            r.first = s.first_tile(p) * s.K;
-            r.parts = tiles;
-            r.inner = 1;
-        } else {
-            r.part_stride = s.width(along);
-            r.sample_stride = s.parts * s.width(along);
-            r.parts = s.parts;
-            r.elements = along == ALONG_ROW ? s.sizes[p] : 1;
-            r.first = along == ALONG_ROW ? s.first_row(p) : s.first_tile(p);
-            r.inner = along == ALONG_ROW ? 1 : tiles;
-        }
-        return r;
-    }
-
-    // Of a pair of gradients: three sums.
-    static Reduction of_pairs(const Schedule &s, const float *partial, double *out) {
-        Reduction r = of(s, ALONG_ALL, 7, 0, partial, out);
-        r.kind[0] = r.kind[1] = r.kind[2] = 0;
+        r.largest = statistic == KUNBR_LINF;
+        r.parts = s.parts;
+        r.part_stride = s.width(along);
+        r.sample_stride = s.parts * s.width(along);
+        r.elements = along == ALONG_ROW ? s.sizes[p] : 1;
+        r.first = along == ALONG_ROW ? s.first_row(p) : s.first_tile(p);
+        r.inner = along == ALONG_ROW ? 1 : s.first_tile(p + 1) - s.first_tile(p);
         return r;
     }
 };
@@ -64,17 +46,15 @@ struct Reduction {
 template <int LANES>
 __global__ void __launch_bounds__(HELPER_THREADS) reduce_kernel(const __grid_constant__ Reduction r) {
     const int64_t result = (blockIdx.x * static_cast<int64_t>(HELPER_THREADS) + threadIdx.x) / LANES;
-    const int64_t results = r.statistics * r.samples * r.elements;
+    const int64_t results = r.samples * r.elements;
     const int lane = threadIdx.x % LANES;
     if (result >= results) return;  // a warp as a whole
-    const int64_t statistic = result / (r.samples * r.elements), rest = result % (r.samples * r.elements);
-    const float *from = r.partial + statistic * r.plane + rest / r.elements * r.sample_stride + r.first + rest % r.elements;
-    const bool largest = r.kind[statistic] == 2;
+    const float *from = r.partial + result / r.elements * r.sample_stride + r.first + result % r.elements;
     double sum = 0.0;
     int most = 0;
     for (int64_t i = lane; i < static_cast<int64_t>(r.parts) * r.inner; i += LANES) {
         const float x = from[i / r.inner * r.part_stride + i % r.inner];
-        if (largest)
+        if (r.largest)
             most = max(most, __float_as_int(x));
         else
             sum += x;
@@ -84,7 +64,7 @@ __global__ void __launch_bounds__(HELPER_THREADS) reduce_kernel(const __grid_con
         sum += __shfl_xor_sync(ALL_LANES, sum, distance);
         most = max(most, __shfl_xor_sync(ALL_LANES, most, distance));
     }
-    if (lane == 0) r.out[result] = largest ? static_cast<double>(__int_as_float(most)) : sum;
+    if (lane == 0) r.out[result] = r.largest ? static_cast<double>(__int_as_float(most)) : sum;
 }
 
 }  // namespace kunbr

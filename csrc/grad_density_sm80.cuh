@@ -1,18 +1,19 @@
-// Statistics of each sample's weight gradient, with no weight gradient in memory: the kernel for every GPU from sm_80.
+// A statistic of each sample's weight gradient, with no weight gradient in memory: the kernel for every GPU from sm_80.
 //
 //     dW_i[n, k] = sum over the tokens t of sample i of dy[t, n] * x[t, k]
 //
 // A block of 4 warps has one item (schedule.h): TILE_N rows of one sample's dW, walking along a strip of K tile by tile.
-// What is loaded is one sequence over the whole strip, (tile, token block), copied by cp.async three steps ahead of the
-// products: the next tile's first loads run under this tile's sums. A warp multiplies 64 x 64 by mma.sync.m16n8k16; both
-// operands come by ldmatrix.trans, as tokens are the slow axis of both. 64 KiB of shared memory, so two blocks share a
-// multiprocessor of sm_80 (76 KiB with the sums of each thread's rows, for which no registers are left) and one's sums run under the other's products too.
+// The loads are one sequence over the whole strip, (tile, token block), by cp.async, three steps ahead of the products:
+// the next tile's first loads run under this tile's sums. A warp multiplies 64 x 64 by mma.sync.m16n8k16; both
+// operands come by ldmatrix.trans, as tokens are the slow axis of both. 69 KiB of shared memory (5 of them for the sums of
+// each thread's rows, for which no registers are left), so two blocks share a multiprocessor of sm_80, and one's sums run
+// under the other's products too.
 //
-// FLOPs: 2*T*N*K, and B*N*K additions for each statistic. A token block brings 16 KiB for 2*128*128*32 FLOPs, 64 FLOPs a
+// FLOPs: 2*T*N*K, and B*N*K additions for the statistic. A token block brings 16 KiB for 2*128*128*32 FLOPs, 64 FLOPs a
 // byte from L2. From DRAM T*(N+K) elements, as long as a sample's x and dy fit L2.
 // Precision: products of bf16 and fp16 are exact in fp32 and summed in fp32; fp32 is multiplied in full fp32 (not TF32) on
 // the CUDA cores, whose threads hold the same elements as an mma.sync would give them. An item's sums are fp32.
-// What lies beyond a sample's tokens, N or K is never read: cp.async fills it with zeros.
+// Nothing beyond a sample's tokens, N or K is read: cp.async fills it with zeros.
 #pragma once
 
 #include "grad_density.h"
@@ -34,18 +35,14 @@ struct Element<float> {
     static constexpr bool MATRIX = false;
 };
 
-template <Mode MODE>
-struct Shape {
-    static constexpr int SOURCES = MODE == MODE_PAIR ? 2 : 1;
-    static constexpr int MT = MODE == MODE_PAIR ? 2 : 4;  // of 16 rows, a warp's; two warps along N
-    static constexpr int NT = 8;                          // of 8 columns, a warp's; two warps along K
-    static constexpr int ROWS = 32 * MT;
-};
+constexpr int MT = 4;  // of 16 rows, a warp's; two warps along N
+constexpr int NT = 8;  // of 8 columns, a warp's; two warps along K
+static_assert(32 * MT == TILE_N && 16 * NT == TILE_K, "four warps make a tile");
 
-template <class Type, Mode MODE>
+template <class Type>
 struct Shared {
     static constexpr int X_BYTES = Element<Type>::TOKENS * TILE_K * Element<Type>::BYTES;
-    static constexpr int DY_BYTES = Element<Type>::TOKENS * Shape<MODE>::ROWS * Element<Type>::BYTES;
+    static constexpr int DY_BYTES = Element<Type>::TOKENS * TILE_N * Element<Type>::BYTES;
     static constexpr int STAGE_BYTES = X_BYTES + DY_BYTES;
     static constexpr int BYTES = PORTABLE_STAGES * STAGE_BYTES;
 };
@@ -95,11 +92,11 @@ __device__ __forceinline__ void load_tile(char *to, const Operand &from, int64_t
 // ---------------------------------------------------------------- products
 
 // acc += the product of one token block.
-template <class Type, int MT, int NT>
+template <class Type>
 __device__ __forceinline__ void add_product(float (&acc)[MT][NT][4], const char *x, const char *dy, int first_row,
                                             int first_column) {
     constexpr int BYTES = Element<Type>::BYTES, TOKENS = Element<Type>::TOKENS;
-    constexpr int X_CHUNKS = TILE_K * BYTES / CHUNK_BYTES, DY_CHUNKS = 32 * MT * BYTES / CHUNK_BYTES;
+    constexpr int X_CHUNKS = TILE_K * BYTES / CHUNK_BYTES, DY_CHUNKS = TILE_N * BYTES / CHUNK_BYTES;
     const int lane = threadIdx.x % 32;
     if constexpr (Element<Type>::MATRIX) {
         KUNBR_UNROLL
@@ -133,7 +130,7 @@ __device__ __forceinline__ void add_product(float (&acc)[MT][NT][4], const char 
             for (int mt = 0; mt < MT; ++mt) {
                 KUNBR_UNROLL
                 for (int h = 0; h < 2; ++h) {
-                    const float a = dy_tile[token * 32 * MT + mt * 16 + h * 8];
+                    const float a = dy_tile[token * TILE_N + mt * 16 + h * 8];
                     KUNBR_UNROLL
                     for (int nt = 0; nt < NT; ++nt) {
                         acc[mt][nt][2 * h] = fmaf(a, b[nt].x, acc[mt][nt][2 * h]);
@@ -145,7 +142,6 @@ __device__ __forceinline__ void add_product(float (&acc)[MT][NT][4], const char 
     }
 }
 
-template <int MT, int NT>
 __device__ __forceinline__ void clear(float (&acc)[MT][NT][4]) {
     KUNBR_UNROLL
     for (int i = 0; i < MT * NT * 4; ++i) acc[i / (NT * 4)][i / 4 % NT][i % 4] = 0.0f;
@@ -153,40 +149,8 @@ __device__ __forceinline__ void clear(float (&acc)[MT][NT][4]) {
 
 // ---------------------------------------------------------------- partial sums
 
-// The statistics of all columns of a tile, over its rows, into the partial sums.
-template <int S, int MT, int NT>
-__device__ __forceinline__ void store_columns(const float (&acc)[MT][NT][4], float (*sums)[TILE_K], float *plane,
-                                              int64_t first_place, int64_t columns_left) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_column = warp % 2 * 64;
-    KUNBR_UNROLL
-    for (int nt = 0; nt < NT; ++nt) {
-        KUNBR_UNROLL
-        for (int c = 0; c < 2; ++c) {
-            const float sum = column_statistic<S>(acc, nt, c);
-            if (lane < 4) sums[warp / 2][first_column + nt * 8 + accumulator_column(lane, c)] = sum;
-        }
-    }
-    __syncthreads();
-    const int column = threadIdx.x;
-    if (column < columns_left) plane[first_place + column] = join<S>(sums[0][column], sums[1][column]);
-    __syncthreads();
-}
-
-__device__ __forceinline__ void sum_pair(float &total, const float (&a)[2][8][4], const float (&b)[2][8][4]) {
-    KUNBR_UNROLL
-    for (int mt = 0; mt < 2; ++mt) {
-        KUNBR_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            float sum = 0.0f;
-            KUNBR_UNROLL
-            for (int nt = 0; nt < 8; ++nt) sum = fmaf(a[mt][nt][i], b[mt][nt][i], sum);
-            total += sum;
-        }
-    }
-}
-
 // Statistic S of a thread's rows of a tile, added to those of the tiles before.
-template <int S, int MT, int NT>
+template <int S>
 __device__ __forceinline__ void add_rows(const float (&acc)[MT][NT][4], float (*rows)[PORTABLE_THREADS]) {
     KUNBR_UNROLL
     for (int r = 0; r < 2 * MT; ++r) {
@@ -200,54 +164,44 @@ __device__ __forceinline__ float block_statistic(int s, float x, float *warps) {
     x = join_lanes(s, x);
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
     __syncthreads();
-    x = join(s, join(s, warps[0], warps[1]), join(s, warps[2], warps[3]));
-    __syncthreads();
-    return x;
+    return join(s, join(s, warps[0], warps[1]), join(s, warps[2], warps[3]));
 }
 
 // ---------------------------------------------------------------- the kernel
 
-template <class Type, Mode MODE>
+template <class Type>
 __global__ void __launch_bounds__(PORTABLE_THREADS, 2) density_kernel(const __grid_constant__ Arguments arguments) {
-    constexpr int MT = Shape<MODE>::MT, NT = Shape<MODE>::NT, SOURCES = Shape<MODE>::SOURCES;
-    constexpr int ROWS = Shape<MODE>::ROWS, TOKENS = Element<Type>::TOKENS;
-    using Memory = Shared<Type, MODE>;
+    constexpr int TOKENS = Element<Type>::TOKENS;
+    using Memory = Shared<Type>;
     KUNBR_DYNAMIC_SHARED(stages);
-    __shared__ float sums[2][TILE_K];
-    __shared__ float rows[MODE == MODE_ROWS ? STATISTICS : 1][MODE == MODE_ROWS ? 2 * MT : 1][PORTABLE_THREADS];
+    __shared__ float sums[2][TILE_N];
+    __shared__ float rows[2 * MT][PORTABLE_THREADS];
     __shared__ float warps[4];
 
     const Schedule &schedule = arguments.schedule;
+    const Batch &batch = arguments.batch;
     const Item item = schedule.item(blockIdx.x);
     const int64_t sample = arguments.order == nullptr ? item.rank : arguments.order[item.rank];
     const int projection = schedule.projection(item.n_tile);
-    const int64_t first_n = static_cast<int64_t>(item.n_tile - schedule.first_tile(projection)) * ROWS;
+    const int64_t first_n = static_cast<int64_t>(item.n_tile - schedule.first_tile(projection)) * TILE_N;
     const int32_t first_tile = schedule.first_k_tile(item.strip), tiles = schedule.count_k_tiles(item.strip);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first_row = warp / 2 * 16 * MT, first_column = warp % 2 * 64;
 
-    int64_t start[SOURCES];
-    int length[SOURCES];
-    Steps<SOURCES> loaded;
-    KUNBR_UNROLL
-    for (int s = 0; s < SOURCES; ++s) {
-        const Batch &batch = arguments.batch[s];
-        start[s] = offset_at(batch.cu_seqlens, batch.wide_index, sample);
-        length[s] = static_cast<int>(offset_at(batch.cu_seqlens, batch.wide_index, sample + 1) - start[s]);
-        loaded.count[s] = Steps<SOURCES>::blocks(length[s], TOKENS);
-    }
-    const int total = loaded.total(tiles);
+    const int64_t start = offset_at(batch.cu_seqlens, batch.wide_index, sample);
+    const int length = static_cast<int>(offset_at(batch.cu_seqlens, batch.wide_index, sample + 1) - start);
+    Steps loaded;
+    loaded.count = Steps::blocks(length, TOKENS);
+    const int total = loaded.count * tiles;  // at most STRIP_TILES * MAX_TOKENS / 16, which an int holds
 
     auto load = [&](int step) {
         if (step < total) {
             char *stage = stages + step % PORTABLE_STAGES * Memory::STAGE_BYTES;
-            const bool other = SOURCES > 1 && loaded.source == 1;
-            const Batch &batch = arguments.batch[other ? 1 : 0];
             const int token = loaded.block * TOKENS;
-            const int64_t row = (other ? start[SOURCES - 1] : start[0]) + token;
-            const int left = (other ? length[SOURCES - 1] : length[0]) - token;
+            const int64_t row = start + token;
+            const int left = length - token;
             load_tile<Type, TILE_K>(stage, batch.x, row, left, (first_tile + loaded.tile) * static_cast<int64_t>(TILE_K));
-            load_tile<Type, ROWS>(stage + Memory::X_BYTES, batch.dy[projection], row, left, first_n);
+            load_tile<Type, TILE_N>(stage + Memory::X_BYTES, batch.dy[projection], row, left, first_n);
             loaded.advance();
         }
         commit_copies();  // of nothing beyond the end, so that the count of groups stays in step
@@ -255,81 +209,44 @@ __global__ void __launch_bounds__(PORTABLE_THREADS, 2) density_kernel(const __gr
     KUNBR_UNROLL
     for (int step = 0; step < PORTABLE_STAGES - 1; ++step) load(step);
 
-    float pair[STATISTICS] = {};
-    if constexpr (MODE == MODE_ROWS) {  // each thread's own: no barrier
-        KUNBR_UNROLL
-        for (int i = 0; i < STATISTICS * 2 * MT; ++i) rows[i / (2 * MT)][i % (2 * MT)][threadIdx.x] = 0.0f;
-    }
+    KUNBR_UNROLL
+    for (int r = 0; r < 2 * MT; ++r) rows[r][threadIdx.x] = 0.0f;  // each thread's own: no barrier
 
-    const int64_t plane = schedule.plane(arguments.along);
     int step = 0;
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
-        float acc[SOURCES][MT][NT][4];
-        KUNBR_UNROLL
-        for (int s = 0; s < SOURCES; ++s) {
-            clear(acc[s]);
+        float acc[MT][NT][4];
+        clear(acc);
 #pragma unroll 1
-            for (int block = 0; block < loaded.count[s]; ++block, ++step) {
-                wait_copies<PORTABLE_STAGES - 2>();
-                __syncthreads();  // all threads' copies of this step are there, and its predecessor's stage is free
-                load(step + PORTABLE_STAGES - 1);
-                const char *stage = stages + step % PORTABLE_STAGES * Memory::STAGE_BYTES;
-                add_product<Type>(acc[s], stage, stage + Memory::X_BYTES, first_row, first_column);
-            }
+        for (int block = 0; block < loaded.count; ++block, ++step) {
+            wait_copies<PORTABLE_STAGES - 2>();
+            __syncthreads();  // all threads' copies of this step are there, and its predecessor's stage is free
+            load(step + PORTABLE_STAGES - 1);
+            const char *stage = stages + step % PORTABLE_STAGES * Memory::STAGE_BYTES;
+            add_product<Type>(acc, stage, stage + Memory::X_BYTES, first_row, first_column);
         }
-        if constexpr (MODE == MODE_ROWS) {
-            if (arguments.statistics & KUNBR_L1) add_rows<0>(acc[0], rows[0]);
-            if (arguments.statistics & KUNBR_L2SQ) add_rows<1>(acc[0], rows[1]);
-            if (arguments.statistics & KUNBR_LINF) add_rows<2>(acc[0], rows[2]);
-        }
-        if constexpr (MODE == MODE_COLUMNS) {
-            const int64_t column = (first_tile + tile) * static_cast<int64_t>(TILE_K);
-            const int64_t place = schedule.column_place(sample, item.n_tile, column), left = schedule.K - column;
-            float *to = arguments.partial;
-            if (arguments.statistics & KUNBR_L1) store_columns<0>(acc[0], sums, to, place, left), to += plane;
-            if (arguments.statistics & KUNBR_L2SQ) store_columns<1>(acc[0], sums, to, place, left), to += plane;
-            if (arguments.statistics & KUNBR_LINF) store_columns<2>(acc[0], sums, to, place, left);
-        }
-        if constexpr (MODE == MODE_PAIR) {
-            sum_pair(pair[0], acc[0], acc[1]);
-            sum_pair(pair[1], acc[0], acc[0]);
-            sum_pair(pair[2], acc[1], acc[1]);
-        }
+        if (arguments.statistic == KUNBR_L1) add_rows<KUNBR_L1>(acc, rows);
+        if (arguments.statistic == KUNBR_L2SQ) add_rows<KUNBR_L2SQ>(acc, rows);
+        if (arguments.statistic == KUNBR_LINF) add_rows<KUNBR_LINF>(acc, rows);
     }
 
-    if constexpr (MODE == MODE_PAIR) {
-        KUNBR_UNROLL
-        for (int s = 0; s < STATISTICS; ++s) {
-            const float sum = block_statistic(0, pair[s], warps);
-            if (threadIdx.x == 0)
-                arguments.partial[s * plane + schedule.place(ALONG_ALL, sample, item.strip, item.n_tile)] = sum;
-        }
+    const int s = arguments.statistic;
+    KUNBR_UNROLL
+    for (int r = 0; r < 2 * MT; ++r) {
+        const float sum = join_columns(s, rows[r][threadIdx.x]);
+        if (lane % 4 == 0) sums[warp % 2][first_row + r / 2 * 16 + accumulator_row(lane, r % 2 * 2)] = sum;
     }
-    if constexpr (MODE == MODE_ROWS) {
-        float *to = arguments.partial;
-        KUNBR_UNROLL
-        for (int s = 0; s < STATISTICS; ++s) {
-            if ((arguments.statistics & (1 << s)) == 0) continue;
-            KUNBR_UNROLL
-            for (int r = 0; r < 2 * MT; ++r) {
-                const float sum = join_columns(s, rows[s][r][threadIdx.x]);
-                if (lane % 4 == 0) sums[warp % 2][first_row + r / 2 * 16 + accumulator_row(lane, r % 2 * 2)] = sum;
-            }
-            __syncthreads();
-            const int row = threadIdx.x;  // there are as many rows as threads
-            const float sum = join(s, sums[0][row], sums[1][row]);
-            if (arguments.along == ALONG_ROW) {
-                const int64_t n = first_n + row;
-                if (n < schedule.sizes[projection])
-                    to[schedule.place(ALONG_ROW, sample, item.strip, schedule.first_row(projection) + n)] = sum;
-                __syncthreads();
-            } else {
-                const float whole = block_statistic(s, sum, warps);
-                if (threadIdx.x == 0) to[schedule.place(ALONG_ALL, sample, item.strip, item.n_tile)] = whole;
-            }
-            to += plane;
-        }
+    __syncthreads();
+    const int row = threadIdx.x;  // there are as many rows as threads
+    const float sum = join(s, sums[0][row], sums[1][row]);
+    if (arguments.along == ALONG_ROW) {
+        const int64_t n = first_n + row;
+        if (n < schedule.sizes[projection])
+            arguments.partial[schedule.place(ALONG_ROW, sample, item.strip, schedule.first_row(projection) + n)] = sum;
+    } else {
+        const float whole = block_statistic(s, sum, warps);
+        if (threadIdx.x == 0)
+            arguments.partial[schedule.place(ALONG_ALL, sample, item.strip, item.n_tile)] = whole;
     }
 }
 

@@ -22,7 +22,7 @@ __global__ void maps_kernel(const __grid_constant__ Templates templates, const _
     if (index >= arguments.schedule.samples * operands) return;
     const int64_t rank = index / operands;
     const int operand = static_cast<int>(index % operands);
-    const Batch &batch = arguments.batch[0];
+    const Batch &batch = arguments.batch;
     const int64_t sample = arguments.order == nullptr ? rank : arguments.order[rank];
     const int64_t start = offset_at(batch.cu_seqlens, batch.wide_index, sample);
     const int32_t length = static_cast<int32_t>(offset_at(batch.cu_seqlens, batch.wide_index, sample + 1) - start);
@@ -55,9 +55,9 @@ static bool has_map(const Operand &operand) {
 }
 
 bool hopper_can_run(const Arguments &arguments, int64_t tokens, int type, int capability) {
-    bool maps = has_map(arguments.batch[0].x);
-    for (int p = 0; p < arguments.schedule.projections; ++p) maps = maps && has_map(arguments.batch[0].dy[p]);
-    return capability == 90 && type != KUNBR_FP32 && arguments.along != ALONG_COLUMN && tokens > 0 && maps;
+    bool maps = has_map(arguments.batch.x);
+    for (int p = 0; p < arguments.schedule.projections; ++p) maps = maps && has_map(arguments.batch.dy[p]);
+    return capability == 90 && type != KUNBR_FP32 && tokens > 0 && maps;
 }
 
 // cuTensorMapEncodeTiled is the driver's, and is asked for as the kernel is launched: the library loads without one.
@@ -106,9 +106,9 @@ int launch_hopper(const Arguments &arguments, int64_t tokens, int type, void *me
     PFN_cuTensorMapEncodeTiled_v12000 encode;
     KUNBR_TRY(encoder(&encode));
     Templates templates;
-    KUNBR_TRY(encode_map(encode, arguments.batch[0].x, tokens, type, &templates.map[0]));
+    KUNBR_TRY(encode_map(encode, arguments.batch.x, tokens, type, &templates.map[0]));
     for (int p = 0; p < schedule.projections; ++p)
-        KUNBR_TRY(encode_map(encode, arguments.batch[0].dy[p], tokens, type, &templates.map[1 + p]));
+        KUNBR_TRY(encode_map(encode, arguments.batch.dy[p], tokens, type, &templates.map[1 + p]));
     Segment *segments = static_cast<Segment *>(memory);
     char *maps = static_cast<char *>(memory) + segments_bytes(schedule.samples);
     const int64_t count = schedule.samples * (1 + schedule.projections);

@@ -1,4 +1,4 @@
-// Statistics of each sample's weight gradient, with no weight gradient in memory: the kernel for Hopper (sm_90a).
+// A statistic of each sample's weight gradient, with no weight gradient in memory: the kernel for Hopper (sm_90a).
 //
 // Persistent: one block a multiprocessor takes items (schedule.h), longest samples first. Its three warpgroups:
 //   producer      one thread asks TMA for what is multiplied, in the order in which it will be, into two rings of shared
@@ -12,8 +12,8 @@
 // No neighbour leaks in: a tensor map for each sample, made on the device from cu_seqlens, ends with the sample, and what
 // lies beyond it, N or K is zeros. Nothing waits for the host.
 //
-// FLOPs: 2*T*N*K, and B*N*K additions for each statistic: at T=64 a tile is 512 clocks of products and 128 of L1 sums, so
-// the sums hide, all three statistics together almost. Bytes from DRAM: T*(N+K) elements, as long as a sample fits L2.
+// FLOPs: 2*T*N*K, and B*N*K additions for the statistic: at T=64 a tile is 512 clocks of products and 128 of L1 sums, so
+// the sums hide. Bytes from DRAM: T*(N+K) elements, as long as a sample fits L2.
 // Precision: products of bf16 and fp16 exact in fp32, sums in fp32; an item's sums, one for each consumer, in fp32.
 #pragma once
 
@@ -111,7 +111,8 @@ template <class Type>
 __device__ __forceinline__ void consume(const Arguments &arguments, const Segment *segments, const char *x_ring,
                                         const char *dy_ring, Barriers &barriers, int consumer, float *warps) {
     const Schedule &schedule = arguments.schedule;
-    const int64_t items = schedule.items(), plane = schedule.plane(arguments.along);
+    const int64_t items = schedule.items();
+    const int s = arguments.statistic;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const uint64_t x_first = wgmma_descriptor(shared_address(x_ring)), dy_first = wgmma_descriptor(shared_address(dy_ring));
     Position<X_CHUNKS> x_at = {0};
@@ -121,7 +122,7 @@ __device__ __forceinline__ void consume(const Arguments &arguments, const Segmen
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
         const Job job(schedule, segments, index);
         const uint32_t dy_of_tile = job.keeps_dy ? 0 : job.blocks;
-        float rows[STATISTICS][4] = {};  // of row half * 64 + warp * 16 + h * 8 + lane / 4, at 2 * half + h
+        float rows[4] = {};  // of row half * 64 + warp * 16 + h * 8 + lane / 4, at 2 * half + h
         // as many turns for each consumer: with an odd number of tiles the last one of consumer 1 is empty
 #pragma unroll 1
         for (int tile = consumer; tile < job.tiles + (job.tiles & 1); tile += CONSUMERS) {
@@ -169,12 +170,11 @@ __device__ __forceinline__ void consume(const Arguments &arguments, const Segmen
                 if (job.blocks > 0) release(job.blocks - 1);
                 KUNBR_UNROLL
                 for (int r = 0; r < 4; ++r) {
-                    if (arguments.statistics & KUNBR_L1)
-                        rows[0][r] = join<0>(rows[0][r], row_statistic<0>(acc[r / 2], r % 2));
-                    if (arguments.statistics & KUNBR_L2SQ)
-                        rows[1][r] = join<1>(rows[1][r], row_statistic<1>(acc[r / 2], r % 2));
-                    if (arguments.statistics & KUNBR_LINF)
-                        rows[2][r] = join<2>(rows[2][r], row_statistic<2>(acc[r / 2], r % 2));
+                    if (s == KUNBR_L1) rows[r] = join<KUNBR_L1>(rows[r], row_statistic<KUNBR_L1>(acc[r / 2], r % 2));
+                    if (s == KUNBR_L2SQ)
+                        rows[r] = join<KUNBR_L2SQ>(rows[r], row_statistic<KUNBR_L2SQ>(acc[r / 2], r % 2));
+                    if (s == KUNBR_LINF)
+                        rows[r] = join<KUNBR_LINF>(rows[r], row_statistic<KUNBR_LINF>(acc[r / 2], r % 2));
                 }
             } else {
                 pass_baton(consumer);
@@ -195,30 +195,25 @@ __device__ __forceinline__ void consume(const Arguments &arguments, const Segmen
         const int projection = schedule.projection(job.item.n_tile);
         const int part = job.item.strip * CONSUMERS + consumer;
         float *to = arguments.partial;
-        KUNBR_UNROLL
-        for (int s = 0; s < STATISTICS; ++s) {
-            if ((arguments.statistics & (1 << s)) == 0) continue;
-            if (arguments.along == ALONG_ROW) {
-                const int64_t first_n =
-                    static_cast<int64_t>(job.item.n_tile - schedule.first_tile(projection)) * TILE_N + warp * 16;
-                KUNBR_UNROLL
-                for (int r = 0; r < 4; ++r) {
-                    const float sum = join_columns(s, rows[s][r]);
-                    const int64_t n = first_n + r / 2 * 64 + accumulator_row(lane, r % 2 * 2);
-                    if (lane % 4 == 0 && n < schedule.sizes[projection])
-                        to[schedule.place(ALONG_ROW, job.segment.sample, part, schedule.first_row(projection) + n)] = sum;
-                }
-            } else {
-                const float mine = join(s, join(s, rows[s][0], rows[s][1]), join(s, rows[s][2], rows[s][3]));
-                const float sum = join_lanes(s, mine);
-                if (lane == 0) warps[warp] = sum;
-                meet(consumer);
-                if (threadIdx.x % 128 == 0)
-                    to[schedule.place(ALONG_ALL, job.segment.sample, part, job.item.n_tile)] =
-                        join(s, join(s, warps[0], warps[1]), join(s, warps[2], warps[3]));
-                meet(consumer);
+        if (arguments.along == ALONG_ROW) {
+            const int64_t first_n =
+                static_cast<int64_t>(job.item.n_tile - schedule.first_tile(projection)) * TILE_N + warp * 16;
+            KUNBR_UNROLL
+            for (int r = 0; r < 4; ++r) {
+                const float sum = join_columns(s, rows[r]);
+                const int64_t n = first_n + r / 2 * 64 + accumulator_row(lane, r % 2 * 2);
+                if (lane % 4 == 0 && n < schedule.sizes[projection])
+                    to[schedule.place(ALONG_ROW, job.segment.sample, part, schedule.first_row(projection) + n)] = sum;
             }
-            to += plane;
+        } else {
+            const float mine = join(s, join(s, rows[0], rows[1]), join(s, rows[2], rows[3]));
+            const float sum = join_lanes(s, mine);
+            if (lane == 0) warps[warp] = sum;
+            meet(consumer);
+            if (threadIdx.x % 128 == 0)
+                to[schedule.place(ALONG_ALL, job.segment.sample, part, job.item.n_tile)] =
+                    join(s, join(s, warps[0], warps[1]), join(s, warps[2], warps[3]));
+            meet(consumer);
         }
     }
     if (consumer == 0) take_baton(consumer);  // consumer 1's last: a barrier is left as it was found

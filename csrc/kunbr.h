@@ -1,12 +1,12 @@
 /* kunbr-fast's CUDA kernels as a C library: one header, no torch, no Python.
  *
  * Every function takes device pointers, sizes, strides in elements and a stream (a cudaStream_t; NULL: the default
- * stream), enqueues its work on the current device and returns at once. All arguments are checked before anything is
- * enqueued. What is returned is 0 (KUNBR_OK) or a code that kunbr_message() explains; kunbr_detail() adds which argument
- * it was, for the calling thread's last failure. Nothing is allocated: where scratch memory is needed the caller gives
- * it, of a size that the *_workspace() function of the operation tells.
+ * stream), enqueues its work on the current device and returns at once. It checks all arguments before it enqueues
+ * anything. It returns 0 (KUNBR_OK) or a code that kunbr_message() explains; kunbr_detail() names the argument of the
+ * calling thread's last failure. Nothing is allocated: the caller gives scratch memory, of the size that the operation's
+ * *_workspace() function returns.
  *
- * No function leaves anything behind, and the same call on the same kind of GPU gives the same bits.
+ * No function keeps state, and the same call on the same kind of GPU gives the same bits.
  */
 #ifndef KUNBR_H
 #define KUNBR_H
@@ -24,7 +24,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a function changes or goes. */
-#define KUNBR_ABI_VERSION 1
+#define KUNBR_ABI_VERSION 2
 
 enum kunbr_status {
     KUNBR_OK = 0,
@@ -54,7 +54,7 @@ KUNBR_API const char *kunbr_source_hash(void);
 KUNBR_API const char *kunbr_build(void);
 /* What a code means: a static string, never NULL. */
 KUNBR_API const char *kunbr_message(int code);
-/* Of the calling thread's last failure: "lion: param is NULL". Valid until the thread's next call. */
+/* The calling thread's last failure, such as "lion: param is NULL". Valid until the thread's next call. */
 KUNBR_API const char *kunbr_detail(void);
 /* *capability: 10 * major + minor of the device of that index. KUNBR_OLD_GPU below 80. */
 KUNBR_API int kunbr_device(int device, int *capability);
@@ -72,24 +72,18 @@ KUNBR_API int kunbr_device(int device, int *capability);
  *                        + lr * weight_decay * param
  *
  * half: NULL, or becomes a copy of param in half_type. stochastic: not 0: param (bf16) is rounded stochastically, by
- * bits that depend on seed, step and place alone. summary: NULL, or two doubles on the device that become the sum of
- * grad^2 and the number of its elements that are not finite; workspace is for these alone (else NULL, 0).
- * Accesses are 16 bytes wide where all pointers are aligned to 16 bytes.
+ * bits that depend on seed, step and place alone. Accesses are 16 bytes wide where all pointers are aligned to 16 bytes.
  */
-
-/* Bytes of workspace for a summary over `size` elements. */
-KUNBR_API int64_t kunbr_summary_workspace(int64_t size);
 
 KUNBR_API int kunbr_lion(void *param, int param_type, const void *grad, int grad_type, void *momentum, int momentum_type,
                          void *half, int half_type, int64_t size, double lr, double beta1, double beta2,
-                         double weight_decay, int stochastic, uint64_t seed, uint32_t step, double *summary,
-                         void *workspace, int64_t workspace_bytes, void *stream);
+                         double weight_decay, int stochastic, uint64_t seed, uint32_t step, void *stream);
 
 /* state_type: of exp_avg and exp_avg_sq. step: from 1. */
 KUNBR_API int kunbr_adamw(void *param, int param_type, const void *grad, int grad_type, void *exp_avg, void *exp_avg_sq,
                           int state_type, void *half, int half_type, int64_t size, uint32_t step, double lr,
                           double beta1, double beta2, double eps, double weight_decay, int stochastic, uint64_t seed,
-                          double *summary, void *workspace, int64_t workspace_bytes, void *stream);
+                          void *stream);
 
 /* ---------------------------------------------------------------- statistics of weight gradients
  *
@@ -97,36 +91,24 @@ KUNBR_API int kunbr_adamw(void *param, int param_type, const void *grad, int gra
  * cu_seqlens[i + 1]. dW_i = dy_i^T x_i, (sizes[p], K), is never in memory.
  */
 
-enum kunbr_statistic { KUNBR_L1 = 1, KUNBR_L2SQ = 2, KUNBR_LINF = 4 }; /* sum |dW|, sum dW^2, max |dW| */
-enum kunbr_along { KUNBR_ALL = 0, KUNBR_ROW = 1, KUNBR_COLUMN = 2 };
+enum kunbr_statistic { KUNBR_L1 = 0, KUNBR_L2SQ = 1, KUNBR_LINF = 2 }; /* sum |dW|, sum dW^2, max |dW| */
+enum kunbr_along { KUNBR_ALL = 0, KUNBR_ROW = 1 };
 enum kunbr_variant { KUNBR_FASTEST = 0, KUNBR_PORTABLE = 80, KUNBR_HOPPER = 90 };
 
 /* x: strides x_strides[0] along tokens, [1] along K. dys: `projections` (1 to 3) pointers, in host memory, as are sizes,
  * dy_strides (2 for each) and outs. type: of x and all dys: bf16, fp16 or fp32. cu_seqlens: samples + 1 of index_type,
  * on the device, from 0 up to tokens.
- * statistics: an OR of kunbr_statistic. outs[p]: doubles on the device, one plane for each statistic in the order of
- * kunbr_statistic, a plane being (samples) for KUNBR_ALL, (samples, sizes[p]) for KUNBR_ROW (sums over K) or (samples, K)
- * for KUNBR_COLUMN (sums over sizes[p]).
- * variant: KUNBR_HOPPER (compute capability 9.0; bf16 or fp16; KUNBR_ALL or KUNBR_ROW; rows that are aligned to 16 bytes
- * and no wider than their stride) fails where it cannot run; KUNBR_FASTEST takes it where it can.
+ * outs[p]: doubles on the device, (samples) for KUNBR_ALL or (samples, sizes[p]) for KUNBR_ROW (over K).
+ * variant: KUNBR_HOPPER (compute capability 9.0; bf16 or fp16; rows that are aligned to 16 bytes and no wider than their
+ * stride) fails where it cannot run; KUNBR_FASTEST takes it where it can.
  */
 KUNBR_API int64_t kunbr_grad_density_workspace(int64_t K, int projections, const int64_t *sizes, int64_t samples,
-                                               int statistics, int along);
+                                               int along);
 KUNBR_API int kunbr_grad_density(const void *x, const int64_t *x_strides, int64_t tokens, int64_t K, int projections,
                                  const void *const *dys, const int64_t *dy_strides, const int64_t *sizes, int type,
-                                 const void *cu_seqlens, int index_type, int64_t samples, int statistics, int along,
+                                 const void *cu_seqlens, int index_type, int64_t samples, int statistic, int along,
                                  double *const *outs, void *workspace, int64_t workspace_bytes, int variant,
                                  void *stream);
-
-/* Inner products of the gradients of sample i of one batch and sample i of another. out: doubles on the device,
- * (3, samples): sum dW * other_dW, sum dW^2, sum other_dW^2. Strides: two for each tensor, in host memory. */
-KUNBR_API int64_t kunbr_grad_alignment_workspace(int64_t K, int64_t N, int64_t samples);
-KUNBR_API int kunbr_grad_alignment(const void *x, const int64_t *x_strides, const void *dy, const int64_t *dy_strides,
-                                   const void *cu_seqlens, int64_t tokens, const void *other_x,
-                                   const int64_t *other_x_strides, const void *other_dy, const int64_t *other_dy_strides,
-                                   const void *other_cu_seqlens, int64_t other_tokens, int64_t K, int64_t N, int type,
-                                   int index_type, int64_t samples, double *out, void *workspace,
-                                   int64_t workspace_bytes, void *stream);
 
 #ifdef __cplusplus
 }

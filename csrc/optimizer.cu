@@ -5,13 +5,10 @@
 
 namespace kunbr {
 
-static int64_t blocks_of(int64_t size) { return ceil_div(size, SPAN); }
-
 static bool in_unit(double beta) { return beta >= 0.0 && beta < 1.0; }
 
 template <class Step, int STATES>
-static int run(const char *operation, Update u, const Step &step, double *summary, void *workspace,
-               int64_t workspace_bytes, cudaStream_t stream) {
+static int run(const char *operation, Update u, const Step &step, void *stream) {
     const char *state_names[2] = {STATES > 1 ? "exp_avg" : "momentum", "exp_avg_sq"};
     if (u.size < 0)
         return fail(KUNBR_BAD_SIZE, "%s: size is %lld", operation, static_cast<long long>(u.size));
@@ -24,29 +21,16 @@ static int run(const char *operation, Update u, const Step &step, double *summar
     if (u.half.data != nullptr) KUNBR_TRY(check_vector(operation, "half", u.half.data, u.half.type));
     if (u.stochastic && u.param.type != KUNBR_BF16)
         return fail(KUNBR_BAD_TYPE, "%s: stochastic rounding is for a bf16 param, not type %d", operation, u.param.type);
-    const int64_t blocks = blocks_of(u.size);
+    const int64_t blocks = ceil_div(u.size, SPAN);
     if (blocks > 0x7FFFFFFF)
         return fail(KUNBR_TOO_LARGE, "%s: size is %lld", operation, static_cast<long long>(u.size));
-    u.partial = nullptr;
-    if (summary != nullptr) {
-        KUNBR_TRY(check_pointer(operation, "summary", summary, 8));
-        if (u.size > 0) KUNBR_TRY(check_pointer(operation, "workspace", workspace, 16));
-        if (workspace_bytes < kunbr_summary_workspace(u.size))
-            return fail(KUNBR_SMALL_WORKSPACE, "%s: workspace has %lld bytes, %lld are needed", operation,
-                        static_cast<long long>(workspace_bytes),
-                        static_cast<long long>(kunbr_summary_workspace(u.size)));
-        u.partial = static_cast<double2 *>(workspace);
-    }
     int capability = 0;
     KUNBR_TRY(check_device(operation, &capability));
     u.wide = is_aligned(u.param.data) && is_aligned(u.grad.data) && is_aligned(u.state[0].data) &&
              is_aligned(u.state[STATES - 1].data) && is_aligned(u.half.data);
     if (blocks > 0) {
-        update_kernel<Step, STATES><<<static_cast<unsigned>(blocks), OPTIMIZER_THREADS, 0, stream>>>(u, step);
-        KUNBR_TRY(launched(operation));
-    }
-    if (summary != nullptr) {
-        summary_kernel<<<1, SUMMARY_THREADS, 0, stream>>>(u.partial, blocks, summary);
+        update_kernel<Step, STATES>
+            <<<static_cast<unsigned>(blocks), OPTIMIZER_THREADS, 0, static_cast<cudaStream_t>(stream)>>>(u, step);
         KUNBR_TRY(launched(operation));
     }
     return KUNBR_OK;
@@ -58,25 +42,21 @@ using namespace kunbr;
 
 extern "C" {
 
-int64_t kunbr_summary_workspace(int64_t size) { return size <= 0 ? 0 : blocks_of(size) * 16; }
-
 int kunbr_lion(void *param, int param_type, const void *grad, int grad_type, void *momentum, int momentum_type,
                void *half, int half_type, int64_t size, double lr, double beta1, double beta2, double weight_decay,
-               int stochastic, uint64_t seed, uint32_t step, double *summary, void *workspace, int64_t workspace_bytes,
-               void *stream) {
+               int stochastic, uint64_t seed, uint32_t step, void *stream) {
     if (!(lr >= 0.0) || !(weight_decay >= 0.0) || !in_unit(beta1) || !in_unit(beta2))
         return fail(KUNBR_BAD_VALUE, "lion: lr=%g, weight_decay=%g, betas=(%g, %g): expected 0 or more, and within [0, 1)",
                     lr, weight_decay, beta1, beta2);
     const Update u = {{param, param_type}, {const_cast<void *>(grad), grad_type}, {{momentum, momentum_type}, {}},
-                      {half, half_type},   size, nullptr, seed, step, stochastic != 0, false};
-    return run<LionStep, 1>("lion", u, LionStep::of(lr, beta1, beta2, weight_decay), summary, workspace, workspace_bytes,
-                            static_cast<cudaStream_t>(stream));
+                      {half, half_type},   size, seed, step, stochastic != 0, false};
+    return run<LionStep, 1>("lion", u, LionStep::of(lr, beta1, beta2, weight_decay), stream);
 }
 
 int kunbr_adamw(void *param, int param_type, const void *grad, int grad_type, void *exp_avg, void *exp_avg_sq,
                 int state_type, void *half, int half_type, int64_t size, uint32_t step, double lr, double beta1,
-                double beta2, double eps, double weight_decay, int stochastic, uint64_t seed, double *summary,
-                void *workspace, int64_t workspace_bytes, void *stream) {
+                double beta2, double eps, double weight_decay, int stochastic, uint64_t seed,
+                void *stream) {
     if (!(lr >= 0.0) || !(weight_decay >= 0.0) || !in_unit(beta1) || !in_unit(beta2) || !(eps >= 0.0) || step == 0)
         return fail(KUNBR_BAD_VALUE,
                     "adamw: lr=%g, weight_decay=%g, betas=(%g, %g), eps=%g, step=%u: expected 0 or more, betas within "
@@ -84,9 +64,8 @@ int kunbr_adamw(void *param, int param_type, const void *grad, int grad_type, vo
                     lr, weight_decay, beta1, beta2, eps, step);
     const Update u = {{param, param_type}, {const_cast<void *>(grad), grad_type},
                       {{exp_avg, state_type}, {exp_avg_sq, state_type}},
-                      {half, half_type},   size, nullptr, seed, step, stochastic != 0, false};
-    return run<AdamWStep, 2>("adamw", u, AdamWStep::of(step, lr, beta1, beta2, eps, weight_decay), summary, workspace,
-                             workspace_bytes, static_cast<cudaStream_t>(stream));
+                      {half, half_type},   size, seed, step, stochastic != 0, false};
+    return run<AdamWStep, 2>("adamw", u, AdamWStep::of(step, lr, beta1, beta2, eps, weight_decay), stream);
 }
 
 }  // extern "C"

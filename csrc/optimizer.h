@@ -84,7 +84,7 @@ KUNBR_HD Random4 random_bits(uint64_t quad, uint64_t seed, uint32_t step) {
 
 // ---------------------------------------------------------------- updates
 
-// A step's numbers, from float64 on the host, as kernels/lion.py's launchers make them.
+// A step's numbers, from float64 on the host, as kernels/optimizers/triton_kernel.py's launchers make them.
 struct LionStep {
     float lr, beta1, rest1, beta2, rest2, weight_decay;
 
@@ -121,7 +121,5 @@ struct AdamWStep {
         p -= fmaf(step_size, ratio, times(decay, p));
     }
 };
-
-KUNBR_HD bool is_finite(float x) { return (bits_of(x) & 0x7F800000u) != 0x7F800000u; }
 
 }  // namespace kunbr

@@ -5,12 +5,8 @@
 // 10^9 weights. FLOPs: about 10 and 15 an element, which is nothing beside them; random bits are 30 integer operations
 // an element, below the 130 that fit into the time of its bytes on an H200.
 //
-// The gradient's sum of squares and the count of what is not finite cost no byte more: each block adds up what it reads
-// (in fp32 in a thread, 64 elements, then in float64) and writes it to its place; a second pass adds the blocks' in a
-// fixed order. Blocks have the same elements on every GPU, so the sums have the same bits on every GPU.
-//
-// Types are run-time values: all threads of a launch take the same way, and the kernel waits for memory anyway. What is
-// loaded is converted after all loads of a thread were issued, so they are in flight together.
+// Types are run-time values: all threads of a launch branch alike, and the kernel is bound by memory. A thread issues all
+// its loads before it converts any, so that they are in flight together.
 #pragma once
 
 #include "kunbr.h"
@@ -27,7 +23,6 @@ constexpr int WIDTH = 8;  // elements of a thread: one 16-byte access in bf16, t
 constexpr int OPTIMIZER_THREADS = 256;
 constexpr int TURNS = 8;
 constexpr int SPAN = WIDTH * OPTIMIZER_THREADS * TURNS;  // elements of a block
-constexpr int SUMMARY_THREADS = 1024;
 
 struct Vector {
     void *data;
@@ -37,7 +32,6 @@ struct Vector {
 struct Update {
     Vector param, grad, state[2], half;
     int64_t size;
-    double2 *partial;  // of each block: sum of squares, count; or NULL
     uint64_t seed;
     uint32_t step;
     bool stochastic, wide;  // wide: all pointers are aligned to 16 bytes
@@ -113,37 +107,16 @@ __device__ __forceinline__ void store_one(const Vector &v, int64_t i, float x) {
         static_cast<uint16_t *>(v.data)[i] = narrow(x, type);
 }
 
-// What a copy in another type is made from: x as it is stored.
+// x as it is stored: a copy in another type is made from this.
 __device__ __forceinline__ float stored(float x, int type) {
     type = opaque(type);
     return type == KUNBR_FP32 ? x : widen(narrow(x, type), type);
 }
 
-// ---------------------------------------------------------------- sums of a block
-
-__device__ __forceinline__ double2 add(double2 a, double2 b) { return make_double2(a.x + b.x, a.y + b.y); }
-
-// The sum over a block's threads, in an order that depends on their number alone. For thread 0.
-template <int THREADS>
-__device__ double2 block_sum(double2 mine) {
-    __shared__ double2 warps[THREADS / 32];
-    KUNBR_UNROLL
-    for (int distance = 16; distance > 0; distance /= 2)
-        mine = add(mine, make_double2(__shfl_xor_sync(~0u, mine.x, distance), __shfl_xor_sync(~0u, mine.y, distance)));
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
-    __syncthreads();
-    double2 total = make_double2(0, 0);
-    if (threadIdx.x == 0)
-        for (int i = 0; i < THREADS / 32; ++i) total = add(total, warps[i]);
-    return total;
-}
-
-// ---------------------------------------------------------------- the kernels
+// ---------------------------------------------------------------- the kernel
 
 template <class Step, int STATES>
 __global__ void __launch_bounds__(OPTIMIZER_THREADS) update_kernel(const Update u, const Step step) {
-    float squares = 0.0f;
-    int not_finite = 0;
 #pragma unroll 1
     for (int turn = 0; turn < TURNS; ++turn) {
         const int64_t first =
@@ -164,8 +137,6 @@ __global__ void __launch_bounds__(OPTIMIZER_THREADS) update_kernel(const Update 
             }
             KUNBR_UNROLL
             for (int i = 0; i < WIDTH; ++i) {
-                squares = fmaf(g[i], g[i], squares);
-                not_finite += !is_finite(g[i]);
                 step.update(p[i], g[i], m[i], v[i]);
                 if (u.stochastic) p[i] = narrow_stochastically(p[i], random[i / 4].word[i % 4]);
             }
@@ -178,7 +149,7 @@ __global__ void __launch_bounds__(OPTIMIZER_THREADS) update_kernel(const Update 
                 store_eight(u.half, first, p);
             }
         } else {
-            // the last elements, or vectors that begin anywhere: not fast, and not worth the code of eight copies
+            // the last elements, or vectors that are not aligned: not fast, and not worth eight copies of the code
 #pragma unroll 1
             for (int i = 0; i < WIDTH; ++i) {
                 const int64_t place = first + i;
@@ -186,8 +157,6 @@ __global__ void __launch_bounds__(OPTIMIZER_THREADS) update_kernel(const Update 
                     float p = load_one(u.param, place), m = load_one(u.state[0], place);
                     float v = STATES > 1 ? load_one(u.state[1], place) : 0.0f;
                     const float g = load_one(u.grad, place);
-                    squares = fmaf(g, g, squares);
-                    not_finite += !is_finite(g);
                     step.update(p, g, m, v);
                     if (u.stochastic) p = narrow_stochastically(p, random_bits(place / 4, u.seed, u.step)[place % 4]);
                     store_one(u.state[0], place, m);
@@ -197,20 +166,6 @@ __global__ void __launch_bounds__(OPTIMIZER_THREADS) update_kernel(const Update 
                 }
             }
         }
-    }
-    if (u.partial != nullptr) {
-        const double2 total = block_sum<OPTIMIZER_THREADS>(make_double2(squares, not_finite));
-        if (threadIdx.x == 0) u.partial[blockIdx.x] = total;
-    }
-}
-
-__global__ void __launch_bounds__(SUMMARY_THREADS) summary_kernel(const double2 *partial, int64_t blocks, double *out) {
-    double2 mine = make_double2(0, 0);
-    for (int64_t i = threadIdx.x; i < blocks; i += SUMMARY_THREADS) mine = add(mine, partial[i]);
-    const double2 total = block_sum<SUMMARY_THREADS>(mine);
-    if (threadIdx.x == 0) {
-        out[0] = total.x;
-        out[1] = total.y;
     }
 }
 

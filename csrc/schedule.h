@@ -17,7 +17,7 @@ constexpr int GROUP = 8;
 constexpr int64_t MAX_TOKENS = 1 << 30;
 constexpr int MAX_SORTED = 8192;  // samples; ranks take the square of their number in comparisons
 
-enum Along { ALONG_ALL = 0, ALONG_ROW = 1, ALONG_COLUMN = 2 };
+enum Along { ALONG_ALL = 0, ALONG_ROW = 1 };
 
 struct Item {
     int64_t rank;  // of the sample
@@ -82,18 +82,12 @@ struct Schedule {
         return p;
     }
 
-    // Partial sums: for each statistic one plane of (samples, parts, n_tiles), (samples, parts, all rows) or
-    // (samples, n_tiles, K).
+    // Partial sums: (samples, parts, n_tiles) or (samples, parts, all rows).
     KUNBR_HD int64_t width(int along) const { return along == ALONG_ROW ? first_row(projections) : n_tiles; }
-    KUNBR_HD int64_t plane(int along) const {
-        return along == ALONG_COLUMN ? samples * n_tiles * K : samples * parts * width(along);
-    }
+    KUNBR_HD int64_t partials(int along) const { return samples * parts * width(along); }
     // Of a tile, or of a row of the projections' rows put one after the other.
     KUNBR_HD int64_t place(int along, int64_t sample, int32_t part, int64_t tile_or_row) const {
         return (sample * parts + part) * width(along) + tile_or_row;
-    }
-    KUNBR_HD int64_t column_place(int64_t sample, int32_t n_tile, int64_t column) const {
-        return (sample * n_tiles + n_tile) * K + column;
     }
 };
 
@@ -114,28 +108,18 @@ KUNBR_HD int64_t rank_of(const void *offsets, bool wide, int64_t samples, int64_
     return rank;
 }
 
-// Steps through what an item loads and multiplies: for each tile along K each source (1, or 2 for a pair of gradients)
-// token block by token block. A sample without tokens has one block, all of it masked.
-template <int SOURCES>
+// Steps through what an item loads and multiplies: each tile along K, token block by token block. A sample without
+// tokens has one block, all of it masked.
 struct Steps {
-    int32_t count[SOURCES];  // token blocks of a source
-    int32_t tile = 0, source = 0, block = 0;
+    int32_t count;  // token blocks
+    int32_t tile = 0, block = 0;
 
     KUNBR_HD static int32_t blocks(int64_t length, int tokens) {
         return length <= 0 ? 1 : static_cast<int32_t>(ceil_div(length, tokens));
     }
-    // At most STRIP_TILES * SOURCES * MAX_TOKENS / 16 steps, which an int32 holds.
-    KUNBR_HD int32_t total(int32_t tiles) const {
-        int32_t sum = 0;
-        for (int s = 0; s < SOURCES; ++s) sum += count[s];
-        return sum * tiles;
-    }
-    KUNBR_HD int32_t blocks_now() const { return SOURCES == 1 || source == 0 ? count[0] : count[SOURCES - 1]; }
     KUNBR_HD void advance() {
-        if (++block < blocks_now()) return;
+        if (++block < count) return;
         block = 0;
-        if (++source < SOURCES) return;
-        source = 0;
         ++tile;
     }
 };

@@ -1,5 +1,5 @@
-// Statistics of tiles of dW that lie in accumulators, acc[MT][NT][4] in the layout of fragments.h. Which ones is a
-// run-time value: all threads go the same way, once a tile, and each way is a loop over the accumulators by itself.
+// A statistic of tiles of dW in accumulators, acc[MT][NT][4] in the layout of fragments.h. Which statistic is a run-time
+// value: once a tile all threads branch alike, and each branch is a loop over the accumulators of its own.
 #pragma once
 
 #include "common.h"
@@ -13,7 +13,6 @@
 
 namespace kunbr {
 
-constexpr int STATISTICS = 3;
 constexpr unsigned ALL_LANES = ~0u;
 
 // Statistic S of the values x: sums, or the largest as an integer: the order of non-negative floats, with NaN on top,
@@ -49,17 +48,6 @@ __device__ __forceinline__ float join_lanes(int s, float x) {
     KUNBR_UNROLL
     for (int distance = 16; distance > 0; distance /= 2) x = join(s, x, __shfl_xor_sync(ALL_LANES, x, distance));
     return x;
-}
-
-// Statistic S of columns i / 2 and i % 2 of acc (see fragments.h), over the thread's rows and the warp's.
-template <int S, int MT, int NT>
-__device__ __forceinline__ float column_statistic(const float (&acc)[MT][NT][4], int nt, int c) {
-    float sum = term<S>(acc[0][nt][c]);
-    KUNBR_UNROLL
-    for (int i = 1; i < 2 * MT; ++i) sum = join<S>(sum, term<S>(acc[i / 2][nt][c + i % 2 * 2]));
-    KUNBR_UNROLL
-    for (int distance = 4; distance < 32; distance *= 2) sum = join<S>(sum, __shfl_xor_sync(ALL_LANES, sum, distance));
-    return sum;
 }
 
 }  // namespace kunbr

@@ -1,8 +1,9 @@
 """Compile every Triton kernel, in every configuration of the table, with no GPU: `python -m kunbr_fast.kernels.aot`.
 
-Prints registers a thread, shared memory, spills and the matrix instruction of each, and exits with 1 if one does not
-compile, spills registers to memory, wants more shared memory than there is, or misses the matrix instruction of its architecture (mma.sync on sm_80, wgmma on
-sm_90, tcgen05 on sm_100). What is compiled is what the launchers launch, described with tensors of no content.
+Prints registers a thread, shared memory, spills and the matrix instruction of each. Exits with 1 if a kernel does not
+compile, spills registers to memory, wants more shared memory than there is, or lacks the matrix instruction of its
+architecture (mma.sync on sm_80, wgmma on sm_90, tcgen05 on sm_100). The launchers describe what is compiled, with
+tensors on the meta device.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from triton.compiler import ASTSource
 from . import tiles as config
 from .launch import INTERPRETED, Call
 
-# Folders whose triton_kernel.py has `aot_calls(architecture)`, which yields (label, Call, whether it multiplies on the matrix units).
+# Folders whose triton_kernel.py has `aot_calls(architecture)`: (label, Call, whether it uses the matrix units).
 MODULES = ("grad_density", "norms", "rotary", "gated", "linear_loss", "optimizers")
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes, the most that one program can have
@@ -44,7 +45,7 @@ _TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.int8: "i8", torch.uint8
 class Compiled:
     """What one kernel became. Bytes; `registers` of one thread; `problem` is None when all is well.
 
-    matrix: whether it must multiply on the matrix units; instruction: with which it does, "" for none.
+    matrix: whether it must multiply on the matrix units; instruction: the matrix instruction in its code, or "".
     """
 
     architecture: int
@@ -59,7 +60,7 @@ class Compiled:
 
 
 def source(call: Call) -> ASTSource:
-    """The kernel specialised as a launch would: ints that are 1 are constants; multiples of 16, and tensors, aligned."""
+    """The kernel, specialised as a launch does: an int of 1 is a constant; multiples of 16 and tensors are aligned."""
     signature, constants, attributes = {}, dict(call.constexprs), {}
     for index, name in enumerate(call.kernel.arg_names):
         if name in constants:
@@ -142,7 +143,7 @@ def compile_all(
     count = len(_jobs(architectures))
     workers = workers or len(os.sched_getaffinity(0))
     results = []
-    # forked: kernels are known to the children, and nothing is imported again
+    # forked: the children have the kernels already and import nothing
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         for result in pool.map(job, range(count)):
@@ -183,9 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"triton {triton.__version__}\n{'arch':<7}{'registers':>9}{'shared':>8}{'spills':>7}  instruction  kernel"
         )
         for r in results:
-            print(
-                f"sm_{r.architecture:<4}{r.registers:>9}{r.shared:>8}{r.spills:>7}  {r.instruction or '-':<11}  {r.label}"
-            )
+            numbers = f"{r.registers:>9}{r.shared:>8}{r.spills:>7}"
+            print(f"sm_{r.architecture:<4}{numbers}  {r.instruction or '-':<11}  {r.label}")
         print(f"{len(results)} compiled, {len(bad)} with a problem")
     for result in bad:
         print(f"sm_{result.architecture} {result.label}: {result.problem}", file=sys.stderr)

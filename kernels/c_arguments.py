@@ -18,11 +18,6 @@ def type_of(tensor: torch.Tensor) -> int:
     return TYPES[tensor.dtype]
 
 
-def address(tensor: torch.Tensor | None) -> int | None:
-    """Of its first element; NULL without a tensor."""
-    return None if tensor is None else tensor.data_ptr()
-
-
 def stream() -> int:
     """torch's current one."""
     return torch.cuda.current_stream().cuda_stream

@@ -18,7 +18,7 @@ from .errors import Unavailable
 if TYPE_CHECKING:  # `kunbr-fast doctor` asks for the library without torch
     import torch
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 PATH = Path(__file__).with_name("libkunbr_cuda.so")
 HOW_TO_BUILD = (
     "in a checkout with nvcc 12.4 or newer on the path run `python csrc/build.py`, or install from source there"
@@ -42,7 +42,6 @@ _VECTOR = (ctypes.c_void_p, ctypes.c_int)  # a pointer and a type
 _NUMBER, _SIZE, _POINTER = ctypes.c_double, ctypes.c_int64, ctypes.c_void_p
 _SIZES, _POINTERS = ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_void_p)  # arrays in host memory
 _ROUNDING = (ctypes.c_int, ctypes.c_uint64)  # stochastic, seed
-_SCRATCH = (_POINTER, _POINTER, _SIZE, _POINTER)  # summary, workspace, its bytes, stream
 _SIGNATURES = {
     "abi_version": (ctypes.c_int, ()),
     "source_hash": (ctypes.c_char_p, ()),
@@ -50,26 +49,19 @@ _SIGNATURES = {
     "message": (ctypes.c_char_p, (ctypes.c_int,)),
     "detail": (ctypes.c_char_p, ()),
     "device": (ctypes.c_int, (ctypes.c_int, ctypes.POINTER(ctypes.c_int))),
-    "summary_workspace": (_SIZE, (_SIZE,)),
     "lion": (
         ctypes.c_int,
-        (*_VECTOR * 4, _SIZE, *(_NUMBER,) * 4, *_ROUNDING, ctypes.c_uint32, *_SCRATCH),
+        (*_VECTOR * 4, _SIZE, *(_NUMBER,) * 4, *_ROUNDING, ctypes.c_uint32, _POINTER),
     ),
-    "grad_density_workspace": (_SIZE, (_SIZE, ctypes.c_int, _SIZES, _SIZE, ctypes.c_int, ctypes.c_int)),
+    "grad_density_workspace": (_SIZE, (_SIZE, ctypes.c_int, _SIZES, _SIZE, ctypes.c_int)),
     "grad_density": (
         ctypes.c_int,
         (*(_POINTER, _SIZES, _SIZE, _SIZE), ctypes.c_int, *(_POINTERS, _SIZES, _SIZES), ctypes.c_int, *_VECTOR)
         + (_SIZE, ctypes.c_int, ctypes.c_int, _POINTERS, _POINTER, _SIZE, ctypes.c_int, _POINTER),
     ),
-    "grad_alignment_workspace": (_SIZE, (_SIZE, _SIZE, _SIZE)),
-    "grad_alignment": (
-        ctypes.c_int,
-        (*(_POINTER, _SIZES, _POINTER, _SIZES, _POINTER, _SIZE) * 2, _SIZE, _SIZE, ctypes.c_int, ctypes.c_int, _SIZE)
-        + (_POINTER, _POINTER, _SIZE, _POINTER),
-    ),
     "adamw": (
         ctypes.c_int,
-        (*_VECTOR * 2, _POINTER, *_VECTOR, *_VECTOR, _SIZE, ctypes.c_uint32, *(_NUMBER,) * 5, *_ROUNDING, *_SCRATCH),
+        (*_VECTOR * 2, _POINTER, *_VECTOR, *_VECTOR, _SIZE, ctypes.c_uint32, *(_NUMBER,) * 5, *_ROUNDING, _POINTER),
     ),
 }
 

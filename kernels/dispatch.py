@@ -1,12 +1,12 @@
 """Which implementation runs an operation: `impl="auto" | "cuda" | "triton" | "torch"`, one word everywhere.
 
-`torch` is always there, every operation has Triton kernels, and some are served by the CUDA library too
-(cuda_library.py). Another implementation joins with one line:
+`torch` is always there, every operation has Triton kernels, and some have CUDA kernels too (cuda_library.py). Another
+implementation joins with one line:
 
     dispatch.register("swiglu", "cuda", lambda device: None if device.type == "cuda" else "needs a GPU")
 
-That function returns None where the implementation can run on tensors of that device, else a short reason. A second
-one may say why "auto" passes by an implementation that can run, and that `impl` may name.
+The function returns None where the implementation can run on tensors of that device, else a short reason. A second
+function may give a reason why "auto" passes by an implementation that can run; `impl` may still name it.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ def resolve(
 ) -> str:
     """The implementation to use, "cuda", "triton" or "torch", for tensors of `device`.
 
-    "auto" takes the first one in that order that is available and that it does not pass by, and logs once per
-    operation and kind of device what it took and why (level INFO). A named implementation that cannot run raises
-    `Unavailable` with the reason; an unknown name raises ValueError.
+    "auto" takes the first of these that can run and that it does not pass by. It logs its choice and the reasons once
+    for each operation and kind of device (level INFO). A named implementation that cannot run raises `Unavailable` with
+    the reason; an unknown name raises ValueError.
 
-    dtype: of the tensors. torch alone serves float64: "auto" takes it there, and another named impl raises TypeError.
+    dtype: of the tensors. Only torch serves float64: "auto" takes it, another named impl raises TypeError.
     """
     device = _as_device(device)
     check_dtype(operation, impl, dtype)
@@ -106,7 +106,7 @@ def resolve(
 
 
 def check_dtype(operation: str, impl: str, dtype: torch.dtype | None) -> None:
-    """TypeError where `impl` is named and does not serve `dtype`; also for the fakes of operators, which choose none."""
+    """TypeError where `impl` is named and does not serve `dtype`; for fakes of operators too, which choose none."""
     if impl == "triton" and _is_float64(dtype):
         _refuse_float64(operation, impl)
 

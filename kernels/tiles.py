@@ -23,8 +23,8 @@ from collections.abc import Callable, Hashable
 import torch
 from triton.testing import do_bench
 
-# Mean tokens of a sample up to which the "short" kernel is taken: the longest sample whose dy tile it keeps on the
-# chip has 128; of a batch with a higher mean few would fit, and for those that do not, the "long" tiles are better.
+# Mean tokens of a sample up to which the "short" kernel is taken. It keeps the dy tile of a sample of up to 128 tokens
+# on the chip; in a batch with a higher mean few samples fit, and the "long" tiles are better for the others.
 SHORT_MEAN_TOKENS = 128
 # Programs of a launch for each multiprocessor, at least: with fewer, many idle while the last ones end.
 PROGRAMS_PER_PROCESSOR = 8
@@ -55,27 +55,22 @@ _FP32 = Tile(64, 32, 16, 4, 2, group=8)
 _COMMON = {
     "any": (_ANY,),
     "fp32": (_FP32,),
-    "pair": (Tile(64, 64, 32, 4, 2, group=8),),  # two tiles of accumulators
-    "pair_fp32": (Tile(64, 64, 16, 8, 2, group=8),),
 }
 
-# (architecture, kind) -> candidates, the default first. Half precision: "short" and "long" samples, "column" for sums
-# along N (across warps, tile by tile, so more registers), "any" for unaligned rows, "pair" for two gradients at a time.
+# (architecture, kind) -> candidates, the default first. Half precision: "short" and "long" samples,
+# "any" for unaligned rows.
 TABLE: dict[tuple[int, str], tuple[Tile, ...]] = {
     # mma.sync takes its operands from registers, and shared memory ends at 163 KiB: smaller tiles.
     (80, "short"): (Tile(64, 128, 32, 4, 3, short=True),),
     (80, "long"): (Tile(128, 128, 32, 8, 4, group=8),),
-    (80, "column"): (Tile(128, 128, 32, 8, 4, group=8),),
     # wgmma takes both operands from shared memory as they lie: 32 KiB of dy, two stages of 32 KiB of x, and so two
     # programs on a multiprocessor. TMA leaves 154 registers a thread in use, plain copies with their masks 245.
     (90, "short"): (Tile(128, 128, 64, 4, 2, short=True, tma=True), Tile(128, 128, 64, 4, 2, short=True)),
     # 85 FLOPs a byte from L2; a stage is 48 KiB. Again 154 registers with TMA, 246 and one stage less without.
     (90, "long"): (Tile(128, 256, 64, 8, 4, tma=True, group=8), Tile(128, 256, 64, 8, 3, group=8)),
-    (90, "column"): (Tile(128, 128, 64, 8, 4, group=8),),
     # tcgen05 keeps the tile in tensor memory, but the sums read it through registers: eight warps, or they spill.
     (100, "short"): (Tile(128, 128, 64, 8, 2, short=True, tma=True),),
     (100, "long"): (Tile(128, 256, 64, 8, 4, tma=True, group=8),),
-    (100, "column"): (Tile(64, 128, 64, 8, 3, group=8),),
 } | {(architecture, kind): tiles for architecture in (80, 90, 100) for kind, tiles in _COMMON.items()}
 ARCHITECTURES = sorted({architecture for architecture, _ in TABLE})
 
@@ -83,7 +78,7 @@ _tuned: dict[Hashable, Tile] = {}
 
 
 def architecture(device: torch.device) -> int:
-    """The newest entry of the table that is not newer than the device. The interpreter, on a CPU, takes the newest."""
+    """The newest entry of the table that the device can run. The interpreter, on a CPU, takes the newest of all."""
     if device.type != "cuda":
         return ARCHITECTURES[-1]
     major, minor = torch.cuda.get_device_capability(device)
@@ -98,8 +93,8 @@ def processors(device: torch.device) -> int:
 
 
 def aligned(x: torch.Tensor) -> bool:
-    """Whether x (T, K) can be loaded 16 bytes at a time, and by a tensor descriptor: contiguous, aligned rows, which
-    are not one and the same row (an expanded gradient)."""
+    """Whether x (T, K) can be loaded 16 bytes at a time, and by a tensor descriptor: contiguous, aligned rows that do
+    not overlap (an expanded gradient's do)."""
     return (
         x.stride(1) == 1
         and x.stride(0) >= x.shape[1]
@@ -122,13 +117,13 @@ def choose(device: torch.device, kind: str, shape: Hashable, run: Callable[[Tile
     return _tuned[key]
 
 
-# ---------------------------------------------------------------- kernels that keep whole rows: the norms
+# ---------------------------------------------------------------- norms: kernels that hold whole rows
 
 # Elements of a row that one program can hold: 32 warps, the most there can be, of 8 a thread.
 MAX_NORM_WIDTH = 8192
-# Warps of a multiprocessor that sum over rows in the backward. 32 are resident (at most 64 registers a thread at D of 2048
-# and more); their dy, h and dh in bf16 are 48 KiB in flight, twice what 4.3 TB/s need at 700 ns. With more
-# programs than are resident some start when the others end, and each has partial sums of 4*D bytes.
+# Warps of a multiprocessor that sum over rows in the backward. 32 are resident (at most 64 registers a thread at D of
+# 2048 and more); their dy, h and dh in bf16 are 48 KiB in flight, twice what 4.3 TB/s need at 700 ns. More programs
+# would start late, and each has partial sums of 4*D bytes.
 NORM_SUM_WARPS = 32
 
 

@@ -26,7 +26,7 @@ MODULES = {
     for file in FILES
     if file not in STAND_INS
 }
-FOREIGN = ("cuda", "cuda_library", "triton_kernel")  # signatures are Triton's and C's
+FOREIGN = ("cuda", "cuda_library", "triton_kernel", "reference")  # Triton's and C's signatures, and their references'
 
 
 def imports(name, tree):

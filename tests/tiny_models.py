@@ -136,11 +136,11 @@ def peak_bytes(function, largest=float("inf")):
     return peak
 
 
-def unlearned_copy(model, seed=5):
-    """A stand-in for M_u: the original with every weight moved."""
+def moved(model, seed=5, size=0.02):
+    """A stand-in for M_u: a copy with every weight moved."""
     other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in other.parameters():
-            p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) * 0.02)
+            p.add_((torch.randn(p.shape, generator=generator, dtype=torch.float64) * size).to(p.dtype))
     return other

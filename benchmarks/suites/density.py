@@ -4,8 +4,7 @@ One weight (N, K) of a linear layer, samples of T tokens packed one after the ot
 CPU), grad_l1:
 
   torch, triton, cuda   ours
-  triton all            ours, three statistics in one launch
-  tile ...              each candidate of kernels/config.py's table, with --tiles
+  tile ...              each candidate of kernels/tiles.py's table, with --tiles
   bare                  each sample's product written to memory, no statistic: what the others are to be compared with;
                         on a GPU the fastest of single, batched and grouped products
   loop                  the baseline: a backward per sample (its forward untimed), then .grad.abs().sum()
@@ -62,7 +61,6 @@ from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives import losses
 
 MEAN_RAGGED = 44  # tokens of a sample in `ragged`
-ALL = ("grad_l1", "grad_l2sq", "grad_linf")
 
 
 class _PerSample(Case):
@@ -120,11 +118,13 @@ class Weight(_PerSample):
         return self.floor()  # the loop rounds its gradients to their dtype, ours none
 
     def variants(self, data):
-        def ours(impl, statistics=(self.statistic,), form="direct"):
+        def ours(impl, form="direct"):
             def make():
                 need("grad_density", impl, self.device)
-                arguments = dict(max_seqlen=max(data.lengths), statistics=statistics, form=form, impl=impl)
-                return lambda: operators.grad_density(data.x, [data.dy], data.cu_seqlens, **arguments)[0]
+                arguments = dict(max_seqlen=max(data.lengths), statistic=self.statistic, form=form, impl=impl)
+                return lambda: {
+                    self.statistic: operators.grad_density(data.x, [data.dy], data.cu_seqlens, **arguments)[0]
+                }
 
             return make
 
@@ -138,7 +138,6 @@ class Weight(_PerSample):
         if self.statistic == "grad_l2sq":
             found.append(Variant("gram", ours("torch", form="gram"), ours=True))
             return [*found, Variant("opacus", lambda: per_sample.opacus(data))]
-        found.append(Variant("triton all", ours("triton", ALL), ours=True))
         buffer = None if self.options.gpu else self.N * self.K * self.dtype.itemsize
         found.append(Variant("bare", lambda: bare(data), standing_bytes=buffer))
         rivals = {"grouped_mm": per_sample.grouped, "grouped_norm": per_sample.grouped_norm, "func": per_sample.func}
@@ -158,8 +157,8 @@ class Weight(_PerSample):
 
         def make(tile):
             def run():
-                (found,) = launch(data.x, [data.dy], data.cu_seqlens, ("grad_l1",), tile=tile)
-                return {"grad_l1": found[0]}
+                (found,) = launch(data.x, [data.dy], data.cu_seqlens, "grad_l1", tile=tile)
+                return {"grad_l1": found}
 
             return lambda: run
 

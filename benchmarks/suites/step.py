@@ -41,7 +41,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kunbr_fast as kf
 from kunbr_fast.benchmarks import measure
@@ -99,9 +98,7 @@ class Reference:
         return nbytes([*self.model.parameters(), *gradient, *self.optimizer.momentum])
 
     def flops(self):
-        with sdpa_kernel(SDPBackend.MATH), measure.flop_counter() as counter:
-            self.step()
-        return counter.get_total_flops()
+        return measure.spent_flops(self.step)
 
 
 class ListLion:
@@ -227,9 +224,7 @@ class Ours:
         return nbytes([*held, *graphs.inputs]) + sum(pool)
 
     def flops(self):
-        with sdpa_kernel(SDPBackend.MATH), measure.flop_counter() as counter:
-            self.gradients()
-        return counter.get_total_flops()
+        return measure.spent_flops(self.gradients)
 
 
 OURS = {

@@ -15,10 +15,10 @@ static Operand operand(const void *data, const int64_t *strides, int64_t columns
     return {data, strides[0], strides[1], columns, strides[1] == 1 && aligned};
 }
 
-static void prepare(Arguments &a, std::vector<int32_t> &order, std::vector<float> &partial, int planes, unsigned seed) {
+static void prepare(Arguments &a, std::vector<int32_t> &order, std::vector<float> &partial, unsigned seed) {
     order.assign(a.schedule.samples, -1);
-    partial.assign(planes * a.schedule.plane(a.along), std::nanf(""));
-    const Batch &batch = a.batch[0];
+    partial.assign(a.schedule.partials(a.along), std::nanf(""));
+    const Batch &batch = a.batch;
     const int samples = static_cast<int>(a.schedule.samples);
     gpu::launch(static_cast<unsigned>(ceil_div(samples, HELPER_THREADS)), HELPER_THREADS, 0, seed,
                 [&] { order_kernel(batch.cu_seqlens, batch.wide_index, samples, order.data()); });
@@ -32,7 +32,7 @@ static bool has_nan(const std::vector<float> &values) {
 
 static void reduce(const Reduction &r, unsigned seed) {
     const int lanes = r.elements == 1 ? 32 : 1;
-    const int64_t results = r.statistics * r.samples * r.elements;
+    const int64_t results = r.samples * r.elements;
     gpu::launch(static_cast<unsigned>(ceil_div(results * lanes, HELPER_THREADS)), HELPER_THREADS, 0, seed, [&] {
         if (lanes == 32)
             reduce_kernel<32>(r);
@@ -41,10 +41,10 @@ static void reduce(const Reduction &r, unsigned seed) {
     });
 }
 
-template <class Type, Mode MODE>
+template <class Type>
 static void portable(const Arguments &a, unsigned seed) {
-    gpu::launch(static_cast<unsigned>(a.schedule.items()), PORTABLE_THREADS, Shared<Type, MODE>::BYTES, seed,
-                [&] { density_kernel<Type, MODE>(a); });
+    gpu::launch(static_cast<unsigned>(a.schedule.items()), PORTABLE_THREADS, Shared<Type>::BYTES, seed,
+                [&] { density_kernel<Type>(a); });
 }
 
 static void hopper(const Arguments &a, int blocks, unsigned seed) {
@@ -52,7 +52,7 @@ static void hopper(const Arguments &a, int blocks, unsigned seed) {
     std::vector<Segment> segments(a.schedule.samples);
     std::vector<char> maps(a.schedule.samples * operands * MAP_BYTES);
     for (int64_t rank = 0; rank < a.schedule.samples; ++rank) {  // maps_kernel, with maps of our own
-        const Batch &batch = a.batch[0];
+        const Batch &batch = a.batch;
         const int64_t start = offset_at(batch.cu_seqlens, batch.wide_index, a.order[rank]);
         const int64_t length = offset_at(batch.cu_seqlens, batch.wide_index, a.order[rank] + 1) - start;
         segments[rank] = {start, static_cast<int32_t>(length), a.order[rank]};
@@ -70,14 +70,10 @@ static void hopper(const Arguments &a, int blocks, unsigned seed) {
 // ---------------------------------------------------------------- optimisers
 
 template <class Step, int STATES>
-static void update(const Step &step, Update u, double *summary, int wide) {
-    std::vector<double2> partial(ceil_div(u.size, SPAN), double2{std::nan(""), 0});
-    u.partial = summary == nullptr ? nullptr : partial.data();
+static void update(const Step &step, Update u, int wide) {
     u.wide = wide != 0;
-    gpu::launch(static_cast<unsigned>(partial.size()), OPTIMIZER_THREADS, 0, 0, [&] { update_kernel<Step, STATES>(u, step); });
-    if (summary != nullptr)
-        gpu::launch(1, SUMMARY_THREADS, 0, 0,
-                    [&] { summary_kernel(partial.data(), static_cast<int64_t>(partial.size()), summary); });
+    gpu::launch(static_cast<unsigned>(ceil_div(u.size, SPAN)), OPTIMIZER_THREADS, 0, 0,
+                [&] { update_kernel<Step, STATES>(u, step); });
 }
 
 // What an exception is to the caller in Python: 2, and a line on stderr.
@@ -97,52 +93,28 @@ extern "C" {
 // sum is NaN: not written, or made of what was not loaded yet; 2 for what the emulator stops at.
 int emulate_grad_density(const void *x, const int64_t *x_strides, int64_t K, int projections, const void *const *dys,
                          const int64_t *dy_strides, const int64_t *sizes, int type, const void *cu_seqlens,
-                         int64_t samples, int statistics, int along, double *const *outs, int blocks, unsigned seed) {
+                         int64_t samples, int statistic, int along, double *const *outs, int blocks, unsigned seed) {
     return guarded([&] {
         Arguments a = {};
         const int bytes = type == 0 ? 4 : 2;
-        a.batch[0].x = operand(x, x_strides, K, bytes);
-        for (int p = 0; p < projections; ++p) a.batch[0].dy[p] = operand(dys[p], dy_strides + 2 * p, sizes[p], bytes);
-        a.batch[0].cu_seqlens = cu_seqlens;
-        a.batch[0].wide_index = true;
-        a.statistics = statistics;
+        a.batch.x = operand(x, x_strides, K, bytes);
+        for (int p = 0; p < projections; ++p) a.batch.dy[p] = operand(dys[p], dy_strides + 2 * p, sizes[p], bytes);
+        a.batch.cu_seqlens = cu_seqlens;
+        a.batch.wide_index = true;
+        a.statistic = statistic;
         a.along = along;
         a.schedule = Schedule::of(samples, K, projections, sizes, TILE_N, blocks > 0 ? CONSUMERS : 1);
         std::vector<int32_t> order;
         std::vector<float> partial;
-        const int planes = (statistics & 1) + (statistics >> 1 & 1) + (statistics >> 2 & 1);
-        prepare(a, order, partial, planes, seed);
+        prepare(a, order, partial, seed);
         if (blocks > 0)
             hopper(a, blocks, seed);
         else if (type == 0)
-            along == ALONG_COLUMN ? portable<float, MODE_COLUMNS>(a, seed) : portable<float, MODE_ROWS>(a, seed);
+            portable<float>(a, seed);
         else
-            along == ALONG_COLUMN ? portable<Bf16, MODE_COLUMNS>(a, seed) : portable<Bf16, MODE_ROWS>(a, seed);
+            portable<Bf16>(a, seed);
         for (int p = 0; p < projections; ++p)
-            reduce(Reduction::of(a.schedule, along, statistics, p, partial.data(), outs[p]), seed);
-        return has_nan(partial) ? 1 : 0;
-    });
-}
-
-// Contiguous tensors. xs, dys, cu_seqlens: of the one batch and of the other.
-int emulate_grad_alignment(const void *const *xs, const void *const *dys, const void *const *cu_seqlens, int64_t K,
-                           int64_t N, int type, int64_t samples, double *out, unsigned seed) {
-    return guarded([&] {
-        Arguments a = {};
-        const int bytes = type == 0 ? 4 : 2;
-        const int64_t x_strides[2] = {K, 1}, dy_strides[2] = {N, 1};
-        for (int i = 0; i < 2; ++i) {
-            a.batch[i].x = operand(xs[i], x_strides, K, bytes);
-            a.batch[i].dy[0] = operand(dys[i], dy_strides, N, bytes);
-            a.batch[i].cu_seqlens = cu_seqlens[i];
-            a.batch[i].wide_index = true;
-        }
-        a.schedule = Schedule::of(samples, K, 1, &N, PAIR_TILE_N, 1);
-        std::vector<int32_t> order;
-        std::vector<float> partial;
-        prepare(a, order, partial, 3, seed);
-        type == 0 ? portable<float, MODE_PAIR>(a, seed) : portable<Bf16, MODE_PAIR>(a, seed);
-        reduce(Reduction::of_pairs(a.schedule, partial.data(), out), seed);
+            reduce(Reduction::of(a.schedule, along, statistic, p, partial.data(), outs[p]), seed);
         return has_nan(partial) ? 1 : 0;
     });
 }
@@ -150,22 +122,22 @@ int emulate_grad_alignment(const void *const *xs, const void *const *dys, const 
 // types: of param, grad, state and half, 0 fp32, 1 bf16. wide: all pointers are aligned to 16 bytes.
 int emulate_lion(void *param, void *grad, void *momentum, void *half, const int *types, int64_t size, double lr,
                  double beta1, double beta2, double weight_decay, int stochastic, uint64_t seed, uint32_t step,
-                 double *summary, int wide) {
+                 int wide) {
     return guarded([&] {
         const Update u = {{param, types[0]}, {grad, types[1]}, {{momentum, types[2]}, {}}, {half, types[3]},
-                          size, nullptr, seed, step, stochastic != 0, false};
-        update<LionStep, 1>(LionStep::of(lr, beta1, beta2, weight_decay), u, summary, wide);
+                          size, seed, step, stochastic != 0, false};
+        update<LionStep, 1>(LionStep::of(lr, beta1, beta2, weight_decay), u, wide);
         return 0;
     });
 }
 
 int emulate_adamw(void *param, void *grad, void *exp_avg, void *exp_avg_sq, void *half, const int *types, int64_t size,
                   uint32_t step, double lr, double beta1, double beta2, double eps, double weight_decay, int stochastic,
-                  uint64_t seed, double *summary, int wide) {
+                  uint64_t seed, int wide) {
     return guarded([&] {
         const Update u = {{param, types[0]}, {grad, types[1]}, {{exp_avg, types[2]}, {exp_avg_sq, types[2]}},
-                          {half, types[3]}, size, nullptr, seed, step, stochastic != 0, false};
-        update<AdamWStep, 2>(AdamWStep::of(step, lr, beta1, beta2, eps, weight_decay), u, summary, wide);
+                          {half, types[3]}, size, seed, step, stochastic != 0, false};
+        update<AdamWStep, 2>(AdamWStep::of(step, lr, beta1, beta2, eps, weight_decay), u, wide);
         return 0;
     });
 }

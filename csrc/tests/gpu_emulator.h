@@ -42,13 +42,9 @@ struct Fp16 {};
 struct float2 {
     float x, y;
 };
-struct double2 {
-    double x, y;
-};
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
-inline double2 make_double2(double x, double y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 namespace gpu {

@@ -9,7 +9,7 @@
 using namespace kunbr;
 
 static void rounding() {
-    const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+    const float inf = std::numeric_limits<float>::infinity();
     const uint32_t words[][2] = {{0x3F808000, 0x3F80}, {0x3F818000, 0x3F82}, {0x3F808001, 0x3F81}, {0x3FFFFFFF, 0x4000},
                                  {0x7F7FFFFF, 0x7F80}, {0xFF800000, 0xFF80}, {0x80000001, 0x8000}, {0, 0}};
     for (const auto &pair : words) assert(to_bf16(float_of(pair[0])) == pair[1]);
@@ -24,7 +24,6 @@ static void rounding() {
         const float x = narrow_stochastically(float_of(0x3F804000), random);  // a quarter of the way up
         assert(x == ((random & 0xFFFF) >= 0xC000 ? above : below));
     }
-    assert(!is_finite(inf) && !is_finite(-inf) && !is_finite(nan) && is_finite(3e38f) && is_finite(0.0f));
 }
 
 static void randomness() {

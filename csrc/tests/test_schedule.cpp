@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cassert>
 #include <initializer_list>
+#include <limits>
 #include <set>
 #include <tuple>
 #include <vector>
@@ -10,11 +11,11 @@
 
 using namespace kunbr;
 
-// Every tile of every sample is in one item, and partial sums fill their planes without a gap or a clash.
+// Every tile of every sample is in one item, and partial sums fill their places without a gap or a clash.
 static void items(int64_t samples, int64_t K, std::vector<int64_t> sizes, int tile_n, int sharers) {
     const Schedule s = Schedule::of(samples, K, static_cast<int>(sizes.size()), sizes.data(), tile_n, sharers);
     std::set<std::tuple<int64_t, int32_t, int32_t>> seen;
-    std::vector<int> all(s.plane(ALONG_ALL)), row(s.plane(ALONG_ROW)), column(s.plane(ALONG_COLUMN));
+    std::vector<int> all(s.partials(ALONG_ALL)), row(s.partials(ALONG_ROW));
     int64_t last_rank = 0;
     for (int64_t i = 0; i < s.items(); ++i) {
         const Item item = s.item(i);
@@ -29,8 +30,6 @@ static void items(int64_t samples, int64_t K, std::vector<int64_t> sizes, int ti
         for (int32_t t = 0; t < tiles; ++t) {
             const int32_t k_tile = s.first_k_tile(item.strip) + t;
             assert(k_tile < s.k_tiles && seen.insert({item.rank, item.n_tile, k_tile}).second);
-            for (int64_t k = k_tile * TILE_K; k < std::min<int64_t>(K, (k_tile + 1) * TILE_K); ++k)
-                ++column.at(s.column_place(item.rank, item.n_tile, k));
         }
         for (int32_t sharer = 0; sharer < sharers; ++sharer) {
             const int32_t part = item.strip * sharers + sharer;
@@ -40,8 +39,8 @@ static void items(int64_t samples, int64_t K, std::vector<int64_t> sizes, int ti
         }
     }
     assert(static_cast<int64_t>(seen.size()) == samples * s.n_tiles * s.k_tiles);
-    for (const auto *plane : {&all, &row, &column})
-        for (int count : *plane) assert(count == 1);
+    for (const auto *places : {&all, &row})
+        for (int count : *places) assert(count == 1);
 }
 
 static void ranks() {
@@ -56,19 +55,17 @@ static void ranks() {
 }
 
 static void steps() {
-    assert(Steps<1>::blocks(0, 32) == 1 && Steps<1>::blocks(32, 32) == 1 && Steps<1>::blocks(33, 32) == 2);
-    assert(Steps<1>::blocks(MAX_TOKENS, 16) == MAX_TOKENS / 16);
-    Steps<2> pair;
-    pair.count[0] = 2, pair.count[1] = 1;
-    assert(pair.total(3) == 9);
+    assert(Steps::blocks(0, 32) == 1 && Steps::blocks(32, 32) == 1 && Steps::blocks(33, 32) == 2);
+    assert(Steps::blocks(MAX_TOKENS, 16) == MAX_TOKENS / 16);
+    Steps two;
+    two.count = 2;
     for (int tile = 0; tile < 3; ++tile)
-        for (auto at : {std::pair<int, int>{0, 0}, {0, 1}, {1, 0}}) {
-            assert(pair.tile == tile && pair.source == at.first && pair.block == at.second);
-            pair.advance();
+        for (int block = 0; block < 2; ++block) {
+            assert(two.tile == tile && two.block == block);
+            two.advance();
         }
-    Steps<1> longest;
-    longest.count[0] = Steps<1>::blocks(MAX_TOKENS, 16);
-    assert(longest.total(STRIP_TILES) == STRIP_TILES * (MAX_TOKENS / 16));
+    // what an item counts in an int32
+    assert(static_cast<int64_t>(STRIP_TILES) * Steps::blocks(MAX_TOKENS, 16) <= std::numeric_limits<int32_t>::max());
 }
 
 int main() {
@@ -83,7 +80,7 @@ int main() {
     // far beyond 32 bits: a batch that still is one launch
     const int64_t sizes[] = {1 << 20};
     const Schedule large = Schedule::of(30, 1 << 20, 1, sizes, 128, 2);
-    assert(large.plane(ALONG_ROW) == 30ll * 2048 * (1 << 20) && large.item(large.items() - 1).rank == 29);
-    assert(large.place(ALONG_ROW, 29, 2047, (1 << 20) - 1) == large.plane(ALONG_ROW) - 1);
+    assert(large.partials(ALONG_ROW) == 30ll * 2048 * (1 << 20) && large.item(large.items() - 1).rank == 29);
+    assert(large.place(ALONG_ROW, 29, 2047, (1 << 20) - 1) == large.partials(ALONG_ROW) - 1);
     return 0;
 }

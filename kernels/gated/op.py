@@ -1,15 +1,16 @@
-"""Gated activations, y = act(gate) * up, that save gate and up and nothing else, and give their memory back.
+"""Gated activations, y = act(gate) * up: only gate and up are saved, and the backward writes over them.
 
-A model's own `act(gate) * up` saves three tensors of that size (gate, act(gate), up), and its backward makes more.
-Here act(gate) is computed again in the backward, dgate is written over gate and dup over up. Saved per element: two
-values; one if up's gradient alone is asked for; none if neither is.
+A model's own `act(gate) * up` saves three tensors (gate, act(gate), up), and its backward makes more. Here the backward
+computes act(gate) again and writes dgate over gate and dup over up. Saved per element: two values; one if only up's
+gradient is asked for; none if neither is.
 
-When the backward may overwrite. gate and up must be results (not leaves, nor views of leaves) in memory of their own,
-saved with no saved-tensor hooks around (autograd checks versions only without hooks; checkpointing and offloading use
-them), both gradients asked for, and the graph not retained. Else dgate and dup are new tensors. Overwriting counts in
-autograd's version counters: another operation that saved gate, up or a view of the same memory, and whose backward runs
-later, raises "modified by an inplace operation" and never computes with what is left. After the backward a caller's own
-references to gate and up (a forward hook's, say) hold gradients: keep a clone of what is to be looked at.
+The backward overwrites gate and up if
+  - they are results, not leaves or views of leaves, each in memory of its own;
+  - no saved-tensor hooks are active (autograd checks versions only without hooks; recomputing and offloading use them);
+  - both gradients are asked for, and the graph is not retained.
+Else dgate and dup are new tensors. Overwriting counts in autograd's version counters: if another operation saved gate,
+up or a view of their memory, its later backward raises "modified by an inplace operation". A caller's own references
+to gate and up (a forward hook's, say) hold gradients afterwards: clone what you want to look at.
 
 Under torch.compile nothing is overwritten: the compiler plans memory itself.
 """
@@ -118,7 +119,7 @@ def _backward_(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activatio
 
 
 def _refuse_create_graph() -> None:
-    """torch's once_differentiable raises later, and not where dy is a constant: there it drops second derivatives."""
+    """torch's once_differentiable raises later, and drops second derivatives where dy is a constant."""
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
         raise RuntimeError(
             "swiglu and geglu cannot be differentiated twice: leave out create_graph=True, or use act(gate) * up"
@@ -129,14 +130,14 @@ def _refuse_create_graph() -> None:
 
 
 def _references(*tensors: torch.Tensor) -> tuple:
-    """Weak references to inputs whose memory the backward may take, or () if it may not: see the module docstring."""
+    """Weak references to inputs that the backward may overwrite, or () if it may not: see the module docstring."""
     if torch.compiler.is_compiling() or not all(map(_is_a_result, tensors)) or not _apart(*tensors):
         return ()
     return tuple(map(weakref.ref, tensors))
 
 
 def _is_a_result(x: torch.Tensor) -> bool:
-    """Of an operation, not something a caller made; each element with its own place, and rows that can be walked."""
+    """Of an operation, not made by a caller; no two elements in one place, and viewable as (rows, N)."""
     if x.is_leaf or (x._base is not None and x._base.is_leaf):
         return False
     rows = _rows_or_none(x)
@@ -144,7 +145,7 @@ def _is_a_result(x: torch.Tensor) -> bool:
 
 
 def _apart(*tensors: torch.Tensor) -> bool:
-    """No two in one storage: the halves of one product, or one tensor twice, are not told apart any further."""
+    """No two share a storage. (Halves of one product, or one tensor twice, do.)"""
     return len({x.untyped_storage().data_ptr() for x in tensors}) == len(tensors)
 
 
@@ -153,7 +154,7 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 
 def _may_overwrite(ctx, dy: torch.Tensor, *saved: torch.Tensor) -> bool:
-    """In the backward. A saved-tensor hook gives back another tensor object than the one that was saved."""
+    """Asked in the backward. A saved-tensor hook returns another tensor object than the saved one."""
     if not ctx.saved or _keeps_graph():
         return False
     return all(reference() is x for reference, x in zip(ctx.saved, saved)) and _apart(dy, *saved)
@@ -175,8 +176,8 @@ def _check(operation: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
     if up is None:
         if gate.shape[-1] % 2:
             raise ValueError(
-                f"{operation}: one tensor {tuple(gate.shape)} with an odd last dimension: expected (..., 2*N), gate then "
-                "up, or give `up` too"
+                f"{operation}: one tensor {tuple(gate.shape)} with an odd last dimension: expected (..., 2*N), gate "
+                "then up, or give `up` too"
             )
         return
     if up.dtype != gate.dtype:
@@ -192,9 +193,9 @@ def _check(operation: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
 
 @torch.library.custom_op("kunbr_fast::gated_forward", mutates_args=())
 def _gated_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    from . import triton_kernel as swiglu
+    from . import triton_kernel
 
-    return swiglu.forward(gate, up, activation)
+    return triton_kernel.forward(gate, up, activation)
 
 
 @_gated_forward.register_fake
@@ -208,9 +209,9 @@ def _(gate, up, activation):
     schema="(Tensor dy, Tensor gate, Tensor? up, str activation, bool need_gate, bool need_up) -> Tensor[]",
 )
 def _gated_backward(dy, gate, up, activation, need_gate, need_up):
-    from . import triton_kernel as swiglu
+    from . import triton_kernel
 
-    return swiglu.backward(dy, gate, up, activation, need_gate, need_up)
+    return triton_kernel.backward(dy, gate, up, activation, need_gate, need_up)
 
 
 @_gated_backward.register_fake
@@ -220,9 +221,9 @@ def _(dy, gate, up, activation, need_gate, need_up):
 
 @torch.library.custom_op("kunbr_fast::gated_packed_backward", mutates_args=())
 def _gated_packed_backward(dy: torch.Tensor, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    from . import triton_kernel as swiglu
+    from . import triton_kernel
 
-    return swiglu.packed_backward(dy, gate_up, activation)
+    return triton_kernel.packed_backward(dy, gate_up, activation)
 
 
 @_gated_packed_backward.register_fake
@@ -232,6 +233,6 @@ def _(dy, gate_up, activation):
 
 @torch.library.custom_op("kunbr_fast::gated_backward_", mutates_args=("gate", "up"))
 def _gated_backward_in_place(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
-    from . import triton_kernel as swiglu
+    from . import triton_kernel
 
-    swiglu.backward_(dy, gate, up, activation)
+    triton_kernel.backward_(dy, gate, up, activation)

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import torch
 
-GATED_ACTIVATIONS = ("silu", "gelu_tanh", "gelu_none")
-
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """`act(gate) * up`, all of one shape and dtype."""
+    """`act(gate) * up`, all of one shape and dtype. activation: "silu", "gelu_tanh" or "gelu_none"."""
     return _activated(gate, activation).mul_(up)
 
 
@@ -23,7 +21,7 @@ def gated_backward(
     need_gate: bool = True,
     need_up: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(dgate, dup) = (dy * up * act'(gate), dy * act(gate)); None for the one not asked for. `up` serves dgate alone."""
+    """(dgate, dup) = (dy * up * act'(gate), dy * act(gate)); None for the one not asked for. Only dgate needs `up`."""
     dgate = _activation_backward(dy * up, gate, activation) if need_gate else None
     dup = _activated(gate, activation).mul_(dy) if need_up else None
     return dgate, dup

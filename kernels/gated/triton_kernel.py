@@ -1,13 +1,13 @@
 """Gated activations, forward and backward: y = act(gate) * up, with act = SiLU (SwiGLU) or GELU (GeGLU).
 
     silu(g)      = g * s(g)                                    s(g) = 1 / (1 + exp(-g))
-    gelu_tanh(g) = g * s(2 * c * (g + a * g^3))                c = sqrt(2 / pi), a = 0.044715: 0.5 * (1 + tanh(z)) = s(2z)
+    gelu_tanh(g) = g * s(2 * c * (g + a * g^3))                c = sqrt(2 / pi), a = 0.044715; s(2z) = (1 + tanh(z)) / 2
     gelu_none(g) = g * Phi(g)                                  Phi(g) = 0.5 * (1 + erf(g / sqrt(2)))
     dgate = dy * up * act'(gate)        dup = dy * act(gate)
 
-Index letters: R rows (all leading dimensions), N columns. Never in memory: act(gate), which the backward computes again,
-and dy * up. The backward may write dgate over gate and dup over up: a program loads its elements before it stores any,
-and no other program touches them.
+Index letters: R rows (all leading dimensions), N columns. Never in memory: act(gate), which the backward computes
+again, and dy * up. The backward may write dgate over gate and dup over up: a program loads its elements before it
+stores any, and no other program touches them.
 
 Bytes for n = R*N elements of e bytes: forward 3*n*e, backward 5*n*e (3*n*e for dup alone, 4*n*e for dgate alone);
 about 10 FLOPs an element forward and 20 backward, so memory-bound: 0.3 FLOPs a byte of what an H200 could do.
@@ -92,7 +92,7 @@ def gated_backward_kernel(dy, gate, up, dgate, dup, N, blocks, stride_yr, stride
 
 
 def _rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Each as (R, N), copied where its strides ask for it; as one row where all are contiguous, so that blocks are full."""
+    """Each as (R, N), copied if its strides require it; as one row if all are contiguous, so that blocks are full."""
     shape = tensors[0].shape
     flat = all(x.is_contiguous() for x in tensors)
     return [x.reshape((1, x.numel()) if flat else (math.prod(shape[:-1]), shape[-1])) for x in tensors]
@@ -110,6 +110,7 @@ def _launch(kernel, tensors: dict[str, torch.Tensor], strides: str, constexprs: 
 
 
 def call_forward(gate: torch.Tensor, up: torch.Tensor, y: torch.Tensor, activation: str) -> Call:
+    """The launch that writes y."""
     gate, up, y = _rows(gate, up, y)
     return _launch(gated_kernel, dict(gate=gate, up=up, y=y), "g u y", dict(ACTIVATION=activation))
 

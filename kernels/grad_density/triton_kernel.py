@@ -1,14 +1,14 @@
-"""Statistics of each sample's weight gradient, with no weight gradient in memory.
+"""A statistic of each sample's weight gradient, with no weight gradient in memory.
 
 A linear layer y = x @ W.T, samples packed one after the other (sample i: tokens cu_seqlens[i] to cu_seqlens[i+1]):
 
     dW_i[n, k] = sum over the tokens t of sample i of dy[t, n] * x[t, k]
     grad_l1[i] = sum |dW_i[n, k]|      grad_l2sq[i] = sum dW_i[n, k]^2      grad_linf[i] = max |dW_i[n, k]|
 
-with the sums over all of (n, k), or over k for each output row n, or over n for each input column k.
+with the sum over all of (n, k), or over k for each output row n.
 
-Index letters: B samples, T tokens, N out features, K in features, P projections that share x, S statistics.
-Never in memory: dW_i. A program holds one (BN, BK) tile of it in registers and keeps what the tile adds to each sum.
+Index letters: B samples, T tokens, N out features, K in features, P projections that share x.
+Never in memory: dW_i. A program holds one (BN, BK) tile of it in registers and keeps what the tile adds to each row.
 
 Two ways through a sample, chosen by its length as the kernel runs (`SHORT`):
   short (up to 128 tokens)  dy's (tokens, BN) tile stays on the chip while the program walks along K: each step loads
@@ -18,7 +18,7 @@ Two ways through a sample, chosen by its length as the kernel runs (`SHORT`):
   long                      the tokens are walked in blocks of BT for one tile; programs are ordered in groups of
                             GROUP tiles along N, so that the panels of dy and x in use stay in the L2 cache.
 
-FLOPs: 2*T*N*K, and B*N*K additions for each statistic. Bytes from DRAM: T*(N+K) elements, once, as long as one
+FLOPs: 2*T*N*K, and B*N*K additions for the statistic. Bytes from DRAM: T*(N+K) elements, once, as long as one
 sample's x and dy fit the L2 cache. At T=128, 14336 x 4096 in bf16 that is 15 GFLOP and 4.7 MB.
 Precision: products of bf16 and fp16 are exact in fp32 and summed in fp32; fp32 inputs are multiplied in full fp32
 (not TF32) on the CUDA cores. A program's sums are fp32; the programs' sums are added in float64.
@@ -86,30 +86,16 @@ def _magnitude(x):
 
 
 @triton.jit
-def _add_tile(acc, l1, l2sq, linf, AXIS: tl.constexpr, L1: tl.constexpr, L2SQ: tl.constexpr, LINF: tl.constexpr):
-    """Adds the (BN, BK) tile `acc` of dW to running statistics along AXIS; linf holds the floats' bits."""
-    if L1:
-        l1 += tl.sum(_magnitude(acc), AXIS)
-    if L2SQ:
-        l2sq += tl.sum(acc * acc, AXIS)
-    if LINF:
+def _add_tile(acc, total, STATISTIC: tl.constexpr):
+    """Adds the (BN, BK) tile `acc` of dW to its rows' statistic; a running maximum holds the floats' bits."""
+    if STATISTIC == "grad_l1":
+        total += tl.sum(_magnitude(acc), 1)
+    elif STATISTIC == "grad_l2sq":
+        total += tl.sum(acc * acc, 1)
+    else:
         # as integers: the order of non-negative floats, with NaN on top, where a float maximum would drop it
-        linf = tl.maximum(linf, tl.max(tl.abs(acc).to(tl.int32, bitcast=True), AXIS))
-    return l1, l2sq, linf
-
-
-@triton.jit
-def _store(out, plane, offsets, mask, l1, l2sq, linf, L1: tl.constexpr, L2SQ: tl.constexpr, LINF: tl.constexpr):
-    """Each statistic into its own plane of `out`; planes are stepped over one by one, as pointers do not overflow."""
-    out += offsets
-    if L1:
-        tl.store(out, l1, mask=mask)
-        out += plane
-    if L2SQ:
-        tl.store(out, l2sq, mask=mask)
-        out += plane
-    if LINF:
-        tl.store(out, linf.to(tl.float32, bitcast=True), mask=mask)
+        total = tl.maximum(total, tl.max(tl.abs(acc).to(tl.int32, bitcast=True), 1))
+    return total
 
 
 @triton.jit
@@ -125,17 +111,17 @@ def _product(from_x, from_dy, length, K, N, k, n, stride_xt, stride_xk, stride_y
 
 
 @triton.jit
-def _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn, out, plane,
+def _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
           BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
-          COLUMNS: tl.constexpr, L1: tl.constexpr, L2SQ: tl.constexpr, LINF: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """Statistics of BN rows of one sample's dW, over tiles `first` to `last` along K. FITS: it has at most BT tokens.
+          STATISTIC: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """The statistic of BN rows of one sample's dW, over tiles `first` to `last` along K. FITS: at most BT tokens.
 
     STAGES: blocks of x of 128 tokens for which there is room. Shorter ones leave room for more: a product that is used
     in its own step is waited for, so only what was asked for two steps before is there in time.
     """
-    l1 = tl.zeros((BN,), tl.float32)
-    l2sq = tl.zeros((BN,), tl.float32)
-    linf = tl.zeros((BN,), tl.int32)
+    total = tl.zeros((BN,), tl.float32)
+    if STATISTIC == "grad_linf":
+        total = tl.zeros((BN,), tl.int32)
     from_x = _descriptor(x, length, K, stride_xt, BT, BK, TMA)
     from_dy = _descriptor(dy, length, N, stride_yt, BT, BN, TMA)
     if FITS:
@@ -147,14 +133,8 @@ def _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, 
         else:
             acc = _product(from_x, from_dy, length, K, N, tile * BK, n, stride_xt, stride_xk, stride_yt, stride_yn,
                            BN, BK, BT, TMA)  # fmt: skip
-        if COLUMNS:
-            zero = tl.zeros((BK,), tl.float32)
-            c1, c2, ci = _add_tile(acc, zero, zero, zero.to(tl.int32), 0, L1, L2SQ, LINF)
-            cols = tile * BK + tl.arange(0, BK)
-            _store(out, plane, cols, cols < K, c1, c2, ci, L1, L2SQ, LINF)
-        else:
-            l1, l2sq, linf = _add_tile(acc, l1, l2sq, linf, 1, L1, L2SQ, LINF)
-    return l1, l2sq, linf
+        total = _add_tile(acc, total, STATISTIC)
+    return total
 
 
 @triton.jit
@@ -170,16 +150,15 @@ def _place(index, n_tiles, k_strips, group):
 
 
 @triton.jit
-def grad_density_kernel(x, dy0, dy1, dy2, cu_seqlens, out, K, N0, N1, N2, k_tiles, strips, strip_tiles, group, plane,
+def grad_density_kernel(x, dy0, dy1, dy2, cu_seqlens, out, K, N0, N1, N2, k_tiles, strips, strip_tiles, group,
                         stride_xt, stride_xk, stride_0t, stride_0n, stride_1t, stride_1n, stride_2t, stride_2n,
-                        P: tl.constexpr, ALONG: tl.constexpr,
-                        L1: tl.constexpr, L2SQ: tl.constexpr, LINF: tl.constexpr,
+                        P: tl.constexpr, STATISTIC: tl.constexpr, ROWS: tl.constexpr,
                         BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
                         SHORT: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """One program: one sample, BN output rows of one projection, `strip_tiles` tiles along K.
 
-    out, for each statistic one plane of: (B, strips, n_tiles), or (B, strips, sum of N) for ALONG == "row", or
-    (B, n_tiles, K) for "column". n_tiles counts the tiles of all projections, one projection after the other.
+    out: (B, strips, n_tiles), or (B, strips, sum of N) with ROWS. n_tiles counts the tiles of all projections, one
+    projection after the other.
     """
     tiles0 = tl.cdiv(N0, BN)
     tiles1 = tl.cdiv(N1, BN) if P > 1 else 0
@@ -214,69 +193,32 @@ def grad_density_kernel(x, dy0, dy1, dy2, cu_seqlens, out, K, N0, N1, N2, k_tile
     x += start * stride_xt
     dy += start * stride_yt
     sample = sample.to(tl.int64)
-    columns = out + (sample * n_tiles + n_tile) * K
 
     if SHORT and length <= 32:
-        l1, l2sq, linf = _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn, columns,
-                               plane, BN, BK, 32, True, STAGES, ALONG == "column", L1, L2SQ, LINF, TMA)  # fmt: skip
+        value = _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
+                      BN, BK, 32, True, STAGES, STATISTIC, TMA)  # fmt: skip
     elif SHORT and length <= 64:
-        l1, l2sq, linf = _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn, columns,
-                               plane, BN, BK, 64, True, STAGES, ALONG == "column", L1, L2SQ, LINF, TMA)  # fmt: skip
+        value = _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
+                      BN, BK, 64, True, STAGES, STATISTIC, TMA)  # fmt: skip
     elif SHORT and length <= 128:
-        l1, l2sq, linf = _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn, columns,
-                               plane, BN, BK, 128, True, STAGES, ALONG == "column", L1, L2SQ, LINF, TMA)  # fmt: skip
+        value = _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
+                      BN, BK, 128, True, STAGES, STATISTIC, TMA)  # fmt: skip
     else:
-        l1, l2sq, linf = _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn, columns,
-                               plane, BN, BK, BT, False, STAGES, ALONG == "column", L1, L2SQ, LINF, TMA)  # fmt: skip
+        value = _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
+                      BN, BK, BT, False, STAGES, STATISTIC, TMA)  # fmt: skip
 
-    if ALONG == "row":
+    if not ROWS:
+        value = tl.max(value, 0) if STATISTIC == "grad_linf" else tl.sum(value, 0)
+    if STATISTIC == "grad_linf":
+        value = value.to(tl.float32, bitcast=True)
+    if ROWS:
         rows = n + tl.arange(0, BN)
-        places = (sample * strips + strip) * total + rows_before + rows
-        _store(out, plane, places, rows < N, l1, l2sq, linf, L1, L2SQ, LINF)
-    elif ALONG == "none":
-        place = (sample * strips + strip) * n_tiles + n_tile
-        l1, l2sq, linf = tl.sum(l1, 0), tl.sum(l2sq, 0), tl.max(linf, 0)
-        _store(out, plane, place, None, l1, l2sq, linf, L1, L2SQ, LINF)
-
-
-@triton.jit
-def grad_alignment_kernel(x, dy, cu_seqlens, other_x, other_dy, other_cu_seqlens, out, K, N, k_tiles, n_tiles, strips,
-                          strip_tiles, group, plane, stride_xt, stride_xk, stride_yt, stride_yn, stride_oxt, stride_oxk,
-                          stride_oyt, stride_oyn, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr):  # fmt: skip
-    """One program: BN rows of both gradients of a pair, `strip_tiles` tiles along K.
-
-    out: planes (dot, l2sq, other_l2sq) of (B, strips * n_tiles).
-    """
-    pair = tl.program_id(0) // (n_tiles * strips)
-    n_tile, strip = _place(tl.program_id(0) % (n_tiles * strips), n_tiles, strips, group)
-    start = tl.load(cu_seqlens + pair).to(tl.int64)
-    length = (tl.load(cu_seqlens + pair + 1).to(tl.int64) - start).to(tl.int32)
-    other_start = tl.load(other_cu_seqlens + pair).to(tl.int64)
-    other_length = (tl.load(other_cu_seqlens + pair + 1).to(tl.int64) - other_start).to(tl.int32)
-    x += start * stride_xt
-    dy += start * stride_yt
-    other_x += other_start * stride_oxt
-    other_dy += other_start * stride_oyt
-    inner = tl.zeros((BN,), tl.float32)
-    l2sq = tl.zeros((BN,), tl.float32)
-    other_l2sq = tl.zeros((BN,), tl.float32)
-    for tile in range(strip * strip_tiles, tl.minimum(strip * strip_tiles + strip_tiles, k_tiles)):
-        a = _product(x, dy, length, K, N, tile * BK, n_tile * BN, stride_xt, stride_xk, stride_yt, stride_yn,
-                     BN, BK, BT, False)  # fmt: skip
-        b = _product(other_x, other_dy, other_length, K, N, tile * BK, n_tile * BN, stride_oxt, stride_oxk, stride_oyt,
-                     stride_oyn, BN, BK, BT, False)  # fmt: skip
-        inner += tl.sum(a * b, 1)
-        l2sq += tl.sum(a * a, 1)
-        other_l2sq += tl.sum(b * b, 1)
-    place = out + tl.program_id(0)
-    tl.store(place, tl.sum(inner, 0))
-    tl.store(place + plane, tl.sum(l2sq, 0))
-    tl.store(place + 2 * plane, tl.sum(other_l2sq, 0))
+        tl.store(out + (sample * strips + strip) * total + rows_before + rows, value, mask=rows < N)
+    else:
+        tl.store(out + (sample * strips + strip) * n_tiles + n_tile, value)
 
 
 # ---------------------------------------------------------------- launchers
-
-_FLAGS = ("grad_l1", "grad_l2sq", "grad_linf")  # the order of the planes
 
 
 def _strips(k_tiles: int, programs: int, processors: int) -> tuple[int, int]:
@@ -290,7 +232,7 @@ def call_grad_density(
     x: torch.Tensor,
     dys: Sequence[torch.Tensor],
     cu_seqlens: torch.Tensor,
-    statistics: Sequence[str],
+    statistic: str,
     along: str | None,
     tile: config.Tile,
     processors: int,
@@ -302,17 +244,15 @@ def call_grad_density(
     k_tiles = triton.cdiv(K, tile.BK)
     # short: dy's tile is loaded once a strip. long: a strip is one tile, so that groups of tiles share what they load
     strips, strip_tiles = _strips(k_tiles, num_samples * n_tiles, processors) if tile.short else (k_tiles, 1)
-    shape = {None: (strips, n_tiles), "row": (strips, sum(sizes)), "column": (n_tiles, K)}[along]
-    out = torch.empty((len(statistics), num_samples, *shape), dtype=torch.float32, device=x.device)
+    width = {None: n_tiles, "row": sum(sizes)}[along]
+    out = torch.empty((num_samples, strips, width), dtype=torch.float32, device=x.device)
     arguments = dict(x=x, cu_seqlens=cu_seqlens, out=out, K=K, k_tiles=k_tiles, strips=strips, strip_tiles=strip_tiles)
-    arguments |= dict(group=min(tile.group or n_tiles, n_tiles), plane=out[0].numel())
-    arguments |= dict(stride_xt=x.stride(0), stride_xk=x.stride(1))
+    arguments |= dict(group=min(tile.group or n_tiles, n_tiles), stride_xt=x.stride(0), stride_xk=x.stride(1))
     for p in range(MAX_PROJECTIONS):  # those that are not there are never read: the last one again
         dy = dys[min(p, len(dys) - 1)]
         arguments |= {f"dy{p}": dy, f"N{p}": dy.shape[1], f"stride_{p}t": dy.stride(0), f"stride_{p}n": dy.stride(1)}
-    constexprs = dict(P=len(dys), ALONG=along or "none", BN=tile.BN, BK=tile.BK, BT=tile.BT)
+    constexprs = dict(P=len(dys), STATISTIC=statistic, ROWS=along == "row", BN=tile.BN, BK=tile.BK, BT=tile.BT)
     constexprs |= dict(STAGES=tile.num_stages, SHORT=tile.short, TMA=tile.tma)
-    constexprs |= {flag: name in statistics for flag, name in zip(("L1", "L2SQ", "LINF"), _FLAGS)}
     grid = (num_samples * n_tiles * strips,)
     return Call(grad_density_kernel, grid, arguments, constexprs, tile.num_warps, tile.num_stages, scratch=tile.tma)
 
@@ -321,104 +261,50 @@ def launch(
     x: torch.Tensor,
     dys: Sequence[torch.Tensor],
     cu_seqlens: torch.Tensor,
-    statistics: Sequence[str] = ("grad_l1",),
+    statistic: str = "grad_l1",
     along: str | None = None,
     tile: config.Tile | None = None,
 ) -> list[torch.Tensor]:
     """`reference.grad_density` by the kernel: x (T, K), each dy (T, N_p), cu_seqlens (B+1,) int32 or int64.
 
-    Returns P float64 tensors, (S, B), (S, B, N_p) for along="row" or (S, B, K) for "column". bf16, fp16 or fp32, any
-    strides. `tile`: instead of the table's choice.
+    Returns P float64 tensors, (B,) or (B, N_p) for along="row". bf16, fp16 or fp32, any strides. `tile`: instead of the
+    table's choice.
     """
     if len(dys) > MAX_PROJECTIONS:
         parts = [dys[i : i + MAX_PROJECTIONS] for i in range(0, len(dys), MAX_PROJECTIONS)]
-        return [out for part in parts for out in launch(x, part, cu_seqlens, statistics, along, tile)]
+        return [out for part in parts for out in launch(x, part, cu_seqlens, statistic, along, tile)]
     if x.shape[0] == 0:  # no row that a descriptor could name
-        empty = reference.empty_statistics(x, dys, len(cu_seqlens) - 1, len(statistics), along)
-        return [out.zero_() for out in empty]
-    planes = [name for name in _FLAGS if name in statistics]
+        return [out.zero_() for out in reference.empty_statistics(x, dys, len(cu_seqlens) - 1, along)]
     processors = config.processors(x.device)
 
     def run(tile: config.Tile) -> Call:
-        call = call_grad_density(x, dys, cu_seqlens, planes, along, tile, processors)
+        call = call_grad_density(x, dys, cu_seqlens, statistic, along, tile, processors)
         call.launch()
         return call
 
     if tile is None:
         tokens = x.shape[0] / max(1, len(cu_seqlens) - 1)
-        if x.dtype == torch.float32:
-            kind = "fp32"
-        elif not all(map(config.aligned, (x, *dys))):
-            kind = "any"
-        else:
-            kind = "column" if along == "column" else "short" if tokens <= config.SHORT_MEAN_TOKENS else "long"
         sizes = tuple(dy.shape[1] for dy in dys)
-        key = (x.dtype, x.shape[1], sizes, round(tokens / 32), len(cu_seqlens), tuple(planes), along)
-        tile = config.choose(x.device, kind, key, run)
+        key = (x.dtype, x.shape[1], sizes, round(tokens / 32), len(cu_seqlens), statistic, along)
+        tile = config.choose(x.device, _kind(x, dys, tokens), key, run)
     partial = run(tile).arguments["out"]
+    dims = (1, 2) if along is None else (1,)
     out, before = [], 0
     for dy in dys:
         step = dy.shape[1] if along == "row" else triton.cdiv(dy.shape[1], tile.BN)
-        part = partial[:, :, before : before + step] if along == "column" else partial[..., before : before + step]
+        part = partial[..., before : before + step]
         before += step
-        dims = (1, 2) if along is None else (1,)
-        found = {
-            name: values.amax(dims).double() if name == "grad_linf" else values.sum(dims, dtype=torch.float64)
-            for name, values in zip(planes, part)
-        }
-        out.append(torch.stack([found[name] for name in statistics]))
+        out.append(part.amax(dims).double() if statistic == "grad_linf" else part.sum(dims, dtype=torch.float64))
     return out
 
 
-def call_grad_alignment(
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    other_x: torch.Tensor,
-    other_dy: torch.Tensor,
-    other_cu_seqlens: torch.Tensor,
-    tile: config.Tile,
-    processors: int,
-) -> Call:
-    """The launch; its argument `out` is the buffer of partial sums, (3, B, tiles)."""
-    pairs, K, N = len(cu_seqlens) - 1, x.shape[1], dy.shape[1]
-    n_tiles, k_tiles = triton.cdiv(N, tile.BN), triton.cdiv(K, tile.BK)
-    strips, strip_tiles = _strips(k_tiles, pairs * n_tiles, processors)
-    out = torch.empty((3, pairs, n_tiles * strips), dtype=torch.float32, device=x.device)
-    arguments = dict(x=x, dy=dy, cu_seqlens=cu_seqlens, strips=strips, strip_tiles=strip_tiles)
-    arguments |= dict(other_x=other_x, other_dy=other_dy, other_cu_seqlens=other_cu_seqlens, out=out, K=K, N=N)
-    arguments |= dict(k_tiles=k_tiles, n_tiles=n_tiles, group=min(tile.group, n_tiles), plane=out[0].numel())
-    arguments |= dict(stride_xt=x.stride(0), stride_xk=x.stride(1), stride_yt=dy.stride(0), stride_yn=dy.stride(1))
-    arguments |= dict(stride_oxt=other_x.stride(0), stride_oxk=other_x.stride(1))
-    arguments |= dict(stride_oyt=other_dy.stride(0), stride_oyn=other_dy.stride(1))
-    constexprs = dict(BN=tile.BN, BK=tile.BK, BT=tile.BT)
-    grid = (pairs * n_tiles * strips,)
-    return Call(grad_alignment_kernel, grid, arguments, constexprs, tile.num_warps, tile.num_stages)
-
-
-def launch_alignment(
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    other_x: torch.Tensor,
-    other_dy: torch.Tensor,
-    other_cu_seqlens: torch.Tensor,
-    tile: config.Tile | None = None,
-) -> torch.Tensor:
-    """`reference.grad_alignment` by the kernel: (3, B) float64, rows dot, l2sq, other_l2sq of the pairs by index."""
-    arguments = (x, dy, cu_seqlens, other_x, other_dy, other_cu_seqlens)
-    processors = config.processors(x.device)
-
-    def run(tile: config.Tile) -> Call:
-        call = call_grad_alignment(*arguments, tile, processors)
-        call.launch()
-        return call
-
-    if tile is None:
-        kind = "pair_fp32" if x.dtype == torch.float32 else "pair"
-        key = (x.dtype, x.shape, other_x.shape, dy.shape[1], len(cu_seqlens))
-        tile = config.choose(x.device, kind, key, run)
-    return run(tile).arguments["out"].sum(2, dtype=torch.float64)
+def _kind(x: torch.Tensor, dys: Sequence[torch.Tensor], mean_tokens: float) -> str:
+    """The table's kind of launch."""
+    if x.dtype == torch.float32:
+        return "fp32"
+    if not all(map(config.aligned, (x, *dys))):
+        return "any"
+    return "short" if mean_tokens <= config.SHORT_MEAN_TOKENS else "long"
 
 
 # ---------------------------------------------------------------- what is compiled ahead of time
@@ -426,7 +312,7 @@ def launch_alignment(
 
 def aot_calls(architecture: int) -> Iterator[tuple[str, Call, bool]]:
     """(label, launch, whether it multiplies on the matrix units) for every tile of the table and every kind of launch:
-    all statistics, 1 to 3 projections, both dtypes, shapes that divide evenly and that do not."""
+    each statistic, 1 to 3 projections, both dtypes, shapes that divide evenly and that do not."""
 
     def tensors(tokens, K, sizes, dtype):
         x, *dys = (torch.empty(tokens, n, dtype=dtype, device="meta") for n in (K, *sizes))
@@ -438,23 +324,17 @@ def aot_calls(architecture: int) -> Iterator[tuple[str, Call, bool]]:
             continue
         half = not kind.endswith("fp32")
         first = torch.bfloat16 if half else torch.float32
-        shapes = (even,) if kind in ("short", "long", "column") else (even, odd)
+        shapes = (even,) if kind in ("short", "long") else (even, odd)
         for tile, (T, K, N) in itertools.product(tiles, shapes):
-            label = f"{kind} K={K} {tile}"
-            if kind.startswith("pair"):
-                x, (dy,), cu = tensors(T, K, (N,), first)
-                yield f"grad_alignment {label}", call_grad_alignment(x, dy, cu, x, dy, cu, tile, 132), half
-                continue
             launches = [
-                ("l1", _FLAGS[:1], None, 2, first),
-                ("all", _FLAGS, None, 3, first),
-                ("all by row", _FLAGS, "row", 1, first),
-                ("all by column", _FLAGS, "column", 1, first),
+                ("l1", "grad_l1", None, 2, first),
+                ("l2sq", "grad_l2sq", None, 3, first),
+                ("linf by row", "grad_linf", "row", 1, first),
+                ("l1 by row", "grad_l1", "row", 3, first),
             ]
             if half:  # bf16 and fp16 differ in one bit of an instruction: once is enough
-                launches.append(("l1 fp16", _FLAGS[:1], None, 1, torch.float16))
-            for name, statistics, along, projections, dtype in launches:
-                if kind in ("any", "fp32") or (along == "column") == (kind == "column"):
-                    x, dys, cu = tensors(T, K, (N,) * projections, dtype)
-                    call = call_grad_density(x, dys, cu, statistics, along, tile, processors=132)
-                    yield f"grad_density {name} {label}", call, half
+                launches.append(("l1 fp16", "grad_l1", None, 1, torch.float16))
+            for name, statistic, along, projections, dtype in launches:
+                x, dys, cu = tensors(T, K, (N,) * projections, dtype)
+                call = call_grad_density(x, dys, cu, statistic, along, tile, processors=132)
+                yield f"grad_density {name} {kind} K={K} {tile}", call, half

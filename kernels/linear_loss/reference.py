@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-# Elements of one chunk of logits, (rows, V). In `linear_loss` a chunk is one tensor, and each chunk reads the head's weight
-# twice: 682 rows for a vocabulary of 49152, 261 for 128256. Elsewhere a chunk is several tensors.
+# Elements of one chunk of logits, (rows, V). In `linear_loss` a chunk is one tensor, and each chunk reads the head's
+# weight twice: 682 rows for a vocabulary of 49152, 261 for 128256. Elsewhere a chunk is several tensors.
 HEAD_CHUNK = 1 << 25
 LOGITS_CHUNK = 1 << 23
 

@@ -3,12 +3,13 @@
     z[r, v]  = softcap * tanh(scale * (hidden @ weight.T + bias)[r, v] / softcap)       (no softcap: scale * ...)
     nll[r]   = log(sum over v of exp(z[r, v])) - z[r, target[r]]
     loss     = sum over r of w[r] * min(nll[r], cap[r])
-    d loss / d logits[r, v] = w[r] * [nll[r] < cap[r]] * scale * (1 - (z / softcap)^2) * (exp(z - lse[r]) - [v == target[r]])
+    d loss / d logits[r, v] = slope[r] * scale * (1 - (z / softcap)^2) * (exp(z - lse[r]) - [v == target[r]])
+    slope[r] = w[r] * [nll[r] < cap[r]];   lse[r] = log(sum over v of exp(z[r, v]))
 
 Index letters: R labelled rows, D hidden size, V vocabulary.
-Never in memory: an (R, V) tensor. A chunk's logits come from the library's matrix product, are read twice and become
-their own gradient in place; the library's products turn that into d_hidden (and d_weight, d_bias). One buffer serves
-all chunks. The host reads nothing back.
+Never in memory: an (R, V) tensor. cuBLAS computes a chunk's logits; the kernel reads them twice and writes their
+gradient over them; cuBLAS turns that into d_hidden (and d_weight, d_bias). One buffer serves all chunks. The host reads
+nothing back.
 
 FLOPs: 2*R*D*V for the logits and as many for each of d_hidden and d_weight. Bytes, beyond the products' own: three
 times R*V elements (two reads and a write; one read without gradients). At R=1024, V=128256, D=4096 in bf16 the two
@@ -34,8 +35,8 @@ from ..rounding import narrow
 # elements) does 1046 FLOPs a byte, where the GPU needs 184 to be bound by arithmetic (H200: 790 TFLOP/s, 4.3 TB/s).
 CHUNK_BYTES = 256 << 20
 # Bytes of a row that a program holds at a time: two 16-byte accesses for each of 512 threads. Few programs with many
-# threads, so that some of the rows in work (two on a multiprocessor, 68 MB at V=128256, where an H200's L2 cache holds 50)
-# are still in L2 for the second read. With a softcap half of that: 64 registers a thread are not enough for tanh of so many.
+# threads, so that part of the rows at work (two on a multiprocessor, 68 MB at V=128256; an H200's L2 cache holds 50) is
+# still in L2 for the second read. Half of that with a softcap, or tanh needs more than 64 registers a thread.
 BLOCK_BYTES = 16 << 10
 NUM_WARPS = 16
 # Rows of a chunk, if there are several chunks: whole tiles of the matrix product.

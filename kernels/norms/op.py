@@ -1,15 +1,15 @@
 """RMSNorm and LayerNorm, with the residual add before them: autograd functions with a forward and a backward each.
 
-They save h (x itself without a residual: no copy), the statistics of each row (fp32), and the weight, each only if a
-gradient that is asked for needs it:
+They save h (x itself without a residual: no copy), each row's statistics (fp32) and the weight, each only if a
+requested gradient needs it:
 
     gradient of x or residual    h, weight, statistics
     gradient of weight           h, statistics
     gradient of bias             nothing
 
-With a residual the gradient that reaches h by itself, along the residual stream, is added to the norm's in one pass.
-An output that no loss depends on costs nothing and gives no gradient to the weight, as in unfused torch. A weight that
-is frozen costs no reduction over the rows.
+With a residual, the gradient of h from the residual stream is added to the norm's in the same pass. An output that no
+loss depends on costs nothing and gives the weight no gradient, as in unfused torch. A frozen weight costs no reduction
+over the rows.
 
 Backward is once differentiable: a second derivative raises RuntimeError. Under torch.autocast the results have the
 dtypes that the unfused modules have: `rms_norm` does not depend on it, `layer_norm` gives fp32 on CUDA.
@@ -45,7 +45,7 @@ def rms_norm(
     residual: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm over the last dimension: y, or with a residual (y, h) where h = x + residual. Equivalent, h = x without:
+    """RMSNorm over the last dimension: y, or with a residual (y, h), h = x + residual. Equivalent, h = x without:
 
         x_hat = h.float() * torch.rsqrt(h.float().pow(2).mean(-1, keepdim=True) + eps)
         cast="llama":  y = (offset + weight) * x_hat.to(h.dtype)              # bf16 h, fp32 weight: fp32 y
@@ -74,7 +74,7 @@ def layer_norm(
     residual: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """LayerNorm over the last dimension: y, or with a residual (y, h) where h = x + residual. Equivalent, h = x without:
+    """LayerNorm over the last dimension: y, or with a residual (y, h), h = x + residual. Equivalent, h = x without:
 
         y = torch.nn.functional.layer_norm(h.float(), (D,), weight.float(), bias.float(), eps).to(h.dtype)
 
@@ -106,7 +106,7 @@ class _RMSNorm(torch.autograd.Function):
         if residual is None:
             return y
         if not compute_dx:
-            ctx.mark_non_differentiable(h)  # or what reads h would compute a gradient that nobody wants
+            ctx.mark_non_differentiable(h)  # or a reader of h would compute a gradient that nobody wants
         return y, h
 
     @staticmethod
@@ -148,7 +148,7 @@ class _LayerNorm(torch.autograd.Function):
         if residual is None:
             return y
         if not compute_dx:
-            ctx.mark_non_differentiable(h)  # or what reads h would compute a gradient that nobody wants
+            ctx.mark_non_differentiable(h)  # or a reader of h would compute a gradient that nobody wants
         return y, h
 
     @staticmethod
@@ -173,7 +173,7 @@ class _LayerNorm(torch.autograd.Function):
 
 # ---------------------------------------------------------------- the operators that run the kernels
 #
-# Opaque to torch.compile. Lists hold what is asked for, in the order of the launchers in kernels/rms_norm.py.
+# Opaque to torch.compile. The lists hold what is asked for, in the order of triton_kernel.py's launchers.
 
 
 @torch.library.custom_op(
@@ -264,7 +264,7 @@ def _fake_backward(dy, h, compute_dx, *sums):
 
 
 def _empty_as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """kernels.rms_norm.empty_as, where triton may be missing."""
+    """`triton_kernel.empty_as`, where triton may be missing."""
     out = torch.empty_like(x, dtype=dtype)
     return out if out.stride(-1) == 1 else torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
@@ -273,7 +273,7 @@ def _empty_as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _apply(impl: str, x: torch.Tensor, residual: torch.Tensor | None, function: Callable):
-    """`function(x, residual)`, of shapes and strides that the kernels take: see `rms_norm`."""
+    """`function(x, residual)`, for impl="triton" with shapes and strides that the kernels take: see `rms_norm`."""
     if impl != "triton":
         return function(x, residual)
     lead = x.shape[:-1]

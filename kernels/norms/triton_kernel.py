@@ -9,7 +9,7 @@
 
 with mean = 0, no mean_d(g) and no bias in RMSNorm; dh is the gradient that reaches h by itself, None without one.
 
-Index letters: R rows (all leading dimensions), D width. Never in memory: x_hat, g, and with COMPUTE_DW off, any sum over
+Index letters: R rows (all leading dimensions), D width. Never in memory: x_hat, g, and without COMPUTE_DW any sum over
 rows. A program holds BR whole rows in registers, so x is read once for the statistics and the result.
 
 Bytes, for R*D elements of E bytes: forward 2*E (read x, write y; with a residual also read it and write h: 4*E);
@@ -50,7 +50,8 @@ def _starts(rows, n1, n2, stride_0, stride_1, stride_2):
 
 @triton.jit
 def norm_forward_kernel(x, residual, weight, bias, h, y, mean, rstd, num_rows, n1, n2, D, eps, offset,
-                        stride_x0, stride_x1, stride_x2, stride_r0, stride_r1, stride_r2, stride_y0, stride_y1, stride_y2,
+                        stride_x0, stride_x1, stride_x2, stride_r0, stride_r1, stride_r2,
+                        stride_y0, stride_y1, stride_y2,
                         RESIDUAL: tl.constexpr, BIAS: tl.constexpr, CENTER: tl.constexpr, LLAMA: tl.constexpr,
                         BR: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """One program: BR rows. Without RESIDUAL h is x, and is not written. y and h lie alike; mean, rstd (R,)."""

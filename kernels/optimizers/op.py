@@ -1,7 +1,6 @@
-"""Optimisers, and the flat buffer that holds the active block.
+"""Lion and AdamW as torch optimizers whose update of a parameter is one call of an implementation.
 
-Lion and AdamW are written here, with one launch a step where a kernel serves them: the gradient is read in its own
-dtype, and the weights' half-precision copy written, in the same pass. Without a kernel AdamW is torch's own.
+A kernel reads the gradient in its own dtype and writes the weights' half-precision copy in the same pass.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ BETAS = {"lion": (0.9, 0.99), "adamw": (0.9, 0.999)}
 
 
 class Fused(torch.optim.Optimizer):
-    """An optimiser whose update of one parameter is one call, `_update(group, number, param, grad, half)`."""
+    """The part that both share. `_update(group, number, param, grad, half)` updates one parameter."""
 
     operation: str
     _update: Callable[[dict, int, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
@@ -66,8 +65,8 @@ class Fused(torch.optim.Optimizer):
                     self.state[param][name] = value.to(param.device, copy=True)
 
     def _count(self, state: dict) -> int:
-        """This step's number, from 1. Kept on the host, which needs it and reads nothing back from a device; as a float,
-        which torch's AdamW goes on with after a checkpoint."""
+        """This step's number, from 1. Kept on the host, so that nothing is read back from a device, and as a float, as
+        torch's AdamW keeps it in a checkpoint."""
         number = int(state.get("step", 0)) + 1  # a tensor, once, after a checkpoint
         state["step"] = float(number)
         return number
@@ -80,8 +79,9 @@ class Fused(torch.optim.Optimizer):
             for tensor in (*tensors, *([] if half is None else [half])):
                 if not tensor.is_contiguous():
                     raise ValueError(
-                        f'{self.operation}: impl="{chosen}" serves contiguous tensors, got strides {tensor.stride()} for '
-                        f'{tuple(tensor.shape)}: make the parameter and its gradient contiguous, or use impl="torch"'
+                        f'{self.operation}: impl="{chosen}" serves contiguous tensors, got strides {tensor.stride()} '
+                        f"for {tuple(tensor.shape)}: make the parameter and its gradient contiguous, or use "
+                        'impl="torch"'
                     )
         run(*tensors, *values, half=half, seed=seed, **options)
 
@@ -91,7 +91,7 @@ class Lion(Fused):
 
     The momentum has the parameter's dtype, or `state_dtype`. `lr` is the size of every element's step, whatever the
     gradient's. seed: bf16 parameters are rounded stochastically, by bits that depend on seed, step and place alone
-    (else to nearest, where updates of less than a 2^-9 of a weight are lost). impl: "auto", "cuda", "triton" or "torch".
+    (else to nearest, which loses updates below 2^-9 of a weight). impl: "auto", "cuda", "triton" or "torch".
 
     ValueError, TypeError for settings that do not fit, `dispatch.Unavailable` for an impl that cannot run here.
     """

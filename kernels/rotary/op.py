@@ -1,20 +1,18 @@
-"""Rotary position embedding of queries and keys: in place where that is safe and costs nothing, saving only cos, sin.
+"""Rotary position embedding of queries and keys: in place where that is safe and free; only cos and sin are saved.
 
-Forward. Where no gradient flows (torch.no_grad, or neither q nor k requires grad) q and k are overwritten: views of a
-projection's output, as transformers makes them, too. Where a gradient flows they are overwritten if they are results
-in memory of their own, through autograd's own record of in-place operations (mark_dirty), and otherwise written to new
-tensors: on a view, autograd's record of an in-place operation (CopySlices) costs the backward a clone of the gradient
-and two copies of it, more than the buffer it saves. Never overwritten are leaves that require grad, their views,
-tensors of a graph seen under no_grad, and q and k in one storage (parts of one product). Overwriting counts in
-autograd's version counters: an operation that saved the old values raises in its backward (as with any in-place
-operation of torch: not if it saved them under saved-tensor hooks, where autograd checks no versions).
+Forward, without a gradient (torch.no_grad, or neither q nor k requires grad): q and k are overwritten, also if they are
+views of a projection's output, as transformers makes them. With a gradient: they are overwritten if they are results
+in memory of their own, by way of mark_dirty; else the results are new tensors. (On a view, autograd records an in-place
+operation as CopySlices, which costs the backward a clone and two copies of the gradient: more than the buffer saved.)
+Never overwritten: leaves that require grad, their views, tensors of a graph seen under no_grad, and q and k in one
+storage (parts of one product). Overwriting counts in autograd's version counters: an operation that saved the old
+values raises in its backward, unless it saved them under saved-tensor hooks, where autograd checks no versions.
 
-Backward. The gradient is rotated back into a new tensor: autograd may hand one and the same gradient tensor to
-several operations, so the incoming one is not ours to write to. The new one is laid out as (B, T, H, d), the layout of
-the projection's output, so that the backward of `.view(B, T, H, d).transpose(1, 2)` copies nothing.
+Backward: the gradient is rotated back into a new tensor, because autograd may give the incoming one to other operations
+too. Its layout is (B, T, H, d), that of the projection's output, so that the backward of
+`.view(B, T, H, d).transpose(1, 2)` copies nothing.
 
-Under torch.compile nothing is overwritten: the compiler plans memory itself, and would have to copy what a custom
-operator overwrites where others still read it.
+Under torch.compile nothing is overwritten: the compiler plans memory itself.
 """
 
 import torch
@@ -121,7 +119,7 @@ def _has_own_places(x: torch.Tensor) -> bool:
 
 
 def _apart(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Not in one storage: parts of one product, or one tensor twice, are not told apart any further."""
+    """They share no storage. (Parts of one product, or one tensor twice, do.)"""
     return q.untyped_storage().data_ptr() != k.untyped_storage().data_ptr()
 
 
@@ -162,9 +160,9 @@ def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     "kunbr_fast::rotary", mutates_args=(), schema="(Tensor[] xs, Tensor cos, Tensor sin, bool transposed) -> Tensor[]"
 )
 def _rotary(xs: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, transposed: bool) -> list[torch.Tensor]:
-    from . import triton_kernel as rope
+    from . import triton_kernel
 
-    return rope.rotate(xs, cos, sin, transposed)
+    return triton_kernel.rotate(xs, cos, sin, transposed)
 
 
 @_rotary.register_fake
@@ -176,6 +174,6 @@ def _(xs, cos, sin, transposed):
     "kunbr_fast::rotary_", mutates_args=("xs",), schema="(Tensor(a!)[] xs, Tensor cos, Tensor sin) -> ()"
 )
 def _rotary_in_place(xs, cos, sin):
-    from . import triton_kernel as rope
+    from . import triton_kernel
 
-    rope.rotate_(xs, cos, sin)
+    triton_kernel.rotate_(xs, cos, sin)

@@ -72,7 +72,7 @@ def rotary_kernel(x0, y0, x1, y1, cos, sin, T, H0, H1, half, d, blocks0, blocks,
                   stride_x1d, stride_y1b, stride_y1h, stride_y1t, stride_y1d, stride_cb, stride_ct, stride_cr,
                   TRANSPOSED: tl.constexpr, COPY: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr,
                   BC: tl.constexpr):  # fmt: skip
-    """One program: BH heads of one token, of the first tensor (blocks0 blocks of heads) or of the second. y may be x."""
+    """One program: BH heads of one token, of the first tensor (blocks0 blocks of heads) or the second. y may be x."""
     token = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     b, t = (token // T).to(tl.int64), (token % T).to(tl.int64)
@@ -138,8 +138,8 @@ def rotate_(xs: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor) ->
 
 
 def aot_calls(architecture: int) -> Iterator[tuple[str, Call, bool]]:
-    """(label, launch, False: no matrix products): full and partial rotation, grouped heads, in place and not, one tensor
-    and two in bf16; fp16 with fp32 cos and sin, and fp32, once each way."""
+    """(label, launch, False: no matrix products): full and partial rotation, grouped heads, in place and not, one and
+    two tensors in bf16; fp16 with fp32 cos and sin, and fp32, once each way."""
 
     def tensor(*shape, dtype):
         return torch.empty(shape, dtype=dtype, device="meta")

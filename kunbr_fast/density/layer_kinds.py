@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from kunbr_fast.density.experts import is_experts, out_features
 from kunbr_fast.density.taps import Part
 from kunbr_fast.kernels.grad_density import op as operators
+from kunbr_fast.model import compat
 
 TILE = 16  # output rows of a weight that are sampled together
 
@@ -132,14 +132,14 @@ def _product_values(parts: list[Part], how: How) -> list[dict[str, torch.Tensor]
         [part.dy if tile is None else tile.take(part) for part, tile in zip(parts, tiles)],
         segments.cu_seqlens,
         max_seqlen=segments.longest,
-        statistics=(how.statistic,),
+        statistic=how.statistic,
         along="row" if how.tiles else None,
         impl=how.impl,
     )
     out = []
     for part, tile, values in zip(parts, tiles, found):
         weight, bias = part.names
-        by_expert = values[how.statistic].unflatten(0, (part.item.experts or 1, -1))
+        by_expert = values.unflatten(0, (part.item.experts or 1, -1))
         of = {weight: by_expert if tile is None else tile.totals(by_expert)}
         if bias in part.item.parameters:
             sums = torch.stack([rows.sum(0, dtype=_wide(rows)) for rows in part.dy.split(segments.lengths)])
@@ -207,10 +207,10 @@ def _is_router(module: nn.Module) -> bool:
 # A subclass of nn.Linear may compute something else (LoRA, 4-bit weights): only the exact types are known.
 LAYER_KINDS: dict[str, LayerKind] = {
     "linear": LayerKind(
-        lambda m: type(m) in (nn.Linear, Conv1D),
+        lambda m: type(m) in (nn.Linear, compat.Conv1D),
         _product_values,
         _product_gradient,
-        lambda m: {"weight": m.weight.shape[1 if isinstance(m, Conv1D) else 0]},
+        lambda m: {"weight": m.weight.shape[1 if isinstance(m, compat.Conv1D) else 0]},
         shares_input=True,
     ),
     "norm": LayerKind(_is_norm, _small_values, lambda part, how: _small_gradient(part)),

@@ -18,6 +18,9 @@ _RAW = {  # statistics without shares: title, label
 }
 
 
+_RING = {"marker": "o", "markerfacecolor": "none", "linewidth": 0}
+
+
 def plot_density(density, blocks: Sequence[range], path: str | Path, skip_last_layers: int = 2) -> None:
     """Bars of the knowledge density per layer, PNG at `path`: shares in percent, or the values of a statistic that has
     no shares (fisher_ratio, cosine, slug).
@@ -58,21 +61,7 @@ def plot_density(density, blocks: Sequence[range], path: str | Path, skip_last_l
         ends, estimate = [share + error for share, error in zip(shares, errors)], ", ± standard error"
     top, bottom = max(*ends, 0.0), min(*ends, 0.0)
     for block in blocks:
-        y = max(ends[layer] for layer in block) + 0.035 * top
-        left, right = block[0] - 0.4, block[-1] + 0.4
-        tick = 0.015 * top
-        axes.plot([left, left, right, right], [y - tick, y, y, y - tick], color="black", linewidth=1.2)
-        text = f"{block[0]}" if len(block) == 1 else f"{block[0]}–{block[-1]}"
-        axes.annotate(
-            text,
-            ((left + right) / 2, y),
-            (0, 4),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=11,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-        )
+        _bracket(axes, block, max(ends[layer] for layer in block) + 0.035 * top, 0.015 * top)
     axes.set_ylim(1.14 * bottom, 1.14 * top)
     if bottom < 0:
         axes.axhline(0, color="black", linewidth=0.8)
@@ -84,6 +73,22 @@ def plot_density(density, blocks: Sequence[range], path: str | Path, skip_last_l
     if blocks or skipped:
         figures.legend(axes, ncols=3)
     figures.save(figure, path)
+
+
+def _bracket(axes, block: range, y: float, tick: float) -> None:
+    """Over a block's bars, with its layers' numbers."""
+    left, right = block[0] - 0.4, block[-1] + 0.4
+    axes.plot([left, left, right, right], [y - tick, y, y, y - tick], color="black", linewidth=1.2)
+    axes.annotate(
+        f"{block[0]}" if len(block) == 1 else f"{block[0]}–{block[-1]}",
+        ((left + right) / 2, y),
+        (0, 4),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        fontsize=11,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+    )
 
 
 def plot_pareto(density, path: str | Path) -> None:
@@ -101,20 +106,9 @@ def plot_pareto(density, path: str | Path) -> None:
     figure, axes = figures.single()
     axes.grid(axis="x", color=figures.GRID, linewidth=0.8)
     ordered = sorted(front, key=lambda layer: alignment[layer])
-    for layers, style in (
-        (
-            ordered,
-            {
-                "color": ORANGE,
-                "marker": "o",
-                "markersize": 9,
-                "linewidth": 1.6,
-                "label": "Pareto front",
-                "drawstyle": "steps-post",
-            },
-        ),
-        (others, {"color": "#6FA3C8", "marker": "x", "markersize": 7, "linewidth": 0, "label": "other layers"}),
-    ):
+    line = dict(color=ORANGE, marker="o", markersize=9, linewidth=1.6, label="Pareto front", drawstyle="steps-post")
+    crosses = dict(color="#6FA3C8", marker="x", markersize=7, linewidth=0, label="other layers")
+    for layers, style in ((ordered, line), (others, crosses)):
         if layers:
             axes.plot([alignment[n] for n in layers], [importance[n] for n in layers], zorder=3, **style)
     for layer, point in enumerate(zip(alignment, importance)):
@@ -158,56 +152,12 @@ def plot_relearning(
     figure, axes = figures.single()
     methods = []
     for index, (method, result) in enumerate(results.items()):
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        lr, epoch = result.best
-        for other in result.lrs:
-            if other != lr:
-                axes.plot(_percents(result.curve(other)), color=colour, linewidth=1.1, alpha=0.4, zorder=2)
         before = (forget or {}).get(method, result.before)
-        curve = _percents(result.curve(lr))
-        methods += axes.plot(
-            curve,
-            color=colour,
-            marker=marker,
-            markersize=6,
-            linewidth=2.4,
-            zorder=3,
-            label=f"{method}: {100 * before:.0f} % → {100 * result.accuracy:.0f} % (lr {_rate(lr)})",
-        )
-        axes.plot(
-            [epoch],
-            [curve[epoch]],
-            marker="o",
-            markersize=14,
-            markerfacecolor="none",
-            color=colour,
-            linewidth=0,
-            zorder=4,
-        )
+        label = f"{method}: {100 * before:.0f} % → {100 * result.accuracy:.0f} % (lr {_rate(result.best[0])})"
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        methods += _curves(axes, result, label, colour, marker)
     epochs = max(len(result.curve(result.lrs[0])) for result in results.values()) - 1
-    chance_line = axes.axhline(
-        100 * chance,
-        color=GREY,
-        linestyle="--",
-        linewidth=1.6,
-        zorder=1,
-        label=f"chance ({100 * chance:.0f} %)",
-    )
-    # The key to what is the same for all methods stands at the right, in grey.
-    keys = [
-        axes.plot(
-            [],
-            marker="o",
-            markersize=12,
-            markerfacecolor="none",
-            color=GREY,
-            linewidth=0,
-            label="strongest attack",
-        )[0],
-        chance_line,
-    ]
-    if any(len(result.lrs) > 1 for result in results.values()):
-        keys.insert(1, axes.plot([], color=GREY, linewidth=1.1, alpha=0.6, label="other learning rates")[0])
+    keys = _keys(axes, chance, any(len(result.lrs) > 1 for result in results.values()))
     axes.set_ylim(0, 104)
     axes.set_xlim(-0.03 * epochs, 1.03 * epochs)
     axes.set_xticks(range(0, epochs + 1, max(1, -(-epochs // 16))))
@@ -218,6 +168,28 @@ def plot_relearning(
     axes.add_artist(figures.legend(axes, handles=methods))
     figures.legend(axes, handles=keys, loc="lower right", bbox_to_anchor=(1.01, 1.0))
     figures.save(figure, path)
+
+
+def _curves(axes, result: RTTResult, label: str, colour: str, marker: str) -> list:
+    """A method's curves; returns the strong one, which stands for it in the legend."""
+    lr, epoch = result.best
+    for other in result.lrs:
+        if other != lr:
+            axes.plot(_percents(result.curve(other)), color=colour, linewidth=1.1, alpha=0.4, zorder=2)
+    curve = _percents(result.curve(lr))
+    strong = axes.plot(curve, color=colour, marker=marker, markersize=6, linewidth=2.4, zorder=3, label=label)
+    axes.plot([epoch], [curve[epoch]], color=colour, **_RING, zorder=4, markersize=14)
+    return strong
+
+
+def _keys(axes, chance: float, several_rates: bool) -> list:
+    """What is the same for all methods, in grey."""
+    style = dict(color=GREY, linestyle="--", linewidth=1.6, zorder=1)
+    line = axes.axhline(100 * chance, **style, label=f"chance ({100 * chance:.0f} %)")
+    keys = [*axes.plot([], color=GREY, **_RING, markersize=12, label="strongest attack"), line]
+    if several_rates:
+        keys[1:1] = axes.plot([], color=GREY, linewidth=1.1, alpha=0.6, label="other learning rates")
+    return keys
 
 
 def _percents(values: Sequence[float]) -> list[float]:

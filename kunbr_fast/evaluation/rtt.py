@@ -10,14 +10,15 @@ Source: Deeb and Roger, "Do Unlearning Methods Remove Information from Language 
 arXiv 2410.08827.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 from kunbr_fast import data
-from kunbr_fast.evaluation.accuracy import Accuracy, Questions, measure, prepare_questions
+from kunbr_fast.evaluation.accuracy import Accuracy, measure, prepare_questions
 from kunbr_fast.files.models import check_vocabulary
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.training.diverged import Diverged
@@ -152,23 +153,6 @@ class RTTResult:
         return cls([dict(row) for row in value["curves"]])
 
 
-def prepare_attack(
-    decoder, tokenizer, folds: Sequence[Fold], config: RTTConfig
-) -> tuple[list[Questions], list[list[data.Sample]]]:
-    """Each fold's questions and training samples, all tokenised: a bad line must not turn up an hour later.
-
-    Errors as in rtt_attack.
-    """
-    _check_folds(folds)
-    questions = [
-        prepare_questions(tokenizer, fold.questions, scoring=config.scoring, decoder=decoder) for fold in folds
-    ]
-    samples = [data.encode(fold.train_records, tokenizer, config.target, decoder.max_positions) for fold in folds]
-    for fold, part in zip(folds, samples):
-        check_vocabulary(decoder.model, [sample["input_ids"] for sample in part], f"fold {fold.name}")
-    return questions, samples
-
-
 def rtt_attack(
     decoder,
     tokenizer,
@@ -176,10 +160,9 @@ def rtt_attack(
     config: RTTConfig,
     snapshot_dir: str | Path,
     progress: bool = True,
-    done: Sequence[dict] | None = None,
+    done: Sequence[dict] = (),
     on_result: Callable[[list[dict]], None] | None = None,
-    share: tuple[int, int] = (0, 1),
-) -> RTTResult | None:
+) -> RTTResult:
     """Fine-tune on all folds but one, ask about that one; for each fold and learning rate.
 
     decoder: the unlearned model as a Decoder; its weights are bit for bit the same afterwards, also after an
@@ -188,82 +171,112 @@ def rtt_attack(
     done: rows of an earlier, interrupted run. A (fold, lr) whose rows are there is not attacked again; rows
     of folds or learning rates that are not asked for now are left out.
     on_result: called with the finished rows (epochs 0 to the last) of each (fold, lr), to be kept for `done`.
-    share: (i, n), of the attacks that are left run only every n-th, from the i-th on; the rows of the others are needed for
-    a result, so there is none then.
 
     Raises ValueError for fewer than two folds, folds of the same name, unusable records (choice_accuracy,
     data.encode), or `done` rows from a run with other epochs; FloatingPointError, naming fold and learning
     rate, if the fine-tuning diverges.
     """
-    questions, samples = prepare_attack(decoder, tokenizer, folds, config)
-    finished = _finished(done or [], folds, config)
-    open_attacks = [(i, lr) for i in range(len(folds)) for lr in config.lrs if (folds[i].name, lr) not in finished]
-    if not open_attacks:
-        return _result(finished, folds, config)
-    whole = len(open_attacks)
-    open_attacks = open_attacks[share[0] :: share[1]]
-    if not open_attacks:
-        return None
+    return Attack(decoder, tokenizer, folds, config).run(snapshot_dir, progress, done, on_result)
 
-    before: dict[int, Accuracy] = {}
-    path = Path(snapshot_dir)
-    path.mkdir(parents=True, exist_ok=True)
-    path = path / "rtt-weights.safetensors"
-    snapshot = WeightSnapshot.save(decoder.model, path)
+
+class Attack:
+    """`rtt_attack` in two steps: all is tokenised at once, so that a bad line does not turn up an hour later."""
+
+    def __init__(self, decoder, tokenizer, folds: Sequence[Fold], config: RTTConfig):
+        _check_folds(folds)
+        self.decoder, self.folds, self.config = decoder, folds, config
+        self._questions = [
+            prepare_questions(tokenizer, fold.questions, scoring=config.scoring, decoder=decoder) for fold in folds
+        ]
+        self._samples = [
+            data.encode(fold.train_records, tokenizer, config.target, decoder.max_positions) for fold in folds
+        ]
+        for fold, part in zip(folds, self._samples):
+            check_vocabulary(decoder.model, [sample["input_ids"] for sample in part], f"fold {fold.name}")
+        self._before: dict[int, Accuracy] = {}  # each fold's, where it is known
+
+    def run(
+        self,
+        snapshot_dir: str | Path,
+        progress: bool = True,
+        done: Sequence[dict] = (),
+        on_result: Callable[[list[dict]], None] | None = None,
+        share: tuple[int, int] = (0, 1),
+    ) -> RTTResult | None:
+        """As `rtt_attack`. share: (i, n), only every n-th of the unfinished attacks, from the i-th on; then None,
+        unless these are all."""
+        folds, config = self.folds, self.config
+        finished = _finished(done or (), folds, config)
+        left = [(i, lr) for i in range(len(folds)) for lr in config.lrs if (folds[i].name, lr) not in finished]
+        mine = left[share[0] :: share[1]]
+        bar = tqdm(
+            total=(len(finished) + len(mine)) * config.epochs,
+            initial=len(finished) * config.epochs,
+            desc="RTT attack",
+            unit="epoch",
+            disable=not progress or not mine,
+        )
+        with contextlib.ExitStack() as stack:
+            stack.callback(bar.close)
+            if mine:
+                restore = stack.enter_context(_snapshot(self.decoder.model, Path(snapshot_dir)))
+            for i, lr in mine:
+                rows = self._one(i, lr, restore, bar)
+                finished[folds[i].name, lr] = rows
+                if on_result is not None:
+                    on_result([dict(row) for row in rows])
+        return _result(finished, folds, config) if len(mine) == len(left) else None
+
+    def _one(self, i: int, lr: float, restore: Callable[[], None], bar: tqdm) -> list[dict]:
+        """The rows of one fold's attack at one learning rate; `restore` puts the weights back."""
+        fold, config, questions = self.folds[i], self.config, self._questions[i]
+        bar.set_postfix_str(f"{fold.name}, lr {lr:g}")
+        if i not in self._before:
+            self._before[i] = measure(self.decoder, questions)
+        rows = [_row(fold, lr, 0, self._before[i])]
+
+        def after_epoch(_epoch: int) -> None:
+            accuracy = measure(self.decoder, questions)
+            rows.append(_row(fold, lr, len(rows), accuracy))
+            bar.set_postfix_str(f"{fold.name}, lr {lr:g}, {accuracy.plain:.1%}", refresh=False)
+            bar.update()
+
+        others = [sample for k, part in enumerate(self._samples) if k != i for sample in part]
+        how = {name: getattr(config, name) for name in ("epochs", "batch_size", "optimizer", "seed")}
+        try:
+            train_all(self.decoder, others, lr=lr, **how, on_epoch=after_epoch, progress=None)
+        except (Diverged, FloatingPointError) as error:
+            # Diverged's own hint is about gradient difference, which is not what runs here.
+            what = f"diverged at {error.where}" if isinstance(error, Diverged) else str(error)
+            raise FloatingPointError(
+                f"RTT attack on fold {fold.name} at learning rate {lr:g}: {what}. Take this learning rate "
+                "out of the list; finished attacks need not be run again"
+            ) from error
+        finally:
+            restore()
+        return rows
+
+
+@contextlib.contextmanager
+def _snapshot(model, directory: Path) -> Iterator[Callable[[], None]]:
+    """A copy of the weights on disk. Yields a function that puts them back; if it fails the file stays, the only good
+    copy."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "rtt-weights.safetensors"
+    snapshot = WeightSnapshot.save(model, path)
     intact = True
-    bar = tqdm(
-        total=(len(finished) + len(open_attacks)) * config.epochs,
-        initial=len(finished) * config.epochs,
-        desc="RTT attack",
-        unit="epoch",
-        disable=not progress,
-    )
+
+    def restore() -> None:
+        nonlocal intact
+        intact = False
+        snapshot.restore(model)
+        intact = True
+
     try:
-        for i, lr in open_attacks:
-            fold = folds[i]
-            bar.set_postfix_str(f"{fold.name}, lr {lr:g}")
-            if i not in before:
-                before[i] = measure(decoder, questions[i])
-            rows = [_row(fold, lr, 0, before[i])]
-
-            def after_epoch(_epoch, rows=rows, i=i, lr=lr):
-                accuracy = measure(decoder, questions[i])
-                rows.append(_row(folds[i], lr, len(rows), accuracy))
-                bar.set_postfix_str(f"{folds[i].name}, lr {lr:g}, {accuracy.plain:.1%}", refresh=False)
-                bar.update()
-
-            others = [sample for k, part in enumerate(samples) if k != i for sample in part]
-            try:
-                train_all(
-                    decoder,
-                    others,
-                    lr=lr,
-                    epochs=config.epochs,
-                    batch_size=config.batch_size,
-                    optimizer=config.optimizer,
-                    seed=config.seed,
-                    on_epoch=after_epoch,
-                    progress=None,
-                )
-            except (Diverged, FloatingPointError) as error:
-                # Diverged's own hint is about gradient difference, which is not what runs here.
-                what = f"diverged at {error.where}" if isinstance(error, Diverged) else str(error)
-                raise FloatingPointError(
-                    f"RTT attack on fold {fold.name} at learning rate {lr:g}: {what}. Take this learning rate "
-                    "out of the list; finished attacks need not be run again"
-                ) from error
-            finally:
-                intact = False
-                snapshot.restore(decoder.model)
-                intact = True
-            finished[fold.name, lr] = rows
-            if on_result is not None:
-                on_result([dict(row) for row in rows])
+        yield restore
     finally:
-        bar.close()
-        if intact:  # else this file is the only good copy of the weights
+        if intact:
             path.unlink(missing_ok=True)
-    return _result(finished, folds, config) if len(open_attacks) == whole else None
 
 
 def _row(fold: Fold, lr: float, epoch: int, accuracy: Accuracy) -> dict:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kunbr_fast.files.atomic import os_errors
 from kunbr_fast.files.tensors import open_tensors
@@ -35,6 +34,8 @@ def model_directory(path: str | Path) -> Path:
 
 def load_model(path: str | Path, dtype: str | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """A causal language model from a local directory, in eval mode; dtype: a name of DTYPES (default: as saved)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     path = model_directory(path)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -67,6 +68,8 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
 
 def load_tokenizer(path: str | Path) -> Any:
     """The directory's own tokenizer."""
+    from transformers import AutoTokenizer
+
     path = model_directory(path)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")):
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -93,6 +93,16 @@ class Shards:
             return file.get_tensor(name)
 
 
+def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Stands for weights that are not in memory: one NaN, expanded, which no result can come from unnoticed."""
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
+
+
+def is_absent(tensor: torch.Tensor) -> bool:
+    """Whether a weight is a `placeholder`."""
+    return 0 in tensor.stride()
+
+
 class WeightSnapshot:
     """A model's weights in one safetensors file, read and written tensor by tensor, bit for bit.
 
@@ -109,7 +119,7 @@ class WeightSnapshot:
     def save(cls, model: nn.Module, path: str | Path) -> WeightSnapshot:
         """Writes the model's parameters to `path`, atomically. ValueError for a streamed model's."""
         parameters = dict(model.named_parameters())
-        absent = [name for name, parameter in parameters.items() if 0 in parameter.stride()]
+        absent = [name for name, parameter in parameters.items() if is_absent(parameter)]
         if absent:
             raise ValueError(f"{absent[0]} is not in memory: this model is streamed; load it whole for this")
         save_tensors(path, parameters)

@@ -1,15 +1,14 @@
 """Layers that come from the files when they run: puts each one's weights in place, a few layers at a time.
 
-A hook before each layer's forward does this, so any code that runs the model's layers one after the other works. Code
-that knows in which order it needs the layers (`visit`, see `layer_major`) says so, and none is read twice in vain.
-`streaming` opens such a model.
+A hook before each layer's forward does this, so any code that runs the layers one after the other works. Code that
+knows the order beforehand says so (`visit`), and no layer is read in vain. `streaming` opens such a model.
 
-A layer's way: the file's mapped pages -> (cast to the model's dtype) -> on a GPU a pinned buffer, then by a stream of
-its own the buffer on the device; on a CPU straight into the buffer. One thread does this for the layer that comes next
-while the present one computes. Of the files nothing stays mapped between two layers. As many layers as `host_bytes` allows
+A layer goes from the file's mapped pages, cast to the model's dtype, on a CPU into a buffer; on a GPU into a pinned
+buffer, and from there, on a CUDA stream of its own, into a buffer on the device. A thread does this for the next
+layer while the present one computes. No file stays mapped between two layers. As many layers as `host_bytes` allows
 stay in main memory once they were read, and only cross the bus from then on.
 
-Where a layer is not in a buffer its parameters are placeholders: one NaN, expanded to the parameter's shape, so that shapes,
+The parameters of a layer in no buffer are placeholders: one NaN, expanded to the parameter's shape, so that shapes,
 dtypes and devices are right and nothing computed from it can be mistaken for a result.
 
 No GPU has run the CUDA part.
@@ -20,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,31 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.autograd.graph import increment_version
 
-from kunbr_fast.files.atomic import write_with
-from kunbr_fast.files.tensors import Shards, open_tensors
-from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.weights import CARRIED, Weights, weights_of
+from kunbr_fast.files.tensors import Shards, open_tensors, placeholder
+from kunbr_fast.model.stored_weights import Piece, StoredWeights
+from kunbr_fast.model.weights import CARRIED
 
 ALIGNMENT = 256  # of a parameter in its buffer, in bytes
-# files that may hold the former weights in another form, which a model saved anew must not bring along
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A tensor in the files, and the part of a parameter that it is (all of it, or one expert's matrix)."""
-
-    stored: str
-    index: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """One parameter of a layer: its name, what it is made of, and where it lies in a buffer."""
+    """One parameter of a layer: its name, its pieces in the files, and its bytes in a buffer."""
 
     parameter: nn.Parameter
     name: str
@@ -61,7 +47,7 @@ class _Entry:
 
 
 class _Slot:
-    """A buffer for one layer. `layer`: whose weights it holds or is getting; `loading`: until they are in place."""
+    """A buffer for one layer. layer: whose weights it holds or is loading; loading: the load, until it has arrived."""
 
     def __init__(self, size: int, device: torch.device):
         self.layer: int | None = None
@@ -73,16 +59,12 @@ class _Slot:
             self.arrived = torch.cuda.Event()
 
 
-class LayerStream(Weights):
+class LayerStream(StoredWeights):
     """Puts the weights of a model's layers in place, a few layers at a time. Made by `open_streamed`.
 
-    As the model's `Weights` it has those outside the layers too: what is set stands for what the files hold (`replace`),
-    so a streamed model's stream can be the `unlearned` of a re-insertion.
-    loads: how often each layer has been put into a buffer; reads: how often it came from the files (and not from `host`, the
-    layers kept in main memory); nbytes: what the buffers take, on the device.
+    loads: how often each layer has been put into a buffer; reads: how often it came from the files (and not from
+    `host`, the layers kept in main memory); nbytes: what the buffers take, on the device.
     """
-
-    streamed = True
 
     def __init__(
         self,
@@ -95,8 +77,7 @@ class LayerStream(Weights):
     ):
         if buffers < 2:
             raise ValueError(f"buffers={buffers}: expected at least 2, one to compute with and one to fill")
-        self.shards, self.loads, self.reads = shards, Counter(), Counter()
-        self._sources = sources
+        self.loads, self.reads = Counter(), Counter()
         self.host: dict[int, torch.Tensor] = {}
         self._host_bytes = host_bytes
         self.device = model.get_input_embeddings().weight.device
@@ -110,15 +91,9 @@ class LayerStream(Weights):
         on_gpu = None if self._copies is None else functools.partial(torch.cuda.set_device, self.device)
         self._worker = ThreadPoolExecutor(1, "kunbr-stream", on_gpu)
         self._held: set[int] = set()
-        self._replaced: dict[str, Mapping[str, torch.Tensor]] = {}
         self._last = 0
-        self._others = {
-            name: parameter
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if name not in self._numbers
-        }
-        self._changed: set[str] = set()  # of the others
-        self._names = [name for name, _ in model.named_parameters()]
+        placeholders = {entry.name: entry.parameter for entries in self._entries for entry in entries}
+        super().__init__(model, placeholders, shards, sources)
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(_Hook(self, number))
         layers.register_state_dict_pre_hook(_refuse_state)
@@ -139,7 +114,7 @@ class LayerStream(Weights):
 
     def _placeholder(self, like: torch.Tensor) -> torch.Tensor:
         if like.dtype not in self._nothing:
-            self._nothing[like.dtype] = torch.full((), torch.nan, dtype=like.dtype, device=self.device)
+            self._nothing[like.dtype] = placeholder((), like.dtype, self.device)
         return self._nothing[like.dtype].expand(like.shape)
 
     @functools.cached_property
@@ -168,8 +143,8 @@ class LayerStream(Weights):
             yield layer
 
     def load(self, layer: int, then: Iterable[int] = ()) -> None:
-        """When this returns the layer's weights are in place (on a GPU: for what is launched from now on); those of the
-        next ones, as far as there are buffers, are on their way."""
+        """Puts the layer's weights in place (on a GPU: for what is launched from now on), and starts loading the next
+        ones, as far as there are buffers."""
         wanted: list[int] = []
         for number in (layer, *then):
             if len(wanted) == len(self._slots):
@@ -208,69 +183,8 @@ class LayerStream(Weights):
         finally:
             self._held = before
 
-    # ------------------------------------------------ a mapping
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._numbers or name in self._others
-
-    def __iter__(self) -> Iterator[str]:
-        """The names of the model's parameters; a tied one has one of its names."""
-        return iter(self._names)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        """A parameter by its name in the model, in the model's dtype; one of a layer is read anew, into main memory."""
-        if name in self._others:
-            return self._others[name].detach()
-        entry = self._entry(name)
-        value = torch.empty(entry.parameter.shape, dtype=entry.parameter.dtype)
-        if name in self._replaced:
-            return value.copy_(self._replaced[name][name].detach())  # that may be mapped, with all of its file
-        for piece in entry.pieces:
-            value[piece.index].copy_(self.shards[piece.stored])
-        return value
-
-    def strided(self, name: str, step: int) -> torch.Tensor:
-        """`self[name].flatten()[::step]`; of a tensor that the files hold as it is no more is read than that."""
-        pieces = self._sources[name]
-        if name in self._others or name in self._replaced or [piece.index for piece in pieces] != [()]:
-            return self[name].flatten()[::step]
-        return self.shards[pieces[0].stored].flatten()[::step].to(self._entry(name).parameter.dtype, copy=True)
-
-    def _entry(self, name: str) -> _Entry:
-        return next(entry for entry in self._entries[self._numbers[name]] if entry.name == name)
-
-    @torch.no_grad()
-    def replace(self, values: Mapping[str, torch.Tensor]) -> None:
-        """From now on these tensors, by parameter name, stand for the files' ones. Those of layers are not copied: the
-        mapping is kept and read at each load, so it may be a `WeightSnapshot`, or another model's stream."""
-        names = list(values)
-        odd = [name for name in names if name not in self]
-        if odd:
-            raise ValueError(f"{odd[0]} is no parameter of this model")
-        if values is self:
-            raise ValueError("a stream cannot stand for itself")
-        for name in names:
-            if (own := self._others.get(name)) is not None:
-                own.copy_(values[name])
-                self._changed |= {other for other, parameter in self._others.items() if parameter is own}
-            else:
-                self._replaced[name] = values
-        self._read_anew({self._numbers[name] for name in names if name in self._numbers})
-
-    @contextlib.contextmanager
-    def instead(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Inside, `replace(values)`; afterwards the model is as it was."""
-        replaced, changed = dict(self._replaced), set(self._changed)
-        others = {name: self._others[name].to("cpu", copy=True) for name in values if name in self._others}
-        try:
-            self.replace(values)
-            yield
-        finally:
-            self.replace(others)
-            self._replaced, self._changed = replaced, changed
-            self._read_anew({self._numbers[name] for name in values if name in self._numbers})
-
-    def _read_anew(self, layers: set[int]) -> None:
+    def _read_anew(self, names: Iterable[str]) -> None:
+        layers = {self._numbers[name] for name in names if name in self._numbers}
         for slot in self.__dict__.get("_slots", ()):
             if slot.loading is not None:
                 slot.loading.exception()  # waits: it may be reading the former values
@@ -278,56 +192,6 @@ class LayerStream(Weights):
                 self._leave(slot)
         for layer in layers:
             self.host.pop(layer, None)
-
-    def check(self, whose: str = "") -> None:
-        """ValueError for a parameter that is not finite; `whose` goes before its name. Reads every file once."""
-        for name in self:
-            if not bool(torch.linalg.vector_norm(self[name], torch.inf).isfinite()):
-                raise ValueError(
-                    f"{whose}{name}: it holds NaN or infinite values: this checkpoint is damaged or its training diverged; "
-                    "load another one"
-                )
-
-    def save(self, directory: str | Path) -> None:
-        """Writes the model anew: the directory that it was opened from, with the tensors of `replace` in their places, in
-        the files' own dtypes. One file after the other, each whole or absent, config.json last; of the new tensors those of
-        one file are in memory, twice."""
-        source, directory = self.shards.directory, Path(directory)
-        self.check_target(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.release()
-        new = {
-            piece.stored: (name, piece.index)
-            for name in (*self._replaced, *self._changed)
-            for piece in self._sources[name]
-        }
-        for path in self.shards.paths:
-            with open_tensors(path) as file:
-                metadata = file.metadata()  # transformers asks for it
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # mapped
-            for stored in tensors.keys() & new.keys():
-                name, index = new[stored]
-                tensors[stored] = self[name][index].to("cpu", tensors[stored].dtype)
-            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            write_with(directory / path.name, functools.partial(save_file, tensors, metadata=metadata))
-            del tensors  # before those of the next file
-        others = [file for file in source.iterdir() if file.is_file() and file.suffix not in WEIGHTS]
-        for file in sorted(others, key=lambda file: file.name == "config.json"):
-            write_with(directory / file.name, functools.partial(shutil.copyfile, file))
-
-    def check_target(self, directory: str | Path) -> None:
-        """ValueError for a directory that the model's tensors are read from, where `save` must not write."""
-        directory = Path(directory)
-        streams = [values for values in self._replaced.values() if isinstance(values, LayerStream)]
-        sources = {stream.shards.directory for stream in (self, *streams)}
-        if directory.exists() and any(directory.samefile(source) for source in sources):
-            raise ValueError(f"{directory}: the model is read from there: save it elsewhere")
-
-    def moved(self, directory: str | Path) -> None:
-        """From now on all is read from `directory`, where `save` has written the model."""
-        shards = Shards(directory)
-        self._read_anew(set(range(len(self._entries))))
-        self.shards, self._replaced, self._changed = shards, {}, set()
 
     def release(self) -> None:
         """Gives the buffers back, until a layer is loaded again: every layer's parameters are placeholders."""
@@ -392,8 +256,8 @@ class LayerStream(Weights):
                     into.copy_(file.get_tensor(stored))
                     if not self.reads[layer] and not bool(torch.linalg.vector_norm(into, torch.inf).isfinite()):
                         raise ValueError(
-                            f"{path}: {stored} holds NaN or infinite values (as {into.dtype}): this checkpoint is damaged or "
-                            "its training diverged; load another one"
+                            f"{path}: {stored} holds NaN or infinite values (as {into.dtype}): this checkpoint is "
+                            "damaged or its training diverged; load another one"
                         )
         self.reads[layer] += 1
 
@@ -427,9 +291,3 @@ def _refuse_state(*args: Any) -> None:
         "this model is streamed: its state_dict, and what save_pretrained writes, would hold placeholders; use "
         "Decoder(model).save(directory)"
     )
-
-
-def layer_stream(model: nn.Module | Decoder) -> LayerStream | None:
-    """The stream of a model that `open_streamed` has made, None of any other."""
-    weights = weights_of(model.model if isinstance(model, Decoder) else model)
-    return weights if weights.streamed else None

@@ -1,38 +1,31 @@
 """Low precision of the cover: the frozen layers above the active block, with fewer bits a weight. Opt-in, and measured.
 
-What changes are the weights W (N, K) of the linear layers (attention and MLP) above the block:
+Of the linear layers (attention and MLP) above the block the weights W (N, K) become W~, the nearest that a mode holds:
 
-    y = x @ W~.T + b,    dX = dY @ W~,    W~ the nearest that the mode can hold; no dW, nothing is saved for it
+    y = x @ W~.T + b,    dX = dY @ W~,    no dW, nothing is saved for it
 
-    mode         a weight is                                                                    bytes a weight
-    none         itself: nothing is installed, not a bit changes                                2 (bf16)
-    fp8          e4m3, times its row's scale                                                    1
-    int8         -127 ... 127, times its row's scale                                            1
-    nf4          one of 16 values, times the scale of its 64 neighbours (QLoRA's NF4, without
-                 its second quantisation; needs bitsandbytes)                                   0.56
-    fp8_matmul   as fp8, and the rows of x and dY are rounded to e4m3 too, so that tensor cores
-                 multiply fp8 with fp8. Faster, not smaller: their instruction takes both
-                 operands K-major only, so a GPU holds W and W.T (the same values)              2 (1 on a CPU)
+    mode    a weight is                                                             bytes a weight
+    none    itself: nothing is installed, not a bit changes                         2 (bf16)
+    fp8     e4m3, times its row's scale                                             1
+    int8    -127 ... 127, times its row's scale                                     1
+    nf4     one of 16 values, times the scale of its 64 neighbours (QLoRA's NF4     0.56
+            without its second quantisation; needs bitsandbytes)
 
-In fp8, int8 and nf4 W~ is written out in x's dtype, one weight at a time, in the forward pass and again in the backward
-pass: memory holds the quantised weights and one dense one. Scales are fp32, 4 bytes a row. fp8_matmul goes by
-torch._scaled_mm where that runs (bf16, compute capability 8.9), elsewhere by the same products of the same rounded
-numbers in fp32. In dX the scales of W's rows are within the sum, so there dY times these is what is rounded.
+W~ is written out in x's dtype, one weight at a time, in the forward pass and again in the backward pass: memory holds
+the quantised weights and one dense one. Scales are fp32, 4 bytes a row.
 
-Around the cover: the block is exact. Layers below it are exact too, whether a prefix cache has their output or they run;
-they lie in main memory meanwhile and come one weight at a time if they are needed. The exact weights of the cover go to
-main memory as well (ordinary, not pinned, memory: they go and come once a block) and `Cover.exact` runs on them, so that
-the gradient can be compared (`gradient_cosine`). On a CPU they stay where they are, beside the quantised ones: there is
-nothing to save there, but the results are those of a GPU.
+The block is exact. So are the layers below it: they lie in main memory meanwhile, and come one weight at a time if they
+run at all (a prefix cache has their output). The cover's exact weights go to main memory too (ordinary, not pinned:
+they go and come once a block); `Cover.exact` runs on them, to compare gradients. On a CPU they stay where they are:
+nothing is saved there, but the results are those of a GPU.
 
-Every block quantises its own cover, from exact weights: with insertion="cumulative" a trained block is rounded where it
-is in another one's cover (on a second round; in the first the next blocks lie above it), never twice.
+Every block quantises its own cover from exact weights: with insertion="cumulative" a trained block is rounded where
+it is in another one's cover (on a second round; in the first the next blocks lie above it), never twice.
 
-Why not the libraries' own linear layers (measured with torchao 0.18.0 and bitsandbytes 0.50.2, on a CPU; 8 layers of
-1024 x 1024, bf16, forward and backward): under torchao's Int8WeightOnlyConfig and Float8WeightOnlyConfig autograd saves
-each dense weight for dX, 16 and 24 MB at the peak against 0.1 MB of plain layers, so that training holds more than
-without them (and its int4 needs a further package); bitsandbytes' Linear8bitLt rounds x to int8 as well, another
-approximation. For 4 bits bitsandbytes has kernels for packing and unpacking on CPU and GPU, and these are what is used.
+Why not the libraries' own linear layers (torchao 0.18.0 and bitsandbytes 0.50.2 on a CPU; 8 layers of 1024 x 1024,
+bf16, forward and backward): under torchao's Int8WeightOnlyConfig and Float8WeightOnlyConfig autograd saves each dense
+weight for dX, 16 and 24 MB at the peak against 0.1 MB of plain layers, so training holds more than without them;
+bitsandbytes' Linear8bitLt rounds x to int8 as well. For 4 bits bitsandbytes' kernels pack and unpack.
 
 No GPU has run this.
 """
@@ -42,7 +35,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import logging
 from collections.abc import Iterable, Iterator
@@ -51,16 +43,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from kunbr_fast.files.tensors import placeholder
 from kunbr_fast.kernels.dispatch import Unavailable
 from kunbr_fast.kernels.projections import autocast_dtype, no_autocast
+from kunbr_fast.model import compat
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.weights import other_names, owners
 
 logger = logging.getLogger(__name__)
-COVER_PRECISIONS = ("none", "fp8", "int8", "nf4", "fp8_matmul")
+COVER_PRECISIONS = ("none", "fp8", "int8", "nf4")
 MARK = "_kunbr_cover"  # on the list of layers: the precision that is installed
 E4M3_MAX, INT8_MAX = 448.0, 127.0
 NF4_BLOCK = 64
@@ -69,35 +62,14 @@ NF4_BLOCK = 64
 # ---------------------------------------------------------------- weights
 
 
-def _rows(x: torch.Tensor, largest: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R, K) -> the values in `dtype`, within +-largest, and the rows' scales (R, 1), in fp32 at least."""
-    wide = x.to(_wide(x.dtype))
-    scale = wide.abs().amax(-1, keepdim=True) / largest
-    scale = scale.masked_fill_(scale == 0, 1.0)
-    x = (wide / scale).clamp_(-largest, largest)
-    return (x.round_() if dtype == torch.int8 else x).to(dtype), scale
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 class Weight(abc.ABC):
-    """A frozen weight (N, K) in some form, and the two products with it. nbytes: what it holds on the device."""
+    """A frozen weight (N, K) in some form. nbytes: what it holds on the device."""
 
     nbytes = 0
 
     @abc.abstractmethod
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight written out, (N, K)."""
-
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x (..., K) -> x @ W.T + bias."""
-        return F.linear(x, self.dense(x.dtype), bias)
-
-    def backward(self, dy: torch.Tensor) -> torch.Tensor:
-        """dy (..., N) -> dy @ W."""
-        return dy @ self.dense(dy.dtype)
 
 
 class Exact(Weight):
@@ -112,53 +84,22 @@ class Exact(Weight):
 
 
 class RowWise(Weight):
-    """Values of one byte and a scale for each of the N rows."""
+    """Values of one byte, within +-largest, and a scale for each of the N rows, in fp32 at least."""
 
     def __init__(self, weight: torch.Tensor, largest: float, dtype: torch.dtype):
-        self.values, self.scale = _rows(weight, largest, dtype)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        scale = wide.abs().amax(-1, keepdim=True) / largest
+        self.scale = scale.masked_fill_(scale == 0, 1.0)
+        values = (wide / self.scale).clamp_(-largest, largest)
+        self.values = (values.round_() if dtype == torch.int8 else values).to(dtype)
         self.nbytes = self.values.nbytes + self.scale.nbytes
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return self.values.to(dtype).mul_(self.scale)
 
 
-class Fp8Matmul(RowWise):
-    """e4m3 times e4m3: x and dy are rounded, row by row, as well."""
-
-    def __init__(self, weight: torch.Tensor):
-        super().__init__(weight, E4M3_MAX, torch.float8_e4m3fn)
-        self.transposed = self.values.t()
-        if weight.is_cuda:
-            self.transposed = self.transposed.contiguous()
-            self.nbytes += self.transposed.nbytes
-        self.aligned = not any(size % 16 for size in weight.shape)  # what _scaled_mm takes
-
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out = self._multiply(x, self.values, self.scale.t(), x.dtype)
-        return out if bias is None else out + bias
-
-    def backward(self, dy: torch.Tensor) -> torch.Tensor:
-        return self._multiply(dy * self.scale.t(), self.transposed, torch.ones_like(self.scale[:1]), dy.dtype)
-
-    def _multiply(self, x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """x (..., K) rounded, values (N, K), scale (1, N or 1) -> (..., N) in `dtype`."""
-        rows, rows_scale = _rows(x.reshape(-1, x.shape[-1]), E4M3_MAX, torch.float8_e4m3fn)
-        if self.aligned and dtype == torch.bfloat16 and _has_scaled_mm(x.device):
-            scale = scale.expand(1, len(values)).contiguous()
-            out = torch._scaled_mm(rows, values.t(), rows_scale, scale, out_dtype=dtype)
-        else:
-            wide = _wide(dtype)
-            out = (rows.to(wide) @ values.to(wide).t()).mul_(rows_scale).mul_(scale).to(dtype)
-        return out.view(*x.shape[:-1], len(values))
-
-
-@functools.cache
-def _has_scaled_mm(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 class Nf4(Weight):
-    """bitsandbytes' NF4, each block's scale in fp32 (8-bit scales, as in QLoRA, would be wrong for rows of unlike size)."""
+    """bitsandbytes' NF4 with fp32 scales (QLoRA's 8-bit ones would be wrong for rows of unlike size)."""
 
     def __init__(self, weight: torch.Tensor):
         from bitsandbytes.functional import quantize_4bit
@@ -180,7 +121,6 @@ _WEIGHTS = {
     "fp8": lambda weight: RowWise(weight, E4M3_MAX, torch.float8_e4m3fn),
     "int8": lambda weight: RowWise(weight, INT8_MAX, torch.int8),
     "nf4": Nf4,
-    "fp8_matmul": Fp8Matmul,
 }
 
 
@@ -190,18 +130,18 @@ def quantize(weight: torch.Tensor, precision: str) -> Weight:
 
 
 class _Product(torch.autograd.Function):
-    """`weight.forward(x, bias)`, whose backward pass makes dX and keeps nothing but `weight`."""
+    """x @ W~.T + bias; the backward pass makes dX and needs nothing but `weight`."""
 
     @staticmethod
     def forward(ctx, x, bias, weight):
         ctx.weight, ctx.device = weight, x.device.type
-        return weight.forward(x, bias)
+        return F.linear(x, weight.dense(x.dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         with no_autocast(ctx.device):
-            return ctx.weight.backward(dy), None, None
+            return dy @ ctx.weight.dense(dy.dtype), None, None
 
 
 # ---------------------------------------------------------------- in and out
@@ -268,7 +208,7 @@ def check_available(precision: str) -> None:
 
 
 def check_cover(decoder: Decoder, block: range, precision: str) -> dict[str, nn.Module]:
-    """The modules above the block that `low_precision_cover` rounds, by path; its errors, before anything is computed."""
+    """The modules that `low_precision_cover` rounds, by path. Raises its errors, before anything is computed."""
     check_available(precision)
     check_block(block, decoder.num_layers)
     check_exact(decoder, "re-insertion")
@@ -285,8 +225,8 @@ def check_exact(decoder: Decoder, what: str) -> None:
     """RuntimeError inside `low_precision_cover`: `what` is made of exact weights."""
     if MARK in decoder.layers.__dict__:
         raise RuntimeError(
-            f"{what}: this model's cover is in {decoder.layers.__dict__[MARK]} now; do it outside of low_precision_cover "
-            "and reinserted"
+            f"{what}: this model's cover is in {decoder.layers.__dict__[MARK]} now; do it outside of "
+            "low_precision_cover and reinserted"
         )
 
 
@@ -294,15 +234,15 @@ def check_exact(decoder: Decoder, what: str) -> None:
 def low_precision_cover(decoder: Decoder, block: range, precision: str) -> Iterator[Cover | None]:
     """Inside, the linear layers above `block` run on weights in `precision`, and those below lie in main memory.
 
-    Yields the `Cover`, None for "none", which changes nothing. `reinserted(..., cover_precision=)` is this and training.
+    Yields the `Cover`, None for "none", which changes nothing. `reinserted(..., cover_precision=)` uses it.
 
     The modules stay what they are; their `forward` is replaced, and their weight is a placeholder (one NaN, expanded)
     until the end, when it is what it was, also after an exception. Fused layers (`patched`), gradient checkpointing and
     autocast work as without. state_dict, and with it save_pretrained, raises inside.
 
     Errors: RuntimeError if it is in use on this model already; ValueError with the module's path for weights above the
-    block that it cannot take: of modules other than nn.Linear and transformers' Conv1D (experts that are stacked into one
-    tensor, layers that are quantised already), with a forward of their own, tied, or that require grad; and for a
+    block that it cannot take: of modules other than nn.Linear and transformers' Conv1D (experts that are stacked into
+    one tensor, layers that are quantised already), with a forward of their own, tied, or that require grad; and for a
     streamed model. `dispatch.Unavailable` where bitsandbytes is missing.
     """
     above = check_cover(decoder, block, precision)
@@ -333,12 +273,12 @@ def low_precision_cover(decoder: Decoder, block: range, precision: str) -> Itera
 
 @torch.no_grad()
 def _install(cover: Cover, module: nn.Module, precision: str | None) -> None:
-    weight, transposed = module.weight, isinstance(module, Conv1D)
+    weight, transposed = module.weight, isinstance(module, compat.Conv1D)
     original = weight.data.cpu()  # on a CPU the weight's own storage
     exact = Exact(original, transposed, weight.device)
     quantized = None if precision is None else quantize(weight.t().contiguous() if transposed else weight, precision)
     cover.linears.append(_Linear(module, original, exact, quantized or exact))
-    weight.data = weight.new_full((), torch.nan).expand(weight.shape)
+    weight.data = placeholder(weight.shape, weight.dtype, weight.device)
     module.forward = cover.linears[-1]
 
 
@@ -356,7 +296,7 @@ def _restore(linear: _Linear) -> None:
 
 
 def _linears(decoder: Decoder, indices: Iterable[int], strict: bool) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of these layers whose weights can be taken, by path; strict: ValueError for any other with a matrix."""
+    """The linear layers that can be rounded, by path; strict: ValueError for any other module with a matrix."""
     uses = owners(decoder.model)
     for index in indices:
         for inner, module in decoder.layers[index].named_modules():
@@ -372,7 +312,7 @@ def _linears(decoder: Decoder, indices: Iterable[int], strict: bool) -> Iterator
 
 
 def _why_not(module: nn.Module, name: str, parameter: nn.Parameter, others: str) -> str | None:
-    if type(module) not in (nn.Linear, Conv1D) or name != "weight":
+    if type(module) not in (nn.Linear, compat.Conv1D) or name != "weight":
         return f"low precision takes the weights of nn.Linear and Conv1D, not {name} of {type(module).__name__}"
     if "forward" in module.__dict__:
         return "another tool has put its own forward into this module"
@@ -388,6 +328,3 @@ def _refuse_state(*args: Any) -> None:
         "this model's cover is in low precision now: its state_dict, and what save_pretrained writes, would hold "
         "placeholders; save it outside of low_precision_cover and reinserted"
     )
-
-
-# ---------------------------------------------------------------- how good it is

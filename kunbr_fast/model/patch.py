@@ -23,7 +23,6 @@ All changes, `forward`, requires_grad and train/eval flags, are written to one l
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib
 import inspect
@@ -34,76 +33,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import GELUActivation
 
 from kunbr_fast.kernels import dispatch
 from kunbr_fast.kernels.gated.op import geglu, swiglu
 from kunbr_fast.kernels.norms.op import rms_norm
 from kunbr_fast.kernels.projections import linears
 from kunbr_fast.kernels.rotary.op import apply_rotary
+from kunbr_fast.model import compat
 from kunbr_fast.model.blocks import check_block
-from kunbr_fast.model.compat import (
-    ALL_ATTENTION_FUNCTIONS,
-    CALL_CHECKPOINTS,
-    LAYERS_RETURN_TUPLES,
-    GELUTanh,
-    SiLUActivation,
-)
 from kunbr_fast.model.decoder import find_layers
+from kunbr_fast.model.families import FAMILIES, Family, identify
 
 logger = logging.getLogger(__name__)
 MARK = "_kunbr_patched"  # on the list of layers: the call that patched them
-
-
-# ---------------------------------------------------------------- what the architectures do
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """One architecture of transformers: classes named `prefix`RMSNorm, MLP, Attention, DecoderLayer.
-
-    cast, offset, eps: the norm's convention, see `rms_norm`, and the name of its epsilon. qk_norm: None, "head" (over
-    each head) or "all" (over all heads at once). window, softcap: where the attention function's arguments of those
-    names come from, "module.attribute" or "config.attribute"; None: it gets none. packed: q/k/v and gate/up are one
-    projection each. act: the name of the MLP's activation. sums_into: the norm that follows the residual sum after
-    attention, if any.
-    """
-
-    prefix: str
-    cast: str = "llama"
-    offset: float = 0.0
-    eps: str = "variance_epsilon"
-    qk_norm: str | None = None
-    window: str | None = None
-    softcap: str | None = None
-    packed: bool = False
-    act: str = "act_fn"
-    sums_into: str | None = "post_attention_layernorm"
-
-
-GEMMA: dict[str, Any] = dict(
-    cast="gemma", offset=1.0, eps="eps", window="module.sliding_window", sums_into="pre_feedforward_layernorm"
-)
-FAMILIES = {
-    "llama": Family("Llama"),
-    "mistral": Family("Mistral", window="config.sliding_window"),
-    "qwen2": Family("Qwen2", window="module.sliding_window"),
-    "qwen3": Family("Qwen3", window="module.sliding_window", qk_norm="head"),
-    "smollm3": Family("SmolLM3", window="module.sliding_window"),
-    "phi3": Family("Phi3", window="config.sliding_window", packed=True, act="activation_fn"),
-    "olmo2": Family("Olmo2", cast="gemma", qk_norm="all", sums_into=None),
-    "gemma2": Family("Gemma2", **GEMMA, softcap="module.attn_logit_softcapping"),
-    "gemma3": Family("Gemma3", **GEMMA, qk_norm="head"),
-}
-
-
-def _identify(module: nn.Module) -> tuple[str | None, str]:
-    """("llama", "MLP") for a LlamaMLP; (None, "") for a subclass of it that is defined elsewhere, and others."""
-    kind = type(module)
-    for name, family in FAMILIES.items():
-        if kind.__module__ == f"transformers.models.{name}.modeling_{name}" and kind.__name__.startswith(family.prefix):
-            return name, kind.__name__.removeprefix(family.prefix)
-    return None, ""
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -167,10 +109,10 @@ def _sum_norm(
 
 def _activation(module: nn.Module) -> Any:
     """The gated form of an activation module, act(gate) * up; None if there is none."""
-    if type(module) in (SiLUActivation, nn.SiLU):
+    if type(module) in (compat.SiLUActivation, nn.SiLU):
         return swiglu
-    if type(module) in (GELUTanh, GELUActivation):
-        return functools.partial(geglu, approximate="tanh" if type(module) is GELUTanh else "none")
+    if type(module) in (compat.GELUTanh, compat.GELUActivation):
+        return functools.partial(geglu, approximate="tanh" if type(module) is compat.GELUTanh else "none")
     return None
 
 
@@ -191,21 +133,48 @@ def _attention(
     family: Family,
     impl: str,
     eager: Any,
-    kunbr_rows: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """With kunbr_rows (R,): queries, and the result, of these tokens only: (1, R, D)."""
+    """kwargs: for the attention function. kunbr_rows, (R,): queries and result are of these tokens: (1, R, D)."""
     past_key_values = kwargs.pop("past_key_value", past_key_values)  # transformers 4
-    width, asking = module.head_dim, hidden_states
-    if kunbr_rows is not None:
-        asking = hidden_states[:, kunbr_rows]
-        kwargs["kunbr_rows"] = kunbr_rows
+    rows = kwargs.get("kunbr_rows")
+    query, key, value = _heads(module, hidden_states, rows, family)
+    if getattr(module, "use_rope", True):  # SmolLM3 has layers without
+        if rows is None:
+            query, key = apply_rotary(query, key, *position_embeddings, impl=impl)
+        else:  # each with its own angles, beside a partner of no heads
+            query, _ = apply_rotary(query, query[:, :0], *(x[:, rows] for x in position_embeddings), impl=impl)
+            key, _ = apply_rotary(key, key[:, :0], *position_embeddings, impl=impl)
+    position = kwargs.pop("cache_position", None)  # transformers 5.0; later releases' caches know it themselves
+    if past_key_values is not None:
+        further = () if position is None else ({"cache_position": position},)
+        key, value = past_key_values.update(key, value, module.layer_idx, *further)
+    name = module.config._attn_implementation
+    if compat.LAYERS_RETURN_TUPLES and name == "sdpa" and kwargs.get("output_attentions"):
+        name = "eager"  # as the model's own code; later releases ask for it elsewhere
+    attend = eager if name in (None, "eager") else compat.ALL_ATTENTION_FUNCTIONS[name]
+    for option, place in (("sliding_window", family.window), ("softcap", family.softcap)):
+        if place is not None:
+            kwargs[option] = _get(module, place)
+    kwargs["dropout"] = module.attention_dropout if module.training else 0.0
+    out, weights = attend(module, query, key, value, attention_mask, scaling=module.scaling, **kwargs)
+    return module.o_proj(out.reshape(len(query), query.shape[2], -1)), weights
+
+
+def _heads(
+    module: nn.Module, hidden_states: torch.Tensor, rows: torch.Tensor | None, family: Family
+) -> Iterator[torch.Tensor]:
+    """Queries (of some rows only), keys and values, (B, heads, T or R, d), before rotation."""
+    width = module.head_dim
     if family.packed:
         heads = module.config.num_attention_heads, module.config.num_key_value_heads, module.config.num_key_value_heads
         query, key, value = module.qkv_proj(hidden_states).split([count * width for count in heads], -1)
-        query = query if kunbr_rows is None else query[:, kunbr_rows]
-    elif kunbr_rows is not None:
-        query, (key, value) = module.q_proj(asking), _project(hidden_states, module.k_proj, module.v_proj)
+        query = query if rows is None else query[:, rows]
+    elif rows is not None:
+        query, (key, value) = (
+            module.q_proj(hidden_states[:, rows]),
+            _project(hidden_states, module.k_proj, module.v_proj),
+        )
     else:
         query, key, value = _project(hidden_states, module.q_proj, module.k_proj, module.v_proj)
     if family.qk_norm == "all":
@@ -213,36 +182,7 @@ def _attention(
     query, key, value = (x.unflatten(-1, (-1, width)) for x in (query, key, value))
     if family.qk_norm == "head":
         query, key = module.q_norm(query), module.k_norm(key)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, T, d)
-    if getattr(module, "use_rope", True):  # SmolLM3 has layers without
-        if kunbr_rows is None:
-            query, key = apply_rotary(query, key, *position_embeddings, impl=impl)
-        else:  # each with its own angles, beside a partner of no heads
-            query, _ = apply_rotary(query, query[:, :0], *(x[:, kunbr_rows] for x in position_embeddings), impl=impl)
-            key, _ = apply_rotary(key, key[:, :0], *position_embeddings, impl=impl)
-    position = kwargs.pop("cache_position", None)  # transformers 5.0; later releases' caches know it themselves
-    if past_key_values is not None:
-        further = () if position is None else ({"cache_position": position},)
-        key, value = past_key_values.update(key, value, module.layer_idx, *further)
-    name = module.config._attn_implementation
-    if LAYERS_RETURN_TUPLES and name == "sdpa" and kwargs.get("output_attentions"):
-        name = "eager"  # as the model's own code; later releases ask for it elsewhere
-    attend = eager if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS[name]
-    if family.window is not None:
-        kwargs["sliding_window"] = _get(module, family.window)
-    if family.softcap is not None:
-        kwargs["softcap"] = _get(module, family.softcap)
-    out, weights = attend(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=module.attention_dropout if module.training else 0.0,
-        scaling=module.scaling,
-        **kwargs,
-    )
-    return module.o_proj(out.reshape(*asking.shape[:-1], -1)), weights
+    return (x.transpose(1, 2) for x in (query, key, value))
 
 
 def _layer(module: nn.Module, hidden_states: torch.Tensor, *args: Any, run: Any, **kwargs: Any) -> Any:
@@ -250,13 +190,13 @@ def _layer(module: nn.Module, hidden_states: torch.Tensor, *args: Any, run: Any,
 
     That is switched on through attributes that transformers sets on the layer, and which its own forward reads.
     """
-    if LAYERS_RETURN_TUPLES:  # and, under gradient checkpointing, give their arguments by position
+    if compat.LAYERS_RETURN_TUPLES:  # and, under gradient checkpointing, give their arguments by position
         names = list(inspect.signature(type(module).forward).parameters)[2:]
         kwargs.update(zip(names, args))
         if kwargs.get("output_attentions"):
             return type(module).forward(module, hidden_states, **kwargs)
         return (run(module, hidden_states, **kwargs),)
-    if CALL_CHECKPOINTS or not (module.gradient_checkpointing and module.training):
+    if compat.CALL_CHECKPOINTS or not (module.gradient_checkpointing and module.training):
         return run(module, hidden_states, **kwargs)
     if kwargs.get("past_key_values") is not None:  # the second run would write to it again
         kwargs.update(past_key_values=None, use_cache=False)
@@ -301,7 +241,7 @@ def _consists_of(module: nn.Module, names: set[str]) -> bool:
 
 def _fused_forward(module: nn.Module, impl: str) -> functools.partial | None:
     """The forward to put into a module, None where it keeps its own."""
-    name, role = _identify(module)
+    name, role = identify(module)
     if name is None or "forward" in module.__dict__:  # some other tool's, such as Accelerate's offloading
         return None
     family = FAMILIES[name]
@@ -314,7 +254,7 @@ def _fused_forward(module: nn.Module, impl: str) -> functools.partial | None:
         return (
             functools.partial(_mlp, module, **common, gated=gated) if gated and _consists_of(module, needed) else None
         )
-    if role in ("Attention", "DecoderLayer") and ALL_ATTENTION_FUNCTIONS is None:
+    if role in ("Attention", "DecoderLayer") and compat.ALL_ATTENTION_FUNCTIONS is None:
         return None  # transformers 4.45: norms and MLPs only
     if role == "Attention":
         needed = {"o_proj"} | ({"qkv_proj"} if family.packed else {"q_proj", "k_proj", "v_proj"})
@@ -382,7 +322,7 @@ def patched(model: nn.Module, active_block: range | None = None, impl: str = "au
             trainer.train()
 
     model: a Hugging Face causal language model, or a wrapper of one (PEFT, torch.compile). Yields it. Same logits and
-    gradients as the model's own code, up to rounding; the norms of an fp64 model keep their own code, which is fp32 inside.
+    gradients as the model's own code, up to rounding; an fp64 model's norms keep their own code (fp32 inside).
     active_block: the parameters of all other layers, embeddings, final norm and head do not require grad inside;
     those within keep their flags. None: no flag is changed.
     impl: "auto", "triton" or "torch", as everywhere; the choice is that of each fused operation.
@@ -421,7 +361,7 @@ def patched(model: nn.Module, active_block: range | None = None, impl: str = "au
 
 
 def _fuse(model: nn.Module, layers: nn.ModuleList, changes: _Changes, impl: str) -> None:
-    kinds = {type(layer).__name__: _identify(layer) for layer in layers}
+    kinds = {type(layer).__name__: identify(layer) for layer in layers}
     unknown = [name for name, (family, role) in kinds.items() if family is None or role != "DecoderLayer"]
     for name in unknown:
         _say_once(

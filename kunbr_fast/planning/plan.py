@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kunbr_fast.memory import bytes_of
+from kunbr_fast.memory import parse_bytes
 from kunbr_fast.planning.costs import Architecture
 from kunbr_fast.planning.lengths import Data
 from kunbr_fast.planning.machines import ARITHMETIC, BUS, HOST, TRAFFIC, Setup
@@ -23,14 +23,6 @@ from kunbr_fast.planning.predict import KINDS, Run, Stage
 from kunbr_fast.run.config import KUnBRConfig
 
 EQUAL = 1.02  # times that differ by less are no reason for other settings
-
-
-def parse_bytes(text: str) -> int:
-    """ "24GiB", "24 GB", "512MiB" -> bytes."""
-    found = bytes_of(text, unit_needed=True)
-    if not found:
-        raise ValueError(f"gpu_memory={text!r}: expected a number above 0 and a unit, such as 24GiB, 80GB or 512MiB")
-    return found
 
 
 @dataclasses.dataclass
@@ -132,7 +124,7 @@ def plan(
     ValueError: input that does not fit, by file and cure; and where nothing fits, the least that does, and for what.
     """
     setup, config = Setup(**setup), config or KUnBRConfig()
-    memory = memory if isinstance(memory, int) else parse_bytes(memory)
+    memory = parse_bytes(memory, "gpu_memory", unit_needed=True)
     a, assumed = Architecture.load(model, setup.dtype)
     data = Data.load(forget, retain, _tokenizer(Path(model)) if forget else None, config)
     if setup.stream:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from kunbr_fast.evaluation.rtt import Fold, prepare_attack
+from kunbr_fast.evaluation.rtt import Attack, Fold
 from kunbr_fast.files.models import check_same_architecture
 from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.model.blocks import selectable_blocks
@@ -36,7 +36,7 @@ def prepare(inputs: RunInputs, config: KUnBRConfig, context: RunContext) -> tupl
     if inputs.tokenizer is None and (inputs.folds or any(inputs.questions.values())):
         raise ValueError("questions and folds hold text: give tokenizer=")
     if config.rtt and inputs.folds and not decoder.streamed:
-        prepare_attack(decoder, inputs.tokenizer, inputs.folds, config.attack())
+        Attack(decoder, inputs.tokenizer, inputs.folds, config.attack())
     if isinstance(unlearned, nn.Module):
         check_same_architecture(model, unlearned, "unlearned")
         weights_of(unlearned).check("the unlearned model's ")

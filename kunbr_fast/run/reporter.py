@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from tqdm import tqdm
 
@@ -84,6 +83,6 @@ class Reporter:
         """A progress bar over `total` units, of which `done` are done."""
         return tqdm(total=total, initial=done, desc=what, unit=unit, leave=False, disable=not self.progress)
 
-    def title(self, what: str) -> Any:
-        """What functions with `progress: str | None` take: their bar's title, or None for no bar."""
+    def title(self, what: str) -> str | None:
+        """For functions whose `progress` is their bar's title, or None for no bar."""
         return what if self.progress else None

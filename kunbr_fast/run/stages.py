@@ -13,7 +13,7 @@ from kunbr_fast.density.measure import Density, knowledge_density
 from kunbr_fast.density.select import select_blocks
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.report import Report
-from kunbr_fast.evaluation.rtt import RTTResult, rtt_attack
+from kunbr_fast.evaluation.rtt import Attack, RTTResult
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
@@ -110,12 +110,12 @@ class Stages(Run):
             def done() -> list[dict]:
                 return [row for found in self.state.results(RTT).values() for row in found["rows"]]
 
-            attack, rank = (self.decoder, self.inputs.tokenizer, folds, config.attack()), self.group.rank
+            attack, rank = Attack(self.decoder, self.inputs.tokenizer, folds, config.attack()), self.group.rank
             if self.group.size > 1:  # each makes its share of the attacks, on its own copy of the weights
                 rows = done()
                 with self._apart():
-                    rtt_attack(*attack, self.work / f"rank-{rank}", progress, rows, keep, (rank, self.group.size))
-            return rtt_attack(*attack, self.work, progress, done(), keep)
+                    attack.run(self.work / f"rank-{rank}", progress, rows, keep, (rank, self.group.size))
+            return attack.run(self.work, progress, done(), keep)
 
     # ------------------------------------------------ warm-up
 

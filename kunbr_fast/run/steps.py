@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -17,7 +16,7 @@ from kunbr_fast.files.tensors import load_tensors
 from kunbr_fast.memory import Place, parse_bytes
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
-from kunbr_fast.objectives.batch import Shares, StepBatch
+from kunbr_fast.objectives.batch import Shares
 from kunbr_fast.objectives.original import Needs, OriginalValues
 from kunbr_fast.run.checks import folds_to_attack, prepare
 from kunbr_fast.run.config import KUnBRConfig
@@ -25,7 +24,7 @@ from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.reporter import Timer
 from kunbr_fast.run.samples import Feed
 from kunbr_fast.run.visits import Stage, layers
-from kunbr_fast.training.approximation import cosine, gradient_cosine
+from kunbr_fast.training.approximation import cache_error, gradient_cosine
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.full import FullTraining
@@ -238,27 +237,12 @@ class Run:
                 "cover's"
             )
         if not cache.is_exact:
-            error = found["cache_error"] = self._cache_error(training, feed.batch(*step), cache.exact(places))
+            error = found["cache_error"] = cache_error(training, feed.batch(*step), cache.exact(places))
             self.reporter.say(
                 f"prefix cache in {self.config.cache_dtype}: a relative error of {error['relative_error']:.2g}; the "
                 f"block's gradient has a cosine of {error['gradient_cosine']:.6f} to the exact one"
             )
         return found
-
-    @staticmethod
-    def _cache_error(training: BlockTraining, step: StepBatch, exact: torch.Tensor) -> dict[str, float]:
-        """exact: (T, D), what the cache would hold without rounding."""
-        hidden = step.packed.hidden
-
-        def gradient(hidden: torch.Tensor) -> torch.Tensor:
-            packed = dataclasses.replace(step.packed, hidden=hidden)
-            training.accumulate(dataclasses.replace(step, packed=packed))
-            found = training.flat.grad.clone()
-            training.drop_gradient()
-            return found
-
-        error = float((hidden.double() - exact.double()).norm() / exact.double().norm())
-        return {"relative_error": error, "gradient_cosine": cosine(gradient(hidden), gradient(exact))}
 
 
 def new_account() -> dict[str, Any]:

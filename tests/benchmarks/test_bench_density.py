@@ -113,11 +113,11 @@ def test_all_that_can_run_is_right(dtype, lengths, statistic):
     l1 = statistic == "grad_l1"
     missing = {"cuda"} | ({"torch.compile"} if l1 else set())
     if not TRITON:
-        missing |= {"triton", "triton all"} if l1 else {"triton"}
+        missing.add("triton")
     if not l1 and importlib.util.find_spec("opacus") is None:
         missing.add("opacus")
     assert set(left_out) == missing
-    ours = {"torch", "triton", "triton all"} if l1 else {"torch", "triton", "gram"}
+    ours = {"torch", "triton"} if l1 else {"torch", "triton", "gram"}
     assert all(errors[name] <= 1e-5 for name in ours - missing)
     rivals = {"loop", "func", "grouped_mm", "grouped_norm", "bare"} if l1 else {"loop", "opacus"}
     assert set(errors) == (ours | rivals) - missing
@@ -143,8 +143,7 @@ def test_one_wrong_sample_of_many_is_found(monkeypatch, dtype):
 
     def wrong(*args, **kwargs):
         (found,) = right(*args, **kwargs)
-        for value in found.values():
-            value[2] *= 1 + 3e-5  # of a sample that is small beside the others
+        found[2] *= 1 + 3e-5  # of a sample that is small beside the others
         return [found]
 
     case = weight((60, 60, 1), dtype=dtype, variants=("torch",))
@@ -156,17 +155,17 @@ def test_one_wrong_sample_of_many_is_found(monkeypatch, dtype):
 
 @pytest.mark.skipif(not TRITON, reason="no triton")
 def test_ours_have_to_agree_at_the_timed_shape(monkeypatch):
-    case, right = weight((40, 40), variants=("torch", "triton all")), operators.grad_density
+    case, right = weight((40, 40), variants=("torch", "triton")), operators.grad_density
     small = case.small().draw().x.shape
 
-    def wrong(x, *args, statistics, **kwargs):
-        (found,) = right(x, *args, statistics=statistics, **kwargs)
-        if x.shape != small and len(statistics) == 3:
-            found["grad_l1"][1] *= 1.001
+    def wrong(x, *args, impl, **kwargs):
+        (found,) = right(x, *args, impl=impl, **kwargs)
+        if x.shape != small and impl == "triton":
+            found[1] *= 1.001
         return [found]
 
     monkeypatch.setattr(operators, "grad_density", wrong)
-    with pytest.raises(harness.Wrong, match="triton all and those before it are 1.0e-03 apart"):
+    with pytest.raises(harness.Wrong, match="triton and those before it are 1.0e-03 apart"):
         case.rows()
 
 
@@ -196,7 +195,7 @@ def test_all_that_a_gpu_runs_is_right():
     lengths = [1, 128, 33, 200]
     for case in (weight(lengths, 512, 256, device=GPU, tiles=True), weight((64,) * 4, 512, 256, device=GPU)):
         rows = {row["variant"]: row for row in case.rows()}
-        assert all(rows[name]["ms"] > 0 for name in ("torch", "triton", "triton all", "bare", "loop", "func"))
+        assert all(rows[name]["ms"] > 0 for name in ("torch", "triton", "bare", "loop", "func"))
     rows = {row["variant"]: row for row in weight(lengths, 512, 256, "grad_l2sq", device=GPU).rows()}
     assert all(rows[name]["ms"] > 0 for name in ("torch", "triton", "gram", "loop"))
     assert all(row["ms"] > 0 for row in tiny(device=GPU).rows())

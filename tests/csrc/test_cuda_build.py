@@ -28,7 +28,7 @@ def test_no_spills():
     found = kernels(said)
     for architecture in ("sm_80", "sm_90a"):
         mine = {name: used for (name, built_for), used in found.items() if built_for == architecture}
-        assert sum("density_kernel" in name for name in mine) == 9  # three types, rows, columns and pairs
+        assert sum("density_kernel" in name for name in mine) == 3  # types
         assert sum("update_kernel" in name for name in mine) == 2
         assert sum("hopper_kernel" in name for name in mine) == (2 if architecture == "sm_90a" else 0)
         assert all(0 < registers <= 255 and spilled == 0 for registers, spilled in mine.values()), mine

@@ -100,18 +100,18 @@ def test_rounding_is_torchs(emulator):
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
-def step_of(emulator, name, tensors, half, values, step, seed=None, summary=None, wide=1):
+def step_of(emulator, name, tensors, half, values, step, seed=None, wide=1):
     """One step by the kernel, in place."""
     types = [int(tensors[i].dtype == BF16) for i in (0, 1, 2)] + [int(half is not None and half.dtype == BF16)]
-    half, summary = (None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (half, summary))
+    half = None if half is None else ctypes.c_void_p(half.data_ptr())
     vectors = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
     size, types = ctypes.c_int64(tensors[0].numel()), (ctypes.c_int * 4)(*types)
     rounding = (int(seed is not None), ctypes.c_uint64(seed or 0))
     number = ctypes.c_uint32(step)
     if name == "lion":
-        arguments = (*vectors, half, types, size, *numbers(*values), *rounding, number, summary, wide)
+        arguments = (*vectors, half, types, size, *numbers(*values), *rounding, number, wide)
     else:
-        arguments = (*vectors, half, types, size, number, *numbers(*values), *rounding, summary, wide)
+        arguments = (*vectors, half, types, size, number, *numbers(*values), *rounding, wide)
     assert getattr(emulator, f"emulate_{name}")(*arguments) == 0
 
 
@@ -169,18 +169,6 @@ def test_stochastic_rounding_has_the_references_bits(emulator, wide):
     assert torch.equal(param, truth[0])
 
 
-@pytest.mark.parametrize("name", ["lion", "adamw"])
-def test_summary_of_the_gradient(emulator, name):
-    tensors, _ = vectors_of(name, 3 * 16384 + 5, (FP32, BF16, FP32, None))
-    summary = torch.full((2,), torch.nan, dtype=torch.float64)
-    step_of(emulator, name, [t.clone() for t in tensors], None, VALUES[name], 1, summary=summary)
-    assert_close(summary[0], tensors[1].double().square().sum(), rtol=1e-6, atol=0)
-    assert summary[1] == 0
-    tensors[1][[3, 16384, -1]] = torch.tensor([torch.inf, torch.nan, -torch.inf], dtype=BF16)
-    step_of(emulator, name, tensors, None, VALUES[name], 1, summary=summary)
-    assert summary[1] == 3 and not bool(summary[0].isfinite())
-
-
 # ---------------------------------------------------------------- gradient density
 #
 # The kernels themselves, each thread a fiber, the instructions in csrc/tests/gpu_emulator.h. Batches lie within memory
@@ -212,30 +200,34 @@ def pointers(tensors):
 
 
 def emulate(emulator, x, dys, cu, lengths, along=None, names=density.STATISTICS, blocks=0, seed=0):
-    outs = density.empty_statistics(x, dys, len(lengths), len(names), along)
-    for out in outs:
-        out.fill_(torch.nan)
-    code = emulator.emulate_grad_density(
-        ctypes.c_void_p(x.data_ptr()),
-        *(strides(x), ctypes.c_int64(x.shape[1]), len(dys), pointers(dys), strides(*dys)),
-        *(array(ctypes.c_int64, [dy.shape[1] for dy in dys]), int(x.dtype == torch.bfloat16)),
-        *(ctypes.c_void_p(cu.data_ptr()), ctypes.c_int64(len(lengths))),
-        *(sum(1 << density.STATISTICS.index(name) for name in names), [None, "row", "column"].index(along)),
-        *(pointers(outs), blocks, seed),
-    )
-    return code, outs
+    """The worst code, and the statistics, stacked."""
+    codes, found = [], []
+    for name in names:
+        outs = [out.fill_(torch.nan) for out in density.empty_statistics(x, dys, len(lengths), along)]
+        code = emulator.emulate_grad_density(
+            ctypes.c_void_p(x.data_ptr()),
+            *(strides(x), ctypes.c_int64(x.shape[1]), len(dys), pointers(dys), strides(*dys)),
+            *(array(ctypes.c_int64, [dy.shape[1] for dy in dys]), int(x.dtype == torch.bfloat16)),
+            *(ctypes.c_void_p(cu.data_ptr()), ctypes.c_int64(len(lengths))),
+            *(density.STATISTICS.index(name), [None, "row"].index(along)),
+            *(pointers(outs), blocks, seed),
+        )
+        codes.append(code)
+        found.append(outs)
+    return max(codes), [torch.stack(values) for values in zip(*found)]
 
 
 def check(emulator, lengths, K, sizes, along=None, names=density.STATISTICS, dtype=torch.bfloat16, gap=0, **options):
     x, dys, cu = batch(lengths, K, sizes, dtype, gap)
     code, outs = emulate(emulator, x, dys, cu, lengths, along, names, **options)
     assert code == 0, {1: "a partial sum is NaN", 2: "the emulator stopped: see stderr"}[code]
-    truth = density.grad_density(x.double(), [dy.double() for dy in dys], lengths, names, along)
-    for mine, true in zip(outs, truth):
-        assert_close(mine, true, rtol=1e-5, atol=1e-4)
+    for number, name in enumerate(names):
+        truth = density.grad_density(x.double(), [dy.double() for dy in dys], lengths, name, along)
+        for mine, true in zip(outs, truth):
+            assert_close(mine[number], true, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("along", [None, "row", "column"])
+@pytest.mark.parametrize("along", [None, "row"])
 def test_the_portable_kernel(emulator, along):
     check(emulator, [5, 0, 70], 140, (130, 8), along)
     check(emulator, [3, 33], 63, (70, 1), along, dtype=torch.float32)
@@ -282,19 +274,6 @@ def test_a_neighbour_never_leaks(emulator, blocks):
         assert code == 1 and bool(out[:, which].isnan().all())
         others = [i for i in range(3) if i != which]
         assert torch.equal(out[:, others], clean[:, others])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
-def test_pairs(emulator, dtype):
-    K, N, lengths, others = 136, 72, [7, 0, 33], [20, 5, 0]
-    generator = torch.Generator().manual_seed(0)
-    xs, dys = ([torch.randn(sum(own), n, generator=generator).to(dtype) for own in (lengths, others)] for n in (K, N))
-    ends = [torch.tensor([0, *itertools.accumulate(own)]) for own in (lengths, others)]
-    out = torch.full((3, 3), torch.nan, dtype=torch.float64)
-    sizes = (ctypes.c_int64(K), ctypes.c_int64(N), int(dtype == torch.bfloat16), ctypes.c_int64(3))
-    assert emulator.emulate_grad_alignment(pointers(xs), pointers(dys), pointers(ends), *sizes, address(out), 0) == 0
-    xs, dys = ([t.double() for t in tensors] for tensors in (xs, dys))
-    assert_close(out, density.grad_alignment(xs[0], dys[0], lengths, xs[1], dys[1], others), rtol=1e-5, atol=1e-3)
 
 
 FAULTS = [  # what each would be on a GPU: a copy not waited for, a stage overwritten, a phase that never comes

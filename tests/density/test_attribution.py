@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_density import mean_of, sample_gradients, trace, wanted
+from density_loops import mean_of, sample_gradients, trace, wanted
 from tiny_models import MIXTURES, peak_bytes, random_samples, tiny_model
 from torch import nn
 

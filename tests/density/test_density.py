@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import transformers as tf
+from density_loops import loop, mean_of, sample_gradients, trace, wanted
 from reference_procedure import left_padded, padded, padded_loss
 from tiny_models import ARCHITECTURES, MIXTURES, ROTARY, live_tensor_bytes, peak_bytes, random_samples, tiny_model
 from torch import nn
@@ -25,63 +26,7 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives import losses
 
-ATTENTION = ("self_attn.", "attn.", "attention.")
-
-
-def wanted(modules, name, parameter):
-    """The documented meaning of `modules`, on a name relative to its layer."""
-    attention, matrix = name.startswith(ATTENTION), parameter.dim() >= 2 and not name.endswith("bias")
-    return {
-        "all": True,
-        "mlp": matrix and not attention,
-        "attention": matrix and attention,
-        "norms": not matrix and name.endswith("weight"),
-    }[modules]
-
-
-def sample_gradients(model, samples):
-    """[{parameter path: gradient}], one sample at a time through the model's own forward."""
-    out = []
-    for sample in samples:
-        model.zero_grad()
-        padded_loss(model, [sample]).backward()
-        out.append({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()})
-    model.zero_grad()
-    return out
-
-
-STATISTIC = {
-    "grad_l1": lambda g: g.abs().sum(),
-    "grad_l2": lambda g: g.square().sum().sqrt(),
-    "grad_l2sq": lambda g: g.square().sum(),
-    "grad_linf": lambda g: g.abs().max(),
-    "grad_mean_abs": lambda g: g.abs().mean(),
-}
 SAMPLED = ("grad_l1", "grad_l2sq", "grad_mean_abs")  # and fisher, which is grad_l2sq of each sample
-
-
-def loop(model, samples, modules, reduction, statistic="grad_l1", gradients=None):
-    """({parameter path: density}, [density of each layer], layers' prefix), from a loop over samples."""
-    gradients = gradients or sample_gradients(model, samples)
-    if reduction == "mean":
-        gradients = [{name: sum(g[name] for g in gradients) / len(gradients) for name in gradients[0]}]
-    prefix = Decoder(model).layer_path(0)[:-1]
-    per_module, per_layer = {}, [0.0] * model.config.num_hidden_layers
-    for sample in gradients:
-        together = {}
-        for name, gradient in sample.items():
-            layer, _, inner = name.removeprefix(prefix).partition(".")
-            if not name.startswith(prefix) or not wanted(modules, inner, gradient):
-                continue
-            together.setdefault(int(layer), []).append(gradient.flatten())
-            parts = {name: gradient}
-            if ".experts." in name:
-                parts = {f"{name}[{e}]": part for e, part in enumerate(gradient)}
-            for path, part in parts.items():
-                per_module[path] = per_module.get(path, 0.0) + float(STATISTIC[statistic](part)) / len(gradients)
-        for layer, parts in together.items():
-            per_layer[layer] += float(STATISTIC[statistic](torch.cat(parts))) / len(gradients)
-    return per_module, per_layer, prefix
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -213,7 +158,7 @@ def test_grad_l1_of_the_reference(dtype):
     lengths = [1, 5, 0, 3, 1]
     x = torch.randn(10, 63, generator=generator, dtype=torch.float64).to(dtype)
     dy = torch.randn(10, 123, generator=generator, dtype=torch.float64).to(dtype)
-    ((ours,),) = reference.grad_density(x, [dy], lengths)
+    (ours,) = reference.grad_density(x, [dy], lengths)
     truth = torch.stack([(b.double().T @ a.double()).abs().sum() for a, b in zip(x.split(lengths), dy.split(lengths))])
     assert ours.dtype == torch.float64 and float(ours[2]) == 0
     torch.testing.assert_close(ours, truth, rtol=1e-13 if dtype == torch.float64 else 1e-6, atol=0)
@@ -224,7 +169,7 @@ def test_grad_l1_of_the_reference(dtype):
     # views with gaps between their rows, as the pieces of a fused projection are
     wide = torch.zeros(10, 200, dtype=dtype)
     wide[:, 40:163] = dy
-    assert torch.equal(reference.grad_density(x, [wide[:, 40:163]], lengths)[0][0], ours)
+    assert torch.equal(reference.grad_density(x, [wide[:, 40:163]], lengths)[0], ours)
 
 
 def test_scaling_the_loss_scales_the_density():
@@ -498,10 +443,6 @@ def layer_vectors(gradients, names, layer):
     return torch.cat([gradients[name].flatten() for name in names if re.search(rf"\.{layer}\.", name)])
 
 
-def mean_of(gradients):
-    return {name: sum(g[name] for g in gradients) / len(gradients) for name in gradients[0]}
-
-
 def matrices(gradients, names):
     """{path: flat gradient}, of each expert's matrix apart."""
     for name in names:
@@ -739,18 +680,6 @@ def test_not_finite():
 
 
 # ---------------------------------------------------------------- no trace
-
-
-def trace(model):
-    return (
-        [
-            (m.training, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
-            for m in model.modules()
-        ],
-        [(p.requires_grad, None if p.grad is None else (id(p.grad), p.grad.clone().sum())) for p in model.parameters()],
-        [(p.data_ptr(), p._version) for p in model.parameters()],
-        model.config._attn_implementation,
-    )
 
 
 @pytest.mark.parametrize("reduction", [*REDUCTIONS, "mean of two sets"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as tf
-from test_density import loop, sample_gradients
+from density_loops import loop, sample_gradients
 from tiny_models import MIXTURES, random_samples, tiny_model
 from torch import nn
 from transformers.models.aria.modeling_aria import AriaExperts

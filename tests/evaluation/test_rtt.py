@@ -127,7 +127,7 @@ def test_each_fold_is_attacked_from_the_others_and_from_the_same_weights(tokeniz
         real(decoder, samples, **options)
         assert any(not torch.equal(v, before[k]) for k, v in decoder.model.state_dict().items()), "nothing was trained"
 
-    monkeypatch.setattr(training, "train_all", watched)
+    monkeypatch.setattr(rtt, "train_all", watched)
     rtt_attack(decoder, tokenizer, folds, make_config(seed=5), tmp_path, progress=False)
     texts = [[tokenizer(r["text"])["input_ids"] for r in fold.train_records] for fold in folds]
     others = [texts[1] + texts[2], texts[0] + texts[2], texts[0] + texts[1]]
@@ -232,7 +232,7 @@ def test_a_resumed_attack_equals_an_uninterrupted_one(tokenizer, tmp_path, monke
     assert [row for rows in finished for row in rows] == whole.curves
 
     ran, real = [], training.train_all
-    monkeypatch.setattr(training, "train_all", lambda *a, **o: (ran.append(o["lr"]), real(*a, **o)))
+    monkeypatch.setattr(rtt, "train_all", lambda *a, **o: (ran.append(o["lr"]), real(*a, **o)))
     done = json.loads(json.dumps([row for rows in finished[:kept] for row in rows]))
     later = []
     resumed = rtt_attack(

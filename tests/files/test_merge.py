@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
+from helpers import refused
 from safetensors.torch import load_file, save_file
-from test_tensors import refused
 from tiny_models import tiny_model
 from tiny_text import tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,11 +1,8 @@
 """Snapshots of a model's weights: bit for bit, whole or absent, and errors that name the file."""
 
-import contextlib
-import resource
-import signal
-
 import pytest
 import torch
+from helpers import refused
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from tiny_text import tokenizer
@@ -97,20 +94,6 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="w.safetensors: No space left"):
         WeightSnapshot.save(model, path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
-
-
-@contextlib.contextmanager
-def refused(message):
-    """A real write error in the middle of a file, which each library reports in its own way: files may not grow.
-    For the statement only: the limit is the process's, and pytest's own output may go to a long file."""
-    limit, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limit[1]))
-    try:
-        with pytest.raises(OSError, match=message):
-            yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, action)
 
 
 def test_a_disk_that_refuses_is_an_os_error_whichever_library_writes(tmp_path):

@@ -7,15 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from reference_procedure import ReferenceLion, block_names, left_padded, padded, padded_loss, reference_block, swap
-from tiny_models import peak_bytes, random_samples, tiny_model, unlearned_copy
+from authors_class import LR, RETAIN_COEFF, StandIn, letter, published
+from reference_procedure import left_padded, padded, padded_loss, reference_block
+from tiny_models import moved, peak_bytes, random_samples, tiny_model
 
 from kunbr_fast.integrations.deep_unl import DEEP_UNL, _Batch
 from kunbr_fast.integrations.recognise import _relative, recognise
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.training.diverged import Diverged
 
-LR, RETAIN_COEFF = 1e-3, 1.5
 BLOCKS = dict(block_num=3, num_layers=6, compare_train_times=2)
 
 
@@ -24,19 +24,6 @@ BLOCKS = dict(block_num=3, num_layers=6, compare_train_times=2)
 
 def ours(batch, model):
     return padded_loss(model, batch)
-
-
-def positions_of(mask):
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def letter(batch, model):
-    """The next token after the last one, left-padded; what is no choice is struck out, in place, after the loss."""
-    ids, mask, _ = left_padded([{k: v[:-1] for k, v in point.items()} for point in batch])
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask)).logits[:, -1, :]
-    loss = F.cross_entropy(logits, torch.stack([point["input_ids"][-1] for point in batch]))
-    logits[:, 4:] = -float("inf")
-    return loss
 
 
 def wrong_answer(batch, model):
@@ -80,86 +67,22 @@ OTHERS = [every_place, bent, capped, smoothed, two_passes]
 # ---------------------------------------------------------------- the stand-in, and the truth
 
 
-class StandIn:
-    """The surface of the authors' Base_model that their class uses."""
-
-    def __init__(self, model, original, get_loss, batch_size=4, eval_every=2, epochs=3):
-        self.model, self.original, self.loss = model, original, get_loss
-        self.lr, self.retain_coeff, self.warmup_steps = LR, RETAIN_COEFF, 24
-        self.batch_size, self.eval_every, self.epochs = batch_size, eval_every, epochs
-        self.val_forget_dataset, self.val_retain_dataset = random_samples(9, 1), random_samples(14, 2)
-        self.calls = []
-
-    def load_llm(self, path):
-        assert path == "elsewhere"
-        return copy.deepcopy(self.original)
-
-    def get_loss(self, batch, model):
-        return self.loss(batch, model)
-
-    @torch.no_grad()
-    def eval(self, time, dataset, task_name, model):
-        model.eval()
-        value = float(padded_loss(model, dataset))
-        model.generate(dataset[0]["input_ids"][None], max_new_tokens=3, do_sample=False, pad_token_id=0)
-        random.random()  # a draw between those of the training
-        model.train()
-        self.calls.append((task_name, time, value))
-        return value
-
-    @torch.no_grad()
-    def eval_on_RTV(self, time, name):
-        self.calls.append((name, time, float(padded_loss(self.model, self.val_forget_dataset))))
-
-
-def published(base, epochs, block_num=3, choose_num=1, compare_train_times=1, num_layers=6):
-    """The authors' procedure, plainly: two models, get_loss on each of two padded passes, a new Lion at each visit."""
-    compare = base.load_llm("elsewhere")
-    layers_path = Decoder(compare).layer_path(0).rpartition(".")[0]
-    visits = [0] * block_num
-    base.eval_on_RTV(0, "dynamic_GD_deep_unlearning")
-    for epoch in range(epochs):
-        chosen = [i for i in range(block_num) if visits[i] < compare_train_times][:choose_num] or range(block_num)
-        size = num_layers // block_num
-        names = []
-        for i in chosen:
-            visits[i] += 1
-            names += block_names(compare, layers_path, range(i * size, (i + 1) * size))
-        cut = lambda points: [points[k : k + base.batch_size] for k in range(0, len(points), base.batch_size)]  # noqa: E731
-        forget, retain = cut(base.val_forget_dataset), cut(base.val_retain_dataset)
-        swap(base.model, compare, names)
-        for name, parameter in compare.named_parameters():
-            parameter.requires_grad_(name in names)
-        optimizer = ReferenceLion(compare.parameters(), base.lr)
-        base.eval(time=epoch, dataset=base.val_forget_dataset, task_name="eval on compare_model", model=compare)
-        compare.eval()  # no dropout in these models: as good as train()
-        for i, batch in enumerate(forget):
-            optimizer.zero_grad()
-            j = i * random.randint(1, 10000) % len(retain)
-            loss = -base.get_loss(batch=batch, model=compare) + base.retain_coeff * base.get_loss(retain[j], compare)
-            loss.backward()
-            optimizer.step()
-        swap(base.model, compare, names)
-        if (epoch + 1) % base.eval_every == 0:
-            base.eval_on_RTV(epoch + 1, "dynamic_GD_deep_unlearning")
-
-
 def pair(get_loss, architecture="llama", **options):
     original = tiny_model(architecture)
-    unlearned = unlearned_copy(original)
+    unlearned = moved(original)
     return [StandIn(copy.deepcopy(unlearned), original, get_loss, **options) for _ in range(2)]
 
 
 def assert_same(base, truth, tolerance=1e-9):
-    start, moved = dict(unlearned_copy(base.original).named_parameters()), set()
+    start, trained = dict(moved(base.original).named_parameters()), set()
     for (name, ours_), theirs in zip(base.model.named_parameters(), truth.model.parameters()):
         assert (ours_ - theirs).norm() <= tolerance * theirs.norm(), name
         if not torch.equal(ours_, start[name]):
-            moved.add(int(name.split(".")[2]))
+            trained.add(int(name.split(".")[2]))
     assert [call[:2] for call in base.calls] == [call[:2] for call in truth.calls]
     for mine, other in zip(base.calls, truth.calls):
         assert mine[2] == pytest.approx(other[2], rel=1e-6)  # rotary angles are fp32
-    return moved
+    return trained
 
 
 def run(base, epochs, seed=3, path="elsewhere", **options):
@@ -307,7 +230,7 @@ def test_nan_stops_the_run():
 def test_one_model_and_the_block_in_memory(tmp_path):
     original = tiny_model("llama", torch.float32, num_hidden_layers=16, hidden_size=64, intermediate_size=128)
     original.save_pretrained(tmp_path / "m0")
-    model = unlearned_copy(original)
+    model = moved(original)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     base = StandIn(model, None, ours)
     base.eval = base.eval_on_RTV = lambda *args, **options: 0.0
@@ -361,7 +284,7 @@ class Base_model(StandIn):
 def test_the_work_flow(tmp_path):
     original = tiny_model()
     original.save_pretrained(tmp_path / "have_knowledge")
-    unlearned = unlearned_copy(original)
+    unlearned = moved(original)
     unlearned.save_pretrained(tmp_path / "unlearned")
     base_model = Base_model(
         data_load_name="WMDP",

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 import yaml
+from helpers import relative
 from tiny_models import VOCAB, random_samples, tiny_model
 
 from kunbr_fast.integrations import labelled_rows, open_unlearning
@@ -39,11 +40,6 @@ def padded(samples, side="right"):
     mask = torch.stack([pad(torch.ones_like(sample["input_ids"]), 0) for sample in samples]).bool()
     labels = torch.stack([pad(sample["labels"], -100) for sample in samples])
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def relative(ours, truth):
-    ours, truth = ours.detach().double(), truth.detach().double()
-    return float((ours - truth).norm() / truth.norm())
 
 
 def sums(logits, labels):

@@ -1,6 +1,6 @@
-"""The CUDA kernels of csrc/ on a GPU, against fp64 and torch: the checks of the Triton kernels' tests. Skipped without one.
+"""The CUDA kernels of csrc/ on a GPU, against fp64 and torch, by the checks of the Triton kernels' tests.
 
-Everything here waits for the first GPU; tests/csrc/test_cuda_host.py runs the same kernels in an emulator.
+Skipped without a GPU; tests/csrc/test_cuda_host.py runs the same kernels in an emulator.
 """
 
 import itertools
@@ -24,64 +24,64 @@ pytestmark = [
 ]
 if WHY_NOT is None:
     import test_grad_density_triton as density  # their batches, truths and tolerances
-    import test_optim_triton as optimizers
+    import test_optimizers_triton as optimizers
 
-STATISTICS = reference.STATISTICS
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def variants(dtype=BF16, along=None):
-    hopper = torch.cuda.get_device_capability() == (9, 0) and dtype != FP32 and along != "column"
+def variants(dtype=BF16):
+    hopper = torch.cuda.get_device_capability() == (9, 0) and dtype != FP32
     return ("portable", "hopper", "fastest") if hopper else ("portable", "fastest")
+
+
+def run(x, dys, cu, along=None, variant="fastest"):
+    return density.every(lambda name: cuda_density.grad_density(x, dys, cu, name, along, variant))
 
 
 # ---------------------------------------------------------------- gradient density
 
 
-@pytest.mark.parametrize("along", [None, "row", "column"])
+@pytest.mark.parametrize("along", [None, "row"])
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("lengths", [[1, 40, 0, 70, 131, 32], [600, 3, 513], [1] * 9], ids=str)
 def test_density(lengths, dtype, along):
     x, dys, cu = density.batch(lengths, 1160, (136, 264, 8), dtype)
-    for variant, index in itertools.product(variants(dtype, along), (torch.int32, torch.int64)):
-        out = cuda_density.grad_density(x, dys, cu.to(index), STATISTICS, along, variant)
+    for variant, index in itertools.product(variants(dtype), (torch.int32, torch.int64)):
+        out = run(x, dys, cu.to(index), along, variant)
         density.check(out, x, dys, lengths, along)
-        again = cuda_density.grad_density(x, dys, cu.to(index), STATISTICS, along, variant)
+        again = run(x, dys, cu.to(index), along, variant)
         assert all(torch.equal(a, b) for a, b in zip(out, again))
 
 
-@pytest.mark.parametrize("along", [None, "row", "column"])
+@pytest.mark.parametrize("along", [None, "row"])
 def test_odd_shapes_and_strides(along):
     lengths = [7, 0, 33]
     for dtype in (BF16, FP32):
         x, dys, cu = density.batch(lengths, 63, (123, 1), dtype)
-        density.check(cuda_density.grad_density(x, dys, cu, STATISTICS, along), x, dys, lengths, along)
+        density.check(run(x, dys, cu, along), x, dys, lengths, along)
         for kinds in (("gaps", "gaps"), ("transposed", "gaps"), ("gaps", "transposed")):
             a, b = density.strided(kinds[0], x), [density.strided(kinds[1], dy) for dy in dys]
-            density.check(cuda_density.grad_density(a, b, cu, STATISTICS, along), a, b, lengths, along)
+            density.check(run(a, b, cu, along), a, b, lengths, along)
 
 
-def test_many_samples_and_order_of_statistics():
+def test_many_samples():
     lengths = [i % 7 for i in range(9000)]  # more than are sorted
     x, dys, cu = density.batch(lengths, 64, (24,), BF16)
     for variant in variants():
-        (every,) = cuda_density.grad_density(x, dys, cu, STATISTICS, None, variant)
-        (truth,) = reference.grad_density(x, dys, lengths, STATISTICS)
+        (every,) = run(x, dys, cu, None, variant)
+        (truth,) = density.every(lambda name: reference.grad_density(x, dys, lengths, name))
         torch.testing.assert_close(every, truth.to(every.device), rtol=1e-4, atol=1e-5)
-        for names in itertools.permutations(STATISTICS, 2):
-            (out,) = cuda_density.grad_density(x, dys, cu, names, None, variant)
-            assert torch.equal(out, every[[STATISTICS.index(name) for name in names]])
 
 
 def test_a_neighbour_never_leaks():
     lengths = [5, 30, 33, 1, 130]
     x, dys, cu = density.batch(lengths, 264, (72,), BF16)
     for variant in variants():
-        (clean,) = cuda_density.grad_density(x, dys, cu, STATISTICS, None, variant)
+        (clean,) = run(x, dys, cu, None, variant)
         for which in range(5):
             bad = x.clone()
             bad[sum(lengths[:which]) : sum(lengths[: which + 1])] = torch.nan
-            (out,) = cuda_density.grad_density(bad, dys, cu, STATISTICS, None, variant)
+            (out,) = run(bad, dys, cu, None, variant)
             others = [i for i in range(5) if i != which]
             assert bool(out[:, which].isnan().all()) and torch.equal(out[:, others], clean[:, others])
 
@@ -92,39 +92,22 @@ def test_addresses_beyond_32_bits():
     x.copy_(torch.randn(6, 64, generator=torch.Generator().manual_seed(0)))
     _, dys, cu = density.batch([2, 4], 64, (16,), BF16)
     for variant in variants():
-        density.check(cuda_density.grad_density(x, dys, cu, STATISTICS, None, variant), x, dys, [2, 4], None)
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("shape", [(136, 72), (63, 123), (1160, 264)])
-def test_pairs(shape, dtype):
-    K, N = shape
-    lengths, others = [7, 0, 33, 1], [20, 5, 0, 140]
-    x, (dy,), cu = density.batch(lengths, K, (N,), dtype)
-    other_x, (other_dy,), other_cu = density.batch(others, K, (N,), dtype, seed=1)
-    out = cuda_density.grad_alignment(x, dy, cu, other_x, other_dy, other_cu)
-    truth = reference.grad_alignment(x.double(), dy.double(), lengths, other_x.double(), other_dy.double(), others)
-    size = (truth[1] * truth[2]).sqrt()
-    assert bool(((out - truth).abs() <= 1e-5 * torch.stack([size, truth[1], truth[2]]) + 1e-12).all())
-    same = cuda_density.grad_alignment(x, dy, cu, x, dy, cu)
-    assert torch.equal(same[0], same[1]) and torch.equal(same[1], same[2])
+        density.check(run(x, dys, cu, None, variant), x, dys, [2, 4], None)
 
 
 def test_the_operator_takes_it_by_name():
     x, dys, cu = density.batch([9, 20], 64, (24, 40), BF16)
-    ours = operators.grad_density(x, dys, cu, statistics=STATISTICS, impl="cuda")
-    density.check([torch.stack(list(out.values())) for out in ours], x, dys, [9, 20], None)
-    found = operators.grad_alignment(x, dys[0], cu, x, dys[0], cu, form="direct", impl="cuda")
-    assert torch.equal(found["dot"], found["l2sq"])
+    ours = density.every(lambda name: operators.grad_density(x, dys, cu, statistic=name, form="direct", impl="cuda"))
+    density.check(ours, x, dys, [9, 20], None)
 
 
 def test_full_size():
     """The shapes of the benchmark: T=128, 14336 x 4096, eight samples; against the product in fp32."""
     lengths = [128, 77, 44, 200, 13, 64, 110, 31]
     x, dys, cu = density.batch(lengths, 4096, (14336,), BF16)
-    (truth,) = reference.grad_density(x, dys, lengths, STATISTICS)
+    (truth,) = density.every(lambda name: reference.grad_density(x, dys, lengths, name))
     for variant in variants():
-        (out,) = cuda_density.grad_density(x, dys, cu, STATISTICS, None, variant)
+        (out,) = run(x, dys, cu, None, variant)
         torch.testing.assert_close(out, truth, rtol=2e-5, atol=0)
 
 
@@ -142,8 +125,8 @@ def test_one_step_against_fp64(name, weight_decay, step, size):
     for dtypes in optimizers.DTYPES:
         tensors, copy = optimizers.vectors(name, size, dtypes)
         numbers = optimizers.values(name, weight_decay, step)
-        truth = optimizers.run(reference, name, [t.double() for t in tensors], numbers)
-        torchs = optimizers.run(reference, name, tensors, numbers, copy)
+        truth = optimizers.run(optimizers_reference, name, [t.double() for t in tensors], numbers)
+        torchs = optimizers.run(optimizers_reference, name, tensors, numbers, copy)
         ours = optimizers.run(cuda_optimizers, name, tensors, numbers, copy)
         assert torch.equal(ours[1], tensors[1])
         size_of = tensors[1].double().abs() + tensors[2].double().abs()
@@ -184,22 +167,6 @@ def test_random_bits_are_the_references(name):
             for module in (cuda_optimizers, optimizers_reference)
         )
         assert torch.equal(ours[0], torchs[0])
-
-
-@pytest.mark.parametrize("size", [0, 5, 16384 * 40 + 77])
-def test_summary_of_the_gradient(size):
-    g = torch.randn(size, device="cuda").to(BF16)
-    tensors = [torch.zeros(size, device="cuda"), g, torch.zeros(size, device="cuda")]
-    found = [torch.full((2,), torch.nan, dtype=torch.float64, device="cuda") for _ in range(2)]
-    for summary in found:
-        cuda_optimizers.lion_(*tensors, 1e-3, 0.9, 0.99, 0.0, summary=summary)
-    assert torch.equal(*found)
-    torch.testing.assert_close(found[0][0], g.double().square().sum(), rtol=1e-5, atol=0)
-    assert found[0][1] == 0
-    if size:
-        g[size // 2], g[-1] = torch.inf, torch.nan
-        cuda_optimizers.lion_(*tensors, 1e-3, 0.9, 0.99, 0.0, summary=found[0])
-        assert found[0][1] == 2 and not bool(found[0][0].isfinite())
 
 
 @pytest.mark.parametrize("name", ["lion", "adamw"])

@@ -26,7 +26,7 @@ def library():
 
 @pytest.fixture
 def loaded(library, monkeypatch):
-    """kunbr_fast.cuda_library with that library, whether or not one is installed."""
+    """`cuda_library` with that library, whether or not one is installed."""
     monkeypatch.setattr(cuda_library, "_load", lambda: library)
     cuda_library._device.cache_clear()
     yield library
@@ -67,7 +67,7 @@ def test_constants_are_the_headers():
     names |= {torch.int32: "INT32", torch.int64: "INT64"}
     assert c_arguments.TYPES == {dtype: values[f"KUNBR_{name}"] for dtype, name in names.items()}
     assert list(cuda_density.STATISTICS.values()) == [values[f"KUNBR_{name}"] for name in ("L1", "L2SQ", "LINF")]
-    assert list(cuda_density.ALONG.values()) == [values[f"KUNBR_{name}"] for name in ("ALL", "ROW", "COLUMN")]
+    assert list(cuda_density.ALONG.values()) == [values[f"KUNBR_{name}"] for name in ("ALL", "ROW")]
     variants = ("FASTEST", "PORTABLE", "HOPPER")
     assert list(cuda_density.VARIANTS.values()) == [values[f"KUNBR_{name}"] for name in variants]
     assert (cuda_library.OLD_GPU, cuda_library.CUDA) == (values["KUNBR_OLD_GPU"], values["KUNBR_CUDA"])
@@ -94,10 +94,10 @@ FP32, BF16, INT32 = 0, 1, 3
 
 LION = dict(param=AT, param_type=FP32, grad=AT, grad_type=FP32, momentum=AT, momentum_type=FP32, half=None, half_type=0)
 LION |= dict(size=8, lr=1e-3, beta1=0.9, beta2=0.99, weight_decay=0.0, stochastic=0, seed=0, step=0)
-LION |= dict(summary=None, workspace=None, workspace_bytes=0, stream=None)
+LION |= dict(stream=None)
 ADAMW = dict(param=AT, param_type=FP32, grad=AT, grad_type=FP32, exp_avg=AT, exp_avg_sq=AT, state_type=FP32)
 ADAMW |= dict(half=None, half_type=0, size=8, step=1, lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)
-ADAMW |= dict(stochastic=0, seed=0, summary=None, workspace=None, workspace_bytes=0, stream=None)
+ADAMW |= dict(stochastic=0, seed=0, stream=None)
 
 
 def sizes(*values):
@@ -110,13 +110,9 @@ def pointers(*values):
 
 DENSITY = dict(x=AT, x_strides=sizes(16, 1), tokens=4, K=16, projections=2, dys=pointers(AT, AT))
 DENSITY |= dict(dy_strides=sizes(8, 1, 24, 1), sizes=sizes(8, 24), type=BF16, cu_seqlens=AT, index_type=INT32)
-DENSITY |= dict(samples=2, statistics=7, along=0, outs=pointers(AT, AT), workspace=AT, workspace_bytes=1 << 30)
+DENSITY |= dict(samples=2, statistic=0, along=0, outs=pointers(AT, AT), workspace=AT, workspace_bytes=1 << 30)
 DENSITY |= dict(variant=0, stream=None)
-PAIR = dict(x=AT, x_strides=sizes(16, 1), dy=AT, dy_strides=sizes(8, 1), cu_seqlens=AT, tokens=4)
-PAIR |= dict(other_x=AT, other_x_strides=sizes(16, 1), other_dy=AT, other_dy_strides=sizes(8, 1), other_cu_seqlens=AT)
-PAIR |= dict(other_tokens=3, K=16, N=8, type=BF16, index_type=INT32, samples=2, out=AT, workspace=AT)
-PAIR |= dict(workspace_bytes=1 << 30, stream=None)
-GOOD = {"lion": LION, "adamw": ADAMW, "grad_density": DENSITY, "grad_alignment": PAIR}
+GOOD = {"lion": LION, "adamw": ADAMW, "grad_density": DENSITY}
 
 NULL, SIZE, STRIDE, TYPE, ALIGNMENT, VALUE, WORKSPACE, LARGE = range(1, 9)
 BAD = [
@@ -135,9 +131,6 @@ BAD = [
     ("lion", dict(beta1=1.0), VALUE, "betas=(1, 0.99)"),
     ("lion", dict(weight_decay=-0.5), VALUE, "weight_decay=-0.5"),
     ("lion", dict(stochastic=1), TYPE, "stochastic rounding is for a bf16 param"),
-    ("lion", dict(summary=AT), NULL, "workspace is NULL"),
-    ("lion", dict(summary=AT, workspace=AT, workspace_bytes=15), WORKSPACE, "has 15 bytes, 16 are needed"),
-    ("lion", dict(summary=AT + 4, workspace=AT, workspace_bytes=16), ALIGNMENT, "summary"),
     ("adamw", dict(exp_avg=None), NULL, "exp_avg is NULL"),
     ("adamw", dict(exp_avg_sq=None), NULL, "exp_avg_sq is NULL"),
     ("adamw", dict(state_type=4), TYPE, "exp_avg has type 4"),
@@ -145,9 +138,9 @@ BAD = [
     ("adamw", dict(eps=-1.0), VALUE, "eps=-1"),
     ("grad_density", dict(projections=0), SIZE, "0 projections, expected 1 to 3"),
     ("grad_density", dict(projections=4), SIZE, "4 projections"),
-    ("grad_density", dict(statistics=0), VALUE, "statistics is 0"),
-    ("grad_density", dict(statistics=8), VALUE, "statistics is 8"),
-    ("grad_density", dict(along=3), VALUE, "along is 3"),
+    ("grad_density", dict(statistic=-1), VALUE, "statistic is -1"),
+    ("grad_density", dict(statistic=3), VALUE, "statistic is 3"),
+    ("grad_density", dict(along=2), VALUE, "along is 2"),
     ("grad_density", dict(variant=70), VALUE, "variant is 70"),
     ("grad_density", dict(type=INT32), TYPE, "type is 3"),
     ("grad_density", dict(index_type=FP32), TYPE, "index_type is 0"),
@@ -169,13 +162,6 @@ BAD = [
     ("grad_density", dict(workspace=None), NULL, "workspace is NULL"),
     ("grad_density", dict(workspace_bytes=100), WORKSPACE, "workspace has 100 bytes"),
     ("grad_density", dict(samples=1 << 30, K=1 << 20), LARGE, "split the batch"),
-    ("grad_alignment", dict(type=9), TYPE, "type is 9"),
-    ("grad_alignment", dict(other_x=None), NULL, "other_x is NULL"),
-    ("grad_alignment", dict(other_cu_seqlens=None), NULL, "other_cu_seqlens is NULL"),
-    ("grad_alignment", dict(other_dy_strides=None), NULL, "other_dy has no strides"),
-    ("grad_alignment", dict(N=0), SIZE, "dy has 0 columns"),
-    ("grad_alignment", dict(out=None), NULL, "out is NULL"),
-    ("grad_alignment", dict(workspace_bytes=0), WORKSPACE, "workspace has 0 bytes"),
 ]
 
 
@@ -195,19 +181,14 @@ def test_good_arguments_end_at_the_missing_driver(library, name):
 
 
 def test_nothing_to_do_needs_no_gpu(library):
-    for name in ("grad_density", "grad_alignment"):
-        assert getattr(library, f"kunbr_{name}")(*{**GOOD[name], "samples": 0}.values()) == 0
+    assert library.kunbr_grad_density(*{**DENSITY, "samples": 0}.values()) == 0
 
 
 def test_workspace(library):
-    assert library.kunbr_summary_workspace(0) == 0 and library.kunbr_summary_workspace(1) == 16
-    assert library.kunbr_summary_workspace(10**9) == -(-(10**9) // 16384) * 16
-    one = library.kunbr_grad_density_workspace(4096, 1, sizes(14336), 8, 1, 0)
-    every = library.kunbr_grad_density_workspace(4096, 1, sizes(14336), 8, 7, 0)
-    row = library.kunbr_grad_density_workspace(4096, 1, sizes(14336), 8, 1, 1)
-    assert one % 256 == 0 and one < every < row < 8 * (2 * 4 * 14336 * 4 + 4096)  # kilobytes, not dW's 235 MB
-    assert library.kunbr_grad_density_workspace(4096, 1, sizes(14336), 0, 7, 0) == 0
-    assert library.kunbr_grad_alignment_workspace(0, 1, 1) == 0
+    whole = library.kunbr_grad_density_workspace(4096, 1, sizes(14336), 8, 0)
+    row = library.kunbr_grad_density_workspace(4096, 1, sizes(14336), 8, 1)
+    assert whole % 256 == 0 and whole < row < 8 * (2 * 4 * 14336 * 4 + 4096)  # kilobytes, not dW's 235 MB
+    assert library.kunbr_grad_density_workspace(4096, 1, sizes(14336), 0, 0) == 0
 
 
 # ---------------------------------------------------------------- in Python
@@ -290,7 +271,7 @@ def test_a_library_that_is_not_there(tmp_path, monkeypatch):
 
 def test_a_library_of_another_version(library, monkeypatch):
     monkeypatch.setattr(cuda_library, "ABI_VERSION", 999)
-    with pytest.raises(OSError, match=r"has interface 1 and this Python code 999: .*python csrc/build\.py"):
+    with pytest.raises(OSError, match=r"has interface 2 and this Python code 999: .*python csrc/build\.py"):
         cuda_library.open_library(library._name)
 
 
@@ -300,8 +281,6 @@ def test_what_the_functions_refuse(loaded):
         cuda_optimizers.lion_(p, torch.zeros(3), p, 1e-3, 0.9, 0.99, 0.0)
     with pytest.raises(ValueError, match="give contiguous tensors"):
         cuda_optimizers.lion_(p, torch.zeros(8)[::2], p, 1e-3, 0.9, 0.99, 0.0)
-    with pytest.raises(TypeError, match=r"summary is torch.float32, \(2,\)"):
-        cuda_optimizers.lion_(p, p, p, 1e-3, 0.9, 0.99, 0.0, summary=torch.zeros(2))
     with pytest.raises(TypeError, match="exp_avg is torch.float32 and exp_avg_sq torch.bfloat16"):
         cuda_optimizers.adamw_(p, p, p, p.bfloat16(), 1, 1e-3, 0.9, 0.99, 1e-8, 0.0)
     with pytest.raises(TypeError, match='impl="cuda" does not serve torch.float64'):
@@ -314,5 +293,5 @@ def test_shapes_through_torch_compile_are_the_operators(monkeypatch, loaded):
 
     with FakeTensorMode():
         x, cu = torch.empty(6, 8, dtype=torch.bfloat16), torch.empty(3, dtype=torch.int32)
-        (out,) = torch.ops.kunbr_fast.grad_density(x, [x], cu, 4, "grad_l1,grad_linf", "row", "direct", "cuda")
-        assert out.shape == (2, 2, 8) and out.dtype == torch.float64
+        (out,) = torch.ops.kunbr_fast.grad_density(x, [x], cu, 4, "grad_linf", "row", "direct", "cuda")
+        assert out.shape == (2, 8) and out.dtype == torch.float64

@@ -53,8 +53,8 @@ def derivatives(run, gate, up, dy):
 
 
 def floors(activation, gate, up, dy):
-    """Of [y, dgate, dup]: rounding of the fp32 arithmetic of kernels/swiglu.py. exp(-z) is off by |z| roundings and a
-    few, and so is s = 1 / (1 + exp(-z)), relatively; 1 - s is off by as much of s."""
+    """Of [y, dgate, dup]: rounding of the kernel's fp32 arithmetic. exp(-z) is off by |z| roundings and a few, and
+    so is s = 1 / (1 + exp(-z)), relatively; 1 - s is off by as much of s."""
     g, u, d = (t.double() for t in (gate, up, dy))
     if activation == "gelu_none":
         phi = torch.exp(-g * g / 2) / (2 * torch.pi) ** 0.5
@@ -136,7 +136,8 @@ def test_is_the_mlp_of_transformers(kind, impl):
     from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
     torch.manual_seed(0)
-    make, config = {"llama": (LlamaMLP, LlamaConfig), "gemma2": (Gemma2MLP, Gemma2Config), "phi3": (Phi3MLP, Phi3Config)}[kind]  # fmt: skip
+    makers = {"llama": (LlamaMLP, LlamaConfig), "gemma2": (Gemma2MLP, Gemma2Config), "phi3": (Phi3MLP, Phi3Config)}
+    make, config = makers[kind]
     model = make(config(hidden_size=24, intermediate_size=46, num_attention_heads=4, pad_token_id=0)).to(DEVICE)
     ours = {
         "llama": lambda m, x: m.down_proj(swiglu(m.gate_proj(x), m.up_proj(x), impl=impl)),

@@ -1,4 +1,4 @@
-"""The public functions over the statistics of weight gradients: checks, choice of form, dispatch, torch.library."""
+"""The operation `grad_density`: checks, choice of form, dispatch, torch.library."""
 
 import importlib.util
 
@@ -10,7 +10,7 @@ from kunbr_fast.kernels import dispatch
 from kunbr_fast.kernels.grad_density import op as operators
 from kunbr_fast.kernels.grad_density import reference
 
-grad_density, grad_alignment = operators.grad_density, operators.grad_alignment
+grad_density = operators.grad_density
 LENGTHS = [1, 5, 0, 4]
 ALL = reference.STATISTICS
 
@@ -26,10 +26,10 @@ def ends(lengths, dtype=torch.int64):
     return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
 
 
-def pair(dtype=torch.float64, **sizes):
-    x, (dy, *_), cu = batch(dtype=dtype, **sizes)
-    other_x, (other_dy, *_), other_cu = batch([3, 0, 2, 4], dtype, seed=1, **sizes)
-    return x, dy, cu, other_x, other_dy, other_cu
+def every(x, dys, cu, **options):
+    """Each statistic of each projection, stacked."""
+    found = [grad_density(x, dys, cu, statistic=name, **options) for name in ALL]
+    return [torch.stack(values) for values in zip(*found)]
 
 
 @pytest.mark.parametrize("dtype", operators.DTYPES)
@@ -37,32 +37,21 @@ def pair(dtype=torch.float64, **sizes):
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_grad_density_is_the_reference(dtype, along, index):
     x, dys, cu = batch(dtype=dtype)
-    found = grad_density(x, dys, cu.to(index), statistics=ALL, along=along)
-    wanted = reference.grad_density(x, dys, LENGTHS, ALL, along)
-    assert [tuple(values) for values in found] == [ALL, ALL]
-    for values, out in zip(found, wanted):
-        for name, row in zip(ALL, out):
-            assert values[name].dtype == torch.float64 and torch.equal(values[name], row)
-
-
-@pytest.mark.parametrize("form", operators.FORMS)
-def test_grad_alignment_is_the_reference(form):
-    *arguments, other_cu = pair()
-    found = grad_alignment(*arguments, other_cu, form=form)
-    wanted = reference.grad_alignment(*arguments[:2], LENGTHS, *arguments[3:], [3, 0, 2, 4])
-    assert list(found) == ["dot", "l2sq", "other_l2sq"]
-    for values, row in zip(found.values(), wanted):
-        torch.testing.assert_close(values, row, rtol=1e-10, atol=1e-10)
+    for statistic in ALL:
+        found = grad_density(x, dys, cu.to(index), statistic=statistic, along=along, form="direct")
+        wanted = reference.grad_density(x, dys, LENGTHS, statistic, along)
+        assert len(found) == 2
+        for values, out in zip(found, wanted):
+            assert values.dtype == torch.float64 and torch.equal(values, out)
 
 
 def test_inputs_that_require_grad_are_taken_as_if_detached():
     x, dys, cu = batch()
-    wanted = grad_density(x, dys, cu)[0]["grad_l1"]
+    wanted = grad_density(x, dys, cu)[0]
     weight = torch.randn(123, 63, dtype=torch.float64, requires_grad=True)
     x.requires_grad_()
-    found = grad_density(x, [(x @ weight.T) * 0 + dys[0]], cu)[0]["grad_l1"]
+    found = grad_density(x, [(x @ weight.T) * 0 + dys[0]], cu)[0]
     assert not found.requires_grad and torch.equal(found, wanted)
-    assert not grad_alignment(x, dys[0], cu, x, dys[0], cu)["dot"].requires_grad
 
 
 # ---------------------------------------------------------------- the choice of a form
@@ -72,51 +61,41 @@ def test_inputs_that_require_grad_are_taken_as_if_detached():
 def calls(monkeypatch):
     """The names of the reference's functions that ran."""
     seen = []
-    for name in ("grad_density", "gram_l2sq", "grad_alignment", "gram_alignment"):
+    for name in ("grad_density", "gram_l2sq"):
         run = getattr(reference, name)
         monkeypatch.setattr(reference, name, lambda *args, name=name, run=run: (seen.append(name), run(*args))[1])
     return seen
 
 
-# T = 8 in 2 samples, K = 12, one N = 12: direct 2*8*12*12 = 2304; gram 2*2*L^2*24 is less up to L = 4 (1536), L = 5: 2400
+# T = 8 in 2 samples, K = 12, one N = 12: direct 2*8*12*12 = 2304; gram 2*2*L^2*24 is 1536 at L = 4 and 2400 at L = 5
 @pytest.mark.parametrize(
-    "lengths, max_seqlen, statistics, along, impl, expected",
+    "lengths, max_seqlen, statistic, along, impl, expected",
     [
-        ([4, 4], None, ("grad_l2sq",), None, "auto", "gram_l2sq"),
-        ([4, 4], 4, ("grad_l2sq",), None, "torch", "gram_l2sq"),
-        ([5, 3], None, ("grad_l2sq",), None, "auto", "grad_density"),
-        ([4, 4], 5, ("grad_l2sq",), None, "auto", "gram_l2sq"),  # the longest is known: what is padded counts
-        ([4, 4], None, ("grad_l2sq",), "row", "auto", "grad_density"),
-        ([4, 4], None, ("grad_l1",), None, "auto", "grad_density"),
-        ([4, 4], None, ("grad_l2sq", "grad_l1"), None, "auto", "grad_density"),
+        ([4, 4], None, "grad_l2sq", None, "auto", "gram_l2sq"),
+        ([4, 4], 4, "grad_l2sq", None, "torch", "gram_l2sq"),
+        ([5, 3], None, "grad_l2sq", None, "auto", "grad_density"),
+        ([4, 4], 5, "grad_l2sq", None, "auto", "gram_l2sq"),  # the longest is known: what is padded counts
+        ([4, 4], None, "grad_l2sq", "row", "auto", "grad_density"),
+        ([4, 4], None, "grad_l1", None, "auto", "grad_density"),
     ],
 )
-def test_auto_takes_the_form_of_fewer_flops(lengths, max_seqlen, statistics, along, impl, expected, calls):
+def test_auto_takes_the_form_of_fewer_flops(lengths, max_seqlen, statistic, along, impl, expected, calls):
     x, dys, cu = batch(lengths, k=12, widths=(12,))
-    found = grad_density(x, dys, cu, max_seqlen=max_seqlen, statistics=statistics, along=along, impl=impl)
+    found = grad_density(x, dys, cu, max_seqlen=max_seqlen, statistic=statistic, along=along, impl=impl)
     assert calls == [expected]
-    direct = grad_density(x, dys, cu, statistics=statistics, along=along, form="direct")
+    direct = grad_density(x, dys, cu, statistic=statistic, along=along, form="direct")
     assert calls[1] == "grad_density"
-    for name in statistics:
-        torch.testing.assert_close(found[0][name], direct[0][name], rtol=1e-12, atol=0)
+    torch.testing.assert_close(found[0], direct[0], rtol=1e-12, atol=0)
 
 
 def test_every_projection_counts(calls):
     # one sample of 7, K = 12: N = 12 alone, direct 2*7*144 = 2016, gram 2*49*24 = 2352
     x, dys, cu = batch([7], k=12, widths=(12, 12))
-    grad_density(x, dys[:1], cu, statistics=["grad_l2sq"])
+    grad_density(x, dys[:1], cu, statistic="grad_l2sq")
     # with both, direct 4032 and gram 2*49*36 = 3528: X X^T is shared
-    grad_density(x, dys, cu, statistics=["grad_l2sq"])
-    grad_density(x, dys[:1], cu, statistics=["grad_l2sq"], form="gram")
+    grad_density(x, dys, cu, statistic="grad_l2sq")
+    grad_density(x, dys[:1], cu, statistic="grad_l2sq", form="gram")
     assert calls == ["grad_density", "gram_l2sq", "gram_l2sq"]
-
-
-def test_alignment_counts_both_batches(calls):
-    small, large = pair(k=5, widths=(5,)), pair(k=60, widths=(60,))
-    grad_alignment(*large)  # 2*19*60*60 = 136800 against 6*4*25*120 = 72000
-    grad_alignment(*small)  # 2*19*5*5 = 950 against 6*4*25*10 = 6000
-    grad_alignment(*large, form="direct")
-    assert calls == ["gram_alignment", "grad_alignment", "grad_alignment"]
 
 
 # ---------------------------------------------------------------- errors
@@ -128,10 +107,8 @@ X, DYS, CU = batch()
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"statistics": ()}, ValueError, "statistics is empty"),
-        ({"statistics": "grad_l1"}, TypeError, "expected a sequence of names"),
-        ({"statistics": ("grad_l3",)}, ValueError, "unknown statistic 'grad_l3': expected one of grad_l1"),
-        ({"along": "rows"}, ValueError, "unknown along 'rows': expected one of None, row, column"),
+        ({"statistic": "grad_l3"}, ValueError, "unknown statistic 'grad_l3': expected one of grad_l1"),
+        ({"along": "rows"}, ValueError, "unknown along 'rows': expected one of None, row$"),
         ({"form": "outer"}, ValueError, "unknown form 'outer'"),
         ({"impl": "cudnn"}, ValueError, "unknown impl 'cudnn': expected one of auto, cuda, triton, torch"),
         ({"impl": "cuda"}, dispatch.Unavailable, 'impl="cuda" cannot run on cpu'),
@@ -151,9 +128,9 @@ X, DYS, CU = batch()
         ({"cu_seqlens": torch.tensor([0, 6, 4, 10])}, ValueError, "cu_seqlens decreases from 6 to 4 at sample 1"),
         ({"max_seqlen": 4}, ValueError, "max_seqlen=4: the longest sample has 5 tokens"),
         ({"max_seqlen": -3}, ValueError, "max_seqlen=-3: expected"),
-        ({"form": "gram"}, ValueError, r'form="gram" serves statistics=\("grad_l2sq",\)'),
-        ({"form": "gram", "statistics": ALL}, ValueError, 'use form="direct" or "auto"'),
-        ({"form": "gram", "statistics": ("grad_l2sq",), "along": "row"}, ValueError, "with along='row'"),
+        ({"form": "gram"}, ValueError, 'form="gram" serves statistic="grad_l2sq"'),
+        ({"form": "gram", "statistic": "grad_linf"}, ValueError, 'use form="direct" or "auto"'),
+        ({"form": "gram", "statistic": "grad_l2sq", "along": "row"}, ValueError, "with along='row'"),
         ({"impl": "triton"}, TypeError, "does not serve float64.*or float32 inputs"),
     ],
 )
@@ -162,32 +139,14 @@ def test_errors(arguments, error, message):
         grad_density(**{"x": X, "dys": DYS, "cu_seqlens": CU, **arguments})
 
 
-@pytest.mark.parametrize(
-    "place, value, error, message",
-    [
-        (4, lambda t: t[:3], ValueError, "other_dy has shape"),
-        (3, lambda t: t.float(), TypeError, "other_x is torch.float32 and x is torch.float64"),
-        (3, lambda t: t[:, :9], ValueError, "belong to another layer"),
-        (5, lambda t: t[[0, 1, 4]], ValueError, "other_cu_seqlens names 2 samples and cu_seqlens 4"),
-        (5, lambda t: t + 1, ValueError, "other_cu_seqlens goes from 1 to 10"),
-    ],
-)
-def test_errors_of_pairs(place, value, error, message):
-    arguments = list(pair())
-    arguments[place] = value(arguments[place])
-    with pytest.raises(error, match=message):
-        grad_alignment(*arguments)
-    with pytest.raises(TypeError, match="does not serve float64"):
-        grad_alignment(*pair(), impl="triton")
-
-
 # ---------------------------------------------------------------- dispatch
 
 
 def test_triton_can_be_named_and_auto_passes_it_by(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert dispatch.why_not("grad_density", "triton", "cpu") in ("needs a CUDA device", "triton is not installed")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "triton" else find_spec(name))
     assert dispatch.why_not("grad_density", "triton", "meta") == "needs a CUDA device"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert dispatch.resolve("grad_density", "triton", "cpu") == "triton"
@@ -196,7 +155,7 @@ def test_triton_can_be_named_and_auto_passes_it_by(monkeypatch):
     on_cpu = doctor()["operations"]["grad_density"]["cpu"]
     assert on_cpu["by_name"] == {"triton": "the interpreter is for tests"} and "triton" not in on_cpu["unavailable"]
     assert 'triton: runs with impl="triton", the interpreter is for tests' in format_doctor(doctor())
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
     assert dispatch.why_not("grad_density", "triton", "cpu") == "triton is not installed"
 
 
@@ -218,17 +177,17 @@ def test_auto_takes_torch_for_float64(monkeypatch, calls):
     dispatch.register("grad_density", "triton", lambda device: None)
     assert dispatch.resolve("grad_density", "auto", "cpu") == "triton"
     grad_density(X, DYS, CU)
-    grad_alignment(*pair(k=5, widths=(5,)))
-    assert calls == ["grad_density", "grad_alignment"]
+    assert calls == ["grad_density"]
 
 
 # ---------------------------------------------------------------- torch.library and torch.compile
 
 
-@pytest.mark.parametrize("along", ["", "row", "column"])
-def test_opcheck_of_grad_density(along):
+@pytest.mark.parametrize("along", ["", "row"])
+@pytest.mark.parametrize("statistic", ALL)
+def test_opcheck_of_grad_density(along, statistic):
     x, dys, cu = batch(dtype=torch.float32)
-    arguments = (x, dys, cu, -1, ",".join(ALL), along, "auto", "auto")
+    arguments = (x, dys, cu, -1, statistic, along, "auto", "auto")
     torch.library.opcheck(torch.ops.kunbr_fast.grad_density.default, arguments)
     torch.library.opcheck(
         torch.ops.kunbr_fast.grad_density.default, (x.bfloat16(), [dys[1].bfloat16()], *arguments[2:])
@@ -236,25 +195,22 @@ def test_opcheck_of_grad_density(along):
 
 
 @pytest.mark.parametrize("form", operators.FORMS)
-def test_opcheck_of_the_gram_form_and_of_alignment(form):
+def test_opcheck_of_the_gram_form(form):
     x, dys, cu = batch(dtype=torch.float32)
     torch.library.opcheck(torch.ops.kunbr_fast.grad_density.default, (x, dys, cu, 5, "grad_l2sq", "", form, "auto"))
-    torch.library.opcheck(torch.ops.kunbr_fast.grad_alignment.default, (*pair(torch.float32), 5, form, "auto"))
 
 
 @pytest.mark.parametrize("backend, dynamic", [("eager", None), ("aot_eager", None), ("aot_eager", True)])
 def test_under_torch_compile(backend, dynamic):
     torch._dynamo.reset()
 
-    def both(x, dys, cu, scale):
-        found = grad_density(x * scale, dys, cu, statistics=ALL, along="row")
-        aligned = grad_alignment(x, dys[0], cu, x, dys[0] * scale, cu)
-        return [values[name] * 2 for values in found for name in ALL] + list(aligned.values())
+    def rows(x, dys, cu, scale):
+        return [values * 2 for values in every(x * scale, dys, cu, along="row")]
 
-    compiled = torch.compile(both, backend=backend, dynamic=dynamic, fullgraph=True)
+    compiled = torch.compile(rows, backend=backend, dynamic=dynamic, fullgraph=True)
     for lengths in (LENGTHS, [4, 2, 7], [3] * 6):
         x, dys, cu = batch(lengths)
-        for a, b in zip(compiled(x, dys, cu, 3.0), both(x, dys, cu, 3.0), strict=True):
+        for a, b in zip(compiled(x, dys, cu, 3.0), rows(x, dys, cu, 3.0), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-10)
 
 
@@ -262,11 +218,11 @@ def test_dynamic_shapes_are_compiled_once():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(
-        lambda x, dy, cu: grad_density(x, [dy], cu, statistics=ALL)[0], backend=counter, dynamic=True, fullgraph=True
+        lambda x, dy, cu: grad_density(x, [dy], cu)[0], backend=counter, dynamic=True, fullgraph=True
     )
     for lengths in (LENGTHS, [4, 2, 7], [3] * 6):
         x, (dy, _), cu = batch(lengths)
-        assert torch.equal(compiled(x, dy, cu)["grad_l1"], reference.grad_density(x, [dy], lengths)[0][0])
+        assert torch.equal(compiled(x, dy, cu), reference.grad_density(x, [dy], lengths)[0])
     assert counter.frame_count == 1
 
 
@@ -280,15 +236,12 @@ def test_errors_show_while_torch_compile_traces():
 def test_fake_tensors_on_another_device():
     """Shapes, dtype and device with no data at all."""
     x, dys, cu = (torch.empty(10, 63, device="meta"), [torch.empty(10, 7, device="meta")], CU.to("meta"))
-    for along, shape in (("", (1, 4)), ("row", (1, 4, 7)), ("column", (1, 4, 63))):
+    for along, shape in (("", (4,)), ("row", (4, 7))):
         (out,) = torch.ops.kunbr_fast.grad_density(x, dys, cu, -1, "grad_l1", along, "auto", "auto")
         assert (out.shape, out.dtype, out.device.type) == (shape, torch.float64, "meta")
-    out = torch.ops.kunbr_fast.grad_alignment(x, dys[0], cu, x, dys[0], cu, -1, "auto", "auto")
-    assert (out.shape, out.dtype, out.device.type) == ((3, 4), torch.float64, "meta")
 
 
 def test_twice_the_same_bits():
     x, dys, cu = batch(dtype=torch.bfloat16)
-    for first, again in zip(*(grad_density(x, dys, cu, statistics=ALL) for _ in range(2))):
-        for name in ALL:
-            assert torch.equal(first[name], again[name])
+    for first, again in zip(*(every(x, dys, cu) for _ in range(2))):
+        assert torch.equal(first, again)

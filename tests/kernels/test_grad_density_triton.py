@@ -17,7 +17,7 @@ from kunbr_fast.kernels.tiles import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STATISTICS = ("grad_l1", "grad_l2sq", "grad_linf")
-DIMS = {None: (1, 2), "row": (2,), "column": (1,)}
+DIMS = {None: (1, 2), "row": (2,)}
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -43,10 +43,19 @@ def truth_of(dw, along):
     return torch.stack([dw.abs().sum(dims), dw.square().sum(dims), dw.abs().amax(dims)])
 
 
+def every(run, *arguments, **options):
+    """run(statistic, *arguments) for each statistic, stacked: P tensors (S, B) or (S, B, N)."""
+    return [torch.stack(values) for values in zip(*(run(name, *arguments, **options) for name in STATISTICS))]
+
+
+def launch(x, dys, cu, along=None, tile=None):
+    return every(lambda name: grad_density.launch(x, dys, cu, name, along, tile))
+
+
 def check(ours, x, dys, lengths, along):
     """Error at most twice torch's own in the same dtype, plus a floor: rounding of fp32 sums of T terms, then of the
     sums over a tile. Rounding errors are independent of each other, so they grow as the root of the terms' number."""
-    torchs = reference.grad_density(x, dys, lengths, STATISTICS, along)
+    torchs = every(lambda name: reference.grad_density(x, dys, lengths, name, along))
     for dy, mine, other in zip(dys, ours, torchs):
         dw, size = gradients(x, dy, lengths), gradients(x, dy, lengths, magnitude=True)
         truth = truth_of(dw, along)
@@ -58,7 +67,7 @@ def check(ours, x, dys, lengths, along):
         assert bool(((mine - truth).abs() <= allowed).all()), float(((mine - truth).abs() / allowed).max())
 
 
-TILES = sorted({tile for (_, kind), tiles in config.TABLE.items() for tile in tiles if "pair" not in kind}, key=str)
+TILES = sorted({tile for (_, kind), tiles in config.TABLE.items() for tile in tiles}, key=str)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -69,8 +78,8 @@ def test_every_tile_of_the_table(tile, dtype):
         pytest.skip("never chosen by the table")
     lengths = [1, 40, 0, 70, 131, 32]
     x, dys, cu = batch(lengths, 136, (136, 40, 8), dtype)
-    for along in (None, "row") if tile.tma else (None, "row", "column"):
-        check(grad_density.launch(x, dys, cu, STATISTICS, along, tile), x, dys, lengths, along)
+    for along in DIMS:
+        check(launch(x, dys, cu, along, tile), x, dys, lengths, along)
 
 
 @pytest.mark.parametrize("along", DIMS)
@@ -78,27 +87,19 @@ def test_every_tile_of_the_table(tile, dtype):
 def test_odd_shapes(dtype, along):
     lengths = [7, 0, 33]
     x, dys, cu = batch(lengths, 63, (123, 1), dtype)
-    check(grad_density.launch(x, dys, cu, STATISTICS, along), x, dys, lengths, along)
-    check(grad_density.launch(x, dys, cu.long(), STATISTICS, along), x, dys, lengths, along)
+    check(launch(x, dys, cu, along), x, dys, lengths, along)
+    check(launch(x, dys, cu.long(), along), x, dys, lengths, along)
 
 
 @pytest.mark.parametrize("projections", [1, 2, 3, 5])
 def test_projections_equal_one_at_a_time(projections):
     x, dys, cu = batch([9, 20], 64, range(16, 16 + 8 * projections, 8), torch.bfloat16)
     for along in DIMS:
-        together = grad_density.launch(x, dys, cu, STATISTICS, along)
+        together = launch(x, dys, cu, along)
         assert len(together) == projections
         for dy, out in zip(dys, together):
-            (alone,) = grad_density.launch(x, [dy], cu, STATISTICS, along)
+            (alone,) = launch(x, [dy], cu, along)
             assert torch.equal(out, alone)
-
-
-def test_order_and_choice_of_statistics():
-    x, dys, cu = batch([9, 20], 64, (24,), torch.bfloat16)
-    (every,) = grad_density.launch(x, dys, cu, STATISTICS)
-    for names in itertools.permutations(STATISTICS, 2):
-        (out,) = grad_density.launch(x, dys, cu, names)
-        assert torch.equal(out, every[[STATISTICS.index(name) for name in names]])
 
 
 def strided(kind, t):
@@ -118,7 +119,7 @@ def test_strides(kinds):
     x = strided(kinds[0], x)
     assert not (x.is_contiguous() and dys[0].is_contiguous())
     for along in DIMS:
-        check(grad_density.launch(x, dys, cu, STATISTICS, along), x, dys, lengths, along)
+        check(launch(x, dys, cu, along), x, dys, lengths, along)
 
 
 def test_expanded_gradient():
@@ -126,15 +127,15 @@ def test_expanded_gradient():
     x, _, cu = batch([9, 20], 40, (24,), torch.bfloat16)
     dy = torch.full((1, 1), 0.5, dtype=torch.bfloat16, device=DEVICE).expand(29, 24)
     assert dy.stride() == (0, 0)
-    check(grad_density.launch(x, [dy], cu, STATISTICS), x, [dy], [9, 20], None)
+    check(launch(x, [dy], cu), x, [dy], [9, 20], None)
     dy = torch.randn(1, 24, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16).expand(29, 24)
     assert dy.stride() == (0, 1) and not config.aligned(dy) and config.aligned(dy.contiguous())
-    check(grad_density.launch(x, [dy], cu, STATISTICS), x, [dy], [9, 20], None)
+    check(launch(x, [dy], cu), x, [dy], [9, 20], None)
 
 
 def test_one_token_is_a_product_of_norms():
     x, (dy,), cu = batch([1] * 5, 96, (80,), torch.bfloat16)
-    (out,) = grad_density.launch(x, [dy], cu, STATISTICS)
+    (out,) = launch(x, [dy], cu)
     a, b = x.double().abs(), dy.double().abs()
     expected = torch.stack([a.sum(1) * b.sum(1), a.square().sum(1) * b.square().sum(1), a.amax(1) * b.amax(1)])
     torch.testing.assert_close(out, expected, rtol=4 * EPS, atol=0)
@@ -145,7 +146,7 @@ def test_a_neighbour_never_leaks(tile):
     """NaN in one sample's rows, and in all memory around the batch, shows in that sample alone; in linf too."""
     lengths = [5, 30, 33, 1]
     x, dys, cu = batch(lengths, 64, (72,), torch.bfloat16)
-    clean = grad_density.launch(x, dys, cu, STATISTICS, None, tile)[0]
+    clean = launch(x, dys, cu, None, tile)[0]
 
     def poisoned(t, rows):
         memory = torch.full((t.shape[0] + 200, t.shape[1]), torch.nan, dtype=t.dtype, device=DEVICE)
@@ -155,9 +156,9 @@ def test_a_neighbour_never_leaks(tile):
 
     for which in range(4):
         rows = slice(sum(lengths[:which]), sum(lengths[: which + 1]))
-        arguments = poisoned(x, rows), [poisoned(dys[0], rows)], cu, STATISTICS
+        arguments = poisoned(x, rows), [poisoned(dys[0], rows)], cu
         for along in (None, "row"):
-            (out,) = grad_density.launch(*arguments, along, tile)
+            (out,) = launch(*arguments, along, tile)
             assert bool(out[:, which].isnan().all())
             others = [i for i in range(4) if i != which]
             assert bool(out[:, others].isfinite().all())
@@ -170,7 +171,7 @@ def test_what_is_not_finite_shows(bad):
     """As NaN or infinity: in a tile that reaches beyond N, an infinite x meets zeros."""
     x, dys, cu = batch([4, 4], 32, (32,), torch.bfloat16)
     x[1, 3] = bad
-    (out,) = grad_density.launch(x, dys, cu, STATISTICS)
+    (out,) = launch(x, dys, cu)
     assert not bool(out[:, 0].isfinite().any()) and bool(out[:, 1].isfinite().all())
 
 
@@ -182,7 +183,7 @@ def test_nothing_uninitialised_is_read_and_bits_repeat(along):
     torch.use_deterministic_algorithms(True)  # with it torch.empty fills floats with NaN
     try:
         assert bool(torch.empty(8, device=DEVICE).isnan().all())
-        runs = [grad_density.launch(x, dys, cu, STATISTICS, along) for _ in range(2)]
+        runs = [launch(x, dys, cu, along) for _ in range(2)]
     finally:
         torch.use_deterministic_algorithms(before)
     for first, second in zip(*runs):
@@ -192,9 +193,9 @@ def test_nothing_uninitialised_is_read_and_bits_repeat(along):
 
 def test_no_samples_and_no_tokens():
     x, dys, cu = batch([], 32, (16,), torch.bfloat16)
-    assert grad_density.launch(x, dys, cu, STATISTICS)[0].shape == (3, 0)
+    assert launch(x, dys, cu)[0].shape == (3, 0)
     x, dys, cu = batch([0], 32, (16,), torch.bfloat16)
-    assert torch.equal(grad_density.launch(x, dys, cu, STATISTICS)[0].cpu(), torch.zeros(3, 1, dtype=torch.float64))
+    assert torch.equal(launch(x, dys, cu)[0].cpu(), torch.zeros(3, 1, dtype=torch.float64))
 
 
 def test_addresses_beyond_32_bits():
@@ -206,8 +207,8 @@ def test_addresses_beyond_32_bits():
     x = memory.as_strided((6, 64), (2**30, 1))
     x.copy_(torch.randn(6, 64, generator=torch.Generator().manual_seed(0)))
     _, dys, cu = batch([2, 4], 64, (16,), torch.bfloat16)
-    check(grad_density.launch(x, dys, cu, STATISTICS), x, dys, [2, 4], None)
-    swapped = grad_density.launch(dys[0], [x], cu, STATISTICS)
+    check(launch(x, dys, cu), x, dys, [2, 4], None)
+    swapped = launch(dys[0], [x], cu)
     check(swapped, dys[0], [x], [2, 4], None)
 
 
@@ -217,41 +218,16 @@ def test_strips_do_not_matter(monkeypatch):
     found = []
     for count in (1, 4, 1000):
         monkeypatch.setattr(config, "processors", lambda device, count=count: count)
-        found.append(grad_density.launch(x, dys, cu, STATISTICS)[0])
+        found.append(launch(x, dys, cu)[0])
         check([found[-1]], x, dys, [20, 9], None)
     torch.testing.assert_close(found[0], found[2], rtol=8 * EPS, atol=0)
-
-
-# ---------------------------------------------------------------- pairs
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("shape", [(136, 72), (63, 123)])
-def test_alignment(dtype, shape):
-    K, N = shape
-    lengths, others = [7, 0, 33, 1], [20, 5, 0, 40]
-    x, (dy,), cu = batch(lengths, K, (N,), dtype)
-    other_x, (other_dy,), other_cu = batch(others, K, (N,), dtype, seed=1)
-    out = grad_density.launch_alignment(x, dy, cu, other_x, other_dy, other_cu)
-    a, b = gradients(x, dy, lengths), gradients(other_x, other_dy, others)
-    truth = torch.stack([(p * q).sum((1, 2)) for p, q in ((a, b), (a, a), (b, b))])
-    torchs = reference.grad_alignment(x, dy, lengths, other_x, other_dy, others).to(truth.device)
-    size = [gradients(*t, magnitude=True) for t in ((x, dy, lengths), (other_x, other_dy, others))]
-    floor = 2 * EPS * max(*lengths, *others) ** 0.5
-    pairs = ((a, b, 0, 1), (a, a, 0, 0), (b, b, 1, 1))
-    floors = torch.stack([(p.abs() * size[j] + q.abs() * size[i]).sum((1, 2)) * floor for p, q, i, j in pairs])
-    assert bool(((out - truth).abs() <= 2 * (torchs - truth).abs() + floors + 4 * EPS * truth.abs()).all())
-    assert bool((out[0, [1, 2]] == 0).all())
-    same = grad_density.launch_alignment(x, dy, cu, x, dy, cu)
-    assert torch.equal(same[0], same[1]) and torch.equal(same[1], same[2])  # a gradient with itself
-    assert torch.equal(same, grad_density.launch_alignment(x, dy, cu, x, dy, cu))
 
 
 # ---------------------------------------------------------------- the choice of tiles
 
 
 def test_every_architecture_has_every_kind():
-    kinds = {"short", "long", "column", "any", "fp32", "pair", "pair_fp32"}
+    kinds = {"short", "long", "any", "fp32"}
     assert {a for a, _ in config.TABLE} == set(config.ARCHITECTURES) == {80, 90, 100}
     for architecture in config.ARCHITECTURES:
         assert {kind for a, kind in config.TABLE if a == architecture} == kinds
@@ -273,7 +249,7 @@ def test_architecture_of_a_device(monkeypatch, capability, entry):
     [
         ("short", 100, 64, torch.bfloat16, None),
         ("long", 300, 64, torch.bfloat16, "row"),
-        ("column", 100, 64, torch.float16, "column"),
+        ("short", 100, 64, torch.float16, "row"),
         ("any", 100, 63, torch.bfloat16, None),
         ("fp32", 100, 64, torch.float32, None),
     ],
@@ -287,8 +263,8 @@ def test_kind_of_a_launch(monkeypatch, kind, tokens, K, dtype, along):
 
     monkeypatch.setattr(config, "choose", choose)
     x, dys, cu = batch([tokens], K, (16,), dtype)
-    check(grad_density.launch(x, dys, cu, STATISTICS, along), x, dys, [tokens], along)
-    assert seen == [kind]
+    check(launch(x, dys, cu, along), x, dys, [tokens], along)
+    assert seen == [kind] * 3
 
 
 def test_autotune_takes_the_fastest_and_remembers(monkeypatch):
@@ -317,20 +293,22 @@ def test_autotune_takes_the_fastest_and_remembers(monkeypatch):
 def test_the_operator_runs_the_kernel():
     x, dys, cu = batch([9, 20], 64, (24, 40), torch.bfloat16)
     for along in DIMS:
-        ours = operators.grad_density(x, dys, cu, statistics=STATISTICS, along=along, impl="triton")
-        check([torch.stack(list(out.values())) for out in ours], x, dys, [9, 20], along)
-    ours = operators.grad_alignment(x, dys[0], cu, x, dys[0], cu, form="direct", impl="triton")
-    assert torch.equal(ours["dot"], ours["l2sq"])
+        ours = every(
+            lambda name, along=along: operators.grad_density(
+                x, dys, cu, statistic=name, along=along, form="direct", impl="triton"
+            )
+        )
+        check(ours, x, dys, [9, 20], along)
 
 
 def test_the_gram_form_is_chosen_by_flops_for_triton_too(monkeypatch):
     """T=29 in 2 samples, K=64: with N=64 the Gram form of 2*2*20^2*128 FLOPs is cheaper than 2*29*64*64."""
     launched = []
-    launch = grad_density.launch
-    monkeypatch.setattr(grad_density, "launch", lambda *a: launched.append(1) or launch(*a))
+    run = grad_density.launch
+    monkeypatch.setattr(grad_density, "launch", lambda *a: launched.append(1) or run(*a))
     x, dys, cu = batch([9, 20], 64, (64,), torch.bfloat16)
     gram, direct = (
-        operators.grad_density(x, dys, cu, statistics=["grad_l2sq"], form=form, impl="triton")[0]["grad_l2sq"]
+        operators.grad_density(x, dys, cu, statistic="grad_l2sq", form=form, impl="triton")[0]
         for form in ("auto", "direct")
     )
     assert launched == [1]
@@ -361,4 +339,4 @@ def test_full_size(tokens):
     lengths = [tokens, tokens - 3, 1]
     x, dys, cu = batch(lengths, 4096, (14336, 14336), torch.bfloat16)
     for along in DIMS:
-        check(grad_density.launch(x, dys, cu, STATISTICS, along), x, dys, lengths, along)
+        check(launch(x, dys, cu, along), x, dys, lengths, along)

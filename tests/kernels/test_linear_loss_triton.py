@@ -1,4 +1,4 @@
-"""The Triton kernel of the head and the loss against fp64: on the GPU where there is one, else in Triton's interpreter."""
+"""The Triton kernel of the head and the loss against fp64: on a GPU if there is one, else in Triton's interpreter."""
 
 import itertools
 

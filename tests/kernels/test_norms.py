@@ -102,9 +102,9 @@ def magnitudes(kind, given, grads):
 
 
 def check(kind, impl, given, dtype):
-    """Error at most twice that of the unfused form in the same dtype, plus a floor: each result goes through up to four
-    roundings to its dtype (h; x_hat, twice in a product; itself), half an eps each, and through sums in fp32, of D terms
-    in a row and of R over rows, whose roundings are independent of each other and grow as the root of their number."""
+    """Error at most twice that of the unfused form in the same dtype, plus a floor. Each result goes through up to four
+    roundings to its dtype (h; x_hat, twice in a product; itself), half an eps each, and through sums in fp32, of D
+    terms in a row and of R over rows, whose roundings are independent and grow as the root of their number."""
     shape = given["x"].shape
     grads = both(shape, dtype)
     mine = run(functools.partial(ours, kind, impl), given, grads)
@@ -209,8 +209,8 @@ def modules():
 
 
 def test_the_dtypes_and_bits_of_transformers():
-    """impl="torch": the RMSNorms' bits, in every pair of dtypes of x and weight. impl="triton", and LayerNorm, whose sums
-    torch orders otherwise: where a value lies between two of its dtype the neighbour may be taken; the weight may double that."""
+    """impl="torch": the RMSNorms' bits, in every pair of dtypes of x and weight. impl="triton" and LayerNorm, whose
+    sums torch orders otherwise, may take the neighbour of a value in its dtype; the weight may double that."""
     once = set()
     for (kind, name), dtype, weight in itertools.product(modules(), DTYPES, DTYPES):
         if (name, dtype, weight) in once and not dtype == weight == torch.bfloat16:
@@ -249,7 +249,7 @@ def test_offset_in_the_llama_cast(impl):
 
 @each_impl
 def test_mixed_dtypes(impl):
-    """A narrow branch added to a wide stream, and a wide weight: torch's promotion, gradients in each one's own dtype."""
+    """A narrow branch added to a wide stream, and a wide weight: torch's promotion, gradients in each dtype."""
     given = inputs((4, 63), torch.bfloat16, "layer")
     given |= dict(residual=given["residual"].float(), weight=given["weight"].float())
     grads = both((4, 63), torch.float32)
@@ -443,7 +443,7 @@ def test_nothing_uninitialised_is_read_and_bits_repeat(impl, kind):
 
 
 def test_programs_do_not_matter(monkeypatch):
-    """How many programs share the rows depends on the GPU's size; dw does not, but for the last bits, and dx not at all."""
+    """How many programs share the rows depends on the GPU's size; dw only in its last bits, and dx not at all."""
     given, grads = inputs((150, 63), torch.float32, "layer"), both((150, 63), torch.float32)
     dx = []
     for warps in (4, 32, 4000):  # 1, 5 and 10 programs for 10 blocks of rows
@@ -506,7 +506,7 @@ def test_autocast(impl, name, dtype):
 
 
 def test_layer_norm_under_autocast_on_cuda():
-    """There torch's own runs in fp32 and returns fp32, on a CPU not: the reason for `out_dtype`, which is tested here."""
+    """There torch's own runs in fp32 and returns fp32, on a CPU not: hence `out_dtype`, which is tested here."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     assert has("aten::layer_norm", "AutocastCUDA") and not has("aten::layer_norm", "AutocastCPU")
     given = inputs((4, 63), torch.bfloat16, "layer", residual=False)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
+from helpers import relative
 from tiny_models import ARCHITECTURES, ROTARY, VOCAB, random_samples, tiny_model
 from torch import nn
 
@@ -24,10 +25,6 @@ def mixed_samples(seed=0):
 @torch.no_grad()
 def own_logits(model, samples):
     return torch.cat([model(input_ids=s["input_ids"][None]).logits[0] for s in samples])
-
-
-def relative(ours, truth):
-    return float((ours.double() - truth.double()).norm() / truth.double().norm())
 
 
 def state(model):

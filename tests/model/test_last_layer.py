@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kunbr_fast.data import IGNORE, pack
 from kunbr_fast.model.decoder import Decoder, Stretch
-from kunbr_fast.model.patch import FAMILIES, patched
+from kunbr_fast.model.families import FAMILIES
+from kunbr_fast.model.patch import patched
 
 
 def few_labels(count=4, low=6, high=12, labelled=2):

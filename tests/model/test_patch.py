@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import ARCHITECTURES, MORE, VOCAB, peak_bytes, random_samples, tiny_model
+from helpers import relative
+from patch_problem import FUSED, batch_of_ids, block_parameters, own_loss, results
+from tiny_models import peak_bytes, random_samples, tiny_model
 from torch import nn
 
 import kunbr_fast as kf
@@ -19,7 +21,6 @@ from kunbr_fast.kernels.projections import linears
 from kunbr_fast.model import attention, patch
 from kunbr_fast.model.decoder import Decoder
 
-FUSED = [name for name in [*ARCHITECTURES, *MORE] if name not in ("gpt2", "gpt_neox")]
 BLOCKS = [range(0, 2), range(2, 4), range(4, 6), None]
 
 
@@ -203,39 +204,10 @@ def widened(monkeypatch):
     return apply
 
 
-def batch_of_ids():
-    """(3, 12) with padding on the right, so that there is a mask; 12 exceeds the windows of 7."""
-    ids = torch.randint(3, VOCAB, (3, 12), generator=torch.Generator().manual_seed(5))
-    mask = torch.ones_like(ids)
-    mask[1, 9:] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100), "use_cache": False}
-
-
-def own_loss(model):
-    out = model(**batch_of_ids())
-    return out.logits, out.loss
-
-
 def packed_loss(decoder):
     batch = pack(random_samples(3, seed=0, low=9, high=14) + random_samples(1, seed=1, low=1, high=1))
     logits = decoder.logits(batch)
     return logits, F.cross_entropy(logits[:-1], batch.input_ids[1:])
-
-
-def block_parameters(model, block):
-    """By name, those of a block (None: all)."""
-    inside = {id(p) for i in block or [] for p in patch._layers(model)[i].parameters()}
-    return {name: p for name, p in model.named_parameters() if block is None or id(p) in inside}
-
-
-def results(run, parameters):
-    logits, loss = run()
-    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return {"logits": logits.detach(), "loss": loss.detach(), **dict(zip(parameters, grads))}
-
-
-def relative(ours, truth):
-    return float((ours.detach().double() - truth.detach().double()).norm() / truth.detach().double().norm())
 
 
 @pytest.mark.parametrize("architecture", FUSED + ["gpt2"])

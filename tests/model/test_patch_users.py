@@ -6,7 +6,8 @@ import logging
 import pytest
 import torch
 import transformers as tf
-from test_patch import FUSED, batch_of_ids, block_parameters, own_loss, relative, results
+from helpers import relative
+from patch_problem import FUSED, batch_of_ids, block_parameters, own_loss, results
 from tiny_models import VOCAB, random_samples, tiny_model
 
 import kunbr_fast as kf
@@ -108,7 +109,7 @@ def test_gradient_checkpointing(architecture, reentrant, caplog):
         ours = [r.message for r in caplog.records if r.name == patch.__name__]
         said = f"{type(layer).__name__}: no cache is kept under gradient checkpointing"
         theirs = (
-            architecture == "olmo2" or patch.CALL_CHECKPOINTS
+            architecture == "olmo2" or patch.compat.CALL_CHECKPOINTS
         )  # it is transformers that drops the cache and says so
         assert ours == ([] if theirs else [said])
     model.zero_grad()

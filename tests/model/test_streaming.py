@@ -1,4 +1,4 @@
-"""Streamed models and the layer-major schedule: the bits of the model that is in memory whole, and what is read when."""
+"""Streamed models and the layer-major schedule: the bits of the model in memory, and what is read when."""
 
 import contextlib
 import copy
@@ -26,9 +26,9 @@ from kunbr_fast.files.tensors import Shards, WeightSnapshot, save_tensors
 from kunbr_fast.model.decoder import Decoder, Stretch, find_layers
 from kunbr_fast.model.finite import check_finite
 from kunbr_fast.model.layer_major import LayerMajor
-from kunbr_fast.model.layer_stream import layer_stream
 from kunbr_fast.model.prefix_cache import PrefixCache
 from kunbr_fast.model.streaming import open_streamed
+from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import StepBatch
 from kunbr_fast.objectives.criterion import Criterion
@@ -73,7 +73,7 @@ def state(model):
     return (
         [(name, id(p), p.requires_grad, p.grad is None) for name, p in model.named_parameters()],
         [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__)) for m in model.modules()],
-        set(layer_stream(model)._held),
+        set(weights_of(model)._held),
     )
 
 
@@ -92,7 +92,7 @@ def test_the_same_outputs_as_the_whole_model(architecture, folder):
         for (name, a), (other, b) in zip(ours.named_buffers(), truth.named_buffers(), strict=True):
             assert name == other and a.dtype == b.dtype and torch.equal(a, b)
         assert not ours.training and not any(p.requires_grad for p in ours.parameters())
-        stream = layer_stream(ours)
+        stream = weights_of(ours)
         assert not stream.loads and all(is_placeholder(p) for p in layers_of(ours).parameters())
         decoder, other = Decoder(ours), Decoder(truth)
         assert decoder.device == other.device and decoder.dtype == other.dtype
@@ -123,15 +123,15 @@ def test_one_file_and_a_base_models_file(tmp_path):
 def test_buffers_are_bounded_and_layers_of_any_size_fit_them(folder):
     path = folder("qwen2_moe")  # layer 1 is dense and the others are not
     model = streamed(path, buffers=2)
-    stream = layer_stream(model)
+    stream = weights_of(model)
     sizes = [stream.layer_nbytes(i) for i in range(3)]
     assert sizes[0] != sizes[1] and stream.nbytes == 2 * max(sizes)
-    assert layer_stream(streamed(path, buffers=9)).nbytes == 3 * max(sizes)  # no more than there are layers
+    assert weights_of(streamed(path, buffers=9)).nbytes == 3 * max(sizes)  # no more than there are layers
 
 
 def test_what_comes_next_is_being_read(folder):
     model = streamed(folder(), buffers=3)
-    stream = layer_stream(model)
+    stream = weights_of(model)
     held = [{0, 1, 2}, {1, 2, 3}, {2, 3, 5}, {2, 3, 5}, {2, 5, 0}, {2, 5, 0}, {2, 5, 0}]
     for layer, expected in zip(stream.visit([0, 1, 2, 3, 2, 5, 0]), held):
         assert {slot.layer for slot in stream._slots} == expected
@@ -141,10 +141,10 @@ def test_what_comes_next_is_being_read(folder):
 
 def test_layers_that_stay_in_main_memory(folder):
     path, batch, name = folder(), pack(SAMPLES), "model.layers.1.mlp.up_proj.weight"
-    size = layer_stream(streamed(path)).layer_nbytes(0)
+    size = weights_of(streamed(path)).layer_nbytes(0)
     for kept in (0, 3, 6):
         model = streamed(path, host_bytes=kept * size + 10)
-        decoder, stream = Decoder(model), layer_stream(model)
+        decoder, stream = Decoder(model), weights_of(model)
         with torch.no_grad():
             assert torch.equal(decoder.logits(batch), Decoder(whole(path)).logits(batch))
         assert set(stream.host) == set(range(kept))
@@ -158,7 +158,7 @@ def test_layers_that_stay_in_main_memory(folder):
 
 def test_a_layer_is_read_once_for_all_samples_of_a_prefix_cache(folder):
     decoder, other = Decoder(streamed(folder())), Decoder(whole(folder()))
-    stream = layer_stream(decoder)
+    stream = decoder.weights
     stream.release()
     stream.loads.clear()
     ours, truth = (PrefixCache(d, SAMPLES, batch_tokens=20) for d in (decoder, other))
@@ -183,9 +183,9 @@ def test_accuracy_of_a_streamed_model(tmp_path):
 def test_the_order_of_copies_on_a_device(folder, monkeypatch):
     """No GPU here: with stand-ins for streams and events the device's path runs, and what it waits for is written down.
 
-    For each load: `free` is recorded on the compute stream before the buffer's copy is ordered; the copy stream waits for
-    it, copies, records `arrived`; the compute stream waits for that before the layer runs; and the pinned buffer is not
-    written again before `arrived`.
+    For each load: `free` is recorded on the compute stream before the buffer's copy is ordered; the copy stream waits
+    for it, copies, records `arrived`; the compute stream waits for that before the layer runs; and the pinned buffer
+    is not written again before `arrived`.
     """
     log = []
 
@@ -212,7 +212,7 @@ def test_the_order_of_copies_on_a_device(folder, monkeypatch):
             return event
 
     model, compute = streamed(folder()), Stream("compute")
-    stream, copies = layer_stream(model), Stream("copies")
+    stream, copies = weights_of(model), Stream("copies")
     stream._copies = copies
     for number, slot in enumerate(stream._slots):
         slot.staging, slot.arrived = torch.empty_like(slot.data), Event(f"arrived {number}")
@@ -251,7 +251,7 @@ def test_a_backward_pass_needs_checkpointing_and_says_so(folder):
 
 def test_values_that_stand_for_the_files(folder, tmp_path):
     model = streamed(folder())
-    decoder, stream, name = Decoder(model), layer_stream(model), "model.layers.2.mlp.up_proj.weight"
+    decoder, stream, name = Decoder(model), weights_of(model), "model.layers.2.mlp.up_proj.weight"
     truth = whole(folder())
     assert name in stream and "lm_head.weight" in stream and "lm_head" not in stream
     assert torch.equal(stream[name], truth.get_parameter(name))
@@ -286,7 +286,7 @@ def by_layer(decoder, unlearned, tokens, cached, steps=2, storage="host", **sett
     if cached:
         cache = PrefixCache(decoder, SAMPLES)
         cache.advance(BLOCK.start)
-    stream = layer_stream(decoder)
+    stream = decoder.weights
     loads, metrics = [], []
     values = Shards(unlearned) if isinstance(unlearned, Path) else unlearned
     found = {}
@@ -338,7 +338,7 @@ def test_a_layer_crosses_the_bus_once_each_way_and_none_below_the_block(folder):
     path, unlearned = folder(), folder("llama", 1)
     for tokens in (None, 20, 1):
         decoder = Decoder(streamed(path))
-        layer_stream(decoder).release()
+        decoder.weights.release()
         _, _, loads = by_layer(decoder, unlearned, tokens, cached=True, steps=3)
         # up 3 4 5, down (5 4) 3
         assert loads == [{3: 2, 4: 1, 5: 1}, {3: 1, 5: 1}, {3: 1, 5: 1}]
@@ -365,7 +365,7 @@ def test_micro_batches_add_up_to_the_whole_batchs_gradient(name, folder):
     values = {n: p.detach() for n, p in whole(folder("llama", 1), "float64").named_parameters()}
     for tokens in (None, 25):
         decoder = Decoder(streamed(folder(), "float64"))
-        layer_stream(decoder).loads.clear()
+        decoder.weights.loads.clear()
         criterion = Criterion(name, retain_loss=retain_loss, retain_coeff=0.7, block=BLOCK)
         with kf.reinserted(
             decoder, dict(values), BLOCK, lr=1e-3, criterion=criterion, micro_batch_tokens=tokens
@@ -381,7 +381,7 @@ def test_micro_batches_add_up_to_the_whole_batchs_gradient(name, folder):
                 training.loss(step).backward()
                 assert float((training.flat.grad - truth).norm()) <= 1e-12 * float(truth.norm())
             if name == "rmu":  # of the last layer of the block: nothing above it runs
-                assert set(layer_stream(decoder).loads) <= {0}
+                assert set(decoder.weights.loads) <= {0}
 
 
 def test_micro_batches():
@@ -416,7 +416,7 @@ def test_cumulative_insertion_and_a_streamed_unlearned_model(folder, tmp_path):
             training.step(FORGET, RETAIN)
         with kf.reinserted(ours, other, block, lr=1e-3, insertion="cumulative") as training:
             training.step(FORGET, RETAIN)
-    stream, unlearned = layer_stream(ours), layer_stream(other)
+    stream, unlearned = weights_of(ours), weights_of(other)
     for name, parameter in truth.named_parameters():
         if name in stream:
             assert torch.equal(stream[name], parameter) and torch.equal(unlearned[name], theirs.get_parameter(name))
@@ -526,7 +526,7 @@ def test_density_by_layers(architecture, folder):
     """Same bits, and each layer is read at most once each way for the whole set."""
     mixture = architecture in MIXTURES
     model, truth = (open(folder(architecture), "float64") for open in (streamed, whole))
-    decoder, stream, other = Decoder(model), layer_stream(model), Decoder(truth)
+    decoder, stream, other = Decoder(model), weights_of(model), Decoder(truth)
     was = state(model)
     for settings in (
         {},
@@ -607,8 +607,8 @@ def test_weights_that_are_not_finite_are_met_when_they_are_read(folder, tmp_path
             ValueError, match="model.safetensors: model.layers.4.self_attn.q_proj.weight holds NaN or inf"
         ):
             Decoder(model)
-    assert layer_stream(model).loads[4] == 0
-    layer_stream(model).load(3)  # the others can still be read
+    assert weights_of(model).loads[4] == 0
+    weights_of(model).load(3)  # the others can still be read
 
 
 def test_files_that_are_damaged_or_gone(folder, tmp_path):
@@ -685,7 +685,7 @@ def train_in_little_memory(path, result):
     start = memory("VmRSS")
     decoder = Decoder(open_streamed(path))
     save_tensors(result, train_large(decoder))
-    print(json.dumps({"resident": memory("VmHWM") - start, "loads": dict(layer_stream(decoder).loads)}))
+    print(json.dumps({"resident": memory("VmHWM") - start, "loads": dict(decoder.weights.loads)}))
 
 
 def test_a_block_of_a_model_that_does_not_fit(tmp_path):

@@ -9,7 +9,7 @@ import tiny_text
 import torch
 import torch.nn.functional as F
 from reference_procedure import ReferenceLion, padded
-from tiny_models import random_samples, tiny_model
+from tiny_models import moved, random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.cli import main as cli
@@ -163,20 +163,11 @@ CASES = [(name, "nll") for name in PLAIN]
 CASES += [(name, loss) for name in ("gradient_difference", "undial") for loss in RETAIN_LOSSES if loss != "nll"]
 
 
-def moved(model, seed=5, size=0.05):
-    other = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.add_((torch.randn(p.shape, generator=generator, dtype=torch.float64) * size).to(p.dtype))
-    return other
-
-
 @pytest.fixture(scope="module")
 def models():
     """M0, M_u, and M0 with M_u's block."""
     original = tiny_model(num_hidden_layers=5)
-    unlearned = moved(original)
+    unlearned = moved(original, size=0.05)
     grafted = copy.deepcopy(original)
     for i in BLOCK:
         grafted.model.layers[i].load_state_dict(unlearned.model.layers[i].state_dict())
@@ -473,7 +464,7 @@ def test_the_kernels_train_the_same_block():
     pytest.importorskip("triton", reason="triton is made for Linux only")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     original = tiny_model(dtype=torch.float32, num_hidden_layers=3).to(device)
-    values, found = {n: p.detach().clone() for n, p in moved(original).named_parameters()}, {}
+    values, found = {n: p.detach().clone() for n, p in moved(original, size=0.05).named_parameters()}, {}
     for impl in ("torch", "triton"):
         settings = dict(objective="npo", objective_options={"beta": 0.5}, impl=impl)
         with kf.reinserted(original, dict(values), range(1, 2), lr=1e-3, **settings) as training:
@@ -540,7 +531,7 @@ def test_a_whole_run_is_that_of_the_plain_formulas(name, retain_loss):
     model = tiny_model(**RUN)
     start, options = copy.deepcopy(model), PLAIN[name][0]
     # at M0 the gradient of the KL is rounding alone, and Lion takes its sign: with it only blocks can be compared
-    unlearned = moved(model) if retain_loss == "kl" else None
+    unlearned = moved(model, size=0.05) if retain_loss == "kl" else None
     config = KUnBRConfig(
         **{**SETTINGS, "num_blocks": 4}, objective=name, objective_options=options, retain_loss=retain_loss
     )

@@ -18,13 +18,14 @@ from kunbr_fast.data import encode, load_records, pack
 from kunbr_fast.density.measure import knowledge_density
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.models import load_tokenizer
+from kunbr_fast.memory import parse_bytes
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.patch import fused
 from kunbr_fast.planning.costs import KINDS, Architecture, Batch, Step
 from kunbr_fast.planning.lengths import Data, assumed_lengths
 from kunbr_fast.planning.machines import Setup
-from kunbr_fast.planning.plan import duration, parse_bytes, plan
+from kunbr_fast.planning.plan import duration, plan
 from kunbr_fast.planning.predict import ACCURACY_BATCH, Run
 from kunbr_fast.training.full import FullTraining
 
@@ -379,8 +380,7 @@ def test_errors_of_the_arguments(arguments, message, tmp_path, capsys):
 
 
 def test_sizes_and_durations():
-    assert (
-        parse_bytes("24GiB") == 24 * 2**30 and parse_bytes("80 GB") == 80 * 10**9 and parse_bytes("1.5mib") == 3 << 19
-    )
+    sizes = {"24GiB": 24 * 2**30, "80 GB": 80 * 10**9, "1.5mib": 3 << 19}
+    assert {text: parse_bytes(text, "x", unit_needed=True) for text in sizes} == sizes
     assert [duration(s) for s in (0.5, 30, 300, 8000, 3e5)] == ["0.5 s", "30 s", "5.0 min", "2.2 h", "3.5 d"]
     assert ACCURACY_BATCH == 16  # choice_accuracy's batch_size

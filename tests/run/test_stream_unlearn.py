@@ -24,8 +24,8 @@ from kunbr_fast.evaluation.rtt import Fold, RTTConfig, rtt_attack
 from kunbr_fast.files.models import load_model, load_tokenizer
 from kunbr_fast.files.tensors import Shards, WeightSnapshot
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.layer_stream import layer_stream
 from kunbr_fast.model.streaming import open_streamed
+from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives.original import OriginalValues
 from kunbr_fast.run.state import fingerprint
 
@@ -58,7 +58,7 @@ def run(opening, folders, out, dtype=None, **settings):
     model, other = (opening(path, dtype) for path in folders)
     config = kf.KUnBRConfig(**{**SETTINGS, **settings})
     report = kf.unlearn(model, FORGET, RETAIN, config, unlearned=other, output_dir=out, progress=False)
-    weights = layer_stream(model) or dict(model.named_parameters())
+    weights = weights_of(model)
     return report, {name: weights[name].clone() for name in weights}
 
 
@@ -97,11 +97,11 @@ def test_a_streamed_run_has_the_resident_bits(settings, folders, tmp_path):
 def test_no_more_than_the_buffers_and_a_block_in_memory(folders, tmp_path, monkeypatch):
     """M_u never runs as a model of its own, and layers are read a few times for a whole run, not for each batch."""
     model, other = (open_streamed(path) for path in folders)
-    stream = layer_stream(model)
+    stream = weights_of(model)
     config = kf.KUnBRConfig(**{**SETTINGS, "objective": "npo"})
     before = fingerprint(other)
     report = kf.unlearn(model, FORGET, RETAIN, config, unlearned=other, output_dir=tmp_path, progress=False)
-    assert "_slots" not in layer_stream(other).__dict__ and fingerprint(other) == before
+    assert "_slots" not in weights_of(other).__dict__ and fingerprint(other) == before
     steps = 2 * 2 * len(report.blocks)  # of two epochs each
     # the Decoder's checks, reference, density (up and down), the cache, and twice a step above the block
     assert max(stream.loads.values()) <= 3 + 1 + 2 + 1 + 2 * steps
@@ -114,7 +114,7 @@ def test_fingerprints_and_references_are_those_of_the_whole_model(folders):
     )
     assert fingerprint(ours.model, FORGET) == fingerprint(truth.model, FORGET)
     needs = {"nll": ("forget",), "hidden_all": ("retain",), "layer.1": ("forget",), "layer.3": ("forget", "retain")}
-    samples, stream = {"forget": FORGET, "retain": RETAIN}, layer_stream(ours)
+    samples, stream = {"forget": FORGET, "retain": RETAIN}, ours.weights
     stream.release()
     stream.loads.clear()
     a, b = (OriginalValues.of(decoder, samples, needs, batch_tokens=30) for decoder in (ours, truth))
@@ -130,7 +130,7 @@ def test_accuracy_reads_each_layer_once(scoring, text):
     questions = [{**tiny_text.question(name), "_where": "here"} for name in tiny_text.NAMES]
     tokenizer = load_tokenizer(text / "model")
     ours, truth = (Decoder(opening(text / "model")) for opening in (streamed_models.streamed, streamed_models.whole))
-    stream = layer_stream(ours)
+    stream = ours.weights
     stream.release()
     stream.loads.clear()
     a, b = (choice_accuracy(d, tokenizer, questions, scoring=scoring, batch_size=5) for d in (ours, truth))
@@ -139,14 +139,14 @@ def test_accuracy_reads_each_layer_once(scoring, text):
 
 def test_another_models_values_for_a_while(folders):
     model, other = (open_streamed(path) for path in folders)
-    stream, ids = layer_stream(model), torch.arange(9)[None]
+    stream, ids = weights_of(model), torch.arange(9)[None]
 
     def logits(model):
         with torch.no_grad():
             return model(input_ids=ids).logits
 
     first, second = logits(model), logits(load_model(folders[1]))
-    with stream.instead(layer_stream(other)):
+    with stream.instead(weights_of(other)):
         assert torch.equal(logits(model), second)
         with pytest.raises(ValueError, match="the model is read from there"):
             stream.save(folders[1])

@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
-from test_reinsertion import BLOCK, FORGET, RETAIN, equal, identity, in_block, moved, touched_model, weights
-from tiny_models import random_samples, tiny_model
+from reinsertion_problem import BLOCK, FORGET, RETAIN, equal, identity, in_block, touched_model, weights
+from tiny_models import moved, random_samples, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kunbr_fast as kf

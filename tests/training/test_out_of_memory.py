@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from graph_emulator import capture
-from test_reinsertion import BLOCK, FORGET, RETAIN, equal, moved, weights
-from tiny_models import random_samples, tiny_model
+from reinsertion_problem import BLOCK, FORGET, RETAIN, equal, weights
+from tiny_models import moved, random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.cli import main as cli

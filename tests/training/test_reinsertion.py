@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from reference_procedure import left_padded, padded, reference_block
-from tiny_models import ARCHITECTURES, live_tensor_bytes, peak_bytes, random_samples, tiny_model
+from reinsertion_problem import BLOCK, FORGET, RETAIN, equal, identity, in_block, touched_model, weights
+from tiny_models import ARCHITECTURES, live_tensor_bytes, moved, peak_bytes, random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.data import pack
@@ -15,56 +16,6 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.training import block as reinsertion
 from kunbr_fast.training import flat_buffer
 from kunbr_fast.training.block import block_tensors
-
-BLOCK = range(2, 4)
-FORGET, RETAIN = random_samples(4, seed=1), random_samples(5, seed=2)
-
-
-def moved(model, seed=5, size=0.02):
-    """A stand-in for M_u: every weight moved."""
-    other = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.add_((torch.randn(p.shape, generator=generator, dtype=torch.float64) * size).to(p.dtype))
-    return other
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def in_block(name, block=BLOCK, path="model.layers"):
-    return any(name.startswith(f"{path}.{i}.") for i in block)
-
-
-def identity(model):
-    """All that must be as before: objects, storages, gradients, flags, modes, hooks."""
-    return (
-        [
-            (n, id(p), p.data_ptr(), p.requires_grad, None if p.grad is None else id(p.grad))
-            for n, p in model.named_parameters()
-        ],
-        [(id(m), m.training, set(m.__dict__), len(m._forward_hooks), len(m._backward_hooks)) for m in model.modules()],
-        [(n, b.data_ptr()) for n, b in model.named_buffers()],
-        model.config._attn_implementation,
-    )
-
-
-def equal(a, b):
-    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def touched_model():
-    """Grads on some parameters, some frozen, a mixture of training modes."""
-    model = tiny_model()
-    for number, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(number % 3 > 0)
-        parameter.grad = torch.full_like(parameter, number) if number % 2 else None
-    model.train()
-    model.model.layers[3].eval()
-    return model
-
 
 # ---------------------------------------------------------------- what comes back
 

@@ -1,0 +1,46 @@
+"""What tests of all rooms share: relative errors, processes of their own, writes that fail."""
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+def relative(ours, truth):
+    """|ours - truth| / |truth|, Euclidean, in fp64."""
+    ours, truth = ours.detach().double(), truth.detach().double()
+    return float((ours - truth).norm() / truth.norm())
+
+
+def environment(**more):
+    """For a process that imports this checkout and what lies in tests/, and is none of a group's."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    paths = [str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)} | more
+
+
+def python(*arguments, **more):
+    """Runs another interpreter, and waits. more: variables of its environment."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=environment(**more), capture_output=True, text=True, timeout=300)
+
+
+@contextlib.contextmanager
+def refused(message):
+    """A real write error in the middle of a file, which each library reports in its own way: files may not grow.
+    For the statement only: the limit is the process's, and pytest's own output may go to a long file."""
+    limit, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limit[1]))
+    try:
+        with pytest.raises(OSError, match=message):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, action)
