@@ -11,8 +11,8 @@ the NLL itself: unlearning by gradient ascent moves a weight along +g_f, keeping
                     2410.16454); mask: the top `ratio` of all rows together
     memflex         mean|g_f| of each matrix where cos(g_f, g_r) < max_cosine, else 0; mask: the matrices above
                     `threshold`, whole (MemFlex, arXiv 2407.01920)
-    sign_agreement  -sign(g_f) * sign(g_r), 1 where ascent on the forget set goes down on the retain set too; mask: those
-                    (MUDMAN's disruption masking, arXiv 2506.12484, whose unlearning gradient is -g_f here)
+    sign_agreement  -sign(g_f) * sign(g_r), 1 where ascent on the forget set goes down on the retain set too; mask:
+                    those (MUDMAN's disruption masking, arXiv 2506.12484, whose unlearning gradient is -g_f here)
 
 A matrix of stacked experts is one matrix for each expert.
 """
@@ -104,14 +104,14 @@ def attribute(
     blocks: Sequence[range] | None = None,
     **settings: Any,
 ) -> Attribution:
-    """Scores of the weights by `method`, one of those that the module's docstring has the formulas and sources of.
+    """Scores of the weights by `method`, of METHODS; the module's docstring has formulas and sources.
 
         masks = kf.attribute(model, forget, retain, "wagle", blocks=[range(2, 4)]).mask(ratio=0.8)
         with kf.reinserted(model, unlearned, range(2, 4), lr=2e-7, mask=masks) as training: ...
 
     forget, retain: samples as `knowledge_density` takes them; wagle, memflex and sign_agreement need retain, fisher
     can have it, grad and sure take none. modules: as there (WAGLE is published for `all`). blocks: only the weights of
-    these layers; what lies below them runs without gradients. settings: the fields of `AttributionSettings` and
+    these layers; those below them run without gradients. settings: the fields of `AttributionSettings` and
     `PassSettings`.
 
     Equivalent: `mean over s of loss(model, s)`, backward, and the formula on each parameter's `.grad`.
@@ -164,7 +164,7 @@ def attribute(
     measurement = Measurement(decoder, watched, How("grad_l2sq", how.impl), how)
     with measurement.ready(len(forget) + len(retain or ()), "attribution"):
         measurement.gradients(forget, on_forget, squared=method == "fisher")
-        for path in weights.keys() - found.keys():  # what the forget set does not reach
+        for path in weights.keys() - found.keys():  # not reached by the forget set
             on_forget(path, weights[path].zeros())
         if retain is not None:
             measurement.gradients(retain, on_retain, squared=method == "fisher")
@@ -175,7 +175,7 @@ def attribute(
 
 
 class _Weight:
-    """A parameter, and what its dimensions mean."""
+    """A parameter and the meaning of its dimensions."""
 
     def __init__(self, item: Watched, name: str, stored: Weights):
         self.parameter = getattr(item.module, name).detach()  # of a streamed model a placeholder
@@ -186,7 +186,7 @@ class _Weight:
         self._number = item.experts or 1
 
     def in_shape(self, gradient: torch.Tensor) -> torch.Tensor:
-        """What `Measurement.gradients` hands over, in the parameter's shape."""
+        """A gradient of `Measurement.gradients` in the parameter's shape."""
         if self._transposed and gradient.dim() == 3:
             gradient = gradient.mT
         return gradient.reshape(self.parameter.shape).contiguous()
@@ -197,7 +197,7 @@ class _Weight:
     def score(
         self, method: str, forget: torch.Tensor, retain: torch.Tensor | None, how: AttributionSettings
     ) -> torch.Tensor:
-        """The formulas of the module's docstring. forget, retain: mean gradients (fisher: mean squares), written over."""
+        """The module docstring's formulas. forget, retain: mean gradients (fisher: mean squares), written over."""
         if method == "grad":
             return forget.abs_()
         if method == "fisher":

@@ -455,7 +455,7 @@ def _relative(decoder: Decoder) -> bool:
     """Whether nothing but differences of positions counts: a model that adds positions to its embeddings says no."""
     first = decoder.probe
     other = PackedBatch(first.input_ids, first.labels, first.position_ids + 8, first.lengths)
-    return torch.equal(decoder._layer_calls(first)[0], decoder._layer_calls(other)[0])
+    return torch.equal(decoder.layer_calls(first)[0], decoder.layer_calls(other)[0])
 
 
 # ---------------------------------------------------------------- the model's own padded pass

@@ -142,7 +142,7 @@ def _attention(
     eager: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """kwargs: for the attention function; with "kunbr_rows", (R,), queries and result are of these tokens: (1, R, D)."""
+    """kwargs: for the attention function. kunbr_rows, (R,): queries and result are of these tokens: (1, R, D)."""
     past_key_values = kwargs.pop("past_key_value", past_key_values)  # transformers 4
     rows = kwargs.get("kunbr_rows")
     query, key, value = _heads(module, hidden_states, rows, family)
@@ -329,7 +329,7 @@ def patched(model: nn.Module, active_block: range | None = None, impl: str = "au
             trainer.train()
 
     model: a Hugging Face causal language model, or a wrapper of one (PEFT, torch.compile). Yields it. Same logits and
-    gradients as the model's own code, up to rounding; the norms of an fp64 model keep their own code, which is fp32 inside.
+    gradients as the model's own code, up to rounding; an fp64 model's norms keep their own code (fp32 inside).
     active_block: the parameters of all other layers, embeddings, final norm and head do not require grad inside;
     those within keep their flags. None: no flag is changed.
     impl: "auto", "triton" or "torch", as everywhere; the choice is that of each fused operation.

@@ -1,4 +1,4 @@
-"""Streamed models and the layer-major schedule: the bits of the model that is in memory whole, and what is read when."""
+"""Streamed models and the layer-major schedule: the bits of the model in memory, and what is read when."""
 
 import contextlib
 import copy
@@ -181,9 +181,9 @@ def test_accuracy_of_a_streamed_model(tmp_path):
 def test_the_order_of_copies_on_a_device(folder, monkeypatch):
     """No GPU here: with stand-ins for streams and events the device's path runs, and what it waits for is written down.
 
-    For each load: `free` is recorded on the compute stream before the buffer's copy is ordered; the copy stream waits for
-    it, copies, records `arrived`; the compute stream waits for that before the layer runs; and the pinned buffer is not
-    written again before `arrived`.
+    For each load: `free` is recorded on the compute stream before the buffer's copy is ordered; the copy stream waits
+    for it, copies, records `arrived`; the compute stream waits for that before the layer runs; and the pinned buffer
+    is not written again before `arrived`.
     """
     log = []
 
