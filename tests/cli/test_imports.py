@@ -3,14 +3,12 @@
 import ast
 import dataclasses
 import importlib
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import python
 
 import kunbr_fast as kf
 from kunbr_fast.cli.arguments import THEME, THEMES
@@ -23,8 +21,7 @@ COMMAND = "import sys; from kunbr_fast.cli.main import main\ntry:\n    main({})\
 def loaded(code: str) -> set[str]:
     """The modules that a fresh interpreter holds after `code`."""
     code += "\nimport sys\nprint('\\nMODULES', *sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(kf.__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.rpartition("MODULES")[2].split())
 
