@@ -87,10 +87,10 @@ def experts_forward(
 def watched(items: Sequence[Any], taps: Taps, batch: PackedBatch) -> Iterator[None]:
     """Inside, the experts modules of `items` run `experts_forward`, and their products are tapped."""
     before = [(item.module.config, item.module.config._experts_implementation) for item in items]
-    if items:
-        compat.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     whole = len(taps.segments.lengths) == 1
     sample = torch.zeros_like(batch.input_ids) if whole else batch.sample_of_token
+    if items:
+        compat.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     try:
         for item in items:
             item.module.config._experts_implementation = IMPLEMENTATION

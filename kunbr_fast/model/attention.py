@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kunbr_fast.data import PackedBatch
+from kunbr_fast.model import compat
 
 ATTENTION = "kunbr_packed"
 
@@ -87,3 +88,13 @@ def _attend(
     scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
     scores = scores.masked_fill(~allowed, float("-inf"))
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+def register() -> None:
+    """Makes `packed_attention` known to transformers, as ATTENTION; ValueError where that cannot be."""
+    if compat.AttentionInterface is None:
+        raise ValueError(
+            f"transformers {compat.VERSION} lets no attention function be named in a model's configuration, so it cannot "
+            f"run packed samples: install transformers >= {compat.PACKED_SINCE}, better >= 5"
+        )
+    compat.AttentionInterface.register(ATTENTION, packed_attention)
