@@ -32,8 +32,8 @@ from kunbr_fast.density.layer_kinds import How, Watched, norm_of
 from kunbr_fast.density.passes import Measurement, PassSettings, checked_samples, inner_product
 from kunbr_fast.density.watch import MODULES, watch_list
 from kunbr_fast.keywords import taken
+from kunbr_fast.model import compat
 from kunbr_fast.model.blocks import check_block
-from kunbr_fast.model.compat import Conv1D
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.finite import check_finite, finite
 from kunbr_fast.model.weights import Weights
@@ -180,7 +180,7 @@ class _Weight:
     def __init__(self, item: Watched, name: str, stored: Weights):
         self.parameter = getattr(item.module, name).detach()  # of a streamed model a placeholder
         self._value = functools.partial(stored.__getitem__, f"{item.path}.{name}")
-        self._transposed = isinstance(item.module, Conv1D) or getattr(item.module, "is_transposed", False)
+        self._transposed = isinstance(item.module, compat.Conv1D) or getattr(item.module, "is_transposed", False)
         is_matrix = self.parameter.dim() > 1 and not name.endswith("bias")
         self._inputs = (-2 if self._transposed else -1) if is_matrix else None  # the dimension that is summed over
         self._number = item.experts or 1

@@ -19,7 +19,7 @@ from torch import nn
 
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.density.taps import Part, Segments, Taps
-from kunbr_fast.model.compat import ALL_EXPERTS_FUNCTIONS
+from kunbr_fast.model import compat
 from kunbr_fast.model.decoder import Decoder
 
 IMPLEMENTATION = "kunbr_density"
@@ -83,16 +83,14 @@ def experts_forward(
     return y[back].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
 
-if ALL_EXPERTS_FUNCTIONS is not None:
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-
-
 @contextlib.contextmanager
 def watched(items: Sequence[Any], taps: Taps, batch: PackedBatch) -> Iterator[None]:
     """Inside, the experts modules of `items` run `experts_forward`, and their products are tapped."""
     before = [(item.module.config, item.module.config._experts_implementation) for item in items]
     whole = len(taps.segments.lengths) == 1
     sample = torch.zeros_like(batch.input_ids) if whole else batch.sample_of_token
+    if items:
+        compat.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     try:
         for item in items:
             item.module.config._experts_implementation = IMPLEMENTATION

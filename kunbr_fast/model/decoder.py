@@ -28,8 +28,7 @@ from torch.utils.checkpoint import checkpoint as run_again
 from kunbr_fast.data import PackedBatch, pack
 from kunbr_fast.files.models import save_model
 from kunbr_fast.memory import Place
-from kunbr_fast.model import compat
-from kunbr_fast.model.attention import ATTENTION
+from kunbr_fast.model import attention, compat
 from kunbr_fast.model.finite import check_finite
 from kunbr_fast.model.frozen import evaluating, frozen
 from kunbr_fast.model.weights import Weights, weights_of
@@ -149,11 +148,7 @@ class Decoder:
         self.model = model
         self.config = model.config.get_text_config()
         self.name = type(model).__name__
-        if compat.AttentionInterface is None:
-            raise ValueError(
-                f"transformers {compat.VERSION} lets no attention function be named in a model's configuration, so it "
-                f"cannot run packed samples: install transformers >= {compat.PACKED_SINCE}, better >= 5"
-            )
+        attention.register()
         self._layers_path, self.layers = find_layers(model)
         self.inner = model.get_submodule(self._layers_path.rpartition(".")[0])
         self._head = find_head(model)
@@ -326,7 +321,7 @@ class Decoder:
     @contextlib.contextmanager
     def _packed(self) -> Iterator[None]:
         before = self.config._attn_implementation
-        self.config._attn_implementation = ATTENTION
+        self.config._attn_implementation = attention.ATTENTION
         try:
             yield
         finally:

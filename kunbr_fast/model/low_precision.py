@@ -47,8 +47,8 @@ from torch import nn
 from kunbr_fast.files.tensors import placeholder
 from kunbr_fast.kernels.dispatch import Unavailable
 from kunbr_fast.kernels.projections import autocast_dtype, no_autocast
+from kunbr_fast.model import compat
 from kunbr_fast.model.blocks import check_block
-from kunbr_fast.model.compat import Conv1D
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.weights import other_names, owners
 
@@ -273,7 +273,7 @@ def low_precision_cover(decoder: Decoder, block: range, precision: str) -> Itera
 
 @torch.no_grad()
 def _install(cover: Cover, module: nn.Module, precision: str | None) -> None:
-    weight, transposed = module.weight, isinstance(module, Conv1D)
+    weight, transposed = module.weight, isinstance(module, compat.Conv1D)
     original = weight.data.cpu()  # on a CPU the weight's own storage
     exact = Exact(original, transposed, weight.device)
     quantized = None if precision is None else quantize(weight.t().contiguous() if transposed else weight, precision)
@@ -312,7 +312,7 @@ def _linears(decoder: Decoder, indices: Iterable[int], strict: bool) -> Iterator
 
 
 def _why_not(module: nn.Module, name: str, parameter: nn.Parameter, others: str) -> str | None:
-    if type(module) not in (nn.Linear, Conv1D) or name != "weight":
+    if type(module) not in (nn.Linear, compat.Conv1D) or name != "weight":
         return f"low precision takes the weights of nn.Linear and Conv1D, not {name} of {type(module).__name__}"
     if "forward" in module.__dict__:
         return "another tool has put its own forward into this module"

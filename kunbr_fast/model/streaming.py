@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from kunbr_fast.files.models import DTYPES, model_directory
 from kunbr_fast.files.tensors import Shards, open_tensors
@@ -52,6 +51,8 @@ def open_streamed(
     Errors: ValueError that names the directory or file for a model that is unknown, not whole, of other shapes,
     damaged, or quantised; weights that are not finite are met at a layer's first load.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     path = model_directory(path)
     if compat.VERSION.major < 5:
         raise ValueError(
