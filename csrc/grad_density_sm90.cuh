@@ -71,13 +71,19 @@ __device__ __forceinline__ void produce(const Arguments &arguments, const Segmen
     const int64_t items = schedule.items();
     Position<X_CHUNKS> x_at = {0};
     Position<DY_CHUNKS> dy_at = {0};
+    const char *acquired = nullptr;  // dy's map; x's is that of the same sample
+    Job next(schedule, segments, blockIdx.x);
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-        const Job job(schedule, segments, index);
+        const Job job = next;
+        if (index + gridDim.x < items) next = Job(schedule, segments, index + gridDim.x);  // there when it is needed
         const int projection = schedule.projection(job.item.n_tile);
         const char *x_map = maps + job.item.rank * (1 + schedule.projections) * MAP_BYTES;
         const char *dy_map = x_map + (1 + projection) * MAP_BYTES;
-        acquire_map(x_map);
-        acquire_map(dy_map);
+        if (dy_map != acquired) {
+            acquire_map(x_map);
+            acquire_map(dy_map);
+            acquired = dy_map;
+        }
         const int n = (job.item.n_tile - schedule.first_tile(projection)) * TILE_N;
         for (int tile = 0; tile < job.tiles; ++tile) {
             const int k = (schedule.first_k_tile(job.item.strip) + tile) * TILE_K;
@@ -117,21 +123,19 @@ __device__ __forceinline__ void consume(const Arguments &arguments, const Segmen
     Position<X_CHUNKS> x_at = {0};
     Position<DY_CHUNKS> dy_at = {0};
     if (consumer == 1) pass_baton(consumer);  // the first turn is consumer 0's
+    Job next(schedule, segments, blockIdx.x);
 #pragma unroll 1
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-        const Job job(schedule, segments, index);
+        const Job job = next;
+        if (index + gridDim.x < items) next = Job(schedule, segments, index + gridDim.x);  // there when it is needed
         const uint32_t dy_of_tile = job.keeps_dy ? 0 : job.blocks;
         float rows[STATISTICS][4] = {};  // of row half * 64 + warp * 16 + h * 8 + lane / 4, at 2 * half + h
         // as many turns for each consumer: with an odd number of tiles the last one of consumer 1 is empty
 #pragma unroll 1
         for (int tile = consumer; tile < job.tiles + (job.tiles & 1); tile += CONSUMERS) {
             take_baton(consumer);
-            if (tile < job.tiles) {
+            if (tile < job.tiles && job.blocks > 0) {  // a sample without tokens has sums of 0
                 float acc[2][16][4];
-                if (job.blocks == 0) {
-                    KUNBR_UNROLL
-                    for (int i = 0; i < 128; ++i) acc[i / 64][i / 4 % 16][i % 4] = 0.0f;
-                }
                 const Position<X_CHUNKS> x_tile = x_at + tile * job.blocks;
                 const Position<DY_CHUNKS> dy_tile = dy_at + tile * dy_of_tile;
                 auto release = [&](int block) {
@@ -166,16 +170,10 @@ __device__ __forceinline__ void consume(const Arguments &arguments, const Segmen
                 }
                 pass_baton(consumer);
                 wait_products<0>();
-                if (job.blocks > 0) release(job.blocks - 1);
-                KUNBR_UNROLL
-                for (int r = 0; r < 4; ++r) {
-                    if (arguments.statistics & KUNBR_L1)
-                        rows[0][r] = join<0>(rows[0][r], row_statistic<0>(acc[r / 2], r % 2));
-                    if (arguments.statistics & KUNBR_L2SQ)
-                        rows[1][r] = join<1>(rows[1][r], row_statistic<1>(acc[r / 2], r % 2));
-                    if (arguments.statistics & KUNBR_LINF)
-                        rows[2][r] = join<2>(rows[2][r], row_statistic<2>(acc[r / 2], r % 2));
-                }
+                release(job.blocks - 1);
+                if (arguments.statistics & KUNBR_L1) join_rows<0>(rows[0], acc);
+                if (arguments.statistics & KUNBR_L2SQ) join_rows<1>(rows[1], acc);
+                if (arguments.statistics & KUNBR_LINF) join_rows<2>(rows[2], acc);
             } else {
                 pass_baton(consumer);
             }
