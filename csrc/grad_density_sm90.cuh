@@ -111,6 +111,21 @@ __device__ __forceinline__ void produce(const Arguments &arguments, const Segmen
     }
 }
 
+// acc (+)= dy^T x over the first 16 * STEPS tokens of a chunk of each. A number of steps is a template of its own: where
+// it is known at run time alone, the compiler makes each product wait for the one before (C7520).
+template <class Type, int STEPS>
+__device__ __forceinline__ void multiply_tokens(float (&acc)[2][16][4], uint64_t dy, uint64_t x, bool add) {
+    fence_operands();
+    KUNBR_UNROLL
+    for (int step = 0; step < STEPS; ++step) {
+        KUNBR_UNROLL
+        for (int half = 0; half < 2; ++half)
+            multiply_group<Type>(acc[half], dy + half * (BOX_BYTES >> 4) + step * DESCRIPTOR_STEP,
+                                 x + step * DESCRIPTOR_STEP, add || step > 0);
+    }
+    commit_products();
+}
+
 // One warpgroup. Each warp tells by itself that it is done with a chunk: x_empty waits for the four warps that used it,
 // dy_empty for eight: those of both consumers, or twice those of the one that used it.
 template <class Type>
@@ -151,18 +166,16 @@ __device__ __forceinline__ void consume(const Arguments &arguments, const Segmen
                     const Position<DY_CHUNKS> dy_now = dy_tile + block;
                     wait(&barriers.dy_full[dy_now.slot()], dy_now.parity());
                     wait(&barriers.x_full[x_now.slot()], x_now.parity());
-                    fence_operands();
-                    KUNBR_UNROLL
-                    for (int step = 0; step < HOPPER_TOKENS / 16; ++step) {
-                        const uint64_t x = x_first + x_now.slot() * (CHUNK >> 4) + step * DESCRIPTOR_STEP;
-                        KUNBR_UNROLL
-                        for (int half = 0; half < 2; ++half) {
-                            const uint64_t dy = dy_first + dy_now.slot() * (CHUNK >> 4) + half * (BOX_BYTES >> 4) +
-                                                step * DESCRIPTOR_STEP;
-                            multiply_group<Type>(acc[half], dy, x, block > 0 || step > 0);
-                        }
-                    }
-                    commit_products();
+                    const uint64_t x = x_first + x_now.slot() * (CHUNK >> 4), dy = dy_first + dy_now.slot() * (CHUNK >> 4);
+                    const int tokens = job.segment.length - block * HOPPER_TOKENS;
+                    if (tokens > 48)
+                        multiply_tokens<Type, 4>(acc, dy, x, block > 0);
+                    else if (tokens > 32)
+                        multiply_tokens<Type, 3>(acc, dy, x, block > 0);
+                    else if (tokens > 16)
+                        multiply_tokens<Type, 2>(acc, dy, x, block > 0);
+                    else
+                        multiply_tokens<Type, 1>(acc, dy, x, block > 0);
                     if (block > 0) {
                         wait_products<1>();
                         release(block - 1);
