@@ -243,12 +243,12 @@ def command():
     return shlex.join([*(["kunbr-fast"] if ours else ["python", os.path.relpath(script, ROOT)]), *sys.argv[1:]])
 
 
-def add_rows(path, rows):
-    """Appends `rows` (mappings of one shape) to the CSV at `path`, each with `about()`; a new file gets a header.
+def add_rows(path, rows, device="cpu"):
+    """Appends `rows` (mappings of one shape) to the CSV at `path`, each with `about(device)`; a new file gets a header.
 
     ValueError for a file whose columns are others.
     """
-    path, rows = Path(path), [{**row, **about()} for row in rows]
+    path, rows = Path(path), [{**row, **about(device)} for row in rows]
     columns, new = list(rows[0]), not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     if not new:
