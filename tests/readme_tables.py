@@ -124,7 +124,7 @@ def gpu_step():
     for case in cases("step", H200):
         ran = _ran(case)
         block, _, loss = case.case.split(", ")
-        sides = ("reference", "frozen eager", "frozen, liger", "torch", "torch, graph", "triton, graph")
+        sides = ("reference", "frozen eager", "frozen, liger", "torch", "triton", "torch, graph", "triton, graph")
         times = (f"{ran[side]['ms']:.0f}" if side in ran else "-" for side in sides)
         found.append([block.removeprefix("layers "), loss, *times, f"{case.ours['speedup']:.2f}x"])
     return found
