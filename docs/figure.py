@@ -1,10 +1,9 @@
-"""The README's picture, drawn from committed rows of `kunbr-fast bench`: python docs/figure.py [rows.csv]
+"""The README's picture, drawn from committed rows of `kunbr-fast bench`: python docs/figure.py
 
 The numbers drawn are in the PNG's Description too, where tests/test_readme.py compares them with the rows.
 """
 
 import json
-import sys
 from pathlib import Path
 
 from kunbr_fast.benchmarks.rows import outcomes, read_rows
@@ -12,7 +11,8 @@ from kunbr_fast.evaluation import figures
 from kunbr_fast.files.atomic import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS, PICTURE = ROOT / "benchmarks" / "results" / "cpu.csv", ROOT / "docs" / "step.png"
+STEP, RUN = ROOT / "benchmarks" / "results" / "h200.csv", ROOT / "benchmarks" / "results" / "cpu.csv"
+PICTURE = ROOT / "docs" / "step.png"
 REFERENCE, RIVAL, OURS = "reference procedure", "fastest rival", "kunbr-fast"
 COLOURS = {REFERENCE: "#1B3A57", RIVAL: "#56B4E9", OURS: figures.ORANGE}
 STAGES = {"warm-up": "#0072B2", "density": "#E69F00", "prefix cache": "#CC79A7", "re-insertion": figures.GREEN}
@@ -45,11 +45,15 @@ def stages(rows):
     return found
 
 
-def draw(rows, path=PICTURE):
-    (one, faster), run = steps(rows), stages(rows)
-    row = next(row for row in rows if row["suite"] == "step" and row["ms"])
-    where = f"{row['device']}, {row['threads']} cores" if not row["cuda"] else row["device"]
-    figure = figures.canvas((11.5, 4.4))
+def where(rows, suite):
+    row = next(row for row in rows if row["suite"] == suite and row["ms"])
+    device = row["device"] if row["cuda"] else f"{row['device']}, {row['threads']} cores"
+    return f"{row['model']}, {row['dtype']}, {device}"
+
+
+def draw(step_rows, run_rows, path=PICTURE):
+    (one, faster), run = steps(step_rows), stages(run_rows)
+    figure = figures.canvas((11.5, 4.6))
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
 
@@ -57,14 +61,14 @@ def draw(rows, path=PICTURE):
     for group, (case, times) in enumerate(one.items()):
         for index, (side, ms) in enumerate(times.items()):
             y = group + (index - 1) * 0.26
-            left.barh(y, ms / 1e3, 0.24, color=COLOURS[side], label=side if group == 0 else None)
-            text = f"{ms / 1e3:.1f} s" + (f", {faster[case]:.2f}x faster" if side == OURS else "")
-            left.text(ms / 1e3 + 0.06, y, text, va="center", fontsize=10, fontweight="bold" if side == OURS else None)
+            left.barh(y, ms, 0.24, color=COLOURS[side], label=side if group == 0 else None)
+            text = f" {ms:.0f} ms" + (f", {faster[case]:.1f}x faster" if side == OURS else "")
+            left.text(ms, y, text, va="center", fontsize=10, fontweight="bold" if side == OURS else None)
     left.set_yticks(range(len(one)), one)
     left.set_ylim(len(one) - 0.5, -0.5)
-    left.set_xlim(0, 1.13 * max(max(times.values()) for times in one.values()) / 1e3)
-    left.set_xlabel("seconds")
-    left.set_title("One re-insertion step", loc="left", fontweight="bold", pad=26)
+    left.set_xlim(0, 1.15 * max(max(times.values()) for times in one.values()))
+    left.set_xlabel("milliseconds")
+    left.set_title(f"One re-insertion step\n{where(step_rows, 'step')}", loc="left", fontsize=12, pad=26)
     figures.legend(left, ncols=3, handlelength=1.2).set_in_layout(False)
 
     figures.style(right, "x")
@@ -83,16 +87,13 @@ def draw(rows, path=PICTURE):
     right.set_ylim(len(run) - 0.4, -0.6)
     right.set_xlim(0, 1.3 * max(sum(minutes.values()) for minutes in run.values()))
     right.set_xlabel("minutes, extrapolated")
-    right.set_title("A whole run", loc="left", fontweight="bold", pad=26)
+    right.set_title(f"A whole run\n{where(run_rows, 'end_to_end')}", loc="left", fontsize=12, pad=26)
     figures.legend(right, "lower right", (1.0, 0.02), handlelength=1.2)
 
-    figure.supxlabel(
-        f"{row['model']} shapes, {row['dtype']}, {where}, torch {row['torch']}", fontsize=10, color="#555555"
-    )
     numbers = json.dumps({"steps": one, "faster": faster, "stages": run})
     with atomic_write(path) as file:
         figure.savefig(file, format="png", facecolor="white", metadata={"Software": None, "Description": numbers})
 
 
 if __name__ == "__main__":
-    draw(read_rows(sys.argv[1] if len(sys.argv) > 1 else ROWS))
+    draw(read_rows(STEP), read_rows(RUN))

@@ -19,6 +19,19 @@ def taken(kind: type[T], given: Mapping[str, Any], function: str) -> T:
     return kind(**given)
 
 
+def changed(changes: Mapping[str, Any], function: str, *settings: Any) -> tuple[Any, ...]:
+    """The settings (dataclass objects), each with those of `changes` that are its fields. TypeError as in `taken`."""
+    fields = [{field.name for field in dataclasses.fields(each)} for each in settings]
+    for name in changes:
+        if not any(name in own for own in fields):
+            known = sorted(set().union(*fields))
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{nearest(name, known)}")
+    return tuple(
+        dataclasses.replace(each, **{name: value for name, value in changes.items() if name in own})
+        for each, own in zip(settings, fields)
+    )
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """For the end of an error message: the nearest name, or all of them."""
     known = list(known)

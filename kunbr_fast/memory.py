@@ -1,4 +1,4 @@
-"""Where memory runs out: how that is seen, and passes over batches that go on in halves."""
+"""Sizes in bytes, where large buffers lie, and passes over batches that go on in halves where memory runs out."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class OutOfMemory(torch.OutOfMemoryError):
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory has run out, of a device or of the host; also behind an error that came of it (a CUDA graph's
-    capture that ends too early)."""
+    """Whether an error says that a device's or the host's memory ran out, or was caused by one that does (such as a
+    CUDA graph's capture that ends early)."""
     while isinstance(error, RuntimeError):
         if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _SAYS):
             return True
@@ -38,7 +38,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def release() -> None:
-    """Gives back what nobody uses any more. To be called outside the `except`, whose error holds on to its frames."""
+    """Frees unused memory. To be called outside the `except`, whose error keeps its frames alive."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -66,7 +66,7 @@ def parse_bytes(value: int | str | None, name: str, unit_needed: bool = False) -
 
 
 def cannot_fit(tokens: int | None, what: str, cures: Sequence[str], device: torch.device, said: str) -> OutOfMemory:
-    """The error for one sample (with its alternate) that does not fit by itself, or (tokens None) for an update."""
+    """The error for a single sample (with its alternate) that does not fit, or, with tokens None, for an update."""
     when = "in the update" if tokens is None else f"with one sample of {tokens} tokens alone"
     there = ""
     if device.type == "cuda":
@@ -83,8 +83,8 @@ def in_halves(
     name: str,
     refusal: Callable[[int, str], OutOfMemory],
 ) -> Iterator[tuple[Sequence[T], object]]:
-    """(batch, run(batch)) for each batch, in order. One during which memory runs out is done again in halves, and later
-    ones are cut to what fits; `run` must leave nothing behind where it fails. name, refusal: as in `MicroBatches`."""
+    """(batch, run(batch)) for each batch, in order. Where memory runs out the batch is done again in halves, and later
+    ones are cut to what fits. `run` must leave nothing behind when it fails. name, refusal: as in `MicroBatches`."""
     queue, limit = collections.deque(batches), None
     while queue:
         batch = queue.popleft()
@@ -131,9 +131,9 @@ def choose_storage(nbytes: int, device: torch.device) -> str:
 class Place:
     """Where a large buffer lies.
 
-    storage: `device` (beside the model), `host` (main memory; pinned where the model is on a GPU), `file` (a memory-mapped
-    file in `directory`, by default the system's for temporary files; unlinked at once, it goes away with the process), or
-    `auto`: the first of these that takes at most a quarter of what is free.
+    storage: `device` (beside the model), `host` (main memory; pinned where the model is on a GPU), `file` (a
+    memory-mapped file in `directory`, by default the system's for temporary files; unlinked at once, it goes away
+    with the process), or `auto`: the first of these that takes at most a quarter of what is free.
     """
 
     storage: str = "auto"
@@ -144,7 +144,7 @@ class Place:
             raise ValueError(f"storage={self.storage!r}: expected one of {', '.join(STORAGES)}")
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, what: str) -> torch.Tensor:
-        """An uninitialised tensor for use with a model on `device`; `what` it is for, in errors and in the file's name."""
+        """An uninitialised tensor for a model on `device`; `what` it is for, in errors and the file's name."""
         nbytes = math.prod(shape) * dtype.itemsize
         storage = choose_storage(nbytes, device) if self.storage == "auto" else self.storage
         if storage == "device":

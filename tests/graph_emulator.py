@@ -1,6 +1,6 @@
-"""What a CUDA graph does, on a CPU: every operator of a function is written down with the tensors that it read and wrote,
-and a replay runs those operators again on those very tensors. Python does not run again, so a value that Python took
-from a tensor, a tensor at another address, or an operation that waits for the device shows as in a real graph."""
+"""What a CUDA graph does, on a CPU: every operator of a function is written down with the tensors that it read and
+wrote, and a replay runs those operators again on those very tensors. Python does not run again, so a value that Python
+took from a tensor, a tensor at another address, or an operation that waits for the device shows as in a real graph."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,7 +43,7 @@ def tensors(value):
 
 
 def capture(function, pool=None):
-    """As kunbr_fast.graphs.capture_cuda, but `function` runs twice: once before, and once while it is written down."""
+    """As training.graphs.capture_cuda, but `function` runs twice: once before, and once while it is written down."""
     function()
     with Recorder() as recorder:
         out = function()

@@ -1,4 +1,4 @@
-"""What tests of all rooms share: relative errors, processes of their own, writes that fail."""
+"""What tests of all rooms share: relative errors, processes of their own, and what an environment may do to code."""
 
 import contextlib
 import os
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).resolve().parent
 
@@ -44,3 +45,26 @@ def refused(message):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, action)
+
+
+def forbid_waiting(monkeypatch):
+    """What would wait for a GPU raises."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("this waits for the device")
+
+    for name in ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "nonzero", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    monkeypatch.setattr(torch, "nonzero", refuse)
+
+
+@contextlib.contextmanager
+def poisoned(device):
+    """torch.empty fills floats with NaN inside."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert bool(torch.empty(8, device=device).isnan().all())
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,13 +1,16 @@
 """The tables of docs/results.md of what `kunbr-fast bench` measured, made from the committed rows.
 
-python tests/readme_tables.py          # prints them, to be pasted
+python tests/readme_tables.py          # writes them into the page
 """
 
+import csv
 from pathlib import Path
 
 from kunbr_fast.benchmarks.rows import outcomes, read_rows
 
-CPU = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "cpu.csv"
+ROOT = Path(__file__).resolve().parent.parent
+CPU, H200, H200_DENSITY = (ROOT / "benchmarks" / "results" / f"{name}.csv" for name in ("cpu", "h200", "h200_density"))
+PAGE = ROOT / "docs" / "results.md"
 
 
 def cases(suite, path=CPU):
@@ -113,9 +116,74 @@ def end_to_end():
     ]
 
 
+# ---------------------------------------------------------------- on a GPU
+
+
+def gpu_step():
+    found = []
+    for case in cases("step", H200):
+        ran = _ran(case)
+        block, _, loss = case.case.split(", ")
+        sides = ("reference", "frozen eager", "frozen, liger", "torch", "triton", "torch, graph", "triton, graph")
+        times = (f"{ran[side]['ms']:.0f}" if side in ran else "-" for side in sides)
+        found.append([block.removeprefix("layers "), loss, *times, f"{case.ours['speedup']:.2f}x"])
+    return found
+
+
+def gpu_kernels():
+    """Every case: the fastest of ours, and how much slower plain torch and the fastest rival are."""
+    found = []
+    for suite in ("linear_loss", "optimizer", "norms", "cover_layer"):
+        for case in cases(suite, H200):
+            ours, eager, rival = case.ours, _ran(case)["eager"], case.rivals[0]
+            found.append(
+                [
+                    f"{suite}: {case.case}", f"{ours['ms']:.3g}", ours["variant"], f"{ours['roofline_percent']:.0f} %",
+                    _slower(eager, ours), f"{rival['variant']}, {_slower(rival, ours)}",
+                ]
+            )  # fmt: skip
+    return found
+
+
+def gpu_density():
+    """TFLOP/s of one weight's grad_l1, and of the bare products."""
+    with open(H200_DENSITY) as file:
+        rows = [row for row in csv.DictReader(file) if row["implementation"] != "roofline"]
+    found = {}
+    for row in rows:
+        rate = float(row["tflop_per_s"])
+        if row["implementation"] == "bare":
+            found.setdefault(row["case"], {})["bare"] = max(rate, found.get(row["case"], {}).get("bare", 0.0))
+        elif row["what"] == "all":
+            assert row["same"] == "True"
+            found.setdefault(row["case"], {})[row["implementation"]] = rate
+    sides = ("bare", "torch", "triton", "portable", "hopper")
+    return [[case, *(f"{of[side]:.0f}" if side in of else "-" for side in sides)] for case, of in found.items()]
+
+
+TABLES = {
+    "## One step, against the reference procedure": step,
+    "## A whole run": end_to_end,
+    "## Density, against its rivals": density,
+    "## Elsewhere, on a CPU": elsewhere,
+    "### One step, on an H200": gpu_step,
+    "### Kernels, on an H200": gpu_kernels,
+    "### Density, on an H200": gpu_density,
+}
+
+
+def write():
+    """Puts the rows into the page, below the two header lines of the first table of each heading."""
+    text = PAGE.read_text()
+    for heading, make in TABLES.items():
+        before, after = text.split(heading + "\n", 1)
+        lines = after.splitlines()
+        first = next(i for i, line in enumerate(lines) if line.startswith("|")) + 2
+        last = next((i for i in range(first, len(lines)) if not lines[i].startswith("|")), len(lines))
+        lines[first:last] = [f"| {' | '.join(cells)} |" for cells in make()]
+        text = before + heading + "\n" + "\n".join(lines) + "\n"
+    PAGE.write_text(text)
+
+
 if __name__ == "__main__":
-    for make in (step, density, elsewhere, end_to_end):
-        print(make.__name__)
-        for cells in make():
-            print(f"| {' | '.join(cells)} |")
-        print()
+    write()

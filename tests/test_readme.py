@@ -13,7 +13,7 @@ import readme_tables
 from kunbr_fast.benchmarks.rows import read_rows
 from kunbr_fast.density.attribution import METHODS
 from kunbr_fast.density.measure import STATISTICS
-from kunbr_fast.model.patch import FAMILIES
+from kunbr_fast.model.families import FAMILIES
 from kunbr_fast.objectives.methods import OBJECTIVES
 from kunbr_fast.version import __version__
 
@@ -61,10 +61,9 @@ def test_the_picture_shows_committed_rows():
     spec = importlib.util.spec_from_file_location("docs_figure", ROOT / "docs" / "figure.py")
     figure = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(figure)
-    measured = read_rows(figure.ROWS)
-    times, faster = figure.steps(measured)
+    times, faster = figure.steps(read_rows(figure.STEP))
     shown = json.loads(Image.open(figure.PICTURE).text["Description"])
-    assert shown == {"steps": times, "faster": faster, "stages": figure.stages(measured)}
+    assert shown == {"steps": times, "faster": faster, "stages": figure.stages(read_rows(figure.RUN))}
 
 
 def test_what_is_forgotten_is_quoted_from_committed_rows():
@@ -140,14 +139,14 @@ def test_the_low_precision_table_quotes_committed_rows():
 
 def test_every_objective_is_in_the_table_with_what_it_needs():
     found = {}
-    for _, names, reference, alternate, way in table(page("objectives"), "# Objectives"):
+    for _, names, original, alternate, way in table(page("objectives"), "# Objectives"):
         for name in re.findall(r"`(\w+)`", names):
-            found[name] = reference, alternate, way
+            found[name] = original, alternate, way
     assert set(found) == set(OBJECTIVES)
     words = {"nll": "NLL", "hidden": "hidden", None: "-"}
-    for name, (reference, alternate, way) in found.items():
+    for name, (original, alternate, way) in found.items():
         objective = OBJECTIVES[name]
-        assert reference == ("layer" if objective.states else words[objective.reference]), name
+        assert original == ("layer" if objective.states else words[objective.original]), name
         assert alternate == (objective.alternate or "-"), name
         assert (way == "fused, weights") == objective.weighted and way.startswith("none") == objective.states, name
 
@@ -194,15 +193,7 @@ def test_the_pipelines_tables_quote_committed_rows():
             assert cell == ", ".join(f"{row[column]}x" for row in both), name
 
 
-@pytest.mark.parametrize(
-    "heading, make",
-    [
-        ("## One step, against the reference procedure", readme_tables.step),
-        ("## A whole run", readme_tables.end_to_end),
-        ("## Density, against its rivals", readme_tables.density),
-        ("## Elsewhere, on a CPU", readme_tables.elsewhere),
-    ],
-)
+@pytest.mark.parametrize("heading, make", readme_tables.TABLES.items())
 def test_what_bench_measured_is_quoted_from_committed_rows(heading, make):
     assert table(page("results"), heading) == make()
 

@@ -193,9 +193,9 @@ def _check(operation: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
 
 @torch.library.custom_op("kunbr_fast::gated_forward", mutates_args=())
 def _gated_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    from . import triton_kernel as swiglu
+    from . import triton_kernel
 
-    return swiglu.forward(gate, up, activation)
+    return triton_kernel.forward(gate, up, activation)
 
 
 @_gated_forward.register_fake
@@ -209,9 +209,9 @@ def _(gate, up, activation):
     schema="(Tensor dy, Tensor gate, Tensor? up, str activation, bool need_gate, bool need_up) -> Tensor[]",
 )
 def _gated_backward(dy, gate, up, activation, need_gate, need_up):
-    from . import triton_kernel as swiglu
+    from . import triton_kernel
 
-    return swiglu.backward(dy, gate, up, activation, need_gate, need_up)
+    return triton_kernel.backward(dy, gate, up, activation, need_gate, need_up)
 
 
 @_gated_backward.register_fake
@@ -221,9 +221,9 @@ def _(dy, gate, up, activation, need_gate, need_up):
 
 @torch.library.custom_op("kunbr_fast::gated_packed_backward", mutates_args=())
 def _gated_packed_backward(dy: torch.Tensor, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    from . import triton_kernel as swiglu
+    from . import triton_kernel
 
-    return swiglu.packed_backward(dy, gate_up, activation)
+    return triton_kernel.packed_backward(dy, gate_up, activation)
 
 
 @_gated_packed_backward.register_fake
@@ -233,6 +233,6 @@ def _(dy, gate_up, activation):
 
 @torch.library.custom_op("kunbr_fast::gated_backward_", mutates_args=("gate", "up"))
 def _gated_backward_in_place(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
-    from . import triton_kernel as swiglu
+    from . import triton_kernel
 
-    swiglu.backward_(dy, gate, up, activation)
+    triton_kernel.backward_(dy, gate, up, activation)

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import torch
 
-GATED_ACTIVATIONS = ("silu", "gelu_tanh", "gelu_none")
-
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """`act(gate) * up`, all of one shape and dtype."""
+    """`act(gate) * up`, all of one shape and dtype. activation: "silu", "gelu_tanh" or "gelu_none"."""
     return _activated(gate, activation).mul_(up)
 
 

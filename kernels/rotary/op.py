@@ -160,9 +160,9 @@ def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     "kunbr_fast::rotary", mutates_args=(), schema="(Tensor[] xs, Tensor cos, Tensor sin, bool transposed) -> Tensor[]"
 )
 def _rotary(xs: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, transposed: bool) -> list[torch.Tensor]:
-    from . import triton_kernel as rope
+    from . import triton_kernel
 
-    return rope.rotate(xs, cos, sin, transposed)
+    return triton_kernel.rotate(xs, cos, sin, transposed)
 
 
 @_rotary.register_fake
@@ -174,6 +174,6 @@ def _(xs, cos, sin, transposed):
     "kunbr_fast::rotary_", mutates_args=("xs",), schema="(Tensor(a!)[] xs, Tensor cos, Tensor sin) -> ()"
 )
 def _rotary_in_place(xs, cos, sin):
-    from . import triton_kernel as rope
+    from . import triton_kernel
 
-    rope.rotate_(xs, cos, sin)
+    triton_kernel.rotate_(xs, cos, sin)

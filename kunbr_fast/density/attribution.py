@@ -11,8 +11,8 @@ the NLL itself: unlearning by gradient ascent moves a weight along +g_f, keeping
                     2410.16454); mask: the top `ratio` of all rows together
     memflex         mean|g_f| of each matrix where cos(g_f, g_r) < max_cosine, else 0; mask: the matrices above
                     `threshold`, whole (MemFlex, arXiv 2407.01920)
-    sign_agreement  -sign(g_f) * sign(g_r), 1 where ascent on the forget set goes down on the retain set too; mask: those
-                    (MUDMAN's disruption masking, arXiv 2506.12484, whose unlearning gradient is -g_f here)
+    sign_agreement  -sign(g_f) * sign(g_r), 1 where ascent on the forget set goes down on the retain set too; mask:
+                    those (MUDMAN's disruption masking, arXiv 2506.12484, whose unlearning gradient is -g_f here)
 
 A matrix of stacked experts is one matrix for each expert.
 """
@@ -32,8 +32,8 @@ from kunbr_fast.density.layer_kinds import How, Watched, norm_of
 from kunbr_fast.density.passes import Measurement, PassSettings, checked_samples, inner_product
 from kunbr_fast.density.watch import MODULES, watch_list
 from kunbr_fast.keywords import taken
+from kunbr_fast.model import compat
 from kunbr_fast.model.blocks import check_block
-from kunbr_fast.model.compat import Conv1D
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.finite import check_finite, finite
 from kunbr_fast.model.weights import Weights
@@ -104,14 +104,14 @@ def attribute(
     blocks: Sequence[range] | None = None,
     **settings: Any,
 ) -> Attribution:
-    """Scores of the weights by `method`, one of those that the module's docstring has the formulas and sources of.
+    """Scores of the weights by `method`, of METHODS; the module's docstring has formulas and sources.
 
         masks = kf.attribute(model, forget, retain, "wagle", blocks=[range(2, 4)]).mask(ratio=0.8)
         with kf.reinserted(model, unlearned, range(2, 4), lr=2e-7, mask=masks) as training: ...
 
     forget, retain: samples as `knowledge_density` takes them; wagle, memflex and sign_agreement need retain, fisher
     can have it, grad and sure take none. modules: as there (WAGLE is published for `all`). blocks: only the weights of
-    these layers; what lies below them runs without gradients. settings: the fields of `AttributionSettings` and
+    these layers; those below them run without gradients. settings: the fields of `AttributionSettings` and
     `PassSettings`.
 
     Equivalent: `mean over s of loss(model, s)`, backward, and the formula on each parameter's `.grad`.
@@ -164,7 +164,7 @@ def attribute(
     measurement = Measurement(decoder, watched, How("grad_l2sq", how.impl), how)
     with measurement.ready(len(forget) + len(retain or ()), "attribution"):
         measurement.gradients(forget, on_forget, squared=method == "fisher")
-        for path in weights.keys() - found.keys():  # what the forget set does not reach
+        for path in weights.keys() - found.keys():  # not reached by the forget set
             on_forget(path, weights[path].zeros())
         if retain is not None:
             measurement.gradients(retain, on_retain, squared=method == "fisher")
@@ -175,18 +175,18 @@ def attribute(
 
 
 class _Weight:
-    """A parameter, and what its dimensions mean."""
+    """A parameter and the meaning of its dimensions."""
 
     def __init__(self, item: Watched, name: str, stored: Weights):
         self.parameter = getattr(item.module, name).detach()  # of a streamed model a placeholder
         self._value = functools.partial(stored.__getitem__, f"{item.path}.{name}")
-        self._transposed = isinstance(item.module, Conv1D) or getattr(item.module, "is_transposed", False)
+        self._transposed = isinstance(item.module, compat.Conv1D) or getattr(item.module, "is_transposed", False)
         is_matrix = self.parameter.dim() > 1 and not name.endswith("bias")
         self._inputs = (-2 if self._transposed else -1) if is_matrix else None  # the dimension that is summed over
         self._number = item.experts or 1
 
     def in_shape(self, gradient: torch.Tensor) -> torch.Tensor:
-        """What `Measurement.gradients` hands over, in the parameter's shape."""
+        """A gradient of `Measurement.gradients` in the parameter's shape."""
         if self._transposed and gradient.dim() == 3:
             gradient = gradient.mT
         return gradient.reshape(self.parameter.shape).contiguous()
@@ -197,7 +197,7 @@ class _Weight:
     def score(
         self, method: str, forget: torch.Tensor, retain: torch.Tensor | None, how: AttributionSettings
     ) -> torch.Tensor:
-        """The formulas of the module's docstring. forget, retain: mean gradients (fisher: mean squares), written over."""
+        """The module docstring's formulas. forget, retain: mean gradients (fisher: mean squares), written over."""
         if method == "grad":
             return forget.abs_()
         if method == "fisher":

@@ -1,8 +1,8 @@
 """Mixtures of experts whose weights are stacked in 3-D parameters, as transformers 5 has them.
 
-For the time of a measurement these modules run by `experts_forward`, under a name in transformers' experts interface.
-It puts each expert's rows together, in token order and hence sample after sample, so that one expert's part in one
-sample is one segment of rows: E * B segments, most of them short, some empty.
+During a measurement these modules run `experts_forward`, through transformers' experts interface. It sorts rows by
+expert and, within an expert, by token and hence by sample. So one expert's rows of one sample are one segment: E * B
+segments, most of them short, some empty.
 
 Index letters: E experts, B samples, T tokens, S = T * top_k rows (one for each token and expert), D, I sizes.
 """
@@ -19,14 +19,14 @@ from torch import nn
 
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.density.taps import Part, Segments, Taps
-from kunbr_fast.model.compat import ALL_EXPERTS_FUNCTIONS
+from kunbr_fast.model import compat
 from kunbr_fast.model.decoder import Decoder
 
 IMPLEMENTATION = "kunbr_density"
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
-# What a measurement watches, by module; empty outside of `watched`. The interface hands over the module alone.
+# What is measured, by module; empty outside of `watched`. The interface hands over the module alone.
 _watching: dict[nn.Module, tuple[Taps, Any, torch.Tensor]] = {}
 
 
@@ -83,16 +83,14 @@ def experts_forward(
     return y[back].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
 
-if ALL_EXPERTS_FUNCTIONS is not None:
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-
-
 @contextlib.contextmanager
 def watched(items: Sequence[Any], taps: Taps, batch: PackedBatch) -> Iterator[None]:
-    """Inside, the experts modules of `items` run by `experts_forward` and their products are tapped."""
+    """Inside, the experts modules of `items` run `experts_forward`, and their products are tapped."""
     before = [(item.module.config, item.module.config._experts_implementation) for item in items]
     whole = len(taps.segments.lengths) == 1
     sample = torch.zeros_like(batch.input_ids) if whole else batch.sample_of_token
+    if items:
+        compat.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     try:
         for item in items:
             item.module.config._experts_implementation = IMPLEMENTATION

@@ -15,7 +15,7 @@ from torch import nn
 from kunbr_fast.density.experts import is_experts, out_features
 from kunbr_fast.density.taps import Part
 from kunbr_fast.kernels.grad_density import op as operators
-from kunbr_fast.model.compat import Conv1D
+from kunbr_fast.model import compat
 
 TILE = 16  # output rows of a weight that are sampled together
 
@@ -207,10 +207,10 @@ def _is_router(module: nn.Module) -> bool:
 # A subclass of nn.Linear may compute something else (LoRA, 4-bit weights): only the exact types are known.
 LAYER_KINDS: dict[str, LayerKind] = {
     "linear": LayerKind(
-        lambda m: type(m) in (nn.Linear, Conv1D),
+        lambda m: type(m) in (nn.Linear, compat.Conv1D),
         _product_values,
         _product_gradient,
-        lambda m: {"weight": m.weight.shape[1 if isinstance(m, Conv1D) else 0]},
+        lambda m: {"weight": m.weight.shape[1 if isinstance(m, compat.Conv1D) else 0]},
         shares_input=True,
     ),
     "norm": LayerKind(_is_norm, _small_values, lambda part, how: _small_gradient(part)),

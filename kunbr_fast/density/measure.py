@@ -84,7 +84,7 @@ class Density:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Density:
-        later = dict.fromkeys(("sample_fraction", "standard_error", "alignment"))  # earlier versions' files have none
+        later = dict.fromkeys(("sample_fraction", "standard_error", "alignment"))  # absent from earlier files
         values = {f.name: (later | values)[f.name] for f in dataclasses.fields(cls)}
         values["per_module"] = {k: math.inf if v is None else v for k, v in values["per_module"].items()}
         for name in ("per_layer", "standard_error", "alignment"):
@@ -111,9 +111,9 @@ class Density:
 @dataclasses.dataclass(frozen=True)
 class DensitySettings(PassSettings):
     """sample_fraction: an unbiased estimate of grad_l1, grad_mean_abs, grad_l2sq or fisher from about this part of each
-    matrix's output rows, in tiles of 16, chosen without replacement by `sample_seed`, at least two a matrix and the same
-    for all samples; vectors and routers are measured whole. `standard_error` is about the choice of tiles, not about that
-    of the samples."""
+    matrix's output rows, in tiles of 16, chosen without replacement by `sample_seed`, at least two a matrix and the
+    same for all samples; vectors and routers are measured whole. `standard_error` is about the choice of tiles, not
+    about that of the samples."""
 
     sample_fraction: float | None = None
     sample_seed: int = 0
@@ -139,10 +139,10 @@ def knowledge_density(
         grad_l1, grad_mean_abs      sum|g|, and sum|g| / n
         grad_l2sq, grad_l2          sum g^2, and its root
         grad_linf                   max|g|
-        fisher                      E_samples sum g^2: the diagonal Fisher information's trace, with one sample's mean NLL
-                                    as the log-likelihood. Where that is taken to be the sum over the sample's R labelled
-                                    tokens, a sample counts R^2 times as much; token-wise forms square each token's
-                                    gradient, and forms from batch gradients the mean of several samples'
+        fisher                      E_samples sum g^2: the diagonal Fisher information's trace, with one sample's
+                                    mean NLL as the log-likelihood. With the sum over the sample's R labelled tokens
+                                    instead, a sample counts R^2 times as much; token-wise forms square each token's
+                                    gradient, and batch-wise forms that of a mean over several samples
         fisher_ratio                fisher of `samples` / fisher of `retain`
         cosine                      g_f . g_r / (|g_f| |g_r|), of the mean gradients of `samples` and `retain`; 0 where
                                     one of them is 0
@@ -150,8 +150,7 @@ def knowledge_density(
                                     2407.11867), whose other axis, with `retain`, is |alignment| (`pareto_front`)
     reduction: `sample`, the mean over samples of each one's statistic (memory does not grow with the number of
     samples); `mean`, the statistic of the mean gradient (holds one fp32 gradient of the chosen weights, and none if
-    all samples fit one batch; several processes sum theirs). None: `mean` for cosine and slug, which have no other, else
-    `sample`.
+    all samples fit one batch; several processes sum theirs). None: `mean` for cosine and slug, else `sample`.
     retain: a second set in the form of `samples`, for fisher_ratio, cosine and slug. Cosine and alignment hold one fp32
     gradient of the chosen weights, and a second one where `retain` does not fit one batch.
     settings: the fields of `DensitySettings` and `PassSettings`.
@@ -234,7 +233,7 @@ def _check_settings(
 
 
 class _InnerProducts:
-    """Of the mean gradients of two sets: forget . retain, forget . forget and retain . retain, of each matrix."""
+    """Inner products of two sets' mean gradients for each matrix: forget . retain, forget . forget, retain . retain."""
 
     def __init__(self, measurement: Measurement, forget: Sequence[Sample], retain: Sequence[Sample]):
         self._decoder, self._watched = measurement.decoder, measurement.watched
@@ -249,7 +248,7 @@ class _InnerProducts:
 
         measurement.gradients(forget, held.__setitem__)
         measurement.gradients(retain, against)
-        for path in list(held):  # of modules that the retain set does not reach
+        for path in list(held):  # not reached by the retain set
             against(path, torch.zeros_like(held[path]))
         scale = [1.0 / (len(forget) * len(retain)), 1.0 / len(forget) ** 2, 1.0 / len(retain) ** 2]
         names, layers, rows = [], [], []

@@ -1,8 +1,8 @@
 """Passes over samples that read the gradients of watched parameters, of each sample or of all together.
 
-For a norm no weight gradient is held: a linear layer's gradient for one sample is dY_i^T X_i, formed a tile at a time in
-the backward pass from the layer's input and the gradient of its output (`taps`, `layer_kinds`). Samples are packed, and
-each one's loss stands alone in the sum, so one backward pass serves all of them.
+For a norm no weight gradient is held: a linear layer's gradient for one sample is dY_i^T X_i, formed a tile at a time
+in the backward pass from the layer's input and the gradient of its output (`taps`, `layer_kinds`). Samples are
+packed, and each one's loss stands alone in the sum, so one backward pass serves all of them.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class PassSettings:
     """How passes over samples run. None of it changes the result by more than rounding.
 
     batch_tokens: tokens of one packed forward and backward pass; where memory runs out, fewer.
-    gradient_checkpointing: keep only each layer's input for the backward pass and run the layer again. None: if the model
-    has it enabled.
-    activations, directory: where activations of a streamed model wait between two layers (layers x tokens x hidden size),
-    as `storage` and `directory` of `PrefixCache`. Each layer is read once on the way up and once on the way down, for all
-    samples together.
+    gradient_checkpointing: keep only each layer's input for the backward pass and run the layer again. None: if the
+    model has it enabled.
+    activations, directory: where activations of a streamed model wait between two layers (layers x tokens x hidden
+    size), as `storage` and `directory` of `PrefixCache`. Each layer is read once on the way up and once on the way
+    down, for all samples together.
     impl: who runs the kernels, "auto", "cuda", "triton" or "torch". progress: shows a bar.
     group: processes that call this together, with the same arguments (`parallel.group.joined`): each measures its part
     of the samples, and all have the whole result.
@@ -66,7 +66,7 @@ class PassSettings:
 
 
 def checked_samples(samples: Iterable[Any], name: str) -> list[Sample]:
-    """`as_samples`, each with a loss; `name` is what an error calls one."""
+    """`as_samples`, each with a loss; errors call a sample `name`."""
     samples = as_samples(samples)
     check_labels(samples, [f"{name} {i}" for i in range(len(samples))])
     return samples
@@ -125,10 +125,10 @@ class Measurement:
     def gradients(self, samples: Sequence[Sample], visit: Add, squared: bool = False) -> None:
         """`visit(path, sum over samples of the parameter's gradient)`, once for each parameter that has one.
 
-        The sum is (E, N, K) for a matrix, (E, n) for all else, in fp32 (fp64 for fp64 models), and becomes the caller's.
-        Where all samples fit one batch it is made within the backward pass and nothing is held here; else one gradient
-        of the watched parameters is. squared: the sum of each sample's squared gradient instead (always held).
-        Of several processes each makes its part, and all visit the sum.
+        The sum is (E, N, K) for a matrix, (E, n) for all else, in fp32 (fp64 for fp64 models), and becomes the
+        caller's. Where all samples fit one batch it is made within the backward pass and nothing is held here; else
+        one gradient of the watched parameters is. squared: the sum of each sample's squared gradient instead (always
+        held). Of several processes each makes its part, and all visit the sum.
         """
         samples = self.group.share(samples)
         held: dict[str, torch.Tensor] = {}
@@ -201,7 +201,7 @@ class Measurement:
         return found
 
     def _fits(self, batches: Sequence[Sequence[Sample]], run: Callable[[], list]) -> list | None:
-        """run(), or None if memory ran out; then `batch_tokens` is half of what did not fit."""
+        """run(), or None if memory ran out; `batch_tokens` is then half of the largest batch that can be cut."""
         before = self._bar.n
         try:
             return run()
@@ -217,7 +217,8 @@ class Measurement:
         self.batch_tokens = max(divisible) // 2
         if not self._warned:
             logger.warning(
-                f"density: memory ran out at batches of up to {max(divisible)} tokens: it goes on in smaller ones, same result"
+                f"density: memory ran out at batches of up to {max(divisible)} tokens: it goes on in smaller ones, "
+                "same result"
             )
         self._warned = True
         return None
@@ -247,9 +248,9 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What a backward pass is read for: the gradient of the whole packed batch, or of each of its samples by itself.
+    """What a backward pass yields: gradients of the whole packed batch, or of each of its samples.
 
-    add: takes the gradients; without it their statistics are kept.
+    add: takes the gradients; None: their statistics are kept.
     """
 
     measurement: Measurement
@@ -258,8 +259,8 @@ class Reading:
 
     @contextlib.contextmanager
     def tapped(self, batch: PackedBatch, layers: range, found: Found) -> Iterator[Callable[[], None]]:
-        """Inside, one forward and backward pass of `layers` is read; statistics go to `found`. Yields what is to be
-        called between the two."""
+        """Inside, one forward and backward pass of `layers` is read; statistics go to `found`. Yields a function to
+        call between the two."""
         segments = Segments.of([batch.num_tokens] if self.whole else batch.lengths, self.measurement.decoder.device)
         taps = Taps(segments, batch.num_tokens, lambda parts: self._read(parts, batch, found))
         inside = [item for item in self.measurement.watched if item.layer in layers]
@@ -282,7 +283,7 @@ class Reading:
             for piece in [part] if self.whole else _by_sample(part, batch.num_samples):
                 for name, gradient in kind.gradient(piece, how).items():
                     if name in part.item.parameters:
-                        wide = torch.promote_types(gradient.dtype, torch.float32)  # small modules' are in their own
+                        wide = torch.promote_types(gradient.dtype, torch.float32)  # small modules keep their dtype
                         self.add(f"{part.item.path}.{name}", gradient.to(wide))
 
 

@@ -57,7 +57,8 @@ def select_blocks(
     rule: `top_k`, the `top_k` highest; `threshold`, those above `threshold`; `pareto`, the Pareto front of high density
     and low |alignment| (its mean over the block's layers), for SLUG's importance measured with a retain set.
 
-    ValueError where no block is chosen, for a statistic without an order (cosine), or what a rule lacks or does not take.
+    ValueError where no block is chosen, for a statistic without an order (cosine), and for arguments that are not the
+    rule's.
     """
     if rule not in RULES:
         raise ValueError(f"rule={rule!r}: expected one of {', '.join(RULES)}")

@@ -67,7 +67,7 @@ class Sums:
             part.copy_(value.view(part.shape))
 
     def means(self, count: int) -> tuple[torch.Tensor, dict[str, float], torch.Tensor]:
-        """Means over `count`: of each layer, of each matrix; and the variance of each layer's by the choice of tiles."""
+        """Means over `count` of each layer and matrix, and each layer's variance by the choice of tiles."""
         per_module = dict(zip(self._names, (self._per_module / count).tolist()))
         check_values(self._decoder, per_module)
         variance = torch.zeros(self._decoder.num_layers, dtype=torch.float64)

@@ -1,9 +1,8 @@
 """Taps: where, in the backward pass, a layer's input and the gradient of its output meet.
 
-A tap is an identity on a layer's output. It saves the layer's input as any other operation would (so activation
-checkpointing drops it and computes it again), and its backward hands both to a measurement, after which they are free.
-Layers that saw the very same input (gate and up; queries, keys and values) are measured together, once all of them
-have their gradient.
+A tap is an identity on a layer's output. It saves the layer's input as any operation would (so gradient checkpointing
+drops and recomputes it). Its backward hands input and gradient to a measurement, after which they are free. Layers with
+the very same input (gate and up; queries, keys and values) are measured together, once all have their gradient.
 
 Index letters: B samples, T tokens, R rows (T, or T times the heads), N out features, K in features.
 """
@@ -42,9 +41,9 @@ class Segments:
 
 @dataclasses.dataclass
 class Part:
-    """What one tap hands over: x (R, K), and dys, the gradients of its outputs, (R, N) or None where one has none.
+    """One tap's x (R, K), and dys, the gradients of its outputs, each (R, N) or None.
 
-    names: of the weight and the bias of a matrix product; places: the outputs' places in what the module returned.
+    names: of the weight and the bias of a matrix product; places: of the outputs in the tuple that the module returned.
     """
 
     item: Any  # the watched module: a layer_kinds.Watched
@@ -101,15 +100,15 @@ class Taps:
         self.segments = segments
         self.num_tokens = num_tokens
         self._measure = measure
-        self._groups = WeakIdKeyDictionary()  # by input, which must not live on because of us
-        self._waiting: dict[_Group, None] = {}  # some of these groups' gradients are here; in order of arrival
+        self._groups = WeakIdKeyDictionary()  # by input, which must not be kept alive
+        self._waiting: dict[_Group, None] = {}  # groups with some of their gradients, in order of arrival
         self._seen: set[str] = set()
         self._recording = True
         self._measuring = False
 
     def hook(self, item: Any) -> Callable:
         def on_forward(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            if self._measuring:  # a small module runs again for its own gradient
+            if self._measuring:  # a small module that runs for its own gradient
                 return None
             self.enter(item)
             inputs = (*args, *kwargs.values())
@@ -132,7 +131,7 @@ class Taps:
         return on_forward
 
     def enter(self, item: Any) -> None:
-        """Once a module and forward pass; activation checkpointing's repetition in the backward pass is none."""
+        """To be called once per module and forward pass; a recomputation in the backward pass does not count."""
         if self._recording and item.path in self._seen:
             raise ValueError(f"{item.path} runs twice in one forward pass: its gradient is not one product")
         self._seen.add(item.path)
@@ -164,12 +163,12 @@ class Taps:
         return _Tap.apply(arrive, in_place, x.detach(), *outputs)
 
     def forward_is_over(self) -> None:
-        """From here on a module that runs is run again by activation checkpointing."""
+        """From here on a module that runs is recomputed in the backward pass."""
         self._recording = False
         self._groups.clear()
 
     def finish(self) -> None:
-        """Measures what the backward pass brought of groups that never became complete."""
+        """Measures groups of which some layers got no gradient."""
         for group in list(self._waiting):
             self._complete(group)
 

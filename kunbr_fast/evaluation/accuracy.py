@@ -85,8 +85,8 @@ def choice_accuracy(
     The model is in eval mode meanwhile and in its own mode afterwards; no gradients are recorded.
 
     Raises ValueError for an empty set, a record that is not a question, a tokenizer without letter tokens, or
-    a prompt that is longer than the model's positions or has tokens beyond its vocabulary; FloatingPointError if the model's answers are not
-    finite.
+    a prompt that is longer than the model's positions or has tokens beyond its vocabulary; FloatingPointError if the
+    model's answers are not finite.
     """
     questions = prepare_questions(tokenizer, records, scoring=scoring, decoder=decoder)
     return measure(decoder, questions, batch_size=batch_size, progress=progress)

@@ -180,7 +180,7 @@ def rtt_attack(
 
 
 class Attack:
-    """`rtt_attack`, with questions and training samples tokenised beforehand: a bad line does not turn up an hour later."""
+    """`rtt_attack` in two steps: all is tokenised at once, so that a bad line does not turn up an hour later."""
 
     def __init__(self, decoder, tokenizer, folds: Sequence[Fold], config: RTTConfig):
         _check_folds(folds)
@@ -203,7 +203,8 @@ class Attack:
         on_result: Callable[[list[dict]], None] | None = None,
         share: tuple[int, int] = (0, 1),
     ) -> RTTResult | None:
-        """As `rtt_attack`. share: (i, n), every n-th attack that is left, from the i-th on; None where others are left."""
+        """As `rtt_attack`. share: (i, n), only every n-th of the unfinished attacks, from the i-th on; then None,
+        unless these are all."""
         folds, config = self.folds, self.config
         finished = _finished(done or (), folds, config)
         left = [(i, lr) for i in range(len(folds)) for lr in config.lrs if (folds[i].name, lr) not in finished]
@@ -258,7 +259,8 @@ class Attack:
 
 @contextlib.contextmanager
 def _snapshot(model, directory: Path) -> Iterator[Callable[[], None]]:
-    """A copy of the weights on disk. Yields what puts them back; the file is kept if that fails, as the only good copy."""
+    """A copy of the weights on disk. Yields a function that puts them back; if it fails the file stays, the only good
+    copy."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "rtt-weights.safetensors"
     snapshot = WeightSnapshot.save(model, path)
@@ -279,12 +281,7 @@ def _snapshot(model, directory: Path) -> Iterator[Callable[[], None]]:
 
 def _row(fold: Fold, lr: float, epoch: int, accuracy: Accuracy) -> dict:
     measured = asdict(accuracy)
-    return {
-        "fold": fold.name,
-        "lr": lr,
-        "epoch": epoch,
-        **{key: measured[key] for key in ("plain", "calibrated")},
-    }
+    return {"fold": fold.name, "lr": lr, "epoch": epoch, **{key: measured[key] for key in ("plain", "calibrated")}}
 
 
 def _check_folds(folds: Sequence[Fold]) -> None:

@@ -1,7 +1,7 @@
-"""Files that are either the old ones or the new ones, never half of one.
+"""Atomic writes: a file is the old one or the new one, never half of one.
 
-A write goes to a temporary file beside its target, is flushed to the disk (fsync), takes the target's name in
-one step (rename), and the directory entry is flushed too. A kill or a full disk in between leaves the old file.
+A write goes to a temporary file beside its target, is flushed to the disk (fsync) and takes the target's name in one
+step (rename); then the directory entry is flushed. A kill or a full disk in between leaves the old file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _sync_directory(directory: Path) -> None:
 
 @contextlib.contextmanager
 def os_errors() -> Iterator[None]:
-    """Inside, what Rust libraries raise for a full disk (SafetensorError, a bare Exception) becomes an OSError."""
+    """Turns what Rust libraries raise for a full disk (SafetensorError, a bare Exception) into an OSError."""
     try:
         yield
     except Exception as error:

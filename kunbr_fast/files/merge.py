@@ -9,9 +9,10 @@ A task vector is what training changed: tau_k = theta_k - theta_0, for models th
 
     sum         their sum
     mean        their mean
-    consensus   entry by entry: where a share of at least `agree` of them has the same sign, the mean of those that have
-                it, and 0 elsewhere. agree=1 is NegMerge (arXiv 2410.05583): all must have that sign. An entry that a
-                model did not change has no sign. With one model, all three are its task vector.
+    consensus   entry by entry: where at least a share `agree` of the models has the same sign, their mean,
+                0 elsewhere. agree=1 is NegMerge (arXiv 2410.05583). An entry that a model did not change has no sign.
+
+With one model, each of the three is its task vector.
 
 Tensors are read and computed in chunks of CHUNK entries, in fp32 (fp64 where the base is fp64), and written in the
 base's dtype into files with the layout of the base's own. The models' task vectors of a chunk come one by one. Memory:
@@ -41,7 +42,7 @@ from kunbr_fast.keywords import taken
 
 METHODS = ("sum", "mean", "consensus")
 MODES = ("negate", "add")
-CHUNK = 2**20  # entries: 4 MiB of fp32, so that a dozen of them is not much
+CHUNK = 2**20  # entries: 4 MiB of fp32, of which a dozen are in memory
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SUMMARY, PARTIAL = "merge.json", "merge.partial.json"
 BESIDE = (INDEX, "config.json", "generation_config.json", "*tokenizer*", "special_tokens_map.json", "added_tokens.json",
@@ -188,7 +189,7 @@ class _Header:
         return cls(path, raw, tuple(tensors), path.stat().st_size)
 
     def identity(self) -> list:
-        """What tells that the file is the same one after an interruption, without reading all of it."""
+        """Recognises the file after an interruption, without reading all of it."""
         return [self.file.name, self.size, self.file.stat().st_mtime_ns, hashlib.sha256(self.raw).hexdigest()]
 
 
@@ -266,7 +267,7 @@ def _check_same(sources: Sequence[_Source]) -> None:
 
 
 def _begin(output: Path, job: dict, resume: bool) -> dict[str, dict]:
-    """The directory, made or taken up again: what is known of each file that is whole."""
+    """Makes the directory, or takes it up again: returns the entry of each file that is whole."""
     output.mkdir(parents=True, exist_ok=True)
     partial = output / PARTIAL
     if not resume:
@@ -333,7 +334,7 @@ def _summary(settings: MergeSettings, inputs: Sequence[Path], files: dict[str, d
 
 
 class _Digest:
-    """Writes through, and knows the SHA-256 of what went by."""
+    """Writes to a file and hashes what it writes."""
 
     def __init__(self, file: BinaryIO, bar: tqdm):
         self.file, self.bar, self.sha256 = file, bar, hashlib.sha256()
@@ -405,9 +406,9 @@ def _square(x: torch.Tensor) -> float:
 def _combine(
     vectors: Iterator[torch.Tensor], settings: MergeSettings, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-    """The task vectors of a chunk as one; where enough of them agree in sign; and the squared norm of each.
+    """(the task vectors of a chunk as one, where enough of them agree in sign, the squared norm of each).
 
-    They come and go one by one: what is kept is the sum and the number of those above 0, and likewise below 0.
+    The vectors come one by one. What is kept: the sum and the number of the values above 0, and of those below 0.
     """
     up, down = torch.zeros_like(like), torch.zeros_like(like)
     ups, downs = torch.zeros_like(like, dtype=torch.int32), torch.zeros_like(like, dtype=torch.int32)

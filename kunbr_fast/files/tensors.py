@@ -94,7 +94,7 @@ class Shards:
 
 
 def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Stands for weights that are not in memory: one NaN, expanded, so that nothing computed from it passes for a result."""
+    """Stands for weights that are not in memory: one NaN, expanded, which no result can come from unnoticed."""
     return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
 
 

@@ -117,7 +117,8 @@ def _loss(
 
 @contextlib.contextmanager
 def _first_layers(model: PreTrainedModel, stop: int) -> Iterator[None]:
-    """The model with no more than its first `stop` layers: the very modules, so hooks on them see what they always do."""
+    """The model with no more than its first `stop` layers: the very modules, so hooks on them see what they always
+    do."""
     path, whole = find_layers(model)
     owner, _, name = path.rpartition(".")
     modules = model.get_submodule(owner)._modules

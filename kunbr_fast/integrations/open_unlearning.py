@@ -22,7 +22,7 @@ Its code was written for transformers 4.45. What later releases changed is put r
 trainers: `tokenizer` became `processing_class`, `compute_loss` is given num_items_in_batch (and a loss that does not
 use it must say so, or gradient accumulation multiplies it), TrainingArguments has no logging_dir, and
 `apply_chat_template` gives a dict; and an eval_strategy wants an eval_dataset, which its evaluators have no use for.
-README says with which versions this was run. Several processes, DeepSpeed and FSDP were not run.
+docs/integrations.md says with which versions this was run. Several processes, DeepSpeed and FSDP were not run.
 """
 
 from __future__ import annotations

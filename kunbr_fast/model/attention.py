@@ -90,5 +90,11 @@ def _attend(
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
 
 
-if compat.AttentionInterface is not None:
+def register() -> None:
+    """Makes `packed_attention` known to transformers, as ATTENTION; ValueError where that cannot be."""
+    if compat.AttentionInterface is None:
+        raise ValueError(
+            f"transformers {compat.VERSION} lets no attention function be named in a model's configuration, so it cannot "
+            f"run packed samples: install transformers >= {compat.PACKED_SINCE}, better >= 5"
+        )
     compat.AttentionInterface.register(ATTENTION, packed_attention)

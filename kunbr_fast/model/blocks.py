@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 def partition(num_layers: int, num_blocks: int) -> list[range]:
-    """`num_blocks` contiguous blocks of `num_layers // num_blocks` layers; left-over layers form one more at the top."""
+    """`num_blocks` contiguous blocks of `num_layers // num_blocks` layers; left-over layers form a further one on
+    top."""
     if not 1 <= num_blocks <= num_layers:
         raise ValueError(f"num_blocks={num_blocks}: expected 1 to {num_layers}, the number of layers")
     size = num_layers // num_blocks

@@ -1,14 +1,13 @@
 """A Hugging Face causal language model, taken apart without copying its source.
 
-A model is: embeddings -> layer 0 ... layer H-1 -> final norm -> head. Re-insertion needs to run any stretch of the
-layers from given activations, on packed samples, with logits at chosen positions only. The model's own forward is
-kept as the truth: it is run with its layers replaced by recorders, which gives the hidden state at the input of
-layer 0 and the arguments (rotary angles, positions, masks) that each layer would get; the layers are then called
-one by one. Whatever a model does before its layers (positions added, embeddings scaled) is done by its own code.
+A model is: embeddings -> layer 0 ... layer H-1 -> final norm -> head. Re-insertion runs any stretch of the layers from
+given activations, on packed samples, with logits at chosen positions only. The model's own forward stays the truth: run
+with recorders in place of its layers, it gives the hidden state at the input of layer 0 and each layer's further
+arguments (rotary angles, positions, masks); the layers are then called one by one. So what a model does before its
+layers (positions added, embeddings scaled) is done by its own code.
 
-What comes after the layers is found by watching one real forward, and a self-check compares the logits of this
-path with the model's own on two short samples before anything is computed, so an architecture that does not fit is
-refused with a message, not trained wrongly.
+The final norm is found by watching one real forward. A self-check compares the logits of this path with the model's
+own on two short samples: an architecture that does not fit is refused, not trained wrongly.
 
 Packed samples attend within themselves only. Attention goes through `transformers`' attention interface, under a
 name that this module registers; the model's own choice is put back after each call.
@@ -29,8 +28,7 @@ from torch.utils.checkpoint import checkpoint as run_again
 from kunbr_fast.data import PackedBatch, pack
 from kunbr_fast.files.models import save_model
 from kunbr_fast.memory import Place
-from kunbr_fast.model import compat
-from kunbr_fast.model.attention import ATTENTION
+from kunbr_fast.model import attention, compat
 from kunbr_fast.model.finite import check_finite
 from kunbr_fast.model.frozen import evaluating, frozen
 from kunbr_fast.model.weights import Weights, weights_of
@@ -97,8 +95,8 @@ def find_head(model: nn.Module) -> Head:
 class Stretch:
     """Where a forward pass begins: at layer `start`, with `hidden` (T, D) at its input.
 
-    Without `hidden` it begins at the embeddings, and `start` must be 0. recompute: keep each layer's input only, and run
-    the layer again in the backward pass.
+    Without `hidden` it begins at the embeddings, and `start` must be 0. recompute: keep each layer's input only, and
+    run the layer again in the backward pass.
     """
 
     start: int = 0
@@ -126,7 +124,7 @@ class Arrival(NamedTuple):
 
 
 def _takes_rows(layer: nn.Module) -> bool:
-    """Whether a layer computes its queries and its MLP only for the rows it is asked for: `patched` ones do."""
+    """Whether a layer can compute queries and MLP for some rows only: `patched` ones can."""
     return getattr(layer.__dict__.get("forward"), "takes_rows", False)
 
 
@@ -150,11 +148,7 @@ class Decoder:
         self.model = model
         self.config = model.config.get_text_config()
         self.name = type(model).__name__
-        if compat.AttentionInterface is None:
-            raise ValueError(
-                f"transformers {compat.VERSION} lets no attention function be named in a model's configuration, so it cannot run "
-                f"packed samples: install transformers >= {compat.PACKED_SINCE}, better >= 5"
-            )
+        attention.register()
         self._layers_path, self.layers = find_layers(model)
         self.inner = model.get_submodule(self._layers_path.rpartition(".")[0])
         self._head = find_head(model)
@@ -200,9 +194,10 @@ class Decoder:
 
     @property
     def rounding(self) -> float:
-        """How far two forms of one computation may lie apart, relative. An unknown step changes a result by its own
-        size. Rounding stays far below these limits: models use fp32 inside (norms, rotary angles) even where their weights
-        are fp64, and a fine-tuned SmolLM2-135M in fp32 came to 5e-4 (7e-16 in fp64)."""
+        """The largest relative difference between two forms of one computation that is taken for rounding. An unknown
+        step in a model changes a result by its own size. Rounding stays far below: models use fp32 inside (norms,
+        rotary angles) even where their weights are fp64; a fine-tuned SmolLM2-135M in fp32 came to 5e-4 (7e-16 in
+        fp64)."""
         return {torch.float64: 1e-4, torch.float32: 5e-3}.get(self.dtype, 0.1)
 
     @torch.no_grad()
@@ -239,7 +234,8 @@ class Decoder:
         if not error <= self.rounding:
             raise ValueError(
                 f"{self.name}: taken apart, its logits differ from its own by {error:.1e} relative (limit "
-                f"{self.rounding:.1e}): this architecture does something around its layers that kunbr_fast does not know"
+                f"{self.rounding:.1e}): this architecture does something around its layers that kunbr_fast does not "
+                "know"
             )
 
     # ------------------------------------------------ weights, and what a streamed model does otherwise
@@ -285,9 +281,9 @@ class Decoder:
     ) -> Iterator[Arrival]:
         """Forward passes by way of the inputs of `layers`: yields each batch until it has been there for all of them.
 
-        A model in memory yields each batch once, at the embeddings, for all layers. A streamed one yields all batches for
-        one layer, then for the next, from low to high, so that every layer is read once. place: where a streamed model's
-        activations wait.
+        A model in memory yields each batch once, at the embeddings, for all layers. A streamed one yields all batches
+        for one layer, then for the next, from low to high, so that every layer is read once. place: where a streamed
+        model's activations wait.
         """
         layers = sorted(set(layers))
         for number, batch in enumerate(batches):
@@ -307,11 +303,11 @@ class Decoder:
     ) -> None:
         """A forward and backward pass of each batch through layers start...H-1.
 
-        turn(number, stretch, stop, dy): batch `number`, forward from `stretch` to the input of layer `stop`, and backward:
-        from dy, the gradient of that, or where dy is None from the loss. The stretch's hidden states require grad, and
-        have one afterwards. A model in memory has one turn for each batch, a streamed one a turn for each of its
-        layers, from high to low. recompute: of the stretch, where it has several layers. place: where a streamed
-        model's activations wait.
+        turn(number, stretch, stop, dy): batch `number`, forward from `stretch` to the input of layer `stop`, and
+        backward: from dy, the gradient of that, or where dy is None from the loss. The stretch's hidden states
+        require grad, and have one afterwards. A model in memory has one turn for each batch, a streamed one a turn
+        for each of its layers, from high to low. recompute: of the stretch, where it has several layers. place: where
+        a streamed model's activations wait.
         """
         for number, batch in enumerate(batches):
             with torch.no_grad():
@@ -325,13 +321,13 @@ class Decoder:
     @contextlib.contextmanager
     def _packed(self) -> Iterator[None]:
         before = self.config._attn_implementation
-        self.config._attn_implementation = ATTENTION
+        self.config._attn_implementation = attention.ATTENTION
         try:
             yield
         finally:
             self.config._attn_implementation = before
 
-    def _layer_calls(self, batch: PackedBatch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
+    def layer_calls(self, batch: PackedBatch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
         """The hidden state (1, T, D) at the input of layer 0, and each layer's further arguments."""
         calls: list[tuple[tuple, dict]] = []
         first: list[torch.Tensor] = []
@@ -364,11 +360,7 @@ class Decoder:
         return first[0], calls
 
     def run(
-        self,
-        batch: PackedBatch,
-        stretch: Stretch = FROM_EMBEDDINGS,
-        stop: int | None = None,
-        rows: bool = False,
+        self, batch: PackedBatch, stretch: Stretch = FROM_EMBEDDINGS, stop: int | None = None, rows: bool = False
     ) -> torch.Tensor:
         """Hidden states (T, D) at the input of layer `stop` (default: after the last layer, before the final norm).
 
@@ -384,7 +376,7 @@ class Decoder:
                 f"a sample of {longest} tokens: {self.name} has {limit} positions; shorten or leave it out"
             )
         with self._packed():
-            embedded, calls = self._layer_calls(batch)
+            embedded, calls = self.layer_calls(batch)
             hidden = embedded if stretch.hidden is None else stretch.hidden[None]
             for index in range(stretch.start, stop):
                 layer, (args, kwargs) = self.layers[index], calls[index]

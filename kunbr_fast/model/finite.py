@@ -22,6 +22,6 @@ def check_finite(model: nn.Module, whose: str = "") -> None:
 
 
 def finite(*tensors: torch.Tensor) -> torch.Tensor:
-    """Whether all values are finite, as a tensor that nobody has waited for: judged by the largest of each, which unlike a
-    sum of squares cannot overflow."""
+    """Whether all values are finite, as a tensor (no wait for the device). Judged by the largest of each: unlike a
+    sum of squares it cannot overflow."""
     return torch.stack([torch.linalg.vector_norm(t.detach(), torch.inf) for t in tensors]).isfinite().all()

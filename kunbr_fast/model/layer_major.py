@@ -1,16 +1,16 @@
 """Several packed batches through the layers, each layer over all of them before the next one.
 
-What a layer costs to bring in (over the bus, from a disk: `layer_stream`) is paid once for all micro-batches of a step, once on
-the way up and once on the way down, and not once for each micro-batch. Between two layers every batch's activations wait
-in one store, on the device, in main memory or in a memory-mapped file:
+A layer is brought in (over the bus, from a disk: `layer_stream`) twice a step, on the way up and on the way down, and
+not twice for each micro-batch. Between two layers the activations of all batches wait in one store, on the device, in
+main memory or in a memory-mapped file:
 
     up      for each layer below the top: for each batch: input of the layer -> input of the next, kept
     top     for each batch: the top layer, the head, the loss, and back through them
-    down    for each layer: for each batch: the layer is run again on its kept input, now for its gradients; the gradient
+    down    for each layer: for each batch: the layer runs again on its kept input, now for its gradients; the gradient
             of the input takes the input's place in the store
 
-A batch takes no part in another's arithmetic, and gradients of weights are added up in the order of the batches. So the
-results are, bit for bit, those of the batches one by one, as a model that is in memory whole runs them.
+Batches share no arithmetic, and weight gradients are added in the order of the batches. So the results are, bit for
+bit, those of the batches one by one in a model that is in memory.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Turn = Callable[[int, int, torch.Tensor, torch.Tensor | None], None]
 class LayerMajor:
     """One forward and backward pass of layers start...top over `batches`.
 
-    batches: on the decoder's device, with activations at the input of layer `start` or all without; then they come from the
-    embeddings, through the layers below, of which nothing is kept.
-    place: where the activations wait; nbytes: what they take. store: that of an earlier pass, taken again where it is large
-    enough.
+    batches: on the decoder's device, all with activations at the input of layer `start`, or all without: these start at
+    the embeddings.
+    place: where the activations wait; nbytes: what they take. store: that of an earlier pass, taken again where it is
+    large enough.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class LayerMajor:
 
     def run(self, turn: Turn, need_first: bool = False) -> None:
         """Up and down. turn(layer, number, x, dy): batch `number`, forward from x (T, D), its input of the layer, and
-        backward, so that x has a gradient: from dy, the gradient of the layer's output, or where the layer is the top one
-        and dy None from the loss. At layer `start` x requires grad only if need_first."""
+        backward, so that x has a gradient: from dy, the gradient of the layer's output, or where the layer is the top
+        one and dy None from the loss. At layer `start` x requires grad only if need_first."""
         given = [batch.hidden is not None for batch in self.batches]
         first = self.start if all(given) else 0
         if any(given) and not all(given):

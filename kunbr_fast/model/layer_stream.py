@@ -1,15 +1,15 @@
 """Layers that come from the files when they run: puts each one's weights in place, a few layers at a time.
 
-A hook before each layer's forward does this, so any code that runs the layers one after the other works. Code that knows
-the order beforehand says so (`visit`), and no layer is read in vain. `streaming` opens such a model.
+A hook before each layer's forward does this, so any code that runs the layers one after the other works. Code that
+knows the order beforehand says so (`visit`), and no layer is read in vain. `streaming` opens such a model.
 
-A layer goes from the file's mapped pages, cast to the model's dtype, on a CPU into a buffer; on a GPU into a pinned buffer,
-and from there, on a CUDA stream of its own, into a buffer on the device. A thread does this for the next layer while the
-present one computes. No file stays mapped between two layers. As many layers as `host_bytes` allows stay in main memory
-once they were read, and only cross the bus from then on.
+A layer goes from the file's mapped pages, cast to the model's dtype, on a CPU into a buffer; on a GPU into a pinned
+buffer, and from there, on a CUDA stream of its own, into a buffer on the device. A thread does this for the next
+layer while the present one computes. No file stays mapped between two layers. As many layers as `host_bytes` allows
+stay in main memory once they were read, and only cross the bus from then on.
 
-The parameters of a layer in no buffer are placeholders: one NaN, expanded to the parameter's shape, so that shapes, dtypes
-and devices are right and nothing computed from it can be mistaken for a result.
+The parameters of a layer in no buffer are placeholders: one NaN, expanded to the parameter's shape, so that shapes,
+dtypes and devices are right and nothing computed from it can be mistaken for a result.
 
 No GPU has run the CUDA part.
 """
@@ -38,7 +38,7 @@ ALIGNMENT = 256  # of a parameter in its buffer, in bytes
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """One parameter of a layer: its name, what it is made of, and where it lies in a buffer."""
+    """One parameter of a layer: its name, its pieces in the files, and its bytes in a buffer."""
 
     parameter: nn.Parameter
     name: str
@@ -47,7 +47,7 @@ class _Entry:
 
 
 class _Slot:
-    """A buffer for one layer. `layer`: whose weights it holds or is getting; `loading`: until they are in place."""
+    """A buffer for one layer. layer: whose weights it holds or is loading; loading: the load, until it has arrived."""
 
     def __init__(self, size: int, device: torch.device):
         self.layer: int | None = None
@@ -62,8 +62,8 @@ class _Slot:
 class LayerStream(StoredWeights):
     """Puts the weights of a model's layers in place, a few layers at a time. Made by `open_streamed`.
 
-    loads: how often each layer has been put into a buffer; reads: how often it came from the files (and not from `host`, the
-    layers kept in main memory); nbytes: what the buffers take, on the device.
+    loads: how often each layer has been put into a buffer; reads: how often it came from the files (and not from
+    `host`, the layers kept in main memory); nbytes: what the buffers take, on the device.
     """
 
     def __init__(
@@ -143,8 +143,8 @@ class LayerStream(StoredWeights):
             yield layer
 
     def load(self, layer: int, then: Iterable[int] = ()) -> None:
-        """When this returns the layer's weights are in place (on a GPU: for what is launched from now on); those of the
-        next ones, as far as there are buffers, are on their way."""
+        """Puts the layer's weights in place (on a GPU: for what is launched from now on), and starts loading the next
+        ones, as far as there are buffers."""
         wanted: list[int] = []
         for number in (layer, *then):
             if len(wanted) == len(self._slots):
@@ -256,8 +256,8 @@ class LayerStream(StoredWeights):
                     into.copy_(file.get_tensor(stored))
                     if not self.reads[layer] and not bool(torch.linalg.vector_norm(into, torch.inf).isfinite()):
                         raise ValueError(
-                            f"{path}: {stored} holds NaN or infinite values (as {into.dtype}): this checkpoint is damaged or "
-                            "its training diverged; load another one"
+                            f"{path}: {stored} holds NaN or infinite values (as {into.dtype}): this checkpoint is "
+                            "damaged or its training diverged; load another one"
                         )
         self.reads[layer] += 1
 

@@ -11,21 +11,21 @@ Of the linear layers (attention and MLP) above the block the weights W (N, K) be
     nf4     one of 16 values, times the scale of its 64 neighbours (QLoRA's NF4     0.56
             without its second quantisation; needs bitsandbytes)
 
-W~ is written out in x's dtype, one weight at a time, in the forward pass and again in the backward pass: memory holds the
-quantised weights and one dense one. Scales are fp32, 4 bytes a row.
+W~ is written out in x's dtype, one weight at a time, in the forward pass and again in the backward pass: memory holds
+the quantised weights and one dense one. Scales are fp32, 4 bytes a row.
 
 The block is exact. So are the layers below it: they lie in main memory meanwhile, and come one weight at a time if they
-run at all (a prefix cache has their output). The cover's exact weights go to main memory too (ordinary, not pinned: they
-go and come once a block); `Cover.exact` runs on them, to compare gradients. On a CPU they stay where they are: nothing is
-saved there, but the results are those of a GPU.
+run at all (a prefix cache has their output). The cover's exact weights go to main memory too (ordinary, not pinned:
+they go and come once a block); `Cover.exact` runs on them, to compare gradients. On a CPU they stay where they are:
+nothing is saved there, but the results are those of a GPU.
 
-Every block quantises its own cover from exact weights: with insertion="cumulative" a trained block is rounded where it is
-in another one's cover (on a second round; in the first the next blocks lie above it), never twice.
+Every block quantises its own cover from exact weights: with insertion="cumulative" a trained block is rounded where
+it is in another one's cover (on a second round; in the first the next blocks lie above it), never twice.
 
-Why not the libraries' own linear layers (torchao 0.18.0 and bitsandbytes 0.50.2 on a CPU; 8 layers of 1024 x 1024, bf16,
-forward and backward): under torchao's Int8WeightOnlyConfig and Float8WeightOnlyConfig autograd saves each dense weight
-for dX, 16 and 24 MB at the peak against 0.1 MB of plain layers, so training holds more than without them; bitsandbytes'
-Linear8bitLt rounds x to int8 as well. For 4 bits bitsandbytes' kernels pack and unpack.
+Why not the libraries' own linear layers (torchao 0.18.0 and bitsandbytes 0.50.2 on a CPU; 8 layers of 1024 x 1024,
+bf16, forward and backward): under torchao's Int8WeightOnlyConfig and Float8WeightOnlyConfig autograd saves each dense
+weight for dX, 16 and 24 MB at the peak against 0.1 MB of plain layers, so training holds more than without them;
+bitsandbytes' Linear8bitLt rounds x to int8 as well. For 4 bits bitsandbytes' kernels pack and unpack.
 
 No GPU has run this.
 """
@@ -47,8 +47,8 @@ from torch import nn
 from kunbr_fast.files.tensors import placeholder
 from kunbr_fast.kernels.dispatch import Unavailable
 from kunbr_fast.kernels.projections import autocast_dtype, no_autocast
+from kunbr_fast.model import compat
 from kunbr_fast.model.blocks import check_block
-from kunbr_fast.model.compat import Conv1D
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.weights import other_names, owners
 
@@ -99,7 +99,7 @@ class RowWise(Weight):
 
 
 class Nf4(Weight):
-    """bitsandbytes' NF4, each block's scale in fp32 (8-bit scales, as in QLoRA, would be wrong for rows of unlike size)."""
+    """bitsandbytes' NF4 with fp32 scales (QLoRA's 8-bit ones would be wrong for rows of unlike size)."""
 
     def __init__(self, weight: torch.Tensor):
         from bitsandbytes.functional import quantize_4bit
@@ -208,7 +208,7 @@ def check_available(precision: str) -> None:
 
 
 def check_cover(decoder: Decoder, block: range, precision: str) -> dict[str, nn.Module]:
-    """The modules above the block that `low_precision_cover` rounds, by path; its errors, before anything is computed."""
+    """The modules that `low_precision_cover` rounds, by path. Raises its errors, before anything is computed."""
     check_available(precision)
     check_block(block, decoder.num_layers)
     check_exact(decoder, "re-insertion")
@@ -225,8 +225,8 @@ def check_exact(decoder: Decoder, what: str) -> None:
     """RuntimeError inside `low_precision_cover`: `what` is made of exact weights."""
     if MARK in decoder.layers.__dict__:
         raise RuntimeError(
-            f"{what}: this model's cover is in {decoder.layers.__dict__[MARK]} now; do it outside of low_precision_cover "
-            "and reinserted"
+            f"{what}: this model's cover is in {decoder.layers.__dict__[MARK]} now; do it outside of "
+            "low_precision_cover and reinserted"
         )
 
 
@@ -234,15 +234,15 @@ def check_exact(decoder: Decoder, what: str) -> None:
 def low_precision_cover(decoder: Decoder, block: range, precision: str) -> Iterator[Cover | None]:
     """Inside, the linear layers above `block` run on weights in `precision`, and those below lie in main memory.
 
-    Yields the `Cover`, None for "none", which changes nothing. `reinserted(..., cover_precision=)` is this and training.
+    Yields the `Cover`, None for "none", which changes nothing. `reinserted(..., cover_precision=)` uses it.
 
     The modules stay what they are; their `forward` is replaced, and their weight is a placeholder (one NaN, expanded)
     until the end, when it is what it was, also after an exception. Fused layers (`patched`), gradient checkpointing and
     autocast work as without. state_dict, and with it save_pretrained, raises inside.
 
     Errors: RuntimeError if it is in use on this model already; ValueError with the module's path for weights above the
-    block that it cannot take: of modules other than nn.Linear and transformers' Conv1D (experts that are stacked into one
-    tensor, layers that are quantised already), with a forward of their own, tied, or that require grad; and for a
+    block that it cannot take: of modules other than nn.Linear and transformers' Conv1D (experts that are stacked into
+    one tensor, layers that are quantised already), with a forward of their own, tied, or that require grad; and for a
     streamed model. `dispatch.Unavailable` where bitsandbytes is missing.
     """
     above = check_cover(decoder, block, precision)
@@ -273,7 +273,7 @@ def low_precision_cover(decoder: Decoder, block: range, precision: str) -> Itera
 
 @torch.no_grad()
 def _install(cover: Cover, module: nn.Module, precision: str | None) -> None:
-    weight, transposed = module.weight, isinstance(module, Conv1D)
+    weight, transposed = module.weight, isinstance(module, compat.Conv1D)
     original = weight.data.cpu()  # on a CPU the weight's own storage
     exact = Exact(original, transposed, weight.device)
     quantized = None if precision is None else quantize(weight.t().contiguous() if transposed else weight, precision)
@@ -296,7 +296,7 @@ def _restore(linear: _Linear) -> None:
 
 
 def _linears(decoder: Decoder, indices: Iterable[int], strict: bool) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of these layers whose weights can be taken, by path; strict: ValueError for any other with a matrix."""
+    """The linear layers that can be rounded, by path; strict: ValueError for any other module with a matrix."""
     uses = owners(decoder.model)
     for index in indices:
         for inner, module in decoder.layers[index].named_modules():
@@ -312,7 +312,7 @@ def _linears(decoder: Decoder, indices: Iterable[int], strict: bool) -> Iterator
 
 
 def _why_not(module: nn.Module, name: str, parameter: nn.Parameter, others: str) -> str | None:
-    if type(module) not in (nn.Linear, Conv1D) or name != "weight":
+    if type(module) not in (nn.Linear, compat.Conv1D) or name != "weight":
         return f"low precision takes the weights of nn.Linear and Conv1D, not {name} of {type(module).__name__}"
     if "forward" in module.__dict__:
         return "another tool has put its own forward into this module"
@@ -328,6 +328,3 @@ def _refuse_state(*args: Any) -> None:
         "this model's cover is in low precision now: its state_dict, and what save_pretrained writes, would hold "
         "placeholders; save it outside of low_precision_cover and reinserted"
     )
-
-
-# ---------------------------------------------------------------- how good it is

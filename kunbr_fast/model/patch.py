@@ -33,21 +33,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import GELUActivation
 
 from kunbr_fast.kernels import dispatch
 from kunbr_fast.kernels.gated.op import geglu, swiglu
 from kunbr_fast.kernels.norms.op import rms_norm
 from kunbr_fast.kernels.projections import linears
 from kunbr_fast.kernels.rotary.op import apply_rotary
+from kunbr_fast.model import compat
 from kunbr_fast.model.blocks import check_block
-from kunbr_fast.model.compat import (
-    ALL_ATTENTION_FUNCTIONS,
-    CALL_CHECKPOINTS,
-    LAYERS_RETURN_TUPLES,
-    GELUTanh,
-    SiLUActivation,
-)
 from kunbr_fast.model.decoder import find_layers
 from kunbr_fast.model.families import FAMILIES, Family, identify
 
@@ -104,22 +97,16 @@ def _sum_norm(
         hidden = residual + x
         return norm(hidden), hidden
     return rms_norm(
-        x,
-        norm.weight,
-        getattr(norm, family.eps),
-        offset=family.offset,
-        cast=family.cast,
-        residual=residual,
-        impl=impl,
+        x, norm.weight, getattr(norm, family.eps), offset=family.offset, cast=family.cast, residual=residual, impl=impl
     )
 
 
 def _activation(module: nn.Module) -> Any:
     """The gated form of an activation module, act(gate) * up; None if there is none."""
-    if type(module) in (SiLUActivation, nn.SiLU):
+    if type(module) in (compat.SiLUActivation, nn.SiLU):
         return swiglu
-    if type(module) in (GELUTanh, GELUActivation):
-        return functools.partial(geglu, approximate="tanh" if type(module) is GELUTanh else "none")
+    if type(module) in (compat.GELUTanh, compat.GELUActivation):
+        return functools.partial(geglu, approximate="tanh" if type(module) is compat.GELUTanh else "none")
     return None
 
 
@@ -142,7 +129,7 @@ def _attention(
     eager: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """kwargs: for the attention function; with "kunbr_rows", (R,), queries and result are of these tokens: (1, R, D)."""
+    """kwargs: for the attention function. kunbr_rows, (R,): queries and result are of these tokens: (1, R, D)."""
     past_key_values = kwargs.pop("past_key_value", past_key_values)  # transformers 4
     rows = kwargs.get("kunbr_rows")
     query, key, value = _heads(module, hidden_states, rows, family)
@@ -157,9 +144,9 @@ def _attention(
         further = () if position is None else ({"cache_position": position},)
         key, value = past_key_values.update(key, value, module.layer_idx, *further)
     name = module.config._attn_implementation
-    if LAYERS_RETURN_TUPLES and name == "sdpa" and kwargs.get("output_attentions"):
+    if compat.LAYERS_RETURN_TUPLES and name == "sdpa" and kwargs.get("output_attentions"):
         name = "eager"  # as the model's own code; later releases ask for it elsewhere
-    attend = eager if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS[name]
+    attend = eager if name in (None, "eager") else compat.ALL_ATTENTION_FUNCTIONS[name]
     for option, place in (("sliding_window", family.window), ("softcap", family.softcap)):
         if place is not None:
             kwargs[option] = _get(module, place)
@@ -197,13 +184,13 @@ def _layer(module: nn.Module, hidden_states: torch.Tensor, *args: Any, run: Any,
 
     That is switched on through attributes that transformers sets on the layer, and which its own forward reads.
     """
-    if LAYERS_RETURN_TUPLES:  # and, under gradient checkpointing, give their arguments by position
+    if compat.LAYERS_RETURN_TUPLES:  # and, under gradient checkpointing, give their arguments by position
         names = list(inspect.signature(type(module).forward).parameters)[2:]
         kwargs.update(zip(names, args))
         if kwargs.get("output_attentions"):
             return type(module).forward(module, hidden_states, **kwargs)
         return (run(module, hidden_states, **kwargs),)
-    if CALL_CHECKPOINTS or not (module.gradient_checkpointing and module.training):
+    if compat.CALL_CHECKPOINTS or not (module.gradient_checkpointing and module.training):
         return run(module, hidden_states, **kwargs)
     if kwargs.get("past_key_values") is not None:  # the second run would write to it again
         kwargs.update(past_key_values=None, use_cache=False)
@@ -261,7 +248,7 @@ def _fused_forward(module: nn.Module, impl: str) -> functools.partial | None:
         return (
             functools.partial(_mlp, module, **common, gated=gated) if gated and _consists_of(module, needed) else None
         )
-    if role in ("Attention", "DecoderLayer") and ALL_ATTENTION_FUNCTIONS is None:
+    if role in ("Attention", "DecoderLayer") and compat.ALL_ATTENTION_FUNCTIONS is None:
         return None  # transformers 4.45: norms and MLPs only
     if role == "Attention":
         needed = {"o_proj"} | ({"qkv_proj"} if family.packed else {"q_proj", "k_proj", "v_proj"})
@@ -329,7 +316,7 @@ def patched(model: nn.Module, active_block: range | None = None, impl: str = "au
             trainer.train()
 
     model: a Hugging Face causal language model, or a wrapper of one (PEFT, torch.compile). Yields it. Same logits and
-    gradients as the model's own code, up to rounding; the norms of an fp64 model keep their own code, which is fp32 inside.
+    gradients as the model's own code, up to rounding; an fp64 model's norms keep their own code (fp32 inside).
     active_block: the parameters of all other layers, embeddings, final norm and head do not require grad inside;
     those within keep their flags. None: no flag is changed.
     impl: "auto", "triton" or "torch", as everywhere; the choice is that of each fused operation.

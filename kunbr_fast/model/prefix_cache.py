@@ -3,12 +3,12 @@
 The layers below the block are frozen, so their output for a sample never changes while the block trains. It is
 computed once, kept (T_total, D), and read back by sample. `advance` rolls it forward through the layers that are in
 place, so going through the blocks from low to high costs one forward pass of each layer for each sample, in all.
-The cache is exact: it stores what the layers put out, in their own dtype. Half or a quarter of the bytes are opt-in
-(`dtype`), and no longer exact: each advance starts from rounded values, and `relative_error` measures what that makes.
+The cache is exact: it stores the layers' output in their own dtype. Half or a quarter of the bytes are opt-in (`dtype`)
+and not exact: each advance starts from rounded values; `relative_error` measures the effect.
 
-With a budget there are two places. All samples lie in the slower one; the fast one has copies of those that are used
-soonest, which is known beforehand (`expect`): what is used last goes first (Belady, IBM Systems Journal 5, 1966), and a
-sample that would be used after all that are there is not let in.
+With a budget there are two places. All samples lie in the slower one; the fast one has copies of those whose next use,
+known beforehand (`expect`), is soonest. The sample with the latest next use is dropped first (Belady, IBM Systems
+Journal 5, 1966); one whose next use is later than every cached sample's is not cached.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ FP8_MAX = torch.finfo(FP8).max
 
 
 class Rows:
-    """How a row of activations is kept: `none` in the model's own dtype, `bf16`, or `fp8`: e4m3 with a scale for each row
-    (its largest value is 448), bytes of both in one row."""
+    """How rows of activations are kept: `none` in the model's dtype, `bf16`, or `fp8`: e4m3 with a scale for each row
+    (its largest value becomes 448), both in one row of bytes."""
 
     def __init__(self, kind: str, hidden_size: int, dtype: torch.dtype):
         if kind not in CACHE_DTYPES:
@@ -70,8 +70,8 @@ class PrefixCache:
     storage: `device` (beside the model), `host` (main memory; pinned where the model is on a GPU), `file` (a
     memory-mapped file in `directory`), or `auto`: the first of these that takes at most a quarter of what is free.
     The file is unlinked at once and goes away with the process.
-    dtype: how a row is kept, as in `Rows`. budget: the most bytes in `storage` (with "auto" on the device, without a GPU in
-    main memory); what is beyond them lies in the next slower place. `fast` is then `storage`, and `storage` that place.
+    dtype: how a row is kept, as in `Rows`. budget: the most bytes in `storage` ("auto": on the device, without a GPU in
+    main memory). A larger cache lies in the next slower place, which is then `storage`, and `fast` the one asked for.
 
     The cache trusts that layers below `layer` stay as they are; `reset` starts again at the embeddings.
     """
@@ -105,8 +105,8 @@ class PrefixCache:
         if budget is not None and self.nbytes > budget:
             if storage == "file":
                 raise ValueError(
-                    f"a budget of {gibibytes(budget)} for a prefix cache of {gibibytes(self.nbytes)} in a file: there is no "
-                    "slower place for the rest; leave the budget out, or name a faster storage"
+                    f"a budget of {gibibytes(budget)} for a prefix cache of {gibibytes(self.nbytes)} in a file: there "
+                    "is no slower place for the rest; leave the budget out, or name a faster storage"
                 )
             self.fast = storage
             storage = "file" if storage == "host" else choose_storage(self.nbytes, torch.device("cpu"))
@@ -118,7 +118,7 @@ class PrefixCache:
         self.reset()
 
     def expect(self, batches: Iterable[Sequence[int]]) -> None:
-        """Which batches will be asked for, in their order; some may be left out. They decide what the fast place holds,
+        """The batches that will be asked for, in order; some may be left out. They decide what the fast place holds,
         not what `batch` returns."""
         self._expected = [tuple(indices) for indices in batches]
         self._now = -1  # which of them was asked for last
@@ -129,9 +129,9 @@ class PrefixCache:
         self._drop_held()
 
     def _drop_held(self) -> None:
-        self._held: dict[int, torch.Tensor] = {}  # in the fast place
+        self._held: dict[int, torch.Tensor] = {}  # samples in the fast place
         self._held_bytes = 0
-        self._last: list[tuple[float, int]] = []  # heap of (-next use, sample) of those; others in it are out of date
+        self._last: list[tuple[float, int]] = []  # heap of (-next use, sample); entries may be out of date
 
     @property
     def layer(self) -> int | None:
@@ -215,18 +215,18 @@ class PrefixCache:
 
     @torch.no_grad()
     def exact(self, indices: Sequence[int]) -> torch.Tensor:
-        """(T, D): what the samples' activations are without rounding, computed anew from the embeddings."""
+        """(T, D): the samples' activations without rounding, computed anew from the embeddings."""
         return self.decoder.run(pack([self.samples[i] for i in indices]).to(self.decoder.device), stop=self._layer)
 
     def relative_error(self, indices: Sequence[int]) -> float:
-        """|held - exact| / |exact| of the samples' activations together, by the root of the sum of squares."""
+        """|held - exact|_2 / |exact|_2 over all of the samples' activations."""
         exact = self.exact(indices).double()
         return float((self.batch(indices).hidden.double() - exact).norm() / exact.norm())
 
     # ------------------------------------------------ the fast place
 
     def _part(self, i: int) -> torch.Tensor:
-        """Sample i's rows, from where they are read fastest."""
+        """Sample i's rows, in the fast place if they are or can be there."""
         rows = self._buffer[self._offsets[i] : self._offsets[i + 1]]
         if self.fast is None:
             return rows
@@ -273,12 +273,13 @@ class PrefixCache:
 
 
 class CacheShard:
-    """The prefix cache of the samples that one process has; `batch` takes their places among all. of: makes one."""
+    """One rank's part of a prefix cache. `batch` takes indices among all samples; home: each one's rank; of: makes the
+    `PrefixCache`."""
 
     def __init__(
         self, of: Callable[[list[Sample]], PrefixCache], samples: list[Sample], home: Sequence[int], rank: int
     ):
-        # after the forget and retain samples come alternates, each with its forget sample
+        # after the forget and retain samples come alternates; each lies where its forget sample does
         held = [i for i in range(len(samples)) if home[i if i < len(home) else i - len(home)] == rank]
         self._place = {index: place for place, index in enumerate(held)}
         self._cache = of([samples[i] for i in held]) if held else None

@@ -30,21 +30,16 @@ class Piece:
 
 
 class StoredWeights(Weights):
-    """`Weights` in files. A tensor that is set stands for the stored one (`replace`), in memory and in what `save` writes.
-
-    So those of a streamed M_u can be the `unlearned` of a re-insertion.
+    """`Weights` in files. A tensor that is set stands for the stored one (`replace`), also in what `save` writes, so a
+    streamed M_u can be the `unlearned` of a re-insertion.
     """
 
     streamed = True
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, nn.Parameter],
-        shards: Shards,
-        sources: Mapping[str, list[Piece]],
+        self, model: nn.Module, layers: Mapping[str, nn.Parameter], shards: Shards, sources: Mapping[str, list[Piece]]
     ):
-        """layers: the placeholders of the parameters that are in the files only, by name; sources: of every parameter."""
+        """layers: parameters (placeholders) that are in the files only; sources: the pieces of every parameter."""
         self.shards, self._sources, self._layers = shards, sources, layers
         self._names = [name for name, _ in model.named_parameters()]
         everything = model.named_parameters(remove_duplicate=False)
@@ -109,7 +104,7 @@ class StoredWeights(Weights):
             self._read_anew(values)
 
     def _read_anew(self, names: Iterable[str]) -> None:
-        """What has been read of these parameters is out of date."""
+        """Drops what has been read of these parameters."""
 
     def release(self) -> None:
         """Gives back the memory of what has been read."""
@@ -119,14 +114,13 @@ class StoredWeights(Weights):
         for name in self:
             if not bool(torch.linalg.vector_norm(self[name], torch.inf).isfinite()):
                 raise ValueError(
-                    f"{whose}{name}: it holds NaN or infinite values: this checkpoint is damaged or its training diverged; "
-                    "load another one"
+                    f"{whose}{name}: it holds NaN or infinite values: this checkpoint is damaged or its training "
+                    "diverged; load another one"
                 )
 
     def save(self, directory: str | Path) -> None:
-        """Writes the model anew: the directory that it was opened from, with the tensors of `replace` in their places, in
-        the files' own dtypes. One file after the other, each whole or absent, config.json last; of the new tensors those of
-        one file are in memory, twice."""
+        """Copies the model's directory with the tensors of `replace` in place of the stored ones, in the files' dtypes.
+        One file after the other, each whole or absent, config.json last. In memory: one file's new tensors, twice."""
         source, directory = self.shards.directory, Path(directory)
         self.check_target(directory)
         directory.mkdir(parents=True, exist_ok=True)

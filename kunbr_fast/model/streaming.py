@@ -3,9 +3,9 @@
     model = open_streamed("Llama-3-70B", "cuda")
     decoder = Decoder(model)              # and everything that takes one: PrefixCache, choice_accuracy, ...
 
-Embeddings, final norm and head are in memory; a decoder layer is in one of a few buffers, or nowhere, and its weights
-are read from the files when it runs (`layer_stream`). Here is what opening takes: which tensors of the files are which
-parameters, whether all are there and in the right shapes, and the buffers that no file holds.
+Embeddings, final norm and head are in memory; a decoder layer's weights are read from the files into one of a few
+buffers when it runs (`layer_stream`). Opening finds out which tensors of the files are which parameters, checks that
+all are there in the right shapes, and fills the buffers that no file holds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from kunbr_fast.files.models import DTYPES, model_directory
 from kunbr_fast.files.tensors import Shards, open_tensors
@@ -40,18 +39,20 @@ def open_streamed(
     """A causal language model from a local directory, in eval mode, whose layers are read when they run.
 
     Equals `load_model(path, dtype, device)`: the same outputs, bit for bit (but a CPU's matrix products may round fp64
-    differently for weights at other alignments, and those that transformers maps from a file lie anywhere). dtype: a name
-    of `loading.DTYPES` (default: as saved). Nothing requires grad. Files must stay as and where they are.
-    In memory, on `device`: what is outside the decoder's layers, and `buffers` times the largest layer; on a GPU as much
-    again in pinned main memory. host_bytes: the most main memory (for a GPU, pinned) in which layers stay after their first
-    reading, in the model's dtype; those that do not fit are read from the files each time.
+    differently for weights at other alignments, and those that transformers maps from a file lie anywhere). dtype: a
+    name of `files.models.DTYPES` (default: as saved). Nothing requires grad. Files must stay as and where they are. In
+    memory, on `device`: what is outside the decoder's layers, and `buffers` times the largest layer; on a GPU as much
+    again in pinned main memory. host_bytes: the most main memory (for a GPU, pinned) in which layers stay after their
+    first reading, in the model's dtype; those that do not fit are read from the files each time.
 
-    A backward pass needs a layer's weights once more: run it layer by layer (`layer_major`) or with activation
+    A backward pass needs a layer's weights once more: run it layer by layer (`Decoder.passes`) or with gradient
     checkpointing, else it raises RuntimeError ("modified by an inplace operation").
 
-    Errors: ValueError that names the directory or file for a model that is unknown, not whole, of other shapes, damaged, or
-    quantised; weights that are not finite are met at a layer's first load.
+    Errors: ValueError that names the directory or file for a model that is unknown, not whole, of other shapes,
+    damaged, or quantised; weights that are not finite are met at a layer's first load.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     path = model_directory(path)
     if compat.VERSION.major < 5:
         raise ValueError(
@@ -102,7 +103,7 @@ def _saved_dtype(config: Any, shards: Shards) -> torch.dtype:
 
 
 def _sources(model: nn.Module, shards: Shards) -> dict[str, list[Piece]]:
-    """{parameter or saved buffer: what it is made of}. ValueError unless all is there, in the right shapes."""
+    """{parameter or saved buffer: its pieces}. ValueError unless all are there, in the right shapes."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     uses = owners(model)
     for path, module in model.named_modules():
@@ -120,8 +121,8 @@ def _sources(model: nn.Module, shards: Shards) -> dict[str, list[Piece]]:
             found[name] = pieces
     if missing:
         raise ValueError(
-            f"{shards.directory}: has no weights for {missing[0]} ({len(missing)} missing): this checkpoint is not whole, or "
-            "it keeps its weights in another form than the model does, which streaming cannot follow"
+            f"{shards.directory}: has no weights for {missing[0]} ({len(missing)} missing): this checkpoint is "
+            "not whole, or it keeps its weights in another form than the model does, which streaming cannot follow"
         )
     for path in shards.paths:
         with open_tensors(path) as file:
@@ -136,16 +137,16 @@ def _check_piece(path: Path, part: Any, piece: Piece, name: str, tensor: torch.T
     expected = tensor[piece.index].shape
     if tuple(part.get_shape()) != expected:
         raise ValueError(
-            f"{path}: {piece.stored} is {tuple(part.get_shape())}, expected {tuple(expected)} for the model's {name}: the "
-            "configuration is not this checkpoint's"
+            f"{path}: {piece.stored} is {tuple(part.get_shape())}, expected {tuple(expected)} for the model's {name}: "
+            "the configuration is not this checkpoint's"
         )
     if tensor.is_floating_point() and part.get_dtype() not in ("F64", "F32", "BF16", "F16"):
         raise ValueError(f"{path}: {piece.stored} is {part.get_dtype()}: expected plain floating-point weights")
 
 
 def _named_by_the_model(model: nn.Module, shards: Shards) -> dict[str, list[Piece]]:
-    """What is in the files by the model's names: transformers knows which checkpoints use others, and which keep each
-    expert's matrices apart. A base model's file knows nothing of the model around it."""
+    """The stored tensors by the model's names. transformers knows which checkpoints use other names, and which store
+    each expert's matrices apart. The file of a base model lacks the prefix of the model around it."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
@@ -191,8 +192,8 @@ def _named_by_the_model(model: nn.Module, shards: Shards) -> dict[str, list[Piec
 def _make_buffers(model: nn.Module, device: torch.device, where: Path) -> None:
     """Gives the buffers that are not saved (rotary frequencies and the like) their values.
 
-    transformers 5 loads every model on the meta device and has `_init_weights` write these. Whether it does is seen by
-    letting it write over two different fillings.
+    transformers 5 loads every model on the meta device and has `_init_weights` write these. To see whether it does, it
+    writes over two different fillings.
     """
     for path, module in model.named_modules():
         names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]

@@ -12,7 +12,8 @@ from kunbr_fast.objectives.original import OriginalValues, Parts
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """A batch's fraction of the forget and of the retain samples of a step, or of the batch `within` that it is cut from.
+    """A batch's fraction of the forget and of the retain samples of a step, or of the batch `within` that it is cut
+    from.
 
     The batches of a step sum to the step's loss, b of B samples having b / B of the mean over all B:
 
@@ -57,7 +58,8 @@ class PartLoss:
     """The loss of a `StepBatch`.
 
     loss: its part of the step's loss, a scalar, differentiable as a `Criterion` gives it. nll (R,): the labelled rows'
-    NLL, detached; None where no head ran. retain_term: of this batch alone, where the objective adapts to it, else None.
+    NLL, detached; None where no head ran. retain_term: of this batch alone, where the objective adapts to it, else
+    None.
     """
 
     loss: torch.Tensor

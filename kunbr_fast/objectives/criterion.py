@@ -96,8 +96,8 @@ class Criterion:
         alternate = num_forget if self.alternate else 0
         if packed.num_samples < num_forget + alternate:
             raise ValueError(
-                f"{self.objective.name}: a batch of {packed.num_samples} samples, {num_forget} of them to forget: expected "
-                "an alternate of each right after them"
+                f"{self.objective.name}: a batch of {packed.num_samples} samples, {num_forget} of them to forget: "
+                "expected an alternate of each right after them"
             )
         return Parts.of(num_forget, alternate, packed.num_samples - num_forget - alternate)
 
@@ -121,7 +121,8 @@ class Criterion:
             return samples, []
         if alternates is None:
             raise ValueError(
-                f"{self.objective.name} needs a second answer ({self.alternate}) to each forget sample: give records, or "
+                f"{self.objective.name} needs a second answer ({self.alternate}) to each forget sample: give "
+                "records, or "
                 'samples with an "alternate"'
             )
         return samples, alternates
@@ -187,8 +188,8 @@ class Criterion:
             raise ValueError(f"{name}: layer={layer}: the model has layers 0 to {num_layers - 1}")
         if layer is not None and block is not None and layer < block.start:
             raise ValueError(
-                f"{name}: layer={layer} is below the block {block.start}-{block.stop - 1}, which would get no gradient: "
-                "leave it out for the block's last layer, or name a higher one"
+                f"{name}: layer={layer} is below the block {block.start}-{block.stop - 1}, which would get no "
+                "gradient: leave it out for the block's last layer, or name a higher one"
             )
 
     # ------------------------------------------------ state

@@ -179,9 +179,10 @@ def linear_rows(
     original_head: the original model's, by default `head`. A head that is trained is no longer that: then give a copy
     from before its training, `copy.deepcopy(decoder.head)`.
 
-    Plain torch on every device, and nothing waits for it. At most LOGITS_CHUNK elements (kernels/linear_loss/reference.py) in a
-    tensor that `function` sees. A trained head's backward calls `function` a second time. Without autograd no gradient
-    is made. Dtypes and autocast: as `linear_loss`. TypeError, ValueError for arguments that do not fit.
+    Plain torch on every device, and nothing waits for it. At most LOGITS_CHUNK elements
+    (kernels/linear_loss/reference.py) in a tensor that `function` sees. A trained head's backward calls `function` a
+    second time. Without autograd no gradient is made. Dtypes and autocast: as `linear_loss`. TypeError, ValueError for
+    arguments that do not fit.
     """
     hidden, weight, bias = op.operands(hidden, head.linear.weight, head.linear.bias)
     op.check_head(hidden, weight, bias)
@@ -219,8 +220,9 @@ def linear_rows(
 
 # ---------------------------------------------------------------- row functions
 #
-# Logits z (r, V), targets (r,), the original model's logits z_original (r, V) -> values (r,). In formulas p = softmax(z)
-# and sums and maxima run over the tokens v. Each serves `linear_rows` as it is, its keyword set by functools.partial.
+# Logits z (r, V), targets (r,), the original model's logits z_original (r, V) -> values (r,). In formulas
+# p = softmax(z), and sums and maxima run over the tokens v. Each serves `linear_rows` as it is, its keyword set by
+# functools.partial.
 # Logits of -inf, tokens that a head forbids, count as p(v) = 0 and have no gradient; z - mean(z) has no value there.
 
 

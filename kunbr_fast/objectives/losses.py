@@ -105,8 +105,8 @@ def mean_nll(batch: PackedBatch, nll: torch.Tensor) -> torch.Tensor:
 
 def metrics(step: StepBatch, part: PartLoss) -> dict[str, float | None]:
     """What is reported of a step, from before its update: `loss` (as optimised), `tokens`, `forget_loss` and
-    `retain_loss` (mean over samples of `mean_nll`, in nats, uncapped). None where the batch has no such sample, or no head
-    ran. Alternates count in neither."""
+    `retain_loss` (mean over samples of `mean_nll`, in nats, uncapped). None where the batch has no such sample, or no
+    head ran. Alternates count in neither."""
     packed, parts = step.packed, step.parts
     per_sample = part.loss.new_empty(0) if part.nll is None else mean_nll(packed, part.nll)
     forget, retain = (per_sample[at.start : at.stop] for at in (parts.forget, parts.retain))

@@ -9,8 +9,8 @@
 is all there is to one: its name, what it needs, its options with their defaults. It sees the batch as `rows.Rows`; a
 `criterion.Criterion` makes the loss of it, with a retain term from RETAIN_LOSSES.
 
-Reductions. House rule: a sample's loss is the mean over its labelled tokens, a batch's the mean over its samples. Where a
-method is defined otherwise (NPO sums over the tokens) its docstring says so. OpenUnlearning (github
+Reductions. House rule: a sample's loss is the mean over its labelled tokens, a batch's the mean over its samples. Where
+a method is defined otherwise (NPO sums over the tokens) its docstring says so. OpenUnlearning (github
 locuslab/open-unlearning) often averages over all labelled tokens of a batch instead, which weighs long samples more;
 where its class does something else beyond that, the docstring says so.
 """
@@ -162,7 +162,8 @@ def dpo(rows: Rows, *, beta: AboveZero = 0.1) -> torch.Tensor:
 
 @objective(original="nll", alternate="refusal")
 def idk_dpo(rows: Rows, *, beta: AboveZero = 0.1) -> torch.Tensor:
-    """`dpo` whose alternate is a refusal ("I do not know."). arXiv 2404.05868; OpenUnlearning DPO (QAwithIdkDataset)."""
+    """`dpo` whose alternate is a refusal ("I do not know."). arXiv 2404.05868; OpenUnlearning DPO
+    (QAwithIdkDataset)."""
     return dpo(rows, beta=beta)
 
 
@@ -246,8 +247,8 @@ def flat_pearson(rows: Rows) -> torch.Tensor:
 
 @objective(original="hidden")
 def undial(rows: Rows, *, beta: float = 10.0) -> torch.Tensor:
-    """Self-distillation on adjusted logits: house mean of the cross entropy with softmax(original's logits - beta at the
-    label). arXiv 2402.10052; OpenUnlearning UNDIAL (which averages over all positions, prompt and padding too)."""
+    """Self-distillation on adjusted logits: house mean of the cross entropy with softmax(original's logits - beta at
+    the label). arXiv 2402.10052; OpenUnlearning UNDIAL (which averages over all positions, prompt and padding too)."""
     function = functools.partial(linear_rows.undial, beta=beta)
     return rows.forget.mean(rows.forget.each(function, original=True)).mean()
 
@@ -295,8 +296,8 @@ def pdu(rows: Rows, *, retain_loss_eps: float = 0.0, dual_step_size: float = 1.0
     The Lagrangian: house mean of (largest logit - mean logit)^2, plus lambda * (retain term - retain_loss_eps).
     lambda begins at retain_coeff (anew at each block) and after every step becomes
     max(0, lambda + dual_step_size * (that step's retain term - retain_loss_eps)).
-    arXiv 2506.05314; OpenUnlearning PDU with primal_dual, dual_update_upon="step" and no dual warm-up (its forget loss is
-    taken at the positions that hold a label, not at those that predict one).
+    arXiv 2506.05314; OpenUnlearning PDU with primal_dual, dual_update_upon="step" and no dual warm-up (its forget loss
+    is taken at the positions that hold a label, not at those that predict one).
     """
     # retain_loss_eps comes with the retain term, of which a part of a batch has its share
     return rows.forget.mean(rows.forget.each(linear_rows.margin_flattening)).mean()
@@ -307,8 +308,8 @@ def pdu(rows: Rows, *, retain_loss_eps: float = 0.0, dual_step_size: float = 1.0
 
 @objective(states=True)
 def rmu(rows: Rows, *, layer: int | None = None, steering_coeff: float = 6.5, seed: int = 0) -> torch.Tensor:
-    """Representation misdirection: mean squared error of layer `layer`'s output to steering_coeff * u, where u is a fixed
-    random direction of length 1 (entries uniform in [0, 1), from `seed`).
+    """Representation misdirection: mean squared error of layer `layer`'s output to steering_coeff * u, where u is a
+    fixed random direction of length 1 (entries uniform in [0, 1), from `seed`).
 
     Its retain term is the mean squared error of the retain samples' states to the original's. Both: mean over the D
     entries, over all tokens of a sample, over samples. Nothing above the layer runs, so there is no NLL to report.

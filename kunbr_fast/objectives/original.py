@@ -26,7 +26,8 @@ Needs = dict[str, tuple[str, ...]]  # for each kind of value, the PARTS that nee
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Which samples of a packed batch are which: forget samples, then an alternate of each (or none), then retain samples."""
+    """Which samples of a packed batch are which: forget samples, then an alternate of each (or none), then retain
+    samples."""
 
     forget: range
     alternate: range
@@ -43,8 +44,9 @@ class Parts:
 class OriginalValues:
     """What the original model gives for some samples: for each kind one tensor a sample, None where it is not needed.
 
-    Kinds: `nll` (R_i,), the labelled rows' NLL, fp32 (fp64 of an fp64 model); `hidden` (R_i, D), the labelled rows after
-    the final norm; `hidden_all` (T_i, D), all tokens after the final norm; `layer.N` (T_i, D), the output of layer N.
+    Kinds: `nll` (R_i,), the labelled rows' NLL, fp32 (fp64 of an fp64 model); `hidden` (R_i, D), the labelled rows
+    after the final norm; `hidden_all` (T_i, D), all tokens after the final norm; `layer.N` (T_i, D), the output of
+    layer N.
     """
 
     values: dict[str, list[torch.Tensor | None]]
@@ -63,8 +65,8 @@ class OriginalValues:
     ) -> OriginalValues:
         """One forward pass of the original model over the samples that `needs` names; the values are in main memory.
 
-        samples: lists by PARTS; the values follow the order of the mapping. A streamed model reads each layer once for all
-        samples; place: where their activations wait between two layers.
+        samples: lists by PARTS; the values follow the order of the mapping. A streamed model reads each layer once for
+        all samples; place: where their activations wait between two layers.
         """
         sizes = [len(part) for part in samples.values()]
         first = dict(zip(samples, itertools.accumulate(sizes, initial=0)))

@@ -120,7 +120,8 @@ class Part:
         found = torch.cat(found)
         if len(found) != entries.stop - entries.start:
             raise ValueError(
-                f"the original values have {len(found)} rows of {kind} for samples that have {entries.stop - entries.start}: "
+                f"the original values have {len(found)} rows of {kind} for samples that have "
+                f"{entries.stop - entries.start}: "
                 "give those of this batch's samples, in its order (OriginalValues.batch)"
             )
         return found.to(self._rows.packed.labels.device, non_blocking=True)

@@ -27,7 +27,7 @@ from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
 from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
-from kunbr_fast.training.reinserted import INSERTIONS
+from kunbr_fast.training.settings import INSERTIONS
 
 _CHOICES = {
     "target": TARGETS,

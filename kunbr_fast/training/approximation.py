@@ -13,8 +13,8 @@ from kunbr_fast.training.block import BlockTraining
 def gradient_cosine(training: BlockTraining, step: StepBatch) -> float:
     """Cosine of the block's gradient to the one that the exact cover gives, of one batch; 1.0 where the cover is exact.
 
-    training: of `reinserted(..., cover_precision=)`. Costs two forward and backward passes and one more gradient's memory;
-    no step is taken and no gradient is left.
+    training: of `reinserted(..., cover_precision=)`. Costs two forward and backward passes and one more gradient's
+    memory; no step is taken and no gradient is left.
     """
     if training.cover is None:
         return 1.0

@@ -25,6 +25,7 @@ from kunbr_fast.objectives.losses import RowWeights, weighted_pass
 from kunbr_fast.objectives.original import measure
 from kunbr_fast.training.flat_buffer import FlatBuffer, make_optimizer, warn_if_updates_vanish
 from kunbr_fast.training.graphs import Capture, StepGraphs, capture_cuda
+from kunbr_fast.training.settings import BlockSettings, Execution
 from kunbr_fast.training.training import Training
 
 
@@ -44,7 +45,8 @@ def block_tensors(decoder: Decoder, block: range) -> dict[str, nn.Parameter]:
 def _masks(
     mask: Mapping[str, torch.Tensor], decoder: Decoder, block: range, parameters: Mapping[str, nn.Parameter]
 ) -> list[torch.Tensor | None]:
-    """Each of the block's parameters' mask, None where it has none; names of other parameters of the model are left out."""
+    """Each of the block's parameters' mask, None where it has none; names of other parameters of the model are left
+    out."""
     known = {name for name, _ in decoder.model.named_parameters(remove_duplicate=False)}
     for name, part in mask.items():
         if name not in known:
@@ -67,33 +69,49 @@ def _masks(
 class BlockTraining(Training):
     """The active block inside the original model. Made by `reinserted`.
 
-    cover: the cover in low precision (`quantized`), None where it is exact.
+    values: the block's weights in the unlearned model, by name. cover: the cover in low precision, None where it is
+    exact.
     """
-
-    cover: Cover | None = None
 
     def __init__(
         self,
         decoder: Decoder,
         block: range,
         values: Mapping[str, torch.Tensor],
-        *,
         criterion: Criterion,
-        lr: float,
-        optimizer: str,
-        betas: tuple[float, float] | None,
-        weight_decay: float,
-        master_weights: bool,
-        gradient_checkpointing: bool,
-        impl: str,
-        mask: Mapping[str, torch.Tensor] | None = None,
-        cuda_graphs: bool = False,
-        optimizer_device: str = "device",
-        micro_batch_tokens: int | None = None,
+        settings: BlockSettings,
+        execution: Execution,
+        cover: Cover | None = None,
     ):
-        super().__init__(decoder, criterion, f"block {block.start}-{block.stop - 1}", micro_batch_tokens)
-        self.block, self.gradient_checkpointing, self.impl = block, gradient_checkpointing, impl
+        super().__init__(decoder, criterion, execution, f"block {block.start}-{block.stop - 1}")
+        self.block, self.cover = block, cover
+        self.graphs: StepGraphs | None = None
         self.parameters = block_tensors(decoder, block)
+        self._check_values(values)
+        masks = None if settings.mask is None else _masks(settings.mask, decoder, block, self.parameters)
+        self._kept = {name: (p.data, p.grad) for name, p in self.parameters.items()}
+        self._away: dict[str, torch.Tensor] = {}  # of those whose storage is empty meanwhile, the values
+        params, impl = list(self.parameters.values()), execution.impl
+        try:
+            with torch.no_grad():
+                given = [values[name] for name in self.parameters]
+                self.flat = FlatBuffer(params, given, settings.master_weights, masks, execution.optimizer_device)
+                del given, values
+                if self.flat.on_host:
+                    impl = "torch"  # the update's: kernels are for the model's device
+                    self._send_away()
+            chosen = settings.lr, settings.betas, settings.weight_decay
+            self.optimizer = make_optimizer(settings.optimizer, [self.flat.param], *chosen, impl=impl)
+            warn_if_updates_vanish([self.flat.param], settings.lr, "use master_weights=True or a float32 model")
+        except BaseException:
+            self.take_out()
+            raise
+        for parameter in params:
+            parameter.requires_grad_(True)
+        if execution.cuda_graphs:
+            self.use_graphs()
+
+    def _check_values(self, values: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.parameters.items():
             value = values[name]
             if value.shape != parameter.shape:
@@ -104,28 +122,6 @@ class BlockTraining(Training):
                 raise ValueError(
                     f"{name}: the unlearned model holds NaN or infinite values here; its training diverged"
                 )
-        masks = None if mask is None else _masks(mask, decoder, block, self.parameters)
-        self.graphs: StepGraphs | None = None
-        self._kept = {name: (p.data, p.grad) for name, p in self.parameters.items()}
-        self._away: dict[str, torch.Tensor] = {}  # of those whose storage is empty meanwhile, the values
-        params = list(self.parameters.values())
-        try:
-            with torch.no_grad():
-                given = [values[name] for name in self.parameters]
-                self.flat = FlatBuffer(params, given, master_weights, masks, optimizer_device)
-                del given, values
-                if self.flat.on_host:
-                    impl = "torch"  # the update's: kernels are for the model's device
-                    self._send_away()
-            self.optimizer = make_optimizer(optimizer, [self.flat.param], lr, betas, weight_decay, impl=impl)
-            warn_if_updates_vanish([self.flat.param], lr, "use master_weights=True or a float32 model")
-        except BaseException:
-            self.take_out()
-            raise
-        for parameter in params:
-            parameter.requires_grad_(True)
-        if cuda_graphs:
-            self.use_graphs()
 
     # ------------------------------------------------ training
 
@@ -141,7 +137,7 @@ class BlockTraining(Training):
         if self.graphs is not None:
             self.graphs.drop()
 
-    def _where(self) -> str:
+    def where(self) -> str:
         return f"block {self.block.start}-{self.block.stop - 1}, step {self.steps}"
 
     def _refusal(self, tokens: int | None, said: str) -> OutOfMemory:
@@ -150,11 +146,11 @@ class BlockTraining(Training):
         state = sum(x.nbytes for x in state if isinstance(x, torch.Tensor) and x.data_ptr() != flat.weights.data_ptr())
         where = "on the host" if flat.on_host else "on the device"
         what = (
-            f"block {self.block.start}-{self.block.stop - 1}: weights {gibibytes(size)}, gradient {gibibytes(size)}, master "
-            f"weights and optimiser state {gibibytes(state)} {where}"
+            f"block {self.block.start}-{self.block.stop - 1}: weights {gibibytes(size)}, gradient {gibibytes(size)}, "
+            f"master weights and optimiser state {gibibytes(state)} {where}"
         )
         cures = []
-        if not self.gradient_checkpointing:
+        if not self.execution.gradient_checkpointing:
             cures.append("gradient_checkpointing=True (the same result)")
         if not flat.on_host:
             cures.append(f'optimizer_device="host" (the same result, {gibibytes(state + size)} less on the device)')
@@ -178,9 +174,9 @@ class BlockTraining(Training):
         stretch, needs = self._stretch(step.packed), self.criterion.needs
         if step.original is None and needs:
             with self._original():
-                found = measure(self.decoder, step.packed, step.parts, needs, stretch=stretch, impl=self.impl)
+                found = measure(self.decoder, step.packed, step.parts, needs, stretch=stretch, impl=self.execution.impl)
             step = dataclasses.replace(step, original=found)
-        return self.criterion(self.decoder, step, stretch, impl=self.impl)
+        return self.criterion(self.decoder, step, stretch, impl=self.execution.impl)
 
     def use_graphs(self, capture: Capture | None = capture_cuda) -> None:
         """From here on steps run as CUDA graphs, where the objective allows it; capture: as in `StepGraphs`."""
@@ -197,7 +193,7 @@ class BlockTraining(Training):
 
     def _weighted(self, batch: PackedBatch, rows: RowWeights) -> tuple[torch.Tensor, torch.Tensor]:
         """`loss` of rows whose weights are known."""
-        return weighted_pass(self.decoder, batch, rows, self._stretch(batch), impl=self.impl)
+        return weighted_pass(self.decoder, batch, rows, self._stretch(batch), impl=self.execution.impl)
 
     def _stretch(self, batch: PackedBatch) -> Stretch:
         """The layers from the block on."""
@@ -205,7 +201,7 @@ class BlockTraining(Training):
         if hidden is None:
             with torch.no_grad():
                 hidden = self.decoder.run(batch, stop=self.block.start)
-        return Stretch(self.block.start, hidden, self.gradient_checkpointing)
+        return Stretch(self.block.start, hidden, self.execution.gradient_checkpointing)
 
     def _check_layer(self, batch: PackedBatch) -> None:
         if batch.hidden is not None and batch.layer != self.block.start:
@@ -250,8 +246,8 @@ class BlockTraining(Training):
 
     @torch.no_grad()
     def _send_away(self) -> None:
-        """The original's own block to the host, which frees its storages until `take_out`. A storage that another tensor
-        may share, or that is no memory of torch's own (a mapped file), stays."""
+        """The original's own block to the host, which frees its storages until `take_out`. A storage that another
+        tensor may share, or that is no memory of torch's own (a mapped file), stays."""
         for name, (data, _) in self._kept.items():
             storage = data.untyped_storage()
             if storage.resizable() and storage.nbytes() == data.nbytes and data.is_contiguous():

@@ -14,8 +14,6 @@ logger = logging.getLogger(__name__)
 _warned: set[str] = set()
 
 OPTIMIZERS = ("lion", "adamw")
-
-
 OPTIMIZER_DEVICES = ("device", "host")
 
 
@@ -32,8 +30,7 @@ def make_optimizer(
 
     Where impl comes to torch, AdamW is `torch.optim.AdamW(fused=True)`, one pass too.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer={name!r}: expected one of {', '.join(OPTIMIZERS)}")
+    check_optimizer(name)
     params = list(params)
     betas = tuple(betas) if betas is not None else BETAS[name]
     if name == "lion":
@@ -60,9 +57,14 @@ def warn_if_updates_vanish(params: Sequence[torch.Tensor], lr: float, cure: str)
     if lr < median * torch.finfo(dtype).eps / 4 and f"{dtype} {lr}" not in _warned:
         _warned.add(f"{dtype} {lr}")
         logger.warning(
-            f"learning rate {lr:g}: in {dtype} most of its updates are rounded away (the median weight is {median:.2g}), "
-            f"so there is little or no training: {cure}"
+            f"learning rate {lr:g}: in {dtype} most of its updates are rounded away (the median weight is "
+            f"{median:.2g}), so there is little or no training: {cure}"
         )
+
+
+def check_optimizer(name: str) -> None:
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer={name!r}: expected one of {', '.join(OPTIMIZERS)}")
 
 
 def check_optimizer_device(where: str) -> None:
@@ -81,11 +83,11 @@ class FlatBuffer:
     One optimiser update is then one pass over one vector. Gradients accumulate in a second vector of which the
     parameters' `.grad` are views. With half-precision weights `master=True` keeps an fp32 copy that the optimiser
     updates: at a weight of 0.02 bf16 steps are 1.2e-4 wide, so smaller updates would be rounded away.
-    mask: for each parameter a bool tensor of its shape, or None for all True; weights where it is False keep their bits,
-    whatever the optimiser (weight decay too). Costs a byte a weight, and a copy of the weights that are kept.
-    optimizer_device: "host" keeps all that only the update needs (the weights that the optimiser updates, its state, the
-    mask) in main memory. A step copies the gradient there and the weights back, through pinned memory where the model is
-    on a GPU; weights and gradient are all that stays on the device. `state` is the same either way.
+    mask: for each parameter a bool tensor of its shape, or None for all True; weights where it is False keep their
+    bits, whatever the optimiser (weight decay too). Costs a byte a weight, and a copy of the weights that are kept.
+    optimizer_device: "host" keeps all that only the update needs (the weights that the optimiser updates, its state,
+    the mask) in main memory. A step copies the gradient there and the weights back, through pinned memory where the
+    model is on a GPU; weights and gradient are all that stays on the device. `state` is the same either way.
     """
 
     def __init__(

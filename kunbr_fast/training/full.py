@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from kunbr_fast.data import Sample, pack
 from kunbr_fast.data.schedule import Schedule
+from kunbr_fast.keywords import changed
 from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.frozen import frozen
@@ -16,15 +18,16 @@ from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.original import Parts
 from kunbr_fast.training.flat_buffer import make_optimizer, warn_if_updates_vanish
+from kunbr_fast.training.settings import Execution, FullSettings
 from kunbr_fast.training.training import Training
 
 
 class FullTraining(Training):
     """Every parameter of the model, trained in place.
 
-    criterion: what a step minimises (default: gradient difference). If it needs the original's logits, the head is copied
-    now, so the model must be the original; its other values come with each step (`StepBatch.original`).
-    micro_batch_tokens: the most tokens that go through at once, as in `reinserted`; where memory runs out, fewer.
+    criterion: what a step minimises (default: gradient difference). If it needs the original's logits, the head is
+    copied now, so the model must be the original; its other values come with each step (`StepBatch.original`).
+    settings, execution: `FullSettings` and `Execution`; changes: single fields of these (lr=1e-5).
 
     Raises `Diverged`, with the weights as they were, at a step whose loss or gradient is not finite.
     """
@@ -32,35 +35,36 @@ class FullTraining(Training):
     def __init__(
         self,
         decoder: Decoder,
-        *,
-        lr: float,
-        optimizer: str = "adamw",
-        betas: tuple[float, float] | None = None,
-        weight_decay: float = 0.0,
-        gradient_checkpointing: bool = False,
-        impl: str = "auto",
         criterion: Criterion | None = None,
-        micro_batch_tokens: int | None = None,
+        *,
+        settings: FullSettings | None = None,
+        execution: Execution | None = None,
+        **changes: Any,
     ):
-        super().__init__(decoder, criterion or Criterion(), "training of all parameters", micro_batch_tokens)
-        self.gradient_checkpointing, self.impl = gradient_checkpointing, impl
+        settings, execution = changed(
+            changes, "FullTraining", settings or FullSettings(changes.get("lr")), execution or Execution()
+        )
+        super().__init__(decoder, criterion or Criterion(), execution, "training of all parameters")
         self.criterion.check_layer(decoder.num_layers)
         self.original_head = self.criterion.copy_of_head(decoder.head)
         self.parameters = dict(decoder.model.named_parameters())  # a tied weight appears once
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        self.optimizer = make_optimizer(optimizer, self.parameters.values(), lr, betas, weight_decay, impl=impl)
-        warn_if_updates_vanish(list(self.parameters.values()), lr, "load the model in float32 (--dtype float32)")
+        chosen = settings.lr, settings.betas, settings.weight_decay
+        self.optimizer = make_optimizer(settings.optimizer, self.parameters.values(), *chosen, impl=execution.impl)
+        warn_if_updates_vanish(
+            list(self.parameters.values()), settings.lr, "load the model in float32 (--dtype float32)"
+        )
 
     def loss(self, step: StepBatch) -> PartLoss:
         """The criterion's loss, differentiable in every parameter."""
-        stretch = Stretch(recompute=self.gradient_checkpointing)
-        return self.criterion(self.decoder, step, stretch, impl=self.impl, original_head=self.original_head)
+        stretch = Stretch(recompute=self.execution.gradient_checkpointing)
+        return self.criterion(self.decoder, step, stretch, impl=self.execution.impl, original_head=self.original_head)
 
     def drop_gradient(self) -> None:
         self.optimizer.zero_grad()
 
-    def _where(self) -> str:
+    def where(self) -> str:
         return f"step {self.steps}"
 
     def _refusal(self, tokens: int | None, said: str) -> OutOfMemory:
@@ -69,7 +73,7 @@ class FullTraining(Training):
         state = sum(x.nbytes for x in state if isinstance(x, torch.Tensor))
         what = f"all parameters: weights {gibibytes(weights)}, gradient as much, optimiser state {gibibytes(state)}"
         cures = ["shorter samples (max_length)", "an M_u made on a larger machine (unlearned=)"]
-        if not self.gradient_checkpointing:
+        if not self.execution.gradient_checkpointing:
             cures.insert(0, "gradient_checkpointing=True (the same result)")
         return cannot_fit(tokens, what, cures, self.decoder.device, said)
 
@@ -106,24 +110,22 @@ def train_all(
     decoder: Decoder,
     samples: Sequence[Sample],
     *,
-    lr: float,
     epochs: int,
     batch_size: int,
-    optimizer: str = "adamw",
-    betas: tuple[float, float] | None = None,
-    weight_decay: float = 0.0,
     seed: int = 0,
     on_epoch: Callable[[int], None] | None = None,
     on_step: Callable[[dict], None] | None = None,
     progress: str | None = None,
+    **settings: Any,
 ) -> None:
     """Plain fine-tuning of all parameters in place: minimises the mean over samples of each one's mean NLL.
 
-    on_epoch(n) is called after epoch n = 1, 2, ... and may evaluate the model. Raises `Diverged`.
+    settings: fields of `FullSettings` and `Execution`. on_epoch(n) is called after epoch n = 1, 2, ... and may evaluate
+    the model. Raises `Diverged`.
     """
     schedule = Schedule(len(samples), 0, batch_size, 1, epochs, seed)
     with frozen(decoder.model):
-        training = FullTraining(decoder, lr=lr, optimizer=optimizer, betas=betas, weight_decay=weight_decay)
+        training = FullTraining(decoder, **settings)
         for step in tqdm(range(len(schedule)), desc=progress, unit="step", leave=False, disable=progress is None):
             indices, _ = schedule[step]
             packed = pack([samples[i] for i in indices]).to(decoder.device)

@@ -5,8 +5,8 @@ activations at the block's input, weights of the rows) is copied into buffers of
 a bucket up is inert: further tokens belong to no sample, further rows have weight 0, and both have a gradient of
 exactly 0. A bucket is made when no captured one fits with at most an eighth of it empty.
 
-Only what is known before the pass goes in: the objective must be a weight for each row (`losses.RowWeights`). The update
-stays outside, since the host has to see first that loss and gradient are finite: one wait a step.
+Only what is known before the pass goes in: the objective must be a weight for each row (`losses.RowWeights`). The
+update stays outside, since the host has to see first that loss and gradient are finite: one wait a step.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def capture_cuda(function: Callable[[], Any], pool: Any) -> tuple[Callable[[], N
 class StepGraphs:
     """Runs `forward` and its backward on batches put into buckets; replays a graph where one can be captured.
 
-    forward(batch, rows) -> (loss, nll (R,)), whose backward adds to `gradient`, at a fixed address; a capture leaves that
-    as it was, which may be the sum of a step's earlier parts.
+    forward(batch, rows) -> (loss, nll (R,)), whose backward adds to `gradient`, at a fixed address; a capture leaves
+    that as it was, which may be the sum of a step's earlier parts.
     capture: as `capture_cuda`, or None: run each step anew, on the same buckets (the same bits as its graph).
     """
 

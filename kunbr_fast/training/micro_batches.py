@@ -27,16 +27,17 @@ logger = logging.getLogger(__name__)
 class MicroBatches:
     """Takes the batches of a training's steps through it, whole or in micro-batches of at most `tokens` tokens.
 
-    When memory runs out the step is begun again, in micro-batches of half the tokens of the one that failed, and so are the
-    steps after it: `tokens` is lowered, `halvings` counts. name: of the training, for the log. refusal(tokens, said): makes
-    the error for one sample that does not fit by itself, or (tokens None) for an update; a method of the training.
+    When memory runs out the step is begun again, in micro-batches of half the tokens of the one that failed, and so are
+    the steps after it: `tokens` is lowered, `halvings` counts. name: of the training, for the log. refusal(tokens,
+    said): makes the error for one sample that does not fit by itself, or (tokens None) for an update; a method of the
+    training.
     """
 
     def __init__(self, tokens: int | None, name: str, refusal: Callable[[int | None, str], OutOfMemory]):
         if tokens is not None and tokens < 1:
             raise ValueError(f"micro_batch_tokens={tokens}: expected at least 1")
         self.tokens, self.halvings = tokens, 0
-        # weakly: a training that holds this one must go, with its weights, when nobody uses it, not at some later collection
+        # weakly: a training must go, with its weights, when nobody uses it, not at some later collection
         self._name, self._refusal = name, weakref.WeakMethod(refusal)
 
     def run(
@@ -48,8 +49,8 @@ class MicroBatches:
     ) -> PartLoss:
         """Forward and backward of a batch; its loss, detached.
 
-        one(batch): accumulates a micro-batch's gradient, and returns its loss. together(batches): does the same for all of
-        them side by side. reset(): makes the accumulated gradient 0 again; called on any exception.
+        one(batch): accumulates a micro-batch's gradient, and returns its loss. together(batches): does the same for all
+        of them side by side. reset(): makes the accumulated gradient 0 again; called on any exception.
         """
         before = self.halvings
         while True:
@@ -76,9 +77,10 @@ class MicroBatches:
             self.halvings += 1
         if self.halvings > before:
             logger.warning(
-                f"{self._name}: memory ran out, so a step's {step.packed.num_tokens} tokens go through in {len(micros)} "
-                f"parts, of at most {self.tokens} tokens, from here on; the step's sums are the same (micro_batch_tokens: "
-                f"{self.tokens} does so from the start)"
+                f"{self._name}: memory ran out, so a step's {step.packed.num_tokens} tokens go through in "
+                f"{len(micros)} "
+                f"parts, of at most {self.tokens} tokens, from here on; the step's sums are the same "
+                f"(micro_batch_tokens: {self.tokens} does so from the start)"
             )
         return found[0] if len(micros) == 1 else _sum(step.packed, micros, found)
 

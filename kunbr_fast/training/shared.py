@@ -28,8 +28,8 @@ class SharedStep:
         self._term: float | None = None
 
     def add(self, step: StepBatch, autocast: contextlib.AbstractContextManager | None = None) -> torch.Tensor:
-        """Accumulates the gradient of a batch in one pass. Returns its part of the step's loss. autocast: what the forward
-        pass runs in."""
+        """Accumulates the gradient of a batch in one pass. Returns its part of the step's loss. autocast: what the
+        forward pass runs in."""
         with autocast or contextlib.nullcontext():
             part = self._training.loss(step)
         return self._count(step, part.backward())
@@ -51,8 +51,8 @@ class SharedStep:
         return part.loss
 
     def gather(self, group: Group, where: str) -> dict[str, float | None]:
-        """Sums gradients and losses over the ranks, and returns the step's `losses.metrics`. Raises `Diverged`, which names
-        `where`, on all ranks, if something is not finite; no update is made here."""
+        """Sums gradients and losses over the ranks, and returns the step's `losses.metrics`. Raises `Diverged`, which
+        names `where`, on all ranks, if something is not finite; no update is made here."""
         training, sums = self._training, self._sums
         if group.size > 1:
             for parameter in training.parameters.values():  # all have the same ones to sum

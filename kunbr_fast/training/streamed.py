@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
 
-from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Stretch
 from kunbr_fast.model.layer_major import LayerMajor
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
@@ -15,7 +11,8 @@ from kunbr_fast.training.block import BlockTraining
 
 
 class LayerMajorTraining(BlockTraining):
-    """`BlockTraining` of a streamed model: all micro-batches of a step pass a layer before the next one. Made by `reinserted`.
+    """`BlockTraining` of a streamed model: all micro-batches of a step pass a layer before the next one. Made by
+    `reinserted`.
 
     Each layer above the block is read once on the way up and once on the way down of a step, and with batches from a
     prefix cache none below it. Of the block, weights, gradient and optimiser state are in memory. The bits are those of
@@ -25,10 +22,7 @@ class LayerMajorTraining(BlockTraining):
     original weights are not in memory.
     """
 
-    def __init__(self, *args: Any, storage: str = "auto", directory: str | Path | None = None, **settings: Any):
-        self.place = Place(storage, directory)
-        self._store: torch.Tensor | None = None
-        super().__init__(*args, **{**settings, "gradient_checkpointing": True})  # for `loss`
+    _store: torch.Tensor | None = None  # where activations wait, kept from step to step
 
     def loss(self, step: StepBatch) -> PartLoss:
         """The batch in one go, its layers run again in the backward pass."""
@@ -38,8 +32,8 @@ class LayerMajorTraining(BlockTraining):
     def _check_original(self, step: StepBatch) -> None:
         if step.original is None and self.criterion.needs:
             raise ValueError(
-                f"{self.criterion.objective.name} with retain_loss={self.criterion.retain_loss!r} needs the original model's "
-                "values: give original=, made before (OriginalValues.of)"
+                f"{self.criterion.objective.name} with retain_loss={self.criterion.retain_loss!r} needs the original "
+                "model's values: give original=, made before (OriginalValues.of)"
             )
 
     def accumulate(self, step: StepBatch) -> PartLoss:
@@ -57,11 +51,11 @@ class LayerMajorTraining(BlockTraining):
             if dy is not None:
                 decoder.run(steps[number].packed, stretch, layer + 1).backward(dy)
             else:
-                found.append(criterion(decoder, steps[number], stretch, impl=self.impl).backward())
+                found.append(criterion(decoder, steps[number], stretch, impl=self.execution.impl).backward())
 
         store, self._store = self._store, None
         batches = [step.packed for step in steps]
-        passes = LayerMajor(decoder, batches, self.block.start, top, self.place, store)
+        passes = LayerMajor(decoder, batches, self.block.start, top, self.execution.place, store)
         self._store = passes.store
         del store
         passes.run(turn)

@@ -18,6 +18,7 @@ from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.micro_batches import MicroBatches
+from kunbr_fast.training.settings import Execution
 
 
 class Training(abc.ABC):
@@ -29,9 +30,9 @@ class Training(abc.ABC):
     parameters: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, decoder: Decoder, criterion: Criterion, name: str, micro_batch_tokens: int | None):
-        self.decoder, self.criterion = decoder, criterion
-        self.micro_batches = MicroBatches(micro_batch_tokens, name, self._refusal)
+    def __init__(self, decoder: Decoder, criterion: Criterion, execution: Execution, name: str):
+        self.decoder, self.criterion, self.execution = decoder, criterion, execution
+        self.micro_batches = MicroBatches(execution.micro_batch_tokens, name, self._refusal)
         self.steps = 0
 
     def step(self, forget_batch: Any, retain_batch: Any = None, alternate_batch: Any = None) -> dict[str, float | None]:
@@ -39,10 +40,11 @@ class Training(abc.ABC):
 
         forget_batch, retain_batch: sequences of samples, padded Hugging Face batches, or (from a prefix cache)
         packed batches with hidden states at the block's input. retain_batch may be None.
-        alternate_batch: for an objective that needs second answers, those to the forget prompts, in the same order; where
-        it is None they come from forget_batch (`data.with_alternates`).
+        alternate_batch: for an objective that needs second answers, those to the forget prompts, in the same order;
+        where it is None they come from forget_batch (`data.with_alternates`).
 
-        Returns `losses.metrics`. Raises `Diverged`, with the weights as they were, if the loss or a gradient is not finite.
+        Returns `losses.metrics`. Raises `Diverged`, with the weights as they were, if the loss or a gradient is not
+        finite.
         """
         criterion = self.criterion
         if criterion.alternate is not None and alternate_batch is None:
@@ -67,13 +69,13 @@ class Training(abc.ABC):
         metrics = losses.metrics(step, part)
         if not good:
             self.drop_gradient()
-            raise Diverged(self._where(), metrics)
+            raise Diverged(self.where(), metrics)
         self.update(part.retain_term)
         return metrics
 
     def accumulate(self, step: StepBatch) -> PartLoss:
-        """Adds a batch's gradient, in micro-batches where it does not fit; its loss, detached. An exception leaves no part
-        of a gradient."""
+        """Adds a batch's gradient, in micro-batches where it does not fit; its loss, detached. An exception leaves no
+        part of a gradient."""
         return self.micro_batches.run(step, self._backward, self.drop_gradient)
 
     def _backward(self, step: StepBatch) -> PartLoss:
@@ -117,7 +119,7 @@ class Training(abc.ABC):
         """The optimiser's update, after which the gradient is zero."""
 
     @abc.abstractmethod
-    def _where(self) -> str:
+    def where(self) -> str:
         """The present step, for errors."""
 
     @abc.abstractmethod

@@ -3,14 +3,12 @@
 import ast
 import dataclasses
 import importlib
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import python
 
 import kunbr_fast as kf
 from kunbr_fast.cli.arguments import THEME, THEMES
@@ -23,8 +21,7 @@ COMMAND = "import sys; from kunbr_fast.cli.main import main\ntry:\n    main({})\
 def loaded(code: str) -> set[str]:
     """The modules that a fresh interpreter holds after `code`."""
     code += "\nimport sys\nprint('\\nMODULES', *sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(kf.__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.rpartition("MODULES")[2].split())
 
@@ -44,7 +41,8 @@ def test_doctor_loads_no_torch_where_there_is_no_device():
 
 def test_the_package_is_free_until_it_is_used():
     assert not loaded("import kunbr_fast") & HEAVY
-    assert "transformers" not in loaded("import kunbr_fast as kf; kf.load_records, kf.merge_models, kf.partition")
+    every = "; ".join(f"kf.{name}" for name in kf.__all__)
+    assert "transformers" not in loaded(f"import kunbr_fast as kf; {every}")
 
 
 @pytest.mark.parametrize("name", kf.__all__)

@@ -11,7 +11,8 @@ from authors_class import LR, RETAIN_COEFF, StandIn, letter, published
 from reference_procedure import left_padded, padded, padded_loss, reference_block
 from tiny_models import moved, peak_bytes, random_samples, tiny_model
 
-from kunbr_fast.integrations.deep_unl import DEEP_UNL, _Batch, _relative, recognise
+from kunbr_fast.integrations.deep_unl import DEEP_UNL, _Batch
+from kunbr_fast.integrations.recognise import _relative, recognise
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.training.diverged import Diverged
 

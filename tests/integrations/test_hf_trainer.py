@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import environment, python
 
 pytest.importorskip("accelerate")
 import transformers as tf
@@ -23,6 +23,7 @@ import kunbr_fast as kf
 from kunbr_fast.model import patch
 
 RUNNER = Path(__file__).parent.parent.joinpath("trainer_runner.py")
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def weights(model):
@@ -340,10 +341,6 @@ def test_resume_is_refused_for_other_data_and_settings(tmp_path):
         trainer(tmp_path / "other").train(resume_from_checkpoint=True)
 
 
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
 def test_killed_and_resumed(truth, tmp_path):
     """In the first block; the last checkpoint is cut short too, and so is passed by."""
     kill_after = 11
@@ -352,8 +349,8 @@ def test_killed_and_resumed(truth, tmp_path):
         "kill_after": kill_after,
         "arguments": {"save_strategy": "steps", "save_steps": 2},
     }
-    killed = subprocess.run([sys.executable, RUNNER, json.dumps(settings)], env=environment(), capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = python(RUNNER, json.dumps(settings), **ON_CPU)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     last = tmp_path / f"checkpoint-{kill_after - 1}"
     (last / "trainer_state.json").unlink()
     run = trainer(tmp_path, arguments=settings["arguments"])
@@ -392,7 +389,7 @@ def test_two_processes(truth, tmp_path):
         for rank, error in enumerate(errors):
             more = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             command = [sys.executable, RUNNER, *map(json.dumps, runs)]
-            processes.append(subprocess.Popen(command, env=environment() | more, stderr=error.open("wb")))
+            processes.append(subprocess.Popen(command, env=environment(**ON_CPU, **more), stderr=error.open("wb")))
         deadline = time.monotonic() + 300
         while any(process.poll() is None for process in processes):
             assert not any(process.poll() for process in processes) and time.monotonic() < deadline, [
@@ -483,5 +480,5 @@ def test_importing_the_package_imports_no_trainer():
         "assert not {'transformers.trainer', 'kunbr_fast.integrations.hf_trainer'} & set(sys.modules); "
         "from kunbr_fast.integrations import KUnBRTrainer; print(KUnBRTrainer.__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    done = python("-c", code, **ON_CPU)
     assert done.returncode == 0 and done.stdout.strip() == "KUnBRTrainer", done.stderr

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from helpers import poisoned
 from tiny_models import random_samples, tiny_model
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
@@ -179,13 +180,8 @@ def test_what_is_not_finite_shows(bad):
 def test_nothing_uninitialised_is_read_and_bits_repeat(along):
     """Buffers from torch.empty hold NaN; the same input twice gives the same bits."""
     x, dys, cu = batch([3, 0, 70, 0], 136, (40, 72), torch.bfloat16)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # with it torch.empty fills floats with NaN
-    try:
-        assert bool(torch.empty(8, device=DEVICE).isnan().all())
+    with poisoned(DEVICE):
         runs = [launch(x, dys, cu, along) for _ in range(2)]
-    finally:
-        torch.use_deterministic_algorithms(before)
     for first, second in zip(*runs):
         assert torch.equal(first, second) and bool(first.isfinite().all())
         assert bool((first[:, [1, 3]] == 0).all()) and bool((first[:, [0, 2]] > 0).any(dim=-1).all())

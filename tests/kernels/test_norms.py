@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import poisoned
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
 
@@ -431,13 +432,8 @@ def test_addresses_beyond_32_bits():
 def test_nothing_uninitialised_is_read_and_bits_repeat(impl, kind):
     """Buffers from torch.empty hold NaN; the same input twice gives the same bits."""
     given, grads = inputs((70, 63), torch.bfloat16, kind), both((70, 63), torch.bfloat16)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # with it torch.empty fills floats with NaN
-    try:
-        assert bool(torch.empty(8, device=DEVICE).isnan().all())
+    with poisoned(DEVICE):
         first, second = (run(functools.partial(ours, kind, impl), given, grads) for _ in range(2))
-    finally:
-        torch.use_deterministic_algorithms(before)
     for name, t in first.items():
         assert torch.equal(t, second[name]) and bool(t.isfinite().all()), name
 

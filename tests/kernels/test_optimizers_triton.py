@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import forbid_waiting
 from torch import nn
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
@@ -316,8 +317,6 @@ def test_each_parameter_has_random_bits_of_its_own():
 
 def test_nothing_waits_for_the_device(monkeypatch):
     """The launch itself is left out on a CPU: there the interpreter reads tensors."""
-    from test_linear_loss_triton import forbid_waiting
-
     if DEVICE == "cpu":
         monkeypatch.setattr(lion.Call, "launch", lambda self: None)
     param = nn.Parameter(random(100, BF16))

@@ -1,19 +1,17 @@
-"""Streamed models and the layer-major schedule: the bits of the model that is in memory whole, and what is read when."""
+"""Streamed models and the layer-major schedule: the bits of the model in memory, and what is read when."""
 
 import contextlib
 import copy
 import json
-import os
 import resource
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import tiny_text
 import torch
+from helpers import python
 from safetensors.torch import load_file
 from streamed_models import HEADROOM, changed, memory, streamed, whole, write_large
 from tiny_models import MIXTURES, random_samples, tiny_model
@@ -183,9 +181,9 @@ def test_accuracy_of_a_streamed_model(tmp_path):
 def test_the_order_of_copies_on_a_device(folder, monkeypatch):
     """No GPU here: with stand-ins for streams and events the device's path runs, and what it waits for is written down.
 
-    For each load: `free` is recorded on the compute stream before the buffer's copy is ordered; the copy stream waits for
-    it, copies, records `arrived`; the compute stream waits for that before the layer runs; and the pinned buffer is not
-    written again before `arrived`.
+    For each load: `free` is recorded on the compute stream before the buffer's copy is ordered; the copy stream waits
+    for it, copies, records `arrived`; the compute stream waits for that before the layer runs; and the pinned buffer
+    is not written again before `arrived`.
     """
     log = []
 
@@ -694,10 +692,7 @@ def test_a_block_of_a_model_that_does_not_fit(tmp_path):
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert size > 2.5 * HEADROOM
     code = f"import test_streaming as t; t.train_in_little_memory({str(tmp_path)!r}, {str(tmp_path / 'block')!r})"
-    here = Path(__file__).parent
-    paths = os.pathsep.join(map(str, [here, here.parent, Path(kf.__file__).parent.parent]))
-    environment = {**os.environ, "PYTHONPATH": paths, "MALLOC_ARENA_MAX": "2"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    done = python("-c", f"import sys; sys.path.append({str(Path(__file__).parent)!r}); {code}", MALLOC_ARENA_MAX="2")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["resident"] < HEADROOM + (64 << 20)  # with the pages of a file or two

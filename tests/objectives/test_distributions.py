@@ -1,14 +1,17 @@
-"""Losses of single rows, `linear_nll` and `linear_rows`, and the row functions, against plain formulas on full logits."""
+"""Losses of single rows, `linear_nll` and `linear_rows`, and the row functions, against plain formulas on full
+logits."""
 
 import copy
 import functools
 import itertools
 import math
 
+import linear_loss_problem
 import pytest
 import torch
 import torch.nn.functional as F
 from head_problem import problem
+from helpers import forbid_waiting
 from tiny_models import peak_bytes, random_samples, tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -241,17 +244,14 @@ def test_nll_target_outside_the_vocabulary(impl):
 @pytest.mark.parametrize("trained", [True, False])
 def test_nll_by_the_kernel(dtype, scale, softcap, trained):
     pytest.importorskip("triton")
-    from test_linear_loss_triton import check, module
-    from test_linear_loss_triton import problem as kernel_problem
-
-    arguments, _ = kernel_problem(dtype=dtype)
+    arguments, _ = linear_loss_problem.problem(dtype=dtype)
     hidden, weight, targets, slopes, bias = arguments
-    linear = module(weight, bias).requires_grad_(trained)
+    linear = linear_loss_problem.module(weight, bias).requires_grad_(trained)
     leaf = hidden.clone().requires_grad_()
     nll = linear_nll(leaf, Head(linear, scale, softcap), targets, impl="triton")
     loss = (slopes.float() * nll).sum()
     grads = differentiate(loss, [leaf, *(linear.parameters() if trained else ())])
-    check([loss.detach(), nll.detach(), *grads], arguments, scale, softcap)
+    linear_loss_problem.check([loss.detach(), nll.detach(), *grads], arguments, scale, softcap)
 
 
 @pytest.mark.parametrize(
@@ -558,7 +558,8 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3)))
 def test_work(wanted):
     """Products of 2*R*D*V FLOPs. Without autograd one. With a frozen head two in the forward and none in the backward;
-    with a trained one one in the forward, and in the backward one and one for each of hidden's and weight's gradients."""
+    with a trained one one in the forward, and in the backward one and one for each of hidden's and weight's
+    gradients."""
     hidden, linear, targets, slopes = problem()
     leaves = [hidden, linear.weight, linear.bias]
     for leaf, flag in zip(leaves, wanted):
@@ -609,8 +610,6 @@ def test_no_tensor_of_all_logits(trained, monkeypatch):
 @pytest.mark.parametrize("trained", [True, False])
 def test_nothing_waits_for_the_device(trained, monkeypatch):
     pytest.importorskip("triton")
-    from test_linear_loss_triton import forbid_waiting
-
     (hidden, linear, targets, slopes), theirs, teacher = teacher_problem()
     linear.requires_grad_(trained)
     hidden.requires_grad_()

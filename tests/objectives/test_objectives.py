@@ -26,6 +26,7 @@ from kunbr_fast.objectives.original import OriginalValues, Parts, measure
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.full import FullTraining
+from kunbr_fast.training.settings import Execution
 
 BLOCK = range(2, 4)
 FORGET, RETAIN = random_samples(4, seed=1), random_samples(3, seed=2)
@@ -215,7 +216,7 @@ def test_in_re_insertion(name, retain_loss, models):
     with kf.reinserted(original, dict(unlearned.named_parameters()), BLOCK, lr=1e-3, **settings) as training:
         batch = packed(training.criterion)
         for checkpoint in (False, True):
-            training.gradient_checkpointing = checkpoint
+            training.execution = Execution(gradient_checkpointing=checkpoint)
             part = training.loss(batch).backward()
             close(part.loss, truth.detach())
             for key, parameter in training.parameters.items():

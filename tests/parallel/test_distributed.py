@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import os
 import re
 import shutil
 import socket
@@ -16,6 +15,7 @@ import pytest
 import tiny_text
 import torch
 from distributed_runner import MEASURES, measure, run
+from helpers import environment, python
 from safetensors.torch import load_file
 
 import kunbr_fast as kf
@@ -40,12 +40,6 @@ PDU = {
 MIXED = {"name": "mixed", "given": True, "layers": 10, "config": {"num_blocks": 5, "top_k": 3, "optimizer": "adamw"}}
 GA = {"name": "ga", "given": True, "config": {"parallel": "samples", "objective": "ga", "batch_size": 3}}
 DENSITY = {"name": "density", "density": MEASURES}
-
-
-def environment(**more):
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    path = os.pathsep.join([str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | more
 
 
 def free_port():
@@ -166,9 +160,8 @@ SETTINGS = """--dtype float64 --num-blocks 3 --top-k 2 --batch-size 3 --block-ep
 
 
 def torchrun(count, *command):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), *map(str, command)]
-    command[3:3] = ["--master-port", free_port()]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    group = ["--master-port", free_port(), "--nproc-per-node", count]
+    return python("-m", "torch.distributed.run", *group, *command)
 
 
 def test_command_line_killed_and_resumed(tmp_path, capfd):

@@ -6,14 +6,13 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import streamed_models
 import tiny_text
 import torch
+from helpers import python
 from safetensors.torch import load_file
 from tiny_models import random_samples, tiny_model
 
@@ -29,6 +28,7 @@ from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives.original import OriginalValues
 from kunbr_fast.run.state import fingerprint
 
+HERE = Path(__file__).resolve().parent
 SETTINGS = dict(
     batch_size=3, retain_batch_size=3, num_blocks=3, top_k=2, block_epochs=2, block_lr=1e-3, seed=3, rtt=False
 )
@@ -252,11 +252,7 @@ KILLED = {
 @pytest.mark.parametrize("point", KILLED)
 def test_killed_and_resumed(point, text, resident, tmp_path):
     out, more = tmp_path / "out", ["--stream", *KILLED[point]]
-    runner = Path(__file__).parent.parent.joinpath("kill_runner.py")
-    done = subprocess.run(
-        [sys.executable, str(runner), point, *command(text, out, *more)], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(Path(kf.__file__).parent.parent)},
-    )  # fmt: skip
+    done = python(HERE.parent / "kill_runner.py", point, *command(text, out, *more))
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert (out / "work" / "state.json").is_file() and not (out / "config.json").exists()
     assert cli.main(command(text, out, *more, "--resume")) == 0
@@ -332,10 +328,9 @@ def test_a_whole_run_of_a_model_that_does_not_fit(tmp_path):
     code = (
         f"import test_stream_unlearn as t; t.run_in_little_memory({str(original)!r}, {str(unlearned)!r}, {str(out)!r})"
     )
-    paths = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(kf.__file__).parent.parent)])
+    code = f"import sys; sys.path.append({str(HERE)!r}); {code}"
     # what is freed goes back to the system and does not stay in the heap
-    environment = {**os.environ, "PYTHONPATH": paths, "MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    done = python("-c", code, MALLOC_ARENA_MAX="2", MALLOC_MMAP_THRESHOLD_="1000000")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["resident"] < streamed_models.HEADROOM + (64 << 20)  # with the pages of a file or two

@@ -1,4 +1,5 @@
-"""What can lie in main memory: the optimiser's state and the block, with the same bits; the prefix cache, with a budget."""
+"""What can lie in main memory: the optimiser's state and the block, with the same bits; the prefix cache, with a
+budget."""
 
 import collections
 import dataclasses
@@ -198,7 +199,8 @@ def test_rows_in_fp8(size, dtype):
     assert not rows.decode(rows.encode(torch.full((1, size), math.nan, dtype=dtype))).isfinite().any()
 
 
-# measured at layer 2 of this model: 0.0029 and 0.044, with a cosine of 0.999994 and 0.998; each advance rounds once more
+# measured at layer 2 of this model: 0.0029 and 0.044, with a cosine of 0.999994 and 0.998; each advance rounds once
+# more
 @pytest.mark.parametrize("dtype, nbytes, error", [("none", 4, 0.0), ("bf16", 2, 0.004), ("fp8", 1 + 4 / 32, 0.05)])
 @pytest.mark.parametrize("storage", ["device", "file"])
 def test_a_smaller_cache_and_its_error(dtype, nbytes, error, storage, tmp_path):
@@ -243,8 +245,8 @@ def lru_hits(batches, room):
 
 
 def most_hits(batches, room):
-    """The most that any policy reaches which may let a sample by: intervals between two uses of a sample, of which at most
-    `room` may overlap (of intervals that end first, as many as fit: that choice is optimal)."""
+    """The most that any policy reaches which may let a sample by: intervals between two uses of a sample, of which at
+    most `room` may overlap (of intervals that end first, as many as fit: that choice is optimal)."""
     uses = [i for batch in batches for i in batch]
     last, intervals = {}, []
     for time, i in enumerate(uses):

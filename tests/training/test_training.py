@@ -206,7 +206,8 @@ def test_finite_finds_one_bad_value_and_does_not_overflow(bad):
 
 
 @pytest.mark.parametrize("dtype, lr, warns", [
-    (torch.bfloat16, 1e-6, True), (torch.bfloat16, 1e-2, False), (torch.float16, 1e-6, True), (torch.float32, 1e-6, False),
+    (torch.bfloat16, 1e-6, True), (torch.bfloat16, 1e-2, False),
+    (torch.float16, 1e-6, True), (torch.float32, 1e-6, False),
 ])  # fmt: skip
 def test_updates_that_half_precision_rounds_away_are_said_once(dtype, lr, warns, caplog, monkeypatch):
     monkeypatch.setattr(flat_buffer, "_warned", set())

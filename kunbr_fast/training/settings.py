@@ -1,0 +1,131 @@
+"""The settings of a training as values: what is trained, and how it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kunbr_fast.kernels.dispatch import resolve
+from kunbr_fast.memory import Place
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.low_precision import check_cover
+from kunbr_fast.objectives.criterion import Criterion
+from kunbr_fast.training.flat_buffer import check_optimizer, check_optimizer_device
+from kunbr_fast.training.graphs import check_cuda_graphs
+
+INSERTIONS = ("independent", "cumulative")
+
+
+@dataclasses.dataclass(frozen=True)
+class FullSettings:
+    """What a training of all parameters does; betas default to the optimiser's own."""
+
+    lr: float
+    optimizer: str = "adamw"
+    betas: tuple[float, float] | None = None
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lr is None:
+            raise TypeError("lr is missing: give a learning rate")
+        check_optimizer(self.optimizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSettings:
+    """What the re-insertion of a block trains.
+
+    objective, objective_options, retain_loss, retain_coeff, forget_loss_cap: what a step minimises, see `Criterion`.
+    insertion: "cumulative" leaves the trained block in the original for the next ones, "independent" takes it out.
+    master_weights: fp32 copies of half-precision block weights for the optimiser.
+    mask: for some of the block's parameters, by name, a bool tensor of its shape: where it is False the weight keeps
+    its bits (M_u's), whatever optimiser and weight decay. `attribute(...).mask()` makes them. Names outside the block
+    have no effect, and what has no mask may change everywhere.
+    """
+
+    lr: float
+    retain_coeff: float = 1.0
+    objective: str = "gradient_difference"
+    objective_options: Mapping[str, Any] | None = None
+    retain_loss: str = "nll"
+    forget_loss_cap: float | None = None
+    optimizer: str = "lion"
+    betas: tuple[float, float] | None = None
+    weight_decay: float = 0.0
+    insertion: str = "independent"
+    master_weights: bool = True
+    mask: Mapping[str, torch.Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.lr is None:
+            raise TypeError("lr is missing: give a learning rate")
+        check_optimizer(self.optimizer)
+        if self.insertion not in INSERTIONS:
+            raise ValueError(f"insertion={self.insertion!r}: expected one of {', '.join(INSERTIONS)}")
+
+    def criterion(self, block: range, given: Criterion | None = None) -> Criterion:
+        """What a step of `block` minimises: `given`, or by the settings. ValueError where both name something."""
+        if given is None:
+            return Criterion(
+                self.objective,
+                self.objective_options,
+                retain_loss=self.retain_loss,
+                retain_coeff=self.retain_coeff,
+                forget_loss_cap=self.forget_loss_cap,
+                block=block,
+            )
+        mine = (
+            self.objective,
+            self.objective_options or None,
+            self.retain_loss,
+            self.retain_coeff,
+            self.forget_loss_cap,
+        )
+        if mine != ("gradient_difference", None, "nll", 1.0, None):
+            raise ValueError(
+                "criterion= stands for objective, objective_options, retain_loss, retain_coeff and forget_loss_cap: "
+                "give those or it"
+            )
+        return given
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a training runs. Only `cover_precision` changes what it computes.
+
+    impl: who runs the fused layers (`patched`), the loss and the optimiser.
+    gradient_checkpointing: keep each layer's input only, and run the layer again in the backward pass. Same result.
+    cuda_graphs: steps run in buckets of fixed sizes, each captured once as a CUDA graph (`StepGraphs`), where the
+    objective's weights are known before the pass (gradient difference, ga). No GPU has run it.
+    micro_batch_tokens: the most tokens that go through at once; a larger step goes in micro-batches, whose gradients
+    add up to the same up to summation order. Where memory runs out, a step goes in smaller ones all by itself.
+    optimizer_device: "host" keeps the optimiser's state and the weights that it updates in main memory, where the
+    update runs (by torch), and the original's own block as long as M_u's is in its place (nothing else may look at
+    those weights meanwhile). The same bits on a CPU; a GPU's kernels round otherwise than the host.
+    cover_precision: fp8, int8 or nf4 keep the weights of the linear layers above the block in so many bits; the
+    exact ones wait in main memory. An approximation, see `model.low_precision`; `gradient_cosine` tells how good.
+    place: where the activations of a streamed model's step wait between two layers.
+    """
+
+    impl: str = "auto"
+    gradient_checkpointing: bool = False
+    cuda_graphs: bool = False
+    micro_batch_tokens: int | None = None
+    optimizer_device: str = "device"
+    cover_precision: str = "none"
+    place: Place = Place()
+
+    def __post_init__(self) -> None:
+        check_optimizer_device(self.optimizer_device)
+
+    def check(self, decoder: Decoder, block: range, optimizer: str) -> None:
+        """Errors for what this model cannot do; `dispatch.Unavailable` for an impl, or CUDA graphs, that cannot run."""
+        for operation in ("linear_loss", optimizer):
+            resolve(operation, self.impl, decoder.device)
+        check_cuda_graphs(self.cuda_graphs, decoder.device)
+        check_cover(decoder, block, self.cover_precision)
+        if self.cuda_graphs and decoder.streamed:
+            raise ValueError("cuda_graphs=True: a streamed model's layers have no place of their own: leave it out")
