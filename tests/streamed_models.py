@@ -1,4 +1,4 @@
-"""Model directories opened whole and streamed, damaged copies of them, and one that is larger than the memory it gets."""
+"""Model directories opened whole and streamed, damaged copies of them, and one larger than its memory."""
 
 import json
 import shutil

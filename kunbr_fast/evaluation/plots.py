@@ -136,10 +136,7 @@ def plot_pareto(density, path: str | Path) -> None:
 
 
 def plot_relearning(
-    results: Mapping[str, RTTResult],
-    path: str | Path,
-    chance: float = 0.25,
-    forget: Mapping[str, float] | None = None,
+    results: Mapping[str, RTTResult], path: str | Path, chance: float = 0.25, forget: Mapping[str, float] | None = None
 ) -> None:
     """Relearning curves of several methods under the RTT attack, PNG at `path`.
 

@@ -281,12 +281,7 @@ def _snapshot(model, directory: Path) -> Iterator[Callable[[], None]]:
 
 def _row(fold: Fold, lr: float, epoch: int, accuracy: Accuracy) -> dict:
     measured = asdict(accuracy)
-    return {
-        "fold": fold.name,
-        "lr": lr,
-        "epoch": epoch,
-        **{key: measured[key] for key in ("plain", "calibrated")},
-    }
+    return {"fold": fold.name, "lr": lr, "epoch": epoch, **{key: measured[key] for key in ("plain", "calibrated")}}
 
 
 def _check_folds(folds: Sequence[Fold]) -> None:

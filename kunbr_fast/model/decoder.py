@@ -360,11 +360,7 @@ class Decoder:
         return first[0], calls
 
     def run(
-        self,
-        batch: PackedBatch,
-        stretch: Stretch = FROM_EMBEDDINGS,
-        stop: int | None = None,
-        rows: bool = False,
+        self, batch: PackedBatch, stretch: Stretch = FROM_EMBEDDINGS, stop: int | None = None, rows: bool = False
     ) -> torch.Tensor:
         """Hidden states (T, D) at the input of layer `stop` (default: after the last layer, before the final norm).
 

@@ -97,13 +97,7 @@ def _sum_norm(
         hidden = residual + x
         return norm(hidden), hidden
     return rms_norm(
-        x,
-        norm.weight,
-        getattr(norm, family.eps),
-        offset=family.offset,
-        cast=family.cast,
-        residual=residual,
-        impl=impl,
+        x, norm.weight, getattr(norm, family.eps), offset=family.offset, cast=family.cast, residual=residual, impl=impl
     )
 
 

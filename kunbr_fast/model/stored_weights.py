@@ -37,11 +37,7 @@ class StoredWeights(Weights):
     streamed = True
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, nn.Parameter],
-        shards: Shards,
-        sources: Mapping[str, list[Piece]],
+        self, model: nn.Module, layers: Mapping[str, nn.Parameter], shards: Shards, sources: Mapping[str, list[Piece]]
     ):
         """layers: parameters (placeholders) that are in the files only; sources: the pieces of every parameter."""
         self.shards, self._sources, self._layers = shards, sources, layers

@@ -31,8 +31,8 @@ FREE_WHILE_TRAINING = ("warmup_lr", "warmup_epochs", "block_lr", "block_epochs")
 
 
 def fingerprint(model: nn.Module, *parts: Sequence[Mapping[str, Any]]) -> str:
-    """Tells one run from another: a digest of a few values of every weight and of the data (tokens and labels of samples;
-    records, but not where they lie)."""
+    """Tells one run from another: a digest of a few values of every weight and of the data (tokens and labels of
+    samples; records, but not where they lie)."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{len(part)} entries".encode())
@@ -86,7 +86,7 @@ class RunState:
         return state
 
     def _take_parts(self) -> list[Path]:
-        """Takes over what each `PartState` has written. Returns their files, which may go once state.json is written."""
+        """Takes over what each `PartState` wrote. Returns their files, which may go once state.json is written."""
         paths = sorted(self.directory.glob("state.rank-*.json"))
         for path in paths:
             part = self._read(path)

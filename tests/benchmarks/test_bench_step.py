@@ -1,4 +1,4 @@
-"""Suite step: its formulas count what a step does, its gate refuses wrong steps, no variant changes the shared model."""
+"""Suite step: its formulas count what a step does, its gate refuses wrong steps, variants leave the model as it is."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""benchmarks/count_step.py, whose table docs/results.md quotes: what is counted on the meta device is what a run does."""
+"""benchmarks/count_step.py, the table of docs/results.md: what is counted on the meta device is what a run does."""
 
 import csv
 from pathlib import Path

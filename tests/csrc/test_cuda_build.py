@@ -64,9 +64,9 @@ def test_machine_code():
         for name, instructions in functions.items():
             text = "\n".join(instructions)
             assert not re.search(r"\b(STL|LDL)\b", text), (architecture, name)  # nothing in local memory
-            if "density_kernel" in name and "IfL" not in name:  # not fp32
+            if "density_kernel" in name and "IfE" not in name:  # not fp32
                 assert "HMMA.16816.F32" in text and "LDSM.16.MT88.4" in text and "LDGSTS" in text, name
-            if "density_kernel" in name and "IfL" in name:
+            if "density_kernel" in name and "IfE" in name:
                 assert "FFMA" in text and "HMMA" not in text, name
             if "hopper_kernel" in name:
                 products = [line for line in instructions if "HGMMA" in line]

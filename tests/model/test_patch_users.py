@@ -12,7 +12,7 @@ from tiny_models import VOCAB, random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.data import pack
-from kunbr_fast.model import patch
+from kunbr_fast.model import compat, patch
 from kunbr_fast.model.decoder import Decoder, Stretch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -109,7 +109,7 @@ def test_gradient_checkpointing(architecture, reentrant, caplog):
         ours = [r.message for r in caplog.records if r.name == patch.__name__]
         said = f"{type(layer).__name__}: no cache is kept under gradient checkpointing"
         theirs = (
-            architecture == "olmo2" or patch.compat.CALL_CHECKPOINTS
+            architecture == "olmo2" or compat.CALL_CHECKPOINTS
         )  # it is transformers that drops the cache and says so
         assert ours == ([] if theirs else [said])
     model.zero_grad()
