@@ -5,8 +5,8 @@
 
 `kunbr-fast bench density` is the thorough one, with a gate against fp64 and rivals. Here one weight of Llama-3-8B's up
 projection, (14336, 4096) in bf16, meets packed samples of 2048 tokens in all, and each implementation runs in turn: 15
-rounds, the L2 cache overwritten before each. `error` is the largest relative one of a sample's sum against fp32 products;
-`same`: whether two runs gave the same bits.
+rounds, the L2 cache overwritten before each. `error` is the largest relative one of a sample's sum against fp32
+products; `same`: whether two runs gave the same bits.
 
     bare mm, bmm     the products alone, written to memory: one a sample, or one batched
     torch, triton    ours; row: by output row
