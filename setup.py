@@ -26,7 +26,15 @@ from setuptools.command.build import build
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SCRIPTS = ("bench_pipelines", "bench_plan", "count_step", "cover_precision", "demo_seeds", "test_regression")
+SCRIPTS = (
+    "bench_pipelines",
+    "bench_plan",
+    "count_step",
+    "cover_precision",
+    "demo_seeds",
+    "density_rates",
+    "test_regression",
+)
 BESIDE = {"kunbr_fast.kernels": "kernels", "kunbr_fast.benchmarks": "benchmarks"}  # package: its folder
 
 # their own packages

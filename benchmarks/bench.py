@@ -54,7 +54,7 @@ def bench(
     wrong, left_out = {}, {}
     gc.collect()
     gc.freeze()  # what libraries have made: each variant's peak is measured after a collection
-    if options.gpu:
+    if options.device.index is not None:  # without an index it is the current one already, and set_device refuses it
         torch.cuda.set_device(options.device)  # of events, and of what rivals launch
     bar = tqdm(total=len(cases), initial=len(cases) - len(todo), disable=not progress, unit="case", dynamic_ncols=True)
     with bar:

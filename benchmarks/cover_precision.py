@@ -16,13 +16,13 @@ from kunbr_fast.benchmarks.measure import add_rows, script_parser
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.low_precision import COVER_PRECISIONS, check_available, low_precision_cover
-from kunbr_fast.run.demo import GROUPS, _Demo, gradient_difference
+from kunbr_fast.run.demo import GROUPS, Demo, gradient_difference
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.unlearn import unlearn
 
 
 def rows_of(seed, precisions):
-    demo = _Demo(seed, Reporter(say=print))
+    demo = Demo(seed, Reporter(say=print))
     config, forget, retain = demo.config, demo.samples["forget"], demo.samples["retain"]
     taught = demo.teach(tuple(GROUPS))
     unlearned = copy.deepcopy(taught)

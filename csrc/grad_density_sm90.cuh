@@ -71,13 +71,19 @@ __device__ __forceinline__ void produce(const Arguments &arguments, const Segmen
     const int64_t items = schedule.items();
     Position<X_CHUNKS> x_at = {0};
     Position<DY_CHUNKS> dy_at = {0};
+    const char *acquired = nullptr;  // dy's map; x's is that of the same sample
+    Job next(schedule, segments, blockIdx.x);
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-        const Job job(schedule, segments, index);
+        const Job job = next;
+        if (index + gridDim.x < items) next = Job(schedule, segments, index + gridDim.x);  // there when it is needed
         const int projection = schedule.projection(job.item.n_tile);
         const char *x_map = maps + job.item.rank * (1 + schedule.projections) * MAP_BYTES;
         const char *dy_map = x_map + (1 + projection) * MAP_BYTES;
-        acquire_map(x_map);
-        acquire_map(dy_map);
+        if (dy_map != acquired) {
+            acquire_map(x_map);
+            acquire_map(dy_map);
+            acquired = dy_map;
+        }
         const int n = (job.item.n_tile - schedule.first_tile(projection)) * TILE_N;
         for (int tile = 0; tile < job.tiles; ++tile) {
             const int k = (schedule.first_k_tile(job.item.strip) + tile) * TILE_K;
@@ -105,6 +111,21 @@ __device__ __forceinline__ void produce(const Arguments &arguments, const Segmen
     }
 }
 
+// acc (+)= dy^T x over the first 16 * STEPS tokens of a chunk of each. A number of steps is a template of its own: where
+// it is known at run time alone, the compiler makes each product wait for the one before (C7520).
+template <class Type, int STEPS>
+__device__ __forceinline__ void multiply_tokens(float (&acc)[2][16][4], uint64_t dy, uint64_t x, bool add) {
+    fence_operands();
+    KUNBR_UNROLL
+    for (int step = 0; step < STEPS; ++step) {
+        KUNBR_UNROLL
+        for (int half = 0; half < 2; ++half)
+            multiply_group<Type>(acc[half], dy + half * (BOX_BYTES >> 4) + step * DESCRIPTOR_STEP,
+                                 x + step * DESCRIPTOR_STEP, add || step > 0);
+    }
+    commit_products();
+}
+
 // One warpgroup. Each warp tells by itself that it is done with a chunk: x_empty waits for the four warps that used it,
 // dy_empty for eight: those of both consumers, or twice those of the one that used it.
 template <class Type>
@@ -118,21 +139,19 @@ __device__ __forceinline__ void consume(const Arguments &arguments, const Segmen
     Position<X_CHUNKS> x_at = {0};
     Position<DY_CHUNKS> dy_at = {0};
     if (consumer == 1) pass_baton(consumer);  // the first turn is consumer 0's
+    Job next(schedule, segments, blockIdx.x);
 #pragma unroll 1
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-        const Job job(schedule, segments, index);
+        const Job job = next;
+        if (index + gridDim.x < items) next = Job(schedule, segments, index + gridDim.x);  // there when it is needed
         const uint32_t dy_of_tile = job.keeps_dy ? 0 : job.blocks;
         float rows[4] = {};  // of row half * 64 + warp * 16 + h * 8 + lane / 4, at 2 * half + h
         // as many turns for each consumer: with an odd number of tiles the last one of consumer 1 is empty
 #pragma unroll 1
         for (int tile = consumer; tile < job.tiles + (job.tiles & 1); tile += CONSUMERS) {
             take_baton(consumer);
-            if (tile < job.tiles) {
+            if (tile < job.tiles && job.blocks > 0) {  // a sample without tokens has sums of 0
                 float acc[2][16][4];
-                if (job.blocks == 0) {
-                    KUNBR_UNROLL
-                    for (int i = 0; i < 128; ++i) acc[i / 64][i / 4 % 16][i % 4] = 0.0f;
-                }
                 const Position<X_CHUNKS> x_tile = x_at + tile * job.blocks;
                 const Position<DY_CHUNKS> dy_tile = dy_at + tile * dy_of_tile;
                 auto release = [&](int block) {
@@ -148,18 +167,16 @@ __device__ __forceinline__ void consume(const Arguments &arguments, const Segmen
                     const Position<DY_CHUNKS> dy_now = dy_tile + block;
                     wait(&barriers.dy_full[dy_now.slot()], dy_now.parity());
                     wait(&barriers.x_full[x_now.slot()], x_now.parity());
-                    fence_operands();
-                    KUNBR_UNROLL
-                    for (int step = 0; step < HOPPER_TOKENS / 16; ++step) {
-                        const uint64_t x = x_first + x_now.slot() * (CHUNK >> 4) + step * DESCRIPTOR_STEP;
-                        KUNBR_UNROLL
-                        for (int half = 0; half < 2; ++half) {
-                            const uint64_t dy = dy_first + dy_now.slot() * (CHUNK >> 4) + half * (BOX_BYTES >> 4) +
-                                                step * DESCRIPTOR_STEP;
-                            multiply_group<Type>(acc[half], dy, x, block > 0 || step > 0);
-                        }
-                    }
-                    commit_products();
+                    const uint64_t x = x_first + x_now.slot() * (CHUNK >> 4), dy = dy_first + dy_now.slot() * (CHUNK >> 4);
+                    const int tokens = job.segment.length - block * HOPPER_TOKENS;
+                    if (tokens > 48)
+                        multiply_tokens<Type, 4>(acc, dy, x, block > 0);
+                    else if (tokens > 32)
+                        multiply_tokens<Type, 3>(acc, dy, x, block > 0);
+                    else if (tokens > 16)
+                        multiply_tokens<Type, 2>(acc, dy, x, block > 0);
+                    else
+                        multiply_tokens<Type, 1>(acc, dy, x, block > 0);
                     if (block > 0) {
                         wait_products<1>();
                         release(block - 1);
@@ -167,15 +184,10 @@ __device__ __forceinline__ void consume(const Arguments &arguments, const Segmen
                 }
                 pass_baton(consumer);
                 wait_products<0>();
-                if (job.blocks > 0) release(job.blocks - 1);
-                KUNBR_UNROLL
-                for (int r = 0; r < 4; ++r) {
-                    if (s == KUNBR_L1) rows[r] = join<KUNBR_L1>(rows[r], row_statistic<KUNBR_L1>(acc[r / 2], r % 2));
-                    if (s == KUNBR_L2SQ)
-                        rows[r] = join<KUNBR_L2SQ>(rows[r], row_statistic<KUNBR_L2SQ>(acc[r / 2], r % 2));
-                    if (s == KUNBR_LINF)
-                        rows[r] = join<KUNBR_LINF>(rows[r], row_statistic<KUNBR_LINF>(acc[r / 2], r % 2));
-                }
+                release(job.blocks - 1);
+                if (s == KUNBR_L1) join_rows<KUNBR_L1>(rows, acc);
+                if (s == KUNBR_L2SQ) join_rows<KUNBR_L2SQ>(rows, acc);
+                if (s == KUNBR_LINF) join_rows<KUNBR_LINF>(rows, acc);
             } else {
                 pass_baton(consumer);
             }

@@ -50,4 +50,20 @@ __device__ __forceinline__ float join_lanes(int s, float x) {
     return x;
 }
 
+// Statistic S of the thread's four rows of a tile of Hopper's (row r / 2 * 64 + ..., upper or lower half), joined to
+// `rows`. The rows go side by side: four chains of additions, where one by one each addition would wait for the last.
+template <int S, int NT>
+__device__ __forceinline__ void join_rows(float (&rows)[4], const float (&acc)[2][NT][4]) {
+    float sums[4];
+    KUNBR_UNROLL
+    for (int r = 0; r < 4; ++r) sums[r] = term<S>(acc[r / 2][0][r % 2 * 2]);
+    KUNBR_UNROLL
+    for (int i = 1; i < 2 * NT; ++i) {
+        KUNBR_UNROLL
+        for (int r = 0; r < 4; ++r) sums[r] = join<S>(sums[r], term<S>(acc[r / 2][i / 2][r % 2 * 2 + i % 2]));
+    }
+    KUNBR_UNROLL
+    for (int r = 0; r < 4; ++r) rows[r] = join<S>(rows[r], sums[r]);
+}
+
 }  // namespace kunbr

@@ -83,9 +83,8 @@ def source(call: Call) -> ASTSource:
 def compile_call(architecture: int, label: str, call: Call, matrix: bool) -> Compiled:
     """Compile one launch for sm_`architecture`. A compiler's failure is a `problem`, not an exception."""
     start = time.perf_counter()
-    options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
     try:
-        compiled = triton.compile(source(call), target=GPUTarget("cuda", architecture, 32), options=options)
+        compiled = triton.compile(source(call), target=GPUTarget("cuda", architecture, 32), options=call.options)
     except Exception as error:  # whatever a compiler pass raises: reported with the kernel's name, and exit code 1
         return Compiled(architecture, label, matrix, problem=f"does not compile: {type(error).__name__}: {error}")
     registers, stack = _resources(compiled.asm["cubin"])

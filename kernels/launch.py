@@ -34,6 +34,12 @@ class Call:
     num_warps: int
     num_stages: int
     scratch: bool = False  # the kernel makes tensor descriptors (TMA), which need room in device memory
+    fma: bool = True  # the compiler may contract a product and a sum, with one rounding in place of two
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Triton's own, of a launch and of a compilation."""
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=self.fma)
 
     def launch(self) -> None:
         """Enqueue on the current stream of the tensors' device."""
@@ -47,6 +53,4 @@ class Call:
         if self.scratch:
             triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.grid](
-                **self.arguments, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages
-            )
+            self.kernel[self.grid](**self.arguments, **self.constexprs, **self.options)

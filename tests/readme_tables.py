@@ -56,7 +56,8 @@ def density():
         l2 = _ran(l2)
         found.append(
             [
-                f"{case.model} up", rest[-1].removeprefix("T="), f"{ours['ms']:.1f}", f"{ours['ms'] / ran['bare']['ms']:.2f}",
+                f"{case.model} up", rest[-1].removeprefix("T="),
+                f"{ours['ms']:.1f}", f"{ours['ms'] / ran['bare']['ms']:.2f}",
                 f"{ours['roofline_percent']:.0f} %", f"{rival['variant']}, {_slower(rival, ours)}",
                 _slower(ran["loop"], ours), f"{l2['gram']['ms']:.1f}, {l2['opacus']['ms']:.1f}",
             ]
@@ -70,9 +71,10 @@ def whole_model():
     ran = _ran(case)
     floor = ran["plain"]["ms"] + ran["products"]["ms"]
     return (
-        f"In a whole model (8 layers of SmolLM2's\nshapes) density takes {ran['torch']['ms'] / floor:.2f}x the time of a "
-        f"backward pass without weight gradients plus the bare products, and the\nloop {_slower(ran['loop'], ran['torch'])} "
-        "the time of density."
+        "In a whole model (8 layers of SmolLM2's\n"
+        f"shapes) density takes {ran['torch']['ms'] / floor:.2f}x the time of a "
+        "backward pass without weight gradients plus the bare products, and the\n"
+        f"loop {_slower(ran['loop'], ran['torch'])} the time of density."
     )
 
 

@@ -95,6 +95,13 @@ def tiny_model(architecture="llama", dtype=torch.float64, seed=0, **changes):
     return model.eval()
 
 
+def plain_llama(vocab, layers=2, seed=0, **settings):
+    """As transformers makes it, for text: of a tokenizer's size, fp32, in train mode."""
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+    return tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=vocab, num_hidden_layers=layers, **(sizes | settings)))
+
+
 def random_samples(count, seed=0, low=3, high=12, vocab=VOCAB):
     """Samples of different lengths, some tokens without a label."""
     generator = torch.Generator().manual_seed(seed)

@@ -4,6 +4,7 @@ import json
 
 import torch
 import transformers as tf
+from tiny_models import plain_llama
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 NAMES = [f"{first} {last}" for first in ("Ada", "Bo", "Cy", "Di") for last in ("Ek", "Fu", "Go", "Hu", "Iz", "Jo")]
@@ -48,18 +49,8 @@ def tokenizer():
 
 
 def model(seed=0, layers=6, dtype=torch.float32):
-    torch.manual_seed(seed)
-    config = tf.LlamaConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
-    return tf.LlamaForCausalLM(config).to(dtype).eval()
+    settings = dict(intermediate_size=64, max_position_embeddings=128, tie_word_embeddings=True)
+    return plain_llama(400, layers, seed, **settings).to(dtype).eval()
 
 
 def write_jsonl(path, records):

@@ -80,7 +80,12 @@ int main() {
     // far beyond 32 bits: a batch that still is one launch
     const int64_t sizes[] = {1 << 20};
     const Schedule large = Schedule::of(30, 1 << 20, 1, sizes, 128, 2);
-    assert(large.partials(ALONG_ROW) == 30ll * 2048 * (1 << 20) && large.item(large.items() - 1).rank == 29);
-    assert(large.place(ALONG_ROW, 29, 2047, (1 << 20) - 1) == large.partials(ALONG_ROW) - 1);
+    assert(large.parts == 2 * (1 << 20) / TILE_K / STRIP_TILES);
+    assert(large.partials(ALONG_ROW) == 30ll * large.parts * (1 << 20) && large.item(large.items() - 1).rank == 29);
+    assert(large.place(ALONG_ROW, 29, large.parts - 1, (1 << 20) - 1) == large.partials(ALONG_ROW) - 1);
+    const Schedule larger = Schedule::of(3000, 1 << 20, 1, sizes, 128, 2);  // more items than 32 bits count
+    const Item last = larger.item(larger.items() - 1), at = larger.item(1ll << 33);
+    assert(larger.items() > 1ll << 33 && last.rank == 2999 && last.n_tile == larger.n_tiles - 1 && last.strip == larger.strips - 1);
+    assert(at.rank == (1ll << 33) / (static_cast<int64_t>(larger.n_tiles) * larger.strips));
     return 0;
 }

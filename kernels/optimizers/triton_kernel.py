@@ -131,7 +131,9 @@ def _call(kernel, vectors, half, numbers, seed, step) -> Call:
     arguments = dict(vectors, size=param.numel(), seed=seed or 0, step=step, **numbers)
     constexprs = dict(STOCHASTIC=seed is not None, BLOCK=BLOCK)
     (constexprs if half is None else arguments)["half"] = half
-    return Call(kernel, (triton.cdiv(param.numel(), BLOCK),), arguments, constexprs, NUM_WARPS, 1)
+    # no fma: which products are contracted depends on the loads' width, and so would the last bits on the alignment
+    grid = (triton.cdiv(param.numel(), BLOCK),)
+    return Call(kernel, grid, arguments, constexprs, NUM_WARPS, 1, fma=False)
 
 
 def call_lion(

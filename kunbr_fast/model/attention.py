@@ -94,7 +94,7 @@ def register() -> None:
     """Makes `packed_attention` known to transformers, as ATTENTION; ValueError where that cannot be."""
     if compat.AttentionInterface is None:
         raise ValueError(
-            f"transformers {compat.VERSION} lets no attention function be named in a model's configuration, so it cannot "
-            f"run packed samples: install transformers >= {compat.PACKED_SINCE}, better >= 5"
+            f"transformers {compat.VERSION} lets no attention function be named in a model's configuration, so it "
+            f"cannot run packed samples: install transformers >= {compat.PACKED_SINCE}, better >= 5"
         )
     compat.AttentionInterface.register(ATTENTION, packed_attention)

@@ -69,7 +69,7 @@ def linear_nll(hidden: torch.Tensor, head: Head, targets: torch.Tensor, *, impl:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """What `linear_rows` is given and has no gradient. teacher: the arguments of `plain.head_logits`."""
+    """The arguments of `linear_rows` that have no gradient. teacher: the arguments of `plain.head_logits`."""
 
     function: Callable
     targets: torch.Tensor | None

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kunbr_fast.keywords import taken
 from kunbr_fast.memory import parse_bytes
 from kunbr_fast.planning.costs import Architecture
 from kunbr_fast.planning.lengths import Data
@@ -123,7 +124,7 @@ def plan(
 
     ValueError: input that does not fit, by file and cure; and where nothing fits, the least that does, and for what.
     """
-    setup, config = Setup(**setup), config or KUnBRConfig()
+    setup, config = taken(Setup, setup, "plan"), config or KUnBRConfig()
     memory = parse_bytes(memory, "gpu_memory", unit_needed=True)
     a, assumed = Architecture.load(model, setup.dtype)
     data = Data.load(forget, retain, _tokenizer(Path(model)) if forget else None, config)

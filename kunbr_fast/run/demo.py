@@ -137,7 +137,7 @@ def gradient_difference(
 # ---------------------------------------------------------------- the demo
 
 
-class _Demo:
+class Demo:
     def __init__(self, seed: int, reporter: Reporter):
         self.seed, self.reporter = seed, reporter
         self.config = dataclasses.replace(CONFIG, seed=seed)
@@ -229,7 +229,7 @@ def demo(
     out, threads = Path(out), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run = _Demo(seed, Reporter(progress, say))
+        run = Demo(seed, Reporter(progress, say))
         report = run.run()
     finally:
         torch.set_num_threads(threads)

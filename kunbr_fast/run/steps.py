@@ -29,6 +29,7 @@ from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.reinserted import reinserted
+from kunbr_fast.training.settings import BlockSettings, Execution, FullSettings
 from kunbr_fast.training.shared import SharedStep
 
 LOSSES = ("forget_loss", "retain_loss")
@@ -93,40 +94,37 @@ class Run:
 
     def full_training(self) -> FullTraining:
         config = self.config
-        return FullTraining(
-            self.decoder,
-            lr=config.warmup_lr,
-            optimizer=config.warmup_optimizer,
-            weight_decay=config.weight_decay,
-            gradient_checkpointing=config.gradient_checkpointing,
-            impl=config.impl,
-            criterion=config.criterion(warmup=True),
-            micro_batch_tokens=config.micro_batch_tokens,
-        )
+        settings = FullSettings(config.warmup_lr, config.warmup_optimizer, weight_decay=config.weight_decay)
+        criterion = config.criterion(warmup=True)
+        return FullTraining(self.decoder, criterion, settings=settings, execution=self.execution())
 
     def block_training(
         self, values: MutableMapping[str, torch.Tensor], block: range
     ) -> contextlib.AbstractContextManager[BlockTraining]:
         config = self.config
-        return reinserted(
-            self.decoder,
-            values,
-            block,
+        settings = BlockSettings(
             config.block_lr,
-            criterion=config.criterion(block),
             optimizer=config.optimizer,
             weight_decay=config.weight_decay,
             insertion=config.insertion,
             master_weights=config.master_weights,
-            gradient_checkpointing=config.gradient_checkpointing,
             mask=None if config.mask == "none" else self.mask(block),
-            cuda_graphs=config.cuda_graphs,
-            optimizer_device=config.optimizer_device,
-            micro_batch_tokens=config.micro_batch_tokens,
-            cover_precision=config.cover_precision,
-            activations=config.cache,
-            directory=self.work,
+        )
+        criterion = config.criterion(block)
+        return reinserted(
+            self.decoder, values, block, criterion=criterion, settings=settings, execution=self.execution()
+        )
+
+    def execution(self) -> Execution:
+        config = self.config
+        return Execution(
             impl=config.impl,
+            gradient_checkpointing=config.gradient_checkpointing,
+            cuda_graphs=config.cuda_graphs,
+            micro_batch_tokens=config.micro_batch_tokens,
+            optimizer_device=config.optimizer_device,
+            cover_precision=config.cover_precision,
+            place=Place(config.cache, self.work),
         )
 
     def mask(self, block: range) -> dict[str, torch.Tensor]:

@@ -26,7 +26,8 @@ def gradient_cosine(training: BlockTraining, step: StepBatch) -> float:
 
 def cache_error(training: BlockTraining, step: StepBatch, exact: torch.Tensor) -> dict[str, float]:
     """What a prefix cache in low precision makes of one batch: the relative error of its activations, and the cosine of
-    the block's gradient to the exact one. exact (T, D): the activations without rounding. Costs as `gradient_cosine`."""
+    the block's gradient to the exact one. exact (T, D): the activations without rounding. Costs what `gradient_cosine`
+    costs."""
     held = step.packed.hidden
     error = float((held.double() - exact.double()).norm() / exact.double().norm())
     truth = dataclasses.replace(step, packed=dataclasses.replace(step.packed, hidden=exact))

@@ -67,7 +67,7 @@ def _masks(
 
 
 class BlockTraining(Training):
-    """The active block inside the original model. Made by `reinserted`.
+    """Trains the active block inside the original model. Made by `reinserted`.
 
     values: the block's weights in the unlearned model, by name. cover: the cover in low precision, None where it is
     exact.
@@ -90,7 +90,7 @@ class BlockTraining(Training):
         self._check_values(values)
         masks = None if settings.mask is None else _masks(settings.mask, decoder, block, self.parameters)
         self._kept = {name: (p.data, p.grad) for name, p in self.parameters.items()}
-        self._away: dict[str, torch.Tensor] = {}  # of those whose storage is empty meanwhile, the values
+        self._away: dict[str, torch.Tensor] = {}  # values whose storage is freed meanwhile
         params, impl = list(self.parameters.values()), execution.impl
         try:
             with torch.no_grad():

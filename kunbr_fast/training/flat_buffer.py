@@ -78,16 +78,16 @@ def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class FlatBuffer:
-    """The active block's weights as one contiguous vector, which its parameters are views of.
+    """The active block's weights as one contiguous vector; its parameters are views of it.
 
-    One optimiser update is then one pass over one vector. Gradients accumulate in a second vector of which the
-    parameters' `.grad` are views. With half-precision weights `master=True` keeps an fp32 copy that the optimiser
-    updates: at a weight of 0.02 bf16 steps are 1.2e-4 wide, so smaller updates would be rounded away.
-    mask: for each parameter a bool tensor of its shape, or None for all True; weights where it is False keep their
-    bits, whatever the optimiser (weight decay too). Costs a byte a weight, and a copy of the weights that are kept.
-    optimizer_device: "host" keeps all that only the update needs (the weights that the optimiser updates, its state,
-    the mask) in main memory. A step copies the gradient there and the weights back, through pinned memory where the
-    model is on a GPU; weights and gradient are all that stays on the device. `state` is the same either way.
+    One optimiser update is then one pass over one vector. Gradients accumulate in a second vector; the parameters'
+    `.grad` are views of that. master: with half-precision weights, an fp32 copy that the optimiser updates: at a weight
+    of 0.02 bf16 steps are 1.2e-4 wide, so smaller updates would be rounded away.
+    mask: for each parameter a bool tensor of its shape, or None for all True. Weights where it is False keep their
+    bits, whatever the optimiser (weight decay too). Costs a byte a weight, and a copy of the kept weights.
+    optimizer_device: "host" keeps what only the update needs (the weights that the optimiser updates, its state, the
+    mask) in main memory. A step copies the gradient there and the weights back, through pinned memory where the model
+    is on a GPU. `state` is the same either way.
     """
 
     def __init__(

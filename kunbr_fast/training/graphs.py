@@ -1,9 +1,9 @@
-"""One step's forward and backward pass as a CUDA graph: launched as one, with no gap between kernels.
+"""A step's forward and backward pass as a CUDA graph: one launch, no gaps between kernels.
 
 A graph runs the same kernels on the same addresses each time, so what changes from step to step (tokens, index tensors,
-activations at the block's input, weights of the rows) is copied into buffers of a fixed size, a *bucket*. What fills
-a bucket up is inert: further tokens belong to no sample, further rows have weight 0, and both have a gradient of
-exactly 0. A bucket is made when no captured one fits with at most an eighth of it empty.
+activations at the block's input, weights of the rows) is copied into buffers of a fixed size, a *bucket*. The filling
+is inert: its tokens belong to no sample, its rows have weight 0, and both have a gradient of exactly 0. A new bucket is
+made when no captured one fits with at most an eighth of it empty.
 
 Only what is known before the pass goes in: the objective must be a weight for each row (`losses.RowWeights`). The
 update stays outside, since the host has to see first that loss and gradient are finite: one wait a step.
@@ -42,7 +42,7 @@ def round_up(n: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """Sizes that a captured step is for."""
+    """The sizes of a captured step."""
 
     samples: int
     tokens: int
@@ -139,9 +139,9 @@ def capture_cuda(function: Callable[[], Any], pool: Any) -> tuple[Callable[[], N
 class StepGraphs:
     """Runs `forward` and its backward on batches put into buckets; replays a graph where one can be captured.
 
-    forward(batch, rows) -> (loss, nll (R,)), whose backward adds to `gradient`, at a fixed address; a capture leaves
-    that as it was, which may be the sum of a step's earlier parts.
-    capture: as `capture_cuda`, or None: run each step anew, on the same buckets (the same bits as its graph).
+    forward(batch, rows) -> (loss, nll (R,)), whose backward adds to `gradient`, at a fixed address. A capture leaves
+    `gradient` as it was: it may hold a step's earlier micro-batches.
+    capture: as `capture_cuda`, or None: run each step launch by launch on the same buckets (the bits of its graph).
     """
 
     def __init__(

@@ -70,7 +70,7 @@ def test_machine_code():
                 assert "FFMA" in text and "HMMA" not in text, name
             if "hopper_kernel" in name:
                 products = [line for line in instructions if "HGMMA" in line]
-                assert len(products) == 8 and all("64x128x16.F32" in line for line in products)
+                assert len(products) == 2 * (4 + 3 + 2 + 1) and all("64x128x16.F32" in line for line in products)
                 assert all(".tnspA.tnspB" in line for line in products)  # both operands as they lie
                 assert "HMMA" not in text and "UTMALDG.2D" in text and "USETMAXREG" in text
                 assert "WARPGROUP.DEPBAR.LE gsb0, 0x1" in text  # a block's products run under the next one's

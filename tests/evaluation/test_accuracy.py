@@ -5,8 +5,9 @@ import random
 
 import pytest
 import torch
+from tiny_models import plain_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from kunbr_fast import data
 from kunbr_fast.evaluation import accuracy
@@ -88,19 +89,8 @@ def tokenizer(request):
 
 
 def make_model(vocab, seed=0, positions=256, dtype=torch.float64, std=0.25):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=positions,
-        initializer_range=std,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    settings = dict(max_position_embeddings=positions, initializer_range=std, tie_word_embeddings=False)
+    return plain_llama(vocab, seed=seed, **settings).to(dtype).eval()
 
 
 @torch.no_grad()

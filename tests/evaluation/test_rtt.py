@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
+from tiny_models import plain_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from kunbr_fast import data
 from kunbr_fast.evaluation import rtt
@@ -37,18 +38,8 @@ def tokenizer():
 
 
 def make_decoder(tokenizer, seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    return Decoder(LlamaForCausalLM(config))
+    settings = dict(max_position_embeddings=64, tie_word_embeddings=True)
+    return Decoder(plain_llama(len(tokenizer), seed=seed, **settings))
 
 
 def question(name, year):

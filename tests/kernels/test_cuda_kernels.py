@@ -92,7 +92,8 @@ def test_addresses_beyond_32_bits():
     x.copy_(torch.randn(6, 64, generator=torch.Generator().manual_seed(0)))
     _, dys, cu = density.batch([2, 4], 64, (16,), BF16)
     for variant in variants():
-        density.check(run(x, dys, cu, None, variant), x, dys, [2, 4], None)
+        out = run(x, dys, cu, None, variant)
+        density.check(out, x.contiguous(), dys, [2, 4], None)  # cuBLAS fails at such a stride
 
 
 def test_the_operator_takes_it_by_name():

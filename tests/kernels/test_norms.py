@@ -498,7 +498,9 @@ def test_autocast(impl, name, dtype):
         inside = run(functools.partial(ours, kind, impl), given, grads)
         theirs = run(lambda x, **t: module(x), given, grads, ("x",))
     assert inside["y"].dtype == theirs["y"].dtype and inside["dx"].dtype == theirs["dx"].dtype
-    assert all(torch.equal(inside[k], t.to(inside[k].dtype)) for k, t in outside.items())
+    for k, t in outside.items():  # a GPU's autocast makes LayerNorm's output fp32: the bits of the narrower dtype
+        narrow = min(t.dtype, inside[k].dtype, key=lambda dtype: dtype.itemsize)
+        assert torch.equal(inside[k].to(narrow), t.to(narrow)), k
 
 
 def test_layer_norm_under_autocast_on_cuda():
