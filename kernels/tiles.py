@@ -1,7 +1,7 @@
 """Tile shapes of the Triton kernels, by GPU generation and shape: one table, untuned defaults, a reason beside each.
 
-No GPU has run these kernels yet, so the reasons are counts (registers, shared memory, bytes and FLOPs), not timings;
-`python -m kunbr_fast.kernels.aot` prints the registers and shared memory that they were read from. With
+They were chosen before a GPU ran the kernels, so the reasons are counts (registers, shared memory, bytes and FLOPs),
+not timings (docs/results.md has an H200's); `python -m kunbr_fast.kernels.aot` prints what they were read from. With
 KUNBR_AUTOTUNE=1 in the environment the candidates are timed on the GPU at hand instead, once a shape and process.
 
 Counts for bf16 on sm_90 (a multiprocessor has 64 Ki registers and 227 KiB of shared memory, and does 4096 dense FLOPs
