@@ -305,7 +305,7 @@ def test_a_wrong_variant_of_ours_is_an_exit_status_beside_the_others_numbers(
         rows = [row for row in csv.DictReader(file) if "SwiGLU" in row["case"]]
     assert [row["variant"] for row in rows if row["ms"]] == ["torch", "eager"]
     assert cli.main([*QUICK, "--out", str(out), "--resume"]) == 0
-    assert "other" not in (out / "results.csv").read_text()
+    assert "from fp64" not in (out / "results.csv").read_text()
 
 
 def test_list_says_what_there_is_and_measures_nothing(tmp_path, capsys, monkeypatch):
