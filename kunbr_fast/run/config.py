@@ -178,7 +178,7 @@ class KUnBRConfig:
     )
     cuda_graphs: bool = setting(
         False,
-        "capture a block's steps as CUDA graphs (gradient difference and ga; no GPU has run it)",
+        "capture a block's steps as CUDA graphs (gradient difference and ga)",
         "none",
     )
     parallel: str = setting(
