@@ -21,7 +21,6 @@ import os
 from collections.abc import Callable, Hashable
 
 import torch
-from triton.testing import do_bench
 
 # Mean tokens of a sample up to which the "short" kernel is taken. It keeps the dy tile of a sample of up to 128 tokens
 # on the chip; in a batch with a higher mean few samples fit, and the "long" tiles are better for the others.
@@ -113,6 +112,8 @@ def choose(device: torch.device, kind: str, shape: Hashable, run: Callable[[Tile
         return candidates[0]
     key = (device, kind, shape)
     if key not in _tuned:
+        from triton.testing import do_bench  # the table serves where triton is missing too
+
         _tuned[key] = min(candidates, key=lambda tile: do_bench(lambda: run(tile), return_mode="median"))
     return _tuned[key]
 
