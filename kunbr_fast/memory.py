@@ -84,7 +84,8 @@ def in_halves(
     refusal: Callable[[int, str], OutOfMemory],
 ) -> Iterator[tuple[Sequence[T], object]]:
     """(batch, run(batch)) for each batch, in order. Where memory runs out the batch is done again in halves, and later
-    ones are cut to what fits. `run` must leave nothing behind when it fails. name, refusal: as in `MicroBatches`."""
+    ones are cut to what fits. `run` must leave nothing behind when it fails. name: of the pass, for the log.
+    refusal(tokens, said): makes the error for a single sample that does not fit."""
     queue, limit = collections.deque(batches), None
     while queue:
         batch = queue.popleft()

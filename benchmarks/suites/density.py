@@ -267,7 +267,7 @@ class Model(_PerSample):
                     with torch.no_grad():
                         embedded = decoder.embed(batch)
                     hidden = decoder.run(batch, Stretch(0, embedded.requires_grad_()))
-                    weight = losses.likelihood(batch, reduction="sum").weight
+                    weight = losses.likelihood(batch).weight
                     final = decoder.final(hidden[batch.rows])
                     del hidden
                     loss, _ = losses.linear_loss(final, decoder.head, batch.targets, weight, impl=impl)

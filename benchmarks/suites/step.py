@@ -205,7 +205,7 @@ class Ours:
 
     def _check(self):
         """That the step was what the variant's name says."""
-        if self.training.micro_batches.halvings:
+        if self.training.halvings:
             raise torch.OutOfMemoryError("the step did not fit whole: it went through in parts")
         graphs = self.training.graphs
         if graphs is not None and not graphs.captured:

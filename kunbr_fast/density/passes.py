@@ -293,7 +293,7 @@ def _tokens(samples: Sequence[Sample]) -> int:
 
 def _loss(decoder: Decoder, batch: PackedBatch, hidden: torch.Tensor, how: How) -> torch.Tensor:
     """The sum over samples of each one's mean NLL, from the last layer's output (T, D)."""
-    rows = losses.likelihood(batch, reduction="sum")
+    rows = losses.likelihood(batch)
     final = decoder.final(hidden[batch.rows])
     loss, _ = losses.linear_loss(final, decoder.head, batch.targets, rows.weight, impl=how.impl)
     return loss

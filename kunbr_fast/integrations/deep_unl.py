@@ -245,7 +245,7 @@ def _update(training: BlockTraining, loss: torch.Tensor) -> None:
     loss.backward()
     if not finite(loss, *training.gradients()):
         raise Diverged(training.where(), {"loss": float(loss.detach())})
-    training.apply()
+    training.update()
 
 
 # ---------------------------------------------------------------- weights

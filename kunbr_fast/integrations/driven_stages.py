@@ -246,7 +246,12 @@ class DrivenStages(Stages):
         if self._step is None:
             self._step = SharedStep(self.training)
         shares = Shares(*(len(samples) / len(all_) for samples, all_ in zip(mine, whole)))
-        return self._step.add(self.feed.batch(*mine, shares), self.driver.autocast())
+        batch = self.feed.batch(*mine, shares)
+        with self.driver.autocast():
+            part = self.training.loss(batch)
+        part = part.backward()
+        self._step.add(batch, part)
+        return part.loss
 
     def gather(self, step: int) -> None:
         """After the last micro-batch: sums the gradients over the ranks. Raises `Diverged`, with the weights as they

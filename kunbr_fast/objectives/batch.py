@@ -13,9 +13,7 @@ from kunbr_fast.objectives.original import OriginalValues, Parts
 @dataclasses.dataclass(frozen=True)
 class Shares:
     """A batch's fraction of the forget and of the retain samples of a step, or of the batch `within` that it is cut
-    from.
-
-    The batches of a step sum to the step's loss, b of B samples having b / B of the mean over all B:
+    from. The batches of a step sum to the step's loss:
 
         factor * (objective(forget) + retain_coeff * retain_scale * retain_term(retain))
     """
@@ -55,11 +53,10 @@ class StepBatch:
 
 @dataclasses.dataclass(frozen=True)
 class PartLoss:
-    """The loss of a `StepBatch`.
+    """The loss of a `StepBatch`: its part of the step's, a scalar, differentiable as a `Criterion` gives it.
 
-    loss: its part of the step's loss, a scalar, differentiable as a `Criterion` gives it. nll (R,): the labelled rows'
-    NLL, detached; None where no head ran. retain_term: of this batch alone, where the objective adapts to it, else
-    None.
+    nll (R,): the labelled rows', detached; None where no head ran. retain_term: of this batch alone, where the
+    objective adapts to it, else None.
     """
 
     loss: torch.Tensor

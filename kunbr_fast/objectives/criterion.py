@@ -1,8 +1,6 @@
-"""What a training minimises: an objective by name, with its options and its retain term, as the loss of a packed batch.
+"""What a training minimises: an objective with its retain term, as the loss of one packed batch of all samples.
 
-    loss = objective(rows) + retain_coeff * retain term
-
-Forget, alternate and retain samples go through the model as one packed batch.
+loss = objective(rows) + retain_coeff * retain term
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from kunbr_fast.objectives.rows import Rows
 
 
 class Criterion:
-    """An objective with its options and its retain term: what a training minimises.
+    """An objective with its options and its retain term.
 
         criterion = Criterion("npo", {"beta": 0.1}, retain_loss="kl")
         values = OriginalValues.of(decoder, {"forget": forget, "retain": retain}, criterion.needs)
@@ -77,8 +75,7 @@ class Criterion:
         """What the loss needs of the original model, as `OriginalValues.of` takes it; empty for most objectives."""
         needs: dict[str, list[str]] = {}
         if self.objective.original is not None:
-            parts = ["forget", "alternate"] if self.alternate else ["forget"]
-            needs[self.objective.original] = parts
+            needs[self.objective.original] = ["forget", "alternate"] if self.alternate else ["forget"]
         kind = f"layer.{self.layer}" if self.objective.states else RETAIN_LOSSES[self.retain_loss][1]
         if kind is not None:
             needs[kind] = [*needs.get(kind, []), "retain"]
@@ -87,29 +84,25 @@ class Criterion:
     def copy_of_head(self, head: Head) -> Head | None:
         """What a training that changes the head keeps of the original's, if the loss needs the original's logits."""
         if self.objective.original == "hidden" or self.retain_loss in ("kl", "kl_all"):
-            linear = copy.deepcopy(head.linear).requires_grad_(False)
-            return dataclasses.replace(head, linear=linear)
+            return dataclasses.replace(head, linear=copy.deepcopy(head.linear).requires_grad_(False))
         return None
 
-    def parts(self, packed: PackedBatch, num_forget: int) -> Parts:
-        """Which samples of a batch are which: forget, then (if the objective takes them) alternate, then retain."""
+    def step_batch(
+        self, packed: PackedBatch, num_forget: int, original: OriginalValues | None = None, shares: Shares = WHOLE
+    ) -> StepBatch:
+        """A packed batch, first `num_forget` forget samples, then (if the objective takes them) their alternates, then
+        retain samples."""
         alternate = num_forget if self.alternate else 0
         if packed.num_samples < num_forget + alternate:
             raise ValueError(
                 f"{self.objective.name}: a batch of {packed.num_samples} samples, {num_forget} of them to forget: "
                 "expected an alternate of each right after them"
             )
-        return Parts.of(num_forget, alternate, packed.num_samples - num_forget - alternate)
-
-    def step_batch(
-        self, packed: PackedBatch, num_forget: int, original: OriginalValues | None = None, shares: Shares = WHOLE
-    ) -> StepBatch:
-        """A packed batch whose first `num_forget` samples are to be forgotten, the others in the order of `parts`."""
-        return StepBatch(packed, self.parts(packed, num_forget), original, shares)
+        parts = Parts.of(num_forget, alternate, packed.num_samples - num_forget - alternate)
+        return StepBatch(packed, parts, original, shares)
 
     def pack(self, forget: Any, retain: Any = None, original: OriginalValues | None = None) -> StepBatch:
-        """Samples or padded batches as a step's batch, in main memory. The alternates come from forget
-        (`data.with_alternates`)."""
+        """Samples or padded batches as a step's batch, in main memory; alternates come from forget (`split`)."""
         samples, alternates = self.split(forget)
         retain = [] if retain is None else with_alternates(retain)[0]
         return self.step_batch(pack([*samples, *alternates, *retain]), len(samples), original)
@@ -122,8 +115,7 @@ class Criterion:
         if alternates is None:
             raise ValueError(
                 f"{self.objective.name} needs a second answer ({self.alternate}) to each forget sample: give "
-                "records, or "
-                'samples with an "alternate"'
+                'records, or samples with an "alternate"'
             )
         return samples, alternates
 

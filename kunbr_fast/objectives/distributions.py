@@ -1,7 +1,7 @@
-"""The head and a loss for each labelled row: what an objective that is no weighted sum of NLLs is made from.
+"""The head and a value of each labelled row: what an objective that is no weighted sum of NLLs is made from.
 
-`linear_nll` gives each row's negative log-likelihood, for functions of it; `linear_rows` any value of each row's whole
-distribution. Neither holds an (R, V) tensor, and neither waits for the device.
+`linear_nll` gives each row's negative log-likelihood; `linear_rows` a function of its whole distribution. Neither holds
+an (R, V) tensor, and neither waits for the device.
 
 With a frozen head the forward makes each row's own gradient, d value[r] / d hidden[r], and the backward scales it by
 what comes in: rows do not share a gradient, so this is exact. A trained head's gradient is a sum over rows, whose
@@ -13,7 +13,8 @@ Index letters: R labelled rows, D hidden size, V vocabulary; r rows of a chunk.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -54,50 +55,54 @@ def linear_nll(hidden: torch.Tensor, head: Head, targets: torch.Tensor, *, impl:
     """Each row's negative log-likelihood, (R,): `cross_entropy(head(hidden), targets, reduction="none")`.
 
     hidden (R, D) after the final norm; targets (R,) int64. fp32, fp64 for fp64 inputs; in nats. Differentiable, once,
-    in hidden and in the head's own weight and bias where these require grad. Any loss that is a function of these R
-    numbers costs with a frozen head what `linear_loss` costs; with a trained one the backward makes the logits
-    a second time. Without autograd no gradient is made.
-
-    Dtypes, autocast, impl, targets that are no row of the head, and errors: as `linear_loss`.
+    in hidden and in the head's own weight and bias where these require grad. Costs what `linear_loss` costs; a trained
+    head's backward makes the logits a second time. Dtypes, autocast, impl, targets that are no row of the head, and
+    errors: as `linear_loss`.
     """
     hidden, weight, bias = op.operands(hidden, head.linear.weight, head.linear.bias)
     return _LinearNLL.apply(hidden, weight, bias, targets, head.scale, head.softcap, impl)
 
 
-# ---------------------------------------------------------------- any value of a row's distribution
+# ---------------------------------------------------------------- a function of a row's distribution
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """The arguments of `linear_rows` that have no gradient. teacher: the arguments of `plain.head_logits`."""
+    """The arguments of `linear_rows` that have no gradient. teacher: the original's arguments of `head_logits`."""
 
     function: Callable
     targets: torch.Tensor | None
     teacher: tuple | None
-    extra: Sequence[torch.Tensor]
     scale: float
     softcap: float | None
 
-    def run(self, hidden, weight, bias, slopes=None, d_hidden=None, d_weight=None, d_bias=None) -> list[torch.Tensor]:
-        """The values, (R,) each. With slopes (R,) also the gradient of (slopes * values[0]).sum(): d_hidden is written,
-        d_weight and d_bias are added to, those that are not None."""
+    def run(self, hidden, weight, bias, slopes=None, d_hidden=None, d_weight=None, d_bias=None) -> torch.Tensor:
+        """The values (R,). With slopes (R,) also the gradient of (slopes * values).sum(): d_hidden is written, d_weight
+        and d_bias are added to, those that are not None."""
         rows = max(1, plain.LOGITS_CHUNK // len(weight))
-        chunks = [
-            self._chunk(slice(start, start + rows), hidden, weight, bias, slopes, d_hidden, d_weight, d_bias)
-            for start in range(0, max(1, len(hidden)), rows)  # one of no rows tells how many values there are
-        ]
-        return [torch.cat(parts) for parts in zip(*chunks)]
+        return torch.cat(
+            [
+                self._chunk(slice(start, start + rows), hidden, weight, bias, slopes, d_hidden, d_weight, d_bias)
+                for start in range(0, max(1, len(hidden)), rows)  # one of no rows tells the dtype
+            ]
+        )
 
-    def _chunk(self, part, hidden, weight, bias, slopes, d_hidden, d_weight, d_bias) -> list[torch.Tensor]:
+    def _chunk(self, part, hidden, weight, bias, slopes, d_hidden, d_weight, d_bias) -> torch.Tensor:
         x, differentiate = hidden[part], slopes is not None
         targets = None if self.targets is None else self.targets[part]
         z_original = None if self.teacher is None else plain.head_logits(self.teacher[0][part], *self.teacher[1:])
         z = plain.head_logits(x, weight, bias, self.scale, self.softcap).requires_grad_(differentiate)
         with torch.set_grad_enabled(differentiate):
-            values = self.function(z, targets, z_original, *(rows[part] for rows in self.extra))
-        values = self._checked(values, z)
+            values = self.function(z, targets, z_original)
+        if values.shape != z.shape[:1]:
+            raise ValueError(
+                f"function gave {tuple(values.shape)} for logits {tuple(z.shape)}: expected values ({len(z)},), "
+                "one a row"
+            )
         if differentiate:
-            (d,) = torch.autograd.grad(values[0], z, slopes[part].to(values[0].dtype))
+            if not values.requires_grad:
+                raise ValueError("function's value does not depend on the logits: it has no gradient")
+            (d,) = torch.autograd.grad(values, z, slopes[part].to(values.dtype))
             if self.softcap is not None:
                 d = d * (1 - (z.detach() / self.softcap) ** 2)
             if self.scale != 1.0:
@@ -109,18 +114,7 @@ class _Rows:
                 torch.addmm(d_weight, narrow.t().to(d_weight.dtype), x.to(d_weight.dtype), out=d_weight)
             if d_bias is not None:
                 d_bias += d.sum(0)
-        return [value.detach() for value in values]
-
-    def _checked(self, values, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        values = (values,) if isinstance(values, torch.Tensor) else tuple(values)
-        if not values or any(value.shape != z.shape[:1] for value in values):
-            shapes = ", ".join(str(tuple(value.shape)) for value in values) or "nothing"
-            raise ValueError(
-                f"function gave {shapes} for logits {tuple(z.shape)}: expected values ({len(z)},), one a row"
-            )
-        if z.requires_grad and not values[0].requires_grad:
-            raise ValueError("function's first value does not depend on the logits: it has no gradient")
-        return values
+        return values.detach()
 
 
 class _LinearRows(torch.autograd.Function):
@@ -133,12 +127,11 @@ class _LinearRows(torch.autograd.Function):
             unit, ones = torch.empty_like(hidden), hidden.new_ones(len(hidden))
         values = rows.run(hidden, weight, bias, ones, unit)
         ctx.save_for_backward(*((hidden, weight, bias) if ctx.trained else (unit,)))
-        ctx.mark_non_differentiable(*values[1:])
-        return tuple(values)
+        return values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, slopes, *_):
+    def backward(ctx, slopes):
         if not ctx.trained:
             (unit,) = ctx.saved_tensors
             return (unit * slopes[:, None]).to(unit.dtype), None, None, None
@@ -159,44 +152,25 @@ def linear_rows(
     function: Callable,
     targets: torch.Tensor | None = None,
     original: torch.Tensor | None = None,
-    extra: Sequence[torch.Tensor] = (),
-    *,
     original_head: Head | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """`function(head(hidden), targets, original_head(original).detach(), *extra)`, by chunks of rows.
+) -> torch.Tensor:
+    """`function(head(hidden), targets, original_head(original).detach())`, (R,), by chunks of rows.
 
-        kept, now = linear_rows(hidden, head, lambda z, t, z0: (kl(z, t, z0), nll(z, t)), targets, original)
-
-    function(z, targets, z_original, *extra) is given a chunk's logits z (r, V), after scale and softcap and in fp32
-    (fp64 for fp64 inputs), and its rows of the others, None where not given. It returns a tensor (r,) or several, a
-    row's value depending on that row alone; the functions below are such. Here they come back as a tuple of tensors
-    (R,). The first is differentiable, once, in hidden and in the head's own weight and bias where these require grad;
-    the others are reports, detached.
+    function(z, targets, z_original) is given a chunk's logits z (r, V), after scale and softcap and in fp32 (fp64 for
+    fp64 inputs), and its rows of the others, None where not given. It returns (r,) values, each of its row alone; see
+    the functions below. Differentiable, once, in hidden and in the head's own weight and bias where these require grad.
 
     hidden (R, D) after the final norm; targets (R,) int64; original (R, D'), the original model's hidden states at the
-    same places, a constant here; extra: tensors (R, ...).
+    same places, a constant. original_head: the original model's, by default `head`. A head that is trained is no longer
+    that: then give a copy from before its training, `copy.deepcopy(decoder.head)`.
 
-    original_head: the original model's, by default `head`. A head that is trained is no longer that: then give a copy
-    from before its training, `copy.deepcopy(decoder.head)`.
-
-    Plain torch on every device, and nothing waits for it. At most LOGITS_CHUNK elements
-    (kernels/linear_loss/reference.py) in a tensor that `function` sees. A trained head's backward calls `function` a
-    second time. Without autograd no gradient is made. Dtypes and autocast: as `linear_loss`. TypeError, ValueError for
-    arguments that do not fit.
+    Plain torch on every device. `function` sees at most LOGITS_CHUNK elements (kernels/linear_loss/reference.py) in a
+    tensor, and is called a second time in a trained head's backward. Dtypes and autocast: as `linear_loss`. TypeError,
+    ValueError for arguments that do not fit.
     """
     hidden, weight, bias = op.operands(hidden, head.linear.weight, head.linear.bias)
     op.check_head(hidden, weight, bias)
     op.check_rows(hidden, targets)
-    for number, tensor in enumerate(extra):
-        if tensor.shape[:1] != hidden.shape[:1] or tensor.device != hidden.device:
-            raise ValueError(
-                f"extra[{number}] is {tuple(tensor.shape)} on {tensor.device}: expected one for each of hidden's "
-                f"{len(hidden)} rows, on {hidden.device}"
-            )
-        if tensor.requires_grad:
-            raise ValueError(
-                f"extra[{number}] requires grad, but values are differentiable in hidden and the head: detach it"
-            )
     teacher = None
     if original is not None:
         if original_head is None and any(p.requires_grad for p in head.linear.parameters()):
@@ -214,21 +188,14 @@ def linear_rows(
                 f"hidden's {len(hidden)} rows and the head's {len(weight)} logits, on {hidden.device}"
             )
         teacher = (*teacher, source.scale, source.softcap)
-    rows = _Rows(function, targets, teacher, extra, head.scale, head.softcap)
-    return _LinearRows.apply(hidden, weight, bias, rows)
+    return _LinearRows.apply(hidden, weight, bias, _Rows(function, targets, teacher, head.scale, head.softcap))
 
 
 # ---------------------------------------------------------------- row functions
 #
 # Logits z (r, V), targets (r,), the original model's logits z_original (r, V) -> values (r,). In formulas
-# p = softmax(z), and sums and maxima run over the tokens v. Each serves `linear_rows` as it is, its keyword set by
-# functools.partial.
-# Logits of -inf, tokens that a head forbids, count as p(v) = 0 and have no gradient; z - mean(z) has no value there.
-
-
-def nll(z: torch.Tensor, targets: torch.Tensor, z_original: torch.Tensor | None = None) -> torch.Tensor:
-    """-log p(target). No target is ignored, unlike in F.cross_entropy, to which -100 is none."""
-    return torch.logsumexp(z, 1) - _pick(z, targets)
+# p = softmax(z), and sums and maxima run over the tokens v. Keywords are set by functools.partial. Logits of -inf,
+# tokens that a head forbids, count as p(v) = 0 and have no gradient; z - mean(z) has no value there.
 
 
 def kl(z: torch.Tensor, targets: torch.Tensor | None, z_original: torch.Tensor) -> torch.Tensor:
@@ -247,37 +214,30 @@ def undial(z: torch.Tensor, targets: torch.Tensor, z_original: torch.Tensor, *, 
     return _cross_entropy(z, lowered.softmax(1))
 
 
-def ceu(z: torch.Tensor, targets: torch.Tensor, z_original: torch.Tensor | None = None) -> torch.Tensor:
-    """CE-U (arXiv 2503.01224): -sum q(v) * log p(v), q = softmax(z with -inf at the target), a constant.
-
-    The paper leaves the first token of an answer out (a footnote of its settings): that is for the caller to do.
-    """
+def ceu(z: torch.Tensor, targets: torch.Tensor, *_: Any) -> torch.Tensor:
+    """CE-U (arXiv 2503.01224): -sum q(v) * log p(v), q = softmax(z with -inf at the target), a constant."""
     return _cross_entropy(z, z.detach().scatter(1, targets[:, None], -torch.inf).softmax(1))
 
 
-def margin_flattening(
-    z: torch.Tensor, targets: torch.Tensor | None = None, z_original: torch.Tensor | None = None
-) -> torch.Tensor:
+def margin_flattening(z: torch.Tensor, *_: Any) -> torch.Tensor:
     """PDU's forget loss (arXiv 2506.05314): (max z - mean z)^2. Of equal maxima the first has the gradient."""
     return (z.max(1).values - z.mean(1)).square()
 
 
-def inverted_hinge(z: torch.Tensor, targets: torch.Tensor, z_original: torch.Tensor | None = None) -> torch.Tensor:
+def inverted_hinge(z: torch.Tensor, targets: torch.Tensor, *_: Any) -> torch.Tensor:
     """LoKU's forget loss (arXiv 2408.06621): 1 + p(target) - max of p(v), v != target. Of equal maxima the first has
     the gradient."""
     p = z.softmax(1)
     return 1 + _pick(p, targets) - p.scatter(1, targets[:, None], -1.0).max(1).values
 
 
-def negative_entropy(
-    z: torch.Tensor, targets: torch.Tensor | None = None, z_original: torch.Tensor | None = None
-) -> torch.Tensor:
+def negative_entropy(z: torch.Tensor, *_: Any) -> torch.Tensor:
     """sum p(v) * log p(v), the maximum-entropy loss (TAR, arXiv 2408.00761)."""
     log_p = z.log_softmax(1)
     return (log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(1)
 
 
-def logit_margin(z: torch.Tensor, targets: torch.Tensor, z_original: torch.Tensor | None = None) -> torch.Tensor:
+def logit_margin(z: torch.Tensor, targets: torch.Tensor, *_: Any) -> torch.Tensor:
     """MUDMAN's forget loss (arXiv 2506.12484): max(0, z(target) - mean z)."""
     return (_pick(z, targets) - z.mean(1)).clamp(min=0)
 

@@ -1,12 +1,6 @@
-"""Gradient difference, as one weight per labelled row on one fused linear loss. Other objectives: `objectives`.
+"""Losses that are a weighted sum of the labelled rows' NLL (negative log-likelihood, in nats), and a step's metrics.
 
-A sample's loss is the mean negative log-likelihood (NLL, in nats) over its labelled tokens; a batch's loss is the
-mean over its samples. Gradient difference (arXiv 2203.12817; the warm-up and re-insertion objective of KUnBR) is
-
-    -L_forget + retain_coeff * L_retain
-
-so a row of a forget sample weighs -1 / (B_forget * rows of that sample), a row of a retain sample
-retain_coeff / (B_retain * rows of that sample), and forget and retain go through the model as one packed batch.
+A sample's loss is the mean NLL over its labelled tokens; a batch's loss is the mean over its samples.
 """
 
 from __future__ import annotations
@@ -18,7 +12,7 @@ import torch
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.kernels.linear_loss import op
 from kunbr_fast.kernels.linear_loss.op import Logits
-from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Decoder, Head, Stretch
+from kunbr_fast.model.decoder import Decoder, Head, Stretch
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 
 
@@ -41,7 +35,7 @@ class RowWeights:
     """What one step optimises: loss = sum over rows of weight * min(nll, cap)."""
 
     weight: torch.Tensor  # (R,)
-    cap: torch.Tensor | None  # (R,), infinite where a row is not capped
+    cap: torch.Tensor | None = None  # (R,), infinite where a row is not capped
 
 
 def check_labelled(batch: PackedBatch) -> None:
@@ -54,12 +48,7 @@ def check_labelled(batch: PackedBatch) -> None:
 
 
 def weighted_pass(
-    decoder: Decoder,
-    batch: PackedBatch,
-    rows: RowWeights,
-    stretch: Stretch = FROM_EMBEDDINGS,
-    *,
-    impl: str = "auto",
+    decoder: Decoder, batch: PackedBatch, rows: RowWeights, stretch: Stretch, impl: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear_loss` of a packed batch through the layers of a stretch."""
     final = decoder.final(decoder.run(batch, stretch, rows=True))
@@ -71,28 +60,27 @@ def _per_sample_mean(batch: PackedBatch, sample_weight: torch.Tensor) -> torch.T
     return (sample_weight / batch.rows_per_sample)[batch.row_sample]
 
 
-def likelihood(batch: PackedBatch, reduction: str = "mean") -> RowWeights:
-    """Minimise the mean (or, with reduction="sum", the sum) over samples of each sample's mean NLL.
-
-    ValueError, here and below, for a sample without a labelled token, which has no mean.
-    """
-    ones = torch.ones(batch.num_samples, dtype=torch.float64, device=batch.input_ids.device)
-    return RowWeights(_per_sample_mean(batch, ones / batch.num_samples if reduction == "mean" else ones), None)
+def likelihood(batch: PackedBatch) -> RowWeights:
+    """Minimise the sum over samples of each sample's mean NLL."""
+    ones = torch.ones(batch.num_samples, dtype=torch.float64, device=batch.device)
+    return RowWeights(_per_sample_mean(batch, ones))
 
 
 def gradient_difference(
     batch: PackedBatch, num_forget: int, retain_coeff: float, forget_loss_cap: float | None = None
 ) -> RowWeights:
-    """Minimise -L_forget + retain_coeff * L_retain, where the batch's first `num_forget` samples are to be forgotten.
+    """Minimise -L_forget + retain_coeff * L_retain (arXiv 2203.12817), where the batch's first `num_forget` samples are
+    to be forgotten.
 
-    forget_loss_cap: a forget token whose NLL is beyond it gets no further push (off, as published, where None).
+    A row of a forget sample weighs -1 / (B_forget * rows of that sample), one of a retain sample retain_coeff /
+    (B_retain * rows of that sample). forget_loss_cap: a forget token whose NLL is beyond it gets no further push.
     """
     num_retain, kind = batch.num_samples - num_forget, dict(dtype=torch.float64, device=batch.device)
     forget = torch.full((num_forget,), -1.0 / max(num_forget, 1), **kind)
     retain = torch.full((num_retain,), retain_coeff / max(num_retain, 1), **kind)
     weight = _per_sample_mean(batch, torch.cat([forget, retain]))
     if forget_loss_cap is None:
-        return RowWeights(weight, None)
+        return RowWeights(weight)
     infinite = torch.full_like(weight, float("inf"))
     return RowWeights(weight, torch.where(batch.row_sample < num_forget, forget_loss_cap, infinite))
 

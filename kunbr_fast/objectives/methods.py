@@ -6,13 +6,11 @@
         ratio = forget.sum(forget.original_nll - forget.nll)          # log pi - log pi_reference, (samples,)
         return -2 / beta * F.logsigmoid(-beta * ratio).mean()
 
-is all there is to one: its name, what it needs, its options with their defaults. It sees the batch as `rows.Rows`; a
+is a whole one: its name, what it needs, its options with their defaults. It sees the batch as `rows.Rows`; a
 `criterion.Criterion` makes the loss of it, with a retain term from RETAIN_LOSSES.
 
-Reductions. House rule: a sample's loss is the mean over its labelled tokens, a batch's the mean over its samples. Where
-a method is defined otherwise (NPO sums over the tokens) its docstring says so. OpenUnlearning (github
-locuslab/open-unlearning) often averages over all labelled tokens of a batch instead, which weighs long samples more;
-where its class does something else beyond that, the docstring says so.
+"House mean": over a sample's labelled tokens, then over samples. OpenUnlearning (github locuslab/open-unlearning) often
+averages over all labelled tokens of a batch instead, which weighs long samples more; docstrings name other differences.
 """
 
 from __future__ import annotations
@@ -41,12 +39,12 @@ AboveZero = Annotated[float, "above 0"]
 class Objective:
     """An objective's function and what it needs.
 
-    options: the function's keyword arguments and their defaults. original: what it needs of the original model for the
-    forget samples (and their alternates): "nll" or "hidden". alternate: which second answer it needs, one of
-    data.ALTERNATES. retain: whether it has a retain term. weighted: with retain_loss="nll" it is a sum of NLLs whose
-    weights are known beforehand (`losses.gradient_difference`). states: it is a function of the output of layer
-    options["layer"], and nothing above that layer runs; its retain term is its own. update(retain_coeff, retain_term,
-    **options) -> retain_coeff of the next step.
+    options: the function's keywords and their defaults. original: what it needs of the original model for the forget
+    samples (and their alternates): "nll" or "hidden". alternate: which second answer it needs, one of data.ALTERNATES.
+    retain: whether it has a retain term. weighted: with retain_loss="nll" it is a sum of NLLs whose weights are known
+    beforehand (`losses.gradient_difference`). states: it is a function of the output of layer options["layer"], above
+    which nothing runs; its retain term is its own. update(retain_coeff, retain_term, **options) -> the next step's
+    retain_coeff.
     """
 
     name: str
@@ -116,10 +114,8 @@ def _number(what: str, value: Any, hint: Any) -> Any:
 
 @objective(retain=False, weighted=True)
 def ga(rows: Rows, *, forget_loss_cap: float | None = None) -> torch.Tensor:
-    """Gradient ascent: -mean NLL of the forget samples, and nothing else (retain samples are measured only).
-
-    A token whose NLL is beyond forget_loss_cap gets no further push. arXiv 2210.01504; OpenUnlearning GradAscent.
-    """
+    """Gradient ascent: -mean NLL of the forget samples; retain samples are measured only. A token whose NLL is beyond
+    forget_loss_cap gets no further push. arXiv 2210.01504; OpenUnlearning GradAscent."""
     nll = rows.forget.nll if forget_loss_cap is None else rows.forget.nll.clamp(max=forget_loss_cap)
     return -rows.forget.mean(nll).mean()
 
@@ -132,10 +128,8 @@ def gradient_difference(rows: Rows, *, forget_loss_cap: float | None = None) -> 
 
 @objective(original="nll")
 def npo(rows: Rows, *, beta: AboveZero = 0.1) -> torch.Tensor:
-    """Negative preference optimisation: mean over samples of -2/beta log sigmoid(-beta (log pi - log pi_ref)).
-
-    log pi is the sum over the sample's labelled tokens, not their mean. arXiv 2404.05868; OpenUnlearning NPO.
-    """
+    """Negative preference optimisation: mean over samples of -2/beta log sigmoid(-beta (log pi - log pi_ref)), where
+    log pi is a sum over the sample's labelled tokens. arXiv 2404.05868; OpenUnlearning NPO."""
     ratio = rows.forget.sum(rows.forget.original_nll - rows.forget.nll)
     return -2 / beta * F.logsigmoid(-beta * ratio).mean()
 
@@ -152,9 +146,7 @@ def npo_token(rows: Rows, *, beta: AboveZero = 0.1) -> torch.Tensor:
 def dpo(rows: Rows, *, beta: AboveZero = 0.1) -> torch.Tensor:
     """Direct preference optimisation, the alternate preferred to the forget answer: mean over samples of
     -2/beta log sigmoid(beta (log pi/pi_ref of the alternate - log pi/pi_ref of the answer)), sums over labelled tokens.
-
-    arXiv 2305.18290, with the factor 2/beta of NPO; OpenUnlearning DPO (QAwithAlternateDataset).
-    """
+    arXiv 2305.18290, with the factor 2/beta of NPO; OpenUnlearning DPO (QAwithAlternateDataset)."""
     wins = rows.alternate.sum(rows.alternate.original_nll - rows.alternate.nll)
     loses = rows.forget.sum(rows.forget.original_nll - rows.forget.nll)
     return -2 / beta * F.logsigmoid(beta * (wins - loses)).mean()
@@ -169,10 +161,8 @@ def idk_dpo(rows: Rows, *, beta: AboveZero = 0.1) -> torch.Tensor:
 
 @objective()
 def simnpo(rows: Rows, *, beta: AboveZero = 4.5, delta: float = 0.0) -> torch.Tensor:
-    """NPO without a reference, by mean NLL: mean over samples of -2/beta log sigmoid(beta (mean NLL - delta)).
-
-    The paper's gamma is beta * delta. arXiv 2410.07163; OpenUnlearning SimNPO.
-    """
+    """NPO without a reference, by mean NLL: mean over samples of -2/beta log sigmoid(beta (mean NLL - delta)). The
+    paper's gamma is beta * delta. arXiv 2410.07163; OpenUnlearning SimNPO."""
     nll = rows.forget.mean(rows.forget.nll)
     return -2 / beta * F.logsigmoid(beta * (nll - delta)).mean()
 
@@ -196,10 +186,8 @@ def satimp(rows: Rows, *, beta1: float = 5.0, beta2: float = 1.0) -> torch.Tenso
 
 @objective(alternate="wrong")
 def ria(rows: Rows) -> torch.Tensor:
-    """Random incorrect answer: house mean NLL of a wrong answer to each forget question. arXiv 2410.08827.
-
-    The forget samples run too, for the forget_loss that is reported; they have no part in the loss.
-    """
+    """Random incorrect answer: house mean NLL of a wrong answer to each forget question. arXiv 2410.08827. The forget
+    samples run for the reported forget_loss only."""
     return rows.alternate.mean(rows.alternate.nll).mean()
 
 
@@ -207,10 +195,10 @@ def _flat(
     rows: Rows, g: Callable[[torch.Tensor], torch.Tensor], conjugate: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """FLAT: mean over samples of f*(g(P_forget)) - g(P_alternate), where P is the mean probability of a sample's
-    labelled tokens, g the optimal variational function of an f-divergence, and `conjugate` is f*(g(.)).
+    labelled tokens, g the optimal variational function of an f-divergence, and `conjugate` is f*(g(.)). It maximises
+    the f-divergence between a template answer (the alternate) and the forget answer.
 
-    Minimising it maximises the f-divergence between a template answer (the alternate) and the forget answer.
-    arXiv 2410.11143, whose method has no retain term: retain_coeff=0 is it.
+    The paper's method has no retain term: retain_coeff=0 is it.
     """
     good = rows.alternate.mean((-rows.alternate.nll).exp())
     bad = rows.forget.mean((-rows.forget.nll).exp())
@@ -219,26 +207,26 @@ def _flat(
 
 @objective(alternate="refusal")
 def flat_kl(rows: Rows) -> torch.Tensor:
-    """FLAT by the KL divergence: g(P) = P, f*(u) = exp(u - 1). arXiv 2410.11143; reduction: see `_flat`."""
+    """`_flat` by the KL divergence: g(P) = P, f*(u) = exp(u - 1). arXiv 2410.11143."""
     return _flat(rows, lambda p: p, lambda p: (p - 1).exp())
 
 
 @objective(alternate="refusal")
 def flat_tv(rows: Rows) -> torch.Tensor:
-    """FLAT by total variation: g(P) = tanh(P) / 2, f*(u) = u. arXiv 2410.11143; reduction: see `_flat`."""
+    """`_flat` by total variation: g(P) = tanh(P) / 2, f*(u) = u. arXiv 2410.11143."""
     return _flat(rows, lambda p: p.tanh() / 2, lambda p: p.tanh() / 2)
 
 
 @objective(alternate="refusal")
 def flat_js(rows: Rows) -> torch.Tensor:
-    """FLAT by the Jensen-Shannon divergence: g(P) = log 2 - log(1 + exp(-P)), f*(u) = -log(2 - exp(u)).
-    arXiv 2410.11143; reduction: see `_flat`."""
+    """`_flat` by the Jensen-Shannon divergence: g(P) = log 2 - log(1 + exp(-P)), f*(u) = -log(2 - exp(u)).
+    arXiv 2410.11143."""
     return _flat(rows, lambda p: math.log(2) - F.softplus(-p), lambda p: p + F.softplus(-p) - math.log(2))
 
 
 @objective(alternate="refusal")
 def flat_pearson(rows: Rows) -> torch.Tensor:
-    """FLAT by the Pearson divergence: g(P) = P, f*(u) = u^2 / 4 + u. arXiv 2410.11143; reduction: see `_flat`."""
+    """`_flat` by the Pearson divergence: g(P) = P, f*(u) = u^2 / 4 + u. arXiv 2410.11143."""
     return _flat(rows, lambda p: p, lambda p: p**2 / 4 + p)
 
 
@@ -256,11 +244,8 @@ def undial(rows: Rows, *, beta: float = 10.0) -> torch.Tensor:
 @objective()
 def ceu(rows: Rows, *, skip_first: int = 1) -> torch.Tensor:
     """Cross entropy unlearning: house mean of the cross entropy with the model's own distribution, the label taken out
-    of it (its logit at -infinity, without gradient).
-
-    A sample's first `skip_first` labelled tokens are left out of the mean, but never its last one.
-    arXiv 2503.01224; OpenUnlearning CEU (ignore_first_n_answer_tokens).
-    """
+    of it. A sample's first `skip_first` labelled tokens are left out of the mean, but never its last one.
+    arXiv 2503.01224; OpenUnlearning CEU (ignore_first_n_answer_tokens)."""
     forget = rows.forget
     counts = (forget.place >= skip_first) | (forget.place == forget.count - 1)
     value = torch.where(counts, forget.each(linear_rows.ceu), 0)
@@ -293,8 +278,8 @@ def _dual_update(retain_coeff: float, retain_term: float, *, retain_loss_eps: fl
 def pdu(rows: Rows, *, retain_loss_eps: float = 0.0, dual_step_size: float = 1.0) -> torch.Tensor:
     """Primal-dual unlearning: flatten the forget samples' logits subject to retain term <= retain_loss_eps.
 
-    The Lagrangian: house mean of (largest logit - mean logit)^2, plus lambda * (retain term - retain_loss_eps).
-    lambda begins at retain_coeff (anew at each block) and after every step becomes
+    House mean of (largest logit - mean logit)^2, plus lambda * (retain term - retain_loss_eps). lambda begins at
+    retain_coeff (anew at each block) and after every step becomes
     max(0, lambda + dual_step_size * (that step's retain term - retain_loss_eps)).
     arXiv 2506.05314; OpenUnlearning PDU with primal_dual, dual_update_upon="step" and no dual warm-up (its forget loss
     is taken at the positions that hold a label, not at those that predict one).
@@ -311,10 +296,9 @@ def rmu(rows: Rows, *, layer: int | None = None, steering_coeff: float = 6.5, se
     """Representation misdirection: mean squared error of layer `layer`'s output to steering_coeff * u, where u is a
     fixed random direction of length 1 (entries uniform in [0, 1), from `seed`).
 
-    Its retain term is the mean squared error of the retain samples' states to the original's. Both: mean over the D
-    entries, over all tokens of a sample, over samples. Nothing above the layer runs, so there is no NLL to report.
-    layer: a block's last one where none is given. arXiv 2403.03218; OpenUnlearning RMU with EMBED_DIFF (at labelled
-    tokens only).
+    Mean over the D entries, over all tokens of a sample, over samples; so is its retain term, see `retain_states`.
+    layer: a block's last one where none is given. Nothing above it runs, so there is no NLL to report.
+    arXiv 2403.03218; OpenUnlearning RMU with EMBED_DIFF (at labelled tokens only).
     """
     states = rows.forget.states
     generator = torch.Generator().manual_seed(seed)
@@ -347,7 +331,7 @@ def _retain_hidden(rows: Rows) -> torch.Tensor:
 
 
 def retain_states(rows: Rows) -> torch.Tensor:
-    """Of objectives with `states`: mean squared error of the layer's output, over all tokens."""
+    """Of objectives with `states`: mean squared error of the layer's output to the original's."""
     return rows.retain.token_mean((rows.retain.states - rows.retain.original_states).square().mean(1)).mean()
 
 

@@ -1,8 +1,5 @@
-"""What an objective needs of the original model, computed once and kept, so that no second model is held.
-
-`OriginalValues` hold each sample's NLL or hidden states (the head is applied to them later, chunk by chunk). They are
-computed for a whole data set (`OriginalValues.of`), or for each batch with the block's original weights put back
-(`measure`; a `BlockTraining` does that when it is given none).
+"""What an objective needs of the original model, computed once and kept, so that no second model is held: for a whole
+data set (`OriginalValues.of`), or for a batch (`measure`).
 """
 
 from __future__ import annotations
@@ -26,8 +23,7 @@ Needs = dict[str, tuple[str, ...]]  # for each kind of value, the PARTS that nee
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Which samples of a packed batch are which: forget samples, then an alternate of each (or none), then retain
-    samples."""
+    """Which samples of a packed batch are which: forget, then an alternate of each (or none), then retain."""
 
     forget: range
     alternate: range
@@ -106,7 +102,7 @@ class OriginalValues:
         return OriginalValues({kind: [tensors[i] for i in indices] for kind, tensors in self.values.items()})
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All of it as flat tensors, for a file; `from_tensors` reads them."""
+        """As flat tensors, for a file."""
         flat = {}
         for kind, tensors in self.values.items():
             flat[kind] = torch.cat([t for t in tensors if t is not None])

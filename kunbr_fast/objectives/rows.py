@@ -94,22 +94,17 @@ class Part:
         return _wide(self._original(f"layer.{self._rows.layer}", self._tokens))
 
     def each(self, function: Callable[..., Any], original: bool = False) -> torch.Tensor:
-        """(r,) `function` of each row's whole distribution (a row function of `linear_rows`), differentiable; with
-        `original` it sees the original's logits too."""
+        """(r,) `function` of each row's distribution, see `linear_rows`, differentiable; with `original` it sees the
+        original's logits too."""
         rows, other = self._rows, self._original("hidden", self._at) if original else None
-        return self._distributions(function, rows.hidden[self._at], rows.packed.targets[self._at], other)
+        hidden, targets = rows.hidden[self._at], rows.packed.targets[self._at]
+        return linear_rows.linear_rows(hidden, rows.head, function, targets, other, rows.original_head)
 
     def each_token(self, function: Callable[..., Any]) -> torch.Tensor:
         """(t,) `function` of the distribution at every token, and of the original's there."""
-        other = self._original("hidden_all", self._tokens)
-        return self._distributions(function, self._rows.hidden_all[self._tokens], None, other)
-
-    def _distributions(self, function, hidden, targets, original) -> torch.Tensor:
-        rows = self._rows
-        (value,) = linear_rows.linear_rows(
-            hidden, rows.head, function, targets, original, original_head=rows.original_head
-        )
-        return value
+        rows, other = self._rows, self._original("hidden_all", self._tokens)
+        hidden = rows.hidden_all[self._tokens]
+        return linear_rows.linear_rows(hidden, rows.head, function, None, other, rows.original_head)
 
     def _original(self, kind: str, entries: slice) -> torch.Tensor:
         original = self._rows.step.original
@@ -121,8 +116,8 @@ class Part:
         if len(found) != entries.stop - entries.start:
             raise ValueError(
                 f"the original values have {len(found)} rows of {kind} for samples that have "
-                f"{entries.stop - entries.start}: "
-                "give those of this batch's samples, in its order (OriginalValues.batch)"
+                f"{entries.stop - entries.start}: give those of this batch's samples, in its order "
+                "(OriginalValues.batch)"
             )
         return found.to(self._rows.packed.labels.device, non_blocking=True)
 
@@ -133,8 +128,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass
 class Rows:
-    """A packed batch as an objective sees it: `forget`, `alternate` (a second answer to each forget prompt, in the same
-    order) and `retain`, each a `Part`."""
+    """A packed batch as an objective sees it: `forget`, `alternate` and `retain`, each a `Part`."""
 
     step: StepBatch
     head: Head

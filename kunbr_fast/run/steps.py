@@ -155,14 +155,14 @@ class Run:
             first, tensors, extra = found[0], found[1], copy.deepcopy(found[2])
             training.load_state(tensors, first)
             # what memory allowed before: other micro-batches would have other bits
-            limits = (extra.pop("micro_batch_tokens", None), training.micro_batches.tokens)
-            training.micro_batches.tokens = min((n for n in limits if n is not None), default=None)
+            limits = (extra.pop("micro_batch_tokens", None), training.micro_batch_tokens)
+            training.micro_batch_tokens = min((n for n in limits if n is not None), default=None)
             took.before = extra.pop("seconds")
             account = extra
         every = self.config.checkpoint_every or schedule.steps_per_epoch
 
         def save(done: int) -> None:
-            also = {"seconds": took.seconds, "micro_batch_tokens": training.micro_batches.tokens}
+            also = {"seconds": took.seconds, "micro_batch_tokens": training.micro_batch_tokens}
             self.state.save_progress(stage, done, training.state(), {**account, **also})
 
         title = "warm-up" if stage.block is None else f"layers {layers(stage.block)}"
@@ -192,7 +192,8 @@ class Run:
         step = SharedStep(training)
         if feed.samples.places(training.criterion, *mine):
             shares = Shares(*(len(part) / len(whole) for part, whole in zip(mine, (forget, retain))))
-            step.add_all(feed.batch(*mine, shares))
+            batch = feed.batch(*mine, shares)
+            step.add(batch, training.accumulate(batch))
         try:
             metrics = step.gather(feed.team, f"step {training.steps}")
         except Diverged:

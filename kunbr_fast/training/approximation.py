@@ -18,10 +18,13 @@ def gradient_cosine(training: BlockTraining, step: StepBatch) -> float:
     """
     if training.cover is None:
         return 1.0
-    with training.without_graphs():  # what they captured runs on one kind of weights
+    graphs, training.graphs = training.graphs, None  # what they captured runs on one kind of weights
+    try:
         with training.cover.exact():
             exact = _gradient(training, step)
         return cosine(_gradient(training, step), exact)
+    finally:
+        training.graphs = graphs
 
 
 def cache_error(training: BlockTraining, step: StepBatch, exact: torch.Tensor) -> dict[str, float]:

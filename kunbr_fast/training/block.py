@@ -1,7 +1,5 @@
-"""Re-insertion: a block of the unlearned model, put into the original one, trained there alone, and moved back.
-
-Cover layers (all the others) are the original model's and frozen, so no layer that unlearning has changed stands
-between the loss and the block. Memory: the original model, plus the block's weights, gradients and optimiser state.
+"""The training of a re-inserted block. Cover layers (all the others) are the original model's and frozen, so no layer
+that unlearning has changed stands between the loss and the block.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import torch
 from torch import nn
 
 from kunbr_fast.data import PackedBatch
-from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes
+from kunbr_fast.memory import gibibytes
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.low_precision import Cover
@@ -23,7 +21,7 @@ from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.losses import RowWeights, weighted_pass
 from kunbr_fast.objectives.original import measure
-from kunbr_fast.training.flat_buffer import FlatBuffer, make_optimizer, warn_if_updates_vanish
+from kunbr_fast.training.flat_buffer import FlatBuffer
 from kunbr_fast.training.graphs import Capture, StepGraphs, capture_cuda
 from kunbr_fast.training.settings import BlockSettings, Execution
 from kunbr_fast.training.training import Training
@@ -45,8 +43,7 @@ def block_tensors(decoder: Decoder, block: range) -> dict[str, nn.Parameter]:
 def _masks(
     mask: Mapping[str, torch.Tensor], decoder: Decoder, block: range, parameters: Mapping[str, nn.Parameter]
 ) -> list[torch.Tensor | None]:
-    """Each of the block's parameters' mask, None where it has none; names of other parameters of the model are left
-    out."""
+    """The mask of each of the block's parameters, None where it has none."""
     known = {name for name, _ in decoder.model.named_parameters(remove_duplicate=False)}
     for name, part in mask.items():
         if name not in known:
@@ -66,18 +63,33 @@ def _masks(
     return masks
 
 
+def _values(unlearned: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter]) -> list[torch.Tensor]:
+    """The block's weights in the unlearned model, checked."""
+    missing = [name for name in parameters if name not in unlearned]
+    if missing:
+        raise ValueError(f"the unlearned model has no {missing[0]}: it is not of the original's architecture")
+    values = [unlearned[name] for name in parameters]
+    for (name, parameter), value in zip(parameters.items(), values):
+        if value.shape != parameter.shape:
+            raise ValueError(
+                f"{name}: {tuple(value.shape)} in the unlearned model, {tuple(parameter.shape)} in the original"
+            )
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{name}: the unlearned model holds NaN or infinite values here; its training diverged")
+    return values
+
+
 class BlockTraining(Training):
     """Trains the active block inside the original model. Made by `reinserted`.
 
-    values: the block's weights in the unlearned model, by name. cover: the cover in low precision, None where it is
-    exact.
+    unlearned: holds the block's weights in M_u, by name. cover: the cover in low precision, None where it is exact.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         block: range,
-        values: Mapping[str, torch.Tensor],
+        unlearned: Mapping[str, torch.Tensor],
         criterion: Criterion,
         settings: BlockSettings,
         execution: Execution,
@@ -87,22 +99,20 @@ class BlockTraining(Training):
         self.block, self.cover = block, cover
         self.graphs: StepGraphs | None = None
         self.parameters = block_tensors(decoder, block)
-        self._check_values(values)
+        values = _values(unlearned, self.parameters)  # what comes from a file is in memory for a moment only
         masks = None if settings.mask is None else _masks(settings.mask, decoder, block, self.parameters)
         self._kept = {name: (p.data, p.grad) for name, p in self.parameters.items()}
         self._away: dict[str, torch.Tensor] = {}  # values whose storage is freed meanwhile
         params, impl = list(self.parameters.values()), execution.impl
         try:
             with torch.no_grad():
-                given = [values[name] for name in self.parameters]
-                self.flat = FlatBuffer(params, given, settings.master_weights, masks, execution.optimizer_device)
-                del given, values
+                self.flat = FlatBuffer(params, values, settings.master_weights, masks, execution.optimizer_device)
+                del values
                 if self.flat.on_host:
                     impl = "torch"  # the update's: kernels are for the model's device
                     self._send_away()
-            chosen = settings.lr, settings.betas, settings.weight_decay
-            self.optimizer = make_optimizer(settings.optimizer, [self.flat.param], *chosen, impl=impl)
-            warn_if_updates_vanish([self.flat.param], settings.lr, "use master_weights=True or a float32 model")
+            cure = "use master_weights=True or a float32 model"
+            self.optimizer = settings.make_optimizer([self.flat.param], impl, cure)
         except BaseException:
             self.take_out()
             raise
@@ -110,18 +120,6 @@ class BlockTraining(Training):
             parameter.requires_grad_(True)
         if execution.cuda_graphs:
             self.use_graphs()
-
-    def _check_values(self, values: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            value = values[name]
-            if value.shape != parameter.shape:
-                raise ValueError(
-                    f"{name}: {tuple(value.shape)} in the unlearned model, {tuple(parameter.shape)} in the original"
-                )
-            if not bool(value.isfinite().all()):
-                raise ValueError(
-                    f"{name}: the unlearned model holds NaN or infinite values here; its training diverged"
-                )
 
     # ------------------------------------------------ training
 
@@ -138,20 +136,18 @@ class BlockTraining(Training):
             self.graphs.drop()
 
     def where(self) -> str:
-        return f"block {self.block.start}-{self.block.stop - 1}, step {self.steps}"
+        return f"{self.name}, {super().where()}"
 
-    def _refusal(self, tokens: int | None, said: str) -> OutOfMemory:
+    def _memory(self) -> tuple[str, list[str]]:
         flat, size = self.flat, self.flat.weights.nbytes
         state = [self.flat.param, *self.optimizer.state[flat.param].values()]
         state = sum(x.nbytes for x in state if isinstance(x, torch.Tensor) and x.data_ptr() != flat.weights.data_ptr())
         where = "on the host" if flat.on_host else "on the device"
         what = (
-            f"block {self.block.start}-{self.block.stop - 1}: weights {gibibytes(size)}, gradient {gibibytes(size)}, "
+            f"{self.name}: weights {gibibytes(size)}, gradient {gibibytes(size)}, "
             f"master weights and optimiser state {gibibytes(state)} {where}"
         )
         cures = []
-        if not self.execution.gradient_checkpointing:
-            cures.append("gradient_checkpointing=True (the same result)")
         if not flat.on_host:
             cures.append(f'optimizer_device="host" (the same result, {gibibytes(state + size)} less on the device)')
         if self.graphs is not None:
@@ -159,7 +155,7 @@ class BlockTraining(Training):
         if flat.master is not None:
             cures.append("master_weights=False (small updates are rounded away)")
         cures += ["smaller blocks (num_blocks)", "shorter samples (max_length)", "a streamed model (open_streamed)"]
-        return cannot_fit(tokens, what, cures, self.decoder.device, said)
+        return what, cures
 
     def gradients(self) -> list[torch.Tensor]:
         return [self.flat.grad]
@@ -168,28 +164,22 @@ class BlockTraining(Training):
         self.flat.step(self.optimizer)
 
     def loss(self, step: StepBatch) -> PartLoss:
-        """The criterion's loss, differentiable in the block. The original's values, where the objective needs them and
-        the batch has none, are computed here, by a forward pass with the block's original weights."""
         self._check_layer(step.packed)
-        stretch, needs = self._stretch(step.packed), self.criterion.needs
-        if step.original is None and needs:
-            with self._original():
-                found = measure(self.decoder, step.packed, step.parts, needs, stretch=stretch, impl=self.execution.impl)
-            step = dataclasses.replace(step, original=found)
-        return self.criterion(self.decoder, step, stretch, impl=self.execution.impl)
+        stretch = self._stretch(step.packed)
+        return self.criterion(self.decoder, self._measured(step, stretch), stretch, impl=self.execution.impl)
+
+    def _measured(self, step: StepBatch, stretch: Stretch) -> StepBatch:
+        """The batch with the original's values: its own, or by a forward pass with the block's original weights."""
+        decoder, needs, impl = self.decoder, self.criterion.needs, self.execution.impl
+        if step.original is not None or not needs:
+            return step
+        with self._original():
+            found = measure(decoder, step.packed, step.parts, needs, stretch=stretch, impl=impl)
+        return dataclasses.replace(step, original=found)
 
     def use_graphs(self, capture: Capture | None = capture_cuda) -> None:
         """From here on steps run as CUDA graphs, where the objective allows it; capture: as in `StepGraphs`."""
         self.graphs = StepGraphs(self.decoder, self._weighted, self.flat.grad, capture)
-
-    @contextlib.contextmanager
-    def without_graphs(self) -> Iterator[None]:
-        """Inside, steps run launch by launch: for weights at other addresses than those that were captured."""
-        graphs, self.graphs = self.graphs, None
-        try:
-            yield
-        finally:
-            self.graphs = graphs
 
     def _weighted(self, batch: PackedBatch, rows: RowWeights) -> tuple[torch.Tensor, torch.Tensor]:
         """`loss` of rows whose weights are known."""
@@ -229,19 +219,16 @@ class BlockTraining(Training):
         return {name: parameter.data for name, parameter in self.parameters.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
-        inner = self.optimizer.state[self.flat.param]
-        inner = {f"optimizer.{key}": torch.as_tensor(value) for key, value in inner.items()}
+        inner = self.optimizer.state[self.flat.param].items()
+        inner = {f"optimizer.{key}": torch.as_tensor(value) for key, value in inner}
         return {**self.flat.state(), **inner, **self.criterion.state()}
 
     def load_state(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
         self.flat.load(state)
         self.criterion.load_state(state)
-        prefix = "optimizer."
-        inner = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-        device = self.flat.param.device
-        self.optimizer.state[self.flat.param] = {
-            k: v.to(device, copy=True) for k, v in inner.items()
-        }  # changed in place
+        param, prefix = self.flat.param, "optimizer."
+        inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        self.optimizer.state[param] = {k: v.to(param.device, copy=True) for k, v in inner.items()}  # changed in place
         self.steps = steps
 
     @torch.no_grad()
@@ -265,10 +252,8 @@ class BlockTraining(Training):
         for name, parameter in self.parameters.items():
             parameter.data, parameter.grad = self._kept[name]
 
-    @torch.no_grad()
     def settle(self) -> None:
         """`take_out`, and then writes the trained weights into the original's own storage."""
         trained = self.tensors()
         self.take_out()
-        for name, value in trained.items():
-            self.parameters[name].copy_(value)
+        self.decoder.place(trained)

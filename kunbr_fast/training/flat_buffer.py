@@ -67,11 +67,6 @@ def check_optimizer(name: str) -> None:
         raise ValueError(f"optimizer={name!r}: expected one of {', '.join(OPTIMIZERS)}")
 
 
-def check_optimizer_device(where: str) -> None:
-    if where not in OPTIMIZER_DEVICES:
-        raise ValueError(f"optimizer_device={where!r}: expected one of {', '.join(OPTIMIZER_DEVICES)}")
-
-
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
     """In main memory, with a storage of its own; pinned where the tensor is on a GPU."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda").copy_(tensor)
@@ -98,7 +93,6 @@ class FlatBuffer:
         mask: Sequence[torch.Tensor | None] | None = None,
         optimizer_device: str = "device",
     ):
-        check_optimizer_device(optimizer_device)
         if len({(p.dtype, p.device) for p in params}) != 1:
             raise ValueError("the block's parameters differ in dtype or device: cast the model to one dtype first")
         first = params[0]
@@ -111,13 +105,12 @@ class FlatBuffer:
         for param, view, grad in zip(params, self.views(self.weights), self.views(self.grad)):
             param.data, param.grad = view, grad
         # what the update reads and writes: these, or their copies on the host
-        weights, self._update_grad = self.weights, self.grad
+        self._updated, self._update_grad = self.weights, self.grad
         self.on_host = optimizer_device == "host"
         if self.on_host:
-            weights, self._update_grad = _host_copy(self.weights), _host_copy(self.grad)
-        self.master = weights.float() if master and first.dtype in (torch.float16, torch.bfloat16) else None
-        self._update_half = None if self.master is None else weights
-        self.param = torch.nn.Parameter(weights if self.master is None else self.master)
+            self._updated, self._update_grad = _host_copy(self.weights), _host_copy(self.grad)
+        self.master = self._updated.float() if master and first.dtype in (torch.float16, torch.bfloat16) else None
+        self.param = torch.nn.Parameter(self._updated if self.master is None else self.master)
         if self.master is None:
             self.param.grad = self._update_grad
         self._fixed: torch.Tensor | None = None  # (numel,) bool: the mask's opposite
@@ -139,7 +132,7 @@ class FlatBuffer:
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """One update from the accumulated gradient, which is then zero again."""
-        grad, half = self._update_grad, self._update_half
+        grad, half = self._update_grad, None if self.master is None else self._updated
         if self.on_host:
             grad.copy_(self.grad)
         if self._fixed is not None:  # so that no state grows for these weights
@@ -157,13 +150,8 @@ class FlatBuffer:
             if half is not None:
                 half.masked_scatter_(self._fixed, self._kept.to(half.dtype))
         if self.on_host:
-            self._send()
+            self.weights.copy_(self._updated)
         self.grad.zero_()
-
-    @torch.no_grad()
-    def _send(self) -> None:
-        """The updated weights to where the model is."""
-        self.weights.copy_(self.param if self._update_half is None else self._update_half)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs besides the optimiser's own state."""
@@ -171,10 +159,9 @@ class FlatBuffer:
 
     @torch.no_grad()
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        weights = self.param if self._update_half is None else self._update_half
-        weights.copy_(state["weights"])
+        self._updated.copy_(state["weights"])
         if self.master is not None:
             self.master.copy_(state["master"])
         if self.on_host:
-            self._send()
+            self.weights.copy_(self._updated)
         self._keep()

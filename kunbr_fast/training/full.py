@@ -11,13 +11,12 @@ from tqdm import tqdm
 from kunbr_fast.data import Sample, pack
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.keywords import changed
-from kunbr_fast.memory import OutOfMemory, cannot_fit, gibibytes
+from kunbr_fast.memory import gibibytes
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.original import Parts
-from kunbr_fast.training.flat_buffer import make_optimizer, warn_if_updates_vanish
 from kunbr_fast.training.settings import Execution, FullSettings
 from kunbr_fast.training.training import Training
 
@@ -50,32 +49,22 @@ class FullTraining(Training):
         self.parameters = dict(decoder.model.named_parameters())  # a tied weight appears once
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        chosen = settings.lr, settings.betas, settings.weight_decay
-        self.optimizer = make_optimizer(settings.optimizer, self.parameters.values(), *chosen, impl=execution.impl)
-        warn_if_updates_vanish(
-            list(self.parameters.values()), settings.lr, "load the model in float32 (--dtype float32)"
-        )
+        cure = "load the model in float32 (--dtype float32)"
+        self.optimizer = settings.make_optimizer(list(self.parameters.values()), execution.impl, cure)
 
     def loss(self, step: StepBatch) -> PartLoss:
-        """The criterion's loss, differentiable in every parameter."""
         stretch = Stretch(recompute=self.execution.gradient_checkpointing)
         return self.criterion(self.decoder, step, stretch, impl=self.execution.impl, original_head=self.original_head)
 
     def drop_gradient(self) -> None:
         self.optimizer.zero_grad()
 
-    def where(self) -> str:
-        return f"step {self.steps}"
-
-    def _refusal(self, tokens: int | None, said: str) -> OutOfMemory:
+    def _memory(self) -> tuple[str, list[str]]:
         weights = sum(p.nbytes for p in self.parameters.values())
         state = [x for values in self.optimizer.state.values() for x in values.values()]
         state = sum(x.nbytes for x in state if isinstance(x, torch.Tensor))
         what = f"all parameters: weights {gibibytes(weights)}, gradient as much, optimiser state {gibibytes(state)}"
-        cures = ["shorter samples (max_length)", "an M_u made on a larger machine (unlearned=)"]
-        if not self.execution.gradient_checkpointing:
-            cures.insert(0, "gradient_checkpointing=True (the same result)")
-        return cannot_fit(tokens, what, cures, self.decoder.device, said)
+        return what, ["shorter samples (max_length)", "an M_u made on a larger machine (unlearned=)"]
 
     def gradients(self) -> list[torch.Tensor]:
         """What has been accumulated; none of a parameter that no loss has depended on."""

@@ -63,8 +63,7 @@ class Bucket:
 
     def takes(self, other: Bucket, batch: PackedBatch, num_rows: int) -> bool:
         """Whether a batch whose own bucket is `other` fits, with little waste."""
-        kind = ("samples", "longest", "most_rows", "layer", "cached", "capped")
-        if any(getattr(self, name) != getattr(other, name) for name in kind):
+        if self != dataclasses.replace(other, tokens=self.tokens, rows=self.rows):
             return False
         sizes = ((self.tokens, batch.num_tokens), (self.rows, num_rows))
         return all(size >= n and (size - n) * WASTE <= size for size, n in sizes)
@@ -144,13 +143,7 @@ class StepGraphs:
     capture: as `capture_cuda`, or None: run each step launch by launch on the same buckets (the bits of its graph).
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        forward: Pass,
-        gradient: torch.Tensor,
-        capture: Capture | None = capture_cuda,
-    ):
+    def __init__(self, decoder: Decoder, forward: Pass, gradient: torch.Tensor, capture: Capture | None = capture_cuda):
         self._decoder, self._forward, self._gradient, self._capture = decoder, forward, gradient, capture
         on_gpu = decoder.device.type == "cuda" and capture is not None
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None

@@ -1,107 +1,29 @@
 """Micro-batches: a step in parts, the same sums from less memory.
 
-A step's loss is a sum over its samples (`objectives.batch.Shares`), so its batch can go through in micro-batches whose
-gradients add up. The result is that of the whole batch up to summation order. A forget sample and its alternate stay
-together.
+A step's loss is a sum over its samples (`objectives.batch.Shares`), so the gradients of its micro-batches add up to the
+whole batch's, up to summation order. A forget sample and its alternate stay together.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
-import weakref
-from collections.abc import Callable, Iterable
 
 import torch
 
 from kunbr_fast.data import PackedBatch, send
 from kunbr_fast.data.schedule import token_batches
-from kunbr_fast.memory import OutOfMemory, is_out_of_memory, release
 from kunbr_fast.objectives.batch import PartLoss, Shares, StepBatch
 from kunbr_fast.objectives.original import Parts
 
-logger = logging.getLogger(__name__)
 
-
-class MicroBatches:
-    """Takes the batches of a training's steps through it, whole or in micro-batches of at most `tokens` tokens.
-
-    When memory runs out the step is begun again, in micro-batches of half the tokens of the one that failed, and so are
-    the steps after it: `tokens` is lowered, `halvings` counts. name: of the training, for the log. refusal(tokens,
-    said): makes the error for one sample that does not fit by itself, or (tokens None) for an update; a method of the
-    training.
-    """
-
-    def __init__(self, tokens: int | None, name: str, refusal: Callable[[int | None, str], OutOfMemory]):
-        if tokens is not None and tokens < 1:
-            raise ValueError(f"micro_batch_tokens={tokens}: expected at least 1")
-        self.tokens, self.halvings = tokens, 0
-        # weakly: a training must go, with its weights, when nobody uses it, not at some later collection
-        self._name, self._refusal = name, weakref.WeakMethod(refusal)
-
-    def run(
-        self,
-        step: StepBatch,
-        one: Callable[[StepBatch], PartLoss] | None,
-        reset: Callable[[], None],
-        together: Callable[[list[StepBatch]], Iterable[PartLoss]] | None = None,
-    ) -> PartLoss:
-        """Forward and backward of a batch; its loss, detached.
-
-        one(batch): accumulates a micro-batch's gradient, and returns its loss. together(batches): does the same for all
-        of them side by side. reset(): makes the accumulated gradient 0 again; called on any exception.
-        """
-        before = self.halvings
-        while True:
-            micros = micro_batches(step, self.tokens)
-            found: list[PartLoss] = []
-            try:
-                batches = [micro.step for micro in micros]
-                for part in map(one, batches) if together is None else together(batches):
-                    found.append(_kept(part) if len(micros) > 1 else part)
-                break
-            except BaseException as error:
-                reset()
-                if not is_out_of_memory(error):
-                    raise
-                tokens = [micro.step.packed.num_tokens for micro in micros]
-                failed = len(found) if together is None else tokens.index(max(tokens))
-                said = str(error)
-            parts, tokens = micros[failed].step.parts, tokens[failed]
-            del micros, batches, found
-            release()
-            if len(parts.forget) + len(parts.retain) == 1:
-                raise self._refusal()(tokens, said)
-            self.tokens = tokens // 2
-            self.halvings += 1
-        if self.halvings > before:
-            logger.warning(
-                f"{self._name}: memory ran out, so a step's {step.packed.num_tokens} tokens go through in "
-                f"{len(micros)} "
-                f"parts, of at most {self.tokens} tokens, from here on; the step's sums are the same "
-                f"(micro_batch_tokens: {self.tokens} does so from the start)"
-            )
-        return found[0] if len(micros) == 1 else _sum(step.packed, micros, found)
-
-    def update(self, apply: Callable[[], None]) -> None:
-        """apply(), with an error that says what to change where memory runs out."""
-        try:
-            return apply()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            said = str(error)
-        raise self._refusal()(None, said)
-
-
-def _kept(part: PartLoss) -> PartLoss:
+def kept(part: PartLoss) -> PartLoss:
     """With tensors of its own: a CUDA graph's are overwritten by the next replay."""
     return dataclasses.replace(part, loss=part.loss.clone(), nll=None if part.nll is None else part.nll.clone())
 
 
-def _sum(packed: PackedBatch, micros: list[MicroBatch], found: list[PartLoss]) -> PartLoss:
-    """The loss of the batch that the micro-batches are cut from."""
+def summed(packed: PackedBatch, micros: list[MicroBatch], found: list[PartLoss]) -> PartLoss:
+    """The loss of the batch that the micro-batches are cut from; found: theirs."""
     terms = [m.step.shares.retain * p.retain_term for m, p in zip(micros, found) if p.retain_term is not None]
     total, term = torch.stack([part.loss for part in found]).sum(), sum(terms) if terms else None
     if found[0].nll is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from kunbr_fast.model.low_precision import low_precision_cover
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives.criterion import Criterion
-from kunbr_fast.training.block import BlockTraining, block_tensors
+from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.settings import BlockSettings, Execution
 from kunbr_fast.training.streamed import LayerMajorTraining
 
@@ -74,15 +74,13 @@ def reinserted(
     kind = BlockTraining
     if decoder.streamed:  # a backward pass runs layers again, which are not kept
         kind, execution = LayerMajorTraining, dataclasses.replace(execution, gradient_checkpointing=True)
-    names = list(block_tensors(decoder, block))
     with (
         frozen(decoder.model),
         decoder.held(block),
         low_precision_cover(decoder, block, execution.cover_precision) as cover,
         fused(decoder.model, execution.impl),
     ):
-        # the values are not kept here: what comes from a file is in memory for a moment only
-        training = kind(decoder, block, _values(unlearned, names), criterion, settings, execution, cover)
+        training = kind(decoder, block, unlearned, criterion, settings, execution, cover)
         try:
             yield training
             for name, value in training.tensors().items():
@@ -94,10 +92,3 @@ def reinserted(
             training.settle()
         else:
             training.take_out()
-
-
-def _values(unlearned: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
-    missing = [name for name in names if name not in unlearned]
-    if missing:
-        raise ValueError(f"the unlearned model has no {missing[0]}: it is not of the original's architecture")
-    return {name: unlearned[name] for name in names}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,12 @@ from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.low_precision import check_cover
 from kunbr_fast.objectives.criterion import Criterion
-from kunbr_fast.training.flat_buffer import check_optimizer, check_optimizer_device
+from kunbr_fast.training.flat_buffer import (
+    OPTIMIZER_DEVICES,
+    check_optimizer,
+    make_optimizer,
+    warn_if_updates_vanish,
+)
 from kunbr_fast.training.graphs import check_cuda_graphs
 
 INSERTIONS = ("independent", "cumulative")
@@ -33,9 +38,14 @@ class FullSettings:
             raise TypeError("lr is missing: give a learning rate")
         check_optimizer(self.optimizer)
 
+    def make_optimizer(self, params: Sequence[torch.Tensor], impl: str, cure: str) -> torch.optim.Optimizer:
+        """The optimiser over `params`; logs `cure` where most updates will be rounded away."""
+        warn_if_updates_vanish(params, self.lr, cure)
+        return make_optimizer(self.optimizer, params, self.lr, self.betas, self.weight_decay, impl=impl)
+
 
 @dataclasses.dataclass(frozen=True)
-class BlockSettings:
+class BlockSettings(FullSettings):
     """What the re-insertion of a block trains.
 
     objective, objective_options, retain_loss, retain_coeff, forget_loss_cap: what a step minimises, see `Criterion`.
@@ -46,45 +56,28 @@ class BlockSettings:
     have no effect, and what has no mask may change everywhere.
     """
 
-    lr: float
+    optimizer: str = "lion"
     retain_coeff: float = 1.0
     objective: str = "gradient_difference"
     objective_options: Mapping[str, Any] | None = None
     retain_loss: str = "nll"
     forget_loss_cap: float | None = None
-    optimizer: str = "lion"
-    betas: tuple[float, float] | None = None
-    weight_decay: float = 0.0
     insertion: str = "independent"
     master_weights: bool = True
     mask: Mapping[str, torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if self.lr is None:
-            raise TypeError("lr is missing: give a learning rate")
-        check_optimizer(self.optimizer)
+        super().__post_init__()
         if self.insertion not in INSERTIONS:
             raise ValueError(f"insertion={self.insertion!r}: expected one of {', '.join(INSERTIONS)}")
 
     def criterion(self, block: range, given: Criterion | None = None) -> Criterion:
         """What a step of `block` minimises: `given`, or by the settings. ValueError where both name something."""
+        mine = dict(objective=self.objective, options=self.objective_options or None, retain_loss=self.retain_loss)
+        mine |= dict(retain_coeff=self.retain_coeff, forget_loss_cap=self.forget_loss_cap)
         if given is None:
-            return Criterion(
-                self.objective,
-                self.objective_options,
-                retain_loss=self.retain_loss,
-                retain_coeff=self.retain_coeff,
-                forget_loss_cap=self.forget_loss_cap,
-                block=block,
-            )
-        mine = (
-            self.objective,
-            self.objective_options or None,
-            self.retain_loss,
-            self.retain_coeff,
-            self.forget_loss_cap,
-        )
-        if mine != ("gradient_difference", None, "nll", 1.0, None):
+            return Criterion(**mine, block=block)
+        if tuple(mine.values()) != ("gradient_difference", None, "nll", 1.0, None):
             raise ValueError(
                 "criterion= stands for objective, objective_options, retain_loss, retain_coeff and forget_loss_cap: "
                 "give those or it"
@@ -119,7 +112,11 @@ class Execution:
     place: Place = Place()
 
     def __post_init__(self) -> None:
-        check_optimizer_device(self.optimizer_device)
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
+            raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens}: expected at least 1")
+        if self.optimizer_device not in OPTIMIZER_DEVICES:
+            known = ", ".join(OPTIMIZER_DEVICES)
+            raise ValueError(f"optimizer_device={self.optimizer_device!r}: expected one of {known}")
 
     def check(self, decoder: Decoder, block: range, optimizer: str) -> None:
         """Errors for what this model cannot do; `dispatch.Unavailable` for an impl, or CUDA graphs, that cannot run."""

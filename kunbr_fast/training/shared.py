@@ -1,8 +1,6 @@
-"""One step of a training, whose samples come in parts."""
+"""One step of a training by several ranks."""
 
 from __future__ import annotations
-
-import contextlib
 
 import torch
 
@@ -17,8 +15,8 @@ from kunbr_fast.training.training import Training
 class SharedStep:
     """One step of a training, whose samples come in parts: of several ranks, of several micro-batches, or both.
 
-    `add` or `add_all` accumulates the gradient of a part, weighted by its `shares`, so that all parts sum to the step.
-    `gather` sums over the ranks, `apply` updates the weights.
+    `add` counts a part whose gradient has been accumulated; by their `shares` all parts sum to the step. `gather` sums
+    over the ranks, `apply` updates the weights.
     """
 
     def __init__(self, training: Training):
@@ -27,18 +25,8 @@ class SharedStep:
         self._sums = torch.zeros(6, dtype=torch.float64, device=training.decoder.device)
         self._term: float | None = None
 
-    def add(self, step: StepBatch, autocast: contextlib.AbstractContextManager | None = None) -> torch.Tensor:
-        """Accumulates the gradient of a batch in one pass. Returns its part of the step's loss. autocast: what the
-        forward pass runs in."""
-        with autocast or contextlib.nullcontext():
-            part = self._training.loss(step)
-        return self._count(step, part.backward())
-
-    def add_all(self, step: StepBatch) -> torch.Tensor:
-        """Accumulates the gradients of all samples of this rank, in micro-batches if they do not fit."""
-        return self._count(step, self._training.accumulate(step))
-
-    def _count(self, step: StepBatch, part: PartLoss) -> torch.Tensor:
+    def add(self, step: StepBatch, part: PartLoss) -> None:
+        """Takes the loss of a batch, detached, into the step's sums."""
         sums = self._sums
         sums[0] += part.loss
         if part.retain_term is not None:  # an objective that adapts to its retain term sees the whole step's
@@ -48,7 +36,6 @@ class SharedStep:
             for at, samples in ((2, step.parts.forget), (4, step.parts.retain)):
                 sums[at] += found[samples.start : samples.stop].sum()
                 sums[at + 1] += len(samples)
-        return part.loss
 
     def gather(self, group: Group, where: str) -> dict[str, float | None]:
         """Sums gradients and losses over the ranks, and returns the step's `losses.metrics`. Raises `Diverged`, which

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kunbr_fast.model.decoder import Stretch
+from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Stretch
 from kunbr_fast.model.layer_major import LayerMajor
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.training.block import BlockTraining
@@ -22,27 +22,20 @@ class LayerMajorTraining(BlockTraining):
     original weights are not in memory.
     """
 
+    layer_major = True
     _store: torch.Tensor | None = None  # where activations wait, kept from step to step
 
-    def loss(self, step: StepBatch) -> PartLoss:
-        """The batch in one go, its layers run again in the backward pass."""
-        self._check_original(step)
-        return super().loss(step)
-
-    def _check_original(self, step: StepBatch) -> None:
+    def _measured(self, step: StepBatch, stretch: Stretch) -> StepBatch:
         if step.original is None and self.criterion.needs:
             raise ValueError(
                 f"{self.criterion.objective.name} with retain_loss={self.criterion.retain_loss!r} needs the original "
                 "model's values: give original=, made before (OriginalValues.of)"
             )
+        return step
 
-    def accumulate(self, step: StepBatch) -> PartLoss:
-        self._check_layer(step.packed)
-        self._check_original(step)
-        return self.micro_batches.run(step, None, self.drop_gradient, self._together)
-
-    def _together(self, steps: list[StepBatch]) -> list[PartLoss]:
-        """Forward and backward of all micro-batches, each layer over all of them before the next one."""
+    def _passes(self, steps: list[StepBatch]) -> list[PartLoss]:
+        self._check_layer(steps[0].packed)
+        self._measured(steps[0], FROM_EMBEDDINGS)  # for its error
         decoder, criterion, found = self.decoder, self.criterion, []
         top = criterion.layer if criterion.objective.states else decoder.num_layers - 1
 

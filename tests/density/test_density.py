@@ -178,8 +178,8 @@ def test_scaling_the_loss_scales_the_density():
     once = knowledge_density(model, samples)
     likelihood = losses.likelihood
 
-    def fourfold(batch, reduction):
-        rows = likelihood(batch, reduction)
+    def fourfold(batch):
+        rows = likelihood(batch)
         return losses.RowWeights(rows.weight * -4, rows.cap)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -51,19 +51,18 @@ def test_gradient_difference_is_the_padded_two_pass_formula(architecture, retain
         assert abs(float(means[len(forget) :].mean() - padded_loss(model, retain))) < limit
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_likelihood_is_a_mean_over_samples_of_means_over_tokens(reduction):
+def test_likelihood_is_a_sum_over_samples_of_means_over_tokens():
     model, samples = tiny_model(), unequal()
     batch = pack(samples)
     with torch.no_grad():
-        loss, nll = packed_loss(Decoder(model), batch, losses.likelihood(batch, reduction))
+        loss, nll = packed_loss(Decoder(model), batch, losses.likelihood(batch))
         each = []
         for sample in samples:
             logits = model(input_ids=sample["input_ids"][None]).logits[0, :-1]
             each.append(F.cross_entropy(logits, sample["labels"][1:], ignore_index=-100))
     each = torch.stack(each)
     torch.testing.assert_close(losses.mean_nll(batch, nll), each, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(loss, each.mean() if reduction == "mean" else each.sum(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss, each.sum(), rtol=1e-12, atol=1e-12)
 
 
 def test_the_cap_stops_forget_tokens_only_and_token_by_token():

@@ -812,4 +812,4 @@ def test_the_command_line(tmp_path, capsys):
 def test_join_keeps_the_order_of_the_parts():
     c = Criterion("dpo")
     batch = join(join(pack(FORGET), pack(ALTERNATE)), pack(RETAIN))
-    assert c.parts(batch, 4) == Parts(forget=range(4), alternate=range(4, 8), retain=range(8, 11))
+    assert c.step_batch(batch, 4).parts == Parts(forget=range(4), alternate=range(4, 8), retain=range(8, 11))

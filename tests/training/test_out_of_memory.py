@@ -105,12 +105,12 @@ def test_a_blocks_steps_in_parts_are_the_steps_of_the_whole(objective, backward,
             limit = memory_for(30 if short else math.inf, decoder, BLOCK.start if backward else layer, backward)
             with limit as tried:
                 found = [training.step(forget, RETAIN) for _ in range(3)]
-            assert training.micro_batches.halvings == (short and len({t for t in tried if t > 30}))
+            assert training.halvings == (short and len({t for t in tried if t > 30}))
             assert not training.flat.grad.any()
             state = {name: value.clone() for name, value in training.state().items()}
         results.append((found, state, mine))
     (found, state, mine), (other, their_state, theirs) = results
-    limit = training.micro_batches.tokens
+    limit = training.micro_batch_tokens
     assert limit <= 30 and whole > 60 and max(tried[-3:]) <= 30
     for a, b in zip(found, other, strict=True):
         a, b = ({name: value for name, value in metrics.items() if value is not None} for metrics in (a, b))
@@ -134,10 +134,10 @@ def test_the_number_of_parts_is_as_expected():
         step = training.criterion.step_batch(batch, 8)
         with memory_for(25, decoder) as tried:
             training.step_packed(step)
-            assert tried == [80, 40, 20, 20, 20, 20] and training.micro_batches.tokens == 20
+            assert tried == [80, 40, 20, 20, 20, 20] and training.micro_batch_tokens == 20
             tried.clear()
             training.step_packed(step)
-            assert tried == [20, 20, 20, 20] and training.micro_batches.halvings == 2
+            assert tried == [20, 20, 20, 20] and training.halvings == 2
         assert training.steps == 2
 
 
@@ -186,7 +186,7 @@ def test_full_training(form, backward, caplog):
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-12)
     for name, value in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], value, rtol=1e-12, atol=1e-12)
-    assert training.micro_batches.halvings == 2 and training.micro_batches.tokens <= 25
+    assert training.halvings == 2 and training.micro_batch_tokens <= 25
     assert len([r for r in caplog.records if "training of all parameters: memory ran out" in r.getMessage()]) == 1
 
 
@@ -239,7 +239,7 @@ def test_other_errors_are_not_taken_for_it_and_leave_no_gradient(error):
         raised = (lambda text: error("something else")) if error is Unknown else error
         with memory_for(20, decoder, BLOCK.start, True, raised) as tried, pytest.raises(error):
             training.step(FORGET, RETAIN)
-        assert not training.flat.grad.any() and training.micro_batches.halvings == 0 and len(set(tried)) <= 3
+        assert not training.flat.grad.any() and training.halvings == 0 and len(set(tried)) <= 3
 
 
 def test_what_is_out_of_memory():
@@ -281,7 +281,7 @@ def test_graphs_are_dropped(caplog):
                 for _ in range(2):
                     training.step(samples[:6], samples[6:])
         if room == 45:
-            assert training.micro_batches.halvings >= 1 and kept[0] not in graphs._held
+            assert training.halvings >= 1 and kept[0] not in graphs._held
             assert 1 <= graphs.captured == len(graphs._held) and graphs._capture is not None
             assert all(bucket.tokens <= 48 for bucket in graphs._held)
         found.append(mine)
