@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from kunbr_fast.data import PackedBatch, Sample, pack, with_alternates
+from kunbr_fast.data import PackedBatch, as_samples, pack, with_alternates
+from kunbr_fast.data.batch import join
 from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Decoder, Head, Stretch
 from kunbr_fast.objectives import distributions as linear_rows
 from kunbr_fast.objectives import losses
@@ -101,23 +103,31 @@ class Criterion:
         parts = Parts.of(num_forget, alternate, packed.num_samples - num_forget - alternate)
         return StepBatch(packed, parts, original, shares)
 
-    def pack(self, forget: Any, retain: Any = None, original: OriginalValues | None = None) -> StepBatch:
-        """Samples or padded batches as a step's batch, in main memory; alternates come from forget (`split`)."""
-        samples, alternates = self.split(forget)
-        retain = [] if retain is None else with_alternates(retain)[0]
-        return self.step_batch(pack([*samples, *alternates, *retain]), len(samples), original)
-
-    def split(self, forget: Any) -> tuple[list[Sample], list[Sample]]:
-        """The forget samples, and the alternates where the objective takes them. ValueError where they are missing."""
-        samples, alternates = with_alternates(forget)
+    def pack(
+        self,
+        forget: Any,
+        retain: Any = None,
+        original: OriginalValues | None = None,
+        *,
+        alternate: Any = None,
+        device: torch.device | str = "cpu",
+    ) -> StepBatch:
+        """Samples, padded or packed batches as a step's batch on `device`. Alternates that are not given come from
+        forget (`data.with_alternates`)."""
         if self.alternate is None:
-            return samples, []
-        if alternates is None:
-            raise ValueError(
-                f"{self.objective.name} needs a second answer ({self.alternate}) to each forget sample: give "
-                'records, or samples with an "alternate"'
-            )
-        return samples, alternates
+            alternate = None
+        elif alternate is None:
+            if isinstance(forget, PackedBatch):
+                raise ValueError(f"{self.objective.name} needs alternates: give them packed, as alternate_batch")
+            forget, alternate = with_alternates(forget)
+            if alternate is None:
+                raise ValueError(
+                    f"{self.objective.name} needs a second answer ({self.alternate}) to each forget sample: give "
+                    'records, or samples with an "alternate"'
+                )
+        given = [part for part in (forget, alternate, retain) if part is not None]
+        parts = [(part if isinstance(part, PackedBatch) else pack(as_samples(part))).to(device) for part in given]
+        return self.step_batch(functools.reduce(join, parts), parts[0].num_samples, original)
 
     def __call__(
         self,

@@ -13,12 +13,7 @@ from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.low_precision import check_cover
 from kunbr_fast.objectives.criterion import Criterion
-from kunbr_fast.training.flat_buffer import (
-    OPTIMIZER_DEVICES,
-    check_optimizer,
-    make_optimizer,
-    warn_if_updates_vanish,
-)
+from kunbr_fast.training import flat_buffer
 from kunbr_fast.training.graphs import check_cuda_graphs
 
 INSERTIONS = ("independent", "cumulative")
@@ -36,12 +31,13 @@ class FullSettings:
     def __post_init__(self) -> None:
         if self.lr is None:
             raise TypeError("lr is missing: give a learning rate")
-        check_optimizer(self.optimizer)
+        flat_buffer.check_optimizer(self.optimizer)
 
     def make_optimizer(self, params: Sequence[torch.Tensor], impl: str, cure: str) -> torch.optim.Optimizer:
         """The optimiser over `params`; logs `cure` where most updates will be rounded away."""
-        warn_if_updates_vanish(params, self.lr, cure)
-        return make_optimizer(self.optimizer, params, self.lr, self.betas, self.weight_decay, impl=impl)
+        flat_buffer.warn_if_updates_vanish(params, self.lr, cure)
+        chosen = self.lr, self.betas, self.weight_decay
+        return flat_buffer.make_optimizer(self.optimizer, params, *chosen, impl=impl)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +110,8 @@ class Execution:
     def __post_init__(self) -> None:
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
             raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens}: expected at least 1")
-        if self.optimizer_device not in OPTIMIZER_DEVICES:
-            known = ", ".join(OPTIMIZER_DEVICES)
-            raise ValueError(f"optimizer_device={self.optimizer_device!r}: expected one of {known}")
+        if (where := self.optimizer_device) not in (known := flat_buffer.OPTIMIZER_DEVICES):
+            raise ValueError(f"optimizer_device={where!r}: expected one of {', '.join(known)}")
 
     def check(self, decoder: Decoder, block: range, optimizer: str) -> None:
         """Errors for what this model cannot do; `dispatch.Unavailable` for an impl, or CUDA graphs, that cannot run."""

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from kunbr_fast.data import PackedBatch, as_samples, pack
-from kunbr_fast.data.batch import join
 from kunbr_fast.memory import OutOfMemory, cannot_fit, is_out_of_memory, release
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.finite import finite
@@ -51,21 +49,8 @@ class Training(abc.ABC):
         Returns `losses.metrics`. Raises `Diverged`, with the weights as they were, if the loss or a gradient is not
         finite.
         """
-        criterion = self.criterion
-        if criterion.alternate is not None and alternate_batch is None:
-            if isinstance(forget_batch, PackedBatch):
-                raise ValueError(f"{criterion.objective.name} needs alternates: give them packed, as alternate_batch")
-            forget_batch, alternate_batch = criterion.split(forget_batch)
-        forget = packed = self._packed(forget_batch)
-        if criterion.alternate is not None:
-            packed = join(packed, self._packed(alternate_batch))
-        if retain_batch is not None:
-            packed = join(packed, self._packed(retain_batch))
-        return self.step_packed(criterion.step_batch(packed, forget.num_samples))
-
-    def _packed(self, batch: Any) -> PackedBatch:
-        batch = batch if isinstance(batch, PackedBatch) else pack(as_samples(batch))
-        return batch.to(self.decoder.device)
+        more = dict(alternate=alternate_batch, device=self.decoder.device)
+        return self.step_packed(self.criterion.pack(forget_batch, retain_batch, **more))
 
     def step_packed(self, step: StepBatch) -> dict[str, float | None]:
         """`step` of one batch."""

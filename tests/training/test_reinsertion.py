@@ -14,7 +14,6 @@ from kunbr_fast.data.batch import join
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.training import flat_buffer
-from kunbr_fast.training import settings as training_settings
 from kunbr_fast.training.block import block_tensors
 
 # ---------------------------------------------------------------- what comes back
@@ -77,7 +76,7 @@ def test_an_exception_in_the_setup_puts_all_back(monkeypatch):
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("for the optimiser")
 
-    monkeypatch.setattr(training_settings, "make_optimizer", out_of_memory)
+    monkeypatch.setattr(flat_buffer, "make_optimizer", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         with kf.reinserted(original, unlearned, BLOCK, lr=1e-3):
             pass
