@@ -43,10 +43,10 @@ def run(job, out, group=ALONE):
     """(the model, how many updates this process has made of each stage)"""
     updates = []
     owners = {training.FullTraining: lambda t: "warmup", reinsertion.BlockTraining: lambda t: t.block.start}
-    real = {owner: owner.apply for owner in owners}
+    real = {owner: owner.update for owner in owners}
     at = job.get("at", {"rank": -1})
 
-    def apply(self, *args):
+    def update(self, *args):
         updates.append(next(stage(self) for owner, stage in owners.items() if isinstance(self, owner)))
         if at["rank"] == group.rank and at["step"] == len(updates):
             if at["does"] == "fail":
@@ -59,7 +59,7 @@ def run(job, out, group=ALONE):
     model = tiny_model(**layers)
     try:
         for owner in owners:
-            owner.apply = apply
+            owner.update = update
         kf.unlearn(
             model,
             *data(config.get("objective") == "dpo"),
@@ -72,7 +72,7 @@ def run(job, out, group=ALONE):
         )
     finally:
         for owner in owners:
-            owner.apply = real[owner]
+            owner.update = real[owner]
     return model, updates
 
 
