@@ -219,14 +219,8 @@ class Run:
 
     def _steps(self, epochs: int) -> Steps:
         config, data = self.config, self.data
-        schedule = Schedule(
-            len(data.forget),
-            len(data.retain),
-            config.batch_size,
-            config.retain_size,
-            max(1, epochs),
-            config.seed * 1000,
-        )
+        sizes = len(data.forget), len(data.retain), config.batch_size, config.retain_size
+        schedule = Schedule(*sizes, max(1, epochs), config.seed * 1000)
         objective, whole = config.criterion(range(1)).objective, []
         for forget, retain in (schedule[i] for i in _some(len(schedule))):
             sizes = [data.forget[i] for i in forget] * (2 if objective.alternate else 1)
