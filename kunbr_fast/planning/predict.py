@@ -54,7 +54,7 @@ class Stage:
 
 
 class Steps(NamedTuple):
-    """Batches of a training's steps (of many steps some), all their micro-batches, and the number of all steps."""
+    """whole: the batches of some of a training's steps; parts: their micro-batches; count: of all its steps."""
 
     whole: list[Batch]
     parts: list[Batch]
@@ -166,7 +166,7 @@ class Run:
         return moved, moved if self.setup.stream else 0.0
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """make(), or what it gave before for this key and the settings that change it (not where things lie)."""
+        """make(), called once for each key and each choice of the settings that change its result."""
         key = key, self.config.gradient_checkpointing, self.config.micro_batch_tokens, self.config.num_blocks
         if key not in self.made:
             self.made[key] = make()
