@@ -148,16 +148,9 @@ def cases(options: Options) -> list[Case]:
 
     def case(model, rows, part=1, trained=False):
         vocabulary = MODELS[model].vocabulary // part
-        return LinearLoss(
-            suite="linear_loss",
-            model=model,
-            label=f"head {'trained' if trained else 'frozen'}, R={rows}, V={vocabulary}",
-            tokens=rows,
-            options=options,
-            hidden=MODELS[model].hidden,
-            vocabulary=vocabulary,
-            trained=trained,
-        )
+        label = f"head {'trained' if trained else 'frozen'}, R={rows}, V={vocabulary}"
+        sizes = dict(tokens=rows, hidden=MODELS[model].hidden, vocabulary=vocabulary)
+        return LinearLoss(suite="linear_loss", model=model, label=label, options=options, trained=trained, **sizes)
 
     if options.quick or not counts:
         return [case(model, rows, 4) for model in models for rows in counts]
