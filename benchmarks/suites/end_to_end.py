@@ -43,15 +43,7 @@ import torch
 import kunbr_fast as kf
 from kunbr_fast.benchmarks import measure
 from kunbr_fast.benchmarks.clock import Clock, Side, StageTime
-from kunbr_fast.benchmarks.harness import (
-    Case,
-    Options,
-    Skip,
-    Variant,
-    first_line,
-    forgiving,
-    measure_rounds,
-)
+from kunbr_fast.benchmarks.harness import Case, Options, Skip, Variant, forgiving, measure_rounds
 from kunbr_fast.benchmarks.models import build, matrices
 from kunbr_fast.benchmarks.reference import procedure
 from kunbr_fast.benchmarks.rows import Measured
@@ -219,7 +211,7 @@ class EndToEnd(Case):
                 try:
                     found[variant.name] = self._measured(variant.name)
                 except OSError as reason:  # the disk is full
-                    raise Skip(first_line(reason)) from None
+                    raise Skip(str(reason)) from None
             release()
         rates = measure_rounds({}, self.options)[1]
         rows = []
