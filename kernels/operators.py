@@ -1,21 +1,19 @@
 """torch.library operators that run a function of an operation's triton_kernel.py."""
 
 import importlib
-from collections.abc import Callable
 
 import torch
 
 
-def define(package: str, name: str, schema: str, function: str, fake: Callable | None = None, mutates=()) -> None:
-    """Defines torch.ops.kunbr_fast.NAME, opaque to torch.compile: `function` of the package's triton_kernel.py.
+def define(package: str, name: str, schema: str, function: str, mutates: tuple[str, ...] = ()):
+    """torch.ops.kunbr_fast.NAME, opaque to torch.compile: `function` of the package's triton_kernel.py.
 
-    The module, and with it triton, is imported when the operator first runs. fake: what tracing calls instead, where
-    the operator returns something; mutates: the arguments that it writes to.
+    The module, and with it triton, is imported when the operator first runs. mutates: the arguments that it writes to.
+    Returns what `torch.library.custom_op` returns, for `register_fake`.
     """
 
-    def run(*arguments):
+    @torch.library.custom_op(f"kunbr_fast::{name}", mutates_args=mutates, schema=schema)
+    def operator(*arguments):
         return getattr(importlib.import_module(f"{package}.triton_kernel"), function)(*arguments)
 
-    operator = torch.library.custom_op(f"kunbr_fast::{name}", run, mutates_args=mutates, schema=schema)
-    if fake is not None:
-        operator.register_fake(fake)
+    return operator

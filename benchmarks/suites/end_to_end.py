@@ -203,7 +203,7 @@ class EndToEnd(Case):
     def rows(self):
         found, (errors, left_out) = {}, self.gate()
         if self.options.gpu and not self.options.quick and self.options.variants is None and "triton" in errors:
-            left_out["torch"] = "on a GPU only the best of ours, --variants torch"
+            left_out["torch"] = "on a GPU only the best of ours, unless variants names it"
         for variant in self.chosen(None):
             if variant.name in left_out:
                 continue

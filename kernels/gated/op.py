@@ -182,35 +182,31 @@ def _check(operation: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
 # ---------------------------------------------------------------- the operators (impl="triton")
 
 
-def _fake_forward(gate, up, activation):
-    return gate.new_empty(gate.shape)
-
-
-def _fake_backward(dy, gate, up, activation, need_gate, need_up):
-    return [gate.new_empty(gate.shape) for _ in range(need_gate + need_up)]
-
-
-def _fake_packed_backward(dy, gate_up, activation):
-    return gate_up.new_empty(gate_up.shape)
-
-
 _define = functools.partial(operators.define, __package__)
-_define("gated_forward", "(Tensor gate, Tensor up, str activation) -> Tensor", "forward", _fake_forward)
-_define(
+_gated_forward = _define("gated_forward", "(Tensor gate, Tensor up, str activation) -> Tensor", "forward")
+_gated_backward = _define(
     "gated_backward",
     "(Tensor dy, Tensor gate, Tensor? up, str activation, bool need_gate, bool need_up) -> Tensor[]",
     "backward",
-    _fake_backward,
+)
+_gated_packed_backward = _define(
+    "gated_packed_backward", "(Tensor dy, Tensor gate_up, str activation) -> Tensor", "packed_backward"
 )
 _define(
-    "gated_packed_backward",
-    "(Tensor dy, Tensor gate_up, str activation) -> Tensor",
-    "packed_backward",
-    _fake_packed_backward,
+    "gated_backward_", "(Tensor dy, Tensor(a!) gate, Tensor(b!) up, str activation) -> ()", "backward_", ("gate", "up")
 )
-_define(
-    "gated_backward_",
-    "(Tensor dy, Tensor(a!) gate, Tensor(b!) up, str activation) -> ()",
-    "backward_",
-    mutates=("gate", "up"),
-)
+
+
+@_gated_forward.register_fake
+def _(gate, up, activation):
+    return gate.new_empty(gate.shape)
+
+
+@_gated_backward.register_fake
+def _(dy, gate, up, activation, need_gate, need_up):
+    return [gate.new_empty(gate.shape) for _ in range(need_gate + need_up)]
+
+
+@_gated_packed_backward.register_fake
+def _(dy, gate_up, activation):
+    return gate_up.new_empty(gate_up.shape)

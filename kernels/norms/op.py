@@ -131,33 +131,33 @@ class _Norm(torch.autograd.Function):
 # The lists hold what is asked for, in the order of triton_kernel.py's launchers.
 
 
-def _fake_forward(x, residual, weight, bias, eps, offset, center, llama, out_dtype):
-    found = [reference.empty_as(x, out_dtype)]
-    found += [x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(1 + center)]
-    return found if residual is None else [*found, reference.empty_as(x, _h_dtype(x, residual))]
-
-
-def _fake_backward(dy, dh, h, weight, mean, rstd, offset, compute_dx, compute_dw, compute_db):
-    dx = [reference.empty_as(h, h.dtype)] if compute_dx else []
-    return dx + [dy.new_empty(dy.shape[-1:], dtype=torch.float32) for _ in range(compute_dw + compute_db)]
-
-
-operators.define(
+_norm_forward = operators.define(
     __package__,
     "norm_forward",
     "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, float offset, bool center, bool llama, "
     "ScalarType out_dtype) -> Tensor[]",
     "forward",
-    _fake_forward,
 )
-operators.define(
+_norm_backward = operators.define(
     __package__,
     "norm_backward",
     "(Tensor dy, Tensor? dh, Tensor? h, Tensor? weight, Tensor? mean, Tensor? rstd, float offset, bool compute_dx, "
     "bool compute_dw, bool compute_db) -> Tensor[]",
     "backward",
-    _fake_backward,
 )
+
+
+@_norm_forward.register_fake
+def _(x, residual, weight, bias, eps, offset, center, llama, out_dtype):
+    found = [reference.empty_as(x, out_dtype)]
+    found += [x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(1 + center)]
+    return found if residual is None else [*found, reference.empty_as(x, _h_dtype(x, residual))]
+
+
+@_norm_backward.register_fake
+def _(dy, dh, h, weight, mean, rstd, offset, compute_dx, compute_dw, compute_db):
+    dx = [reference.empty_as(h, h.dtype)] if compute_dx else []
+    return dx + [dy.new_empty(dy.shape[-1:], dtype=torch.float32) for _ in range(compute_dw + compute_db)]
 
 
 # ---------------------------------------------------------------- arguments

@@ -151,10 +151,11 @@ def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
 # ---------------------------------------------------------------- the operators (impl="triton")
 
 
-def _fake(xs, cos, sin, transposed):
-    return [reference.empty(x) for x in xs]
-
-
 _define = functools.partial(operators.define, __package__)
-_define("rotary", "(Tensor[] xs, Tensor cos, Tensor sin, bool transposed) -> Tensor[]", "rotate", _fake)
-_define("rotary_", "(Tensor(a!)[] xs, Tensor cos, Tensor sin) -> ()", "rotate_", mutates=("xs",))
+_rotary = _define("rotary", "(Tensor[] xs, Tensor cos, Tensor sin, bool transposed) -> Tensor[]", "rotate")
+_define("rotary_", "(Tensor(a!)[] xs, Tensor cos, Tensor sin) -> ()", "rotate_", ("xs",))
+
+
+@_rotary.register_fake
+def _(xs, cos, sin, transposed):
+    return [reference.empty(x) for x in xs]

@@ -7,7 +7,7 @@ are left out.
 
 from __future__ import annotations
 
-import copy
+import bisect
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -107,23 +107,20 @@ class Run:
     made: dict[Any, Any] = dataclasses.field(default_factory=dict)  # what settings that are tried have in common
 
     def stages(self) -> list[Stage]:
-        found = [copy.copy(self._once("evaluation", lambda: self.evaluation(3)))] if self.data.questions else []
+        found = [self._once("evaluation", lambda: self.evaluation(3))] if self.data.questions else []
         if not self.setup.unlearned:
             found.append(self.training("warm-up", None))
-        found.append(copy.copy(self._once("density", self.density)))
+        found.append(self._once("density", self.density))
         config = self.config
         blocks = selectable_blocks(self.a.layers, config.num_blocks, config.top_k, config.skip_last_layers)
         for block in blocks:
-            found.append(
-                self.training(f"re-insertion {block.start}-{block.stop - 1}", block, config.top_k / len(blocks))
-            )
+            name = f"re-insertion {block.start}-{block.stop - 1}"
+            found.append(self.training(name, block, config.top_k / len(blocks)))
         if self.setup.gpus > 1:
-            self._divide(found)
-        if self.data.folds:
-            found.append(copy.copy(self._once("attack", self.attack)))
-        return found
+            found = self._divided(found)
+        return found + ([self._once("attack", self.attack)] if self.data.folds else [])
 
-    def _divide(self, stages: list[Stage]) -> None:
+    def _divided(self, stages: list[Stage]) -> list[Stage]:
         """Over several GPUs, as `parallel` does: blocks are dealt out, samples of warm-up and density are spread, each
         GPU evaluates for itself."""
         gpus = self.setup.gpus
@@ -131,24 +128,20 @@ class Run:
         alone, together = spread_blocks(costs, gpus, 1 / gpus, self.config.parallel)
         longest = max(sum(costs[i] for i in part) for part in alone)
         longest += sum(costs[i] for i in together) * SHARING_COSTS / gpus
-        for stage in stages:
-            if stage.name == "warm-up":
-                stage.runs *= SHARING_COSTS / gpus
-            elif stage.name != "evaluation":
-                stage.runs *= longest / sum(costs) if stage.of_block else 1 / gpus
+        block = longest / sum(costs)
+        shares = {"warm-up": SHARING_COSTS / gpus, "density": 1 / gpus, "evaluation": 1}
+        return [dataclasses.replace(s, runs=s.runs * (block if s.of_block else shares[s.name])) for s in stages]
 
     def enough_blocks(self, memory: int) -> int | None:
         """The smallest num_blocks whose blocks can be trained within so many bytes."""
-        low, high = self.config.num_blocks, self.a.layers + 1
 
         def fits(number: int) -> bool:
             run = dataclasses.replace(self, config=dataclasses.replace(self.config, num_blocks=number))
             return run.training("", range(self.a.layers // number)).peak <= memory
 
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(middle) else (middle, high)
-        return high if high <= self.a.layers else None
+        numbers = range(self.a.layers + 1)
+        found = bisect.bisect_left(numbers, True, self.config.num_blocks + 1, key=fits)
+        return found if found in numbers else None
 
     # ------------------------------------------------ parts
 
