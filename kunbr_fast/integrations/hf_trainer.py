@@ -36,7 +36,7 @@ if not is_accelerate_available():
 from transformers import Trainer, TrainerCallback
 
 from kunbr_fast.density.measure import Density
-from kunbr_fast.integrations.driven_stages import DrivenStages, Driver, StageOptimizer
+from kunbr_fast.integrations.driven_stages import DrivenStages, StageOptimizer
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
@@ -223,14 +223,14 @@ class KUnBRMixin:
             shutil.rmtree(work, ignore_errors=True)
         if args.should_save:
             work.mkdir(parents=True, exist_ok=True)
-        team = Group(args.process_index, args.world_size)
-        driver = Driver(team, args.should_save, accelerator.wait_for_everyone, accelerator.autocast)
         reporter = Reporter(not args.disable_tqdm and args.should_save, logger.info)
         # an evaluation may have put a wrapper on
         model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         inputs = RunInputs(model, forget, retain, self.processing_class, self._checked_unlearned())
-        context = RunContext(work, reporter=reporter, resume=resume, open_state=driver.open_state)
-        stages = DrivenStages(inputs, config, context, driver)
+        sharing = {"writes": args.should_save, "wait": accelerator.wait_for_everyone}
+        context = RunContext(work, reporter=reporter, resume=resume, **sharing)
+        ranks = Group(args.process_index, args.world_size)
+        stages = DrivenStages(inputs, config, context, ranks, accelerator.autocast)
         steps = stages.spans[-1].stop
         if args.max_steps > steps:
             raise ValueError(

@@ -13,7 +13,6 @@ from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.finite import check_finite
-from kunbr_fast.model.low_precision import check_cover
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.parallel.group import Group
@@ -22,7 +21,7 @@ from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.samples import Samples, to_samples
 from kunbr_fast.run.state import RunState, fingerprint
-from kunbr_fast.training.graphs import check_cuda_graphs
+from kunbr_fast.training.settings import Execution
 
 
 def prepare(inputs: RunInputs, config: KUnBRConfig, context: RunContext) -> tuple[Decoder, Samples, RunState]:
@@ -30,7 +29,7 @@ def prepare(inputs: RunInputs, config: KUnBRConfig, context: RunContext) -> tupl
     model, unlearned = inputs.model, inputs.unlearned
     _check_streamed(model, unlearned, config, context.group)
     decoder = Decoder(model)
-    criteria = _check_settings(decoder, config, unlearned is None)
+    criteria = _check_settings(decoder, config, config.execution(context.work), unlearned is None)
     samples = _samples(inputs, config, decoder, criteria)
     check_finite(model)
     if inputs.tokenizer is None and (inputs.folds or any(inputs.questions.values())):
@@ -72,18 +71,15 @@ def _check_streamed(model: nn.Module, unlearned: Any, config: KUnBRConfig, group
         raise ValueError("the original is streamed: open the unlearned model with open_streamed too, as another one")
     if group.size > 1:
         raise ValueError("a streamed model is for one process: run it without torchrun")
-    if config.cuda_graphs:
-        raise ValueError("cuda_graphs=True: a streamed model's layers have no place of their own: leave it out")
 
 
-def _check_settings(decoder: Decoder, config: KUnBRConfig, warm_up: bool) -> list[Criterion]:
+def _check_settings(decoder: Decoder, config: KUnBRConfig, execution: Execution, warm_up: bool) -> list[Criterion]:
     """What the run will minimise, on each block that may be chosen and in the warm-up."""
-    for operation in ("grad_density", "linear_loss", config.warmup_optimizer, config.optimizer):
+    for operation in ("grad_density", config.warmup_optimizer):
         resolve(operation, config.impl, decoder.device)
-    check_cuda_graphs(config.cuda_graphs, decoder.device)
     blocks = selectable_blocks(decoder.num_layers, config.num_blocks, config.top_k, config.skip_last_layers)
     for block in blocks:
-        check_cover(decoder, block, config.cover_precision)
+        execution.check(decoder, block, config.optimizer)
     criteria = [config.criterion(block) for block in blocks]
     for block, criterion in zip(blocks, criteria):
         criterion.check_layer(decoder.num_layers, block)
@@ -112,4 +108,4 @@ def _open_state(inputs: RunInputs, samples: Samples, config: KUnBRConfig, contex
         given = fingerprint(inputs.unlearned) if isinstance(inputs.unlearned, nn.Module) else "a mapping"
     started = {"the model or the data": identity, "the unlearned model": given, "resume": context.resume}
     context.group.check_same(started | config.to_dict())
-    return context.state(identity, config)
+    return RunState(context.work, identity, config, context.resume, context.writes, context.wait)

@@ -111,7 +111,8 @@ def unlearn(
                 weights_of(source).check_target(output_dir)
         if output_dir is None and group.size > 1:
             raise ValueError("several processes need an output_dir that all of them see")
-        context = RunContext(work, group, reporter if group.first else reporter.silent(), given.resume)
+        heard = reporter if group.first else reporter.silent()
+        context = RunContext(work, group, heard, given.resume, group.first, group.wait)
         run = Stages(inputs, config, context)
         report = run.all()
         if run.decoder.streamed:
