@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from kunbr_fast.evaluation.rtt import Attack, Fold
+from kunbr_fast.evaluation.rtt import Attack
 from kunbr_fast.files.models import check_same_architecture
 from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.model.blocks import selectable_blocks
@@ -24,8 +24,11 @@ from kunbr_fast.run.state import RunState, fingerprint
 from kunbr_fast.training.settings import Execution
 
 
-def prepare(inputs: RunInputs, config: KUnBRConfig, context: RunContext) -> tuple[Decoder, Samples, RunState]:
-    """The model's decoder, the samples and the opened state of a run whose settings, models and data are checked."""
+def prepare(
+    inputs: RunInputs, config: KUnBRConfig, context: RunContext
+) -> tuple[Decoder, Samples, Attack | None, RunState]:
+    """The model's decoder, the samples, the attack and the opened state of a run whose settings, models and data are
+    checked."""
     model, unlearned = inputs.model, inputs.unlearned
     _check_streamed(model, unlearned, config, context.group)
     decoder = Decoder(model)
@@ -34,25 +37,24 @@ def prepare(inputs: RunInputs, config: KUnBRConfig, context: RunContext) -> tupl
     check_finite(model)
     if inputs.tokenizer is None and (inputs.folds or any(inputs.questions.values())):
         raise ValueError("questions and folds hold text: give tokenizer=")
-    if config.rtt and inputs.folds and not decoder.streamed:
-        Attack(decoder, inputs.tokenizer, inputs.folds, config.attack())
+    attack = _attack(inputs, config, decoder, context.reporter)
     if isinstance(unlearned, nn.Module):
         check_same_architecture(model, unlearned, "unlearned")
         weights_of(unlearned).check("the unlearned model's ")
-    return decoder, samples, _open_state(inputs, samples, config, context)
+    return decoder, samples, attack, _open_state(inputs, samples, config, context)
 
 
-def folds_to_attack(inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, reporter: Reporter) -> Sequence[Fold]:
-    """The folds, if the result is to be attacked and can be."""
+def _attack(inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, reporter: Reporter) -> Attack | None:
+    """The attack on the result, if there is to be one and can be."""
     if not config.rtt or not inputs.folds:
-        return ()
+        return None
     if decoder.streamed:
         reporter.say(
             "no RTT attack: it trains every parameter, and of a streamed model they are never in memory together. "
             "`kunbr-fast rtt` attacks the result on a machine that holds it"
         )
-        return ()
-    return inputs.folds
+        return None
+    return Attack(decoder, inputs.tokenizer, inputs.folds, config.attack())
 
 
 def _check_streamed(model: nn.Module, unlearned: Any, config: KUnBRConfig, group: Group) -> None:

@@ -24,7 +24,7 @@ class RunInputs:
     retain: Sequence[Mapping]
     tokenizer: Any = None
     unlearned: nn.Module | Mapping[str, torch.Tensor] | None = None
-    questions: Mapping[str, Sequence[Mapping]] = dataclasses.field(default_factory=lambda: {"forget": [], "retain": []})
+    questions: Mapping[str, Sequence[Mapping]] = dataclasses.field(default_factory=dict)
     folds: Sequence[Fold] = ()
 
 

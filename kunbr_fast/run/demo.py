@@ -129,8 +129,7 @@ def gradient_difference(
     with frozen(decoder.model):
         criterion = Criterion(retain_coeff=config.retain_coeff, forget_loss_cap=config.forget_loss_cap)
         training = FullTraining(decoder, lr=lr, optimizer=optimizer, criterion=criterion)
-        for step in tqdm(range(len(schedule)), desc=progress, unit="step", leave=False, disable=progress is None):
-            f, r = schedule[step]
+        for f, r in tqdm(schedule, desc=progress, unit="step", leave=False, disable=progress is None):
             training.step([forget[i] for i in f], [retain[i] for i in r])
 
 

@@ -12,7 +12,7 @@ from kunbr_fast.density.measure import Density, knowledge_density
 from kunbr_fast.density.select import select_blocks
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.report import Report
-from kunbr_fast.evaluation.rtt import Attack, RTTResult
+from kunbr_fast.evaluation.rtt import RTTResult
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
@@ -93,11 +93,11 @@ class Stages(Run):
         return out
 
     def attack(self) -> RTTResult | None:
-        config, folds, progress = self.config, self.folds, self.reporter.progress
-        if not folds:
+        attack, progress, rank = self.rtt, self.reporter.progress, self.group.rank
+        if attack is None:
             return None
-        lrs = ", ".join(f"{lr:g}" for lr in config.rtt_lrs)
-        with self.reporter.stage(RTT, f"RTT attack: {len(folds)} folds, learning rates {lrs}") as took:
+        lrs = ", ".join(f"{lr:g}" for lr in self.config.rtt_lrs)
+        with self.reporter.stage(RTT, f"RTT attack: {len(attack.folds)} folds, learning rates {lrs}") as took:
 
             def keep(rows: list[dict]) -> None:
                 stage = Stage.attack(rows[0]["fold"], rows[0]["lr"])
@@ -106,7 +106,6 @@ class Stages(Run):
             def done() -> list[dict]:
                 return [row for found in self.state.results(RTT).values() for row in found["rows"]]
 
-            attack, rank = Attack(self.decoder, self.inputs.tokenizer, folds, config.attack()), self.group.rank
             if self.group.size > 1:  # each makes its share of the attacks, on its own copy of the weights
                 rows = done()
                 with self._apart():

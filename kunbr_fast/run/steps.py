@@ -21,7 +21,7 @@ from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
 from kunbr_fast.objectives.batch import Shares
 from kunbr_fast.objectives.original import Needs, OriginalValues
-from kunbr_fast.run.checks import folds_to_attack, prepare
+from kunbr_fast.run.checks import prepare
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.reporter import Timer
@@ -48,8 +48,7 @@ class Run:
         self.inputs, self.config, self.context, self.work = inputs, config, context, context.work
         self.reporter = context.reporter
         self.group = self.team = context.group
-        self.decoder, self.samples, self.state = prepare(inputs, config, context)
-        self.folds = folds_to_attack(inputs, config, self.decoder, self.reporter)
+        self.decoder, self.samples, self.rtt, self.state = prepare(inputs, config, context)
         self.original = OriginalValues({})
         self.retain_limit = config.max_retain_loss or 2 * math.log(self.decoder.config.vocab_size)
 
@@ -209,7 +208,7 @@ class Run:
             return training.step_packed(feed.batch(forget, retain))
         mine = feed.mine(forget, retain)
         step = SharedStep(training)
-        if feed.samples.places(training.criterion, *mine):
+        if feed.places(forget, retain):
             shares = Shares(*(len(part) / len(whole) for part, whole in zip(mine, (forget, retain))))
             step.add_all(feed.batch(*mine, shares))
         try:
@@ -245,7 +244,7 @@ class Run:
     ) -> dict[str, Any]:
         """What a cover or a cache in low precision makes of a block's first step (rank 0's part): for the report."""
         found, step = {}, feed.mine(*schedule[0])
-        if not (places := feed.samples.places(training.criterion, *step)):
+        if not (places := feed.places(*schedule[0])):
             return found
         if training.cover is not None:
             same = found["gradient_cosine"] = gradient_cosine(training, feed.batch(*step))

@@ -97,19 +97,15 @@ def unlearn(
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
-        if output_dir is None:
-            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kunbr-")))
-        else:
+        for source in (model, given.unlearned):
+            if source is not None:
+                weights_of(source).check_target(output_dir)
+        if output_dir is not None:
             work = Path(output_dir) / "work"
             work.mkdir(parents=True, exist_ok=True)
-        if output_dir is None and weights_of(model).streamed:
-            raise ValueError(
-                "a streamed model's result is never in memory whole: give output_dir=, where it is written"
-            )
-        for source in (model, given.unlearned):
-            if output_dir is not None and source is not None:
-                weights_of(source).check_target(output_dir)
-        if output_dir is None and group.size > 1:
+        elif group.size == 1:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kunbr-")))
+        else:
             raise ValueError("several processes need an output_dir that all of them see")
         heard = reporter if group.first else reporter.silent()
         context = RunContext(work, group, heard, given.resume, group.first, group.wait)
