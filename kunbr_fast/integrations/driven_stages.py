@@ -17,7 +17,6 @@ from kunbr_fast.density.measure import Density
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.prefix_cache import PrefixCache
-from kunbr_fast.objectives.batch import Shares
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
@@ -219,12 +218,11 @@ class DrivenStages(Stages):
         whole = self.schedule[step - self.at.first]
         part, parts = micro * self.ranks.size + self.ranks.rank, accumulation * self.ranks.size
         mine = [share(samples, part, parts) for samples in whole]
-        if not self.samples.places(self.training.criterion, *mine):
+        if (batch := self.feed.part(mine, whole)) is None:
             return torch.zeros((), device=self.decoder.device)
         if self._step is None:
             self._step = SharedStep(self.training)
-        shares = Shares(*(len(samples) / len(all_) for samples, all_ in zip(mine, whole)))
-        return self._step.add(self.feed.batch(*mine, shares), self.autocast())
+        return self._step.add(batch, self.autocast())
 
     def gather(self, step: int) -> None:
         """After the last micro-batch: sums the gradients over the ranks. Raises `Diverged`, with the weights as they

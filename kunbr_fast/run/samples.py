@@ -121,6 +121,13 @@ class Feed:
     def places(self, forget: list[int], retain: list[int]) -> list[int]:
         return self.samples.places(self.criterion, *self.mine(forget, retain))
 
+    def part(self, mine: Sequence[list[int]], whole: Sequence[list[int]]) -> StepBatch | None:
+        """The batch of some samples of a step, with their share of `whole`, all of its forget and retain samples; None
+        where the criterion reads none of them."""
+        if not self.samples.places(self.criterion, *mine):
+            return None
+        return self.batch(*mine, Shares(*(len(part) / len(samples) for part, samples in zip(mine, whole))))
+
     def batch(self, forget: list[int], retain: list[int], shares: Shares = WHOLE) -> StepBatch:
         """The batch of a step, or of a part of one."""
         places = self.samples.places(self.criterion, forget, retain)

@@ -78,17 +78,12 @@ class Stages(Run):
 
     def _accuracy(self, decoder: Decoder, name: str) -> dict[str, Any]:
         """Measured by rank 0; the others wait for the state that it writes."""
-        out = {}
-        for what, questions in self.inputs.questions.items() if self.group.first else ():
-            if questions:
-                self.reporter.say(f"accuracy of the {name} model on {len(questions)} {what} questions")
-                found = choice_accuracy(
-                    decoder,
-                    self.inputs.tokenizer,
-                    questions,
-                    scoring=self.config.scoring,
-                    progress=self.reporter.title(f"{what} accuracy"),
-                )
+        out, tokenizer, scoring = {}, self.inputs.tokenizer, self.config.scoring
+        for what, asked in self.inputs.questions.items() if self.group.first else ():
+            if asked:
+                self.reporter.say(f"accuracy of the {name} model on {len(asked)} {what} questions")
+                bar = self.reporter.title(f"{what} accuracy")
+                found = choice_accuracy(decoder, tokenizer, asked, scoring=scoring, progress=bar)
                 out[what] = {"plain": found.plain, "calibrated": found.calibrated, "num_questions": found.num_questions}
         return out
 

@@ -19,7 +19,6 @@ from kunbr_fast.memory import Place, parse_bytes
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
-from kunbr_fast.objectives.batch import Shares
 from kunbr_fast.objectives.original import Needs, OriginalValues
 from kunbr_fast.run.checks import prepare
 from kunbr_fast.run.config import KUnBRConfig
@@ -55,21 +54,15 @@ class Run:
     # ------------------------------------------------ what trainings read
 
     def measure(self, stage: Stage, needs: Needs) -> None:
-        """Adds the original's values that `needs` names, from the model, or from the state where they are there
-        already."""
+        """Adds the original's values that `needs` names, from the model, or where it has them from the state."""
         if self.state.result(stage) is None:
             found = OriginalValues({})
-            with self.reporter.stage(stage, "the original model's values for the objective") as took:
+            says, impl = "the original model's values for the objective", self.config.impl
+            with self.reporter.stage(stage, says) as took, fused(self.decoder.model, impl):
                 if self.group.first:
-                    with fused(self.decoder.model, self.config.impl):
-                        found = OriginalValues.of(
-                            self.decoder,
-                            self.samples.parts,
-                            needs,
-                            impl=self.config.impl,
-                            place=Place(self.config.cache, self.work),
-                            progress=self.reporter.progress,
-                        )
+                    how = {"impl": impl, "progress": self.reporter.progress}
+                    place = Place(self.config.cache, self.work)
+                    found = OriginalValues.of(self.decoder, self.samples.parts, needs, place=place, **how)
             self.state.finish(stage, {"seconds": took.seconds}, found.tensors())
         found = OriginalValues.from_tensors(load_tensors(self.state.file(stage)))
         self.original = OriginalValues({**self.original.values, **found.values})
@@ -206,11 +199,9 @@ class Run:
         """One step, by all of the feed's team."""
         if feed.team.size == 1:
             return training.step_packed(feed.batch(forget, retain))
-        mine = feed.mine(forget, retain)
         step = SharedStep(training)
-        if feed.places(forget, retain):
-            shares = Shares(*(len(part) / len(whole) for part, whole in zip(mine, (forget, retain))))
-            step.add_all(feed.batch(*mine, shares))
+        if (part := feed.part(feed.mine(forget, retain), (forget, retain))) is not None:
+            step.add_all(part)
         try:
             metrics = step.gather(feed.team, f"step {training.steps}")
         except Diverged:

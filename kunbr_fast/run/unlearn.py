@@ -86,15 +86,8 @@ def unlearn(
     config, given = config or KUnBRConfig(), taken(Options, options, "unlearn")
     output_dir, group = given.output_dir, given.group
     reporter = given.reporter or Reporter(given.progress, given.on_stage)
-    inputs = RunInputs(
-        model,
-        forget,
-        retain,
-        given.tokenizer,
-        given.unlearned,
-        {"forget": _questions(given.forget_questions, forget), "retain": _questions(given.retain_questions, retain)},
-        given.folds or (),
-    )
+    asked = {"forget": _questions(given.forget_questions, forget), "retain": _questions(given.retain_questions, retain)}
+    inputs = RunInputs(model, forget, retain, given.tokenizer, given.unlearned, asked, given.folds or ())
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
         for source in (model, given.unlearned):
