@@ -168,7 +168,7 @@ class DEEP_UNL:
         base.eval_on_RTV(0, "dynamic_GD_deep_unlearning")
         if epochs == 0:
             return
-        own = OwnForward(self.decoder)
+        self._own = OwnForward(self.decoder)
         with tempfile.TemporaryDirectory(dir=self._work.name) as work:
             WeightSnapshot.save(self.model, Path(work) / SINGLE)
             unlearned = Shards(work)  # M_u, later with the trained blocks
@@ -178,7 +178,7 @@ class DEEP_UNL:
                     if inside:
                         inside = False
                         _fill(self.model, self._original)
-                    self._visit(epoch, names, unlearned, forget, retain, own)
+                    self._visit(epoch, names, unlearned, forget, retain)
                     if (epoch + 1) % base.eval_every == 0:
                         _fill(self.model, unlearned)
                         inside = True
@@ -192,13 +192,7 @@ class DEEP_UNL:
         return [_Batch(points[i : i + size], self.base_model.get_loss) for i in range(0, len(points), size)]
 
     def _visit(
-        self,
-        epoch: int,
-        names: list[str],
-        unlearned: Shards,
-        forget: list[_Batch],
-        retain: list[_Batch],
-        own: OwnForward,
+        self, epoch: int, names: list[str], unlearned: Shards, forget: list[_Batch], retain: list[_Batch]
     ) -> None:
         base, block, trained = self.base_model, self._layers(names), {}
         for name in names:
@@ -221,20 +215,20 @@ class DEEP_UNL:
             self.model.eval()  # whatever `eval` left it in
             for i, batch in enumerate(tqdm(forget, desc=f"deep GD unlearning epoch {epoch}")):
                 other = retain[i * random.randint(1, 10000) % len(retain)]
-                _update(training, self._loss(training, batch, other, own))
+                _update(training, self._loss(training, batch, other))
         file = unlearned.directory / f"layers-{block.start}-{block.stop}.safetensors"
         save_tensors(file, trained)
         unlearned.files |= dict.fromkeys(trained, file)
 
-    def _loss(self, training: BlockTraining, forget: _Batch, retain: _Batch, own: OwnForward) -> torch.Tensor:
+    def _loss(self, training: BlockTraining, forget: _Batch, retain: _Batch) -> torch.Tensor:
         start, coeff = training.block.start, self.base_model.retain_coeff
         if not all([batch.look(self.decoder) for batch in (forget, retain)]):
-            if not own.kept:
+            if not self._own.kept:
                 logger.warning(
                     "get_loss is no weighted sum of token losses, or counts padding: it trains on the model's own "
                     "padded pass, with full logits, and what is saved are the layers below the block"
                 )
-            with own.above(start):
+            with self._own.above(start):
                 return -forget.get_loss(self.model) + coeff * retain.get_loss(self.model)
         batch = join(forget.packed(start), retain.packed(start))
         hidden = self.decoder.run(batch, Stretch(start, batch.hidden), rows=True)

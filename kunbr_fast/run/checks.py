@@ -27,10 +27,9 @@ from kunbr_fast.training.settings import Execution
 def prepare(
     inputs: RunInputs, config: KUnBRConfig, context: RunContext
 ) -> tuple[Decoder, Samples, Attack | None, RunState]:
-    """The model's decoder, the samples, the attack and the opened state of a run whose settings, models and data are
-    checked."""
+    """The model's decoder, the samples, the attack and the opened state of a run; all that it is given is checked."""
     model, unlearned = inputs.model, inputs.unlearned
-    _check_streamed(model, unlearned, config, context.group)
+    _check_streamed(model, unlearned, context.group)
     decoder = Decoder(model)
     criteria = _check_settings(decoder, config, config.execution(context.work), unlearned is None)
     samples = _samples(inputs, config, decoder, criteria)
@@ -57,7 +56,7 @@ def _attack(inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, reporter: 
     return Attack(decoder, inputs.tokenizer, inputs.folds, config.attack())
 
 
-def _check_streamed(model: nn.Module, unlearned: Any, config: KUnBRConfig, group: Group) -> None:
+def _check_streamed(model: nn.Module, unlearned: Any, group: Group) -> None:
     """ValueError for what cannot be done with a streamed model."""
     unlearned_streamed = isinstance(unlearned, nn.Module) and weights_of(unlearned).streamed
     if not weights_of(model).streamed:
