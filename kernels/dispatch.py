@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # `kunbr-fast doctor` asks about the CPU without torch
 OPERATIONS = ("grad_density", "linear_loss", "lion", "adamw", "rms_norm", "layer_norm", "swiglu", "geglu", "rotary")
 CUDA_OPERATIONS = ("grad_density", "lion", "adamw")  # those that csrc/ has kernels for
 IMPLEMENTATIONS = ("cuda", "triton", "torch")  # the order in which "auto" prefers them
+UNPROVEN = "not proven on this GPU"  # an H200 has run it: docs/results.md
 
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ def triton_why_not(device: torch.device) -> str | None:
 
 def triton_why_not_auto(device: torch.device) -> str | None:
     """Why "auto" passes Triton kernels by where they can run."""
-    return "no GPU has run it yet" if device.type == "cuda" else "the interpreter is for tests"
+    return UNPROVEN if device.type == "cuda" else "the interpreter is for tests"
 
 
 def cuda_why_not(device: torch.device) -> str | None:
@@ -160,7 +161,7 @@ def cuda_why_not(device: torch.device) -> str | None:
 
 def cuda_why_not_auto(device: torch.device) -> str | None:
     """Why "auto" passes the CUDA library by where it can run."""
-    return "no GPU has run it yet"
+    return UNPROVEN
 
 
 for _operation in CUDA_OPERATIONS:

@@ -4,7 +4,7 @@ One weight (N, K) of a linear layer, samples of T tokens packed one after the ot
 CPU), grad_l1:
 
   torch, triton, cuda   ours
-  tile ...              each candidate of kernels/tiles.py's table, with --tiles
+  tile ...              each candidate of kernels/tiles.py's table, and each kernel of csrc/, with --tiles
   bare                  each sample's product written to memory, no statistic: what the others are to be compared with;
                         on a GPU the fastest of single, batched and grouped products
   loop                  the baseline: a backward per sample (its forward untimed), then .grad.abs().sum()
@@ -41,20 +41,14 @@ import torch.nn.functional as F
 
 import kunbr_fast as kf
 from kunbr_fast.benchmarks import per_sample
-from kunbr_fast.benchmarks.harness import (
-    Case,
-    Options,
-    Variant,
-    compiled,
-    implementations,
-    need,
-)
+from kunbr_fast.benchmarks.harness import Case, Options, Variant, compiled, need
 from kunbr_fast.benchmarks.models import build, causal_pairs, exact_norms, matrices
 from kunbr_fast.benchmarks.per_sample import Packed, bare
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, equal, ragged, samples
 from kunbr_fast.data import pack
 from kunbr_fast.data.schedule import token_batches
 from kunbr_fast.kernels import dispatch
+from kunbr_fast.kernels.grad_density import cuda
 from kunbr_fast.kernels.grad_density import op as operators
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.frozen import frozen
@@ -119,24 +113,19 @@ class Weight(_PerSample):
 
     def variants(self, data):
         def ours(impl, form="direct"):
-            def make():
-                need("grad_density", impl, self.device)
-                arguments = dict(max_seqlen=max(data.lengths), statistic=self.statistic, form=form, impl=impl)
-                return lambda: {
-                    self.statistic: operators.grad_density(data.x, [data.dy], data.cu_seqlens, **arguments)[0]
-                }
-
-            return make
+            settings = dict(max_seqlen=max(data.lengths), statistic=self.statistic, form=form, impl=impl)
+            inputs = data.x, [data.dy], data.cu_seqlens
+            return lambda: {self.statistic: operators.grad_density(*inputs, **settings)[0]}
 
         def compiled_bmm():
             per_sample.check_memory(data)
             run, (x, dy) = compiled(self.options, lambda x, dy: per_sample.l1(torch.bmm(dy.mT, x))), data.padded
             return lambda: {"grad_l1": run(x, dy)}
 
-        found = [Variant(impl, ours(impl), ours=True) for impl in implementations("grad_density")]
+        found = self.implemented(ours, "grad_density")
         found.append(Variant("loop", lambda: per_sample.loop(data, self.statistic)))
         if self.statistic == "grad_l2sq":
-            found.append(Variant("gram", ours("torch", form="gram"), ours=True))
+            found.append(Variant("gram", lambda: ours("torch", form="gram"), ours=True))
             return [*found, Variant("opacus", lambda: per_sample.opacus(data))]
         buffer = None if self.options.gpu else self.N * self.K * self.dtype.itemsize
         found.append(Variant("bare", lambda: bare(data), standing_bytes=buffer))
@@ -155,17 +144,20 @@ class Weight(_PerSample):
         from kunbr_fast.kernels import tiles as config
         from kunbr_fast.kernels.grad_density.triton_kernel import launch
 
-        def make(tile):
-            def run():
-                (found,) = launch(data.x, [data.dy], data.cu_seqlens, "grad_l1", tile=tile)
-                return {"grad_l1": found}
-
-            return lambda: run
-
+        inputs = data.x, [data.dy], data.cu_seqlens, "grad_l1"
         mean = sum(data.lengths) / len(data.lengths)
         kind = "fp32" if self.dtype == torch.float32 else "short" if mean <= config.SHORT_MEAN_TOKENS else "long"
         tiles = config.TABLE[config.architecture(self.device), kind]
-        return [Variant(f"tile {tile}", make(tile), ours=True) for tile in tiles]
+        runs = {f"tile {tile}": functools.partial(launch, *inputs, tile=tile) for tile in tiles}
+        if dispatch.why_not("grad_density", "cuda", self.device) is None:
+            hopper = self.dtype.itemsize == 2 and config.architecture(self.device) == 90
+            for kernel in ("portable", *["hopper"] * hopper):
+                runs[f"tile csrc {kernel}"] = functools.partial(cuda.grad_density, *inputs, variant=kernel)
+
+        def make(run):
+            return lambda: lambda: {"grad_l1": run()[0]}
+
+        return [Variant(name, make(run), ours=True) for name, run in runs.items()]
 
 
 # ---------------------------------------------------------------- a whole model
@@ -231,19 +223,10 @@ class Model(_PerSample):
         decoder, samples = data
 
         def ours(impl):
-            def make():
-                for operation in ("grad_density", "linear_loss"):
-                    need(operation, impl, self.device)
-                return lambda: {
-                    "density": kf.knowledge_density(
-                        decoder, samples, impl=impl, batch_tokens=self.batch_tokens
-                    ).per_layer
-                }
+            settings = dict(impl=impl, batch_tokens=self.batch_tokens)
+            return lambda: {"density": kf.knowledge_density(decoder, samples, **settings).per_layer}
 
-            return make
-
-        # the CUDA library has no linear_loss
-        found = [Variant(impl, ours(impl), ours=True) for impl in implementations("linear_loss")]
+        found = self.implemented(ours, "linear_loss", "grad_density")  # the CUDA library has no linear_loss
         found.append(Variant("loop", lambda: self._loop(decoder, samples)))
         found.append(Variant("plain", lambda: self._plain(decoder, samples)))
         found.append(Variant("products", lambda: self._products(decoder)))

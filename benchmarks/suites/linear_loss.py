@@ -28,9 +28,7 @@ from kunbr_fast.benchmarks.harness import (
     Skip,
     Variant,
     compiled,
-    implementations,
     imported,
-    need,
     relative_error,
 )
 from kunbr_fast.benchmarks.models import liger
@@ -94,27 +92,19 @@ class LinearLoss(Case):
         return run
 
     def variants(self, data):
-        def make(function):
-            return lambda: self._once(function(), data)
-
         def ours(impl):
-            def function():
-                need("linear_loss", impl, self.device)
-                row_weights = torch.full((self.tokens,), 1 / self.tokens, dtype=torch.float64, device=self.device)
-                linear = torch.nn.Linear(self.hidden, self.vocabulary, bias=False, device="meta")
-                linear.weight = data[1]
-                head = Head(linear)
-                return lambda hidden, _, targets: linear_loss(hidden, head, targets, row_weights, impl=impl)[0]
+            row_weights = torch.full((self.tokens,), 1 / self.tokens, dtype=torch.float64, device=self.device)
+            linear = torch.nn.Linear(self.hidden, self.vocabulary, bias=False, device="meta")
+            linear.weight = data[1]
+            head = Head(linear)
+            return self._once(lambda x, _, targets: linear_loss(x, head, targets, row_weights, impl=impl)[0], data)
 
-            return function
-
-        found = [Variant(impl, make(ours(impl)), ours=True) for impl in implementations("linear_loss")]
-        return found + [
-            Variant("eager", make(lambda: _eager)),
-            Variant("torch.compile", make(lambda: compiled(self.options, _eager))),
-            Variant("F.linear_cross_entropy", make(_torch_chunked)),
-            Variant("liger", make(self._liger)),
-            Variant("cut-cross-entropy", make(lambda: self._cut(None))),
+        return self.implemented(ours, "linear_loss") + [
+            Variant("eager", lambda: self._once(_eager, data)),
+            Variant("torch.compile", lambda: self._once(compiled(self.options, _eager), data)),
+            Variant("F.linear_cross_entropy", lambda: self._once(_torch_chunked(), data)),
+            Variant("liger", lambda: self._once(self._liger(), data)),
+            Variant("cut-cross-entropy", lambda: self._once(self._cut(None), data)),
             Variant("cut-cross-entropy filtered", lambda: self._filtered(data)),
         ]
 

@@ -44,12 +44,12 @@ from torch import nn
 
 import kunbr_fast as kf
 from kunbr_fast.benchmarks import measure
-from kunbr_fast.benchmarks.harness import Case, Options, Skip, Variant, Wrong, compiled, relative_error
+from kunbr_fast.benchmarks.harness import Case, Options, Skip, Variant, Wrong, compiled
 from kunbr_fast.benchmarks.models import build, causal_pairs, copied, exact_norms, liger, matrices, nbytes, with_liger
 from kunbr_fast.benchmarks.reference import procedure
+from kunbr_fast.benchmarks.rows import WRONG
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, questions
 from kunbr_fast.data import PackedBatch, pack
-from kunbr_fast.kernels.errors import Unavailable
 from kunbr_fast.memory import release
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.decoder import Decoder
@@ -217,11 +217,11 @@ class Ours:
     def standing(self):
         flat, optimizer, graphs = self.training.flat, self.training.optimizer, self.training.graphs
         state = [x for x in optimizer.state[flat.param].values() if isinstance(x, torch.Tensor)]
-        held = [*self.original, flat.weights, flat.grad, flat.param, *state, self.cache._buffer]
+        held = nbytes([*self.original, flat.weights, flat.grad, flat.param, *state]) + self.cache.nbytes
         if graphs is None:
-            return nbytes(held)
+            return held
         pool = [s["total_size"] for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == graphs.pool]
-        return nbytes([*held, *graphs.inputs]) + sum(pool)
+        return held + nbytes(graphs.inputs) + sum(pool)
 
     def flops(self):
         return measure.spent_flops(self.gradients)
@@ -325,6 +325,8 @@ class Step(Case):
             release()  # what a variant that failed held
             if name in self.left_out:
                 raise Skip(self.left_out[name])
+            if self.gradients and name in IN_FP64:
+                self.check_weights(name)
             made.append(SIDES[name](self, data))
             return run
 
@@ -343,34 +345,29 @@ class Step(Case):
             spent_flops=None if name in UNCOUNTED else lambda: made[0].flops(),
         )
 
-    def gate(self):
-        self.same_weights()
-        return super().gate()
+    def check_weights(self, name):
+        """Three fp64 steps have to give the reference's weights."""
+        case, data, truth = self._exact
+        error = self.error(_three_steps(SIDES[name](case, data)), truth)
+        if not error <= EXACT:
+            what = "the reference's weights after three fp64 steps"
+            raise Skip(f"{WRONG}{error:.1e} from {what} (limit {EXACT:.0e})")
 
-    def same_weights(self):
-        """`Wrong` unless three fp64 steps of those that run in fp64 give the reference's weights."""
-        exact = dataclasses.replace(self.small(), options=dataclasses.replace(self.options, dtype=torch.float64))
-        data = exact.draw()
-        reference = Reference(exact, data)
-        for _ in range(3):
-            reference.step()
-        truth = reference.weights()
+    @functools.cached_property
+    def _exact(self):
+        """(this case in fp64, its inputs, the reference's weights after three steps)"""
+        case = dataclasses.replace(self, options=dataclasses.replace(self.options, dtype=torch.float64))
+        data = case.draw()
+        truth = _three_steps(Reference(case, data))
         if any(weight.equal(data.values[name]) for name, weight in truth.items()):
             raise Wrong("the reference trained nothing: no numbers")
-        names = [v.name for v in exact.chosen(data) if v.name in IN_FP64 and v.name not in self.left_out]
-        for name in names:
-            try:
-                side = SIDES[name](exact, data)
-            except Unavailable:  # CUDA graphs without a GPU
-                continue
-            for _ in range(3):
-                side.step()
-            error = max(relative_error(weight, truth[n]) for n, weight in side.weights().items())
-            if not error <= EXACT:
-                raise Wrong(
-                    f"{name} is {error:.1e} from the reference's weights after three fp64 steps (limit {EXACT:.0e}): "
-                    "no numbers"
-                )
+        return case, data, truth
+
+
+def _three_steps(side):
+    for _ in range(3):
+        side.step()
+    return side.weights()
 
 
 def cases(options: Options) -> list[Case]:

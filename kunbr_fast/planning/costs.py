@@ -5,7 +5,7 @@ size, I width of the MLP, V vocabulary, b bytes of a weight.
 
 Counts of parameters are exact. FLOPs are those of matrix products and attention, as torch's FlopCounterMode counts them
 (attention without regard to causality). Bytes are what this package's own code keeps and makes: see `kept` and `Step`;
-benchmarks/bench_plan.py holds them against measurements.
+benchmarks/scripts/bench_plan.py holds them against measurements.
 """
 
 from __future__ import annotations

@@ -167,9 +167,7 @@ class KUnBRConfig:
         "keep only each layer's input for the backward pass and run it again there: less memory, the same result",
         "none",
     )
-    cuda_graphs: bool = setting(
-        False, "capture a block's steps as CUDA graphs (gradient difference and ga; no GPU has run it)", "none"
-    )
+    cuda_graphs: bool = setting(False, "capture a block's steps as CUDA graphs (gradient difference and ga)", "none")
     parallel: str = setting(
         "auto",
         "with several processes (torchrun): blocks, each trained by one; samples, each step's spread over all; auto",

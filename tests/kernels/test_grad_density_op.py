@@ -168,7 +168,7 @@ def test_triton_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert dispatch.resolve("grad_density", "triton", "cuda:0") == "triton"
     assert dispatch.resolve("grad_density", "auto", "cuda:0") == "torch"
-    assert dispatch.why_not_auto("grad_density", "triton", "cuda:0") == "no GPU has run it yet"
+    assert dispatch.why_not_auto("grad_density", "triton", "cuda:0") == "not proven on this GPU"
 
 
 def test_auto_takes_torch_for_float64(monkeypatch, calls):

@@ -275,7 +275,7 @@ def test_autotune_takes_the_fastest_and_remembers(monkeypatch):
         function()
         return {candidates[0]: 2.0, candidates[1]: 1.0}[runs[-1]]
 
-    monkeypatch.setattr(config, "do_bench", timed)
+    monkeypatch.setattr("triton.testing.do_bench", timed)
     assert config.choose(cuda, "short", "a shape", runs.append) == candidates[0] and not runs
     monkeypatch.setenv("KUNBR_AUTOTUNE", "1")
     for _ in range(2):

@@ -1,9 +1,9 @@
 """One re-insertion step, counted: FLOPs, bytes saved for the backward pass, peak bytes and kernel launches, of the
 reference procedure and of ours, at several blocks of models by name. Nothing is timed and no weights are needed.
 
-    python benchmarks/count_step.py                                   # Llama-3-8B, blocks of 4, 6 + 6 samples
-    python benchmarks/count_step.py --model SmolLM2-135M --json
-    python benchmarks/count_step.py --csv benchmarks/results/counted.csv
+    python benchmarks/scripts/count_step.py                           # Llama-3-8B, blocks of 4, 6 + 6 samples
+    python benchmarks/scripts/count_step.py --model SmolLM2-135M --json
+    python benchmarks/scripts/count_step.py --csv benchmarks/results/counted.csv
 
 Both sides run their own code on torch's meta device, where tensors have shapes and no values: forward and backward
 pass of one step, without the update. Reference: tests/reference_procedure.py, two padded passes with full logits. Ours:

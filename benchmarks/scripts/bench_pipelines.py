@@ -1,8 +1,8 @@
 """Pipelines that people have, before and after: the same training as they write it, and on this engine. FLOPs are
 counted by torch, and the trained weights are compared; nothing is timed.
 
-    python benchmarks/bench_pipelines.py                       # both pipelines, SmolLM2-135M's shapes, minutes on a CPU
-    python benchmarks/bench_pipelines.py --only trainer --csv benchmarks/results/pipelines_cpu.csv
+    python benchmarks/scripts/bench_pipelines.py             # both, SmolLM2-135M's shapes, minutes on a CPU
+    python benchmarks/scripts/bench_pipelines.py --only trainer --csv benchmarks/results/pipelines_cpu.csv
 
 trainer: re-insertion of the two densest blocks of three layers. Before: a Hugging Face Trainer for each block, whose
 compute_loss is -model(**forget).loss + model(**retain).loss, all else frozen. After: KUnBRTrainer. The first one is
@@ -16,15 +16,14 @@ import copy
 import random
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 import transformers as tf
 
 from kunbr_fast.benchmarks.measure import add_rows, flop_counter, script_parser
 from kunbr_fast.benchmarks.shapes import MODELS
+from kunbr_fast.checkout import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import authors_class as plain  # noqa: E402
