@@ -247,8 +247,6 @@ class Stages(Run):
     def _visit_all(self, order: list[Visit], home: list[int] | None = None) -> dict[range, WeightSnapshot]:
         """Makes the visits that are not yet made. home: as of `Feed`, where all of the team make them together."""
         trained: dict[range, WeightSnapshot] = {}
-        if not order:
-            return trained
         unlearned = self._unlearned()
         cache: PrefixCache | CacheShard | None = None
         for visit in order:
