@@ -88,7 +88,7 @@ def _earlier(csv: Path, resume: bool, options: harness.Options) -> list[dict[str
     if not csv.exists():
         return []
     if not resume:
-        raise ValueError(f"{csv} exists: give another --out, or --resume to go on with it")
+        raise ValueError(f"{csv} exists: give another folder, or resume=True to go on with it")
     same = {"settings": options.settings, **measure.about(options.device)}
     del same["command"]
     found = rows.read_rows(csv)
@@ -97,7 +97,7 @@ def _earlier(csv: Path, resume: bool, options: harness.Options) -> list[dict[str
             if str(row.get(name) or "") != str(value):
                 raise ValueError(
                     f"{csv} was measured with {name} {row.get(name) or 'unknown'}, this is {value or 'none'}: "
-                    "give another --out"
+                    "give another folder"
                 )
     done = {_name(row) for row in found if row["ms"]} - {_name(row) for row in found if rows.is_wrong(row)}
     return [row for row in found if _name(row) in done]

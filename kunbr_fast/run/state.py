@@ -80,7 +80,7 @@ class RunState:
         if not resume:
             if self.path.exists():
                 raise ValueError(
-                    f"{self.directory} holds an unfinished run: continue it with resume (--resume), or give another "
+                    f"{self.directory} holds an unfinished run: continue it with resume (resume=True), or give another "
                     "output directory, or delete that one"
                 )
             self.state = fresh
