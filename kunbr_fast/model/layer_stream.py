@@ -31,7 +31,7 @@ from torch.autograd.graph import increment_version
 
 from kunbr_fast.files.tensors import Shards, open_tensors, placeholder
 from kunbr_fast.model.stored_weights import Piece, StoredWeights
-from kunbr_fast.model.weights import CARRIED
+from kunbr_fast.model.weights import CARRIED, DAMAGED, finite
 
 ALIGNMENT = 256  # of a parameter in its buffer, in bytes
 
@@ -95,7 +95,7 @@ class LayerStream(StoredWeights):
         placeholders = {entry.name: entry.parameter for entries in self._entries for entry in entries}
         super().__init__(model, placeholders, shards, sources)
         for number, layer in enumerate(layers):
-            layer.register_forward_pre_hook(_Hook(self, number))
+            layer.register_forward_pre_hook(functools.partial(self._before_forward, number))
         layers.register_state_dict_pre_hook(_refuse_state)
         layers.__dict__[CARRIED] = self
 
@@ -125,10 +125,6 @@ class LayerStream(StoredWeights):
     @property
     def nbytes(self) -> int:
         return self._buffers * max(self._sizes)
-
-    def layer_nbytes(self, layer: int) -> int:
-        """How many bytes one load of a layer moves."""
-        return self._sizes[layer]
 
     def __deepcopy__(self, memo: Any) -> LayerStream:
         raise TypeError("a streamed model cannot be copied: open it once more with open_streamed")
@@ -161,9 +157,11 @@ class LayerStream(StoredWeights):
         if layer not in self._held and slots[layer].loading is not None:
             self._arrive(slots[layer])
 
-    def called(self, layer: int) -> None:
-        """A layer is about to run: unless its weights are in place they are loaded, and the next one's are ordered,
-        in the direction in which the layers have been going."""
+    def _before_forward(self, layer: int, module: nn.Module, args: tuple) -> None:
+        """Loads a layer's weights unless they are in place, and orders the next one's, in the direction in which the
+        layers have been going."""
+        if getattr(module.__dict__.get("forward"), "computes_nothing", False):  # Decoder's recorder
+            return
         if layer in self._held or any(slot.layer == layer and slot.loading is None for slot in self._slots):
             return
         following = layer + (1 if layer >= self._last else -1)
@@ -223,15 +221,16 @@ class LayerStream(StoredWeights):
         """In the thread. free: an event after which nothing reads the buffer's former weights."""
         size, source = self._sizes[layer], self.host.get(layer)
         if source is None:
-            if sum(kept.numel() for kept in self.host.values()) + size <= self._host_bytes:
+            stays = sum(kept.numel() for kept in self.host.values()) + size <= self._host_bytes
+            if stays:
                 source = torch.empty(size, dtype=torch.uint8, pin_memory=self._copies is not None)
-                self._read(layer, source)
-                self.host[layer] = source
             else:
                 source = slot.staging
                 if slot.arrived is not None:
                     slot.arrived.synchronize()  # the pinned buffer may still be on its way to the device
-                self._read(layer, source)
+            self._read(layer, source)
+            if stays:
+                self.host[layer] = source
         if self._copies is not None:
             with torch.cuda.stream(self._copies):
                 self._copies.wait_event(free)
@@ -254,11 +253,8 @@ class LayerStream(StoredWeights):
             with open_tensors(path) as file:
                 for stored, into in pairs:
                     into.copy_(file.get_tensor(stored))
-                    if not self.reads[layer] and not bool(torch.linalg.vector_norm(into, torch.inf).isfinite()):
-                        raise ValueError(
-                            f"{path}: {stored} holds NaN or infinite values (as {into.dtype}): this checkpoint is "
-                            "damaged or its training diverged; load another one"
-                        )
+                    if not self.reads[layer] and not finite(into):
+                        raise ValueError(f"{path}: {stored} holds NaN or infinite values (as {into.dtype}): {DAMAGED}")
         self.reads[layer] += 1
 
     def _arrive(self, slot: _Slot) -> None:
@@ -272,18 +268,6 @@ class LayerStream(StoredWeights):
         for entry, view in zip(self._entries[slot.layer], self._views(slot.layer, slot.data)):
             entry.parameter.data = view
         slot.loading = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Hook:
-    """Before a layer's forward."""
-
-    stream: LayerStream
-    layer: int
-
-    def __call__(self, module: nn.Module, args: tuple) -> None:
-        if not getattr(module.__dict__.get("forward"), "computes_nothing", False):  # Decoder's recorder
-            self.stream.called(self.layer)
 
 
 def _refuse_state(*args: Any) -> None:

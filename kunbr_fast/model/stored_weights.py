@@ -15,7 +15,7 @@ from torch import nn
 
 from kunbr_fast.files.atomic import write_with
 from kunbr_fast.files.tensors import Shards, open_tensors
-from kunbr_fast.model.weights import Weights
+from kunbr_fast.model.weights import DAMAGED, Weights, finite
 
 # files that may hold the former weights in another form, which a model saved anew must not bring along
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -112,11 +112,8 @@ class StoredWeights(Weights):
     def check(self, whose: str = "") -> None:
         """ValueError for a parameter that is not finite; `whose` goes before its name. Reads every file once."""
         for name in self:
-            if not bool(torch.linalg.vector_norm(self[name], torch.inf).isfinite()):
-                raise ValueError(
-                    f"{whose}{name}: it holds NaN or infinite values: this checkpoint is damaged or its training "
-                    "diverged; load another one"
-                )
+            if not finite(self[name]):
+                raise ValueError(f"{whose}{name}: it holds NaN or infinite values: {DAMAGED}")
 
     def save(self, directory: str | Path) -> None:
         """Copies the model's directory with the tensors of `replace` in place of the stored ones, in the files' dtypes.
