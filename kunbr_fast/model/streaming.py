@@ -22,8 +22,7 @@ from kunbr_fast.files.models import DTYPES, model_directory
 from kunbr_fast.files.tensors import Shards, open_tensors
 from kunbr_fast.model import compat
 from kunbr_fast.model.decoder import find_layers
-from kunbr_fast.model.layer_stream import LayerStream
-from kunbr_fast.model.stored_weights import Piece
+from kunbr_fast.model.layer_stream import LayerStream, Piece
 from kunbr_fast.model.streamed import StreamedDecoder
 from kunbr_fast.model.weights import owners
 
