@@ -26,19 +26,10 @@ from setuptools.command.build import build
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SCRIPTS = (
-    "bench_pipelines",
-    "bench_plan",
-    "count_step",
-    "cover_precision",
-    "demo_seeds",
-    "density_rates",
-    "test_regression",
-)
 BESIDE = {"kunbr_fast.kernels": "kernels", "kunbr_fast.benchmarks": "benchmarks"}  # package: its folder
 
-# their own packages
-INSIDE = [f"{name}.{part}" for name, folder in BESIDE.items() for part in find_packages(ROOT / folder)]
+# their own packages, but for scripts, which need a checkout
+INSIDE = [f"{name}.{part}" for name, folder in BESIDE.items() for part in find_packages(ROOT / folder, ["scripts"])]
 
 
 def build_module():
@@ -98,7 +89,7 @@ class build_modules(build_py):
     def find_package_modules(self, package, package_dir):
         found = super().find_package_modules(package, package_dir)
         if package == "kunbr_fast.benchmarks":
-            found = [module for module in found if module[1] not in SCRIPTS]
+            found = [module for module in found if module[1] != "test_regression"]
             found.append((package, "reference_procedure", str(Path("tests") / "reference_procedure.py")))
         return found
 

@@ -33,9 +33,9 @@ def bench(
     versions, commit and settings. budget: seconds after which no case is begun. say: gets each case's table when it is
     there.
 
-    Returns {"rows", "wrong": {case: what was wrong with ours}, "left_out": {case: why}, "files"}. A case that gave no
-    numbers has rows that say why. ValueError for options that no case takes, for a folder that has results where
-    `resume` is not given, or results that do not go with these.
+    Returns {"rows", "wrong": {case, or case and variant: what was wrong with ours}, "left_out": {case: why}, "files"}.
+    A case that gave no numbers has rows that say why. ValueError for options that no case takes, for a folder that has
+    results where `resume` is not given, or results that do not go with these.
     """
     if options.device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {options.device}: what runs elsewhere than on a CPU or CUDA device is not timed here")
@@ -61,6 +61,7 @@ def bench(
         for case, measured, why in harness.run(todo, budget, lambda case: bar.set_postfix_str(str(case))):
             found += map(rows.parsed, measured)
             rows.write_rows(csv, out / "results.json", found)
+            wrong |= {f"{case}, {row['variant']}": row["note"] for row in measured if rows.is_wrong(row)}
             if why is not None:
                 (wrong if isinstance(why, harness.Wrong) else left_out)[str(case)] = str(why)
             with bar.external_write_mode():
@@ -83,11 +84,11 @@ def _check_variants(cases: Iterable[harness.Case], wanted: Sequence[str] | None)
 
 
 def _earlier(csv: Path, resume: bool, options: harness.Options) -> list[dict[str, Any]]:
-    """The rows of the cases that have numbers."""
+    """The rows of the cases that have numbers and nothing wrong."""
     if not csv.exists():
         return []
     if not resume:
-        raise ValueError(f"{csv} exists: give another --out, or --resume to go on with it")
+        raise ValueError(f"{csv} exists: give another folder, or resume=True to go on with it")
     same = {"settings": options.settings, **measure.about(options.device)}
     del same["command"]
     found = rows.read_rows(csv)
@@ -96,7 +97,7 @@ def _earlier(csv: Path, resume: bool, options: harness.Options) -> list[dict[str
             if str(row.get(name) or "") != str(value):
                 raise ValueError(
                     f"{csv} was measured with {name} {row.get(name) or 'unknown'}, this is {value or 'none'}: "
-                    "give another --out"
+                    "give another folder"
                 )
-    with_numbers = {_name(row) for row in found if row["ms"]}
-    return [row for row in found if _name(row) in with_numbers]
+    done = {_name(row) for row in found if row["ms"]} - {_name(row) for row in found if rows.is_wrong(row)}
+    return [row for row in found if _name(row) in done]

@@ -2,8 +2,8 @@
 
 A case is one operation at one shape. It draws its inputs, and names variants: ours, by implementation, and rivals,
 which are found at run time. Every variant of a case does the same work; the gate says so: before anything is timed,
-each runs on a small sibling of the shape and is held against fp64. Where ours is wrong, the case gives no numbers; a
-rival that is wrong or cannot run here is left out, and a row says why.
+each runs on a small sibling of the shape and is held against fp64. One that is wrong or cannot run here is left out,
+and a row says why. Where that leaves none of ours, as all are wrong, the case gives no numbers.
 
 Variants then take turns in one process with a square matrix product and a copy, whose rates are the roofline: the time
 that the needed FLOPs or the needed bytes take at these rates, whichever is longer. FLOPs and bytes are those that the
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from kunbr_fast.benchmarks import measure
-from kunbr_fast.benchmarks.rows import COLUMNS, Measured, rounded
+from kunbr_fast.benchmarks.rows import COLUMNS, WRONG, Measured, rounded
 from kunbr_fast.benchmarks.suites import SUITES
 from kunbr_fast.kernels import dispatch
 from kunbr_fast.kernels.errors import Unavailable
@@ -43,7 +43,7 @@ class Skip(Exception):
 
 
 class Wrong(Exception):
-    """Ours gave another result than it should: no numbers."""
+    """Ours gave other results than they should: no numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +91,8 @@ class Options:
     def settings(self) -> str:
         """What changes the numbers of a case, or what there is of it, as one text."""
         found = [name for name in ("quick", "compile", "tiles") if getattr(self, name)]
-        found += [
-            f"{name}={getattr(self, name):g}" for name in ("seconds", "repeats") if getattr(self, name) is not None
-        ]
+        limits = {"seconds": self.seconds, "repeats": self.repeats}
+        found += [f"{name}={value:g}" for name, value in limits.items() if value is not None]
         return ", ".join(found + ([f"variants={'|'.join(self.variants)}"] if self.variants else []))
 
 
@@ -190,34 +189,56 @@ class Case(abc.ABC):
         return []
 
     counts_kept = False  # whether variants run autograd, so that there is something to keep
+    truth_is = "fp64"  # in words
+
+    def allowed(self, variant: Variant, baseline: float) -> float:
+        """The largest error that a variant may have where the baseline has that one."""
+        if variant.ours:
+            return self.limit(baseline)
+        return BASELINE_LIMIT if variant.name == self.baseline else RIVAL_LIMIT
+
+    def implemented(self, make: Callable[[str], Callable], *operations: str) -> list[Variant]:
+        """A variant of ours for each implementation of the first of these operations: make(impl) is its `make`, where
+        all of them can run."""
+
+        def variant(impl):
+            def made():
+                for operation in operations:
+                    need(operation, impl, self.device)
+                return make(impl)
+
+            return Variant(impl, made, ours=True)
+
+        return [variant(impl) for impl in implementations(operations[0])]
 
     def chosen(self, data: Any) -> list[Variant]:
         wanted = self.options.variants
         return [v for v in self.variants(data) if wanted is None or v.name in wanted or v.name == self.baseline]
 
     def gate(self) -> tuple[dict[str, float | None], dict[str, str]]:
-        """({variant: error, None where it returns nothing}, {variant: why it is left out}). `Wrong` where ours is
-        beyond its limit."""
+        """({variant: error, None where it returns nothing}, {variant: why it is left out}). `Wrong` where none of ours
+        is within its limit, and one is beyond."""
         small = self.small()
         data = small.draw()
         truth, errors, left_out = small.truth(data), {}, {}
-        for variant in sorted(small.chosen(data), key=lambda v: v.name != self.baseline):
+        variants = sorted(small.chosen(data), key=lambda v: v.name != self.baseline)
+        for variant in variants:
             with forgiving(variant, left_out):
                 found = variant.make()()
                 error = None if found is None else small.error(found, truth)
-                if variant.ours:
-                    limit = small.limit(errors.get(self.baseline) or 0.0)
-                else:
-                    limit = BASELINE_LIMIT if variant.name == self.baseline else RIVAL_LIMIT
+                limit = small.allowed(variant, errors.get(self.baseline) or 0.0)
                 if error is not None and not error <= limit:
-                    if variant.ours:
-                        raise Wrong(f"{variant.name} is {error:.1e} from fp64 (limit {limit:.1e}): no numbers")
-                    raise Skip(f"wrong: {error:.1e} from fp64")
+                    said = f" (limit {limit:.1e})" if variant.ours else ""
+                    raise Skip(f"{WRONG}{error:.1e} from {self.truth_is}{said}")
                 errors[variant.name] = error
+        ours = [v.name for v in variants if v.ours]
+        wrong = {name: why.removeprefix(WRONG) for name, why in left_out.items() if why.startswith(WRONG)}
+        if any(name in wrong for name in ours) and not any(name in errors for name in ours):
+            raise Wrong(f"{'; '.join(f'{name} is {wrong[name]}' for name in ours if name in wrong)}: no numbers")
         return errors, left_out
 
     def rows(self) -> list[dict[str, Any]]:
-        """One for each variant. `Wrong` where ours is."""
+        """One for each variant. `Wrong` where `gate` says so, or where ours differ from each other."""
         errors, left_out = self.gate()
         data = self.draw()
         variants, running, known, first = self.chosen(data), {}, {}, {}

@@ -26,6 +26,7 @@ COLUMNS = (
 NEEDED = (*KEY, "ours", "ms", "p20_ms", "p80_ms")  # the rest may be missing: files of other releases stay readable
 TEXTS = ("suite", "model", "case", "dtype", "variant", "baseline", "note", "settings")
 NUMBERS = frozenset({*COLUMNS, "threads"} - {*TEXTS})
+WRONG = "wrong: "  # how the reason begins for which the gate leaves a variant out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +206,11 @@ class Outcome:
     def extrapolated(self) -> bool:
         """Whether one of the two times of `ratio` is."""
         return bool(tilde(self.ours, *self.rivals[:1]))
+
+
+def is_wrong(row: Mapping[str, Any]) -> bool:
+    """One of ours that the gate left out."""
+    return bool(row["ours"]) and row["note"].startswith(f"not run: {WRONG}")
 
 
 def is_candidate(row: Mapping[str, Any]) -> bool:

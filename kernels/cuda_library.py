@@ -1,8 +1,7 @@
 """The library of csrc/ (`impl="cuda"`), loaded by ctypes. Each operation's `cuda.py` calls it.
 
 The library has a plain C interface (csrc/kunbr.h) and knows nothing of torch or Python: pointers, sizes, strides in
-elements and torch's current stream go in, and a code comes back, which becomes an exception here. No GPU has run its
-kernels yet, so `impl="auto"` passes them by.
+elements and torch's current stream go in, and a code comes back, which becomes an exception here.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # `kunbr-fast doctor` asks about the CPU without torch
 OPERATIONS = ("grad_density", "linear_loss", "lion", "adamw", "rms_norm", "layer_norm", "swiglu", "geglu", "rotary")
 CUDA_OPERATIONS = ("grad_density", "lion", "adamw")  # those that csrc/ has kernels for
 IMPLEMENTATIONS = ("cuda", "triton", "torch")  # the order in which "auto" prefers them
+UNPROVEN = "not proven on this GPU"  # an H200 has run it: docs/results.md
 
 
 logger = logging.getLogger(__name__)
@@ -93,8 +94,7 @@ def resolve(
                 f'{operation}: impl="{impl}" cannot run on {device}: {reason}. Use impl="auto", which takes '
                 "what is available; `kunbr-fast doctor` lists it"
             )
-        if impl == "cuda" and _is_float64(dtype):
-            _refuse_float64(operation, impl)
+        check_dtype(operation, impl, dtype, "cuda")
         return impl
     reasons = {name: why_not_auto(operation, name, device) for name in IMPLEMENTATIONS}
     choice = next(name for name, reason in reasons.items() if reason is None)  # torch always is
@@ -105,10 +105,12 @@ def resolve(
     return choice
 
 
-def check_dtype(operation: str, impl: str, dtype: torch.dtype | None) -> None:
-    """TypeError where `impl` is named and does not serve `dtype`; for fakes of operators too, which choose none."""
-    if impl == "triton" and _is_float64(dtype):
-        _refuse_float64(operation, impl)
+def check_dtype(operation: str, impl: str, dtype: torch.dtype | None, narrow: str = "triton") -> None:
+    """TypeError for float64 where `impl` is `narrow`; for fakes of operators too, which choose none."""
+    if impl == narrow and _is_float64(dtype):
+        raise TypeError(
+            f'{operation}: impl="{impl}" does not serve float64: use impl="torch" or "auto", or float32 inputs'
+        )
 
 
 def _is_float64(dtype: torch.dtype | None) -> bool:
@@ -117,10 +119,6 @@ def _is_float64(dtype: torch.dtype | None) -> bool:
     import torch
 
     return dtype == torch.float64
-
-
-def _refuse_float64(operation: str, impl: str) -> None:
-    raise TypeError(f'{operation}: impl="{impl}" does not serve float64: use impl="torch" or "auto", or float32 inputs')
 
 
 def _check(operation: str, impl: str) -> None:
@@ -150,21 +148,16 @@ def triton_why_not(device: torch.device) -> str | None:
 
 def triton_why_not_auto(device: torch.device) -> str | None:
     """Why "auto" passes Triton kernels by where they can run."""
-    return "no GPU has run it yet" if device.type == "cuda" else "the interpreter is for tests"
-
-
-def cuda_why_not(device: torch.device) -> str | None:
-    """Why the CUDA library cannot run on tensors of `device`, None if it can."""
-    return cuda_library.why_not(device)
+    return UNPROVEN if device.type == "cuda" else "the interpreter is for tests"
 
 
 def cuda_why_not_auto(device: torch.device) -> str | None:
     """Why "auto" passes the CUDA library by where it can run."""
-    return "no GPU has run it yet"
+    return UNPROVEN
 
 
 for _operation in CUDA_OPERATIONS:
-    register(_operation, "cuda", cuda_why_not, cuda_why_not_auto)
+    register(_operation, "cuda", lambda device: cuda_library.why_not(device), cuda_why_not_auto)
 for _operation in OPERATIONS:
     register(_operation, "torch", why_not=lambda device: None)
     register(_operation, "triton", triton_why_not, triton_why_not_auto)

@@ -1,7 +1,7 @@
 """Tile shapes of the Triton kernels, by GPU generation and shape: one table, untuned defaults, a reason beside each.
 
-No GPU has run these kernels yet, so the reasons are counts (registers, shared memory, bytes and FLOPs), not timings;
-`python -m kunbr_fast.kernels.aot` prints the registers and shared memory that they were read from. With
+They were chosen before a GPU ran the kernels, so the reasons are counts (registers, shared memory, bytes and FLOPs),
+not timings (docs/results.md has an H200's); `python -m kunbr_fast.kernels.aot` prints what they were read from. With
 KUNBR_AUTOTUNE=1 in the environment the candidates are timed on the GPU at hand instead, once a shape and process.
 
 Counts for bf16 on sm_90 (a multiprocessor has 64 Ki registers and 227 KiB of shared memory, and does 4096 dense FLOPs
@@ -21,7 +21,6 @@ import os
 from collections.abc import Callable, Hashable
 
 import torch
-from triton.testing import do_bench
 
 # Mean tokens of a sample up to which the "short" kernel is taken. It keeps the dy tile of a sample of up to 128 tokens
 # on the chip; in a batch with a higher mean few samples fit, and the "long" tiles are better for the others.
@@ -113,6 +112,8 @@ def choose(device: torch.device, kind: str, shape: Hashable, run: Callable[[Tile
         return candidates[0]
     key = (device, kind, shape)
     if key not in _tuned:
+        from triton.testing import do_bench  # the table serves where triton is missing too
+
         _tuned[key] = min(candidates, key=lambda tile: do_bench(lambda: run(tile), return_mode="median"))
     return _tuned[key]
 

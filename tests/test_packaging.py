@@ -80,11 +80,12 @@ def test_every_module_is_installed(installed, tmp_path):
         assert "kunbr_fast/benchmarks/reference_procedure.py" in found - expected
         missing = {path.removeprefix("kunbr_fast/benchmarks/").removesuffix(".py") for path in expected - found}
         assert missing == {
-            "bench_pipelines",
-            "bench_plan",
-            "count_step",
-            "cover_precision",
-            "demo_seeds",
+            "scripts/__init__",
+            "scripts/bench_pipelines",
+            "scripts/bench_plan",
+            "scripts/count_step",
+            "scripts/cover_precision",
+            "scripts/demo_seeds",
             "test_regression",
         }
         expected = expected & found | {"kunbr_fast/benchmarks/reference_procedure.py"}

@@ -15,12 +15,10 @@ import dataclasses
 
 import torch
 
-from kunbr_fast.benchmarks.harness import Case, Options, Variant, compiled, implementations, need
+from kunbr_fast.benchmarks.harness import Case, Options, Variant, compiled
 from kunbr_fast.benchmarks.models import build, causal_pairs, copied, exact_norms, matrices, with_liger
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, odd
 from kunbr_fast.model.patch import patched
-
-FUSED = ("rms_norm", "swiglu", "rotary")
 
 
 def layer_flops(shape: Shape, tokens: int, pairs: int, active: bool) -> int:
@@ -72,18 +70,12 @@ class Layer(Case):
         own = model.model.layers[0]
 
         def ours(impl):
-            def make():
-                for operation in FUSED:
-                    need(operation, impl, self.device)
-                with patched(model, impl=impl):  # a copy that is made inside keeps the fused forwards
-                    layer = copied(own)
-                return _once(layer, *rest)
+            with patched(model, impl=impl):  # a copy that is made inside keeps the fused forwards
+                layer = copied(own)
+            return _once(layer, *rest)
 
-            return make
-
-        found = [Variant(impl, ours(impl), ours=True) for impl in implementations("rms_norm")]
         return [
-            *found,
+            *self.implemented(ours, "rms_norm", "swiglu", "rotary"),
             Variant("eager", lambda: _once(own, *rest)),
             Variant("torch.compile", lambda: _once(own, *rest, call=compiled(self.options, copied(own)))),
             Variant("liger", lambda: _once(with_liger(copied(own), self.options), *rest)),

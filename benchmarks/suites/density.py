@@ -4,7 +4,7 @@ One weight (N, K) of a linear layer, samples of T tokens packed one after the ot
 CPU), grad_l1:
 
   torch, triton, cuda   ours
-  tile ...              each candidate of kernels/tiles.py's table, with --tiles
+  tile ...              each candidate of kernels/tiles.py's table, and each kernel of csrc/, with --tiles
   bare                  each sample's product written to memory, no statistic: what the others are to be compared with;
                         on a GPU the fastest of single, batched and grouped products
   loop                  the baseline: a backward per sample (its forward untimed), then .grad.abs().sum()
@@ -33,28 +33,23 @@ weights' (`mib`).
 
 import copy
 import dataclasses
-import functools
 import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 import kunbr_fast as kf
 from kunbr_fast.benchmarks import per_sample
-from kunbr_fast.benchmarks.harness import (
-    Case,
-    Options,
-    Variant,
-    compiled,
-    implementations,
-    need,
-)
+from kunbr_fast.benchmarks.harness import Case, Options, Variant, compiled, need
 from kunbr_fast.benchmarks.models import build, causal_pairs, exact_norms, matrices
 from kunbr_fast.benchmarks.per_sample import Packed, bare
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, equal, ragged, samples
 from kunbr_fast.data import pack
 from kunbr_fast.data.schedule import token_batches
 from kunbr_fast.kernels import dispatch
+from kunbr_fast.kernels.grad_density import cuda
 from kunbr_fast.kernels.grad_density import op as operators
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.frozen import frozen
@@ -119,29 +114,24 @@ class Weight(_PerSample):
 
     def variants(self, data):
         def ours(impl, form="direct"):
-            def make():
-                need("grad_density", impl, self.device)
-                arguments = dict(max_seqlen=max(data.lengths), statistic=self.statistic, form=form, impl=impl)
-                return lambda: {
-                    self.statistic: operators.grad_density(data.x, [data.dy], data.cu_seqlens, **arguments)[0]
-                }
-
-            return make
+            settings = dict(max_seqlen=max(data.lengths), statistic=self.statistic, form=form, impl=impl)
+            inputs = data.x, [data.dy], data.cu_seqlens
+            return lambda: {self.statistic: operators.grad_density(*inputs, **settings)[0]}
 
         def compiled_bmm():
             per_sample.check_memory(data)
             run, (x, dy) = compiled(self.options, lambda x, dy: per_sample.l1(torch.bmm(dy.mT, x))), data.padded
             return lambda: {"grad_l1": run(x, dy)}
 
-        found = [Variant(impl, ours(impl), ours=True) for impl in implementations("grad_density")]
-        found.append(Variant("loop", lambda: per_sample.loop(data, self.statistic)))
+        found = self.implemented(ours, "grad_density")
+        found.append(Variant("loop", partial(per_sample.loop, data, self.statistic)))
         if self.statistic == "grad_l2sq":
-            found.append(Variant("gram", ours("torch", form="gram"), ours=True))
-            return [*found, Variant("opacus", lambda: per_sample.opacus(data))]
+            found.append(Variant("gram", lambda: ours("torch", form="gram"), ours=True))
+            return [*found, Variant("opacus", partial(per_sample.opacus, data))]
         buffer = None if self.options.gpu else self.N * self.K * self.dtype.itemsize
-        found.append(Variant("bare", lambda: bare(data), standing_bytes=buffer))
+        found.append(Variant("bare", partial(bare, data), standing_bytes=buffer))
         rivals = {"grouped_mm": per_sample.grouped, "grouped_norm": per_sample.grouped_norm, "func": per_sample.func}
-        found += [Variant(name, functools.partial(make, data)) for name, make in rivals.items()]
+        found += [Variant(name, partial(make, data)) for name, make in rivals.items()]
         return [*found, Variant("torch.compile", compiled_bmm)]
 
     def chosen(self, data):
@@ -155,17 +145,20 @@ class Weight(_PerSample):
         from kunbr_fast.kernels import tiles as config
         from kunbr_fast.kernels.grad_density.triton_kernel import launch
 
-        def make(tile):
-            def run():
-                (found,) = launch(data.x, [data.dy], data.cu_seqlens, "grad_l1", tile=tile)
-                return {"grad_l1": found}
-
-            return lambda: run
-
+        inputs = data.x, [data.dy], data.cu_seqlens, "grad_l1"
         mean = sum(data.lengths) / len(data.lengths)
         kind = "fp32" if self.dtype == torch.float32 else "short" if mean <= config.SHORT_MEAN_TOKENS else "long"
         tiles = config.TABLE[config.architecture(self.device), kind]
-        return [Variant(f"tile {tile}", make(tile), ours=True) for tile in tiles]
+        runs = {f"tile {tile}": partial(launch, *inputs, tile=tile) for tile in tiles}
+        if dispatch.why_not("grad_density", "cuda", self.device) is None:
+            hopper = self.dtype.itemsize == 2 and config.architecture(self.device) == 90
+            for kernel in ("portable", *["hopper"] * hopper):
+                runs[f"tile csrc {kernel}"] = partial(cuda.grad_density, *inputs, variant=kernel)
+
+        def make(run):
+            return lambda: lambda: {"grad_l1": run()[0]}
+
+        return [Variant(name, make(run), ours=True) for name, run in runs.items()]
 
 
 # ---------------------------------------------------------------- a whole model
@@ -231,23 +224,15 @@ class Model(_PerSample):
         decoder, samples = data
 
         def ours(impl):
-            def make():
-                for operation in ("grad_density", "linear_loss"):
-                    need(operation, impl, self.device)
-                return lambda: {
-                    "density": kf.knowledge_density(
-                        decoder, samples, impl=impl, batch_tokens=self.batch_tokens
-                    ).per_layer
-                }
+            settings = dict(impl=impl, batch_tokens=self.batch_tokens)
+            return lambda: {"density": kf.knowledge_density(decoder, samples, **settings).per_layer}
 
-            return make
-
-        # the CUDA library has no linear_loss
-        found = [Variant(impl, ours(impl), ours=True) for impl in implementations("linear_loss")]
-        found.append(Variant("loop", lambda: self._loop(decoder, samples)))
-        found.append(Variant("plain", lambda: self._plain(decoder, samples)))
-        found.append(Variant("products", lambda: self._products(decoder)))
-        return found
+        return [
+            *self.implemented(ours, "linear_loss", "grad_density"),  # the CUDA library has no linear_loss
+            Variant("loop", lambda: self._loop(decoder, samples)),
+            Variant("plain", lambda: self._plain(decoder, samples)),
+            Variant("products", lambda: self._products(decoder)),
+        ]
 
     def _loop(self, decoder, samples):
         wide = torch.promote_types(decoder.dtype, torch.float32)
@@ -307,41 +292,43 @@ class Model(_PerSample):
 
 
 def cases(options: Options) -> list[Case]:
+    return [*_models(options), *_weights(options)]
+
+
+def _common(options: Options, name: str, label: str, lengths: Sequence[int]) -> dict:
     suffix = ", narrow" if options.quick else ""
+    tokens = round(sum(lengths) / len(lengths))
+    return dict(suite="density", model=name, label=label + suffix, options=options, tokens=tokens,
+                lengths=tuple(lengths))  # fmt: skip
 
-    def shape_of(name):
-        return narrow(MODELS[name]) if options.quick else MODELS[name]
 
-    found = []
-    if options.tokens is None or "ragged" in options.tokens:
-        each = ragged(options.choose(4, 12, 96))
-        for name in options.the_models():
-            shape = shape_of(name)
-            layers = options.choose(2, min(8, shape.layers), shape.layers)
-            found.append(
-                Model(
-                    suite="density", model=name, label=f"whole model, {layers} layers{suffix}", options=options,
-                    tokens=round(sum(each) / len(each)), shape=shape, layers=layers, lengths=tuple(each),
-                )
-            )  # fmt: skip
-    lengths = options.tokens or options.choose(
-        ["32"], ["32", "128", "512", "ragged"], ["32", "128", "512", "2048", "ragged"]
-    )
+def _shape(options: Options, name: str) -> Shape:
+    return narrow(MODELS[name]) if options.quick else MODELS[name]
+
+
+def _models(options: Options) -> Iterator[Model]:
+    if options.tokens is not None and "ragged" not in options.tokens:
+        return
+    lengths = ragged(options.choose(4, 12, 96))
+    for name in options.the_models():
+        shape = _shape(options, name)
+        layers = options.choose(2, min(8, shape.layers), shape.layers)
+        common = _common(options, name, f"whole model, {layers} layers", lengths)
+        yield Model(shape=shape, layers=layers, **common)
+
+
+def _weights(options: Options) -> Iterator[Weight]:
+    sizes = options.choose(["32"], ["32", "128", "512", "ragged"], ["32", "128", "512", "2048", "ragged"])
+    sizes = options.tokens or sizes
     at_least = options.choose(64, 256, 2048)  # tokens of a batch
-    kinds = [("up", "grad_l1", lengths), ("up", "grad_l2sq", lengths)]
+    kinds = [("up", "grad_l1", sizes), ("up", "grad_l2sq", sizes)]
     if options.gpu and not options.quick:  # on a CPU up alone: down is its transpose
-        kinds.append(("down", "grad_l1", [T for T in lengths if options.tokens or T in ("128", "ragged")]))
+        kinds.append(("down", "grad_l1", [T for T in sizes if options.tokens or T in ("128", "ragged")]))
     for name in options.the_models(cpu=["Llama-3.2-1B", "SmolLM2-135M"]):
-        for projection, statistic, each_length in kinds:
-            N, K = shape_of(name).projections()[projection]
+        for projection, statistic, each in kinds:
+            N, K = _shape(options, name).projections()[projection]
             what = f"{projection}, L2" if statistic == "grad_l2sq" else projection
-            for T in each_length:
-                each = ragged(max(3, round(at_least / MEAN_RAGGED))) if T == "ragged" else equal(int(T), at_least)
-                found.append(
-                    Weight(
-                        suite="density", model=name, label=f"{what}, {'ragged' if T == 'ragged' else f'T={T}'}{suffix}",
-                        tokens=round(sum(each) / len(each)), options=options, N=N, K=K, lengths=tuple(each),
-                        statistic=statistic,
-                    )
-                )  # fmt: skip
-    return found
+            for T in each:
+                lengths = ragged(max(3, round(at_least / MEAN_RAGGED))) if T == "ragged" else equal(int(T), at_least)
+                label = f"{what}, {T if T == 'ragged' else f'T={T}'}"
+                yield Weight(N=N, K=K, statistic=statistic, **_common(options, name, label, lengths))

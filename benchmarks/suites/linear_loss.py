@@ -21,18 +21,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from kunbr_fast.benchmarks.harness import (
-    RIVAL_LIMIT,
-    Case,
-    Options,
-    Skip,
-    Variant,
-    compiled,
-    implementations,
-    imported,
-    need,
-    relative_error,
-)
+from kunbr_fast.benchmarks.harness import RIVAL_LIMIT, Case, Options, Skip, Variant, compiled, imported
 from kunbr_fast.benchmarks.models import liger
 from kunbr_fast.benchmarks.shapes import MODELS
 from kunbr_fast.model.decoder import Head
@@ -94,27 +83,19 @@ class LinearLoss(Case):
         return run
 
     def variants(self, data):
-        def make(function):
-            return lambda: self._once(function(), data)
-
         def ours(impl):
-            def function():
-                need("linear_loss", impl, self.device)
-                row_weights = torch.full((self.tokens,), 1 / self.tokens, dtype=torch.float64, device=self.device)
-                linear = torch.nn.Linear(self.hidden, self.vocabulary, bias=False, device="meta")
-                linear.weight = data[1]
-                head = Head(linear)
-                return lambda hidden, _, targets: linear_loss(hidden, head, targets, row_weights, impl=impl)[0]
+            row_weights = torch.full((self.tokens,), 1 / self.tokens, dtype=torch.float64, device=self.device)
+            linear = torch.nn.Linear(self.hidden, self.vocabulary, bias=False, device="meta")
+            linear.weight = data[1]
+            head = Head(linear)
+            return self._once(lambda x, _, targets: linear_loss(x, head, targets, row_weights, impl=impl)[0], data)
 
-            return function
-
-        found = [Variant(impl, make(ours(impl)), ours=True) for impl in implementations("linear_loss")]
-        return found + [
-            Variant("eager", make(lambda: _eager)),
-            Variant("torch.compile", make(lambda: compiled(self.options, _eager))),
-            Variant("F.linear_cross_entropy", make(_torch_chunked)),
-            Variant("liger", make(self._liger)),
-            Variant("cut-cross-entropy", make(lambda: self._cut(None))),
+        return self.implemented(ours, "linear_loss") + [
+            Variant("eager", lambda: self._once(_eager, data)),
+            Variant("torch.compile", lambda: self._once(compiled(self.options, _eager), data)),
+            Variant("F.linear_cross_entropy", lambda: self._once(_torch_chunked(), data)),
+            Variant("liger", lambda: self._once(self._liger(), data)),
+            Variant("cut-cross-entropy", lambda: self._once(self._cut(None), data)),
             Variant("cut-cross-entropy filtered", lambda: self._filtered(data)),
         ]
 
@@ -135,7 +116,7 @@ class LinearLoss(Case):
         shape."""
         run = self._once(self._cut("high"), data)
         found, whole = run(), self._once(self._cut(None), data)()
-        error = max(relative_error(found[name], whole[name]) for name in whole)
+        error = self.error(found, whole)
         if not error <= RIVAL_LIMIT:
             raise Skip(f"its filter changes a gradient by {error:.0%} here")
         return run
@@ -158,16 +139,9 @@ def cases(options: Options) -> list[Case]:
 
     def case(model, rows, part=1, trained=False):
         vocabulary = MODELS[model].vocabulary // part
-        return LinearLoss(
-            suite="linear_loss",
-            model=model,
-            label=f"head {'trained' if trained else 'frozen'}, R={rows}, V={vocabulary}",
-            tokens=rows,
-            options=options,
-            hidden=MODELS[model].hidden,
-            vocabulary=vocabulary,
-            trained=trained,
-        )
+        label = f"head {'trained' if trained else 'frozen'}, R={rows}, V={vocabulary}"
+        sizes = dict(tokens=rows, hidden=MODELS[model].hidden, vocabulary=vocabulary)
+        return LinearLoss(suite="linear_loss", model=model, label=label, options=options, trained=trained, **sizes)
 
     if options.quick or not counts:
         return [case(model, rows, 4) for model in models for rows in counts]

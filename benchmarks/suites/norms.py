@@ -14,11 +14,12 @@ output gradients of its own; from its second run on its numbers are others, whic
 """
 
 import dataclasses
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from kunbr_fast.benchmarks.harness import Case, Options, Variant, compiled, implementations, need
+from kunbr_fast.benchmarks.harness import Case, Options, Variant, compiled
 from kunbr_fast.benchmarks.models import liger
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, odd
 from kunbr_fast.kernels.gated.op import swiglu
@@ -73,24 +74,11 @@ class _Elementwise(Case):
     def variants(self, data):
         inputs, dys = data
 
-        def make(function):
-            return lambda: self._once(function(), inputs, dys)
-
-        def rival(function):
-            return lambda: self._once(function(), *self._own(data))
-
-        def ours(impl):
-            def function():
-                need(self.operation, impl, self.device)
-                return lambda *inputs: self.ours(impl, *inputs)
-
-            return function
-
-        found = [Variant(impl, make(ours(impl)), ours=True) for impl in implementations(self.operation)]
-        found.append(Variant("eager", make(lambda: self.eager)))
-        found.append(Variant("torch.compile", make(lambda: compiled(self.options, self.eager))))
+        found = self.implemented(lambda impl: self._once(partial(self.ours, impl), inputs, dys), self.operation)
+        found.append(Variant("eager", lambda: self._once(self.eager, inputs, dys)))
+        found.append(Variant("torch.compile", lambda: self._once(compiled(self.options, self.eager), inputs, dys)))
         for name, function in self.rivals().items():
-            found.append(Variant(name, rival(function)))
+            found.append(Variant(name, lambda function=function: self._once(function(), *self._own(data))))
         return found
 
     def _own(self, data):

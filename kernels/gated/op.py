@@ -15,13 +15,14 @@ to gate and up (a forward hook's, say) hold gradients afterwards: clone what you
 Under torch.compile nothing is overwritten: the compiler plans memory itself.
 """
 
+import functools
 import math
 import weakref
 
 import torch
 
-from .. import dispatch
-from ..checks import DTYPES
+from .. import dispatch, operators
+from ..checks import apart, floating, one_of, same_kind
 from . import reference
 
 
@@ -47,8 +48,7 @@ def geglu(
     gate: torch.Tensor, up: torch.Tensor | None = None, *, approximate: str = "tanh", impl: str = "auto"
 ) -> torch.Tensor:
     """`gelu(gate, approximate) * up`, as `swiglu` in all else. approximate: "tanh" (gelu_pytorch_tanh) or "none"."""
-    if approximate not in ("tanh", "none"):
-        raise ValueError(f'unknown approximate {approximate!r}: expected "tanh" or "none"')
+    one_of("approximate", approximate, ("tanh", "none"))
     return _gated("geglu", gate, up, f"gelu_{approximate}", impl)
 
 
@@ -131,7 +131,7 @@ def _refuse_create_graph() -> None:
 
 def _references(*tensors: torch.Tensor) -> tuple:
     """Weak references to inputs that the backward may overwrite, or () if it may not: see the module docstring."""
-    if torch.compiler.is_compiling() or not all(map(_is_a_result, tensors)) or not _apart(*tensors):
+    if torch.compiler.is_compiling() or not all(map(_is_a_result, tensors)) or not apart(*tensors):
         return ()
     return tuple(map(weakref.ref, tensors))
 
@@ -144,11 +144,6 @@ def _is_a_result(x: torch.Tensor) -> bool:
     return rows is not None and rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]
 
 
-def _apart(*tensors: torch.Tensor) -> bool:
-    """No two share a storage. (Halves of one product, or one tensor twice, do.)"""
-    return len({x.untyped_storage().data_ptr() for x in tensors}) == len(tensors)
-
-
 # torch 2.4 cannot tell, so there nothing is overwritten
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
@@ -157,7 +152,7 @@ def _may_overwrite(ctx, dy: torch.Tensor, *saved: torch.Tensor) -> bool:
     """Asked in the backward. A saved-tensor hook returns another tensor object than the saved one."""
     if not ctx.saved or _keeps_graph():
         return False
-    return all(reference() is x for reference, x in zip(ctx.saved, saved)) and _apart(dy, *saved)
+    return all(reference() is x for reference, x in zip(ctx.saved, saved)) and apart(dy, *saved)
 
 
 def _rows_or_none(x: torch.Tensor) -> torch.Tensor | None:
@@ -169,8 +164,7 @@ def _rows_or_none(x: torch.Tensor) -> torch.Tensor | None:
 
 
 def _check(operation: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
-    if gate.dtype not in DTYPES:
-        raise TypeError(f"{operation}: gate is {gate.dtype}, expected one of {', '.join(str(d) for d in DTYPES)}")
+    floating(f"{operation}: gate", gate)
     if gate.dim() == 0:
         raise ValueError(f"{operation}: gate has no dimension, expected (..., N)")
     if up is None:
@@ -180,22 +174,27 @@ def _check(operation: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
                 "then up, or give `up` too"
             )
         return
-    if up.dtype != gate.dtype:
-        raise TypeError(f"{operation}: gate is {gate.dtype} and up is {up.dtype}: cast one to the other's dtype")
+    same_kind(f"{operation}: gate", gate, "up", up)
     if up.shape != gate.shape:
         raise ValueError(f"{operation}: gate is {tuple(gate.shape)} and up {tuple(up.shape)}: expected equal shapes")
-    if up.device != gate.device:
-        raise ValueError(f"{operation}: gate is on {gate.device} and up on {up.device}: move one to the other's device")
 
 
 # ---------------------------------------------------------------- the operators (impl="triton")
 
 
-@torch.library.custom_op("kunbr_fast::gated_forward", mutates_args=())
-def _gated_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    from . import triton_kernel
-
-    return triton_kernel.forward(gate, up, activation)
+_define = functools.partial(operators.define, __package__)
+_gated_forward = _define("gated_forward", "(Tensor gate, Tensor up, str activation) -> Tensor", "forward")
+_gated_backward = _define(
+    "gated_backward",
+    "(Tensor dy, Tensor gate, Tensor? up, str activation, bool need_gate, bool need_up) -> Tensor[]",
+    "backward",
+)
+_gated_packed_backward = _define(
+    "gated_packed_backward", "(Tensor dy, Tensor gate_up, str activation) -> Tensor", "packed_backward"
+)
+_define(
+    "gated_backward_", "(Tensor dy, Tensor(a!) gate, Tensor(b!) up, str activation) -> ()", "backward_", ("gate", "up")
+)
 
 
 @_gated_forward.register_fake
@@ -203,36 +202,11 @@ def _(gate, up, activation):
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op(
-    "kunbr_fast::gated_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor gate, Tensor? up, str activation, bool need_gate, bool need_up) -> Tensor[]",
-)
-def _gated_backward(dy, gate, up, activation, need_gate, need_up):
-    from . import triton_kernel
-
-    return triton_kernel.backward(dy, gate, up, activation, need_gate, need_up)
-
-
 @_gated_backward.register_fake
 def _(dy, gate, up, activation, need_gate, need_up):
     return [gate.new_empty(gate.shape) for _ in range(need_gate + need_up)]
 
 
-@torch.library.custom_op("kunbr_fast::gated_packed_backward", mutates_args=())
-def _gated_packed_backward(dy: torch.Tensor, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    from . import triton_kernel
-
-    return triton_kernel.packed_backward(dy, gate_up, activation)
-
-
 @_gated_packed_backward.register_fake
 def _(dy, gate_up, activation):
     return gate_up.new_empty(gate_up.shape)
-
-
-@torch.library.custom_op("kunbr_fast::gated_backward_", mutates_args=("gate", "up"))
-def _gated_backward_in_place(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
-    from . import triton_kernel
-
-    triton_kernel.backward_(dy, gate, up, activation)

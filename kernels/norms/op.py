@@ -23,16 +23,12 @@ in its RMSNorms and which stays fp64 here):
     layer_norm                nn.LayerNorm (GPT-2, GPT-NeoX), CohereLayerNorm
 """
 
-from collections.abc import Callable
-
 import torch
 
-from .. import dispatch
-from ..checks import DTYPES
+from .. import dispatch, operators
+from ..checks import floating, one_of
+from ..tiles import MAX_NORM_WIDTH
 from . import reference
-
-# Of impl="triton": a program keeps whole rows in registers.
-MAX_WIDTH = 8192
 
 
 def rms_norm(
@@ -58,11 +54,12 @@ def rms_norm(
 
     TypeError, ValueError for arguments that do not fit, `dispatch.Unavailable` for an impl that cannot run here.
     """
-    if cast not in reference.CASTS:
-        raise ValueError(f"unknown cast {cast!r}: expected one of {', '.join(reference.CASTS)}")
-    impl = _choose("rms_norm", impl, x, {"residual": residual}, {"weight": weight})
-    eps, offset = float(eps), float(offset)
-    return _apply(impl, x, residual, lambda x, residual: _RMSNorm.apply(x, residual, weight, eps, offset, cast, impl))
+    one_of("cast", cast, ("llama", "gemma"))
+    impl = _choose("rms_norm", impl, x, residual, weight, None)
+    dtype, llama = _h_dtype(x, residual), cast == "llama"
+    if llama:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    return _apply(x, residual, weight, None, float(eps), float(offset), False, llama, dtype, impl)
 
 
 def layer_norm(
@@ -81,69 +78,28 @@ def layer_norm(
     (without the last cast on CUDA under torch.autocast, where torch's own layer_norm returns fp32). x (..., D),
     residual, weight (D,), bias (D,) or None: all else, and the errors, as in `rms_norm`.
     """
-    impl = _choose("layer_norm", impl, x, {"residual": residual}, {"weight": weight, "bias": bias})
-    eps = float(eps)
+    impl = _choose("layer_norm", impl, x, residual, weight, bias)
     keeps_fp32 = x.device.type == "cuda" and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64
-    dtype = torch.float32 if keeps_fp32 else None
-    return _apply(impl, x, residual, lambda x, residual: _LayerNorm.apply(x, residual, weight, bias, eps, dtype, impl))
+    dtype = torch.float32 if keeps_fp32 else _h_dtype(x, residual)
+    return _apply(x, residual, weight, bias, float(eps), 0.0, True, False, dtype, impl)
 
 
-class _RMSNorm(torch.autograd.Function):
+class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, eps, offset, cast, impl):
+    def forward(ctx, x, residual, weight, bias, eps, offset, center, llama, out_dtype, impl):
+        arguments = x, residual, weight, bias, eps, offset, center, llama, out_dtype
         if impl == "triton":
-            y, rstd, *added = torch.ops.kunbr_fast.rms_norm_forward(x, residual, weight, eps, offset, cast)
-            h = x if residual is None else added[0]
+            y, rstd, *others = torch.ops.kunbr_fast.norm_forward(*arguments)
+            mean = others[0] if center else None
+            h = x if residual is None else others[-1]
         else:
-            y, h, rstd = reference.rms_norm(x, weight, eps, offset, cast, residual)
-        need_x, need_residual, need_weight = ctx.needs_input_grad[:3]
-        compute_dx = need_x or need_residual
-        reads_h = compute_dx or need_weight
-        ctx.save_for_backward(h if reads_h else None, weight if compute_dx else None, rstd if reads_h else None)
-        ctx.set_materialize_grads(False)
-        ctx.offset, ctx.impl = offset, impl
-        ctx.dtypes = x.dtype, None if residual is None else residual.dtype, weight.dtype
-        if residual is None:
-            return y
-        if not compute_dx:
-            ctx.mark_non_differentiable(h)  # or a reader of h would compute a gradient that nobody wants
-        return y, h
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dh=None):
-        need_x, need_residual, need_weight = ctx.needs_input_grad[:3]
-        compute_dx = need_x or need_residual
-        dw = None
-        if dy is None:
-            dx = dh
-        else:
-            h, weight, rstd = ctx.saved_tensors
-            arguments = dy, dh, h, weight, rstd, ctx.offset, compute_dx, need_weight
-            if ctx.impl == "triton":
-                found = iter(torch.ops.kunbr_fast.rms_norm_backward(*arguments))
-                dx, dw = (next(found) if asked else None for asked in arguments[-2:])
-            else:
-                dx, dw = reference.rms_norm_backward(*arguments)
-        grads = dx if need_x else None, dx if need_residual else None, dw
-        return *_cast(grads, ctx.dtypes), None, None, None, None
-
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, out_dtype, impl):
-        if impl == "triton":
-            forward = torch.ops.kunbr_fast.layer_norm_forward
-            y, rstd, mean, *added = forward(x, residual, weight, bias, eps, out_dtype)
-            h = x if residual is None else added[0]
-        else:
-            y, h, mean, rstd = reference.layer_norm(x, weight, bias, eps, residual, out_dtype)
+            y, h, mean, rstd = reference.norm(*arguments)
         need_x, need_residual, need_weight, _ = ctx.needs_input_grad[:4]
         compute_dx = need_x or need_residual
         saved = (h, mean, rstd) if compute_dx or need_weight else (None, None, None)
         ctx.save_for_backward(*saved, weight if compute_dx else None)
         ctx.set_materialize_grads(False)
-        ctx.impl = impl
+        ctx.offset, ctx.impl = offset, impl
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, weight, bias))
         if residual is None:
             return y
@@ -155,168 +111,100 @@ class _LayerNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dh=None):
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
-        compute_dx = need_x or need_residual
-        dw = db = None
-        if dy is None:
-            dx = dh
-        else:
+        dx, dw, db = dh, None, None
+        if dy is not None:
             h, mean, rstd, weight = ctx.saved_tensors
-            arguments = dy, dh, h, weight, mean, rstd, compute_dx, need_weight, need_bias
+            asked = need_x or need_residual, need_weight, need_bias
+            arguments = dy, dh, h, weight, mean, rstd, ctx.offset, *asked
             if ctx.impl == "triton":
-                found = iter(torch.ops.kunbr_fast.layer_norm_backward(*arguments))
-                dx, dw, db = (next(found) if asked else None for asked in arguments[-3:])
+                found = iter(torch.ops.kunbr_fast.norm_backward(*arguments))
+                dx, dw, db = (next(found) if one else None for one in asked)
             else:
-                dx, dw, db = reference.layer_norm_backward(*arguments)
+                dx, dw, db = reference.norm_backward(*arguments)
         grads = dx if need_x else None, dx if need_residual else None, dw, db
-        return *_cast(grads, ctx.dtypes), None, None, None
+        grads = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes))
+        return *grads, None, None, None, None, None, None
 
 
-# ---------------------------------------------------------------- the operators that run the kernels
+# ---------------------------------------------------------------- the operators (impl="triton")
 #
-# Opaque to torch.compile. The lists hold what is asked for, in the order of triton_kernel.py's launchers.
+# The lists hold what is asked for, in the order of triton_kernel.py's launchers.
 
 
-@torch.library.custom_op(
-    "kunbr_fast::rms_norm_forward",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? residual, Tensor weight, float eps, float offset, str cast) -> Tensor[]",
+_norm_forward = operators.define(
+    __package__,
+    "norm_forward",
+    "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, float offset, bool center, bool llama, "
+    "ScalarType out_dtype) -> Tensor[]",
+    "forward",
 )
-def _rms_norm_forward(x, residual, weight, eps, offset, cast):
-    from .triton_kernel import forward
-
-    dtype = _rms_norm_dtype(x, residual, weight, cast)
-    return forward(x, residual, weight, None, eps, offset, False, cast == "llama", dtype)
-
-
-@_rms_norm_forward.register_fake
-def _(x, residual, weight, eps, offset, cast):
-    return _fake_forward(x, residual, _rms_norm_dtype(x, residual, weight, cast), 1)
-
-
-@torch.library.custom_op(
-    "kunbr_fast::rms_norm_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor rstd, float offset, bool compute_dx, "
-    "bool compute_dw) -> Tensor[]",
-)
-def _rms_norm_backward(dy, dh, h, weight, rstd, offset, compute_dx, compute_dw):
-    from .triton_kernel import backward
-
-    return backward(dy, dh, h, weight, None, rstd, offset, compute_dx, compute_dw, False)
-
-
-@_rms_norm_backward.register_fake
-def _(dy, dh, h, weight, rstd, offset, compute_dx, compute_dw):
-    return _fake_backward(dy, h, compute_dx, compute_dw)
-
-
-@torch.library.custom_op(
-    "kunbr_fast::layer_norm_forward",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, ScalarType? out_dtype) -> Tensor[]",
-)
-def _layer_norm_forward(x, residual, weight, bias, eps, out_dtype):
-    from .triton_kernel import forward
-
-    return forward(x, residual, weight, bias, eps, 0.0, True, False, out_dtype or _h_dtype(x, residual))
-
-
-@_layer_norm_forward.register_fake
-def _(x, residual, weight, bias, eps, out_dtype):
-    return _fake_forward(x, residual, out_dtype or _h_dtype(x, residual), 2)
-
-
-@torch.library.custom_op(
-    "kunbr_fast::layer_norm_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor? dh, Tensor? h, Tensor? weight, Tensor? mean, Tensor? rstd, bool compute_dx, "
+_norm_backward = operators.define(
+    __package__,
+    "norm_backward",
+    "(Tensor dy, Tensor? dh, Tensor? h, Tensor? weight, Tensor? mean, Tensor? rstd, float offset, bool compute_dx, "
     "bool compute_dw, bool compute_db) -> Tensor[]",
+    "backward",
 )
-def _layer_norm_backward(dy, dh, h, weight, mean, rstd, compute_dx, compute_dw, compute_db):
-    from .triton_kernel import backward
-
-    return backward(dy, dh, h, weight, mean, rstd, 0.0, compute_dx, compute_dw, compute_db)
 
 
-@_layer_norm_backward.register_fake
-def _(dy, dh, h, weight, mean, rstd, compute_dx, compute_dw, compute_db):
-    return _fake_backward(dy, h, compute_dx, compute_dw, compute_db)
+@_norm_forward.register_fake
+def _(x, residual, weight, bias, eps, offset, center, llama, out_dtype):
+    found = [reference.empty_as(x, out_dtype)]
+    found += [x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(1 + center)]
+    return found if residual is None else [*found, reference.empty_as(x, _h_dtype(x, residual))]
 
 
-def _h_dtype(x, residual):
-    return x.dtype if residual is None else torch.result_type(x, residual)
-
-
-def _rms_norm_dtype(x, residual, weight, cast):
-    h = _h_dtype(x, residual)
-    return torch.promote_types(h, weight.dtype) if cast == "llama" else h
-
-
-def _fake_forward(x, residual, dtype, statistics):
-    found = [_empty_as(x, dtype)]
-    found += [x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(statistics)]
-    return found if residual is None else [*found, _empty_as(x, _h_dtype(x, residual))]
-
-
-def _fake_backward(dy, h, compute_dx, *sums):
-    dx = [_empty_as(h, h.dtype)] if compute_dx else []
-    return dx + [dy.new_empty(dy.shape[-1:], dtype=torch.float32) for asked in sums if asked]
-
-
-def _empty_as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`triton_kernel.empty_as`, where triton may be missing."""
-    out = torch.empty_like(x, dtype=dtype)
-    return out if out.stride(-1) == 1 else torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+@_norm_backward.register_fake
+def _(dy, dh, h, weight, mean, rstd, offset, compute_dx, compute_dw, compute_db):
+    dx = [reference.empty_as(h, h.dtype)] if compute_dx else []
+    return dx + [dy.new_empty(dy.shape[-1:], dtype=torch.float32) for _ in range(compute_dw + compute_db)]
 
 
 # ---------------------------------------------------------------- arguments
 
 
-def _apply(impl: str, x: torch.Tensor, residual: torch.Tensor | None, function: Callable):
-    """`function(x, residual)`, for impl="triton" with shapes and strides that the kernels take: see `rms_norm`."""
-    if impl != "triton":
-        return function(x, residual)
+def _apply(x: torch.Tensor, residual: torch.Tensor | None, *others):
+    """`_Norm.apply`, for impl="triton" with shapes and strides that the kernels take: see `rms_norm`."""
     lead = x.shape[:-1]
+    if others[-1] != "triton":
+        return _Norm.apply(x, residual, *others)
     if len(lead) > 3:
         x, residual = (None if t is None else t.flatten(0, -4) for t in (x, residual))
     x, residual = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, residual))
-    found = function(x, residual)
+    found = _Norm.apply(x, residual, *others)
     if len(lead) <= 3:
         return found
-    return tuple(t.unflatten(0, lead[:-2]) for t in found) if residual is not None else found.unflatten(0, lead[:-2])
+    return found.unflatten(0, lead[:-2]) if residual is None else tuple(t.unflatten(0, lead[:-2]) for t in found)
 
 
-def _cast(grads, dtypes):
-    """Each gradient in its tensor's dtype."""
-    return (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes))
+def _h_dtype(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
-def _choose(operation: str, impl: str, x: torch.Tensor, alike: dict, vectors: dict) -> str:
-    """Checks the tensors, `alike` x (..., D) or `vectors` (D,), each or None, and returns "triton" or "torch"."""
+def _choose(operation: str, impl: str, x, residual, weight, bias) -> str:
+    """Checks the tensors, residual as x (..., D), weight and bias (D,), and returns "triton" or "torch"."""
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{operation}: x has shape {tuple(x.shape)}: expected (..., D) with D of 1 or more")
-    shapes = {"x": (x, x.shape)} | {name: (t, x.shape) for name, t in alike.items()}
-    shapes |= {name: (t, x.shape[-1:]) for name, t in vectors.items()}
-    for name, (t, shape) in shapes.items():
+    wide, D = x.dtype == torch.float64, x.shape[-1]
+    for name, t in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
         if t is None:
             continue
-        if t.dtype not in DTYPES:
-            raise TypeError(f"{operation}: {name} is {t.dtype}: expected one of {', '.join(map(str, DTYPES))}")
-        if (t.dtype == torch.float64) != (x.dtype == torch.float64):
+        floating(f"{operation}: {name}", t)
+        if (t.dtype == torch.float64) != wide:
             raise TypeError(f"{operation}: {name} is {t.dtype} and x {x.dtype}: float64 goes with float64 alone")
+        shape = (D,) if name in ("weight", "bias") else x.shape
         if t.shape != shape:
             raise ValueError(
                 f"{operation}: {name} has shape {tuple(t.shape)}: expected {tuple(shape)} beside x {tuple(x.shape)}"
             )
         if t.device != x.device:
             raise ValueError(f"{operation}: {name} is on {t.device} and x on {x.device}: move one there")
-    serves = x.dtype != torch.float64 and x.shape[-1] <= MAX_WIDTH
-    if impl == "auto" and not serves:
+    if impl == "auto" and (wide or D > MAX_NORM_WIDTH):
         return "torch"
-    if impl == "triton" and x.dtype == torch.float64:
+    if impl == "triton" and wide:
         raise TypeError(f'{operation}: impl="triton" serves no float64: use impl="torch" or "auto", or float32 inputs')
-    if impl == "triton" and not serves:
-        raise ValueError(f'{operation}: impl="triton" serves D <= {MAX_WIDTH}, not {x.shape[-1]}: use impl="torch"')
+    if impl == "triton" and D > MAX_NORM_WIDTH:
+        raise ValueError(f'{operation}: impl="triton" serves D <= {MAX_NORM_WIDTH}, not {D}: use impl="torch"')
     return _resolve(operation, impl, x.device)
 
 

@@ -34,6 +34,7 @@ import triton.language as tl
 from .. import tiles as config
 from ..launch import Call
 from ..rounding import narrow
+from .reference import empty_as
 
 MAX_LEADING = 3  # leading dimensions of any strides
 
@@ -137,12 +138,6 @@ def norm_backward_kernel(dy, dh, h, weight, mean, rstd, dx, dw, db, num_rows, n1
 # ---------------------------------------------------------------- launchers
 
 
-def empty_as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised, of x's shape and, where x's rows lie whole (stride 1) and dense, x's order of dimensions."""
-    out = torch.empty_like(x, dtype=dtype)
-    return out if out.stride(-1) == 1 else torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-
-
 def _layout(**tensors: torch.Tensor) -> tuple[int, dict[str, int]]:
     """(R, the kernel's sizes and strides) of tensors of one shape; dimensions that all of them can merge are merged."""
     shape = next(iter(tensors.values())).shape
@@ -177,7 +172,7 @@ def call_forward(
 
     Rows of x and residual have stride 1.
     """
-    h = x if residual is None else empty_as(x, torch.result_type(x, residual))
+    h = x if residual is None else empty_as(x, torch.promote_types(x.dtype, residual.dtype))
     y = empty_as(x, out_dtype)
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if center else rstd
@@ -205,7 +200,10 @@ def call_backward(
     compute_db: bool,
     processors: int,
 ) -> Call:
-    """The launch; its arguments dx, dw and db (programs, D) are the results, where they are asked for."""
+    """The launch; its arguments dx, dw and db (programs, D) are the results, where they are asked for.
+
+    Inputs that no requested gradient needs may be None.
+    """
     dy = _whole_rows(dy)
     dh = None if dh is None or not compute_dx else _whole_rows(dh)
     D = dy.shape[-1]
@@ -235,18 +233,8 @@ def _whole_rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def forward(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-    offset: float,
-    center: bool,
-    llama: bool,
-    out_dtype: torch.dtype,
-) -> list[torch.Tensor]:
-    """[y, rstd], then mean if `center`, then h if there is a residual: `reference.rms_norm` or `layer_norm`."""
+def forward(x, residual, weight, bias, eps, offset, center, llama, out_dtype) -> list[torch.Tensor]:
+    """[y, rstd], then mean if `center`, then h if there is a residual: `reference.norm` by the kernel."""
     call = call_forward(x, residual, weight, bias, eps, offset, center, llama, out_dtype)
     call.launch()
     names = ["y", "rstd", *["mean"] * center, *["h"] * (residual is not None)]
@@ -254,18 +242,9 @@ def forward(
 
 
 def backward(
-    dy: torch.Tensor,
-    dh: torch.Tensor | None,
-    h: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor | None,
-    offset: float,
-    compute_dx: bool,
-    compute_dw: bool,
-    compute_db: bool,
+    dy, dh, h, weight, mean, rstd, offset, compute_dx: bool, compute_dw: bool, compute_db: bool
 ) -> list[torch.Tensor]:
-    """Those asked for of dx (h's dtype), dw and db (fp32, (D,)). Each argument that no asked one needs may be None."""
+    """Those asked for of dx (h's dtype), dw and db (fp32, (D,)): `reference.norm_backward` by the kernel."""
     processors = config.processors(dy.device)
     call = call_backward(dy, dh, h, weight, mean, rstd, offset, compute_dx, compute_dw, compute_db, processors)
     call.launch()

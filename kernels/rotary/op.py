@@ -15,11 +15,13 @@ too. Its layout is (B, T, H, d), that of the projection's output, so that the ba
 Under torch.compile nothing is overwritten: the compiler plans memory itself.
 """
 
+import functools
+
 import torch
 from torch.autograd.function import once_differentiable
 
-from .. import dispatch
-from ..checks import DTYPES
+from .. import dispatch, operators
+from ..checks import DTYPES, apart, floating, same_kind
 from . import reference
 
 
@@ -43,7 +45,7 @@ def apply_rotary(
     _check(q, k, cos, sin)
     triton = dispatch.resolve("rotary", impl, q.device, torch.promote_types(q.dtype, cos.dtype)) == "triton"
     flows = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    in_place = _may_overwrite(q, flows) and _may_overwrite(k, flows) and _apart(q, k)
+    in_place = _may_overwrite(q, flows) and _may_overwrite(k, flows) and apart(q, k)
     if flows:
         return _Rotary.apply(q, k, cos, sin, triton, in_place)
     if in_place:
@@ -118,19 +120,12 @@ def _has_own_places(x: torch.Tensor) -> bool:
     return True
 
 
-def _apart(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """They share no storage. (Parts of one product, or one tensor twice, do.)"""
-    return q.untyped_storage().data_ptr() != k.untyped_storage().data_ptr()
-
-
 # ---------------------------------------------------------------- checks
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    if q.dtype not in DTYPES:
-        raise TypeError(f"rotary: q is {q.dtype}, expected one of {', '.join(str(d) for d in DTYPES)}")
-    if k.dtype != q.dtype:
-        raise TypeError(f"rotary: q is {q.dtype} and k is {k.dtype}: cast one to the other's dtype")
+    floating("rotary: q", q)
+    same_kind("rotary: q", q, "k", k)
     if cos.dtype not in DTYPES or sin.dtype != cos.dtype:
         raise TypeError(f"rotary: cos is {cos.dtype} and sin is {sin.dtype}: expected one floating dtype for both")
     if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
@@ -156,24 +151,11 @@ def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
 # ---------------------------------------------------------------- the operators (impl="triton")
 
 
-@torch.library.custom_op(
-    "kunbr_fast::rotary", mutates_args=(), schema="(Tensor[] xs, Tensor cos, Tensor sin, bool transposed) -> Tensor[]"
-)
-def _rotary(xs: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, transposed: bool) -> list[torch.Tensor]:
-    from . import triton_kernel
-
-    return triton_kernel.rotate(xs, cos, sin, transposed)
+_define = functools.partial(operators.define, __package__)
+_rotary = _define("rotary", "(Tensor[] xs, Tensor cos, Tensor sin, bool transposed) -> Tensor[]", "rotate")
+_define("rotary_", "(Tensor(a!)[] xs, Tensor cos, Tensor sin) -> ()", "rotate_", ("xs",))
 
 
 @_rotary.register_fake
 def _(xs, cos, sin, transposed):
-    return [x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2) for x in xs]
-
-
-@torch.library.custom_op(
-    "kunbr_fast::rotary_", mutates_args=("xs",), schema="(Tensor(a!)[] xs, Tensor cos, Tensor sin) -> ()"
-)
-def _rotary_in_place(xs, cos, sin):
-    from . import triton_kernel
-
-    triton_kernel.rotate_(xs, cos, sin)
+    return [reference.empty(x) for x in xs]

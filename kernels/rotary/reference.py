@@ -13,14 +13,14 @@ def rotary(
         y[i]       = x[i] * cos[i] - x[i + r/2] * sin[i]                  0 <= i < r/2
         y[i + r/2] = x[i + r/2] * cos[i + r/2] + x[i] * sin[i + r/2]
 
-    transposed: the transpose of that map (the backward); `out`: where to write, x itself for in place, else a new
-    (B, T, H, d) tensor seen as (B, H, T, d), the layout of a projection's output. In the dtype that x and cos promote
+    transposed: the transpose of that map (the backward); `out`: where to write, x itself for in place, else `empty(x)`.
+    In the dtype that x and cos promote
     to, each operation rounded as transformers' apply_rotary_pos_emb rounds it, then cast to x's.
     """
     r = cos.shape[-1]
     half = r // 2
     if out is None:
-        out = torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        out = empty(x)
     a, b = x[..., :half], x[..., half:r]
     (cos_a, cos_b), (sin_a, sin_b) = (t[:, None].split(half, -1) for t in (cos, sin))
     if transposed:
@@ -32,3 +32,9 @@ def rotary(
     if out is not x and r < x.shape[-1]:
         out[..., r:] = x[..., r:]
     return out
+
+
+def empty(x: torch.Tensor) -> torch.Tensor:
+    """Of x's shape (B, H, T, d), uninitialised; in memory (B, T, H, d), the layout of a projection's output."""
+    B, H, T, d = x.shape
+    return x.new_empty((B, T, H, d)).transpose(1, 2)

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Call
+from . import reference
 
 # Elements of one half of a program's heads: 8 a thread with 4 warps, a 16-byte access in half precision. For d = 128,
 # 16 heads of one token share the cos and sin that the program loads.
@@ -123,8 +124,8 @@ def call_rotate(
 
 
 def rotate(xs: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, transposed: bool) -> list[torch.Tensor]:
-    """`reference.rotary` of one tensor or two by the kernel: new tensors, laid out as (B, T, H, d)."""
-    ys = [x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2) for x in xs]
+    """`reference.rotary` of one tensor or two by the kernel: new tensors."""
+    ys = [reference.empty(x) for x in xs]
     call_rotate(xs, ys, cos, sin, transposed).launch()
     return ys
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import dataclasses
 import importlib.util
 import os
 import platform
@@ -15,7 +14,7 @@ import sys
 from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 GIB = 1024**3
+HOST = SimpleNamespace(type="cpu", index=None)  # torch.device("cpu"), without torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +51,10 @@ def doctor() -> dict[str, Any]:
     (requirements of pyproject.toml that are not met; empty when all is well).
     """
     torch = _torch_if_needed()
-    devices = [{"device": "cpu", "name": _cpu_name()}, *_cuda_devices(torch)]
-    places = {device["device"]: torch.device(device["device"]) if torch else _Host() for device in devices}
+    count = torch.cuda.device_count() if torch else 0
+    cuda = [_cuda_device(i, torch.cuda.get_device_properties(i)) for i in range(count)]
+    devices = [{"device": "cpu", "name": _cpu_name()}, *cuda]
+    places = {device["device"]: torch.device(device["device"]) if torch else HOST for device in devices}
     return {
         "versions": {
             "kunbr_fast": __version__,
@@ -60,10 +62,10 @@ def doctor() -> dict[str, Any]:
             **{name: _version(name) for name in PACKAGES},
         },
         "platform": platform.platform(),
-        "cpu": {"cores": _usable_cores(), "torch_threads": torch.get_num_threads() if torch else _torch_threads()},
-        "memory_bytes": _memory_bytes(),
+        "cpu": {"cores": len(_usable_cpus()), "torch_threads": torch.get_num_threads() if torch else _torch_threads()},
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "devices": devices,
-        "no_cuda": None if len(devices) > 1 else _why_no_cuda(),
+        "no_cuda": None if cuda else _why_no_cuda(),
         "cuda_library": cuda_library.description(),
         "operations": {
             operation: {name: _implementations(operation, place) for name, place in places.items()}
@@ -76,12 +78,11 @@ def doctor() -> dict[str, Any]:
 def format_doctor(d: dict) -> str:
     """`doctor()`'s result as text for a terminal."""
     lines = [f"{name:<13} {version or 'not installed'}" for name, version in d["versions"].items()]
-    memory = "unknown" if d["memory_bytes"] is None else f"{d['memory_bytes'] / GIB:.1f} GiB"
     lines += [
         "",
         f"{'platform':<13} {d['platform']}",
         f"{'CPU':<13} {d['cpu']['cores']} cores usable, torch uses {d['cpu']['torch_threads']} threads",
-        f"{'memory':<13} {memory}",
+        f"{'memory':<13} {d['memory_bytes'] / GIB:.1f} GiB",
     ]
     for device in d["devices"]:
         text = device["name"]
@@ -106,25 +107,14 @@ def format_doctor(d: dict) -> str:
 # ---------------------------------------------------------------- operations
 
 
-@dataclasses.dataclass(frozen=True)
-class _Host:
-    """torch.device("cpu"), without torch."""
-
-    type: str = "cpu"
-    index: int | None = None
-
-    def __str__(self) -> str:
-        return self.type
-
-
-def _implementations(operation: str, device: torch.device | _Host) -> dict:
-    cannot = {impl: dispatch.why_not(operation, impl, device) for impl in dispatch.IMPLEMENTATIONS}
-    passed_by = {impl: dispatch.why_not_auto(operation, impl, device) for impl in cannot if cannot[impl] is None}
-    return {
-        "auto": dispatch.resolve(operation, "auto", device),
-        "unavailable": {impl: reason for impl, reason in cannot.items() if reason is not None},
-        "by_name": {impl: reason for impl, reason in passed_by.items() if reason is not None},
-    }
+def _implementations(operation: str, device: torch.device | SimpleNamespace) -> dict:
+    found = {"auto": dispatch.resolve(operation, "auto", device), "unavailable": {}, "by_name": {}}
+    for impl in dispatch.IMPLEMENTATIONS:
+        if (reason := dispatch.why_not(operation, impl, device)) is not None:
+            found["unavailable"][impl] = reason
+        elif (reason := dispatch.why_not_auto(operation, impl, device)) is not None:
+            found["by_name"][impl] = reason
+    return found
 
 
 # ---------------------------------------------------------------- packages
@@ -171,7 +161,7 @@ def _torch_if_needed() -> ModuleType | None:
 def _driver_devices() -> int:
     """How many devices NVIDIA's driver shows to this process (CUDA_VISIBLE_DEVICES counts); 0 without a driver."""
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return 0
     count = ctypes.c_int()
@@ -192,12 +182,12 @@ def _torch_build() -> ModuleType:
 def _torch_threads() -> int:
     """How many threads torch starts with: one for each physical core, or as many as the environment says (with MKL, so
     on x86, no more than there are physical cores)."""
-    every = range(os.cpu_count() or 1)
     for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         first = os.environ.get(name, "").partition(",")[0].strip()
         if first.isdigit() and int(first):
-            return min(int(first), _physical_cores(every)) if platform.machine() in ("x86_64", "AMD64") else int(first)
-    return _physical_cores(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every)
+            most = _physical_cores(range(os.cpu_count() or 1))
+            return min(int(first), most) if platform.machine() == "x86_64" else int(first)
+    return _physical_cores(_usable_cpus())
 
 
 def _physical_cores(cpus: Collection[int]) -> int:
@@ -209,19 +199,10 @@ def _physical_cores(cpus: Collection[int]) -> int:
         return len(cpus)
 
 
-def _cuda_devices(torch: ModuleType | None) -> list[dict]:
-    found = []
-    for i in range(torch.cuda.device_count() if torch else 0):
-        properties = torch.cuda.get_device_properties(i)
-        found.append(
-            {
-                "device": f"cuda:{i}",
-                "name": properties.name,
-                "capability": f"{properties.major}.{properties.minor}",
-                "memory_bytes": properties.total_memory,
-            }
-        )
-    return found
+def _cuda_device(number: int, of: Any) -> dict[str, Any]:
+    """of: torch's properties of the device."""
+    capability = f"{of.major}.{of.minor}"
+    return dict(device=f"cuda:{number}", name=of.name, capability=capability, memory_bytes=of.total_memory)
 
 
 def _why_no_cuda() -> str:
@@ -234,25 +215,16 @@ def _why_no_cuda() -> str:
 # ---------------------------------------------------------------- the machine
 
 
-def _usable_cores() -> int:
+def _usable_cpus() -> Collection[int]:
     if hasattr(os, "sched_getaffinity"):  # Linux: honours taskset and most containers
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return os.sched_getaffinity(0)
+    return range(os.cpu_count() or 1)
 
 
 def _cpu_name() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None  # Windows has no sysconf
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flushes a file or a directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -49,11 +50,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         mode = stat.S_IMODE(temporary.stat().st_mode)
         with os_errors():
             yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.chmod(temporary, mode)  # a library may have replaced the file by a private one (safetensors does)
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync(path.parent)
     except OSError as error:
         reason = error.strerror or error
         raise OSError(error.errno, f"could not write {path}: {reason}; the file before it is untouched") from error
@@ -83,12 +83,8 @@ def write_with(path: str | os.PathLike, writer: Callable[[Path], None]) -> None:
 
 def sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: BinaryIO) -> str:  # Python 3.10 has no file_digest
     digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):  # Python 3.10 has no hashlib.file_digest
+            digest.update(chunk)
     return digest.hexdigest()

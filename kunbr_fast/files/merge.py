@@ -37,7 +37,8 @@ import torch
 from tqdm import tqdm
 
 from kunbr_fast.files.atomic import atomic_write, sha256, write_json
-from kunbr_fast.files.tensors import INDEX, Shards, open_tensors
+from kunbr_fast.files.models import model_directory
+from kunbr_fast.files.tensors import INDEX, Shards
 from kunbr_fast.keywords import taken
 
 METHODS = ("sum", "mean", "consensus")
@@ -86,30 +87,26 @@ def merge_models(
     for number, path in enumerate(real):
         if path in real[:number]:
             raise ValueError(f"{inputs[number]} is given twice: its task vector would be counted twice, or be zero")
-    shards = [Shards(path) for path in inputs]
     _check_configuration(inputs[0])
-    headers = [{file: _Header.read(file) for file in one.paths} for one in shards]
-    sources = [_Source(path, one, found) for path, one, found in zip(inputs, shards, headers)]
-    _check_same(sources)
+    headers = [[_Header.read(file) for file in Shards(path).paths] for path in inputs]
+    sources = [{tensor.name: tensor for header in found for tensor in header.tensors} for found in headers]
+    _check_same(inputs, sources)
 
-    job = {
-        **dataclasses.asdict(how),
-        "inputs": [
-            {"directory": str(path), "files": [header.identity() for header in found.values()]}
-            for path, found in zip(real, headers)
-        ],
-    }
-    done, files = _begin(output, job, resume), headers[0]
-    _check_space(output, sum(header.size for file, header in files.items() if file.name not in done))
+    identities = [[header.identity() for header in found] for found in headers]
+    named = [{"directory": str(path), "files": identity} for path, identity in zip(real, identities)]
+    job = dataclasses.asdict(how) | {"inputs": named}
+    done = _begin(output, job, resume)
+    sizes = {header.file.name: header.size for header in headers[0]}
+    _check_space(output, sum(size for name, size in sizes.items() if name not in done))
     write_json(output / PARTIAL, {"job": job, "files": done})
-    total = sum(header.size for header in files.values())
-    with tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=not progress) as bar:
-        for file, header in files.items():
-            if file.name not in done:
-                done[file.name] = _merge_file(output / file.name, header, sources, how, bar)
-                write_json(output / PARTIAL, {"job": job, "files": done})
-            else:
+    with tqdm(total=sum(sizes.values()), desc="merge", unit="B", unit_scale=True, disable=not progress) as bar:
+        for header in headers[0]:
+            name = header.file.name
+            if name in done:
                 bar.update(header.size)
+            else:
+                done[name] = _merge_file(output / name, header, sources, how, bar)
+                write_json(output / PARTIAL, {"job": job, "files": done})
     summary = _summary(how, inputs, done)
     # config.json is last: it makes the directory a model
     for path in sorted(inputs[0].iterdir(), key=lambda path: path.name == "config.json"):
@@ -151,15 +148,24 @@ class MergeSettings:
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
+    """Where a tensor is: the bytes from `start` to `stop` of a file."""
+
+    file: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
-    start: int  # of its bytes in the file
+    start: int
     stop: int
 
     @property
     def entries(self) -> int:
         return math.prod(self.shape)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[_Reader]:
+        with open(self.file, "rb") as handle:
+            handle.seek(self.start)
+            yield _Reader(self, handle)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,15 +179,11 @@ class _Header:
 
     @classmethod
     def read(cls, path: Path) -> _Header:
-        with open_tensors(path):  # safetensors' own checks: offsets that overlap or leave holes, a file cut short
-            pass
         with open(path, "rb") as file:
             raw = file.read(8)
             raw += file.read(int.from_bytes(raw, "little"))
         tensors = [
-            _Tensor(
-                name, entry["dtype"], tuple(entry["shape"]), *(len(raw) + offset for offset in entry["data_offsets"])
-            )
+            _Tensor(path, name, entry["dtype"], tuple(entry["shape"]), *(len(raw) + at for at in entry["data_offsets"]))
             for name, entry in json.loads(raw[8:]).items()
             if name != "__metadata__"
         ]
@@ -193,51 +195,30 @@ class _Header:
         return [self.file.name, self.size, self.file.stat().st_mtime_ns, hashlib.sha256(self.raw).hexdigest()]
 
 
-class _Source:
-    """One input: where each tensor is, and its entries in chunks."""
-
-    def __init__(self, directory: Path, shards: Shards, headers: dict[Path, _Header]):
-        self.directory = directory
-        self.tensors = {
-            tensor.name: (file, tensor)
-            for file, header in headers.items()
-            for tensor in header.tensors
-            if shards.files[tensor.name] == file
-        }
-
-    @contextlib.contextmanager
-    def opened(self, name: str) -> Iterator[_Reader]:
-        file, tensor = self.tensors[name]
-        with open(file, "rb") as handle:
-            handle.seek(tensor.start)
-            yield _Reader(file, handle, tensor)
-
-
 @dataclasses.dataclass
 class _Reader:
-    file: Path
-    handle: BinaryIO
+    """A tensor's bytes, or entries, in chunks."""
+
     tensor: _Tensor
+    handle: BinaryIO
 
     def raw(self, count: int) -> bytearray:
         data = bytearray(count)
         if self.handle.readinto(data) != count:
-            raise ValueError(f"{self.file}: cut short while it was read: is it still being written?")
+            raise ValueError(f"{self.tensor.file}: cut short while it was read: is it still being written?")
         return data
 
     def entries(self, count: int, wide: torch.dtype) -> torch.Tensor:
         """The next `count` entries; ValueError where one is not finite."""
-        dtype = FLOATS[self.tensor.dtype]
+        tensor, dtype = self.tensor, FLOATS[self.tensor.dtype]
         values = torch.frombuffer(self.raw(count * dtype.itemsize), dtype=dtype).to(wide)
         if not bool(values.isfinite().all()):
-            raise ValueError(f"{self.file}: {self.tensor.name} holds NaN or infinity: the model is damaged or diverged")
+            raise ValueError(f"{tensor.file}: {tensor.name} holds NaN or infinity: the model is damaged or diverged")
         return values
 
 
 def _check_configuration(base: Path) -> None:
-    path = base / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{base}: no config.json: not a Hugging Face model directory")
+    path = model_directory(base) / "config.json"
     try:
         configuration = json.loads(path.read_text())
     except ValueError as error:
@@ -246,21 +227,21 @@ def _check_configuration(base: Path) -> None:
         raise ValueError(f"{path}: quantised weights have no task vectors: merge the models before they are quantised")
 
 
-def _check_same(sources: Sequence[_Source]) -> None:
+def _check_same(inputs: Sequence[Path], sources: Sequence[dict[str, _Tensor]]) -> None:
     base = sources[0]
-    for other in sources[1:]:
-        if odd := sorted(base.tensors.keys() ^ other.tensors.keys()):
-            here, there = (base, other) if odd[0] in base.tensors else (other, base)
+    for path, other in zip(inputs[1:], sources[1:]):
+        if odd := sorted(base.keys() ^ other.keys()):
+            here, there = (base, path) if odd[0] in base else (other, inputs[0])
             raise ValueError(
-                f"{odd[0]} is in {here.tensors[odd[0]][0]} and not in {there.directory} ({len(odd)} tensors differ): "
+                f"{odd[0]} is in {here[odd[0]].file} and not in {there} ({len(odd)} tensors differ): "
                 "all models must be of the base's architecture; if it is a tied weight, save both with save_pretrained"
             )
-        for name, (file, tensor) in base.tensors.items():
-            path, mine = other.tensors[name]
-            if mine.shape != tensor.shape:
-                raise ValueError(f"{name} is {mine.shape} in {path} and {tensor.shape} in {file}")
-            if mine.dtype != tensor.dtype and not {mine.dtype, tensor.dtype} <= FLOATS.keys():
-                raise ValueError(f"{name} is {mine.dtype} in {path} and {tensor.dtype} in {file}")
+        for name, first in base.items():
+            second = other[name]
+            if second.shape != first.shape:
+                raise ValueError(f"{name} is {second.shape} in {second.file} and {first.shape} in {first.file}")
+            if second.dtype != first.dtype and not {second.dtype, first.dtype} <= FLOATS.keys():
+                raise ValueError(f"{name} is {second.dtype} in {second.file} and {first.dtype} in {first.file}")
 
 
 # ---------------------------------------------------------------- the output directory
@@ -289,12 +270,8 @@ def _begin(output: Path, job: dict, resume: bool) -> dict[str, dict]:
         )
     for left in output.glob(".*.tmp"):  # of a write that was killed
         left.unlink()
-    whole = {}
-    for name, entry in files.items():
-        path = output / name
-        if path.is_file() and sha256(path) == entry["sha256"]:
-            whole[name] = entry
-    return whole
+    there = {name: entry for name, entry in files.items() if (output / name).is_file()}
+    return {name: entry for name, entry in there.items() if sha256(output / name) == entry["sha256"]}
 
 
 def _check_space(output: Path, needed: int) -> None:
@@ -308,13 +285,10 @@ def _summary(settings: MergeSettings, inputs: Sequence[Path], files: dict[str, d
     per_tensor = {name: entry for file in files.values() for name, entry in file["tensors"].items()}
     entries = sum(entry["entries"] for entry in per_tensor.values())
 
-    def norm(values: Sequence[float]) -> float:
-        return math.sqrt(math.fsum(value * value for value in values))
-
     def share(key: str) -> float:
         return sum(entry[key] * entry["entries"] for entry in per_tensor.values()) / entries if entries else 0.0
 
-    norms = [entry["task_vector_norms"] for entry in per_tensor.values()]
+    norms = zip(*(entry["task_vector_norms"] for entry in per_tensor.values()))
     return {
         **dataclasses.asdict(settings),
         "base": str(inputs[0]),
@@ -323,8 +297,8 @@ def _summary(settings: MergeSettings, inputs: Sequence[Path], files: dict[str, d
         "entries": entries,
         "agreed_share": share("agreed_share"),
         "changed_share": share("changed_share"),
-        "task_vector_norms": [norm(column) for column in zip(*norms)],
-        "merged_norm": norm([entry["merged_norm"] for entry in per_tensor.values()]),
+        "task_vector_norms": [math.hypot(*column) for column in norms],
+        "merged_norm": math.hypot(*(entry["merged_norm"] for entry in per_tensor.values())),
         "sha256": {name: file["sha256"] for name, file in files.items()},
         "per_tensor": per_tensor,
     }
@@ -345,7 +319,9 @@ class _Digest:
         self.bar.update(len(data))
 
 
-def _merge_file(path: Path, header: _Header, sources: Sequence[_Source], settings: MergeSettings, bar: tqdm) -> dict:
+def _merge_file(
+    path: Path, header: _Header, sources: Sequence[dict[str, _Tensor]], settings: MergeSettings, bar: tqdm
+) -> dict:
     """One file of the base, merged: {"sha256", "tensors": {name: counts and norms}}."""
     tensors = {}
     with atomic_write(path) as file:
@@ -353,7 +329,7 @@ def _merge_file(path: Path, header: _Header, sources: Sequence[_Source], setting
         out.write(header.raw)
         for tensor in header.tensors:
             with contextlib.ExitStack() as stack:
-                readers = [stack.enter_context(source.opened(tensor.name)) for source in sources]
+                readers = [stack.enter_context(source[tensor.name].opened()) for source in sources]
                 if tensor.dtype in FLOATS:
                     tensors[tensor.name] = _merge_tensor(out, tensor, readers, settings)
                 else:
@@ -367,7 +343,7 @@ def _copy(out: _Digest, tensor: _Tensor, readers: Sequence[_Reader]) -> None:
         for reader, part in zip(readers[1:], parts[1:]):
             if part != parts[0]:
                 raise ValueError(
-                    f"{reader.file}: {tensor.name} ({tensor.dtype}) is no float and differs from the base's"
+                    f"{reader.tensor.file}: {tensor.name} ({tensor.dtype}) is no float and differs from the base's"
                 )
         out.write(parts[0])
 

@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from kunbr_fast.files.atomic import os_errors
+from kunbr_fast.files.atomic import os_errors, sync
 from kunbr_fast.files.tensors import open_tensors
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
 def model_directory(path: str | Path) -> Path:
@@ -34,7 +35,7 @@ def model_directory(path: str | Path) -> Path:
 
 def load_model(path: str | Path, dtype: str | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """A causal language model from a local directory, in eval mode; dtype: a name of DTYPES (default: as saved)."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     path = model_directory(path)
     if dtype is not None and dtype not in DTYPES:
@@ -43,35 +44,35 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
         with open_tensors(file):  # only its header is read; transformers' own error would not name the file
             pass
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
-            config=config,
             dtype=DTYPES[dtype] if dtype else "auto",
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=False,
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be loaded: {error}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{path}: has no weights for {missing[0]} ({len(missing)} missing): this checkpoint is not whole"
         )
     return model.to(device).eval()
 
 
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether the directory has one of the files that any tokenizer has."""
+    return any((Path(path) / name).is_file() for name in TOKENIZERS)
+
+
 def load_tokenizer(path: str | Path) -> Any:
     """The directory's own tokenizer."""
     from transformers import AutoTokenizer
 
-    path = model_directory(path)
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")):
+    if not has_tokenizer(path):
         raise ValueError(
             f"{path}: no tokenizer (tokenizer.json): save one with tokenizer.save_pretrained({str(path)!r})"
         )
@@ -122,8 +123,7 @@ def save_model(model: nn.Module, tokenizer: Any | None, directory: str | Path) -
             raise OSError(error.errno, f"could not write the model to {directory}: {error.strerror}") from error
         for file in sorted(Path(scratch).rglob("*"), key=lambda p: p.name == "config.json"):
             if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+                sync(file)
                 target = directory / file.relative_to(scratch)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.chmod(file, 0o644)

@@ -55,6 +55,8 @@ class Shards:
             raise ValueError(f"{self.directory}: no such directory: expected a local Hugging Face model directory")
         index = self.directory / INDEX
         self.files: dict[str, Path] = {}
+        named = None
+        paths = [self.directory / SINGLE]
         if index.is_file():
             try:
                 named = {str(k): str(v) for k, v in json.loads(index.read_text())["weight_map"].items()}
@@ -65,15 +67,11 @@ class Shards:
             if any(Path(name).name != name for name in named.values()):
                 raise ValueError(f"{index}: names a file outside its directory")
             paths = [self.directory / name for name in sorted(set(named.values()))]
-        else:
-            named, paths = None, [self.directory / SINGLE]
         for path in paths:
             if not path.is_file():
-                cure = (
-                    "copy it too, the checkpoint is not whole"
-                    if named
-                    else "only safetensors are read; convert pickled weights first"
-                )
+                cure = "only safetensors are read; convert pickled weights first"
+                if named:
+                    cure = "copy it too, the checkpoint is not whole"
                 raise ValueError(f"{path}: no such file: {cure}")
             with open_tensors(path) as file:
                 self.files |= {name: path for name in file.keys()}
@@ -125,12 +123,9 @@ class WeightSnapshot:
         save_tensors(path, parameters)
         return cls(path)
 
-    def names(self) -> list[str]:
-        with open_tensors(self.path) as file:
-            return list(file.keys())
-
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names())
+        with open_tensors(self.path) as file:
+            yield from file.keys()
 
     def __contains__(self, name: object) -> bool:
         with open_tensors(self.path) as file:

@@ -242,8 +242,12 @@ class LayerStream(Weights):
         for file in sorted(others, key=lambda file: file.name == "config.json"):
             write_with(directory / file.name, functools.partial(shutil.copyfile, file))
 
-    def check_target(self, directory: str | Path) -> None:
-        """ValueError for a directory that the model's tensors are read from, where `save` must not write."""
+    def check_target(self, directory: str | Path | None) -> None:
+        """ValueError for a directory that the model's tensors are read from, where `save` must not write; and None."""
+        if directory is None:
+            raise ValueError(
+                "a streamed model's result is never in memory whole: give output_dir=, where it is written"
+            )
         directory = Path(directory)
         stored = [values for values in self._replaced.values() if isinstance(values, LayerStream)]
         sources = {weights.shards.directory for weights in (self, *stored)}

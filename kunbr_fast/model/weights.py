@@ -70,8 +70,9 @@ class Weights:
         """ValueError for a parameter that is not finite; `whose` goes before its name."""
         check_finite(self._model, whose)
 
-    def check_target(self, directory: str | Path) -> None:
-        """ValueError for a directory that the weights are read from, where nothing must be written."""
+    def check_target(self, directory: str | Path | None) -> None:
+        """ValueError where a result cannot be written to `directory`: the weights are read from there, or a streamed
+        model has none."""
 
 
 def weights_of(model: nn.Module) -> Weights:

@@ -5,7 +5,7 @@ size, I width of the MLP, V vocabulary, b bytes of a weight.
 
 Counts of parameters are exact. FLOPs are those of matrix products and attention, as torch's FlopCounterMode counts them
 (attention without regard to causality). Bytes are what this package's own code keeps and makes: see `kept` and `Step`;
-benchmarks/bench_plan.py holds them against measurements.
+benchmarks/scripts/bench_plan.py holds them against measurements.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from kunbr_fast.data.schedule import token_batches
+from kunbr_fast.files.models import DTYPES
 from kunbr_fast.kernels.linear_loss.reference import HEAD_CHUNK
 
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 KERNEL_CHUNK = 256 << 20  # kernels.linear_loss.CHUNK_BYTES, which only a machine with triton can import
 
 # ---------------------------------------------------------------- the model
@@ -86,7 +86,6 @@ class Architecture:
     queries: int
     keys: int
     vocabulary: int
-    positions: int | None
     tied: bool
     softcap: bool
     attention_softcap: bool
@@ -96,7 +95,7 @@ class Architecture:
 
     @property
     def itemsize(self) -> int:
-        return BYTES[self.dtype]
+        return DTYPES[self.dtype].itemsize
 
     @property
     def parameters(self) -> int:
@@ -109,7 +108,7 @@ class Architecture:
 
     @classmethod
     def load(cls, path: str | Path, dtype: str | None = None) -> tuple[Architecture, list[str]]:
-        """Of a model directory or a config.json, and what had to be assumed. ValueError names the file and the cure."""
+        """Reads a model directory or a config.json; also returns what had to be assumed. ValueError names the file."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
         try:
@@ -131,7 +130,7 @@ class Architecture:
         except Exception as error:  # its checks raise types of their own
             raise ValueError(f"{path}: transformers refuses it: {' '.join(str(error).split())}") from error
         saved = str(values.get("dtype") or values.get("torch_dtype") or "").removeprefix("torch.")
-        if dtype or saved in BYTES:
+        if dtype or saved in DTYPES:
             return cls.of(config, name, dtype or saved), []
         dtype = "float32" if KINDS[name].layer_norm else "bfloat16"
         return cls.of(config, name, dtype), [f"dtype {dtype}: config.json names none"]
@@ -160,8 +159,7 @@ class Architecture:
         )
         return cls(
             name, kind, dtype, D, I, config.num_hidden_layers, heads, q, k, V,
-            getattr(config, "max_position_embeddings", None), tied, softcap, attention_softcap,
-            matrices + norms + biases, matrices, outside,
+            tied, softcap, attention_softcap, matrices + norms + biases, matrices, outside,
         )  # fmt: skip
 
 
@@ -222,10 +220,9 @@ def kept(a: Architecture, batch: Batch, *, active: bool, fused: bool, taps: bool
     if a.attention_softcap:  # scores after tanh, and after softmax in fp32; keys and values once for each query head
         scores = a.heads * Q * batch.longest
         attention = (3 * Q * a.queries + 2 * batch.places * a.keys) * b + scores * (b + 4 + (b if b < 4 else 0))
+    norm = b
     if k.fused and not fused:  # the norms' own code is fp32 inside
-        norm = max(4, b) + (b if active else 0)
-    else:
-        norm = b
+        norm = max(4, b) + b * active
     out = norm * D * (T + (k.inputs - 1) * U) + norm * T * (a.queries + a.keys) * (k.qk_norm is not None)
     out += attention + (k.activations + (k.gated and not fused)) * U * a.intermediate * b
     if active:
@@ -310,9 +307,7 @@ class Step:
         a, b = self.a, self.a.itemsize
         full = self.block is None and not self.taps
         layers = range(self.start, a.layers)
-        by_kind = {(self._active(i), i == a.layers - 1): i for i in layers}  # layers of a kind are alike
-        by_kind = {kind: self.saved(i) for kind, i in by_kind.items()}
-        sizes = [by_kind[self._active(i), i == a.layers - 1] for i in layers]
+        sizes = [self.saved(i) for i in layers]
         shared = 2 * self.batch.tokens * (a.queries // a.heads) * b if a.name != "gpt2" else 0  # cos, sin
         inputs = self.batch.tokens * a.hidden * b
         stored = [inputs] * len(sizes) if self.recompute else sizes

@@ -34,8 +34,6 @@ RESERVE = 1 << 30  # of a GPU's memory: CUDA's context, libraries' workspaces, f
 class Setup:
     """gpu: one of GPUS. gpus: how many. dtype: of the weights, if not as saved. unlearned: M_u is given, so there is no
     warm-up. stream: layers come over the bus one by one (`open_streamed`); M_u is given, and there is no attack.
-
-    ValueError names the option of the command line.
     """
 
     gpu: str = "h100"

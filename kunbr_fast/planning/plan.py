@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kunbr_fast.files.models import has_tokenizer, load_tokenizer
 from kunbr_fast.keywords import taken
 from kunbr_fast.memory import parse_bytes
 from kunbr_fast.planning.costs import Architecture
@@ -127,7 +128,7 @@ def plan(
     setup, config = taken(Setup, setup, "plan"), config or KUnBRConfig()
     memory = parse_bytes(memory, "gpu_memory", unit_needed=True)
     a, assumed = Architecture.load(model, setup.dtype)
-    data = Data.load(forget, retain, _tokenizer(Path(model)) if forget else None, config)
+    data = Data.load(forget, retain, load_tokenizer(model) if forget and has_tokenizer(model) else None, config)
     if setup.stream:
         data.folds = []
     assumed += _assumed(setup, config, data)
@@ -199,14 +200,6 @@ def _assumed(setup: Setup, config: KUnBRConfig, data: Data) -> list[str]:
             "1 GiB of the GPU for CUDA itself, in each peak; kernels, not plain torch. No GPU has confirmed these peaks"
         )
     return found
-
-
-def _tokenizer(path: Path) -> Any | None:
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def _does_not_fit(run: Run, least: Mapping[str, Any], memory: int) -> str:

@@ -7,7 +7,7 @@ are left out.
 
 from __future__ import annotations
 
-import copy
+import bisect
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ class Stage:
 
 
 class Steps(NamedTuple):
-    """Batches of a training's steps (of many steps some), all their micro-batches, and the number of all steps."""
+    """whole: the batches of some of a training's steps; parts: their micro-batches; count: of all its steps."""
 
     whole: list[Batch]
     parts: list[Batch]
@@ -107,23 +107,20 @@ class Run:
     made: dict[Any, Any] = dataclasses.field(default_factory=dict)  # what settings that are tried have in common
 
     def stages(self) -> list[Stage]:
-        found = [copy.copy(self._once("evaluation", lambda: self.evaluation(3)))] if self.data.questions else []
+        found = [self._once("evaluation", lambda: self.evaluation(3))] if self.data.questions else []
         if not self.setup.unlearned:
             found.append(self.training("warm-up", None))
-        found.append(copy.copy(self._once("density", self.density)))
+        found.append(self._once("density", self.density))
         config = self.config
         blocks = selectable_blocks(self.a.layers, config.num_blocks, config.top_k, config.skip_last_layers)
         for block in blocks:
-            found.append(
-                self.training(f"re-insertion {block.start}-{block.stop - 1}", block, config.top_k / len(blocks))
-            )
+            name = f"re-insertion {block.start}-{block.stop - 1}"
+            found.append(self.training(name, block, config.top_k / len(blocks)))
         if self.setup.gpus > 1:
-            self._divide(found)
-        if self.data.folds:
-            found.append(copy.copy(self._once("attack", self.attack)))
-        return found
+            found = self._divided(found)
+        return found + ([self._once("attack", self.attack)] if self.data.folds else [])
 
-    def _divide(self, stages: list[Stage]) -> None:
+    def _divided(self, stages: list[Stage]) -> list[Stage]:
         """Over several GPUs, as `parallel` does: blocks are dealt out, samples of warm-up and density are spread, each
         GPU evaluates for itself."""
         gpus = self.setup.gpus
@@ -131,24 +128,20 @@ class Run:
         alone, together = spread_blocks(costs, gpus, 1 / gpus, self.config.parallel)
         longest = max(sum(costs[i] for i in part) for part in alone)
         longest += sum(costs[i] for i in together) * SHARING_COSTS / gpus
-        for stage in stages:
-            if stage.name == "warm-up":
-                stage.runs *= SHARING_COSTS / gpus
-            elif stage.name != "evaluation":
-                stage.runs *= longest / sum(costs) if stage.of_block else 1 / gpus
+        block = longest / sum(costs)
+        shares = {"warm-up": SHARING_COSTS / gpus, "density": 1 / gpus, "evaluation": 1}
+        return [dataclasses.replace(s, runs=s.runs * (block if s.of_block else shares[s.name])) for s in stages]
 
     def enough_blocks(self, memory: int) -> int | None:
         """The smallest num_blocks whose blocks can be trained within so many bytes."""
-        low, high = self.config.num_blocks, self.a.layers + 1
 
         def fits(number: int) -> bool:
             run = dataclasses.replace(self, config=dataclasses.replace(self.config, num_blocks=number))
             return run.training("", range(self.a.layers // number)).peak <= memory
 
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(middle) else (middle, high)
-        return high if high <= self.a.layers else None
+        numbers = range(self.a.layers + 1)
+        found = bisect.bisect_left(numbers, True, self.config.num_blocks + 1, key=fits)
+        return found if found in numbers else None
 
     # ------------------------------------------------ parts
 
@@ -173,7 +166,7 @@ class Run:
         return moved, moved if self.setup.stream else 0.0
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """make(), or what it gave before for this key and the settings that change it (not where things lie)."""
+        """make(), called once for each key and each choice of the settings that change its result."""
         key = key, self.config.gradient_checkpointing, self.config.micro_batch_tokens, self.config.num_blocks
         if key not in self.made:
             self.made[key] = make()
@@ -226,14 +219,8 @@ class Run:
 
     def _steps(self, epochs: int) -> Steps:
         config, data = self.config, self.data
-        schedule = Schedule(
-            len(data.forget),
-            len(data.retain),
-            config.batch_size,
-            config.retain_size,
-            max(1, epochs),
-            config.seed * 1000,
-        )
+        sizes = len(data.forget), len(data.retain), config.batch_size, config.retain_size
+        schedule = Schedule(*sizes, max(1, epochs), config.seed * 1000)
         objective, whole = config.criterion(range(1)).objective, []
         for forget, retain in (schedule[i] for i in _some(len(schedule))):
             sizes = [data.forget[i] for i in forget] * (2 if objective.alternate else 1)

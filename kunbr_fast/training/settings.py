@@ -99,7 +99,7 @@ class Execution:
     impl: who runs the fused layers (`patched`), the loss and the optimiser.
     gradient_checkpointing: keep each layer's input only, and run the layer again in the backward pass. Same result.
     cuda_graphs: steps run in buckets of fixed sizes, each captured once as a CUDA graph (`StepGraphs`), where the
-    objective's weights are known before the pass (gradient difference, ga). No GPU has run it.
+    objective's weights are known before the pass (gradient difference, ga).
     micro_batch_tokens: the most tokens that go through at once; a larger step goes in micro-batches, whose gradients
     add up to the same up to summation order. Where memory runs out, a step goes in smaller ones all by itself.
     optimizer_device: "host" keeps the optimiser's state and the weights that it updates in main memory, where the
@@ -125,7 +125,7 @@ class Execution:
         """Errors for what this model cannot do; `dispatch.Unavailable` for an impl, or CUDA graphs, that cannot run."""
         for operation in ("linear_loss", optimizer):
             resolve(operation, self.impl, decoder.device)
-        check_cuda_graphs(self.cuda_graphs, decoder.device)
-        check_cover(decoder, block, self.cover_precision)
         if self.cuda_graphs and decoder.streamed:
             raise ValueError("cuda_graphs=True: a streamed model's layers have no place of their own: leave it out")
+        check_cuda_graphs(self.cuda_graphs, decoder.device)
+        check_cover(decoder, block, self.cover_precision)

@@ -1,4 +1,4 @@
-"""benchmarks/count_step.py, the table of docs/results.md: what is counted on the meta device is what a run does."""
+"""scripts/count_step.py, the table of docs/results.md: what is counted on the meta device is what a run does."""
 
 import csv
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import peak_bytes, random_samples
 
-from kunbr_fast.benchmarks import count_step
+from kunbr_fast.benchmarks.scripts import count_step
 from kunbr_fast.benchmarks.shapes import MODELS, Shape
 
 ROOT = Path(__file__).resolve().parents[2]

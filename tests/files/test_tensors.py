@@ -34,7 +34,7 @@ def test_snapshot_round_trip_is_exact(dtype, architecture, tmp_path):
         with torch.no_grad():
             next(model.parameters()).zero_()
     assert [p.data_ptr() for p in model.parameters()] == places
-    assert set(snapshot.names()) == set(before) == set(load_file(tmp_path / "w.safetensors"))
+    assert set(snapshot) == set(before) == set(load_file(tmp_path / "w.safetensors"))
     for name, value in before.items():
         assert name in snapshot and torch.equal(snapshot[name], value)
     assert "nothing" not in snapshot

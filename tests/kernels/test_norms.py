@@ -146,9 +146,8 @@ def test_shapes(impl, kind, shape):
 
 @pytest.mark.parametrize("kind", ["gemma", "layer"])
 def test_the_widest(kind):
-    assert norms.MAX_WIDTH == config.MAX_NORM_WIDTH
-    check(kind, "triton", inputs((1, norms.MAX_WIDTH), torch.float32, kind), torch.float32)
-    wider = inputs((1, norms.MAX_WIDTH + 1), torch.float32, kind)
+    check(kind, "triton", inputs((1, config.MAX_NORM_WIDTH), torch.float32, kind), torch.float32)
+    wider = inputs((1, config.MAX_NORM_WIDTH + 1), torch.float32, kind)
     with pytest.raises(ValueError, match="serves D <= 8192, not 8193"):
         ours(kind, "triton", **wider)
     assert torch.equal(ours(kind, "auto", **wider)[0], ours(kind, "torch", **wider)[0])
@@ -508,7 +507,9 @@ def test_layer_norm_under_autocast_on_cuda():
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     assert has("aten::layer_norm", "AutocastCUDA") and not has("aten::layer_norm", "AutocastCPU")
     given = inputs((4, 63), torch.bfloat16, "layer", residual=False)
-    wide = OPERATORS.layer_norm_forward(given["x"], None, given["weight"], given["bias"], EPS, torch.float32)[0]
+    wide = OPERATORS.norm_forward(
+        given["x"], None, given["weight"], given["bias"], EPS, 0.0, True, False, torch.float32
+    )[0]
     assert wide.dtype == torch.float32 and torch.equal(wide.bfloat16(), ours("layer", "triton", **given))
     fp32 = ours("layer", "triton", **{k: t.float() for k, t in given.items()})
     assert torch.equal(wide, fp32)
@@ -542,18 +543,18 @@ def test_opcheck(residual):
     added = dy if residual else None
     weight, rstd = randn(24), randn(2, 5, 3, 1)
     some = dict(test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(OPERATORS.rms_norm_forward.default, (x, added, weight, EPS, 1.0, "llama"))
-    torch.library.opcheck(OPERATORS.rms_norm_forward.default, (x, added, weight, EPS, 1.0, "gemma"), **some)
-    torch.library.opcheck(OPERATORS.layer_norm_forward.default, (x, added, weight, weight, EPS, None))
-    torch.library.opcheck(OPERATORS.layer_norm_forward.default, (x, added, weight, None, EPS, torch.float32), **some)
+    forward, backward = OPERATORS.norm_forward.default, OPERATORS.norm_backward.default
+    rms, layer, bf16 = (False, True), (True, False), torch.bfloat16
+    torch.library.opcheck(forward, (x, added, weight, None, EPS, 1.0, *rms, torch.float32))
+    torch.library.opcheck(forward, (x, added, weight, None, EPS, 1.0, False, False, bf16), **some)
+    torch.library.opcheck(forward, (x, added, weight, weight, EPS, 0.0, *layer, bf16))
+    torch.library.opcheck(forward, (x, added, weight, None, EPS, 0.0, *layer, torch.float32), **some)
     for compute in ((True, True), (True, False), (False, True)):
         which = {} if all(compute) else some
         w = weight if compute[0] else None
-        torch.library.opcheck(OPERATORS.rms_norm_backward.default, (dy, added, x, w, rstd, 0.0, *compute), **which)
-        arguments = (dy, added, x, w, rstd, rstd, *compute, compute[1])
-        torch.library.opcheck(OPERATORS.layer_norm_backward.default, arguments, **which)
-    arguments = (dy, None, None, None, None, None, False, False, True)
-    torch.library.opcheck(OPERATORS.layer_norm_backward.default, arguments, **some)
+        torch.library.opcheck(backward, (dy, added, x, w, None, rstd, 0.0, *compute, False), **which)
+        torch.library.opcheck(backward, (dy, added, x, w, rstd, rstd, 0.0, *compute, compute[1]), **which)
+    torch.library.opcheck(backward, (dy, None, None, None, None, None, 0.0, False, False, True), **some)
 
 
 # ---------------------------------------------------------------- the choice, and what is refused

@@ -12,7 +12,7 @@ import transformers as tf
 from tiny_models import CONFIGS, MORE, peak_bytes, random_samples
 
 from kunbr_fast import KUnBRConfig, PrefixCache, reinserted
-from kunbr_fast.benchmarks import count_step
+from kunbr_fast.benchmarks.scripts import count_step
 from kunbr_fast.cli import main as cli
 from kunbr_fast.data import encode, load_records, pack
 from kunbr_fast.density.measure import knowledge_density

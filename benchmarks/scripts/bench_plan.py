@@ -1,12 +1,12 @@
 """Predicted and measured memory of re-insertion and warm-up steps: what `kunbr-fast plan` says, and what is.
 
-    python benchmarks/bench_plan.py --csv benchmarks/results/cpu_plan.csv
+    python benchmarks/scripts/bench_plan.py --csv benchmarks/results/cpu_plan.csv
 
 Three models of random weights on a CPU, each stage in a process of its own: the most that is resident during two steps
 (VmHWM), less what was resident once the same had been done with a tiny model (VmRSS): Python, its libraries, the
 samples. The stage's whole memory, so: weights, block, gradient, optimiser state, prefix cache, activations, logits.
-Then Llama-3-8B in bf16 on torch's meta device, as benchmarks/count_step.py counts it: the transient part alone, of
-blocks at the bottom, in the middle and at the top. The last column is predicted over measured; the goal is 0.9 to 1.1.
+Then Llama-3-8B in bf16 on torch's meta device, as count_step.py counts it: the transient part alone, of blocks at the
+bottom, in the middle and at the top. The last column is predicted over measured; the goal is 0.9 to 1.1.
 """
 
 import argparse
@@ -17,13 +17,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import ChainMap
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from kunbr_fast.benchmarks import count_step
 from kunbr_fast.benchmarks.measure import add_rows, resident, script_parser
+from kunbr_fast.benchmarks.scripts import count_step
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
@@ -34,7 +35,6 @@ from kunbr_fast.planning.lengths import Data
 from kunbr_fast.planning.machines import Setup
 from kunbr_fast.planning.predict import Run
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.run.stages import Values
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.reinserted import reinserted
 
@@ -101,7 +101,7 @@ def run(config, data, dtype, start, checkpoint):
             training = FullTraining(decoder, lr=1e-5, optimizer="lion", gradient_checkpointing=checkpoint, impl="torch")
             return steps(lambda: training.step_packed(training.criterion.step_batch(count_step.pack(data), BATCH)))
     with tempfile.TemporaryDirectory() as scratch:
-        values = Values(WeightSnapshot.save(model, Path(scratch) / "weights.safetensors"))
+        values = ChainMap({}, WeightSnapshot.save(model, Path(scratch) / "weights.safetensors"))
         cache = PrefixCache(decoder, data, "host")
         cache.advance(start)
         block = range(start, start + 3)

@@ -1,7 +1,7 @@
 """The demo over several seeds: a table of means, and rows for benchmarks/results.
 
 for s in 1 2 3; do kunbr-fast demo --seed $s --out runs/demo-$s; done
-python benchmarks/demo_seeds.py runs/demo-*/report.json --csv benchmarks/results/demo_cpu.csv
+python benchmarks/scripts/demo_seeds.py runs/demo-*/report.json --csv benchmarks/results/demo_cpu.csv
 """
 
 import json

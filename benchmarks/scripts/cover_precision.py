@@ -1,6 +1,6 @@
 """The demo with the cover in each precision: gradient cosines, and what is forgotten, kept and relearnt.
 
-python benchmarks/cover_precision.py --seeds 0 1 2 3 --csv benchmarks/results/cover_precision_cpu.csv
+python benchmarks/scripts/cover_precision.py --seeds 0 1 2 3 --csv benchmarks/results/cover_precision_cpu.csv
 
 Each seed's model is taught and warmed up once; every row is one re-insertion from there, and one RTT attack. nf4 needs
 bitsandbytes. cosine_I: of block I's gradient at its first step to the one with an exact cover; the weights' bytes are

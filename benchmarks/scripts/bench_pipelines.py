@@ -1,8 +1,8 @@
 """Pipelines that people have, before and after: the same training as they write it, and on this engine. FLOPs are
 counted by torch, and the trained weights are compared; nothing is timed.
 
-    python benchmarks/bench_pipelines.py                       # both pipelines, SmolLM2-135M's shapes, minutes on a CPU
-    python benchmarks/bench_pipelines.py --only trainer --csv benchmarks/results/pipelines_cpu.csv
+    python benchmarks/scripts/bench_pipelines.py             # both, SmolLM2-135M's shapes, minutes on a CPU
+    python benchmarks/scripts/bench_pipelines.py --only trainer --csv benchmarks/results/pipelines_cpu.csv
 
 trainer: re-insertion of the two densest blocks of three layers. Before: a Hugging Face Trainer for each block, whose
 compute_loss is -model(**forget).loss + model(**retain).loss, all else frozen. After: KUnBRTrainer. The first one is
@@ -16,15 +16,14 @@ import copy
 import random
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 import transformers as tf
 
 from kunbr_fast.benchmarks.measure import add_rows, flop_counter, script_parser
 from kunbr_fast.benchmarks.shapes import MODELS
+from kunbr_fast.checkout import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import authors_class as plain  # noqa: E402
@@ -68,12 +67,9 @@ def flops(run):
 
 
 def compare(before, after, start):
-    """Of the entries that training moved: how many, and how many differ between the two."""
-    moved = differ = 0
-    for name, value in before.items():
-        moved += int((value != start[name]).sum())
-        differ += int((value != after[name]).sum())
-    return moved, differ
+    """How many entries training moved, and how many differ between the two."""
+    moved, differ = (sum(int((v != other[n]).sum()) for n, v in before.items()) for other in (start, after))
+    return dict(entries_moved=moved, entries_that_differ=differ)
 
 
 # ---------------------------------------------------------------- Hugging Face's Trainer
@@ -137,15 +133,11 @@ def trainer(folder):
                     own[name].copy_(start[name])
             for name, p in own.items():
                 p.requires_grad_(name in names)
-            settings = {
-                **common,
-                "per_device_train_batch_size": 1,
-                "num_train_epochs": 1,
-                "remove_unused_columns": False,
-            }
+            settings = {**common, "per_device_train_batch_size": 1, "num_train_epochs": 1}
+            settings |= dict(remove_unused_columns=False, train_sampling_strategy="sequential")
             GradDiff(
                 original,
-                tf.TrainingArguments(f"{folder}/before", train_sampling_strategy="sequential", **settings),
+                tf.TrainingArguments(f"{folder}/before", **settings),
                 train_dataset=Steps(Schedule(COUNT, COUNT, BATCH, BATCH, EPOCHS, number), forget, retain),
                 data_collator=lambda items: items[0],
                 optimizers=(Lion([own[n] for n in names], lr=LR), None),
@@ -158,7 +150,7 @@ def trainer(folder):
 
     before, merged = flops(each_block)
     where = ", ".join(f"{b.start}-{b.stop - 1}" for b in blocks)
-    return dict(blocks=where, before=before, after=after, **_counts(compare(merged, result, start)))
+    return dict(blocks=where, before=before, after=after, **compare(merged, result, start))
 
 
 # ---------------------------------------------------------------- the authors' script
@@ -182,11 +174,7 @@ def authors(folder):
     after, _ = flops(lambda: (random.seed(3), ours.dynamic_deep_unlearning(6)))
     found = [dict(base.model.named_parameters()) for base in bases]
     where = "0-3, 4-7, 8-11, 12-15, 16-19, 20-23"
-    return dict(blocks=where, before=before, after=after, **_counts(compare(*found, start)))
-
-
-def _counts(pair):
-    return dict(zip(("entries_moved", "entries_that_differ"), pair))
+    return dict(blocks=where, before=before, after=after, **compare(*found, start))
 
 
 PIPELINES = {"trainer": trainer, "authors": authors}
