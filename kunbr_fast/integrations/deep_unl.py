@@ -54,8 +54,8 @@ from kunbr_fast.integrations.padded_pass import OwnForward
 from kunbr_fast.integrations.recognise import recognise
 from kunbr_fast.keywords import taken
 from kunbr_fast.model.decoder import Decoder, Stretch
-from kunbr_fast.model.finite import finite
 from kunbr_fast.model.prefix_cache import PrefixCache
+from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives import losses
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.diverged import Diverged

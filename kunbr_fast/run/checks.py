@@ -12,8 +12,7 @@ from kunbr_fast.files.models import check_same_architecture
 from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.finite import check_finite
-from kunbr_fast.model.weights import weights_of
+from kunbr_fast.model.weights import check_finite, weights_of
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig

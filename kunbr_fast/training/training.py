@@ -12,7 +12,7 @@ from kunbr_fast.data import PackedBatch, as_samples, pack
 from kunbr_fast.data.batch import join
 from kunbr_fast.memory import OutOfMemory
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.finite import finite
+from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
