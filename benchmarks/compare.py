@@ -8,6 +8,7 @@ differ the row is "unclear": the machine moved, not surely the code.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import statistics
 import textwrap
@@ -18,10 +19,7 @@ from kunbr_fast.benchmarks.rows import EXTRAPOLATED, KEY, NOTHING, WIDTH, cut, f
 
 LEAST = 1.02  # ratio of medians, below which nothing is called a change
 DRIFT = 1.05  # of a roofline's rate
-FEW, APART = (
-    5,
-    0.05,
-)  # with fewer rounds, or one measurement, the band is at least that part of the median on either side
+FEW, APART = 5, 0.05  # with fewer rounds the band is at least that part of the median on either side
 RATES = {"matmul": "matmul_tflop_per_s", "copy": "copy_gb_per_s"}
 MEMORY = {"peak_mib": "peak", "kept_mib": "kept", "standing_mib": "standing"}
 FASTER, SLOWER, NOISE, UNCLEAR, FAILED = "faster", "slower", "within noise", "unclear", "no longer runs"
@@ -174,9 +172,7 @@ def _differences(old, new) -> list[str]:
 
 
 def _named(key: Mapping[str, Any]) -> str:
-    return f"{key['suite']}: " + ", ".join(
-        str(key[name]) for name in ("model", "case", "dtype", "variant") if key[name]
-    )
+    return f"{key['suite']}: {', '.join(key[name] for name in ('model', 'case', 'dtype', 'variant') if key[name])}"
 
 
 # ---------------------------------------------------------------- terminal
@@ -199,9 +195,7 @@ def table(comparison: Comparison) -> str:
     for title, names in (("before", comparison.only_before), ("after", comparison.only_after)):
         if names:
             lines += ["", f"only in the file {title}: {len(names)}", *(cut(f"  {name}") for name in names)]
-    counts: dict[str, int] = {}
-    for change in comparison.changes:
-        counts[change.verdict] = counts.get(change.verdict, 0) + 1
+    counts = collections.Counter(change.verdict for change in comparison.changes)
     counted = ", ".join(f"{number} {verdict}" for verdict, number in counts.items()) or "no row is in both files"
     return "\n".join([*lines, "", f"{counted}; of ours {len(comparison.regressions)} regressed"]).lstrip("\n")
 

@@ -91,9 +91,8 @@ class Options:
     def settings(self) -> str:
         """What changes the numbers of a case, or what there is of it, as one text."""
         found = [name for name in ("quick", "compile", "tiles") if getattr(self, name)]
-        found += [
-            f"{name}={getattr(self, name):g}" for name in ("seconds", "repeats") if getattr(self, name) is not None
-        ]
+        limits = {"seconds": self.seconds, "repeats": self.repeats}
+        found += [f"{name}={value:g}" for name, value in limits.items() if value is not None]
         return ", ".join(found + ([f"variants={'|'.join(self.variants)}"] if self.variants else []))
 
 

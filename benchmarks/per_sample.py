@@ -7,7 +7,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from kunbr_fast.benchmarks.harness import Skip, first_line, imported
+from kunbr_fast.benchmarks.harness import Skip, imported
 from kunbr_fast.benchmarks.measure import interleaved
 
 DW_LIMIT_GPU, DW_LIMIT_CPU = 24 << 30, 2 << 30  # bytes of per-sample gradients that a rival may hold
@@ -82,7 +82,7 @@ def bare(data: Packed):
             check_memory(data)
             x, dy = data.padded
             ways.append(lambda: drop(torch.bmm(dy.mT, x)))
-    with contextlib.suppress(Skip):
+    with contextlib.suppress(Skip, RuntimeError):
         product = _grouped_products(data)
         ways.append(lambda: drop(product()))
     for run in ways:
@@ -96,27 +96,20 @@ def drop(_):
 
 
 def _grouped_products(data: Packed):
-    """A function that returns all dW_i, (B, N, K)."""
-    grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-    if grouped_mm is None:
-        raise Skip("this torch has no grouped_mm")
+    """A function that returns all dW_i, (B, N, K); RuntimeError where the device has no grouped_mm."""
     check_memory(data, 2)  # and what is made of them
-    ends = data.cu_seqlens[1:]
-    try:
-        grouped_mm(data.dy.t(), data.x, offs=ends)
-    except (RuntimeError, NotImplementedError) as error:
-        raise Skip(f"grouped_mm: {first_line(error)}") from error
-    return lambda: grouped_mm(data.dy.t(), data.x, offs=ends)
+    product = functools.partial(F.grouped_mm, data.dy.t(), data.x, offs=data.cu_seqlens[1:])
+    product()
+    return product
 
 
-def grouped(data: Packed):
+def grouped(data: Packed, norm=l1):
     product = _grouped_products(data)
-    return lambda: {"grad_l1": l1(product())}
+    return lambda: {"grad_l1": norm(product())}
 
 
 def grouped_norm(data: Packed):
-    product = _grouped_products(data)
-    return lambda: {"grad_l1": torch.linalg.vector_norm(product(), 1, (1, 2), dtype=torch.float32)}
+    return grouped(data, lambda gradients: torch.linalg.vector_norm(gradients, 1, (1, 2), dtype=torch.float32))
 
 
 def loop(data: Packed, statistic: str = "grad_l1"):

@@ -12,10 +12,17 @@ from typing import Any
 
 import torch
 
-from kunbr_fast.benchmarks.charts.draw import draw
+from kunbr_fast.benchmarks.charts.bars import bandwidth, memory, speedups
+from kunbr_fast.benchmarks.charts.roofline import roofline
+from kunbr_fast.benchmarks.charts.stages import stages
+from kunbr_fast.benchmarks.charts.times import times
 from kunbr_fast.benchmarks.rows import COLUMNS, EXTRAPOLATED, NOTHING, WIDTH, Outcome, cut, four, outcomes, tilde
+from kunbr_fast.benchmarks.suites import SUITES
 from kunbr_fast.files import atomic
 from kunbr_fast.kernels import dispatch
+
+CHARTS = (stages, roofline, bandwidth, speedups, times, memory)
+PICTURES = re.compile(rf"(end_to_end|roofline_\w+|(speedup|time|memory)_({'|'.join(SUITES)}))(_\d+)?\.png")
 
 
 def write_report(rows: Sequence[Mapping[str, Any]], folder: str | Path) -> list[Path]:
@@ -33,6 +40,15 @@ def write_report(rows: Sequence[Mapping[str, Any]], folder: str | Path) -> list[
     with atomic.atomic_write(path) as file:
         file.write(_page(rows, cases, pictures).encode())
     return [path, *(picture for _, picture in pictures)]
+
+
+def draw(cases: Sequence[Outcome], folder: Path) -> list[tuple[str, Path]]:
+    """[(heading, PNG)] of all that can be drawn. Pictures of an earlier report that are not drawn now are deleted."""
+    drawn = [found for chart in CHARTS for found in chart(cases, folder)]
+    for old in set(folder.glob("*.png")) - {path for _, path in drawn}:
+        if PICTURES.fullmatch(old.name):
+            old.unlink()
+    return drawn
 
 
 # ---------------------------------------------------------------- what a row says
@@ -105,7 +121,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _extrapolated(cases: Sequence[Outcome]) -> bool:
-    """Whether anything is."""
     return any(tilde(*case.ran) for case in cases)
 
 

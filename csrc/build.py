@@ -94,7 +94,7 @@ def build(output: Path = DEFAULT, *, force: bool = False) -> str:
         return ""
     nvcc = find_nvcc()
     nvcc_version(nvcc)
-    units = sorted(path for path in CSRC.glob("*.cu"))
+    units = sorted(CSRC.glob("*.cu"))
     defines = (f'-DKUNBR_SOURCE_HASH="{source_hash()}"', f'-DKUNBR_TARGETS="{TARGETS}"')
     with tempfile.TemporaryDirectory(prefix="kunbr-build-") as folder:
         objects = [Path(folder) / f"{unit.stem}.o" for unit in units]
@@ -106,15 +106,8 @@ def build(output: Path = DEFAULT, *, force: bool = False) -> str:
         with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             said = list(pool.map(compile_one, units, objects))
         # libstdc++ and cudart are linked in: what is left are the C library and, once a GPU is used, the driver
-        link = [
-            "-shared",
-            "-arch=sm_80",
-            "-cudart",
-            "static",
-            "-Xlinker=--exclude-libs,ALL",
-            "-Xcompiler=-static-libstdc++",
-        ]
-        link += ["-Xcompiler=-static-libgcc", "-Xlinker=-soname," + LIBRARY]
+        link = ["-shared", "-arch=sm_80", "-cudart", "static", "-Xlinker=--exclude-libs,ALL"]
+        link += ["-Xcompiler=-static-libstdc++", "-Xcompiler=-static-libgcc", "-Xlinker=-soname," + LIBRARY]
         made = Path(folder) / LIBRARY
         _run([nvcc, *link, *map(str, objects), "-o", str(made)])
         output.parent.mkdir(parents=True, exist_ok=True)

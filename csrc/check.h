@@ -41,8 +41,8 @@ inline int check_pointer(const char *operation, const char *name, const void *po
 
 inline int check_vector(const char *operation, const char *name, const void *pointer, int type) {
     if (type != KUNBR_FP32 && type != KUNBR_BF16 && type != KUNBR_FP16)
-        return fail(KUNBR_BAD_TYPE, "%s: %s has type %d, expected KUNBR_FP32, KUNBR_BF16 or KUNBR_FP16", operation, name,
-                    type);
+        return fail(KUNBR_BAD_TYPE, "%s: %s has type %d, expected KUNBR_FP32, KUNBR_BF16 or KUNBR_FP16", operation,
+                    name, type);
     return check_pointer(operation, name, pointer, type_bytes(type));
 }
 

@@ -53,10 +53,10 @@ KUNBR_HD int box_byte(int token, int column) {
 }
 
 // The matrix descriptor of wgmma for an MN-major operand: bits 0-13 address / 16, 16-29 leading offset / 16, 32-45
-// stride offset / 16, 62-63 swizzle (1: 128 bytes). MN-major with the 128-byte swizzle, the leading offset steps from one
-// box of 64 columns to the next, the stride offset from 8 tokens to the next 8. (PTX ISA, "Shared memory matrix layout";
-// Triton 3.7.1 makes the same numbers of the same boxes.) An instruction takes 16 tokens; the next 16 begin 2048 bytes
-// on, a multiple of the swizzle's period of 1024, so the base offset (bits 49-51) is 0.
+// stride offset / 16, 62-63 swizzle (1: 128 bytes). MN-major with the 128-byte swizzle, the leading offset steps from
+// one box of 64 columns to the next, the stride offset from 8 tokens to the next 8. (PTX ISA, "Shared memory matrix
+// layout"; Triton 3.7.1 makes the same numbers of the same boxes.) An instruction takes 16 tokens; the next 16 begin
+// 2048 bytes on, a multiple of the swizzle's period of 1024, so the base offset (bits 49-51) is 0.
 KUNBR_HD uint64_t wgmma_descriptor(uint32_t shared_address) {
     return static_cast<uint64_t>((shared_address & 0x3FFFF) >> 4) | static_cast<uint64_t>(BOX_BYTES >> 4) << 16 |
            static_cast<uint64_t>(1024 >> 4) << 32 | 1ull << 62;

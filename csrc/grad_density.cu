@@ -91,7 +91,8 @@ static int prepare(const char *operation, Arguments *arguments, void *workspace,
     arguments->order = order;
     const unsigned blocks = static_cast<unsigned>(ceil_div(samples, HELPER_THREADS));
     const Batch &batch = arguments->batch;
-    order_kernel<<<blocks, HELPER_THREADS, 0, stream>>>(batch.cu_seqlens, batch.wide_index, static_cast<int>(samples), order);
+    order_kernel<<<blocks, HELPER_THREADS, 0, stream>>>(batch.cu_seqlens, batch.wide_index, static_cast<int>(samples),
+                                                        order);
     return launched(operation);
 }
 
@@ -131,7 +132,8 @@ int kunbr_grad_density(const void *x, const int64_t *x_strides, int64_t tokens, 
     KUNBR_TRY(check_operand(operation, "x", x, x_strides, type, tokens, K, &a.batch.x));
     for (int p = 0; p < projections; ++p) {
         const char *names[] = {"dys[0]", "dys[1]", "dys[2]"}, *out_names[] = {"outs[0]", "outs[1]", "outs[2]"};
-        KUNBR_TRY(check_operand(operation, names[p], dys[p], dy_strides + 2 * p, type, tokens, sizes[p], &a.batch.dy[p]));
+        KUNBR_TRY(
+            check_operand(operation, names[p], dys[p], dy_strides + 2 * p, type, tokens, sizes[p], &a.batch.dy[p]));
         if (samples > 0) KUNBR_TRY(check_pointer(operation, out_names[p], outs[p], 8));
     }
     if (samples == 0) return KUNBR_OK;
@@ -148,10 +150,10 @@ int kunbr_grad_density(const void *x, const int64_t *x_strides, int64_t tokens, 
 
     const bool hopper = variant != KUNBR_PORTABLE && hopper_can_run(a, tokens, type, capability);
     if (variant == KUNBR_HOPPER && !hopper)
-        return fail(KUNBR_NOT_HOPPER,
-                    "%s: compute capability %d, type %d, or rows that are not aligned to 16 bytes", operation, capability,
-                    type);
-    const int64_t maps_at = order_bytes(samples), partials_at = maps_at + padded(hopper_workspace(samples, projections));
+        return fail(KUNBR_NOT_HOPPER, "%s: compute capability %d, type %d, or rows that are not aligned to 16 bytes",
+                    operation, capability, type);
+    const int64_t maps_at = order_bytes(samples);
+    const int64_t partials_at = maps_at + padded(hopper_workspace(samples, projections));
     KUNBR_TRY(prepare(operation, &a, workspace, partials_at, stream));
     if (hopper) {
         a.schedule = Schedule::of(samples, K, projections, sizes, TILE_N, 2);

@@ -2,17 +2,17 @@
 //
 //     dW_i[n, k] = sum over the tokens t of sample i of dy[t, n] * x[t, k]
 //
-// A block of 4 warps has one item (schedule.h): TILE_N rows of one sample's dW, walking along a strip of K tile by tile.
-// The loads are one sequence over the whole strip, (tile, token block), by cp.async, three steps ahead of the products:
-// the next tile's first loads run under this tile's sums. A warp multiplies 64 x 64 by mma.sync.m16n8k16; both
-// operands come by ldmatrix.trans, as tokens are the slow axis of both. 69 KiB of shared memory (5 of them for the sums of
-// each thread's rows, for which no registers are left), so two blocks share a multiprocessor of sm_80, and one's sums run
-// under the other's products too.
+// A block of 4 warps has one item (schedule.h): TILE_N rows of one sample's dW, walking along a strip of K tile by
+// tile. The loads are one sequence over the whole strip, (tile, token block), by cp.async, three steps ahead of the
+// products: the next tile's first loads run under this tile's sums. A warp multiplies 64 x 64 by mma.sync.m16n8k16;
+// both operands come by ldmatrix.trans, as tokens are the slow axis of both. 69 KiB of shared memory (5 of them for the
+// sums of each thread's rows, for which no registers are left), so two blocks share a multiprocessor of sm_80, and
+// one's sums run under the other's products too.
 //
 // FLOPs: 2*T*N*K, and B*N*K additions for the statistic. A token block brings 16 KiB for 2*128*128*32 FLOPs, 64 FLOPs a
 // byte from L2. From DRAM T*(N+K) elements, as long as a sample's x and dy fit L2.
-// Precision: products of bf16 and fp16 are exact in fp32 and summed in fp32; fp32 is multiplied in full fp32 (not TF32) on
-// the CUDA cores, whose threads hold the same elements as an mma.sync would give them. An item's sums are fp32.
+// Precision: products of bf16 and fp16 are exact in fp32 and summed in fp32; fp32 is multiplied in full fp32 (not TF32)
+// on the CUDA cores, whose threads hold the same elements as an mma.sync would give them. An item's sums are fp32.
 // Nothing beyond a sample's tokens, N or K is read: cp.async fills it with zeros.
 #pragma once
 
@@ -60,7 +60,9 @@ __device__ __forceinline__ void load_tile(char *to, const Operand &from, int64_t
     if (from.wide) {
         const int chunk = threadIdx.x % CHUNKS;
         const int64_t columns_left = from.columns - column - chunk * PER_CHUNK;
-        const int inside = columns_left <= 0 ? 0 : columns_left >= PER_CHUNK ? CHUNK_BYTES : static_cast<int>(columns_left) * BYTES;
+        const int inside = columns_left <= 0           ? 0
+                           : columns_left >= PER_CHUNK ? CHUNK_BYTES
+                                                       : static_cast<int>(columns_left) * BYTES;
         constexpr int STEP = PORTABLE_THREADS / CHUNKS;  // tokens that the block's threads copy at a time
         int token = threadIdx.x / CHUNKS;
         const char *source = data + ((row + token) * from.stride_token + column + chunk * PER_CHUNK) * BYTES;
@@ -200,7 +202,8 @@ __global__ void __launch_bounds__(PORTABLE_THREADS, 2) density_kernel(const __gr
             const int token = loaded.block * TOKENS;
             const int64_t row = start + token;
             const int left = length - token;
-            load_tile<Type, TILE_K>(stage, batch.x, row, left, (first_tile + loaded.tile) * static_cast<int64_t>(TILE_K));
+            const int64_t first_k = (first_tile + loaded.tile) * static_cast<int64_t>(TILE_K);
+            load_tile<Type, TILE_K>(stage, batch.x, row, left, first_k);
             load_tile<Type, TILE_N>(stage + Memory::X_BYTES, batch.dy[projection], row, left, first_n);
             loaded.advance();
         }

@@ -95,8 +95,8 @@ static int encode_map(PFN_cuTensorMapEncodeTiled_v12000 encode, const Operand &o
 template <class Type>
 static int launch(const Arguments &arguments, const Segment *segments, const char *maps, int blocks,
                   cudaStream_t stream) {
-    KUNBR_TRY(cuda_failure("grad_density", cudaFuncSetAttribute(hopper_kernel<Type>,
-                                                                cudaFuncAttributeMaxDynamicSharedMemorySize, HOPPER_BYTES)));
+    const auto room = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    KUNBR_TRY(cuda_failure("grad_density", cudaFuncSetAttribute(hopper_kernel<Type>, room, HOPPER_BYTES)));
     hopper_kernel<Type><<<blocks, HOPPER_THREADS, HOPPER_BYTES, stream>>>(arguments, segments, maps);
     return launched("grad_density");
 }
@@ -116,7 +116,8 @@ int launch_hopper(const Arguments &arguments, int64_t tokens, int type, void *me
     KUNBR_TRY(launched("grad_density"));
     int device = 0, processors = 0;
     KUNBR_TRY(cuda_failure("grad_density", cudaGetDevice(&device)));
-    KUNBR_TRY(cuda_failure("grad_density", cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)));
+    const auto count_processors = cudaDevAttrMultiProcessorCount;
+    KUNBR_TRY(cuda_failure("grad_density", cudaDeviceGetAttribute(&processors, count_processors, device)));
     const int blocks = static_cast<int>(smaller(processors, schedule.items()));
     if (type == KUNBR_BF16) return launch<Bf16>(arguments, segments, maps, blocks, stream);
     return launch<Fp16>(arguments, segments, maps, blocks, stream);

@@ -1,19 +1,19 @@
 // A statistic of each sample's weight gradient, with no weight gradient in memory: the kernel for Hopper (sm_90a).
 //
 // Persistent: one block a multiprocessor takes items (schedule.h), longest samples first. Its three warpgroups:
-//   producer      one thread asks TMA for what is multiplied, in the order in which it will be, into two rings of shared
-//                 memory: x in 4 chunks, dy in 8, a chunk being 64 tokens x 128 columns, 16 KiB
-//   2 consumers   take the tiles along K of an item in turns, 128 x 128 of dW in 128 registers a thread. Only one of them
-//                 multiplies at a time (a baton goes to and fro): its sums run under the other's products
+//   producer      one thread asks TMA for what is multiplied, in the order in which it will be, into two rings of
+//                 shared memory: x in 4 chunks, dy in 8, a chunk being 64 tokens x 128 columns, 16 KiB
+//   2 consumers   take the tiles along K of an item in turns, 128 x 128 of dW in 128 registers a thread. Only one of
+//                 them multiplies at a time (a baton goes to and fro): its sums run under the other's products
 // A sample of up to 512 tokens keeps its dy, (tokens, 128), in the ring for the whole strip, both consumers use it, and
 // only x is loaded for each tile: 128 FLOPs a byte from L2. A longer one has dy loaded for each tile again, 64.
 // wgmma reads both operands from shared memory as TMA puts them, tokens being the slow axis of both (MN-major).
 //
-// No neighbour leaks in: a tensor map for each sample, made on the device from cu_seqlens, ends with the sample, and what
-// lies beyond it, N or K is zeros. Nothing waits for the host.
+// No neighbour leaks in: a tensor map for each sample, made on the device from cu_seqlens, ends with the sample, and
+// what lies beyond it, N or K is zeros. Nothing waits for the host.
 //
-// FLOPs: 2*T*N*K, and B*N*K additions for the statistic: at T=64 a tile is 512 clocks of products and 128 of L1 sums, so
-// the sums hide. Bytes from DRAM: T*(N+K) elements, as long as a sample fits L2.
+// FLOPs: 2*T*N*K, and B*N*K additions for the statistic: at T=64 a tile is 512 clocks of products and 128 of L1 sums,
+// so the sums hide. Bytes from DRAM: T*(N+K) elements, as long as a sample fits L2.
 // Precision: products of bf16 and fp16 exact in fp32, sums in fp32; an item's sums, one for each consumer, in fp32.
 #pragma once
 
@@ -111,8 +111,8 @@ __device__ __forceinline__ void produce(const Arguments &arguments, const Segmen
     }
 }
 
-// acc (+)= dy^T x over the first 16 * STEPS tokens of a chunk of each. A number of steps is a template of its own: where
-// it is known at run time alone, the compiler makes each product wait for the one before (C7520).
+// acc (+)= dy^T x over the first 16 * STEPS tokens of a chunk of each. A number of steps is a template of its own:
+// where it is known at run time alone, the compiler makes each product wait for the one before (C7520).
 template <class Type, int STEPS>
 __device__ __forceinline__ void multiply_tokens(float (&acc)[2][16][4], uint64_t dy, uint64_t x, bool add) {
     fence_operands();
@@ -135,7 +135,8 @@ __device__ __forceinline__ void consume(const Arguments &arguments, const Segmen
     const int64_t items = schedule.items();
     const int s = arguments.statistic;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const uint64_t x_first = wgmma_descriptor(shared_address(x_ring)), dy_first = wgmma_descriptor(shared_address(dy_ring));
+    const uint64_t x_first = wgmma_descriptor(shared_address(x_ring));
+    const uint64_t dy_first = wgmma_descriptor(shared_address(dy_ring));
     Position<X_CHUNKS> x_at = {0};
     Position<DY_CHUNKS> dy_at = {0};
     if (consumer == 1) pass_baton(consumer);  // the first turn is consumer 0's
@@ -167,7 +168,8 @@ __device__ __forceinline__ void consume(const Arguments &arguments, const Segmen
                     const Position<DY_CHUNKS> dy_now = dy_tile + block;
                     wait(&barriers.dy_full[dy_now.slot()], dy_now.parity());
                     wait(&barriers.x_full[x_now.slot()], x_now.parity());
-                    const uint64_t x = x_first + x_now.slot() * (CHUNK >> 4), dy = dy_first + dy_now.slot() * (CHUNK >> 4);
+                    const uint64_t x = x_first + x_now.slot() * (CHUNK >> 4);
+                    const uint64_t dy = dy_first + dy_now.slot() * (CHUNK >> 4);
                     const int tokens = job.segment.length - block * HOPPER_TOKENS;
                     if (tokens > 48)
                         multiply_tokens<Type, 4>(acc, dy, x, block > 0);

@@ -1,5 +1,5 @@
-// The instructions that CUDA C++ has no name for, one function each. tests/gpu_emulator.h has the same functions for the
-// host, where the kernels run as they are written here, thread by thread.
+// The instructions that CUDA C++ has no name for, one function each. tests/gpu_emulator.h has the same functions for
+// the host, where the kernels run as they are written here, thread by thread.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -54,13 +54,13 @@ __device__ __forceinline__ void load_transposed(uint32_t (&to)[4], uint32_t from
 template <class Type>
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (std::is_same<Type, Fp16>::value)
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+            "{%8, %9}, {%0, %1, %2, %3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     else
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+            "{%8, %9}, {%0, %1, %2, %3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -95,8 +95,8 @@ __device__ __forceinline__ void wait(uint64_t *barrier, int parity) {
 // A box of 64 tokens x 64 columns; `barrier` counts its bytes.
 __device__ __forceinline__ void load_box(void *to, const char *map, int column, int token, uint64_t *barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            shared_address(to)),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
         "l"(map), "r"(column), "r"(token), "r"(shared_address(barrier))
         : "memory");
 }
@@ -109,6 +109,7 @@ __device__ __forceinline__ void wait_products() {
 }
 
 // m64n128k16: 64 x 128 of fp32 in 64 registers, both operands in shared memory and transposed (the last two 1s).
+#define KUNBR_D(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define KUNBR_WGMMA(TYPE) \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" \
     "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" \
@@ -117,14 +118,8 @@ __device__ __forceinline__ void wait_products() {
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
     "}, %64, %65, add, 1, 1, 1, 1;\n}" \
-    : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), \
-      "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), \
-      "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), \
-      "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]), \
-      "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]), \
-      "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]), \
-      "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]), \
-      "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3]) \
+    : KUNBR_D(0), KUNBR_D(1), KUNBR_D(2), KUNBR_D(3), KUNBR_D(4), KUNBR_D(5), KUNBR_D(6), KUNBR_D(7), KUNBR_D(8), \
+      KUNBR_D(9), KUNBR_D(10), KUNBR_D(11), KUNBR_D(12), KUNBR_D(13), KUNBR_D(14), KUNBR_D(15) \
     : "l"(dy), "l"(x), "r"(add))
 
 // d (+)= dy^T x over 16 tokens, dy and x as descriptors.

@@ -3,8 +3,8 @@
  * Every function takes device pointers, sizes, strides in elements and a stream (a cudaStream_t; NULL: the default
  * stream), enqueues its work on the current device and returns at once. It checks all arguments before it enqueues
  * anything. It returns 0 (KUNBR_OK) or a code that kunbr_message() explains; kunbr_detail() names the argument of the
- * calling thread's last failure. Nothing is allocated: the caller gives scratch memory, of the size that the operation's
- * *_workspace() function returns.
+ * calling thread's last failure. Nothing is allocated: the caller gives scratch memory, of the size that the
+ * operation's *_workspace() function returns.
  *
  * No function keeps state, and the same call on the same kind of GPU gives the same bits.
  */
@@ -72,12 +72,14 @@ KUNBR_API int kunbr_device(int device, int *capability);
  *                        + lr * weight_decay * param
  *
  * half: NULL, or becomes a copy of param in half_type. stochastic: not 0: param (bf16) is rounded stochastically, by
- * bits that depend on seed, step and place alone. Accesses are 16 bytes wide where all pointers are aligned to 16 bytes.
+ * bits that depend on seed, step and place alone. Where all pointers are aligned to 16 bytes, accesses are
+ * 16 bytes wide.
  */
 
-KUNBR_API int kunbr_lion(void *param, int param_type, const void *grad, int grad_type, void *momentum, int momentum_type,
-                         void *half, int half_type, int64_t size, double lr, double beta1, double beta2,
-                         double weight_decay, int stochastic, uint64_t seed, uint32_t step, void *stream);
+KUNBR_API int kunbr_lion(void *param, int param_type, const void *grad, int grad_type, void *momentum,
+                         int momentum_type, void *half, int half_type, int64_t size, double lr, double beta1,
+                         double beta2, double weight_decay, int stochastic, uint64_t seed, uint32_t step,
+                         void *stream);
 
 /* state_type: of exp_avg and exp_avg_sq. step: from 1. */
 KUNBR_API int kunbr_adamw(void *param, int param_type, const void *grad, int grad_type, void *exp_avg, void *exp_avg_sq,
@@ -87,20 +89,20 @@ KUNBR_API int kunbr_adamw(void *param, int param_type, const void *grad, int gra
 
 /* ---------------------------------------------------------------- statistics of weight gradients
  *
- * Samples lie one after the other in x (tokens, K) and dys[p] (tokens, sizes[p]): sample i has the rows cu_seqlens[i] to
- * cu_seqlens[i + 1]. dW_i = dy_i^T x_i, (sizes[p], K), is never in memory.
+ * Samples lie one after the other in x (tokens, K) and dys[p] (tokens, sizes[p]): sample i has the rows cu_seqlens[i]
+ * to cu_seqlens[i + 1]. dW_i = dy_i^T x_i, (sizes[p], K), is never in memory.
  */
 
 enum kunbr_statistic { KUNBR_L1 = 0, KUNBR_L2SQ = 1, KUNBR_LINF = 2 }; /* sum |dW|, sum dW^2, max |dW| */
 enum kunbr_along { KUNBR_ALL = 0, KUNBR_ROW = 1 };
 enum kunbr_variant { KUNBR_FASTEST = 0, KUNBR_PORTABLE = 80, KUNBR_HOPPER = 90 };
 
-/* x: strides x_strides[0] along tokens, [1] along K. dys: `projections` (1 to 3) pointers, in host memory, as are sizes,
- * dy_strides (2 for each) and outs. type: of x and all dys: bf16, fp16 or fp32. cu_seqlens: samples + 1 of index_type,
- * on the device, from 0 up to tokens.
+/* x: strides x_strides[0] along tokens, [1] along K. dys: `projections` (1 to 3) pointers, in host memory, as are
+ * sizes, dy_strides (2 for each) and outs. type: of x and all dys: bf16, fp16 or fp32. cu_seqlens: samples + 1 of
+ * index_type, on the device, from 0 up to tokens.
  * outs[p]: doubles on the device, (samples) for KUNBR_ALL or (samples, sizes[p]) for KUNBR_ROW (over K).
- * variant: KUNBR_HOPPER (compute capability 9.0; bf16 or fp16; rows that are aligned to 16 bytes and no wider than their
- * stride) fails where it cannot run; KUNBR_FASTEST takes it where it can.
+ * variant: KUNBR_HOPPER (compute capability 9.0; bf16 or fp16; rows that are aligned to 16 bytes and no wider than
+ * their stride) fails where it cannot run; KUNBR_FASTEST takes it where it can.
  */
 KUNBR_API int64_t kunbr_grad_density_workspace(int64_t K, int projections, const int64_t *sizes, int64_t samples,
                                                int along);

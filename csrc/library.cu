@@ -23,8 +23,8 @@ static int capability_of(const char *operation, int device, int *capability) {
     KUNBR_TRY(cuda_failure(operation, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)));
     *capability = 10 * major + minor;
     if (*capability < 80)
-        return fail(KUNBR_OLD_GPU, "%s: device %d has compute capability %d.%d, 8.0 is needed", operation, device, major,
-                    minor);
+        return fail(KUNBR_OLD_GPU, "%s: device %d has compute capability %d.%d, 8.0 is needed", operation, device,
+                    major, minor);
     return KUNBR_OK;
 }
 

@@ -20,7 +20,8 @@ static int run(const char *operation, Update u, const Step &step, void *stream) 
     }
     if (u.half.data != nullptr) KUNBR_TRY(check_vector(operation, "half", u.half.data, u.half.type));
     if (u.stochastic && u.param.type != KUNBR_BF16)
-        return fail(KUNBR_BAD_TYPE, "%s: stochastic rounding is for a bf16 param, not type %d", operation, u.param.type);
+        return fail(KUNBR_BAD_TYPE, "%s: stochastic rounding is for a bf16 param, not type %d", operation,
+                    u.param.type);
     const int64_t blocks = ceil_div(u.size, SPAN);
     if (blocks > 0x7FFFFFFF)
         return fail(KUNBR_TOO_LARGE, "%s: size is %lld", operation, static_cast<long long>(u.size));
@@ -46,8 +47,9 @@ int kunbr_lion(void *param, int param_type, const void *grad, int grad_type, voi
                void *half, int half_type, int64_t size, double lr, double beta1, double beta2, double weight_decay,
                int stochastic, uint64_t seed, uint32_t step, void *stream) {
     if (!(lr >= 0.0) || !(weight_decay >= 0.0) || !in_unit(beta1) || !in_unit(beta2))
-        return fail(KUNBR_BAD_VALUE, "lion: lr=%g, weight_decay=%g, betas=(%g, %g): expected 0 or more, and within [0, 1)",
-                    lr, weight_decay, beta1, beta2);
+        return fail(KUNBR_BAD_VALUE,
+                    "lion: lr=%g, weight_decay=%g, betas=(%g, %g): expected 0 or more, and within [0, 1)", lr,
+                    weight_decay, beta1, beta2);
     const Update u = {{param, param_type}, {const_cast<void *>(grad), grad_type}, {{momentum, momentum_type}, {}},
                       {half, half_type},   size, seed, step, stochastic != 0, false};
     return run<LionStep, 1>("lion", u, LionStep::of(lr, beta1, beta2, weight_decay), stream);

@@ -1,12 +1,12 @@
 // Lion and AdamW in place over vectors: the active block's flat buffer, in one pass.
 //
 // Each element is read and written once, 16 bytes at a time. Bytes an element for Lion: bf16 gradient 2, fp32 momentum
-// 4 + 4, fp32 weight 4 + 4, its bf16 copy 2, so 20; AdamW has a second moment, 28. At 4.3 TB/s that is 4.7 and 6.5 ms for
-// 10^9 weights. FLOPs: about 10 and 15 an element, which is nothing beside them; random bits are 30 integer operations
-// an element, below the 130 that fit into the time of its bytes on an H200.
+// 4 + 4, fp32 weight 4 + 4, its bf16 copy 2, so 20; AdamW has a second moment, 28. At 4.3 TB/s that is 4.7 and 6.5 ms
+// for 10^9 weights. FLOPs: about 10 and 15 an element, which is nothing beside them; random bits are 30 integer
+// operations an element, below the 130 that fit into the time of its bytes on an H200.
 //
-// Types are run-time values: all threads of a launch branch alike, and the kernel is bound by memory. A thread issues all
-// its loads before it converts any, so that they are in flight together.
+// Types are run-time values: all threads of a launch branch alike, and the kernel is bound by memory. A thread issues
+// all its loads before it converts any, so that they are in flight together.
 #pragma once
 
 #include "kunbr.h"

@@ -1,9 +1,9 @@
 // Which tile of which sample a block works on, and where its partial sums go: on the host and on the device.
 //
-// An item is one sample, one tile along N and one strip of tiles along K. Items are numbered by the sample's rank (longest
-// first, so that the long ones do not begin when all else has ended), then in groups of GROUP tiles along N that take
-// turns at each strip: panels of dy and x that are in use together stay in the L2 cache. How K is cut into strips
-// depends on K alone, so partial sums have the same bits on every GPU.
+// An item is one sample, one tile along N and one strip of tiles along K. Items are numbered by the sample's rank
+// (longest first, so that the long ones do not begin when all else has ended), then in groups of GROUP tiles along N
+// that take turns at each strip: panels of dy and x that are in use together stay in the L2 cache. How K is cut into
+// strips depends on K alone, so partial sums have the same bits on every GPU.
 #pragma once
 
 #include "common.h"
@@ -12,8 +12,8 @@ namespace kunbr {
 
 constexpr int MAX_PROJECTIONS = 3;
 constexpr int TILE_K = 128;     // columns of a tile of dW
-// Of one item: enough for what its beginning costs, few enough to be shared out well. On an H200, 14336 x 4096, 2048 tokens,
-// TFLOP/s with 8, 16, 32: T=64 451, 515, 547; T=512 677, 710, 642; T=2048 619, 634, 513.
+// Of one item: enough for what its beginning costs, few enough to be shared out well. On an H200, 14336 x 4096, 2048
+// tokens, TFLOP/s with 8, 16, 32: T=64 451, 515, 547; T=512 677, 710, 642; T=2048 619, 634, 513.
 constexpr int STRIP_TILES = 16;
 constexpr int GROUP = 8;
 constexpr int64_t MAX_TOKENS = 1 << 30;

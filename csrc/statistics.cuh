@@ -1,5 +1,5 @@
-// A statistic of tiles of dW in accumulators, acc[MT][NT][4] in the layout of fragments.h. Which statistic is a run-time
-// value: once a tile all threads branch alike, and each branch is a loop over the accumulators of its own.
+// A statistic of tiles of dW in accumulators, acc[MT][NT][4] in the layout of fragments.h. Which statistic is a
+// run-time value: once a tile all threads branch alike, and each branch is a loop over the accumulators of its own.
 #pragma once
 
 #include "common.h"

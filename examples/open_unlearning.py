@@ -116,19 +116,11 @@ def overrides(folder: Path, out: Path, evaluate: bool) -> list[str]:
 
 def run(checkout: Path, arguments: list[str], log: Path) -> None:
     """One run of the launcher; what it prints goes to `log`."""
-    command = [
-        sys.executable,
-        "-m",
-        "kunbr_fast.integrations.open_unlearning",
-        "--config-name=unlearn.yaml",
-        *arguments,
-    ]
+    launcher = "kunbr_fast.integrations.open_unlearning"
+    command = [sys.executable, "-m", launcher, "--config-name=unlearn.yaml", *arguments]
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(log.parent / "hf"),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    } | os.environ
+    home = str(log.parent / "hf")
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": home, "PYTHONDONTWRITEBYTECODE": "1"} | os.environ
     with open(log, "w", encoding="utf-8") as file:
         file.write(" ".join(command) + "\n")
         file.flush()
@@ -166,16 +158,17 @@ def main() -> None:
     workspace(out / "work")
     start = load_file(out / "work" / "model" / "model.safetensors")
     print(f"torch {torch.__version__}, transformers {tf.__version__}, {checkout}")
+
+    def train(trainer: str, name: str, *more: str) -> tuple[Path, dict]:
+        """Where it went to, and the weights."""
+        arguments = [f"trainer={trainer}", *overrides(out / "work", out / name, not options.no_eval), *more]
+        run(checkout, arguments, out / "logs" / f"{name}.log")
+        return out / name, load_file(out / name / "model.safetensors")
+
     if not options.no_kunbr:
-        where = out / "KUnBR"
         config = ["num_blocks=4", "top_k=2", "warmup_epochs=2", "block_epochs=1", "block_lr=1e-3", "warmup_lr=1e-4"]
-        run(
-            checkout,
-            ["trainer=KUnBR", *overrides(out / "work", where, not options.no_eval)]
-            + [f"trainer.method_args.config.{setting}" for setting in config],
-            out / "logs" / "KUnBR.log",
-        )
-        _, moved = distance(start, load_file(where / "model.safetensors"), start)
+        where, weights = train("KUnBR", "KUnBR", *(f"trainer.method_args.config.{setting}" for setting in config))
+        _, moved = distance(start, weights, start)
         print(f"trainer=KUnBR: weights moved by {moved:.3g}; probability of forget answers {probability(where)}")
     print("\n| trainer | weights apart | FLOPs | kept for backward | peak | forget answers' probability |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
@@ -184,18 +177,10 @@ def main() -> None:
     for case in options.cases:
         found = {}
         for patch in (False, True):
-            where = out / f"{case.replace(', ', '_').replace(' ', '_')}{'_patched' if patch else ''}"
-            run(
-                checkout,
-                [
-                    f"trainer={case.partition(',')[0]}",
-                    *overrides(out / "work", where, not options.no_eval),
-                    *CASES[case],
-                ]
-                + ["+kunbr_fast.measure=true", f"+kunbr_fast.patch={str(patch).lower()}"],
-                out / "logs" / f"{where.name}.log",
-            )
-            found[patch] = load_file(where / "model.safetensors"), json.loads((where / "kunbr_fast.json").read_text())
+            name = f"{case.replace(', ', '_').replace(' ', '_')}{'_patched' if patch else ''}"
+            ours = ["+kunbr_fast.measure=true", f"+kunbr_fast.patch={str(patch).lower()}"]
+            where, weights = train(case.partition(",")[0], name, *CASES[case], *ours)
+            found[patch] = weights, json.loads((where / "kunbr_fast.json").read_text())
         apart, _ = distance(start, found[False][0], found[True][0])
         worst = max(worst, apart if apart == apart else float("inf"))
         before, after = found[False][1], found[True][1]

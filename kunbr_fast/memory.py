@@ -1,23 +1,17 @@
-"""Sizes in bytes, where large buffers lie, and passes over batches that go on in halves where memory runs out."""
+"""Sizes in bytes, memory that runs out, and where large buffers lie."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import gc
-import logging
 import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 # what backends say in a RuntimeError of no type of its own
 _SAYS = ("out of memory", "can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
@@ -76,44 +70,6 @@ def cannot_fit(tokens: int | None, what: str, cures: Sequence[str], device: torc
     return OutOfMemory(f"out of memory {when} ({what}{there}). Cures: {'; '.join(cures)}. What was said: {said[:300]}")
 
 
-def in_halves(
-    batches: Sequence[Sequence[T]],
-    run: Callable[[Sequence[T]], object],
-    tokens: Callable[[Sequence[T]], int],
-    name: str,
-    refusal: Callable[[int, str], OutOfMemory],
-) -> Iterator[tuple[Sequence[T], object]]:
-    """(batch, run(batch)) for each batch, in order. Where memory runs out the batch is done again in halves, and later
-    ones are cut to what fits. `run` must leave nothing behind when it fails. name: of the pass, for the log.
-    refusal(tokens, said): makes the error for a single sample that does not fit."""
-    queue, limit = collections.deque(batches), None
-    while queue:
-        batch = queue.popleft()
-        count = tokens(batch)
-        if limit is not None and count > limit and len(batch) > 1:
-            queue.extendleft((batch[len(batch) // 2 :], batch[: len(batch) // 2]))
-            continue
-        try:
-            result = run(batch)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            said = str(error)
-        else:
-            yield batch, result
-            del result  # before the next one is made
-            continue
-        release()
-        if len(batch) == 1:
-            raise refusal(count, said)
-        if limit is None:
-            logger.warning(
-                f"{name}: memory ran out at a batch of {count} tokens: it goes on in smaller ones, same result"
-            )
-        limit = count // 2
-        queue.appendleft(batch)
-
-
 STORAGES = ("auto", "device", "host", "file")
 
 
@@ -163,7 +119,7 @@ class Place:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"the {what} needs {nbytes / 2**30:.2f} GiB in {Path(name).parent}: {error.strerror}; "
+                f"the {what} needs {gibibytes(nbytes)} in {Path(name).parent}: {error.strerror}; "
                 "free space there or give another directory",
             ) from error
         finally:

@@ -66,7 +66,7 @@ def test_what_is_shown_works(tmp_path):
         "from kunbr_fast.kernels import aot\n"
         "import kunbr_fast.kernels.relu2.cuda\n"
         "aot.MODULES = ('relu2',)\n"
-        "print(*(aot.compile_call(*call).problem for a in (80, 90, 100) for call in aot.calls(a)))"
+        "print(*(aot.compile_call(*job).problem for job in aot.jobs((80, 90, 100))))"
     )
     assert set(run("-c", code).split()) == {"None"}
     for words in re.findall(r"`pytest ([^`]+)`", TEXT):

@@ -8,19 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kunbr_fast.benchmarks.charts.look import (
-    DPI,
-    PAGES,
-    WIDTH,
-    best,
-    file_name,
-    more,
-    number,
-    page,
-    short,
-    side,
-    suites_of,
-)
+from kunbr_fast.benchmarks.charts import look
+from kunbr_fast.benchmarks.charts.look import best, file_name, number, short, suites_of
 from kunbr_fast.benchmarks.rows import EXTRAPOLATED, Outcome, tilde
 from kunbr_fast.evaluation import figures
 from kunbr_fast.evaluation.figures import BLUE, GREEN, GREY, ORANGE
@@ -29,13 +18,8 @@ BARS, LINE = 44, 0.235  # lines of a picture, and inches of height that one take
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # behind text that lines run through
 SLOWER = {"hatch": "////", "edgecolor": "white"}
 STANDING = {"hatch": "xxxx", "edgecolor": "white", "linewidth": 0, "alpha": 0.75}
-ROUND = (
-    (1, 1.1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9),
-    (1, 1.5, 2, 3, 5, 7),
-    (1, 2, 5),
-    (1, 3),
-    (1,),
-)  # steps of an axis within a decade, from fine to coarse
+FINE = (1, 1.1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+ROUND = (FINE, (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))  # steps of an axis within a decade, from fine to coarse
 
 
 def speedups(cases: Sequence[Outcome], folder: Path) -> Iterable[tuple[str, Path]]:
@@ -67,7 +51,7 @@ def bandwidth(cases: Sequence[Outcome], folder: Path) -> Iterable[tuple[str, Pat
     for case in cases:
         shares = [(row, row["roofline_percent"]) for row in best(case) if row.get("roofline_percent")]
         if not case.gflop and shares:
-            bars = [Bar(row["variant"], [(0, share, side(row))], f"{share:.0f} %") for row, share in shares]
+            bars = [Bar(row["variant"], [(0, share, look.side(row))], f"{share:.0f} %") for row, share in shares]
             groups.append((f"{case.suite}: {case}, {case.dtype}", bars))
     yield from Chart(
         folder / "roofline_memory_bound.png", "Memory-bound cases: how near to the rate of a copy",
@@ -95,10 +79,10 @@ def memory(cases: Sequence[Outcome], folder: Path) -> Iterable[tuple[str, Path]]
 
 def _memory(row: Mapping[str, Any], scale: float) -> Bar:
     standing, peak = row.get("standing_mib") or 0, row["peak_mib"]
-    parts = [(standing * scale, peak * scale, side(row))]
+    parts = [(standing * scale, peak * scale, look.side(row))]
     text = f"{number(standing + peak)} MiB"
     if standing:
-        parts.insert(0, (0, standing * scale, {**side(row), **STANDING}))
+        parts.insert(0, (0, standing * scale, {**look.side(row), **STANDING}))
         text += f", {number(standing)} of it standing"
     return Bar(row["variant"], parts, text)
 
@@ -133,15 +117,15 @@ class Chart:
                 lines = 0
             pages[-1].append(group)
             lines += len(group[1]) + 1
-        left_out = sum(map(len, pages[PAGES:]))
-        for index, some in enumerate(pages[:PAGES]):
-            at = self.path.with_name(f"{self.path.stem}{page(index)}.png")
-            self._draw(some, at, self.title + more(left_out if index == PAGES - 1 else 0))
+        left_out = sum(map(len, pages[look.PAGES :]))
+        for index, some in enumerate(pages[: look.PAGES]):
+            at = self.path.with_name(f"{self.path.stem}{look.page(index)}.png")
+            self._draw(some, at, self.title + look.more(left_out if index == look.PAGES - 1 else 0))
             yield self.title, at
 
     def _draw(self, groups, path, title):
         every = [bar for _, bars in groups for bar in bars]
-        figure, axes = figures.single((WIDTH, 1.35 + LINE * (len(groups) + len(every))), grid="x", dpi=DPI)
+        figure, axes = figures.single((look.WIDTH, 1.35 + LINE * (len(groups) + len(every))), grid="x", dpi=look.DPI)
         high = self._limits(axes, every)
         y, places = 0, []
         for heading, bars in groups:

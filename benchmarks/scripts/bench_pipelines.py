@@ -67,12 +67,9 @@ def flops(run):
 
 
 def compare(before, after, start):
-    """Of the entries that training moved: how many, and how many differ between the two."""
-    moved = differ = 0
-    for name, value in before.items():
-        moved += int((value != start[name]).sum())
-        differ += int((value != after[name]).sum())
-    return moved, differ
+    """How many entries training moved, and how many differ between the two."""
+    moved, differ = (sum(int((v != other[n]).sum()) for n, v in before.items()) for other in (start, after))
+    return dict(entries_moved=moved, entries_that_differ=differ)
 
 
 # ---------------------------------------------------------------- Hugging Face's Trainer
@@ -136,15 +133,11 @@ def trainer(folder):
                     own[name].copy_(start[name])
             for name, p in own.items():
                 p.requires_grad_(name in names)
-            settings = {
-                **common,
-                "per_device_train_batch_size": 1,
-                "num_train_epochs": 1,
-                "remove_unused_columns": False,
-            }
+            settings = {**common, "per_device_train_batch_size": 1, "num_train_epochs": 1}
+            settings |= dict(remove_unused_columns=False, train_sampling_strategy="sequential")
             GradDiff(
                 original,
-                tf.TrainingArguments(f"{folder}/before", train_sampling_strategy="sequential", **settings),
+                tf.TrainingArguments(f"{folder}/before", **settings),
                 train_dataset=Steps(Schedule(COUNT, COUNT, BATCH, BATCH, EPOCHS, number), forget, retain),
                 data_collator=lambda items: items[0],
                 optimizers=(Lion([own[n] for n in names], lr=LR), None),
@@ -157,7 +150,7 @@ def trainer(folder):
 
     before, merged = flops(each_block)
     where = ", ".join(f"{b.start}-{b.stop - 1}" for b in blocks)
-    return dict(blocks=where, before=before, after=after, **_counts(compare(merged, result, start)))
+    return dict(blocks=where, before=before, after=after, **compare(merged, result, start))
 
 
 # ---------------------------------------------------------------- the authors' script
@@ -181,11 +174,7 @@ def authors(folder):
     after, _ = flops(lambda: (random.seed(3), ours.dynamic_deep_unlearning(6)))
     found = [dict(base.model.named_parameters()) for base in bases]
     where = "0-3, 4-7, 8-11, 12-15, 16-19, 20-23"
-    return dict(blocks=where, before=before, after=after, **_counts(compare(*found, start)))
-
-
-def _counts(pair):
-    return dict(zip(("entries_moved", "entries_that_differ"), pair))
+    return dict(blocks=where, before=before, after=after, **compare(*found, start))
 
 
 PIPELINES = {"trainer": trainer, "authors": authors}

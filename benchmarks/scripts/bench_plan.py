@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import ChainMap
 from pathlib import Path
 
 import torch
@@ -34,7 +35,6 @@ from kunbr_fast.planning.lengths import Data
 from kunbr_fast.planning.machines import Setup
 from kunbr_fast.planning.predict import Run
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.run.stages import Values
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.reinserted import reinserted
 
@@ -101,7 +101,7 @@ def run(config, data, dtype, start, checkpoint):
             training = FullTraining(decoder, lr=1e-5, optimizer="lion", gradient_checkpointing=checkpoint, impl="torch")
             return steps(lambda: training.step_packed(training.criterion.step_batch(count_step.pack(data), BATCH)))
     with tempfile.TemporaryDirectory() as scratch:
-        values = Values(WeightSnapshot.save(model, Path(scratch) / "weights.safetensors"))
+        values = ChainMap({}, WeightSnapshot.save(model, Path(scratch) / "weights.safetensors"))
         cache = PrefixCache(decoder, data, "host")
         cache.advance(start)
         block = range(start, start + 3)

@@ -2,7 +2,7 @@
 reference procedure and of ours, at several blocks of models by name. Nothing is timed and no weights are needed.
 
     python benchmarks/scripts/count_step.py                           # Llama-3-8B, blocks of 4, 6 + 6 samples
-    python benchmarks/scripts/count_step.py --model SmolLM2-135M --json
+    python benchmarks/scripts/count_step.py --model SmolLM2-135M
     python benchmarks/scripts/count_step.py --csv benchmarks/results/counted.csv
 
 Both sides run their own code on torch's meta device, where tensors have shapes and no values: forward and backward
@@ -15,7 +15,6 @@ fused operator is one launch; here it is as many as its torch form has, so launc
 """
 
 import contextlib
-import json
 import weakref
 from unittest import mock
 
@@ -197,15 +196,11 @@ def main():
     parser.add_argument("--batch", type=int, default=6, help="forget samples of a step, and retain samples [6]")
     parser.add_argument("--target", choices=["all", "letter"], default="all", help="tokens whose loss counts [all]")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="[bfloat16]")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.model:
         rows += table(name, arguments.layers, arguments.batch, arguments.target, getattr(torch, arguments.dtype))
-    if arguments.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        show(rows)
+    show(rows)
     add_rows(arguments.csv, rows)
 
 
@@ -233,30 +228,13 @@ def table(name, layers, batch, target, dtype):
     return rows
 
 
-SHOWN = {
-    "model": (14, "model", ""),
-    "block": (6, "block", ""),
-    "variant": (11, "variant", ""),
-    "gflop": (9, "GFLOP", ".1f"),
-    "saved_mib": (10, "saved MiB", ".1f"),
-    "peak_mib": (9, "peak MiB", ".1f"),
-    "standing_mib": (13, "standing MiB", "d"),
-    "launches": (9, "launches", "d"),
-}  # fmt: skip  column: (width, heading, format)
-
-
 def show(rows):
-    print(" ".join(heading.rjust(width) for width, heading, _ in SHOWN.values()))
     for theirs, mine in zip(rows[::2], rows[1::2]):
-        for row in (theirs, mine):
-            print(" ".join(format(row[name], form).rjust(width) for name, (width, _, form) in SHOWN.items()))
-        ratios = [
-            f"{theirs[name] / mine[name] if name == 'gflop' else mine[name] / theirs[name]:.2f}x" if form else ""
-            for name, (_, _, form) in SHOWN.items()
-        ]
+        print(f"{mine['model']}, layers {mine['block']}{'reference':>19}{'kunbr_fast':>12}")
+        for name in ("gflop", "saved_mib", "peak_mib", "standing_mib", "launches"):
+            print(f"  {name:<28}{theirs[name]:>12}{mine[name]:>12}{mine[name] / theirs[name]:>8.2f}x")
         whole = [row["peak_mib"] + row["standing_mib"] for row in (theirs, mine)]
-        cells = (text.rjust(width) for text, (width, _, _) in zip(ratios, SHOWN.values()))
-        print(" ".join(cells) + f"   memory in all {whole[1] / whole[0]:.2f}x")
+        print(f"  {'memory in all, MiB':<28}{whole[0]:>12.1f}{whole[1]:>12.1f}{whole[1] / whole[0]:>8.2f}x")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ weights' (`mib`).
 
 import copy
 import dataclasses
-import functools
 import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -123,14 +124,14 @@ class Weight(_PerSample):
             return lambda: {"grad_l1": run(x, dy)}
 
         found = self.implemented(ours, "grad_density")
-        found.append(Variant("loop", lambda: per_sample.loop(data, self.statistic)))
+        found.append(Variant("loop", partial(per_sample.loop, data, self.statistic)))
         if self.statistic == "grad_l2sq":
             found.append(Variant("gram", lambda: ours("torch", form="gram"), ours=True))
-            return [*found, Variant("opacus", lambda: per_sample.opacus(data))]
+            return [*found, Variant("opacus", partial(per_sample.opacus, data))]
         buffer = None if self.options.gpu else self.N * self.K * self.dtype.itemsize
-        found.append(Variant("bare", lambda: bare(data), standing_bytes=buffer))
+        found.append(Variant("bare", partial(bare, data), standing_bytes=buffer))
         rivals = {"grouped_mm": per_sample.grouped, "grouped_norm": per_sample.grouped_norm, "func": per_sample.func}
-        found += [Variant(name, functools.partial(make, data)) for name, make in rivals.items()]
+        found += [Variant(name, partial(make, data)) for name, make in rivals.items()]
         return [*found, Variant("torch.compile", compiled_bmm)]
 
     def chosen(self, data):
@@ -148,11 +149,11 @@ class Weight(_PerSample):
         mean = sum(data.lengths) / len(data.lengths)
         kind = "fp32" if self.dtype == torch.float32 else "short" if mean <= config.SHORT_MEAN_TOKENS else "long"
         tiles = config.TABLE[config.architecture(self.device), kind]
-        runs = {f"tile {tile}": functools.partial(launch, *inputs, tile=tile) for tile in tiles}
+        runs = {f"tile {tile}": partial(launch, *inputs, tile=tile) for tile in tiles}
         if dispatch.why_not("grad_density", "cuda", self.device) is None:
             hopper = self.dtype.itemsize == 2 and config.architecture(self.device) == 90
             for kernel in ("portable", *["hopper"] * hopper):
-                runs[f"tile csrc {kernel}"] = functools.partial(cuda.grad_density, *inputs, variant=kernel)
+                runs[f"tile csrc {kernel}"] = partial(cuda.grad_density, *inputs, variant=kernel)
 
         def make(run):
             return lambda: lambda: {"grad_l1": run()[0]}
@@ -226,11 +227,12 @@ class Model(_PerSample):
             settings = dict(impl=impl, batch_tokens=self.batch_tokens)
             return lambda: {"density": kf.knowledge_density(decoder, samples, **settings).per_layer}
 
-        found = self.implemented(ours, "linear_loss", "grad_density")  # the CUDA library has no linear_loss
-        found.append(Variant("loop", lambda: self._loop(decoder, samples)))
-        found.append(Variant("plain", lambda: self._plain(decoder, samples)))
-        found.append(Variant("products", lambda: self._products(decoder)))
-        return found
+        return [
+            *self.implemented(ours, "linear_loss", "grad_density"),  # the CUDA library has no linear_loss
+            Variant("loop", lambda: self._loop(decoder, samples)),
+            Variant("plain", lambda: self._plain(decoder, samples)),
+            Variant("products", lambda: self._products(decoder)),
+        ]
 
     def _loop(self, decoder, samples):
         wide = torch.promote_types(decoder.dtype, torch.float32)
@@ -290,41 +292,43 @@ class Model(_PerSample):
 
 
 def cases(options: Options) -> list[Case]:
+    return [*_models(options), *_weights(options)]
+
+
+def _common(options: Options, name: str, label: str, lengths: Sequence[int]) -> dict:
     suffix = ", narrow" if options.quick else ""
+    tokens = round(sum(lengths) / len(lengths))
+    return dict(suite="density", model=name, label=label + suffix, options=options, tokens=tokens,
+                lengths=tuple(lengths))  # fmt: skip
 
-    def shape_of(name):
-        return narrow(MODELS[name]) if options.quick else MODELS[name]
 
-    found = []
-    if options.tokens is None or "ragged" in options.tokens:
-        each = ragged(options.choose(4, 12, 96))
-        for name in options.the_models():
-            shape = shape_of(name)
-            layers = options.choose(2, min(8, shape.layers), shape.layers)
-            found.append(
-                Model(
-                    suite="density", model=name, label=f"whole model, {layers} layers{suffix}", options=options,
-                    tokens=round(sum(each) / len(each)), shape=shape, layers=layers, lengths=tuple(each),
-                )
-            )  # fmt: skip
-    lengths = options.tokens or options.choose(
-        ["32"], ["32", "128", "512", "ragged"], ["32", "128", "512", "2048", "ragged"]
-    )
+def _shape(options: Options, name: str) -> Shape:
+    return narrow(MODELS[name]) if options.quick else MODELS[name]
+
+
+def _models(options: Options) -> Iterator[Model]:
+    if options.tokens is not None and "ragged" not in options.tokens:
+        return
+    lengths = ragged(options.choose(4, 12, 96))
+    for name in options.the_models():
+        shape = _shape(options, name)
+        layers = options.choose(2, min(8, shape.layers), shape.layers)
+        common = _common(options, name, f"whole model, {layers} layers", lengths)
+        yield Model(shape=shape, layers=layers, **common)
+
+
+def _weights(options: Options) -> Iterator[Weight]:
+    sizes = options.choose(["32"], ["32", "128", "512", "ragged"], ["32", "128", "512", "2048", "ragged"])
+    sizes = options.tokens or sizes
     at_least = options.choose(64, 256, 2048)  # tokens of a batch
-    kinds = [("up", "grad_l1", lengths), ("up", "grad_l2sq", lengths)]
+    kinds = [("up", "grad_l1", sizes), ("up", "grad_l2sq", sizes)]
     if options.gpu and not options.quick:  # on a CPU up alone: down is its transpose
-        kinds.append(("down", "grad_l1", [T for T in lengths if options.tokens or T in ("128", "ragged")]))
+        kinds.append(("down", "grad_l1", [T for T in sizes if options.tokens or T in ("128", "ragged")]))
     for name in options.the_models(cpu=["Llama-3.2-1B", "SmolLM2-135M"]):
-        for projection, statistic, each_length in kinds:
-            N, K = shape_of(name).projections()[projection]
+        for projection, statistic, each in kinds:
+            N, K = _shape(options, name).projections()[projection]
             what = f"{projection}, L2" if statistic == "grad_l2sq" else projection
-            for T in each_length:
-                each = ragged(max(3, round(at_least / MEAN_RAGGED))) if T == "ragged" else equal(int(T), at_least)
-                found.append(
-                    Weight(
-                        suite="density", model=name, label=f"{what}, {'ragged' if T == 'ragged' else f'T={T}'}{suffix}",
-                        tokens=round(sum(each) / len(each)), options=options, N=N, K=K, lengths=tuple(each),
-                        statistic=statistic,
-                    )
-                )  # fmt: skip
-    return found
+            for T in each:
+                lengths = ragged(max(3, round(at_least / MEAN_RAGGED))) if T == "ragged" else equal(int(T), at_least)
+                label = f"{what}, {T if T == 'ragged' else f'T={T}'}"
+                yield Weight(N=N, K=K, statistic=statistic, **_common(options, name, label, lengths))

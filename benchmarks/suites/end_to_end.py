@@ -33,6 +33,7 @@ Predicted for Llama-3-8B on an H200, by these FLOPs at 55 % of 790 TFLOP/s (`End
 import copy
 import dataclasses
 import functools
+import itertools
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -42,15 +43,7 @@ import torch
 import kunbr_fast as kf
 from kunbr_fast.benchmarks import measure
 from kunbr_fast.benchmarks.clock import Clock, Side, StageTime
-from kunbr_fast.benchmarks.harness import (
-    Case,
-    Options,
-    Skip,
-    Variant,
-    first_line,
-    forgiving,
-    measure_rounds,
-)
+from kunbr_fast.benchmarks.harness import Case, Options, Skip, Variant, forgiving, measure_rounds
 from kunbr_fast.benchmarks.models import build, matrices
 from kunbr_fast.benchmarks.reference import procedure
 from kunbr_fast.benchmarks.rows import Measured
@@ -58,6 +51,7 @@ from kunbr_fast.benchmarks.shapes import MODELS, Shape, samples, wmdp
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.memory import release
 from kunbr_fast.model.blocks import selectable_blocks
+from kunbr_fast.model.frozen import frozen
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.visits import DENSITY, MERGE, Stage, layers
 
@@ -101,11 +95,9 @@ class EndToEnd(Case):
 
     def lengths(self, steps: int | None = None) -> tuple[list[int], list[int]]:
         """Of the samples to forget and to retain, for epochs of `steps` steps."""
-        lengths, steps = wmdp(self.questions + self.steps * BATCH), steps or self.steps
-        return (
-            _spread(lengths[: self.questions], min(self.questions, steps * BATCH)),
-            _spread(lengths[self.questions :], steps * BATCH),
-        )
+        lengths, count = wmdp(self.questions + self.steps * BATCH), (steps or self.steps) * BATCH
+        forget, retain = lengths[: self.questions], lengths[self.questions :]
+        return _spread(forget, min(self.questions, count)), _spread(retain, count)
 
     def samples(self, steps: int | None = None) -> tuple[list[dict], list[dict]]:
         forget, retain = self.lengths(steps)
@@ -160,11 +152,9 @@ class EndToEnd(Case):
             self.options.say(f"{self}: reference, density")
             with clock("density"):
                 density = _one_by_one(model, forget, them.padded_loss)
-            visits = self.visits * self.blocks
-            for number, block in enumerate(visits, 1):
-                them.reference_block(
-                    model, unlearned, "model.layers", block, batches(number, _layers(block)), self.lr, 1.0
-                )
+            for number, block in enumerate(self.visits * self.blocks, 1):
+                steps = batches(number, _layers(block))
+                them.reference_block(model, unlearned, "model.layers", block, steps, self.lr, 1.0)
         return unlearned, density
 
     # ------------------------------------------------ the gate
@@ -221,7 +211,7 @@ class EndToEnd(Case):
                 try:
                     found[variant.name] = self._measured(variant.name)
                 except OSError as reason:  # the disk is full
-                    raise Skip(first_line(reason)) from None
+                    raise Skip(str(reason)) from None
             release()
         rates = measure_rounds({}, self.options)[1]
         rows = []
@@ -246,18 +236,11 @@ class EndToEnd(Case):
         measured = Measured([mine.ms], baseline, rates, others=side.others, **whole)
         return self.row(name, variant.ours, measured, "; ".join(notes)) | {"rounds": mine.measured}
 
-    def seconds(self, name: str) -> float:
-        """That a side may run."""
-        if self.options.gpu and name == "triton":
-            return float("inf")
-        return 0.0 if self.options.quick else SECONDS
-
     def _measured(self, name: str) -> Side:
-        seconds = self.seconds(name)
-        if seconds == float("inf"):
+        if self.options.gpu and name == "triton":
             return self._run(name, self.steps)
         found = self._run(name, steps := min(2, self.steps))
-        fit = min(self.steps, int(steps * seconds / found.clocked))
+        fit = 0 if self.options.quick else min(self.steps, int(steps * SECONDS / found.clocked))
         if fit > steps:
             release()
             found = self._run(name, fit)
@@ -267,9 +250,7 @@ class EndToEnd(Case):
         model, clock = self.draw(), Clock(self.device)
         release()
 
-        def run():
-            self._work(name)(model, steps, clock)
-
+        run = functools.partial(self._work(name), model, steps, clock)
         before = measure.others_seconds()
         peak = measure.peak_memory(run, self.device)
         if "all" not in clock.first:  # no /proc to measure it by
@@ -366,19 +347,17 @@ def _spread(lengths: Sequence[int], count: int) -> list[int]:
 def _one_by_one(model, samples, loss) -> torch.Tensor:
     """(H,) float64: the mean over samples of the L1 norm of each one's gradient of a layer's MLP matrices."""
     layers = [[p for p in layer.mlp.parameters() if p.dim() == 2] for layer in model.model.layers]
-    wanted = {id(p) for layer in layers for p in layer}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in wanted)
     wide = torch.promote_types(model.dtype, torch.float32)
     sums = torch.zeros(len(layers), dtype=torch.float64)
-    for sample in samples:
-        loss(model, [sample]).backward()
-        for index, layer in enumerate(layers):
-            for parameter in layer:
-                sums[index] += torch.linalg.vector_norm(parameter.grad, 1, dtype=wide)
-                parameter.grad = None
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    with frozen(model):
+        for parameter in itertools.chain(*layers):
+            parameter.requires_grad_()
+        for sample in samples:
+            loss(model, [sample]).backward()
+            for index, layer in enumerate(layers):
+                for parameter in layer:
+                    sums[index] += torch.linalg.vector_norm(parameter.grad, 1, dtype=wide)
+                    parameter.grad = None
     return (sums / len(samples)).cpu()
 
 

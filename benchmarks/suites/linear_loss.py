@@ -21,16 +21,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from kunbr_fast.benchmarks.harness import (
-    RIVAL_LIMIT,
-    Case,
-    Options,
-    Skip,
-    Variant,
-    compiled,
-    imported,
-    relative_error,
-)
+from kunbr_fast.benchmarks.harness import RIVAL_LIMIT, Case, Options, Skip, Variant, compiled, imported
 from kunbr_fast.benchmarks.models import liger
 from kunbr_fast.benchmarks.shapes import MODELS
 from kunbr_fast.model.decoder import Head
@@ -125,7 +116,7 @@ class LinearLoss(Case):
         shape."""
         run = self._once(self._cut("high"), data)
         found, whole = run(), self._once(self._cut(None), data)()
-        error = max(relative_error(found[name], whole[name]) for name in whole)
+        error = self.error(found, whole)
         if not error <= RIVAL_LIMIT:
             raise Skip(f"its filter changes a gradient by {error:.0%} here")
         return run
@@ -148,16 +139,9 @@ def cases(options: Options) -> list[Case]:
 
     def case(model, rows, part=1, trained=False):
         vocabulary = MODELS[model].vocabulary // part
-        return LinearLoss(
-            suite="linear_loss",
-            model=model,
-            label=f"head {'trained' if trained else 'frozen'}, R={rows}, V={vocabulary}",
-            tokens=rows,
-            options=options,
-            hidden=MODELS[model].hidden,
-            vocabulary=vocabulary,
-            trained=trained,
-        )
+        label = f"head {'trained' if trained else 'frozen'}, R={rows}, V={vocabulary}"
+        sizes = dict(tokens=rows, hidden=MODELS[model].hidden, vocabulary=vocabulary)
+        return LinearLoss(suite="linear_loss", model=model, label=label, options=options, trained=trained, **sizes)
 
     if options.quick or not counts:
         return [case(model, rows, 4) for model in models for rows in counts]

@@ -278,19 +278,10 @@ class Update(Case):
 def cases(options: Options) -> list[Case]:
     layers = options.choose(1, 2, 4)
     kinds = [(operation, kind) for operation in ("lion", "adamw") for kind in ("fp32", "fp32 master", "stochastic")]
-    found = [
-        Update(
-            suite="optimizer",
-            model=model,
-            label=f"{'Lion' if operation == 'lion' else 'AdamW'}, {kind}, {layers} layer{'s' * (layers > 1)}",
-            tokens=0,
-            options=options,
-            shape=MODELS[model],
-            layers=layers,
-            operation=operation,
-            kind=kind,
-        )
-        for model in options.the_models()
-        for operation, kind in options.choose([kinds[0], kinds[4]], kinds, kinds)
-    ]
+    found = []
+    for model in options.the_models():
+        for operation, kind in options.choose([kinds[0], kinds[4]], kinds, kinds):
+            label = f"{'Lion' if operation == 'lion' else 'AdamW'}, {kind}, {layers} layer{'s' * (layers > 1)}"
+            common = dict(suite="optimizer", model=model, label=label, tokens=0, options=options)
+            found.append(Update(shape=MODELS[model], layers=layers, operation=operation, kind=kind, **common))
     return [case for case in found if options.dtype in (None, case.dtype)]

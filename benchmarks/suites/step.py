@@ -35,7 +35,7 @@ only counted. A graph's activations are part of it, and no part of its peak.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -120,13 +120,13 @@ class Frozen(Reference):
     def __init__(self, case, data):
         super().__init__(case, data)
         self.batches = [[x.to(case.device) for x in procedure().padded(part)] for part in (self.forget, self.retain)]
-        self.loss = self.make_loss(case)
+        self.prepare(case)
+
+    def prepare(self, case):
+        """What a rival puts into the model."""
 
     def make_optimizer(self, params):
         return ListLion(params, LR)
-
-    def make_loss(self, case):
-        return self.mean_nll
 
     def standing(self):
         return self._state() + nbytes(self.block.values())  # the original's own block
@@ -139,37 +139,34 @@ class Frozen(Reference):
         self.optimizer.step()
         return {"losses": torch.stack([forget, retain]).detach().cpu()}
 
-    def mean_nll(self, ids, mask, labels):
+    def loss(self, ids, mask, labels):
         """As the reference's `padded_loss`."""
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        wide = torch.promote_types(logits.dtype, torch.float32)
+        hidden = self.model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         target = labels[:, 1:]
-        nll = F.cross_entropy(logits.flatten(0, 1).to(wide), target.flatten(), reduction="none").view(target.shape)
+        nll = self.nll(hidden, target.flatten()).view(target.shape)
         return (nll.sum(1) / (target != -100).sum(1)).mean()
+
+    def nll(self, hidden, target):
+        logits = self.model.lm_head(hidden)[:, :-1].flatten(0, 1)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, reduction="none")
 
 
 class Compiled(Frozen):
-    def make_loss(self, case):
-        compiled(case.options, self.mean_nll)  # never called: asks whether it may, and forgets what was compiled before
+    def prepare(self, case):
+        compiled(case.options, self.loss)  # never called: asks whether it may, and forgets what was compiled before
         for layer in self.model.model.layers:
             layer.compile(dynamic=True)
-        return self.mean_nll
 
 
 class Liger(Frozen):
-    def make_loss(self, case):
+    def prepare(self, case):
         with_liger(self.model, case.options)
         found = liger("transformers.fused_linear_cross_entropy", case.options)
         # a mean over samples of means is no reduction of Liger's
-        linear_loss = found.LigerFusedLinearCrossEntropyLoss(reduction="none")
+        self.linear_loss = found.LigerFusedLinearCrossEntropyLoss(reduction="none")
 
-        def loss(ids, mask, labels):
-            hidden = self.model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
-            target = labels[:, 1:]
-            nll = linear_loss(self.model.lm_head.weight, hidden.flatten(0, 1), target.flatten()).view(target.shape)
-            return (nll.sum(1) / (target != -100).sum(1)).mean()
-
-        return loss
+    def nll(self, hidden, target):
+        return self.linear_loss(self.model.lm_head.weight, hidden[:, :-1].flatten(0, 1), target)
 
 
 class Ours:
@@ -228,18 +225,11 @@ class Ours:
 
 
 OURS = {
-    "torch": functools.partial(Ours, impl="torch"),
-    "triton": functools.partial(Ours, impl="triton"),
-    "torch, graph": functools.partial(Ours, impl="torch", graph=True),
-    "triton, graph": functools.partial(Ours, impl="triton", graph=True),
-}
-SIDES = {
-    "reference": Reference,
-    "frozen eager": Frozen,
-    "frozen, torch.compile": Compiled,
-    "frozen, liger": Liger,
-    **OURS,
-}
+    f"{impl}{', graph' * graph}": functools.partial(Ours, impl=impl, graph=graph)
+    for graph in (False, True) for impl in ("torch", "triton")
+}  # fmt: skip
+SIDES = {"reference": Reference, "frozen eager": Frozen, "frozen, torch.compile": Compiled, "frozen, liger": Liger}
+SIDES |= OURS
 IN_FP64 = ("frozen eager", "torch", "torch, graph")
 UNCOUNTED = ("frozen, torch.compile", "torch, graph", "triton, graph")  # no operator of theirs passes the counter
 
@@ -337,13 +327,8 @@ class Step(Case):
                 made.clear()  # or its memory would be missing until the case is over
                 raise
 
-        return Variant(
-            name,
-            make,
-            ours=name in OURS,
-            standing_bytes=lambda: made[0].standing(),
-            spent_flops=None if name in UNCOUNTED else lambda: made[0].flops(),
-        )
+        spent = None if name in UNCOUNTED else lambda: made[0].flops()
+        return Variant(name, make, name in OURS, standing_bytes=lambda: made[0].standing(), spent_flops=spent)
 
     def check_weights(self, name):
         """Three fp64 steps have to give the reference's weights."""
@@ -371,35 +356,33 @@ def _three_steps(side):
 
 
 def cases(options: Options) -> list[Case]:
-    found = []
-    for model in options.the_models():
-        shape = MODELS[model]
-        if options.quick:
-            shape = dataclasses.replace(shape, layers=4, vocabulary=4096)
-            first = middle = last = range(0, 2)
-        else:
-            blocks = selectable_blocks(shape.layers, num_blocks=8, top_k=1)
-            first, middle, last = blocks[0], blocks[len(blocks) // 2], blocks[-1]
-        quick = [(middle, 2, "all")]
-        cpu = [(first, 6, "all"), (middle, 6, "all"), (last, 6, "all"), (last, 6, "letter")]
-        gpu = [(block, 6, target) for target in ("all", "letter") for block in (first, middle, last)]
-        gpu += [(middle, 32, target) for target in ("all", "letter")]
-        chosen = options.choose(quick, cpu, gpu)
-        compiled_at = (middle, min(batch for _, batch, _ in chosen), "all")
-        for at in chosen:
-            block, batch, target = at
-            left_out = {}
-            if at != compiled_at:
-                left_out["frozen, torch.compile"] = f"takes minutes to compile: measured at {_label(*compiled_at)}"
-            if batch > 6:  # what each of them holds for itself would not fit together
-                names = ("frozen eager", "torch", "torch, graph")
-                left_out |= dict.fromkeys(names, f"not at {batch}+{batch}, for memory")
-            case = Step(
-                suite="step", model=model, tokens=0, shape=shape, block=block, batch=batch, target=target,
-                options=options, label=_label(*at) + ", narrow" * options.quick, left_out=left_out,
-            )  # fmt: skip
-            found.append(dataclasses.replace(case, tokens=case.packed.num_tokens))
-    return found
+    return [case for model in options.the_models() for case in _cases(model, options)]
+
+
+def _cases(model: str, options: Options) -> Iterator[Case]:
+    shape = MODELS[model]
+    if options.quick:
+        shape = dataclasses.replace(shape, layers=4, vocabulary=4096)
+        first = middle = last = range(0, 2)
+    else:
+        blocks = selectable_blocks(shape.layers, num_blocks=8, top_k=1)
+        first, middle, last = blocks[0], blocks[len(blocks) // 2], blocks[-1]
+    quick = [(middle, 2, "all")]
+    cpu = [(first, 6, "all"), (middle, 6, "all"), (last, 6, "all"), (last, 6, "letter")]
+    gpu = [(block, 6, target) for target in ("all", "letter") for block in (first, middle, last)]
+    gpu += [(middle, 32, target) for target in ("all", "letter")]
+    chosen = options.choose(quick, cpu, gpu)
+    compiled_at = (middle, chosen[0][1], "all")
+    for block, batch, target in chosen:
+        left_out = {}
+        if (block, batch, target) != compiled_at:
+            left_out["frozen, torch.compile"] = f"takes minutes to compile: measured at {_label(*compiled_at)}"
+        if batch > 6:  # what each of them holds for itself would not fit together
+            left_out |= dict.fromkeys(("frozen eager", "torch", "torch, graph"), f"not at {batch}+{batch}, for memory")
+        label = _label(block, batch, target) + ", narrow" * options.quick
+        common = dict(suite="step", model=model, label=label, tokens=0, options=options)
+        case = Step(shape=shape, block=block, batch=batch, target=target, left_out=left_out, **common)
+        yield dataclasses.replace(case, tokens=case.packed.num_tokens)
 
 
 def _label(block: range, batch: int, target: str) -> str:

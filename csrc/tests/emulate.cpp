@@ -89,8 +89,8 @@ static int guarded(const Run &run) {
 
 extern "C" {
 
-// type: 0 fp32, 1 bf16; cu_seqlens: int64; blocks: 0 for the portable kernel, else of the one for sm_90a. 1 if a partial
-// sum is NaN: not written, or made of what was not loaded yet; 2 for what the emulator stops at.
+// type: 0 fp32, 1 bf16; cu_seqlens: int64; blocks: 0 for the portable kernel, else of the one for sm_90a. 1 if a
+// partial sum is NaN: not written, or made of what was not loaded yet; 2 for what the emulator stops at.
 int emulate_grad_density(const void *x, const int64_t *x_strides, int64_t K, int projections, const void *const *dys,
                          const int64_t *dy_strides, const int64_t *sizes, int type, const void *cu_seqlens,
                          int64_t samples, int statistic, int along, double *const *outs, int blocks, unsigned seed) {

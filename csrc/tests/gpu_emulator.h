@@ -223,7 +223,8 @@ T __shfl_xor_sync(unsigned, T mine, int distance) {
     uint32_t words[2] = {};
     std::memcpy(words, &mine, sizeof(T));
     T other;
-    gpu::exchange(words, 2, [&](const uint32_t(*all)[6]) { std::memcpy(&other, all[gpu::lane() ^ distance], sizeof(T)); });
+    gpu::exchange(words, 2,
+                  [&](const uint32_t(*all)[6]) { std::memcpy(&other, all[gpu::lane() ^ distance], sizeof(T)); });
     return other;
 }
 
@@ -241,7 +242,8 @@ inline uint32_t shared_address(const void *pointer) {
 
 inline void copy_async(uint32_t to, const void *from, int bytes) {
     gpu::require(to % 16 == 0 && bytes >= 0 && bytes <= 16, "cp.async's operands");
-    gpu::require(bytes == 0 || reinterpret_cast<uintptr_t>(from) % 16 == 0, "cp.async from an address that is not aligned");
+    gpu::require(bytes == 0 || reinterpret_cast<uintptr_t>(from) % 16 == 0,
+                 "cp.async from an address that is not aligned");
     gpu::require(to + 16 <= gpu::shared.size(), "cp.async beyond shared memory");
     auto act = [=] {
         char sixteen[16] = {};
@@ -284,10 +286,12 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
             for (int k = 0; k < 16; ++k) {
-                // A: register 0 rows 0-7, tokens 0-7; 1 rows 8-15; 2 tokens 8-15; 3 both. B: register 0 tokens 0-7; 1 8-15
+                // A: register 0 rows 0-7, tokens 0-7; 1 rows 8-15; 2 tokens 8-15; 3 both.
+                // B: register 0 tokens 0-7; 1 8-15
                 const uint32_t left = all[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2] >> (k % 2 * 16) & 0xFFFF;
                 const uint32_t right = all[column * 4 + k % 8 / 2][4 + k / 8] >> (k % 2 * 16) & 0xFFFF;
-                d[i] += gpu::half_to_float(static_cast<uint16_t>(left)) * gpu::half_to_float(static_cast<uint16_t>(right));
+                d[i] +=
+                    gpu::half_to_float(static_cast<uint16_t>(left)) * gpu::half_to_float(static_cast<uint16_t>(right));
             }
         }
     });

@@ -47,10 +47,11 @@ static void accumulators() {
 }
 
 static void descriptors() {
-    // what Triton 3.7.1 puts into its kernel for (64 tokens, 256 columns) in boxes of 64: offset 8192, stride 1024, 128B
+    // what Triton 3.7.1 puts into its kernel for (64 tokens, 256 columns) in boxes of 64: offset 8192, stride 1024
     assert(wgmma_descriptor(0) == 4611686293338849280ull);
     assert(DESCRIPTOR_STEP == 4611686293338849408ull - 4611686293338849280ull);
-    assert((wgmma_descriptor(0x23400) & 0x3FFF) == 0x2340 && wgmma_descriptor(0x23400) >> 16 == wgmma_descriptor(0) >> 16);
+    assert((wgmma_descriptor(0x23400) & 0x3FFF) == 0x2340);
+    assert(wgmma_descriptor(0x23400) >> 16 == wgmma_descriptor(0) >> 16);
     // the last chunk of the rings does not carry into the next field
     assert((wgmma_descriptor(227 * 1024 - BOX_BYTES) + 3 * DESCRIPTOR_STEP) >> 16 == wgmma_descriptor(0) >> 16);
     // the box's swizzle is one of address bits: bits 4 to 6 by bits 7 to 9

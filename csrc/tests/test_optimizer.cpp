@@ -31,7 +31,8 @@ static void randomness() {
     const Random4 zero = random_bits(0, 0, 0);
     assert(zero[0] == 0x6627E8D5 && zero[1] == 0xE169C58D && zero[2] == 0xBC57AC4C && zero[3] == 0x9B00DBD8);
     const Random4 far = random_bits(0xFFFFFFFFFFFFFFFFull, 0xFFFFFFFFFFFFFFFFull, 0xFFFFFFFFu);
-    assert(far[0] != zero[0] && random_bits(1ull << 32, 0, 0)[0] != zero[0] && random_bits(0, 1ull << 32, 0)[0] != zero[0]);
+    assert(far[0] != zero[0]);
+    assert(random_bits(1ull << 32, 0, 0)[0] != zero[0] && random_bits(0, 1ull << 32, 0)[0] != zero[0]);
 }
 
 static void steps() {

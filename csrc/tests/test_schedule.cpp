@@ -85,7 +85,8 @@ int main() {
     assert(large.place(ALONG_ROW, 29, large.parts - 1, (1 << 20) - 1) == large.partials(ALONG_ROW) - 1);
     const Schedule larger = Schedule::of(3000, 1 << 20, 1, sizes, 128, 2);  // more items than 32 bits count
     const Item last = larger.item(larger.items() - 1), at = larger.item(1ll << 33);
-    assert(larger.items() > 1ll << 33 && last.rank == 2999 && last.n_tile == larger.n_tiles - 1 && last.strip == larger.strips - 1);
+    assert(larger.items() > 1ll << 33 && last.rank == 2999);
+    assert(last.n_tile == larger.n_tiles - 1 && last.strip == larger.strips - 1);
     assert(at.rank == (1ll << 33) / (static_cast<int64_t>(larger.n_tiles) * larger.strips));
     return 0;
 }

@@ -12,13 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from .. import dispatch
-from ..checks import DTYPES, one_of, same_kind
+from ..checks import floating, one_of, same_kind
 from . import reference
 
-STATISTICS = reference.STATISTICS
-ALONG = (None, "row")
 FORMS = ("auto", "direct", "gram")
-_READ = -1  # in an operator's max_seqlen: read it from cu_seqlens
 
 
 def grad_density(
@@ -59,9 +56,9 @@ def grad_density(
         x.detach(),
         [dy.detach() for dy in dys],
         cu_seqlens,
-        _READ if max_seqlen is None else max_seqlen,
+        max_seqlen,
         statistic,
-        "" if along is None else along,
+        along,
         form,
         impl,
     )
@@ -73,13 +70,13 @@ def grad_density(
 @torch.library.custom_op(
     "kunbr_fast::grad_density",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] dys, Tensor cu_seqlens, int max_seqlen, str statistic, str along, str form, str impl)"
+    schema="(Tensor x, Tensor[] dys, Tensor cu_seqlens, int? max_seqlen, str statistic, str? along, str form, str impl)"
     " -> Tensor[]",
 )
 def _grad_density(x, dys, cu_seqlens, max_seqlen, statistic, along, form, impl):
-    along = along or None
     _check(x, dys, cu_seqlens, max_seqlen, statistic, along, form, impl)
-    lengths = _lengths(cu_seqlens, x, max_seqlen) if _on_host(x, max_seqlen) else None
+    # cu_seqlens is read before anything is chosen where that costs nothing, or there is no other way
+    lengths = _lengths(cu_seqlens, x, max_seqlen) if x.device.type == "cpu" or max_seqlen is None else None
     longest = max_seqlen if lengths is None else max(lengths, default=0)
     # an impl that cannot run is refused for either form
     way = dispatch.resolve("grad_density", impl, x.device, x.dtype)
@@ -102,8 +99,8 @@ def _grad_density(x, dys, cu_seqlens, max_seqlen, statistic, along, form, impl):
 
 @_grad_density.register_fake
 def _(x, dys, cu_seqlens, max_seqlen, statistic, along, form, impl):
-    _check(x, dys, cu_seqlens, max_seqlen, statistic, along or None, form, impl)
-    return reference.empty_statistics(x, dys, cu_seqlens.shape[0] - 1, along or None)
+    _check(x, dys, cu_seqlens, max_seqlen, statistic, along, form, impl)
+    return reference.empty_statistics(x, dys, cu_seqlens.shape[0] - 1, along)
 
 
 def _gram_serves(statistic: str, along: str | None) -> bool:
@@ -124,13 +121,13 @@ def _fewer_in_gram(x, dys, cu_seqlens, longest, statistic, along) -> bool:
 
 
 def _check(x, dys, cu_seqlens, max_seqlen, statistic, along, form, impl) -> None:
-    one_of("statistic", statistic, STATISTICS)
-    one_of("along", along, ALONG)
+    one_of("statistic", statistic, reference.STATISTICS)
+    one_of("along", along, (None, "row"))
     if not dys:
         raise ValueError("dys is empty: give the output gradient of one projection or more, each (T, N)")
     one_of("form", form, FORMS)
     one_of("impl", impl, ("auto", *dispatch.IMPLEMENTATIONS))
-    if max_seqlen < _READ:
+    if max_seqlen is not None and max_seqlen < 0:
         raise ValueError(f"max_seqlen={max_seqlen}: expected the length of the longest sample, or None")
     dispatch.check_dtype("grad_density", impl, x.dtype)
     if form == "gram" and not _gram_serves(statistic, along):
@@ -138,8 +135,7 @@ def _check(x, dys, cu_seqlens, max_seqlen, statistic, along, form, impl) -> None
             f'form="gram" serves statistic="grad_l2sq" with along=None, not statistic={statistic!r} with '
             f'along={along!r}: use form="direct" or "auto"'
         )
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x is {x.dtype}: expected one of {', '.join(str(d) for d in DTYPES)}")
+    floating("x", x)
     if x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}: expected (T, K), samples packed one after the other")
     for p, dy in enumerate(dys):
@@ -158,12 +154,7 @@ def _check(x, dys, cu_seqlens, max_seqlen, statistic, along, form, impl) -> None
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and x on {x.device}: move it there")
 
 
-def _on_host(x: torch.Tensor, max_seqlen: int) -> bool:
-    """Whether cu_seqlens is read before anything is chosen: where that costs nothing, or there is no other way."""
-    return x.device.type == "cpu" or max_seqlen == _READ
-
-
-def _lengths(cu_seqlens: torch.Tensor, x: torch.Tensor, max_seqlen: int) -> list[int]:
+def _lengths(cu_seqlens: torch.Tensor, x: torch.Tensor, max_seqlen: int | None) -> list[int]:
     """Reads cu_seqlens, (B+1,), to the host and checks it: the B lengths."""
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != x.shape[0]:
@@ -176,6 +167,6 @@ def _lengths(cu_seqlens: torch.Tensor, x: torch.Tensor, max_seqlen: int) -> list
         raise ValueError(
             f"cu_seqlens decreases from {ends[i]} to {ends[i + 1]} at sample {i}: samples must follow each other"
         )
-    if max_seqlen != _READ and max(lengths, default=0) > max_seqlen:
+    if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
         raise ValueError(f"max_seqlen={max_seqlen}: the longest sample has {max(lengths)} tokens")
     return lengths

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import dispatch
-from ..checks import DTYPES, one_of, same_kind
+from ..checks import floating, one_of, same_kind
 from ..projections import autocast_dtype
 from . import reference
 
@@ -146,8 +146,7 @@ def check_head(
 
     name, whose: what messages call hidden and the owner of weight and bias.
     """
-    if hidden.dtype not in DTYPES:
-        raise TypeError(f"{name} is {hidden.dtype}: expected one of {', '.join(str(d) for d in DTYPES)}")
+    floating(name, hidden)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{name} is {tuple(hidden.shape)} and {whose}'s weight {tuple(weight.shape)}: expected (R, D), the rows "

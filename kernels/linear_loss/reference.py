@@ -83,10 +83,6 @@ def linear_loss(
             d_bias += d_logits.sum(0)
     capped = nll if nll_cap is None else nll.minimum(nll_cap)
     loss = (row_weights.to(wide) * capped).sum()
-    return (
-        loss,
-        nll,
-        d_hidden,
-        None if d_weight is None else d_weight.to(weight.dtype),
-        None if d_bias is None else d_bias.to(bias.dtype),
-    )
+    d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+    d_bias = None if d_bias is None else d_bias.to(bias.dtype)
+    return loss, nll, d_hidden, d_weight, d_bias

@@ -248,13 +248,9 @@ def launch(
         if need_bias:
             d_bias += logits.sum(0, dtype=torch.float32)
     loss = terms.sum(dtype=torch.float64).float()
-    return (
-        loss,
-        nll,
-        d_hidden,
-        None if d_weight is None else d_weight.to(weight.dtype),
-        None if d_bias is None else d_bias.to(bias.dtype),
-    )
+    d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+    d_bias = None if d_bias is None else d_bias.to(bias.dtype)
+    return loss, nll, d_hidden, d_weight, d_bias
 
 
 def _add_product(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -21,8 +21,8 @@ def lion_(
     step: int = 0,
 ) -> None:
     """`reference.lion_` by csrc/optimizer.cu, with its arguments: contiguous tensors in bf16, fp16 or fp32."""
-    values = (lr, beta1, beta2, weight_decay, *_seed(seed), step & 0xFFFFFFFF)
-    _update("lion", [param, grad, momentum], param, half, (), values)
+    values = lr, beta1, beta2, weight_decay, *_seed(seed), step & 0xFFFFFFFF
+    _update("lion", [param, grad, momentum], half, values)
 
 
 def adamw_(
@@ -42,12 +42,12 @@ def adamw_(
     """`reference.adamw_` by csrc/optimizer.cu; all else as in `lion_`. Both moments have one dtype."""
     if exp_avg.dtype != exp_avg_sq.dtype:
         raise TypeError(f"exp_avg is {exp_avg.dtype} and exp_avg_sq {exp_avg_sq.dtype}: give both one dtype")
-    values = (lr, beta1, beta2, eps, weight_decay, *_seed(seed))
-    _update("adamw", [param, grad, exp_avg, exp_avg_sq], param, half, (step,), values)
+    values = step, lr, beta1, beta2, eps, weight_decay, *_seed(seed)
+    _update("adamw", [param, grad, exp_avg, exp_avg_sq], half, values)
 
 
-def _update(name, tensors, param, half, first_values, values) -> None:
-    size = param.numel()
+def _update(name: str, tensors: list[torch.Tensor], half: torch.Tensor | None, values: tuple) -> None:
+    param, size = tensors[0], tensors[0].numel()
     for tensor in (*tensors, *([] if half is None else [half])):
         if tensor.numel() != size or not tensor.is_contiguous() or tensor.device != param.device:
             raise ValueError(
@@ -56,16 +56,13 @@ def _update(name, tensors, param, half, first_values, values) -> None:
             )
     pointers: list = []
     for number, tensor in enumerate(tensors):
-        pointers += [tensor.data_ptr()] if number == 2 and name == "adamw" else _vector(tensor)
-    pointers += [None, 0] if half is None else _vector(half)
+        pointers += [tensor.data_ptr(), type_of(tensor)]
+        if number == 2 and name == "adamw":  # one type for both moments
+            pointers.pop()
+    pointers += [None, 0] if half is None else [half.data_ptr(), type_of(half)]
     with torch.cuda.device(param.device):
-        run = getattr(library(), f"kunbr_{name}")
-        check(run(*pointers, size, *first_values, *values, stream()))
+        check(getattr(library(), f"kunbr_{name}")(*pointers, size, *values, stream()))
 
 
 def _seed(seed: int | None) -> tuple[int, int]:
     return (0, 0) if seed is None else (1, seed & 0xFFFFFFFFFFFFFFFF)
-
-
-def _vector(tensor: torch.Tensor) -> list[int]:
-    return [tensor.data_ptr(), type_of(tensor)]

@@ -30,8 +30,14 @@ class Fused(torch.optim.Optimizer):
             )
         super().__init__(params, {**settings, "betas": tuple(betas), "impl": impl, "seed": seed})
         for group in self.param_groups:
+            seed = group["seed"]
+            if seed is not None and not 0 <= seed < 2**62:
+                raise ValueError(f"seed={seed}: expected 0 to 2**62 - 1")
             for param in group["params"]:
-                _check(self.operation, param, group)
+                dtype = param.dtype
+                dispatch.resolve(self.operation, group["impl"], param.device, dtype)
+                if seed is not None and dtype != torch.bfloat16:
+                    raise TypeError(f"seed={seed}: stochastic rounding is for bfloat16 parameters, this one is {dtype}")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -160,17 +166,6 @@ class AdamW(Fused):
         self._run(group, number, tensors, *values, half=half)
 
 
-def _check(operation: str, param: torch.Tensor, group: dict) -> None:
-    impl, seed = group["impl"], group["seed"]
-    dispatch.resolve(operation, impl, param.device, param.dtype)
-    if seed is None:
-        return
-    if param.dtype != torch.bfloat16:
-        raise TypeError(f"seed={seed}: stochastic rounding is for bfloat16 parameters, this one is {param.dtype}")
-    if not 0 <= seed < 2**62:
-        raise ValueError(f"seed={seed}: expected 0 to 2**62 - 1")
-
-
 def implementation(operation: str, param: torch.Tensor, impl: str) -> tuple[str, Callable[..., None]]:
     """The implementation's name, and its update of `operation`."""
     chosen = dispatch.resolve(operation, impl, param.device, param.dtype)
@@ -180,5 +175,4 @@ def implementation(operation: str, param: torch.Tensor, impl: str) -> tuple[str,
         from . import cuda as module
     else:
         from . import triton_kernel as module
-
     return chosen, getattr(module, f"{operation}_")

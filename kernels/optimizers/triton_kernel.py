@@ -37,61 +37,63 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _load(source, places, size, MASKED: tl.constexpr):
+def _load(source, places, left, MASKED: tl.constexpr):
     """fp32. Only the last program masks: masks by a size that is no multiple of 8 would make all accesses narrow."""
     if MASKED:
-        return tl.load(source + places, mask=places < size, other=0.0).to(tl.float32)
+        return tl.load(source + places, mask=places < left, other=0.0).to(tl.float32)
     else:
         return tl.load(source + places).to(tl.float32)
 
 
 @triton.jit
-def _store(target, places, values, size, MASKED: tl.constexpr):
+def _store(target, places, values, left, MASKED: tl.constexpr):
     if MASKED:
-        tl.store(target + places, narrow(values, target.dtype.element_ty), mask=places < size)
+        tl.store(target + places, narrow(values, target.dtype.element_ty), mask=places < left)
     else:
         tl.store(target + places, narrow(values, target.dtype.element_ty))
 
 
 @triton.jit
-def _write(param, half, p, first, places, size, seed, step, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
+def _write(param, half, p, first, places, left, seed, step, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
            BLOCK: tl.constexpr):  # fmt: skip
     if STOCHASTIC:
         p = narrow_stochastically(p, random_bits(first, seed, step, BLOCK))
-    _store(param, places, p, size, MASKED)
+    _store(param + first, places, p, left, MASKED)
     if half is not None:
-        _store(half, places, p, size, MASKED)
+        _store(half + first, places, p, left, MASKED)
 
 
 @triton.jit
 def _lion_block(param, grad, momentum, half, first, size, lr, beta1, rest1, beta2, rest2, weight_decay, seed, step,
                 STOCHASTIC: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    places = first + tl.arange(0, BLOCK)
-    g = _load(grad, places, size, MASKED)
-    m = _load(momentum, places, size, MASKED)
-    p = _load(param, places, size, MASKED)
+    places = tl.arange(0, BLOCK)
+    left = (size - first).to(tl.int32)  # of the last program, which masks
+    g = _load(grad + first, places, left, MASKED)
+    m = _load(momentum + first, places, left, MASKED)
+    p = _load(param + first, places, left, MASKED)
     c = beta1 * m + rest1 * g
     sign = tl.where(c > 0.0, 1.0, tl.where(c < 0.0, -1.0, c))  # of zero: zero; of NaN: NaN
-    _store(momentum, places, beta2 * m + rest2 * g, size, MASKED)
+    _store(momentum + first, places, beta2 * m + rest2 * g, left, MASKED)
     p -= lr * (sign + weight_decay * p)
-    _write(param, half, p, first, places, size, seed, step, STOCHASTIC, MASKED, BLOCK)
+    _write(param, half, p, first, places, left, seed, step, STOCHASTIC, MASKED, BLOCK)
 
 
 @triton.jit
 def _adamw_block(param, grad, exp_avg, exp_avg_sq, half, first, size, decay, step_size, beta1, rest1, beta2, rest2,
                  inverse_root, eps, seed, step, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
-    places = first + tl.arange(0, BLOCK)
-    g = _load(grad, places, size, MASKED)
-    m = _load(exp_avg, places, size, MASKED)
-    v = _load(exp_avg_sq, places, size, MASKED)
-    p = _load(param, places, size, MASKED)
+    places = tl.arange(0, BLOCK)
+    left = (size - first).to(tl.int32)  # of the last program, which masks
+    g = _load(grad + first, places, left, MASKED)
+    m = _load(exp_avg + first, places, left, MASKED)
+    v = _load(exp_avg_sq + first, places, left, MASKED)
+    p = _load(param + first, places, left, MASKED)
     m = beta1 * m + rest1 * g
     v = beta2 * v + rest2 * g * g
-    _store(exp_avg, places, m, size, MASKED)
-    _store(exp_avg_sq, places, v, size, MASKED)
+    _store(exp_avg + first, places, m, left, MASKED)
+    _store(exp_avg_sq + first, places, v, left, MASKED)
     p -= step_size * (m / (tl.sqrt(v) * inverse_root + eps)) + decay * p
-    _write(param, half, p, first, places, size, seed, step, STOCHASTIC, MASKED, BLOCK)
+    _write(param, half, p, first, places, left, seed, step, STOCHASTIC, MASKED, BLOCK)
 
 
 # ---------------------------------------------------------------- the kernels

@@ -33,6 +33,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
 
 
+def add_files(
+    parser: argparse.ArgumentParser, option: str, metavar: str, text: str | None = None, required: bool = False
+) -> None:
+    parser.add_argument(option, nargs="+", required=required, metavar=metavar, help=text)
+
+
 def add_stream(parser: argparse.ArgumentParser, text: str = "") -> None:
     parser.add_argument(
         "--stream", action="store_true", help=f"models larger than memory: layers are read when they run{text}"
@@ -107,5 +113,5 @@ def positive(kind: type):
             raise ValueError
         return value
 
-    read.__name__ = f"{kind.__name__} above 0"  # argparse: "invalid float above 0 value: '-1'"
+    read.__name__ = f"positive {kind.__name__}"  # argparse: "invalid positive float value: '-1'"
     return read

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from kunbr_fast.cli.arguments import add_model, add_output, add_settings, add_stream
+from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config
 from kunbr_fast.data import load_records
 from kunbr_fast.density.measure import NO_SHARES, NORMS, STATISTICS, Density, knowledge_density
@@ -23,10 +23,8 @@ SETTINGS = "target max_length modules reduction num_blocks top_k skip_last_layer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--forget", nargs="+", required=True, metavar="F.jsonl")
-    parser.add_argument(
-        "--retain", nargs="+", metavar="R.jsonl", help="what to keep: for fisher_ratio, cosine and slug's Pareto front"
-    )
+    add_files(parser, "--forget", "F.jsonl", "what to forget", required=True)
+    add_files(parser, "--retain", "R.jsonl", "what to keep: for fisher_ratio, cosine and slug's Pareto front")
     parser.add_argument("--out", metavar="FILE.json", help="keep the result (kunbr_fast.Density.load reads it)")
     parser.add_argument(
         "--plot",

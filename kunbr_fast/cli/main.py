@@ -30,7 +30,7 @@ COMMANDS = {
 }
 TOGETHER = ("unlearn", "density")  # what several processes can run
 # The library's messages name parameters, as `name=` or `name=True`. Those that are options here:
-OPTIONS = {"resume", "unlearned", "stream", "forget", "retain", "gpu_memory", "gpu", "gpus"}
+OPTIONS = {"resume", "unlearned", "stream", "stream_cache", "forget", "retain", "gpu_memory", "gpu", "gpus"}
 
 
 def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -136,6 +136,8 @@ def _status(error: BaseException, arguments: argparse.Namespace) -> tuple[int | 
     kept = "what was finished is kept, --resume goes on" if resumes else ""
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted" + ("; " + kept if kept else "")
+    if isinstance(error, OSError) and error.filename is not None:
+        return 2, f"{error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return 2, str(error)
     from kunbr_fast.kernels.dispatch import Unavailable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from kunbr_fast.cli.arguments import add_output, add_settings
+from kunbr_fast.cli.arguments import add_files, add_output, add_settings
 from kunbr_fast.cli.inputs import read_config
 from kunbr_fast.files.models import DTYPES
 from kunbr_fast.planning.machines import GPUS
@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)} [h100]")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="how many [1]")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: as config.json says")
-    parser.add_argument("--forget", nargs="+", metavar="F.jsonl", help="as of unlearn (default: sizes of WMDP)")
-    parser.add_argument("--retain", nargs="+", metavar="R.jsonl")
+    add_files(parser, "--forget", "F.jsonl", "as of unlearn (default: sizes of WMDP)")
+    add_files(parser, "--retain", "R.jsonl", "as of unlearn (default: sizes of WMDP)")
     parser.add_argument("--unlearned", action="store_true", help="M_u will be given: no warm-up")
     parser.add_argument(
         "--stream", action="store_true", help="as of unlearn: layers come from the files one by one; needs --unlearned"

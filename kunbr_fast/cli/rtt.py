@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kunbr_fast.cli.arguments import add_model, add_output, add_settings
+from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds
 from kunbr_fast.evaluation.plots import plot_relearning
 from kunbr_fast.evaluation.rtt import RTTResult, rtt_attack
@@ -23,15 +23,9 @@ SETTINGS = "scoring seed rtt_lrs rtt_epochs rtt_batch_size rtt_target"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument(
-        "--forget", nargs="+", required=True, metavar="F.jsonl", help="one file for each fold, two or more"
-    )
-    parser.add_argument(
-        "--forget-questions",
-        nargs="+",
-        metavar="Q.jsonl",
-        help="questions, one file for each fold (default: the question lines of --forget)",
-    )
+    add_files(parser, "--forget", "F.jsonl", "one file for each fold, two or more", required=True)
+    text = "questions, one file for each fold (default: the question lines of --forget)"
+    add_files(parser, "--forget-questions", "Q.jsonl", text)
     parser.add_argument(
         "--out", metavar="FILE.json", help="keep the curves; an interrupted attack goes on from there with --resume"
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from kunbr_fast.cli.arguments import add_model, add_output, add_settings, add_stream
+from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds, sayer
 from kunbr_fast.data import is_question, load_records
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
@@ -23,26 +22,13 @@ from kunbr_fast.run.unlearn import unlearn
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument(
-        "--forget",
-        nargs="+",
-        required=True,
-        metavar="F.jsonl",
-        help="what to forget; each file is a fold of the RTT attack",
-    )
-    parser.add_argument("--retain", nargs="+", required=True, metavar="R.jsonl", help="what to keep")
-    parser.add_argument(
-        "--forget-questions",
-        nargs="+",
-        metavar="Q.jsonl",
-        help="questions on the forget files, one file for each (default: the question lines among them)",
-    )
-    parser.add_argument(
-        "--retain-questions",
-        nargs="+",
-        metavar="Q.jsonl",
-        help="questions on the retain files (default: the question lines among them)",
-    )
+    lines = "(default: the question lines among them)"
+    text = "what to forget; each file is a fold of the RTT attack"
+    add_files(parser, "--forget", "F.jsonl", text, required=True)
+    add_files(parser, "--retain", "R.jsonl", "what to keep", required=True)
+    text = f"questions on the forget files, one file for each {lines}"
+    add_files(parser, "--forget-questions", "Q.jsonl", text)
+    add_files(parser, "--retain-questions", "Q.jsonl", f"questions on the retain files {lines}")
     parser.add_argument(
         "--out",
         required=True,
@@ -140,8 +126,7 @@ def _write(report: Report, config: KUnBRConfig, arguments: argparse.Namespace) -
 
 
 def _print(report: Report, arguments: argparse.Namespace, attack_left_out: bool) -> None:
-    names: Sequence[tuple[str, str]] = (("original", "original"), ("warm-up (M_u)", "unlearned"))
-    rows = [report.row(name, model) for name, model in names]
+    rows = [report.row("original", "original"), report.row("warm-up (M_u)", "unlearned")]
     print(table([*(row for row in rows if "forget" in row or "retain" in row), report.row()]))
     if attack_left_out:
         print(f"the RTT attack trains every parameter: run `kunbr-fast rtt --model {arguments.out}` where they fit")

@@ -5,7 +5,7 @@ side by side (`pack`).
 """
 
 from kunbr_fast.data.batch import PackedBatch, grid, join, pack, send
-from kunbr_fast.data.records import LETTERS, is_question, load_records, parse_record, question_prompt
+from kunbr_fast.data.records import LETTERS, is_question, load_records, question_prompt
 from kunbr_fast.data.samples import (
     ALTERNATES,
     IGNORE,
@@ -38,7 +38,6 @@ __all__ = [
     "join",
     "load_records",
     "pack",
-    "parse_record",
     "question_prompt",
     "send",
     "token_batches",

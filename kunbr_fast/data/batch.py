@@ -164,25 +164,15 @@ def pack(samples: Sequence[Sample], hidden: torch.Tensor | None = None, layer: i
     lengths = [len(sample["input_ids"]) for sample in samples]
     if min(lengths) == 0:
         raise ValueError(f"sample {lengths.index(0)} of the batch has no token")
-    return PackedBatch(
-        input_ids=torch.cat([sample["input_ids"] for sample in samples]).cpu(),
-        labels=torch.cat([sample["labels"] for sample in samples]).cpu(),
-        position_ids=torch.cat([torch.arange(n) for n in lengths]),
-        lengths=lengths,
-        hidden=hidden,
-        layer=layer,
-    )
+    input_ids, labels = (torch.cat([sample[key] for sample in samples]).cpu() for key in ("input_ids", "labels"))
+    return PackedBatch(input_ids, labels, torch.cat([torch.arange(n) for n in lengths]), lengths, hidden, layer)
 
 
 def join(first: PackedBatch, second: PackedBatch) -> PackedBatch:
     """Two packed batches as one. Both hold hidden states, at the same layer, or neither does."""
     if (first.hidden is None) != (second.hidden is None) or first.layer != second.layer:
         raise ValueError("one batch comes from a prefix cache and the other does not, or they are at different layers")
-    return PackedBatch(
-        input_ids=torch.cat([first.input_ids, second.input_ids]),
-        labels=torch.cat([first.labels, second.labels]),
-        position_ids=torch.cat([first.position_ids, second.position_ids]),
-        lengths=first.lengths + second.lengths,
-        hidden=None if first.hidden is None else torch.cat([first.hidden, second.hidden]),
-        layer=first.layer,
-    )
+    names = ("input_ids", "labels", "position_ids")
+    tensors = (torch.cat([getattr(first, name), getattr(second, name)]) for name in names)
+    hidden = None if first.hidden is None else torch.cat([first.hidden, second.hidden])
+    return PackedBatch(*tensors, first.lengths + second.lengths, hidden, first.layer)

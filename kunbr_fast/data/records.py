@@ -85,16 +85,12 @@ def check_record(record: Mapping, where: str) -> None:
         text("prompt")
         text("completion")
     elif "messages" in record:
+
+        def is_turn(m: object) -> bool:
+            return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+
         messages = record["messages"]
-        good = (
-            isinstance(messages, list)
-            and messages
-            and all(
-                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-                for m in messages
-            )
-        )
-        if not good:
+        if not (isinstance(messages, list) and messages and all(map(is_turn, messages))):
             raise ValueError(
                 f'{where}: \'messages\' must be a list of {{"role": str, "content": str}}, got {messages!r}'
             )

@@ -72,7 +72,7 @@ def encode(
             f"{type(tokenizer).__name__} gives no character offsets, which loss targets need: "
             "load a fast tokenizer (AutoTokenizer.from_pretrained(..., use_fast=True))"
         )
-    samples = []
+    samples, names = [], []
     for number, record in enumerate(records):
         if "_where" not in record:  # not from load_records, which has checked its own
             record = {**record, "_where": f"record {number}"}
@@ -83,10 +83,10 @@ def encode(
             other, counted = _alternate(record, alternate, target, choose)
             sample["alternate"] = _encode_one(other, tokenizer, counted)
         for part, what in ((sample, ""), (sample.get("alternate"), " in its alternate")):
-            if part is not None and not bool((part["labels"][1:] != IGNORE).any()):
+            if part is not None and not _has_loss(part):
                 raise ValueError(f"{record['_where']}: no token with a loss is left for target={target!r}{what}")
         samples.append(sample)
-    names = [record.get("_where", f"record {i}") for i, record in enumerate(records)]
+        names.append(record["_where"])
     check_lengths(samples, max_length, names)
     if alternate is not None:
         check_lengths([s["alternate"] for s in samples], max_length, [f"the alternate of {name}" for name in names])
@@ -127,24 +127,26 @@ def _alternate(record: Mapping, kind: str, target: str, choose: Callable[[Sequen
     return {**record, "messages": [*messages[:last], {**messages[last], "content": answer}]}, target
 
 
-def check_lengths(samples: Sequence[Sample], max_length: int | None, names: Sequence[str] | None = None) -> None:
-    """ValueError that names the samples longer than `max_length` tokens, by `names` or by number."""
+def _has_loss(sample: Sample) -> bool:
+    return bool((sample["labels"][1:] != IGNORE).any())
+
+
+def check_lengths(samples: Sequence[Sample], max_length: int | None, names: Sequence[str]) -> None:
+    """ValueError that names the samples longer than `max_length` tokens."""
     lengths = [len(sample["input_ids"]) for sample in samples]
-    long = [i for i, length in enumerate(lengths) if max_length is not None and length > max_length]
+    long = [f"{name} ({n} tokens)" for name, n in zip(names, lengths) if max_length is not None and n > max_length]
     if long:
-        shown = ", ".join(f"{names[i] if names else f'sample {i}'} ({lengths[i]} tokens)" for i in long[:3])
         more = f" and {len(long) - 3} more" if len(long) > 3 else ""
         raise ValueError(
-            f"longer than max_length={max_length}: {shown}{more}. Shorten them, or raise max_length if the model has "
-            "more positions: nothing is cut"
+            f"longer than max_length={max_length}: {', '.join(long[:3])}{more}. Shorten them, or raise max_length if "
+            "the model has more positions: nothing is cut"
         )
 
 
-def check_labels(samples: Sequence[Sample], names: Sequence[str] | None = None) -> None:
-    """ValueError that names the first sample without a labelled token, by `names` or by number."""
-    for i, sample in enumerate(samples):
-        if not bool((sample["labels"][1:] != IGNORE).any()):
-            name = names[i] if names else f"sample {i}"
+def check_labels(samples: Sequence[Sample], names: Sequence[str]) -> None:
+    """ValueError that names the first sample without a labelled token."""
+    for name, sample in zip(names, samples):
+        if not _has_loss(sample):
             raise ValueError(f"{name}: no token after its first has a label, so it has no loss")
 
 

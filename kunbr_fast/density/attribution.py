@@ -30,12 +30,12 @@ from torch import nn
 
 from kunbr_fast.density.layer_kinds import How, Watched, norm_of
 from kunbr_fast.density.passes import Measurement, PassSettings, checked_samples, inner_product
+from kunbr_fast.density.sums import check_values
 from kunbr_fast.density.watch import MODULES, watch_list
 from kunbr_fast.keywords import taken
 from kunbr_fast.model import compat
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.finite import check_finite, finite
 from kunbr_fast.model.weights import Weights
 
 METHODS = ("grad", "fisher", "wagle", "sure", "memflex", "sign_agreement")
@@ -139,27 +139,20 @@ def attribute(
             raise ValueError(f"blocks={list(blocks)}: these layers have no parameters of modules={modules!r}")
     weights = {f"{item.path}.{name}": _Weight(item, name, stored) for item in watched for name in item.parameters}
     found: dict[str, torch.Tensor] = {}  # g_f (or its square), then the scores
-    done: set[str] = set()
-
-    def score(path: str, forget_gradient: torch.Tensor, retain_gradient: torch.Tensor | None) -> None:
-        found[path] = weights[path].score(method, forget_gradient, retain_gradient, how)
-        done.add(path)
+    left = set(weights)  # without scores
 
     def mean(path: str, gradient: torch.Tensor, count: int) -> torch.Tensor:
-        if not finite(gradient):
-            check_finite(decoder.model)
-            raise ValueError(f"{path}: its gradient is not finite although all weights are: try a wider dtype")
+        check_values(decoder, {path: float(torch.linalg.vector_norm(gradient, torch.inf))})
         return weights[path].in_shape(gradient.div_(count))
 
     def on_forget(path: str, gradient: torch.Tensor) -> None:
-        gradient = mean(path, gradient, len(forget))
+        found[path] = mean(path, gradient, len(forget))
         if retain is None:
-            score(path, gradient, None)
-        else:
-            found[path] = gradient
+            found[path] = weights[path].score(method, found[path], None, how)
 
     def on_retain(path: str, gradient: torch.Tensor) -> None:
-        score(path, found[path], mean(path, gradient, len(retain)))
+        found[path] = weights[path].score(method, found[path], mean(path, gradient, len(retain)), how)
+        left.discard(path)
 
     measurement = Measurement(decoder, watched, How("grad_l2sq", how.impl), how)
     with measurement.ready(len(forget) + len(retain or ()), "attribution"):
@@ -168,7 +161,7 @@ def attribute(
             on_forget(path, weights[path].zeros())
         if retain is not None:
             measurement.gradients(retain, on_retain, squared=method == "fisher")
-            for path in weights.keys() - done:
+            for path in sorted(left):
                 on_retain(path, weights[path].zeros())
     scores = {path: found.pop(path) for path in weights}  # in the model's order
     return Attribution(method, scores, {path: weight.parameter.shape for path, weight in weights.items()})

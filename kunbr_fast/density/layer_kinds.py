@@ -7,6 +7,8 @@ M tiles of output rows that a matrix has, m those that are sampled.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -98,10 +100,11 @@ class Watched:
     parameters: tuple[str, ...]
     experts: int | None = None
 
-    def names(self, parameter: str) -> list[str]:
-        """One name for each matrix: "path.weight", or "path.weight[0]", "path.weight[1]", ... for experts."""
-        name = f"{self.path}.{parameter}"
-        return [name] if self.experts is None else [f"{name}[{e}]" for e in range(self.experts)]
+    @functools.cached_property
+    def names(self) -> dict[str, list[str]]:
+        """{each parameter's path: the names of its matrices}: "path.weight", or for experts "path.weight[0]", ..."""
+        paths = [f"{self.path}.{parameter}" for parameter in self.parameters]
+        return {p: [p] if self.experts is None else [f"{p}[{e}]" for e in range(self.experts)] for p in paths}
 
 
 def norm_of(x: torch.Tensor, statistic: str) -> torch.Tensor:
@@ -186,10 +189,8 @@ def _small_gradient(part: Part, rows: slice = slice(None)) -> dict[str, torch.Te
 def _small_values(parts: list[Part], how: How) -> list[dict[str, torch.Tensor]]:
     out = []
     for part in parts:
-        ends = [0]
-        for length in part.segments.lengths:
-            ends.append(ends[-1] + length)
-        grads = [_small_gradient(part, slice(a, b)) for a, b in zip(ends, ends[1:])]
+        ends = itertools.accumulate(part.segments.lengths, initial=0)
+        grads = [_small_gradient(part, slice(a, b)) for a, b in itertools.pairwise(ends)]
         out.append({name: torch.stack([norm_of(g[name], how.statistic) for g in grads], 1) for name in grads[0]})
     return out
 

@@ -185,8 +185,7 @@ def knowledge_density(
 
     with measurement.ready(len(samples) + len(retain or ())):
         if retain is not None and reduction == "mean":
-            products = _InnerProducts(measurement, samples, retain)
-            density = products.cosine(modules) if statistic == "cosine" else products.importance(modules)
+            density = _against_retain(measurement, samples, retain, modules, statistic)
         else:
             density = density_of(samples)
         if statistic == "fisher_ratio":
@@ -232,60 +231,46 @@ def _check_settings(
 # ---------------------------------------------------------------- statistics made of others
 
 
-class _InnerProducts:
-    """Inner products of two sets' mean gradients for each matrix: forget . retain, forget . forget, retain . retain."""
+def _against_retain(
+    measurement: Measurement, forget: Sequence[Sample], retain: Sequence[Sample], modules: str, statistic: str
+) -> Density:
+    """Of the two sets' mean gradients: the cosines, or for SLUG the norms of the forget gradients, with the layers'
+    cosines for `alignment`."""
+    decoder, watched = measurement.decoder, measurement.watched
+    held: dict[str, torch.Tensor] = {}
+    found: dict[str, torch.Tensor] = {}  # forget . retain, forget . forget, retain . retain, for each matrix
 
-    def __init__(self, measurement: Measurement, forget: Sequence[Sample], retain: Sequence[Sample]):
-        self._decoder, self._watched = measurement.decoder, measurement.watched
-        self._num_forget = len(forget)
-        held: dict[str, torch.Tensor] = {}
-        found: dict[str, torch.Tensor] = {}
+    def against(path: str, b: torch.Tensor) -> None:
+        a = held.pop(path, None)
+        a = torch.zeros_like(b) if a is None else a
+        found[path] = torch.stack([inner_product(a, b), inner_product(a, a), inner_product(b, b)])
 
-        def against(path: str, b: torch.Tensor) -> None:
-            a = held.pop(path, None)
-            a = torch.zeros_like(b) if a is None else a
-            found[path] = torch.stack([inner_product(a, b), inner_product(a, a), inner_product(b, b)])
+    measurement.gradients(forget, held.__setitem__)
+    measurement.gradients(retain, against)
+    for path in list(held):  # not reached by the retain set
+        against(path, torch.zeros_like(held[path]))
+    names, layers, rows = [], [], []
+    for item in watched:
+        for path, own in item.names.items():
+            names, layers = names + own, layers + [item.layer] * len(own)
+            rows.append(found.get(path, torch.zeros(3, len(own), dtype=torch.float64)).cpu())
+    scale = [1.0 / (len(forget) * len(retain)), 1.0 / len(forget) ** 2, 1.0 / len(retain) ** 2]
+    by_module = torch.cat(rows, 1) * torch.tensor(scale, dtype=torch.float64)[:, None]
+    by_layer = torch.zeros(3, decoder.num_layers, dtype=torch.float64)
+    by_layer.index_add_(1, torch.tensor(layers), by_module)
+    check_values(decoder, dict(zip(names, by_module.abs().sum(0).tolist())))
 
-        measurement.gradients(forget, held.__setitem__)
-        measurement.gradients(retain, against)
-        for path in list(held):  # not reached by the retain set
-            against(path, torch.zeros_like(held[path]))
-        scale = [1.0 / (len(forget) * len(retain)), 1.0 / len(forget) ** 2, 1.0 / len(retain) ** 2]
-        names, layers, rows = [], [], []
-        for item in self._watched:
-            for parameter in item.parameters:
-                own = item.names(parameter)
-                zeros = torch.zeros(3, len(own), dtype=torch.float64)
-                names, layers = names + own, layers + [item.layer] * len(own)
-                rows.append(found.get(f"{item.path}.{parameter}", zeros).cpu())
-        by_module = torch.cat(rows, 1) * torch.tensor(scale, dtype=torch.float64)[:, None]
-        by_layer = torch.zeros(3, self._decoder.num_layers, dtype=torch.float64)
-        self._by_layer = by_layer.index_add_(1, torch.tensor(layers), by_module)
-        self._names, self._by_module = names, by_module
-        check_values(self._decoder, dict(zip(names, by_module.abs().sum(0).tolist())))
+    def cosine(products: torch.Tensor) -> torch.Tensor:
+        dot, one, two = products
+        return torch.where((one > 0) & (two > 0), dot / (one.sqrt() * two.sqrt()), 0.0).clamp(-1.0, 1.0)
 
-    @staticmethod
-    def _cosine(products: torch.Tensor) -> torch.Tensor:
-        dot, forget, retain = products
-        return torch.where((forget > 0) & (retain > 0), dot / (forget.sqrt() * retain.sqrt()), 0.0).clamp(-1.0, 1.0)
-
-    def cosine(self, modules: str) -> Density:
-        return self._density(self._cosine(self._by_layer), self._cosine(self._by_module), modules)
-
-    def importance(self, modules: str) -> Density:
-        """The norms of the forget gradients, with the cosines for `alignment`."""
-        density = self._density(self._by_layer[1].sqrt(), self._by_module[1].sqrt(), modules)
-        return dataclasses.replace(density, alignment=self._cosine(self._by_layer))
-
-    def _density(self, per_layer: torch.Tensor, per_module: torch.Tensor, modules: str) -> Density:
-        return Density(
-            per_layer,
-            dict(zip(self._names, per_module.tolist())),
-            num_weights(self._decoder, self._watched),
-            self._num_forget,
-            modules,
-            reduction="mean",
-        )
+    if statistic == "cosine":
+        per_layer, per_module, alignment = cosine(by_layer), cosine(by_module), None
+    else:
+        per_layer, per_module, alignment = by_layer[1].sqrt(), by_module[1].sqrt(), cosine(by_layer)
+    weights = num_weights(decoder, watched)
+    named = dict(zip(names, per_module.tolist()))
+    return Density(per_layer, named, weights, len(forget), modules, reduction="mean", alignment=alignment)
 
 
 def _weight_norms(decoder: Decoder, watched: list[Watched]) -> Density:
@@ -293,12 +278,12 @@ def _weight_norms(decoder: Decoder, watched: list[Watched]) -> Density:
     per_module: dict[str, float] = {}
     per_layer = torch.zeros(decoder.num_layers, dtype=torch.float64)
     for layer in decoder.visit(dict.fromkeys(item.layer for item in watched)):
-        for item in watched:
-            for parameter in item.parameters if item.layer == layer else ():
+        for item in (item for item in watched if item.layer == layer):
+            for parameter, names in zip(item.parameters, item.names.values()):
                 weight = getattr(item.module, parameter).detach()
                 squares = norm_of(weight.reshape(item.experts or 1, -1), "grad_l2sq").cpu()
-                per_module.update(zip(item.names(parameter), squares.sqrt().tolist()))
-                per_layer[item.layer] += squares.sum()
+                per_module.update(zip(names, squares.sqrt().tolist()))
+                per_layer[layer] += squares.sum()
     return Density(per_layer.sqrt(), per_module, num_weights(decoder, watched), 1)
 
 
@@ -320,8 +305,8 @@ def _per_weight(density: Density, watched: list[Watched]) -> Density:
     sizes = {
         name: getattr(item.module, parameter).numel() // (item.experts or 1)
         for item in watched
-        for parameter in item.parameters
-        for name in item.names(parameter)
+        for parameter, names in zip(item.parameters, item.names.values())
+        for name in names
     }
     count = density.num_weights.clamp(min=1)
     return dataclasses.replace(

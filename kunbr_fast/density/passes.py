@@ -7,7 +7,6 @@ packed, and each one's loss stands alone in the sum, so one backward pass serves
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import logging
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from kunbr_fast.data import PackedBatch, Sample, as_samples, check_labels, pack
 from kunbr_fast.data.schedule import token_batches
 from kunbr_fast.density import experts
-from kunbr_fast.density.layer_kinds import How, Tiles, Watched, norm_of
+from kunbr_fast.density.layer_kinds import How, Watched, norm_of
 from kunbr_fast.density.sums import Sums
 from kunbr_fast.density.taps import Part, Segments, Taps
 from kunbr_fast.kernels.dispatch import resolve
@@ -106,17 +105,16 @@ class Measurement:
                 sums.add(found, 1.0)
                 del found  # before the next one is made
             sums.gather(self.group)
-        elif (
-            len(batches) == 1
-            and self.group.size == 1
-            and (found := self._fits(batches, lambda: self._run(batches, Reading(self, whole=True))))
-        ):
+        elif len(batches) == 1 and self.group.size == 1 and (found := self._run(batches, Reading(self, whole=True))):
             sums.add(found[0], 1.0 / len(samples))
         else:
             found: Found = {}
 
             def add(path: str, gradient: torch.Tensor) -> None:
-                found[path] = _of_gradient(gradient, self.how, self.how.tiles.get(path))
+                if path in self.how.tiles:
+                    found[path] = self.how.tiles[path].totals(norm_of(gradient, self.how.statistic)[:, None])
+                else:
+                    found[path] = norm_of(gradient.flatten(1), self.how.statistic)[:, None]
 
             self.gradients(samples, add)
             sums.add(found, 1.0 / len(samples))
@@ -148,7 +146,7 @@ class Measurement:
             batches = self._batches(samples)
             take = now if len(batches) == 1 and not squared and self.group.size == 1 else add
             reading = Reading(self, whole=not squared, add=take)
-            done = self._fits(batches, lambda b=batches, r=reading: self._run(b, r))
+            done = self._run(batches, reading)
         self._gather(held)
         for path in list(held):
             gradient = held.pop(path)
@@ -163,23 +161,15 @@ class Measurement:
 
     def _each(self, samples: Sequence[Sample]) -> Iterator[Found]:
         """The statistics of each sample, batch by batch. Where memory runs out it goes on in smaller batches."""
-        reading = Reading(self, whole=False)
-        groups = collections.deque(self.decoder.groups(self._batches(samples)))
-        while groups:
-            group = groups.popleft()
-            results = self._fits(group, lambda: self._run(group, reading))  # noqa: B023 (called at once)
-            if results is None:
-                left = [sample for batches in (group, *groups) for batch in batches for sample in batch]
-                groups = collections.deque(self.decoder.groups(self._batches(left)))
-                continue
-            while results:
-                yield results.pop(0)
-
-    def _run(self, batches: Sequence[Sequence[Sample]], reading: Reading) -> list[Found]:
-        results: list[Found] = []
-        for group in self.decoder.groups(batches):
-            results += self._pass([pack(samples).to(self.decoder.device) for samples in group], reading)
-        return results
+        reading, left = Reading(self, whole=False), samples
+        while left:
+            for group in self.decoder.groups(self._batches(left)):
+                results = self._run(group, reading)
+                if results is None:
+                    break
+                left = left[sum(map(len, group)) :]
+                while results:
+                    yield results.pop(0)
 
     def _pass(self, batches: list[PackedBatch], reading: Reading) -> list[Found]:
         """One forward and backward pass of each batch."""
@@ -200,11 +190,16 @@ class Measurement:
         decoder.passes(batches, start, turn, self.recompute, self.settings.place)
         return found
 
-    def _fits(self, batches: Sequence[Sequence[Sample]], run: Callable[[], list]) -> list | None:
-        """run(), or None if memory ran out; `batch_tokens` is then half of the largest batch that can be cut."""
-        before = self._bar.n
+    def _run(self, batches: Sequence[Sequence[Sample]], reading: Reading) -> list[Found] | None:
+        """What the batches yield, or None if memory ran out; `batch_tokens` is then half of the largest batch that can
+        be cut."""
+        before, device = self._bar.n, self.decoder.device
         try:
-            return run()
+            return [
+                found
+                for group in self.decoder.groups(batches)
+                for found in self._pass([pack(samples).to(device) for samples in group], reading)
+            ]
         except Exception as error:
             if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
                 raise
@@ -307,13 +302,6 @@ def _by_sample(part: Part, num_samples: int) -> Iterator[Part]:
         x, *dys = [None if p is None else torch.cat(p[sample::num_samples]) for p in pieces]
         segments = Segments.of(part.segments.lengths[sample::num_samples], x.device)
         yield dataclasses.replace(part, segments=segments, x=x, dys=dys)
-
-
-def _of_gradient(gradient: torch.Tensor, how: How, tiles: Tiles | None) -> torch.Tensor:
-    """(E, ...) -> values as `LayerKind.values` has them, B = 1."""
-    if tiles is None:
-        return norm_of(gradient.flatten(1), how.statistic)[:, None]
-    return tiles.totals(norm_of(gradient, how.statistic)[:, None])
 
 
 def inner_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

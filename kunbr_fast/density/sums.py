@@ -8,7 +8,7 @@ import torch
 
 from kunbr_fast.density.layer_kinds import How, Watched
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.finite import check_finite
+from kunbr_fast.model.weights import check_finite
 from kunbr_fast.parallel.group import Group
 
 
@@ -17,8 +17,8 @@ class Sums:
 
     def __init__(self, decoder: Decoder, watched: list[Watched], how: How, statistic: str):
         self._decoder, self._watched, self._how, self._statistic = decoder, watched, how, statistic
-        self._names = [name for item in watched for p in item.parameters for name in item.names(p)]
-        layers = [item.layer for item in watched for p in item.parameters for _ in item.names(p)]
+        matrices = [(item.layer, name) for item in watched for names in item.names.values() for name in names]
+        layers, self._names = zip(*matrices)
         self._layer = torch.tensor(layers)
         self._per_module = torch.zeros(len(layers), dtype=torch.float64)
         self._per_layer = torch.zeros(decoder.num_layers, dtype=torch.float64)
@@ -30,8 +30,7 @@ class Sums:
         num_samples = next((values.shape[-1] for values in found.values()), 1)
         rows = []
         for item in self._watched:
-            for parameter in item.parameters:
-                path = f"{item.path}.{parameter}"
+            for path in item.names:
                 values = found.get(path)
                 if values is None:  # a module that never ran, or that the loss does not depend on
                     rows.append(torch.zeros(item.experts or 1, num_samples, dtype=torch.float64))
@@ -72,8 +71,7 @@ class Sums:
         check_values(self._decoder, per_module)
         variance = torch.zeros(self._decoder.num_layers, dtype=torch.float64)
         for item in self._watched:
-            for parameter in item.parameters:
-                path = f"{item.path}.{parameter}"
+            for path in item.names:
                 if path in self._tiles:
                     variance[item.layer] += self._how.tiles[path].variance(self._tiles[path] / count).sum()
         return self._per_layer / count, per_module, variance

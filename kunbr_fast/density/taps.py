@@ -199,15 +199,10 @@ class Taps:
                 f"{item.path}: its input has the shape {tuple(x.shape)}, expected all {self.num_tokens} tokens in "
                 "order: what it computes cannot be told apart by sample"
             )
-        return x.dim() == 4 and _heads_first(x, self.num_tokens), rows
-
-
-def _heads_first(x: torch.Tensor, num_tokens: int) -> bool:
-    """Whether x is (1, heads, T, d) rather than (1, T, heads, d)."""
-    if x.shape[1] == x.shape[2]:
-        # with T heads the shape does not tell: projections write token after token, so tokens lie further apart
-        return x.stride(2) > x.stride(1)
-    return x.shape[2] == num_tokens
+        if x.dim() == 4 and x.shape[1] == x.shape[2]:
+            # with T heads the shape does not tell: projections write token after token, so tokens lie further apart
+            return x.stride(2) > x.stride(1), rows
+        return x.dim() == 4 and x.shape[2] == self.num_tokens, rows
 
 
 def _token_rows(x: torch.Tensor, heads_first: bool) -> torch.Tensor:

@@ -49,7 +49,14 @@ def watch_list(decoder: Decoder, modules: str) -> list[Watched]:
             for name, parameter in own.items():
                 if others := other_names(uses, parameter, f"{path}.{name}"):
                     raise ValueError(f"{path}.{name} is tied to {others}: its gradient belongs to more than one layer")
-            watched.append(_watched(module, path, index, tuple(own)))
+            kind = next((k for k in LAYER_KINDS.values() if k.matches(module)), None)
+            if kind is None:
+                raise ValueError(
+                    f"{path}: {type(module).__name__} is of no known kind (known: {', '.join(LAYER_KINDS)}); "
+                    "add it to kunbr_fast.density.layer_kinds.LAYER_KINDS or choose other modules"
+                )
+            number = module.num_experts if inner in mixtures else None
+            watched.append(Watched(module, kind, path, index, tuple(own), number))
             if any(inner.startswith(f"{name}.") for name in mixtures):
                 raise ValueError(
                     f"{path}: {type(module).__name__} runs on the rows of experts, which do not stand in the order of "
@@ -58,17 +65,6 @@ def watch_list(decoder: Decoder, modules: str) -> list[Watched]:
     if not watched:
         raise ValueError(f"{decoder.name}: no layer has parameters of modules={modules!r}")
     return watched
-
-
-def _watched(module: nn.Module, path: str, layer: int, parameters: tuple[str, ...]) -> Watched:
-    kind = next((k for k in LAYER_KINDS.values() if k.matches(module)), None)
-    if kind is None:
-        raise ValueError(
-            f"{path}: {type(module).__name__} is of no known kind (known: {', '.join(LAYER_KINDS)}); "
-            "add it to kunbr_fast.density.layer_kinds.LAYER_KINDS or choose other modules"
-        )
-    number = module.num_experts if kind is LAYER_KINDS["experts"] else None
-    return Watched(module, kind, path, layer, parameters, number)
 
 
 def choose_tiles(watched: list[Watched], fraction: float, seed: int, device: torch.device) -> dict[str, Tiles]:

@@ -2,20 +2,19 @@
 
 Two scorings of the same question lines ({"question", "choices", "answer"}, usually four choices):
 
-letter   The RTT evaluation's own form. The prompt is data.question_prompt(record), which ends in "Answer:";
-         the next-token logits of " A" " B" " C" " D" are compared. One logit row a question. A model with a
-         liking for one letter is not measured fairly by that, so the calibrated accuracy subtracts each
-         letter's mean logit over the question set first.
-choice   For models too small to know what a letter stands for. sum_t log p(choice token t | question, earlier
-         choice tokens) of the text question + " " + choice, for each choice. The sum is not divided by the
-         number of tokens: choices of very different lengths favour the short one.
+letter   The RTT evaluation's own form. The prompt is data.question_prompt(record), which ends in "Answer:"; the
+         next-token logits of " A" " B" " C" " D" are compared. The calibrated accuracy subtracts each letter's mean
+         logit over the question set first, for models that prefer a letter.
+choice   For models too small to know what a letter stands for. sum_t log p(choice token t | question, earlier choice
+         tokens) of the text question + " " + choice, for each choice. The sum is not divided by the number of tokens:
+         choices of very different lengths favour the short one.
 
-Questions go through the model in packed batches, and logits are made only at the rows that are compared: one
-a question for `letter`, the choices' tokens for `choice`, and no more than _LOGITS_AT_ONCE of them at a time.
-Nothing is sampled and a tie goes to the first choice, so two measurements of the same weights are equal.
-Of a streamed model all questions pass a layer before the next one is read, with the same result.
+Questions go through the model in packed batches, and logits are made only at the rows that are compared: one a question
+for `letter`, the choices' tokens for `choice`. Nothing is sampled and a tie goes to the first choice, so two
+measurements of the same weights are equal.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -37,9 +36,8 @@ _LOGITS_AT_ONCE = 1 << 26
 class Accuracy:
     """Share of questions answered correctly.
 
-    plain: 0..1. calibrated: 0..1 after each letter's mean logit was subtracted, None for scoring="choice"
-    (the position of a choice is not part of its text, so there is no such bias to subtract). predictions: the
-    plain answers, 0 for the first choice, in the order of the records.
+    plain: 0..1. calibrated: 0..1 after each letter's mean logit was subtracted, None for scoring="choice" (a choice's
+    text does not hold its position). predictions: the plain answers, 0 for the first choice, in the records' order.
     """
 
     plain: float
@@ -54,12 +52,12 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Questions:
-    """Tokenised questions (prepare_questions): all that stays the same between two measurements.
+    """Tokenised questions (`prepare_questions`): all that stays the same between two measurements.
 
-    sequences: for each question what the model reads: one prompt ("letter"), or one text a choice ("choice";
-    without its last token, after which nothing is asked). targets: for each of these texts the (position,
-    token) pairs whose log-probabilities are summed, empty for "letter". letters: the answer tokens, None for
-    "choice". answers: index of the right choice. num_choices: choices of each question.
+    sequences: for each question what the model reads: one prompt ("letter"), or one text a choice ("choice"; without
+    its last token, after which nothing is asked). targets: for each of these texts the (position, token) pairs whose
+    log-probabilities are summed, empty for "letter". letters: the answer tokens, None for "choice". answers: index of
+    the right choice. num_choices: of each question.
     """
 
     sequences: list[list[list[int]]]
@@ -82,11 +80,11 @@ def choice_accuracy(
 
     decoder: a Decoder. records: question lines from data.load_records. scoring: "letter" or "choice", as above.
     batch_size: questions a packed batch. progress: label of a progress bar, None for no bar.
-    The model is in eval mode meanwhile and in its own mode afterwards; no gradients are recorded.
+    The model is in eval mode meanwhile; no gradients are recorded.
 
-    Raises ValueError for an empty set, a record that is not a question, a tokenizer without letter tokens, or
-    a prompt that is longer than the model's positions or has tokens beyond its vocabulary; FloatingPointError if the
-    model's answers are not finite.
+    Raises ValueError for an empty set, a record that is not a question, a tokenizer without letter tokens, or a prompt
+    that is longer than the model's positions or has tokens beyond its vocabulary; FloatingPointError if the model's
+    answers are not finite.
     """
     questions = prepare_questions(tokenizer, records, scoring=scoring, decoder=decoder)
     return measure(decoder, questions, batch_size=batch_size, progress=progress)
@@ -103,8 +101,9 @@ def prepare_questions(tokenizer, records: Sequence[dict], *, scoring: str = "let
         raise ValueError("no questions to measure: the record list is empty")
     for i, record in enumerate(records):
         _check_question(record, i)
-    prepare = _prepare_letter if scoring == "letter" else _prepare_choice
-    questions = prepare(tokenizer, records)
+    texts = (_prepare_letter if scoring == "letter" else _prepare_choice)(tokenizer, records)
+    answers, counts = [record["answer"] for record in records], [len(record["choices"]) for record in records]
+    questions = Questions(*texts, answers, counts)
     if decoder is not None:
         limit = decoder.max_positions
         for i, sequences in enumerate(questions.sequences):
@@ -122,7 +121,7 @@ def prepare_questions(tokenizer, records: Sequence[dict], *, scoring: str = "let
 
 
 def measure(decoder, questions: Questions, *, batch_size: int = 16, progress: str | None = None) -> Accuracy:
-    """Accuracy of decoder.model on prepared questions: choice_accuracy without the tokenising."""
+    """`choice_accuracy` of prepared questions."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
     scores = _scores(decoder, questions, batch_size, progress)
@@ -144,8 +143,8 @@ def measure(decoder, questions: Questions, *, batch_size: int = 16, progress: st
 def letter_tokens(tokenizer, number: int = 4) -> list[int]:
     """Token ids of the first `number` of " A" " B" " C" " D" ... behind a text that ends in "Answer:".
 
-    Found by tokenising both texts, because how a leading space is written differs (byte-level BPE has it in
-    the token, sentencepiece as a mark). Raises ValueError if a letter is not one token of its own.
+    Found by tokenising both texts, because tokenizers write a leading space in different ways. ValueError if a letter
+    is not one token of its own.
     """
     tail = "Answer:"
     stem = _encode(tokenizer, [tail])[0]
@@ -192,18 +191,15 @@ def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids with the tokenizer's opening special tokens (BOS), without closing ones (EOS)."""
     with_special = tokenizer("Answer", add_special_tokens=True)["input_ids"]
     without = tokenizer("Answer", add_special_tokens=False)["input_ids"]
-    closing = 0
-    for start in range(len(with_special) - len(without) + 1):
-        if with_special[start : start + len(without)] == without:
-            closing = len(with_special) - start - len(without)
-            break
+    spare, length = len(with_special) - len(without), len(without)
+    closing = next((spare - i for i in range(spare + 1) if with_special[i : i + length] == without), 0)
     encoded = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
     return [list(ids[: len(ids) - closing]) for ids in encoded]
 
 
-def _prepare_letter(tokenizer, records: Sequence[dict]) -> Questions:
-    counts = [len(record["choices"]) for record in records]
-    letters = letter_tokens(tokenizer, max(counts))
+def _prepare_letter(tokenizer, records: Sequence[dict]) -> tuple[list, list, list[int] | None]:
+    """`sequences`, `targets` and `letters` of `Questions`."""
+    letters = letter_tokens(tokenizer, max(len(record["choices"]) for record in records))
     prompts = [data.question_prompt(record) for record in records]
     sequences = _encode(tokenizer, prompts)
     # A token may depend on all text before it (unigram models): each prompt is checked with a letter behind.
@@ -212,23 +208,17 @@ def _prepare_letter(tokenizer, records: Sequence[dict]) -> Questions:
         if full != [*sequence, letters[0]]:
             got = f"{_where(records[i], i)}: the prompt and {data.LETTERS[0]!r} end in {full[-3:]}"
             raise ValueError(_no_letters(tokenizer, got))
-    return Questions(
-        sequences=[[sequence] for sequence in sequences],
-        targets=[[[]] for _ in sequences],
-        letters=letters,
-        answers=[record["answer"] for record in records],
-        num_choices=counts,
-    )
+    return [[sequence] for sequence in sequences], [[[]] for _ in sequences], letters
 
 
-def _prepare_choice(tokenizer, records: Sequence[dict]) -> Questions:
+def _prepare_choice(tokenizer, records: Sequence[dict]) -> tuple[list, list, list[int] | None]:
     stems = _encode(tokenizer, [record["question"] for record in records])
     sequences, targets = [], []
     for i, (record, stem) in enumerate(zip(records, stems, strict=True)):
         fulls = _encode(tokenizer, [f"{record['question']} {choice}" for choice in record["choices"]])
         # One start for all choices: if one's first characters join the question's last token, the sum of each
         # covers that token too. Otherwise the sums would be of different texts.
-        start = min(_common_prefix(stem, full) for full in fulls)
+        start = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(stem, *fulls)))
         if start == 0:
             raise ValueError(
                 f"{_where(record, i)}: no token of the question is left in front of the choices, so nothing "
@@ -239,31 +229,16 @@ def _prepare_choice(tokenizer, records: Sequence[dict]) -> Questions:
                 raise ValueError(f"{_where(record, i)}: the choice {choice!r} has no tokens, expected some text")
         sequences.append([full[:-1] for full in fulls])
         targets.append([[(t - 1, full[t]) for t in range(start, len(full))] for full in fulls])
-    return Questions(
-        sequences=sequences,
-        targets=targets,
-        letters=None,
-        answers=[record["answer"] for record in records],
-        num_choices=[len(record["choices"]) for record in records],
-    )
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
+    return sequences, targets, None
 
 
 def _scores(decoder, questions: Questions, batch_size: int, progress: str | None) -> torch.Tensor:
     """(questions, C) float64 on the CPU: letter logits or summed log-probabilities, -inf where no choice is."""
     total = len(questions.answers)
-    texts, score = (_prompts, _letter_scores) if questions.letters is not None else (_choices, _choice_scores)
+    score = _choice_scores if questions.letters is None else _letter_scores
     groups = [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
     out = torch.full((total, max(questions.num_choices)), float("-inf"), dtype=torch.float64)
-    batches = (_pack(decoder, texts(questions, chosen)) for chosen in groups)
+    batches = (_pack(questions, chosen).to(decoder.device) for chosen in groups)
     with (
         evaluating(decoder.model),
         torch.no_grad(),  # not inference_mode: tensors that a model keeps from here (rotary tables) serve training too
@@ -282,19 +257,9 @@ def _scores(decoder, questions: Questions, batch_size: int, progress: str | None
     return out
 
 
-def _pack(decoder, sequences: list[list[int]]) -> data.PackedBatch:
-    tensors = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
-    return data.pack([{"input_ids": ids, "labels": torch.full_like(ids, data.IGNORE)} for ids in tensors]).to(
-        decoder.device
-    )
-
-
-def _prompts(questions: Questions, chosen: range) -> list[list[int]]:
-    return [questions.sequences[i][0] for i in chosen]
-
-
-def _choices(questions: Questions, chosen: range) -> list[list[int]]:
-    return [sequence for i in chosen for sequence in questions.sequences[i]]
+def _pack(questions: Questions, chosen: range) -> data.PackedBatch:
+    tensors = [torch.tensor(ids) for i in chosen for ids in questions.sequences[i]]
+    return data.pack([{"input_ids": ids, "labels": torch.full_like(ids, data.IGNORE)} for ids in tensors])
 
 
 def _letter_scores(
@@ -308,15 +273,14 @@ def _letter_scores(
 def _choice_scores(
     decoder, questions: Questions, chosen: range, batch: data.PackedBatch, stretch: Stretch
 ) -> list[torch.Tensor]:
-    rows, tokens, owners = [], [], []
     texts = [pairs for i in chosen for pairs in questions.targets[i]]
-    for owner, (offset, pairs) in enumerate(zip(batch.cu_seqlens[:-1].tolist(), texts, strict=True)):
-        for position, token in pairs:
-            rows.append(offset + position)
-            tokens.append(token)
-            owners.append(owner)
-    rows = torch.tensor(rows, device=decoder.device)
-    tokens = torch.tensor(tokens, device=decoder.device)
+    found = [
+        (text, offset + position, token)
+        for text, (offset, pairs) in enumerate(zip(batch.cu_seqlens[:-1].tolist(), texts, strict=True))
+        for position, token in pairs
+    ]
+    owners, rows, tokens = torch.tensor(found).unbind(1)
+    rows, tokens = rows.to(decoder.device), tokens.to(decoder.device)
     hidden = decoder.run(batch, stretch)
     at_once = max(1, _LOGITS_AT_ONCE // decoder.config.vocab_size)
     parts = []
@@ -325,5 +289,5 @@ def _choice_scores(
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         parts.append((logits.gather(1, some_tokens[:, None])[:, 0] - logits.logsumexp(dim=1)).double().cpu())
     # index_add_ on the CPU adds in the order of the tokens: the same bits each time.
-    sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, torch.tensor(owners), torch.cat(parts))
+    sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, owners, torch.cat(parts))
     return list(sums.split([questions.num_choices[i] for i in chosen]))

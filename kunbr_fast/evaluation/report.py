@@ -16,13 +16,12 @@ from kunbr_fast.version import __version__
 
 @dataclasses.dataclass
 class Report:
-    """What a run did. Accuracies are fractions; seconds are wall time by stage (sums over resumed parts).
+    """What a run did. Accuracies are fractions; seconds are wall time by stage.
 
     accuracy: {"original" | "unlearned" | "result": {"forget": {...}, "retain": {...}}}, where `unlearned` is the
     model after the warm-up (M_u); empty where no questions were given. losses: mean losses of each epoch by stage.
-    gradient_cosines: of a cover in low precision, by stage: see `kunbr_fast.quantized`.
-    cache_errors: of a prefix cache in low precision, by stage: relative_error of the first step's activations, and
-    gradient_cosine, of its gradient to the exact one.
+    gradient_cosines, cache_errors: of a cover and of a prefix cache in low precision, by stage
+    (`training.approximation`).
     """
 
     config: dict[str, Any]
@@ -67,11 +66,11 @@ class Report:
 
 
 def table(rows: Sequence[Mapping]) -> str:
-    """Methods side by side, as text that a README takes as a Markdown table too.
+    """Methods side by side, as a Markdown table.
 
-    rows: {"method": str, "forget": accuracy, "retain": accuracy, "rtt": accuracy, "seconds": {stage:
-    seconds}}, each accuracy 0..1. What a method does not have may be missing or None and is shown as "-".
-    Recovery is rtt - forget, in points. Stages stand in the order in which they first occur.
+    rows: {"method": str, "forget": accuracy, "retain": accuracy, "rtt": accuracy, "other": {name: accuracy},
+    "seconds": {stage: seconds}}, each accuracy 0..1. What a method does not have may be missing or None and is shown as
+    "-". Recovery is rtt - forget, in points.
     """
     if not rows:
         raise ValueError("no methods to show: the row list is empty")
@@ -90,11 +89,10 @@ def table(rows: Sequence[Mapping]) -> str:
 
 
 def write_report(path: str | Path, report: Mapping) -> None:
-    """Write the report as JSON, whole or not at all.
+    """Writes the report as JSON, whole or not at all.
 
-    Besides what JSON knows it takes tensors, paths, ranges and objects with to_dict (Accuracy, RTTResult,
-    densities). A number that is not finite is refused with ValueError, anything else that JSON lacks with
-    TypeError; both name its place in the report.
+    Besides what JSON knows it takes tensors, paths, ranges and objects with to_dict. ValueError for a number that is
+    not finite, TypeError for anything else that JSON lacks; both name its place in the report.
     """
     atomic.write_json(path, _plain(report, "report"))
 

@@ -1,18 +1,16 @@
 """The RTT attack (retraining on T): is the knowledge gone, or only hidden?
 
-The facts of a forget set come in folds that say nothing about one another. For each fold, the unlearned model
-is fine-tuned on the facts of all other folds and asked about this one. What it answers then was still in the
-weights. An attack is only as strong as its settings, so several learning rates are tried for several epochs,
-each on the same weights, and the whole relearning curve is kept; the figure to report is the strongest attack
-found.
+The facts of a forget set come in folds that say nothing about one another. For each fold, the unlearned model is
+fine-tuned on the facts of all other folds and asked about this one. What it answers then was still in the weights. An
+attack is only as strong as its settings: several learning rates are tried for several epochs, each on the same weights,
+and the whole relearning curve is kept. The figure to report is the strongest attack found.
 
-Source: Deeb and Roger, "Do Unlearning Methods Remove Information from Language Model Weights?",
-arXiv 2410.08827.
+Source: Deeb and Roger, "Do Unlearning Methods Remove Information from Language Model Weights?", arXiv 2410.08827.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,10 +27,9 @@ from kunbr_fast.training.full import train_all
 class RTTConfig:
     """Settings of the attack.
 
-    lrs: learning rates, each a full attack of its own. epochs: passes over the training folds, measured after
-    each. optimizer: "adamw" or "lion". target: which tokens are trained on (data.encode). scoring: "letter"
-    or "choice" (choice_accuracy). seed: data order of the fine-tuning, the same for each (fold, learning
-    rate).
+    lrs: learning rates, each a full attack of its own. epochs: passes over the training folds, measured after each.
+    optimizer: "adamw" or "lion". target: which tokens are trained on (`data.encode`). scoring: "letter" or "choice"
+    (`choice_accuracy`). seed: of the order of the data, the same for each fold and learning rate.
     """
 
     lrs: tuple[float, ...] = (5e-7, 1e-6, 5e-6, 1e-5)
@@ -65,30 +62,25 @@ class Fold:
 class RTTResult:
     """Relearning curves: rows {"fold", "lr", "epoch", "plain", "calibrated"}, epoch 0 is before the attack.
 
-    `calibrated` is None where the scoring has no such figure. Every learning rate has every fold and epoch,
-    else ValueError. A mean over folds counts each fold once.
+    `calibrated` is None where the scoring has no such figure. ValueError unless every learning rate has every fold and
+    epoch. A mean over folds counts each fold once.
     """
 
     curves: list[dict]
-    _means: dict[tuple[str, float], list[float]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        cells = {(row["fold"], row["lr"], row["epoch"]): row for row in self.curves}
-        folds = list(dict.fromkeys(row["fold"] for row in self.curves))
+        cells = {(row["fold"], row["lr"], row["epoch"]) for row in self.curves}
+        folds = self._folds()
         epochs = max((row["epoch"] for row in self.curves), default=0)
         wanted = [(fold, lr, epoch) for lr in self.lrs for fold in folds for epoch in range(epochs + 1)]
-        if epochs < 1 or len(cells) != len(self.curves) or set(cells) != set(wanted):
+        if epochs < 1 or len(cells) != len(self.curves) or cells != set(wanted):
             raise ValueError(
                 f"relearning curves are not complete: got {len(self.curves)} rows, expected one for each of "
                 f"{len(folds)} folds x {len(self.lrs)} learning rates x epochs 0..{max(epochs, 1)}"
             )
-        means = {}
-        for key in ("plain", "calibrated") if self.curves[0]["calibrated"] is not None else ("plain",):
-            for lr in self.lrs:
-                means[key, lr] = [
-                    sum(cells[fold, lr, epoch][key] for fold in folds) / len(folds) for epoch in range(epochs + 1)
-                ]
-        object.__setattr__(self, "_means", means)
+
+    def _folds(self) -> list[str]:
+        return list(dict.fromkeys(row["fold"] for row in self.curves))
 
     @property
     def lrs(self) -> list[float]:
@@ -99,8 +91,10 @@ class RTTResult:
         """Mean accuracy over folds after epochs 0, 1, ... at this rate; None if `key` was not measured."""
         if lr not in self.lrs or key not in ("plain", "calibrated"):
             raise ValueError(f"no curve {key!r} at learning rate {lr}: there are plain, calibrated at {self.lrs}")
-        means = self._means.get((key, lr))
-        return None if means is None else list(means)
+        if self.curves[0][key] is None:
+            return None
+        folds, cells = self._folds(), {(row["fold"], row["epoch"]): row[key] for row in self.curves if row["lr"] == lr}
+        return [sum(cells[fold, epoch] for fold in folds) / len(folds) for epoch in range(len(cells) // len(folds))]
 
     @property
     def before(self) -> float:
@@ -120,7 +114,7 @@ class RTTResult:
     @property
     def calibrated_accuracy(self) -> float | None:
         """The strongest attack by calibrated accuracy, None where that was not measured."""
-        return self._best("calibrated")[0] if ("calibrated", self.lrs[0]) in self._means else None
+        return None if self.curves[0]["calibrated"] is None else self._best("calibrated")[0]
 
     @property
     def recovery(self) -> float:
@@ -128,12 +122,8 @@ class RTTResult:
         return self.accuracy - self.before
 
     def _best(self, key: str) -> tuple[float, tuple[float, int]]:
-        best = None
-        for lr in self.lrs:
-            for epoch, value in enumerate(self._means[key, lr]):
-                if epoch >= 1 and (best is None or value > best[0]):
-                    best = (value, (lr, epoch))
-        return best
+        found = [(value, (lr, epoch)) for lr in self.lrs for epoch, value in enumerate(self.curve(lr, key)) if epoch]
+        return max(found, key=lambda item: item[0])  # the first of equal ones
 
     def to_dict(self) -> dict:
         """JSON form: the summary for readers, and the curves, from which from_dict makes the result again."""
@@ -165,16 +155,15 @@ def rtt_attack(
 ) -> RTTResult:
     """Fine-tune on all folds but one, ask about that one; for each fold and learning rate.
 
-    decoder: the unlearned model as a Decoder; its weights are bit for bit the same afterwards, also after an
-    exception.
-    snapshot_dir: where the copy of the weights lies meanwhile (the size of the model; removed at the end).
-    done: rows of an earlier, interrupted run. A (fold, lr) whose rows are there is not attacked again; rows
-    of folds or learning rates that are not asked for now are left out.
+    decoder: of the unlearned model; its weights are bit for bit the same afterwards, also after an exception.
+    snapshot_dir: where a copy of the weights lies meanwhile (the size of the model; removed at the end).
+    done: rows of an earlier, interrupted run. A (fold, lr) whose rows are there is not attacked again; rows of folds or
+    learning rates that are not asked for now are left out.
     on_result: called with the finished rows (epochs 0 to the last) of each (fold, lr), to be kept for `done`.
 
-    Raises ValueError for fewer than two folds, folds of the same name, unusable records (choice_accuracy,
-    data.encode), or `done` rows from a run with other epochs; FloatingPointError, naming fold and learning
-    rate, if the fine-tuning diverges.
+    Raises ValueError for fewer than two folds, folds of the same name, unusable records (`choice_accuracy`,
+    `data.encode`), or `done` rows from a run with other epochs; FloatingPointError, naming fold and learning rate, if
+    the fine-tuning diverges.
     """
     return Attack(decoder, tokenizer, folds, config).run(snapshot_dir, progress, done, on_result)
 
@@ -225,7 +214,9 @@ class Attack:
                 finished[folds[i].name, lr] = rows
                 if on_result is not None:
                     on_result([dict(row) for row in rows])
-        return _result(finished, folds, config) if len(mine) == len(left) else None
+        if len(mine) < len(left):
+            return None
+        return RTTResult([row for fold in folds for lr in config.lrs for row in finished[fold.name, lr]])
 
     def _one(self, i: int, lr: float, restore: Callable[[], None], bar: tqdm) -> list[dict]:
         """The rows of one fold's attack at one learning rate; `restore` puts the weights back."""
@@ -280,8 +271,7 @@ def _snapshot(model, directory: Path) -> Iterator[Callable[[], None]]:
 
 
 def _row(fold: Fold, lr: float, epoch: int, accuracy: Accuracy) -> dict:
-    measured = asdict(accuracy)
-    return {"fold": fold.name, "lr": lr, "epoch": epoch, **{key: measured[key] for key in ("plain", "calibrated")}}
+    return dict(fold=fold.name, lr=lr, epoch=epoch, plain=accuracy.plain, calibrated=accuracy.calibrated)
 
 
 def _check_folds(folds: Sequence[Fold]) -> None:
@@ -315,7 +305,3 @@ def _finished(done: Sequence[dict], folds: Sequence[Fold], config: RTTConfig) ->
                 f"0 to {config.epochs}; resume with the same settings, or start without the earlier results"
             )
     return finished
-
-
-def _result(finished: dict, folds: Sequence[Fold], config: RTTConfig) -> RTTResult:
-    return RTTResult([row for fold in folds for lr in config.lrs for row in finished[fold.name, lr]])

@@ -37,6 +37,7 @@ import torch
 from tqdm import tqdm
 
 from kunbr_fast.files.atomic import atomic_write, sha256, write_json
+from kunbr_fast.files.models import model_directory
 from kunbr_fast.files.tensors import INDEX, Shards
 from kunbr_fast.keywords import taken
 
@@ -86,9 +87,8 @@ def merge_models(
     for number, path in enumerate(real):
         if path in real[:number]:
             raise ValueError(f"{inputs[number]} is given twice: its task vector would be counted twice, or be zero")
-    files = [Shards(path).paths for path in inputs]
     _check_configuration(inputs[0])
-    headers = [[_Header.read(file) for file in found] for found in files]
+    headers = [[_Header.read(file) for file in Shards(path).paths] for path in inputs]
     sources = [{tensor.name: tensor for header in found for tensor in header.tensors} for found in headers]
     _check_same(inputs, sources)
 
@@ -218,9 +218,7 @@ class _Reader:
 
 
 def _check_configuration(base: Path) -> None:
-    path = base / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{base}: no config.json: not a Hugging Face model directory")
+    path = model_directory(base) / "config.json"
     try:
         configuration = json.loads(path.read_text())
     except ValueError as error:

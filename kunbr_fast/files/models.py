@@ -35,7 +35,7 @@ def model_directory(path: str | Path) -> Path:
 
 def load_model(path: str | Path, dtype: str | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """A causal language model from a local directory, in eval mode; dtype: a name of DTYPES (default: as saved)."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     path = model_directory(path)
     if dtype is not None and dtype not in DTYPES:
@@ -44,23 +44,19 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
         with open_tensors(file):  # only its header is read; transformers' own error would not name the file
             pass
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
-            config=config,
             dtype=DTYPES[dtype] if dtype else "auto",
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=False,
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be loaded: {error}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{path}: has no weights for {missing[0]} ({len(missing)} missing): this checkpoint is not whole"
         )

@@ -38,6 +38,7 @@ import dataclasses
 import logging
 import random
 import tempfile
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,13 @@ from tqdm import tqdm
 
 from kunbr_fast.data import PackedBatch, Sample
 from kunbr_fast.data.batch import join
-from kunbr_fast.files.tensors import Shards, WeightSnapshot, open_tensors, save_tensors
+from kunbr_fast.files.tensors import SINGLE, Shards, WeightSnapshot, save_tensors
 from kunbr_fast.integrations.padded_pass import OwnForward
 from kunbr_fast.integrations.recognise import recognise
 from kunbr_fast.keywords import taken
 from kunbr_fast.model.decoder import Decoder, Stretch
-from kunbr_fast.model.finite import finite
 from kunbr_fast.model.prefix_cache import PrefixCache
+from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives import losses
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.diverged import Diverged
@@ -114,9 +115,7 @@ class DEEP_UNL:
     def _find_original(self, path: str | Path) -> Shards | WeightSnapshot:
         """M0's weights on disk: its own files, or what `load_llm` loads."""
         parameters = dict(self.model.named_parameters())
-        found: Shards | WeightSnapshot | None = None
-        if any(Path(path).glob("*.safetensors")):
-            found = Shards(path)
+        found = Shards(path) if any(Path(path).glob("*.safetensors")) else None
         if found is None or not all(name in found for name in parameters):
             logger.warning(
                 f"{path}: no safetensors with this model's own tensor names: load_llm loads it, and for a moment two "
@@ -133,9 +132,15 @@ class DEEP_UNL:
 
     # ------------------------------------------------ which block
 
-    def _next(self) -> list[str]:
-        waiting = [name for name, visits in self.history_cache.items() if visits < self.compare_train_times]
-        return waiting[: self.choose_num] if waiting else list(self.history_cache)
+    def _plan(self, epochs: int) -> list[list[str]]:
+        """The names of the blocks of each epoch to come."""
+        visits, plan = dict(self.history_cache), []
+        for _ in range(epochs):
+            waiting = [name for name, count in visits.items() if count < self.compare_train_times]
+            plan.append(waiting[: self.choose_num] if waiting else list(visits))
+            self._layers(plan[-1])
+            visits |= {name: visits[name] + 1 for name in plan[-1]}
+        return plan
 
     def _layers(self, names: Sequence[str]) -> range:
         """The layers of blocks that follow each other, which the chosen ones always do."""
@@ -148,17 +153,6 @@ class DEEP_UNL:
             )
         return range(start, min(stop, self.decoder.num_layers))
 
-    def _check_plan(self, epochs: int) -> None:
-        kept = dict(self.history_cache)
-        try:
-            for _ in range(epochs):
-                names = self._next()
-                self._layers(names)
-                for name in names:
-                    self.history_cache[name] += 1
-        finally:
-            self.history_cache = kept
-
     # ------------------------------------------------ training
 
     def dynamic_deep_unlearning(self, epochs: int | None = 8) -> None:
@@ -167,46 +161,46 @@ class DEEP_UNL:
         base = self.base_model
         epochs = base.epochs if epochs is None else epochs
         print(f"num_epochs: {epochs}")
-        self._check_plan(epochs)
+        plan = self._plan(epochs)
         forget, retain = self._batches(base.val_forget_dataset), self._batches(base.val_retain_dataset)
         if not retain:
             raise ValueError("val_retain_dataset is empty: expected at least one point")
         base.eval_on_RTV(0, "dynamic_GD_deep_unlearning")
         if epochs == 0:
             return
-        own = OwnForward(self.decoder)
+        self._own = OwnForward(self.decoder)
         with tempfile.TemporaryDirectory(dir=self._work.name) as work:
-            unlearned = _Unlearned(self.model, Path(work))
+            WeightSnapshot.save(self.model, Path(work) / SINGLE)
+            unlearned = Shards(work)  # M_u, later with the trained blocks
             inside = True  # whether the model holds M_u
             try:
-                for epoch in range(epochs):
+                for epoch, names in enumerate(plan):
                     if inside:
                         inside = False
                         _fill(self.model, self._original)
-                    self._visit(unlearned, forget, retain, epoch, own)
+                    self._visit(epoch, names, unlearned, forget, retain)
                     if (epoch + 1) % base.eval_every == 0:
-                        unlearned.restore(self.model)
+                        _fill(self.model, unlearned)
                         inside = True
                         base.eval_on_RTV(epoch + 1, "dynamic_GD_deep_unlearning")
             finally:
                 if not inside:
-                    unlearned.restore(self.model)
+                    _fill(self.model, unlearned)
 
     def _batches(self, points: Sequence) -> list[_Batch]:
         size = self.base_model.batch_size
         return [_Batch(points[i : i + size], self.base_model.get_loss) for i in range(0, len(points), size)]
 
     def _visit(
-        self, unlearned: _Unlearned, forget: list[_Batch], retain: list[_Batch], epoch: int, own: OwnForward
+        self, epoch: int, names: list[str], unlearned: Shards, forget: list[_Batch], retain: list[_Batch]
     ) -> None:
-        base, names = self.base_model, self._next()
-        block = self._layers(names)
+        base, block, trained = self.base_model, self._layers(names), {}
         for name in names:
             self.history_cache[name] += 1
         print(f"epoch {epoch}: {', '.join(names)}, layers {block.start} to {block.stop - 1}")
         with reinserted(
             self.decoder,
-            unlearned,
+            ChainMap(trained, unlearned),
             block,
             self.lr,
             base.retain_coeff,
@@ -221,18 +215,20 @@ class DEEP_UNL:
             self.model.eval()  # whatever `eval` left it in
             for i, batch in enumerate(tqdm(forget, desc=f"deep GD unlearning epoch {epoch}")):
                 other = retain[i * random.randint(1, 10000) % len(retain)]
-                _update(training, self._loss(training, batch, other, own))
-        unlearned.keep(f"layers-{block.start}-{block.stop}.safetensors")
+                _update(training, self._loss(training, batch, other))
+        file = unlearned.directory / f"layers-{block.start}-{block.stop}.safetensors"
+        save_tensors(file, trained)
+        unlearned.files |= dict.fromkeys(trained, file)
 
-    def _loss(self, training: BlockTraining, forget: _Batch, retain: _Batch, own: OwnForward) -> torch.Tensor:
+    def _loss(self, training: BlockTraining, forget: _Batch, retain: _Batch) -> torch.Tensor:
         start, coeff = training.block.start, self.base_model.retain_coeff
         if not all([batch.look(self.decoder) for batch in (forget, retain)]):
-            if not own.kept:
+            if not self._own.kept:
                 logger.warning(
                     "get_loss is no weighted sum of token losses, or counts padding: it trains on the model's own "
                     "padded pass, with full logits, and what is saved are the layers below the block"
                 )
-            with own.above(start):
+            with self._own.above(start):
                 return -forget.get_loss(self.model) + coeff * retain.get_loss(self.model)
         batch = join(forget.packed(start), retain.packed(start))
         hidden = self.decoder.run(batch, Stretch(start, batch.hidden), rows=True)
@@ -248,41 +244,10 @@ def _update(training: BlockTraining, loss: torch.Tensor) -> None:
     training.update()
 
 
-# ---------------------------------------------------------------- weights
-
-
 @torch.no_grad()
 def _fill(model: nn.Module, weights: Shards | WeightSnapshot) -> None:
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])
-
-
-class _Unlearned:
-    """M_u on disk: its weights as they were, and a file for each visited block. What `reinserted` puts back waits for
-    `keep`."""
-
-    def __init__(self, model: nn.Module, directory: Path):
-        self.directory, self.back = directory, {}
-        first = WeightSnapshot.save(model, directory / "unlearned.safetensors").path
-        self.files = {name: first for name, _ in model.named_parameters()}
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.files
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        with open_tensors(self.files[name]) as file:
-            return file.get_tensor(name)
-
-    def __setitem__(self, name: str, value: torch.Tensor) -> None:
-        self.back[name] = value
-
-    def keep(self, file: str) -> None:
-        save_tensors(self.directory / file, self.back)
-        self.files |= {name: self.directory / file for name in self.back}
-        self.back = {}
-
-    def restore(self, model: nn.Module) -> None:
-        _fill(model, self)
 
 
 # ---------------------------------------------------------------- batches

@@ -16,33 +16,17 @@ import torch
 from kunbr_fast.density.measure import Density
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.frozen import frozen
-from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import PrefixCache
-from kunbr_fast.objectives.batch import Shares
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
-from kunbr_fast.run.samples import Feed, share
+from kunbr_fast.run.samples import share
 from kunbr_fast.run.stages import Stages
-from kunbr_fast.run.state import SharedState
 from kunbr_fast.run.steps import LOSSES, new_account
 from kunbr_fast.run.visits import BEGIN, ORIGINAL, WARMUP, Visit, layers, visits
-from kunbr_fast.training.block import BlockTraining, block_tensors
+from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.shared import SharedStep
-
-
-@dataclasses.dataclass(frozen=True)
-class Driver:
-    """The loop that drives: its processes, whether this one writes, how they wait, and what a forward pass runs in."""
-
-    team: Group
-    writes: bool
-    wait: Callable[[], None]
-    autocast: Callable[[], contextlib.AbstractContextManager]
-
-    def open_state(self, *arguments: Any) -> SharedState:
-        return SharedState(self.writes, self.wait, *arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,19 +42,27 @@ class Span:
 class DrivenStages(Stages):
     """The stages, entered and left one by one; the driver calls `backward`, `gather` and the training's optimiser.
 
+    ranks: the driver's, which share each step; autocast: what a forward pass runs in.
     spans: of the stages that have steps; at: the present one; visit: the present one, None in the warm-up.
     """
 
-    def __init__(self, inputs: RunInputs, config: KUnBRConfig, context: RunContext, driver: Driver):
+    def __init__(
+        self,
+        inputs: RunInputs,
+        config: KUnBRConfig,
+        context: RunContext,
+        ranks: Group,
+        autocast: Callable[[], contextlib.AbstractContextManager],
+    ):
         super().__init__(inputs, config, context)
-        self.driver = driver
+        self.ranks, self.autocast = ranks, autocast
         begun = {"unlearned_given": inputs.unlearned is not None}
         if (found := self.state.result(BEGIN)) is None:
             self.state.finish(BEGIN, begun)  # from here on the settings of the data are fixed
         elif found != begun:
             how = "without" if inputs.unlearned is not None else "with"
             raise ValueError(f"{self.work}: this run was begun {how} unlearned=")
-        self.steps_per_epoch = self.samples.schedule(config, 1, 0).steps_per_epoch
+        self.steps_per_epoch = self.schedule_of(None).steps_per_epoch
         self.spans = self._spans()
         self.at: Span | None = None
         self.visit: Visit | None = None
@@ -79,6 +71,7 @@ class DrivenStages(Stages):
         self.measured: Density | None = None
         self.trained: dict[range, Mapping[str, torch.Tensor]] = {}
         self.cache: PrefixCache | None = None
+        self._original: WeightSnapshot | None = None
         self._outer, self._inner = contextlib.ExitStack(), contextlib.ExitStack()
         self._step: SharedStep | None = None
         self.gathered: SharedStep | None = None  # what the next update is made from
@@ -99,16 +92,14 @@ class DrivenStages(Stages):
 
     def begin(self, steps: int) -> None:
         """Enters the stage in which the last of `steps` steps was done. The model must be the original."""
-        if self.driver.writes:
-            WeightSnapshot.save(self.decoder.model, self.work / "original.safetensors")
-        self.driver.wait()
+        self._original = self.keep_original()
         self._outer.enter_context(frozen(self.decoder.model))
         if steps > self.spans[-1].stop:
             raise ValueError(f"a checkpoint of step {steps}, in a run of {self.spans[-1].stop} steps")
         present = next(span for span in self.spans if steps <= span.stop)
         if present.number == 0:  # what a run that had come further has left is made again
             self.state.keep_only((BEGIN, ORIGINAL))
-        with self.driver.autocast():
+        with self.autocast():
             self.measure_original()
         if present.number:
             self._take_trained(self.order[: present.number - 1], self.order[present.number - 1])
@@ -137,13 +128,9 @@ class DrivenStages(Stages):
             self._take_unlearned()
         self.measured = self.density()
         self.blocks = self.select(self.measured)
-        with self.driver.autocast():
+        with self.autocast():
             self.measure_original(self.blocks)
         return visits(self.config, self.blocks)
-
-    @functools.cached_property
-    def _unlearned_weights(self) -> WeightSnapshot:
-        return WeightSnapshot(self.state.file(WARMUP))  # once: its checksum reads the whole model
 
     def _take_unlearned(self) -> None:
         """M_u's weights to work/warmup.safetensors, where no stage has made them."""
@@ -164,17 +151,13 @@ class DrivenStages(Stages):
             else:
                 self._enter_visit(stack, self.visit)
             self._inner = stack.pop_all()
-        self.at, self.losses = span, new_account()
+        self.at, self.losses, self.schedule = span, new_account(), self.schedule_of(self.visit)
 
     def _enter_warm_up(self, stack: contextlib.ExitStack) -> None:
-        config, model = self.config, self.decoder.model
-        says = f"warm-up on all parameters, {config.warmup_epochs} epochs"
+        says = f"warm-up on all parameters, {self.config.warmup_epochs} epochs"
         stack.enter_context(self.reporter.stage(WARMUP, says))
-        stack.enter_context(frozen(model))
-        stack.enter_context(fused(model, config.impl))
-        self.training = self.full_training()
-        self.feed = Feed(self.samples, self.training.criterion, self.pack, self.original)
-        self.schedule = self.samples.schedule(config, config.warmup_epochs, 0)
+        self.training = stack.enter_context(self.full_training())
+        self.feed = self.feed_of(self.training)
 
     def _enter_visit(self, stack: contextlib.ExitStack, visit: Visit) -> None:
         block, which = visit.block, f"visit {1 + self.order.index(visit)} of {len(self.order)}"
@@ -183,14 +166,11 @@ class DrivenStages(Stages):
         with self.reporter.part("prefix cache"):
             if self.cache is None:
                 self.cache = self.prefix_cache()
-            with self.driver.autocast():
+            with self.autocast():
                 self.cache.advance(block.start)
-        source = self.trained.get(block) or self._unlearned_weights
-        self._values = {name: source[name] for name in block_tensors(self.decoder, block)}
-        self.training = stack.enter_context(self.block_training(self._values, block))
-        self._values.clear()  # to be filled when the block leaves
-        self.feed = Feed(self.samples, self.training.criterion, self.cache.batch, self.original)
-        self.schedule = self.samples.schedule(self.config, self.config.block_epochs, visit.number)
+        source, self._values = self.trained.get(block) or self._unlearned(), {}
+        self.training = stack.enter_context(self.block_training(source, block, self._values))
+        self.feed = self.feed_of(self.training, self.cache)
 
     def _leave(self, complete: bool) -> None:
         """Out of the present stage; with complete=False its result is used, but not recorded as the stage's."""
@@ -201,7 +181,7 @@ class DrivenStages(Stages):
                 self.state.finish(WARMUP, result, dict(self.decoder.model.named_parameters()))
             self._inner.close()
             if complete:
-                WeightSnapshot(self.work / "original.safetensors").restore(self.decoder.model)
+                self._original.restore(self.decoder.model)
             return
         self._inner.close()
         self.trained[visit.block] = self._values
@@ -219,17 +199,15 @@ class DrivenStages(Stages):
         if complete or not warming:
             self.merge(self.trained)
         self._outer.close()
-        self.driver.wait()
-        if self.driver.writes:
-            (self.work / "original.safetensors").unlink()
+        self.drop_original(self._original)
+        self._original = None
 
     def abort(self) -> None:
         """After an exception: the model is the original again."""
         self.at = None
         self._inner.__exit__(*sys.exc_info())
-        original = self.work / "original.safetensors"
-        if original.is_file():
-            WeightSnapshot(original).restore(self.decoder.model)
+        if self._original is not None:
+            self._original.restore(self.decoder.model)
         self._outer.close()
 
     # ------------------------------------------------ steps
@@ -238,16 +216,13 @@ class DrivenStages(Stages):
         """Adds the gradient of one of a step's `accumulation` micro-batches on this rank. Returns its loss; over all
         micro-batches and ranks they sum to the loss of the step."""
         whole = self.schedule[step - self.at.first]
-        team = self.driver.team
-        part, parts = micro * team.size + team.rank, accumulation * team.size
+        part, parts = micro * self.ranks.size + self.ranks.rank, accumulation * self.ranks.size
         mine = [share(samples, part, parts) for samples in whole]
-        if not self.samples.places(self.training.criterion, *mine):
+        if (batch := self.feed.part(mine, whole)) is None:
             return torch.zeros((), device=self.decoder.device)
         if self._step is None:
             self._step = SharedStep(self.training)
-        shares = Shares(*(len(samples) / len(all_) for samples, all_ in zip(mine, whole)))
-        batch = self.feed.batch(*mine, shares)
-        with self.driver.autocast():
+        with self.autocast():
             part = self.training.loss(batch)
         part = part.backward()
         self._step.add(batch, part)
@@ -259,8 +234,8 @@ class DrivenStages(Stages):
         self.gathered, self._step = self._step or SharedStep(self.training), None
         number = step - self.at.first
         where = f"{'warm-up' if self.visit is None else f'block {layers(self.visit.block)}'}, step {number}"
-        metrics = self.gathered.gather(self.driver.team, where)
-        self.account(where, (number + 1) % self.schedule.steps_per_epoch == 0, metrics, self.losses)
+        metrics = self.gathered.gather(self.ranks, where)
+        self.account(where, (number + 1) % self.steps_per_epoch == 0, metrics, self.losses)
         self._since_log.append(metrics)
 
     def logged(self, losses_too: bool) -> dict[str, float]:

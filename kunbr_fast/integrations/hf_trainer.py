@@ -1,9 +1,5 @@
 """KUnBR inside Hugging Face's Trainer (transformers 5): its loop, logs, checkpoints and processes around our stages.
 
-    trainer = KUnBRTrainer(model, args, config=config, forget_dataset=forget, retain_dataset=retain)
-    trainer.train()                # resume_from_checkpoint=True goes on where a run was killed
-    trainer.save_model()
-
 One `train()` is all stages in one row of Trainer's steps: the warm-up's epochs, then those of each visit of a block, in
 the order of `run.visits`. The stages are those of `kunbr_fast.unlearn` (`driven_stages`) and each step sees the same
 samples, so the weights are the same. Trainer's internals that this relies on: `_wrap_model` (called once before
@@ -36,7 +32,7 @@ if not is_accelerate_available():
 from transformers import Trainer, TrainerCallback
 
 from kunbr_fast.density.measure import Density
-from kunbr_fast.integrations.driven_stages import DrivenStages, Driver, StageOptimizer
+from kunbr_fast.integrations.driven_stages import DrivenStages, StageOptimizer
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
@@ -223,14 +219,14 @@ class KUnBRMixin:
             shutil.rmtree(work, ignore_errors=True)
         if args.should_save:
             work.mkdir(parents=True, exist_ok=True)
-        team = Group(args.process_index, args.world_size)
-        driver = Driver(team, args.should_save, accelerator.wait_for_everyone, accelerator.autocast)
         reporter = Reporter(not args.disable_tqdm and args.should_save, logger.info)
         # an evaluation may have put a wrapper on
         model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         inputs = RunInputs(model, forget, retain, self.processing_class, self._checked_unlearned())
-        context = RunContext(work, reporter=reporter, resume=resume, open_state=driver.open_state)
-        stages = DrivenStages(inputs, config, context, driver)
+        sharing = {"writes": args.should_save, "wait": accelerator.wait_for_everyone}
+        context = RunContext(work, reporter=reporter, resume=resume, **sharing)
+        ranks = Group(args.process_index, args.world_size)
+        stages = DrivenStages(inputs, config, context, ranks, accelerator.autocast)
         steps = stages.spans[-1].stop
         if args.max_steps > steps:
             raise ValueError(
@@ -258,7 +254,9 @@ class KUnBRMixin:
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         count = self._stages.steps_per_epoch * self.args.gradient_accumulation_steps
         return torch.utils.data.DataLoader(
-            _Epoch(len(self._stages.samples.forget)), batch_sampler=[[i] for i in range(count)], collate_fn=_only
+            _Epoch(len(self._stages.samples.forget)),
+            batch_sampler=[[i] for i in range(count)],
+            collate_fn=lambda items: items[0],
         )
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
@@ -293,11 +291,6 @@ class KUnBRMixin:
         if self._stages is not None and self._stages.at is not None and "train_runtime" not in logs:
             logs.update(self._stages.logged("loss" in logs))
         super().log(logs, *args, **kwargs)
-
-
-def _only(items: list[Any]) -> Any:
-    (item,) = items
-    return item
 
 
 class KUnBRTrainer(KUnBRMixin, Trainer):

@@ -32,7 +32,6 @@ from kunbr_fast.objectives.distributions import linear_nll
 
 logger = logging.getLogger(__name__)
 STATE = "_kunbr_rows"
-WANTS = ("loss", "nll", "layers")
 
 
 class Rows:
@@ -46,9 +45,7 @@ class Rows:
 
     @contextlib.contextmanager
     def want(self, what: str | None) -> Iterator[None]:
-        """None: the model's own forward. Nests."""
-        if what not in (None, *WANTS):
-            raise ValueError(f"what={what!r}: expected None or one of {', '.join(WANTS)}")
+        """ "loss", "nll", "layers", or None: the model's own forward. Nests."""
         before, self.wanted = self.wanted, what
         try:
             yield
@@ -78,12 +75,6 @@ def install(model: nn.Module, impl: str = "auto") -> Rows | None:
     model.__dict__[STATE] = Rows(impl)
     model.forward = MethodType(_forward, model)
     return model.__dict__[STATE]
-
-
-def remove(model: nn.Module) -> None:
-    """Undoes `install`; nothing where another tool has wrapped the forward since."""
-    if getattr(model.__dict__.get("forward"), "__func__", None) is _forward:
-        del model.forward, model.__dict__[STATE]
 
 
 # ---------------------------------------------------------------- the forward
@@ -164,17 +155,13 @@ def sequence_nll(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Ten
     is not trained says of it depends on nothing else, but for rounding.
     """
     rows = of(model)
-    if rows is None:
-        raise ValueError(f"{type(model).__name__}: call labelled_rows.install(model) first")
     with rows.want("nll"):
         if rows.known is None or torch.is_grad_enabled():
             return model(**inputs).loss
         keys = _keys(inputs)
         new = [number for number, key in enumerate(keys) if key not in rows.known]
         if new:
-            part = (
-                inputs if len(new) == len(keys) else {k: v[new] if torch.is_tensor(v) else v for k, v in inputs.items()}
-            )
+            part = {name: x[new] if torch.is_tensor(x) else x for name, x in inputs.items()}
             rows.known.update(zip((keys[number] for number in new), model(**part).loss.detach().unbind()))
         return torch.stack([rows.known[key] for key in keys])
 

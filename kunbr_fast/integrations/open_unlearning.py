@@ -138,7 +138,6 @@ def _training_arguments(own: Callable) -> Callable:
     def make(**kwargs: Any) -> Any:
         if "logging_dir" in kwargs and "logging_dir" not in {field.name for field in dataclasses.fields(own)}:
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(kwargs.pop("logging_dir")))
-            kwargs.pop("logging_dir", None)
         return own(**kwargs)
 
     return make
@@ -223,10 +222,8 @@ class _Patched:
             return super().forward_with_cache(model, *args, **kwargs)
 
     def _layers_needed(self) -> int | None:
-        for number, layer in enumerate(labelled_rows.layers(self.model)):
-            if any(module is self.model_module for module in layer.modules()):
-                return number + 1
-        return None
+        holds = [self.model_module in layer.modules() for layer in labelled_rows.layers(self.model)]
+        return holds.index(True) + 1 if True in holds else None
 
 
 def _batch_nll(own: Callable) -> Callable:
@@ -252,12 +249,10 @@ class _Measured:
     options = Options()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        found = self.__dict__.setdefault("_costs", {})
+        found, step = self.__dict__.setdefault("_costs", {}), functools.partial(super().training_step, *args, **kwargs)
         if "flops" not in found:
-            return self._kept(found, lambda: super(_Measured, self).training_step(*args, **kwargs))
-        if "peak_bytes" not in found:
-            return self._peak(found, lambda: super(_Measured, self).training_step(*args, **kwargs))
-        return super().training_step(*args, **kwargs)
+            return self._kept(found, step)
+        return step() if "peak_bytes" in found else self._peak(found, step)
 
     def _kept(self, found: dict, step: Callable) -> Any:
         from torch.utils.flop_counter import FlopCounterMode

@@ -126,7 +126,7 @@ def _samples(
         place = positions[row, first:stop]
         if stop - first != len(real) or bool((live[row] & ~mask[row]).any()) or bool((place.diff() != 1).any()):
             return None
-        if int(place[0]) and not _relative(decoder):
+        if int(place[0]) and not positions_are_relative(decoder):
             return None
         own, counts = ids[row, first:stop], live[row, first:stop]
         labels = torch.cat([torch.tensor([IGNORE]), torch.where(counts, targets[row, first:stop], IGNORE)])
@@ -138,7 +138,7 @@ def _samples(
 
 
 @torch.no_grad()
-def _relative(decoder: Decoder) -> bool:
+def positions_are_relative(decoder: Decoder) -> bool:
     """Whether nothing but differences of positions counts: a model that adds positions to its embeddings says no."""
     first = decoder.probe
     other = PackedBatch(first.input_ids, first.labels, first.position_ids + 8, first.lengths)

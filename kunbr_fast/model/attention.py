@@ -62,32 +62,21 @@ def packed_attention(
         allowed = distance >= 0
         if narrow:
             allowed &= distance < window
-    out = _attend(query, key, value, allowed, options.get("scaling"), softcap)
+    groups, scaling = query.shape[1] // key.shape[1], options.get("scaling")
+    if softcap is None:
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=scaling, enable_gqa=groups != 1
+        )
+    else:  # SDPA has none: the plain formula, softmax in fp32 as the models' own code has it
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
+        scores = scores.masked_fill(~allowed, float("-inf"))
+        out = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
     out = out.transpose(1, 2).flatten(0, 1)  # (B * Lmax, Hq, d)
     if back is not None:
         out = out.index_select(0, back)
     return out[None], None
-
-
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    allowed: torch.Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    groups = query.shape[1] // key.shape[1]
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=scaling, enable_gqa=groups != 1
-        )
-    # SDPA has no softcap: the plain formula, softmax in fp32 as the models' own code has it
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
-    scores = scores.masked_fill(~allowed, float("-inf"))
-    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
 
 
 def register() -> None:

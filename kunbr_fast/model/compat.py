@@ -4,7 +4,8 @@ The package is written for transformers 5, and its tests are. It also imports wi
 4.45.1 (torch 2.4.1), where all that runs packed samples is refused: the releases of OpenUnlearning's time, which
 examples/open_unlearning.py was run with.
 
-transformers takes seconds to import: the names in FOUND are looked up when one of them is first used, as `compat.NAME`.
+transformers takes seconds to import: the names in `_find` are looked up when one of them is first used, as
+`compat.NAME`.
 """
 
 from __future__ import annotations
@@ -14,29 +15,17 @@ from typing import Any
 from packaging.version import Version
 
 PACKED_SINCE = Version("4.51.3")  # the oldest release that packed samples were run with
-FOUND = (
-    "VERSION",
-    "LAYERS_RETURN_TUPLES",  # decoder layers returned (hidden, ...) until 4.53, and the model took hold of the first
-    "CALL_CHECKPOINTS",  # whether recomputing is around a layer's forward (transformers 5.0, and the model's own loop)
-    "ALL_ATTENTION_FUNCTIONS",  # None in 4.45: a class of attention for each implementation
-    "ALL_EXPERTS_FUNCTIONS",  # None in 4.x: no stacked experts
-    "AttentionInterface",  # None in 4.45
-    "Conv1D",
-    "GELUActivation",
-    "GELUTanh",
-    "SiLUActivation",
-)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in FOUND:
+    if name[0].isupper():
+        globals().update(_find())
+    if name not in globals():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals().update(_find())
     return globals()[name]
 
 
 def _find() -> dict[str, Any]:
-    """The value of each name in FOUND."""
     import transformers
     from transformers.activations import GELUActivation
     from transformers.pytorch_utils import Conv1D
@@ -62,6 +51,15 @@ def _find() -> dict[str, Any]:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError:
         ALL_EXPERTS_FUNCTIONS = None
-    values = (version, version < Version("4.54"), checkpoints, ALL_ATTENTION_FUNCTIONS, ALL_EXPERTS_FUNCTIONS)
-    values += (AttentionInterface, Conv1D, GELUActivation, GELUTanh, SiLUActivation)
-    return dict(zip(FOUND, values))
+    return dict(
+        VERSION=version,
+        LAYERS_RETURN_TUPLES=version < Version("4.54"),  # until then a model took the first of what its layers gave
+        CALL_CHECKPOINTS=checkpoints,  # whether recomputing is around a layer's forward (5.0, and the model's own loop)
+        ALL_ATTENTION_FUNCTIONS=ALL_ATTENTION_FUNCTIONS,  # None in 4.45: a class of attention for each implementation
+        ALL_EXPERTS_FUNCTIONS=ALL_EXPERTS_FUNCTIONS,  # None in 4.x: no stacked experts
+        AttentionInterface=AttentionInterface,  # None in 4.45
+        Conv1D=Conv1D,
+        GELUActivation=GELUActivation,
+        GELUTanh=GELUTanh,
+        SiLUActivation=SiLUActivation,
+    )

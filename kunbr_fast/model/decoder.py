@@ -1,16 +1,16 @@
 """A Hugging Face causal language model, taken apart without copying its source.
 
 A model is: embeddings -> layer 0 ... layer H-1 -> final norm -> head. Re-insertion runs any stretch of the layers from
-given activations, on packed samples, with logits at chosen positions only. The model's own forward stays the truth: run
-with recorders in place of its layers, it gives the hidden state at the input of layer 0 and each layer's further
-arguments (rotary angles, positions, masks); the layers are then called one by one. So what a model does before its
-layers (positions added, embeddings scaled) is done by its own code.
+given activations, on packed samples, with logits at chosen positions only. The model's own forward, run with recorders
+in place of its layers, gives the hidden state at the input of layer 0 and each layer's further arguments (rotary
+angles, positions, masks); the layers are then called one by one. So what a model does before its layers (positions
+added, embeddings scaled) is done by its own code.
 
 The final norm is found by watching one real forward. A self-check compares the logits of this path with the model's
 own on two short samples: an architecture that does not fit is refused, not trained wrongly.
 
-Packed samples attend within themselves only. Attention goes through `transformers`' attention interface, under a
-name that this module registers; the model's own choice is put back after each call.
+Attention goes through transformers' attention interface (`attention`); the model's own choice is put back after each
+call.
 """
 
 from __future__ import annotations
@@ -29,18 +29,14 @@ from kunbr_fast.data import PackedBatch, pack
 from kunbr_fast.files.models import save_model
 from kunbr_fast.memory import Place
 from kunbr_fast.model import attention, compat
-from kunbr_fast.model.finite import check_finite
 from kunbr_fast.model.frozen import evaluating, frozen
-from kunbr_fast.model.weights import Weights, weights_of
+from kunbr_fast.model.weights import Weights, check_finite, weights_of
 
-# (number of the batch, where its pass begins, its end, gradient of its output or None), see `Decoder.passes`
-Turn = Callable[[int, "Stretch", int, torch.Tensor | None], None]
+Turn = Callable[[int, "Stretch", int, torch.Tensor | None], None]  # see `Decoder.passes`
 
 
-def find_layers(model: nn.Module, config: Any = None, name: str | None = None) -> tuple[str, nn.ModuleList]:
-    """The path and the list of the model's layers; ValueError, which calls the model `name`, where it is not clear."""
-    config, name = config or model.config.get_text_config(), name or type(model).__name__
-    count = config.num_hidden_layers
+def layer_list(model: nn.Module, count: int, name: str) -> tuple[str, nn.ModuleList]:
+    """The path and the list of `count` layers; ValueError, which calls the model `name`, where it is not clear."""
     found = [
         (path, module)
         for path, module in model.named_modules()
@@ -52,6 +48,13 @@ def find_layers(model: nn.Module, config: Any = None, name: str | None = None) -
     found = [item for item in found if item[0].count(".") == depth]
     if len(found) > 1:
         raise ValueError(f"{name} has several lists of {count} layers ({', '.join(p for p, _ in found)})")
+    return found[0]
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """`layer_list` of a model; ValueError also for layers of a type that cannot run on packed samples."""
+    config, name = model.config.get_text_config(), type(model).__name__
+    found = layer_list(model, config.num_hidden_layers, name)
     # Chunks and the like are longer than the self-check's samples, which therefore could not tell.
     odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if odd:
@@ -59,7 +62,7 @@ def find_layers(model: nn.Module, config: Any = None, name: str | None = None) -
             f"{name} has layers of type {', '.join(sorted(odd))}: only full_attention and sliding_attention "
             "run on packed samples"
         )
-    return found[0]
+    return found
 
 
 class _Stop(Exception):
@@ -112,10 +115,8 @@ FROM_EMBEDDINGS = Stretch()
 
 
 class Arrival(NamedTuple):
-    """A batch on its way through the layers, and which of the layers that were asked for come next.
-
-    number: of the batch; stretch: where `Decoder.run` goes on with it.
-    """
+    """A batch on its way through the layers, which of the layers that were asked for come next, and where
+    `Decoder.run` goes on with it."""
 
     number: int
     batch: PackedBatch
@@ -123,18 +124,11 @@ class Arrival(NamedTuple):
     stretch: Stretch = FROM_EMBEDDINGS
 
 
-def _takes_rows(layer: nn.Module) -> bool:
-    """Whether a layer can compute queries and MLP for some rows only: `patched` ones can."""
-    return getattr(layer.__dict__.get("forward"), "takes_rows", False)
-
-
 class Decoder:
     """Runs stretches of a causal language model's layers on packed batches.
 
-    Of a model that `open_streamed` has made, `Decoder(model)` is a `StreamedDecoder`; whoever goes by `visit`,
-    `stretches`, `forward_to`, `weights` and `place` need not know which of the two it has.
-
-    Runs need eval mode (no dropout), so that packed and unpacked runs, and a run and its resumption, agree.
+    Of a model that `open_streamed` has made, `Decoder(model)` is a `StreamedDecoder`, with the same methods. Runs need
+    eval mode (no dropout), so that packed and unpacked runs, and a run and its resumption, agree.
 
     Errors: ValueError, naming the module, if the model has no list of `num_hidden_layers` layers, more than one
     module between the last layer and the head, a head that is no nn.Linear, weights that are not finite, or logits
@@ -151,7 +145,7 @@ class Decoder:
         attention.register()
         self._layers_path, self.layers = find_layers(model)
         self.inner = model.get_submodule(self._layers_path.rpartition(".")[0])
-        self._head = find_head(model)
+        self.head = find_head(model)
         with evaluating(model):
             self._norm, native = self._watch_forward()
             self._check(native)
@@ -175,10 +169,6 @@ class Decoder:
         return self.config.hidden_size
 
     @property
-    def head(self) -> Head:
-        return self._head
-
-    @property
     def max_positions(self) -> int | None:
         return getattr(self.config, "max_position_embeddings", None)
 
@@ -195,9 +185,8 @@ class Decoder:
     @property
     def rounding(self) -> float:
         """The largest relative difference between two forms of one computation that is taken for rounding. An unknown
-        step in a model changes a result by its own size. Rounding stays far below: models use fp32 inside (norms,
-        rotary angles) even where their weights are fp64; a fine-tuned SmolLM2-135M in fp32 came to 5e-4 (7e-16 in
-        fp64)."""
+        step in a model changes a result by far more. Models use fp32 inside (norms, rotary angles) even where their
+        weights are fp64; a fine-tuned SmolLM2-135M in fp32 came to 5e-4."""
         return {torch.float64: 1e-4, torch.float32: 5e-3}.get(self.dtype, 0.1)
 
     @torch.no_grad()
@@ -281,9 +270,8 @@ class Decoder:
     ) -> Iterator[Arrival]:
         """Forward passes by way of the inputs of `layers`: yields each batch until it has been there for all of them.
 
-        A model in memory yields each batch once, at the embeddings, for all layers. A streamed one yields all batches
-        for one layer, then for the next, from low to high, so that every layer is read once. place: where a streamed
-        model's activations wait.
+        A model in memory yields each batch once, at the embeddings, for all layers; a streamed one all batches for the
+        lowest layer, then for the next, so that every layer is read once. place: where its activations wait.
         """
         layers = sorted(set(layers))
         for number, batch in enumerate(batches):
@@ -306,8 +294,7 @@ class Decoder:
         turn(number, stretch, stop, dy): batch `number`, forward from `stretch` to the input of layer `stop`, and
         backward: from dy, the gradient of that, or where dy is None from the loss. The stretch's hidden states
         require grad, and have one afterwards. A model in memory has one turn for each batch, a streamed one a turn
-        for each of its layers, from high to low. recompute: of the stretch, where it has several layers. place: where
-        a streamed model's activations wait.
+        for each of its layers, from high to low. recompute: of a stretch of several layers. place: as in `forward_to`.
         """
         for number, batch in enumerate(batches):
             with torch.no_grad():
@@ -333,7 +320,8 @@ class Decoder:
         first: list[torch.Tensor] = []
 
         def recorder(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            first.append(hidden) if not first else None
+            if not calls:
+                first.append(hidden)
             calls.append((args, kwargs))
             if len(calls) == len(self.layers):
                 raise _Stop
@@ -380,8 +368,9 @@ class Decoder:
             hidden = embedded if stretch.hidden is None else stretch.hidden[None]
             for index in range(stretch.start, stop):
                 layer, (args, kwargs) = self.layers[index], calls[index]
-                if rows and index == stop - 1 and _takes_rows(layer) and 2 * len(batch.rows) <= batch.num_tokens:
-                    kwargs, rows = {**kwargs, "kunbr_rows": batch.rows}, False  # it gives nothing else
+                if rows and index == stop - 1 and getattr(layer.__dict__.get("forward"), "takes_rows", False):
+                    if 2 * len(batch.rows) <= batch.num_tokens:
+                        kwargs, rows = {**kwargs, "kunbr_rows": batch.rows}, False  # it gives nothing else
                 if stretch.recompute:
                     # The backward pass comes when the model's own attention is back. Nothing here is random.
                     hidden = run_again(
@@ -411,4 +400,4 @@ class Decoder:
     ) -> torch.Tensor:
         """Logits (R, V) at the packed positions `rows` (default: all T)."""
         out = self.run(batch, stretch)
-        return self._head(self.final(out if rows is None else out[rows]))
+        return self.head(self.final(out if rows is None else out[rows]))

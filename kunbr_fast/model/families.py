@@ -16,7 +16,7 @@ class Family:
     each head) or "all" (over all heads at once). window, softcap: where the attention function's arguments of those
     names come from, "module.attribute" or "config.attribute"; None: it gets none. packed: q/k/v and gate/up are one
     projection each. act: the name of the MLP's activation. sums_into: the norm that follows the residual sum after
-    attention, if any.
+    attention, if any. after: the modules that the outputs of attention and MLP go through before they are added.
     """
 
     prefix: str
@@ -29,18 +29,26 @@ class Family:
     packed: bool = False
     act: str = "act_fn"
     sums_into: str | None = "post_attention_layernorm"
+    after: tuple[str, str] | None = None
 
 
 GEMMA: dict[str, Any] = dict(
-    cast="gemma", offset=1.0, eps="eps", window="module.sliding_window", sums_into="pre_feedforward_layernorm"
-)
+    cast="gemma", offset=1.0, eps="eps", window="module.sliding_window", sums_into="pre_feedforward_layernorm",
+    after=("post_attention_layernorm", "post_feedforward_layernorm"),
+)  # fmt: skip
 FAMILIES = {
     "llama": Family("Llama"),
     "mistral": Family("Mistral", window="config.sliding_window"),
     "qwen2": Family("Qwen2", window="module.sliding_window"),
     "qwen3": Family("Qwen3", window="module.sliding_window", qk_norm="head"),
     "smollm3": Family("SmolLM3", window="module.sliding_window"),
-    "phi3": Family("Phi3", window="config.sliding_window", packed=True, act="activation_fn"),
+    "phi3": Family(
+        "Phi3",
+        window="config.sliding_window",
+        packed=True,
+        act="activation_fn",
+        after=("resid_attn_dropout", "resid_mlp_dropout"),
+    ),  # fmt: skip
     "olmo2": Family("Olmo2", cast="gemma", qk_norm="all", sums_into=None),
     "gemma2": Family("Gemma2", **GEMMA, softcap="module.attn_logit_softcapping"),
     "gemma3": Family("Gemma3", **GEMMA, qk_norm="head"),

@@ -1,4 +1,4 @@
-"""Layers that come from the files when they run: puts each one's weights in place, a few layers at a time.
+"""The weights of a model whose layers are in files: read by name, and put in place when a layer runs.
 
 A hook before each layer's forward does this, so any code that runs the layers one after the other works. Code that
 knows the order beforehand says so (`visit`), and no layer is read in vain. `streaming` opens such a model.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,24 +27,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.autograd.graph import increment_version
 
+from kunbr_fast.files.atomic import write_with
 from kunbr_fast.files.tensors import Shards, open_tensors, placeholder
-from kunbr_fast.model.stored_weights import Piece, StoredWeights
-from kunbr_fast.model.weights import CARRIED
+from kunbr_fast.model.weights import CARRIED, DAMAGED, Weights, finite
 
 ALIGNMENT = 256  # of a parameter in its buffer, in bytes
+# files that may hold the former weights in another form, which a model saved anew must not bring along
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A tensor in the files, and the part of a parameter that it is (all of it, or one expert's matrix)."""
+
+    stored: str
+    index: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """One parameter of a layer: its name, its pieces in the files, and its bytes in a buffer."""
+    """One parameter of a layer, and its bytes in a buffer."""
 
-    parameter: nn.Parameter
     name: str
-    pieces: list[Piece]
-    place: slice  # bytes
+    parameter: nn.Parameter
+    layer: int
+    place: slice
 
 
 class _Slot:
@@ -59,12 +71,19 @@ class _Slot:
             self.arrived = torch.cuda.Event()
 
 
-class LayerStream(StoredWeights):
-    """Puts the weights of a model's layers in place, a few layers at a time. Made by `open_streamed`.
+class LayerStream(Weights):
+    """The weights of a model whose layers are in files. Made by `open_streamed`.
 
+    As a mapping it reads a layer's parameter anew at each access. A tensor that is set stands for the stored one, also
+    in what `save` writes, so a streamed M_u can be the `unlearned` of a re-insertion.
+
+    sources: the pieces of every parameter. buffers: how many layers are in place at a time, the next one's load
+    included. host_bytes: the most that `host` takes.
     loads: how often each layer has been put into a buffer; reads: how often it came from the files (and not from
     `host`, the layers kept in main memory); nbytes: what the buffers take, on the device.
     """
+
+    streamed = True
 
     def __init__(
         self,
@@ -83,8 +102,8 @@ class LayerStream(StoredWeights):
         self.device = model.get_input_embeddings().weight.device
         self._nothing: dict[torch.dtype, torch.Tensor] = {}
         path = next(name for name, module in model.named_modules() if module is layers)
-        self._entries = [self._lay_out(f"{path}.{i}", layer, sources) for i, layer in enumerate(layers)]
-        self._numbers = {entry.name: number for number, entries in enumerate(self._entries) for entry in entries}
+        self._entries = [self._lay_out(f"{path}.{i}", layer, i) for i, layer in enumerate(layers)]
+        self._stored = {entry.name: entry for entries in self._entries for entry in entries}
         self._sizes = [max(entry.place.stop for entry in entries) for entries in self._entries]
         self._buffers = min(buffers, len(layers))
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -92,14 +111,18 @@ class LayerStream(StoredWeights):
         self._worker = ThreadPoolExecutor(1, "kunbr-stream", on_gpu)
         self._held: set[int] = set()
         self._last = 0
-        placeholders = {entry.name: entry.parameter for entries in self._entries for entry in entries}
-        super().__init__(model, placeholders, shards, sources)
+        self.shards, self._sources = shards, sources
+        self._names = [name for name, _ in model.named_parameters()]
+        everything = model.named_parameters(remove_duplicate=False)
+        self._others = {name: parameter for name, parameter in everything if name not in self._stored}
+        self._replaced: dict[str, Mapping[str, torch.Tensor]] = {}
+        self._changed: set[str] = set()  # of the others
         for number, layer in enumerate(layers):
-            layer.register_forward_pre_hook(_Hook(self, number))
+            layer.register_forward_pre_hook(functools.partial(self._before_forward, number))
         layers.register_state_dict_pre_hook(_refuse_state)
         layers.__dict__[CARRIED] = self
 
-    def _lay_out(self, path: str, layer: nn.Module, sources: Mapping[str, list[Piece]]) -> list[_Entry]:
+    def _lay_out(self, path: str, layer: nn.Module, number: int) -> list[_Entry]:
         """The layer's parameters one after the other; they become placeholders."""
         entries, end = [], 0
         for module_name, module in layer.named_modules():
@@ -108,7 +131,7 @@ class LayerStream(StoredWeights):
                 size = meta.numel() * meta.element_size()
                 parameter = nn.Parameter(self._placeholder(meta), requires_grad=False)
                 setattr(module, key, parameter)
-                entries.append(_Entry(parameter, name, sources[name], slice(end, end + size)))
+                entries.append(_Entry(name, parameter, number, slice(end, end + size)))
                 end += -(-size // ALIGNMENT) * ALIGNMENT
         return entries
 
@@ -126,12 +149,116 @@ class LayerStream(StoredWeights):
     def nbytes(self) -> int:
         return self._buffers * max(self._sizes)
 
-    def layer_nbytes(self, layer: int) -> int:
-        """How many bytes one load of a layer moves."""
-        return self._sizes[layer]
-
     def __deepcopy__(self, memo: Any) -> LayerStream:
         raise TypeError("a streamed model cannot be copied: open it once more with open_streamed")
+
+    # ------------------------------------------------ a mapping
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored or name in self._others
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A parameter by its name in the model, in the model's dtype; one of a layer is read anew, into main memory."""
+        if name in self._others:
+            return self._others[name].detach()
+        like = self._stored[name].parameter
+        value = torch.empty(like.shape, dtype=like.dtype)
+        if name in self._replaced:
+            return value.copy_(self._replaced[name][name].detach())  # that may be mapped, with all of its file
+        for piece in self._sources[name]:
+            value[piece.index].copy_(self.shards[piece.stored])
+        return value
+
+    def strided(self, name: str, step: int) -> torch.Tensor:
+        """`self[name].flatten()[::step]`; of a tensor that the files hold as it is no more is read than that."""
+        pieces = self._sources[name]
+        if name in self._others or name in self._replaced or [piece.index for piece in pieces] != [()]:
+            return self[name].flatten()[::step]
+        return self.shards[pieces[0].stored].flatten()[::step].to(self._stored[name].parameter.dtype, copy=True)
+
+    @torch.no_grad()
+    def replace(self, values: Mapping[str, torch.Tensor]) -> None:
+        """From now on these tensors, by parameter name, stand for the stored ones. Those of layers are not copied: the
+        mapping is kept and read at each load, so it may be a `WeightSnapshot`, or another model's weights."""
+        names = list(values)
+        odd = [name for name in names if name not in self]
+        if odd:
+            raise ValueError(f"{odd[0]} is no parameter of this model")
+        if values is self:
+            raise ValueError("a stream cannot stand for itself")
+        for name in names:
+            if (own := self._others.get(name)) is not None:
+                own.copy_(values[name])
+                self._changed |= {other for other, parameter in self._others.items() if parameter is own}
+            else:
+                self._replaced[name] = values
+        self._read_anew(names)
+
+    @contextlib.contextmanager
+    def instead(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Inside, `replace(values)`; afterwards the model is as it was."""
+        replaced, changed = dict(self._replaced), set(self._changed)
+        others = {name: self._others[name].to("cpu", copy=True) for name in values if name in self._others}
+        try:
+            self.replace(values)
+            yield
+        finally:
+            self.replace(others)
+            self._replaced, self._changed = replaced, changed
+            self._read_anew(values)
+
+    def check(self, whose: str = "") -> None:
+        """ValueError for a parameter that is not finite; `whose` goes before its name. Reads every file once."""
+        for name in self:
+            if not finite(self[name]):
+                raise ValueError(f"{whose}{name}: it holds NaN or infinite values: {DAMAGED}")
+
+    def save(self, directory: str | Path) -> None:
+        """Copies the model's directory with the tensors of `replace` in place of the stored ones, in the files' dtypes.
+        One file after the other, each whole or absent, config.json last. In memory: one file's new tensors, twice."""
+        source, directory = self.shards.directory, Path(directory)
+        self.check_target(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.release()
+        new = {
+            piece.stored: (name, piece.index)
+            for name in (*self._replaced, *self._changed)
+            for piece in self._sources[name]
+        }
+        for path in self.shards.paths:
+            with open_tensors(path) as file:
+                metadata = file.metadata()  # transformers asks for it
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # mapped
+            for stored in tensors.keys() & new.keys():
+                name, index = new[stored]
+                tensors[stored] = self[name][index].to("cpu", tensors[stored].dtype)
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            write_with(directory / path.name, functools.partial(save_file, tensors, metadata=metadata))
+            del tensors  # before those of the next file
+        others = [file for file in source.iterdir() if file.is_file() and file.suffix not in WEIGHTS]
+        for file in sorted(others, key=lambda file: file.name == "config.json"):
+            write_with(directory / file.name, functools.partial(shutil.copyfile, file))
+
+    def check_target(self, directory: str | Path | None) -> None:
+        """ValueError for a directory that the model's tensors are read from, where `save` must not write; and None."""
+        if directory is None:
+            raise ValueError(
+                "a streamed model's result is never in memory whole: give output_dir=, where it is written"
+            )
+        directory = Path(directory)
+        stored = [values for values in self._replaced.values() if isinstance(values, LayerStream)]
+        sources = {weights.shards.directory for weights in (self, *stored)}
+        if directory.exists() and any(directory.samefile(source) for source in sources):
+            raise ValueError(f"{directory}: the model is read from there: save it elsewhere")
+
+    def moved(self, directory: str | Path) -> None:
+        """From now on all is read from `directory`, where `save` has written the model."""
+        shards = Shards(directory)
+        self._read_anew(self._stored)
+        self.shards, self._replaced, self._changed = shards, {}, set()
 
     # ------------------------------------------------ what runs where
 
@@ -161,9 +288,11 @@ class LayerStream(StoredWeights):
         if layer not in self._held and slots[layer].loading is not None:
             self._arrive(slots[layer])
 
-    def called(self, layer: int) -> None:
-        """A layer is about to run: unless its weights are in place they are loaded, and the next one's are ordered,
-        in the direction in which the layers have been going."""
+    def _before_forward(self, layer: int, module: nn.Module, args: tuple) -> None:
+        """Loads a layer's weights unless they are in place, and orders the next one's, in the direction in which the
+        layers have been going."""
+        if getattr(module.__dict__.get("forward"), "computes_nothing", False):  # Decoder's recorder
+            return
         if layer in self._held or any(slot.layer == layer and slot.loading is None for slot in self._slots):
             return
         following = layer + (1 if layer >= self._last else -1)
@@ -184,7 +313,8 @@ class LayerStream(StoredWeights):
             self._held = before
 
     def _read_anew(self, names: Iterable[str]) -> None:
-        layers = {self._numbers[name] for name in names if name in self._numbers}
+        """Drops what has been read of these parameters."""
+        layers = {self._stored[name].layer for name in names if name in self._stored}
         for slot in self.__dict__.get("_slots", ()):
             if slot.loading is not None:
                 slot.loading.exception()  # waits: it may be reading the former values
@@ -223,15 +353,16 @@ class LayerStream(StoredWeights):
         """In the thread. free: an event after which nothing reads the buffer's former weights."""
         size, source = self._sizes[layer], self.host.get(layer)
         if source is None:
-            if sum(kept.numel() for kept in self.host.values()) + size <= self._host_bytes:
+            stays = sum(kept.numel() for kept in self.host.values()) + size <= self._host_bytes
+            if stays:
                 source = torch.empty(size, dtype=torch.uint8, pin_memory=self._copies is not None)
-                self._read(layer, source)
-                self.host[layer] = source
             else:
                 source = slot.staging
                 if slot.arrived is not None:
                     slot.arrived.synchronize()  # the pinned buffer may still be on its way to the device
-                self._read(layer, source)
+            self._read(layer, source)
+            if stays:
+                self.host[layer] = source
         if self._copies is not None:
             with torch.cuda.stream(self._copies):
                 self._copies.wait_event(free)
@@ -248,17 +379,14 @@ class LayerStream(StoredWeights):
             if replaced is not None:
                 view.copy_(replaced[entry.name])
                 continue
-            for piece in entry.pieces:
+            for piece in self._sources[entry.name]:
                 by_file.setdefault(self.shards.files[piece.stored], []).append((piece.stored, view[piece.index]))
         for path, pairs in by_file.items():
             with open_tensors(path) as file:
                 for stored, into in pairs:
                     into.copy_(file.get_tensor(stored))
-                    if not self.reads[layer] and not bool(torch.linalg.vector_norm(into, torch.inf).isfinite()):
-                        raise ValueError(
-                            f"{path}: {stored} holds NaN or infinite values (as {into.dtype}): this checkpoint is "
-                            "damaged or its training diverged; load another one"
-                        )
+                    if not self.reads[layer] and not finite(into):
+                        raise ValueError(f"{path}: {stored} holds NaN or infinite values (as {into.dtype}): {DAMAGED}")
         self.reads[layer] += 1
 
     def _arrive(self, slot: _Slot) -> None:
@@ -272,18 +400,6 @@ class LayerStream(StoredWeights):
         for entry, view in zip(self._entries[slot.layer], self._views(slot.layer, slot.data)):
             entry.parameter.data = view
         slot.loading = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Hook:
-    """Before a layer's forward."""
-
-    stream: LayerStream
-    layer: int
-
-    def __call__(self, module: nn.Module, args: tuple) -> None:
-        if not getattr(module.__dict__.get("forward"), "computes_nothing", False):  # Decoder's recorder
-            self.stream.called(self.layer)
 
 
 def _refuse_state(*args: Any) -> None:

@@ -15,24 +15,19 @@ W~ is written out in x's dtype, one weight at a time, in the forward pass and ag
 the quantised weights and one dense one. Scales are fp32, 4 bytes a row.
 
 The block is exact. So are the layers below it: they lie in main memory meanwhile, and come one weight at a time if they
-run at all (a prefix cache has their output). The cover's exact weights go to main memory too (ordinary, not pinned:
-they go and come once a block); `Cover.exact` runs on them, to compare gradients. On a CPU they stay where they are:
-nothing is saved there, but the results are those of a GPU.
+run at all (a prefix cache has their output). The cover's exact weights go to main memory too (not pinned: they go and
+come once a block); `Cover.exact` runs on them, to compare gradients. On a CPU nothing is saved, but the results are
+those of a GPU. Every block quantises its own cover from exact weights, so none is rounded twice.
 
-Every block quantises its own cover from exact weights: with insertion="cumulative" a trained block is rounded where
-it is in another one's cover (on a second round; in the first the next blocks lie above it), never twice.
-
-Why not the libraries' own linear layers (torchao 0.18.0 and bitsandbytes 0.50.2 on a CPU; 8 layers of 1024 x 1024,
-bf16, forward and backward): under torchao's Int8WeightOnlyConfig and Float8WeightOnlyConfig autograd saves each dense
-weight for dX, 16 and 24 MB at the peak against 0.1 MB of plain layers, so training holds more than without them;
-bitsandbytes' Linear8bitLt rounds x to int8 as well. For 4 bits bitsandbytes' kernels pack and unpack.
+Why not the libraries' own linear layers: under torchao 0.18.0's Int8WeightOnlyConfig and Float8WeightOnlyConfig
+autograd saves each dense weight for dX, so training holds more than without them; bitsandbytes' Linear8bitLt rounds x
+to int8 as well. For 4 bits bitsandbytes' kernels pack and unpack.
 
 No GPU has run this.
 """
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
 import importlib.util
@@ -55,25 +50,17 @@ from kunbr_fast.model.weights import other_names, owners
 logger = logging.getLogger(__name__)
 COVER_PRECISIONS = ("none", "fp8", "int8", "nf4")
 MARK = "_kunbr_cover"  # on the list of layers: the precision that is installed
-E4M3_MAX, INT8_MAX = 448.0, 127.0
 NF4_BLOCK = 64
 
 
 # ---------------------------------------------------------------- weights
 
 
-class Weight(abc.ABC):
-    """A frozen weight (N, K) in some form. nbytes: what it holds on the device."""
+class Exact:
+    """The weight itself, in main memory; it comes to the device for each product. nbytes, as of the other forms: what
+    it holds on the device; dense: the weight written out, (N, K)."""
 
     nbytes = 0
-
-    @abc.abstractmethod
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight written out, (N, K)."""
-
-
-class Exact(Weight):
-    """The weight itself, in main memory; it comes to the device for each product."""
 
     def __init__(self, stored: torch.Tensor, transposed: bool, device: torch.device):
         self.stored, self.transposed, self.device = stored, transposed, device
@@ -83,7 +70,7 @@ class Exact(Weight):
         return (weight.t() if self.transposed else weight).to(dtype)
 
 
-class RowWise(Weight):
+class RowWise:
     """Values of one byte, within +-largest, and a scale for each of the N rows, in fp32 at least."""
 
     def __init__(self, weight: torch.Tensor, largest: float, dtype: torch.dtype):
@@ -98,7 +85,7 @@ class RowWise(Weight):
         return self.values.to(dtype).mul_(self.scale)
 
 
-class Nf4(Weight):
+class Nf4:
     """bitsandbytes' NF4 with fp32 scales (QLoRA's 8-bit ones would be wrong for rows of unlike size)."""
 
     def __init__(self, weight: torch.Tensor):
@@ -117,16 +104,14 @@ class Nf4(Weight):
         return dequantize_4bit(self.values, self.state).view(-1)[: self.shape.numel()].view(self.shape).to(dtype)
 
 
-_WEIGHTS = {
-    "fp8": lambda weight: RowWise(weight, E4M3_MAX, torch.float8_e4m3fn),
-    "int8": lambda weight: RowWise(weight, INT8_MAX, torch.int8),
-    "nf4": Nf4,
-}
+Weight = Exact | RowWise | Nf4
 
 
 def quantize(weight: torch.Tensor, precision: str) -> Weight:
     """A weight (N, K) in one of the modes (not "none")."""
-    return _WEIGHTS[precision](weight.detach())
+    if precision == "nf4":
+        return Nf4(weight.detach())
+    return RowWise(weight.detach(), *{"fp8": (448.0, torch.float8_e4m3fn), "int8": (127.0, torch.int8)}[precision])
 
 
 class _Product(torch.autograd.Function):
@@ -149,10 +134,9 @@ class _Product(torch.autograd.Function):
 
 @dataclasses.dataclass(eq=False)
 class _Linear:
-    """A linear layer of the cover, or of what lies below the block: what its weight was, and what it runs on."""
+    """A linear layer of the cover, or of what lies below the block, and what it runs on."""
 
     module: nn.Module
-    original: torch.Tensor
     exact: Exact
     weight: Weight
     use_exact: bool = False
@@ -167,10 +151,7 @@ class _Linear:
 
 @dataclasses.dataclass
 class Cover:
-    """The cover as it is inside `low_precision_cover`.
-
-    nbytes: what its quantised weights take on the device; exact_nbytes: what they take without.
-    """
+    """The cover as it is inside `low_precision_cover`. nbytes: what its quantised weights take on the device."""
 
     precision: str
     linears: list[_Linear] = dataclasses.field(default_factory=list)
@@ -178,10 +159,6 @@ class Cover:
     @property
     def nbytes(self) -> int:
         return sum(linear.weight.nbytes for linear in self.linears)
-
-    @property
-    def exact_nbytes(self) -> int:
-        return sum(linear.original.nbytes for linear in self.linears if linear.weight is not linear.exact)
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
@@ -232,13 +209,12 @@ def check_exact(decoder: Decoder, what: str) -> None:
 
 @contextlib.contextmanager
 def low_precision_cover(decoder: Decoder, block: range, precision: str) -> Iterator[Cover | None]:
-    """Inside, the linear layers above `block` run on weights in `precision`, and those below lie in main memory.
+    """Inside, the linear layers above `block` run on weights in `precision`, and those below lie in main memory. Yields
+    the `Cover`, None for "none", which changes nothing.
 
-    Yields the `Cover`, None for "none", which changes nothing. `reinserted(..., cover_precision=)` uses it.
-
-    The modules stay what they are; their `forward` is replaced, and their weight is a placeholder (one NaN, expanded)
-    until the end, when it is what it was, also after an exception. Fused layers (`patched`), gradient checkpointing and
-    autocast work as without. state_dict, and with it save_pretrained, raises inside.
+    The modules stay what they are; their `forward` is replaced, and their weight is a placeholder until the end, when
+    it is what it was. Fused layers (`patched`), gradient checkpointing and autocast work as without. state_dict, and
+    with it save_pretrained, raises inside.
 
     Errors: RuntimeError if it is in use on this model already; ValueError with the module's path for weights above the
     block that it cannot take: of modules other than nn.Linear and transformers' Conv1D (experts that are stacked into
@@ -254,10 +230,9 @@ def low_precision_cover(decoder: Decoder, block: range, precision: str) -> Itera
         if any(parameter.requires_grad for parameter in module.parameters()):
             raise ValueError(f"{path} requires grad, but cover layers are frozen: requires_grad_(False) before")
     layers, cover = decoder.layers, Cover(precision)
-    hook = None
+    layers.__dict__[MARK] = precision
+    hook = layers.register_state_dict_pre_hook(_refuse_state)
     try:
-        layers.__dict__[MARK] = precision
-        hook = layers.register_state_dict_pre_hook(_refuse_state)
         for module in below.values():
             _install(cover, module, None)
         for module in above.values():
@@ -266,18 +241,16 @@ def low_precision_cover(decoder: Decoder, block: range, precision: str) -> Itera
     finally:
         while cover.linears:
             _restore(cover.linears.pop())
-        if hook is not None:
-            hook.remove()
+        hook.remove()
         layers.__dict__.pop(MARK, None)
 
 
 @torch.no_grad()
 def _install(cover: Cover, module: nn.Module, precision: str | None) -> None:
     weight, transposed = module.weight, isinstance(module, compat.Conv1D)
-    original = weight.data.cpu()  # on a CPU the weight's own storage
-    exact = Exact(original, transposed, weight.device)
+    exact = Exact(weight.data.cpu(), transposed, weight.device)  # on a CPU the weight's own storage
     quantized = None if precision is None else quantize(weight.t().contiguous() if transposed else weight, precision)
-    cover.linears.append(_Linear(module, original, exact, quantized or exact))
+    cover.linears.append(_Linear(module, exact, quantized or exact))
     weight.data = placeholder(weight.shape, weight.dtype, weight.device)
     module.forward = cover.linears[-1]
 
@@ -287,9 +260,9 @@ def _restore(linear: _Linear) -> None:
     module.__dict__.pop("forward", None)
     linear.weight = linear.exact  # what was quantised goes before the weight comes back
     try:
-        module.weight.data = linear.original.to(device)
+        module.weight.data = linear.exact.stored.to(device)
     except torch.OutOfMemoryError:
-        module.weight.data = linear.original
+        module.weight.data = linear.exact.stored
         logger.warning(
             "no memory on %s to put a weight back: it is in main memory; model.to(%r) moves it", device, str(device)
         )

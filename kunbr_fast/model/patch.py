@@ -10,14 +10,13 @@ What is replaced is the `forward` of single modules, chosen by their type, on th
                     structure; OLMo-2 has no norm there, and its layer keeps its own forward); on request queries and
                     MLP for some rows only (`kunbr_rows`, from Decoder.run)
 
-Per cover layer nothing is kept for the backward pass that only a weight's gradient needs: of Llama's, the two norms'
-inputs and 1/rms, q, k, v and what attention keeps, gate and up.
+For the backward pass nothing is kept of a cover layer that only a weight's gradient needs.
 
 A projection that is not a plain nn.Linear when it is called (a LoRA wrapper, quantised weights, a forward of its own,
 hooks of its own) is called as a module; it takes no part in the fused product and everything else stays fused. So is a
 norm. (Hooks registered for all modules of a process see a fused module, not the projections inside it.)
 
-All changes, `forward`, requires_grad and train/eval flags, are written to one list and undone from it, last to first.
+What undoes a change, of `forward` or of requires_grad, is put on one stack before it is made.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ import importlib
 import inspect
 import logging
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,8 +39,9 @@ from kunbr_fast.kernels.projections import linears
 from kunbr_fast.kernels.rotary.op import apply_rotary
 from kunbr_fast.model import compat
 from kunbr_fast.model.blocks import check_block
-from kunbr_fast.model.decoder import find_layers
+from kunbr_fast.model.decoder import layer_list
 from kunbr_fast.model.families import FAMILIES, Family, identify
+from kunbr_fast.model.frozen import same_modes
 
 logger = logging.getLogger(__name__)
 MARK = "_kunbr_patched"  # on the list of layers: the call that patched them
@@ -62,11 +61,6 @@ def _is_plain(linear: nn.Module) -> bool:
         and type(linear.weight) in (nn.Parameter, torch.Tensor)  # quantised and sharded weights are subclasses
         and not _has_hooks(linear)
     )
-
-
-def _get(module: nn.Module, place: str) -> Any:
-    owner, _, name = place.partition(".")
-    return getattr(module.config if owner == "config" else module, name, None)
 
 
 # ---------------------------------------------------------------- the forwards
@@ -149,7 +143,8 @@ def _attention(
     attend = eager if name in (None, "eager") else compat.ALL_ATTENTION_FUNCTIONS[name]
     for option, place in (("sliding_window", family.window), ("softcap", family.softcap)):
         if place is not None:
-            kwargs[option] = _get(module, place)
+            owner, name = place.split(".")
+            kwargs[option] = getattr(module.config if owner == "config" else module, name, None)
     kwargs["dropout"] = module.attention_dropout if module.training else 0.0
     out, weights = attend(module, query, key, value, attention_mask, scaling=module.scaling, **kwargs)
     return module.o_proj(out.reshape(len(query), query.shape[2], -1)), weights
@@ -165,10 +160,8 @@ def _heads(
         query, key, value = module.qkv_proj(hidden_states).split([count * width for count in heads], -1)
         query = query if rows is None else query[:, rows]
     elif rows is not None:
-        query, (key, value) = (
-            module.q_proj(hidden_states[:, rows]),
-            _project(hidden_states, module.k_proj, module.v_proj),
-        )
+        query = module.q_proj(hidden_states[:, rows])
+        key, value = _project(hidden_states, module.k_proj, module.v_proj)
     else:
         query, key, value = _project(hidden_states, module.q_proj, module.k_proj, module.v_proj)
     if family.qk_norm == "all":
@@ -179,51 +172,39 @@ def _heads(
     return (x.transpose(1, 2) for x in (query, key, value))
 
 
-def _layer(module: nn.Module, hidden_states: torch.Tensor, *args: Any, run: Any, **kwargs: Any) -> Any:
-    """`run(module, hidden_states, **kwargs)`, again in the backward pass where gradient checkpointing is on.
+def _layer(module: nn.Module, hidden_states: torch.Tensor, *args: Any, family: Family, impl: str, **kwargs: Any) -> Any:
+    """`_whole_layer`, again in the backward pass where gradient checkpointing is on.
 
     That is switched on through attributes that transformers sets on the layer, and which its own forward reads.
     """
+    run = functools.partial(_whole_layer, module, family=family, impl=impl)
     if compat.LAYERS_RETURN_TUPLES:  # and, under gradient checkpointing, give their arguments by position
         names = list(inspect.signature(type(module).forward).parameters)[2:]
         kwargs.update(zip(names, args))
         if kwargs.get("output_attentions"):
             return type(module).forward(module, hidden_states, **kwargs)
-        return (run(module, hidden_states, **kwargs),)
+        return (run(hidden_states, **kwargs),)
     if compat.CALL_CHECKPOINTS or not (module.gradient_checkpointing and module.training):
-        return run(module, hidden_states, **kwargs)
+        return run(hidden_states, **kwargs)
     if kwargs.get("past_key_values") is not None:  # the second run would write to it again
         kwargs.update(past_key_values=None, use_cache=False)
         _say_once(f"{type(module).__name__}: no cache is kept under gradient checkpointing")
-    return module._gradient_checkpointing_func(functools.partial(run, module, **kwargs), hidden_states)
+    return module._gradient_checkpointing_func(functools.partial(run, **kwargs), hidden_states)
 
 
-def _asked_for(hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    """(1, T, D) -> (1, R, D), what goes on past attention where only some rows of the layer's output are asked for."""
+def _whole_layer(
+    module: nn.Module, hidden_states: torch.Tensor, *, family: Family, impl: str, **kwargs: Any
+) -> torch.Tensor:
+    attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
     rows = kwargs.get("kunbr_rows")
-    return hidden_states if rows is None else hidden_states[:, rows]
-
-
-def _llama_layer(
-    module: nn.Module, hidden_states: torch.Tensor, *, family: Family, impl: str, **kwargs: Any
-) -> torch.Tensor:
-    attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
-    hidden_states = _asked_for(hidden_states, kwargs)
-    dropouts = [getattr(module, name, None) for name in ("resid_attn_dropout", "resid_mlp_dropout")]  # Phi-3
-    attended = attended if dropouts[0] is None else dropouts[0](attended)
-    normed, residual = _sum_norm(module.post_attention_layernorm, attended, hidden_states, family, impl)
+    hidden_states = hidden_states if rows is None else hidden_states[:, rows]
+    norm, after_mlp = getattr(module, family.sums_into), None
+    if family.after is not None:
+        after_attention, after_mlp = (getattr(module, name) for name in family.after)
+        attended = after_attention(attended)
+    normed, residual = _sum_norm(norm, attended, hidden_states, family, impl)
     out = module.mlp(normed)
-    return residual + (out if dropouts[1] is None else dropouts[1](out))
-
-
-def _gemma_layer(
-    module: nn.Module, hidden_states: torch.Tensor, *, family: Family, impl: str, **kwargs: Any
-) -> torch.Tensor:
-    attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
-    hidden_states = _asked_for(hidden_states, kwargs)
-    attended = module.post_attention_layernorm(attended)
-    normed, residual = _sum_norm(module.pre_feedforward_layernorm, attended, hidden_states, family, impl)
-    return residual + module.post_feedforward_layernorm(module.mlp(normed))
+    return residual + (out if after_mlp is None else after_mlp(out))
 
 
 def _consists_of(module: nn.Module, names: set[str]) -> bool:
@@ -256,8 +237,7 @@ def _fused_forward(module: nn.Module, impl: str) -> functools.partial | None:
         eager = importlib.import_module(type(module).__module__).eager_attention_forward
         return functools.partial(_attention, module, **common, eager=eager) if _consists_of(module, needed) else None
     if role == "DecoderLayer" and family.sums_into is not None:
-        run = _gemma_layer if family.sums_into == "pre_feedforward_layernorm" else _llama_layer
-        forward = functools.partial(_layer, module, run=run, **common)
+        forward = functools.partial(_layer, module, **common)
         forward.takes_rows = _fused_forward(module.self_attn, impl) is not None  # see Decoder.run
         return forward
     return None
@@ -266,30 +246,13 @@ def _fused_forward(module: nn.Module, impl: str) -> functools.partial | None:
 # ---------------------------------------------------------------- in and out
 
 
-_ABSENT = object()
-
-
-class _Changes:
-    """Attributes that were set, and what they were: the one list from which a patch is undone."""
-
-    def __init__(self) -> None:
-        self.done: list[tuple[Any, str, Any]] = []
-
-    def note(self, owner: Any, name: str) -> None:
-        before = owner.__dict__.get(name, _ABSENT) if isinstance(owner, nn.Module) else getattr(owner, name)
-        self.done.append((owner, name, before))
-
-    def set(self, owner: Any, name: str, value: Any) -> None:
-        self.note(owner, name)
-        setattr(owner, name, value)
-
-    def undo(self) -> None:
-        while self.done:
-            owner, name, before = self.done.pop()
-            if before is not _ABSENT:
-                setattr(owner, name, before)
-            elif name in owner.__dict__:
-                delattr(owner, name)
+def _set(changes: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Sets an attribute; `changes` puts back what it was."""
+    if isinstance(owner, nn.Module) and name not in owner.__dict__:  # a class attribute, such as `forward`
+        changes.callback(owner.__dict__.pop, name, None)
+    else:
+        changes.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
 
 
 @functools.cache
@@ -304,8 +267,7 @@ def _layers(model: nn.Module) -> nn.ModuleList:
     )
     if owner is None:
         raise ValueError(f"{type(model).__name__} holds no Hugging Face model: no module in it has a model's config")
-    count = owner.config.get_text_config().num_hidden_layers
-    return find_layers(model, SimpleNamespace(num_hidden_layers=count), type(owner).__name__)[1]
+    return layer_list(model, owner.config.get_text_config().num_hidden_layers, type(owner).__name__)[1]
 
 
 @contextlib.contextmanager
@@ -338,23 +300,18 @@ def patched(model: nn.Module, active_block: range | None = None, impl: str = "au
         check_block(active_block, len(layers))
     if MARK in layers.__dict__:
         raise RuntimeError(f"this model is inside {layers.__dict__[MARK]} already: leave that one first")
-    changes = _Changes()
-    try:
-        changes.set(layers, MARK, f"patched({type(model).__name__}, active_block={active_block!r}, impl={impl!r})")
-        for module in model.modules():
-            changes.note(module, "training")
+    with same_modes(model), contextlib.ExitStack() as changes:
+        _set(changes, layers, MARK, f"patched({type(model).__name__}, active_block={active_block!r}, impl={impl!r})")
         if active_block is not None:
             inside = {id(p) for index in active_block for p in layers[index].parameters()}
             for parameter in model.parameters():
                 if id(parameter) not in inside:
-                    changes.set(parameter, "requires_grad", False)
+                    _set(changes, parameter, "requires_grad", False)
         _fuse(model, layers, changes, impl)
         yield model
-    finally:
-        changes.undo()
 
 
-def _fuse(model: nn.Module, layers: nn.ModuleList, changes: _Changes, impl: str) -> None:
+def _fuse(model: nn.Module, layers: nn.ModuleList, changes: contextlib.ExitStack, impl: str) -> None:
     kinds = {type(layer).__name__: identify(layer) for layer in layers}
     unknown = [name for name, (family, role) in kinds.items() if family is None or role != "DecoderLayer"]
     for name in unknown:
@@ -369,7 +326,7 @@ def _fuse(model: nn.Module, layers: nn.ModuleList, changes: _Changes, impl: str)
     for module in model.modules():
         forward = _fused_forward(module, impl)
         if forward is not None:
-            changes.set(module, "forward", forward)
+            _set(changes, module, "forward", forward)
             count += 1
     if not count:
         _say_once(

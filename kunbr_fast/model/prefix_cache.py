@@ -14,20 +14,24 @@ Journal 5, 1966); one whose next use is later than every cached sample's is not 
 from __future__ import annotations
 
 import bisect
+import collections
 import heapq
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.data.schedule import token_batches
-from kunbr_fast.memory import OutOfMemory, Place, cannot_fit, choose_storage, gibibytes, in_halves
+from kunbr_fast.memory import OutOfMemory, Place, cannot_fit, choose_storage, gibibytes, is_out_of_memory, release
 from kunbr_fast.model.decoder import Decoder, Stretch
 
+logger = logging.getLogger(__name__)
 CACHE_DTYPES = ("none", "bf16", "fp8")
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -67,11 +71,9 @@ class Rows:
 class PrefixCache:
     """Activations at the input of layer `layer` for `samples`, with random access by sample.
 
-    storage: `device` (beside the model), `host` (main memory; pinned where the model is on a GPU), `file` (a
-    memory-mapped file in `directory`), or `auto`: the first of these that takes at most a quarter of what is free.
-    The file is unlinked at once and goes away with the process.
-    dtype: how a row is kept, as in `Rows`. budget: the most bytes in `storage` ("auto": on the device, without a GPU in
-    main memory). A larger cache lies in the next slower place, which is then `storage`, and `fast` the one asked for.
+    storage, directory: as in `memory.Place`. dtype: how a row is kept, as in `Rows`. budget: the most bytes in
+    `storage` ("auto": on the device, without a GPU in main memory). A larger cache lies in the next slower place, which
+    is then `storage`, and `fast` the one asked for.
 
     The cache trusts that layers below `layer` stay as they are; `reset` starts again at the embeddings.
     """
@@ -111,8 +113,7 @@ class PrefixCache:
             self.fast = storage
             storage = "file" if storage == "host" else choose_storage(self.nbytes, torch.device("cpu"))
         self.storage = storage
-        place = Place(self.storage, directory)
-        self._buffer = place.allocate(shape, self.rows.dtype, decoder.device, "prefix cache")
+        self._buffer = Place(storage, directory).allocate(shape, self.rows.dtype, decoder.device, "prefix cache")
         self.hits = self.misses = 0  # samples that were in the fast place, or not
         self.expect([])
         self.reset()
@@ -164,22 +165,48 @@ class PrefixCache:
         self._drop_held()
         with bar:
             for first, last in self.decoder.stretches(start, stop):
-
-                def one(indices: Sequence[int], first: int = first, last: int = last) -> None:
-                    batch = pack([self.samples[i] for i in indices]).to(self.decoder.device)
-                    rows = self._buffer[self._offsets[indices[0]] : self._offsets[indices[-1] + 1]]
-                    hidden = None if last == 0 else self.rows.decode(rows.to(self.decoder.device))
-                    rows.copy_(self.rows.encode(self.decoder.run(batch, Stretch(first, hidden), last)))
-
-                done = []
-                for indices, _ in in_halves(self._batches, one, self._tokens, "prefix cache", self._refusal):
-                    done.append(indices)
-                    bar.update(max(last - first, 1))
-                self._batches = done  # as small as they had to be
+                self._run(first, last, bar)
         self._layer = stop
 
-    def _tokens(self, indices: Sequence[int]) -> int:
-        return self._offsets[indices[-1] + 1] - self._offsets[indices[0]]
+    def _run(self, start: int, stop: int, bar: tqdm) -> None:
+        """Rolls all samples through some layers. Where memory runs out a batch is done again in halves, and later ones
+        are cut to what fits."""
+        queue, done, limit = collections.deque(self._batches), [], math.inf
+        while queue:
+            indices = queue.popleft()
+            tokens, half = self._offsets[indices[-1] + 1] - self._offsets[indices[0]], len(indices) // 2
+            if half and tokens > limit:
+                queue.extendleft((indices[half:], indices[:half]))
+                continue
+            try:
+                self._roll(indices, start, stop)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                said = str(error)
+            else:
+                done.append(indices)
+                bar.update(max(stop - start, 1))
+                continue
+            release()
+            if not half:
+                raise self._refusal(tokens, said)
+            if limit == math.inf:
+                logger.warning(
+                    f"prefix cache: memory ran out at a batch of {tokens} tokens: it goes on in smaller ones, same "
+                    "result"
+                )
+            limit = tokens // 2
+            queue.appendleft(indices)
+        self._batches = done  # as small as they had to be
+
+    def _roll(self, indices: Sequence[int], start: int, stop: int) -> None:
+        held = self._buffer[self._offsets[indices[0]] : self._offsets[indices[-1] + 1]]
+        hidden = None if stop == 0 else self.rows.decode(held.to(self.decoder.device))
+        held.copy_(self.rows.encode(self.decoder.run(self._pack(indices), Stretch(start, hidden), stop)))
+
+    def _pack(self, indices: Sequence[int], *more: Any) -> PackedBatch:
+        return pack([self.samples[i] for i in indices], *more).to(self.decoder.device)
 
     def _refusal(self, tokens: int, said: str) -> OutOfMemory:
         cures = ["shorter samples (max_length)", "a streamed model (open_streamed)"]
@@ -206,8 +233,7 @@ class PrefixCache:
         rows = self._buffer.new_empty((sum(lengths), self._buffer.shape[1]), device=self.decoder.device)
         for part, into in zip(parts, rows.split(lengths)):  # one by one: a concatenation would not be pinned
             into.copy_(part, non_blocking=True)
-        hidden = self.rows.decode(rows)
-        return pack([self.samples[i] for i in indices], hidden, self._layer).to(self.decoder.device)
+        return self._pack(indices, self.rows.decode(rows), self._layer)
 
     @property
     def is_exact(self) -> bool:
@@ -216,7 +242,7 @@ class PrefixCache:
     @torch.no_grad()
     def exact(self, indices: Sequence[int]) -> torch.Tensor:
         """(T, D): the samples' activations without rounding, computed anew from the embeddings."""
-        return self.decoder.run(pack([self.samples[i] for i in indices]).to(self.decoder.device), stop=self._layer)
+        return self.decoder.run(self._pack(indices), stop=self._layer)
 
     def relative_error(self, indices: Sequence[int]) -> float:
         """|held - exact|_2 / |exact|_2 over all of the samples' activations."""
@@ -236,9 +262,8 @@ class PrefixCache:
             self.misses += 1
             if not self._make_room(rows.nbytes, self._next_use(i)):
                 return rows
-            fast = Place(self.fast)
-            self._held[i] = fast.allocate(rows.shape, rows.dtype, self.decoder.device, "prefix cache")
-            self._held[i].copy_(rows)
+            fast = Place(self.fast).allocate(rows.shape, rows.dtype, self.decoder.device, "prefix cache")
+            self._held[i] = fast.copy_(rows)
             self._held_bytes += rows.nbytes
         heapq.heappush(self._last, (-self._next_use(i), i))
         return self._held[i]
@@ -256,11 +281,11 @@ class PrefixCache:
         room = self.budget - self._held_bytes
         while room < nbytes and self._last:
             entry = heapq.heappop(self._last)
-            later, i = -entry[0], entry[1]
-            if i not in self._held or later != self._next_use(i) or entry in going:
+            negative, i = entry
+            if i not in self._held or -negative != self._next_use(i) or entry in going:
                 continue
             going.append(entry)
-            if later <= use:
+            if -negative <= use:
                 break
             room += self._held[i].nbytes
         fits = room >= nbytes

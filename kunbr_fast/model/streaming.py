@@ -22,8 +22,7 @@ from kunbr_fast.files.models import DTYPES, model_directory
 from kunbr_fast.files.tensors import Shards, open_tensors
 from kunbr_fast.model import compat
 from kunbr_fast.model.decoder import find_layers
-from kunbr_fast.model.layer_stream import LayerStream
-from kunbr_fast.model.stored_weights import Piece
+from kunbr_fast.model.layer_stream import LayerStream, Piece
 from kunbr_fast.model.streamed import StreamedDecoder
 from kunbr_fast.model.weights import owners
 
@@ -104,12 +103,7 @@ def _saved_dtype(config: Any, shards: Shards) -> torch.dtype:
 
 def _sources(model: nn.Module, shards: Shards) -> dict[str, list[Piece]]:
     """{parameter or saved buffer: its pieces}. ValueError unless all are there, in the right shapes."""
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    uses = owners(model)
-    for path, module in model.named_modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                tensors[f"{path}.{key}".lstrip(".")] = buffer
+    tensors, uses = model.state_dict(keep_vars=True), owners(model)
     named = _named_by_the_model(model, shards)
     found, missing = {}, []
     for name, tensor in tensors.items():
@@ -134,11 +128,11 @@ def _sources(model: nn.Module, shards: Shards) -> dict[str, list[Piece]]:
 
 
 def _check_piece(path: Path, part: Any, piece: Piece, name: str, tensor: torch.Tensor) -> None:
-    expected = tensor[piece.index].shape
-    if tuple(part.get_shape()) != expected:
+    shape, expected = tuple(part.get_shape()), tuple(tensor[piece.index].shape)
+    if shape != expected:
         raise ValueError(
-            f"{path}: {piece.stored} is {tuple(part.get_shape())}, expected {tuple(expected)} for the model's {name}: "
-            "the configuration is not this checkpoint's"
+            f"{path}: {piece.stored} is {shape}, expected {expected} for the model's {name}: the configuration is not "
+            "this checkpoint's"
         )
     if tensor.is_floating_point() and part.get_dtype() not in ("F64", "F32", "BF16", "F16"):
         raise ValueError(f"{path}: {piece.stored} is {part.get_dtype()}: expected plain floating-point weights")

@@ -1,4 +1,4 @@
-"""A model's weights by name, whether it is in memory or streamed."""
+"""A model's weights by name, whether it is in memory or streamed, and whether they are finite."""
 
 from __future__ import annotations
 
@@ -8,9 +8,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kunbr_fast.model.finite import check_finite
+from kunbr_fast.files.tensors import is_absent
 
 CARRIED = "_kunbr_weights"  # on a module of a streamed model: its `Weights`
+DAMAGED = "this checkpoint is damaged or its training diverged; load another one"
+
+
+def finite(*tensors: torch.Tensor) -> torch.Tensor:
+    """Whether all values are finite, as a tensor (no wait for the device). Judged by the largest of each: unlike a
+    sum of squares it cannot overflow."""
+    return torch.stack([torch.linalg.vector_norm(t.detach(), torch.inf) for t in tensors]).isfinite().all()
+
+
+def check_finite(model: nn.Module, whose: str = "") -> None:
+    """ValueError with the path of the first weight in memory that holds NaN or infinity; `whose` goes before it."""
+    for name, parameter in model.named_parameters():
+        bad = 0 if is_absent(parameter) else int((~parameter.detach().isfinite()).sum())
+        if bad:
+            raise ValueError(f"{whose}{name}: {bad} of {parameter.numel()} values are NaN or infinite: {DAMAGED}")
 
 
 class Weights:
@@ -55,15 +70,17 @@ class Weights:
         """ValueError for a parameter that is not finite; `whose` goes before its name."""
         check_finite(self._model, whose)
 
-    def check_target(self, directory: str | Path) -> None:
-        """ValueError for a directory that the weights are read from, where nothing must be written."""
+    def check_target(self, directory: str | Path | None) -> None:
+        """ValueError where a result cannot be written to `directory`: the weights are read from there, or a streamed
+        model has none."""
 
 
 def weights_of(model: nn.Module) -> Weights:
     """The weights of a model; of one that `open_streamed` has made, those of its files."""
-    return next((vars(module)[CARRIED] for module in model.modules() if CARRIED in vars(module)), None) or Weights(
-        model
-    )
+    for module in model.modules():
+        if CARRIED in vars(module):
+            return vars(module)[CARRIED]
+    return Weights(model)
 
 
 def owners(model: nn.Module) -> dict[int, list[str]]:

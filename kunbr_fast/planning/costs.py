@@ -108,7 +108,7 @@ class Architecture:
 
     @classmethod
     def load(cls, path: str | Path, dtype: str | None = None) -> tuple[Architecture, list[str]]:
-        """Of a model directory or a config.json, and what had to be assumed. ValueError names the file and the cure."""
+        """Reads a model directory or a config.json; also returns what had to be assumed. ValueError names the file."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
         try:

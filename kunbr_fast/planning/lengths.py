@@ -14,7 +14,7 @@ from kunbr_fast.run.config import KUnBRConfig
 
 @dataclasses.dataclass
 class Data:
-    """Of each sample (tokens, rows with a label).
+    """The sizes of a run's samples, each as (tokens, rows with a label).
 
     folds: the attack's folds, each with its samples as the attack trains them. questions: tokens of each prompt whose
     accuracy is measured. assumed: what was not known, in words.

@@ -54,7 +54,7 @@ class Stage:
 
 
 class Steps(NamedTuple):
-    """Batches of a training's steps (of many steps some), all their micro-batches, and the number of all steps."""
+    """whole: the batches of some of a training's steps; parts: their micro-batches; count: of all its steps."""
 
     whole: list[Batch]
     parts: list[Batch]
@@ -166,7 +166,7 @@ class Run:
         return moved, moved if self.setup.stream else 0.0
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """make(), or what it gave before for this key and the settings that change it (not where things lie)."""
+        """make(), called once for each key and each choice of the settings that change its result."""
         key = key, self.config.gradient_checkpointing, self.config.micro_batch_tokens, self.config.num_blocks
         if key not in self.made:
             self.made[key] = make()
@@ -219,14 +219,8 @@ class Run:
 
     def _steps(self, epochs: int) -> Steps:
         config, data = self.config, self.data
-        schedule = Schedule(
-            len(data.forget),
-            len(data.retain),
-            config.batch_size,
-            config.retain_size,
-            max(1, epochs),
-            config.seed * 1000,
-        )
+        sizes = len(data.forget), len(data.retain), config.batch_size, config.retain_size
+        schedule = Schedule(*sizes, max(1, epochs), config.seed * 1000)
         objective, whole = config.criterion(range(1)).objective, []
         for forget, retain in (schedule[i] for i in _some(len(schedule))):
             sizes = [data.forget[i] for i in forget] * (2 if objective.alternate else 1)

@@ -7,14 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from kunbr_fast.evaluation.rtt import Attack, Fold
+from kunbr_fast.evaluation.rtt import Attack
 from kunbr_fast.files.models import check_same_architecture
 from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.finite import check_finite
-from kunbr_fast.model.low_precision import check_cover
-from kunbr_fast.model.weights import weights_of
+from kunbr_fast.model.weights import check_finite, weights_of
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
@@ -22,41 +20,42 @@ from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.samples import Samples, to_samples
 from kunbr_fast.run.state import RunState, fingerprint
-from kunbr_fast.training.graphs import check_cuda_graphs
+from kunbr_fast.training.settings import Execution
 
 
-def prepare(inputs: RunInputs, config: KUnBRConfig, context: RunContext) -> tuple[Decoder, Samples, RunState]:
-    """The model's decoder, the samples and the opened state of a run whose settings, models and data are checked."""
+def prepare(
+    inputs: RunInputs, config: KUnBRConfig, context: RunContext
+) -> tuple[Decoder, Samples, Attack | None, RunState]:
+    """The model's decoder, the samples, the attack and the opened state of a run; all that it is given is checked."""
     model, unlearned = inputs.model, inputs.unlearned
-    _check_streamed(model, unlearned, config, context.group)
+    _check_streamed(model, unlearned, context.group)
     decoder = Decoder(model)
-    criteria = _check_settings(decoder, config, unlearned is None)
+    criteria = _check_settings(decoder, config, config.execution(context.work), unlearned is None)
     samples = _samples(inputs, config, decoder, criteria)
     check_finite(model)
     if inputs.tokenizer is None and (inputs.folds or any(inputs.questions.values())):
         raise ValueError("questions and folds hold text: give tokenizer=")
-    if config.rtt and inputs.folds and not decoder.streamed:
-        Attack(decoder, inputs.tokenizer, inputs.folds, config.attack())
+    attack = _attack(inputs, config, decoder, context.reporter)
     if isinstance(unlearned, nn.Module):
         check_same_architecture(model, unlearned, "unlearned")
         weights_of(unlearned).check("the unlearned model's ")
-    return decoder, samples, _open_state(inputs, samples, config, context)
+    return decoder, samples, attack, _open_state(inputs, samples, config, context)
 
 
-def folds_to_attack(inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, reporter: Reporter) -> Sequence[Fold]:
-    """The folds, if the result is to be attacked and can be."""
+def _attack(inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, reporter: Reporter) -> Attack | None:
+    """The attack on the result, if there is to be one and can be."""
     if not config.rtt or not inputs.folds:
-        return ()
+        return None
     if decoder.streamed:
         reporter.say(
             "no RTT attack: it trains every parameter, and of a streamed model they are never in memory together. "
             "`kunbr-fast rtt` attacks the result on a machine that holds it"
         )
-        return ()
-    return inputs.folds
+        return None
+    return Attack(decoder, inputs.tokenizer, inputs.folds, config.attack())
 
 
-def _check_streamed(model: nn.Module, unlearned: Any, config: KUnBRConfig, group: Group) -> None:
+def _check_streamed(model: nn.Module, unlearned: Any, group: Group) -> None:
     """ValueError for what cannot be done with a streamed model."""
     unlearned_streamed = isinstance(unlearned, nn.Module) and weights_of(unlearned).streamed
     if not weights_of(model).streamed:
@@ -72,18 +71,15 @@ def _check_streamed(model: nn.Module, unlearned: Any, config: KUnBRConfig, group
         raise ValueError("the original is streamed: open the unlearned model with open_streamed too, as another one")
     if group.size > 1:
         raise ValueError("a streamed model is for one process: run it without torchrun")
-    if config.cuda_graphs:
-        raise ValueError("cuda_graphs=True: a streamed model's layers have no place of their own: leave it out")
 
 
-def _check_settings(decoder: Decoder, config: KUnBRConfig, warm_up: bool) -> list[Criterion]:
+def _check_settings(decoder: Decoder, config: KUnBRConfig, execution: Execution, warm_up: bool) -> list[Criterion]:
     """What the run will minimise, on each block that may be chosen and in the warm-up."""
-    for operation in ("grad_density", "linear_loss", config.warmup_optimizer, config.optimizer):
+    for operation in ("grad_density", config.warmup_optimizer):
         resolve(operation, config.impl, decoder.device)
-    check_cuda_graphs(config.cuda_graphs, decoder.device)
     blocks = selectable_blocks(decoder.num_layers, config.num_blocks, config.top_k, config.skip_last_layers)
     for block in blocks:
-        check_cover(decoder, block, config.cover_precision)
+        execution.check(decoder, block, config.optimizer)
     criteria = [config.criterion(block) for block in blocks]
     for block, criterion in zip(blocks, criteria):
         criterion.check_layer(decoder.num_layers, block)
@@ -112,4 +108,4 @@ def _open_state(inputs: RunInputs, samples: Samples, config: KUnBRConfig, contex
         given = fingerprint(inputs.unlearned) if isinstance(inputs.unlearned, nn.Module) else "a mapping"
     started = {"the model or the data": identity, "the unlearned model": given, "resume": context.resume}
     context.group.check_same(started | config.to_dict())
-    return context.state(identity, config)
+    return RunState(context.work, identity, config, context.resume, context.writes, context.wait)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import torch
 import yaml
 
 from kunbr_fast.data import TARGETS
@@ -20,32 +20,19 @@ from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.atomic import atomic_write
 from kunbr_fast.kernels.dispatch import IMPLEMENTATIONS
 from kunbr_fast.keywords import nearest
-from kunbr_fast.memory import STORAGES, parse_bytes
+from kunbr_fast.memory import STORAGES, Place, parse_bytes
 from kunbr_fast.model.low_precision import COVER_PRECISIONS
 from kunbr_fast.model.prefix_cache import CACHE_DTYPES
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
 from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
-from kunbr_fast.training.settings import INSERTIONS
+from kunbr_fast.training.settings import INSERTIONS, BlockSettings, Execution, FullSettings
 
-_CHOICES = {
-    "target": TARGETS,
-    "retain_loss": tuple(RETAIN_LOSSES),
-    "warmup_optimizer": OPTIMIZERS,
-    "modules": MODULES,
-    "reduction": REDUCTIONS,
-    "insertion": INSERTIONS,
-    "mask": ("none", *attribution.METHODS),
-    "optimizer": OPTIMIZERS,
-    "cache": STORAGES,
-    "cache_dtype": CACHE_DTYPES,
-    "optimizer_device": OPTIMIZER_DEVICES,
-    "cover_precision": COVER_PRECISIONS,
-    "scoring": SCORINGS,
-    "rtt_target": TARGETS,
-    "parallel": PARALLEL,
-    "impl": ("auto", *IMPLEMENTATIONS),
+LEAST = {
+    **dict.fromkeys("warmup_epochs skip_last_layers retain_coeff weight_decay warmup_lr block_lr".split(), 0),
+    **dict.fromkeys("batch_size retain_batch_size max_length micro_batch_tokens checkpoint_every".split(), 1),
+    **dict.fromkeys("num_blocks top_k rounds block_epochs rtt_epochs rtt_batch_size".split(), 1),
 }
 # Settings, and values of them, that earlier versions had: what stands for them now.
 OLD_SETTINGS = {
@@ -54,13 +41,10 @@ OLD_SETTINGS = {
 }
 
 
-def setting(default: Any, text: str, stage: str) -> Any:
-    """A field with its help text, and the stage whose result it changes."""
-    if isinstance(default, dict):
-        kind = {"default_factory": lambda: dict(default)}
-    else:
-        kind = {"default_factory": lambda: default} if isinstance(default, tuple) else {"default": default}
-    return dataclasses.field(**kind, metadata={"help": text, "stage": stage})
+def setting(default: Any, text: str, stage: str, choices: Sequence[str] = ()) -> Any:
+    """A field with its help text, the stage whose result it changes, and the values that it may have (none: any)."""
+    kind = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
+    return dataclasses.field(**kind, metadata={"help": text, "stage": stage, "choices": choices})
 
 
 @dataclasses.dataclass
@@ -71,7 +55,7 @@ class KUnBRConfig:
     set; the retain set is a shuffled stream beside it.
     """
 
-    target: str = setting("all", "tokens whose loss counts: all, answer, letter or number", "data")
+    target: str = setting("all", "tokens whose loss counts: all, answer, letter or number", "data", TARGETS)
     max_length: int | None = setting(None, "longest sample in tokens (default: the model's limit)", "data")
     seed: int = setting(0, "seed of every data order", "data")
     batch_size: int = setting(6, "forget samples in a step", "data")
@@ -84,6 +68,7 @@ class KUnBRConfig:
         "nll",
         "nll; kl: KL(original || now) over labelled tokens; kl_all: over all; hidden_mse: of the final hidden states",
         "data",
+        tuple(RETAIN_LOSSES),
     )
     retain_coeff: float = setting(1.0, "weight of the retain loss", "training")
     forget_loss_cap: float | None = setting(
@@ -103,11 +88,11 @@ class KUnBRConfig:
     warmup_objective: str | None = setting(None, "objective of the warm-up (default: objective)", "data")
     warmup_objective_options: dict[str, Any] = setting({}, "options of warmup_objective", "data")
     warmup_lr: float = setting(2e-7, "learning rate of the warm-up", "warmup")
-    warmup_optimizer: str = setting("lion", "lion or adamw", "warmup")
+    warmup_optimizer: str = setting("lion", "lion or adamw", "warmup", OPTIMIZERS)
 
-    modules: str = setting("mlp", "whose gradients make the density: mlp, attention, norms or all", "density")
+    modules: str = setting("mlp", "whose gradients make the density: mlp, attention, norms or all", "density", MODULES)
     reduction: str = setting(
-        "sample", "sample: mean over samples of each one's norm; mean: norm of the mean gradient", "density"
+        "sample", "sample: mean over samples of each one's norm; mean: norm of the mean gradient", "density", REDUCTIONS
     )
     num_blocks: int = setting(8, "blocks of floor(layers / num_blocks) layers", "selection")
     top_k: int = setting(6, "how many of the densest blocks are trained", "selection")
@@ -117,21 +102,24 @@ class KUnBRConfig:
         "independent",
         "independent: each block goes back out before the next (as published); cumulative: it stays in place",
         "blocks",
+        INSERTIONS,
     )
     rounds: int = setting(1, "how often all chosen blocks are visited, from low to high", "blocks")
     block_epochs: int = setting(3, "epochs of each visit", "blocks")
     block_lr: float = setting(2e-7, "learning rate of the block", "blocks")
-    optimizer: str = setting("lion", "lion or adamw, started anew at each visit", "blocks")
+    optimizer: str = setting("lion", "lion or adamw, started anew at each visit", "blocks", OPTIMIZERS)
     master_weights: bool = setting(True, "fp32 copies of half-precision block weights for the optimiser", "blocks")
     cover_precision: str = setting(
         "none",
         "frozen weights above the block: none (exact), fp8, int8 or nf4, an approximation that the report measures",
         "blocks",
+        COVER_PRECISIONS,
     )
     mask: str = setting(
         "none",
         f"the weights of a block that may change: none is all of them, or {', '.join(attribution.METHODS)}",
         "blocks",
+        ("none", *attribution.METHODS),
     )
     mask_ratio: float | None = setting(
         None, "the part of the mask's scores that is chosen (default: as published)", "blocks"
@@ -140,6 +128,7 @@ class KUnBRConfig:
         "auto",
         "where activations lie (the prefix cache; a streamed model's between two layers): device, host, file or auto",
         "none",
+        STORAGES,
     )
     cache_bytes: int | str | None = setting(
         None,
@@ -150,11 +139,13 @@ class KUnBRConfig:
         "none",
         "how it is kept: none (the model's own dtype, exact), bf16 or fp8, an approximation that the report measures",
         "blocks",
+        CACHE_DTYPES,
     )
     optimizer_device: str = setting(
         "device",
         "where a block's optimiser state and the weights that it updates lie: device or host (main memory)",
         "none",
+        OPTIMIZER_DEVICES,
     )
     micro_batch_tokens: int | None = setting(
         None,
@@ -164,29 +155,31 @@ class KUnBRConfig:
     checkpoint_every: int | None = setting(None, "steps between checkpoints (default: an epoch)", "none")
 
     scoring: str = setting(
-        "letter", "letter: A/B/C/D after the question; choice: likelihood of the choice", "evaluation"
+        "letter", "letter: A/B/C/D after the question; choice: likelihood of the choice", "evaluation", SCORINGS
     )
     rtt: bool = setting(True, "attack the result (retraining on T)", "none")
     rtt_lrs: tuple[float, ...] = setting((1e-6, 5e-6, 1e-5), "learning rates of the attack", "none")
     rtt_epochs: int = setting(5, "epochs of each attack", "rtt")
     rtt_batch_size: int = setting(8, "batch size of the attack", "rtt")
-    rtt_target: str = setting("all", "tokens the attack trains on", "rtt")
+    rtt_target: str = setting("all", "tokens the attack trains on", "rtt", TARGETS)
     gradient_checkpointing: bool = setting(
         False,
         "keep only each layer's input for the backward pass and run it again there: less memory, the same result",
         "none",
     )
-    cuda_graphs: bool = setting(
-        False,
-        "capture a block's steps as CUDA graphs (gradient difference and ga)",
-        "none",
-    )
+    cuda_graphs: bool = setting(False, "capture a block's steps as CUDA graphs (gradient difference and ga)", "none")
     parallel: str = setting(
         "auto",
         "with several processes (torchrun): blocks, each trained by one; samples, each step's spread over all; auto",
         "none",
+        PARALLEL,
     )
-    impl: str = setting("auto", "auto, cuda, triton or torch", "none")
+    impl: str = setting("auto", "auto, cuda, triton or torch", "none", ("auto", *IMPLEMENTATIONS))
+
+    def __new__(cls, *args: Any, **settings: Any) -> KUnBRConfig:
+        for name in settings:
+            _refuse_old(name)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self.rtt_lrs = tuple(self.rtt_lrs) if isinstance(self.rtt_lrs, (list, tuple)) else self.rtt_lrs
@@ -195,19 +188,13 @@ class KUnBRConfig:
             value = self._coerce(field.name, getattr(self, field.name), hints[field.name])
             setattr(self, field.name, value)
             _refuse_old(f"{field.name}={value}")
-            if field.name in _CHOICES and value not in _CHOICES[field.name]:
-                raise ValueError(f"{field.name}={value!r}: expected one of {', '.join(_CHOICES[field.name])}")
-        for name in ("batch_size", "num_blocks", "top_k", "rounds", "block_epochs", "rtt_epochs", "rtt_batch_size"):
-            self._at_least(name, 1)
-        for name in ("retain_batch_size", "max_length", "micro_batch_tokens", "checkpoint_every"):
-            if getattr(self, name) is not None:
-                self._at_least(name, 1)
-        for name in ("warmup_epochs", "skip_last_layers", "retain_coeff", "weight_decay", "warmup_lr", "block_lr"):
-            self._at_least(name, 0)
-        for name in ("forget_loss_cap", "max_retain_loss"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value}: expected above 0")
+            choices = field.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{field.name}={value!r}: expected one of {', '.join(choices)}")
+            if field.name in LEAST and value is not None and not value >= LEAST[field.name]:
+                raise ValueError(f"{field.name}={value}: expected at least {LEAST[field.name]}")
+            if field.name in ("forget_loss_cap", "max_retain_loss") and value is not None and not value > 0:
+                raise ValueError(f"{field.name}={value}: expected above 0")
         if not self.rtt_lrs or min(self.rtt_lrs) <= 0:
             raise ValueError(f"rtt_lrs={self.rtt_lrs}: expected one or more learning rates above 0")
         parse_bytes(self.cache_bytes, "cache_bytes")
@@ -261,18 +248,22 @@ class KUnBRConfig:
 
     def attack(self) -> RTTConfig:
         """The RTT attack's settings."""
-        return RTTConfig(
-            lrs=self.rtt_lrs,
-            epochs=self.rtt_epochs,
-            batch_size=self.rtt_batch_size,
-            target=self.rtt_target,
-            scoring=self.scoring,
-            seed=self.seed,
-        )
+        how = {"target": self.rtt_target, "scoring": self.scoring, "seed": self.seed}
+        return RTTConfig(self.rtt_lrs, self.rtt_epochs, self.rtt_batch_size, **how)
 
-    def _at_least(self, name: str, least: float) -> None:
-        if not getattr(self, name) >= least:
-            raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
+    def full_settings(self) -> FullSettings:
+        """What the warm-up trains."""
+        return FullSettings(self.warmup_lr, self.warmup_optimizer, weight_decay=self.weight_decay)
+
+    def block_settings(self, mask: Mapping[str, torch.Tensor] | None = None) -> BlockSettings:
+        """What a visit of a block trains, apart from its criterion."""
+        names = ("optimizer", "weight_decay", "insertion", "master_weights")
+        return BlockSettings(self.block_lr, mask=mask, **{name: getattr(self, name) for name in names})
+
+    def execution(self, directory: Path) -> Execution:
+        """How trainings run; directory: where activations lie that are kept in files."""
+        names = {field.name for field in dataclasses.fields(Execution)} - {"place"}
+        return Execution(place=Place(self.cache, directory), **{name: getattr(self, name) for name in names})
 
     @staticmethod
     def _coerce(name: str, value: Any, hint: Any) -> Any:
@@ -295,11 +286,7 @@ class KUnBRConfig:
                 number = math.nan
             if math.isfinite(number):
                 return number
-        elif any(
-            isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-            for kind in (bool, int, str)
-            if kind in kinds
-        ):
+        elif isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds):
             return value
         words = {type(None): "null", float: "a finite number"}
         wanted = " or ".join(words.get(k) or getattr(k, "__name__", str(k)) for k in kinds)
@@ -357,16 +344,3 @@ class KUnBRConfig:
 def _refuse_old(name: str, where: str = "") -> None:
     if name in OLD_SETTINGS:
         raise ValueError(f"{where}{name} is no longer a setting: {OLD_SETTINGS[name]}")
-
-
-def _refusing_old(init: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(init)
-    def __init__(self: KUnBRConfig, *args: Any, **settings: Any) -> None:
-        for name in settings:
-            _refuse_old(name)
-        init(self, *args, **settings)
-
-    return __init__
-
-
-KUnBRConfig.__init__ = _refusing_old(KUnBRConfig.__init__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,7 @@ from torch import nn
 
 from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.parallel.group import ALONE, Group
-from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.reporter import Reporter
-from kunbr_fast.run.state import RunState, SharedState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +24,7 @@ class RunInputs:
     retain: Sequence[Mapping]
     tokenizer: Any = None
     unlearned: nn.Module | Mapping[str, torch.Tensor] | None = None
-    questions: Mapping[str, Sequence[Mapping]] = dataclasses.field(default_factory=lambda: {"forget": [], "retain": []})
+    questions: Mapping[str, Sequence[Mapping]] = dataclasses.field(default_factory=dict)
     folds: Sequence[Fold] = ()
 
 
@@ -35,19 +32,12 @@ class RunInputs:
 class RunContext:
     """Where a run keeps its state, which processes share it, and what it tells.
 
-    open_state: makes the `RunState` from its arguments; None: the one that fits `group`.
+    group: the ranks that divide the work. writes, wait: of the state, see `RunState`.
     """
 
     work: Path
     group: Group = ALONE
     reporter: Reporter = dataclasses.field(default_factory=Reporter)
     resume: bool = False
-    open_state: Callable[..., RunState] | None = None
-
-    def state(self, identity: str, config: KUnBRConfig) -> RunState:
-        """Opens the run's state."""
-        make = self.open_state
-        if make is None:
-            group = self.group
-            make = RunState if group.size == 1 else functools.partial(SharedState, group.first, group.wait)
-        return make(self.work, identity, config, self.resume)
+    writes: bool = True
+    wait: Callable[[], None] = ALONE.wait

@@ -16,6 +16,7 @@ Settings were searched in the same way for both methods: the lowest RTT accuracy
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 import tempfile
@@ -129,8 +130,7 @@ def gradient_difference(
     with frozen(decoder.model):
         criterion = Criterion(retain_coeff=config.retain_coeff, forget_loss_cap=config.forget_loss_cap)
         training = FullTraining(decoder, lr=lr, optimizer=optimizer, criterion=criterion)
-        for step in tqdm(range(len(schedule)), desc=progress, unit="step", leave=False, disable=progress is None):
-            f, r = schedule[step]
+        for f, r in tqdm(schedule, desc=progress, unit="step", leave=False, disable=progress is None):
             training.step([forget[i] for i in f], [retain[i] for i in r])
 
 
@@ -160,10 +160,8 @@ class Demo:
         return model
 
     def unlearn_plainly(self, model: LlamaForCausalLM, **settings: Any) -> None:
-        forget, retain, title = self.samples["forget"], self.samples["retain"], "gradient difference"
-        gradient_difference(
-            Decoder(model), forget, retain, self.config, progress=self.reporter.title(title), **settings
-        )
+        data, bar = (self.samples["forget"], self.samples["retain"]), self.reporter.title("gradient difference")
+        gradient_difference(Decoder(model), *data, self.config, progress=bar, **settings)
 
     def measure(self, method: str, model: LlamaForCausalLM, seconds: float, attack: bool = True) -> None:
         decoder = Decoder(model)
@@ -194,24 +192,17 @@ class Demo:
         with stage("taught", says) as took:
             taught = self.teach(tuple(GROUPS))
         self.measure("taught", taught, took.seconds, attack=False)
-        weights = {name: value.clone() for name, value in taught.state_dict().items()}
-
-        def copy_of_taught() -> LlamaForCausalLM:
-            model = new_model(len(self.tokenizer), self.seed)
-            model.load_state_dict(weights)
-            return model
-
+        unlearned, baseline = copy.deepcopy(taught), copy.deepcopy(taught)
         with stage("warm-up (M_u)") as warm_up:
-            unlearned = copy_of_taught()
             settings = dict(lr=config.warmup_lr, optimizer=config.warmup_optimizer, epochs=config.warmup_epochs)
             self.unlearn_plainly(unlearned, **settings)
         self.measure("warm-up (M_u)", unlearned, warm_up.seconds)
         with stage("KUnBR") as took:
-            forget, retain = self.samples["forget"], self.samples["retain"]
-            report = unlearn(taught, forget, retain, config, unlearned=unlearned, reporter=self.reporter)
+            data = self.samples["forget"], self.samples["retain"]
+            report = unlearn(taught, *data, config, unlearned=unlearned, reporter=self.reporter)
         self.measure("KUnBR", taught, warm_up.seconds + took.seconds)
         with stage("gradient difference") as took:
-            self.unlearn_plainly(baseline := copy_of_taught(), **BASELINE)
+            self.unlearn_plainly(baseline, **BASELINE)
         self.measure("gradient difference", baseline, took.seconds)
         with stage("never saw them", "a model that never saw the people to be forgotten, as the yardstick") as took:
             never = self.teach(("retain", "bystanders"))

@@ -30,10 +30,6 @@ class Timer:
         self._stop = time.perf_counter()
 
 
-def _nothing(stage: str, part: str) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext()
-
-
 class Reporter:
     """Tells what a run does.
 
@@ -49,7 +45,8 @@ class Reporter:
         say: Callable[[str], None] | None = None,
         around: Callable[[str, str], contextlib.AbstractContextManager] | None = None,
     ):
-        self.progress, self._say, self._around = progress, say, around or _nothing
+        self.progress, self._say = progress, say
+        self._around = around or (lambda stage, part: contextlib.nullcontext())
         self.seconds: dict[str, float] = {}
         self._stage = ""
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kunbr_fast.data import PackedBatch, Sample, check_labels, check_lengths, encode, with_alternates
-from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.files.models import check_vocabulary
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.objectives.batch import WHOLE, Shares, StepBatch
@@ -93,17 +92,6 @@ class Samples:
         alternates = [first + len(self.retain) + i for i in forget] if criterion.alternate is not None else []
         return [*forget, *alternates, *(first + i for i in retain if criterion.objective.retain)]
 
-    def schedule(self, config: KUnBRConfig, epochs: int, number: int) -> Schedule:
-        """Training `number`'s own data order: 0 for the warm-up, then one for each visit of a block."""
-        return Schedule(
-            len(self.forget),
-            len(self.retain),
-            config.batch_size,
-            config.retain_size,
-            epochs,
-            config.seed * 1000 + number,
-        )
-
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
@@ -132,6 +120,13 @@ class Feed:
 
     def places(self, forget: list[int], retain: list[int]) -> list[int]:
         return self.samples.places(self.criterion, *self.mine(forget, retain))
+
+    def part(self, mine: Sequence[list[int]], whole: Sequence[list[int]]) -> StepBatch | None:
+        """The batch of some samples of a step, with their share of `whole`, all of its forget and retain samples; None
+        where the criterion reads none of them."""
+        if not self.samples.places(self.criterion, *mine):
+            return None
+        return self.batch(*mine, Shares(*(len(part) / len(samples) for part, samples in zip(mine, whole))))
 
     def batch(self, forget: list[int], retain: list[int], shares: Shares = WHOLE) -> StepBatch:
         """The batch of a step, or of a part of one."""

@@ -8,22 +8,18 @@ from typing import Any
 
 import torch
 
-from kunbr_fast.data import PackedBatch, pack
 from kunbr_fast.density.measure import Density, knowledge_density
 from kunbr_fast.density.select import select_blocks
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.report import Report
-from kunbr_fast.evaluation.rtt import Attack, RTTResult
+from kunbr_fast.evaluation.rtt import RTTResult
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.frozen import frozen
-from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.assign import block_cost, busiest_share, homes, spread_blocks
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.reporter import Timer
-from kunbr_fast.run.samples import Feed
 from kunbr_fast.run.state import fingerprint
 from kunbr_fast.run.steps import Run
 from kunbr_fast.run.visits import (
@@ -82,26 +78,21 @@ class Stages(Run):
 
     def _accuracy(self, decoder: Decoder, name: str) -> dict[str, Any]:
         """Measured by rank 0; the others wait for the state that it writes."""
-        out = {}
-        for what, questions in self.inputs.questions.items() if self.group.first else ():
-            if questions:
-                self.reporter.say(f"accuracy of the {name} model on {len(questions)} {what} questions")
-                found = choice_accuracy(
-                    decoder,
-                    self.inputs.tokenizer,
-                    questions,
-                    scoring=self.config.scoring,
-                    progress=self.reporter.title(f"{what} accuracy"),
-                )
+        out, tokenizer, scoring = {}, self.inputs.tokenizer, self.config.scoring
+        for what, asked in self.inputs.questions.items() if self.group.first else ():
+            if asked:
+                self.reporter.say(f"accuracy of the {name} model on {len(asked)} {what} questions")
+                bar = self.reporter.title(f"{what} accuracy")
+                found = choice_accuracy(decoder, tokenizer, asked, scoring=scoring, progress=bar)
                 out[what] = {"plain": found.plain, "calibrated": found.calibrated, "num_questions": found.num_questions}
         return out
 
     def attack(self) -> RTTResult | None:
-        config, folds, progress = self.config, self.folds, self.reporter.progress
-        if not folds:
+        attack, progress, rank = self.rtt, self.reporter.progress, self.group.rank
+        if attack is None:
             return None
-        lrs = ", ".join(f"{lr:g}" for lr in config.rtt_lrs)
-        with self.reporter.stage(RTT, f"RTT attack: {len(folds)} folds, learning rates {lrs}") as took:
+        lrs = ", ".join(f"{lr:g}" for lr in self.config.rtt_lrs)
+        with self.reporter.stage(RTT, f"RTT attack: {len(attack.folds)} folds, learning rates {lrs}") as took:
 
             def keep(rows: list[dict]) -> None:
                 stage = Stage.attack(rows[0]["fold"], rows[0]["lr"])
@@ -110,7 +101,6 @@ class Stages(Run):
             def done() -> list[dict]:
                 return [row for found in self.state.results(RTT).values() for row in found["rows"]]
 
-            attack, rank = Attack(self.decoder, self.inputs.tokenizer, folds, config.attack()), self.group.rank
             if self.group.size > 1:  # each makes its share of the attacks, on its own copy of the weights
                 rows = done()
                 with self._apart():
@@ -161,30 +151,17 @@ class Stages(Run):
         self.state.finish(WARMUP, {"accuracy": accuracy, "given": given}, values)
 
     def _warm_up(self) -> None:
-        config, model = self.config, self.decoder.model
-        original = self.work / "original.safetensors"
-        if self.group.first:
-            WeightSnapshot.save(model, original)
-        self.group.wait()
-        original = WeightSnapshot(original)
-        name = config.criterion(warmup=True).objective.name.replace("_", " ")
-        says = f"warm-up: {name} on all parameters, {config.warmup_epochs} epochs"
+        model, original = self.decoder.model, self.keep_original()
+        name = self.config.criterion(warmup=True).objective.name.replace("_", " ")
+        says = f"warm-up: {name} on all parameters, {self.config.warmup_epochs} epochs"
         try:
-            with self.reporter.stage(WARMUP, says) as took, frozen(model), fused(model, config.impl):
-                training = self.full_training()
-                feed = Feed(self.samples, training.criterion, self.pack, self.original, self.team)
-                schedule = self.samples.schedule(config, config.warmup_epochs, 0)
-                result = self.train(WARMUP, training, feed, schedule, took)
+            with self.reporter.stage(WARMUP, says) as took, self.full_training() as training:
+                result = self.train(WARMUP, training, self.feed_of(training), self.schedule_of(None), took)
             result["accuracy"] = self._accuracy(self.decoder, "unlearned")
             self.state.finish(WARMUP, result, dict(model.named_parameters()))
         finally:
             original.restore(model)
-        self.group.wait()
-        if self.group.first:
-            original.path.unlink()
-
-    def pack(self, places: list[int]) -> PackedBatch:
-        return pack([self.samples.all[i] for i in places]).to(self.decoder.device)
+        self.drop_original(original)
 
     # ------------------------------------------------ density, selection
 
@@ -239,9 +216,7 @@ class Stages(Run):
         for visit in order:
             if self.state.result(visit.stage) is None:
                 costs[visit.index] += block_cost(visit.block, self.decoder.num_layers)
-                schedule = self.samples.schedule(self.config, self.config.block_epochs, visit.number)
-                for forget, retain in map(schedule.__getitem__, range(len(schedule))):
-                    steps.append([*forget, *(first + i for i in retain)])
+                steps += [[*forget, *(first + i for i in retain)] for forget, retain in self.schedule_of(visit)]
         sizes = [len(sample["input_ids"]) for sample in self.samples.forget + self.samples.retain]
         home = homes(steps, sizes, self.group.size)
         parallel = "samples" if self.config.insertion == "cumulative" else self.config.parallel
@@ -272,8 +247,6 @@ class Stages(Run):
     def _visit_all(self, order: list[Visit], home: list[int] | None = None) -> dict[range, WeightSnapshot]:
         """Makes the visits that are not yet made. home: as of `Feed`, where all of the team make them together."""
         trained: dict[range, WeightSnapshot] = {}
-        if not order:
-            return trained
         unlearned = self._unlearned()
         cache: PrefixCache | CacheShard | None = None
         for visit in order:
@@ -310,36 +283,17 @@ class Stages(Run):
         home: list[int] | None,
         took: Timer,
     ) -> None:
-        config = self.config
-        values = Values(source)
-        with self.block_training(values, visit.block) as training:
-            schedule = self.samples.schedule(config, config.block_epochs, visit.number)
-            feed = Feed(self.samples, training.criterion, cache.batch, self.original, self.team, home)
+        schedule, trained = self.schedule_of(visit), {}
+        with self.block_training(source, visit.block, trained) as training:
+            feed = self.feed_of(training, cache, home)
             measured = self.measure_approximations(training, cache, feed, schedule)
-            if config.cache_bytes is not None:
-                cache.expect([feed.places(*schedule[number]) for number in range(len(schedule))])
+            if self.config.cache_bytes is not None:
+                cache.expect([feed.places(*step) for step in schedule])
             result = self.train(visit.stage, training, feed, schedule, took) | measured
-        self.state.finish(visit.stage, result, values.trained)
+        self.state.finish(visit.stage, result, trained)
 
     def merge(self, trained: Mapping[range, Mapping[str, torch.Tensor]]) -> None:
         """The model becomes M_u with the trained blocks."""
         with self.reporter.stage(MERGE, "merging the trained blocks into the unlearned model"):
             for weights in (self._unlearned(), *trained.values()):
                 self.decoder.place(weights)
-
-
-class Values(dict):
-    """M_u's weights from disk, read when asked for; what is written back is kept in `trained`."""
-
-    def __init__(self, source: Mapping[str, torch.Tensor]):
-        super().__init__()
-        self.source, self.trained = source, {}
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.source
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.source[name]
-
-    def __setitem__(self, name: str, value: torch.Tensor) -> None:
-        self.trained[name] = value

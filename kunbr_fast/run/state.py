@@ -23,6 +23,7 @@ from torch import nn
 from kunbr_fast.files.atomic import sha256, write_json
 from kunbr_fast.files.tensors import load_tensors, save_tensors
 from kunbr_fast.model.weights import weights_of
+from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.visits import Stage
 
 FORMAT = 1
@@ -51,12 +52,30 @@ def fingerprint(model: nn.Module, *parts: Sequence[Mapping[str, Any]]) -> str:
 
 
 class RunState:
-    """The finished stages of a run, the progress of the present one, and their files, in one directory."""
+    """The finished stages of a run, the progress of the present one, and their files, in one directory.
 
-    def __init__(self, directory: str | Path, identity: str, config: Any, resume: bool):
-        self.directory = Path(directory)
+    All ranks make the same calls. One of them `writes`; the others read what it wrote, between two waits.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        identity: str,
+        config: Any,
+        resume: bool,
+        writes: bool = True,
+        wait: Callable[[], None] = ALONE.wait,
+    ):
+        self.directory, self._writes, self._wait = Path(directory), writes, wait
         self.path = self.directory / "state.json"
         self._read_before: dict[Path, tuple[tuple[int, ...], str]] = {}
+        if writes:
+            self._open(identity, config, resume)
+        self._share()
+        if not writes:
+            self._check(identity, config)
+
+    def _open(self, identity: str, config: Any, resume: bool) -> None:
         fresh, parts = _fresh(identity, config.to_dict()), []
         if not resume:
             if self.path.exists():
@@ -124,6 +143,13 @@ class RunState:
     def _write(self) -> None:
         write_json(self.path, self.state)
 
+    def _share(self) -> None:
+        """Every rank reloads the state that the writer wrote."""
+        self._wait()
+        if not self._writes:
+            self.state = self._read()
+        self._wait()
+
     # ------------------------------------------------ stages
 
     def result(self, stage: str) -> dict[str, Any] | None:
@@ -141,15 +167,17 @@ class RunState:
         self.state["stages"] = {name: result for name, result in self.state["stages"].items() if name in kept}
 
     def finish(self, stage: str, result: dict[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Records a stage's result, and its tensors in a file of its own; the stage's progress is dropped."""
-        if tensors is not None:
-            name = f"{stage}.safetensors"
-            result = {**result, "file": name, "sha256": self._save(name, tensors)}
-        self.state["stages"][stage] = result
-        old = self._replaced(stage)
-        self.state["current"] = None
-        self._write()
-        _remove(old)
+        """Records a stage's result (the writer's), and its tensors in a file of its own; its progress is dropped."""
+        if self._writes:
+            if tensors is not None:
+                name = f"{stage}.safetensors"
+                result = {**result, "file": name, "sha256": self._save(name, tensors)}
+            self.state["stages"][stage] = result
+            old = self._replaced(stage)
+            self.state["current"] = None
+            self._write()
+            _remove(old)
+        self._share()
 
     def file(self, stage: str) -> Path:
         """The checked file of a finished stage."""
@@ -158,22 +186,21 @@ class RunState:
         return self._checked(self.result(stage))
 
     def drop_file(self, stage: str) -> None:
-        """Deletes the file of a finished stage that no later stage reads; the result stays."""
-        _remove([self.directory / self.result(stage)["file"]])
+        """Deletes the file of a finished stage that no later stage reads; the result stays. Every rank has read the
+        file: they have waited for each other since."""
+        if self._writes:
+            _remove([self.directory / self.result(stage)["file"]])
 
     # ------------------------------------------------ progress within a stage
 
     def save_progress(self, stage: str, step: int, tensors: Mapping[str, torch.Tensor], extra: dict[str, Any]) -> None:
         """Replaces the present stage's progress: `step` steps are done, `tensors` is the training's state."""
+        if not self._writes:
+            return
         old = self._replaced(stage)
         name = f"{stage}-step-{step}.safetensors"
-        self.state["current"] = {
-            "stage": stage,
-            "step": step,
-            "extra": extra,
-            "file": name,
-            "sha256": self._save(name, tensors),
-        }
+        saved = {"file": name, "sha256": self._save(name, tensors)}
+        self.state["current"] = {"stage": stage, "step": step, "extra": extra, **saved}
         self._write()
         _remove(path for path in old if path.name != name)
 
@@ -190,6 +217,22 @@ class RunState:
         if not current:
             return None
         return current["step"], load_tensors(self._checked(current)), current["extra"]
+
+    @contextlib.contextmanager
+    def apart(self, rank: int) -> Iterator[PartState]:
+        """Inside, each rank writes to a state of its own; afterwards all of it is here."""
+        if self._writes:
+            self._interrupt(self.state["current"])
+            self.state["current"] = None
+            self._write()
+        self._share()
+        yield PartState(self, rank)
+        self._wait()
+        if self._writes:
+            parts = self._take_parts()
+            self._write()
+            _remove(parts)
+        self._share()
 
     # ------------------------------------------------ files
 
@@ -226,7 +269,7 @@ class PartState(RunState):
     """
 
     def __init__(self, whole: RunState, rank: int):
-        self.directory, self._whole = whole.directory, whole
+        self.directory, self._whole, self._writes, self._wait = whole.directory, whole, True, ALONE.wait
         self.path = self.directory / f"state.rank-{rank}.json"
         self._read_before = whole._read_before
         self.state = _fresh(whole.state["identity"], whole.state["config"])
@@ -248,60 +291,3 @@ def _fresh(identity: str, config: dict[str, Any]) -> dict[str, Any]:
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
-
-
-class SharedState(RunState):
-    """A `RunState` that one rank writes and all read, between two waits, so that all read the same."""
-
-    def __init__(self, writes: bool, wait: Callable[[], None], *arguments: Any):
-        self._writes, self._wait = writes, wait
-        *others, resume = arguments
-        if writes:
-            super().__init__(*others, resume)
-        wait()
-        if not writes:
-            super().__init__(*others, True)
-        wait()
-
-    def _write(self) -> None:
-        if self._writes:
-            super()._write()
-
-    def _share(self) -> None:
-        """Every rank reloads the state that rank 0 wrote."""
-        self._wait()
-        if not self._writes:
-            self.state = self._read()
-        self._wait()
-
-    def finish(self, stage: str, result: dict, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
-        """As `RunState.finish`. All ranks call it; the writer's result counts."""
-        if self._writes:
-            super().finish(stage, result, tensors)
-        self._share()
-
-    def save_progress(self, stage: str, step: int, tensors: Mapping[str, torch.Tensor], extra: dict[str, Any]) -> None:
-        if self._writes:
-            super().save_progress(stage, step, tensors, extra)
-
-    def drop_file(self, stage: str) -> None:
-        """As `RunState.drop_file`. All ranks have read the file: they have waited for each other since."""
-        if self._writes:
-            super().drop_file(stage)
-
-    @contextlib.contextmanager
-    def apart(self, rank: int) -> Iterator[PartState]:
-        """Inside, each rank writes to a state of its own; afterwards all of it is here."""
-        if self._writes:
-            self._interrupt(self.state["current"])
-            self.state["current"] = None
-            self._write()
-        self._share()
-        yield PartState(self, rank)
-        self._wait()
-        if self._writes:
-            parts = self._take_parts()
-            self._write()
-            for path in parts:
-                path.unlink()
-        self._share()

@@ -5,32 +5,34 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Mapping, MutableMapping
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from kunbr_fast.data import PackedBatch, pack
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.density.attribution import COMPARING, attribute
-from kunbr_fast.files.tensors import load_tensors
+from kunbr_fast.files.tensors import WeightSnapshot, load_tensors
 from kunbr_fast.memory import Place, parse_bytes
+from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
-from kunbr_fast.objectives.batch import Shares
 from kunbr_fast.objectives.original import Needs, OriginalValues
-from kunbr_fast.run.checks import folds_to_attack, prepare
+from kunbr_fast.run.checks import prepare
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.reporter import Timer
 from kunbr_fast.run.samples import Feed
-from kunbr_fast.run.visits import Stage, layers
+from kunbr_fast.run.visits import Stage, Visit, layers
 from kunbr_fast.training.approximation import cache_error, gradient_cosine
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.reinserted import reinserted
-from kunbr_fast.training.settings import BlockSettings, Execution, FullSettings
 from kunbr_fast.training.shared import SharedStep
+from kunbr_fast.training.training import Training
 
 LOSSES = ("forget_loss", "retain_loss")
 
@@ -42,32 +44,25 @@ class Run:
     """
 
     def __init__(self, inputs: RunInputs, config: KUnBRConfig, context: RunContext):
-        self.inputs, self.config, self.work = inputs, config, context.work
+        self.inputs, self.config, self.context, self.work = inputs, config, context, context.work
         self.reporter = context.reporter
         self.group = self.team = context.group
-        self.decoder, self.samples, self.state = prepare(inputs, config, context)
-        self.folds = folds_to_attack(inputs, config, self.decoder, self.reporter)
+        self.decoder, self.samples, self.rtt, self.state = prepare(inputs, config, context)
         self.original = OriginalValues({})
         self.retain_limit = config.max_retain_loss or 2 * math.log(self.decoder.config.vocab_size)
 
     # ------------------------------------------------ what trainings read
 
     def measure(self, stage: Stage, needs: Needs) -> None:
-        """Adds the original's values that `needs` names, from the model, or from the state where they are there
-        already."""
+        """Adds the original's values that `needs` names, from the model, or where it has them from the state."""
         if self.state.result(stage) is None:
             found = OriginalValues({})
-            with self.reporter.stage(stage, "the original model's values for the objective") as took:
+            says, impl = "the original model's values for the objective", self.config.impl
+            with self.reporter.stage(stage, says) as took, fused(self.decoder.model, impl):
                 if self.group.first:
-                    with fused(self.decoder.model, self.config.impl):
-                        found = OriginalValues.of(
-                            self.decoder,
-                            self.samples.parts,
-                            needs,
-                            impl=self.config.impl,
-                            place=Place(self.config.cache, self.work),
-                            progress=self.reporter.progress,
-                        )
+                    how = {"impl": impl, "progress": self.reporter.progress}
+                    place = Place(self.config.cache, self.work)
+                    found = OriginalValues.of(self.decoder, self.samples.parts, needs, place=place, **how)
             self.state.finish(stage, {"seconds": took.seconds}, found.tensors())
         found = OriginalValues.from_tensors(load_tensors(self.state.file(stage)))
         self.original = OriginalValues({**self.original.values, **found.values})
@@ -92,44 +87,32 @@ class Run:
 
     # ------------------------------------------------ trainings
 
-    def full_training(self) -> FullTraining:
-        config = self.config
-        settings = FullSettings(config.warmup_lr, config.warmup_optimizer, weight_decay=config.weight_decay)
-        criterion = config.criterion(warmup=True)
-        return FullTraining(self.decoder, criterion, settings=settings, execution=self.execution())
+    @contextlib.contextmanager
+    def full_training(self) -> Iterator[FullTraining]:
+        config, model = self.config, self.decoder.model
+        criterion, settings = config.criterion(warmup=True), config.full_settings()
+        with frozen(model), fused(model, config.impl):
+            yield FullTraining(self.decoder, criterion, settings=settings, execution=config.execution(self.work))
 
     def block_training(
-        self, values: MutableMapping[str, torch.Tensor], block: range
+        self, source: Mapping[str, torch.Tensor], block: range, trained: dict[str, torch.Tensor]
     ) -> contextlib.AbstractContextManager[BlockTraining]:
+        """Begins with the block's weights in `source`; at the end they are in `trained`."""
         config = self.config
-        settings = BlockSettings(
-            config.block_lr,
-            optimizer=config.optimizer,
-            weight_decay=config.weight_decay,
-            insertion=config.insertion,
-            master_weights=config.master_weights,
-            mask=None if config.mask == "none" else self.mask(block),
-        )
-        criterion = config.criterion(block)
         return reinserted(
-            self.decoder, values, block, criterion=criterion, settings=settings, execution=self.execution()
+            self.decoder,
+            ChainMap(trained, source),
+            block,
+            criterion=config.criterion(block),
+            settings=config.block_settings(self._mask(block)),
+            execution=config.execution(self.work),
         )
 
-    def execution(self) -> Execution:
+    def _mask(self, block: range) -> dict[str, torch.Tensor] | None:
+        """The weights of the block that may change, by all samples and the original as it stands; None: all."""
         config = self.config
-        return Execution(
-            impl=config.impl,
-            gradient_checkpointing=config.gradient_checkpointing,
-            cuda_graphs=config.cuda_graphs,
-            micro_batch_tokens=config.micro_batch_tokens,
-            optimizer_device=config.optimizer_device,
-            cover_precision=config.cover_precision,
-            place=Place(config.cache, self.work),
-        )
-
-    def mask(self, block: range) -> dict[str, torch.Tensor]:
-        """The weights of the block that may change, by all samples and the original as it stands."""
-        config = self.config
+        if config.mask == "none":
+            return None
         found = attribute(
             self.decoder,
             self.samples.forget,
@@ -144,11 +127,41 @@ class Run:
         )
         return found.mask(ratio=config.mask_ratio)
 
+    def schedule_of(self, visit: Visit | None) -> Schedule:
+        """The data order of a visit; None: of the warm-up."""
+        config, samples = self.config, self.samples
+        epochs, number = (config.warmup_epochs, 0) if visit is None else (config.block_epochs, visit.number)
+        sizes = len(samples.forget), len(samples.retain), config.batch_size, config.retain_size
+        return Schedule(*sizes, epochs, config.seed * 1000 + number)
+
+    def feed_of(
+        self, training: Training, cache: PrefixCache | CacheShard | None = None, home: list[int] | None = None
+    ) -> Feed:
+        """From the prefix cache, or without one from the embeddings on. home: as of `Feed`."""
+        packed = self._pack if cache is None else cache.batch
+        return Feed(self.samples, training.criterion, packed, self.original, self.team, home)
+
+    def _pack(self, places: list[int]) -> PackedBatch:
+        return pack([self.samples.all[i] for i in places]).to(self.decoder.device)
+
+    # ------------------------------------------------ the original, while its weights change
+
+    def keep_original(self) -> WeightSnapshot:
+        """The model's weights, in a file until `drop_original`."""
+        path = self.work / "original.safetensors"
+        if self.context.writes:
+            WeightSnapshot.save(self.decoder.model, path)
+        self.context.wait()
+        return WeightSnapshot(path)
+
+    def drop_original(self, kept: WeightSnapshot) -> None:
+        self.context.wait()
+        if self.context.writes:
+            kept.path.unlink()
+
     # ------------------------------------------------ steps
 
-    def train(
-        self, stage: Stage, training: FullTraining | BlockTraining, feed: Feed, schedule: Schedule, took: Timer
-    ) -> dict[str, Any]:
+    def train(self, stage: Stage, training: Training, feed: Feed, schedule: Schedule, took: Timer) -> dict[str, Any]:
         """Runs the steps of a stage that are not yet done, with checkpoints; returns {"epochs", "seconds"}."""
         first, account = 0, new_account()
         if (found := self.state.progress(stage)) is not None:
@@ -182,17 +195,12 @@ class Run:
         feed.team.check_same_bits(stage, training.state())
         return {"epochs": account["epochs"], "seconds": took.seconds}
 
-    def _step(
-        self, training: FullTraining | BlockTraining, feed: Feed, forget: list[int], retain: list[int]
-    ) -> dict[str, float | None]:
+    def _step(self, training: Training, feed: Feed, forget: list[int], retain: list[int]) -> dict[str, float | None]:
         """One step, by all of the feed's team."""
         if feed.team.size == 1:
             return training.step_packed(feed.batch(forget, retain))
-        mine = feed.mine(forget, retain)
         step = SharedStep(training)
-        if feed.samples.places(training.criterion, *mine):
-            shares = Shares(*(len(part) / len(whole) for part, whole in zip(mine, (forget, retain))))
-            batch = feed.batch(*mine, shares)
+        if (batch := feed.part(feed.mine(forget, retain), (forget, retain))) is not None:
             step.add(batch, training.accumulate(batch))
         try:
             metrics = step.gather(feed.team, f"step {training.steps}")
@@ -227,7 +235,7 @@ class Run:
     ) -> dict[str, Any]:
         """What a cover or a cache in low precision makes of a block's first step (rank 0's part): for the report."""
         found, step = {}, feed.mine(*schedule[0])
-        if not (places := feed.samples.places(training.criterion, *step)):
+        if not (places := feed.places(*schedule[0])):
             return found
         if training.cover is not None:
             same = found["gradient_cosine"] = gradient_cosine(training, feed.batch(*step))

@@ -86,32 +86,22 @@ def unlearn(
     config, given = config or KUnBRConfig(), taken(Options, options, "unlearn")
     output_dir, group = given.output_dir, given.group
     reporter = given.reporter or Reporter(given.progress, given.on_stage)
-    inputs = RunInputs(
-        model,
-        forget,
-        retain,
-        given.tokenizer,
-        given.unlearned,
-        {"forget": _questions(given.forget_questions, forget), "retain": _questions(given.retain_questions, retain)},
-        given.folds or (),
-    )
+    asked = {"forget": _questions(given.forget_questions, forget), "retain": _questions(given.retain_questions, retain)}
+    inputs = RunInputs(model, forget, retain, given.tokenizer, given.unlearned, asked, given.folds or ())
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
-        if output_dir is None:
-            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kunbr-")))
-        else:
+        for source in (model, given.unlearned):
+            if source is not None:
+                weights_of(source).check_target(output_dir)
+        if output_dir is not None:
             work = Path(output_dir) / "work"
             work.mkdir(parents=True, exist_ok=True)
-        if output_dir is None and weights_of(model).streamed:
-            raise ValueError(
-                "a streamed model's result is never in memory whole: give output_dir=, where it is written"
-            )
-        for source in (model, given.unlearned):
-            if output_dir is not None and source is not None:
-                weights_of(source).check_target(output_dir)
-        if output_dir is None and group.size > 1:
+        elif group.size == 1:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kunbr-")))
+        else:
             raise ValueError("several processes need an output_dir that all of them see")
-        context = RunContext(work, group, reporter if group.first else reporter.silent(), given.resume)
+        heard = reporter if group.first else reporter.silent()
+        context = RunContext(work, group, heard, given.resume, group.first, group.wait)
         run = Stages(inputs, config, context)
         report = run.all()
         if run.decoder.streamed:

@@ -117,7 +117,7 @@ class Execution:
         """Errors for what this model cannot do; `dispatch.Unavailable` for an impl, or CUDA graphs, that cannot run."""
         for operation in ("linear_loss", optimizer):
             resolve(operation, self.impl, decoder.device)
-        check_cuda_graphs(self.cuda_graphs, decoder.device)
-        check_cover(decoder, block, self.cover_precision)
         if self.cuda_graphs and decoder.streamed:
             raise ValueError("cuda_graphs=True: a streamed model's layers have no place of their own: leave it out")
+        check_cuda_graphs(self.cuda_graphs, decoder.device)
+        check_cover(decoder, block, self.cover_precision)

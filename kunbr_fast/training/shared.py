@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kunbr_fast.model.finite import finite
+from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.parallel.group import Group

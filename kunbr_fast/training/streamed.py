@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Stretch
-from kunbr_fast.model.layer_major import LayerMajor
+from kunbr_fast.model.streamed import LayerMajor
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.training.block import BlockTraining
 
@@ -39,10 +39,9 @@ class LayerMajorTraining(BlockTraining):
         decoder, criterion, found = self.decoder, self.criterion, []
         top = criterion.layer if criterion.objective.states else decoder.num_layers - 1
 
-        def turn(layer: int, number: int, x: torch.Tensor, dy: torch.Tensor | None) -> None:
-            stretch = Stretch(layer, x)
+        def turn(number: int, stretch: Stretch, stop: int, dy: torch.Tensor | None) -> None:
             if dy is not None:
-                decoder.run(steps[number].packed, stretch, layer + 1).backward(dy)
+                decoder.run(steps[number].packed, stretch, stop).backward(dy)
             else:
                 found.append(criterion(decoder, steps[number], stretch, impl=self.execution.impl).backward())
 

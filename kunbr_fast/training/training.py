@@ -11,7 +11,7 @@ import torch
 
 from kunbr_fast.memory import OutOfMemory, cannot_fit, is_out_of_memory, release
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.finite import finite
+from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion

@@ -351,8 +351,8 @@ def test_compare_is_an_exit_status(tmp_path, capsys, compiled_kernels):
     with open(a, newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        if row["variant"] == "torch":
-            row.update({name: str(3 * float(row[name])) for name in ("ms", "p20_ms", "p80_ms")})
+        if row["variant"] == "torch":  # beyond what a busy machine makes of quick rounds
+            row.update({name: str(100 * float(row["p80_ms"])) for name in ("ms", "p20_ms", "p80_ms")})
     with open(tmp_path / "b.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

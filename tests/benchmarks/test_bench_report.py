@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kunbr_fast.benchmarks import harness, report
-from kunbr_fast.benchmarks.charts import bars, draw, roofline, stages, times
+from kunbr_fast.benchmarks.charts import bars, roofline, stages, times
 from kunbr_fast.benchmarks.rows import COLUMNS, outcomes, parsed, read_rows, write_rows
 from kunbr_fast.evaluation import figures
 from kunbr_fast.kernels import dispatch
@@ -217,7 +217,7 @@ def test_table_without_one_side():
 
 def test_only_what_the_rows_have_data_for_is_drawn(tmp_path):
     def names(some):
-        return {path.name for _, path in draw.draw(outcomes(some), tmp_path)}
+        return {path.name for _, path in report.draw(outcomes(some), tmp_path)}
 
     alone = [row | {"peak_mib": "", "roofline_percent": ""} for row in rows(times={"*torch": 1.0})]
     assert names(alone) == set() and names(rows(times={"*torch": "broken"})) == set()
@@ -227,8 +227,8 @@ def test_only_what_the_rows_have_data_for_is_drawn(tmp_path):
 def test_pictures_of_an_earlier_report_go_and_others_stay(tmp_path):
     for name in ("time_norms_2.png", "memory_step.png", "roofline_bfloat16.png", "mine.png", "memory_of_mine.png"):
         (tmp_path / name).write_bytes(b"old")
-    first = draw.draw(outcomes(rows("optimizer") + rows("density", gflop=1.0)), tmp_path)
-    second = draw.draw(outcomes(rows()), tmp_path)
+    first = report.draw(outcomes(rows("optimizer") + rows("density", gflop=1.0)), tmp_path)
+    second = report.draw(outcomes(rows()), tmp_path)
     assert {path.name for _, path in first} > {"speedup_optimizer.png", "roofline_float32.png"}
     names = {path.name for _, path in second} | {"mine.png", "memory_of_mine.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
@@ -237,12 +237,12 @@ def test_pictures_of_an_earlier_report_go_and_others_stay(tmp_path):
 def test_all_can_be_drawn_of_times_that_were_measured_once(tmp_path, drawn):
     some = [once(row) for n in (64, 256) for row in rows("density", f"up, T={n}", n, gflop=2.0, standing_mib=1.0)]
     some += [once(row) for row in rows("end_to_end", "density")]
-    names = {path.name for _, path in draw.draw(outcomes(some), tmp_path)}
+    names = {path.name for _, path in report.draw(outcomes(some), tmp_path)}
     assert {"time_density.png", "speedup_density.png", "end_to_end.png", "roofline_float32.png"} <= names
     axes = drawn["speedup_density.png"].axes[0]
     assert {"~2.00x", "SmolLM2-135M, up, T=64, float32: triton, ~1 ms"} <= set(texts(axes))
     assert axes.get_xlabel().endswith("; ~ extrapolated")
-    draw.draw(outcomes(rows()), tmp_path)
+    report.draw(outcomes(rows()), tmp_path)
     assert (
         "~" not in "".join(texts(drawn["speedup_norms.png"].axes[0])) + drawn["speedup_norms.png"].axes[0].get_xlabel()
     )

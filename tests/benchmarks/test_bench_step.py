@@ -205,7 +205,7 @@ def test_what_failed_holds_nothing(monkeypatch):
             raise torch.OutOfMemoryError("out of memory")
 
     class FailsToBeMade(Fails):
-        def make_loss(self, case):
+        def prepare(self, case):
             raise torch.OutOfMemoryError("out of memory")
 
     def counted(*args):

@@ -12,7 +12,7 @@ from reference_procedure import left_padded, padded, padded_loss, reference_bloc
 from tiny_models import moved, peak_bytes, random_samples, tiny_model
 
 from kunbr_fast.integrations.deep_unl import DEEP_UNL, _Batch
-from kunbr_fast.integrations.recognise import _relative, recognise
+from kunbr_fast.integrations.recognise import positions_are_relative, recognise
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.training.diverged import Diverged
 
@@ -173,7 +173,7 @@ def test_left_padding_without_positions(architecture, relative):
     for point in points:
         point["labels"][0] = -100  # here it would be predicted, by padding
     decoder = Decoder(model)
-    assert _relative(decoder) == relative
+    assert positions_are_relative(decoder) == relative
     batch = _Batch(points, shifted)
     assert batch.look(decoder) == relative
     if relative:

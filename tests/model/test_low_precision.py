@@ -368,7 +368,6 @@ def test_the_covers_bytes(precision):
     decoder = Decoder(model)
     count = sum(p.numel() for layer in decoder.layers[4:] for p in layer.parameters() if p.dim() == 2)
     with frozen(model), low_precision_cover(decoder, BLOCK, precision) as cover:
-        assert cover.exact_nbytes == 2 * count
         assert cover.nbytes == pytest.approx(BYTES[precision] * count, rel=0.03)
         linears = [m for layer in decoder.layers[4:] for m in layer.modules() if isinstance(m, torch.nn.Linear)]
         assert len(linears) == 14 and all(m.weight.untyped_storage().nbytes() == 2 for m in linears)

@@ -22,11 +22,10 @@ from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.files.models import load_model, load_tokenizer
 from kunbr_fast.files.tensors import Shards, WeightSnapshot, save_tensors
 from kunbr_fast.model.decoder import Decoder, Stretch, find_layers
-from kunbr_fast.model.finite import check_finite
-from kunbr_fast.model.layer_major import LayerMajor
 from kunbr_fast.model.prefix_cache import PrefixCache
+from kunbr_fast.model.streamed import LayerMajor
 from kunbr_fast.model.streaming import open_streamed
-from kunbr_fast.model.weights import weights_of
+from kunbr_fast.model.weights import check_finite, weights_of
 from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import StepBatch
 from kunbr_fast.objectives.criterion import Criterion
@@ -59,7 +58,7 @@ def folder(tmp_path_factory):
 
 
 def layers_of(model):
-    return find_layers(model, model.config, "model")[1]
+    return find_layers(model)[1]
 
 
 def is_placeholder(parameter):
@@ -122,7 +121,7 @@ def test_buffers_are_bounded_and_layers_of_any_size_fit_them(folder):
     path = folder("qwen2_moe")  # layer 1 is dense and the others are not
     model = streamed(path, buffers=2)
     stream = weights_of(model)
-    sizes = [stream.layer_nbytes(i) for i in range(3)]
+    sizes = stream._sizes[:3]
     assert sizes[0] != sizes[1] and stream.nbytes == 2 * max(sizes)
     assert weights_of(streamed(path, buffers=9)).nbytes == 3 * max(sizes)  # no more than there are layers
 
@@ -139,7 +138,7 @@ def test_what_comes_next_is_being_read(folder):
 
 def test_layers_that_stay_in_main_memory(folder):
     path, batch, name = folder(), pack(SAMPLES), "model.layers.1.mlp.up_proj.weight"
-    size = weights_of(streamed(path)).layer_nbytes(0)
+    size = weights_of(streamed(path))._sizes[0]
     for kept in (0, 3, 6):
         model = streamed(path, host_bytes=kept * size + 10)
         decoder, stream = Decoder(model), weights_of(model)

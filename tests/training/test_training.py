@@ -11,8 +11,8 @@ from tiny_models import ARCHITECTURES, peak_bytes, random_samples, tiny_model
 from kunbr_fast.data import pack
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.finite import finite
 from kunbr_fast.model.frozen import frozen
+from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.training import flat_buffer
 from kunbr_fast.training.diverged import Diverged
