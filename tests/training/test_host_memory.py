@@ -89,7 +89,7 @@ def test_a_step_copies_the_gradient_there_and_the_weights_back(dtype):
     original = tiny_model(dtype=dtype)
     with kf.reinserted(original, weights(moved(original)), BLOCK, lr=1e-2, optimizer_device="host") as training:
         flat = training.flat
-        updated = flat.param.data if flat.master is None else flat._update_half
+        updated = flat._updated
         with Copies(grad=flat.grad, weights=flat.weights, host_grad=flat._update_grad, updated=updated) as copies:
             for _ in range(3):
                 training.step(FORGET, RETAIN)
