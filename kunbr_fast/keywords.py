@@ -4,15 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def named_by(*kinds: type) -> Callable[[F], F]:
+    """Decorates a function whose `**keywords` are fields of these dataclasses: its signature, which `help` and editors
+    show, has them by name, with their defaults."""
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        fields = {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=field.type)
+            for name, field in fields.items()
+            if name not in signature.parameters
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *added])
+        return function
+
+    return decorate
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
 
 
 def taken(kind: type[T], given: Mapping[str, Any], function: str) -> T:
-    """`kind(**given)`. TypeError as Python's own for a name that is no field of it, with the nearest one that is."""
-    _refuse_unknown(given, [field.name for field in dataclasses.fields(kind)], function)
+    """`kind(**given)`. TypeError as Python's own for a name that is no field of it, with the nearest one that is, and
+    for one that is missing."""
+    fields = dataclasses.fields(kind)
+    _refuse_unknown(given, [field.name for field in fields], function)
+    for field in fields:
+        if field.name not in given and _default(field) is inspect.Parameter.empty:
+            raise TypeError(f"{function}() missing 1 required keyword-only argument: {field.name!r}")
     return kind(**given)
 
 

@@ -44,7 +44,7 @@ def open_model(arguments: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
     """(model, tokenizer) of --model: in memory, or with --stream read layer by layer."""
     device, kept = choose_device(arguments), getattr(arguments, "stream_cache", "0")
     if getattr(arguments, "stream", False):
-        kept = parse_bytes(kept, "stream_cache")
+        kept = parse_bytes(kept, "--stream-cache")
         model = open_streamed(arguments.model, device, arguments.dtype, host_bytes=kept)
     elif kept != "0":
         raise ValueError(f"--stream-cache {kept} without --stream: the model is in memory whole: leave it out")

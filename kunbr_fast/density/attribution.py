@@ -32,7 +32,7 @@ from kunbr_fast.density.layer_kinds import How, Watched, norm_of
 from kunbr_fast.density.passes import Measurement, PassSettings, checked_samples, inner_product
 from kunbr_fast.density.sums import check_values
 from kunbr_fast.density.watch import MODULES, watch_list
-from kunbr_fast.keywords import taken
+from kunbr_fast.keywords import named_by, taken
 from kunbr_fast.model import compat
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import Decoder
@@ -94,6 +94,7 @@ class AttributionSettings(PassSettings):
             raise ValueError(f"mu={self.mu}: expected above 0")
 
 
+@named_by(AttributionSettings)
 def attribute(
     model: nn.Module | Decoder,
     forget: Iterable[Any],

@@ -26,7 +26,7 @@ from kunbr_fast.density.passes import Measurement, PassSettings, checked_samples
 from kunbr_fast.density.sums import check_values
 from kunbr_fast.density.watch import MODULES, choose_tiles, num_weights, watch_list
 from kunbr_fast.files.atomic import write_json
-from kunbr_fast.keywords import taken
+from kunbr_fast.keywords import named_by, taken
 from kunbr_fast.model.decoder import Decoder
 
 NORMS = ("grad_l1", "grad_l2", "grad_l2sq", "grad_linf", "grad_mean_abs")
@@ -119,6 +119,7 @@ class DensitySettings(PassSettings):
     sample_seed: int = 0
 
 
+@named_by(DensitySettings)
 def knowledge_density(
     model: nn.Module | Decoder,
     samples: Iterable[Any],

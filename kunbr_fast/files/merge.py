@@ -39,7 +39,7 @@ from tqdm import tqdm
 from kunbr_fast.files.atomic import atomic_write, sha256, write_json
 from kunbr_fast.files.models import model_directory
 from kunbr_fast.files.tensors import INDEX, Shards
-from kunbr_fast.keywords import taken
+from kunbr_fast.keywords import named_by, taken
 
 METHODS = ("sum", "mean", "consensus")
 MODES = ("negate", "add")
@@ -50,6 +50,32 @@ BESIDE = (INDEX, "config.json", "generation_config.json", "*tokenizer*", "specia
           "vocab.*", "merges.txt", "chat_template*", "*.tiktoken", "spiece.model")  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class MergeSettings:
+    """mode: of MODES. method: of METHODS. alpha: above 0. agree: above 0.5, at most 1. The module says what they do."""
+
+    mode: str
+    method: str = "consensus"
+    alpha: float = 1.0
+    agree: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "agree"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        for name, value, known in (("mode", self.mode, MODES), ("method", self.method, METHODS)):
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha={self.alpha}: expected a number above 0; mode says in which direction")
+        if not 0.5 < self.agree <= 1:
+            raise ValueError(f"agree={self.agree}: expected a share above 0.5 and at most 1, so that one sign has it")
+
+    @property
+    def step(self) -> float:
+        return -self.alpha if self.mode == "negate" else self.alpha
+
+
+@named_by(MergeSettings)
 def merge_models(
     base: str | Path,
     models: Sequence[str | Path],
@@ -119,31 +145,6 @@ def merge_models(
 
 
 # ---------------------------------------------------------------- what is merged
-
-
-@dataclasses.dataclass(frozen=True)
-class MergeSettings:
-    """mode: of MODES. method: of METHODS. alpha: above 0. agree: above 0.5, at most 1. The module says what they do."""
-
-    mode: str
-    method: str = "consensus"
-    alpha: float = 1.0
-    agree: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "agree"):
-            object.__setattr__(self, name, float(getattr(self, name)))
-        for name, value, known in (("mode", self.mode, MODES), ("method", self.method, METHODS)):
-            if value not in known:
-                raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha={self.alpha}: expected a number above 0; mode says in which direction")
-        if not 0.5 < self.agree <= 1:
-            raise ValueError(f"agree={self.agree}: expected a share above 0.5 and at most 1, so that one sign has it")
-
-    @property
-    def step(self) -> float:
-        return -self.alpha if self.mode == "negate" else self.alpha
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The head and a value of each labelled row: what an objective that is no weighted sum of NLLs is made from.
+"""The head, and a value of each labelled row. Objectives that are no weighted sum of NLLs are built from these.
 
 `linear_nll` gives each row's negative log-likelihood; `linear_rows` a function of its whole distribution. Neither holds
 an (R, V) tensor, and neither waits for the device.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -303,6 +304,8 @@ class KUnBRConfig:
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> KUnBRConfig:
         """Refuses a key that does not exist, with the nearest one that does."""
         known = [field.name for field in dataclasses.fields(cls)]
+        # earlier versions wrote it into every run.yaml; "auto" is what stands for it now
+        values = {key: value for key, value in values.items() if (key, value) != ("activations", "auto")}
         for key in values:
             if key not in known:
                 _refuse_old(str(key), f"{where}: ")
@@ -343,4 +346,8 @@ class KUnBRConfig:
 
 def _refuse_old(name: str, where: str = "") -> None:
     if name in OLD_SETTINGS:
-        raise ValueError(f"{where}{name} is no longer a setting: {OLD_SETTINGS[name]}")
+        raise ValueError(f"{where}{name} is no longer a setting: {OLD_SETTINGS[name]}; leave it out")
+
+
+# what `help` and editors show: `__new__`'s has no names
+KUnBRConfig.__signature__ = inspect.Signature(list(inspect.signature(KUnBRConfig.__init__).parameters.values())[1:])

@@ -15,7 +15,7 @@ from torch import nn
 from kunbr_fast.data import is_question
 from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import Fold
-from kunbr_fast.keywords import taken
+from kunbr_fast.keywords import named_by, taken
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.group import ALONE, Group
@@ -43,6 +43,7 @@ class Options:
     group: Group = ALONE
 
 
+@named_by(Options)
 def unlearn(
     model: nn.Module,
     forget: Sequence[Mapping],

@@ -14,7 +14,7 @@ def layers(block: range) -> str:
 
 
 class Stage(str):
-    """A stage's name in state.json and in the report: its group, and what tells it from others of the group."""
+    """A stage's name in state.json and in the report: the group (such as "blocks"), then what is unique in it."""
 
     @property
     def group(self) -> str:
@@ -56,7 +56,7 @@ class Visit:
 
     @property
     def number(self) -> int:
-        """Of its data order (the warm-up's is 0), wherever it stands in the order of visits."""
+        """Seeds the visit's data order (the warm-up's number is 0). It does not depend on when the visit is made."""
         return 1 + self.round * self.num_blocks + self.index
 
     def in_round(self, number: int) -> Visit:

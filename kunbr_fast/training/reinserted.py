@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kunbr_fast.keywords import changed
+from kunbr_fast.keywords import changed, named_by
 from kunbr_fast.memory import Place
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import Decoder
@@ -24,6 +24,7 @@ from kunbr_fast.training.settings import BlockSettings, Execution
 from kunbr_fast.training.streamed import LayerMajorTraining
 
 
+@named_by(BlockSettings, Execution)
 @contextlib.contextmanager
 def reinserted(
     original: nn.Module | Decoder,

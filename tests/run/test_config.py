@@ -108,6 +108,11 @@ def test_refusals_name_the_file_and_the_setting(text, message, tmp_path):
     assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
 
 
+def test_an_old_file_is_read(tmp_path):
+    """Earlier versions wrote `activations: auto` into every one; it changes nothing."""
+    assert KUnBRConfig.load(write(tmp_path, "activations: auto\nseed: 3")) == KUnBRConfig(seed=3)
+
+
 def test_old_settings_as_keywords_name_the_new_way():
     with pytest.raises(ValueError, match="^activations is no longer a setting: cache also says where"):
         KUnBRConfig(activations="file")
