@@ -128,7 +128,7 @@ def test_a_step_is_clocked_from_its_samples_on(monkeypatch):
         return run
 
     monkeypatch.setattr(PrefixCache, "batch", counted(PrefixCache.batch))
-    monkeypatch.setattr(importlib.import_module("kunbr_fast.run.stages"), "pack", counted(data.pack))
+    monkeypatch.setattr(importlib.import_module("kunbr_fast.run.steps"), "pack", counted(data.pack))
     found, clock = case(), Ticking(torch.device("cpu"))
     found._work("torch")(found.draw(), found.steps, clock)
     assert clock.total("warm-up") == clock.steps("warm-up") == 3 * found.steps
