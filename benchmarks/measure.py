@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kunbr_fast.checkout import ROOT
+from kunbr_fast.machine import cpu_name, usable_cpus
 from kunbr_fast.version import __version__
 
 FLUSH = 256 << 20  # bytes written between two runs on a GPU: more than any L2 cache
@@ -91,8 +92,7 @@ def spare_cores():
 
     A thread that others displace holds up all that wait for it, for as long as a time slice: 4 ms in place of 0.1.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(0, cores - torch.get_num_threads()) + 0.1
+    return max(0, len(usable_cpus()) - torch.get_num_threads()) + 0.1
 
 
 def _by_name(rounds):
@@ -184,16 +184,6 @@ def kept_bytes(run, known=()):
 
 
 # ---------------------------------------------------------------- rows
-
-
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def _said(*command):

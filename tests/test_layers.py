@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    "kernels version checkout keywords",
+    "kernels version checkout keywords machine",
     "memory files data",
     "parallel model",
     "objectives",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.requirements import Requirement
 
 from kunbr_fast.kernels import cuda_library, dispatch
+from kunbr_fast.machine import cpu_name, usable_cpus
 from kunbr_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def doctor() -> dict[str, Any]:
     torch = _torch_if_needed()
     count = torch.cuda.device_count() if torch else 0
     cuda = [_cuda_device(i, torch.cuda.get_device_properties(i)) for i in range(count)]
-    devices = [{"device": "cpu", "name": _cpu_name()}, *cuda]
+    devices = [{"device": "cpu", "name": cpu_name()}, *cuda]
     places = {device["device"]: torch.device(device["device"]) if torch else HOST for device in devices}
     return {
         "versions": {
@@ -62,7 +63,7 @@ def doctor() -> dict[str, Any]:
             **{name: _version(name) for name in PACKAGES},
         },
         "platform": platform.platform(),
-        "cpu": {"cores": len(_usable_cpus()), "torch_threads": torch.get_num_threads() if torch else _torch_threads()},
+        "cpu": {"cores": len(usable_cpus()), "torch_threads": torch.get_num_threads() if torch else _torch_threads()},
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "devices": devices,
         "no_cuda": None if cuda else _why_no_cuda(),
@@ -187,7 +188,7 @@ def _torch_threads() -> int:
         if first.isdigit() and int(first):
             most = _physical_cores(range(os.cpu_count() or 1))
             return min(int(first), most) if platform.machine() == "x86_64" else int(first)
-    return _physical_cores(_usable_cpus())
+    return _physical_cores(usable_cpus())
 
 
 def _physical_cores(cpus: Collection[int]) -> int:
@@ -210,21 +211,3 @@ def _why_no_cuda() -> str:
     if build.cuda is None:
         return f"torch {build.__version__} is built without CUDA"
     return f"torch {build.__version__} is built for CUDA {build.cuda} but sees no device"
-
-
-# ---------------------------------------------------------------- the machine
-
-
-def _usable_cpus() -> Collection[int]:
-    if hasattr(os, "sched_getaffinity"):  # Linux: honours taskset and most containers
-        return os.sched_getaffinity(0)
-    return range(os.cpu_count() or 1)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

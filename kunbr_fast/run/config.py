@@ -37,7 +37,7 @@ LEAST = {
 }
 # Settings, and values of them, that earlier versions had: what stands for them now.
 OLD_SETTINGS = {
-    "activations": "cache also says where a streamed model's activations wait",
+    "activations": "cache also says where a streamed model's activations wait; leave it out",
     "cover_precision=fp8_matmul": "its gradients were too far from the exact ones (cosine 0.949): take fp8",
 }
 
@@ -346,7 +346,7 @@ class KUnBRConfig:
 
 def _refuse_old(name: str, where: str = "") -> None:
     if name in OLD_SETTINGS:
-        raise ValueError(f"{where}{name} is no longer a setting: {OLD_SETTINGS[name]}; leave it out")
+        raise ValueError(f"{where}{name} is no longer a setting: {OLD_SETTINGS[name]}")
 
 
 # what `help` and editors show: `__new__`'s has no names
