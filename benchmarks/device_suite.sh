@@ -99,15 +99,18 @@ conclude() { # NAME WORD TEXT
     say "${SUMMARY[-1]}" ""
 }
 
-# shellcheck disable=SC2009 # pgrep cannot look for an environment
-sweep() { # all that a part started and that has left its group
-    local try found
-    for try in 1 2 3 4 5; do
+sweep() { # all that a part started and that has left its group; twice nobody, as one that starts shows no environment
+    local try found nobody=0
+    for try in {1..20}; do
         found=$(grep -slzFx "$MARK" /proc/[0-9]*/environ | cut -d / -f 3)
-        [ -n "$found" ] || return 0
-        [ "$try" = 1 ] || sleep 0.2
-        # shellcheck disable=SC2086 # words
-        kill -KILL $found 2>/dev/null
+        if [ -n "$found" ]; then
+            nobody=0
+            # shellcheck disable=SC2086 # words
+            kill -KILL $found 2>/dev/null
+        elif [ $((++nobody)) = 2 ]; then
+            return
+        fi
+        [ "$try" = 20 ] || sleep 0.05
     done
 }
 

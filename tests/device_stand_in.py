@@ -4,9 +4,10 @@
 STAND_IN in the environment, as JSON: {part: how}, where how is one of
 
     wrong   exit status 1
-    hang    never ends, ignores TERM, and has a child in a process session of its own that does the same
-    die     ends by a signal, and leaves such a child
-    leave   all is well, but for such a child
+    hang    never ends and ignores TERM, with two children that do the same: one in a process session of its own, one
+            without an environment
+    die     ends by a signal, and leaves these children
+    leave   all is well, but for these children
     slow    takes a second more
 
 and nothing, or anything else, for what goes well. A part writes what it has before it does any of that.
@@ -82,7 +83,8 @@ def main():
     how = json.loads(os.environ.get("STAND_IN", "{}")).get(name)
     write(name, arguments)
     if how in ("hang", "die", "leave"):
-        subprocess.Popen([__file__, "stay"], start_new_session=how != "leave")
+        subprocess.Popen([__file__, "stay"], start_new_session=True)
+        subprocess.Popen([__file__, "stay"], env={})
     if how == "hang":
         stay()
     if how == "die":

@@ -1,5 +1,6 @@
 """benchmarks/device_suite.sh, with a stand-in for the GPU machine's Python: nothing is measured, all is played."""
 
+import contextlib
 import json
 import os
 import re
@@ -75,12 +76,12 @@ class Machine:
         return found
 
     def end(self):
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                if f"{self.folder}/" in path.read_text():
-                    os.kill(int(path.parent.name), signal.SIGKILL)
-            except OSError:
-                continue
+        """Ends whatever still runs from this folder."""
+        while self.alive():
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):  # it has ended
+                    if f"{self.folder}/".encode() in path.read_bytes():
+                        os.kill(int(path.parent.name), signal.SIGKILL)
 
     def until(self, text):
         """Waits until the log has `text`."""
