@@ -144,9 +144,8 @@ def resolve(
     key = operation, impl, device, dtype, _in_graph, size and size.bit_length(), kinds and tuple(kinds.values())
     found = _chosen.get(key)
     if found is None:
-        found = _chosen[key] = _resolve(
-            impl, Request(operation, _as_device(device), dtype, kinds or {}, size, _in_graph)
-        )
+        request = Request(operation, _as_device(device), dtype, kinds or {}, size, _in_graph)
+        found = _chosen[key] = _resolve(impl, request)
     return found
 
 

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
 
 import torch
 
-from .. import tiles
 from ..proof.cases import EPS, Case, Kind, Shape, Stranger, Tensors
 from . import op
 
@@ -42,26 +40,6 @@ def kinds(operation: str) -> list[Kind]:
             cuda("portable" + suffix, (*HALF, "fp32"), [(SHORT, ODD), (LONG, ALIGNED)], at((32, 128, 512), "portable")),
         ]  # fmt: skip
     return found
-
-
-def kinds_of_launch(
-    x: torch.Tensor, dys: Sequence[torch.Tensor], samples: int, along: str | None, architecture: int
-) -> dict[str, str]:
-    """{implementation: the kind of launch that it takes for these}. architecture: `tiles.architecture`'s."""
-    aligned = all(map(tiles.aligned, (x, *dys)))
-    suffix = " by row" * (along == "row")
-    triton = triton_kind(x, aligned, samples)
-    hopper = architecture == 90 and x.dtype != torch.float32 and aligned and x.shape[0] > 0
-    return {"triton": triton + suffix, "cuda": ("hopper" if hopper else "portable") + suffix}
-
-
-def triton_kind(x: torch.Tensor, aligned: bool, samples: int) -> str:
-    """The entry of tiles.py's table."""
-    if x.dtype == torch.float32:
-        return "fp32"
-    if not aligned:
-        return "any"
-    return "short" if x.shape[0] <= tiles.SHORT_MEAN_TOKENS * max(1, samples) else "long"
 
 
 # ---------------------------------------------------------------- cases

@@ -66,9 +66,8 @@ def _results(kind: str, impl: str, inputs: Tensors, asked) -> Tensors:
     out = dict(zip(("y", "h"), out if residual is not None else (out,)))
     wanted = {name: t for name, t in given.items() if t.requires_grad}
     grads = [inputs[f"d{name}"] for name in out]
-    return out | dict(
-        zip((f"d{n}" for n in wanted), torch.autograd.grad(list(out.values()), list(wanted.values()), grads))
-    )
+    found = torch.autograd.grad(list(out.values()), list(wanted.values()), grads)
+    return out | dict(zip((f"d{name}" for name in wanted), found))
 
 
 def magnitudes(kind: str, inputs: Tensors) -> Tensors:

@@ -1,7 +1,7 @@
 """What the proof of Lion and AdamW runs. Sizes are elements of the parameter; a call is one step.
 
-A target's dtype is the parameter's. Beside it: gradients and state of the same dtype or of fp32, and for fp32 parameters
-a copy in half precision, written in the same pass.
+A target's dtype is the parameter's. Beside it: gradients and state of the same dtype or of fp32, and for fp32
+parameters a copy in half precision, written in the same pass.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def _case(name: str, size: int, number: int, weight_decay: float, step: int) -> 
             found["v"] = random(0.1, state or dtype) ** 2
         return found | ({"half": torch.full((size,), torch.nan, dtype=half)} if half else {})
 
-    def floors(inputs, truth):
-        return _floors(inputs, truth)
+    def run(impl, inputs):
+        return _step(name, impl, inputs, weight_decay, step)
 
-    names = [n for n in ("param", "m", "v") if n != "v" or name == "adamw"]
-    stranger = Stranger("grad", 0, dict.fromkeys(names, slice(1, None)))
-    return Case(f"{size} elements, dtypes {number}, step {step}, weight decay {weight_decay}", draw,
-                lambda impl, inputs: _step(name, impl, inputs, weight_decay, step), floors, stranger=stranger)  # fmt: skip
+    results = [n for n in ("param", "m", "v") if n != "v" or name == "adamw"]
+    stranger = Stranger("grad", 0, dict.fromkeys(results, slice(1, None)))
+    label = f"{size} elements, dtypes {number}, step {step}, weight decay {weight_decay}"
+    return Case(label, draw, run, floors, stranger=stranger)
 
 
 def _step(name: str, impl: str, inputs: Tensors, weight_decay: float, step: int) -> Tensors:
@@ -64,7 +64,7 @@ def _step(name: str, impl: str, inputs: Tensors, weight_decay: float, step: int)
     return dict(zip(("param", "m", "v"), [inputs["param"], *state])) | copied
 
 
-def _floors(inputs: Tensors, truth: Tensors) -> Tensors:
+def floors(inputs: Tensors, truth: Tensors) -> Tensors:
     """One rounding of each result, and of fp32 sums. The copy is the parameter's exactly: it has no entry in truth."""
     param, grad, m = (inputs[name].double() for name in ("param", "grad", "m"))
     size, moved = grad.abs() + m.abs(), (truth["param"] - param).abs()

@@ -33,8 +33,8 @@ class Case:
     draw(dtype) gives its inputs by name, on the CPU and the same each time. run(impl, inputs) returns the results by
     name; inputs are its own to write to. floors(inputs, results in fp64) gives what each result may be off by beyond
     twice the error of torch in the same dtype: a tensor of its shape, or one number for the norm of the whole result.
-    truth(inputs) returns the results in fp64; None: `run("torch", inputs in fp64)`. A result that the truth has not is 0.
-    stranger: an input whose part `stranger[1]`, turned to NaN, leaves the results' parts `stranger[2]` as they are.
+    truth(inputs) returns the results in fp64; None: `run("torch", inputs in fp64)`. A result that it does not give has
+    to be 0. stranger: what must leave other results as they are.
     """
 
     name: str

@@ -40,8 +40,8 @@ def ignore(*arguments) -> None:
 class Prover:
     """Proves targets on a device.
 
-    limit: seconds without an answer after which a process is ended. on_verdict: told each verdict as it is known. progress: told
-    ("checked" or "timed", how many, of how many, what is running). command: what runs child.py's `main`.
+    limit: seconds without an answer after which a process is ended. on_verdict: told each verdict as it is known.
+    progress: told ("checked" or "timed", how many, of how many, what is running). command: what runs child.py's `main`.
     """
 
     device: torch.device
