@@ -224,14 +224,15 @@ def proven(request: Request, impl: str) -> float | str:
     found = _verdicts(request, impl)
     if not found:
         return UNPROVEN
-    wrong = next((verdict.why for verdict in found if not verdict.right), None)
-    if wrong is not None:
-        return wrong
-    speeds = [verdict.speed(request.size, "graph" if request.in_graph else "eager") for verdict in found]
-    slowest = min((speed for speed in speeds if speed is not None), default=None)
-    if slowest is None:
+    if not any(verdict.right for verdict in found):
+        return found[0].why
+    if request.dtype is None:
+        speed = max((t.speed for verdict in found for t in verdict.times), default=None)
+    else:
+        speed = found[0].speed(request.size, "graph" if request.in_graph else "eager")
+    if speed is None:
         return "right, but not timed on this GPU"
-    return slowest if slowest >= verdicts.ENOUGH else f"slower than torch: {slowest:.2g}x"
+    return speed if speed >= verdicts.ENOUGH else f"slower than torch: {speed:.2g}x"
 
 
 def _verdicts(request: Request, impl: str) -> list[verdicts.Verdict]:

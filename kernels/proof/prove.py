@@ -204,18 +204,18 @@ def missing(targets: Iterable[Target], device: torch.device) -> list[Target]:
 
 
 def ensure(
-    targets: Sequence[Target], prover: Prover, say: Callable[[str], None] = ignore
+    targets: Sequence[Target], prover: Prover, say: Callable[[str], None] = ignore, again: bool = False
 ) -> tuple[list[Verdict], dict[Target, str]]:
     """Proves what is missing of `targets`, once a machine: the verdicts are kept, and this process goes by them.
 
     Two processes do not prove at once: the second one waits, and takes what the first one found. Verdicts that cannot
-    be kept (a folder that is read-only) count for this process, and `say` is told.
+    be kept (a folder that is read-only) count for this process, and `say` is told. again: all of `targets`, anew.
     """
-    if not missing(targets, prover.device):
+    if not again and not missing(targets, prover.device):
         return [], {}
     with verdicts.alone(say):
         verdicts.forget()
-        wanted = missing(targets, prover.device)
+        wanted = targets if again else missing(targets, prover.device)
         if not wanted:
             return [], {}
         found, none = prover.prove(wanted)
