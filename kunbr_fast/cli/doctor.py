@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
-from kunbr_fast.cli.prove import table
+from kunbr_fast.cli.verdict_table import table
 from kunbr_fast.kernels import cuda_library, dispatch
 from kunbr_fast.kernels.proof import verdicts
 from kunbr_fast.kernels.proof.verdicts import Verdict

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
+from kunbr_fast.cli.verdict_table import table
 from kunbr_fast.kernels import dispatch
 from kunbr_fast.kernels.proof import verdicts
 from kunbr_fast.kernels.proof.verdicts import Verdict
@@ -74,22 +74,3 @@ def _prove(device, arguments, on_verdict) -> tuple[list[Verdict], dict]:
         prover = prove.Prover(device, on_verdict=tell, progress=progress, **options)
         found, none = prove.ensure(targets, prover, progress.say, again=arguments.again)
     return known + found, none
-
-
-def table(found: list[Verdict]) -> str:
-    """One line a verdict, aligned, and how many of each there are."""
-    if not found:
-        return "none"
-    rows = [("operation", "impl", "dtype", "kind", "error/bound", "verdict")]
-    for v in found:
-        rows.append((*(getattr(v.target, name) for name in ("operation", "impl", "dtype", "kind")), _share(v), str(v)))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = ["  ".join([*(text.ljust(width) for text, width in zip(row, widths)), row[5]]).rstrip() for row in rows]
-    count = Counter("right" if verdict.right else "WRONG" for verdict in found)
-    return "\n".join([*lines, "", ", ".join(f"{number} {word}" for word, number in count.items())])
-
-
-def _share(verdict: Verdict) -> str:
-    if verdict.error is None or verdict.bound is None:
-        return "-"
-    return f"{verdict.error / verdict.bound:.2g}" if verdict.bound else f"{verdict.error:.2g}/0"
