@@ -11,9 +11,9 @@ update stays outside, since the host has to see first that loss and gradient are
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,8 +23,6 @@ from kunbr_fast.kernels.dispatch import Unavailable
 from kunbr_fast.memory import is_out_of_memory
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.objectives.losses import RowWeights
-
-log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 16  # of one block: beyond these the bucket that was used longest ago is dropped
 WASTE = 8  # a bucket is at most 1/WASTE empty
@@ -129,10 +127,33 @@ def capture_cuda(function: Callable[[], Any], pool: Any) -> tuple[Callable[[], N
     with torch.cuda.stream(stream):  # libraries make their workspaces, kernels are compiled
         function()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        out = function()
+    graph, outside = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            out = function()
+    except BaseException:
+        torch.cuda.set_stream(outside)
+        _close(pool, graph)
+        raise
     return graph.replay, out
+
+
+_failed: list[Any] = []  # graphs whose capture could not be ended: torch's allocators may still ask them
+
+
+def _close(pool: Any, graph: Any) -> None:
+    """Closes the pool that a failed capture allocated from.
+
+    Where the driver cannot end a capture, torch leaves its pool open, and its memory held. While one is open, blocks
+    that another stream has used are never freed, and to empty the cache is an error.
+    """
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # the capture was ended, and the graph lets go of the pool itself
+        return
+    torch._C._cuda_releasePool(device, pool)
+    _failed.append(graph)
 
 
 class StepGraphs:
@@ -141,6 +162,7 @@ class StepGraphs:
     forward(batch, rows) -> (loss, nll (R,)), whose backward adds to `gradient`, at a fixed address. A capture leaves
     `gradient` as it was: it may hold a step's earlier micro-batches.
     capture: as `capture_cuda`, or None: run each step launch by launch on the same buckets (the bits of its graph).
+    `Unavailable`, when a step is called, where it cannot be captured.
     """
 
     def __init__(self, decoder: Decoder, forward: Pass, gradient: torch.Tensor, capture: Capture | None = capture_cuda):
@@ -195,17 +217,31 @@ class StepGraphs:
         static.fill(batch, rows)
         replay = out = None
         if self._capture is not None:
-            before = self._gradient.to("cpu", copy=True)  # the run before a capture adds to it
-            try:
-                replay, out = self._capture(lambda: self._run(static), self.pool)
-            except RuntimeError as error:  # a model's own code that waits for the device, for example
-                if is_out_of_memory(error):
-                    raise
-                log.warning("a step could not be captured as a CUDA graph (%s): it runs launch by launch", error)
-                self._capture = None
-            self._gradient.copy_(before)
+            with self._gradient_kept():  # the run before a capture adds to it
+                try:
+                    replay, out = self._capture(lambda: self._run(static), self.pool)
+                except RuntimeError as error:  # a model's own code that waits for the device, for example
+                    if is_out_of_memory(error):
+                        raise
+                    raise Unavailable(
+                        f"cuda_graphs=True: a step cannot be captured as a CUDA graph ({error.__context__ or error}). "
+                        "Leave cuda_graphs out: the same result, launch by launch"
+                    ) from error
         self._held[bucket] = static, replay, out
         return self._held[bucket]
+
+    @contextlib.contextmanager
+    def _gradient_kept(self) -> Iterator[None]:
+        """Puts the gradient back at the end. Only a step's later micro-batches find one that is not zero; it waits in
+        pinned memory then, since the device's may be short, and the stream alone waits for the copies."""
+        gradient, kept = self._gradient, None
+        if bool(gradient.any()):
+            kept = torch.empty_like(gradient, device="cpu", pin_memory=gradient.is_cuda)
+            kept.copy_(gradient, non_blocking=True)
+        try:
+            yield
+        finally:
+            gradient.zero_() if kept is None else gradient.copy_(kept, non_blocking=True)
 
 
 def check_cuda_graphs(asked: bool, device: torch.device) -> None:
