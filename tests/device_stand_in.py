@@ -25,7 +25,7 @@ VERDICTS = [
     ("grad_density", "cuda", "portable", None),
     ("grad_density", "cuda", "hopper", "hung"),
     ("grad_density", "triton", "short", None),
-    ("grad_density", "triton", "row", "wrong values"),
+    ("grad_density", "triton", "short by row", "wrong values"),
     ("lion", "triton", "all", None),
     ("adamw", "triton", "all", "not deterministic"),
 ]
@@ -47,7 +47,7 @@ def write(name, arguments):
     """What the real one would leave."""
     print(f"{name} begins: {' '.join(arguments)}", file=sys.stderr, flush=True)
     if name == "prove":
-        for operation, impl, kind, why in VERDICTS:
+        for operation, impl, kind, why in [verdict for verdict in VERDICTS if verdict[0] in arguments]:
             verdict = {"operation": operation, "impl": impl, "dtype": "bf16", "kind": kind, "right": why is None}
             print(json.dumps(verdict | {"why": why, "times": []}), flush=True)
         folder = Path(arguments[arguments.index("--out") + 1])
