@@ -84,7 +84,18 @@ class Kind:
     why_not: Callable[[torch.device], str | None] = lambda device: None
     graphs: bool = True
 
-    def targets(
+    def targets(self) -> list[Target]:
+        return [Target(self.operation, self.impl, dtype, self.name) for dtype in self.dtypes]
+
+
+def kinds(operation: str) -> list[Kind]:
+    """Of all implementations; none for an operation that others have registered."""
+    folder = FOLDERS.get(operation, operation)
+    package = __package__.rpartition(".")[0]
+    return importlib.import_module(f"{package}.{folder}.cases").kinds(operation)
+
+
+def targets(
     device: torch.device,
     dtypes: Collection[str] = tuple(DTYPES),
     operations: Sequence[str] = dispatch.OPERATIONS,
