@@ -43,6 +43,7 @@ from kunbr_fast.model.decoder import layer_list
 from kunbr_fast.model.families import FAMILIES, Family, identify
 from kunbr_fast.model.frozen import same_modes
 from kunbr_fast.model.gather import take
+from kunbr_fast.proofs import ensure_proven
 
 logger = logging.getLogger(__name__)
 MARK = "_kunbr_patched"  # on the list of layers: the call that patched them
@@ -301,6 +302,8 @@ def patched(model: nn.Module, active_block: range | None = None, impl: str = "au
         check_block(active_block, len(layers))
     if MARK in layers.__dict__:
         raise RuntimeError(f"this model is inside {layers.__dict__[MARK]} already: leave that one first")
+    first = next(layers.parameters())
+    ensure_proven(first.device, {first.dtype}, impl)
     with same_modes(model), contextlib.ExitStack() as changes:
         _set(changes, layers, MARK, f"patched({type(model).__name__}, active_block={active_block!r}, impl={impl!r})")
         if active_block is not None:
