@@ -143,12 +143,12 @@ class Weight(_PerSample):
         if dispatch.why_not("grad_density", "triton", self.device) is not None:
             return [Variant("tile", lambda: need("grad_density", "triton", self.device), ours=True)]
         from kunbr_fast.kernels import tiles as config
-        from kunbr_fast.kernels.grad_density.triton_kernel import launch
+        from kunbr_fast.kernels.grad_density.triton_kernel import kind, launch
 
         inputs = data.x, [data.dy], data.cu_seqlens, "grad_l1"
         mean = sum(data.lengths) / len(data.lengths)
-        kind = "fp32" if self.dtype == torch.float32 else "short" if mean <= config.SHORT_MEAN_TOKENS else "long"
-        tiles = config.TABLE[config.architecture(self.device), kind]
+        entry = config.architecture(self.device), kind(data.x, [data.dy], mean, max(data.lengths))
+        tiles = config.TABLE[entry]
         runs = {f"tile {tile}": partial(launch, *inputs, tile=tile) for tile in tiles}
         if dispatch.why_not("grad_density", "cuda", self.device) is None:
             hopper = self.dtype.itemsize == 2 and config.architecture(self.device) == 90
