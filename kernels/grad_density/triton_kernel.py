@@ -39,6 +39,7 @@ import triton.language as tl
 from .. import tiles as config
 from ..launch import INTERPRETED, Call, dot
 from . import reference
+from .kinds import triton_kind
 
 MAX_PROJECTIONS = 3  # of one launch (q, k, v); more are launched in turn
 
@@ -245,13 +246,13 @@ def _strips(k_tiles: int, programs: int, processors: int, tile_clocks: float) ->
     START_CLOCKS. Of the halvings of K the one that ends first, if each multiprocessor ran one program at a time."""
     tiles, best = k_tiles, None
     while True:
-        strips = triton.cdiv(k_tiles, tiles)
-        clocks = triton.cdiv(programs * strips, processors) * (config.START_CLOCKS + tiles * tile_clocks)
+        strips = config.cdiv(k_tiles, tiles)
+        clocks = config.cdiv(programs * strips, processors) * (config.START_CLOCKS + tiles * tile_clocks)
         if best is None or clocks < best[0]:
             best = clocks, strips, tiles
         if tiles == 1:
             return best[1:]
-        tiles = triton.cdiv(tiles, 2)
+        tiles = config.cdiv(tiles, 2)
 
 
 def call_grad_density(
@@ -266,8 +267,8 @@ def call_grad_density(
     """The launch for at most MAX_PROJECTIONS projections; its argument `out` is the buffer of partial sums."""
     num_samples, (_, K) = len(cu_seqlens) - 1, x.shape
     sizes = [dy.shape[1] for dy in dys]
-    n_tiles = sum(triton.cdiv(n, tile.BN) for n in sizes)
-    k_tiles = triton.cdiv(K, tile.BK)
+    n_tiles = sum(config.cdiv(n, tile.BN) for n in sizes)
+    k_tiles = config.cdiv(K, tile.BK)
     tokens = max(32, x.shape[0] / max(1, num_samples))
     strips, strip_tiles = _strips(k_tiles, num_samples * n_tiles, processors, tile.clocks(tokens))
     width = {None: n_tiles, "row": sum(sizes)}[along]
@@ -311,30 +312,27 @@ def launch(
         return call
 
     if tile is None:
-        tokens = x.shape[0] / max(1, len(cu_seqlens) - 1)
+        samples = len(cu_seqlens) - 1
         sizes = tuple(dy.shape[1] for dy in dys)
-        key = (x.dtype, x.shape[1], sizes, round(tokens / 32), len(cu_seqlens), statistic, along)
-        tile = config.choose(x.device, kind(x, dys, tokens, max_seqlen), key, run)
+        key = (x.dtype, x.shape[1], sizes, round(x.shape[0] / max(1, samples) / 32), samples, statistic, along)
+        tile = config.choose(x.device, table_kind(x, dys, samples, max_seqlen), key, run)
     partial = run(tile).arguments["out"]
     dims = (1, 2) if along is None else (1,)
     out, before = [], 0
     for dy in dys:
-        step = dy.shape[1] if along == "row" else triton.cdiv(dy.shape[1], tile.BN)
+        step = dy.shape[1] if along == "row" else config.cdiv(dy.shape[1], tile.BN)
         part = partial[..., before : before + step]
         before += step
         out.append(part.amax(dims).double() if statistic == "grad_linf" else part.sum(dims, dtype=torch.float64))
     return out
 
 
-def kind(x: torch.Tensor, dys: Sequence[torch.Tensor], mean_tokens: float, max_seqlen: int | None = None) -> str:
+def table_kind(x: torch.Tensor, dys: Sequence[torch.Tensor], samples: int, max_seqlen: int | None) -> str:
     """The table's kind of launch."""
-    if x.dtype == torch.float32:
-        return "fp32"
-    if not all(map(config.aligned, (x, *dys))):
-        return "any"
-    if max_seqlen is not None and max_seqlen <= 64:
+    kind = triton_kind(x, all(map(config.aligned, (x, *dys))), samples)
+    if kind == "short" and max_seqlen is not None and max_seqlen <= 64:
         return "short 32" if max_seqlen <= 32 else "short 64"
-    return "short" if mean_tokens <= config.SHORT_MEAN_TOKENS else "long"
+    return kind
 
 
 # ---------------------------------------------------------------- what is compiled ahead of time
