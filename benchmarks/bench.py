@@ -30,8 +30,8 @@ def bench(
     to the folder `out`.
 
     resume: cases that have numbers in out/results.csv are not measured again; they have to be of the same machine,
-    versions, commit and settings. budget: seconds after which no case is begun. say: gets each case's table when it is
-    there.
+    versions, commit and settings. Rows of other suites stay, whatever their settings. budget: seconds after which no
+    case is begun. say: gets each case's table when it is there.
 
     Returns {"rows", "wrong": {case, or case and variant: what was wrong with ours}, "left_out": {case: why}, "files"}.
     A case that gave no numbers has rows that say why. ValueError for options that no case takes, for a folder that has
@@ -48,7 +48,7 @@ def bench(
         raise ValueError(f"{out} is a file: name a folder")
     out.mkdir(parents=True, exist_ok=True)
     csv = out / "results.csv"
-    found = _earlier(csv, resume, options)
+    found = _earlier(csv, resume, options, suites)
     done = {_name(row) for row in found}
     todo = [case for case in cases if _name(case.identity()) not in done]
     wrong, left_out = {}, {}
@@ -83,21 +83,22 @@ def _check_variants(cases: Iterable[harness.Case], wanted: Sequence[str] | None)
         raise ValueError(f"no variant {unknown[0]!r} in these suites: expected some of {', '.join(sorted(there))}")
 
 
-def _earlier(csv: Path, resume: bool, options: harness.Options) -> list[dict[str, Any]]:
-    """The rows of the cases that have numbers and nothing wrong."""
+def _earlier(csv: Path, resume: bool, options: harness.Options, suites: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of the cases that have numbers and nothing wrong, and all rows of other suites."""
     if not csv.exists():
         return []
     if not resume:
         raise ValueError(f"{csv} exists: give another folder, or resume=True to go on with it")
-    same = {"settings": options.settings, **measure.about(options.device)}
+    same = measure.about(options.device)
     del same["command"]
     found = rows.read_rows(csv)
-    for name, value in same.items():
-        for row in found:
+    for row in found:
+        asked = {"settings": options.settings} if row["suite"] in suites else {}
+        for name, value in (asked | same).items():
             if str(row.get(name) or "") != str(value):
                 raise ValueError(
                     f"{csv} was measured with {name} {row.get(name) or 'unknown'}, this is {value or 'none'}: "
                     "give another folder"
                 )
     done = {_name(row) for row in found if row["ms"]} - {_name(row) for row in found if rows.is_wrong(row)}
-    return [row for row in found if _name(row) in done]
+    return [row for row in found if row["suite"] not in suites or _name(row) in done]

@@ -102,6 +102,12 @@ def description() -> str:
     return found if isinstance(found, str) else found.kunbr_build().decode()
 
 
+def source_hash() -> str:
+    """Of the sources that the library was built from, or "none" where there is no library."""
+    found = _load()
+    return "none" if isinstance(found, str) else found.kunbr_source_hash().decode()
+
+
 def check(code: int) -> None:
     """LibraryError where a function returned anything but 0."""
     if code:
@@ -131,6 +137,8 @@ def why_not(device: torch.device) -> str | None:
         return found
     import torch
 
+    if torch.version.hip:
+        return f"needs an NVIDIA GPU, and this torch is built for ROCm {torch.version.hip}"
     if not torch.cuda.is_available():
         # what the driver says: CUDA error 35 where there is none
         return f"needs a CUDA device, torch sees none; {_device(0) or 'the library sees one'}"

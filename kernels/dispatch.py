@@ -1,44 +1,81 @@
 """Which implementation runs an operation: `impl="auto" | "cuda" | "triton" | "torch"`, one word everywhere.
 
-`torch` is always there, every operation has Triton kernels, and some have CUDA kernels too (cuda_library.py). Another
-implementation joins with one line:
+`torch` is always there, every operation has Triton kernels, and some have CUDA kernels too (cuda_library.py). On a GPU
+"auto" goes by what was proven on it (proof/): it takes the fastest of the implementations that are right, or torch.
+Another implementation joins with one line:
 
     dispatch.register("swiglu", "cuda", lambda device: None if device.type == "cuda" else "needs a GPU")
 
-The function returns None where the implementation can run on tensors of that device, else a short reason. A second
-function may give a reason why "auto" passes by an implementation that can run; `impl` may still name it.
+The function returns None where the implementation can run on tensors of that device, else a short reason. "auto" takes
+it wherever it can run, unless `rate` says otherwise.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from . import cuda_library
 from .errors import Unavailable
+from .proof import verdicts
 
 if TYPE_CHECKING:  # `kunbr-fast doctor` asks about the CPU without torch
     import torch
 
 OPERATIONS = ("grad_density", "linear_loss", "lion", "adamw", "rms_norm", "layer_norm", "swiglu", "geglu", "rotary")
 CUDA_OPERATIONS = ("grad_density", "lion", "adamw")  # those that csrc/ has kernels for
-IMPLEMENTATIONS = ("cuda", "triton", "torch")  # the order in which "auto" prefers them
-UNPROVEN = "not proven on this GPU"  # an H200 has run it: docs/results.md
+IMPLEMENTATIONS = ("cuda", "triton", "torch")  # of two that are equally fast "auto" prefers the first
+TORCH = 1.0  # torch's speed, in which others' are given
+UNPROVEN = "not proven on this GPU: run `kunbr-fast prove`"
+DTYPE_NAMES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A call, as far as the choice of an implementation depends on it.
+
+    kinds: {implementation: the kind of launch that it would take}; others take "all". size: about how many elements
+    (which: the operation's cases.py), None where it is not known. in_graph: whether it runs in a CUDA graph.
+    """
+
+    operation: str
+    device: torch.device
+    dtype: torch.dtype | None = None
+    kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    size: int | None = None
+    in_graph: bool = False
 
 
 logger = logging.getLogger(__name__)
 WhyNot = Callable[["torch.device"], "str | None"]
-_registry: dict[tuple[str, str], tuple[WhyNot, WhyNot | None]] = {}
-_logged: set[tuple[str, str, str]] = set()
+Rate = Callable[[Request, str], "float | str"]
+_registry: dict[tuple[str, str], tuple[WhyNot, Rate]] = {}
+_logged: set[tuple] = set()
+_chosen: dict[tuple, str] = {}
+_in_graph = False
 
 
-def register(operation: str, impl: str, why_not: WhyNot, why_not_auto: WhyNot | None = None) -> None:
-    """Make `impl` known for `operation`: see the module docstring. ValueError for an unknown name."""
+def register(operation: str, impl: str, why_not: WhyNot, rate: Rate | None = None) -> None:
+    """Make `impl` known for `operation`: see the module docstring. ValueError for an unknown name.
+
+    rate(request, impl): how often "auto" would rather have it than torch, as a factor, or why it passes it by.
+    """
     _check(operation, impl)
-    _registry[operation, impl] = why_not, why_not_auto
+    _registry[operation, impl] = why_not, rate or (lambda request, impl: float("inf"))
+    forget()
+
+
+def forget() -> None:
+    """Makes each choice anew: after a change of what can run here, or of what was proven."""
+    _chosen.clear()
+
+
+verdicts.on_change(forget)
 
 
 def has(operation: str, impl: str) -> bool:
@@ -56,11 +93,25 @@ def why_not(operation: str, impl: str, device: torch.device | str = "cpu") -> st
 
 def why_not_auto(operation: str, impl: str, device: torch.device | str = "cpu") -> str | None:
     """None if "auto" may take `impl`, else why it cannot run or, if it can, why "auto" passes it by."""
-    reason = why_not(operation, impl, device)
-    if reason is not None:
-        return reason
-    passes_by = _registry[operation, impl][1]
-    return None if passes_by is None else passes_by(_as_device(device))
+    found = _rate(Request(operation, _as_device(device)), impl)
+    return found if isinstance(found, str) else None
+
+
+def _rate(request: Request, impl: str) -> float | str:
+    reason = why_not(request.operation, impl, request.device)
+    return reason if reason is not None else _registry[request.operation, impl][1](request, impl)
+
+
+@contextlib.contextmanager
+def in_graphs() -> Iterator[None]:
+    """Inside, "auto" chooses for calls that a CUDA graph will replay, for which the host's time does not count. For the
+    calls before the capture too, which compile what will be captured."""
+    global _in_graph
+    before, _in_graph = _in_graph, True
+    try:
+        yield
+    finally:
+        _in_graph = before
 
 
 def _as_device(device: torch.device | str) -> torch.device:
@@ -73,17 +124,33 @@ def _as_device(device: torch.device | str) -> torch.device:
 
 
 def resolve(
-    operation: str, impl: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    operation: str,
+    impl: str = "auto",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    kinds: Mapping[str, str] | None = None,
+    size: int | None = None,
 ) -> str:
     """The implementation to use, "cuda", "triton" or "torch", for tensors of `device`.
 
-    "auto" takes the first of these that can run and that it does not pass by. It logs its choice and the reasons once
-    for each operation and kind of device (level INFO). A named implementation that cannot run raises `Unavailable` with
-    the reason; an unknown name raises ValueError.
+    "auto" takes the one with the best rate of those that can run, and logs its choice and the reasons once for each
+    operation and kind of device (level INFO). A named implementation that cannot run raises `Unavailable` with the
+    reason; an unknown name raises ValueError. A choice is remembered; `forget` ends that.
 
     dtype: of the tensors. Only torch serves float64: "auto" takes it, another named impl raises TypeError.
+    kinds, size: as in `Request`.
     """
-    device = _as_device(device)
+    # sizes count by their power of two
+    key = operation, impl, device, dtype, _in_graph, size and size.bit_length(), kinds and tuple(kinds.values())
+    found = _chosen.get(key)
+    if found is None:
+        request = Request(operation, _as_device(device), dtype, kinds or {}, size, _in_graph)
+        found = _chosen[key] = _resolve(impl, request)
+    return found
+
+
+def _resolve(impl: str, request: Request) -> str:
+    operation, device, dtype = request.operation, request.device, request.dtype
     check_dtype(operation, impl, dtype)
     if impl == "auto" and _is_float64(dtype):
         return "torch"
@@ -96,11 +163,11 @@ def resolve(
             )
         check_dtype(operation, impl, dtype, "cuda")
         return impl
-    reasons = {name: why_not_auto(operation, name, device) for name in IMPLEMENTATIONS}
-    choice = next(name for name, reason in reasons.items() if reason is None)  # torch always is
+    rates = {name: _rate(request, name) for name in IMPLEMENTATIONS}
+    choice = max((name for name, rate in rates.items() if not isinstance(rate, str)), key=rates.get)  # torch always is
     if (operation, device.type, choice) not in _logged:
         _logged.add((operation, device.type, choice))
-        rejected = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
+        rejected = "; ".join(f"{name}: {reason}" for name, reason in rates.items() if isinstance(reason, str))
         logger.info("%s on %s: using %s (%s)", operation, device, choice, rejected or "all are available")
     return choice
 
@@ -138,6 +205,8 @@ def triton_why_not(device: torch.device) -> str | None:
         return "needs a CUDA device"
     import torch
 
+    if torch.version.hip:
+        return "needs an NVIDIA GPU: parts of the kernels are PTX, and this torch is built for ROCm"
     if not torch.cuda.is_available():
         return "needs a CUDA device"
     capability = torch.cuda.get_device_capability(device)
@@ -146,18 +215,39 @@ def triton_why_not(device: torch.device) -> str | None:
     return None
 
 
-def triton_why_not_auto(device: torch.device) -> str | None:
-    """Why "auto" passes Triton kernels by where they can run."""
-    return UNPROVEN if device.type == "cuda" else "the interpreter is for tests"
+def proven(request: Request, impl: str) -> float | str:
+    """The rate of our own kernels on a GPU: their speed in torch's, where they were proven right and fast enough."""
+    if request.device.type != "cuda":
+        return "the interpreter is for tests"
+    if verdicts.switched_off():
+        return "proofs are off (KUNBR_PROVE=0)"
+    found = _verdicts(request, impl)
+    if not found:
+        return UNPROVEN
+    if not any(verdict.right for verdict in found):
+        return found[0].why
+    if request.dtype is None:
+        speed = max((t.speed for verdict in found for t in verdict.times), default=None)
+    else:
+        speed = found[0].speed(request.size, "graph" if request.in_graph else "eager")
+    if speed is None:
+        return "right, but not timed on this GPU"
+    return speed if speed >= verdicts.ENOUGH else f"slower than torch: {speed:.2g}x"
 
 
-def cuda_why_not_auto(device: torch.device) -> str | None:
-    """Why "auto" passes the CUDA library by where it can run."""
-    return UNPROVEN
+def _verdicts(request: Request, impl: str) -> list[verdicts.Verdict]:
+    """The one on this request; without a dtype, as when only the operation is asked about, all that there are."""
+    if request.dtype is None:
+        targets = (v.target for v in verdicts.current(request.device))
+        return [verdicts.find(t, request.device) for t in targets if (t.operation, t.impl) == (request.operation, impl)]
+    dtype = DTYPE_NAMES.get(str(request.dtype), "none")
+    target = verdicts.Target(request.operation, impl, dtype, request.kinds.get(impl, "all"))
+    found = verdicts.find(target, request.device)
+    return [] if found is None else [found]
 
 
 for _operation in CUDA_OPERATIONS:
-    register(_operation, "cuda", lambda device: cuda_library.why_not(device), cuda_why_not_auto)
+    register(_operation, "cuda", lambda device: cuda_library.why_not(device), proven)
 for _operation in OPERATIONS:
-    register(_operation, "torch", why_not=lambda device: None)
-    register(_operation, "triton", triton_why_not, triton_why_not_auto)
+    register(_operation, "torch", lambda device: None, lambda request, impl: TORCH)
+    register(_operation, "triton", triton_why_not, proven)

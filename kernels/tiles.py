@@ -17,6 +17,7 @@ and 128 additions a clock; the L2 cache gives all 132 of them about 5.5 TB/s):
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Hashable
 
@@ -86,9 +87,20 @@ def architecture(device: torch.device) -> int:
     return max(a for a in ARCHITECTURES if a <= 10 * major + minor)
 
 
+@functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of the device; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (triton.cdiv can run inside a kernel too, and costs the host several times as much.)"""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, which is at least 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def aligned(x: torch.Tensor) -> bool:
@@ -143,6 +155,6 @@ class RowBlock:
 def row_block(D: int) -> RowBlock:
     """8 elements a thread: one 16-byte load of bf16 a tensor. With 16 the backward spills at 8192 in fp32. Narrow rows
     share a program until it has 4 warps."""
-    BD = 1 << (D - 1).bit_length()
+    BD = next_power_of_2(D)
     BR = max(1, 1024 // BD)
     return RowBlock(BR, BD, BR * BD // 256)

@@ -17,7 +17,19 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+os.environ.setdefault("KUNBR_PROVE", "0")  # on a GPU "auto" takes torch, whatever was proven there
+
+from kunbr_fast.kernels import dispatch
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _no_choice_is_remembered():
+    """Tests change what can run, and what was proven."""
+    dispatch.forget()
+    yield
+    dispatch.forget()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     "kernels version checkout keywords machine",
-    "memory files data",
+    "memory files data proofs",
     "parallel model",
     "objectives",
     "density training",

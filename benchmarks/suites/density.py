@@ -4,7 +4,8 @@ One weight (N, K) of a linear layer, samples of T tokens packed one after the ot
 CPU), grad_l1:
 
   torch, triton, cuda   ours
-  tile ...              each candidate of kernels/tiles.py's table, and each kernel of csrc/, with --tiles
+  tile csrc ...         each kernel of csrc/ (portable, hopper), where --variants names it, or with --tiles
+  tile ...              each candidate of kernels/tiles.py's table, with --tiles
   bare                  each sample's product written to memory, no statistic: what the others are to be compared with;
                         on a GPU the fastest of single, batched and grouped products
   loop                  the baseline: a backward per sample (its forward untimed), then .grad.abs().sum()
@@ -25,7 +26,8 @@ A whole model, random weights, random tokens of the lengths that questions have,
   plain           ours without the statistics: the same packed passes, no gradient of any weight
   products        dy_i.T @ x_i of each sample, layer and MLP weight, written to memory (`bare`)
 
-On a GPU the default is one model, and of down two lengths; --models and --tokens ask for more.
+On a GPU the default is one model, and of down two lengths; --models and --tokens ask for more. The whole model comes
+last, as it takes longer than all weights together; where --tokens names lengths there are weights alone.
 
 Goals on an H200: loop / ours at least 5; ours / (plain + products) at most 1.15; memory beyond plain's under 1 % of the
 weights' (`mib`).
@@ -42,7 +44,7 @@ import torch.nn.functional as F
 
 import kunbr_fast as kf
 from kunbr_fast.benchmarks import per_sample
-from kunbr_fast.benchmarks.harness import Case, Options, Variant, compiled, need
+from kunbr_fast.benchmarks.harness import Case, Options, Skip, Variant, compiled, need
 from kunbr_fast.benchmarks.models import build, causal_pairs, exact_norms, matrices
 from kunbr_fast.benchmarks.per_sample import Packed, bare
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, equal, ragged, samples
@@ -51,6 +53,7 @@ from kunbr_fast.data.schedule import token_batches
 from kunbr_fast.kernels import dispatch
 from kunbr_fast.kernels.grad_density import cuda
 from kunbr_fast.kernels.grad_density import op as operators
+from kunbr_fast.kernels.tiles import SHORT_MEAN_TOKENS, TABLE, architecture
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives import losses
@@ -124,6 +127,7 @@ class Weight(_PerSample):
             return lambda: {"grad_l1": run(x, dy)}
 
         found = self.implemented(ours, "grad_density")
+        found += self._csrc(data)
         found.append(Variant("loop", partial(per_sample.loop, data, self.statistic)))
         if self.statistic == "grad_l2sq":
             found.append(Variant("gram", lambda: ours("torch", form="gram"), ours=True))
@@ -135,25 +139,33 @@ class Weight(_PerSample):
         return [*found, Variant("torch.compile", compiled_bmm)]
 
     def chosen(self, data):
-        """With --tiles one for each candidate tile, too, whatever variants were named."""
-        tiles = self._tiles(data) if self.options.tiles and self.statistic == "grad_l1" else []
-        return super().chosen(data) + tiles
+        """A kernel of csrc/ where it was named; with --tiles each candidate, whatever variants were named."""
+        tiles, named = self.options.tiles and self.statistic == "grad_l1", self.options.variants or ()
+        found = [v for v in super().chosen(data) if not v.name.startswith("tile ")]
+        found += [v for v in self._csrc(data) if tiles or v.name in named]
+        return found + self._tiles(data) if tiles else found
+
+    def _csrc(self, data):
+        def make(kernel):
+            need("grad_density", "cuda", self.device)
+            if kernel == "hopper" and (self.dtype == torch.float32 or architecture(self.device) != 90):
+                raise Skip("for bf16 and fp16 on compute capability 9.0")
+            run = partial(cuda.grad_density, data.x, [data.dy], data.cu_seqlens, "grad_l1", variant=kernel)
+            return lambda: {"grad_l1": run()[0]}
+
+        kernels = ("portable", "hopper") if self.options.gpu and self.statistic == "grad_l1" else ()
+        return [Variant(f"tile csrc {kernel}", partial(make, kernel), ours=True) for kernel in kernels]
 
     def _tiles(self, data):
         if dispatch.why_not("grad_density", "triton", self.device) is not None:
             return [Variant("tile", lambda: need("grad_density", "triton", self.device), ours=True)]
-        from kunbr_fast.kernels import tiles as config
         from kunbr_fast.kernels.grad_density.triton_kernel import launch
 
         inputs = data.x, [data.dy], data.cu_seqlens, "grad_l1"
         mean = sum(data.lengths) / len(data.lengths)
-        kind = "fp32" if self.dtype == torch.float32 else "short" if mean <= config.SHORT_MEAN_TOKENS else "long"
-        tiles = config.TABLE[config.architecture(self.device), kind]
+        kind = "fp32" if self.dtype == torch.float32 else "short" if mean <= SHORT_MEAN_TOKENS else "long"
+        tiles = TABLE[architecture(self.device), kind]
         runs = {f"tile {tile}": partial(launch, *inputs, tile=tile) for tile in tiles}
-        if dispatch.why_not("grad_density", "cuda", self.device) is None:
-            hopper = self.dtype.itemsize == 2 and config.architecture(self.device) == 90
-            for kernel in ("portable", *["hopper"] * hopper):
-                runs[f"tile csrc {kernel}"] = partial(cuda.grad_density, *inputs, variant=kernel)
 
         def make(run):
             return lambda: lambda: {"grad_l1": run()[0]}
@@ -292,7 +304,7 @@ class Model(_PerSample):
 
 
 def cases(options: Options) -> list[Case]:
-    return [*_models(options), *_weights(options)]
+    return [*_weights(options), *_models(options)]
 
 
 def _common(options: Options, name: str, label: str, lengths: Sequence[int]) -> dict:
@@ -307,7 +319,7 @@ def _shape(options: Options, name: str) -> Shape:
 
 
 def _models(options: Options) -> Iterator[Model]:
-    if options.tokens is not None and "ragged" not in options.tokens:
+    if options.tokens is not None:
         return
     lengths = ragged(options.choose(4, 12, 96))
     for name in options.the_models():

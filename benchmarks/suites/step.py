@@ -369,8 +369,8 @@ def _cases(model: str, options: Options) -> Iterator[Case]:
         first, middle, last = blocks[0], blocks[len(blocks) // 2], blocks[-1]
     quick = [(middle, 2, "all")]
     cpu = [(first, 6, "all"), (middle, 6, "all"), (last, 6, "all"), (last, 6, "letter")]
-    gpu = [(block, 6, target) for target in ("all", "letter") for block in (first, middle, last)]
-    gpu += [(middle, 32, target) for target in ("all", "letter")]
+    gpu = [(middle, 6, "all"), (middle, 32, "all"), (first, 6, "all"), (last, 6, "all")]  # what counts most first
+    gpu += [(block, 6, "letter") for block in (first, middle, last)] + [(middle, 32, "letter")]
     chosen = options.choose(quick, cpu, gpu)
     compiled_at = (middle, chosen[0][1], "all")
     for block, batch, target in chosen:

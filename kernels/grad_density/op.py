@@ -14,6 +14,7 @@ import torch
 from .. import dispatch
 from ..checks import floating, one_of, same_kind
 from . import reference
+from .kinds import kinds_of_launch
 
 FORMS = ("auto", "direct", "gram")
 
@@ -79,7 +80,9 @@ def _grad_density(x, dys, cu_seqlens, max_seqlen, statistic, along, form, impl):
     lengths = _lengths(cu_seqlens, x, max_seqlen) if x.device.type == "cpu" or max_seqlen is None else None
     longest = max_seqlen if lengths is None else max(lengths, default=0)
     # an impl that cannot run is refused for either form
-    way = dispatch.resolve("grad_density", impl, x.device, x.dtype)
+    samples = len(cu_seqlens) - 1
+    kinds = kinds_of_launch(x, dys, samples, along) if x.device.type == "cuda" else None
+    way = dispatch.resolve("grad_density", impl, x.device, x.dtype, kinds, x.shape[0] // max(1, samples))
     if form == "gram" or (form == "auto" and _fewer_in_gram(x, dys, cu_seqlens, longest, statistic, along)):
         way = "gram"
     if way == "triton":

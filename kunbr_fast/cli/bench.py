@@ -140,7 +140,8 @@ def _measure(suites: Any, options: harness.Options, arguments: argparse.Namespac
     for what, cases in (("WRONG", found["wrong"]), ("left out", found["left_out"])):
         for case, reason in cases.items():
             say(f"{what}: {case}: {reason}")
-    measured = {(row["suite"], row["model"], row["case"], row["tokens"]) for row in found["rows"] if row["ms"]}
+    timed = [row for row in found["rows"] if row["ms"] and row["suite"] in suites]  # --resume keeps other suites' rows
+    measured = {(row["suite"], row["model"], row["case"], row["tokens"]) for row in timed}
     arguments.status = 0 if measured and not found["wrong"] else 1
     if not arguments.json:
         more = "" if arguments.no_report else ", report and plots"

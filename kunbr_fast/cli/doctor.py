@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import importlib.util
 import os
 import platform
@@ -14,12 +15,15 @@ import sys
 from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
+from kunbr_fast.cli.verdict_table import table
 from kunbr_fast.kernels import cuda_library, dispatch
+from kunbr_fast.kernels.proof import verdicts
+from kunbr_fast.kernels.proof.verdicts import Verdict
 from kunbr_fast.machine import cpu_name, usable_cpus
 from kunbr_fast.version import __version__
 
@@ -28,7 +32,20 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 GIB = 1024**3
-HOST = SimpleNamespace(type="cpu", index=None)  # torch.device("cpu"), without torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """torch.device("cpu"), without torch."""
+
+    type: str = "cpu"
+    index: None = None
+
+    def __str__(self) -> str:
+        return self.type
+
+
+HOST = Host()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +65,8 @@ def doctor() -> dict[str, Any]:
     Keys: `versions` (package -> version or None), `platform`, `cpu` (cores usable by this process, torch's threads),
     `memory_bytes` (total), `devices` (the CPU first, then each CUDA device), `no_cuda` (why there is no CUDA device, or
     None), `cuda_library` (what csrc/ was built with, or why it is not), `operations` (operation -> device -> {"auto":
-    choice, "unavailable": {impl: reason}, "by_name": {impl: why "auto" passes by what can run}}), `problems`
+    choice, "unavailable": {impl: reason}, "by_name": {impl: why "auto" passes by what can run}}; on a GPU the choice
+    that it may make, by kind of launch and size: `proofs` has each), `proofs` (device -> verdicts), `problems`
     (requirements of pyproject.toml that are not met; empty when all is well).
     """
     torch = _torch_if_needed()
@@ -72,6 +90,7 @@ def doctor() -> dict[str, Any]:
             operation: {name: _implementations(operation, place) for name, place in places.items()}
             for operation in dispatch.OPERATIONS
         },
+        "proofs": {name: _verdicts(place) for name, place in places.items() if place.type == "cuda"},
         "problems": _problems(),
     }
 
@@ -100,6 +119,9 @@ def format_doctor(d: dict) -> str:
             others += [f'{impl}: runs with impl="{impl}", {reason}' for impl, reason in found["by_name"].items()]
             others = f"({'; '.join(others)})" if others else ""
             lines.append(f"  {operation:<13} {device:<8} {found['auto']:<7} {others}".rstrip())
+    for device, found in d["proofs"].items():
+        lines += ["", f'proofs on {device} (what impl="auto" goes by)']
+        lines += [f"  {line}" for line in table([Verdict.from_json(one) for one in found]).splitlines()]
     if d["problems"]:
         lines += ["", *(f"PROBLEM: {problem}" for problem in d["problems"])]
     return "\n".join(lines)
@@ -108,7 +130,7 @@ def format_doctor(d: dict) -> str:
 # ---------------------------------------------------------------- operations
 
 
-def _implementations(operation: str, device: torch.device | SimpleNamespace) -> dict:
+def _implementations(operation: str, device: torch.device | Host) -> dict:
     found = {"auto": dispatch.resolve(operation, "auto", device), "unavailable": {}, "by_name": {}}
     for impl in dispatch.IMPLEMENTATIONS:
         if (reason := dispatch.why_not(operation, impl, device)) is not None:
@@ -116,6 +138,10 @@ def _implementations(operation: str, device: torch.device | SimpleNamespace) -> 
         elif (reason := dispatch.why_not_auto(operation, impl, device)) is not None:
             found["by_name"][impl] = reason
     return found
+
+
+def _verdicts(device: torch.device) -> list[dict[str, Any]]:
+    return [verdict.as_json() for verdict in verdicts.current(device)]
 
 
 # ---------------------------------------------------------------- packages

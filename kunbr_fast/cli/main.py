@@ -26,6 +26,7 @@ COMMANDS = {
     "merge": "one model from several: task vectors negated or added, by sum, mean or agreement of their signs",
     "plan": "predict memory and time of a run from config.json alone, and choose settings that fit",
     "bench": "time the kernels, a step and a whole run on this machine against their rivals, or compare two such runs",
+    "prove": 'prove the kernels on this machine\'s GPU: right, and faster than torch; impl="auto" goes by that',
     "doctor": "versions, devices, and which implementation of each operation can run here",
 }
 TOGETHER = ("unlearn", "density")  # what several processes can run
@@ -52,8 +53,9 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 1 where `bench` found a wrong result or a regression; 2 for bad input, with one line on standard
-    error; 3 where training diverged; 4 where another of several processes has failed; 130 for Ctrl-C.
+    """Exit status: 0; 1 where `bench` or `prove` found a wrong result, or `bench` a regression; 2 for bad input, with
+    one line on standard error; 3 where training diverged; 4 where another of several processes has failed; 130 for
+    Ctrl-C.
 
     Anything else is a bug and keeps its traceback.
     """

@@ -28,6 +28,7 @@ from kunbr_fast.density.watch import MODULES, choose_tiles, num_weights, watch_l
 from kunbr_fast.files.atomic import write_json
 from kunbr_fast.keywords import named_by, taken
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.proofs import ensure_proven
 
 NORMS = ("grad_l1", "grad_l2", "grad_l2sq", "grad_linf", "grad_mean_abs")
 STATISTICS = (*NORMS, "fisher", "fisher_ratio", "cosine", "slug")
@@ -167,6 +168,7 @@ def knowledge_density(
     reduction = _check_settings(modules, statistic, reduction, retain, how.sample_fraction)
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     samples = checked_samples(samples, "sample")
+    ensure_proven(decoder.device, {decoder.dtype}, how.impl)
     if retain is not None:
         retain = checked_samples(retain, "retain sample")
     watched = watch_list(decoder, modules)

@@ -54,8 +54,8 @@ class DrivenStages(Stages):
         ranks: Group,
         autocast: Callable[[], contextlib.AbstractContextManager],
     ):
-        super().__init__(inputs, config, context)
         self.ranks, self.autocast = ranks, autocast
+        super().__init__(inputs, config, context)
         begun = {"unlearned_given": inputs.unlearned is not None}
         if (found := self.state.result(BEGIN)) is None:
             self.state.finish(BEGIN, begun)  # from here on the settings of the data are fixed
@@ -76,6 +76,10 @@ class DrivenStages(Stages):
         self._step: SharedStep | None = None
         self.gathered: SharedStep | None = None  # what the next update is made from
         self._since_log: list[dict[str, float]] = []
+
+    def prove_kernels(self, group: Group | None = None) -> None:
+        with self.autocast():
+            super().prove_kernels(self.ranks)
 
     def _spans(self) -> list[Span]:
         config, found, first = self.config, [], 0

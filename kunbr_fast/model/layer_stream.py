@@ -59,14 +59,18 @@ class _Entry:
 
 
 class _Slot:
-    """A buffer for one layer. layer: whose weights it holds or is loading; loading: the load, until it has arrived."""
+    """A buffer for one layer. layer: whose weights it holds or is loading; loading: the load, until it has arrived.
+    copies: the stream that writes to it, on a GPU."""
 
-    def __init__(self, size: int, device: torch.device):
+    def __init__(self, size: int, device: torch.device, copies: torch.cuda.Stream | None):
         self.layer: int | None = None
         self.loading: Future | None = None
         self.data = torch.empty(size, dtype=torch.uint8, device=device)
         self.staging, self.arrived = self.data, None
-        if device.type == "cuda":
+        if copies is not None:
+            # a layer loaded in advance may still be on its way when the buffer is let go of: no other tensor gets this
+            # memory before
+            self.data.record_stream(copies)
             self.staging = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             self.arrived = torch.cuda.Event()
 
@@ -143,7 +147,7 @@ class LayerStream(Weights):
     @functools.cached_property
     def _slots(self) -> list[_Slot]:
         """Made when the first layer is loaded: a model that is only read from has none."""
-        return [_Slot(max(self._sizes), self.device) for _ in range(self._buffers)]
+        return [_Slot(max(self._sizes), self.device, self._copies) for _ in range(self._buffers)]
 
     @property
     def nbytes(self) -> int:

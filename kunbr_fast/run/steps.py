@@ -20,6 +20,8 @@ from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
 from kunbr_fast.objectives.original import Needs, OriginalValues
+from kunbr_fast.parallel.group import Group
+from kunbr_fast.proofs import ensure_proven
 from kunbr_fast.run.checks import prepare
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
@@ -48,8 +50,15 @@ class Run:
         self.reporter = context.reporter
         self.group = self.team = context.group
         self.decoder, self.samples, self.rtt, self.state = prepare(inputs, config, context)
+        self.prove_kernels()
         self.original = OriginalValues({})
         self.retain_limit = config.max_retain_loss or 2 * math.log(self.decoder.config.vocab_size)
+
+    def prove_kernels(self, group: Group | None = None) -> None:
+        """Before anything runs on a GPU. group: the processes that share the run, in place of `self.group`."""
+        group, reporter = group or self.group, self.reporter
+        how = dict(say=reporter.say, progress=reporter.progress and group.first, group=group)
+        ensure_proven(self.decoder.device, {self.decoder.dtype}, self.config.impl, **how)
 
     # ------------------------------------------------ what trainings read
 

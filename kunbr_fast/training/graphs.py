@@ -11,9 +11,9 @@ update stays outside, since the host has to see first that loss and gradient are
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,8 +23,6 @@ from kunbr_fast.kernels.dispatch import Unavailable
 from kunbr_fast.memory import is_out_of_memory
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.objectives.losses import RowWeights
-
-log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 16  # of one block: beyond these the bucket that was used longest ago is dropped
 WASTE = 8  # a bucket is at most 1/WASTE empty
@@ -58,8 +56,11 @@ class Bucket:
         wide = -(-max(batch.lengths) // ATTENTION_STEP) * ATTENTION_STEP
         wide = wide if max_positions is None else min(wide, max_positions)
         most = -(-max(batch.row_counts) // ATTENTION_STEP) * ATTENTION_STEP
-        sizes = round_up(batch.num_tokens), round_up(len(rows.weight)), wide, min(wide, most)
-        return cls(batch.num_samples, *sizes, batch.layer, batch.hidden is not None, rows.cap is not None)
+        most, count = min(wide, most), batch.num_samples
+        # at most as many as there are places: the filling has places of its own
+        tokens = min(round_up(batch.num_tokens), count * wide)
+        num_rows = min(round_up(len(rows.weight)), count * most)
+        return cls(count, tokens, num_rows, wide, most, batch.layer, batch.hidden is not None, rows.cap is not None)
 
     def takes(self, other: Bucket, batch: PackedBatch, num_rows: int) -> bool:
         """Whether a batch whose own bucket is `other` fits, with little waste."""
@@ -67,6 +68,13 @@ class Bucket:
             return False
         sizes = ((self.tokens, batch.num_tokens), (self.rows, num_rows))
         return all(size >= n and (size - n) * WASTE <= size for size, n in sizes)
+
+
+def unused(index: torch.Tensor, size: int, count: int) -> torch.Tensor:
+    """`count` numbers below `size` that are not in `index`."""
+    free = torch.ones(size, dtype=torch.bool)
+    free[index] = False
+    return free.nonzero().squeeze(1)[:count]
 
 
 class StaticBatch:
@@ -106,9 +114,13 @@ class StaticBatch:
         values |= dict(unpad_index=host.sample_of_token * bucket.longest + host.position_ids)
         values |= dict(pad_index=grid(host.cu_seqlens[:-1], torch.tensor(host.lengths), bucket.longest))
         values |= dict(row_index=index, row_back=back, row_places=places.flatten())
+        # `gather` wants an index that names nothing twice
+        others = dict(rows=bucket.tokens, unpad_index=bucket.samples * bucket.longest)
+        others |= dict(row_back=bucket.samples * bucket.most_rows)
         for name, into in self._host.items():
             n = len(values[name])
-            into[:n], into[n:] = values[name], 0  # the fill points at token 0, row 0, place 0
+            into[:n] = values[name]
+            into[n:] = unused(values[name], others[name], len(into) - n) if name in others else 0
         self._integers.copy_(self._staging, non_blocking=True)
         if self._sent is not None:
             self._sent.record()
@@ -129,10 +141,33 @@ def capture_cuda(function: Callable[[], Any], pool: Any) -> tuple[Callable[[], N
     with torch.cuda.stream(stream):  # libraries make their workspaces, kernels are compiled
         function()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        out = function()
+    graph, outside = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            out = function()
+    except BaseException:
+        torch.cuda.set_stream(outside)
+        _close(pool, graph)
+        raise
     return graph.replay, out
+
+
+_failed: list[Any] = []  # graphs whose capture could not be ended: torch's allocators may still ask them
+
+
+def _close(pool: Any, graph: Any) -> None:
+    """Closes the pool that a failed capture allocated from.
+
+    Where the driver cannot end a capture, torch leaves its pool open, and its memory held. While one is open, blocks
+    that another stream has used are never freed, and to empty the cache is an error.
+    """
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # the capture was ended, and the graph lets go of the pool itself
+        return
+    torch._C._cuda_releasePool(device, pool)
+    _failed.append(graph)
 
 
 class StepGraphs:
@@ -141,6 +176,7 @@ class StepGraphs:
     forward(batch, rows) -> (loss, nll (R,)), whose backward adds to `gradient`, at a fixed address. A capture leaves
     `gradient` as it was: it may hold a step's earlier micro-batches.
     capture: as `capture_cuda`, or None: run each step launch by launch on the same buckets (the bits of its graph).
+    `Unavailable`, when a step is called, where it cannot be captured.
     """
 
     def __init__(self, decoder: Decoder, forward: Pass, gradient: torch.Tensor, capture: Capture | None = capture_cuda):
@@ -195,17 +231,31 @@ class StepGraphs:
         static.fill(batch, rows)
         replay = out = None
         if self._capture is not None:
-            before = self._gradient.to("cpu", copy=True)  # the run before a capture adds to it
-            try:
-                replay, out = self._capture(lambda: self._run(static), self.pool)
-            except RuntimeError as error:  # a model's own code that waits for the device, for example
-                if is_out_of_memory(error):
-                    raise
-                log.warning("a step could not be captured as a CUDA graph (%s): it runs launch by launch", error)
-                self._capture = None
-            self._gradient.copy_(before)
+            with self._gradient_kept():  # the run before a capture adds to it
+                try:
+                    replay, out = self._capture(lambda: self._run(static), self.pool)
+                except RuntimeError as error:  # a model's own code that waits for the device, for example
+                    if is_out_of_memory(error):
+                        raise
+                    raise Unavailable(
+                        f"cuda_graphs=True: a step cannot be captured as a CUDA graph ({error.__context__ or error}). "
+                        "Leave cuda_graphs out: the same result, launch by launch"
+                    ) from error
         self._held[bucket] = static, replay, out
         return self._held[bucket]
+
+    @contextlib.contextmanager
+    def _gradient_kept(self) -> Iterator[None]:
+        """Puts the gradient back at the end. Only a step's later micro-batches find one that is not zero; it waits in
+        pinned memory then, since the device's may be short, and the stream alone waits for the copies."""
+        gradient, kept = self._gradient, None
+        if bool(gradient.any()):
+            kept = torch.empty_like(gradient, device="cpu", pin_memory=gradient.is_cuda)
+            kept.copy_(gradient, non_blocking=True)
+        try:
+            yield
+        finally:
+            gradient.zero_() if kept is None else gradient.copy_(kept, non_blocking=True)
 
 
 def check_cuda_graphs(asked: bool, device: torch.device) -> None:

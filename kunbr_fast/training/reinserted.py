@@ -19,6 +19,7 @@ from kunbr_fast.model.low_precision import low_precision_cover
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives.criterion import Criterion
+from kunbr_fast.proofs import ensure_proven
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.settings import BlockSettings, Execution
 from kunbr_fast.training.streamed import LayerMajorTraining
@@ -68,6 +69,7 @@ def reinserted(
     criterion = settings.criterion(block, criterion)
     criterion.check_layer(decoder.num_layers, block)
     execution.check(decoder, block, settings.optimizer)
+    ensure_proven(decoder.device, {decoder.dtype}, execution.impl)
     if unlearned is decoder.model or (decoder.streamed and unlearned is decoder.weights):
         raise ValueError("the unlearned model is the original itself: give a copy, or a mapping with its own weights")
     if isinstance(unlearned, nn.Module):

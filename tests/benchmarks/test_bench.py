@@ -9,7 +9,7 @@ import statistics
 import pytest
 import torch
 
-from kunbr_fast.benchmarks import bench, harness, measure
+from kunbr_fast.benchmarks import bench, harness, measure, rows
 from kunbr_fast.benchmarks.rows import Measured, is_wrong
 from kunbr_fast.benchmarks.suites import SUITES, norms
 from kunbr_fast.cli import main as cli
@@ -273,6 +273,20 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys, compil
     monkeypatch.setenv("KUNBR_COMMIT", "another")
     assert cli.main([*QUICK, "--out", str(out), "--resume"]) == 2
     assert "was measured with commit" in capsys.readouterr().err
+
+
+def test_rows_of_other_suites_stay_as_they_are(tmp_path, capsys, compiled_kernels):
+    """device_suite.sh runs one suite after the other into one folder, each with settings of its own."""
+    assert cli.main([*QUICK, "--out", str(tmp_path)]) == 0
+    found = rows.read_rows(tmp_path / "results.csv")
+    others = [row | {"suite": "optimizer", "settings": "another"} for row in found[:2]]
+    others[1] |= {"ms": None, "ours": 1, "note": f"not run: {rows.WRONG}1e-2 from fp64"}
+    rows.write_rows(tmp_path / "results.csv", tmp_path / "results.json", others)
+    assert cli.main([*QUICK, "--out", str(tmp_path), "--resume"]) == 0
+    after = rows.read_rows(tmp_path / "results.csv")
+    assert after[:2] == others and {row["suite"] for row in after[2:]} == {"norms"}
+    assert cli.main(["bench", "optimizer", *QUICK[2:], "--out", str(tmp_path), "--resume"]) == 2  # they are asked for
+    assert "was measured with settings another, this is quick" in capsys.readouterr().err
 
 
 def test_a_wrong_result_is_an_exit_status_and_no_row(tmp_path, monkeypatch, capsys, compiled_kernels):

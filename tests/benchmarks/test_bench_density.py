@@ -189,7 +189,21 @@ def test_a_model_is_right_and_a_wrong_layer_is_found(monkeypatch, dtype):
         dataclasses.replace(case, options=dataclasses.replace(case.options, variants=("torch",))).rows()
 
 
+def test_a_kernel_of_csrc_is_timed_where_it_is_named():
+    def names(**options):
+        return [variant.name for variant in weight(device=GPU, **options).chosen(None)]
+
+    hopper = ("torch", "tile csrc hopper")
+    assert names(variants=hopper) == ["torch", "loop", "tile csrc hopper"]
+    assert not any(name.startswith("tile") for name in names())
+    every = [*names(), "tile csrc portable", "tile csrc hopper", "tile"]
+    assert names(tiles=True) == every or TRITON
+    case = weight(device=GPU, statistic="grad_l2sq", variants=hopper)
+    assert [variant.name for variant in case.chosen(None)] == ["torch", "loop"]
+
+
 @pytest.mark.gpu
+@pytest.mark.compiles
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_all_that_a_gpu_runs_is_right():
     lengths = [1, 128, 33, 200]
@@ -267,11 +281,11 @@ def test_the_choice_of_cases():
         return density.cases(harness.Options(**options))
 
     quick = of(quick=True)
-    assert [type(case) for case in quick] == [density.Model, density.Weight, density.Weight]
+    assert [type(case) for case in quick] == [density.Weight, density.Weight, density.Model]
     assert all(case.flops < 1e9 and "narrow" in case.label for case in quick)
     cpu, lengths = of(), ("T=32", "T=128", "T=512", "ragged")
-    assert (cpu[0].model, cpu[0].label) == ("SmolLM2-135M", "whole model, 8 layers")
-    assert [(c.model, c.label) for c in cpu[1:]] == [
+    assert (cpu[-1].model, cpu[-1].label) == ("SmolLM2-135M", "whole model, 8 layers")
+    assert [(c.model, c.label) for c in cpu[:-1]] == [
         (model, f"{what}, {T}")
         for model in ("Llama-3.2-1B", "SmolLM2-135M")
         for what in ("up", "up, L2")
@@ -280,13 +294,14 @@ def test_the_choice_of_cases():
     gpu = of(device=GPU)
     assert {case.model for case in gpu} == {"Llama-3-8B"}
     lengths = ("T=32", "T=128", "T=512", "T=2048", "ragged")
-    labels = ["whole model, 32 layers", *(f"{what}, {T}" for what in ("up", "up, L2") for T in lengths)]
-    assert [case.label for case in gpu] == [*labels, "down, T=128", "down, ragged"]
-    assert {case.statistic for case in gpu[1:] if "down" in case.label} == {"grad_l1"}
+    labels = [f"{what}, {T}" for what in ("up", "up, L2") for T in lengths]
+    labels += ["down, T=128", "down, ragged", "whole model, 32 layers"]
+    assert [case.label for case in gpu] == labels
+    assert {case.statistic for case in gpu if "down" in case.label} == {"grad_l1"}
     last = of(device=GPU, models=("Qwen2.5-7B",), tokens=("64",))[-1]
     assert (last.label, last.N, last.K, last.lengths) == ("down, T=64", 3584, 18944, (64,) * 32)
     ragged = of(tokens=("ragged",), models=("SmolLM2-135M",))
-    assert [case.label for case in ragged] == ["whole model, 8 layers", "up, ragged", "up, L2, ragged"]
+    assert [case.label for case in ragged] == ["up, ragged", "up, L2, ragged"]  # where lengths are named: weights alone
     assert all(case.tokens == round(sum(case.lengths) / len(case.lengths)) for case in cpu + gpu)
     names = [tuple(case.identity().values()) for case in gpu]
     assert len(set(names)) == len(names)

@@ -244,8 +244,11 @@ def test_layers_are_compiled_each(monkeypatch):
 def test_default_cases():
     found = step.cases(harness.Options(device=torch.device("cuda")))
     assert [(c.block, c.batch, c.target) for c in found] == [
-        *((range(i, i + 4), 6, target) for target in ("all", "letter") for i in (0, 12, 24)),
-        *((range(12, 16), 32, target) for target in ("all", "letter")),
+        (range(12, 16), 6, "all"),
+        (range(12, 16), 32, "all"),  # before a rented machine's time is over
+        *((range(i, i + 4), 6, "all") for i in (0, 24)),
+        *((range(i, i + 4), 6, "letter") for i in (0, 12, 24)),
+        (range(12, 16), 32, "letter"),
     ]
     once = "layers 12-15, 6+6, all tokens"
     assert [c.label for c in found if "frozen, torch.compile" not in c.left_out] == [once]

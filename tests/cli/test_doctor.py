@@ -47,14 +47,14 @@ def test_auto_logs_its_choice_once(registry, caplog):
 
 
 def test_auto_passes_by_what_can_only_be_named(registry, caplog):
-    only_on_cpu = lambda device: "no GPU has run it yet" if device.type == "cuda" else None  # noqa: E731
-    dispatch.register("lion", "triton", lambda device: None, why_not_auto=only_on_cpu)
+    only_on_cpu = lambda request, impl: "no GPU has run it yet" if request.device.type == "cuda" else 2.0  # noqa: E731
+    dispatch.register("lion", "triton", lambda device: None, only_on_cpu)
     with caplog.at_level(logging.INFO, logger="kunbr_fast"):
         assert dispatch.resolve("lion", "auto", "cuda") == "torch"
     assert "; triton: no GPU has run it yet)" in caplog.records[0].getMessage()
     assert dispatch.resolve("lion", "triton", "cuda") == "triton"
     assert dispatch.resolve("lion", "auto", "cpu") == "triton"
-    dispatch.register("lion", "triton", lambda device: "needs a GPU", why_not_auto=lambda device: "slow")
+    dispatch.register("lion", "triton", lambda device: "needs a GPU", lambda request, impl: "slow")
     assert dispatch.why_not_auto("lion", "triton") == "needs a GPU"
     assert dispatch.why_not_auto("lion", "torch") is None
 

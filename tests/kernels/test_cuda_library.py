@@ -233,7 +233,7 @@ def test_auto_passes_it_by_where_it_can_run(monkeypatch, loaded):
     monkeypatch.setattr(cuda_library, "why_not", lambda device: None)
     for operation in dispatch.CUDA_OPERATIONS:
         assert dispatch.why_not(operation, "cuda", "cuda:0") is None
-        assert dispatch.why_not_auto(operation, "cuda", "cuda:0") == "not proven on this GPU"
+        assert dispatch.why_not_auto(operation, "cuda", "cuda:0") == "proofs are off (KUNBR_PROVE=0)"
         assert dispatch.resolve(operation, "cuda", "cuda:0", torch.float32) == "cuda"
         assert dispatch.resolve(operation, "auto", "cuda:0", torch.float32) != "cuda"
         with pytest.raises(TypeError, match=f'{operation}: impl="cuda" does not serve float64'):

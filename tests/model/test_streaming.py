@@ -210,9 +210,9 @@ def test_the_order_of_copies_on_a_device(folder, monkeypatch):
 
     model, compute = streamed(folder()), Stream("compute")
     stream, copies = weights_of(model), Stream("copies")
-    stream._copies = copies
     for number, slot in enumerate(stream._slots):
         slot.staging, slot.arrived = torch.empty_like(slot.data), Event(f"arrived {number}")
+    stream._copies = copies
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     with torch.no_grad():
@@ -229,6 +229,24 @@ def test_the_order_of_copies_on_a_device(folder, monkeypatch):
         assert log.index(("compute", "records", free)) < log.index(("copies", "waits", free))
     used = ("compute", "waits", "arrived 0")  # the second time layer 2's buffer is filled, layer 0 has been launched
     assert log.index(used) < [i for i, entry in enumerate(log) if entry == ("copies", "records", "arrived 0")][1]
+
+
+def test_a_buffer_is_not_given_away_before_its_copy_has_ended(folder, monkeypatch):
+    """`release` lets go of a buffer that the copy stream may still write to, so the allocator must know that stream."""
+
+    class Buffer(torch.Tensor):
+        def record_stream(self, stream):
+            used.append((self.data_ptr(), stream))
+
+    stream, copies, used, empty = weights_of(streamed(folder())), object(), [], torch.empty
+    stream._copies = copies
+    monkeypatch.setattr(torch.cuda, "Event", object)
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, device=None, pin_memory=False, **how: empty(*size, **how).as_subclass(Buffer)
+    )
+    slots = stream._slots
+    assert len(slots) == 2 and used == [(slot.data.data_ptr(), copies) for slot in slots]
+    assert not {place for place, _ in used} & {slot.staging.data_ptr() for slot in slots}
 
 
 def test_a_backward_pass_needs_checkpointing_and_says_so(folder):

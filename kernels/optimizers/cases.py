@@ -1,0 +1,109 @@
+"""What the proof of Lion and AdamW runs. Sizes are elements of the parameter; a call is one step.
+
+A target's dtype is the parameter's. Beside it: gradients and state of the same dtype or of fp32, and for fp32
+parameters a copy in half precision, written in the same pass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..proof.cases import EPS, Case, Kind, Shape, Stranger, Tensors
+from . import op
+
+LR = 1e-2
+TIMED = (2**18, 2**22, 2**26)
+# gradient, state, copy; None: of the parameter's dtype, or no copy
+FULL = [(None, None, None), (torch.bfloat16, None, torch.bfloat16), (torch.float16, None, torch.float16)]
+HALF = [(None, None, None), (None, torch.float32, None), (torch.float32, torch.float32, None)]
+
+
+def kinds(operation: str) -> list[Kind]:
+    found = []
+    for impl in ("cuda", "triton"):
+        cases = [_case(operation, 3 * 1024 + 123, number, 0.1, 3) for number in range(3)]
+        cases += [_case(operation, 1, 0, 0.1, 1), _case(operation, 63, 1, 0.0, 1000)]
+        found.append(Kind(operation, impl, cases, [_shape(operation, size) for size in TIMED]))
+    return found
+
+
+def _case(name: str, size: int, number: int, weight_decay: float, step: int) -> Case:
+    """number: of the dtypes in FULL, for fp32 parameters, or in HALF."""
+
+    def draw(dtype):
+        grad, state, half = (FULL if dtype == torch.float32 else HALF)[number]
+        generator = torch.Generator().manual_seed(0)
+
+        def random(scale, dtype):
+            return (torch.randn(size, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+        found = {"param": random(1.0, dtype), "grad": random(0.1, grad or dtype), "m": random(0.1, state or dtype)}
+        if name == "adamw":
+            found["v"] = random(0.1, state or dtype) ** 2
+        return found | ({"half": torch.full((size,), torch.nan, dtype=half)} if half else {})
+
+    def run(impl, inputs):
+        return _step(name, impl, inputs, weight_decay, step)
+
+    results = [n for n in ("param", "m", "v") if n != "v" or name == "adamw"]
+    stranger = Stranger("grad", 0, dict.fromkeys(results, slice(1, None)))
+    label = f"{size} elements, dtypes {number}, step {step}, weight decay {weight_decay}"
+    return Case(label, draw, run, floors, stranger=stranger)
+
+
+def _step(name: str, impl: str, inputs: Tensors, weight_decay: float, step: int) -> Tensors:
+    """What one step makes of the inputs, which it writes to."""
+    state = [inputs["m"], inputs["v"]] if name == "adamw" else [inputs["m"]]
+    numbers = (step, LR, 0.9, 0.999, 1e-8) if name == "adamw" else (LR, 0.9, 0.99)
+    tensors = [inputs["param"], inputs["grad"], *state]
+    half = inputs.get("half")
+    if half is not None and half.dtype == torch.float64:  # the truth, which is not rounded
+        half = None
+    op.implementation(name, inputs["param"], impl)[1](*tensors, *numbers, weight_decay, half=half)
+    copied = {"copied": half.double() - inputs["param"].to(half.dtype).double()} if half is not None else {}
+    return dict(zip(("param", "m", "v"), [inputs["param"], *state])) | copied
+
+
+def floors(inputs: Tensors, truth: Tensors) -> Tensors:
+    """One rounding of each result, and of fp32 sums. The copy is the parameter's exactly: it has no entry in truth."""
+    param, grad, m = (inputs[name].double() for name in ("param", "grad", "m"))
+    size, moved = grad.abs() + m.abs(), (truth["param"] - param).abs()
+    found = {
+        "param": 4 * EPS * param.abs() + 8 * EPS * moved + 4 * EPS * LR,
+        "m": 4 * EPS * size,
+        "v": 4 * EPS * size**2,
+    }
+    eps = {name: torch.finfo(inputs[name].dtype).eps for name in truth}
+    return {name: found[name] + eps[name] * truth[name].abs() for name in truth}
+
+
+def _torchs_adamw(inputs: Tensors) -> None:
+    """What runs where "auto" takes torch: torch.optim.AdamW(fused=True), which wants a gradient of its own dtype."""
+    param, half = inputs["param"], inputs.get("half")
+    if "step" not in inputs:
+        inputs["step"] = torch.ones((), device=param.device)
+    vectors = [[t] for t in (param, inputs["grad"].to(param.dtype), inputs["m"], inputs["v"])]
+    settings = dict(lr=1e-7, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False)
+    torch._fused_adamw_(*vectors, [], [inputs["step"]], **settings)
+    if half is not None:
+        half.copy_(param)
+
+
+def _shape(name: str, size: int) -> Shape:
+    def draw(device, dtype):
+        master = dtype == torch.float32  # with bf16 gradients, and a bf16 copy
+        narrow = torch.bfloat16 if master else dtype
+        found = {"param": torch.randn(size, device=device).to(dtype)}
+        found |= {"grad": torch.randn(size, device=device).to(narrow), "m": torch.zeros(size, device=device).to(dtype)}
+        found |= {"v": torch.zeros_like(found["m"])} if name == "adamw" else {}
+        return found | ({"half": torch.empty(size, device=device, dtype=narrow)} if master else {})
+
+    def run(impl, inputs):
+        if impl == "torch" and name == "adamw":
+            return _torchs_adamw(inputs)
+        state = [inputs[key] for key in ("m", "v") if key in inputs]
+        numbers = (3, 1e-7, 0.9, 0.999, 1e-8) if name == "adamw" else (1e-7, 0.9, 0.99)
+        update = op.implementation(name, inputs["param"], impl)[1]
+        update(inputs["param"], inputs["grad"], *state, *numbers, 0.0, half=inputs.get("half"))
+
+    return Shape(size, draw, run)

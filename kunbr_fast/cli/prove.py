@@ -1,0 +1,75 @@
+"""`kunbr-fast prove`: whether each kernel is right and fast on this machine's GPU: what impl="auto" goes by."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from kunbr_fast.cli.verdict_table import table
+from kunbr_fast.kernels import dispatch
+from kunbr_fast.kernels.proof import verdicts
+from kunbr_fast.kernels.proof.verdicts import Verdict
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Runs every kernel that this GPU may launch, in processes of their own: against fp64, between canaries, twice, "
+        'and beside torch\'s time. About a minute, once a machine and version. impl="auto" takes what was proven right '
+        "and at least 1.05 times as fast as torch. Exit status: 0 all are right, 1 some are wrong, 2 no GPU."
+    )
+    parser.add_argument("operations", nargs="*", metavar="OPERATION", help=f"{', '.join(dispatch.OPERATIONS)} [all]")
+    parser.add_argument("--impl", nargs="+", choices=("cuda", "triton"), default=["cuda", "triton"], help="[both]")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=("bf16", "fp16", "fp32"), default=["bf16"],
+        help="of the model; optimisers' fp32 weights are always among them [bf16]",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cuda", metavar="cuda:0", help="which GPU [the first]")
+    parser.add_argument("--again", action="store_true", help="prove anew what there are verdicts on")
+    parser.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="end a process that says nothing for so long: it hangs [120]"
+    )
+    parser.add_argument("--out", metavar="DIR", help="write the verdicts to DIR/<gpu>.json too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a verdict, as they come")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints as it goes: of `--json` lines too, which `main` would print as one list."""
+    unknown = [name for name in arguments.operations if name not in dispatch.OPERATIONS]
+    if unknown:
+        raise ValueError(f"unknown operation {unknown[0]!r}: expected some of {', '.join(dispatch.OPERATIONS)}")
+    as_json, arguments.json = arguments.json, False
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(f"prove needs a GPU, and torch {torch.__version__} sees none; `kunbr-fast doctor` says more")
+    device = torch.device(arguments.device)
+    found, none = _prove(device, arguments, (lambda v: print(json.dumps(v.as_json()), flush=True)) if as_json else None)
+    if arguments.out:
+        verdicts.write(verdicts.path_of(device, Path(arguments.out)), found)
+    if not found and not none:
+        print("nothing to prove: none of these kernels can run here (`kunbr-fast doctor` says why)", file=sys.stderr)
+    elif not as_json:
+        print(table(found))
+    for target, why in none.items():
+        print(f"no verdict on {target}: {why}", file=sys.stderr)
+    arguments.status = int(any(not verdict.right for verdict in found))
+
+
+def _prove(device, arguments, on_verdict) -> tuple[list[Verdict], dict]:
+    """The verdicts asked for, those that there were first."""
+    from kunbr_fast.kernels.proof import cases, prove
+    from kunbr_fast.proofs import Progress
+
+    targets = cases.targets(device, arguments.dtype, arguments.operations or dispatch.OPERATIONS, arguments.impl)
+    known = [] if arguments.again else [v for t in targets if (v := verdicts.find(t, device)) is not None]
+    tell = on_verdict or prove.ignore
+    for verdict in known:
+        tell(verdict)
+    options = {} if arguments.limit is None else {"limit": arguments.limit}
+    with Progress(silent=arguments.quiet) as progress:
+        prover = prove.Prover(device, on_verdict=tell, progress=progress, **options)
+        found, none = prove.ensure(targets, prover, progress.say, again=arguments.again)
+    return known + found, none
