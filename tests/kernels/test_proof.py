@@ -152,6 +152,20 @@ def test_a_command_that_cannot_start_is_no_verdict():
     assert none[target()] == "its process did not start: crashed: exit code 1, no such module"
 
 
+def test_the_real_kernels_through_it():
+    """In Triton's interpreter, without the shapes of a model."""
+    pytest.importorskip("triton", reason="triton is made for Linux only")
+    wanted = [Target("lion", "triton", "fp32", "all"), Target("geglu", "triton", "bf16", "all")]
+    code = (
+        "import dataclasses; from kunbr_fast.kernels.proof import cases, child\n"
+        "child.main(lambda target: dataclasses.replace(cases.kind_of(target), shapes=()))"
+    )
+    real = Prover(CPU, command=(sys.executable, "-c", code), limit=250.0)
+    found, none = real.prove(wanted)
+    assert [(v.target, v.why, str(v)) for v in found] == [(t, None, "right, not timed") for t in wanted] and not none
+    assert all(0 <= v.error <= v.bound for v in found)
+
+
 # ---------------------------------------------------------------- what is kept
 
 
