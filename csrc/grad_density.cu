@@ -105,9 +105,12 @@ extern "C" {
 int64_t kunbr_grad_density_workspace(int64_t K, int projections, const int64_t *sizes, int64_t samples, int along) {
     if (K < 1 || projections < 1 || projections > MAX_PROJECTIONS || sizes == nullptr || samples <= 0) return 0;
     // for either kernel: the caller does not know which it will be
-    const Schedule schedule = Schedule::of(samples, K, projections, sizes, TILE_N, 2);
-    return order_bytes(samples) + padded(hopper_workspace(samples, projections)) +
-           padded(schedule.partials(along) * 4);
+    int64_t partials = 0;
+    for (const Tiling &tiling : {PORTABLE_TILING, HOPPER_TILING}) {
+        const int64_t of_one = Schedule::of(samples, K, projections, sizes, tiling).partials(along);
+        partials = of_one > partials ? of_one : partials;
+    }
+    return order_bytes(samples) + padded(hopper_workspace(samples, projections)) + padded(partials * 4);
 }
 
 int kunbr_grad_density(const void *x, const int64_t *x_strides, int64_t tokens, int64_t K, int projections,
@@ -141,8 +144,10 @@ int kunbr_grad_density(const void *x, const int64_t *x_strides, int64_t tokens, 
     a.batch.wide_index = index_type == KUNBR_INT64;
     a.statistic = statistic;
     a.along = along;
-    a.schedule = Schedule::of(samples, K, projections, sizes, TILE_N, 1);
+    a.schedule = Schedule::of(samples, K, projections, sizes, PORTABLE_TILING);
+    const Schedule hopper_schedule = Schedule::of(samples, K, projections, sizes, HOPPER_TILING);
     KUNBR_TRY(check_items(operation, a.schedule));
+    KUNBR_TRY(check_items(operation, hopper_schedule));
     KUNBR_TRY(check_workspace(operation, workspace, workspace_bytes,
                               kunbr_grad_density_workspace(K, projections, sizes, samples, along)));
     int capability = 0;
@@ -156,7 +161,7 @@ int kunbr_grad_density(const void *x, const int64_t *x_strides, int64_t tokens, 
     const int64_t partials_at = maps_at + padded(hopper_workspace(samples, projections));
     KUNBR_TRY(prepare(operation, &a, workspace, partials_at, stream));
     if (hopper) {
-        a.schedule = Schedule::of(samples, K, projections, sizes, TILE_N, 2);
+        a.schedule = hopper_schedule;
         KUNBR_TRY(launch_hopper(a, tokens, type, static_cast<char *>(workspace) + maps_at, stream));
     } else {
         KUNBR_TRY(launch_portable(operation, a, type, stream));

@@ -32,12 +32,12 @@ struct Reduction {
         r.out = out;
         r.samples = s.samples;
         r.largest = statistic == KUNBR_LINF;
-        r.parts = s.parts;
+        r.parts = s.strips;
         r.part_stride = s.width(along);
-        r.sample_stride = s.parts * s.width(along);
+        r.sample_stride = s.strips * s.width(along);
         r.elements = along == ALONG_ROW ? s.sizes[p] : 1;
-        r.first = along == ALONG_ROW ? s.first_row(p) : s.first_tile(p);
-        r.inner = along == ALONG_ROW ? 1 : s.first_tile(p + 1) - s.first_tile(p);
+        r.first = along == ALONG_ROW ? s.first_row(p) : int64_t{s.first_tile(p)} * s.sums;
+        r.inner = along == ALONG_ROW ? 1 : (s.first_tile(p + 1) - s.first_tile(p)) * s.sums;
         return r;
     }
 };

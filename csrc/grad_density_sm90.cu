@@ -26,7 +26,7 @@ __global__ void maps_kernel(const __grid_constant__ Templates templates, const _
     const int64_t sample = arguments.order == nullptr ? rank : arguments.order[rank];
     const int64_t start = offset_at(batch.cu_seqlens, batch.wide_index, sample);
     const int32_t length = static_cast<int32_t>(offset_at(batch.cu_seqlens, batch.wide_index, sample + 1) - start);
-    if (operand == 0) segments[rank] = {start, length, static_cast<int32_t>(sample)};
+    if (operand == 0) segments[rank] = {length, static_cast<int32_t>(sample)};
     char *map = maps + index * MAP_BYTES;
     const uint4 *from = reinterpret_cast<const uint4 *>(&templates.map[operand]);
     KUNBR_UNROLL

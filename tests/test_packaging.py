@@ -87,6 +87,7 @@ def test_every_module_is_installed(installed, tmp_path):
             "scripts/cover_precision",
             "scripts/demo_seeds",
             "scripts/evidence",
+            "scripts/host_cost",
             "scripts/launch_each",
             "scripts/proven",
             "test_regression",

@@ -166,6 +166,15 @@ def test_the_real_kernels_through_it():
     assert all(0 <= v.error <= v.bound for v in found)
 
 
+def test_the_process_that_users_get():
+    """Started as a proof starts it, with nothing to do."""
+    job = json.dumps({"work": "gate", "device": "cpu", "targets": []}) + "\n"
+    paths = os.pathsep.join([str(prove.ROOT), os.environ["PYTHONPATH"]])
+    options = dict(cwd=prove.ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(prove.COMMAND, input=job, **options)
+    assert (done.returncode, done.stdout) == (0, '{"bye": true}\n'), done.stderr
+
+
 # ---------------------------------------------------------------- what is kept
 
 
