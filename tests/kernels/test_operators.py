@@ -1,5 +1,6 @@
 """Operators that run their function at once where nobody looks."""
 
+import sys
 import traceback
 
 import pytest
@@ -8,6 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kunbr_fast.benchmarks.scripts import host_cost
+from kunbr_fast.kernels.launch import Call
 from kunbr_fast.kernels.operators import custom_op
 
 wrapped = []  # whether each run went through torch's wrapper
@@ -115,3 +118,37 @@ def test_writing_counts_in_version_counters():
         x, y = torch.ones(3), torch.ones(3)
         scale_([x], y, 3.0)
     assert x.tolist() == y.tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("name", host_cost.operations("triton"))
+def test_no_operation_pays_for_the_wrapper(name, monkeypatch):
+    """A forward and backward of each runs no line of torch's operator wrappers, and one launch each way."""
+    launched, files = [], set()
+    monkeypatch.setattr(Call, "launch", lambda call: launched.append(call))
+    forward, inputs = host_cost.operations("triton")[name]
+    run = host_cost.with_backward(forward, inputs) if inputs else forward
+    launched.clear()
+    sys.setprofile(lambda frame, event, argument: files.add(frame.f_code.co_filename))
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    assert not [file for file in files if "torch/_library" in file] and any("kernels" in file for file in files)
+    expected = {
+        "an empty autograd.Function": 0,
+        "linear_loss": 1,
+        "lion": 1,
+        "adamw": 1,
+    }  # the loss' forward does it all
+    assert len(launched) == expected.get(name, 2)
+
+
+def test_the_script_prints_what_it_measures(monkeypatch, capsys):
+    monkeypatch.setattr(host_cost, "ROUNDS", 2)
+    launch = Call.launch
+    assert host_cost.main(["rms_norm", "lion"]) == 0
+    (norm, forward, both), (lion, update) = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert (norm, lion) == ("rms_norm", "lion") and 0 < float(forward) < float(both) and float(update) > 0
+    assert Call.launch is launch
+    with pytest.raises(SystemExit):
+        host_cost.main(["gelu"])
