@@ -25,14 +25,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import cuda_library
+from . import cuda_library
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
-KERNELS = Path(__file__).resolve().parent.parent
+KERNELS = Path(__file__).resolve().parent
 PACKAGED = KERNELS / "proofs"
 FORMAT = 1
 ENOUGH = 1.05  # times torch's speed that "auto" asks for: below it a kernel is not worth its risk
