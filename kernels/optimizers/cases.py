@@ -82,16 +82,30 @@ def floors(inputs: Tensors, truth: Tensors) -> Tensors:
     return {name: found[name] + eps[name] * truth[name].abs() for name in truth}
 
 
+def _torchs_adamw(inputs: Tensors) -> None:
+    """What runs where "auto" takes torch: torch.optim.AdamW(fused=True), which wants a gradient of its own dtype."""
+    param, half = inputs["param"], inputs.get("half")
+    if "step" not in inputs:
+        inputs["step"] = torch.ones((), device=param.device)
+    vectors = [[t] for t in (param, inputs["grad"].to(param.dtype), inputs["m"], inputs["v"])]
+    settings = dict(lr=1e-7, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False)
+    torch._fused_adamw_(*vectors, [], [inputs["step"]], **settings)
+    if half is not None:
+        half.copy_(param)
+
+
 def _shape(name: str, size: int) -> Shape:
     def draw(device, dtype):
         master = dtype == torch.float32  # with bf16 gradients, and a bf16 copy
         narrow = torch.bfloat16 if master else dtype
         found = {"param": torch.randn(size, device=device).to(dtype)}
-        found |= {"grad": torch.randn(size, device=device).to(narrow), "m": torch.zeros(size, device=device)}
-        found |= {"v": torch.zeros(size, device=device)} if name == "adamw" else {}
+        found |= {"grad": torch.randn(size, device=device).to(narrow), "m": torch.zeros(size, device=device).to(dtype)}
+        found |= {"v": torch.zeros_like(found["m"])} if name == "adamw" else {}
         return found | ({"half": torch.empty(size, device=device, dtype=narrow)} if master else {})
 
     def run(impl, inputs):
+        if impl == "torch" and name == "adamw":
+            return _torchs_adamw(inputs)
         state = [inputs[key] for key in ("m", "v") if key in inputs]
         numbers = (3, 1e-7, 0.9, 0.999, 1e-8) if name == "adamw" else (1e-7, 0.9, 0.99)
         update = op.implementation(name, inputs["param"], impl)[1]

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from . import verdicts
-from .verdicts import Target, Timing, Verdict
+from .. import verdicts
+from ..verdicts import Target, Timing, Verdict
 
 LIMIT = 120.0  # seconds that a target may take: compiling on a busy machine takes long, too
 START = 300.0  # and a process until it begins
@@ -146,13 +146,17 @@ class Child:
             self.heard = time.monotonic()
         *lines, self.text = self.text.split(b"\n")
         for line in map(json.loads, lines):
-            if "begin" in line:
+            if "bye" in line:  # where a device hangs its process may not be able to end
+                self.ended = True
+            elif "begin" in line:
                 self.current = Target(**line["begin"])
             else:
                 target = Target(**line.pop("end"))
                 found[target] = line
                 self.targets.remove(target)
                 self.current = None
+        if self.ended:
+            return found, self.targets
         limit = START if self.current is None else limit
         late = time.monotonic() - self.heard > limit
         if chunk is None and not late:  # nothing to read now; b"" once it has closed its end

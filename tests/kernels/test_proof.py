@@ -16,10 +16,10 @@ import torch
 from helpers import HERE, environment
 
 from kunbr_fast import proofs
-from kunbr_fast.kernels import dispatch
-from kunbr_fast.kernels.proof import prove, verdicts
+from kunbr_fast.kernels import dispatch, verdicts
+from kunbr_fast.kernels.proof import prove
 from kunbr_fast.kernels.proof.prove import Prover
-from kunbr_fast.kernels.proof.verdicts import Target, Timing, Verdict
+from kunbr_fast.kernels.verdicts import Target, Timing, Verdict
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 COMMAND = (sys.executable, str(HERE / "fake_kernels.py"))
@@ -128,7 +128,7 @@ def test_a_killed_parent_takes_its_children_along():
     code = (
         f"import sys, torch; sys.path.insert(0, {str(HERE)!r})\n"
         "from kunbr_fast.kernels.proof.prove import Prover\n"
-        "from kunbr_fast.kernels.proof.verdicts import Target\n"
+        "from kunbr_fast.kernels.verdicts import Target\n"
         f"Prover(torch.device('cpu'), command={COMMAND!r}).prove([Target('doubling', 'triton', 'fp32', 'hangs')])"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment(KUNBR_CACHE=os.environ["KUNBR_CACHE"]))
@@ -152,6 +152,29 @@ def test_a_command_that_cannot_start_is_no_verdict():
     assert none[target()] == "its process did not start: crashed: exit code 1, no such module"
 
 
+def test_the_real_kernels_through_it():
+    """In Triton's interpreter, without the shapes of a model."""
+    pytest.importorskip("triton", reason="triton is made for Linux only")
+    wanted = [Target("lion", "triton", "fp32", "all"), Target("geglu", "triton", "bf16", "all")]
+    code = (
+        "import dataclasses; from kunbr_fast.kernels.proof import cases, child\n"
+        "child.main(lambda target: dataclasses.replace(cases.kind_of(target), shapes=()))"
+    )
+    real = Prover(CPU, command=(sys.executable, "-c", code), limit=250.0)
+    found, none = real.prove(wanted)
+    assert [(v.target, v.why, str(v)) for v in found] == [(t, None, "right, not timed") for t in wanted] and not none
+    assert all(0 <= v.error <= v.bound for v in found)
+
+
+def test_the_process_that_users_get():
+    """Started as a proof starts it, with nothing to do."""
+    job = json.dumps({"work": "gate", "device": "cpu", "targets": []}) + "\n"
+    paths = os.pathsep.join([str(prove.ROOT), os.environ["PYTHONPATH"]])
+    options = dict(cwd=prove.ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(prove.COMMAND, input=job, **options)
+    assert (done.returncode, done.stdout) == (0, '{"bye": true}\n'), done.stderr
+
+
 # ---------------------------------------------------------------- what is kept
 
 
@@ -170,7 +193,8 @@ def test_proven_once_and_kept(cache):
 def test_two_processes_at_once_prove_once():
     code = (
         f"import sys, torch; sys.path.insert(0, {str(HERE)!r})\n"
-        "from kunbr_fast.kernels.proof import prove, verdicts\n"
+        "from kunbr_fast.kernels import verdicts\n"
+        "from kunbr_fast.kernels.proof import prove\n"
         f"target, command = verdicts.Target('doubling', 'triton', 'fp32', 'right'), {COMMAND!r}\n"
         "found, none = prove.ensure([target], prove.Prover(torch.device('cpu'), command=command), print)\n"
         "print(len(found), verdicts.find(target, torch.device('cpu')).right)"
