@@ -15,6 +15,18 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
+from . import dispatch
+
+# While torch.compile traces, a choice is made once: it logs and reads files, which cannot be traced.
+_resolve = torch.compiler.assume_constant_result(dispatch.resolve)
+
+
+def choose(operation: str, impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+    """`dispatch.resolve` for a call on x, of its size in elements (of any size, while torch.compile traces)."""
+    size = None if torch.compiler.is_compiling() else x.numel()
+    return _resolve(operation, impl, x.device, dtype or x.dtype, None, size)
+
+
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 _PLAIN = _TENSORS | {type(None), bool, int, float, str, torch.dtype}
 
