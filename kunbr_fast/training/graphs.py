@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from kunbr_fast.data import PackedBatch, grid
-from kunbr_fast.kernels.dispatch import Unavailable
+from kunbr_fast.kernels.dispatch import Unavailable, in_graphs
 from kunbr_fast.memory import is_out_of_memory
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.objectives.losses import RowWeights
@@ -219,8 +219,9 @@ class StepGraphs:
         return loss, nll[:num_rows]
 
     def _run(self, static: StaticBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, nll = self._forward(static.batch, static.rows)
-        loss.backward()
+        with in_graphs():
+            loss, nll = self._forward(static.batch, static.rows)
+            loss.backward()
         return loss.detach(), nll
 
     def _add(self, bucket: Bucket, batch: PackedBatch, rows: RowWeights) -> tuple:
