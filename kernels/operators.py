@@ -81,3 +81,13 @@ def define(package: str, name: str, schema: str, function: str, mutates: tuple[s
         return getattr(found[0], function)(*arguments)
 
     return Operator(name, schema, mutates, run)
+
+
+def result(x: torch.Tensor) -> torch.Tensor:
+    """x, which the forward of an autograd function returns, so that it has a gradient under torch.compile too.
+
+    torch 2.11 traces a forward's plain operations as well. A result that was written in place, or that is the outcome
+    of a conversion to the dtype that it has, gets no gradient there, silently; another tensor of the same memory does.
+    torch 2.13 needs none of this.
+    """
+    return x.detach() if torch.compiler.is_compiling() else x

@@ -108,7 +108,7 @@ class _Packed(torch.autograd.Function):
 def _forward(gate: torch.Tensor, up: torch.Tensor, activation: str, triton: bool) -> torch.Tensor:
     if triton:
         return _gated_forward(gate, up, activation)
-    return reference.gated(gate, up, activation)
+    return operators.result(reference.gated(gate, up, activation))
 
 
 def _backward_(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str, triton: bool) -> None:

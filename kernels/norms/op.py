@@ -101,8 +101,10 @@ class _Norm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.offset, ctx.impl = offset, impl
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, weight, bias))
+        y = operators.result(y)
         if residual is None:
             return y
+        h = operators.result(h)
         if not compute_dx:
             ctx.mark_non_differentiable(h)  # or a reader of h would compute a gradient that nobody wants
         return y, h
