@@ -232,23 +232,23 @@ MIXED = [0, 1, 64, 65, 600, 128, 129, 0]
 
 def small(short, **options):
     """A tile with few columns, so that a program has several of them, and several blocks of a long sample."""
-    return Tile(32, 16, 64, 4, 2, short=short, group=2, **options)
+    return Tile(64, 32, 64, 4, 2, short=short, group=2, **options)
 
 
 @pytest.mark.parametrize(
     "short, K, along, statistic",
     [
-        (0, 101, "row", "grad_l1"),
-        (32, 104, None, "grad_l2sq"),
-        (64, 101, None, "grad_l1"),
-        (128, 104, "row", "grad_linf"),
-        (128, 101, None, "grad_l1"),
+        (0, 197, "row", "grad_l1"),
+        (32, 200, None, "grad_l2sq"),
+        (64, 197, None, "grad_l1"),
+        (128, 200, "row", "grad_linf"),
+        (128, 197, None, "grad_l1"),
     ],
 )
 def test_several_tiles_a_program(short, K, along, statistic):
     """Seven tiles along K in one strip. Samples of each way through the kernel beside each other, three projections."""
-    x, dys, cu = batch(MIXED, K, (24, 8, 40), torch.bfloat16)
-    tile = small(short, tma=K == 104)
+    x, dys, cu = batch(MIXED, K, (72, 8, 40), torch.bfloat16)
+    tile = small(short, tma=K == 200)
     call = grad_density.call_grad_density(x, dys, cu, statistic, along, tile, 1)
     assert (call.arguments["strips"], call.arguments["strip_tiles"]) == (1, 7)
     out = launch(x, dys, cu, along, tile, [statistic])
@@ -260,7 +260,7 @@ def test_several_tiles_a_program(short, K, along, statistic):
 @pytest.mark.parametrize("which", [i for i, tokens in enumerate(MIXED) if tokens])
 def test_a_neighbour_never_leaks_from_tile_to_tile(which):
     """NaN in one sample: the long way goes from a tile's last, partial block to the first of the next tile."""
-    x, dys, cu = batch(MIXED, 40, (24,), torch.bfloat16)
+    x, dys, cu = batch(MIXED, 72, (24,), torch.bfloat16)
     tile = small(64, tma=True)
     clean = launch(x, dys, cu, None, tile, ["grad_l1"])[0]
     rows = slice(int(cu[which]), int(cu[which + 1]))
@@ -293,7 +293,7 @@ def test_strips_do_not_matter(monkeypatch, short):
     """Into how many strips K is cut depends on the GPU's size; the result does not, but for the last bits. Seven tiles:
     strips of 4 and 2 tiles do not divide them."""
     lengths = [20, 9, 150]
-    x, dys, cu = batch(lengths, 104, (40,), torch.bfloat16)
+    x, dys, cu = batch(lengths, 200, (40,), torch.bfloat16)
     found = []
     for strips in ((1, 7), (2, 4), (4, 2), (7, 1)):
         monkeypatch.setattr(grad_density, "_strips", lambda *arguments, strips=strips: strips)
