@@ -494,7 +494,8 @@ def test_layer_norm_under_autocast_on_cuda():
 
 @each_impl
 @pytest.mark.parametrize("kind", ["llama", "layer"])
-def test_compiled_whole(impl, kind):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_whole(impl, kind, dtype):
     """fullgraph: no break, neither in the forward nor in the backward; "auto" (torch) too, and another length."""
     torch._dynamo.reset()
     impl = "auto" if impl == "torch" else impl
@@ -507,7 +508,7 @@ def test_compiled_whole(impl, kind):
 
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         for rows in (5, 6):
-            given, grads = inputs((2, rows, 63), torch.bfloat16, kind), both((2, rows, 63), torch.bfloat16)
+            given, grads = inputs((2, rows, 63), dtype, kind), both((2, rows, 63), dtype)
             expected, found = (run(f, given, grads, names) for f in (function, compiled))
             assert expected.keys() == found.keys()
             assert all(torch.equal(expected[k], found[k]) for k in expected)
