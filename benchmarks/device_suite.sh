@@ -21,7 +21,7 @@
 #
 # Needs no network: uses the python3 there is. Each part is a process group of its own, ended as a whole when its seconds
 # are over; what left the group is ended too. Parts go on when one fails. Leaves in $OUT, written as it comes, so that a
-# kill at any time costs the running part alone, seven files: log.txt; verdicts.jsonl and proofs/GPU.json (for
+# kill at any time costs the running part alone, six files: log.txt; verdicts.jsonl and proofs/GPU.json (for
 # kernels/proofs/); results.csv and results.json (the report: `kunbr-fast bench --report`); evidence.json.
 # Exit 0: nothing failed, 1: a part failed, 2: no GPU, 128 + n: ended by signal n. What time does not suffice for is
 # skipped, and said.

@@ -24,7 +24,7 @@ struct Batch {
 struct Arguments {
     Schedule schedule;
     Batch batch;
-    const int32_t *order;  // the samples, longest first; NULL: as they come
+    const int32_t *order;  // for the portable kernel: the samples, longest first; NULL: as they come
     float *partial;
     int32_t statistic, along;
 };

@@ -69,10 +69,10 @@ struct Schedule {
     // hundred instructions and more.
     KUNBR_HD Item item(uint32_t index) const {
         const uint32_t tiles = static_cast<uint32_t>(n_tiles), of_group = GROUP * static_cast<uint32_t>(strips);
-        const uint32_t of_sample = tiles * static_cast<uint32_t>(strips);
-        const uint32_t rest = index % of_sample, within = rest % of_group, first = rest / of_group * GROUP;
+        const uint32_t each = tiles * static_cast<uint32_t>(strips);  // sample's items
+        const uint32_t rest = index % each, within = rest % of_group, first = rest / of_group * GROUP;
         const uint32_t size = first + GROUP <= tiles ? GROUP : tiles - first;
-        return {static_cast<int32_t>(index / of_sample), static_cast<int32_t>(first + within % size),
+        return {static_cast<int32_t>(index / each), static_cast<int32_t>(first + within % size),
                 static_cast<int32_t>(within / size)};
     }
 
@@ -90,17 +90,17 @@ struct Schedule {
         return p;
     }
 
-    // Partial sums: (samples, strips, sums of each tile along N) or (samples, strips, all rows).
-    KUNBR_HD int64_t width(int along) const {
-        return along == ALONG_ROW ? first_row(projections) : int64_t{n_tiles} * sums;
+    // Partial sums: (samples, tiles along N, strips, sums) for ALONG_ALL, (samples, strips, rows) for ALONG_ROW, tiles and
+    // rows being those of the projections one after the other: what makes one result lies together, or is read by row.
+    KUNBR_HD int64_t of_sample(int along) const {
+        return strips * (along == ALONG_ROW ? first_row(projections) : int64_t{n_tiles} * sums);
     }
-    KUNBR_HD int64_t partials(int along) const { return samples * strips * width(along); }
-    // Of sum `which` of a tile, or of a row of the projections' rows put one after the other.
+    KUNBR_HD int64_t partials(int along) const { return samples * of_sample(along); }
     KUNBR_HD int64_t place_of_sum(int64_t sample, int32_t strip, int32_t n_tile, int32_t which) const {
-        return (sample * strips + strip) * width(ALONG_ALL) + n_tile * int64_t{sums} + which;
+        return ((sample * n_tiles + n_tile) * strips + strip) * sums + which;
     }
     KUNBR_HD int64_t place_of_row(int64_t sample, int32_t strip, int64_t row) const {
-        return (sample * strips + strip) * width(ALONG_ROW) + row;
+        return (sample * strips + strip) * first_row(projections) + row;
     }
 };
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kunbr_fast.kernels.proof import cases, prove, verdicts
-from kunbr_fast.kernels.proof.verdicts import Target, Verdict
+from kunbr_fast.kernels import verdicts
+from kunbr_fast.kernels.proof import cases, prove
+from kunbr_fast.kernels.verdicts import Target, Verdict
 
 logger = logging.getLogger(__name__)
 

@@ -31,11 +31,11 @@ static bool has_nan(const std::vector<float> &values) {
 }
 
 static void reduce(const Reduction &r, unsigned seed) {
-    const int lanes = r.elements == 1 ? 32 : 1;
     const int64_t results = r.samples * r.elements;
-    gpu::launch(static_cast<unsigned>(ceil_div(results * lanes, HELPER_THREADS)), HELPER_THREADS, 0, seed, [&] {
-        if (lanes == 32)
-            reduce_kernel<32>(r);
+    const int64_t blocks = r.elements == 1 ? results : ceil_div(results, HELPER_THREADS);
+    gpu::launch(static_cast<unsigned>(blocks), HELPER_THREADS, 0, seed, [&] {
+        if (r.elements == 1)
+            reduce_kernel<HELPER_THREADS>(r);
         else
             reduce_kernel<1>(r);
     });

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from .verdicts import FOLDERS, Target
+from ..verdicts import FOLDERS, Target
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPTIMIZERS = ("lion", "adamw")

@@ -20,9 +20,9 @@ from typing import Any, TextIO
 import torch
 
 from ..errors import Unavailable
+from ..verdicts import Target
 from . import clock, gate
 from .cases import DTYPES, Kind, kind_of
-from .verdicts import Target
 
 
 def main(find: Callable[[Target], Kind] = kind_of) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 
+from ..verdicts import Timing
 from .cases import Kind, Shape
 from .gate import finish
-from .verdicts import Timing
 
 ROUNDS, SECONDS = 30, 0.15  # at most of a shape and mode; at least LEAST rounds
 LEAST = 3

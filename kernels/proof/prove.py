@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from . import verdicts
-from .verdicts import Target, Timing, Verdict
+from .. import verdicts
+from ..verdicts import Target, Timing, Verdict
 
 LIMIT = 120.0  # seconds that a target may take: compiling on a busy machine takes long, too
 START = 300.0  # and a process until it begins

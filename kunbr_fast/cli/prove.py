@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 from kunbr_fast.cli.verdict_table import table
-from kunbr_fast.kernels import dispatch
-from kunbr_fast.kernels.proof import verdicts
-from kunbr_fast.kernels.proof.verdicts import Verdict
+from kunbr_fast.kernels import dispatch, verdicts
+from kunbr_fast.kernels.verdicts import Verdict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

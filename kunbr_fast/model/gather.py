@@ -13,28 +13,30 @@ import torch
 
 
 class _ToPlaces(torch.autograd.Function):
-    """Of each x (T, ...) its rows at `index` (P,), or x where that is None; back (T,): the place of each row."""
+    """Of each x (T, ...) its rows at `index` (P,). pairs: (index, back), as in `to_places`."""
 
     @staticmethod
     def forward(ctx: Any, pairs: tuple, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.pairs = pairs
+        ctx.save_for_backward(*(back for _, back in pairs))
         ctx.set_materialize_grads(False)
         return tuple(x.index_select(0, index) for x, (index, _) in zip(xs, pairs))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return None, *(None if d is None else d.index_select(0, back) for d, (_, back) in zip(grads, ctx.pairs))
+        return None, *(None if d is None else d.index_select(0, back) for d, back in zip(grads, ctx.saved_tensors))
 
 
 class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
-        ctx.shape, ctx.index, ctx.dim = x.shape, index, dim
+        ctx.save_for_backward(index)
+        ctx.shape, ctx.dim = x.shape, dim
         return x.index_select(dim, index)
 
     @staticmethod
     def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return d.new_zeros(ctx.shape).index_copy_(ctx.dim, ctx.index, d), None, None
+        (index,) = ctx.saved_tensors
+        return d.new_zeros(ctx.shape).index_copy_(ctx.dim, index, d), None, None
 
 
 def to_places(*items: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]) -> list[torch.Tensor]:

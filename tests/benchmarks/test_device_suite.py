@@ -284,9 +284,7 @@ def test_the_suites_know_these_variants():
     import torch
 
     from kunbr_fast.benchmarks import harness
-
-    sys.path.insert(0, str(PROVEN.parent))
-    import proven as table
+    from kunbr_fast.benchmarks.scripts import proven as table
 
     for suite, (_, others) in table.SUITES.items():
         cases = harness.all_cases([suite], harness.Options(device=torch.device("cuda"), quick=True))
@@ -299,11 +297,9 @@ def test_the_suites_know_these_variants():
 
 
 def test_what_is_proven_is_what_there_is():
+    from kunbr_fast.benchmarks.scripts import proven as table
     from kunbr_fast.kernels import dispatch
     from kunbr_fast.kernels.proof import cases
-
-    sys.path.insert(0, str(PROVEN.parent))
-    import proven as table
 
     (second,) = re.findall(r'operations=\(grad_density "(.*)"\)', SCRIPT.read_text())
     assert ("grad_density", *second.split()) == dispatch.OPERATIONS

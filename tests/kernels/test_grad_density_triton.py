@@ -11,8 +11,8 @@ pytest.importorskip("triton", reason="triton is made for Linux only")
 
 import kunbr_fast as kf
 from kunbr_fast.kernels import tiles as config
+from kunbr_fast.kernels.grad_density import cases, reference
 from kunbr_fast.kernels.grad_density import op as operators
-from kunbr_fast.kernels.grad_density import reference
 from kunbr_fast.kernels.grad_density import triton_kernel as grad_density
 from kunbr_fast.kernels.tiles import Tile
 
@@ -33,10 +33,9 @@ def cumulative(lengths):
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
 
 
-def gradients(x, dy, lengths, magnitude=False):
-    """(B, N, K) fp64: each sample's weight gradient, or with magnitude the sum of its terms' sizes."""
-    x, dy = (t.double().abs() if magnitude else t.double() for t in (x, dy))
-    return torch.stack([b.T @ a for a, b in zip(x.split(lengths), dy.split(lengths))])
+def gradients(x, dy, lengths):
+    """(B, N, K) fp64: each sample's weight gradient."""
+    return torch.stack([b.T @ a for a, b in zip(x.double().split(lengths), dy.double().split(lengths))])
 
 
 def truth_of(dw, along, statistic):
@@ -59,18 +58,14 @@ def launch(x, dys, cu, along=None, tile=None, statistics=STATISTICS, max_seqlen=
 
 
 def check(ours, x, dys, lengths, along, statistics=STATISTICS):
-    """Error at most twice torch's own in the same dtype, plus a floor: rounding of fp32 sums of T terms, then of the
-    sums over a tile. Rounding errors are independent of each other, so they grow as the root of the terms' number."""
+    """Error at most twice torch's own in the same dtype, plus the proof's floor."""
     torchs = every(lambda name: reference.grad_density(x, dys, lengths, name, along), statistics=statistics)
-    for dy, mine, other in zip(dys, ours, torchs):
-        dw, size = gradients(x, dy, lengths), gradients(x, dy, lengths, magnitude=True)
+    floors = every(lambda name: cases.floors_of(x, dys, lengths, name, along), statistics=statistics)
+    for dy, mine, other, floor in zip(dys, ours, torchs, floors):
+        dw = gradients(x, dy, lengths)
         truth = torch.stack([truth_of(dw, along, name) for name in statistics])
         assert mine.dtype == torch.float64 and mine.shape == truth.shape
-        dims, terms = DIMS[along], max(lengths)
-        floor = 2 * EPS * terms**0.5
-        floors = {"grad_l1": size.sum(dims), "grad_l2sq": 2 * (dw.abs() * size).sum(dims), "grad_linf": size.amax(dims)}
-        floors = torch.stack([floor * floors[name] for name in statistics])
-        allowed = 2 * (other.to(truth.device) - truth).abs() + floors + 4 * EPS * truth
+        allowed = 2 * (other.to(truth.device) - truth).abs() + floor
         assert bool(((mine - truth).abs() <= allowed).all()), float(((mine - truth).abs() / allowed).max())
 
 

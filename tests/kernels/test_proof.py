@@ -16,10 +16,10 @@ import torch
 from helpers import HERE, environment
 
 from kunbr_fast import proofs
-from kunbr_fast.kernels import dispatch
-from kunbr_fast.kernels.proof import prove, verdicts
+from kunbr_fast.kernels import dispatch, verdicts
+from kunbr_fast.kernels.proof import prove
 from kunbr_fast.kernels.proof.prove import Prover
-from kunbr_fast.kernels.proof.verdicts import Target, Timing, Verdict
+from kunbr_fast.kernels.verdicts import Target, Timing, Verdict
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 COMMAND = (sys.executable, str(HERE / "fake_kernels.py"))
@@ -128,7 +128,7 @@ def test_a_killed_parent_takes_its_children_along():
     code = (
         f"import sys, torch; sys.path.insert(0, {str(HERE)!r})\n"
         "from kunbr_fast.kernels.proof.prove import Prover\n"
-        "from kunbr_fast.kernels.proof.verdicts import Target\n"
+        "from kunbr_fast.kernels.verdicts import Target\n"
         f"Prover(torch.device('cpu'), command={COMMAND!r}).prove([Target('doubling', 'triton', 'fp32', 'hangs')])"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment(KUNBR_CACHE=os.environ["KUNBR_CACHE"]))
@@ -193,7 +193,8 @@ def test_proven_once_and_kept(cache):
 def test_two_processes_at_once_prove_once():
     code = (
         f"import sys, torch; sys.path.insert(0, {str(HERE)!r})\n"
-        "from kunbr_fast.kernels.proof import prove, verdicts\n"
+        "from kunbr_fast.kernels import verdicts\n"
+        "from kunbr_fast.kernels.proof import prove\n"
         f"target, command = verdicts.Target('doubling', 'triton', 'fp32', 'right'), {COMMAND!r}\n"
         "found, none = prove.ensure([target], prove.Prover(torch.device('cpu'), command=command), print)\n"
         "print(len(found), verdicts.find(target, torch.device('cpu')).right)"
