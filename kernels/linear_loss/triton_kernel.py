@@ -78,6 +78,7 @@ def _tile(logits, start, V, padded, scale, softcap, SOFTCAP: tl.constexpr, MASKE
     if MASKED:
         z, t = _logits(tl.load(logits + cols, mask=cols < padded, other=0.0), scale, softcap, SOFTCAP)
         z = tl.where(cols < V, z, float("-inf"))
+        t = tl.where(cols < V, t, 0.0)  # the gradient behind a row becomes 0: some products on a CPU read it
     else:
         z, t = _logits(tl.load(logits + cols), scale, softcap, SOFTCAP)
     return cols, z, t

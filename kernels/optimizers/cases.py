@@ -11,7 +11,7 @@ import torch
 from ..proof.cases import EPS, Case, Kind, Shape, Stranger, Tensors
 from . import op
 
-LR = 1e-2
+LR, BLOCK = 1e-2, 16384  # elements of a block of threads: csrc's, and 16 of Triton's
 TIMED = (2**18, 2**22, 2**26)
 # gradient, state, copy; None: of the parameter's dtype, or no copy
 FULL = [(None, None, None), (torch.bfloat16, None, torch.bfloat16), (torch.float16, None, torch.float16)]
@@ -21,14 +21,15 @@ HALF = [(None, None, None), (None, torch.float32, None), (torch.float32, torch.f
 def kinds(operation: str) -> list[Kind]:
     found = []
     for impl in ("cuda", "triton"):
-        cases = [_case(operation, 3 * 1024 + 123, number, 0.1, 3) for number in range(3)]
+        cases = [_case(operation, BLOCK + 1147, number, 0.1, 3) for number in range(3)]
         cases += [_case(operation, 1, 0, 0.1, 1), _case(operation, 63, 1, 0.0, 1000)]
+        cases.append(_case(operation, 1147, 1, 0.1, 3, seed=7))
         found.append(Kind(operation, impl, cases, [_shape(operation, size) for size in TIMED]))
     return found
 
 
-def _case(name: str, size: int, number: int, weight_decay: float, step: int) -> Case:
-    """number: of the dtypes in FULL, for fp32 parameters, or in HALF."""
+def _case(name: str, size: int, number: int, weight_decay: float, step: int, seed: int | None = None) -> Case:
+    """number: of the dtypes in FULL, for fp32 parameters, or in HALF. seed: bf16 is rounded stochastically."""
 
     def draw(dtype):
         grad, state, half = (FULL if dtype == torch.float32 else HALF)[number]
@@ -43,29 +44,32 @@ def _case(name: str, size: int, number: int, weight_decay: float, step: int) -> 
         return found | ({"half": torch.full((size,), torch.nan, dtype=half)} if half else {})
 
     def run(impl, inputs):
-        return _step(name, impl, inputs, weight_decay, step)
+        return _step(name, impl, inputs, weight_decay, step, seed)
 
     results = [n for n in ("param", "m", "v") if n != "v" or name == "adamw"]
     stranger = Stranger("grad", 0, dict.fromkeys(results, slice(1, None)))
     label = f"{size} elements, dtypes {number}, step {step}, weight decay {weight_decay}"
+    label += ", stochastic" * (seed is not None)
     return Case(label, draw, run, floors, stranger=stranger)
 
 
-def _step(name: str, impl: str, inputs: Tensors, weight_decay: float, step: int) -> Tensors:
-    """What one step makes of the inputs, which it writes to."""
+def _step(name: str, impl: str, inputs: Tensors, weight_decay: float, step: int, seed: int | None) -> Tensors:
+    """What one step makes of the inputs, which it writes to, and by how much what has to be exact is off."""
     state = [inputs["m"], inputs["v"]] if name == "adamw" else [inputs["m"]]
     numbers = (step, LR, 0.9, 0.999, 1e-8) if name == "adamw" else (LR, 0.9, 0.99)
     tensors = [inputs["param"], inputs["grad"], *state]
-    half = inputs.get("half")
-    if half is not None and half.dtype == torch.float64:  # the truth, which is not rounded
-        half = None
-    op.implementation(name, inputs["param"], impl)[1](*tensors, *numbers, weight_decay, half=half)
-    copied = {"copied": half.double() - inputs["param"].to(half.dtype).double()} if half is not None else {}
-    return dict(zip(("param", "m", "v"), [inputs["param"], *state])) | copied
+    truth = tensors[0].dtype == torch.float64  # which is not rounded, and has no entry for what is exact
+    half, grad = None if truth else inputs.get("half"), inputs["grad"].clone()
+    random = {"seed": seed} if seed is not None and half is None and tensors[0].dtype == torch.bfloat16 else {}
+    random |= {"step": step} if random and name == "lion" else {}
+    op.implementation(name, inputs["param"], impl)[1](*tensors, *numbers, weight_decay, half=half, **random)
+    exact = {} if truth else {"grad": inputs["grad"].double() - grad.double()}
+    exact |= {"copy": half.double() - inputs["param"].to(half.dtype).double()} if half is not None else {}
+    return dict(zip(("param", "m", "v"), [inputs["param"], *state])) | exact
 
 
 def floors(inputs: Tensors, truth: Tensors) -> Tensors:
-    """One rounding of each result, and of fp32 sums. The copy is the parameter's exactly: it has no entry in truth."""
+    """One rounding of each result, a whole eps as it may be stochastic, and those of fp32 sums."""
     param, grad, m = (inputs[name].double() for name in ("param", "grad", "m"))
     size, moved = grad.abs() + m.abs(), (truth["param"] - param).abs()
     found = {

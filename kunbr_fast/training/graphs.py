@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from kunbr_fast.data import PackedBatch, grid
-from kunbr_fast.kernels.dispatch import Unavailable
+from kunbr_fast.kernels.dispatch import Unavailable, in_graphs
 from kunbr_fast.memory import is_out_of_memory
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.objectives.losses import RowWeights
@@ -203,6 +203,10 @@ class StepGraphs:
 
     def __call__(self, batch: PackedBatch, rows: RowWeights) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, nll (R,)), detached, of the batch; its gradients are added to. Valid until the next call."""
+        with in_graphs():  # before the capture too, and without one: the same kernels
+            return self._step(batch, rows)
+
+    def _step(self, batch: PackedBatch, rows: RowWeights) -> tuple[torch.Tensor, torch.Tensor]:
         own, num_rows = Bucket.of(batch, rows, self._decoder.max_positions), len(rows.weight)
         bucket = next((b for b in self._held if b.takes(own, batch, num_rows)), own)
         if bucket in self._held:
@@ -219,8 +223,9 @@ class StepGraphs:
         return loss, nll[:num_rows]
 
     def _run(self, static: StaticBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, nll = self._forward(static.batch, static.rows)
-        loss.backward()
+        with in_graphs():
+            loss, nll = self._forward(static.batch, static.rows)
+            loss.backward()
         return loss.detach(), nll
 
     def _add(self, bucket: Bucket, batch: PackedBatch, rows: RowWeights) -> tuple:
