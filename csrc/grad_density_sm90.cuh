@@ -241,8 +241,11 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     if (threadIdx.x < 128) {
         keep_registers<40>();
         const int warp = threadIdx.x / 32;
-        if (warp == 0 && elect()) produce<2>(arguments, segments, maps, rings.x, false);
-        if (warp == 1 && elect()) produce<2 * CONSUMERS>(arguments, segments, maps, rings.dy, true);
+        if (warp == 0) {
+            if (elect()) produce<2>(arguments, segments, maps, rings.x, false);
+        } else if (warp == 1) {
+            if (elect()) produce<2 * CONSUMERS>(arguments, segments, maps, rings.dy, true);
+        }
     } else {
         take_registers<232>();
         consume<Type>(arguments, segments, rings, threadIdx.x / 128 - 1);
