@@ -16,9 +16,9 @@
 // FLOPs: 2*T*N*K, and B*N*K additions for the statistic: at T=64 a tile is 512 clocks of products and 128 of L1 sums,
 // so the sums hide. Bytes from DRAM: T*(N+K) elements, as long as a sample fits L2.
 // Predicted, not seen, for 14336 x 4096 and 2048 tokens on an H200: beside its products a consumer's tile costs about
-// 330 clocks (90 to begin, 100 until the last product is there, 40 to release, 100 sums: the upper half's run under the
-// lower half's products), an item 700. Two tiles last max(2 * 512, 512 + 330) clocks at T=64, max(2 * 256, 256 + 330) at
-// T=32: 500-650 TFLOP/s at T=32, 640-720 at T=64, 680-740 from T=128 on.
+// 330 clocks (90 to begin, 100 until the last product is there, 40 to release, 100 sums, as the upper half's run under
+// the lower half's products), an item 700. Two tiles last max(2 * 512, 512 + 330) clocks at T=64 and, at T=32,
+// max(2 * 256, 256 + 330): 500-650 TFLOP/s at T=32, 640-720 at T=64, 680-740 from T=128 on.
 // Precision: products of bf16 and fp16 exact in fp32, sums in fp32; an item's sums, one for each warp, in fp32.
 #pragma once
 
@@ -124,8 +124,9 @@ __device__ __forceinline__ void produce(const Arguments &arguments, const Segmen
     }
 }
 
-// acc (+)= dy^T x over the first 16 * STEPS tokens of a chunk of each, the upper half first. A number of steps is a template of its own:
-// where it is known at run time alone, the compiler makes each product wait for the one before (C7520).
+// acc (+)= dy^T x over the first 16 * STEPS tokens of a chunk of each, the upper half first. A number of steps is a
+// template of its own: where it is known at run time alone, the compiler makes each product wait for the one before
+// (C7520).
 template <class Type, int STEPS>
 __device__ __forceinline__ void multiply_tokens(float (&acc)[2][16][4], uint64_t dy, uint64_t x, bool add) {
     fence_operands();
