@@ -187,6 +187,7 @@ def _page(rows, cases: Sequence[Outcome], pictures) -> str:
     parts = [
         "<h1>kunbr-fast benchmarks</h1>",
         f'<p class="soft">{_e(f"{counts}, {device}" if device else counts)}</p>',
+        _chosen(cases),
         "<h2>Environment</h2>",
         "<dl>",
         *(f"<dt>{_e(n)}</dt><dd>{_e('; '.join(filter(None, v)))}</dd>" for n, v in about.items() if any(v)),
@@ -217,6 +218,15 @@ def _page(rows, cases: Sequence[Outcome], pictures) -> str:
         + "\n".join(filter(None, parts))
         + "\n</body></html>\n"
     )
+
+
+def _chosen(cases: Sequence[Outcome]) -> str:
+    """What users get who name no implementation, where kernels of ours ran on a GPU."""
+    ran = {row["variant"].split()[0].strip(",") for c in cases for row in c.ran if row["ours"] and row.get("cuda")}
+    if not ran & {"triton", "cuda"}:
+        return ""
+    said = 'impl="auto" takes a kernel where it was proven right and faster than torch: `kunbr-fast doctor` lists them.'
+    return f"<p>{_e(said)}</p>"
 
 
 def _about(rows) -> list[str]:

@@ -371,6 +371,16 @@ def test_report_marks_what_is_extrapolated(tmp_path):
     assert page.count(f"eager: {EXTRAPOLATED}") == 1
 
 
+def test_what_auto_takes_is_said_of_kernels_on_a_gpu(tmp_path):
+    def page(names, **others):
+        return report.write_report(rows(times=dict.fromkeys(names, 1.0), **others), tmp_path)[0].read_text()
+
+    said = "impl=&quot;auto&quot; takes a kernel where"
+    assert said not in page(["*triton", "eager"], cuda="") and said not in page(["*torch", "triton"], cuda="13.0")
+    assert said not in page(["*torch, graph"], cuda="13.0")
+    assert said in page(["*triton, graph", "*torch"], cuda="13.0") and said in page(["*cuda"], cuda="13.0")
+
+
 def test_same_rows_same_bytes(tmp_path):
     first, second = (report.write_report(rows(gflop=1.0), tmp_path / name) for name in "ab")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
