@@ -140,8 +140,9 @@ def resolve(
     dtype: of the tensors. Only torch serves float64: "auto" takes it, another named impl raises TypeError.
     kinds, size: as in `Request`.
     """
-    # sizes count by their power of two
-    key = operation, impl, device, dtype, _in_graph, size and size.bit_length(), kinds and tuple(kinds.values())
+    if size is not None:  # by the nearest power of two, so that of those of one key the first decides nothing
+        size = 1 << (size * size).bit_length() // 2
+    key = operation, impl, device, dtype, _in_graph, size, kinds and tuple(kinds.values())
     found = _chosen.get(key)
     if found is None:
         request = Request(operation, _as_device(device), dtype, kinds or {}, size, _in_graph)

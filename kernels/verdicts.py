@@ -166,11 +166,16 @@ def key(operation: str, impl: str, device: torch.device) -> dict[str, str]:
 
 def gpu(device: torch.device) -> dict[str, str]:
     """The part of a key that all verdicts on a device share."""
+    return _gpu(with_index(device))
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The current GPU for one without an index."""
     if device.type == "cuda" and device.index is None:
         import torch
 
         device = torch.device("cuda", torch.cuda.current_device())
-    return _gpu(device)
+    return device
 
 
 @functools.lru_cache

@@ -52,6 +52,9 @@ class Prover:
     progress: Callable[[str, int, int, str], None] = ignore
     command: Sequence[str] = COMMAND
 
+    def __post_init__(self):
+        self.device = verdicts.with_index(self.device)  # a child has no current one, and torch sets none without
+
     def prove(self, targets: Sequence[Target]) -> tuple[list[Verdict], dict[Target, str]]:
         """(verdicts, why there is none on the others). Out of memory, say, is no verdict."""
         self.found: list[Verdict] = []
