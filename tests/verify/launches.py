@@ -20,5 +20,5 @@ class Launch:
     describe: Callable[[], tuple[str, dict]]
     copies: bool = False
     beyond: str = ""
-    seconds: int = 300
+    seconds: int = 900
     mebibytes: int = 4000

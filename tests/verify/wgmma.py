@@ -2,9 +2,9 @@
 
 A group of products reads its operands at some time between its first instruction and the wait that retires it. So the
 copies that filled a chunk must come before the first, and what overwrites it after the wait: in the PTX that is
-verified each thread of the warpgroup loads a part of both chunks where the group is committed and again where it is
-retired. It loads 16 bytes of each box of 64 columns: a copy fills a whole box, so the loads of any thread meet each copy that the
-products meet. The instructions hold a warp together, as a barrier for the warp does.
+verified each thread of the warpgroup loads a part of what the group reads where the group is committed and again where
+it is retired. It loads 16 bytes of each box of 64 columns: a copy fills a whole box, so the loads of any thread meet
+each copy that the products meet. The instructions hold a warp together, as a barrier for the warp does.
 
 What a group adds to its registers is not modelled: a sum taken before the wait goes unseen. ptxas warns of those.
 """
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import re
 
-# Where the two boxes of an operand's 64 tokens x 128 columns begin (grad_density_sm90.cuh); a group has one of each
-BOXES = (0, 8192)
+# Where boxes of 64 tokens x 64 columns begin in an operand of m64n128k16 (grad_density_sm90.cuh). A group has products
+# that differ in their tokens alone: up to four of 16.
+BOXES = {"dy": (0,), "x": (0, 8192)}
+STEPS = 4
 _PRODUCT = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n128k16\.f32\.\w+\.\w+ \{[^}]*\}, (%rd\d+), (%rd\d+),.*;")
 _WAIT = re.compile(r"wgmma\.wait_group\.sync\.aligned (\d+);")
 # A group that is pending: whether, and where its chunks of dy and x begin. `new` is the one committed last.
@@ -35,11 +37,11 @@ _REGISTERS = """
 
 
 def _read(which: str) -> list[str]:
-    """Each thread loads 16 bytes of each box of the group's two chunks, if the group is pending."""
+    """Each thread loads 16 bytes of each box that the group reads, if the group is pending."""
     lines = []
-    for operand in ("dy", "x"):
+    for operand, boxes in BOXES.items():
         lines.append(f"add.s32 %group_at, %{which}_{operand}, %group_thread;")
-        for at in BOXES:
+        for at in boxes:
             words = "{%group_word0, %group_word1, %group_word2, %group_word3}"
             lines.append(f"@%pending_{which} ld.shared.v4.u32 {words}, [%group_at+{at}];")
     return lines
@@ -75,23 +77,21 @@ def _wait(left: int) -> list[str]:
 
 def as_accesses(ptx: str) -> str:
     """`ptx` with its groups of products as loads. ValueError where a product is not of the form that is known here."""
-    out, first = [], None
+    out, group = [], []
     for line in ptx.splitlines():
         text = line.strip()
         product, wait = _PRODUCT.match(text), _WAIT.match(text)
         if line == "{" and out[-1].strip() != "// begin inline asm":  # the kernel's own, not one of inline assembly
             out += [line, _REGISTERS]
         elif product:
-            first = first or (product[1], product[2])
+            group.append((product[1], product[2]))
         elif text == "wgmma.fence.sync.aligned;":
-            first = None
             out.append("bar.warp.sync -1;")
         elif text == "wgmma.commit_group.sync.aligned;":
-            if first is None:
-                raise ValueError(
-                    "a group without a product of the form m64n128k16: tests/verify/wgmma.py knows no other"
-                )
-            out += _commit(first)
+            if not 1 <= len(group) <= STEPS:
+                raise ValueError(f"a group of {len(group)} m64n128k16 products, 1 to {STEPS} are known: {__file__}")
+            out += _commit(group[0])
+            group = []
         elif wait and int(wait[1]) <= 1:
             out += _wait(int(wait[1]))
         elif "wgmma" in text:
