@@ -16,7 +16,7 @@ BUILD = {}  # opcode -> build(machine, instruction) -> run(mask) -> None, or the
 
 
 def instruction(*opcodes):
-    """Registers a builder. What it raises as a Fault, the instruction raises when it is run."""
+    """Registers a builder."""
 
     def register(build):
         BUILD.update(dict.fromkeys(opcodes, build))
@@ -73,22 +73,12 @@ class Machine:
             self.symbols[kernel.dynamic] = dynamic_at
         self.shared_bytes = dynamic_at + dynamic_shared if kernel.dynamic else kernel.shared_end
         self.meeting = meeting_points(kernel.code)
-        self.runs = [self._build(ins) for ins in kernel.code]
+        self.runs = [None] * len(kernel.code)  # built when they are first run
 
     def _build(self, ins):
-        try:
-            if ins.op in ("bra", "ret", "exit"):
-                return None
-            if ins.op not in BUILD:
-                raise Fault("not an instruction that is known here (tests/ptxsim)")
-            return BUILD[ins.op](self, ins)
-        except Fault as fault:
-            reason = fault
-
-            def run(mask):
-                raise reason
-
-            return run
+        if ins.op not in BUILD:
+            raise Fault("not an instruction that is known here (tests/ptxsim)")
+        return BUILD[ins.op](self, ins)
 
     # ------------------------------------------------------------ operands
 
@@ -171,7 +161,7 @@ class Machine:
         self.copies = [([], []) for _ in range(self.warps)]  # of each warp: not committed, committed groups
         self.products = {}  # of each warpgroup: see products.py
         self.under_way = []  # tensor copies: what is left to do
-        self.barriers, self.mbarriers = {}, {}
+        self.barriers, self.mbarriers, self.maps = {}, {}, {}
         self.runnable, self.waiting = [Group(0, self.all, None)], []
         while self.runnable or self.waiting:
             self._wake()
@@ -260,6 +250,8 @@ class Machine:
 
     def _step(self, group, mask, ins):
         try:
+            if self.runs[group.at] is None:
+                self.runs[group.at] = self._build(ins)
             waits = self.runs[group.at](mask)
         except Fault as fault:
             raise Fault(f"{self.kernel.name}, `{ins.text[:120]}`: {fault}") from None
