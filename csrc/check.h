@@ -24,6 +24,7 @@ __attribute__((format(printf, 2, 3))) inline int fail(int code, const char *form
 
 inline int cuda_failure(const char *what, cudaError_t error) {
     if (error == cudaSuccess) return KUNBR_OK;
+    cudaGetLastError();  // or the next launch, whose ever it is, would be taken for the one that failed
     return fail(KUNBR_CUDA + error, "%s: %s (CUDA error %d)", what, cudaGetErrorString(error), static_cast<int>(error));
 }
 

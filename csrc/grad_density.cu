@@ -12,14 +12,12 @@ namespace kunbr {
 static int reduce(const char *operation, const Reduction &r, cudaStream_t stream) {
     const int64_t results = r.samples * r.elements;
     if (results == 0) return KUNBR_OK;
-    if (r.elements == 1) {
-        const int64_t blocks = ceil_div(results * 32, HELPER_THREADS);
-        reduce_kernel<32><<<static_cast<unsigned>(blocks), HELPER_THREADS, 0, stream>>>(r);
-    } else {
-        const int64_t blocks = ceil_div(results, HELPER_THREADS);
-        if (blocks > 0x7FFFFFFF) return fail(KUNBR_TOO_LARGE, "%s: too many results", operation);
+    const int64_t blocks = r.elements == 1 ? results : ceil_div(results, HELPER_THREADS);
+    if (blocks > 0x7FFFFFFF) return fail(KUNBR_TOO_LARGE, "%s: too many results", operation);
+    if (r.elements == 1)
+        reduce_kernel<HELPER_THREADS><<<static_cast<unsigned>(blocks), HELPER_THREADS, 0, stream>>>(r);
+    else
         reduce_kernel<1><<<static_cast<unsigned>(blocks), HELPER_THREADS, 0, stream>>>(r);
-    }
     return launched(operation);
 }
 
@@ -77,17 +75,14 @@ static int check_items(const char *operation, const Schedule &schedule) {
     return KUNBR_OK;
 }
 
-// The workspace: the samples' order, what the kernel for sm_90a needs, and the partial sums.
+// The workspace: the samples' order for the portable kernel, what the one for sm_90a needs, and the partial sums.
 static int64_t order_bytes(int64_t samples) { return samples > MAX_SORTED ? 0 : padded(samples * 4); }
 
-static int prepare(const char *operation, Arguments *arguments, void *workspace, int64_t partials_at,
-                   cudaStream_t stream) {
+static int order_samples(const char *operation, Arguments *arguments, void *memory, cudaStream_t stream) {
     const int64_t samples = arguments->schedule.samples;
-    char *memory = static_cast<char *>(workspace);
-    arguments->partial = reinterpret_cast<float *>(memory + partials_at);
     arguments->order = nullptr;
     if (samples > MAX_SORTED) return KUNBR_OK;
-    int32_t *order = reinterpret_cast<int32_t *>(memory);
+    int32_t *order = static_cast<int32_t *>(memory);
     arguments->order = order;
     const unsigned blocks = static_cast<unsigned>(ceil_div(samples, HELPER_THREADS));
     const Batch &batch = arguments->batch;
@@ -105,9 +100,12 @@ extern "C" {
 int64_t kunbr_grad_density_workspace(int64_t K, int projections, const int64_t *sizes, int64_t samples, int along) {
     if (K < 1 || projections < 1 || projections > MAX_PROJECTIONS || sizes == nullptr || samples <= 0) return 0;
     // for either kernel: the caller does not know which it will be
-    const Schedule schedule = Schedule::of(samples, K, projections, sizes, TILE_N, 2);
-    return order_bytes(samples) + padded(hopper_workspace(samples, projections)) +
-           padded(schedule.partials(along) * 4);
+    int64_t partials = 0;
+    for (const Tiling &tiling : {PORTABLE_TILING, HOPPER_TILING}) {
+        const int64_t of_one = Schedule::of(samples, K, projections, sizes, tiling).partials(along);
+        partials = of_one > partials ? of_one : partials;
+    }
+    return order_bytes(samples) + padded(hopper_workspace(samples, projections)) + padded(partials * 4);
 }
 
 int kunbr_grad_density(const void *x, const int64_t *x_strides, int64_t tokens, int64_t K, int projections,
@@ -141,8 +139,10 @@ int kunbr_grad_density(const void *x, const int64_t *x_strides, int64_t tokens, 
     a.batch.wide_index = index_type == KUNBR_INT64;
     a.statistic = statistic;
     a.along = along;
-    a.schedule = Schedule::of(samples, K, projections, sizes, TILE_N, 1);
+    a.schedule = Schedule::of(samples, K, projections, sizes, PORTABLE_TILING);
+    const Schedule hopper_schedule = Schedule::of(samples, K, projections, sizes, HOPPER_TILING);
     KUNBR_TRY(check_items(operation, a.schedule));
+    KUNBR_TRY(check_items(operation, hopper_schedule));
     KUNBR_TRY(check_workspace(operation, workspace, workspace_bytes,
                               kunbr_grad_density_workspace(K, projections, sizes, samples, along)));
     int capability = 0;
@@ -153,12 +153,13 @@ int kunbr_grad_density(const void *x, const int64_t *x_strides, int64_t tokens, 
         return fail(KUNBR_NOT_HOPPER, "%s: compute capability %d, type %d, or rows that are not aligned to 16 bytes",
                     operation, capability, type);
     const int64_t maps_at = order_bytes(samples);
-    const int64_t partials_at = maps_at + padded(hopper_workspace(samples, projections));
-    KUNBR_TRY(prepare(operation, &a, workspace, partials_at, stream));
+    char *memory = static_cast<char *>(workspace);
+    a.partial = reinterpret_cast<float *>(memory + maps_at + padded(hopper_workspace(samples, projections)));
     if (hopper) {
-        a.schedule = Schedule::of(samples, K, projections, sizes, TILE_N, 2);
-        KUNBR_TRY(launch_hopper(a, tokens, type, static_cast<char *>(workspace) + maps_at, stream));
+        a.schedule = hopper_schedule;
+        KUNBR_TRY(launch_hopper(a, tokens, type, memory + maps_at, stream));
     } else {
+        KUNBR_TRY(order_samples(operation, &a, memory, stream));
         KUNBR_TRY(launch_portable(operation, a, type, stream));
     }
 

@@ -24,12 +24,15 @@ struct Batch {
 struct Arguments {
     Schedule schedule;
     Batch batch;
-    const int32_t *order;  // the samples, longest first; NULL: as they come
+    const int32_t *order;  // for the portable kernel: the samples, longest first; NULL: as they come
     float *partial;
     int32_t statistic, along;
 };
 
-constexpr int TILE_N = 128;
+constexpr int TILE_N = 128;  // rows of a tile of dW, and of one warpgroup's accumulators on Hopper
+constexpr int CONSUMERS = 2;  // warpgroups of Hopper's kernel, and tiles of its items along N
+constexpr Tiling PORTABLE_TILING = {TILE_N, 16, 1};
+constexpr Tiling HOPPER_TILING = {CONSUMERS * TILE_N, 32, CONSUMERS * 4};  // each of four warps leaves a sum
 
 #if !defined(KUNBR_EMULATED)
 

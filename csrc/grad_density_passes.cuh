@@ -17,54 +17,67 @@ __global__ void order_kernel(const void *cu_seqlens, bool wide_index, int sample
 
 // ---------------------------------------------------------------- after: the sum of the partial sums
 
-// out[b, e] joins partial[b * sample_stride + first + part * part_stride + i + e] over part and i.
+// out[b, e] joins partial[b * sample_stride + first + e + i * stride] over i < count.
 struct Reduction {
     const float *partial;
     double *out;
-    int64_t sample_stride, first, part_stride, samples, elements;
-    int32_t parts, inner;
+    int64_t sample_stride, first, stride, count, samples, elements;
     bool largest;  // a maximum, not a sum
 
     // Of projection p, for what density_kernel or hopper_kernel left.
     static Reduction of(const Schedule &s, int along, int statistic, int p, const float *partial, double *out) {
+        const bool rows = along == ALONG_ROW;
+        const int64_t sums = int64_t{s.strips} * s.sums;  // of a tile along N
         Reduction r = {};
         r.partial = partial;
         r.out = out;
         r.samples = s.samples;
         r.largest = statistic == KUNBR_LINF;
-        r.parts = s.parts;
-        r.part_stride = s.width(along);
-        r.sample_stride = s.parts * s.width(along);
-        r.elements = along == ALONG_ROW ? s.sizes[p] : 1;
-        r.first = along == ALONG_ROW ? s.first_row(p) : s.first_tile(p);
-        r.inner = along == ALONG_ROW ? 1 : s.first_tile(p + 1) - s.first_tile(p);
+        r.sample_stride = s.of_sample(along);
+        r.first = rows ? s.first_row(p) : s.first_tile(p) * sums;
+        r.stride = rows ? s.first_row(s.projections) : 1;
+        r.count = rows ? s.strips : (s.first_tile(p + 1) - s.first_tile(p)) * sums;
+        r.elements = rows ? s.sizes[p] : 1;
         return r;
     }
 };
 
-// LANES 32: a warp for each result; 1: a thread.
-template <int LANES>
+// SHARERS threads for each result: a block, or one.
+template <int SHARERS>
 __global__ void __launch_bounds__(HELPER_THREADS) reduce_kernel(const __grid_constant__ Reduction r) {
-    const int64_t result = (blockIdx.x * static_cast<int64_t>(HELPER_THREADS) + threadIdx.x) / LANES;
-    const int64_t results = r.samples * r.elements;
-    const int lane = threadIdx.x % LANES;
-    if (result >= results) return;  // a warp as a whole
+    const int64_t result = (blockIdx.x * static_cast<int64_t>(HELPER_THREADS) + threadIdx.x) / SHARERS;
+    if (result >= r.samples * r.elements) return;
     const float *from = r.partial + result / r.elements * r.sample_stride + r.first + result % r.elements;
     double sum = 0.0;
     int most = 0;
-    for (int64_t i = lane; i < static_cast<int64_t>(r.parts) * r.inner; i += LANES) {
-        const float x = from[i / r.inner * r.part_stride + i % r.inner];
+#pragma unroll 4
+    for (int64_t i = threadIdx.x % SHARERS; i < r.count; i += SHARERS) {
+        const float x = from[i * r.stride];
         if (r.largest)
             most = max(most, __float_as_int(x));
         else
             sum += x;
     }
-    KUNBR_UNROLL
-    for (int distance = LANES / 2; distance > 0; distance /= 2) {
-        sum += __shfl_xor_sync(ALL_LANES, sum, distance);
-        most = max(most, __shfl_xor_sync(ALL_LANES, most, distance));
+    if constexpr (SHARERS > 1) {
+        __shared__ double sums[SHARERS / 32];
+        __shared__ int mosts[SHARERS / 32];
+        KUNBR_UNROLL
+        for (int distance = 16; distance > 0; distance /= 2) {
+            sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+            most = max(most, __shfl_xor_sync(ALL_LANES, most, distance));
+        }
+        if (threadIdx.x % 32 == 0) {
+            sums[threadIdx.x / 32] = sum;
+            mosts[threadIdx.x / 32] = most;
+        }
+        __syncthreads();
+        if (threadIdx.x > 0) return;
+        for (int warp = 1; warp < SHARERS / 32; ++warp) {
+            sum += sums[warp];
+            most = max(most, mosts[warp]);
+        }
     }
-    if (lane == 0) r.out[result] = r.largest ? static_cast<double>(__int_as_float(most)) : sum;
+    r.out[result] = r.largest ? static_cast<double>(__int_as_float(most)) : sum;
 }
 
 }  // namespace kunbr

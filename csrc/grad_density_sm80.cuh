@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(PORTABLE_THREADS, 2) density_kernel(const __gr
     const int length = static_cast<int>(offset_at(batch.cu_seqlens, batch.wide_index, sample + 1) - start);
     Steps loaded;
     loaded.count = Steps::blocks(length, TOKENS);
-    const int total = loaded.count * tiles;  // at most STRIP_TILES * MAX_TOKENS / 16, which an int holds
+    const int total = loaded.count * tiles;  // at most longest_strip * MAX_TOKENS / 16, which an int holds
 
     auto load = [&](int step) {
         if (step < total) {
@@ -245,11 +245,10 @@ __global__ void __launch_bounds__(PORTABLE_THREADS, 2) density_kernel(const __gr
     if (arguments.along == ALONG_ROW) {
         const int64_t n = first_n + row;
         if (n < schedule.sizes[projection])
-            arguments.partial[schedule.place(ALONG_ROW, sample, item.strip, schedule.first_row(projection) + n)] = sum;
+            arguments.partial[schedule.place_of_row(sample, item.strip, schedule.first_row(projection) + n)] = sum;
     } else {
         const float whole = block_statistic(s, sum, warps);
-        if (threadIdx.x == 0)
-            arguments.partial[schedule.place(ALONG_ALL, sample, item.strip, item.n_tile)] = whole;
+        if (threadIdx.x == 0) arguments.partial[schedule.place_of_sum(sample, item.strip, item.n_tile, 0)] = whole;
     }
 }
 

@@ -20,14 +20,15 @@ __global__ void maps_kernel(const __grid_constant__ Templates templates, const _
     const int operands = 1 + arguments.schedule.projections;
     const int64_t index = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
     if (index >= arguments.schedule.samples * operands) return;
-    const int64_t rank = index / operands;
+    const int64_t sample = index / operands, samples = arguments.schedule.samples;
     const int operand = static_cast<int>(index % operands);
     const Batch &batch = arguments.batch;
-    const int64_t sample = arguments.order == nullptr ? rank : arguments.order[rank];
+    const int64_t rank =
+        samples > MAX_SORTED ? sample : rank_of(batch.cu_seqlens, batch.wide_index, samples, sample);
     const int64_t start = offset_at(batch.cu_seqlens, batch.wide_index, sample);
     const int32_t length = static_cast<int32_t>(offset_at(batch.cu_seqlens, batch.wide_index, sample + 1) - start);
-    if (operand == 0) segments[rank] = {start, length, static_cast<int32_t>(sample)};
-    char *map = maps + index * MAP_BYTES;
+    if (operand == 0) segments[rank] = {length, static_cast<int32_t>(sample)};
+    char *map = maps + (rank * operands + operand) * MAP_BYTES;
     const uint4 *from = reinterpret_cast<const uint4 *>(&templates.map[operand]);
     KUNBR_UNROLL
     for (int i = 0; i < MAP_BYTES / 16; ++i) reinterpret_cast<uint4 *>(map)[i] = from[i];

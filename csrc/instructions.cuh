@@ -18,11 +18,11 @@ struct Fp16 {};
 
 // ---------------------------------------------------------------- all GPUs
 
-// A type as a value that the compiler knows nothing of. Without it, it follows each combination of the vectors' types
-// through the whole kernel by itself, and is not done after ten minutes.
-__device__ __forceinline__ int opaque(int type) {
-    asm volatile("" : "+r"(type));
-    return type;
+// A value that the compiler knows nothing of. Without it, it follows each combination of the vectors' types through the
+// whole kernel by itself, and is not done after ten minutes.
+__device__ __forceinline__ int opaque(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
 }
 
 __device__ __forceinline__ float half_bits_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
@@ -72,32 +72,40 @@ __device__ __forceinline__ void make_barriers_visible() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-__device__ __forceinline__ void init_barrier(uint64_t *barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+// Barriers in shared memory, by address.
+__device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-__device__ __forceinline__ void expect_bytes(uint64_t *barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-                 : "memory");
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void arrive(uint64_t *barrier, int count) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 // Until the phase of that parity has ended.
-__device__ __forceinline__ void wait(uint64_t *barrier, int parity) {
+__device__ __forceinline__ void wait(uint32_t barrier, int parity) {
     asm volatile(
         "{\n.reg .pred done;\nretry:\n"
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra.uni retry;\n}" ::"r"(shared_address(barrier)),
+        "@!done bra.uni retry;\n}" ::"r"(barrier),
         "r"(parity)
         : "memory");
 }
 
+// One lane of a warp of which all come here. The compiler then knows that it is one, and puts no loop over lanes around
+// each of its load_box.
+__device__ __forceinline__ bool elect() {
+    uint32_t elected;
+    asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(elected));
+    return elected != 0;
+}
+
 // A box of 64 tokens x 64 columns; `barrier` counts its bytes.
-__device__ __forceinline__ void load_box(void *to, const char *map, int column, int token, uint64_t *barrier) {
+__device__ __forceinline__ void load_box(uint32_t to, const char *map, int column, int token, uint32_t barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
-        "l"(map), "r"(column), "r"(token), "r"(shared_address(barrier))
+        "[%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+        "l"(map), "r"(column), "r"(token), "r"(barrier)
         : "memory");
 }
 
@@ -131,14 +139,13 @@ __device__ __forceinline__ void multiply_group(float (&d)[16][4], uint64_t dy, u
         KUNBR_WGMMA("bf16");
 }
 
-// Named barriers: 0 is __syncthreads', 1 and 2 the consumers' batons, 3 and 4 the consumers' own.
+// Named barriers: 0 is __syncthreads', 1 and 2 the consumers' batons.
 __device__ __forceinline__ void take_baton(int consumer) {
     asm volatile("bar.sync %0, 256;" ::"r"(1 + consumer) : "memory");
 }
 __device__ __forceinline__ void pass_baton(int consumer) {
     asm volatile("bar.arrive %0, 256;" ::"r"(2 - consumer) : "memory");
 }
-__device__ __forceinline__ void meet(int consumer) { asm volatile("bar.sync %0, 128;" ::"r"(3 + consumer) : "memory"); }
 
 // The copy engine sees the tensor map as threads wrote it.
 __device__ __forceinline__ void acquire_map(const char *map) {

@@ -20,9 +20,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from . import cuda_library
+from . import cuda_library, verdicts
 from .errors import Unavailable
-from .proof import verdicts
 
 if TYPE_CHECKING:  # `kunbr-fast doctor` asks about the CPU without torch
     import torch

@@ -45,12 +45,18 @@ class Call:
         """Enqueue on the current stream of the tensors' device."""
         if not all(self.grid):
             return
-        # Triton keeps its allocator in a context variable. Ours is set in a copy of the context: for this launch only.
-        contextvars.copy_context().run(self._launch)
-
-    def _launch(self) -> None:
         device = next(a.device for a in self.arguments.values() if isinstance(a, torch.Tensor))
         if self.scratch:
-            triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            # Triton keeps its allocator in a context variable. Ours is set in a copy of the context: for this launch.
+            contextvars.copy_context().run(self._launch_with_scratch, device)
+        else:
+            self._launch(device)
+
+    def _launch_with_scratch(self, device: torch.device) -> None:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+        self._launch(device)
+
+    def _launch(self, device: torch.device) -> None:
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
             self.kernel[self.grid](**self.arguments, **self.constexprs, **self.options)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kunbr_fast.kernels.proof import cases, prove, verdicts
-from kunbr_fast.kernels.proof.verdicts import Target, Verdict
+from kunbr_fast.kernels import verdicts
+from kunbr_fast.kernels.proof import cases, prove
+from kunbr_fast.kernels.verdicts import Target, Verdict
 
 logger = logging.getLogger(__name__)
-OPTIMIZERS = ("lion", "adamw")
 
 _seen: set[tuple] = set()  # what this process has tried to prove, or been told
 _told = False
@@ -43,7 +43,8 @@ def ensure_proven(
     if verdicts.switched_off():
         _say_once(say, 'proofs of kernels are off (KUNBR_PROVE=0): impl="auto" takes torch')
         return
-    wanted = _targets(device, _with_autocast(dtypes))
+    names = {name for dtype in _with_autocast(dtypes) if (name := cases.named(dtype)) is not None}
+    wanted = cases.targets(device, names)
     alone = group is None or group.size == 1
     key = device, alone, tuple(wanted)
     if key in _seen:
@@ -79,14 +80,6 @@ def _prove(device: torch.device, wanted: list[Target], say: Callable[[str], None
     if found:
         took = f"{time.monotonic() - begin:.0f} s"
         say(f"proven in {took}: {right} of {len(found)} are right; `kunbr-fast doctor` lists them")
-
-
-def _targets(device: torch.device, dtypes: Iterable[torch.dtype]) -> list[Target]:
-    """Optimisers update fp32 weights, too, whatever the model's dtype."""
-    names = {name for dtype in dtypes if (name := cases.named(dtype)) is not None}
-    others = [operation for operation in cases.dispatch.OPERATIONS if operation not in OPTIMIZERS]
-    found = cases.targets(device, others, dtypes=tuple(names))
-    return found + cases.targets(device, OPTIMIZERS, dtypes=tuple(names | {"fp32"} if names else ()))
 
 
 def _with_autocast(dtypes: Iterable[torch.dtype]) -> set[torch.dtype]:

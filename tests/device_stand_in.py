@@ -4,9 +4,10 @@
 STAND_IN in the environment, as JSON: {part: how}, where how is one of
 
     wrong   exit status 1
-    hang    never ends, ignores TERM, and has a child in a process session of its own that does the same
-    die     ends by a signal, and leaves such a child
-    leave   all is well, but for such a child
+    hang    never ends and ignores TERM, with two children that do the same: one in a process session of its own, one
+            without an environment
+    die     ends by a signal, and leaves these children
+    leave   all is well, but for these children
     slow    takes a second more
 
 and nothing, or anything else, for what goes well. A part writes what it has before it does any of that.
@@ -24,7 +25,7 @@ VERDICTS = [
     ("grad_density", "cuda", "portable", None),
     ("grad_density", "cuda", "hopper", "hung"),
     ("grad_density", "triton", "short", None),
-    ("grad_density", "triton", "row", "wrong values"),
+    ("grad_density", "triton", "short by row", "wrong values"),
     ("lion", "triton", "all", None),
     ("adamw", "triton", "all", "not deterministic"),
 ]
@@ -46,7 +47,7 @@ def write(name, arguments):
     """What the real one would leave."""
     print(f"{name} begins: {' '.join(arguments)}", file=sys.stderr, flush=True)
     if name == "prove":
-        for operation, impl, kind, why in VERDICTS:
+        for operation, impl, kind, why in [verdict for verdict in VERDICTS if verdict[0] in arguments]:
             verdict = {"operation": operation, "impl": impl, "dtype": "bf16", "kind": kind, "right": why is None}
             print(json.dumps(verdict | {"why": why, "times": []}), flush=True)
         folder = Path(arguments[arguments.index("--out") + 1])
@@ -82,7 +83,8 @@ def main():
     how = json.loads(os.environ.get("STAND_IN", "{}")).get(name)
     write(name, arguments)
     if how in ("hang", "die", "leave"):
-        subprocess.Popen([__file__, "stay"], start_new_session=how != "leave")
+        subprocess.Popen([__file__, "stay"], start_new_session=True)
+        subprocess.Popen([__file__, "stay"], env={})
     if how == "hang":
         stay()
     if how == "die":

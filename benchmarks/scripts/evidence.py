@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kunbr_fast.benchmarks.measure import about
 from kunbr_fast.evaluation.report import table, write_report
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.run.demo import BASELINE, GROUPS, TEACHING, Demo, new_model
+from kunbr_fast.run import demo
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.unlearn import unlearn
 from kunbr_fast.training.full import train_all
@@ -34,7 +34,7 @@ from kunbr_fast.training.full import train_all
 SAFE = 1.3  # a method may take so many times the one before it
 
 
-class Wide(Demo):
+class Wide(demo.Demo):
     """The demo `factor` times as wide, on a device; `rows` as the demo's."""
 
     def __init__(self, factor: int, device: torch.device, seed: int, reporter: Reporter):
@@ -45,7 +45,7 @@ class Wide(Demo):
         self.config = dataclasses.replace(self.config, cuda_graphs=device.type == "cuda", **rates)
 
     def teach(self, groups: tuple[str, ...]) -> LlamaForCausalLM:
-        small = new_model(len(self.tokenizer), self.seed).config
+        small = demo.new_model(len(self.tokenizer), self.seed).config
         width = small.hidden_size * self.factor
         heads = max(small.num_attention_heads, width // 64)
         config = LlamaConfig(**small.to_dict() | dict(
@@ -56,7 +56,7 @@ class Wide(Demo):
         torch.manual_seed(self.seed)
         model = LlamaForCausalLM(config).eval().to(self.device)
         samples = [sample for group in groups for sample in self.samples[group]]
-        train_all(Decoder(model), samples, seed=self.seed, **TEACHING | {"lr": TEACHING["lr"] / self.factor})
+        train_all(Decoder(model), samples, seed=self.seed, **demo.TEACHING | {"lr": demo.TEACHING["lr"] / self.factor})
         return model
 
     def methods(self):
@@ -64,7 +64,7 @@ class Wide(Demo):
         made: dict[str, LlamaForCausalLM] = {}
 
         def taught():
-            made["taught"] = self.teach(tuple(GROUPS))
+            made["taught"] = self.teach(tuple(demo.GROUPS))
             return made["taught"]
 
         def warm_up():
@@ -83,7 +83,7 @@ class Wide(Demo):
 
         def baseline():
             model = copy.deepcopy(made["taught"])
-            self.unlearn_plainly(model, **BASELINE | {"lr": BASELINE["lr"] / self.factor})
+            self.unlearn_plainly(model, **demo.BASELINE | {"lr": demo.BASELINE["lr"] / self.factor})
             return model
 
         return (
@@ -98,11 +98,11 @@ class Wide(Demo):
 def run(world: Wide, out: str, limit: float) -> bool:
     """All methods, or as many as the time suffices for; False where KUnBR's row is not there."""
     begin, longest = time.monotonic(), 0.0
-    facts = {"what": __doc__.split("\n")[0], "width": world.factor, "seed": world.seed, "people": GROUPS,
+    facts = {"what": __doc__.split("\n")[0], "width": world.factor, "seed": world.seed, "people": demo.GROUPS,
              "config": world.config.to_dict(), "about": about(world.device)}  # fmt: skip
     for name, attack, make in world.methods():
         spent = time.monotonic() - begin
-        if spent + SAFE * longest > limit:
+        if world.rows and spent + SAFE * longest > limit:
             print(f"{name}: left out after {spent:.0f} s of {limit:.0f}", flush=True)
             break
         with world.reporter.stage(name, name) as took:

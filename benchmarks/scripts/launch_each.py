@@ -9,10 +9,10 @@ import sys
 
 import torch
 
+from kunbr_fast.kernels.proof import cases
+
 
 def main() -> int:
-    from kunbr_fast.kernels.proof import cases
-
     device, failed = torch.device("cuda"), 0
     for target in cases.targets(device, dtypes=("bf16",)):
         kind = cases.kind_of(target)

@@ -17,12 +17,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+OPTIMIZERS = ("lion", "adamw")
 LAYER = ("rms_norm", "swiglu", "rotary")
 SUITES = {  # suite: (operations, others that are timed beside ours)
     "density": (("grad_density",), ("bare", "grouped_mm")),
     "linear_loss": (("linear_loss",), ("eager", "F.linear_cross_entropy", "liger", "cut-cross-entropy")),
     "optimizer": (
-        ("lion", "adamw"),
+        OPTIMIZERS,
         ("eager", "lion-pytorch", "lion-pytorch foreach", "lion-pytorch triton", "torch.optim foreach"),
     ),
     "norms": (("rms_norm", "layer_norm", "swiglu", "rotary"), ("eager", "F.rms_norm", "liger")),
@@ -32,12 +33,13 @@ SUITES = {  # suite: (operations, others that are timed beside ours)
         ("reference", "frozen eager", "frozen, liger", "torch, graph"),
     ),
 }
-IMPLEMENTATIONS = {  # suite: {variant: (implementation, kind of launch or None for all)}
+# suite: {variant: (implementation, the kinds of launches that the suite makes of it, None for all)}
+IMPLEMENTATIONS = {
     "density": {
-        "cuda": ("cuda", None),
-        "tile csrc portable": ("cuda", "portable"),
-        "tile csrc hopper": ("cuda", "hopper"),
-        "triton": ("triton", None),
+        "cuda": ("cuda", ("hopper", "portable")),
+        "tile csrc portable": ("cuda", ("portable",)),
+        "tile csrc hopper": ("cuda", ("hopper",)),
+        "triton": ("triton", ("short", "long")),
     },
     "optimizer": {"cuda": ("cuda", None), "triton": ("triton", None)},
     "step": {"triton": ("triton", None), "triton, graph": ("triton", None)},
@@ -57,11 +59,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def why_not(verdicts: list[dict[str, Any]], operations: tuple[str, ...], impl: str, kind: str | None) -> str | None:
-    """Why `impl` is not to be timed, None if it is. Density by row is no part of a suite."""
+def why_not(
+    verdicts: list[dict[str, Any]], operations: tuple[str, ...], impl: str, kinds: tuple[str, ...] | None
+) -> str | None:
+    """Why `impl` is not to be timed in bf16 (optimisers: in fp32, too), None if it is."""
     for operation in operations:
-        of = [v for v in verdicts if (v["operation"], v["impl"]) == (operation, impl) and "row" not in v["kind"]]
-        of = [v for v in of if kind is None or kind in v["kind"]]
+        dtypes = ("bf16", "fp32") if operation in OPTIMIZERS else ("bf16",)
+        of = [v for v in verdicts if (v["operation"], v["impl"]) == (operation, impl) and v["dtype"] in dtypes]
+        of = [v for v in of if kinds is None or v["kind"] in kinds]
         if not of:
             return f"{operation}: not proven"
         for verdict in of:
@@ -92,11 +97,12 @@ def main() -> int:
         return 0
     verdicts, (operations, others) = read(arguments.verdicts), SUITES[arguments.suite]
     print("torch", *others, sep="\n")
-    for variant, (impl, kind) in IMPLEMENTATIONS.get(arguments.suite, DEFAULT).items():
-        why = why_not(verdicts, operations, impl, kind)
-        print(
-            variant if why is None else f"{variant} is not timed: {why}", file=sys.stdout if why is None else sys.stderr
-        )
+    for variant, (impl, kinds) in IMPLEMENTATIONS.get(arguments.suite, DEFAULT).items():
+        why = why_not(verdicts, operations, impl, kinds)
+        if why is None:
+            print(variant)
+        else:
+            print(f"{variant} is not timed: {why}", file=sys.stderr)
     return 0
 
 

@@ -53,7 +53,7 @@ from kunbr_fast.data.schedule import token_batches
 from kunbr_fast.kernels import dispatch
 from kunbr_fast.kernels.grad_density import cuda
 from kunbr_fast.kernels.grad_density import op as operators
-from kunbr_fast.kernels.tiles import SHORT_MEAN_TOKENS, TABLE, architecture
+from kunbr_fast.kernels.tiles import TABLE, architecture
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives import losses
@@ -159,11 +159,10 @@ class Weight(_PerSample):
     def _tiles(self, data):
         if dispatch.why_not("grad_density", "triton", self.device) is not None:
             return [Variant("tile", lambda: need("grad_density", "triton", self.device), ours=True)]
-        from kunbr_fast.kernels.grad_density.triton_kernel import launch
+        from kunbr_fast.kernels.grad_density.triton_kernel import launch, table_kind
 
         inputs = data.x, [data.dy], data.cu_seqlens, "grad_l1"
-        mean = sum(data.lengths) / len(data.lengths)
-        kind = "fp32" if self.dtype == torch.float32 else "short" if mean <= SHORT_MEAN_TOKENS else "long"
+        kind = table_kind(data.x, [data.dy], len(data.lengths), max(data.lengths))
         tiles = TABLE[architecture(self.device), kind]
         runs = {f"tile {tile}": partial(launch, *inputs, tile=tile) for tile in tiles}
 

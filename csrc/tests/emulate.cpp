@@ -31,11 +31,11 @@ static bool has_nan(const std::vector<float> &values) {
 }
 
 static void reduce(const Reduction &r, unsigned seed) {
-    const int lanes = r.elements == 1 ? 32 : 1;
     const int64_t results = r.samples * r.elements;
-    gpu::launch(static_cast<unsigned>(ceil_div(results * lanes, HELPER_THREADS)), HELPER_THREADS, 0, seed, [&] {
-        if (lanes == 32)
-            reduce_kernel<32>(r);
+    const int64_t blocks = r.elements == 1 ? results : ceil_div(results, HELPER_THREADS);
+    gpu::launch(static_cast<unsigned>(blocks), HELPER_THREADS, 0, seed, [&] {
+        if (r.elements == 1)
+            reduce_kernel<HELPER_THREADS>(r);
         else
             reduce_kernel<1>(r);
     });
@@ -55,7 +55,7 @@ static void hopper(const Arguments &a, int blocks, unsigned seed) {
         const Batch &batch = a.batch;
         const int64_t start = offset_at(batch.cu_seqlens, batch.wide_index, a.order[rank]);
         const int64_t length = offset_at(batch.cu_seqlens, batch.wide_index, a.order[rank] + 1) - start;
-        segments[rank] = {start, static_cast<int32_t>(length), a.order[rank]};
+        segments[rank] = {static_cast<int32_t>(length), a.order[rank]};
         for (int i = 0; i < operands; ++i) {
             const Operand &t = i == 0 ? batch.x : batch.dy[i - 1];
             const EmulatedMap map = {static_cast<const uint16_t *>(t.data) + (length > 0 ? start : 0) * t.stride_token,
@@ -93,7 +93,8 @@ extern "C" {
 // partial sum is NaN: not written, or made of what was not loaded yet; 2 for what the emulator stops at.
 int emulate_grad_density(const void *x, const int64_t *x_strides, int64_t K, int projections, const void *const *dys,
                          const int64_t *dy_strides, const int64_t *sizes, int type, const void *cu_seqlens,
-                         int64_t samples, int statistic, int along, double *const *outs, int blocks, unsigned seed) {
+                         int64_t samples, int statistic, int along, double *const *outs, int blocks, int longest_strip,
+                         unsigned seed) {
     return guarded([&] {
         Arguments a = {};
         const int bytes = type == 0 ? 4 : 2;
@@ -103,7 +104,8 @@ int emulate_grad_density(const void *x, const int64_t *x_strides, int64_t K, int
         a.batch.wide_index = true;
         a.statistic = statistic;
         a.along = along;
-        a.schedule = Schedule::of(samples, K, projections, sizes, TILE_N, blocks > 0 ? CONSUMERS : 1);
+        a.schedule = Schedule::of(samples, K, projections, sizes, blocks > 0 ? HOPPER_TILING : PORTABLE_TILING);
+        a.schedule.cut(longest_strip);  // as if there were many samples
         std::vector<int32_t> order;
         std::vector<float> partial;
         prepare(a, order, partial, seed);

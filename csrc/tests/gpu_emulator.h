@@ -85,7 +85,7 @@ inline Index block, grid, block_size;
 inline uint64_t progress;
 inline std::mt19937 chance;
 inline std::map<int, Barrier> named;
-inline std::map<uint64_t *, MemoryBarrier> in_memory;
+inline std::map<uint32_t, MemoryBarrier> in_memory;  // by address
 inline std::vector<Warp> warps;
 inline std::vector<std::function<void()>> engine;  // TMA's copies under way
 inline std::function<void()> body;
@@ -230,7 +230,7 @@ T __shfl_xor_sync(unsigned, T mine, int distance) {
 
 // ---------------------------------------------------------------- instructions.cuh's
 
-inline int opaque(int type) { return type; }
+inline int opaque(int value) { return value; }
 inline float half_bits_to_float(uint16_t) { gpu::stop("fp16 is not emulated"); }
 inline uint16_t float_to_half_bits(float) { gpu::stop("fp16 is not emulated"); }
 
@@ -300,7 +300,10 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 // ---------------------------------------------------------------- those for sm_90a
 
 inline void make_barriers_visible() {}
-inline void init_barrier(uint64_t *barrier, int arrivals) { gpu::in_memory[barrier] = {arrivals, arrivals, 0, 0}; }
+inline void init_barrier(uint32_t barrier, int arrivals) {
+    gpu::require(barrier % 8 == 0 && barrier + 8 <= gpu::shared.size(), "where a barrier is");
+    gpu::in_memory[barrier] = {arrivals, arrivals, 0, 0};
+}
 inline void phase_may_end(gpu::MemoryBarrier &barrier) {
     gpu::require(barrier.pending >= 0, "more arrivals than a barrier in memory expects");
     ++gpu::progress;
@@ -308,31 +311,35 @@ inline void phase_may_end(gpu::MemoryBarrier &barrier) {
     barrier.pending = barrier.arrivals;
     barrier.phase ^= 1;
 }
-inline void arrive(uint64_t *barrier, int count) {
+inline void arrive(uint32_t barrier) {
     gpu::MemoryBarrier &b = gpu::in_memory.at(barrier);
-    b.pending -= count;
+    --b.pending;
     phase_may_end(b);
     if (gpu::maybe()) gpu::yield();
 }
-inline void expect_bytes(uint64_t *barrier, int bytes) {
+inline void expect_bytes(uint32_t barrier, int bytes) {
     gpu::in_memory.at(barrier).bytes += bytes;
-    arrive(barrier, 1);
+    arrive(barrier);
 }
-inline void wait(uint64_t *barrier, int parity) {
+inline void wait(uint32_t barrier, int parity) {
     const gpu::MemoryBarrier &b = gpu::in_memory.at(barrier);
     gpu::wait_until([&] { return b.phase != parity; });
+}
+
+inline bool elect() {
+    __syncwarp();
+    return gpu::lane() == 0;
 }
 
 struct EmulatedMap {  // in the place of a CUtensorMap
     const uint16_t *data;
     int64_t stride, rows, columns;
 };
-inline void load_box(void *to, const char *map, int column, int token, uint64_t *barrier) {
-    const uint32_t at = shared_address(to);
+inline void load_box(uint32_t at, const char *map, int column, int token, uint32_t barrier) {
     EmulatedMap m;
     std::memcpy(&m, map, sizeof(m));
     gpu::require(at % 1024 == 0 && at + BOX_BYTES <= gpu::shared.size(), "where a box goes");
-    std::memset(to, 0xFF, BOX_BYTES);
+    std::memset(gpu::shared.data() + at, 0xFF, BOX_BYTES);
     gpu::engine.push_back([=] {
         for (int t = 0; t < HOPPER_TOKENS; ++t)
             for (int c = 0; c < BOX_COLUMNS; ++c) {
@@ -385,7 +392,6 @@ void wait_products() {
 }
 inline void take_baton(int consumer) { gpu::sync(gpu::named[1 + consumer], 256); }
 inline void pass_baton(int consumer) { gpu::arrive(gpu::named[2 - consumer], 256); }
-inline void meet(int consumer) { gpu::sync(gpu::named[3 + consumer], 128); }
 template <int>
 void keep_registers() {}
 template <int>

@@ -7,40 +7,40 @@
 #include <tuple>
 #include <vector>
 
-#include "../schedule.h"
+#define KUNBR_EMULATED  // no CUDA
+#include "../grad_density.h"
 
 using namespace kunbr;
 
 // Every tile of every sample is in one item, and partial sums fill their places without a gap or a clash.
-static void items(int64_t samples, int64_t K, std::vector<int64_t> sizes, int tile_n, int sharers) {
-    const Schedule s = Schedule::of(samples, K, static_cast<int>(sizes.size()), sizes.data(), tile_n, sharers);
-    std::set<std::tuple<int64_t, int32_t, int32_t>> seen;
+static Schedule items(int64_t samples, int64_t K, std::vector<int64_t> sizes, const Tiling &tiling) {
+    const Schedule s = Schedule::of(samples, K, static_cast<int>(sizes.size()), sizes.data(), tiling);
+    std::set<std::tuple<int32_t, int32_t, int32_t>> seen;
     std::vector<int> all(s.partials(ALONG_ALL)), row(s.partials(ALONG_ROW));
-    int64_t last_rank = 0;
-    for (int64_t i = 0; i < s.items(); ++i) {
+    int32_t last_rank = 0;
+    for (uint32_t i = 0; i < s.items(); ++i) {
         const Item item = s.item(i);
         assert(item.rank >= last_rank && item.rank < samples);  // the longest first
         last_rank = item.rank;
         const int p = s.projection(item.n_tile);
         assert(item.n_tile >= s.first_tile(p) && item.n_tile < s.first_tile(p + 1));
-        const int64_t first_n = static_cast<int64_t>(item.n_tile - s.first_tile(p)) * tile_n;
+        const int64_t first_n = static_cast<int64_t>(item.n_tile - s.first_tile(p)) * tiling.rows;
         assert(first_n < sizes[p]);
         const int32_t tiles = s.count_k_tiles(item.strip);
-        assert(tiles >= 1 && tiles <= STRIP_TILES);
+        assert(tiles >= 1 && tiles <= tiling.longest_strip);
         for (int32_t t = 0; t < tiles; ++t) {
             const int32_t k_tile = s.first_k_tile(item.strip) + t;
             assert(k_tile < s.k_tiles && seen.insert({item.rank, item.n_tile, k_tile}).second);
         }
-        for (int32_t sharer = 0; sharer < sharers; ++sharer) {
-            const int32_t part = item.strip * sharers + sharer;
-            ++all.at(s.place(ALONG_ALL, item.rank, part, item.n_tile));
-            for (int64_t n = first_n; n < std::min<int64_t>(sizes[p], first_n + tile_n); ++n)
-                ++row.at(s.place(ALONG_ROW, item.rank, part, s.first_row(p) + n));
-        }
+        for (int32_t which = 0; which < tiling.sums; ++which)
+            ++all.at(s.place_of_sum(item.rank, item.strip, item.n_tile, which));
+        for (int64_t n = first_n; n < std::min<int64_t>(sizes[p], first_n + tiling.rows); ++n)
+            ++row.at(s.place_of_row(item.rank, item.strip, s.first_row(p) + n));
     }
     assert(static_cast<int64_t>(seen.size()) == samples * s.n_tiles * s.k_tiles);
     for (const auto *places : {&all, &row})
         for (int count : *places) assert(count == 1);
+    return s;
 }
 
 static void ranks() {
@@ -65,28 +65,35 @@ static void steps() {
             two.advance();
         }
     // what an item counts in an int32
-    assert(static_cast<int64_t>(STRIP_TILES) * Steps::blocks(MAX_TOKENS, 16) <= std::numeric_limits<int32_t>::max());
+    const int64_t most = static_cast<int64_t>(PORTABLE_TILING.longest_strip) * Steps::blocks(MAX_TOKENS, 16);
+    assert(most <= std::numeric_limits<int32_t>::max());
 }
 
 int main() {
-    for (int sharers : {1, 2}) {
-        items(1, 1, {1}, 128, sharers);
-        items(3, 300, {150, 20, 128}, 128, sharers);
-        items(2, 128 * 17 + 5, {128 * 9 + 1}, 128, sharers);
-        items(2, 1024, {64, 65}, 64, sharers);
+    for (const Tiling &tiling : {PORTABLE_TILING, HOPPER_TILING, Tiling{64, 8, 2}}) {
+        items(1, 1, {1}, tiling);
+        items(3, 300, {150, 20, 128}, tiling);
+        items(2, 128 * 17 + 5, {128 * 9 + 1}, tiling);
+        items(2, 1024, {64, 65}, tiling);
     }
+    // the fewer samples, the shorter the strips, and as even as can be
+    assert(items(1, 4096, {14336}, HOPPER_TILING).strip_tiles == 2);
+    assert(items(4, 4096, {14336}, HOPPER_TILING).strip_tiles == 8);
+    assert(items(64, 4096, {14336}, HOPPER_TILING).strip_tiles == 32);
+    assert(items(16, 128 * 70, {4096}, HOPPER_TILING).strip_tiles == 24);  // 70 tiles in 3 strips
     ranks();
     steps();
     // far beyond 32 bits: a batch that still is one launch
     const int64_t sizes[] = {1 << 20};
-    const Schedule large = Schedule::of(30, 1 << 20, 1, sizes, 128, 2);
-    assert(large.parts == 2 * (1 << 20) / TILE_K / STRIP_TILES);
-    assert(large.partials(ALONG_ROW) == 30ll * large.parts * (1 << 20) && large.item(large.items() - 1).rank == 29);
-    assert(large.place(ALONG_ROW, 29, large.parts - 1, (1 << 20) - 1) == large.partials(ALONG_ROW) - 1);
-    const Schedule larger = Schedule::of(3000, 1 << 20, 1, sizes, 128, 2);  // more items than 32 bits count
-    const Item last = larger.item(larger.items() - 1), at = larger.item(1ll << 33);
-    assert(larger.items() > 1ll << 33 && last.rank == 2999);
-    assert(last.n_tile == larger.n_tiles - 1 && last.strip == larger.strips - 1);
-    assert(at.rank == (1ll << 33) / (static_cast<int64_t>(larger.n_tiles) * larger.strips));
+    const Schedule large = Schedule::of(30, 1 << 20, 1, sizes, HOPPER_TILING);
+    assert(large.strips == (1 << 20) / TILE_K / 32);
+    assert(large.partials(ALONG_ROW) == 30ll * large.strips * (1 << 20) && large.item(large.items() - 1).rank == 29);
+    assert(large.place_of_row(29, large.strips - 1, (1 << 20) - 1) == large.partials(ALONG_ROW) - 1);
+    assert(large.place_of_sum(29, large.strips - 1, large.n_tiles - 1, 7) == large.partials(ALONG_ALL) - 1);
+    // as many items as there may be
+    const Schedule most = Schedule::of(2047, 1 << 20, 1, sizes, HOPPER_TILING);
+    const Item last = most.item(most.items() - 1);
+    assert(most.items() == 0x7FFFFFFFll / (4096 * 256) * (4096 * 256) && last.rank == 2046);
+    assert(last.n_tile == most.n_tiles - 1 && last.strip == most.strips - 1);
     return 0;
 }

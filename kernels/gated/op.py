@@ -79,7 +79,7 @@ class _Gated(torch.autograd.Function):
             return gate.detach(), up.detach(), None, None
         if not ctx.triton:
             return *reference.gated_backward(dy, gate, up, ctx.activation, need_gate, need_up), None, None
-        found = torch.ops.kunbr_fast.gated_backward(dy, gate, up, ctx.activation, need_gate, need_up)
+        found = _gated_backward(dy, gate, up, ctx.activation, need_gate, need_up)
         return found[0] if need_gate else None, found[-1] if need_up else None, None, None
 
 
@@ -99,7 +99,7 @@ class _Packed(torch.autograd.Function):
             _backward_(dy, *gate_up.chunk(2, -1), ctx.activation, ctx.triton)
             return gate_up.detach(), None, None
         if ctx.triton:
-            return torch.ops.kunbr_fast.gated_packed_backward(dy, gate_up, ctx.activation), None, None
+            return _gated_packed_backward(dy, gate_up, ctx.activation), None, None
         out = gate_up.clone(memory_format=torch.contiguous_format)
         reference.gated_backward_(dy, *out.chunk(2, -1), ctx.activation)
         return out, None, None
@@ -107,13 +107,13 @@ class _Packed(torch.autograd.Function):
 
 def _forward(gate: torch.Tensor, up: torch.Tensor, activation: str, triton: bool) -> torch.Tensor:
     if triton:
-        return torch.ops.kunbr_fast.gated_forward(gate, up, activation)
+        return _gated_forward(gate, up, activation)
     return reference.gated(gate, up, activation)
 
 
 def _backward_(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str, triton: bool) -> None:
     if triton:
-        torch.ops.kunbr_fast.gated_backward_(dy, gate, up, activation)
+        _gated_backward_(dy, gate, up, activation)
     else:
         reference.gated_backward_(dy, gate, up, activation)
 
@@ -192,7 +192,7 @@ _gated_backward = _define(
 _gated_packed_backward = _define(
     "gated_packed_backward", "(Tensor dy, Tensor gate_up, str activation) -> Tensor", "packed_backward"
 )
-_define(
+_gated_backward_ = _define(
     "gated_backward_", "(Tensor dy, Tensor(a!) gate, Tensor(b!) up, str activation) -> ()", "backward_", ("gate", "up")
 )
 

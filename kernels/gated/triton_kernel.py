@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Call
+from ..tiles import cdiv, next_power_of_2
 
 # 8 elements a thread with 4 warps: one 16-byte access a tensor in half precision, two in fp32. A multiprocessor's 2048
 # threads then have 64 KiB (forward) on their way, where 4.8 TB/s at 700 ns of latency ask for 25 KiB.
@@ -101,8 +102,8 @@ def _rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
 def _launch(kernel, tensors: dict[str, torch.Tensor], strides: str, constexprs: dict) -> Call:
     """`tensors`: each (R, N). `strides`: the letters that their stride arguments go by, in order."""
     R, N = next(iter(tensors.values())).shape
-    block = min(BLOCK, triton.next_power_of_2(max(N, 1)))
-    blocks = triton.cdiv(N, block)
+    block = min(BLOCK, next_power_of_2(max(N, 1)))
+    blocks = cdiv(N, block)
     arguments = dict(tensors, N=N, blocks=blocks)
     for letters, x in zip(strides.split(), tensors.values()):
         arguments |= {f"stride_{letters}r": x.stride(0), f"stride_{letters}n": x.stride(1)}

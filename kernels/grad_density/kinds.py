@@ -20,7 +20,7 @@ def kinds_of_launch(x: torch.Tensor, dys: Sequence[torch.Tensor], samples: int, 
 
 
 def triton_kind(x: torch.Tensor, aligned: bool, samples: int) -> str:
-    """The entry of tiles.py's table."""
+    """The entry of tiles.py's table; of "short", where the longest sample is known, there is one for each room."""
     if x.dtype == torch.float32:
         return "fp32"
     if not aligned:

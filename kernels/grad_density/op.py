@@ -88,7 +88,7 @@ def _grad_density(x, dys, cu_seqlens, max_seqlen, statistic, along, form, impl):
     if way == "triton":
         from .triton_kernel import launch
 
-        return launch(x, dys, cu_seqlens, statistic, along)
+        return launch(x, dys, cu_seqlens, statistic, along, max_seqlen=longest)
     if way == "cuda":
         from . import cuda
 

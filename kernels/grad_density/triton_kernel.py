@@ -10,13 +10,15 @@ with the sum over all of (n, k), or over k for each output row n.
 Index letters: B samples, T tokens, N out features, K in features, P projections that share x.
 Never in memory: dW_i. A program holds one (BN, BK) tile of it in registers and keeps what the tile adds to each row.
 
-Two ways through a sample, chosen by its length as the kernel runs (`SHORT`):
-  short (up to 128 tokens)  dy's (tokens, BN) tile stays on the chip while the program walks along K: each step loads
-                            only x, BN FLOPs for each byte. The token block is 32, 64 or 128, whichever the sample fits;
-                            with 32 and 64 the next steps' loads run under this step's products and sums (with 128
-                            there is room for two steps only, and the multiprocessor's other program fills the wait).
-  long                      the tokens are walked in blocks of BT for one tile; programs are ordered in groups of
-                            GROUP tiles along N, so that the panels of dy and x in use stay in the L2 cache.
+A program walks along K with BN rows of one sample's dW: descriptors are made once, and tile after tile is summed. Two
+ways, chosen by the sample's length as the kernel runs:
+  fits    up to SHORT tokens (32, 64, 128, or 0: none). dy's (tokens, BN) tile stays on the chip; each step loads only
+          x, BN FLOPs for each byte. The token block is 32, 64 or 128, whichever the sample fits.
+  long    a step loads BT tokens of both. One loop goes over (tile, token block), so that the first blocks of the next
+          tile are loaded under the products and sums of this one. Programs are ordered in groups of GROUP tiles along
+          N, so that the panels of dy and x in use stay in the L2 cache.
+SHORT is what the caller says of the longest sample. It sets what shared memory a program takes; a sample that is longer
+goes the long way, so a wrong SHORT costs time, never a value.
 
 FLOPs: 2*T*N*K, and B*N*K additions for the statistic. Bytes from DRAM: T*(N+K) elements, once, as long as one
 sample's x and dy fit the L2 cache. At T=128, 14336 x 4096 in bf16 that is 15 GFLOP and 4.7 MB.
@@ -37,6 +39,7 @@ import triton.language as tl
 from .. import tiles as config
 from ..launch import INTERPRETED, Call, dot
 from . import reference
+from .kinds import triton_kind
 
 MAX_PROJECTIONS = 3  # of one launch (q, k, v); more are launched in turn
 
@@ -86,6 +89,12 @@ def _magnitude(x):
 
 
 @triton.jit
+def _nothing(BN: tl.constexpr, STATISTIC: tl.constexpr):
+    """What `_add_tile` adds to."""
+    return tl.zeros((BN,), tl.int32 if STATISTIC == "grad_linf" else tl.float32)
+
+
+@triton.jit
 def _add_tile(acc, total, STATISTIC: tl.constexpr):
     """Adds the (BN, BK) tile `acc` of dW to its rows' statistic; a running maximum holds the floats' bits."""
     if STATISTIC == "grad_l1":
@@ -99,41 +108,51 @@ def _add_tile(acc, total, STATISTIC: tl.constexpr):
 
 
 @triton.jit
-def _product(from_x, from_dy, length, K, N, k, n, stride_xt, stride_xk, stride_yt, stride_yn,
-             BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """The (BN, BK) tile of one sample's dW at row n, column k, BT tokens at a time."""
+def _walk_fitting(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
+                  BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
+                  STATISTIC: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """The statistic of BN rows of one sample's dW, over tiles `first` to `last` along K; at most BT tokens.
+
+    A sum under an `if` is scheduled behind the next load; outside of one, the load would wait for the sum. So all tiles
+    but the last are summed under `step < steps - 1`.
+    """
+    total = _nothing(BN, STATISTIC)
+    from_x = _descriptor(x, length, K, stride_xt, BT, BK, TMA)
+    from_dy = _descriptor(dy, length, N, stride_yt, BT, BN, TMA)
+    dy_t = _load_transposed(from_dy, 0, length, stride_yt, n, N, stride_yn, BT, BN, TMA)
+    steps = last - first
     acc = tl.zeros((BN, BK), tl.float32)
-    for row in range(0, length, BT):
-        xb = _load(from_x, row, length, stride_xt, k, K, stride_xk, BT, BK, TMA)
-        dy_t = _load_transposed(from_dy, row, length, stride_yt, n, N, stride_yn, BT, BN, TMA)
-        acc = dot(dy_t, xb, acc)
-    return acc
+    for step in tl.range(0, steps, num_stages=STAGES):
+        xb = _load(from_x, 0, length, stride_xt, (first + step) * BK, K, stride_xk, BT, BK, TMA)
+        acc = dot(dy_t, xb, tl.zeros((BN, BK), tl.float32))
+        if step < steps - 1:
+            total = _add_tile(acc, total, STATISTIC)
+    return _add_tile(acc, total, STATISTIC)
 
 
 @triton.jit
-def _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
-          BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, FITS: tl.constexpr, STAGES: tl.constexpr,
-          STATISTIC: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """The statistic of BN rows of one sample's dW, over tiles `first` to `last` along K. FITS: at most BT tokens.
-
-    STAGES: blocks of x of 128 tokens for which there is room. Shorter ones leave room for more: a product that is used
-    in its own step is waited for, so only what was asked for two steps before is there in time.
-    """
-    total = tl.zeros((BN,), tl.float32)
-    if STATISTIC == "grad_linf":
-        total = tl.zeros((BN,), tl.int32)
+def _walk_long(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
+               BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
+               STATISTIC: tl.constexpr, TMA: tl.constexpr, TMEM: tl.constexpr):  # fmt: skip
+    """As `_walk_fitting`, of any length, BT tokens a step: (row, k) goes through a tile's tokens, then to the next."""
+    total = _nothing(BN, STATISTIC)
     from_x = _descriptor(x, length, K, stride_xt, BT, BK, TMA)
     from_dy = _descriptor(dy, length, N, stride_yt, BT, BN, TMA)
-    if FITS:
-        dy_t = _load_transposed(from_dy, 0, length, stride_yt, n, N, stride_yn, BT, BN, TMA)
-    for tile in tl.range(first, last, num_stages=min(4, STAGES * 128 // BT) if FITS else 1):
-        if FITS:
-            xb = _load(from_x, 0, length, stride_xt, tile * BK, K, stride_xk, BT, BK, TMA)
-            acc = dot(dy_t, xb, tl.zeros((BN, BK), tl.float32))
-        else:
-            acc = _product(from_x, from_dy, length, K, N, tile * BK, n, stride_xt, stride_xk, stride_yt, stride_yn,
-                           BN, BK, BT, TMA)  # fmt: skip
-        total = _add_tile(acc, total, STATISTIC)
+    # Zeros for the next tile. In tensor memory constants become a flag of the product. Into registers constants go by
+    # two moves each (Triton 3.6 and 3.7 on sm_90); zeros that the compiler takes for a value go by one.
+    zeros = tl.full((BN, BK), 0.0 if TMEM else tl.minimum(length, 0).to(tl.float32), tl.float32)
+    acc = zeros
+    row, k = 0, first * BK
+    for _ in tl.range(0, (last - first) * tl.cdiv(length, BT), num_stages=STAGES):
+        xb = _load(from_x, row, length, stride_xt, k, K, stride_xk, BT, BK, TMA)
+        dy_t = _load_transposed(from_dy, row, length, stride_yt, n, N, stride_yn, BT, BN, TMA)
+        acc = dot(dy_t, xb, acc)
+        complete = row + BT >= length
+        row = tl.where(complete, 0, row + BT)
+        k = tl.where(complete, k + BK, k)
+        if complete:
+            total = _add_tile(acc, total, STATISTIC)
+            acc = zeros
     return total
 
 
@@ -153,8 +172,9 @@ def _place(index, n_tiles, k_strips, group):
 def grad_density_kernel(x, dy0, dy1, dy2, cu_seqlens, out, K, N0, N1, N2, k_tiles, strips, strip_tiles, group,
                         stride_xt, stride_xk, stride_0t, stride_0n, stride_1t, stride_1n, stride_2t, stride_2n,
                         P: tl.constexpr, STATISTIC: tl.constexpr, ROWS: tl.constexpr,
-                        BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
-                        SHORT: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+                        BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SHORT: tl.constexpr,
+                        STAGES: tl.constexpr, LONG_STAGES: tl.constexpr, TMA: tl.constexpr,
+                        TMEM: tl.constexpr):  # fmt: skip
     """One program: one sample, BN output rows of one projection, `strip_tiles` tiles along K.
 
     out: (B, strips, n_tiles), or (B, strips, sum of N) with ROWS. n_tiles counts the tiles of all projections, one
@@ -194,18 +214,18 @@ def grad_density_kernel(x, dy0, dy1, dy2, cu_seqlens, out, K, N0, N1, N2, k_tile
     dy += start * stride_yt
     sample = sample.to(tl.int64)
 
-    if SHORT and length <= 32:
-        value = _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
-                      BN, BK, 32, True, STAGES, STATISTIC, TMA)  # fmt: skip
-    elif SHORT and length <= 64:
-        value = _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
-                      BN, BK, 64, True, STAGES, STATISTIC, TMA)  # fmt: skip
-    elif SHORT and length <= 128:
-        value = _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
-                      BN, BK, 128, True, STAGES, STATISTIC, TMA)  # fmt: skip
+    if SHORT >= 32 and length <= 32:  # as many stages as there is room for with SHORT tokens
+        value = _walk_fitting(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
+                              BN, BK, 32, min(4, STAGES * SHORT // 32), STATISTIC, TMA)  # fmt: skip
+    elif SHORT >= 64 and length <= 64:
+        value = _walk_fitting(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
+                              BN, BK, 64, min(4, STAGES * SHORT // 64), STATISTIC, TMA)  # fmt: skip
+    elif SHORT >= 128 and length <= 128:
+        value = _walk_fitting(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
+                              BN, BK, 128, STAGES, STATISTIC, TMA)  # fmt: skip
     else:
-        value = _walk(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
-                      BN, BK, BT, False, STAGES, STATISTIC, TMA)  # fmt: skip
+        value = _walk_long(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
+                           BN, BK, BT, LONG_STAGES, STATISTIC, TMA, TMEM)  # fmt: skip
 
     if not ROWS:
         value = tl.max(value, 0) if STATISTIC == "grad_linf" else tl.sum(value, 0)
@@ -221,11 +241,18 @@ def grad_density_kernel(x, dy0, dy1, dy2, cu_seqlens, out, K, N0, N1, N2, k_tile
 # ---------------------------------------------------------------- launchers
 
 
-def _strips(k_tiles: int, programs: int, processors: int) -> tuple[int, int]:
-    """(strips along K, tiles in each): as few strips as keep every multiprocessor busy; one strip: `programs`."""
-    strips = min(k_tiles, triton.cdiv(config.PROGRAMS_PER_PROCESSOR * processors, max(1, programs)))
-    strip_tiles = triton.cdiv(k_tiles, strips)
-    return triton.cdiv(k_tiles, strip_tiles), strip_tiles
+def _strips(k_tiles: int, programs: int, processors: int, tile_clocks: float) -> tuple[int, int]:
+    """(strips along K, tiles in each). One strip makes `programs`; more end more evenly, but each program's start costs
+    START_CLOCKS. Of the halvings of K the one that ends first, if each multiprocessor ran one program at a time."""
+    tiles, best = k_tiles, None
+    while True:
+        strips = config.cdiv(k_tiles, tiles)
+        clocks = config.cdiv(programs * strips, processors) * (config.START_CLOCKS + tiles * tile_clocks)
+        if best is None or clocks < best[0]:
+            best = clocks, strips, tiles
+        if tiles == 1:
+            return best[1:]
+        tiles = config.cdiv(tiles, 2)
 
 
 def call_grad_density(
@@ -240,10 +267,10 @@ def call_grad_density(
     """The launch for at most MAX_PROJECTIONS projections; its argument `out` is the buffer of partial sums."""
     num_samples, (_, K) = len(cu_seqlens) - 1, x.shape
     sizes = [dy.shape[1] for dy in dys]
-    n_tiles = sum(triton.cdiv(n, tile.BN) for n in sizes)
-    k_tiles = triton.cdiv(K, tile.BK)
-    # short: dy's tile is loaded once a strip. long: a strip is one tile, so that groups of tiles share what they load
-    strips, strip_tiles = _strips(k_tiles, num_samples * n_tiles, processors) if tile.short else (k_tiles, 1)
+    n_tiles = sum(config.cdiv(n, tile.BN) for n in sizes)
+    k_tiles = config.cdiv(K, tile.BK)
+    tokens = max(32, x.shape[0] / max(1, num_samples))
+    strips, strip_tiles = _strips(k_tiles, num_samples * n_tiles, processors, tile.clocks(tokens))
     width = {None: n_tiles, "row": sum(sizes)}[along]
     out = torch.empty((num_samples, strips, width), dtype=torch.float32, device=x.device)
     arguments = dict(x=x, cu_seqlens=cu_seqlens, out=out, K=K, k_tiles=k_tiles, strips=strips, strip_tiles=strip_tiles)
@@ -252,7 +279,8 @@ def call_grad_density(
         dy = dys[min(p, len(dys) - 1)]
         arguments |= {f"dy{p}": dy, f"N{p}": dy.shape[1], f"stride_{p}t": dy.stride(0), f"stride_{p}n": dy.stride(1)}
     constexprs = dict(P=len(dys), STATISTIC=statistic, ROWS=along == "row", BN=tile.BN, BK=tile.BK, BT=tile.BT)
-    constexprs |= dict(STAGES=tile.num_stages, SHORT=tile.short, TMA=tile.tma)
+    constexprs |= dict(SHORT=tile.short, STAGES=tile.num_stages, LONG_STAGES=tile.long_stages, TMA=tile.tma)
+    constexprs |= dict(TMEM=tile.tmem)
     grid = (num_samples * n_tiles * strips,)
     return Call(grad_density_kernel, grid, arguments, constexprs, tile.num_warps, tile.num_stages, scratch=tile.tma)
 
@@ -264,15 +292,16 @@ def launch(
     statistic: str = "grad_l1",
     along: str | None = None,
     tile: config.Tile | None = None,
+    max_seqlen: int | None = None,
 ) -> list[torch.Tensor]:
     """`reference.grad_density` by the kernel: x (T, K), each dy (T, N_p), cu_seqlens (B+1,) int32 or int64.
 
     Returns P float64 tensors, (B,) or (B, N_p) for along="row". bf16, fp16 or fp32, any strides. `tile`: instead of the
-    table's choice.
+    table's choice. max_seqlen: tokens of the longest sample, for the choice of a tile; None or a wrong one costs time.
     """
     if len(dys) > MAX_PROJECTIONS:
         parts = [dys[i : i + MAX_PROJECTIONS] for i in range(0, len(dys), MAX_PROJECTIONS)]
-        return [out for part in parts for out in launch(x, part, cu_seqlens, statistic, along, tile)]
+        return [out for part in parts for out in launch(x, part, cu_seqlens, statistic, along, tile, max_seqlen)]
     if x.shape[0] == 0:  # no row that a descriptor could name
         return [out.zero_() for out in reference.empty_statistics(x, dys, len(cu_seqlens) - 1, along)]
     processors = config.processors(x.device)
@@ -283,28 +312,27 @@ def launch(
         return call
 
     if tile is None:
-        tokens = x.shape[0] / max(1, len(cu_seqlens) - 1)
+        samples = len(cu_seqlens) - 1
         sizes = tuple(dy.shape[1] for dy in dys)
-        key = (x.dtype, x.shape[1], sizes, round(tokens / 32), len(cu_seqlens), statistic, along)
-        tile = config.choose(x.device, _kind(x, dys, tokens), key, run)
+        key = (x.dtype, x.shape[1], sizes, round(x.shape[0] / max(1, samples) / 32), samples, statistic, along)
+        tile = config.choose(x.device, table_kind(x, dys, samples, max_seqlen), key, run)
     partial = run(tile).arguments["out"]
     dims = (1, 2) if along is None else (1,)
     out, before = [], 0
     for dy in dys:
-        step = dy.shape[1] if along == "row" else triton.cdiv(dy.shape[1], tile.BN)
+        step = dy.shape[1] if along == "row" else config.cdiv(dy.shape[1], tile.BN)
         part = partial[..., before : before + step]
         before += step
         out.append(part.amax(dims).double() if statistic == "grad_linf" else part.sum(dims, dtype=torch.float64))
     return out
 
 
-def _kind(x: torch.Tensor, dys: Sequence[torch.Tensor], mean_tokens: float) -> str:
+def table_kind(x: torch.Tensor, dys: Sequence[torch.Tensor], samples: int, max_seqlen: int | None) -> str:
     """The table's kind of launch."""
-    if x.dtype == torch.float32:
-        return "fp32"
-    if not all(map(config.aligned, (x, *dys))):
-        return "any"
-    return "short" if mean_tokens <= config.SHORT_MEAN_TOKENS else "long"
+    kind = triton_kind(x, all(map(config.aligned, (x, *dys))), samples)
+    if kind == "short" and max_seqlen is not None and max_seqlen <= 64:
+        return "short 32" if max_seqlen <= 32 else "short 64"
+    return kind
 
 
 # ---------------------------------------------------------------- what is compiled ahead of time
@@ -324,7 +352,7 @@ def aot_calls(architecture: int) -> Iterator[tuple[str, Call, bool]]:
             continue
         half = not kind.endswith("fp32")
         first = torch.bfloat16 if half else torch.float32
-        shapes = (even,) if kind in ("short", "long") else (even, odd)
+        shapes = (even, odd) if kind in ("any", "fp32") else (even,)
         for tile, (T, K, N) in itertools.product(tiles, shapes):
             launches = [
                 ("l1", "grad_l1", None, 2, first),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import dispatch
+from .. import dispatch, operators
 from ..checks import floating, one_of, same_kind
 from ..projections import autocast_dtype
 from . import reference
@@ -34,7 +34,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, row_weights, scale, softcap, nll_cap, impl):
         needs = ctx.needs_input_grad[:3]
-        loss, nll, *grads = torch.ops.kunbr_fast.linear_loss(
+        loss, nll, *grads = _linear_loss(
             hidden, weight, bias, targets, row_weights, nll_cap, scale, softcap, *needs, impl
         )
         ctx.save_for_backward(*(grad if need else None for grad, need in zip(grads, needs)))
@@ -91,11 +91,10 @@ def operands(
     return hidden, weight, bias
 
 
-@torch.library.custom_op(
-    "kunbr_fast::linear_loss",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor row_weights, Tensor? nll_cap, "
-    "float scale, float? softcap, bool need_hidden, bool need_weight, bool need_bias, str impl) "
+@operators.custom_op(
+    "linear_loss",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor row_weights, Tensor? nll_cap, float scale, "
+    "float? softcap, bool need_hidden, bool need_weight, bool need_bias, str impl) "
     "-> (Tensor loss, Tensor nll, Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
 )
 def _linear_loss(

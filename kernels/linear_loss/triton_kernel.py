@@ -30,6 +30,7 @@ import triton.language as tl
 
 from ..launch import Call
 from ..rounding import narrow
+from ..tiles import cdiv, next_power_of_2
 
 # Bytes of one chunk's logits, however large V is. At V=128256 in bf16: 1046 rows, so each pass over the weights (D*V
 # elements) does 1046 FLOPs a byte, where the GPU needs 184 to be bound by arithmetic (H200: 790 TFLOP/s, 4.3 TB/s).
@@ -77,6 +78,7 @@ def _tile(logits, start, V, padded, scale, softcap, SOFTCAP: tl.constexpr, MASKE
     if MASKED:
         z, t = _logits(tl.load(logits + cols, mask=cols < padded, other=0.0), scale, softcap, SOFTCAP)
         z = tl.where(cols < V, z, float("-inf"))
+        t = tl.where(cols < V, t, 0.0)  # the gradient behind a row becomes 0: some products on a CPU read it
     else:
         z, t = _logits(tl.load(logits + cols), scale, softcap, SOFTCAP)
     return cols, z, t
@@ -179,7 +181,7 @@ def call_linear_loss(
     arguments |= dict(scale=scale / cap, softcap=cap, slope_scale=float(scale))
     constexprs = dict(SOFTCAP=softcap is not None, GRADIENT=gradient)
     most = BLOCK_BYTES // logits.element_size() // (1 if softcap is None else 2)
-    constexprs |= dict(BLOCK=block or min(most, triton.next_power_of_2(vocabulary)))
+    constexprs |= dict(BLOCK=block or min(most, next_power_of_2(vocabulary)))
     (constexprs if nll_cap is None else arguments)["nll_cap"] = nll_cap
     return Call(linear_loss_kernel, (logits.shape[0],), arguments, constexprs, NUM_WARPS, 1)
 
@@ -189,8 +191,8 @@ def chunk_rows(rows: int, row_bytes: int, chunk_bytes: int) -> int:
     most = max(1, chunk_bytes // row_bytes)
     if rows <= most:
         return max(1, rows)
-    even = triton.cdiv(rows, triton.cdiv(rows, most))
-    return min(most, triton.cdiv(even, TILE_ROWS) * TILE_ROWS)
+    even = cdiv(rows, cdiv(rows, most))
+    return min(most, cdiv(even, TILE_ROWS) * TILE_ROWS)
 
 
 @torch.no_grad()
@@ -218,7 +220,7 @@ def launch(
     gradient = need_hidden or need_weight or need_bias
     nll = torch.empty(R, dtype=torch.float32, device=hidden.device)
     terms = torch.empty_like(nll)
-    padded = triton.cdiv(V, PAD) * PAD
+    padded = cdiv(V, PAD) * PAD
     rows = chunk_rows(R, padded * hidden.element_size(), chunk_bytes or CHUNK_BYTES)
     buffer = torch.empty((rows, padded), dtype=hidden.dtype, device=hidden.device)
     d_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -269,7 +271,7 @@ def _add_product(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 def aot_calls(architecture: int) -> Iterator[tuple[str, Call, bool]]:
     """(label, launch, False: the matrix products are the library's): each dtype, with and without each option."""
     for dtype, V in itertools.product((torch.bfloat16, torch.float16, torch.float32), (128256, 50257)):
-        logits = torch.empty(64, triton.cdiv(V, PAD) * PAD, dtype=dtype, device="meta")
+        logits = torch.empty(64, cdiv(V, PAD) * PAD, dtype=dtype, device="meta")
         row = torch.empty(64, dtype=torch.float32, device="meta")
         per_row = torch.empty(64, dtype=torch.int64, device="meta"), row.double(), row.double(), row, row
         for name, softcap, capped, gradient in (

@@ -25,6 +25,7 @@ Source: Zhang and Sennrich, arXiv 1910.07467; Ba et al., arXiv 1607.06450.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -34,6 +35,7 @@ import triton.language as tl
 from .. import tiles as config
 from ..launch import Call
 from ..rounding import narrow
+from ..tiles import cdiv
 from .reference import empty_as
 
 MAX_LEADING = 3  # leading dimensions of any strides
@@ -141,19 +143,26 @@ def norm_backward_kernel(dy, dh, h, weight, mean, rstd, dx, dw, db, num_rows, n1
 def _layout(**tensors: torch.Tensor) -> tuple[int, dict[str, int]]:
     """(R, the kernel's sizes and strides) of tensors of one shape; dimensions that all of them can merge are merged."""
     shape = next(iter(tensors.values())).shape
+    return _layout_of(shape, tuple(tensors), tuple([t.stride() for t in tensors.values()]))
+
+
+@functools.lru_cache(1024)  # a model has few shapes, and a launch should cost little
+def _layout_of(
+    shape: torch.Size, names: tuple[str, ...], of_each: tuple[tuple[int, ...], ...]
+) -> tuple[int, dict[str, int]]:
     dims: list[tuple[int, list[int]]] = []  # size, each tensor's stride
     for d, size in enumerate(shape[:-1]):
         if size == 1:
             continue
-        strides = [t.stride(d) for t in tensors.values()]
+        strides = [stride[d] for stride in of_each]
         if dims and dims[-1][1] == [size * stride for stride in strides]:
             dims[-1] = dims[-1][0] * size, strides
         else:
             dims.append((size, strides))
     if len(dims) > MAX_LEADING:
         raise ValueError(f"shape {tuple(shape)}: at most {MAX_LEADING} leading dimensions of unrelated strides")
-    dims = [(1, [0] * len(tensors))] * (MAX_LEADING - len(dims)) + dims
-    found = {f"stride_{name}{d}": dims[d][1][i] for i, name in enumerate(tensors) for d in range(MAX_LEADING)}
+    dims = [(1, [0] * len(names))] * (MAX_LEADING - len(dims)) + dims
+    found = {f"stride_{name}{d}": dims[d][1][i] for i, name in enumerate(names) for d in range(MAX_LEADING)}
     return shape[:-1].numel(), found | dict(n1=dims[1][0], n2=dims[2][0])
 
 
@@ -184,7 +193,7 @@ def call_forward(
     arguments |= dict(num_rows=rows, D=x.shape[-1], eps=eps, offset=offset) | layout
     constexprs = dict(RESIDUAL=residual is not None, BIAS=bias is not None, CENTER=center, LLAMA=llama)
     constexprs |= dict(BR=block.BR, BD=block.BD)
-    return Call(norm_forward_kernel, (triton.cdiv(rows, block.BR),), arguments, constexprs, block.num_warps, 1)
+    return Call(norm_forward_kernel, (cdiv(rows, block.BR),), arguments, constexprs, block.num_warps, 1)
 
 
 def call_backward(
@@ -210,11 +219,11 @@ def call_backward(
     block = config.row_block(D)
     dx = empty_as(h, h.dtype) if compute_dx else dy
     rows, layout = _layout(y=dy, g=dy if dh is None else dh, h=dy if h is None else h, x=dx)
-    row_blocks = triton.cdiv(rows, block.BR)
+    row_blocks = cdiv(rows, block.BR)
     resident = processors * max(1, config.NORM_SUM_WARPS // block.num_warps)
     programs = min(row_blocks, resident) if compute_dw or compute_db else row_blocks
-    blocks = triton.cdiv(row_blocks, max(1, programs))
-    programs = triton.cdiv(row_blocks, blocks) if row_blocks else 0
+    blocks = cdiv(row_blocks, max(1, programs))
+    programs = cdiv(row_blocks, blocks) if row_blocks else 0
     dw, db = (
         torch.empty((programs, D), dtype=torch.float32, device=dy.device) if asked else dy
         for asked in (compute_dw, compute_db)

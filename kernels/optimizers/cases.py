@@ -11,7 +11,7 @@ import torch
 from ..proof.cases import EPS, Case, Kind, Shape, Stranger, Tensors
 from . import op
 
-LR = 1e-2
+LR, BLOCK = 1e-2, 16384  # elements of a block of threads: csrc's, and 16 of Triton's
 TIMED = (2**18, 2**22, 2**26)
 # gradient, state, copy; None: of the parameter's dtype, or no copy
 FULL = [(None, None, None), (torch.bfloat16, None, torch.bfloat16), (torch.float16, None, torch.float16)]
@@ -21,14 +21,15 @@ HALF = [(None, None, None), (None, torch.float32, None), (torch.float32, torch.f
 def kinds(operation: str) -> list[Kind]:
     found = []
     for impl in ("cuda", "triton"):
-        cases = [_case(operation, 3 * 1024 + 123, number, 0.1, 3) for number in range(3)]
+        cases = [_case(operation, BLOCK + 1147, number, 0.1, 3) for number in range(3)]
         cases += [_case(operation, 1, 0, 0.1, 1), _case(operation, 63, 1, 0.0, 1000)]
+        cases.append(_case(operation, 1147, 1, 0.1, 3, seed=7))
         found.append(Kind(operation, impl, cases, [_shape(operation, size) for size in TIMED]))
     return found
 
 
-def _case(name: str, size: int, number: int, weight_decay: float, step: int) -> Case:
-    """number: of the dtypes in FULL, for fp32 parameters, or in HALF."""
+def _case(name: str, size: int, number: int, weight_decay: float, step: int, seed: int | None = None) -> Case:
+    """number: of the dtypes in FULL, for fp32 parameters, or in HALF. seed: bf16 is rounded stochastically."""
 
     def draw(dtype):
         grad, state, half = (FULL if dtype == torch.float32 else HALF)[number]
@@ -43,15 +44,16 @@ def _case(name: str, size: int, number: int, weight_decay: float, step: int) -> 
         return found | ({"half": torch.full((size,), torch.nan, dtype=half)} if half else {})
 
     def run(impl, inputs):
-        return _step(name, impl, inputs, weight_decay, step)
+        return _step(name, impl, inputs, weight_decay, step, seed)
 
     results = [n for n in ("param", "m", "v") if n != "v" or name == "adamw"]
     stranger = Stranger("grad", 0, dict.fromkeys(results, slice(1, None)))
     label = f"{size} elements, dtypes {number}, step {step}, weight decay {weight_decay}"
+    label += ", stochastic" * (seed is not None)
     return Case(label, draw, run, floors, stranger=stranger)
 
 
-def _step(name: str, impl: str, inputs: Tensors, weight_decay: float, step: int) -> Tensors:
+def _step(name: str, impl: str, inputs: Tensors, weight_decay: float, step: int, seed: int | None) -> Tensors:
     """What one step makes of the inputs, which it writes to."""
     state = [inputs["m"], inputs["v"]] if name == "adamw" else [inputs["m"]]
     numbers = (step, LR, 0.9, 0.999, 1e-8) if name == "adamw" else (LR, 0.9, 0.99)
@@ -59,13 +61,16 @@ def _step(name: str, impl: str, inputs: Tensors, weight_decay: float, step: int)
     half = inputs.get("half")
     if half is not None and half.dtype == torch.float64:  # the truth, which is not rounded
         half = None
-    op.implementation(name, inputs["param"], impl)[1](*tensors, *numbers, weight_decay, half=half)
+    random = {"seed": seed} if seed is not None and half is None and tensors[0].dtype == torch.bfloat16 else {}
+    random |= {"step": step} if random and name == "lion" else {}
+    op.implementation(name, inputs["param"], impl)[1](*tensors, *numbers, weight_decay, half=half, **random)
     copied = {"copied": half.double() - inputs["param"].to(half.dtype).double()} if half is not None else {}
     return dict(zip(("param", "m", "v"), [inputs["param"], *state])) | copied
 
 
 def floors(inputs: Tensors, truth: Tensors) -> Tensors:
-    """One rounding of each result, and of fp32 sums. The copy is the parameter's exactly: it has no entry in truth."""
+    """One rounding of each result, a whole eps as it may be stochastic, and those of fp32 sums. The copy is the
+    parameter's exactly: it has no entry in truth."""
     param, grad, m = (inputs[name].double() for name in ("param", "grad", "m"))
     size, moved = grad.abs() + m.abs(), (truth["param"] - param).abs()
     found = {
@@ -77,16 +82,30 @@ def floors(inputs: Tensors, truth: Tensors) -> Tensors:
     return {name: found[name] + eps[name] * truth[name].abs() for name in truth}
 
 
+def _torchs_adamw(inputs: Tensors) -> None:
+    """What runs where "auto" takes torch: torch.optim.AdamW(fused=True), which wants a gradient of its own dtype."""
+    param, half = inputs["param"], inputs.get("half")
+    if "step" not in inputs:
+        inputs["step"] = torch.ones((), device=param.device)
+    vectors = [[t] for t in (param, inputs["grad"].to(param.dtype), inputs["m"], inputs["v"])]
+    settings = dict(lr=1e-7, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False)
+    torch._fused_adamw_(*vectors, [], [inputs["step"]], **settings)
+    if half is not None:
+        half.copy_(param)
+
+
 def _shape(name: str, size: int) -> Shape:
     def draw(device, dtype):
         master = dtype == torch.float32  # with bf16 gradients, and a bf16 copy
         narrow = torch.bfloat16 if master else dtype
         found = {"param": torch.randn(size, device=device).to(dtype)}
-        found |= {"grad": torch.randn(size, device=device).to(narrow), "m": torch.zeros(size, device=device)}
-        found |= {"v": torch.zeros(size, device=device)} if name == "adamw" else {}
+        found |= {"grad": torch.randn(size, device=device).to(narrow), "m": torch.zeros(size, device=device).to(dtype)}
+        found |= {"v": torch.zeros_like(found["m"])} if name == "adamw" else {}
         return found | ({"half": torch.empty(size, device=device, dtype=narrow)} if master else {})
 
     def run(impl, inputs):
+        if impl == "torch" and name == "adamw":
+            return _torchs_adamw(inputs)
         state = [inputs[key] for key in ("m", "v") if key in inputs]
         numbers = (3, 1e-7, 0.9, 0.999, 1e-8) if name == "adamw" else (1e-7, 0.9, 0.99)
         update = op.implementation(name, inputs["param"], impl)[1]

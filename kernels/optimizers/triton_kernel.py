@@ -28,6 +28,7 @@ import triton.language as tl
 
 from ..launch import Call
 from ..rounding import narrow, narrow_stochastically, random_bits
+from ..tiles import cdiv
 
 # Eight elements for each of 128 threads: one 16-byte access in bf16, two in fp32.
 BLOCK = 1024
@@ -134,7 +135,7 @@ def _call(kernel, vectors, half, numbers, seed, step) -> Call:
     constexprs = dict(STOCHASTIC=seed is not None, BLOCK=BLOCK)
     (constexprs if half is None else arguments)["half"] = half
     # no fma: which products are contracted depends on the loads' width, and so would the last bits on the alignment
-    grid = (triton.cdiv(param.numel(), BLOCK),)
+    grid = (cdiv(param.numel(), BLOCK),)
     return Call(kernel, grid, arguments, constexprs, NUM_WARPS, 1, fma=False)
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .. import dispatch
-from .verdicts import FOLDERS, Target
+from ..verdicts import FOLDERS, Target
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OPTIMIZERS = ("lion", "adamw")
 EPS = torch.finfo(torch.float32).eps
 Tensors = dict[str, torch.Tensor]
 
@@ -96,18 +97,20 @@ def kinds(operation: str) -> list[Kind]:
 
 def targets(
     device: torch.device,
+    dtypes: Collection[str] = tuple(DTYPES),
     operations: Sequence[str] = dispatch.OPERATIONS,
-    impls: Sequence[str] = ("cuda", "triton"),
-    dtypes: Sequence[str] = tuple(DTYPES),
+    impls: Collection[str] = ("cuda", "triton"),
 ) -> list[Target]:
-    """All that this machine's device may launch of these, in the table's order."""
+    """All that this machine's device may launch of these, in the table's order. Of optimisers those for fp32 too: they
+    update fp32 weights, whatever the model's dtype."""
     found = []
     for operation in operations:
+        wanted = {*dtypes, "fp32"} if dtypes and operation in OPTIMIZERS else dtypes
         for kind in kinds(operation):
             if kind.impl not in impls or dispatch.why_not(operation, kind.impl, device) is not None:
                 continue
             if kind.why_not(device) is None:
-                found += [target for target in kind.targets() if target.dtype in dtypes]
+                found += [target for target in kind.targets() if target.dtype in wanted]
     return found
 
 

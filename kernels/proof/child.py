@@ -1,7 +1,8 @@
 """The process that runs kernels for a proof: `python -m kunbr_fast.kernels.proof.child`, started by prove.py.
 
 It reads one job, JSON on a line of its standard input, and answers with lines of JSON: {"begin": target} before each
-target and {"end": target, ...} after it. A kernel's error that may have broken the device ends it.
+target and {"end": target, ...} after it, {"bye": true} at the end. A kernel's error that may have broken the device
+ends it early.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Any, TextIO
 import torch
 
 from ..errors import Unavailable
+from ..verdicts import Target
 from . import clock, gate
 from .cases import DTYPES, Kind, kind_of
-from .verdicts import Target
 
 
 def main(find: Callable[[Target], Kind] = kind_of) -> None:
@@ -41,6 +42,7 @@ def main(find: Callable[[Target], Kind] = kind_of) -> None:
         _say(answers, end=dataclasses.asdict(target), **found)
         if broken:
             break
+    _say(answers, bye=True)
     os._exit(0)  # a device that hangs would keep a tidy end waiting
 
 

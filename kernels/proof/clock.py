@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 
+from ..verdicts import Timing
 from .cases import Kind, Shape
 from .gate import finish
-from .verdicts import Timing
 
 ROUNDS, SECONDS = 30, 0.15  # at most of a shape and mode; at least LEAST rounds
 LEAST = 3
@@ -47,21 +47,28 @@ def _times_of(shape: Shape, kind: Kind, dtype: torch.dtype, device: torch.device
         finish(device)
     found = [Timing(shape.size, "eager", *_in_turns(runs, device))]
     if kind.graphs and device.type == "cuda":
-        graphs = [_captured(run, device) for run in runs]
-        found.append(Timing(shape.size, "graph", *_in_turns([graph.replay for graph in graphs], device)))
+        replays = [_captured(run, device) for run in runs]
+        if None not in replays:
+            found.append(Timing(shape.size, "graph", *_in_turns(replays, device)))
     return found
 
 
-def _captured(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+def _captured(run: Callable[[], object], device: torch.device) -> Callable[[], object] | None:
+    """Replays `run` from a graph; None where it cannot be captured, which says nothing of its results."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         run()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return None
+    return graph.replay
 
 
 def _in_turns(runs: list[Callable[[], object]], device: torch.device) -> list[float]:

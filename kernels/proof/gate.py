@@ -55,7 +55,7 @@ def judge_case(case: Case, impl: str, dtype: torch.dtype, device: torch.device) 
     inputs = {name: t.to(device) for name, t in case.draw(dtype).items()}
     with guarded(device) as allocations:
         ours = _run(case, impl, inputs, device)
-        broken = not all(map(_intact, allocations))
+        broken = not all(_intact(number, *one) for number, one in enumerate(allocations))
     found = _compare(case, inputs, ours)
     if found.why is None and broken:
         found = dataclasses.replace(found, why=CANARIES)
@@ -74,7 +74,8 @@ def judge_case(case: Case, impl: str, dtype: torch.dtype, device: torch.device) 
 
 
 def _run(case: Case, impl: str, inputs: Tensors, device: torch.device) -> Tensors:
-    results = {name: t.detach() for name, t in case.run(impl, {k: t.clone() for k, t in inputs.items()}).items()}
+    own = {name: torch.empty_like(t).copy_(t) for name, t in inputs.items()}  # between canaries too: some are outputs
+    results = {name: t.detach() for name, t in case.run(impl, own).items()}
     finish(device)
     return results
 
@@ -91,9 +92,10 @@ def _compare(case: Case, inputs: Tensors, ours: Tensors) -> Found:
         if bool((ours[name] != 0).any()):
             return Found(f"{WRONG}: {name} is not exact", float(ours[name].abs().max()), 0.0)
     for name, true in truth.items():
+        for what in ("shape", "dtype"):
+            if (got := getattr(ours[name], what)) != getattr(torchs[name], what):
+                return Found(f"{WRONG}: {name} has {what} {tuple(got) if what == 'shape' else got}", float("inf"), 0.0)
         mine, other, true = (t.detach().to(true.device).double() for t in (ours[name], torchs[name], true))
-        if mine.shape != true.shape:
-            return Found(f"{WRONG}: {name} has shape {tuple(mine.shape)}", float("inf"), 0.0)
         error, bound = (mine - true).abs(), 2 * (other - true).abs()
         floor = floors[name]
         if not isinstance(floor, torch.Tensor):  # of the whole
@@ -135,7 +137,8 @@ def finish(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def guarded(device: torch.device) -> Iterator[list[tuple[torch.Tensor, int]]]:
-    """Inside, memory that Python code asks torch for on `device` is NaN (all bits set), between canaries.
+    """Inside, memory that Python code asks torch for on `device` is NaN (all bits set), between canaries, NaN as well
+    for who reads beyond, and each one's own for who copies beyond.
 
     Yields what was given: all of its memory, and how many bytes of that were asked for.
     """
@@ -145,7 +148,8 @@ def guarded(device: torch.device) -> Iterator[list[tuple[torch.Tensor, int]]]:
     def strided(size, stride, dtype):
         elements = 1 + sum((n - 1) * s for n, s in zip(size, stride)) if all(size) else 0
         nbytes = elements * dtype.itemsize
-        memory = empty(nbytes + 2 * CANARY, dtype=torch.uint8, device=device).fill_(0xA5)
+        memory = empty(nbytes + nbytes % 2 + 2 * CANARY, dtype=torch.uint8, device=device)
+        memory.view(torch.int16).fill_(_canary(len(given)))
         memory[CANARY : CANARY + nbytes] = 0xFF
         given.append((memory, nbytes))
         # not a view: whether a tensor is one decides what may be overwritten
@@ -176,6 +180,11 @@ def guarded(device: torch.device) -> Iterator[list[tuple[torch.Tensor, int]]]:
         yield given
 
 
-def _intact(one: tuple[torch.Tensor, int]) -> bool:
-    memory, nbytes = one
-    return bool((memory[:CANARY] == 0xA5).all() and (memory[CANARY + nbytes :] == 0xA5).all())
+def _canary(number: int) -> int:
+    """Two bytes of the canaries of that allocation: NaN in bf16 and fp16, and twice in fp32."""
+    return 0x7F81 + number % 126
+
+
+def _intact(number: int, memory: torch.Tensor, nbytes: int) -> bool:
+    words, after = memory.view(torch.int16), (CANARY + nbytes + 1) // 2
+    return bool((words[: CANARY // 2] == _canary(number)).all() and (words[after:] == _canary(number)).all())

@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from . import verdicts
-from .verdicts import Target, Timing, Verdict
+from .. import verdicts
+from ..verdicts import Target, Timing, Verdict
 
-LIMIT = 120.0  # seconds that a process may be silent: compiling on a busy machine takes long, too
+LIMIT = 120.0  # seconds that a target may take: compiling on a busy machine takes long, too
+START = 300.0  # and a process until it begins
 OUT_OF_MEMORY = "out of memory"
 ROOT = Path(sys.modules[__package__.partition(".")[0]].__file__).resolve().parents[1]
 COMMAND = (sys.executable, "-m", f"{__package__}.child")
@@ -40,7 +41,7 @@ def ignore(*arguments) -> None:
 class Prover:
     """Proves targets on a device.
 
-    limit: seconds without an answer after which a process is ended. on_verdict: told each verdict as it is known.
+    limit: seconds that a target may take before its process is ended. on_verdict: told each verdict as it is known.
     progress: told ("checked" or "timed", how many, of how many, what is running). command: what runs child.py's `main`.
     """
 
@@ -145,13 +146,18 @@ class Child:
             self.heard = time.monotonic()
         *lines, self.text = self.text.split(b"\n")
         for line in map(json.loads, lines):
-            if "begin" in line:
+            if "bye" in line:  # where a device hangs its process may not be able to end
+                self.ended = True
+            elif "begin" in line:
                 self.current = Target(**line["begin"])
             else:
                 target = Target(**line.pop("end"))
                 found[target] = line
                 self.targets.remove(target)
                 self.current = None
+        if self.ended:
+            return found, self.targets
+        limit = START if self.current is None else limit
         late = time.monotonic() - self.heard > limit
         if chunk is None and not late:  # nothing to read now; b"" once it has closed its end
             return found, []

@@ -85,13 +85,13 @@ def _rotate(
     xs: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, transposed: bool, triton: bool
 ) -> list[torch.Tensor]:
     if triton:
-        return torch.ops.kunbr_fast.rotary(xs, cos, sin, transposed)
+        return _ROTARY(xs, cos, sin, transposed)
     return [reference.rotary(x, cos, sin, transposed) for x in xs]
 
 
 def _rotate_(xs: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, triton: bool) -> None:
     if triton:
-        torch.ops.kunbr_fast.rotary_(xs, cos, sin)
+        _ROTARY_(xs, cos, sin)
     else:
         for x in xs:
             reference.rotary(x, cos, sin, out=x)
@@ -152,10 +152,10 @@ def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
 
 
 _define = functools.partial(operators.define, __package__)
-_rotary = _define("rotary", "(Tensor[] xs, Tensor cos, Tensor sin, bool transposed) -> Tensor[]", "rotate")
-_define("rotary_", "(Tensor(a!)[] xs, Tensor cos, Tensor sin) -> ()", "rotate_", ("xs",))
+_ROTARY = _define("rotary", "(Tensor[] xs, Tensor cos, Tensor sin, bool transposed) -> Tensor[]", "rotate")
+_ROTARY_ = _define("rotary_", "(Tensor(a!)[] xs, Tensor cos, Tensor sin) -> ()", "rotate_", ("xs",))
 
 
-@_rotary.register_fake
+@_ROTARY.register_fake
 def _(xs, cos, sin, transposed):
     return [reference.empty(x) for x in xs]

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Call
+from ..tiles import cdiv, next_power_of_2
 from . import reference
 
 # Elements of one half of a program's heads: 8 a thread with 4 warps, a 16-byte access in half precision. For d = 128,
@@ -106,9 +107,9 @@ def call_rotate(
         cos, sin = cos.contiguous(), sin.contiguous()
     B, _, T, d = xs[0].shape
     r = cos.shape[-1]
-    BR = triton.next_power_of_2(max(r // 2, 1))
-    BH = min(max(1, TILE // BR), triton.next_power_of_2(max(1, *(x.shape[1] for x in xs))))
-    counts = [triton.cdiv(x.shape[1], BH) for x in xs]
+    BR = next_power_of_2(max(r // 2, 1))
+    BH = min(max(1, TILE // BR), next_power_of_2(max(1, *(x.shape[1] for x in xs))))
+    counts = [cdiv(x.shape[1], BH) for x in xs]
     arguments = dict(cos=cos, sin=sin, T=T, half=r // 2, d=d, blocks0=counts[0], blocks=sum(counts))
     for p in range(2):  # a second tensor that is not there has no programs: the first one again
         x, y = xs[min(p, len(xs) - 1)], ys[min(p, len(xs) - 1)]
@@ -119,7 +120,7 @@ def call_rotate(
         stride_cb=cos.stride(0) if cos.shape[0] > 1 else 0, stride_ct=cos.stride(1), stride_cr=cos.stride(2)
     )
     copy = r < d and any(x is not y for x, y in zip(xs, ys))
-    constexprs = dict(TRANSPOSED=transposed, COPY=copy, BH=BH, BR=BR, BC=triton.next_power_of_2(max(d - r, 1)))
+    constexprs = dict(TRANSPOSED=transposed, COPY=copy, BH=BH, BR=BR, BC=next_power_of_2(max(d - r, 1)))
     return Call(rotary_kernel, (B * T * sum(counts),), arguments, constexprs, NUM_WARPS, num_stages=1)
 
 

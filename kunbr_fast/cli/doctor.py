@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 from packaging.requirements import Requirement
 
 from kunbr_fast.cli.verdict_table import table
-from kunbr_fast.kernels import cuda_library, dispatch
-from kunbr_fast.kernels.proof import verdicts
-from kunbr_fast.kernels.proof.verdicts import Verdict
+from kunbr_fast.kernels import cuda_library, dispatch, verdicts
+from kunbr_fast.kernels.verdicts import Verdict
 from kunbr_fast.machine import cpu_name, usable_cpus
 from kunbr_fast.version import __version__
 

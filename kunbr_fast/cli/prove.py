@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 from kunbr_fast.cli.verdict_table import table
-from kunbr_fast.kernels import dispatch
-from kunbr_fast.kernels.proof import verdicts
-from kunbr_fast.kernels.proof.verdicts import Verdict
+from kunbr_fast.kernels import dispatch, verdicts
+from kunbr_fast.kernels.verdicts import Verdict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("operations", nargs="*", metavar="OPERATION", help=f"{', '.join(dispatch.OPERATIONS)} [all]")
     parser.add_argument("--impl", nargs="+", choices=("cuda", "triton"), default=["cuda", "triton"], help="[both]")
     parser.add_argument(
-        "--dtype", nargs="+", choices=("bf16", "fp16", "fp32"), default=["bf16", "fp32"], help="[bf16 fp32]"
-    )
+        "--dtype", nargs="+", choices=("bf16", "fp16", "fp32"), default=["bf16"],
+        help="of the model; optimisers' fp32 weights are always among them [bf16]",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda", metavar="cuda:0", help="which GPU [the first]")
     parser.add_argument("--again", action="store_true", help="prove anew what there are verdicts on")
     parser.add_argument(
@@ -62,9 +62,7 @@ def _prove(device, arguments, on_verdict) -> tuple[list[Verdict], dict]:
     from kunbr_fast.kernels.proof import cases, prove
     from kunbr_fast.proofs import Progress
 
-    targets = cases.targets(
-        device, arguments.operations or dispatch.OPERATIONS, tuple(arguments.impl), tuple(arguments.dtype)
-    )
+    targets = cases.targets(device, arguments.dtype, arguments.operations or dispatch.OPERATIONS, arguments.impl)
     known = [] if arguments.again else [v for t in targets if (v := verdicts.find(t, device)) is not None]
     tell = on_verdict or prove.ignore
     for verdict in known:

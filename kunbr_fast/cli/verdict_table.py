@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from kunbr_fast.kernels.proof.verdicts import Verdict
+from kunbr_fast.kernels.verdicts import Verdict
 
 
 def table(found: list[Verdict]) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.model import compat
+from kunbr_fast.model.gather import take, to_places
 
 ATTENTION = "kunbr_packed"
 
@@ -42,19 +43,16 @@ def packed_attention(
     batch, longest = kunbr_batch, max(kunbr_batch.lengths)
     window, softcap = options.get("sliding_window"), options.get("softcap")
 
-    def to_grid(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-        x = x[0].transpose(0, 1)  # (T, heads, d)
-        if index is not None:
-            x = x.index_select(0, index)
-        return x.unflatten(0, (batch.num_samples, -1)).transpose(1, 2)
-
     place = torch.arange(longest, device=query.device)
     queries = place[None]  # positions within their samples, (1 or B, Lmax or Rmax)
     if kunbr_rows is None:
         index, back = batch.pad_index, None if batch.pad_index is None else batch.unpad_index
     else:
         index, back, queries = batch.row_grid
-    query, key, value = to_grid(query, index), to_grid(key, batch.pad_index), to_grid(value, batch.pad_index)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
+    keys = batch.pad_index, None if batch.pad_index is None else batch.unpad_index
+    grids = to_places((query, index, back), (key, *keys), (value, *keys))
+    query, key, value = (x.unflatten(0, (batch.num_samples, -1)).transpose(1, 2) for x in grids)
     allowed = None  # (1 or B, 1, queries, keys); None: all that causality allows
     narrow = window is not None and longest > window
     if narrow or kunbr_rows is not None or softcap is not None:
@@ -75,7 +73,7 @@ def packed_attention(
         out = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
     out = out.transpose(1, 2).flatten(0, 1)  # (B * Lmax, Hq, d)
     if back is not None:
-        out = out.index_select(0, back)
+        out = take(out, back)
     return out[None], None
 
 

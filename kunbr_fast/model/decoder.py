@@ -30,6 +30,7 @@ from kunbr_fast.files.models import save_model
 from kunbr_fast.memory import Place
 from kunbr_fast.model import attention, compat
 from kunbr_fast.model.frozen import evaluating, frozen
+from kunbr_fast.model.gather import take
 from kunbr_fast.model.weights import Weights, check_finite, weights_of
 
 Turn = Callable[[int, "Stretch", int, torch.Tensor | None], None]  # see `Decoder.passes`
@@ -385,7 +386,7 @@ class Decoder:
                 else:
                     hidden = layer(hidden, *args, **kwargs)
                 hidden = hidden[0] if compat.LAYERS_RETURN_TUPLES else hidden
-        return hidden[0][batch.rows] if rows else hidden[0]
+        return take(hidden[0], batch.rows) if rows else hidden[0]
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:
         """Hidden states (T, D) at the input of layer 0."""

@@ -42,6 +42,7 @@ from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import layer_list
 from kunbr_fast.model.families import FAMILIES, Family, identify
 from kunbr_fast.model.frozen import same_modes
+from kunbr_fast.model.gather import take
 from kunbr_fast.proofs import ensure_proven
 
 logger = logging.getLogger(__name__)
@@ -159,9 +160,9 @@ def _heads(
     if family.packed:
         heads = module.config.num_attention_heads, module.config.num_key_value_heads, module.config.num_key_value_heads
         query, key, value = module.qkv_proj(hidden_states).split([count * width for count in heads], -1)
-        query = query if rows is None else query[:, rows]
+        query = query if rows is None else take(query, rows, 1)
     elif rows is not None:
-        query = module.q_proj(hidden_states[:, rows])
+        query = module.q_proj(take(hidden_states, rows, 1))
         key, value = _project(hidden_states, module.k_proj, module.v_proj)
     else:
         query, key, value = _project(hidden_states, module.q_proj, module.k_proj, module.v_proj)
@@ -198,7 +199,7 @@ def _whole_layer(
 ) -> torch.Tensor:
     attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
     rows = kwargs.get("kunbr_rows")
-    hidden_states = hidden_states if rows is None else hidden_states[:, rows]
+    hidden_states = hidden_states if rows is None else take(hidden_states, rows, 1)
     norm, after_mlp = getattr(module, family.sums_into), None
     if family.after is not None:
         after_attention, after_mlp = (getattr(module, name) for name in family.after)

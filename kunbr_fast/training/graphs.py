@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from kunbr_fast.data import PackedBatch, grid
-from kunbr_fast.kernels.dispatch import Unavailable
+from kunbr_fast.kernels.dispatch import Unavailable, in_graphs
 from kunbr_fast.memory import is_out_of_memory
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.objectives.losses import RowWeights
@@ -56,8 +56,11 @@ class Bucket:
         wide = -(-max(batch.lengths) // ATTENTION_STEP) * ATTENTION_STEP
         wide = wide if max_positions is None else min(wide, max_positions)
         most = -(-max(batch.row_counts) // ATTENTION_STEP) * ATTENTION_STEP
-        sizes = round_up(batch.num_tokens), round_up(len(rows.weight)), wide, min(wide, most)
-        return cls(batch.num_samples, *sizes, batch.layer, batch.hidden is not None, rows.cap is not None)
+        most, count = min(wide, most), batch.num_samples
+        # at most as many as there are places: the filling has places of its own
+        tokens = min(round_up(batch.num_tokens), count * wide)
+        num_rows = min(round_up(len(rows.weight)), count * most)
+        return cls(count, tokens, num_rows, wide, most, batch.layer, batch.hidden is not None, rows.cap is not None)
 
     def takes(self, other: Bucket, batch: PackedBatch, num_rows: int) -> bool:
         """Whether a batch whose own bucket is `other` fits, with little waste."""
@@ -65,6 +68,13 @@ class Bucket:
             return False
         sizes = ((self.tokens, batch.num_tokens), (self.rows, num_rows))
         return all(size >= n and (size - n) * WASTE <= size for size, n in sizes)
+
+
+def unused(index: torch.Tensor, size: int, count: int) -> torch.Tensor:
+    """`count` numbers below `size` that are not in `index`."""
+    free = torch.ones(size, dtype=torch.bool)
+    free[index] = False
+    return free.nonzero().squeeze(1)[:count]
 
 
 class StaticBatch:
@@ -104,9 +114,13 @@ class StaticBatch:
         values |= dict(unpad_index=host.sample_of_token * bucket.longest + host.position_ids)
         values |= dict(pad_index=grid(host.cu_seqlens[:-1], torch.tensor(host.lengths), bucket.longest))
         values |= dict(row_index=index, row_back=back, row_places=places.flatten())
+        # `gather` wants an index that names nothing twice
+        others = dict(rows=bucket.tokens, unpad_index=bucket.samples * bucket.longest)
+        others |= dict(row_back=bucket.samples * bucket.most_rows)
         for name, into in self._host.items():
             n = len(values[name])
-            into[:n], into[n:] = values[name], 0  # the fill points at token 0, row 0, place 0
+            into[:n] = values[name]
+            into[n:] = unused(values[name], others[name], len(into) - n) if name in others else 0
         self._integers.copy_(self._staging, non_blocking=True)
         if self._sent is not None:
             self._sent.record()
@@ -205,8 +219,9 @@ class StepGraphs:
         return loss, nll[:num_rows]
 
     def _run(self, static: StaticBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, nll = self._forward(static.batch, static.rows)
-        loss.backward()
+        with in_graphs():
+            loss, nll = self._forward(static.batch, static.rows)
+            loss.backward()
         return loss.detach(), nll
 
     def _add(self, bucket: Bucket, batch: PackedBatch, rows: RowWeights) -> tuple:

@@ -51,8 +51,11 @@ def every(run, *arguments, statistics=STATISTICS, **options):
     return [torch.stack(values) for values in zip(*(run(name, *arguments, **options) for name in statistics))]
 
 
-def launch(x, dys, cu, along=None, tile=None, statistics=STATISTICS):
-    return every(lambda name: grad_density.launch(x, dys, cu, name, along, tile), statistics=statistics)
+def launch(x, dys, cu, along=None, tile=None, statistics=STATISTICS, max_seqlen=None):
+    def run(name):
+        return grad_density.launch(x, dys, cu, name, along, tile, max_seqlen)
+
+    return every(run, statistics=statistics)
 
 
 def check(ours, x, dys, lengths, along, statistics=STATISTICS):
@@ -224,28 +227,106 @@ def test_addresses_beyond_32_bits():
     check(swapped, dys[0], [near], [2, 4], None)
 
 
-def test_strips_do_not_matter(monkeypatch):
-    """How many strips K is cut into depends on the GPU's size; the result does not, but for the last bits."""
-    x, dys, cu = batch([20, 9], 700, (40,), torch.bfloat16)
+MIXED = [0, 1, 64, 65, 600, 128, 129, 0]
+
+
+def small(short, **options):
+    """A tile with few columns, so that a program has several of them, and several blocks of a long sample."""
+    return Tile(32, 16, 64, 4, 2, short=short, group=2, **options)
+
+
+@pytest.mark.parametrize(
+    "short, K, along, statistic",
+    [
+        (0, 101, "row", "grad_l1"),
+        (32, 104, None, "grad_l2sq"),
+        (64, 101, None, "grad_l1"),
+        (128, 104, "row", "grad_linf"),
+        (128, 101, None, "grad_l1"),
+    ],
+)
+def test_several_tiles_a_program(short, K, along, statistic):
+    """Seven tiles along K in one strip. Samples of each way through the kernel beside each other, three projections."""
+    x, dys, cu = batch(MIXED, K, (24, 8, 40), torch.bfloat16)
+    tile = small(short, tma=K == 104)
+    call = grad_density.call_grad_density(x, dys, cu, statistic, along, tile, 1)
+    assert (call.arguments["strips"], call.arguments["strip_tiles"]) == (1, 7)
+    out = launch(x, dys, cu, along, tile, [statistic])
+    check(out, x, dys, MIXED, along, [statistic])
+    for first, second in zip(out, launch(x, dys, cu, along, tile, [statistic])):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("which", [i for i, tokens in enumerate(MIXED) if tokens])
+def test_a_neighbour_never_leaks_from_tile_to_tile(which):
+    """NaN in one sample: the long way goes from a tile's last, partial block to the first of the next tile."""
+    x, dys, cu = batch(MIXED, 40, (24,), torch.bfloat16)
+    tile = small(64, tma=True)
+    clean = launch(x, dys, cu, None, tile, ["grad_l1"])[0]
+    rows = slice(int(cu[which]), int(cu[which + 1]))
+    for t in (x, *dys):
+        t[rows] = torch.nan
+    out = launch(x, dys, cu, None, tile, ["grad_l1"])[0]
+    others = [i for i in range(len(MIXED)) if i != which]
+    assert bool(out[:, which].isnan().all()) and torch.equal(out[:, others], clean[:, others])
+
+
+@pytest.mark.parametrize("max_seqlen, kind", [(None, "short"), (1, "short 32"), (40, "short 64"), (600, "short")])
+def test_max_seqlen_chooses_and_never_decides(monkeypatch, max_seqlen, kind):
+    """The longest sample has 200 tokens: what the caller says of it costs time where it is wrong, never a value."""
+    lengths = [10, 0, 200, 33, 70]
+    tiles = {"short 32": small(32), "short 64": small(64), "short": small(128)}
+    seen = []
+
+    def choose(device, kind, shape, run):
+        seen.append(kind)
+        return tiles[kind]
+
+    monkeypatch.setattr(config, "choose", choose)
+    x, dys, cu = batch(lengths, 40, (24,), torch.bfloat16)
+    check(launch(x, dys, cu, max_seqlen=max_seqlen), x, dys, lengths, None)
+    assert set(seen) == {kind}
+
+
+@pytest.mark.parametrize("short", [0, 128])
+def test_strips_do_not_matter(monkeypatch, short):
+    """Into how many strips K is cut depends on the GPU's size; the result does not, but for the last bits. Seven tiles:
+    strips of 4 and 2 tiles do not divide them."""
+    lengths = [20, 9, 150]
+    x, dys, cu = batch(lengths, 104, (40,), torch.bfloat16)
     found = []
-    for count in (1, 4, 1000):
-        monkeypatch.setattr(config, "processors", lambda device, count=count: count)
-        found.append(launch(x, dys, cu)[0])
-        check([found[-1]], x, dys, [20, 9], None)
-    torch.testing.assert_close(found[0], found[2], rtol=8 * EPS, atol=0)
+    for strips in ((1, 7), (2, 4), (4, 2), (7, 1)):
+        monkeypatch.setattr(grad_density, "_strips", lambda *arguments, strips=strips: strips)
+        found.append(launch(x, dys, cu, tile=small(short, tma=True))[0])
+        check([found[-1]], x, dys, lengths, None)
+        torch.testing.assert_close(found[0], found[-1], rtol=8 * EPS, atol=0)
+
+
+def test_strips_of_an_h200():
+    """14336 x 4096, 2048 tokens, 132 multiprocessors: 896 programs of equal length in 7 rounds, but for short samples,
+    of which there are enough."""
+    for samples, strips in ((64, 1), (32, 1), (16, 1), (8, 1), (4, 2), (2, 4), (1, 8)):
+        kind = "short" if samples > 8 else "long"
+        tile = config.TABLE[90, kind][0]
+        x, dy = (torch.empty(2048, n, dtype=torch.bfloat16, device="meta") for n in (4096, 14336))
+        cu = torch.empty(samples + 1, dtype=torch.int32, device="meta")
+        call = grad_density.call_grad_density(x, [dy], cu, "grad_l1", None, tile, 132)
+        assert call.arguments["strips"] == strips, samples
+        assert kind == "short" or call.grid == (896,)
 
 
 # ---------------------------------------------------------------- the choice of tiles
 
 
 def test_every_architecture_has_every_kind():
-    kinds = {"short", "long", "any", "fp32"}
+    kinds = {"short 32", "short 64", "short", "long", "any", "fp32"}
     assert {a for a, _ in config.TABLE} == set(config.ARCHITECTURES) == {80, 90, 100}
     for architecture in config.ARCHITECTURES:
         assert {kind for a, kind in config.TABLE if a == architecture} == kinds
     for (architecture, kind), tiles in config.TABLE.items():
-        assert all(not tile.tma for tile in tiles) or (architecture >= 90 and kind in ("short", "long"))
-        assert all(tile.short == (kind == "short") for tile in tiles)
+        assert all(not tile.tma for tile in tiles) or (architecture >= 90 and kind not in ("any", "fp32"))
+        tokens = {"short 32": 32, "short 64": 64, "short": 128}.get(kind, 0)
+        assert all(tile.short == tokens for tile in tiles)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +398,7 @@ def test_the_gram_form_is_chosen_by_flops_for_triton_too(monkeypatch):
     """T=29 in 2 samples, K=64: with N=64 the Gram form of 2*2*20^2*128 FLOPs is cheaper than 2*29*64*64."""
     launched = []
     run = grad_density.launch
-    monkeypatch.setattr(grad_density, "launch", lambda *a: launched.append(1) or run(*a))
+    monkeypatch.setattr(grad_density, "launch", lambda *a, **k: launched.append(1) or run(*a, **k))
     x, dys, cu = batch([9, 20], 64, (64,), torch.bfloat16)
     gram, direct = (
         operators.grad_density(x, dys, cu, statistic="grad_l2sq", form=form, impl="triton")[0]

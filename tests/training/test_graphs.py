@@ -9,6 +9,7 @@ from tiny_models import ARCHITECTURES, random_samples, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kunbr_fast.data import pack
+from kunbr_fast.kernels import dispatch
 from kunbr_fast.kernels.dispatch import Unavailable
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.prefix_cache import PrefixCache
@@ -160,6 +161,23 @@ def test_a_capture_keeps_the_gradient_of_earlier_micro_batches():
         harness.graphs.drop()
         training.flat.grad.copy_(once)  # an earlier micro-batch's
         assert torch.equal(harness.bucketed(batch, rows)[2], 2 * once) and float(once.norm()) > 0
+
+
+@pytest.mark.parametrize("capture", (capture, None))
+def test_a_step_in_graphs_takes_the_kernels_of_graphs(capture):
+    """Launch by launch too, since its bits are to be the graph's."""
+    decoder, unlearned = make()
+    batch = pack(random_samples(4, low=5, high=20))
+    rows, seen = losses.gradient_difference(batch, 2, 1.0), []
+    with reinserted(decoder, unlearned, range(2, 4), 1e-4) as training:
+        harness = Harness(training, capture)
+
+        def forward(batch, rows):
+            seen.append(dispatch._in_graph)
+            return harness.forward(batch, rows)
+
+        StepGraphs(decoder, forward, training.flat.grad, capture)(batch, rows)
+    assert seen == [True] * (2 if capture else 1) and not dispatch._in_graph
 
 
 def test_out_of_memory_in_a_capture_is_told_apart():

@@ -25,17 +25,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import cuda_library
+from . import cuda_library
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
-KERNELS = Path(__file__).resolve().parent.parent
+KERNELS = Path(__file__).resolve().parent
 PACKAGED = KERNELS / "proofs"
 FORMAT = 1
 ENOUGH = 1.05  # times torch's speed that "auto" asks for: below it a kernel is not worth its risk
+APART = ("__init__.py", "aot.py", "dispatch.py", "errors.py", "verdicts.py")  # no kernel's result depends on these
 FOLDERS = {"lion": "optimizers", "adamw": "optimizers", "rms_norm": "norms", "layer_norm": "norms",
            "swiglu": "gated", "geglu": "gated"}  # fmt: skip
 
@@ -207,9 +208,10 @@ def _version(package: str) -> str:
 
 @functools.cache
 def sources(folder: str) -> str:
-    """A hash of the operation's Python files, and of those that all operations share."""
+    """A hash of the operation's Python files, of those that all operations share, and of the proof's."""
+    shared = [file for file in KERNELS.glob("*.py") if file.name not in APART]
     digest = hashlib.sha256()
-    for file in sorted([*KERNELS.glob("*.py"), *(KERNELS / folder).glob("*.py")]):
+    for file in sorted([*shared, *(KERNELS / folder).glob("*.py"), *(KERNELS / "proof").glob("*.py")]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
