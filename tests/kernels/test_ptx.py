@@ -106,6 +106,12 @@ def test_a_test_that_fails_is_a_failure(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90])
+def test_faults_planted_in_density(architecture, tmp_path):
+    check(architecture, ["tests/ptxsim/planted.py"], ["grad_density_kernel"], tmp_path, seconds=1200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_launch(kind, architecture, tmp_path):
     file, tests, kernels = KINDS[kind]

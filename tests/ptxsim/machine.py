@@ -64,7 +64,7 @@ class Machine:
         self.thread = np.arange(self.num_threads, dtype=U32)
         self.warp_of = np.arange(self.num_threads) // 32
         self.random = np.random.default_rng(seed)
-        self.executed = 0
+        self.executed, self.dynamic_shared = 0, dynamic_shared
         self.index = {name: i for i, name in enumerate(kernel.registers)}
         self.dtypes = list(kernel.registers.values())
         dynamic_at = -(-kernel.shared_end // 1024) * 1024
@@ -159,7 +159,7 @@ class Machine:
         self.order = Order(self.warps)
         self.shared = Shared(self.shared_bytes, self.order)
         self.copies = [([], []) for _ in range(self.warps)]  # of each warp: not committed, committed groups
-        self.products = {}  # of each warpgroup: see products.py
+        self.products, self.moved = {}, {}  # of each warpgroup, of its sums: see products.py
         self.under_way = []  # tensor copies: what is left to do
         self.barriers, self.mbarriers, self.maps = {}, {}, {}
         self.runnable, self.waiting = [Group(0, self.all, None)], []
