@@ -17,6 +17,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -194,9 +195,14 @@ def _check(operation: str, impl: str) -> None:
         raise ValueError(f"unknown impl {impl!r}: expected one of auto, {', '.join(IMPLEMENTATIONS)}")
 
 
+def _compiling() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
 def triton_why_not(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of `device`, None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _compiling() and importlib.util.find_spec("triton") is None:  # torch 2.11 cannot trace the search
         return "triton is not installed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None

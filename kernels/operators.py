@@ -15,6 +15,18 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
+from . import dispatch
+
+# While torch.compile traces, a choice is made once: it logs and reads files, which cannot be traced.
+_resolve = torch.compiler.assume_constant_result(dispatch.resolve)
+
+
+def choose(operation: str, impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+    """`dispatch.resolve` for a call on x, of its size in elements (of any size, while torch.compile traces)."""
+    size = None if torch.compiler.is_compiling() else x.numel()
+    return _resolve(operation, impl, x.device, dtype or x.dtype, None, size)
+
+
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 _PLAIN = _TENSORS | {type(None), bool, int, float, str, torch.dtype}
 
@@ -69,3 +81,13 @@ def define(package: str, name: str, schema: str, function: str, mutates: tuple[s
         return getattr(found[0], function)(*arguments)
 
     return Operator(name, schema, mutates, run)
+
+
+def result(x: torch.Tensor) -> torch.Tensor:
+    """x, which the forward of an autograd function returns, so that it has a gradient under torch.compile too.
+
+    torch 2.11 traces a forward's plain operations as well. A result that was written in place, or that is the outcome
+    of a conversion to the dtype that it has, gets no gradient there, silently; another tensor of the same memory does.
+    torch 2.13 needs none of this.
+    """
+    return x.detach() if torch.compiler.is_compiling() else x

@@ -28,7 +28,9 @@ import torch.nn.functional as F
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """What torch.autocast casts to on such devices now, None if it is off."""
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # torch 2.11 cannot trace the question; where there is no autocast the next one raises, but nothing is compiled
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    on = available and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else None
 
 

@@ -16,6 +16,9 @@ import torch
 # Triton kernels run on the GPU where there is one, else in Triton's interpreter. Set before triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    import triton_interpreter
+
+    triton_interpreter.repair()
 
 os.environ.setdefault("KUNBR_PROVE", "0")  # on a GPU "auto" takes torch, whatever was proven there
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kunbr_fast.kernels.linear_loss import cases
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("loss", "nll", "d_hidden", "d_weight", "d_bias")
 
@@ -47,23 +49,21 @@ def autograd(arguments, scale, softcap, nll_cap, wide):
 
 
 def check(ours, arguments, scale=1.0, softcap=None, nll_cap=None):
-    """Error at most twice torch's own in the same dtype, plus a floor of fp32 roundings at the size of the largest
-    logit, which is what exp and log work on: four for nll and the loss. A gradient is rounded once more, as stored."""
+    """Error at most twice torch's own in the same dtype, plus the proof's floor, by the norm of each result."""
     hidden, weight, targets, row_weights, bias = arguments
     truth = autograd(arguments, scale, softcap, nll_cap, True)
     torchs = autograd(arguments, scale, softcap, nll_cap, False)
-    size = float(hidden.double().norm(dim=1).max() * weight.double().norm(dim=1).max()) * scale
-    floor = 4 * torch.finfo(torch.float32).eps * max(1.0, size if softcap is None else softcap)
-    floors = {"nll": floor * len(hidden) ** 0.5, "loss": floor * len(hidden) ** 0.5 * float(row_weights.norm())}
+    given = dict(hidden=hidden, weight=weight, row_weights=row_weights)
+    there = {name: true for name, true in zip(NAMES, truth) if true is not None}
+    floors = cases.floors(cases.Head(*hidden.shape, len(weight), scale=scale, softcap=softcap), given, there)
     for name, mine, other, true in zip(NAMES, ours, torchs, truth):
         if true is None:
             assert mine is None
             continue
         assert mine.shape == true.shape
         assert mine.dtype == (torch.float32 if name in ("loss", "nll") else hidden.dtype)
-        allowed = floors.get(name, (torch.finfo(hidden.dtype).eps + floor) * float(true.norm()))
         error, torchs_error = float((mine.double() - true).norm()), float((other.double() - true).norm())
-        assert error <= 2 * torchs_error + allowed, (name, error, torchs_error, allowed)
+        assert error <= 2 * torchs_error + floors[name], (name, error, torchs_error, floors[name])
 
 
 def module(weight, bias):

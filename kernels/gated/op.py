@@ -21,7 +21,7 @@ import weakref
 
 import torch
 
-from .. import dispatch, operators
+from .. import operators
 from ..checks import apart, floating, one_of, same_kind
 from . import reference
 
@@ -54,7 +54,7 @@ def geglu(
 
 def _gated(operation: str, gate: torch.Tensor, up: torch.Tensor | None, activation: str, impl: str) -> torch.Tensor:
     _check(operation, gate, up)
-    triton = dispatch.resolve(operation, impl, gate.device, gate.dtype) == "triton"
+    triton = operators.choose(operation, impl, gate) == "triton"
     if up is None:
         return _Packed.apply(gate, activation, triton)
     return _Gated.apply(gate, up, activation, triton)
@@ -108,7 +108,7 @@ class _Packed(torch.autograd.Function):
 def _forward(gate: torch.Tensor, up: torch.Tensor, activation: str, triton: bool) -> torch.Tensor:
     if triton:
         return _gated_forward(gate, up, activation)
-    return reference.gated(gate, up, activation)
+    return operators.result(reference.gated(gate, up, activation))
 
 
 def _backward_(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str, triton: bool) -> None:

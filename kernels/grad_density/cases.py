@@ -74,7 +74,8 @@ def _case(variant, along, statistic, lengths, K, sizes, index=torch.int32) -> Ca
         return dict(zip(names, _run(impl, variant, inputs, len(sizes), max(lengths), statistic, along)))
 
     def floors(inputs, truth):
-        return dict(zip(names, _floors(inputs, len(sizes), lengths, statistic, along)))
+        dys = [inputs[f"dy{p}"] for p in range(len(sizes))]
+        return dict(zip(names, floors_of(inputs["x"], dys, lengths, statistic, along)))
 
     which = next(i for i, length in enumerate(lengths) if length > 1)
     at = sum(lengths[:which])
@@ -94,15 +95,15 @@ def _run(impl, variant, inputs: Tensors, projections, longest, statistic, along)
     return op.grad_density(x, dys, cu_seqlens, impl=impl, **options)
 
 
-def _floors(inputs: Tensors, projections, lengths, statistic, along) -> list[torch.Tensor]:
+def floors_of(x, dys, lengths, statistic, along) -> list[torch.Tensor]:
     """Rounding of fp32 sums of T terms, then of the sums over a tile. Rounding errors are independent of each other, so
     they grow as the root of the terms' number."""
     found, dims = [], (2,) if along == "row" else (1, 2)
     floor = 2 * EPS * max(lengths) ** 0.5
-    for p in range(projections):
-        parts = [t.split(lengths) for t in (inputs["x"].double(), inputs[f"dy{p}"].double())]
-        dw = torch.stack([dy.T @ x for x, dy in zip(*parts)]).abs()
-        size = torch.stack([dy.abs().T @ x.abs() for x, dy in zip(*parts)])
+    for dy in dys:
+        parts = list(zip(x.double().split(lengths), dy.double().split(lengths)))
+        dw = torch.stack([dy.T @ x for x, dy in parts]).abs()
+        size = torch.stack([dy.abs().T @ x.abs() for x, dy in parts])
         terms = {"grad_l1": size, "grad_l2sq": 2 * dw * size, "grad_linf": size}[statistic]
         truth = {"grad_l1": dw, "grad_l2sq": dw.square(), "grad_linf": dw}[statistic]
         join = torch.amax if statistic == "grad_linf" else torch.sum

@@ -89,6 +89,15 @@ def _magnitude(x):
 
 
 @triton.jit
+def _itself(x):
+    """x, as a value of its own for the compiler."""
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _nothing(BN: tl.constexpr, STATISTIC: tl.constexpr):
     """What `_add_tile` adds to."""
     return tl.zeros((BN,), tl.int32 if STATISTIC == "grad_linf" else tl.float32)
@@ -110,11 +119,12 @@ def _add_tile(acc, total, STATISTIC: tl.constexpr):
 @triton.jit
 def _walk_fitting(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
                   BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
-                  STATISTIC: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+                  STATISTIC: tl.constexpr, TMA: tl.constexpr, TMEM: tl.constexpr):  # fmt: skip
     """The statistic of BN rows of one sample's dW, over tiles `first` to `last` along K; at most BT tokens.
 
     A sum under an `if` is scheduled behind the next load; outside of one, the load would wait for the sum. So all tiles
-    but the last are summed under `step < steps - 1`.
+    but the last are summed under `step < steps - 1`. Were `acc` itself carried on from there, PTX would copy it before
+    the product has written it.
     """
     total = _nothing(BN, STATISTIC)
     from_x = _descriptor(x, length, K, stride_xt, BT, BK, TMA)
@@ -127,6 +137,7 @@ def _walk_fitting(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, str
         acc = dot(dy_t, xb, tl.zeros((BN, BK), tl.float32))
         if step < steps - 1:
             total = _add_tile(acc, total, STATISTIC)
+            acc = acc if TMEM else _itself(acc)
     return _add_tile(acc, total, STATISTIC)
 
 
@@ -216,13 +227,13 @@ def grad_density_kernel(x, dy0, dy1, dy2, cu_seqlens, out, K, N0, N1, N2, k_tile
 
     if SHORT >= 32 and length <= 32:  # as many stages as there is room for with SHORT tokens
         value = _walk_fitting(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
-                              BN, BK, 32, min(4, STAGES * SHORT // 32), STATISTIC, TMA)  # fmt: skip
+                              BN, BK, 32, min(4, STAGES * SHORT // 32), STATISTIC, TMA, TMEM)  # fmt: skip
     elif SHORT >= 64 and length <= 64:
         value = _walk_fitting(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
-                              BN, BK, 64, min(4, STAGES * SHORT // 64), STATISTIC, TMA)  # fmt: skip
+                              BN, BK, 64, min(4, STAGES * SHORT // 64), STATISTIC, TMA, TMEM)  # fmt: skip
     elif SHORT >= 128 and length <= 128:
         value = _walk_fitting(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
-                              BN, BK, 128, STAGES, STATISTIC, TMA)  # fmt: skip
+                              BN, BK, 128, STAGES, STATISTIC, TMA, TMEM)  # fmt: skip
     else:
         value = _walk_long(x, dy, length, K, N, n, first, last, stride_xt, stride_xk, stride_yt, stride_yn,
                            BN, BK, BT, LONG_STAGES, STATISTIC, TMA, TMEM)  # fmt: skip

@@ -102,7 +102,7 @@ def _linear_loss(
 ):
     """`reference.linear_loss`, by whom `impl` says. A gradient not asked for is an empty tensor."""
     _check(hidden, weight, bias, targets, row_weights, nll_cap, need_bias, impl)
-    if dispatch.resolve("linear_loss", impl, hidden.device, hidden.dtype) == "triton":
+    if dispatch.resolve("linear_loss", impl, hidden.device, hidden.dtype, size=len(hidden)) == "triton":
         from .triton_kernel import launch as run
     else:
         run = reference.linear_loss

@@ -25,7 +25,7 @@ in its RMSNorms and which stays fp64 here):
 
 import torch
 
-from .. import dispatch, operators
+from .. import operators
 from ..checks import floating, one_of
 from ..tiles import MAX_NORM_WIDTH
 from . import reference
@@ -101,8 +101,10 @@ class _Norm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.offset, ctx.impl = offset, impl
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, weight, bias))
+        y = operators.result(y)
         if residual is None:
             return y
+        h = operators.result(h)
         if not compute_dx:
             ctx.mark_non_differentiable(h)  # or a reader of h would compute a gradient that nobody wants
         return y, h
@@ -205,8 +207,4 @@ def _choose(operation: str, impl: str, x, residual, weight, bias) -> str:
         raise TypeError(f'{operation}: impl="triton" serves no float64: use impl="torch" or "auto", or float32 inputs')
     if impl == "triton" and D > MAX_NORM_WIDTH:
         raise ValueError(f'{operation}: impl="triton" serves D <= {MAX_NORM_WIDTH}, not {D}: use impl="torch"')
-    return _resolve(operation, impl, x.device)
-
-
-# While torch.compile traces, the choice is made once: it logs, which cannot be traced.
-_resolve = torch.compiler.assume_constant_result(dispatch.resolve)
+    return operators.choose(operation, impl, x)

@@ -54,23 +54,22 @@ def _case(name: str, size: int, number: int, weight_decay: float, step: int, see
 
 
 def _step(name: str, impl: str, inputs: Tensors, weight_decay: float, step: int, seed: int | None) -> Tensors:
-    """What one step makes of the inputs, which it writes to."""
+    """What one step makes of the inputs, which it writes to, and by how much what has to be exact is off."""
     state = [inputs["m"], inputs["v"]] if name == "adamw" else [inputs["m"]]
     numbers = (step, LR, 0.9, 0.999, 1e-8) if name == "adamw" else (LR, 0.9, 0.99)
     tensors = [inputs["param"], inputs["grad"], *state]
-    half = inputs.get("half")
-    if half is not None and half.dtype == torch.float64:  # the truth, which is not rounded
-        half = None
+    truth = tensors[0].dtype == torch.float64  # which is not rounded, and has no entry for what is exact
+    half, grad = None if truth else inputs.get("half"), inputs["grad"].clone()
     random = {"seed": seed} if seed is not None and half is None and tensors[0].dtype == torch.bfloat16 else {}
     random |= {"step": step} if random and name == "lion" else {}
     op.implementation(name, inputs["param"], impl)[1](*tensors, *numbers, weight_decay, half=half, **random)
-    copied = {"copied": half.double() - inputs["param"].to(half.dtype).double()} if half is not None else {}
-    return dict(zip(("param", "m", "v"), [inputs["param"], *state])) | copied
+    exact = {} if truth else {"grad": inputs["grad"].double() - grad.double()}
+    exact |= {"copy": half.double() - inputs["param"].to(half.dtype).double()} if half is not None else {}
+    return dict(zip(("param", "m", "v"), [inputs["param"], *state])) | exact
 
 
 def floors(inputs: Tensors, truth: Tensors) -> Tensors:
-    """One rounding of each result, a whole eps as it may be stochastic, and those of fp32 sums. The copy is the
-    parameter's exactly: it has no entry in truth."""
+    """One rounding of each result, a whole eps as it may be stochastic, and those of fp32 sums."""
     param, grad, m = (inputs[name].double() for name in ("param", "grad", "m"))
     size, moved = grad.abs() + m.abs(), (truth["param"] - param).abs()
     found = {

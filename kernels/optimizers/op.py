@@ -35,7 +35,7 @@ class Fused(torch.optim.Optimizer):
                 raise ValueError(f"seed={seed}: expected 0 to 2**62 - 1")
             for param in group["params"]:
                 dtype = param.dtype
-                dispatch.resolve(self.operation, group["impl"], param.device, dtype)
+                dispatch.resolve(self.operation, group["impl"], param.device, dtype, size=param.numel())
                 if seed is not None and dtype != torch.bfloat16:
                     raise TypeError(f"seed={seed}: stochastic rounding is for bfloat16 parameters, this one is {dtype}")
 
@@ -168,7 +168,7 @@ class AdamW(Fused):
 
 def implementation(operation: str, param: torch.Tensor, impl: str) -> tuple[str, Callable[..., None]]:
     """The implementation's name, and its update of `operation`."""
-    chosen = dispatch.resolve(operation, impl, param.device, param.dtype)
+    chosen = dispatch.resolve(operation, impl, param.device, param.dtype, size=param.numel())
     if chosen == "torch":
         module = reference
     elif chosen == "cuda":

@@ -4,6 +4,5 @@ cases     what is proven: kinds of launches, and the calls that show one right o
 gate      whether a kind is right, and why not
 clock     how fast it is beside torch
 child     both, in a process of its own, as a kernel may hang or break the device
-prove     runs these processes
-verdicts  what they found, kept in files
+prove     runs these processes; what they find are verdicts (verdicts.py, beside this package)
 """

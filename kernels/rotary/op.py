@@ -20,7 +20,7 @@ import functools
 import torch
 from torch.autograd.function import once_differentiable
 
-from .. import dispatch, operators
+from .. import operators
 from ..checks import DTYPES, apart, floating, same_kind
 from . import reference
 
@@ -43,7 +43,8 @@ def apply_rotary(
     TypeError, ValueError for arguments that do not fit; `dispatch.Unavailable` for an impl that cannot run here.
     """
     _check(q, k, cos, sin)
-    triton = dispatch.resolve("rotary", impl, q.device, torch.promote_types(q.dtype, cos.dtype)) == "triton"
+    wide = torch.float64 in (q.dtype, cos.dtype)
+    triton = operators.choose("rotary", impl, q, torch.float64 if wide else q.dtype) == "triton"
     flows = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     in_place = _may_overwrite(q, flows) and _may_overwrite(k, flows) and apart(q, k)
     if flows:

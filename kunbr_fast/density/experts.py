@@ -23,7 +23,8 @@ from kunbr_fast.model import compat
 from kunbr_fast.model.decoder import Decoder
 
 IMPLEMENTATION = "kunbr_density"
-_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+_FLAGS = ("has_bias", "is_transposed")
+_LATER_FLAGS = {"has_gate": True, "has_post_expert_norm": False}  # since 5.4 and 5.20; without the flag it is so
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 # What is measured, by module; empty outside of `watched`. The interface hands over the module alone.
@@ -35,6 +36,10 @@ def is_experts(module: nn.Module) -> bool:
     known = {*_WEIGHTS, *(f"{name}_bias" for name in _WEIGHTS)}
     own = dict(module.named_parameters(recurse=False))
     return all(hasattr(module, flag) for flag in _FLAGS) and bool(own) and own.keys() <= known
+
+
+def _flag(module: nn.Module, name: str) -> bool:
+    return getattr(module, name, _LATER_FLAGS[name])
 
 
 def out_features(module: nn.Module) -> dict[str, int]:
@@ -73,9 +78,10 @@ def experts_forward(
 
     if taps is not None:
         taps.enter(item)
-    y = product(hidden_states[token], "gate_up_proj" if module.has_gate else "up_proj")
-    y = product(module._apply_gate(y) if module.has_gate else module.act_fn(y), "down_proj")
-    if module.has_post_expert_norm:
+    gated = _flag(module, "has_gate")
+    y = product(hidden_states[token], "gate_up_proj" if gated else "up_proj")
+    y = product(module._apply_gate(y) if gated else module.act_fn(y), "down_proj")
+    if _flag(module, "has_post_expert_norm"):
         y = module.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order, None]
     back = torch.empty_like(order)

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +15,9 @@ from torch import nn
 
 from kunbr_fast.files.atomic import os_errors, sync
 from kunbr_fast.files.tensors import open_tensors
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -35,7 +38,7 @@ def model_directory(path: str | Path) -> Path:
 
 def load_model(path: str | Path, dtype: str | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """A causal language model from a local directory, in eval mode; dtype: a name of DTYPES (default: as saved)."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     path = model_directory(path)
     if dtype is not None and dtype not in DTYPES:
@@ -44,8 +47,10 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
         with open_tensors(file):  # only its header is read; transformers' own error would not name the file
             pass
     try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
+            attn_implementation=attention_of(config),
             dtype=DTYPES[dtype] if dtype else "auto",
             use_safetensors=True,
             local_files_only=True,
@@ -61,6 +66,15 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
             f"{path}: has no weights for {missing[0]} ({len(missing)} missing): this checkpoint is not whole"
         )
     return model.to(device).eval()
+
+
+def attention_of(config: PretrainedConfig) -> str | None:
+    """The attention implementation to load a model with; None leaves the choice to transformers.
+
+    SDPA knows no softcap. transformers 5.20 and older chooses it for Gemma 2 all the same, and leaves the softcap out.
+    """
+    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return None if softcap is None else "eager"
 
 
 def has_tokenizer(path: str | Path) -> bool:

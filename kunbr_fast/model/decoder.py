@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as run_again
 
 from kunbr_fast.data import PackedBatch, pack
-from kunbr_fast.files.models import save_model
+from kunbr_fast.files.models import attention_of, save_model
 from kunbr_fast.memory import Place
 from kunbr_fast.model import attention, compat
 from kunbr_fast.model.frozen import evaluating, frozen
@@ -131,9 +131,9 @@ class Decoder:
     Of a model that `open_streamed` has made, `Decoder(model)` is a `StreamedDecoder`, with the same methods. Runs need
     eval mode (no dropout), so that packed and unpacked runs, and a run and its resumption, agree.
 
-    Errors: ValueError, naming the module, if the model has no list of `num_hidden_layers` layers, more than one
-    module between the last layer and the head, a head that is no nn.Linear, weights that are not finite, or logits
-    that differ from this path's.
+    Errors: ValueError, naming the module, if its attention leaves out a softcap, if the model has no list of
+    `num_hidden_layers` layers, more than one module between the last layer and the head, a head that is no nn.Linear,
+    weights that are not finite, or logits that differ from this path's.
     """
 
     def __new__(cls, model: nn.Module) -> Decoder:
@@ -143,6 +143,11 @@ class Decoder:
         self.model = model
         self.config = model.config.get_text_config()
         self.name = type(model).__name__
+        if getattr(self.config, "_attn_implementation", None) == "sdpa" and attention_of(self.config) is not None:
+            raise ValueError(
+                f"{self.name}: SDPA leaves out the softcap of its attention ({self.config.attn_logit_softcapping}): "
+                "load it with attn_implementation='eager'"
+            )
         attention.register()
         self._layers_path, self.layers = find_layers(model)
         self.inner = model.get_submodule(self._layers_path.rpartition(".")[0])

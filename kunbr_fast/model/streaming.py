@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kunbr_fast.files.models import DTYPES, model_directory
+from kunbr_fast.files.models import DTYPES, attention_of, model_directory
 from kunbr_fast.files.tensors import Shards, open_tensors
 from kunbr_fast.model import compat
 from kunbr_fast.model.decoder import find_layers
@@ -64,7 +64,9 @@ def open_streamed(
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         wanted = DTYPES[dtype] if dtype else _saved_dtype(config, shards)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=wanted, trust_remote_code=False, attn_implementation=attention_of(config)
+            )
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
     if getattr(config, "quantization_config", None) is not None:

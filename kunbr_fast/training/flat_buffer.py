@@ -36,7 +36,7 @@ def make_optimizer(
     if name == "lion":
         return Lion(params, lr, betas, weight_decay, impl=impl)
     if impl not in ("cuda", "triton") and all(
-        resolve(name, impl, param.device, param.dtype) == "torch" for param in params
+        resolve(name, impl, param.device, param.dtype, size=param.numel()) == "torch" for param in params
     ):
         return torch.optim.AdamW(params, lr, betas, weight_decay=weight_decay, fused=True)
     return AdamW(params, lr, betas, weight_decay, impl=impl)

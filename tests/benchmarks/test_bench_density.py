@@ -131,7 +131,7 @@ def test_every_tile_is_a_variant(dtype):
 
     case = weight(dtype=dtype, tiles=True, variants=("torch",))
     errors, left_out = case.gate()
-    kind = "fp32" if dtype == torch.float32 else "short"
+    kind = "fp32" if dtype == torch.float32 else "short 32"
     tiles = {f"tile {tile}" for tile in config.TABLE[config.architecture(case.device), kind]}
     assert set(errors) == {"torch", "loop"} | tiles and not left_out
     assert [v.ours for v in case.chosen(case.draw()) if v.name in tiles] == [True] * len(tiles)

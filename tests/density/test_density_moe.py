@@ -120,6 +120,8 @@ def layouts():
 @pytest.mark.parametrize("fraction", [None, 1.0])
 def test_layouts_of_experts(layout, fraction):
     kind, config = layouts()[layout]
+    if kind is AriaExperts and not experts.is_experts(kind(config)):
+        pytest.skip(f"transformers {tf.__version__}'s Aria has no experts interface: its experts route by themselves")
     config._experts_implementation = "eager"
     module = kind(config).double()
     torch.manual_seed(0)

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from kunbr_fast.kernels import dispatch, rounding
+from kunbr_fast.kernels.optimizers import cases, reference
 from kunbr_fast.kernels.optimizers import op as optim
-from kunbr_fast.kernels.optimizers import reference
 from kunbr_fast.kernels.optimizers import triton_kernel as lion
 from kunbr_fast.kernels.optimizers.op import AdamW, Lion
 from kunbr_fast.training.flat_buffer import FlatBuffer, make_optimizer
@@ -21,7 +21,6 @@ from kunbr_fast.training.flat_buffer import FlatBuffer, make_optimizer
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-EPS = torch.finfo(FP32).eps
 # parameter, gradient, state, half-precision copy
 DTYPES = [
     (FP32, FP32, FP32, None),
@@ -64,11 +63,15 @@ def run(module, name, tensors, numbers, copy=None, **options):
     return [*tensors, copy]
 
 
-def close(mine, other, true, floor):
-    """Error at most twice torch's own in the same dtypes, plus one rounding of the result and a floor of fp32 sums."""
-    allowed = 2 * (other.double() - true).abs() + torch.finfo(mine.dtype).eps * true.abs() + floor
-    error = (mine.double() - true).abs()
-    assert bool((error <= allowed).all()), float((error / allowed).max())
+def check(ours, torchs, truth, tensors):
+    """Of three runs' tensors: error at most twice torch's own in the same dtypes, plus the proof's floor."""
+    named = [dict(zip(("param", "grad", "m", "v"), run[: len(tensors)])) for run in (ours, torchs, truth, tensors)]
+    assert torch.equal(named[0]["grad"], named[3]["grad"])  # it is read alone
+    wanted = {name: t for name, t in named[2].items() if name != "grad"}
+    for name, floor in cases.floors(named[3], wanted).items():
+        mine, other, true = (run[name].double() for run in named[:3])
+        error, allowed = (mine - true).abs(), 2 * (other - true).abs() + floor
+        assert bool((error <= allowed).all()), (name, float((error / allowed).max()))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
@@ -80,13 +83,7 @@ def test_one_step_against_fp64(name, dtypes, size, weight_decay, step):
     truth = run(reference, name, [t.double() for t in tensors], numbers)
     torchs = run(reference, name, tensors, numbers, copy)
     ours = run(lion, name, tensors, numbers, copy)
-    assert torch.equal(ours[1], tensors[1])  # the gradient is read alone
-    size_of = tensors[1].double().abs() + tensors[2].double().abs()
-    moved = (truth[0] - tensors[0].double()).abs()
-    floors = [4 * EPS * tensors[0].double().abs() + 8 * EPS * moved + 4 * EPS * 1e-2, None, 4 * EPS * size_of]
-    floors.append(4 * EPS * size_of**2)
-    for place in (0, *range(2, len(tensors))):
-        close(ours[place], torchs[place], truth[place], floors[place])
+    check(ours, torchs, truth, tensors)
     if copy is not None:
         assert torch.equal(ours[-1], ours[0].to(copy.dtype))  # and nothing of it is left as it was
 

@@ -10,6 +10,7 @@ from tiny_models import ARCHITECTURES, ROTARY, VOCAB, random_samples, tiny_model
 from torch import nn
 
 from kunbr_fast.data import pack
+from kunbr_fast.files.models import load_model
 from kunbr_fast.model.attention import ATTENTION
 from kunbr_fast.model.decoder import Decoder, Head, Stretch
 
@@ -229,6 +230,18 @@ def test_a_forward_that_someone_else_has_replaced_stays():
     with torch.no_grad():
         assert relative(decoder.logits(pack(samples)), own_logits(model, samples)) < 1e-12
     assert layer.__dict__["forward"] is patched and len(calls) == 1 + len(samples)
+
+
+def test_attention_that_leaves_the_softcap_out(tmp_path):
+    """transformers 5.20 and older loads Gemma 2 with SDPA, which knows no softcap."""
+    model, ids = tiny_model("gemma2", torch.float32), torch.arange(3, 12)[None]
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.config._attn_implementation == "eager" and torch.equal(loaded(ids).logits, model(ids).logits)
+    assert Decoder(loaded).num_layers == model.config.num_hidden_layers
+    loaded.config._attn_implementation = "sdpa"
+    with pytest.raises(ValueError, match=r"leaves out the softcap .*\(2.0\): load it with attn_implementation='eager'"):
+        Decoder(loaded)
 
 
 def test_training_mode_is_refused():

@@ -186,7 +186,7 @@ class Wide:
     no truth beyond 1e-7. The source that runs stays the model's.
     """
 
-    float32 = torch.float64
+    float = float32 = torch.float64
 
     def __getattr__(self, name):
         return getattr(torch, name)
