@@ -16,9 +16,9 @@
 // FLOPs: 2*T*N*K, and B*N*K additions for the statistic: at T=64 a tile is 512 clocks of products and 128 of L1 sums,
 // so the sums hide. Bytes from DRAM: T*(N+K) elements, as long as a sample fits L2.
 // Predicted, not seen, for 14336 x 4096 and 2048 tokens on an H200: beside its products a consumer's tile costs about
-// 430 clocks (90 to begin, 100 until the last product is there, 40 to release, 200 sums), and an item 700. Two tiles
-// last max(2 * 512, 512 + 430) clocks at T=64, max(2 * 256, 256 + 430) at T=32: 455-600 TFLOP/s at T=32, 640-720 at
-// T=64, 680-740 from T=128 on.
+// 330 clocks (90 to begin, 100 until the last product is there, 40 to release, 100 sums, as the upper half's run under
+// the lower half's products), an item 700. Two tiles last max(2 * 512, 512 + 330) clocks at T=64 and, at T=32,
+// max(2 * 256, 256 + 330): 500-650 TFLOP/s at T=32, 640-720 at T=64, 680-740 from T=128 on.
 // Precision: products of bf16 and fp16 exact in fp32, sums in fp32; an item's sums, one for each warp, in fp32.
 #pragma once
 
@@ -124,23 +124,24 @@ __device__ __forceinline__ void produce(const Arguments &arguments, const Segmen
     }
 }
 
-// acc (+)= dy^T x over the first 16 * STEPS tokens of a chunk of each. A number of steps is a template of its own:
-// where it is known at run time alone, the compiler makes each product wait for the one before (C7520).
+// acc (+)= dy^T x over the first 16 * STEPS tokens of a chunk of each, the upper half first. A number of steps is a
+// template of its own: where it is known at run time alone, the compiler makes each product wait for the one before
+// (C7520).
 template <class Type, int STEPS>
 __device__ __forceinline__ void multiply_tokens(float (&acc)[2][16][4], uint64_t dy, uint64_t x, bool add) {
     fence_operands();
     KUNBR_UNROLL
-    for (int step = 0; step < STEPS; ++step) {
+    for (int half = 0; half < 2; ++half) {
         KUNBR_UNROLL
-        for (int half = 0; half < 2; ++half)
+        for (int step = 0; step < STEPS; ++step)
             multiply_group<Type>(acc[half], dy + half * (BOX_BYTES >> 4) + step * DESCRIPTOR_STEP,
                                  x + step * DESCRIPTOR_STEP, add || step > 0);
+        commit_products();
     }
-    commit_products();
 }
 
-// What a thread's rows of an item add up to, rows half * 64 + warp * 16 + h * 8 + lane / 4 at 2 * half + h.
-__device__ __forceinline__ void write_sums(const Arguments &arguments, const Job &job, const float (&rows)[4],
+// What a thread's rows of an item add up to: at [half][h] row half * 64 + warp * 16 + h * 8 + lane / 4.
+__device__ __forceinline__ void write_sums(const Arguments &arguments, const Job &job, const float (&rows)[2][2],
                                            int consumer) {
     const Schedule &schedule = arguments.schedule;
     const int s = arguments.statistic;
@@ -152,13 +153,13 @@ __device__ __forceinline__ void write_sums(const Arguments &arguments, const Job
                                 consumer * TILE_N + warp * 16;
         KUNBR_UNROLL
         for (int r = 0; r < 4; ++r) {
-            const float sum = join_columns(s, rows[r]);
+            const float sum = join_columns(s, rows[r / 2][r % 2]);
             const int64_t n = first_n + r / 2 * 64 + accumulator_row(lane, r % 2 * 2);
             if (lane % 4 == 0 && n < schedule.sizes[projection])
                 to[schedule.place_of_row(job.segment.sample, job.item.strip, schedule.first_row(projection) + n)] = sum;
         }
     } else {
-        const float sum = join_lanes(s, join(s, join(s, rows[0], rows[1]), join(s, rows[2], rows[3])));
+        const float sum = join_lanes(s, join(s, join(s, rows[0][0], rows[0][1]), join(s, rows[1][0], rows[1][1])));
         if (lane == 0)
             to[schedule.place_of_sum(job.segment.sample, job.item.strip, job.item.n_tile, consumer * 4 + warp)] = sum;
     }
@@ -179,7 +180,7 @@ __device__ __forceinline__ void consume(const Arguments &arguments, const Segmen
         const Job job = next;
         const int blocks = job.blocks(), tiles = schedule.count_k_tiles(job.item.strip);
         const DyRing first_dy = rings.dy;
-        float rows[4] = {};
+        float rows[2][2] = {};
 #pragma unroll 1
         for (int tile = 0; tile < tiles; ++tile) {
             if (job.keeps_dy()) rings.dy = first_dy;
@@ -203,6 +204,8 @@ __device__ __forceinline__ void consume(const Arguments &arguments, const Segmen
                 else
                     multiply_tokens<Type, 1>(acc, dy, x, block > 0);
                 pass_baton(consumer);
+                wait_products<1>();
+                if (block + 1 == blocks) join_rows(s, rows[0], acc[0]);  // under the lower half's products
                 wait_products<0>();
                 if (lane == 0) {
                     arrive(rings.x.empty());
@@ -212,11 +215,7 @@ __device__ __forceinline__ void consume(const Arguments &arguments, const Segmen
                 rings.x.advance();
                 rings.dy.advance();
             }
-            if (blocks > 0) {  // a sample without tokens has sums of 0
-                if (s == KUNBR_L1) join_rows<KUNBR_L1>(rows, acc);
-                if (s == KUNBR_L2SQ) join_rows<KUNBR_L2SQ>(rows, acc);
-                if (s == KUNBR_LINF) join_rows<KUNBR_LINF>(rows, acc);
-            }
+            if (blocks > 0) join_rows(s, rows[1], acc[1]);  // a sample without tokens has sums of 0
             // under the other's products, not between two items
             if (tile == 0 && index + gridDim.x < items) next = Job(schedule, segments, index + gridDim.x);
         }
@@ -241,8 +240,11 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     if (threadIdx.x < 128) {
         keep_registers<40>();
         const int warp = threadIdx.x / 32;
-        if (warp == 0 && elect()) produce<2>(arguments, segments, maps, rings.x, false);
-        if (warp == 1 && elect()) produce<2 * CONSUMERS>(arguments, segments, maps, rings.dy, true);
+        if (warp == 0) {
+            if (elect()) produce<2>(arguments, segments, maps, rings.x, false);
+        } else if (warp == 1) {
+            if (elect()) produce<2 * CONSUMERS>(arguments, segments, maps, rings.dy, true);
+        }
     } else {
         take_registers<232>();
         consume<Type>(arguments, segments, rings, threadIdx.x / 128 - 1);

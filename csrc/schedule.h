@@ -90,8 +90,8 @@ struct Schedule {
         return p;
     }
 
-    // Partial sums: (samples, tiles along N, strips, sums) for ALONG_ALL, (samples, strips, rows) for ALONG_ROW, tiles and
-    // rows being those of the projections one after the other: what makes one result lies together, or is read by row.
+    // Partial sums: (samples, tiles along N, strips, sums) for ALONG_ALL, (samples, strips, rows) for ALONG_ROW, tiles
+    // and rows being those of the projections one after the other. For ALONG_ALL what makes one result lies together.
     KUNBR_HD int64_t of_sample(int along) const {
         return strips * (along == ALONG_ROW ? first_row(projections) : int64_t{n_tiles} * sums);
     }

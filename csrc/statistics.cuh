@@ -50,20 +50,25 @@ __device__ __forceinline__ float join_lanes(int s, float x) {
     return x;
 }
 
-// Statistic S of the thread's four rows of a tile of Hopper's (row r / 2 * 64 + ..., upper or lower half), joined to
-// `rows`. The rows go side by side: four chains of additions, where one by one each addition would wait for the last.
-template <int S, int NT>
-__device__ __forceinline__ void join_rows(float (&rows)[4], const float (&acc)[2][NT][4]) {
+// Statistic S of the thread's two rows of 64 x 128 of dW of Hopper's (upper, lower), joined to `rows`. Four chains of
+// additions go side by side, where one by one each addition would wait for the last.
+template <int S>
+__device__ __forceinline__ void join_rows(float (&rows)[2], const float (&acc)[16][4]) {
     float sums[4];
     KUNBR_UNROLL
-    for (int r = 0; r < 4; ++r) sums[r] = term<S>(acc[r / 2][0][r % 2 * 2]);
+    for (int i = 0; i < 4; ++i) sums[i] = term<S>(acc[0][i]);
     KUNBR_UNROLL
-    for (int i = 1; i < 2 * NT; ++i) {
+    for (int nt = 1; nt < 16; ++nt) {
         KUNBR_UNROLL
-        for (int r = 0; r < 4; ++r) sums[r] = join<S>(sums[r], term<S>(acc[r / 2][i / 2][r % 2 * 2 + i % 2]));
+        for (int i = 0; i < 4; ++i) sums[i] = join<S>(sums[i], term<S>(acc[nt][i]));
     }
     KUNBR_UNROLL
-    for (int r = 0; r < 4; ++r) rows[r] = join<S>(rows[r], sums[r]);
+    for (int h = 0; h < 2; ++h) rows[h] = join<S>(rows[h], join<S>(sums[2 * h], sums[2 * h + 1]));
+}
+__device__ __forceinline__ void join_rows(int s, float (&rows)[2], const float (&acc)[16][4]) {
+    if (s == KUNBR_L1) join_rows<KUNBR_L1>(rows, acc);
+    if (s == KUNBR_L2SQ) join_rows<KUNBR_L2SQ>(rows, acc);
+    if (s == KUNBR_LINF) join_rows<KUNBR_LINF>(rows, acc);
 }
 
 }  // namespace kunbr

@@ -99,23 +99,25 @@ def _say_once(say: Callable[[str], None], text: str) -> None:
 
 
 class Progress:
-    """A bar of two parts, checked and timed, with what is running. silent: lines only."""
+    """A bar for each of two parts, checked and timed, with what is running. silent: lines only."""
 
     def __init__(self, silent: bool = False):
-        self._bar = tqdm(disable=silent, unit="kernel", dynamic_ncols=True, leave=False)
+        self._silent, self._part, self._bar = silent, "", None
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def __call__(self, part: str, done: int, total: int, now: str) -> None:
-        if self._bar.desc != f"{part}: ":
-            self._bar.reset(total)
-            self._bar.set_description(part, refresh=False)
-        self._bar.total, self._bar.n = total, done
+        if self._part != part:
+            self.__exit__()
+            options = dict(unit="kernel", dynamic_ncols=True, leave=False, disable=self._silent)
+            self._part, self._bar = part, tqdm(total=total, desc=part, **options)
+        self._bar.n = done
         self._bar.set_postfix_str(now[:60])
 
     def say(self, text: str) -> None:
-        self._bar.write(text, file=sys.stderr)
+        tqdm.write(text, file=sys.stderr)

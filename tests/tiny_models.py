@@ -5,6 +5,7 @@ import gc
 
 import torch
 import transformers as tf
+from torch.utils.flop_counter import FlopCounterMode
 
 VOCAB = 97
 COMMON = dict(vocab_size=VOCAB, max_position_embeddings=64)
@@ -141,6 +142,15 @@ def peak_bytes(function, largest=float("inf")):
         now += event.nbytes() if abs(event.nbytes()) <= largest else 0
         peak = max(peak, now)
     return peak
+
+
+def rotary_flops(model, tokens):
+    """Of a llama's rotary angles, which transformers 5.17 makes by a product: no work of a step, but counted as such.
+    Later releases multiply element by element, which counts as nothing."""
+    device = next(model.parameters()).device
+    with FlopCounterMode(display=False) as flops:
+        model.model.rotary_emb(torch.empty(1, device=device), torch.zeros(1, tokens, dtype=torch.int64, device=device))
+    return flops.get_total_flops()
 
 
 def moved(model, seed=5, size=0.02):

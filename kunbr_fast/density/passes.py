@@ -27,6 +27,7 @@ from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.memory import OutOfMemory, Place, cannot_fit, gibibytes, is_out_of_memory, release
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.frozen import frozen
+from kunbr_fast.model.gather import take
 from kunbr_fast.objectives import losses
 from kunbr_fast.parallel.group import ALONE, Group
 
@@ -289,7 +290,7 @@ def _tokens(samples: Sequence[Sample]) -> int:
 def _loss(decoder: Decoder, batch: PackedBatch, hidden: torch.Tensor, how: How) -> torch.Tensor:
     """The sum over samples of each one's mean NLL, from the last layer's output (T, D)."""
     rows = losses.likelihood(batch)
-    final = decoder.final(hidden[batch.rows])
+    final = decoder.final(take(hidden, batch.rows))
     loss, _ = losses.linear_loss(final, decoder.head, batch.targets, rows.weight, impl=how.impl)
     return loss
 

@@ -16,6 +16,7 @@ import torch
 from kunbr_fast.data import PackedBatch, as_samples, pack, with_alternates
 from kunbr_fast.data.batch import join
 from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Decoder, Head, Stretch
+from kunbr_fast.model.gather import take
 from kunbr_fast.objectives import distributions as linear_rows
 from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import WHOLE, PartLoss, Shares, StepBatch
@@ -153,7 +154,7 @@ class Criterion:
         losses.check_labelled(packed)
         every = "hidden_all" in self.needs
         final = decoder.final(decoder.run(packed, stretch, rows=not every))
-        rows.hidden, rows.hidden_all = (final[packed.rows], final) if every else (final, None)
+        rows.hidden, rows.hidden_all = (take(final, packed.rows), final) if every else (final, None)
         rows.nll = linear_rows.linear_nll(rows.hidden, decoder.head, packed.targets, impl=impl)
         return self._total(rows, RETAIN_LOSSES[self.retain_loss][0])
 

@@ -88,7 +88,7 @@ class Execution:
     impl: who runs the fused layers (`patched`), the loss and the optimiser.
     gradient_checkpointing: keep each layer's input only, and run the layer again in the backward pass. Same result.
     cuda_graphs: steps run in buckets of fixed sizes, each captured once as a CUDA graph (`StepGraphs`), where the
-    objective's weights are known before the pass (gradient difference, ga).
+    objective's weights are known before the pass (gradient difference, ga); `Unavailable` if that fails.
     micro_batch_tokens: the most tokens that go through at once; a larger step goes in micro-batches, whose gradients
     add up to the same up to summation order. Where memory runs out, a step goes in smaller ones all by itself.
     optimizer_device: "host" keeps the optimiser's state and the weights that it updates in main memory, where the

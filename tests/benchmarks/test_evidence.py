@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib import metadata
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_a_wider_world_is_taught_and_made_to_forget(world, tmp_path, capsys):
     assert rows["KUnBR"]["forget"] <= rows["taught"]["forget"] - 0.3
     assert [name for name, row in rows.items() if "rtt" in row] == list(rows)[2:]
     assert found["table"] in capsys.readouterr().out and found["width"] == 2
-    assert found["about"]["torch"] == torch.__version__ and found["config"]["cuda_graphs"] is False
+    assert found["about"]["torch"] == metadata.version("torch") and found["config"]["cuda_graphs"] is False
 
 
 def test_learning_rates_go_down_as_the_width_goes_up(world):

@@ -9,10 +9,9 @@ import pytest
 import tiny_text
 import torch
 import transformers as tf
-from tiny_models import CONFIGS, MORE, peak_bytes, random_samples
+from tiny_models import CONFIGS, MORE, peak_bytes, random_samples, rotary_flops
 
 from kunbr_fast import KUnBRConfig, PrefixCache, reinserted
-from kunbr_fast.benchmarks.measure import flop_counter
 from kunbr_fast.benchmarks.scripts import count_step
 from kunbr_fast.cli import main as cli
 from kunbr_fast.data import encode, load_records, pack
@@ -91,14 +90,6 @@ def test_what_config_json_leaves_out_is_transformers_default(name, tmp_path):
     assert len(assumed) == 1 and assumed[0].startswith("dtype ")
 
 
-def angles_flops(model, data):
-    """Of the rotary angles, which transformers 5.17 makes by a product: no work of the step, but counted with it."""
-    positions = torch.zeros(1, sum(length for length, _ in sizes(data)), dtype=torch.int64, device="meta")
-    with flop_counter() as flops:
-        model.model.rotary_emb(torch.empty(1, device="meta"), positions)
-    return flops.get_total_flops()
-
-
 @pytest.mark.parametrize("target", ["all", "letter"])
 @pytest.mark.parametrize("block", [range(0, 2), range(2, 4)])
 def test_flops_and_peak_of_a_step_as_count_step_counts_them(block, target, monkeypatch):
@@ -108,7 +99,7 @@ def test_flops_and_peak_of_a_step_as_count_step_counts_them(block, target, monke
     counted = count_step.ours(model, block, data[:6], data[6:])
     a = Architecture.of(model.config, "llama", "bfloat16")
     step = Step(a, Batch.of(sizes(data)), block, torch=False, start=block.start)
-    assert step.flops() == counted["flops"] - angles_flops(model, data)
+    assert step.flops() == counted["flops"] - rotary_flops(model, sum(length for length, _ in sizes(data)))
     assert sum(step.memory().values()) == pytest.approx(counted["peak_bytes"], rel=0.1)
 
 
@@ -120,7 +111,7 @@ def test_llama_3_8b_within_a_hundredth_of_count_step():
     )
     counted = count_step.ours(model, block, data[:6], data[6:])
     step = Step(Architecture.of(model.config, "llama", "bfloat16"), Batch.of(sizes(data)), block, torch=False, start=24)
-    assert step.flops() == counted["flops"] - angles_flops(model, data)
+    assert step.flops() == counted["flops"] - rotary_flops(model, sum(length for length, _ in sizes(data)))
     assert sum(step.memory().values()) == pytest.approx(counted["peak_bytes"], rel=0.01)
 
 
