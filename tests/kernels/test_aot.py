@@ -108,8 +108,8 @@ for kind in ("short 32", "short 64", "short", "long"):
 
 
 def test_the_next_load_goes_before_the_sum():
-    """m: products are issued; 1, 0: a wait until so many groups of them are left; L: a load is issued. In a loop the next
-    loads go between a product and the wait for it, and no product is waited for at once."""
+    """m: products are issued; 1, 0: a wait until so many groups of them are left; L: a load is issued. In a loop
+    the next loads go between a product and the wait for it, and no product is waited for at once."""
     done = run(code=ORDER)
     assert done.returncode == 0, done.stderr
     order = dict(line.split(":") for line in done.stdout.splitlines())
