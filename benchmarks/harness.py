@@ -2,8 +2,9 @@
 
 A case is one operation at one shape. It draws its inputs, and names variants: ours, by implementation, and rivals,
 which are found at run time. Every variant of a case does the same work; the gate says so: before anything is timed,
-each runs on a small sibling of the shape and is held against fp64. One that is wrong or cannot run here is left out,
-and a row says why. Where that leaves none of ours, as all are wrong, the case gives no numbers.
+a kernel of ours goes through the proof's table (gate.py), and each variant runs on a small sibling of the shape and is
+held against fp64. One that is wrong or cannot run here is left out, and a row says why. Where that leaves none of ours,
+as all are wrong, the case gives no numbers.
 
 Variants then take turns in one process with a square matrix product and a copy, whose rates are the roofline: the time
 that the needed FLOPs or the needed bytes take at these rates, whichever is longer. FLOPs and bytes are those that the
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from kunbr_fast.benchmarks import measure
+from kunbr_fast.benchmarks.gate import why_wrong
 from kunbr_fast.benchmarks.rows import COLUMNS, WRONG, Measured, rounded
 from kunbr_fast.benchmarks.suites import SUITES
 from kunbr_fast.kernels import dispatch
@@ -197,14 +199,16 @@ class Case(abc.ABC):
             return self.limit(baseline)
         return BASELINE_LIMIT if variant.name == self.baseline else RIVAL_LIMIT
 
-    def implemented(self, make: Callable[[str], Callable], *operations: str) -> list[Variant]:
+    def implemented(
+        self, make: Callable[[str], Callable], *operations: str, kinds: tuple[str, ...] = ()
+    ) -> list[Variant]:
         """A variant of ours for each implementation of the first of these operations: make(impl) is its `make`, where
-        all of them can run."""
+        all of them can run and are right. kinds: see `need`."""
 
         def variant(impl):
             def made():
                 for operation in operations:
-                    need(operation, impl, self.device)
+                    need(operation, impl, self.device, self.dtype, kinds)
                 return make(impl)
 
             return Variant(impl, made, ours=True)
@@ -410,11 +414,15 @@ def implementations(operation: str) -> list[str]:
     return [impl for impl in reversed(dispatch.IMPLEMENTATIONS) if dispatch.has(operation, impl)]
 
 
-def need(operation: str, impl: str, device: torch.device) -> None:
-    """`Skip` where `impl` cannot run `operation` here."""
+def need(operation: str, impl: str, device: torch.device, dtype: torch.dtype, kinds: tuple[str, ...] = ()) -> None:
+    """`Skip` where `impl` cannot run `operation` here, or is wrong. dtype: the table's, of an optimiser the weights'.
+    kinds: of launch that the case leads to, of an operation that has several; (): all."""
     reason = dispatch.why_not(operation, impl, device)
     if reason is not None:
         raise Skip(reason)
+    reason = why_wrong(operation, impl, dtype, device, kinds)
+    if reason is not None:
+        raise Skip(f"{WRONG}{reason}")
 
 
 def imported(module: str, package: str):

@@ -53,12 +53,14 @@ from kunbr_fast.data.schedule import token_batches
 from kunbr_fast.kernels import dispatch
 from kunbr_fast.kernels.grad_density import cuda
 from kunbr_fast.kernels.grad_density import op as operators
+from kunbr_fast.kernels.grad_density.kinds import kinds_of_launch
 from kunbr_fast.kernels.tiles import TABLE, architecture
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives import losses
 
 MEAN_RAGGED = 44  # tokens of a sample in `ragged`
+ALIGNED = ("short", "long", "fp32", "hopper", "portable")  # kinds of launch that a whole model's sums lead to
 
 
 class _PerSample(Case):
@@ -126,7 +128,10 @@ class Weight(_PerSample):
             run, (x, dy) = compiled(self.options, lambda x, dy: per_sample.l1(torch.bmm(dy.mT, x))), data.padded
             return lambda: {"grad_l1": run(x, dy)}
 
-        found = self.implemented(ours, "grad_density")
+        kinds = ()
+        if self.options.gpu:
+            kinds = tuple(kinds_of_launch(data.x, [data.dy], len(data.lengths), None).values())
+        found = self.implemented(ours, "grad_density", kinds=kinds)
         found += self._csrc(data)
         found.append(Variant("loop", partial(per_sample.loop, data, self.statistic)))
         if self.statistic == "grad_l2sq":
@@ -147,7 +152,7 @@ class Weight(_PerSample):
 
     def _csrc(self, data):
         def make(kernel):
-            need("grad_density", "cuda", self.device)
+            need("grad_density", "cuda", self.device, self.dtype, (kernel,))
             if kernel == "hopper" and (self.dtype == torch.float32 or architecture(self.device) != 90):
                 raise Skip("for bf16 and fp16 on compute capability 9.0")
             run = partial(cuda.grad_density, data.x, [data.dy], data.cu_seqlens, "grad_l1", variant=kernel)
@@ -158,7 +163,7 @@ class Weight(_PerSample):
 
     def _tiles(self, data):
         if dispatch.why_not("grad_density", "triton", self.device) is not None:
-            return [Variant("tile", lambda: need("grad_density", "triton", self.device), ours=True)]
+            return [Variant("tile", lambda: need("grad_density", "triton", self.device, self.dtype), ours=True)]
         from kunbr_fast.kernels.grad_density.triton_kernel import launch, table_kind
 
         inputs = data.x, [data.dy], data.cu_seqlens, "grad_l1"
@@ -239,7 +244,7 @@ class Model(_PerSample):
             return lambda: {"density": kf.knowledge_density(decoder, samples, **settings).per_layer}
 
         return [
-            *self.implemented(ours, "linear_loss", "grad_density"),  # the CUDA library has no linear_loss
+            *self.implemented(ours, "linear_loss", "grad_density", kinds=ALIGNED),  # csrc has no linear_loss
             Variant("loop", lambda: self._loop(decoder, samples)),
             Variant("plain", lambda: self._plain(decoder, samples)),
             Variant("products", lambda: self._products(decoder)),

@@ -203,7 +203,7 @@ class Update(Case):
 
     def _ours(self, impl, block, grad):
         """As `FlatBuffer.step` makes the update."""
-        need(self.operation, impl, self.device)
+        need(self.operation, impl, self.device, block.param.dtype)
         settings = dict(lr=self.lr, betas=self.betas, weight_decay=WEIGHT_DECAY, impl=impl)
         if self.kind == "stochastic":
             optimizer = {"lion": Lion, "adamw": AdamW}[self.operation]([block.param], seed=0, **settings)

@@ -2,17 +2,23 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import re
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kunbr_fast.benchmarks import bench, harness, measure, rows
+from kunbr_fast.benchmarks import bench, gate, harness, measure, rows
 from kunbr_fast.benchmarks.rows import Measured, is_wrong
-from kunbr_fast.benchmarks.suites import SUITES, norms
+from kunbr_fast.benchmarks.suites import SUITES, density, norms
 from kunbr_fast.cli import main as cli
+from kunbr_fast.kernels import dispatch
+from kunbr_fast.kernels.grad_density import kinds
+from kunbr_fast.kernels.proof import gate as proof
+from kunbr_fast.kernels.proof.cases import Target, named
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,6 +105,86 @@ def test_a_bug_in_ours_is_a_wrong_result_and_the_next_case_still_runs(caplog):
     (_, _, why), (_, rows, none) = harness.run([broken, case(ours={"mine": 2.0})])
     assert isinstance(why, harness.Wrong) and str(why) == "RuntimeError: a bug" and "Traceback" in caplog.text
     assert none is None and all(row["ms"] for row in rows)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """The proof's table, in which density's "long" and Lion are wrong; yields what was judged, in order."""
+    judged = []
+
+    def targets(device, operations, impls, dtypes):
+        names = ("short", "long", "any") if operations == ["grad_density"] else ("all",)
+        return [Target(operations[0], impls[0], dtype, name) for dtype in dtypes if dtype for name in names]
+
+    def judge(target, dtype, device):
+        judged.append(target)
+        return proof.Found("wrong values: y is off" if target.kind == "long" or target.operation == "lion" else None)
+
+    monkeypatch.setattr(gate, "cases", SimpleNamespace(targets=targets, kind_of=lambda target: target, named=named))
+    monkeypatch.setattr(proof, "judge", judge)
+    gate.why_wrong.cache_clear()
+    yield judged
+    gate.why_wrong.cache_clear()
+
+
+def test_the_table_judges_a_kernel_once_a_process_and_the_kinds_that_count(table):
+    gpu = torch.device("cuda", 0)
+    why = [gate.why_wrong("lion", "triton", torch.float32, gpu) for _ in range(2)]
+    assert why == ["lion triton fp32: wrong values: y is off"] * 2 and len(table) == 1
+    assert gate.why_wrong("lion", "triton", torch.bfloat16, gpu) is not None and len(table) == 2
+    assert gate.why_wrong("rms_norm", "triton", torch.bfloat16, gpu, ("short", "portable")) is None and len(table) == 3
+    table.clear()
+    density = functools.partial(gate.why_wrong, "grad_density", "triton", torch.bfloat16, gpu)
+    assert density(("short", "hopper")) is None and [target.kind for target in table] == ["short"]
+    assert density() == "grad_density triton bf16 long: wrong values: y is off"
+    assert [target.kind for target in table] == ["short", "short", "long"]
+    assert gate.why_wrong("lion", "triton", torch.float64, gpu) is None  # not in the table
+    assert gate.why_wrong("lion", "triton", torch.float32, torch.device("cpu")) is None  # where it takes minutes
+    assert len(table) == 3
+
+
+def test_a_kernel_that_the_table_finds_wrong_is_left_out(monkeypatch):
+    asked, device = [], torch.device("cpu")
+
+    def why_wrong(operation, impl, dtype, device, kinds):
+        asked.append((operation, impl, dtype, device, kinds))
+        return "lion triton fp32: wrong values: y is off" if operation == "lion" and impl == "triton" else None
+
+    monkeypatch.setattr(harness, "why_wrong", why_wrong)  # triton runs here: in the interpreter
+
+    class Implemented(Doubling):
+        def variants(self, data):
+            mine = self.implemented(lambda impl: lambda: {"y": 2 * data}, *self.ours["operations"], kinds=("short",))
+            return [harness.Variant("eager", lambda: lambda: {"y": 2 * data}), *mine]
+
+    def rows_of(*operations):
+        parts = {field.name: getattr(case(), field.name) for field in dataclasses.fields(Doubling)}
+        return {row["variant"]: row for row in Implemented(**{**parts, "ours": {"operations": operations}}).rows()}
+
+    found = rows_of("rms_norm", "lion")
+    assert found["triton"]["note"] == "not run: wrong: lion triton fp32: wrong values: y is off"
+    assert is_wrong(found["triton"]) and not found["triton"]["ms"] and found["torch"]["ms"] and found["eager"]["ms"]
+    assert ("rms_norm", "triton", torch.float32, device, ("short",)) in asked
+    assert rows_of("rms_norm")["triton"]["ms"]
+
+
+def test_density_names_the_kind_that_it_launches(monkeypatch):
+    """Of a kernel of csrc/ by its name; of ours by its inputs, which only a GPU is asked about."""
+    asked = []
+    monkeypatch.setattr(harness, "why_wrong", lambda *arguments: asked.append(arguments) or "off")
+    monkeypatch.setattr(dispatch, "_registry", dict(dispatch._registry))
+    dispatch.register("grad_density", "cuda", lambda device: None)
+    monkeypatch.setattr(harness.Options, "gpu", True)
+    monkeypatch.setattr(kinds, "_is_hopper", lambda device: True)
+    options = harness.Options(dtype=torch.bfloat16)
+    weight = density.Weight(suite="density", model="none", label="weight", tokens=32, options=options, N=64, K=32,
+                            lengths=(32, 32))  # fmt: skip
+    variants = {variant.name: variant for variant in weight.variants(weight.draw())}
+    for name, expected in (("tile csrc hopper", {"hopper"}), ("tile csrc portable", {"portable"}),
+                           ("cuda", {"short", "hopper"}), ("triton", {"short", "hopper"})):  # fmt: skip
+        with pytest.raises(harness.Skip, match="^wrong: off$"):
+            variants[name].make()
+        assert asked[-1][0] == "grad_density" and asked[-1][2] == torch.bfloat16 and set(asked[-1][4]) == expected
 
 
 class Later(Doubling):
@@ -303,6 +389,13 @@ def test_a_wrong_result_is_an_exit_status_and_no_row(tmp_path, monkeypatch, caps
     with open(out / "results.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if "SwiGLU" in row["case"]]
     assert [row["variant"] for row in rows if row["ms"]] == ["torch", "eager"]
+
+
+def test_what_the_table_finds_wrong_is_an_exit_status(tmp_path, monkeypatch, capsys, compiled_kernels):
+    why = "swiglu torch fp32: wrong values: y is off"
+    monkeypatch.setattr(harness, "why_wrong", lambda operation, *others: why if operation == "swiglu" else None)
+    assert cli.main([*QUICK, "--out", str(tmp_path)]) == 1
+    assert re.search(f"WRONG: norms: SmolLM2-135M, SwiGLU.*: torch is {why}: no numbers", capsys.readouterr().err)
 
 
 def test_a_wrong_variant_of_ours_is_an_exit_status_beside_the_others_numbers(
