@@ -224,11 +224,21 @@ def ensure(
         wanted = targets if again else missing(targets, prover.device)
         if not wanted:
             return [], {}
-        found, none = prover.prove(wanted)
-        try:
-            verdicts.write(verdicts.path_of(prover.device), found)
-        except OSError as error:
-            say(f"the verdicts on these kernels could not be kept ({error}): set KUNBR_CACHE to a folder that can be "
-                "written, or they are proven at each start")  # fmt: skip
+        problems: list[OSError] = []
+
+        def keep(verdict: Verdict) -> None:
+            """At once, as a proof may be killed."""
+            try:
+                verdicts.write(verdicts.path_of(prover.device), [verdict])
+            except OSError as error:
+                problems.append(error)
+            prover.on_verdict(verdict)
+
+        found, none = dataclasses.replace(prover, on_verdict=keep).prove(wanted)
+        for error in problems[:1]:
+            say(
+                f"the verdicts on these kernels could not be kept ({error}): set KUNBR_CACHE to a folder that can be "
+                "written, or they are proven at each start"
+            )
         verdicts.adopt(found, prover.device)
         return found, none

@@ -45,9 +45,15 @@ def run(arguments: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         raise ValueError(f"prove needs a GPU, and torch {torch.__version__} sees none; `kunbr-fast doctor` says more")
     device = torch.device(arguments.device)
-    found, none = _prove(device, arguments, (lambda v: print(json.dumps(v.as_json()), flush=True)) if as_json else None)
-    if arguments.out:
-        verdicts.write(verdicts.path_of(device, Path(arguments.out)), found)
+
+    def tell(verdict: Verdict) -> None:
+        """As they come: what has been found stays, whatever becomes of the rest."""
+        if as_json:
+            print(json.dumps(verdict.as_json()), flush=True)
+        if arguments.out:
+            verdicts.write(verdicts.path_of(device, Path(arguments.out)), [verdict])
+
+    found, none = _prove(device, arguments, tell)
     if not found and not none:
         print("nothing to prove: none of these kernels can run here (`kunbr-fast doctor` says why)", file=sys.stderr)
     elif not as_json:
@@ -57,14 +63,13 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.status = int(any(not verdict.right for verdict in found))
 
 
-def _prove(device, arguments, on_verdict) -> tuple[list[Verdict], dict]:
+def _prove(device, arguments, tell) -> tuple[list[Verdict], dict]:
     """The verdicts asked for, those that there were first."""
     from kunbr_fast.kernels.proof import cases, prove
     from kunbr_fast.proofs import Progress
 
     targets = cases.targets(device, arguments.dtype, arguments.operations or dispatch.OPERATIONS, arguments.impl)
     known = [] if arguments.again else [v for t in targets if (v := verdicts.find(t, device)) is not None]
-    tell = on_verdict or prove.ignore
     for verdict in known:
         tell(verdict)
     options = {} if arguments.limit is None else {"limit": arguments.limit}

@@ -493,3 +493,19 @@ def test_wrong_kernels_are_said(gpu, ensured, monkeypatch):
     proofs.ensure_proven(GPU, {torch.bfloat16}, say=said.append)
     assert any("is not used on this GPU: wrong values" in text for text in said)
     assert any('could not be proven: out of memory; impl="auto" takes torch' in text for text in said)
+
+
+def test_a_killed_proof_keeps_what_it_found():
+    code = (
+        f"import sys, torch; sys.path.insert(0, {str(HERE)!r})\n"
+        "from kunbr_fast.kernels.proof import prove\n"
+        "from kunbr_fast.kernels.verdicts import Target\n"
+        "targets = [Target('doubling', 'triton', 'fp32', kind) for kind in ('raises', 'hangs')]\n"
+        f"prove.ensure(targets, prove.Prover(torch.device('cpu'), command={COMMAND!r}, workers=1))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment(KUNBR_CACHE=os.environ["KUNBR_CACHE"]))
+    _wait_until(lambda: verdicts.path_of(CPU).is_file())
+    process.kill()
+    process.wait()
+    (kept,) = verdicts.read(verdicts.path_of(CPU))
+    assert kept.target == target("raises") and not kept.right
