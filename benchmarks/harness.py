@@ -200,15 +200,15 @@ class Case(abc.ABC):
         return BASELINE_LIMIT if variant.name == self.baseline else RIVAL_LIMIT
 
     def implemented(
-        self, make: Callable[[str], Callable], *operations: str, kinds: tuple[str, ...] = ()
+        self, make: Callable[[str], Callable], *operations: str, kinds: Callable[[], tuple[str, ...]] = tuple
     ) -> list[Variant]:
         """A variant of ours for each implementation of the first of these operations: make(impl) is its `make`, where
-        all of them can run and are right. kinds: see `need`."""
+        all of them can run and are right. kinds: gives those of `need`."""
 
         def variant(impl):
             def made():
                 for operation in operations:
-                    need(operation, impl, self.device, self.dtype, kinds)
+                    need(operation, impl, self.device, self.dtype, kinds())
                 return make(impl)
 
             return Variant(impl, made, ours=True)

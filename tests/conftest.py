@@ -12,13 +12,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when a te
 
 import pytest
 import torch
+import triton_interpreter
 
 # Triton kernels run on the GPU where there is one, else in Triton's interpreter. Set before triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton_interpreter
-
-    triton_interpreter.repair()
 
 os.environ.setdefault("KUNBR_PROVE", "0")  # on a GPU "auto" takes torch, whatever was proven there
 
@@ -33,6 +31,12 @@ def _no_choice_is_remembered():
     dispatch.forget()
     yield
     dispatch.forget()
+
+
+def pytest_sessionstart():
+    """Not before: tests/ptxsim has the kernels compiled, and says so before triton is imported."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        triton_interpreter.repair()
 
 
 @pytest.fixture(scope="session")

@@ -128,9 +128,11 @@ class Weight(_PerSample):
             run, (x, dy) = compiled(self.options, lambda x, dy: per_sample.l1(torch.bmm(dy.mT, x))), data.padded
             return lambda: {"grad_l1": run(x, dy)}
 
-        kinds = ()
-        if self.options.gpu:
-            kinds = tuple(kinds_of_launch(data.x, [data.dy], len(data.lengths), None).values())
+        def kinds():
+            if not self.options.gpu:
+                return ()
+            return tuple(kinds_of_launch(data.x, [data.dy], len(data.lengths), None).values())
+
         found = self.implemented(ours, "grad_density", kinds=kinds)
         found += self._csrc(data)
         found.append(Variant("loop", partial(per_sample.loop, data, self.statistic)))
@@ -244,7 +246,7 @@ class Model(_PerSample):
             return lambda: {"density": kf.knowledge_density(decoder, samples, **settings).per_layer}
 
         return [
-            *self.implemented(ours, "linear_loss", "grad_density", kinds=ALIGNED),  # csrc has no linear_loss
+            *self.implemented(ours, "linear_loss", "grad_density", kinds=lambda: ALIGNED),  # csrc has no linear_loss
             Variant("loop", lambda: self._loop(decoder, samples)),
             Variant("plain", lambda: self._plain(decoder, samples)),
             Variant("products", lambda: self._products(decoder)),

@@ -291,7 +291,8 @@ def call_grad_density(
         arguments |= {f"dy{p}": dy, f"N{p}": dy.shape[1], f"stride_{p}t": dy.stride(0), f"stride_{p}n": dy.stride(1)}
     constexprs = dict(P=len(dys), STATISTIC=statistic, ROWS=along == "row", BN=tile.BN, BK=tile.BK, BT=tile.BT)
     constexprs |= dict(SHORT=tile.short, STAGES=tile.num_stages, LONG_STAGES=tile.long_stages, TMA=tile.tma)
-    constexprs |= dict(TMEM=tile.tmem)
+    # a tile of another GPU generation may be asked for
+    constexprs |= dict(TMEM=tile.tmem and config.architecture(x.device) >= 100)
     grid = (num_samples * n_tiles * strips,)
     return Call(grad_density_kernel, grid, arguments, constexprs, tile.num_warps, tile.num_stages, scratch=tile.tma)
 

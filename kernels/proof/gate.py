@@ -103,7 +103,7 @@ def _compare(case: Case, inputs: Tensors, ours: Tensors) -> Found:
         bound = bound + floor
         if not error.numel():
             continue
-        within = error <= bound  # False for NaN
+        within = (error <= bound) & bound.isfinite()  # False for NaN; where torch itself overflows there is no bound
         worse = torch.where(within, error / bound.clamp_min(1e-300), torch.inf)
         at = int(worse.argmax())
         here = Found(None, float(error.flatten()[at]), float(bound.expand_as(error).flatten()[at]))

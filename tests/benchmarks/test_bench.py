@@ -154,7 +154,9 @@ def test_a_kernel_that_the_table_finds_wrong_is_left_out(monkeypatch):
 
     class Implemented(Doubling):
         def variants(self, data):
-            mine = self.implemented(lambda impl: lambda: {"y": 2 * data}, *self.ours["operations"], kinds=("short",))
+            mine = self.implemented(
+                lambda impl: lambda: {"y": 2 * data}, *self.ours["operations"], kinds=lambda: ("short",)
+            )
             return [harness.Variant("eager", lambda: lambda: {"y": 2 * data}), *mine]
 
     def rows_of(*operations):

@@ -37,6 +37,15 @@ def test_everything_compiles_without_spills_on_the_matrix_units():
         # of the products only those in fp32 run elsewhere
         assert all(r["matrix"] != ("fp32" in r["label"]) for r in mine if r["label"].startswith("grad_"))
     assert {r["label"].split()[0] for r in results} >= {"grad_density"}
+    # what tiles.py's reasons count on: how many programs share a multiprocessor (228 KiB on sm_90, 164 on sm_80)
+    for architecture, kind, count in ((90, "short 32", 3), (90, "short 64", 3), (90, "short", 2), (80, "short", 3)):
+        tile = config.TABLE[architecture, kind][0]
+        mine = [r for r in results if r["architecture"] == architecture and r["label"].endswith(f" {tile}")]
+        assert mine
+        for r in mine:
+            by_registers = 65536 // (32 * tile.num_warps * (-(-r["registers"] // 8) * 8))
+            by_memory = ({80: 164, 90: 228}[architecture] << 10) // (r["shared"] + 1024)
+            assert min(by_registers, by_memory) >= count, r
 
 
 BAD = """
@@ -78,6 +87,37 @@ def test_what_must_fail_it(kind, message):
     assert done.returncode == 1, done.stdout
     assert any(line.startswith("sm_90 bad: ") and message in line for line in done.stderr.splitlines()), done.stderr
     assert "1 compiled, 1 with a problem" in done.stdout
+
+
+ORDER = """
+import re
+import torch
+import triton
+from kunbr_fast.kernels import aot, tiles as config
+from kunbr_fast.kernels.grad_density import triton_kernel as grad_density
+
+x, dy = (torch.empty(512, n, dtype=torch.bfloat16, device="meta") for n in (4096, 14336))
+cu = torch.empty(9, dtype=torch.int32, device="meta")
+for kind in ("short 32", "short 64", "short", "long"):
+    call = grad_density.call_grad_density(x, [dy], cu, "grad_l1", None, config.TABLE[90, kind][0], 132)
+    compiled = triton.compile(aot.source(call), target=aot.GPUTarget("cuda", 90, 32), options=call.options)
+    events = r"wgmma\\.mma_async|wgmma\\.wait_group\\.sync\\.aligned (\\d)|cp\\.async\\.bulk\\.(tensor)"
+    found = ["".join((wait, "L" * bool(load))) or "m" for wait, load in re.findall(events, compiled.asm["ptx"])]
+    print(kind, re.sub("m+", "m", "".join(found)), sep=":")
+"""
+
+
+def test_the_next_load_goes_before_the_sum():
+    """m: products are issued; 1, 0: a wait until so many groups of them are left; L: a load is issued. In a loop
+    the next loads go between a product and the wait for it, and no product is waited for at once."""
+    done = run(code=ORDER)
+    assert done.returncode == 0, done.stderr
+    order = dict(line.split(":") for line in done.stdout.splitlines())
+    fitting = {"short 32": 1, "short 64": 2, "short": 3, "long": 0}
+    assert order.keys() == fitting.keys()
+    for kind, loops in fitting.items():
+        assert "m0" not in order[kind], order
+        assert order[kind].count("m1L0") == loops and order[kind].count("m1LL0") == 1, order
 
 
 def test_arguments():

@@ -523,3 +523,14 @@ def test_a_killed_proof_keeps_what_it_found():
     process.wait()
     (kept,) = verdicts.read(verdicts.path_of(CPU))
     assert kept.target == target("raises") and not kept.right
+
+
+def test_a_bound_that_is_not_finite_passes_nothing():
+    """Where torch's own result overflows, nothing can be said of ours."""
+    from kunbr_fast.kernels.proof import cases, gate
+
+    floors = lambda inputs, truth: {"y": 1e-3 * truth["y"].abs()}  # noqa: E731
+    case = cases.Case("overflow", lambda dtype: {"x": torch.full((4,), 300.0, dtype=dtype)},
+                      lambda impl, inputs: {"y": inputs["x"] * inputs["x"]}, floors)  # fmt: skip
+    assert gate.judge_case(case, "triton", torch.float32, CPU).why is None
+    assert "wrong values: y is off by inf" in gate.judge_case(case, "triton", torch.float16, CPU).why

@@ -74,12 +74,14 @@ FIRST = {kind: tests[0] for kind, (_, tests, _) in KINDS.items()}
 
 def density(architecture, kinds):
     """Every tile of the table for these kinds, each with samples of none, one and up to 131 tokens."""
-    dtype = {kind: "float32" if kind == "fp32" else "bfloat16" for kind in kinds}
-    return [
-        f"tests/kernels/test_grad_density_triton.py::test_every_tile_of_the_table[{dtype[kind]}-{tile}]"
-        for kind in kinds
-        for tile in TABLE[architecture, kind]
-    ]
+    every = [str(tile) for tile in {tile for tiles in TABLE.values() for tile in tiles}]
+    test, names = "tests/kernels/test_grad_density_triton.py::test_every_tile_of_the_table", []
+    for kind in kinds:
+        dtype = "float32" if kind == "fp32" else "bfloat16"
+        for name in map(str, TABLE[architecture, kind]):  # pytest counts the tiles that read alike
+            count = every.count(name)
+            names += [f"{test}[{dtype}-{name}{i if count > 1 else ''}]" for i in range(count)]
+    return names
 
 
 def check(architecture, tests, kernels, folder, seconds):
@@ -102,6 +104,12 @@ def test_a_test_that_fails_is_a_failure(tmp_path):
     (tmp_path / "test_bad.py").write_text("def test_bad():\n    assert False, 'on purpose'\n")
     with pytest.raises(AssertionError, match="on purpose"):
         run.run(80, [str(tmp_path / "test_bad.py")], tmp_path, seconds=600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_faults_planted_in_density(architecture, tmp_path):
+    check(architecture, ["tests/ptxsim/planted.py"], ["grad_density_kernel"], tmp_path, seconds=1200)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import operator
 import numpy as np
 
 from .machine import instruction
+from .products import follow_move
 from .values import FLOAT, HALF, REGISTER, SIGNED, U32, U64, UNSIGNED, Fault, decode, encode, fma, is_float, num_bytes
 
 INTEGER = SIGNED | UNSIGNED
@@ -137,7 +138,13 @@ def move(machine, ins):
     type_ = ins.mods[-1]
     if "{" not in to + source:
         get = machine.operand(source, type_)
-        return lambda mask: machine.write(to, get(), mask)
+
+        def run(mask):
+            machine.write(to, get(), mask)
+            if machine.products:
+                follow_move(machine, source, to)
+
+        return run
     names = (to if "{" in to else source).strip("{} ").replace(" ", "").split(",")
     part = f"b{8 * num_bytes(type_) // len(names)}"
     if "{" in to:

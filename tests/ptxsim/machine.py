@@ -16,7 +16,7 @@ BUILD = {}  # opcode -> build(machine, instruction) -> run(mask) -> None, or the
 
 
 def instruction(*opcodes):
-    """Registers a builder. What it raises as a Fault, the instruction raises when it is run."""
+    """Registers a builder."""
 
     def register(build):
         BUILD.update(dict.fromkeys(opcodes, build))
@@ -64,7 +64,7 @@ class Machine:
         self.thread = np.arange(self.num_threads, dtype=U32)
         self.warp_of = np.arange(self.num_threads) // 32
         self.random = np.random.default_rng(seed)
-        self.executed = 0
+        self.executed, self.dynamic_shared = 0, dynamic_shared
         self.index = {name: i for i, name in enumerate(kernel.registers)}
         self.dtypes = list(kernel.registers.values())
         dynamic_at = -(-kernel.shared_end // 1024) * 1024
@@ -73,22 +73,12 @@ class Machine:
             self.symbols[kernel.dynamic] = dynamic_at
         self.shared_bytes = dynamic_at + dynamic_shared if kernel.dynamic else kernel.shared_end
         self.meeting = meeting_points(kernel.code)
-        self.runs = [self._build(ins) for ins in kernel.code]
+        self.runs = [None] * len(kernel.code)  # built when they are first run
 
     def _build(self, ins):
-        try:
-            if ins.op in ("bra", "ret", "exit"):
-                return None
-            if ins.op not in BUILD:
-                raise Fault("not an instruction that is known here (tests/ptxsim)")
-            return BUILD[ins.op](self, ins)
-        except Fault as fault:
-            reason = fault
-
-            def run(mask):
-                raise reason
-
-            return run
+        if ins.op not in BUILD:
+            raise Fault("not an instruction that is known here (tests/ptxsim)")
+        return BUILD[ins.op](self, ins)
 
     # ------------------------------------------------------------ operands
 
@@ -169,9 +159,9 @@ class Machine:
         self.order = Order(self.warps)
         self.shared = Shared(self.shared_bytes, self.order)
         self.copies = [([], []) for _ in range(self.warps)]  # of each warp: not committed, committed groups
-        self.products = {}  # of each warpgroup: see products.py
+        self.products, self.moved = {}, {}  # of each warpgroup, of its sums: see products.py
         self.under_way = []  # tensor copies: what is left to do
-        self.barriers, self.mbarriers = {}, {}
+        self.barriers, self.mbarriers, self.maps = {}, {}, {}
         self.runnable, self.waiting = [Group(0, self.all, None)], []
         while self.runnable or self.waiting:
             self._wake()
@@ -260,6 +250,8 @@ class Machine:
 
     def _step(self, group, mask, ins):
         try:
+            if self.runs[group.at] is None:
+                self.runs[group.at] = self._build(ins)
             waits = self.runs[group.at](mask)
         except Fault as fault:
             raise Fault(f"{self.kernel.name}, `{ins.text[:120]}`: {fault}") from None

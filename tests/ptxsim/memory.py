@@ -35,6 +35,10 @@ class Global:
         for at, array, _ in self._allocations:
             array[:] = self.bytes[at : at + array.size]
 
+    def detach(self):
+        """Arrays of its own: for another launch when the tensors may be gone."""
+        self._allocations = [(at, array.copy(), elements) for at, array, elements in self._allocations]
+
     def load(self, address, size, count, mask, program):
         """`count` values of `size` bytes from each active thread's address: arrays for all threads."""
         at = self._check(address, size, count, mask, program, "reads")

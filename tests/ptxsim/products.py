@@ -1,6 +1,7 @@
 """wgmma: matrix products of a warpgroup, in the background, with operands in shared memory.
 
-They come when a wait says that they must have come. Until then their sums are NaN, so that a use too early shows.
+They come when a wait says that they must have come. Until then their sums are NaN, so that a use too early shows. Only
+moves to other registers before the wait count for nothing: LLVM makes them, ptxas resolves them to the same registers.
 """
 
 import re
@@ -18,12 +19,23 @@ from .warps import fragment
 
 @dataclass
 class Queue:
-    """Of one warpgroup. `sums`: registers of products under way, with the value that the next product adds to."""
+    """Of one warpgroup. `sums`: registers of products under way, with the value that the next product adds to; `uses`:
+    how many products of each are to come; `moves`: registers that will have the same sums."""
 
     begun: list = field(default_factory=list)
     groups: list = field(default_factory=list)
     sums: dict = field(default_factory=dict)
     uses: Counter = field(default_factory=Counter)
+    moves: dict = field(default_factory=dict)
+
+
+def follow_move(machine, source, to):
+    """What is moved before it came will come to both. A register's bits are replaced, never changed, by what writes it:
+    so they tell whether it is still the moved one that is read."""
+    for queue in machine.products.values():
+        if source in queue.sums:
+            queue.moves.setdefault(source, set()).add(to)
+            machine.moved[to] = machine.registers[machine.index[to]] = machine.registers[machine.index[to]].copy()
 
 
 @instruction("wgmma")
@@ -120,6 +132,8 @@ def _begin(machine, group, names, work):
     left, right, adds, clock = work
     queue, lanes = machine.products.setdefault(group, Queue()), slice(128 * group, 128 * group + 128)
     for name in names:
+        if name in queue.moves:
+            raise Fault(f"a product adds to {name}, which was moved before it came")
         if name not in queue.sums:
             queue.sums[name] = machine.registers[machine.index[name]][lanes].copy()
         queue.uses[name] += 1
@@ -136,6 +150,9 @@ def _begin(machine, group, names, work):
             if queue.uses[name] == 0:
                 del queue.sums[name]
                 _set(machine, name, lanes, new)
+                for to in queue.moves.pop(name, ()):
+                    if machine.registers[machine.index[to]] is machine.moved[to]:
+                        machine.moved[to][lanes] = new
 
     queue.begun.append((come, clock))
 

@@ -69,6 +69,8 @@ def _init(machine, ins):
     def run(mask):
         for warp, at, number in _threads(machine, mask, address, count):
             machine.shared.check(np.array([at]), 8, "makes an mbarrier in")
+            if at in machine.mbarriers:
+                raise Fault("an mbarrier where there is one already")
             agent = machine.order.tensors + at // 8 % MAX_MBARRIERS
             others = {other.agent for place, other in machine.mbarriers.items() if place != at}
             while agent in others:
@@ -139,7 +141,10 @@ def _ready(machine, warp, found, phase):
 
 @instruction("fence")
 def fence(machine, ins):
-    """Only what threads wrote and the asynchronous proxy reads is followed, not order in device memory."""
+    """Followed are what threads wrote and the asynchronous proxy reads, and tensor maps; not order in device memory."""
+    if ins.mods[1].startswith("tensormap"):
+        address = machine.address(ins.args[0])
+        return lambda mask: _acquire_map(machine, mask, address)
     if ins.mods[:2] == ["proxy", "async"] or "async" in [mod.split("::")[0] for mod in ins.mods]:
         return lambda mask: machine.order.fence(machine.warps_in(mask))
     return lambda mask: None
@@ -192,8 +197,23 @@ def _publish(machine, ins):
         part = 8 * (machine.thread.astype(np.int64) % 32)
         words = machine.shared.load(at + part, 8, 1, lanes, machine.warp_of)
         machine.memory.store(first + part, words, 8, lanes, machine.program)
+        machine.maps[int(first)] = None
 
     return run
+
+
+def _acquire_map(machine, mask, address):
+    """What is written to a map is seen by tensor copies after this fence: by which warp, at which of its clocks."""
+    warp, at = int(machine.warps_in(mask)[0]), int(np.unique(address()[mask])[0])
+    machine.maps[at] = (warp, int(machine.order.clock[warp]))
+    machine.order.release([warp])
+
+
+def _check_acquired(machine, warp, at):
+    """Maps that came with the launch need no fence."""
+    fence = machine.maps.get(at, (warp, 0))
+    if fence is None or machine.order.of_threads()[warp, fence[0]] < fence[1]:
+        raise Fault("a tensor map that was made by this program, with no fence.proxy.tensormap before its use")
 
 
 @dataclass
@@ -243,6 +263,7 @@ def tensor_copy(machine, ins):
 
     def run(mask):
         for warp, at, map_at, column, row, place in _threads(machine, mask, *gets):
+            _check_acquired(machine, warp, map_at)
             raw = machine.memory.read_bytes(map_at - BASE + np.arange(128), machine.program, "a tensor map")
             first = [int(decode(np.array([c], np.uint32), "s32")[0]) for c in (column, row)]
             _begin_copy(machine, warp, at, Map.read(raw), first, _find(machine, place, warp))

@@ -331,6 +331,16 @@ def test_a_product_adds():
     assert (multiply("setp.eq.s32 %p3, %r1, %r1;" + twice) == 32).all()
 
 
+def test_sums_that_are_moved_before_the_wait():
+    """As LLVM does. Used before the wait they are NaN all the same; no product may add to what was moved."""
+    moved = PRODUCT.replace("[%rd5], %f1", "[%rd5], %f9").replace("wgmma.wait", "mov.b32 %f9, %f1; wgmma.wait")
+    assert (multiply(moved) == 16).all()
+    assert np.isnan(multiply(moved.replace("wgmma.wait", "add.f32 %f9, %f9, %f9; wgmma.wait"))).all()
+    begin, end = PRODUCT.index("wgmma.mma"), PRODUCT.index("wgmma.commit")
+    with pytest.raises(Fault, match="adds to %f1, which was moved before it came"):
+        multiply(PRODUCT[:end] + "mov.b32 %f9, %f1;" + PRODUCT[begin:end] + PRODUCT[end:])
+
+
 @pytest.mark.parametrize("line", ["wgmma.wait_group", "wgmma.commit_group"])
 def test_sums_that_are_used_too_early_are_nan(line):
     assert np.isnan(multiply(without(PRODUCT, line))).all()
