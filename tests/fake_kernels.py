@@ -11,7 +11,7 @@ from kunbr_fast.kernels.proof.cases import Case, Kind, Shape, Stranger
 
 SIZE = 1000
 WAYS = ("right", "one element", "slow", "hangs", "dies", "exits", "changes", "leaks", "beyond", "unwritten", "raises",
-        "out of memory", "wrong shape")  # fmt: skip
+        "out of memory", "wrong shape", "long")  # fmt: skip
 _calls = {"count": 0}
 
 
@@ -32,6 +32,8 @@ def doubled(way, impl, inputs):
     torch.mul(x, 2, out=y)
     if way == "one element":
         y[123] += 0.5
+    elif way == "long":
+        time.sleep(1)
     elif way == "hangs":
         time.sleep(1e6)
     elif way == "dies":
@@ -65,7 +67,7 @@ def find(target):
     case = Case("all", draw, lambda impl, inputs: doubled(way, impl, inputs), floors,
                 stranger=Stranger("x", 0, {"y": slice(1, None)}))  # fmt: skip
     shape = Shape(4096, lambda device, dtype: {}, lambda impl, inputs: timed(way, impl, inputs))
-    return Kind("doubling", "triton", [case], [shape], way)
+    return Kind("doubling", "triton", [case] * (3 if way == "long" else 1), [shape], way)
 
 
 if __name__ == "__main__":

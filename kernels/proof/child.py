@@ -1,8 +1,8 @@
 """The process that runs kernels for a proof: `python -m kunbr_fast.kernels.proof.child`, started by prove.py.
 
 It reads one job, JSON on a line of its standard input, and answers with lines of JSON: {"begin": target} before each
-target and {"end": target, ...} after it, {"bye": true} at the end. A kernel's error that may have broken the device
-ends it early.
+target, {"case": name} before each of its cases, {"end": target, ...} after it, {"bye": true} at the end. A kernel's
+error that may have broken the device ends it early.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(find: Callable[[Target], Kind] = kind_of) -> None:
     work = {"gate": _gate, "time": _time}[job["work"]]
     for target in (Target(**one) for one in job["targets"]):
         _say(answers, begin=dataclasses.asdict(target))
-        found, broken = _tried(work, find(target), DTYPES[target.dtype], device)
+        found, broken = _tried(work, find(target), DTYPES[target.dtype], device, lambda case: _say(answers, case=case))
         _say(answers, end=dataclasses.asdict(target), **found)
         if broken:
             break
@@ -46,10 +46,12 @@ def main(find: Callable[[Target], Kind] = kind_of) -> None:
     os._exit(0)  # a device that hangs would keep a tidy end waiting
 
 
-def _tried(work, kind: Kind, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Any], bool]:
+def _tried(
+    work, kind: Kind, dtype: torch.dtype, device: torch.device, begins: Callable[[str], None]
+) -> tuple[dict[str, Any], bool]:
     """What is found, and whether nothing more can be run here. {"no_verdict": why}: it says nothing of the kernel."""
     try:
-        return work(kind, dtype, device), False
+        return work(kind, dtype, device, begins), False
     except gate.Hung as reason:
         return {"why": f"hung ({reason})"}, True
     except (torch.OutOfMemoryError, MemoryError):
@@ -62,14 +64,15 @@ def _tried(work, kind: Kind, dtype: torch.dtype, device: torch.device) -> tuple[
         return {"no_verdict" if busy else "why": text if busy else f"crashed: {text}"}, True
 
 
-def _gate(kind: Kind, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    found = gate.judge(kind, dtype, device)
+def _gate(kind: Kind, dtype: torch.dtype, device: torch.device, begins: Callable[[str], None]) -> dict[str, Any]:
+    found = gate.judge(kind, dtype, device, begins)
     if found.why is None:
+        begins("shapes")
         clock.prepare(kind, dtype, device)
     return dataclasses.asdict(found)
 
 
-def _time(kind: Kind, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def _time(kind: Kind, dtype: torch.dtype, device: torch.device, begins: Callable[[str], None]) -> dict[str, Any]:
     return {"why": None, "times": [dataclasses.asdict(t) for t in clock.times(kind, dtype, device)]}
 
 

@@ -25,7 +25,7 @@ import torch
 from .. import verdicts
 from ..verdicts import Target, Timing, Verdict
 
-LIMIT = 120.0  # seconds that a target may take: compiling on a busy machine takes long, too
+LIMIT = 120.0  # seconds that a case may take: compiling on a busy machine takes long, too
 START = 300.0  # and a process until it begins
 OUT_OF_MEMORY = "out of memory"
 ROOT = Path(sys.modules[__package__.partition(".")[0]].__file__).resolve().parents[1]
@@ -41,8 +41,9 @@ def ignore(*arguments) -> None:
 class Prover:
     """Proves targets on a device.
 
-    limit: seconds that a target may take before its process is ended. on_verdict: told each verdict as it is known.
-    progress: told ("checked" or "timed", how many, of how many, what is running). command: what runs child.py's `main`.
+    limit: seconds that a case of a target may take before its process is ended. on_verdict: told each verdict as it is
+    known. progress: told ("checked" or "timed", how many, of how many, what is running).
+    command: what runs child.py's `main`.
     """
 
     device: torch.device
@@ -153,7 +154,7 @@ class Child:
                 self.ended = True
             elif "begin" in line:
                 self.current = Target(**line["begin"])
-            else:
+            elif "case" not in line:  # a case is a sign of life, as kernels are compiled for each
                 target = Target(**line.pop("end"))
                 found[target] = line
                 self.targets.remove(target)

@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Runs every kernel that this GPU may launch, in processes of their own: against fp64, between canaries, twice, "
         'and beside torch\'s time. About a minute, once a machine and version. impl="auto" takes what was proven right '
-        "and at least 1.05 times as fast as torch. Exit status: 0 all are right, 1 some are wrong, 2 no GPU."
+        "and at least 1.05 times as fast as torch. Exit status: 0 all are right, 1 some are wrong or have "
+        "no verdict, 2 no GPU."
     )
     parser.add_argument("operations", nargs="*", metavar="OPERATION", help=f"{', '.join(dispatch.OPERATIONS)} [all]")
     parser.add_argument("--impl", nargs="+", choices=("cuda", "triton"), default=["cuda", "triton"], help="[both]")
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(table(found))
     for target, why in none.items():
         print(f"no verdict on {target}: {why}", file=sys.stderr)
-    arguments.status = int(any(not verdict.right for verdict in found))
+    arguments.status = int(bool(none) or any(not verdict.right for verdict in found))
 
 
 def _prove(device, arguments, tell) -> tuple[list[Verdict], dict]:

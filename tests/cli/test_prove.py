@@ -51,6 +51,12 @@ def test_a_table_and_a_status(capsys, fakes, tmp_path, monkeypatch):
     assert status == 0 and out.splitlines()[-1] == "1 right" and not err.strip()
 
 
+def test_no_verdict_is_no_success(capsys, fakes):
+    fakes[:] = ["out of memory"]
+    status, out, err = run(capsys, "--quiet")
+    assert status == 1 and "no verdict on doubling triton fp32 out of memory" in err
+
+
 def test_lines_for_programs(capsys, fakes):
     fakes[:] = ["right"]
     for words in (["--json", "--quiet"], ["--json", "--again", "--limit", "100", "lion"]):

@@ -81,7 +81,7 @@ WHY = {
 def test_each_way_of_being_wrong_is_seen():
     told, parts = [], []
     found, none = prover(on_verdict=told.append, progress=lambda *now: parts.append(now)).prove(
-        targets(*(way for way in fake_kernels.WAYS if way != "hangs"))
+        targets(*(way for way in fake_kernels.WAYS if way not in ("hangs", "long")))
     )
     assert found == told and {v.target.kind for v in found} == set(WHY)
     for verdict in found:
@@ -105,6 +105,12 @@ def test_what_hangs_is_ended_with_its_group():
     assert [v.target.kind for v in found if v.right] == ["right"] and not none
     assert time.monotonic() - begin < 200
     assert not _processes("fake_kernels.py")
+
+
+def test_what_takes_long_is_no_hang():
+    """Three cases of three seconds: each is a sign of life."""
+    found, none = prover(limit=7.0).prove(targets("long"))
+    assert [v.why for v in found] == [None] and not none
 
 
 def _processes(text):
