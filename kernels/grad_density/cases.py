@@ -17,9 +17,13 @@ HALF = ("bf16", "fp16")
 # 1, 32, 64, 128, 129 and 600 tokens and none: each branch of the kernels, by the mean that chooses one
 SHORT = (1, 1, 1, 32, 0, 64, 128, 129, 600)
 LONG = (600, 1, 0, 129, 513, 64)
-BRIEF = (1, 32, 0, 7, 32)
-MIDDLE = (64, 33, 0, 64, 17)
+BRIEF = (1, 32, 0, 7, 32, 16, 31, 3, 24, 32, 9, 20)
+MIDDLE = (64, 33, 0, 64, 17, 1, 63, 48, 34, 64, 5, 40)
 ALIGNED, ODD = (392, (136, 24, 8)), (63, (123, 1, 40))  # K, and N of each projection
+# As at the size of a model: programs that walk through more tiles than have room at a time, or take a second item, and
+# more than one group of tiles along N, of which the last is smaller. Of few tiles a GPU gives each program one.
+DEEP, WIDE = (1608, (136, 24, 8)), (648, (1112, 24, 8))
+WIDE_ODD, WIDE_FP32 = (647, (1111, 1, 40)), (392, (600, 24, 8))
 MODEL = (4096, 14336)  # Llama-3-8B's up
 TIMED_TOKENS = 2048
 
@@ -30,14 +34,14 @@ def kinds(operation: str) -> list[Kind]:
         at = functools.partial(_shapes, along)
         triton = functools.partial(_kind, "triton", along)
         cuda = functools.partial(_kind, "cuda", along)
-        short = [(SHORT, ALIGNED), (BRIEF, ALIGNED), (MIDDLE, ALIGNED)]
+        short = [(SHORT, DEEP), (BRIEF, WIDE), (MIDDLE, WIDE)]
         found += [
             triton("short" + suffix, HALF, short, at((32, 64, 128))),
-            triton("long" + suffix, HALF, [(LONG, ALIGNED)], at((256, 512, 2048))),
-            triton("any" + suffix, HALF, [(SHORT, ODD)], at((32, 128, 512), odd=True)),
-            triton("fp32" + suffix, ("fp32",), [(SHORT, ODD), (BRIEF, ALIGNED)], at((32, 128, 512))),
-            cuda("hopper" + suffix, HALF, [*short, (LONG, ALIGNED)], at((32, 64, 128, 512, 2048), "hopper")),
-            cuda("portable" + suffix, (*HALF, "fp32"), [(SHORT, ODD), (LONG, ALIGNED)], at((32, 128, 512), "portable")),
+            triton("long" + suffix, HALF, [(LONG, ALIGNED), (LONG, WIDE)], at((256, 512, 2048))),
+            triton("any" + suffix, HALF, [(SHORT, ODD), (BRIEF, WIDE_ODD)], at((32, 128, 512), odd=True)),
+            triton("fp32" + suffix, ("fp32",), [(SHORT, ODD), (BRIEF, WIDE_FP32)], at((32, 128, 512))),
+            cuda("hopper" + suffix, HALF, [*short, (LONG, WIDE)], at((32, 64, 128, 512, 2048), "hopper")),
+            cuda("portable" + suffix, (*HALF, "fp32"), [(SHORT, ODD), (LONG, WIDE)], at((32, 128, 512), "portable")),
         ]  # fmt: skip
     return found
 

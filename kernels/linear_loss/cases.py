@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from unittest import mock
 
 import torch
 
@@ -14,7 +16,8 @@ TIMED_ROWS, TIMED_HEAD = (64, 512, 2048), (128256, 4096)  # Llama-3-8B's
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """rows of D, a vocabulary of V; what the head has, and whose gradients are asked for."""
+    """rows of D, a vocabulary of V; what the head has, and whose gradients are asked for. chunked: in several
+    chunks, as at the size of a model."""
 
     R: int
     D: int
@@ -24,14 +27,17 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     trained: tuple[str, ...] = ("hidden",)
+    chunked: bool = False
 
 
 def kinds(operation: str) -> list[Kind]:
     cases = [
         _case(Head(9, 16, 63, bias=True, trained=("hidden", "weight", "bias"))),
         _case(Head(70, 136, 300)),  # a frozen head's
-        _case(Head(33, 63, 1028, bias=True, capped=True, scale=0.5, softcap=20.0)),
-        _case(Head(130, 64, 257, capped=True, trained=("hidden", "weight"))),
+        # several tiles of a row and a part of one, in each dtype, as with a model's vocabulary
+        _case(Head(33, 63, 9220, bias=True, capped=True, scale=0.5, softcap=20.0)),
+        _case(Head(33, 64, 17384, trained=("hidden", "weight"))),
+        _case(Head(130, 64, 257, bias=True, capped=True, trained=("hidden", "weight", "bias"), chunked=True)),
     ]
     return [Kind(operation, "triton", cases, [_shape(rows) for rows in TIMED_ROWS])]
 
@@ -51,7 +57,7 @@ def _case(head: Head) -> Case:
         cap = torch.tensor([0.5, 1.5, torch.inf]).repeat(head.R)[: head.R] * torch.tensor(float(head.V)).log()
         return found | ({"nll_cap": cap} if head.capped else {})
 
-    has = ", ".join(name for name in ("bias", "capped") if getattr(head, name))
+    has = ", ".join(name for name in ("bias", "capped", "chunked") if getattr(head, name))
     label = f"{head.R} rows, {head.V}x{head.D}, {has or 'plain'}, gradients of {' and '.join(head.trained)}"
     kept = {"nll": slice(1, None), "dhidden": slice(1, None)}
     stranger = Stranger("hidden", 0, kept)
@@ -63,12 +69,20 @@ def _results(head: Head, impl: str, inputs: Tensors) -> Tensors:
     given = {name: inputs[name].detach().requires_grad_(name in head.trained) for name in ("hidden", "weight")}
     bias = inputs["bias"].detach().requires_grad_("bias" in head.trained) if head.bias else None
     wanted = [t for t in (*given.values(), bias) if t is not None and t.requires_grad]
-    loss, nll = op.linear_loss(
-        *(*given.values(), bias, inputs["targets"], inputs["row_weights"], inputs.get("nll_cap")),
-        op.Logits(head.scale, head.softcap), impl,
-    )  # fmt: skip
+    with _small_chunks() if head.chunked and impl == "triton" else contextlib.nullcontext():
+        loss, nll = op.linear_loss(
+            *(*given.values(), bias, inputs["targets"], inputs["row_weights"], inputs.get("nll_cap")),
+            op.Logits(head.scale, head.softcap), impl,
+        )  # fmt: skip
     grads = torch.autograd.grad(loss, wanted)
     return {"loss": loss, "nll": nll} | dict(zip((f"d{name}" for name in head.trained), grads))
+
+
+def _small_chunks():
+    """Inside, a chunk's logits are 64 KiB: those of a model's size would take a quarter of a GiB."""
+    from . import triton_kernel
+
+    return mock.patch.object(triton_kernel, "CHUNK_BYTES", 1 << 16)
 
 
 def floors(head: Head, inputs: Tensors, truth: Tensors) -> dict[str, float]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from unittest import mock
 
 import torch
 
+from .. import tiles
 from ..proof.cases import EPS, Case, Kind, Shape, Stranger, Tensors
 from . import op
 
@@ -20,15 +23,19 @@ def kinds(operation: str) -> list[Kind]:
         _case(names[0], (2, 5, 63), True),
         _case(names[-1], (2, 5, 63), False),
         _case(names[0], (70, 1024), True, trained=()),  # a cover layer's
-        _case(names[1], (3, 2048), False, trained=("x",)),
+        _case(names[1], (3, 2048), False, trained=("x",), scale=1e-3),  # small enough that eps counts
         _case(names[0], (2, 3, 4, 128), False),  # of queries and keys, whose rows do not follow one another
+        _one_program(_case(names[0], (5, 8190), False)),
     ]
     shapes = [_shape(names[0], rows) for rows in TIMED_ROWS]
     return [Kind(operation, "triton", cases, shapes)]
 
 
-def _case(kind: str, shape: tuple[int, ...], residual: bool, trained: tuple[str, ...] | None = None) -> Case:
-    """trained: those of x, residual, weight and bias whose gradient is asked for; None: of all, (): as of x."""
+def _case(
+    kind: str, shape: tuple[int, ...], residual: bool, trained: tuple[str, ...] | None = None, scale: float = 1.0
+) -> Case:
+    """trained: those of x, residual, weight and bias whose gradient is asked for; None: of all, (): as of x. scale: of
+    x."""
     asked = ("x", "residual") if trained == () else trained
 
     def draw(dtype):
@@ -36,8 +43,9 @@ def _case(kind: str, shape: tuple[int, ...], residual: bool, trained: tuple[str,
         sizes = {"x": shape, "residual": shape, "weight": shape[-1:], "bias": shape[-1:], "dy": shape, "dh": shape}
         left_out = set() if residual else {"residual", "dh"}
         left_out |= set() if kind == "layer" else {"bias"}
-        drawn = {name: torch.randn(size, generator=generator).to(dtype) for name, size in sizes.items()}
-        return {name: t for name, t in drawn.items() if name not in left_out}
+        drawn = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+        drawn["x"] *= scale
+        return {name: t.to(dtype) for name, t in drawn.items() if name not in left_out}
 
     def run(impl, inputs):
         if len(shape) == 4:  # (B, T, H, D) seen as (B, H, T, D), as a model does
@@ -52,6 +60,16 @@ def _case(kind: str, shape: tuple[int, ...], residual: bool, trained: tuple[str,
     of = "" if asked is None else f", gradients of {' and '.join(asked)}"
     return Case(f"{kind}, {'x'.join(map(str, shape))}{with_residual}{of}", draw, run,
                 lambda inputs, truth: floors(kind, inputs, truth, len(shape) == 4), stranger=stranger)  # fmt: skip
+
+
+def _one_program(case: Case) -> Case:
+    """On a multiprocessor alone, so that one program sums over all rows, as with more rows than a GPU has programs."""
+
+    def run(impl, inputs):
+        with mock.patch.object(tiles, "processors", lambda device: 1):
+            return case.run(impl, inputs)
+
+    return dataclasses.replace(case, name=f"{case.name}, one program", run=run)
 
 
 def _results(kind: str, impl: str, inputs: Tensors, asked) -> Tensors:
