@@ -225,11 +225,13 @@ def sources(folder: str) -> str:
 
 
 def folder() -> Path:
-    """Where this machine's verdicts are kept."""
+    """Where this machine's verdicts are kept; where a user has no home, nowhere."""
     cache = os.environ.get("KUNBR_CACHE")
-    if cache:
-        return Path(cache).expanduser() / "proofs"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kunbr_fast" / "proofs"
+    where = Path(cache or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "kunbr_fast"))
+    try:
+        return where.expanduser() / "proofs"
+    except RuntimeError:
+        return Path(os.devnull) / "proofs"
 
 
 def read(path: Path) -> list[Verdict]:
@@ -239,7 +241,7 @@ def read(path: Path) -> list[Verdict]:
         if found["format"] != FORMAT or found["checksum"] != _checksum(found["verdicts"]):
             raise ValueError("another format or another checksum")
         return [Verdict.from_json(verdict) for verdict in found["verdicts"]]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         logger.warning("%s is left out (%s): run `kunbr-fast prove` to prove its kernels again", path, error)

@@ -73,7 +73,10 @@ def _gate(kind: Kind, dtype: torch.dtype, device: torch.device, begins: Callable
 
 
 def _time(kind: Kind, dtype: torch.dtype, device: torch.device, begins: Callable[[str], None]) -> dict[str, Any]:
-    return {"why": None, "times": [dataclasses.asdict(t) for t in clock.times(kind, dtype, device)]}
+    found = clock.times(kind, dtype, device)
+    if kind.shapes and not found:  # beside a large model, say: it may fit another time
+        raise torch.OutOfMemoryError
+    return {"why": None, "times": [dataclasses.asdict(t) for t in found]}
 
 
 def _first_line(reason: BaseException) -> str:

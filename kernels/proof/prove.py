@@ -78,8 +78,12 @@ class Prover:
             self._conclude(target, answer)
 
     def _timed(self, target: Target, answer: dict[str, Any]) -> None:
-        """A kernel that breaks at the size of a model is wrong; one that cannot be timed is right."""
-        self._conclude(target, self.gates[target] | answer)
+        """A kernel that breaks at the size of a model is wrong. Of one that there was no room to time nothing is kept:
+        "auto" would pass it by for ever."""
+        if "no_verdict" in answer:
+            self.none[target] = f"right, but not timed: {answer['no_verdict']}"
+        else:
+            self._conclude(target, self.gates[target] | answer)
 
     def _conclude(self, target: Target, answer: dict[str, Any]) -> None:
         times = tuple(Timing(**one) for one in answer.get("times", ()))

@@ -90,12 +90,13 @@ def test_each_way_of_being_wrong_is_seen():
         if expected is not None:
             assert re.match(expected, verdict.why) and not verdict.times, verdict
         assert verdict.key == verdicts.key("doubling", "triton", CPU)
-    assert none == {target("out of memory"): "out of memory"}
+    why = {"out of memory": "out of memory", "too large to time": "right, but not timed: out of memory"}
+    assert none == {target(kind): text for kind, text in why.items()}
     fast, slow = (next(v for v in found if v.target.kind == kind) for kind in ("right", "slow"))
     assert fast.speed(4096, "eager") > 1.05 > slow.speed(4096, "eager")
     assert str(fast).startswith("right, ") and str(slow).startswith("slower than torch: 0.")
     assert {part for part, *_ in parts} == {"checked", "timed"}
-    assert ("checked", 12, 12) in {(part, done, of) for part, done, of, _ in parts}
+    assert ("checked", 13, 13) in {(part, done, of) for part, done, of, _ in parts}
 
 
 def test_what_hangs_is_ended_with_its_group():
@@ -226,6 +227,21 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     found, _ = prove.ensure(targets("right"), prover(), said.append)
     assert len(found) == 1 and verdicts.find(target(), CPU) == found[0]
     assert len(said) == 1 and "could not be kept" in said[0] and "set KUNBR_CACHE" in said[0]
+
+
+def test_nobody_has_a_home(monkeypatch):
+    """An id that no user has, as containers give."""
+
+    def expanduser(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("KUNBR_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", expanduser)
+    assert verdicts.find(target(), CPU) is None
+    said = []
+    found, _ = prove.ensure(targets("right"), prover(), said.append)
+    assert len(found) == 1 and len(said) == 1 and "set KUNBR_CACHE" in said[0]
 
 
 def test_files_are_read_back_and_merged(tmp_path):
