@@ -49,16 +49,15 @@ def ensure_proven(
     key = device, alone, tuple(wanted)
     if key in _seen:
         return
-    _seen.add(key)
-    if alone:
+    if not alone:
+        found = None
+        if group.first:
+            _prove(device, wanted, say, progress)
+            found = [verdict.as_json() for verdict in verdicts.current(device)]
+        verdicts.adopt(map(Verdict.from_json, group.gather(found)[0]), device)
+    if alone or not group.first:  # of a rank's, nothing is missing unless its GPU is another one
         _prove(device, wanted, say, progress)
-        return
-    found = None
-    if group.first:
-        _prove(device, wanted, say, progress)
-        found = [verdict.as_json() for verdict in verdicts.current(device)]
-    verdicts.adopt(map(Verdict.from_json, group.gather(found)[0]), device)
-    _prove(device, wanted, say, progress)  # nothing is missing, unless this GPU is another one
+    _seen.add(key)  # not before: one that was interrupted, in a notebook say, begins anew
 
 
 def _prove(device: torch.device, wanted: list[Target], say: Callable[[str], None], progress: bool) -> None:

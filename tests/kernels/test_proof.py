@@ -474,6 +474,17 @@ def test_proven_before_the_first_pass_and_once(ensured):
     assert choose("swiglu", size=64) == "triton"
 
 
+def test_an_interrupted_proof_begins_anew(ensured, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prove, "ensure", interrupted)
+        proofs.ensure_proven(GPU, {torch.bfloat16}, say=lambda text: None)
+    proofs.ensure_proven(GPU, {torch.bfloat16}, say=lambda text: None)
+    assert len(ensured) == 1
+
+
 @pytest.mark.parametrize("why", ["cpu", "named", "off", "capturing", "compiling", "fp64"])
 def test_where_nothing_is_proven(why, ensured, monkeypatch):
     device, dtype, impl, said = GPU, torch.bfloat16, "auto", []
