@@ -111,6 +111,16 @@ def test_memory_beyond_the_end_is_left_alone(name):
         assert torch.equal(view, t) and bool(m[:1].isnan().all()) and bool(m[1031:].isnan().all())
 
 
+@pytest.mark.parametrize("make", [Lion, AdamW])
+def test_a_step_counts_in_version_counters(make):
+    """As torch's: the backward of what saved the weights before it raises."""
+    param = nn.Parameter(random(64))
+    optimizer, saved, param.grad = make([param], lr=0.1, impl="triton"), (param * param).sum(), random(64, seed=1)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
+
+
 def test_lions_steps():
     """One size whatever the gradient's, none for none, and NaN for NaN."""
     p, m = torch.zeros(5, device=DEVICE), torch.zeros(5, device=DEVICE)
