@@ -18,6 +18,7 @@ def kinds(operation: str) -> list[Kind]:
             _case(activation, (3, 5, 123), "new"),
             _case(activation, (40, 1032), "over"),  # written over gate and up
             _case(activation, (3, 1025), "up"),
+            _case(activation, (5, 130), "apart"),
             _case(activation, (2, 3, 61), "packed"),
             _case(activation, (9, 512), "packed over"),
         ]
@@ -31,7 +32,8 @@ def _call(activation: str, impl: str, *tensors: torch.Tensor) -> torch.Tensor:
 
 
 def _results(activation: str, impl: str, inputs: Tensors, way: str) -> Tensors:
-    """way: "new": gradients of leaves; "over": of results, which are overwritten; "up": up's alone; "packed": of one
+    """way: "new": gradients of leaves; "over": of results, which are overwritten; "up": up's alone; "apart": of a
+    gate whose rows lie further apart than up's; "packed": of one
     tensor that holds both."""
     gate, up, dy = inputs["gate"], inputs["up"], inputs["dy"]
     if way.startswith("packed"):
@@ -42,6 +44,8 @@ def _results(activation: str, impl: str, inputs: Tensors, way: str) -> Tensors:
     if way == "up":
         y = _call(activation, impl, gate.detach(), up.requires_grad_())
         return {"y": y, "dup": torch.autograd.grad(y, up, dy)[0]}
+    if way == "apart":
+        gate = torch.cat((gate, up), -1)[..., : gate.shape[-1]]
     leaves = [gate.requires_grad_(), up.requires_grad_()]
     y = _call(activation, impl, *([leaf * 1 for leaf in leaves] if way == "over" else leaves))
     return dict(zip(("y", "dgate", "dup"), (y, *torch.autograd.grad(y, leaves, dy))))

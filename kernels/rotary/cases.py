@@ -17,6 +17,7 @@ def kinds(operation: str) -> list[Kind]:
         _case((3, 2, 128), (33, 17), 96, rows=3),
         _case((2, 7, 12), (4, 4), 4, way="over"),  # q and k themselves are overwritten
         _case((2, 9, 64), (9, 3), 64, way="no gradient"),
+        _case((2, 5, 16), (4, 2), 16, way="of one product"),
     ]
     return [Kind(operation, "triton", cases, [_shape(T) for T in TIMED_TOKENS])]
 
@@ -40,9 +41,12 @@ def _case(shape: tuple[int, int, int], heads: tuple[int, int], r: int, rows: int
 
 
 def _results(impl: str, inputs: Tensors, way: str) -> Tensors:
-    """way: "new": gradients of leaves; "over": of results, which are overwritten; "no gradient": they are, too."""
+    """way: "new": gradients of leaves; "over": of results, which are overwritten; "no gradient": they are, too; "of one
+    product": of leaves whose tokens lie further apart than the results'."""
     # in memory (B, T, H, d), as a model views its projections' outputs
     views = [inputs[name].transpose(1, 2) for name in ("q", "k")]
+    if way == "of one product":
+        views = torch.cat(views, 1).transpose(1, 2).contiguous().transpose(1, 2).split([x.shape[1] for x in views], 1)
     if way == "no gradient":
         with torch.no_grad():
             return dict(zip(("q'", "k'"), op.apply_rotary(*views, inputs["cos"], inputs["sin"], impl=impl)))
