@@ -2,12 +2,7 @@
 
 `torch` is always there, every operation has Triton kernels, and some have CUDA kernels too (cuda_library.py). On a GPU
 "auto" goes by what was proven on it (proof/): it takes the fastest of the implementations that are right, or torch.
-Another implementation joins with one line:
-
-    dispatch.register("swiglu", "cuda", lambda device: None if device.type == "cuda" else "needs a GPU")
-
-The function returns None where the implementation can run on tensors of that device, else a short reason. "auto" takes
-it wherever it can run, unless `rate` says otherwise.
+`register` changes where one can run, and what "auto" makes of it; an operation's op.py calls it.
 """
 
 from __future__ import annotations
@@ -57,15 +52,18 @@ Rate = Callable[[Request, str], "float | str"]
 _registry: dict[tuple[str, str], tuple[WhyNot, Rate]] = {}
 _logged: set[tuple] = set()
 _chosen: dict[tuple, str] = {}
-_in_graph = False
+_in_graphs = 0  # how many are inside `in_graphs`, of all threads: a backward pass runs in others
 
 
 def register(operation: str, impl: str, why_not: WhyNot, rate: Rate | None = None) -> None:
-    """Make `impl` known for `operation`: see the module docstring. ValueError for an unknown name.
+    """Says where `impl` of `operation` can run: why_not(device) is None, or a short reason. ValueError for an unknown
+    name, and for an implementation that the operation's op.py does not call.
 
     rate(request, impl): how often "auto" would rather have it than torch, as a factor, or why it passes it by.
     """
     _check(operation, impl)
+    if impl == "cuda" and operation not in CUDA_OPERATIONS:
+        raise ValueError(f"{operation} has no CUDA kernel: expected one of {', '.join(CUDA_OPERATIONS)}")
     _registry[operation, impl] = why_not, rate or (lambda request, impl: float("inf"))
     forget()
 
@@ -106,12 +104,12 @@ def _rate(request: Request, impl: str) -> float | str:
 def in_graphs() -> Iterator[None]:
     """Inside, "auto" chooses for calls that a CUDA graph will replay, for which the host's time does not count. For the
     calls before the capture too, which compile what will be captured."""
-    global _in_graph
-    before, _in_graph = _in_graph, True
+    global _in_graphs
+    _in_graphs += 1
     try:
         yield
     finally:
-        _in_graph = before
+        _in_graphs -= 1
 
 
 def _as_device(device: torch.device | str) -> torch.device:
@@ -142,10 +140,10 @@ def resolve(
     """
     if size is not None:  # by the nearest power of two, so that of those of one key the first decides nothing
         size = 1 << (size * size).bit_length() // 2
-    key = operation, impl, device, dtype, _in_graph, size, kinds and tuple(kinds.values())
+    key = operation, impl, device, dtype, _in_graphs > 0, size, kinds and tuple(kinds.values())
     found = _chosen.get(key)
     if found is None:
-        request = Request(operation, _as_device(device), dtype, kinds or {}, size, _in_graph)
+        request = Request(operation, _as_device(device), dtype, kinds or {}, size, _in_graphs > 0)
         found = _chosen[key] = _resolve(impl, request)
     return found
 

@@ -104,13 +104,14 @@ class Verdict:
             return self.why
         if not self.times:
             return "right, not timed"
-        by_mode = {t.mode: [other for other in self.times if other.mode == t.mode] for t in self.times}
-        texts = []
-        for mode, times in by_mode.items():
-            in_graph = " in a CUDA graph" * (mode == "graph")
-            texts.append(", ".join(f"{t.speed:.2g}x torch at {amount(t.size)}" for t in times) + in_graph)
+        eager = [f"{t.speed:.2g}x{' torch' * (i == 0)} at {amount(t.size)}" for i, t in enumerate(self._of("eager"))]
+        graph = [f"{t.speed:.2g}x" for t in self._of("graph")]
         slow = all(t.speed < ENOUGH for t in self.times)
-        return ("slower than torch: " if slow else "right, ") + "; ".join(texts)
+        text = ("slower than torch: " if slow else "right, ") + ", ".join(eager)
+        return text + f"; in a CUDA graph {', '.join(graph)}" * bool(graph)
+
+    def _of(self, mode: str) -> list[Timing]:
+        return [t for t in self.times if t.mode == mode]
 
     def as_json(self) -> dict[str, Any]:
         """Flat: the target's fields, `right` and the speeds beside its own."""
@@ -126,7 +127,7 @@ class Verdict:
         times = tuple(
             Timing(int(t["size"]), _text(t["mode"]), float(t["torch_ms"]), float(t["ours_ms"])) for t in found["times"]
         )
-        if any(t.size < 1 or not (t.torch_ms > 0 and t.ours_ms > 0) for t in times):
+        if any(t.size < 1 or not (0 < t.torch_ms < math.inf and 0 < t.ours_ms < math.inf) for t in times):
             raise ValueError("a time or a size is not above 0")
         why, numbers = found["why"], [found["error"], found["bound"]]
         if found["right"] is not (why is None):

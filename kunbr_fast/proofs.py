@@ -47,7 +47,7 @@ def ensure_proven(
     wanted = cases.targets(device, names)
     alone = group is None or group.size == 1
     key = device, alone, tuple(wanted)
-    if key in _seen:
+    if key in _seen or (alone and (device, False, tuple(wanted)) in _seen):  # rank 0 has told what there is
         return
     if not alone:
         found = None
@@ -55,7 +55,7 @@ def ensure_proven(
             _prove(device, wanted, say, progress)
             found = [verdict.as_json() for verdict in verdicts.current(device)]
         verdicts.adopt(map(Verdict.from_json, group.gather(found)[0]), device)
-    if alone or not group.first:  # of a rank's, nothing is missing unless its GPU is another one
+    if alone or not any(verdicts.find(target, device) for target in wanted):  # this rank's GPU is another one
         _prove(device, wanted, say, progress)
     _seen.add(key)  # not before: one that was interrupted, in a notebook say, begins anew
 

@@ -177,11 +177,12 @@ def test_what_extending_shows_works(monkeypatch):
     # The registries as they were, afterwards.
     monkeypatch.setitem(OBJECTIVES, "half_npo", None)
     monkeypatch.setitem(LAYER_KINDS, "my_linear", None)
-    monkeypatch.setitem(dispatch._registry, ("swiglu", "cuda"), None)
+    monkeypatch.setitem(dispatch._registry, ("swiglu", "triton"), dispatch._registry["swiglu", "triton"])
     names = {}
     for code in blocks(ROOT / "docs" / "extending.md", "python"):
         exec(code, names)
-    assert dispatch.why_not("swiglu", "cuda", "cpu") == "needs a GPU"
+    reason = dispatch.why_not("swiglu", "triton", "cpu") or "not wanted here"
+    assert dispatch.why_not_auto("swiglu", "triton", "cpu") == reason
 
     encoded = samples()
     trained = {}

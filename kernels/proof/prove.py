@@ -42,8 +42,8 @@ class Prover:
     """Proves targets on a device.
 
     limit: seconds that a case of a target may take before its process is ended. on_verdict: told each verdict as it is
-    known. progress: told ("checked" or "timed", how many, of how many, what is running).
-    command: what runs child.py's `main`.
+    known; on_checked: each that is right and still has no times. progress: told ("checked" or "timed", how many, of how
+    many, what is running). command: what runs child.py's `main`.
     """
 
     device: torch.device
@@ -52,16 +52,21 @@ class Prover:
     on_verdict: Callable[[Verdict], None] = ignore
     progress: Callable[[str, int, int, str], None] = ignore
     command: Sequence[str] = COMMAND
+    on_checked: Callable[[Verdict], None] = ignore
 
     def __post_init__(self):
         self.device = verdicts.with_index(self.device)  # a child has no current one, and torch sets none without
 
-    def prove(self, targets: Sequence[Target]) -> tuple[list[Verdict], dict[Target, str]]:
-        """(verdicts, why there is none on the others). Out of memory, say, is no verdict."""
+    def prove(
+        self, targets: Sequence[Target], checked: Sequence[Verdict] = ()
+    ) -> tuple[list[Verdict], dict[Target, str]]:
+        """(verdicts, why there is none on the others). Out of memory, say, is no verdict. checked: verdicts without
+        times on some of the targets, which were found right before."""
         self.found: list[Verdict] = []
         self.none: dict[Target, str] = {}
-        self.gates: dict[Target, dict[str, Any]] = {}
-        groups = [list(g) for _, g in itertools.groupby(targets, lambda t: (t.operation, t.impl, t.kind))]
+        self.gates = {v.target: {"why": None, "error": v.error, "bound": v.bound} for v in checked}
+        unchecked = [target for target in targets if target not in self.gates]
+        groups = [list(g) for _, g in itertools.groupby(unchecked, lambda t: (t.operation, t.impl, t.kind))]
         self._run("gate", groups, self.workers or min(MOST_WORKERS, _cpus()), self._judged)
         alone, self.none = self.none, {}  # they may fit then
         self._run("gate", [[target] for target, why in alone.items() if why == OUT_OF_MEMORY], 1, self._judged)
@@ -74,23 +79,27 @@ class Prover:
             self.none[target] = answer["no_verdict"]
         elif answer["why"] is None:
             self.gates[target] = answer
+            self.on_checked(self._verdict(target, answer))
         else:
             self._conclude(target, answer)
 
     def _timed(self, target: Target, answer: dict[str, Any]) -> None:
-        """A kernel that breaks at the size of a model is wrong. Of one that there was no room to time nothing is kept:
-        "auto" would pass it by for ever."""
+        """A kernel that breaks at the size of a model is wrong. One that there was no room to time is timed another
+        time."""
         if "no_verdict" in answer:
             self.none[target] = f"right, but not timed: {answer['no_verdict']}"
         else:
             self._conclude(target, self.gates[target] | answer)
 
     def _conclude(self, target: Target, answer: dict[str, Any]) -> None:
-        times = tuple(Timing(**one) for one in answer.get("times", ()))
-        of = verdicts.key(target.operation, target.impl, self.device)
-        verdict = Verdict(target, answer["why"], answer.get("error"), answer.get("bound"), times, of)
+        verdict = self._verdict(target, answer)
         self.found.append(verdict)
         self.on_verdict(verdict)
+
+    def _verdict(self, target: Target, answer: dict[str, Any]) -> Verdict:
+        times = tuple(Timing(**one) for one in answer.get("times", ()))
+        of = verdicts.key(target.operation, target.impl, self.device)
+        return Verdict(target, answer["why"], answer.get("error"), answer.get("bound"), times, of)
 
     def _run(self, work: str, jobs: list[list[Target]], workers: int, answered: Callable) -> None:
         """Calls `answered(target, answer)` for each target. A child that ends early leaves its rest to another one."""
@@ -213,8 +222,9 @@ class Child:
 
 
 def missing(targets: Iterable[Target], device: torch.device) -> list[Target]:
-    """Those on which there is no verdict that counts."""
-    return [target for target in targets if verdicts.find(target, device) is None]
+    """Those on which there is no whole verdict: none that counts, or one on a right kernel without times."""
+    found = ((target, verdicts.find(target, device)) for target in targets)
+    return [target for target, verdict in found if verdict is None or (verdict.right and not verdict.times)]
 
 
 def ensure(
@@ -240,9 +250,13 @@ def ensure(
                 verdicts.write(verdicts.path_of(prover.device), [verdict])
             except OSError as error:
                 problems.append(error)
+
+        def conclude(verdict: Verdict) -> None:
+            keep(verdict)
             prover.on_verdict(verdict)
 
-        found, none = dataclasses.replace(prover, on_verdict=keep).prove(wanted)
+        checked = [] if again else [v for t in wanted if (v := verdicts.find(t, prover.device)) is not None]
+        found, none = dataclasses.replace(prover, on_verdict=conclude, on_checked=keep).prove(wanted, checked)
         for error in problems[:1]:
             say(
                 f"the verdicts on these kernels could not be kept ({error}): set KUNBR_CACHE to a folder that can be "

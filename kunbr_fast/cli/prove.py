@@ -45,7 +45,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     if not torch.cuda.is_available():
         raise ValueError(f"prove needs a GPU, and torch {torch.__version__} sees none; `kunbr-fast doctor` says more")
-    device = torch.device(arguments.device)
+    try:
+        device = torch.device(arguments.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {arguments.device}: expected cuda, or cuda:0") from error
+    if arguments.out:
+        verdicts.write(verdicts.path_of(device, Path(arguments.out)), [])  # or all would be for nothing
 
     def tell(verdict: Verdict) -> None:
         """As they come: what has been found stays, whatever becomes of the rest."""
@@ -57,7 +62,9 @@ def run(arguments: argparse.Namespace) -> None:
     found, none = _prove(device, arguments, tell)
     if not found and not none:
         print("nothing to prove: none of these kernels can run here (`kunbr-fast doctor` says why)", file=sys.stderr)
-    elif not as_json:
+        arguments.status = 1
+        return
+    if not as_json:
         print(table(found))
     for target, why in none.items():
         print(f"no verdict on {target}: {why}", file=sys.stderr)
@@ -70,7 +77,8 @@ def _prove(device, arguments, tell) -> tuple[list[Verdict], dict]:
     from kunbr_fast.proofs import Progress
 
     targets = cases.targets(device, arguments.dtype, arguments.operations or dispatch.OPERATIONS, arguments.impl)
-    known = [] if arguments.again else [v for t in targets if (v := verdicts.find(t, device)) is not None]
+    wanted = set(targets if arguments.again else prove.missing(targets, device))
+    known = [verdicts.find(target, device) for target in targets if target not in wanted]
     for verdict in known:
         tell(verdict)
     options = {} if arguments.limit is None else {"limit": arguments.limit}

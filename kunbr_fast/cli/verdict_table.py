@@ -12,7 +12,7 @@ def table(found: list[Verdict]) -> str:
     if not found:
         return "none"
     rows = [("operation", "impl", "dtype", "kind", "error/bound", "verdict")]
-    for v in found:
+    for v in sorted(found, key=lambda v: v.right):  # wrong ones first
         rows.append((*(getattr(v.target, name) for name in ("operation", "impl", "dtype", "kind")), _share(v), str(v)))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = ["  ".join([*(text.ljust(width) for text, width in zip(row, widths)), row[5]]).rstrip() for row in rows]

@@ -43,7 +43,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(verdicts, "_gpu", lambda device: dict(KEY) if device.type == "cuda" else {"gpu": "cpu"})
     monkeypatch.setattr(dispatch, "_registry", dict(dispatch._registry))
     for operation in dispatch.OPERATIONS:
-        for impl in ("cuda", "triton"):
+        for impl in ("cuda", "triton") if operation in dispatch.CUDA_OPERATIONS else ("triton",):
             dispatch.register(operation, impl, lambda device: None, dispatch.proven)
 
 
@@ -56,7 +56,7 @@ def targets(*kinds):
 
 
 def prover(**options):
-    return Prover(CPU, command=COMMAND, **{"workers": 2, "limit": 60.0, **options})
+    return Prover(CPU, **{"command": COMMAND, "workers": 2, "limit": 60.0, **options})
 
 
 def verdict_on(operation, impl="triton", dtype="bf16", kind="all", why=None, times=(), device=GPU):
@@ -547,15 +547,30 @@ def test_a_killed_proof_keeps_what_it_found():
         f"import sys, torch; sys.path.insert(0, {str(HERE)!r})\n"
         "from kunbr_fast.kernels.proof import prove\n"
         "from kunbr_fast.kernels.verdicts import Target\n"
-        "targets = [Target('doubling', 'triton', 'fp32', kind) for kind in ('raises', 'hangs')]\n"
+        "targets = [Target('doubling', 'triton', 'fp32', kind) for kind in ('raises', 'right', 'hangs')]\n"
         f"prove.ensure(targets, prove.Prover(torch.device('cpu'), command={COMMAND!r}, workers=1))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env=environment(KUNBR_CACHE=os.environ["KUNBR_CACHE"]))
-    _wait_until(lambda: verdicts.path_of(CPU).is_file())
+    _wait_until(lambda: len(verdicts.read(verdicts.path_of(CPU))) == 2)
     process.kill()
     process.wait()
-    (kept,) = verdicts.read(verdicts.path_of(CPU))
-    assert kept.target == target("raises") and not kept.right
+    wrong, right = verdicts.read(verdicts.path_of(CPU))
+    assert wrong.target == target("raises") and not wrong.right
+    assert right.target == target() and str(right) == "right, not timed"
+    assert prove.missing(targets("raises", "right"), CPU) == [target()]
+    found, _ = prove.ensure(targets("raises", "right"), prover(command=timed_only()))  # not checked again
+    assert [v.target for v in found] == [target()] and found[0].times and found[0].error == right.error
+
+
+def timed_only():
+    """A child that times, and dies when it has to check."""
+    code = (
+        f"import io, json, sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "import fake_kernels; from kunbr_fast.kernels.proof import child\n"
+        "line = sys.stdin.readline(); assert json.loads(line)['work'] == 'time'\n"
+        "sys.stdin = io.StringIO(line); child.main(fake_kernels.find)"
+    )
+    return (sys.executable, "-c", code)
 
 
 def test_a_bound_that_is_not_finite_passes_nothing():
