@@ -1,4 +1,4 @@
-"""Proves the kernels that impl="auto" may take, before the first pass on a GPU: once a machine, about a minute."""
+"""Proves the kernels that impl="auto" may take, before the first pass on a GPU: once a machine, a minute or two."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _prove(device: torch.device, wanted: list[Target], say: Callable[[str], None
     if not prove.missing(wanted, device):
         return
     say(
-        f"proving the kernels on {torch.cuda.get_device_name(device)}: about a minute, once a machine and version "
+        f"proving the kernels on {torch.cuda.get_device_name(device)}: a minute or two, once a machine and version "
         "(KUNBR_PROVE=0 turns it off)"
     )
     begin = time.monotonic()

@@ -15,9 +15,9 @@ from kunbr_fast.kernels.verdicts import Verdict
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Runs every kernel that this GPU may launch, in processes of their own: against fp64, between canaries, twice, "
-        'and beside torch\'s time. About a minute, once a machine and version. impl="auto" takes what was proven right '
-        "and at least 1.05 times as fast as torch. Exit status: 0 all are right, 1 some are wrong or have "
-        "no verdict, 2 no GPU."
+        'and beside torch\'s time. A minute or two, once a machine and version. impl="auto" takes what was proven '
+        "right and at least 1.05 times as fast as torch. Exit status: 0 all are right, 1 some are wrong or have no "
+        "verdict, 2 no GPU."
     )
     parser.add_argument("operations", nargs="*", metavar="OPERATION", help=f"{', '.join(dispatch.OPERATIONS)} [all]")
     parser.add_argument("--impl", nargs="+", choices=("cuda", "triton"), default=["cuda", "triton"], help="[both]")

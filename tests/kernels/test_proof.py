@@ -469,7 +469,7 @@ def test_proven_before_the_first_pass_and_once(ensured):
     assert {t.dtype for t in wanted if t.operation not in ("lion", "adamw")} == {"bf16"}
     assert {t.operation for t in wanted} == set(dispatch.OPERATIONS)
     assert {t.kind for t in wanted if t.impl == "cuda"} == {"all", "portable", "portable by row"}  # no Hopper here
-    assert said[0].startswith("proving the kernels on NVIDIA Fake 100: about a minute") and "KUNBR_PROVE=0" in said[0]
+    assert said[0].startswith("proving the kernels on NVIDIA Fake 100: a minute or two") and "KUNBR_PROVE=0" in said[0]
     assert f"{len(wanted)} of {len(wanted)} are right" in said[1] and len(said) == 2
     assert choose("swiglu", size=64) == "triton"
 
