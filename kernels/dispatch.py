@@ -242,8 +242,8 @@ def proven(request: Request, impl: str) -> float | str:
 def _verdicts(request: Request, impl: str) -> list[verdicts.Verdict]:
     """The one on this request; without a dtype, as when only the operation is asked about, all that there are."""
     if request.dtype is None:
-        targets = (v.target for v in verdicts.current(request.device))
-        return [verdicts.find(t, request.device) for t in targets if (t.operation, t.impl) == (request.operation, impl)]
+        asked = request.operation, impl
+        return [v for v in verdicts.current(request.device) if (v.target.operation, v.target.impl) == asked]
     dtype = DTYPE_NAMES.get(str(request.dtype), "none")
     target = verdicts.Target(request.operation, impl, dtype, request.kinds.get(impl, "all"))
     found = verdicts.find(target, request.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,6 +25,11 @@ def choose(operation: str, impl: str, x: torch.Tensor, dtype: torch.dtype | None
     """`dispatch.resolve` for a call on x, of its size in elements (of any size, while torch.compile traces)."""
     size = None if torch.compiler.is_compiling() else x.numel()
     return _resolve(operation, impl, x.device, dtype or x.dtype, None, size)
+
+
+def count_write(tensors: Iterable[torch.Tensor]) -> None:
+    """Counts a kernel's write to each in autograd's version counters, which does not see it."""
+    increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -57,9 +62,7 @@ class Operator:
             return self.overload(*arguments)
         for index in self._mutated:
             one = arguments[index]
-            for tensor in one if isinstance(one, list) else (one,):
-                if not tensor.is_inference():
-                    increment_version(tensor)
+            count_write(one if isinstance(one, list) else [one])
         return self._run(*arguments)
 
 

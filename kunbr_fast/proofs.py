@@ -44,11 +44,11 @@ def ensure_proven(
         _say_once(say, 'proofs of kernels are off (KUNBR_PROVE=0): impl="auto" takes torch')
         return
     names = {name for dtype in _with_autocast(dtypes) if (name := cases.named(dtype)) is not None}
-    wanted = cases.targets(device, names)
-    alone = group is None or group.size == 1
-    key = device, alone, tuple(wanted)
-    if key in _seen or (alone and (device, False, tuple(wanted)) in _seen):  # rank 0 has told what there is
+    alone, asked = group is None or group.size == 1, (device, frozenset(names))
+    key = alone, *asked
+    if key in _seen or (alone and (False, *asked) in _seen):  # rank 0 has told what there is
         return
+    wanted = cases.targets(device, names)
     if not alone:
         found = None
         if group.first:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.autograd.graph import increment_version
 
-from .. import dispatch
+from .. import dispatch, operators
 from . import reference
 
 BETAS = {"lion": (0.9, 0.99), "adamw": (0.9, 0.999)}
@@ -91,9 +90,8 @@ class Fused(torch.optim.Optimizer):
                         'impl="torch"'
                     )
         run(*tensors, *values, half=half, seed=seed, **options)
-        if chosen != "torch":  # a kernel writes where autograd does not see it
-            written = [tensors[0], *tensors[2:], *([] if half is None else [half])]
-            increment_version([tensor for tensor in written if not tensor.is_inference()])
+        if chosen != "torch":
+            operators.count_write([tensors[0], *tensors[2:], *([] if half is None else [half])])
 
 
 class Lion(Fused):

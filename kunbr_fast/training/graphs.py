@@ -203,10 +203,6 @@ class StepGraphs:
 
     def __call__(self, batch: PackedBatch, rows: RowWeights) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, nll (R,)), detached, of the batch; its gradients are added to. Valid until the next call."""
-        with in_graphs():  # before the capture too, and without one: the same kernels
-            return self._step(batch, rows)
-
-    def _step(self, batch: PackedBatch, rows: RowWeights) -> tuple[torch.Tensor, torch.Tensor]:
         own, num_rows = Bucket.of(batch, rows, self._decoder.max_positions), len(rows.weight)
         bucket = next((b for b in self._held if b.takes(own, batch, num_rows)), own)
         if bucket in self._held:
@@ -223,7 +219,7 @@ class StepGraphs:
         return loss, nll[:num_rows]
 
     def _run(self, static: StaticBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        with in_graphs():
+        with in_graphs():  # before the capture too, and without one: the same kernels
             loss, nll = self._forward(static.batch, static.rows)
             loss.backward()
         return loss.detach(), nll

@@ -347,21 +347,3 @@ def test_no_more_graphs_than_the_limit():
             harness.bucketed(batch, losses.gradient_difference(batch, 1, 1.0))
             held.append(harness.graphs.captured)
     assert held[:MAX_GRAPHS] == list(range(1, MAX_GRAPHS + 1)) and set(held[MAX_GRAPHS:]) == {MAX_GRAPHS}
-
-
-@pytest.mark.parametrize("captures", [capture, None], ids=["captured", "launch by launch"])
-def test_kernels_are_chosen_for_graphs(captures):
-    """Before the capture, in it and without one; nowhere else."""
-    decoder, unlearned = make()
-    samples, seen = random_samples(4, low=5, high=9), []
-    with reinserted(decoder, unlearned, range(2, 4), 1e-4) as training:
-        harness = Harness(training)
-
-        def forward(batch, rows):
-            seen.append(dispatch._in_graphs > 0)
-            return harness.forward(batch, rows)
-
-        graphs = StepGraphs(decoder, forward, training.flat.grad, captures)
-        batch = pack(samples)
-        graphs(batch, losses.gradient_difference(batch, 2, 1.0))
-    assert seen and all(seen) and not dispatch._in_graphs
