@@ -18,8 +18,10 @@ def why_wrong(
     """
     if device.type != "cuda":
         return None
-    for target in cases.targets(device, [operation], [impl], [cases.named(dtype)]):
-        if not kinds or target.kind in ("all", *kinds):
+    name = cases.named(dtype)
+    wanted = dict(operations=[operation], impls=[impl], dtypes=[] if name is None else [name])
+    for target in cases.targets(device, **wanted):
+        if target.dtype == name and (not kinds or target.kind in ("all", *kinds)):  # an optimiser's are fp32 too
             why = gate.judge(cases.kind_of(target), dtype, device).why
             if why is not None:
                 return f"{target}: {why}"

@@ -112,7 +112,7 @@ def table(monkeypatch):
     """The proof's table, in which density's "long" and Lion are wrong; yields what was judged, in order."""
     judged = []
 
-    def targets(device, operations, impls, dtypes):
+    def targets(device, dtypes, operations, impls):
         names = ("short", "long", "any") if operations == ["grad_density"] else ("all",)
         return [Target(operations[0], impls[0], dtype, name) for dtype in dtypes if dtype for name in names]
 
@@ -141,6 +141,19 @@ def test_the_table_judges_a_kernel_once_a_process_and_the_kinds_that_count(table
     assert gate.why_wrong("lion", "triton", torch.float64, gpu) is None  # not in the table
     assert gate.why_wrong("lion", "triton", torch.float32, torch.device("cpu")) is None  # where it takes minutes
     assert len(table) == 3
+
+
+def test_the_proof_s_own_table_is_asked_as_it_wants_to_be(monkeypatch):
+    judged = []
+    monkeypatch.setattr(dispatch, "why_not", lambda *_: None)  # as if there were a GPU
+    monkeypatch.setattr(proof, "judge", lambda kind, dtype, device: judged.append((kind, dtype)) or proof.Found(None))
+    gate.why_wrong.cache_clear()
+    for operation, impl in (("rms_norm", "triton"), ("lion", "cuda"), ("grad_density", "triton")):
+        assert gate.why_wrong(operation, impl, torch.bfloat16, torch.device("cuda", 0)) is None
+    gate.why_wrong.cache_clear()
+    asked = [(kind.operation, kind.impl) for kind, _ in judged]
+    assert asked[:2] == [("rms_norm", "triton"), ("lion", "cuda")] and len(asked) > 4  # density has several kinds
+    assert set(asked[2:]) == {("grad_density", "triton")} and {dtype for _, dtype in judged} == {torch.bfloat16}
 
 
 def test_a_kernel_that_the_table_finds_wrong_is_left_out(monkeypatch):
