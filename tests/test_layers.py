@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     "kernels version checkout keywords machine",
     "memory files data proofs",
-    "parallel model",
+    "values parallel model",
     "objectives",
     "density training",
     "evaluation",
