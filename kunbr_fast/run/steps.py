@@ -187,6 +187,7 @@ class Run:
         def save(done: int) -> None:
             also = {"seconds": took.seconds, "micro_batch_tokens": training.micro_batch_tokens}
             self.state.save_progress(stage, done, training.state(), {**account, **also})
+            self.state.confirm(stage)
 
         title = "warm-up" if stage.block is None else f"layers {layers(stage.block)}"
         with self.reporter.bar(len(schedule), title, done=first) as bar, stop.between_steps():
