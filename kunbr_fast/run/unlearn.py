@@ -84,8 +84,8 @@ def unlearn(
     Returns the `Report`. One model is in memory: M0 waits on disk during the warm-up, M_u during re-insertion.
 
     Errors, before anything is computed: ValueError for settings and data, `Unavailable` for config.impl, TypeError for
-    another keyword; `Stopped` after `stop`. On an exception the model holds whatever the stage had reached; `Diverged` leaves the last good
-    state in `work/`.
+    another keyword. On an exception the model holds whatever the stage had reached; `Diverged` leaves the last good
+    state in `work/`, `Stopped` the present one.
     """
     config, given = config or KUnBRConfig(), taken(Options, options, "unlearn")
     output_dir, group = given.output_dir, given.group
