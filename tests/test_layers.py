@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    "kernels version checkout keywords machine",
+    "kernels version checkout keywords machine stopping",
     "memory files proofs",
     "data",
     "parallel model",
