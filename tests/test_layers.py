@@ -7,9 +7,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    "kernels version checkout keywords machine",
-    "memory files data proofs",
-    "values parallel model",
+    "kernels version checkout keywords machine stopping",
+    "memory files proofs",
+    "data values",
+    "parallel model",
     "objectives",
     "density training",
     "evaluation",

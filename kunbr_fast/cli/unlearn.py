@@ -87,6 +87,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         on_stage=say,
         before_cleanup=save,
         group=arguments.group or ALONE,
+        stop=arguments.stop,
     )
     if not arguments.json:
         _print(report, arguments, attack_left_out=arguments.stream and config.rtt and bool(questions))
