@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from kunbr_fast.cli.argument_types import number, path_name
 from kunbr_fast.cli.arguments import add_output
 from kunbr_fast.cli.inputs import sayer
 from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.files.target import PICTURE, FileKind, FolderKind, json_with
 from kunbr_fast.run.demo import demo
+from kunbr_fast.values import SEED
 
 LEGEND = """\
 retain: people rehearsed during unlearning; bystanders: known, and never seen by it; RTT: the best that an
@@ -21,9 +23,9 @@ WRITES = {"out": FolderKind({r"report\.json": REPORT, r"(density|relearning)\.pn
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", default="demo-out", metavar="DIR", help="where report.json and the plots go [demo-out]"
+        "--out", type=path_name, default="demo-out", metavar="DIR", help="where report.json and the plots go [demo-out]"
     )
-    parser.add_argument("--seed", type=int, default=0, help="people, initial weights and data order [0]")
+    parser.add_argument("--seed", type=number(SEED), default=0, help="people, initial weights and data order [0]")
     add_output(parser)
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kunbr_fast.files.scratch import scratch
+from kunbr_fast.files.shown import plain
 
 MAKER = "kunbr-fast"  # as pictures and pages name it
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
@@ -57,7 +58,7 @@ class Target:
 
     def refuse(self, why: str, path: Path | None = None) -> ValueError:
         """path: of a file in the target, where that is a folder."""
-        return ValueError(f"{self.option} {path or self.given or repr('')}: {why}")
+        return ValueError(f"{self.option} {plain(path or self.given)}: {why}")
 
 
 def check(targets: Sequence[Target], inputs: Sequence[tuple[str, str | os.PathLike]] = ()) -> None:
