@@ -35,6 +35,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from kunbr_fast.files.documents import parse_json
+
 # Ranks may wait for hours, for one that evaluates or trains its last block. One that dies is noticed at once.
 TIMEOUT = datetime.timedelta(days=7)
 CHUNK = 1 << 26  # elements of a half-precision tensor that are summed in fp32 at a time
@@ -101,8 +103,9 @@ class Group:
         longest = int(max(sizes))
         if longest > LONGEST:  # on all ranks alike
             raise ValueError(f"a rank sends {longest} bytes, expected at most {LONGEST}: please report this bug")
-        padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8).to(device)  # JSON may end in blanks
-        return [_read(rank, found) for rank, found in enumerate(self._all_gather(padded))]
+        padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8).to(device)
+        sent = [found.cpu().numpy().tobytes() for found in self._all_gather(padded)]
+        return [parse_json(found, f"what rank {rank} has sent") for rank, found in enumerate(sent)]
 
     def _all_gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
         found = [torch.empty_like(mine) for _ in range(self.size)]
@@ -169,13 +172,6 @@ class Group:
 
 
 ALONE = Group()
-
-
-def _read(rank: int, sent: torch.Tensor) -> Any:
-    try:
-        return json.loads(sent.cpu().numpy().tobytes())
-    except (ValueError, RecursionError) as error:
-        raise RuntimeError(f"rank {rank} sent no JSON ({error}): start all processes with one version") from error
 
 
 def _digest(tensor: torch.Tensor) -> int:
