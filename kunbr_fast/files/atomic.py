@@ -33,9 +33,9 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def usual_mode(directory: Path) -> int:
+def usual_mode(scratch: Path) -> int:
     """The permissions of a new file by the umask (or the directory's own rule), which reads them from one."""
-    probe = directory / f".{secrets.token_hex(6)}.tmp"
+    probe = scratch / ".probe"
     probe.open("xb").close()
     try:
         return stat.S_IMODE(probe.stat().st_mode)
@@ -77,7 +77,7 @@ def atomic_path(path: str | os.PathLike, size: int | None = None) -> Iterator[Pa
             os.replace(temporary, path)
             sync(path.parent)
     except OSError as error:
-        reason = f"{error.strerror or error}{_sizes(error, path.parent, size)}"
+        reason = f"{error.strerror or error}{sizes(error, path.parent, size)}"
         raise OSError(error.errno, f"could not write {path}: {reason}; the file before it is untouched") from error
 
 
@@ -86,7 +86,8 @@ def _refuse_special(path: Path) -> None:
         raise OSError(errno.EINVAL, "it is a device, a pipe or a socket, not a file")
 
 
-def _sizes(error: OSError, folder: Path, size: int | None) -> str:
+def sizes(error: OSError, folder: Path, size: int | None) -> str:
+    """What a full disk's error adds: the bytes that are needed, where that is known, and those that are free."""
     if size is None or error.errno not in FULL:
         return ""
     needed, free = (f"{nbytes / 2**30:.3g} GiB" for nbytes in (size, shutil.disk_usage(folder).free))
