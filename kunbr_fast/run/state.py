@@ -26,7 +26,7 @@ from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.visits import Stage
 
-FORMAT = 1
+FORMAT = 2
 # What may be changed on resuming in the middle of a stage, which is how a diverged run is rescued.
 FREE_WHILE_TRAINING = ("warmup_lr", "warmup_epochs", "block_lr", "block_epochs")
 
@@ -101,7 +101,6 @@ class RunState:
             raise ValueError(f"{path}: damaged ({error}): delete {self.directory} and start again") from error
         if found != FORMAT:
             raise ValueError(f"{path}: format {found!r}, this version reads {FORMAT}: start again")
-        state.setdefault("interrupted", {})  # which earlier versions' files lack
         return state
 
     def _take_parts(self) -> list[Path]:
@@ -112,15 +111,10 @@ class RunState:
             if part["identity"] != self.state["identity"]:
                 raise ValueError(f"{path}: belongs to another run than {self.path}: delete {self.directory}")
             self.state["stages"] |= part["stages"]
-            self._interrupt(part["current"])
-        for stage in list(self.state["interrupted"]):
-            if stage in self.state["stages"]:
-                del self.state["interrupted"][stage]
+            self.state["progress"] |= part["progress"]
+        unfinished = {k: v for k, v in self.state["progress"].items() if v and k not in self.state["stages"]}
+        self.state["progress"] = unfinished
         return paths
-
-    def _interrupt(self, current: dict[str, Any] | None) -> None:
-        if current is not None:
-            self.state["interrupted"][current["stage"]] = current
 
     def _check(self, identity: str, config: Any) -> None:
         if self.state["identity"] != identity:
@@ -129,8 +123,7 @@ class RunState:
                 "Give the same model, forget and retain records and questions, or another output directory"
             )
         finished = {Stage(name).group for name in self.state["stages"]}
-        current = {Stage(name).group for name in self.state["interrupted"]}
-        current |= {Stage(self.state["current"]["stage"]).group} if self.state["current"] else set()
+        current = {Stage(name).group for name, entries in self.state["progress"].items() if entries}
         locked = finished | ({"data"} if finished | current else set())
         locked |= {"training"} if finished & {"warmup", "blocks"} else set()
         for name, stage in config.changed(self.state["config"]).items():
@@ -173,10 +166,7 @@ class RunState:
                 name = f"{stage}.safetensors"
                 result = {**result, "file": name, "sha256": self._save(name, tensors)}
             self.state["stages"][stage] = result
-            old = self._replaced(stage)
-            self.state["current"] = None
-            self._write()
-            _remove(old)
+            self._replace(stage, [])
         self._share()
 
     def file(self, stage: str) -> Path:
@@ -194,37 +184,53 @@ class RunState:
     # ------------------------------------------------ progress within a stage
 
     def save_progress(self, stage: str, step: int, tensors: Mapping[str, torch.Tensor], extra: dict[str, Any]) -> None:
-        """Replaces the present stage's progress: `step` steps are done, `tensors` is the training's state."""
-        if not self._writes:
+        """Keeps a stage's progress beside the one that was confirmed last: `step` steps are done, `tensors` is the
+        training's state. It is not known yet whether a forward pass from it is finite: `confirm`, or `reject`."""
+        entries = self._entries(stage)
+        if not self._writes or (entries and entries[-1]["step"] == step):  # the same, and its file is in use
             return
-        old = self._replaced(stage)
         name = f"{stage}-step-{step}.safetensors"
         saved = {"file": name, "sha256": self._save(name, tensors)}
-        self.state["current"] = {"stage": stage, "step": step, "extra": extra, **saved}
-        self._write()
-        _remove(path for path in old if path.name != name)
+        self._replace(stage, [*_confirmed(entries), {"step": step, "extra": extra, "confirmed": False, **saved}])
 
-    def _replaced(self, stage: str) -> list[Path]:
-        """Drops the progress that `stage`'s next entry replaces; returns its files, which are still there."""
-        old = [self.state["current"], self.state["interrupted"].pop(stage, None)]
-        return [self.directory / entry["file"] for entry in old if entry]
+    def confirm(self, stage: str) -> None:
+        """The progress saved last is good: the one before it goes. Does nothing where there is none to confirm."""
+        entries = self._entries(stage)
+        if self._writes and entries != _confirmed(entries):
+            self._replace(stage, [{**entries[-1], "confirmed": True}])
+
+    def reject(self, stage: str) -> None:
+        """The progress saved last is bad: the one confirmed before it is the stage's progress again, if any."""
+        entries = self._entries(stage)
+        if self._writes and entries != _confirmed(entries):
+            self._replace(stage, _confirmed(entries))
+
+    def _entries(self, stage: str) -> list[dict[str, Any]]:
+        """A stage's progress: the confirmed one, then the one that is not yet; each may be missing."""
+        return self.state["progress"].get(stage, [])
+
+    def _replace(self, stage: str, entries: list[dict[str, Any]]) -> None:
+        """Records what `entries` are in place of a stage's progress; then the files that no entry names go."""
+        kept = {entry["file"] for entry in entries}
+        old = [self.directory / entry["file"] for entry in self._entries(stage) if entry["file"] not in kept]
+        self._record(stage, entries)
+        self._write()
+        _remove(old)
+
+    def _record(self, stage: str, entries: list[dict[str, Any]]) -> None:
+        self.state["progress"].pop(stage, None)
+        if entries:
+            self.state["progress"][stage] = entries
 
     def progress(self, stage: str) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
-        """(steps done, tensors, extra) of `stage` if it was interrupted."""
-        current = self.state["current"]
-        if not current or current["stage"] != stage:
-            current = self.state["interrupted"].get(stage)
-        if not current:
+        """(steps done, tensors, extra) of `stage` if it was interrupted, as it was saved last, confirmed or not."""
+        if not (entries := self._entries(stage)):
             return None
-        return current["step"], load_tensors(self._checked(current)), current["extra"]
+        return entries[-1]["step"], load_tensors(self._checked(entries[-1])), entries[-1]["extra"]
 
     @contextlib.contextmanager
     def apart(self, rank: int) -> Iterator[PartState]:
         """Inside, each rank writes to a state of its own; afterwards all of it is here."""
-        if self._writes:
-            self._interrupt(self.state["current"])
-            self.state["current"] = None
-            self._write()
         self._share()
         yield PartState(self, rank)
         self._wait()
@@ -273,19 +279,23 @@ class PartState(RunState):
         self.path = self.directory / f"state.rank-{rank}.json"
         self._read_before = whole._read_before
         self.state = _fresh(whole.state["identity"], whole.state["config"])
-        self.state["interrupted"] = dict(whole.state["interrupted"])
 
     def result(self, stage: str) -> dict[str, Any] | None:
         return super().result(stage) or self._whole.result(stage)
 
-    def _write(self) -> None:
-        # what others have interrupted stays in the whole state
-        write_json(self.path, {**self.state, "interrupted": {}})
+    def _entries(self, stage: str) -> list[dict[str, Any]]:
+        return self.state["progress"].get(stage, self._whole._entries(stage))
+
+    def _record(self, stage: str, entries: list[dict[str, Any]]) -> None:
+        self.state["progress"][stage] = entries  # also none: the whole state may have some
 
 
 def _fresh(identity: str, config: dict[str, Any]) -> dict[str, Any]:
-    stages = {"stages": {}, "current": None, "interrupted": {}}
-    return {"format": FORMAT, "identity": identity, "config": config, **stages}
+    return {"format": FORMAT, "identity": identity, "config": config, "stages": {}, "progress": {}}
+
+
+def _confirmed(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in entries if entry["confirmed"]]
 
 
 def _remove(paths: Iterable[Path]) -> None:

@@ -169,8 +169,8 @@ def test_divergence_stops_with_the_last_good_state_and_a_hint(workspace, tmp_pat
     error = capsys.readouterr().err
     assert "diverged at step" in error and "forget_loss_cap" in error and "--resume" in error
     state = json.loads((out / "work" / "state.json").read_text())
-    assert state["current"]["stage"] == "warmup"
-    kept = load_file(out / "work" / state["current"]["file"])
+    (entry,) = state["progress"]["warmup"]
+    kept = load_file(out / "work" / entry["file"])
     assert all(bool(value.isfinite().all()) for value in kept.values())
 
 

@@ -1,0 +1,61 @@
+"""What a run keeps: progress that is confirmed, or not yet."""
+
+import shutil
+
+import pytest
+import torch
+
+import kunbr_fast as kf
+from kunbr_fast.run.state import RunState
+
+
+def opened(directory, resume=False):
+    return RunState(directory, "run", kf.KUnBRConfig(), resume)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_progress_is_kept_twice_until_it_is_confirmed(apart, tmp_path):
+    """Unconfirmed beside confirmed; a rank's own progress counts in place of what the whole state has."""
+    x = [{"x": torch.full((2,), float(i))} for i in range(6)]
+    stage, other, folder = "blocks.0.2-4", "blocks.0.0-2", tmp_path / "run"
+
+    def kept(*steps):
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        return files == [f"{stage}-step-{step}.safetensors" for step in steps]
+
+    def after_a_kill():
+        shutil.copytree(folder, tmp_path / "again", dirs_exist_ok=True)
+        return opened(tmp_path / "again", True)
+
+    whole = opened(folder)
+    for step in (1, 2):
+        whole.save_progress(stage, step, x[step], {"n": step})
+    assert kept(2)  # what was never confirmed does not pile up
+    whole.confirm(stage)
+    whole.save_progress(stage, 3, x[3], {"n": 3})
+    assert kept(2, 3) and after_a_kill().progress(stage)[0] == 3
+    whole.save_progress(stage, 3, x[5], {"n": 5})  # the same step again: its file is in use
+    assert whole.progress(stage)[1]["x"].tolist() == [3, 3]
+    whole.reject(stage)
+    whole.reject(stage)  # nothing is unconfirmed
+    assert kept(2) and whole.progress(stage)[2] == {"n": 2}
+    whole.save_progress(stage, 4, x[4], {})
+    with whole.apart(0) as state:
+        assert state.progress(stage)[0] == 4
+        state.confirm(stage)
+        state.save_progress(stage, 5, x[5], {})
+        state.save_progress(other, 1, x[1], {})
+        state.reject(other)
+        assert state.progress(other) is None
+        assert after_a_kill().progress(stage)[0] == 5 and after_a_kill().progress(other) is None
+        if apart:
+            state.reject(stage)
+            assert after_a_kill().progress(stage)[1]["x"].tolist() == [4, 4]
+            state.finish(stage, {}, x[0])
+    if not apart:
+        assert whole.progress(stage)[0] == 5 and kept(4, 5)
+        whole.reject(stage)
+        assert after_a_kill().progress(stage)[1]["x"].tolist() == [4, 4]
+        whole.finish(stage, {}, x[0])
+    assert [path.name for path in folder.glob("*.safetensors")] == [f"{stage}.safetensors"]
+    assert whole.progress(stage) is None and after_a_kill().progress(stage) is None
