@@ -128,11 +128,11 @@ def lion_kernel(param, grad, momentum, half, bad, size, lr, beta1, rest1, beta2,
     """One program: BLOCK elements."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     if first + BLOCK <= size:
-        _lion_block(param, grad, momentum, half, bad, first, size, lr, beta1, rest1, beta2, rest2, weight_decay, seed, step,
-                    STOCHASTIC, False, BLOCK)  # fmt: skip
+        _lion_block(param, grad, momentum, half, bad, first, size, lr, beta1, rest1, beta2, rest2, weight_decay, seed,
+                    step, STOCHASTIC, False, BLOCK)  # fmt: skip
     else:
-        _lion_block(param, grad, momentum, half, bad, first, size, lr, beta1, rest1, beta2, rest2, weight_decay, seed, step,
-                    STOCHASTIC, True, BLOCK)  # fmt: skip
+        _lion_block(param, grad, momentum, half, bad, first, size, lr, beta1, rest1, beta2, rest2, weight_decay, seed,
+                    step, STOCHASTIC, True, BLOCK)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["seed", "step"])
@@ -141,11 +141,11 @@ def adamw_kernel(param, grad, exp_avg, exp_avg_sq, half, bad, size, decay, step_
     """One program: BLOCK elements."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     if first + BLOCK <= size:
-        _adamw_block(param, grad, exp_avg, exp_avg_sq, half, bad, first, size, decay, step_size, beta1, rest1, beta2, rest2,
-                     inverse_root, eps, seed, step, STOCHASTIC, False, BLOCK)  # fmt: skip
+        _adamw_block(param, grad, exp_avg, exp_avg_sq, half, bad, first, size, decay, step_size, beta1, rest1, beta2,
+                     rest2, inverse_root, eps, seed, step, STOCHASTIC, False, BLOCK)  # fmt: skip
     else:
-        _adamw_block(param, grad, exp_avg, exp_avg_sq, half, bad, first, size, decay, step_size, beta1, rest1, beta2, rest2,
-                     inverse_root, eps, seed, step, STOCHASTIC, True, BLOCK)  # fmt: skip
+        _adamw_block(param, grad, exp_avg, exp_avg_sq, half, bad, first, size, decay, step_size, beta1, rest1, beta2,
+                     rest2, inverse_root, eps, seed, step, STOCHASTIC, True, BLOCK)  # fmt: skip
 
 
 # ---------------------------------------------------------------- launchers

@@ -189,7 +189,7 @@ def test_what_is_not_finite_sets_the_flag(emulator, name, at, what):
             written = [t for number, t in enumerate(plain[1]) if number != 1]
             assert any(bool((~t.isfinite()).any()) for t in written) == (spoil is not None) == bool(bad)
     bad.fill_(1)  # a step that is fine does not clear it
-    tensors, half = vectors_of(name, 40, (FP32, FP32, FP32, BF16))
+    tensors, half = vectors_of(name, 40, dtypes)
     step_of(emulator, name, tensors, half, VALUES[name], 3, bad=bad)
     assert int(bad) == 1
 
