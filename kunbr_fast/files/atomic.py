@@ -27,6 +27,16 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def usual_mode(directory: Path) -> int:
+    """The permissions of a new file by the umask (or the directory's own rule), which reads them from one."""
+    probe = directory / f".{secrets.token_hex(6)}.tmp"
+    probe.open("xb").close()
+    try:
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+
+
 @contextlib.contextmanager
 def os_errors() -> Iterator[None]:
     """Turns what Rust libraries raise for a full disk (SafetensorError, a bare Exception) into an OSError."""

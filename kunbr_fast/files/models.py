@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from kunbr_fast.files.atomic import os_errors, sync
+from kunbr_fast.files.atomic import os_errors, sync, usual_mode
 from kunbr_fast.files.tensors import open_tensors
 
 if TYPE_CHECKING:
@@ -135,10 +135,11 @@ def save_model(model: nn.Module, tokenizer: Any | None, directory: str | Path) -
                     tokenizer.save_pretrained(scratch)
         except OSError as error:
             raise OSError(error.errno, f"could not write the model to {directory}: {error.strerror}") from error
+        mode = usual_mode(Path(scratch))
         for file in sorted(Path(scratch).rglob("*"), key=lambda p: p.name == "config.json"):
             if file.is_file():
                 sync(file)
                 target = directory / file.relative_to(scratch)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                os.chmod(file, 0o644)
+                os.chmod(file, mode)  # safetensors and tokenizers leave private files
                 os.replace(file, target)
