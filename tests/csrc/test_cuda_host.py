@@ -175,12 +175,10 @@ def spoiled(name, size, at, what):
 @pytest.mark.parametrize("at", [0, 16383, 16384 + 76], ids=["first", "last of a block", "last"])
 @pytest.mark.parametrize("name", ["lion", "adamw"])
 def test_what_is_not_finite_sets_the_flag(emulator, name, at, what):
-    size = 16384 + 77
+    size, dtypes = 16384 + 77, (FP32, FP32, FP32, BF16)
     for aligned in (1, 0):
         for spoil in (what, None):
-            tensors, half = (
-                spoiled(name, size, at, spoil) if spoil else vectors_of(name, size, (FP32, FP32, FP32, BF16))
-            )
+            tensors, half = spoiled(name, size, at, spoil) if spoil else vectors_of(name, size, dtypes)
             plain, bad = [[t.clone() for t in (*tensors, half)] for _ in range(2)], torch.zeros(1, dtype=torch.int32)
             step_of(emulator, name, plain[0][:-1], plain[0][-1], VALUES[name], 3, wide=aligned)
             step_of(emulator, name, plain[1][:-1], plain[1][-1], VALUES[name], 3, wide=aligned, bad=bad)
