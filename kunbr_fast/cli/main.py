@@ -153,6 +153,5 @@ def _status(error: BaseException, arguments: argparse.Namespace) -> tuple[int | 
     if isinstance(error, OutOfMemory):
         return 2, str(error) + (" W" + kept[1:] if kept else "")
     if isinstance(error, Diverged):
-        state = f". The last good state is kept in {arguments.out}/work; --resume goes on from there"
-        return 3, str(error) + (state if resumes else "")
+        return 3, str(error) + (f". {error.resume} (--resume)" if resumes and error.resume else "")
     return (2, str(error)) if isinstance(error, Unavailable) else (None, "")
