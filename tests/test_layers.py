@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     "kernels version checkout keywords machine stopping",
     "memory files proofs",
-    "data",
+    "data values",
     "parallel model",
     "objectives",
     "density training",

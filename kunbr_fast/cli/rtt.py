@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kunbr_fast.cli.argument_types import path_name
 from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds
+from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.evaluation.plots import plot_relearning
-from kunbr_fast.evaluation.rtt import RTTResult, rtt_attack
+from kunbr_fast.evaluation.rtt import Curves, Fold, RTTConfig, RTTResult, finished_attacks, rtt_attack
 from kunbr_fast.files.atomic import write_json
+from kunbr_fast.files.documents import read_json
+from kunbr_fast.files.scratch import scratch
+from kunbr_fast.files.shown import plain, shown
+from kunbr_fast.files.target import PICTURE, FileKind, json_with
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.run.state import fingerprint
 
 SETTINGS = "scoring seed rtt_lrs rtt_epochs rtt_batch_size rtt_target"
+
+WRITES = {"out": FileKind("an attack's result", (".json",), json_with("belongs_to", "curves")), "plot": PICTURE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,15 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "questions, one file for each fold (default: the question lines of --forget)"
     add_files(parser, "--forget-questions", "Q.jsonl", text)
     parser.add_argument(
-        "--out", metavar="FILE.json", help="keep the curves; an interrupted attack goes on from there with --resume"
+        "--out",
+        type=path_name,
+        metavar="FILE.json",
+        help="keep the curves; an interrupted attack goes on from there with --resume",
     )
-    parser.add_argument("--plot", metavar="FILE.png", help="relearning curve")
+    parser.add_argument("--plot", type=path_name, metavar="FILE.png", help="relearning curve")
     parser.add_argument("--resume", action="store_true", help="keep the finished attacks in --out")
     add_settings(parser, SETTINGS.split())
     add_output(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    check_outputs(arguments, WRITES)
     config = read_config(arguments)
     folds = read_folds(arguments.forget, arguments.forget_questions)
     out = Path(arguments.out) if arguments.out else None
@@ -47,15 +58,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     attack = config.attack()
     belongs = {name: value for name, value in dataclasses.asdict(attack).items() if name != "lrs"}
     belongs["run"] = fingerprint(model, *(part for fold in folds for part in (fold.train_records, fold.questions)))
-    done = _finished_attacks(out, belongs) if arguments.resume and out.is_file() else []
+    done = _finished_attacks(out, belongs, folds, attack) if arguments.resume and out.is_file() else []
 
     def keep(rows: list[dict]) -> None:
         done.extend(rows)
         if out is not None:
             write_json(out, {"belongs_to": belongs, "curves": done})
 
-    with tempfile.TemporaryDirectory(prefix="kunbr-rtt-") as scratch, frozen(model):
-        result = rtt_attack(Decoder(model), tokenizer, folds, attack, scratch, not arguments.quiet, list(done), keep)
+    with scratch("kunbr-fast-") as folder, frozen(model):
+        result = rtt_attack(Decoder(model), tokenizer, folds, attack, folder, not arguments.quiet, list(done), keep)
     if out is not None:
         write_json(out, {"belongs_to": belongs, **result.to_dict()})
     if arguments.plot:
@@ -76,15 +87,25 @@ def _print(result: RTTResult) -> None:
     print(f"RTT accuracy {result.accuracy:.1%} (lr {lr:g}, epoch {epoch}){calibrated}; before {result.before:.1%}")
 
 
-def _finished_attacks(path: Path, belongs: dict[str, Any]) -> list[dict]:
+class _Kept(Curves):
+    belongs_to: dict[str, Any]
+
+
+def _finished_attacks(path: Path, belongs: dict[str, Any], folds: Sequence[Fold], attack: RTTConfig) -> list[dict]:
     """The curves in an earlier --out, if they are of this model, these questions and these settings."""
     try:
-        found = json.loads(path.read_text())
-        before, curves = found["belongs_to"], list(found["curves"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not a file of kunbr-fast rtt --out ({error}): give another --out") from error
+        found = read_json(path, _Kept)
+    except ValueError as error:
+        raise ValueError(f"{error}: not a file of kunbr-fast rtt --out: give another one") from error
+    before = found["belongs_to"]
     changed = [name for name, value in belongs.items() if before.get(name) != value]
     if changed:
-        what = "the model or the questions" if changed[0] == "run" else f"{changed[0]} = {before.get(changed[0])!r}"
-        raise ValueError(f"{path}: {what} changed since it was begun: put it back, or give another --out")
-    return curves
+        what = (
+            "the model or the questions" if changed[0] == "run" else f"{changed[0]} = {shown(before.get(changed[0]))}"
+        )
+        raise ValueError(f"{plain(path)}: {what} changed since it was begun: put it back, or give another --out")
+    try:
+        finished_attacks(found["curves"], folds, attack)
+    except ValueError as error:
+        raise ValueError(f"{plain(path)}: {error}") from error
+    return found["curves"]

@@ -63,7 +63,6 @@ class _Saved(_Measured, total=False):
     alignment: list[float] | None
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Density:
     """Knowledge density of each layer, un-normalised.
