@@ -100,9 +100,8 @@ def _finished_attacks(path: Path, belongs: dict[str, Any], folds: Sequence[Fold]
     before = found["belongs_to"]
     changed = [name for name, value in belongs.items() if before.get(name) != value]
     if changed:
-        what = (
-            "the model or the questions" if changed[0] == "run" else f"{changed[0]} = {shown(before.get(changed[0]))}"
-        )
+        was = f"{changed[0]} = {shown(before.get(changed[0]))}"
+        what = "the model or the questions" if changed[0] == "run" else was
         raise ValueError(f"{plain(path)}: {what} changed since it was begun: put it back, or give another --out")
     try:
         finished_attacks(found["curves"], folds, attack)
