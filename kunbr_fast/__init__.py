@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # for editors and type checkers: what HOMES says
     from kunbr_fast.model.prefix_cache import PrefixCache
     from kunbr_fast.run.config import KUnBRConfig
     from kunbr_fast.run.unlearn import unlearn
+    from kunbr_fast.stopping import Stop, Stopped
     from kunbr_fast.training.diverged import Diverged
     from kunbr_fast.training.reinserted import reinserted
 
@@ -29,6 +30,8 @@ __all__ = [
     "Diverged",
     "KUnBRConfig",
     "PrefixCache",
+    "Stop",
+    "Stopped",
     "attribute",
     "encode",
     "knowledge_density",
@@ -53,6 +56,7 @@ HOMES = {
     "model.prefix_cache": "PrefixCache",
     "run.config": "KUnBRConfig",
     "run.unlearn": "unlearn",
+    "stopping": "Stop Stopped",
     "training.diverged": "Diverged",
     "training.reinserted": "reinserted",
 }

@@ -4,12 +4,14 @@ python tests/readme_tables.py          # writes them into the page
 """
 
 import csv
+import functools
 from pathlib import Path
 
 from kunbr_fast.benchmarks.rows import outcomes, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU, H200, H200_DENSITY = (ROOT / "benchmarks" / "results" / f"{name}.csv" for name in ("cpu", "h200", "h200_density"))
+RESULTS = ROOT / "benchmarks" / "results"
+CPU, H200, H200_DENSITY, H100 = (RESULTS / f"{name}.csv" for name in ("cpu", "h200", "h200_density", "h100"))
 PAGE = ROOT / "docs" / "results.md"
 
 
@@ -121,9 +123,9 @@ def end_to_end():
 # ---------------------------------------------------------------- on a GPU
 
 
-def gpu_step():
+def gpu_step(path):
     found = []
-    for case in cases("step", H200):
+    for case in cases("step", path):
         ran = _ran(case)
         block, _, loss = case.case.split(", ")
         sides = ("reference", "frozen eager", "frozen, liger", "torch", "triton", "torch, graph", "triton, graph")
@@ -132,11 +134,11 @@ def gpu_step():
     return found
 
 
-def gpu_kernels():
+def gpu_kernels(path):
     """Every case: the fastest of ours, and how much slower plain torch and the fastest rival are."""
     found = []
     for suite in ("linear_loss", "optimizer", "norms", "cover_layer"):
-        for case in cases(suite, H200):
+        for case in cases(suite, path):
             ours, eager, rival = case.ours, _ran(case)["eager"], case.rivals[0]
             found.append(
                 [
@@ -148,6 +150,22 @@ def gpu_kernels():
 
 
 def gpu_density():
+    """TFLOP/s of one weight's grad_l1, and of the bare products, of every case with a number."""
+    names = {"bare": "bare", "torch": "torch", "triton": "triton", "portable": "tile csrc portable", "hopper": "cuda"}
+    found = []
+    for case in cases("density", H100):
+        weight, *rest = case.case.split(", ")
+        if rest[0] != "L2":
+            ran = _ran(case)
+            rates = (f"{ran[name]['tflop_per_s']:.0f}" for name in names.values())
+            rival = min((ran["loop"], ran["grouped_mm"]), key=lambda row: row["ms"])
+            found.append(
+                [weight, rest[0].removeprefix("T="), *rates, f"{rival['variant']}, {_slower(rival, case.ours)}"]
+            )
+    return found
+
+
+def gpu_density_by_hand():
     """TFLOP/s of one weight's grad_l1, and of the bare products."""
     with open(H200_DENSITY) as file:
         rows = [row for row in csv.DictReader(file) if row["implementation"] != "roofline"]
@@ -168,9 +186,11 @@ TABLES = {
     "## A whole run": end_to_end,
     "## Density, against its rivals": density,
     "## Elsewhere, on a CPU": elsewhere,
-    "### One step, on an H200": gpu_step,
-    "### Kernels, on an H200": gpu_kernels,
-    "### Density, on an H200": gpu_density,
+    "### One step, on an H200": functools.partial(gpu_step, H200),
+    "### Kernels, on an H200": functools.partial(gpu_kernels, H200),
+    "### Density, on an H200": gpu_density_by_hand,
+    "### Kernels, on an H100": functools.partial(gpu_kernels, H100),
+    "### Density, on an H100": gpu_density,
 }
 
 

@@ -7,8 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    "kernels version checkout keywords machine",
-    "memory files data proofs",
+    "kernels version checkout keywords machine stopping",
+    "memory files proofs",
+    "data values",
     "parallel model",
     "objectives",
     "density training",

@@ -73,6 +73,7 @@ class Kind:
     """A kind of launch of one implementation: what is right or wrong, fast or slow, as one.
 
     why_not(device): why this machine never launches it, None if it does. graphs: whether it runs in CUDA graphs too.
+    host_ahead: whether it always follows long work on the device, so that what its launch costs the host is no matter.
     """
 
     operation: str
@@ -83,6 +84,7 @@ class Kind:
     dtypes: Sequence[str] = tuple(DTYPES)
     why_not: Callable[[torch.device], str | None] = lambda device: None
     graphs: bool = True
+    host_ahead: bool = False
 
     def targets(self) -> list[Target]:
         return [Target(self.operation, self.impl, dtype, self.name) for dtype in self.dtypes]

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from kunbr_fast.cli.argument_types import number, path_name
 from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config
 from kunbr_fast.data import load_records
@@ -17,6 +18,7 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.samples import to_samples
+from kunbr_fast.values import SHARE
 
 SETTINGS = "target max_length modules reduction num_blocks top_k skip_last_layers gradient_checkpointing cache impl"
 
@@ -25,9 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_files(parser, "--forget", "F.jsonl", "what to forget", required=True)
     add_files(parser, "--retain", "R.jsonl", "what to keep: for fisher_ratio, cosine and slug's Pareto front")
-    parser.add_argument("--out", metavar="FILE.json", help="keep the result (kunbr_fast.Density.load reads it)")
+    parser.add_argument(
+        "--out", type=path_name, metavar="FILE.json", help="keep the result (kunbr_fast.Density.load reads it)"
+    )
     parser.add_argument(
         "--plot",
+        type=path_name,
         metavar="FILE.png",
         help="bars per layer, the chosen blocks marked; slug with --retain: importance against alignment",
     )
@@ -41,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sample-fraction",
-        type=float,
+        type=number(SHARE),
         metavar="F",
         help="estimate a sum over weights without bias from this part of each matrix's rows (above 0, at most 1), and "
         "show the standard error [all rows]",

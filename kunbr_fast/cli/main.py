@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if getattr(arguments, "quiet", False):
         _no_progress_bars()
-    arguments.group, arguments.status = None, 0
+    arguments.group, arguments.status, arguments.stop = None, 0, None
     try:
         with _together(arguments):
             result = arguments.run(arguments)

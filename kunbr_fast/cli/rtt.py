@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from kunbr_fast.cli.argument_types import path_name
 from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds
 from kunbr_fast.evaluation.plots import plot_relearning
@@ -27,9 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "questions, one file for each fold (default: the question lines of --forget)"
     add_files(parser, "--forget-questions", "Q.jsonl", text)
     parser.add_argument(
-        "--out", metavar="FILE.json", help="keep the curves; an interrupted attack goes on from there with --resume"
+        "--out",
+        type=path_name,
+        metavar="FILE.json",
+        help="keep the curves; an interrupted attack goes on from there with --resume",
     )
-    parser.add_argument("--plot", metavar="FILE.png", help="relearning curve")
+    parser.add_argument("--plot", type=path_name, metavar="FILE.png", help="relearning curve")
     parser.add_argument("--resume", action="store_true", help="keep the finished attacks in --out")
     add_settings(parser, SETTINGS.split())
     add_output(parser)

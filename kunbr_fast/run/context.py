@@ -13,6 +13,7 @@ from torch import nn
 from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.reporter import Reporter
+from kunbr_fast.stopping import Stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class RunInputs:
 class RunContext:
     """Where a run keeps its state, which processes share it, and what it tells.
 
-    group: the ranks that divide the work. writes, wait: of the state, see `RunState`.
+    group: the ranks that divide the work. writes, wait: of the state, see `RunState`. stop: a request to end early.
     """
 
     work: Path
@@ -41,3 +42,4 @@ class RunContext:
     resume: bool = False
     writes: bool = True
     wait: Callable[[], None] = ALONE.wait
+    stop: Stop = dataclasses.field(default_factory=Stop)

@@ -15,7 +15,7 @@ from kunbr_fast.data import PackedBatch, pack
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.density.attribution import COMPARING, attribute
 from kunbr_fast.files.tensors import WeightSnapshot, load_tensors
-from kunbr_fast.memory import Place, parse_bytes
+from kunbr_fast.memory import Place
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
@@ -28,6 +28,7 @@ from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.reporter import Timer
 from kunbr_fast.run.samples import Feed
 from kunbr_fast.run.visits import Stage, Visit, layers
+from kunbr_fast.stopping import Stopped
 from kunbr_fast.training.approximation import cache_error, gradient_cosine
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.diverged import Diverged
@@ -35,6 +36,7 @@ from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.reinserted import reinserted
 from kunbr_fast.training.shared import SharedStep
 from kunbr_fast.training.training import Training
+from kunbr_fast.values import parse_bytes
 
 LOSSES = ("forget_loss", "retain_loss")
 
@@ -181,7 +183,7 @@ class Run:
             training.micro_batch_tokens = min((n for n in limits if n is not None), default=None)
             took.before = extra.pop("seconds")
             account = extra
-        every = self.config.checkpoint_every or schedule.steps_per_epoch
+        every, stop = self.config.checkpoint_every or schedule.steps_per_epoch, self.context.stop
 
         def save(done: int) -> None:
             also = {"seconds": took.seconds, "micro_batch_tokens": training.micro_batch_tokens}
@@ -189,7 +191,7 @@ class Run:
             self.state.confirm(stage)
 
         title = "warm-up" if stage.block is None else f"layers {layers(stage.block)}"
-        with self.reporter.bar(len(schedule), title, done=first) as bar:
+        with self.reporter.bar(len(schedule), title, done=first) as bar, stop.between_steps():
             for number in range(first, len(schedule)):
                 try:
                     with self.reporter.part("step"):
@@ -200,16 +202,23 @@ class Run:
                 self.account(f"{stage}, step {number}", (number + 1) % schedule.steps_per_epoch == 0, metrics, account)
                 bar.set_postfix_str(_shown(metrics), refresh=False)
                 bar.update()
-                if (number + 1) % every == 0 and number + 1 < len(schedule):
+                if number + 1 < len(schedule) and (stop.agreed or (number + 1) % every == 0):
                     save(number + 1)
+                    if stop.agreed:
+                        raise Stopped
+            if any(feed.team.gather(stop.requested)):  # in the last step
+                save(len(schedule))
+                raise Stopped
         feed.team.check_same_bits(stage, training.state())
         return {"epochs": account["epochs"], "seconds": took.seconds}
 
     def _step(self, training: Training, feed: Feed, forget: list[int], retain: list[int]) -> dict[str, float | None]:
         """One step, by all of the feed's team."""
         if feed.team.size == 1:
-            return training.step_packed(feed.batch(forget, retain))
-        step = SharedStep(training)
+            metrics = training.step_packed(feed.batch(forget, retain))
+            self.context.stop.agreed = self.context.stop.requested
+            return metrics
+        step = SharedStep(training, self.context.stop)
         if (batch := feed.part(feed.mine(forget, retain), (forget, retain))) is not None:
             step.add(batch, training.accumulate(batch))
         try:

@@ -23,6 +23,7 @@ from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.stages import Stages
+from kunbr_fast.stopping import Stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Options:
     reporter: Reporter | None = None
     before_cleanup: Callable[[Report], None] | None = None
     group: Group = ALONE
+    stop: Stop | None = None
 
 
 @named_by(Options)
@@ -73,6 +75,7 @@ def unlearn(
     group: the processes that do this together (`parallel.group.joined`), each calling with the same arguments; then
         output_dir is needed, which all must see. Rank 0 alone reports, calls back and cleans up; all return the report,
         and hold the result.
+    stop: a `Stop`, by which a signal's handler or another thread ends the run after a step, with a checkpoint.
 
     model may be streamed (`open_streamed`), with an `unlearned` that is too. Neither is ever in memory whole, M_u is
     not copied, there is no attack (it trains all parameters), and the result is written to output_dir, from where the
@@ -82,7 +85,7 @@ def unlearn(
 
     Errors, before anything is computed: ValueError for settings and data, `Unavailable` for config.impl, TypeError for
     another keyword. On an exception the model holds whatever the stage had reached; `Diverged` leaves the last good
-    state in `work/`.
+    state in `work/`, `Stopped` the present one.
     """
     config, given = config or KUnBRConfig(), taken(Options, options, "unlearn")
     output_dir, group = given.output_dir, given.group
@@ -102,7 +105,7 @@ def unlearn(
         else:
             raise ValueError("several processes need an output_dir that all of them see")
         heard = reporter if group.first else reporter.silent()
-        context = RunContext(work, group, heard, given.resume, group.first, group.wait)
+        context = RunContext(work, group, heard, given.resume, group.first, group.wait, given.stop or Stop())
         run = Stages(inputs, config, context)
         report = run.all()
         if run.decoder.streamed:

@@ -8,6 +8,7 @@ from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.parallel.group import Group
+from kunbr_fast.stopping import Stop
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.training import Training
 
@@ -16,13 +17,15 @@ class SharedStep:
     """One step of a training, whose samples come in parts: of several ranks, of several micro-batches, or both.
 
     `add` counts a part whose gradient has been accumulated; by their `shares` all parts sum to the step. `gather` sums
-    over the ranks, `apply` updates the weights.
+    over the ranks, `apply` updates the weights. stop: a request that is summed too, so that all ranks see it at the
+    same step.
     """
 
-    def __init__(self, training: Training):
-        self._training = training
-        # loss, retain term; of the forget samples the sum of mean NLLs and the number; the same of the retain samples
-        self._sums = torch.zeros(6, dtype=torch.float64, device=training.decoder.device)
+    def __init__(self, training: Training, stop: Stop | None = None):
+        self._training, self._stop = training, stop or Stop()
+        # loss, retain term; of the forget samples the sum of mean NLLs and the number; the same of the retain samples;
+        # how many ranks are asked to stop
+        self._sums = torch.zeros(7, dtype=torch.float64, device=training.decoder.device)
         self._term: float | None = None
 
     def add(self, step: StepBatch, part: PartLoss) -> None:
@@ -41,12 +44,14 @@ class SharedStep:
         """Sums gradients and losses over the ranks, and returns the step's `losses.metrics`. Raises `Diverged`, which
         names `where`, on all ranks, if something is not finite; no update is made here."""
         training, sums = self._training, self._sums
+        sums[6] = float(self._stop.requested)
         if group.size > 1:
             for parameter in training.parameters.values():  # all have the same ones to sum
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             group.sum([sums, *training.gradients()])
-        loss, self._term, forget, num_forget, retain, num_retain = sums.tolist()
+        loss, self._term, forget, num_forget, retain, num_retain, asked = sums.tolist()
+        self._stop.agreed = asked > 0
         metrics = {
             "loss": loss,
             "forget_loss": forget / num_forget if num_forget else None,
