@@ -17,10 +17,12 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kunbr_fast.files.documents import parse_json, shown
+from kunbr_fast.files.documents import LIMIT, parse_json
+from kunbr_fast.files.shown import plain, shown
 
 COPY = "make or copy it again"
-LARGEST = 32 << 20  # bytes of a header; one with 100,000 tensors has about 12 MB
+PLAIN = "load the model in its own library and save it in bfloat16"
+LONGEST = 200  # characters of a tensor's name
 ITEMSIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "C64": 8,
@@ -44,13 +46,13 @@ def open_regular(path: str | Path, missing: str = COPY) -> BinaryIO:
     path = Path(path)
     try:
         if (kind := odd_kind(path)) is not None:
-            raise ValueError(f"{path}: {kind}, expected a file: {COPY}")
+            raise ValueError(f"{plain(path)}: {kind}, expected a file: {COPY}")
         return open(path, "rb")
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             link = f"a link to {shown(os.readlink(path))}, where nothing is" if path.is_symlink() else "no such file"
-            raise ValueError(f"{path}: {link}: {missing}") from error
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+            raise ValueError(f"{plain(path)}: {link}: {missing}") from error
+        raise ValueError(f"{plain(path)}: cannot be read ({error.strerror})") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +92,8 @@ class Header:
                 raise _damaged(path, f"it has {size} bytes, a header begins with 8")
             if length > size - 8:
                 raise _damaged(path, f"its header is to have {length} bytes, of {size - 8} that follow")
-            if length > LARGEST:
-                raise _damaged(path, f"its header is to have {length} bytes, at most {LARGEST} are read")
+            if length > LIMIT:
+                raise _damaged(path, f"its header is to have {length} bytes, at most {LIMIT} are read")
             raw += file.read(length)
         if len(raw) != length + 8:
             raise _damaged(path, "it is cut short")
@@ -99,7 +101,7 @@ class Header:
             text = raw[8:].decode()
         except UnicodeDecodeError as error:
             raise _damaged(path, "its header is no UTF-8") from error
-        entries = parse_json(text, f"{path}, its header")
+        entries = parse_json(text, f"{plain(path)}, its header")
         if not isinstance(entries, dict) or not text.startswith("{"):
             raise _damaged(path, f"its header is {shown(entries)}, expected an object")
         tensors = [_tensor(path, name, entry, len(raw)) for name, entry in entries.items() if name != "__metadata__"]
@@ -110,7 +112,7 @@ class Header:
 
 
 def _damaged(path: Path, why: str) -> ValueError:
-    return ValueError(f"{path}: not a whole safetensors file ({why}): {COPY}")
+    return ValueError(f"{plain(path)}: not a whole safetensors file ({why}): {COPY}")
 
 
 def _is_count(value: Any) -> bool:
@@ -120,7 +122,7 @@ def _is_count(value: Any) -> bool:
 def _tensor(path: Path, name: str, entry: Any, before: int) -> Tensor:
     """before: bytes of the file before the tensors."""
     where = f"its header's entry {shown(name)}"
-    if not name or not name.isprintable():
+    if not 0 < len(name) <= LONGEST or not name.isprintable():
         raise _damaged(path, f"{where} is no name of a tensor")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"{where} is {shown(entry)}, expected dtype, shape and data_offsets")
@@ -133,8 +135,7 @@ def _tensor(path: Path, name: str, entry: Any, before: int) -> Tensor:
         raise _damaged(path, f"{where} has data_offsets {shown(offsets)}, expected where it begins and ends")
     if dtype not in ITEMSIZE:
         raise ValueError(
-            f"{path}: {name} is {shown(dtype)}: quantised weights are not read, expected one of {', '.join(FLOATS)}: "
-            "load the model in its own library and save it in bfloat16"
+            f"{plain(path)}: {name} is {shown(dtype)}, quantised: expected one of {', '.join(FLOATS)}: {PLAIN}"
         )
     start, stop = offsets
     if stop - start != math.prod(shape) * ITEMSIZE[dtype]:

@@ -18,7 +18,7 @@ from kunbr_fast.files import model_config
 from kunbr_fast.files.atomic import os_errors, sync
 from kunbr_fast.files.documents import read_json, read_text
 from kunbr_fast.files.headers import COPY, odd_kind
-from kunbr_fast.files.parameters import Stored, check_all_used, layers_in_files, stored_parameters
+from kunbr_fast.files.parameters import REMADE, Stored, check_all_used, layers_in_files, stored_parameters, without
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.shown import plain, shown
 
@@ -44,23 +44,23 @@ class ModelFolder:
         if not self.path.is_dir():
             raise ValueError(f"{plain(path)}: no such directory: expected a local Hugging Face model directory")
         for name in sorted(os.listdir(self.path)):
-            with contextlib.suppress(FileNotFoundError):  # a link to nothing, which is named where it is read
+            with contextlib.suppress(OSError):  # a link to nothing, which is named where it is read
                 kind = odd_kind(self.path / name)
                 if kind not in (None, "a directory"):
                     raise ValueError(f"{plain(self.path / name)}: {kind}, in a model's folder: move it elsewhere")
         self.config_path = self.path / "config.json"
         self.values: dict[str, Any] = {}
-        if configured or self.config_path.exists():
-            if not self.config_path.exists():
+        if configured or os.path.lexists(self.config_path):
+            if not os.path.lexists(self.config_path):
                 raise ValueError(f"{plain(path)}: no config.json: not a Hugging Face model directory")
             self.values = model_config.read_model_config(self.config_path)
         adapter = self.path / "adapter_config.json"
-        if adapter.exists():
+        if os.path.lexists(adapter):
             raise ValueError(
                 f"{plain(adapter)}: an adapter, which transformers would put on top of these weights: merge it into "
                 "the model (merge_and_unload), or move it elsewhere"
             )
-        if (generation := self.path / "generation_config.json").exists():
+        if os.path.lexists(generation := self.path / "generation_config.json"):
             read_json(generation, dict)
         self.shards = Shards(self.path)
         self._check_layers()
@@ -168,7 +168,7 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
             output_loading_info=True,
         )
     # what transformers says counts, also of conversions that only it knows
-    left = sorted(info["unexpected_keys"])
+    left = without(sorted(info["unexpected_keys"]), REMADE)
     check_all_used(Stored({}, sorted(info["missing_keys"]), [], True), folder.shards)
     if left:
         raise ValueError(f"{plain(path)}: {left[0]} is no tensor of the model ({len(left)} are not): {COPY}")
@@ -199,7 +199,7 @@ def load_tokenizer(path: str | Path) -> Any:
         )
     path = Path(path)
     for name in (*TOKENIZERS, *BESIDE, "merges.txt", "chat_template.jinja"):
-        if (path / name).exists() and (kind := odd_kind(path / name)) is not None:
+        if os.path.exists(path / name) and (kind := odd_kind(path / name)) is not None:
             raise ValueError(f"{plain(path / name)}: {kind}, expected a file: {COPY}")
     for name in BESIDE:
         if (path / name).exists():

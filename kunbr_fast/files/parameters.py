@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from kunbr_fast.files.headers import FLOATS
+from kunbr_fast.files.headers import FLOATS, PLAIN
 from kunbr_fast.files.shards import Shards
+from kunbr_fast.files.shown import plain
 
 # buffers that older releases of transformers saved, and that are made anew
 REMADE = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$")
+
+LAYER = re.compile(r"(?:(?:model|transformer|gpt_neox|language_model|decoder)\.)*(?:layers|h)\.(\d{1,9})\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +66,9 @@ def stored_parameters(model: nn.Module, shards: Shards) -> Stored:
     for parts in ("missing", "unexpected"):
         patterns = list(getattr(model, f"_keys_to_ignore_on_load_{parts}", None) or ())
         if parts == "missing":
-            missing = _without(missing, patterns)
+            missing = without(missing, patterns)
         else:
-            unused = _without([name for name in shards.tensors if name not in used], [*patterns, *REMADE])
+            unused = without([name for name in shards.tensors if name not in used], [*patterns, *REMADE])
     return Stored(found, missing, unused, followed)
 
 
@@ -74,18 +77,19 @@ def check_all_used(stored: Stored, shards: Shards) -> None:
     would fill in the ones and leave the others out."""
     if stored.missing:
         raise ValueError(
-            f"{shards.directory}: has no weights for {stored.missing[0]} ({len(stored.missing)} missing): this "
+            f"{plain(shards.directory)}: has no weights for {stored.missing[0]} ({len(stored.missing)} missing): this "
             "checkpoint is not whole, or config.json is another model's"
         )
     if stored.unused:
         name = stored.unused[0]
         raise ValueError(
-            f"{shards.tensors[name].file}: {name} is no tensor of the model that config.json describes "
+            f"{plain(shards.tensors[name].file)}: {name} is no tensor of the model that config.json describes "
             f"({len(stored.unused)} are not): it would be left out: copy the model's own config.json, or remove it"
         )
 
 
-def _without(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+def without(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """The names in which none of the patterns is found."""
     pattern = "|".join(f"({pattern})" for pattern in patterns)
     return [name for name in names if not pattern or re.search(pattern, name) is None]
 
@@ -101,13 +105,12 @@ def _check_piece(shards: Shards, piece: Piece, name: str, tensor: torch.Tensor) 
     stored, expected = shards.tensors[piece.stored], tuple(tensor[piece.index].shape)
     if stored.shape != expected:
         raise ValueError(
-            f"{stored.file}: {piece.stored} is {stored.shape}, expected {expected} for the model's {name}: the "
+            f"{plain(stored.file)}: {piece.stored} is {stored.shape}, expected {expected} for the model's {name}: the "
             "configuration is not this checkpoint's"
         )
     if tensor.is_floating_point() and stored.dtype not in FLOATS:
         raise ValueError(
-            f"{stored.file}: {piece.stored} is {stored.dtype}: expected plain floating-point weights: load the model "
-            "in its own library and save it in bfloat16"
+            f"{plain(stored.file)}: {piece.stored} is {stored.dtype}: expected plain floating-point weights: {PLAIN}"
         )
 
 
@@ -116,9 +119,10 @@ def _check_tied(shards: Shards, there: list[list[Piece]]) -> None:
     for others in there[1:]:
         for one, other in zip(there[0], others):
             if one.stored != other.stored and not shards.same(one.stored, other.stored):
+                file = shards.tensors[other.stored].file
                 raise ValueError(
-                    f"{shards.tensors[other.stored].file}: {other.stored} and {one.stored} differ, and config.json "
-                    "ties them into one: set tie_word_embeddings to false, or remove one of them"
+                    f"{plain(file)}: {other.stored} and {one.stored} differ, and config.json ties them into one: set "
+                    "tie_word_embeddings to false, or remove one of them"
                 )
 
 
@@ -181,8 +185,6 @@ def layers_in_files(names: Iterable[str]) -> Mapping[int, str]:
     """{layer: one of its tensors}, as the usual names of decoders say."""
     found: dict[int, str] = {}
     for name in names:
-        if part := re.match(
-            r"(?:(?:model|transformer|gpt_neox|language_model|decoder)\.)*(?:layers|h)\.(\d{1,9})\.", name
-        ):
+        if part := LAYER.match(name):
             found.setdefault(int(part[1]), name)
     return found

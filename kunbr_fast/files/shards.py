@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kunbr_fast.files.documents import parse_json, shown
-from kunbr_fast.files.headers import COPY, FLOATS, LARGEST, Header, Tensor, open_regular
+from kunbr_fast.files.documents import read_json
+from kunbr_fast.files.headers import COPY, FLOATS, LONGEST, PLAIN, Header, Tensor, open_regular
+from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import open_tensors
 
 INDEX = "model.safetensors.index.json"
@@ -38,9 +40,9 @@ class Shards:
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise ValueError(f"{self.directory}: no such directory: expected a local Hugging Face model directory")
+            raise ValueError(f"{plain(directory)}: no such directory: expected a local Hugging Face model directory")
         named, index = None, self.directory / INDEX
-        single = (self.directory / SINGLE).exists() or not index.exists()
+        single = os.path.lexists(self.directory / SINGLE) or not os.path.lexists(index)
         if single:
             paths, cure = [self.directory / SINGLE], "only safetensors are read; convert pickled weights first"
         else:
@@ -53,11 +55,13 @@ class Shards:
             for tensor in header.tensors:
                 _check_packed(tensor)
                 if (other := self.tensors.setdefault(tensor.name, tensor)) is not tensor:
-                    raise ValueError(f"{header.file}: {tensor.name} is in {other.file.name} too: keep one of them")
+                    raise ValueError(
+                        f"{plain(header.file)}: {tensor.name} is in {other.file.name} too: keep one of them"
+                    )
         if named is not None:
             self._check_index(index, named, total)
         if not self.tensors:
-            raise ValueError(f"{paths[0]}: holds no tensors: {COPY}")
+            raise ValueError(f"{plain(paths[0])}: holds no tensors: {COPY}")
         self._name_others()
 
     def _check_index(self, index: Path, named: dict[str, str], total: int | None) -> None:
@@ -67,10 +71,12 @@ class Shards:
             where = found.get(odd)
             is_in = "is in none of its files" if where is None else f"is in {where}"
             says = f"names {named[odd]}" if odd in named else "does not name it"
-            raise ValueError(f"{index}: {odd} {is_in}, the index {says}: the checkpoint is mixed up: {COPY}")
+            raise ValueError(f"{plain(index)}: {odd} {is_in}, the index {says}: the checkpoint is mixed up: {COPY}")
         size = sum(tensor.stop - tensor.start for tensor in self.tensors.values())
         if total is not None and not size / 8 <= total <= size * 8:  # some tools count in another dtype
-            raise ValueError(f"{index}: total_size is {total}, its tensors have {size} bytes: correct or delete it")
+            raise ValueError(
+                f"{plain(index)}: total_size is {total}, its tensors have {size} bytes: correct or delete it"
+            )
 
     def _name_others(self) -> None:
         """A line about safetensors files beside the weights, which may be older ones."""
@@ -113,8 +119,8 @@ class Shards:
 def _check_packed(tensor: Tensor) -> None:
     if tensor.dtype not in FLOATS and PACKED.search(tensor.name):
         raise ValueError(
-            f"{tensor.file}: {tensor.name} is {tensor.dtype}, packed or quantised: expected one of "
-            f"{', '.join(FLOATS)}: load the model in its own library and save it in bfloat16"
+            f"{plain(tensor.file)}: {tensor.name} is {tensor.dtype}, packed or quantised: expected one of "
+            f"{', '.join(FLOATS)}: {PLAIN}"
         )
 
 
@@ -122,30 +128,23 @@ def _read_index(path: Path) -> tuple[dict[str, str], int | None]:
     """({tensor: name of its file}, bytes in all, if the index says so)."""
 
     def wrong(what: str) -> ValueError:
-        return ValueError(f"{path}: not an index of safetensors files ({what}): {COPY}")
+        return ValueError(f"{plain(path)}: not an index of safetensors files ({what}): {COPY}")
 
-    with open_regular(path) as file:
-        text = file.read(LARGEST + 1)
-    if len(text) > LARGEST:
-        raise wrong(f"more than {LARGEST} bytes")
-    try:
-        index = parse_json(text.decode(), str(path))
-    except UnicodeDecodeError as error:
-        raise wrong("no UTF-8") from error
+    index = read_json(path)
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
         raise wrong(f"got {shown(index)}, expected an object with a weight_map")
     named = index["weight_map"]
     if not named:
         raise wrong("its weight_map is empty")
     for name, file in named.items():
-        if not name or not name.isprintable():
+        if not 0 < len(name) <= LONGEST or not name.isprintable():
             raise wrong(f"{shown(name)} is no name of a tensor")
         if not isinstance(file, str) or not file.isprintable() or not file.endswith(".safetensors"):
             raise wrong(f"{shown(name)} is to be in {shown(file)}, expected the name of a .safetensors file")
         if re.search(r"[/\\]", file):
             raise ValueError(
-                f"{path}: {shown(name)} is to be in {shown(file)}: expected a name without a folder: weights are read "
-                "from the model's own folder: copy the file there and name it so"
+                f"{plain(path)}: {shown(name)} is to be in {shown(file)}: weights are read from the model's own folder "
+                "only: copy the file there, and write its name without a path"
             )
     metadata = index.get("metadata")
     if not isinstance(metadata, dict):  # transformers reads it

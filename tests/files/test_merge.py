@@ -391,7 +391,11 @@ def test_refusals(five, tmp_path):
     attempt(f"{path}: not a whole safetensors file", cut)
     raw = raw_model(tmp_path / "quantised", x=torch.zeros(1))
     (raw / "config.json").write_text('{"quantization_config": {"bits": 4}}')
-    attempt("quantised/config.json: quantization_config: its weights are quantised, expected plain ones", start=raw, given=[raw_model(tmp_path / "q2", x=torch.zeros(1))])
+    attempt(
+        "quantised/config.json: quantization_config: its weights are quantised, expected plain ones",
+        start=raw,
+        given=[raw_model(tmp_path / "q2", x=torch.zeros(1))],
+    )
     (tmp_path / "mixed").mkdir()
     for source in base.iterdir():
         if not source.name.startswith("model-00002-of"):
