@@ -31,16 +31,19 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, TypedDict
 
+import msgspec
 import torch
 from tqdm import tqdm
 
 from kunbr_fast.files.atomic import atomic_write, sha256, write_json
+from kunbr_fast.files.documents import read_json
 from kunbr_fast.files.headers import Header, Tensor
 from kunbr_fast.files.models import ModelFolder
 from kunbr_fast.files.scratch import remove_leftovers
 from kunbr_fast.files.shards import INDEX
+from kunbr_fast.files.shown import shown
 from kunbr_fast.keywords import named_by, taken
 
 METHODS = ("sum", "mean", "consensus")
@@ -203,6 +206,24 @@ def _check_same(inputs: Sequence[Path], sources: Sequence[dict[str, Tensor]]) ->
 # ---------------------------------------------------------------- the output directory
 
 
+class _Counts(TypedDict):
+    entries: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    agreed_share: float
+    changed_share: float
+    task_vector_norms: list[float]
+    merged_norm: float
+
+
+class _File(TypedDict):
+    sha256: str
+    tensors: dict[str, _Counts]
+
+
+class _Partial(TypedDict):
+    job: dict[str, Any]
+    files: dict[str, _File]
+
+
 def _begin(output: Path, job: dict, resume: bool) -> dict[str, dict]:
     """Makes the directory, or takes it up again: returns the entry of each file that is whole."""
     output.mkdir(parents=True, exist_ok=True)
@@ -215,16 +236,18 @@ def _begin(output: Path, job: dict, resume: bool) -> dict[str, dict]:
     if not partial.is_file():
         raise ValueError(f"{output}: no merge to resume (there is no {PARTIAL})")
     try:
-        found = json.loads(partial.read_text())
-        before, files = found["job"], dict(found["files"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{partial}: damaged ({error}): delete {output} and begin again") from error
+        found = read_json(partial, _Partial, 2**26)
+    except ValueError as error:
+        raise ValueError(f"{error}: delete {output} and begin again") from error
+    before, files = found["job"], found["files"]
     changed = [name for name, value in json.loads(json.dumps(job)).items() if before.get(name) != value]
     if changed:
         raise ValueError(
             f"{output}: {changed[0]} changed since this merge was begun: put it back, or give another output"
         )
     remove_leftovers(output)
+    if odd := sorted(name for name in files if Path(name).name != name):
+        raise ValueError(f"{partial}: files: {shown(odd[0])} is not in its folder: delete {output} and begin again")
     there = {name: entry for name, entry in files.items() if (output / name).is_file()}
     return {name: entry for name, entry in there.items() if sha256(output / name) == entry["sha256"]}
 
