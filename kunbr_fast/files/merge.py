@@ -206,12 +206,15 @@ def _check_same(inputs: Sequence[Path], sources: Sequence[dict[str, Tensor]]) ->
 # ---------------------------------------------------------------- the output directory
 
 
+_Part, _Norm = Annotated[float, msgspec.Meta(ge=0, le=1)], Annotated[float, msgspec.Meta(ge=0, le=1e150)]
+
+
 class _Counts(TypedDict):
     entries: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-    agreed_share: float
-    changed_share: float
-    task_vector_norms: list[float]
-    merged_norm: float
+    agreed_share: _Part
+    changed_share: _Part
+    task_vector_norms: list[_Norm]
+    merged_norm: _Norm
 
 
 class _File(TypedDict):
@@ -246,8 +249,13 @@ def _begin(output: Path, job: dict, resume: bool) -> dict[str, dict]:
             f"{output}: {changed[0]} changed since this merge was begun: put it back, or give another output"
         )
     remove_leftovers(output)
-    if odd := sorted(name for name in files if Path(name).name != name):
-        raise ValueError(f"{partial}: files: {shown(odd[0])} is not in its folder: delete {output} and begin again")
+    known, models = {file[0] for file in job["inputs"][0]["files"]}, len(job["inputs"]) - 1
+    for name, entry in files.items():
+        norms = [counts["task_vector_norms"] for counts in entry["tensors"].values()]
+        if name not in known or any(len(each) != models for each in norms):
+            raise ValueError(
+                f"{partial}: files: {shown(name)} is no file of these models: delete {output} and begin again"
+            )
     there = {name: entry for name, entry in files.items() if (output / name).is_file()}
     return {name: entry for name, entry in there.items() if sha256(output / name) == entry["sha256"]}
 
