@@ -5,7 +5,7 @@ side by side (`pack`).
 """
 
 from kunbr_fast.data.batch import PackedBatch, grid, join, pack, send
-from kunbr_fast.data.records import LETTERS, is_question, load_records, question_prompt
+from kunbr_fast.data.records import LETTERS, is_question, is_record, load_records, question_prompt
 from kunbr_fast.data.samples import (
     ALTERNATES,
     IGNORE,
@@ -35,6 +35,7 @@ __all__ = [
     "encode",
     "grid",
     "is_question",
+    "is_record",
     "join",
     "load_records",
     "pack",

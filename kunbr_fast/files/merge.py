@@ -25,7 +25,6 @@ import contextlib
 import dataclasses
 import fnmatch
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,10 +34,11 @@ import torch
 from tqdm import tqdm
 
 from kunbr_fast.files.atomic import atomic_write
+from kunbr_fast.files.headers import Header, Tensor
 from kunbr_fast.files.merge_folder import FOLDER, MergeFolder
-from kunbr_fast.files.models import model_directory
+from kunbr_fast.files.models import ModelFolder
+from kunbr_fast.files.shards import INDEX
 from kunbr_fast.files.target import Target, check
-from kunbr_fast.files.tensors import INDEX, Shards
 from kunbr_fast.keywords import named_by, taken
 
 METHODS = ("sum", "mean", "consensus")
@@ -111,12 +111,11 @@ def merge_models(
     for number, path in enumerate(inputs):
         if any(path.exists() and path.samefile(other) for other in inputs[:number]):
             raise ValueError(f"{path} is given twice: its task vector would be counted twice, or be zero")
-    _check_configuration(inputs[0])
-    headers = [[_Header.read(file) for file in Shards(path).paths] for path in inputs]
+    headers = [ModelFolder(path, configured=path is inputs[0]).shards.headers for path in inputs]
     sources = [{tensor.name: tensor for header in found for tensor in header.tensors} for found in headers]
     _check_same(inputs, sources)
 
-    identities = [[header.identity() for header in found] for found in headers]
+    identities = [[_identity(header) for header in found] for found in headers]
     named = [{"directory": str(path.resolve()), "files": found} for path, found in zip(inputs, identities)]
     folder = MergeFolder(output, dataclasses.asdict(how) | {"inputs": named}, resume)
     if folder.finished is not None:
@@ -155,60 +154,24 @@ def _beside(base: Path) -> list[Path]:
 # ---------------------------------------------------------------- what is merged
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """Where a tensor is: the bytes from `start` to `stop` of a file."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def entries(self) -> int:
-        return math.prod(self.shape)
-
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[_Reader]:
-        with open(self.file, "rb") as handle:
-            handle.seek(self.start)
-            yield _Reader(self, handle)
+def _identity(header: Header) -> list:
+    """Recognises a file after an interruption, without reading all of it."""
+    file = header.file
+    return [file.name, header.size, file.stat().st_mtime_ns, hashlib.sha256(header.raw).hexdigest()]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Header:
-    """A safetensors file: eight bytes with the length of a JSON header, the header, and the tensors' bytes."""
-
-    file: Path
-    raw: bytes  # everything before the tensors
-    tensors: tuple[_Tensor, ...]  # as they lie in the file
-    size: int
-
-    @classmethod
-    def read(cls, path: Path) -> _Header:
-        with open(path, "rb") as file:
-            raw = file.read(8)
-            raw += file.read(int.from_bytes(raw, "little"))
-        tensors = [
-            _Tensor(path, name, entry["dtype"], tuple(entry["shape"]), *(len(raw) + at for at in entry["data_offsets"]))
-            for name, entry in json.loads(raw[8:]).items()
-            if name != "__metadata__"
-        ]
-        tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
-        return cls(path, raw, tuple(tensors), path.stat().st_size)
-
-    def identity(self) -> list:
-        """Recognises the file after an interruption, without reading all of it."""
-        return [self.file.name, self.size, self.file.stat().st_mtime_ns, hashlib.sha256(self.raw).hexdigest()]
+@contextlib.contextmanager
+def _opened(tensor: Tensor) -> Iterator[_Reader]:
+    with open(tensor.file, "rb") as handle:
+        handle.seek(tensor.start)
+        yield _Reader(tensor, handle)
 
 
 @dataclasses.dataclass
 class _Reader:
     """A tensor's bytes, or entries, in chunks."""
 
-    tensor: _Tensor
+    tensor: Tensor
     handle: BinaryIO
 
     def raw(self, count: int) -> bytearray:
@@ -226,17 +189,7 @@ class _Reader:
         return values
 
 
-def _check_configuration(base: Path) -> None:
-    path = model_directory(base) / "config.json"
-    try:
-        configuration = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if configuration.get("quantization_config"):
-        raise ValueError(f"{path}: quantised weights have no task vectors: merge the models before they are quantised")
-
-
-def _check_same(inputs: Sequence[Path], sources: Sequence[dict[str, _Tensor]]) -> None:
+def _check_same(inputs: Sequence[Path], sources: Sequence[dict[str, Tensor]]) -> None:
     base = sources[0]
     for path, other in zip(inputs[1:], sources[1:]):
         if odd := sorted(base.keys() ^ other.keys()):
@@ -292,7 +245,7 @@ class _Digest:
 
 
 def _merge_file(
-    path: Path, header: _Header, sources: Sequence[dict[str, _Tensor]], settings: MergeSettings, bar: tqdm
+    path: Path, header: Header, sources: Sequence[dict[str, Tensor]], settings: MergeSettings, bar: tqdm
 ) -> dict:
     """One file of the base, merged: {"sha256", "tensors": {name: counts and norms}}."""
     tensors = {}
@@ -301,7 +254,7 @@ def _merge_file(
         out.write(header.raw)
         for tensor in header.tensors:
             with contextlib.ExitStack() as stack:
-                readers = [stack.enter_context(source[tensor.name].opened()) for source in sources]
+                readers = [stack.enter_context(_opened(source[tensor.name])) for source in sources]
                 if tensor.dtype in FLOATS:
                     tensors[tensor.name] = _merge_tensor(out, tensor, readers, settings)
                 else:
@@ -309,7 +262,7 @@ def _merge_file(
     return {"sha256": out.sha256.hexdigest(), "tensors": tensors}
 
 
-def _copy(out: _Digest, tensor: _Tensor, readers: Sequence[_Reader]) -> None:
+def _copy(out: _Digest, tensor: Tensor, readers: Sequence[_Reader]) -> None:
     for first in range(tensor.start, tensor.stop, CHUNK):
         parts = [reader.raw(min(CHUNK, tensor.stop - first)) for reader in readers]
         for reader, part in zip(readers[1:], parts[1:]):
@@ -320,7 +273,7 @@ def _copy(out: _Digest, tensor: _Tensor, readers: Sequence[_Reader]) -> None:
         out.write(parts[0])
 
 
-def _merge_tensor(out: _Digest, tensor: _Tensor, readers: Sequence[_Reader], settings: MergeSettings) -> dict[str, Any]:
+def _merge_tensor(out: _Digest, tensor: Tensor, readers: Sequence[_Reader], settings: MergeSettings) -> dict[str, Any]:
     dtype = FLOATS[tensor.dtype]
     wide = torch.promote_types(dtype, torch.float32)
     agreed = changed = 0

@@ -12,21 +12,25 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
+
+import msgspec
 
 from kunbr_fast.files.atomic import sha256, write_json
 from kunbr_fast.files.documents import read_json
 from kunbr_fast.files.scratch import remove_leftovers
+from kunbr_fast.files.shown import shown
 from kunbr_fast.files.target import FolderKind
 
 SUMMARY, PARTIAL = "merge.json", "merge.partial.json"
+LIMIT = 2**26  # bytes of either
 FOLDER = FolderKind(begun=lambda folder: any((folder / name).is_file() for name in (PARTIAL, SUMMARY)))
 
 
 class Sums(TypedDict):
     """Of one tensor."""
 
-    entries: int
+    entries: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     agreed_share: float
     changed_share: float
     task_vector_norms: list[float]
@@ -80,17 +84,17 @@ class MergeFolder:
 
     def _go_on(self) -> None:
         try:
-            found = read_json(self.path / PARTIAL, Partial)
+            found = read_json(self.path / PARTIAL, Partial, LIMIT)
         except ValueError as error:
-            raise ValueError(f"{error}: this merge cannot be resumed: delete {self.path} and begin again") from error
+            raise ValueError(f"{error}: delete {self.path} and begin again") from error
         self._check_job(found["job"], "since this merge was begun")
         self.done = {name: entry for name, entry in found["files"].items() if self._is(name, entry["sha256"])}
 
     def _look_at_finished(self) -> None:
         """With the same job there is nothing to do: a kill came after the last write."""
         try:
-            read_json(self.path / SUMMARY, Summary)
-            found = read_json(self.path / SUMMARY)
+            read_json(self.path / SUMMARY, Summary, LIMIT)
+            found = read_json(self.path / SUMMARY, limit=LIMIT)
         except ValueError as error:
             raise ValueError(f"{error}: not a merge that can be resumed: give another output") from error
         self._check_job(found, "since this merge was finished")
@@ -104,7 +108,9 @@ class MergeFolder:
             raise ValueError(f"{self.path}: {changed[0]} changed {since}: put it back, or give another output")
 
     def _is(self, name: str, digest: str) -> bool:
-        path = self.path / Path(name).name
+        if Path(name).name != name:
+            raise ValueError(f"{self.path}: {shown(name)} is not in its folder: delete {self.path} and begin again")
+        path = self.path / name
         return not path.is_symlink() and path.is_file() and sha256(path) == digest
 
     def claim(self, name: str, starts: bytes, size: int) -> None:

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kunbr_fast.data import PackedBatch, Sample, check_labels, check_lengths, encode, with_alternates
+from kunbr_fast.data import PackedBatch, Sample, check_labels, check_lengths, encode, is_record, with_alternates
 from kunbr_fast.files.models import check_vocabulary
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.objectives.batch import WHOLE, Shares, StepBatch
@@ -30,7 +30,7 @@ def to_samples(
     if not data:
         raise ValueError(f"the {what} set is empty: expected at least one record")
     limit = min((n for n in (config.max_length, decoder.max_positions) if n is not None), default=None)
-    if "input_ids" in data[0] or "original" in data[0]:
+    if not is_record(data[0]):
         samples = _tokenized(data, limit, what, alternate, config.objective)
     elif tokenizer is None:
         raise ValueError(f"the {what} set holds records, not tokens: give tokenizer=")
