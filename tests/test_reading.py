@@ -17,6 +17,7 @@ from kunbr_fast.density.measure import Density
 from kunbr_fast.density.select import select_blocks
 from kunbr_fast.evaluation.rtt import Fold, RTTConfig, RTTResult
 from kunbr_fast.files import merge
+from kunbr_fast.files.merge_folder import PARTIAL, MergeFolder
 from kunbr_fast.files.shown import plain
 from kunbr_fast.kernels import verdicts
 from kunbr_fast.run.config import KUnBRConfig
@@ -82,7 +83,7 @@ def read_curves(path):
 
 
 def read_partial(path):
-    merge._summary(merge.MergeSettings("negate"), [path, path], merge._begin(path.parent, JOB, True))
+    merge._summary(merge.MergeSettings("negate"), [path, path], MergeFolder(path.parent, JOB, True).done)
 
 
 def read_bench(path):
@@ -122,7 +123,7 @@ SILENT = ("verdicts.json",)  # proven again, with a warning: a cache is not wort
 
 def tried(path, read):
     """Whether it was taken. A message about a merge names its folder."""
-    name = str(path.parent if path.name == merge.PARTIAL else path)
+    name = str(path.parent if path.name == PARTIAL else path)
     try:
         read(path)
     except ValueError as error:
