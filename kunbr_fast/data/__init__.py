@@ -5,7 +5,7 @@ side by side (`pack`).
 """
 
 from kunbr_fast.data.batch import PackedBatch, grid, join, pack, send
-from kunbr_fast.data.records import LETTERS, is_question, load_records, question_prompt
+from kunbr_fast.data.records import LETTERS, check_record, is_question, load_records, question_prompt
 from kunbr_fast.data.samples import (
     ALTERNATES,
     IGNORE,
@@ -31,6 +31,7 @@ __all__ = [
     "Schedule",
     "as_samples",
     "check_labels",
+    "check_record",
     "check_lengths",
     "encode",
     "grid",
