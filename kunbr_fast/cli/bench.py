@@ -9,19 +9,28 @@ import torch
 
 from kunbr_fast.benchmarks import compare, harness
 from kunbr_fast.benchmarks.bench import bench
-from kunbr_fast.benchmarks.report import write_report
-from kunbr_fast.benchmarks.rows import read_rows
+from kunbr_fast.benchmarks.report import PICTURES, write_report
+from kunbr_fast.benchmarks.rows import NEEDED, read_rows
 from kunbr_fast.benchmarks.shapes import MODELS
 from kunbr_fast.benchmarks.suites import SUITES
 from kunbr_fast.cli.argument_types import Different, number, path_name
 from kunbr_fast.cli.arguments import add_device, add_output
 from kunbr_fast.cli.inputs import choose_device, say
+from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.files.models import DTYPES
+from kunbr_fast.files.target import PAGE, PICTURE, FileKind, FolderKind, csv_with, json_with
 from kunbr_fast.values import SECONDS, Whole
 
 DESCRIPTION = """\
 Times each suite's cases on this machine: first a check of results against fp64, then rounds in which
 ours, the rivals that are installed, and a copy and a matrix product (the roofline) take turns."""
+
+REPORT = {r"report\.html": PAGE, PICTURES.pattern: PICTURE}
+ROWS = {
+    r"results\.csv": FileKind("a file of rows", (".csv",), csv_with(*NEEDED)),
+    r"results\.json": FileKind("a file of rows", (".json",), json_with(*NEEDED)),
+}
+WRITES = {"out": FolderKind(REPORT | ROWS)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +121,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.compare:
         return _compare(arguments)
     if arguments.report:
+        check_outputs(arguments, {"out": FolderKind(REPORT)})
         files = [str(path) for path in write_report(read_rows(arguments.report), arguments.out)]
         if not arguments.json:
             print("\n".join(files))
@@ -123,6 +133,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if not arguments.json:
             print("\n".join(cases))
         return {"cases": cases}
+    check_outputs(arguments, WRITES)
     return _measure(suites, options, arguments)
 
 

@@ -8,12 +8,17 @@ from typing import Any
 from kunbr_fast.cli.argument_types import number, path_name
 from kunbr_fast.cli.arguments import add_output
 from kunbr_fast.cli.inputs import sayer
+from kunbr_fast.cli.outputs import check_outputs
+from kunbr_fast.files.target import PICTURE, FileKind, FolderKind, json_with
 from kunbr_fast.run.demo import demo
 from kunbr_fast.values import SEED
 
 LEGEND = """\
 retain: people rehearsed during unlearning; bystanders: known, and never seen by it; RTT: the best that an
 attacker gets on one half of the forget set by teaching the other half again (chance is 25 %)."""
+
+REPORT = FileKind("a report of the demo", (".json",), json_with("kunbr_fast", "people", "rows", "table"))
+WRITES = {"out": FolderKind({r"report\.json": REPORT, r"(density|relearning)\.png": PICTURE})}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    check_outputs(arguments, WRITES)
     result = demo(arguments.out, arguments.seed, progress=not arguments.quiet, say=sayer(arguments))
     if not arguments.json:
         print(result["table"])

@@ -9,10 +9,12 @@ from typing import Any
 from kunbr_fast.cli.argument_types import number, path_name
 from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config
+from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.data import load_records
 from kunbr_fast.density.measure import NO_SHARES, NORMS, STATISTICS, Density, knowledge_density
 from kunbr_fast.density.select import pareto_front, select_blocks
 from kunbr_fast.evaluation.plots import plot_density, plot_pareto
+from kunbr_fast.files.target import PICTURE, FileKind, json_with
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.parallel.group import ALONE
@@ -21,6 +23,11 @@ from kunbr_fast.run.samples import to_samples
 from kunbr_fast.values import SHARE
 
 SETTINGS = "target max_length modules reduction num_blocks top_k skip_last_layers gradient_checkpointing cache impl"
+
+WRITES = {
+    "out": FileKind("a density file", (".json",), json_with("per_layer", "per_module", "num_weights", "statistic")),
+    "plot": PICTURE,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    check_outputs(arguments, WRITES)
     config, group = read_config(arguments), arguments.group or ALONE
     density = _measure(config, arguments)
     blocks = [] if density.statistic == "cosine" else select_blocks(density, *_choice(config))

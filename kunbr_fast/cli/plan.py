@@ -8,10 +8,14 @@ from typing import Any
 from kunbr_fast.cli.argument_types import number, path_name
 from kunbr_fast.cli.arguments import add_files, add_output, add_settings
 from kunbr_fast.cli.inputs import read_config
+from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.files.models import DTYPES
+from kunbr_fast.files.target import SETTINGS
 from kunbr_fast.planning.machines import GPUS, PROCESSES
 from kunbr_fast.planning.plan import plan
 from kunbr_fast.values import Bytes
+
+WRITES = {"out": SETTINGS}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    check_outputs(arguments, WRITES)
     names = ("gpu", "gpus", "forget", "retain", "dtype", "unlearned", "stream")
     found = plan(
         arguments.model,

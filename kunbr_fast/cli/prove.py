@@ -8,10 +8,16 @@ import sys
 from pathlib import Path
 
 from kunbr_fast.cli.argument_types import Different, device_name, number, path_name
+from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.cli.verdict_table import table
+from kunbr_fast.files.target import FileKind, FolderKind, Target, check, is_empty, json_with
 from kunbr_fast.kernels import dispatch, verdicts
 from kunbr_fast.kernels.verdicts import Verdict
 from kunbr_fast.values import SECONDS
+
+VERDICTS = FileKind("a file of verdicts", (".json",), json_with("format", "checksum", "verdicts"))
+LOCK = FileKind("an empty lock file", (".lock",), is_empty)
+WRITES = {"out": FolderKind()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     unknown = [name for name in arguments.operations if name not in dispatch.OPERATIONS]
     if unknown:
         raise ValueError(f"unknown operation {unknown[0]!r}: expected some of {', '.join(dispatch.OPERATIONS)}")
+    check_outputs(arguments, WRITES)
     as_json, arguments.json = arguments.json, False
     import torch
 
@@ -58,14 +65,16 @@ def run(arguments: argparse.Namespace) -> None:
     if (device.index or 0) >= max(torch.cuda.device_count(), 1):
         raise ValueError(f"--device {device}: expected cuda, or cuda:N below {torch.cuda.device_count()}")
     if arguments.out:
-        verdicts.write(verdicts.path_of(device, Path(arguments.out)), [])  # or all would be for nothing
+        file = verdicts.path_of(device, Path(arguments.out))
+        check([Target("--out", str(file), VERDICTS), Target("--out", str(file.with_suffix(".lock")), LOCK)])
+        verdicts.write(file, [])  # or all would be for nothing
 
     def tell(verdict: Verdict) -> None:
         """As they come: what has been found stays, whatever becomes of the rest."""
         if as_json:
             print(json.dumps(verdict.as_json()), flush=True)
         if arguments.out:
-            verdicts.write(verdicts.path_of(device, Path(arguments.out)), [verdict])
+            verdicts.write(file, [verdict])
 
     found, none = _prove(device, arguments, tell)
     if not found and not none:

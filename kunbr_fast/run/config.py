@@ -19,6 +19,7 @@ from kunbr_fast.evaluation.accuracy import SCORINGS
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.atomic import atomic_write
 from kunbr_fast.files.shown import shown
+from kunbr_fast.files.target import signed
 from kunbr_fast.kernels.dispatch import IMPLEMENTATIONS
 from kunbr_fast.keywords import nearest
 from kunbr_fast.memory import STORAGES, Place
@@ -347,7 +348,7 @@ class KUnBRConfig:
 
     def save(self, path: str | Path) -> None:
         with atomic_write(path) as file:
-            file.write(yaml.safe_dump(self.to_dict(), sort_keys=False).encode())
+            file.write(signed(yaml.safe_dump(self.to_dict(), sort_keys=False)).encode())
 
     def changed(self, other: dict[str, Any]) -> dict[str, str]:
         """The settings that differ from `other` (a `to_dict`), each with the stage whose result it changes."""

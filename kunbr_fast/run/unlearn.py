@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 from kunbr_fast.data import is_question
 from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import Fold
+from kunbr_fast.files.scratch import scratch
 from kunbr_fast.keywords import named_by, taken
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.weights import weights_of
@@ -101,7 +101,7 @@ def unlearn(
             work = Path(output_dir) / "work"
             work.mkdir(parents=True, exist_ok=True)
         elif group.size == 1:
-            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kunbr-")))
+            work = stack.enter_context(scratch("kunbr-fast-"))
         else:
             raise ValueError("several processes need an output_dir that all of them see")
         heard = reporter if group.first else reporter.silent()

@@ -208,7 +208,7 @@ def test_rtt_prints_the_curve_and_resumes(workspace, tmp_path, capsys):
     for content in ("{", "[]", '{"curves": []}'):
         out.write_text(content)
         assert cli.main([*command, "--resume"]) == 2
-        assert f"{out}: not a file of kunbr-fast rtt" in capsys.readouterr().err
+        assert f"--out {out}: exists and is not an attack's result of kunbr-fast" in capsys.readouterr().err
 
 
 def test_doctor(capsys):

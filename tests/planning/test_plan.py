@@ -322,8 +322,9 @@ def run(capsys, *arguments):
 
 
 def test_the_command(tmp_path, capsys):
-    write(tmp_path / "config.json", L8)
-    common = ["--model", str(tmp_path), "--gpu-memory", "24GiB", "--gpu", "4090", "--unlearned", "--no-rtt"]
+    (tmp_path / "model").mkdir()
+    write(tmp_path / "model" / "config.json", L8)
+    common = ["--model", str(tmp_path / "model"), "--gpu-memory", "24GiB", "--gpu", "4090", "--unlearned", "--no-rtt"]
     common += ["--num-blocks", "16", "--top-k", "12"]
     status, out, _ = run(capsys, *common, "--out", str(tmp_path / "run.yaml"))
     assert status == 0 and out.startswith("PREDICTED, not measured: llama, 8.03 billion parameters in bfloat16")
