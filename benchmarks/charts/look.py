@@ -43,11 +43,6 @@ def more(count: int) -> str:
     return f" ({count} more in the CSV)" if count > 0 else ""
 
 
-def short(text: str, length: int) -> str:
-    text = text.replace("$", r"\$")  # no formulas
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
 def number(value: float) -> str:
     """Three significant digits, and thousands in groups."""
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}".replace(",", " ")

@@ -26,8 +26,7 @@ def check_choices(choices: object, where: str) -> None:
         number = isinstance(choice, (int, float)) and not isinstance(choice, bool) and abs(choice) < LARGEST_CHOICE
         if not number and (not isinstance(choice, str) or is_blank(choice)):
             raise ValueError(
-                f"{where}: each of 'choices' must be a finite number or a string that is not blank, got "
-                f"{shown(choice)}"
+                f"{where}: each of 'choices' must be a finite number or a string that is not blank, got {shown(choice)}"
             )
     for i, choice in enumerate(choices):
         if any(choice == other or str(choice).strip() == str(other).strip() for other in choices[:i]):
