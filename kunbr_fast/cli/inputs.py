@@ -78,8 +78,8 @@ def read_questions(paths: Sequence[str], option: str) -> list[dict]:
         records = load_records(path)
         if not any(map(is_question, records)):
             raise ValueError(
-                f"{option}: {plain(path)} has no question among its {len(records)} lines: expected lines with question, "
-                "choices and answer"
+                f"{option}: {plain(path)} has no question among its {len(records)} lines: expected lines with "
+                "question, choices and answer"
             )
         found += records
     return found

@@ -151,7 +151,8 @@ def plot_relearning(
     methods = []
     for index, (method, result) in enumerate(results.items()):
         before = (forget or {}).get(method, result.before)
-        label = f"{figures.label(method, NAME)}: {100 * before:.0f} % → {100 * result.accuracy:.0f} % (lr {_rate(result.best[0])})"
+        label = f"{100 * before:.0f} % → {100 * result.accuracy:.0f} % (lr {_rate(result.best[0])})"
+        label = f"{figures.label(method, NAME)}: {label}"
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         methods += _curves(axes, result, label, colour, marker)
     epochs = max(len(result.curve(result.lrs[0])) for result in results.values()) - 1

@@ -308,7 +308,7 @@ def _finished(done: Sequence[dict], folds: Sequence[Fold], config: RTTConfig) ->
         epochs = [row["epoch"] for row in rows]
         if epochs != list(range(config.epochs + 1)):
             raise ValueError(
-                f"the earlier result of fold {plain(fold, NAME)} at learning rate {lr:g} has the epochs {shown(epochs)}, "
-                f"expected 0 to {config.epochs}; resume with the same settings, or start without the earlier results"
+                f"the earlier result of fold {fold} at learning rate {lr:g} has the epochs {epochs}, expected "
+                f"0 to {config.epochs}; resume with the same settings, or start without the earlier results"
             )
     return finished

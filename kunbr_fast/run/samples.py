@@ -37,8 +37,8 @@ def to_samples(
     else:
         samples = encode(data, tokenizer, config.target, limit, alternate, config.seed)
     names = [f"{what} sample {i}" for i in range(len(samples))]
-    if is_record(data[0]):
-        names = [record.get("_where", f"{what} record {i}") for i, record in enumerate(data)]
+    if len(data) == len(samples):
+        names = [item.get("_where", name) for item, name in zip(data, names)]
     check_tokens(decoder.model, samples, names)
     if alternate is not None:
         check_tokens(
