@@ -186,8 +186,7 @@ def _check_question(record: dict, index: int) -> None:
             f"{_where(record, index)}: not a question line, it lacks {', '.join(missing)}; accuracy needs "
             "lines with question, choices and answer"
         )
-    if "_where" not in record:  # not from load_records, which has checked its own
-        data.check_record(record, _where(record, index))
+    data.check_record(record, _where(record, index))
 
 
 def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
