@@ -53,7 +53,7 @@ class Real:
         return self.take(text)
 
     def take(self, value: Any) -> float:
-        """`value`, or what a text says (YAML reads 1e-5 as one), as a float. ValueError that says what is expected."""
+        """`value`, or what a text says (a quoted one in YAML), as a float. ValueError that says what is expected."""
         if isinstance(value, str):
             value, text = float(value) if _REAL.fullmatch(value) else math.nan, value
             if value == 0 and re.search("[1-9]", re.split("[eE]", text)[0]):

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from kunbr_fast.data.content import is_blank
-from kunbr_fast.data.records import LETTERS, check_record, question_prompt
+from kunbr_fast.data.content import LETTERS, is_blank
+from kunbr_fast.data.records import check_record, question_prompt
 from kunbr_fast.files.shown import shown
 
 Sample = dict[str, torch.Tensor]

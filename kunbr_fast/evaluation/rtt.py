@@ -12,11 +12,14 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypedDict
 
+import msgspec
 from tqdm import tqdm
 
 from kunbr_fast import data
 from kunbr_fast.evaluation.accuracy import Accuracy, measure, prepare_questions
+from kunbr_fast.files.documents import checked
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.vocabulary import check_tokens
@@ -59,6 +62,23 @@ class Fold:
     name: str
     train_records: list[dict]
     questions: list[dict]
+
+
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Point(TypedDict):
+    """A point of a relearning curve."""
+
+    fold: str
+    lr: float
+    epoch: Annotated[int, msgspec.Meta(ge=0, le=10**6)]
+    plain: Share
+    calibrated: Share | None
+
+
+class Curves(TypedDict):
+    curves: list[Point]
 
 
 @dataclass(frozen=True)
@@ -141,9 +161,10 @@ class RTTResult:
         }
 
     @classmethod
-    def from_dict(cls, value: dict) -> "RTTResult":
-        """The result that to_dict wrote; the summary is computed anew from the curves."""
-        return cls([dict(row) for row in value["curves"]])
+    def from_dict(cls, value: dict, where: str = "RTT result") -> "RTTResult":
+        """The result that to_dict wrote; the summary is computed anew from the curves. ValueError, which begins with
+        `where`, for values of other types."""
+        return cls(checked(value, Curves, where)["curves"])
 
 
 def rtt_attack(
@@ -198,7 +219,7 @@ class Attack:
         """As `rtt_attack`. share: (i, n), only every n-th of the unfinished attacks, from the i-th on; then None,
         unless these are all."""
         folds, config = self.folds, self.config
-        finished = _finished(done or (), folds, config)
+        finished = finished_attacks(done or (), folds, config)
         left = [(i, lr) for i in range(len(folds)) for lr in config.lrs if (folds[i].name, lr) not in finished]
         mine = left[share[0] :: share[1]]
         bar = tqdm(
@@ -296,7 +317,9 @@ def _check_folds(folds: Sequence[Fold]) -> None:
                 raise ValueError(f"fold {plain(fold.name, NAME)}: {what} is empty")
 
 
-def _finished(done: Sequence[dict], folds: Sequence[Fold], config: RTTConfig) -> dict[tuple[str, float], list[dict]]:
+def finished_attacks(
+    done: Sequence[dict], folds: Sequence[Fold], config: RTTConfig
+) -> dict[tuple[str, float], list[dict]]:
     """Rows of an earlier run by (fold, lr), each curve whole."""
     wanted = {(fold.name, lr) for fold in folds for lr in config.lrs}
     finished: dict[tuple[str, float], list[dict]] = {}
@@ -308,7 +331,12 @@ def _finished(done: Sequence[dict], folds: Sequence[Fold], config: RTTConfig) ->
         epochs = [row["epoch"] for row in rows]
         if epochs != list(range(config.epochs + 1)):
             raise ValueError(
-                f"the earlier result of fold {fold} at learning rate {lr:g} has the epochs {epochs}, expected "
-                f"0 to {config.epochs}; resume with the same settings, or start without the earlier results"
+                f"the earlier result of fold {shown(fold)} at learning rate {lr:g} has the epochs {shown(epochs)}, "
+                f"expected 0 to {config.epochs}; resume with the same settings, or start without the earlier results"
+            )
+        if any((row["calibrated"] is None) != (config.scoring == "choice") for row in rows):
+            raise ValueError(
+                f"the earlier result of fold {shown(fold)} at learning rate {lr:g} was not scored by {config.scoring}; "
+                "resume with the same settings, or start without the earlier results"
             )
     return finished

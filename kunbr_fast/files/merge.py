@@ -31,15 +31,19 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, TypedDict
 
+import msgspec
 import torch
 from tqdm import tqdm
 
 from kunbr_fast.files.atomic import atomic_write, sha256, write_json
-from kunbr_fast.files.models import model_directory
+from kunbr_fast.files.documents import read_json
+from kunbr_fast.files.headers import Header, Tensor
+from kunbr_fast.files.models import ModelFolder
 from kunbr_fast.files.scratch import remove_leftovers
-from kunbr_fast.files.tensors import INDEX, Shards
+from kunbr_fast.files.shards import INDEX
+from kunbr_fast.files.shown import shown
 from kunbr_fast.keywords import named_by, taken
 
 METHODS = ("sum", "mean", "consensus")
@@ -114,12 +118,11 @@ def merge_models(
     for number, path in enumerate(real):
         if path in real[:number]:
             raise ValueError(f"{inputs[number]} is given twice: its task vector would be counted twice, or be zero")
-    _check_configuration(inputs[0])
-    headers = [[_Header.read(file) for file in Shards(path).paths] for path in inputs]
+    headers = [ModelFolder(path, configured=path is inputs[0]).shards.headers for path in inputs]
     sources = [{tensor.name: tensor for header in found for tensor in header.tensors} for found in headers]
     _check_same(inputs, sources)
 
-    identities = [[header.identity() for header in found] for found in headers]
+    identities = [[_identity(header) for header in found] for found in headers]
     named = [{"directory": str(path), "files": identity} for path, identity in zip(real, identities)]
     job = dataclasses.asdict(how) | {"inputs": named}
     done = _begin(output, job, resume)
@@ -148,60 +151,24 @@ def merge_models(
 # ---------------------------------------------------------------- what is merged
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """Where a tensor is: the bytes from `start` to `stop` of a file."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def entries(self) -> int:
-        return math.prod(self.shape)
-
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[_Reader]:
-        with open(self.file, "rb") as handle:
-            handle.seek(self.start)
-            yield _Reader(self, handle)
+def _identity(header: Header) -> list:
+    """Recognises a file after an interruption, without reading all of it."""
+    file = header.file
+    return [file.name, header.size, file.stat().st_mtime_ns, hashlib.sha256(header.raw).hexdigest()]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Header:
-    """A safetensors file: eight bytes with the length of a JSON header, the header, and the tensors' bytes."""
-
-    file: Path
-    raw: bytes  # everything before the tensors
-    tensors: tuple[_Tensor, ...]  # as they lie in the file
-    size: int
-
-    @classmethod
-    def read(cls, path: Path) -> _Header:
-        with open(path, "rb") as file:
-            raw = file.read(8)
-            raw += file.read(int.from_bytes(raw, "little"))
-        tensors = [
-            _Tensor(path, name, entry["dtype"], tuple(entry["shape"]), *(len(raw) + at for at in entry["data_offsets"]))
-            for name, entry in json.loads(raw[8:]).items()
-            if name != "__metadata__"
-        ]
-        tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
-        return cls(path, raw, tuple(tensors), path.stat().st_size)
-
-    def identity(self) -> list:
-        """Recognises the file after an interruption, without reading all of it."""
-        return [self.file.name, self.size, self.file.stat().st_mtime_ns, hashlib.sha256(self.raw).hexdigest()]
+@contextlib.contextmanager
+def _opened(tensor: Tensor) -> Iterator[_Reader]:
+    with open(tensor.file, "rb") as handle:
+        handle.seek(tensor.start)
+        yield _Reader(tensor, handle)
 
 
 @dataclasses.dataclass
 class _Reader:
     """A tensor's bytes, or entries, in chunks."""
 
-    tensor: _Tensor
+    tensor: Tensor
     handle: BinaryIO
 
     def raw(self, count: int) -> bytearray:
@@ -219,17 +186,7 @@ class _Reader:
         return values
 
 
-def _check_configuration(base: Path) -> None:
-    path = model_directory(base) / "config.json"
-    try:
-        configuration = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if configuration.get("quantization_config"):
-        raise ValueError(f"{path}: quantised weights have no task vectors: merge the models before they are quantised")
-
-
-def _check_same(inputs: Sequence[Path], sources: Sequence[dict[str, _Tensor]]) -> None:
+def _check_same(inputs: Sequence[Path], sources: Sequence[dict[str, Tensor]]) -> None:
     base = sources[0]
     for path, other in zip(inputs[1:], sources[1:]):
         if odd := sorted(base.keys() ^ other.keys()):
@@ -249,6 +206,24 @@ def _check_same(inputs: Sequence[Path], sources: Sequence[dict[str, _Tensor]]) -
 # ---------------------------------------------------------------- the output directory
 
 
+class _Counts(TypedDict):
+    entries: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    agreed_share: float
+    changed_share: float
+    task_vector_norms: list[float]
+    merged_norm: float
+
+
+class _File(TypedDict):
+    sha256: str
+    tensors: dict[str, _Counts]
+
+
+class _Partial(TypedDict):
+    job: dict[str, Any]
+    files: dict[str, _File]
+
+
 def _begin(output: Path, job: dict, resume: bool) -> dict[str, dict]:
     """Makes the directory, or takes it up again: returns the entry of each file that is whole."""
     output.mkdir(parents=True, exist_ok=True)
@@ -261,16 +236,18 @@ def _begin(output: Path, job: dict, resume: bool) -> dict[str, dict]:
     if not partial.is_file():
         raise ValueError(f"{output}: no merge to resume (there is no {PARTIAL})")
     try:
-        found = json.loads(partial.read_text())
-        before, files = found["job"], dict(found["files"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{partial}: damaged ({error}): delete {output} and begin again") from error
+        found = read_json(partial, _Partial, 2**26)
+    except ValueError as error:
+        raise ValueError(f"{error}: delete {output} and begin again") from error
+    before, files = found["job"], found["files"]
     changed = [name for name, value in json.loads(json.dumps(job)).items() if before.get(name) != value]
     if changed:
         raise ValueError(
             f"{output}: {changed[0]} changed since this merge was begun: put it back, or give another output"
         )
     remove_leftovers(output)
+    if odd := sorted(name for name in files if Path(name).name != name):
+        raise ValueError(f"{partial}: files: {shown(odd[0])} is not in its folder: delete {output} and begin again")
     there = {name: entry for name, entry in files.items() if (output / name).is_file()}
     return {name: entry for name, entry in there.items() if sha256(output / name) == entry["sha256"]}
 
@@ -321,7 +298,7 @@ class _Digest:
 
 
 def _merge_file(
-    path: Path, header: _Header, sources: Sequence[dict[str, _Tensor]], settings: MergeSettings, bar: tqdm
+    path: Path, header: Header, sources: Sequence[dict[str, Tensor]], settings: MergeSettings, bar: tqdm
 ) -> dict:
     """One file of the base, merged: {"sha256", "tensors": {name: counts and norms}}."""
     tensors = {}
@@ -330,7 +307,7 @@ def _merge_file(
         out.write(header.raw)
         for tensor in header.tensors:
             with contextlib.ExitStack() as stack:
-                readers = [stack.enter_context(source[tensor.name].opened()) for source in sources]
+                readers = [stack.enter_context(_opened(source[tensor.name])) for source in sources]
                 if tensor.dtype in FLOATS:
                     tensors[tensor.name] = _merge_tensor(out, tensor, readers, settings)
                 else:
@@ -338,7 +315,7 @@ def _merge_file(
     return {"sha256": out.sha256.hexdigest(), "tensors": tensors}
 
 
-def _copy(out: _Digest, tensor: _Tensor, readers: Sequence[_Reader]) -> None:
+def _copy(out: _Digest, tensor: Tensor, readers: Sequence[_Reader]) -> None:
     for first in range(tensor.start, tensor.stop, CHUNK):
         parts = [reader.raw(min(CHUNK, tensor.stop - first)) for reader in readers]
         for reader, part in zip(readers[1:], parts[1:]):
@@ -349,7 +326,7 @@ def _copy(out: _Digest, tensor: _Tensor, readers: Sequence[_Reader]) -> None:
         out.write(parts[0])
 
 
-def _merge_tensor(out: _Digest, tensor: _Tensor, readers: Sequence[_Reader], settings: MergeSettings) -> dict[str, Any]:
+def _merge_tensor(out: _Digest, tensor: Tensor, readers: Sequence[_Reader], settings: MergeSettings) -> dict[str, Any]:
     dtype = FLOATS[tensor.dtype]
     wide = torch.promote_types(dtype, torch.float32)
     agreed = changed = 0

@@ -33,7 +33,7 @@ def real(text: str) -> float:
 
 def no_number(text: str) -> None:
     """Refuses NaN and Infinity, which JSON does not have."""
-    raise Refused(f"{text} is not a finite number: expected one, or null")
+    raise Refused(f"{text} is not a finite number: write one")
 
 
 def _cut(text: str) -> str:

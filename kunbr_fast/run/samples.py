@@ -7,7 +7,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kunbr_fast.data import PackedBatch, Sample, check_labels, check_lengths, encode, with_alternates
+from kunbr_fast.data import PackedBatch, Sample, check_labels, check_lengths, encode, is_record, with_alternates
+from kunbr_fast.files.shown import shown
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.vocabulary import check_tokens
 from kunbr_fast.objectives.batch import WHOLE, Shares, StepBatch
@@ -29,8 +30,14 @@ def to_samples(
     second answer that each must bring, as in `encode`; samples and batches hold it themselves."""
     if not data:
         raise ValueError(f"the {what} set is empty: expected at least one record")
+    for i, item in enumerate(data):
+        if not isinstance(item, Mapping) or is_record(item) != is_record(data[0]):
+            raise ValueError(
+                f"the {what} set: entry {i} is {shown(item)}, the first {shown(data[0])}: expected records, or samples "
+                "and batches, not both"
+            )
     limit = min((n for n in (config.max_length, decoder.max_positions) if n is not None), default=None)
-    if "input_ids" in data[0] or "original" in data[0]:
+    if not is_record(data[0]):
         samples = _tokenized(data, limit, what, alternate, config.objective)
     elif tokenizer is None:
         raise ValueError(f"the {what} set holds records, not tokens: give tokenizer=")
