@@ -258,7 +258,7 @@ def as_samples(samples: Iterable[Any]) -> list[Sample]:
                     f"sample {number}: its attention mask is empty or has a hole, which packing cannot keep"
                 )
             inside = slice(int(kept[0]), int(kept[-1]) + 1)  # a view: no copy of the data set
-            sample = {"input_ids": ids[inside].long(), "labels": label[inside].long()}
+            sample = {"input_ids": ids[inside], "labels": label[inside]}
             for name, wrong in (("token", sample["input_ids"] < 0), ("label", _wrong_labels(sample["labels"]))):
                 if wrong.any():
                     place = int(wrong.nonzero()[0])
@@ -281,7 +281,7 @@ def _integers(item: Mapping[str, Any], key: str, number: int) -> torch.Tensor:
         ) from error
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"sample {number}: {key} of {str(tensor.dtype)[6:]}: expected integers")
-    return tensor
+    return tensor.long()
 
 
 def _mask(item: Mapping[str, Any], number: int) -> torch.Tensor:
