@@ -30,10 +30,12 @@ BEYOND = [
     "9223372036854775808", "18446744073709551616", "1000000000", "1.5", "1e9", "9" * 25 + ".5", "-1e-5", "-inf",
 ]  # fmt: skip
 SIZES = ["-1GiB", "1e400GiB", "NaNGiB", "infGiB", "GiB", "1 parsec", "9" * 400 + "GiB", "1_0GiB", "１GiB", "8388608TiB"]
-WITH = {
-    "--mask-ratio": ["--mask", "wagle"],
-    "--stream-cache": ["--stream", "--unlearned", "MODEL"],
-}  # what it goes with
+WITH = {  # what an option goes with
+    ("unlearn", "--mask-ratio"): ["--mask", "wagle"],
+    ("plan", "--mask-ratio"): ["--mask", "wagle"],
+    ("unlearn", "--stream-cache"): ["--stream", "--unlearned", "."],
+    ("density", "--stream-cache"): ["--stream"],
+}
 
 
 def options():
@@ -145,9 +147,7 @@ def test_bad_numbers(command, option, kind, run):
         assert status == 2 and option in line and len(line) < 400, (text, error)
         assert "expected" in line and line.isprintable(), (text, line)
     good = {Whole: "1", Bytes: "8GiB", Real: "1"}[type(kind)]
-    assert (
-        run(command, option, good, *(word.replace("MODEL", str(root)) for word in WITH.get(option, [])))[0] == "begun"
-    )
+    assert run(command, option, good, *WITH.get((command, option), []))[0] == "begun"
 
 
 def test_numbers_of_the_config_file(run, tmp_path):
