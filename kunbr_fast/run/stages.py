@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -300,7 +301,7 @@ class Stages(Run):
                 self.decoder.place(weights)
         self.check_result(trained)
 
-    def check_result(self, trained: Mapping[range, Mapping[str, torch.Tensor]]) -> None:
+    def check_result(self, trained: Mapping[range, Mapping[str, torch.Tensor]] = MappingProxyType({})) -> None:
         """`Diverged` where the model, or of a streamed one what was trained, is not finite: it is not to be saved."""
         parts = trained.values() if self.decoder.streamed else [dict(self.decoder.model.named_parameters())]
         for weights in parts:

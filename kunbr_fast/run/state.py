@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kunbr_fast.data import is_record
 from kunbr_fast.files.atomic import sha256, write_json
 from kunbr_fast.files.tensors import load_tensors, save_tensors
 from kunbr_fast.model.weights import weights_of
@@ -38,7 +39,7 @@ def fingerprint(model: nn.Module, *parts: Sequence[Mapping[str, Any]]) -> str:
     for part in parts:
         digest.update(f"{len(part)} entries".encode())
         for entry in part:
-            if "input_ids" in entry:
+            if not is_record(entry):
                 for key in ("input_ids", "labels"):
                     digest.update(entry[key].cpu().numpy().tobytes())
             else:

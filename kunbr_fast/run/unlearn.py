@@ -108,6 +108,7 @@ def unlearn(
         context = RunContext(work, group, heard, given.resume, group.first, group.wait, given.stop or Stop())
         run = Stages(inputs, config, context)
         report = run.all()
+        run.check_result()  # once more: the attack has put the weights back
         if run.decoder.streamed:
             run.reporter.say(f"writing the model to {output_dir}")
             run.decoder.save(output_dir)
