@@ -51,7 +51,7 @@ class Fused(Watched):
         if (
             not all(0.0 <= beta < 1.0 for beta in betas)
             or not all(0.0 <= number <= largest for number in (lr, weight_decay, lr * weight_decay))
-            or not lr / (1 - betas[0]) <= largest
+            or not (self.operation == "lion" or lr / (1 - betas[0]) <= largest)
         ):
             raise ValueError(
                 f"lr={lr}, betas={tuple(betas)}, weight_decay={weight_decay}: expected lr and weight_decay of at "
