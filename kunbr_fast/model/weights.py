@@ -56,19 +56,11 @@ class Weights:
     def __setitem__(self, name: str, value: torch.Tensor) -> None:
         self.replace({name: value})
 
-    def strided(self, name: str, step: int) -> torch.Tensor:
-        """`self[name].flatten()[::step]`"""
-        return self[name].flatten()[::step]
-
     @torch.no_grad()
     def replace(self, values: Mapping[str, torch.Tensor]) -> None:
         """These tensors, by parameter name, become the model's weights."""
         for name in values:
             self._parameters[name].copy_(values[name])
-
-    def check(self, whose: str = "") -> None:
-        """ValueError for a parameter that is not finite; `whose` goes before its name."""
-        check_finite(self._model, whose)
 
     def check_target(self, directory: str | Path | None) -> None:
         """ValueError where a result cannot be written to `directory`: the weights are read from there, or a streamed

@@ -24,10 +24,10 @@ from kunbr_fast.files.models import load_model, load_tokenizer
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.fingerprint import fingerprint
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives.original import OriginalValues
-from kunbr_fast.run.state import fingerprint
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = dict(
