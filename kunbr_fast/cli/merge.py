@@ -7,8 +7,12 @@ from typing import Any
 
 from kunbr_fast.cli.argument_types import Different, number, path_name
 from kunbr_fast.cli.arguments import add_output
+from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.files.merge import METHODS, MODES, merge_models
+from kunbr_fast.files.merge_folder import FOLDER
 from kunbr_fast.values import ABOVE_ZERO, Real
+
+WRITES = {"out": FOLDER}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    check_outputs(arguments, WRITES)
     found = merge_models(
         arguments.base,
         arguments.models,

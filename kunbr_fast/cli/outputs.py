@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from kunbr_fast.files.merge_folder import PARTIAL
 from kunbr_fast.files.target import FileKind, FolderKind, Target, check
 
 # Options that name what is read, of all commands. `plan --unlearned` is a flag.
@@ -15,7 +16,7 @@ INPUTS = (
     "forget", "retain", "forget_questions", "retain_questions",
 )  # fmt: skip
 # What there is in --out of a command that was interrupted.
-KEPT = {"merge": "merge.partial.json", "rtt": "", "bench": "results.csv"}
+KEPT = {"merge": PARTIAL, "rtt": "", "bench": "results.csv"}
 
 
 def check_outputs(arguments: argparse.Namespace, writes: Mapping[str, FileKind | FolderKind]) -> None:
