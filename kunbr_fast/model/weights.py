@@ -28,6 +28,13 @@ def check_finite(model: nn.Module, whose: str = "") -> None:
             raise ValueError(f"{whose}{name}: {bad} of {parameter.numel()} values are NaN or infinite: {DAMAGED}")
 
 
+def all_zero(weights: Mapping[str, torch.Tensor]) -> str:
+    """For an error: which weights hold only zeros, biases apart; "" where none does."""
+    names = [name for name in weights if not name.endswith("bias")]
+    zeros = [name for name in names if not bool(weights[name].any())]
+    return f", {zeros[0]} holds only zeros ({len(zeros)} of {len(names)} weights do)" if zeros else ""
+
+
 class Weights:
     """A mapping from the names of a model's parameters to tensors: of a model in memory, its own storage.
 
