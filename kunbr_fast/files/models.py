@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -208,18 +208,6 @@ def load_tokenizer(path: str | Path) -> Any:
                     raise ValueError(f"got {shown(found)}, expected an object: {COPY}")
     with refusals(path / "tokenizer.json" if (path / "tokenizer.json").exists() else path):
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-
-
-def check_vocabulary(model: nn.Module, ids: Iterable[torch.Tensor], what: str) -> None:
-    """ValueError if one of the token ids has no embedding: tokenizer and model do not belong together."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    for tensor in ids:
-        low, high = (int(value) for value in tensor.aminmax())
-        if low < 0 or high >= rows:
-            raise ValueError(
-                f"{what}: token id {low if low < 0 else high}, but the model embeds {rows}: tokenizer and model do not "
-                "belong together"
-            )
 
 
 def check_same_architecture(original: nn.Module, unlearned: nn.Module, where: str) -> None:

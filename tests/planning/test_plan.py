@@ -367,10 +367,8 @@ def test_errors_of_the_model_name_the_file(change, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--gpu-memory", "24"], "--gpu-memory '24': expected a number above 0 and a unit"),
-        (["--gpu-memory", "0GiB"], "above 0"),
         (["--gpu-memory", "1TB", "--gpu", "v100"], "known are h200"),
-        (["--gpu-memory", "1TB", "--gpus", "2", "--stream", "--unlearned"], "--gpus 2: expected 1 or more, and 1 with"),
+        (["--gpu-memory", "1TB", "--gpus", "2", "--stream", "--unlearned"], "--gpus 2: expected 1 with"),
         (["--gpu-memory", "1TB", "--forget", "f.jsonl"], "--forget and --retain go together"),
         (["--gpu-memory", "1TB", "--stream"], "add --unlearned"),
         (["--gpu-memory", "1TB", "--top-k", "9"], "top_k=9"),
