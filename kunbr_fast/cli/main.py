@@ -31,7 +31,7 @@ COMMANDS = {
 }
 TOGETHER = ("unlearn", "density")  # what several processes can run
 # The library's messages name parameters, as `name=` or `name=True`. Those that are options here:
-OPTIONS = {"resume", "unlearned", "stream", "forget", "retain", "gpu_memory", "gpu", "gpus"}
+OPTIONS = {"resume", "overwrite", "unlearned", "stream", "forget", "retain", "gpu_memory", "gpu", "gpus"}
 
 
 def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -153,6 +153,6 @@ def _status(error: BaseException, arguments: argparse.Namespace) -> tuple[int | 
     if isinstance(error, OutOfMemory):
         return 2, str(error) + (" W" + kept[1:] if kept else "")
     if isinstance(error, Diverged):
-        state = f". The last good state is kept in {arguments.out}/work; --resume goes on from there"
+        state = f". The last good state is kept in {arguments.out}; --resume goes on from there"
         return 3, str(error) + (state if resumes else "")
     return (2, str(error)) if isinstance(error, Unavailable) else (None, "")

@@ -300,7 +300,7 @@ def test_rounds_come_in_the_order_of_unlearn(insertion, truth, tmp_path):
     first, second = (block.start for block in run.blocks)
     twice = [first, first, second, second] if insertion == "independent" else [first, second, first, second]
     assert order == list(zip((1, 2, 3, 4), twice))
-    kept = {path.name.split(".")[1] for path in (tmp_path / "kunbr").glob("blocks.*.safetensors")}
+    kept = {path.name.split(".")[1] for path in (tmp_path / "kunbr-checkpoints").glob("blocks.*.safetensors")}
     assert kept == ({"1"} if insertion == "independent" else {"0", "1"})
     for step in (4, 6, 8, 11, 15):  # in rounds 0 and 1 of both blocks, and at an edge and the end
         again = trainer(tmp_path, arguments={"save_strategy": "steps", "save_steps": 100}, config=config)

@@ -177,7 +177,7 @@ def test_command_line_killed_and_resumed(tmp_path, capfd):
 
     killed = torchrun(2, HERE / "kill_runner.py", "rank 1, in its block", *arguments, "--out", tmp_path / "two")
     assert killed.returncode == 1 and "exitcode  : -9" in killed.stderr, killed.stderr[-3000:]
-    assert (tmp_path / "two" / "work" / "state.rank-1.json").is_file()
+    assert (tmp_path / "two" / "kunbr-checkpoints" / "state.rank-1.json").is_file()
     shutil.copytree(tmp_path / "two", tmp_path / "three")
     assert cli.main([*arguments, "--out", str(tmp_path / "two"), "--resume"]) == 0
     again = json.loads(capfd.readouterr().out)
@@ -185,7 +185,7 @@ def test_command_line_killed_and_resumed(tmp_path, capfd):
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     for out, found in (("two", again), ("three", json.loads(resumed.stdout))):  # one process has spoken
         equal(load_file(tmp_path / out / "model.safetensors"), truth)
-        assert not (tmp_path / out / "work").exists()
+        assert not (tmp_path / out / "kunbr-checkpoints").exists()
         for key in ("losses", "accuracy", "rtt", "blocks", "recovery"):
             assert found[key] == report[key], key
 
