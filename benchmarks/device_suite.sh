@@ -203,7 +203,7 @@ import importlib.metadata as m, platform, sys
 import torch
 print("python", platform.python_version(), sys.executable)
 print("GPU", torch.cuda.get_device_name(), "sm_%d%d" % torch.cuda.get_device_capability(), "CUDA", torch.version.cuda)
-needed = ["torch", "triton", "transformers", "numpy", "safetensors", "tqdm", "pyyaml", "matplotlib", "pytest"]
+needed = ["torch", "triton", "transformers", "numpy", "safetensors", "tqdm", "pyyaml", "msgspec", "matplotlib", "pytest"]
 missing = []
 for name in [*needed, "pytest-xdist", "pytest-timeout", "liger-kernel", "opacus", "cut-cross-entropy", "lion-pytorch"]:
     try:

@@ -17,6 +17,7 @@ from kunbr_fast.benchmarks.charts.times import times
 from kunbr_fast.benchmarks.rows import COLUMNS, EXTRAPOLATED, NOTHING, WIDTH, Outcome, cut, four, outcomes, tilde
 from kunbr_fast.benchmarks.suites import SUITES
 from kunbr_fast.files import atomic
+from kunbr_fast.files.target import GENERATOR, is_picture
 
 CHARTS = (stages, roofline, bandwidth, speedups, times, memory)
 PICTURES = re.compile(rf"(end_to_end|roofline_\w+|(speedup|time|memory)_({'|'.join(SUITES)}))(_\d+)?\.png")
@@ -43,7 +44,7 @@ def draw(cases: Sequence[Outcome], folder: Path) -> list[tuple[str, Path]]:
     """[(heading, PNG)] of all that can be drawn. Pictures of an earlier report that are not drawn now are deleted."""
     drawn = [found for chart in CHARTS for found in chart(cases, folder)]
     for old in set(folder.glob("*.png")) - {path for _, path in drawn}:
-        if PICTURES.fullmatch(old.name):
+        if PICTURES.fullmatch(old.name) and is_picture(old):
             old.unlink()
     return drawn
 
@@ -213,7 +214,7 @@ def _page(rows, cases: Sequence[Outcome], pictures) -> str:
     title = f"kunbr-fast benchmarks{_e(': ' + device) if device else ''}"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'{GENERATOR}<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(filter(None, parts))
         + "\n</body></html>\n"

@@ -24,7 +24,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a function changes or goes. */
-#define KUNBR_ABI_VERSION 2
+#define KUNBR_ABI_VERSION 3
 
 enum kunbr_status {
     KUNBR_OK = 0,
@@ -73,19 +73,20 @@ KUNBR_API int kunbr_device(int device, int *capability);
  *
  * half: NULL, or becomes a copy of param in half_type. stochastic: not 0: param (bf16) is rounded stochastically, by
  * bits that depend on seed, step and place alone. Where all pointers are aligned to 16 bytes, accesses are
- * 16 bytes wide.
+ * 16 bytes wide. bad: NULL, or on the device, set to 1 where a stored value of param, its copy or the state is not
+ * finite; never cleared.
  */
 
 KUNBR_API int kunbr_lion(void *param, int param_type, const void *grad, int grad_type, void *momentum,
                          int momentum_type, void *half, int half_type, int64_t size, double lr, double beta1,
                          double beta2, double weight_decay, int stochastic, uint64_t seed, uint32_t step,
-                         void *stream);
+                         int32_t *bad, void *stream);
 
 /* state_type: of exp_avg and exp_avg_sq. step: from 1. */
 KUNBR_API int kunbr_adamw(void *param, int param_type, const void *grad, int grad_type, void *exp_avg, void *exp_avg_sq,
                           int state_type, void *half, int half_type, int64_t size, uint32_t step, double lr,
                           double beta1, double beta2, double eps, double weight_decay, int stochastic, uint64_t seed,
-                          void *stream);
+                          int32_t *bad, void *stream);
 
 /* ---------------------------------------------------------------- statistics of weight gradients
  *

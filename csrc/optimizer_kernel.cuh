@@ -34,6 +34,7 @@ struct Update {
     int64_t size;
     uint64_t seed;
     uint32_t step;
+    int32_t *bad;  // becomes 1 where a stored value is not finite; nullptr in a kernel that does not look
     bool stochastic, wide;  // wide: all pointers are aligned to 16 bytes
 };
 
@@ -77,9 +78,17 @@ __device__ __forceinline__ void decode(const Raw &raw, int type, float (&x)[WIDT
     }
 }
 
-__device__ __forceinline__ void store_eight(const Vector &v, int64_t first, const float (&x)[WIDTH]) {
+// All exponent bits set: infinite or NaN.
+__device__ __forceinline__ bool has_all(uint32_t bits, uint32_t exponent) { return (bits & exponent) == exponent; }
+__device__ __forceinline__ uint32_t exponent_of(int type) { return type == KUNBR_BF16 ? 0x7F80u : 0x7C00u; }
+
+// Whether something that it stores is not finite (unused, and so not computed, in a kernel that does not look).
+__device__ __forceinline__ bool store_eight(const Vector &v, int64_t first, const float (&x)[WIDTH]) {
     const int type = opaque(v.type);
+    bool wrong = false;
     if (type == KUNBR_FP32) {
+        KUNBR_UNROLL
+        for (int i = 0; i < WIDTH; ++i) wrong |= has_all(bits_of(x[i]), 0x7F800000u);
         uint4 *to = reinterpret_cast<uint4 *>(static_cast<float *>(v.data) + first);
         to[0] = make_uint4(bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3]));
         to[1] = make_uint4(bits_of(x[4]), bits_of(x[5]), bits_of(x[6]), bits_of(x[7]));
@@ -90,7 +99,11 @@ __device__ __forceinline__ void store_eight(const Vector &v, int64_t first, cons
             words[i] = narrow(x[2 * i], type) | static_cast<uint32_t>(narrow(x[2 * i + 1], type)) << 16;
         *reinterpret_cast<uint4 *>(static_cast<uint16_t *>(v.data) + first) =
             make_uint4(words[0], words[1], words[2], words[3]);
+        const uint32_t exponent = exponent_of(type);
+        KUNBR_UNROLL
+        for (int i = 0; i < 4; ++i) wrong |= has_all(words[i], exponent) || has_all(words[i], exponent << 16);
     }
+    return wrong;
 }
 
 __device__ __forceinline__ float load_one(const Vector &v, int64_t i) {
@@ -99,12 +112,15 @@ __device__ __forceinline__ float load_one(const Vector &v, int64_t i) {
                               : widen(static_cast<const uint16_t *>(v.data)[i], type);
 }
 
-__device__ __forceinline__ void store_one(const Vector &v, int64_t i, float x) {
+__device__ __forceinline__ bool store_one(const Vector &v, int64_t i, float x) {
     const int type = opaque(v.type);
-    if (type == KUNBR_FP32)
+    if (type == KUNBR_FP32) {
         static_cast<float *>(v.data)[i] = x;
-    else
-        static_cast<uint16_t *>(v.data)[i] = narrow(x, type);
+        return has_all(bits_of(x), 0x7F800000u);
+    }
+    const uint16_t word = narrow(x, type);
+    static_cast<uint16_t *>(v.data)[i] = word;
+    return has_all(word, exponent_of(type));
 }
 
 // x as it is stored: a copy in another type is made from this.
@@ -115,13 +131,15 @@ __device__ __forceinline__ float stored(float x, int type) {
 
 // ---------------------------------------------------------------- the kernel
 
-template <class Step, int STATES>
+// CHECKED: whether it looks at what it stores. All threads that see something write the same word.
+template <class Step, int STATES, bool CHECKED>
 __global__ void __launch_bounds__(OPTIMIZER_THREADS) update_kernel(const Update u, const Step step) {
 #pragma unroll 1
     for (int turn = 0; turn < TURNS; ++turn) {
         const int64_t first =
             blockIdx.x * static_cast<int64_t>(SPAN) + (turn * OPTIMIZER_THREADS + threadIdx.x) * WIDTH;
         if (first >= u.size) break;
+        bool wrong = false;
         if (u.wide && first + WIDTH <= u.size) {
             const Raw raw_p = load_eight(u.param, first), raw_g = load_eight(u.grad, first);
             const Raw raw_m = load_eight(u.state[0], first), raw_v = STATES > 1 ? load_eight(u.state[1], first) : raw_m;
@@ -140,13 +158,13 @@ __global__ void __launch_bounds__(OPTIMIZER_THREADS) update_kernel(const Update 
                 step.update(p[i], g[i], m[i], v[i]);
                 if (u.stochastic) p[i] = narrow_stochastically(p[i], random[i / 4].word[i % 4]);
             }
-            store_eight(u.state[0], first, m);
-            if (STATES > 1) store_eight(u.state[1], first, v);
-            store_eight(u.param, first, p);
+            wrong |= store_eight(u.state[0], first, m);
+            if (STATES > 1) wrong |= store_eight(u.state[1], first, v);
+            wrong |= store_eight(u.param, first, p);
             if (u.half.data != nullptr) {
                 KUNBR_UNROLL
                 for (int i = 0; i < WIDTH; ++i) p[i] = stored(p[i], u.param.type);
-                store_eight(u.half, first, p);
+                wrong |= store_eight(u.half, first, p);
             }
         } else {
             // the last elements, or vectors that are not aligned: not fast, and not worth eight copies of the code
@@ -159,13 +177,14 @@ __global__ void __launch_bounds__(OPTIMIZER_THREADS) update_kernel(const Update 
                     const float g = load_one(u.grad, place);
                     step.update(p, g, m, v);
                     if (u.stochastic) p = narrow_stochastically(p, random_bits(place / 4, u.seed, u.step)[place % 4]);
-                    store_one(u.state[0], place, m);
-                    if (STATES > 1) store_one(u.state[1], place, v);
-                    store_one(u.param, place, p);
-                    if (u.half.data != nullptr) store_one(u.half, place, stored(p, u.param.type));
+                    wrong |= store_one(u.state[0], place, m);
+                    if (STATES > 1) wrong |= store_one(u.state[1], place, v);
+                    wrong |= store_one(u.param, place, p);
+                    if (u.half.data != nullptr) wrong |= store_one(u.half, place, stored(p, u.param.type));
                 }
             }
         }
+        if (CHECKED && wrong) *static_cast<volatile int32_t *>(u.bad) = 1;
     }
 }
 

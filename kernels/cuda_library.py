@@ -17,7 +17,7 @@ from .errors import Unavailable
 if TYPE_CHECKING:  # `kunbr-fast doctor` asks for the library without torch
     import torch
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 PATH = Path(__file__).with_name("libkunbr_cuda.so")
 HOW_TO_BUILD = (
     "in a checkout with nvcc 12.4 or newer on the path run `python csrc/build.py`, or install from source there"
@@ -50,7 +50,7 @@ _SIGNATURES = {
     "device": (ctypes.c_int, (ctypes.c_int, ctypes.POINTER(ctypes.c_int))),
     "lion": (
         ctypes.c_int,
-        (*_VECTOR * 4, _SIZE, *(_NUMBER,) * 4, *_ROUNDING, ctypes.c_uint32, _POINTER),
+        (*_VECTOR * 4, _SIZE, *(_NUMBER,) * 4, *_ROUNDING, ctypes.c_uint32, _POINTER, _POINTER),
     ),
     "grad_density_workspace": (_SIZE, (_SIZE, ctypes.c_int, _SIZES, _SIZE, ctypes.c_int)),
     "grad_density": (
@@ -60,7 +60,8 @@ _SIGNATURES = {
     ),
     "adamw": (
         ctypes.c_int,
-        (*_VECTOR * 2, _POINTER, *_VECTOR, *_VECTOR, _SIZE, ctypes.c_uint32, *(_NUMBER,) * 5, *_ROUNDING, _POINTER),
+        (*_VECTOR * 2, _POINTER, *_VECTOR, *_VECTOR, _SIZE, ctypes.c_uint32, *(_NUMBER,) * 5, *_ROUNDING)
+        + (_POINTER, _POINTER),
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Sizes in bytes, memory that runs out, and where large buffers lie."""
+"""Memory that runs out, and where large buffers lie."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import math
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,23 +39,6 @@ def release() -> None:
 
 def gibibytes(nbytes: float) -> str:
     return f"{nbytes / 2**30:.2f} GiB"
-
-
-def parse_bytes(value: int | str | None, name: str, unit_needed: bool = False) -> int | None:
-    """A number of bytes, or "8GiB", "500 MB"; unit_needed: as text with a unit, and above 0. ValueError that names the
-    setting."""
-    if value is None or isinstance(value, int) and value >= 0:
-        return value
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(i?))?B?\s*", str(value), re.IGNORECASE)
-    if match and (match[2] or not unit_needed):
-        unit = (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1) if match[2] else 1
-        found = int(float(match[1]) * unit)
-        if found or not unit_needed:
-            return found
-    expected = "a number above 0 and a unit, such as 24GiB, 80GB or 512MiB"
-    raise ValueError(
-        f"{name}={value!r}: expected {expected if unit_needed else 'bytes, such as 8GiB, 500MB or 1000000'}"
-    )
 
 
 def cannot_fit(tokens: int | None, what: str, cures: Sequence[str], device: torch.device, said: str) -> OutOfMemory:

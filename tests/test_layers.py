@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     "kernels version checkout keywords machine stopping",
-    "memory files data proofs",
+    "memory files proofs",
+    "data values",
     "parallel model",
     "objectives",
     "density training",

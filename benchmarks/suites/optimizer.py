@@ -213,16 +213,7 @@ class Update(Case):
         count = torch.tensor(float(STEPS_BEFORE), device=self.device) if fused else float(STEPS_BEFORE)
         names = ["momentum"] if self.operation == "lion" else ["exp_avg", "exp_avg_sq"]
         optimizer.state[block.param] = dict(zip(names, block.moments), step=count)
-        if not fused:
-            return lambda step: optimizer.update(grad, block.half)
-
-        def update(step):
-            block.param.grad = grad if block.half is None else grad.float()
-            optimizer.step()
-            if block.half is not None:
-                block.half.copy_(block.param)
-
-        return update
+        return lambda step: optimizer.update(grad, block.half)
 
     def _eager(self, block, grad):
         halves = [None] * len(self.sizes) if block.half is None else self.cut(block.half)

@@ -72,8 +72,12 @@ static void hopper(const Arguments &a, int blocks, unsigned seed) {
 template <class Step, int STATES>
 static void update(const Step &step, Update u, int wide) {
     u.wide = wide != 0;
-    gpu::launch(static_cast<unsigned>(ceil_div(u.size, SPAN)), OPTIMIZER_THREADS, 0, 0,
-                [&] { update_kernel<Step, STATES>(u, step); });
+    gpu::launch(static_cast<unsigned>(ceil_div(u.size, SPAN)), OPTIMIZER_THREADS, 0, 0, [&] {
+        if (u.bad == nullptr)
+            update_kernel<Step, STATES, false>(u, step);
+        else
+            update_kernel<Step, STATES, true>(u, step);
+    });
 }
 
 // What an exception is to the caller in Python: 2, and a line on stderr.
@@ -124,10 +128,10 @@ int emulate_grad_density(const void *x, const int64_t *x_strides, int64_t K, int
 // types: of param, grad, state and half, 0 fp32, 1 bf16. wide: all pointers are aligned to 16 bytes.
 int emulate_lion(void *param, void *grad, void *momentum, void *half, const int *types, int64_t size, double lr,
                  double beta1, double beta2, double weight_decay, int stochastic, uint64_t seed, uint32_t step,
-                 int wide) {
+                 int32_t *bad, int wide) {
     return guarded([&] {
         const Update u = {{param, types[0]}, {grad, types[1]}, {{momentum, types[2]}, {}}, {half, types[3]},
-                          size, seed, step, stochastic != 0, false};
+                          size, seed, step, bad, stochastic != 0, false};
         update<LionStep, 1>(LionStep::of(lr, beta1, beta2, weight_decay), u, wide);
         return 0;
     });
@@ -135,10 +139,10 @@ int emulate_lion(void *param, void *grad, void *momentum, void *half, const int 
 
 int emulate_adamw(void *param, void *grad, void *exp_avg, void *exp_avg_sq, void *half, const int *types, int64_t size,
                   uint32_t step, double lr, double beta1, double beta2, double eps, double weight_decay, int stochastic,
-                  uint64_t seed, int wide) {
+                  uint64_t seed, int32_t *bad, int wide) {
     return guarded([&] {
         const Update u = {{param, types[0]}, {grad, types[1]}, {{exp_avg, types[2]}, {exp_avg_sq, types[2]}},
-                          {half, types[3]}, size, seed, step, stochastic != 0, false};
+                          {half, types[3]}, size, seed, step, bad, stochastic != 0, false};
         update<AdamWStep, 2>(AdamWStep::of(step, lr, beta1, beta2, eps, weight_decay), u, wide);
         return 0;
     });

@@ -1,6 +1,7 @@
 """Lion and AdamW as torch optimizers whose update of a parameter is one call of an implementation.
 
-A kernel reads the gradient in its own dtype and writes the weights' half-precision copy in the same pass.
+A kernel reads the gradient in its own dtype and writes the weights' half-precision copy in the same pass. It also sees
+there whether what it writes is finite, and says so in a flag on the device, which nobody has to wait for.
 """
 
 from __future__ import annotations
@@ -15,7 +16,30 @@ from . import reference
 BETAS = {"lion": (0.9, 0.99), "adamw": (0.9, 0.999)}
 
 
-class Fused(torch.optim.Optimizer):
+class Watched(torch.optim.Optimizer):
+    """Knows whether its updates have left finite weights and state: each device has a flag, which an update sets."""
+
+    def flag(self, device: torch.device) -> torch.Tensor:
+        """(1,) int32: 1 once an update of parameters on `device` has stored a value that is not finite."""
+        flags = self.__dict__.setdefault("_flags", {})
+        if device not in flags:
+            flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        return flags[device]
+
+    def flags(self) -> list[torch.Tensor]:
+        """The flags of all devices so far; none before the first update."""
+        return list(self.__dict__.get("_flags", {}).values())
+
+    def left_finite(self) -> bool:
+        """Whether all updates since `reset_flags` have stored finite values alone. Waits for each device once."""
+        return not any(int(flag) for flag in self.flags())
+
+    def reset_flags(self) -> None:
+        for flag in self.flags():
+            flag.zero_()
+
+
+class Fused(Watched):
     """The part that both share. `_update(group, number, param, grad, half)` updates one parameter."""
 
     operation: str
@@ -89,9 +113,10 @@ class Fused(torch.optim.Optimizer):
                         f"for {tuple(tensor.shape)}: make the parameter and its gradient contiguous, or use "
                         'impl="torch"'
                     )
-        run(*tensors, *values, half=half, seed=seed, **options)
+        bad = self.flag(tensors[0].device)
+        run(*tensors, *values, half=half, seed=seed, bad=bad, **options)
         if chosen != "torch":
-            operators.count_write([tensors[0], *tensors[2:], *([] if half is None else [half])])
+            operators.count_write([tensors[0], *tensors[2:], bad, *([] if half is None else [half])])
 
 
 class Lion(Fused):
@@ -166,6 +191,36 @@ class AdamW(Fused):
         tensors = [param, grad, state["exp_avg"], state["exp_avg_sq"]]
         values = self._count(state), group["lr"], *group["betas"], group["eps"], group["weight_decay"]
         self._run(group, number, tensors, *values, half=half)
+
+
+class TorchAdamW(Watched, torch.optim.AdamW):
+    """`torch.optim.AdamW(fused=True)`, one pass over memory too, and a second one that reads, for the flag."""
+
+    def __init__(self, params, lr: float, betas: tuple[float, float], weight_decay: float):
+        super().__init__(params, lr, betas, weight_decay=weight_decay, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._note(param, param)
+        return loss
+
+    @torch.no_grad()
+    def update(self, grad: torch.Tensor, half: torch.Tensor | None = None) -> None:
+        """As `Fused.update`; the gradient is first cast to the parameter's dtype."""
+        ((param,),) = (group["params"] for group in self.param_groups)
+        param.grad = grad.to(param.dtype)
+        super().step()
+        if half is not None:
+            half.copy_(param)
+        self._note(param, param if half is None else half)
+
+    def _note(self, param: torch.Tensor, written: torch.Tensor) -> None:
+        # as in `reference.adamw_`
+        reference.note_not_finite(self.flag(param.device), written, self.state[param]["exp_avg_sq"])
 
 
 def implementation(operation: str, param: torch.Tensor, impl: str) -> tuple[str, Callable[..., None]]:

@@ -18,6 +18,7 @@ def lion_(
     half: torch.Tensor | None = None,
     seed: int | None = None,
     step: int = 0,
+    bad: torch.Tensor | None = None,
 ) -> None:
     """One Lion step in place (arXiv 2302.06675, algorithm 2): all tensors of one shape.
 
@@ -25,6 +26,7 @@ def lion_(
     momentum = beta2 * momentum + (1 - beta2) * grad
 
     half: becomes a copy of param in its own dtype. seed: param, bf16, is computed in fp32 and stored by `to_bf16`.
+    bad: (1,) int32, becomes 1 where a value of param, half or the state is not finite; it is never cleared.
     """
     grad = grad.to(momentum.dtype)
     update = torch.lerp(momentum, grad, 1 - beta1).sign_()
@@ -34,6 +36,8 @@ def lion_(
     wide.add_(update.to(wide.dtype), alpha=-lr)
     momentum.lerp_(grad, 1 - beta2)
     _store_weights(param, wide, half, seed, step)
+    if bad is not None:
+        note_not_finite(bad, param if half is None else half, momentum)
 
 
 def adamw_(
@@ -49,6 +53,7 @@ def adamw_(
     weight_decay: float,
     half: torch.Tensor | None = None,
     seed: int | None = None,
+    bad: torch.Tensor | None = None,
 ) -> None:
     """One AdamW step in place (arXiv 1711.05101, as torch.optim.AdamW): all tensors of one shape, step from 1.
 
@@ -57,7 +62,7 @@ def adamw_(
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad^2
     param -= lr / (1 - beta1^step) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
 
-    half, seed: as in `lion_`.
+    half, seed, bad: as in `lion_`.
     """
     grad = grad.to(exp_avg.dtype)
     exp_avg.lerp_(grad, 1 - beta1)
@@ -68,6 +73,8 @@ def adamw_(
         wide.mul_(1 - lr * weight_decay)
     wide.add_((exp_avg / denominator).to(wide.dtype), alpha=-lr / (1 - beta1**step))
     _store_weights(param, wide, half, seed, step)
+    if bad is not None:  # an exp_avg that is not finite makes param so too; an infinite exp_avg_sq does not
+        note_not_finite(bad, param if half is None else half, exp_avg_sq)
 
 
 def _store_weights(
@@ -77,6 +84,29 @@ def _store_weights(
         param.copy_(to_bf16(wide, random_bits(wide.numel(), seed, step, wide.device).view(wide.shape)))
     if half is not None:
         half.copy_(param)
+
+
+def note_not_finite(bad: torch.Tensor, *tensors: torch.Tensor) -> None:
+    """bad, (1,) int32, becomes 1 where a value is not finite. One reading pass; waits for no device.
+
+    On a CPU a sum, torch's fastest pass, is tried first: it is finite only if all are. Where it is not, as a finite sum
+    may overflow too, the least and the greatest value tell.
+    """
+    for tensor in tensors:
+        if not tensor.numel() or (tensor.device.type == "cpu" and math.isfinite(tensor.sum())):
+            continue
+        low, high = torch.aminmax(tensor)
+        bad.masked_fill_((low - low) + (high - high) != 0, 1)
+
+
+def check_flag(bad: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """`bad`; ValueError if a kernel could not write it."""
+    if bad.dtype != torch.int32 or bad.numel() != 1 or bad.device != param.device:
+        raise ValueError(
+            f"bad: got {bad.dtype} {tuple(bad.shape)} on {bad.device}, expected one int32 on {param.device}: give "
+            "torch.zeros(1, dtype=torch.int32, device=param.device)"
+        )
+    return bad
 
 
 def to_bf16(x: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:

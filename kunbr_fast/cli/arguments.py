@@ -7,8 +7,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from kunbr_fast.cli.argument_types import Different, Settings, device_name, name_and_value, number, path_name
 from kunbr_fast.files.models import DTYPES
-from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.config import NUMBERS, KUnBRConfig
+from kunbr_fast.values import Bytes
 
 # The groups of the help text: theme, and the settings of KUnBRConfig under it.
 THEMES = {
@@ -27,16 +29,24 @@ THEME = {name: theme for theme, names in THEMES.items() for name in names.split(
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="local Hugging Face model directory (safetensors)"
+        "--model", required=True, type=path_name, metavar="DIR", help="local Hugging Face model directory (safetensors)"
     )
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: as saved")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    add_device(parser)
+
+
+def add_device(parser: Any) -> None:
+    parser.add_argument(
+        "--device", type=device_name, metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)"
+    )
 
 
 def add_files(
     parser: argparse.ArgumentParser, option: str, metavar: str, text: str | None = None, required: bool = False
 ) -> None:
-    parser.add_argument(option, nargs="+", required=required, metavar=metavar, help=text)
+    parser.add_argument(
+        option, nargs="+", type=path_name, action=Different, required=required, metavar=metavar, help=text
+    )
 
 
 def add_stream(parser: argparse.ArgumentParser, text: str = "") -> None:
@@ -45,7 +55,8 @@ def add_stream(parser: argparse.ArgumentParser, text: str = "") -> None:
     )
     parser.add_argument(
         "--stream-cache",
-        default="0",
+        type=number(Bytes()),
+        default=0,
         metavar="SIZE",
         help="with --stream, main memory in which layers may stay once they were read, such as 64GiB [none]",
     )
@@ -60,7 +71,10 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
     """One option for each setting of KUnBRConfig, or for `names` alone: --block-lr 1e-5."""
     parser.add_argument(
-        "--config", metavar="run.yaml", help="settings, one 'name: value' a line; an option below wins over its line"
+        "--config",
+        type=path_name,
+        metavar="run.yaml",
+        help="settings, one 'name: value' a line; an option below wins over its line",
     )
     wanted = [field for field in dataclasses.fields(KUnBRConfig) if names is None or field.name in names]
     for theme in THEMES:
@@ -76,42 +90,14 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
     kind = {"default": argparse.SUPPRESS, "dest": f"set_{field.name}"}
     if isinstance(default, dict):
         option, text = option.removesuffix("s"), f"{text}; may be given several times"
-        kind |= {"action": "append", "type": _name_and_value, "metavar": "NAME=VALUE"}
+        kind |= {"action": Settings, "type": name_and_value, "metavar": "NAME=VALUE"}
     elif isinstance(default, bool):
         kind |= {"action": argparse.BooleanOptionalAction}
     elif isinstance(default, tuple):
-        kind |= {"nargs": "+", "type": float, "metavar": "LR"}
+        kind |= {"nargs": "+", "type": number(NUMBERS[field.name]), "action": Different, "metavar": "LR"}
     else:
-        kind |= {"type": _scalar, "metavar": field.name.rpartition("_")[2].upper()}
+        known = NUMBERS.get(field.name)
+        kind |= {"type": str if known is None else number(known), "metavar": field.name.rpartition("_")[2].upper()}
     if default is not None and not isinstance(default, dict):
         text += f" [{' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
     group.add_argument(option, help=text.replace("%", "%%"), **kind)
-
-
-def _name_and_value(text: str) -> tuple[str, Any]:
-    name, sign, value = text.partition("=")
-    if not name or not sign or not value:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE, such as beta=0.1")
-    return name, _scalar(value)
-
-
-def _scalar(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
-
-
-def positive(kind: type):
-    """An argument type: a number of `kind` above 0."""
-
-    def read(text: str) -> Any:
-        value = kind(text)
-        if not value > 0:
-            raise ValueError
-        return value
-
-    read.__name__ = f"positive {kind.__name__}"  # argparse: "invalid positive float value: '-1'"
-    return read

@@ -9,26 +9,41 @@ import torch
 
 from kunbr_fast.benchmarks import compare, harness
 from kunbr_fast.benchmarks.bench import bench
-from kunbr_fast.benchmarks.report import write_report
-from kunbr_fast.benchmarks.rows import read_rows
+from kunbr_fast.benchmarks.report import PICTURES, write_report
+from kunbr_fast.benchmarks.rows import NEEDED, read_rows
 from kunbr_fast.benchmarks.shapes import MODELS
 from kunbr_fast.benchmarks.suites import SUITES
-from kunbr_fast.cli.arguments import add_output, positive
+from kunbr_fast.cli.argument_types import Different, number, path_name
+from kunbr_fast.cli.arguments import add_device, add_output
 from kunbr_fast.cli.inputs import choose_device, say
+from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.files.models import DTYPES
+from kunbr_fast.files.target import PAGE, PICTURE, FileKind, FolderKind, csv_with, json_with
+from kunbr_fast.values import SECONDS, Whole
 
 DESCRIPTION = """\
 Times each suite's cases on this machine: first a check of results against fp64, then rounds in which
 ours, the rivals that are installed, and a copy and a matrix product (the roofline) take turns."""
+
+REPORT = {r"report\.html": PAGE, PICTURES.pattern: PICTURE}
+ROWS = {
+    r"results\.csv": FileKind("a file of rows", (".csv",), csv_with(*NEEDED)),
+    r"results\.json": FileKind("a file of rows", (".json",), json_with(*NEEDED)),
+}
+WRITES = {"out": FolderKind(REPORT | ROWS)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.description = "%(prog)s [SUITE ...] [options]", DESCRIPTION
     parser.epilog = "suites:\n" + "\n".join(f"  {name:<12} {text}" for name, text in SUITES.items())
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help="which suites, see below [all]")
+    parser.add_argument("suites", nargs="*", action=Different, metavar="SUITE", help="which suites, see below [all]")
     parser.add_argument(
-        "--out", default="bench-out", metavar="DIR", help="results.csv, results.json, report.html, plots [bench-out]"
+        "--out",
+        type=path_name,
+        default="bench-out",
+        metavar="DIR",
+        help="results.csv, results.json, report.html, plots [bench-out]",
     )
     parser.add_argument("--resume", action="store_true", help="keep the cases that have numbers in --out already")
     _add_cases(parser)
@@ -38,30 +53,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     instead.add_argument(
         "--compare",
         nargs=2,
+        type=path_name,
         metavar=("A.csv", "B.csv"),
         help="measure nothing: what became slower or faster from A to B, beyond noise; "
         "exit status 1 where ours became slower",
     )
-    instead.add_argument("--report", metavar="FILE.csv", help="measure nothing: the report of this file, in --out")
+    instead.add_argument(
+        "--report", type=path_name, metavar="FILE.csv", help="measure nothing: the report of this file, in --out"
+    )
     add_output(parser)
 
 
 def _add_cases(parser: argparse.ArgumentParser) -> None:
     """Which cases are measured."""
     group = parser.add_argument_group("cases")
-    group.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    add_device(group)
     group.add_argument("--dtype", choices=list(DTYPES), help="[bfloat16 on a GPU, float32 on a CPU]")
     group.add_argument(
-        "--models", nargs="+", choices=list(MODELS), metavar="NAME", help=f"shapes of {', '.join(MODELS)}"
+        "--models",
+        nargs="+",
+        action=Different,
+        choices=list(MODELS),
+        metavar="NAME",
+        help=f"shapes of {', '.join(MODELS)}",
     )
     group.add_argument(
         "--tokens",
         nargs="+",
+        action=Different,
         type=_tokens,
         metavar="T",
         help="where a suite has them as a size; ragged: as questions have",
     )
-    group.add_argument("--variants", nargs="+", metavar="NAME", help="only these, and what they are compared with")
+    group.add_argument(
+        "--variants", nargs="+", action=Different, metavar="NAME", help="only these, and what they are compared with"
+    )
     group.add_argument("--quick", action="store_true", help="one small case a suite, to see that everything works")
     group.add_argument("--compile", action="store_true", help="torch.compile's variants on a CPU too (minutes)")
     group.add_argument("--tiles", action="store_true", help="density: each candidate tile of the Triton kernel too")
@@ -70,13 +96,16 @@ def _add_cases(parser: argparse.ArgumentParser) -> None:
 def _add_rounds(parser: argparse.ArgumentParser) -> None:
     """How long they are measured."""
     group = parser.add_argument_group("rounds")
-    group.add_argument("--seconds", type=positive(float), metavar="S", help="for the rounds of a case [4]")
+    group.add_argument("--seconds", type=number(SECONDS), metavar="S", help="for the rounds of a case [4]")
     group.add_argument(
-        "--repeats", type=positive(int), metavar="N", help="rounds after which a case is done [7; 30 on a GPU]"
+        "--repeats",
+        type=number(Whole(1, 10**6)),
+        metavar="N",
+        help="rounds after which a case is done [7; 30 on a GPU]",
     )
     group.add_argument(
         "--budget",
-        type=positive(float),
+        type=number(SECONDS),
         default=float("inf"),
         metavar="S",
         help="seconds after which no case is begun",
@@ -85,15 +114,14 @@ def _add_rounds(parser: argparse.ArgumentParser) -> None:
 
 
 def _tokens(text: str) -> str:
-    if text != "ragged" and not (text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of tokens, or ragged")
-    return text
+    return text if text == "ragged" else str(number(Whole(1, 2**20))(text))
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.compare:
         return _compare(arguments)
     if arguments.report:
+        check_outputs(arguments, {"out": FolderKind(REPORT)})
         files = [str(path) for path in write_report(read_rows(arguments.report), arguments.out)]
         if not arguments.json:
             print("\n".join(files))
@@ -105,6 +133,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if not arguments.json:
             print("\n".join(cases))
         return {"cases": cases}
+    check_outputs(arguments, WRITES)
     return _measure(suites, options, arguments)
 
 

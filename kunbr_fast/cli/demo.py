@@ -5,24 +5,32 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from kunbr_fast.cli.argument_types import number, path_name
 from kunbr_fast.cli.arguments import add_output
 from kunbr_fast.cli.inputs import sayer
+from kunbr_fast.cli.outputs import check_outputs
+from kunbr_fast.files.target import PICTURE, FileKind, FolderKind, json_with
 from kunbr_fast.run.demo import demo
+from kunbr_fast.values import SEED
 
 LEGEND = """\
 retain: people rehearsed during unlearning; bystanders: known, and never seen by it; RTT: the best that an
 attacker gets on one half of the forget set by teaching the other half again (chance is 25 %)."""
 
+REPORT = FileKind("a report of the demo", (".json",), json_with("kunbr_fast", "people", "rows", "table"))
+WRITES = {"out": FolderKind({r"report\.json": REPORT, r"(density|relearning)\.png": PICTURE})}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", default="demo-out", metavar="DIR", help="where report.json and the plots go [demo-out]"
+        "--out", type=path_name, default="demo-out", metavar="DIR", help="where report.json and the plots go [demo-out]"
     )
-    parser.add_argument("--seed", type=int, default=0, help="people, initial weights and data order [0]")
+    parser.add_argument("--seed", type=number(SEED), default=0, help="people, initial weights and data order [0]")
     add_output(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    check_outputs(arguments, WRITES)
     result = demo(arguments.out, arguments.seed, progress=not arguments.quiet, say=sayer(arguments))
     if not arguments.json:
         print(result["table"])

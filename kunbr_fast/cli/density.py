@@ -6,28 +6,40 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from kunbr_fast.cli.argument_types import number, path_name
 from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config
+from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.data import load_records
 from kunbr_fast.density.measure import NO_SHARES, NORMS, STATISTICS, Density, knowledge_density
 from kunbr_fast.density.select import pareto_front, select_blocks
 from kunbr_fast.evaluation.plots import plot_density, plot_pareto
+from kunbr_fast.files.target import PICTURE, FileKind, json_with
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.samples import to_samples
+from kunbr_fast.values import SHARE
 
 SETTINGS = "target max_length modules reduction num_blocks top_k skip_last_layers gradient_checkpointing cache impl"
+
+WRITES = {
+    "out": FileKind("a density file", (".json",), json_with("per_layer", "per_module", "num_weights", "statistic")),
+    "plot": PICTURE,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_files(parser, "--forget", "F.jsonl", "what to forget", required=True)
     add_files(parser, "--retain", "R.jsonl", "what to keep: for fisher_ratio, cosine and slug's Pareto front")
-    parser.add_argument("--out", metavar="FILE.json", help="keep the result (kunbr_fast.Density.load reads it)")
+    parser.add_argument(
+        "--out", type=path_name, metavar="FILE.json", help="keep the result (kunbr_fast.Density.load reads it)"
+    )
     parser.add_argument(
         "--plot",
+        type=path_name,
         metavar="FILE.png",
         help="bars per layer, the chosen blocks marked; slug with --retain: importance against alignment",
     )
@@ -41,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sample-fraction",
-        type=float,
+        type=number(SHARE),
         metavar="F",
         help="estimate a sum over weights without bias from this part of each matrix's rows (above 0, at most 1), and "
         "show the standard error [all rows]",
@@ -52,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    check_outputs(arguments, WRITES)
     config, group = read_config(arguments), arguments.group or ALONE
     density = _measure(config, arguments)
     blocks = [] if density.statistic == "cosine" else select_blocks(density, *_choice(config))

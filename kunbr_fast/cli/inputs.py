@@ -13,7 +13,6 @@ import torch
 from kunbr_fast.data import is_question, load_records
 from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.files.models import load_model, load_tokenizer
-from kunbr_fast.memory import parse_bytes
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.parallel.group import local_device, num_processes
 from kunbr_fast.run.config import KUnBRConfig
@@ -27,27 +26,30 @@ def read_config(arguments: argparse.Namespace) -> KUnBRConfig:
     for name, value in vars(arguments).items():
         if name.startswith("set_"):
             name = name[4:]
-            values[name] = {**values.get(name, {}), **dict(value)} if name.endswith("_options") else value
+            values[name] = {**values.get(name, {}), **value} if name.endswith("_options") else value
     return KUnBRConfig.from_dict(values, "settings")
 
 
 def choose_device(arguments: argparse.Namespace) -> str:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.startswith("cuda") and not count:
         raise ValueError(
             f"--device {device}: torch {torch.__version__} sees no CUDA device; `kunbr-fast doctor` says more"
         )
+    if int(device.partition(":")[2] or 0) >= max(count, 1):
+        there = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise ValueError(f"--device {device}: expected cpu, cuda or {there}: torch sees no other")
     return local_device() if device == "cuda" and num_processes() > 1 else device
 
 
 def open_model(arguments: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
     """(model, tokenizer) of --model: in memory, or with --stream read layer by layer."""
-    device, kept = choose_device(arguments), getattr(arguments, "stream_cache", "0")
+    device, kept = choose_device(arguments), getattr(arguments, "stream_cache", 0)
     if getattr(arguments, "stream", False):
-        kept = parse_bytes(kept, "--stream-cache")
         model = open_streamed(arguments.model, device, arguments.dtype, host_bytes=kept)
-    elif kept != "0":
-        raise ValueError(f"--stream-cache {kept} without --stream: the model is in memory whole: leave it out")
+    elif kept:
+        raise ValueError("--stream-cache without --stream: the model is in memory whole: leave it out")
     else:
         model = load_model(arguments.model, arguments.dtype, device)
     return model, load_tokenizer(arguments.model)

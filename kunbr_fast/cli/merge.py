@@ -5,14 +5,26 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from kunbr_fast.cli.argument_types import Different, number, path_name
 from kunbr_fast.cli.arguments import add_output
 from kunbr_fast.files.merge import METHODS, MODES, merge_models
+from kunbr_fast.values import ABOVE_ZERO, Real
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", required=True, metavar="DIR", help="the model that the others were trained from")
-    parser.add_argument("--models", nargs="+", required=True, metavar="DIR", help="one or more (safetensors)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the merged model, and merge.json")
+    parser.add_argument(
+        "--base", required=True, type=path_name, metavar="DIR", help="the model that the others were trained from"
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        action=Different,
+        type=path_name,
+        required=True,
+        metavar="DIR",
+        help="one or more (safetensors)",
+    )
+    parser.add_argument("--out", required=True, type=path_name, metavar="DIR", help="the merged model, and merge.json")
     parser.add_argument(
         "--mode",
         choices=MODES,
@@ -25,10 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="consensus",
         help="of the task vectors; consensus: the mean where they agree in sign, 0 elsewhere [consensus]",
     )
-    parser.add_argument("--alpha", type=float, default=1.0, metavar="A", help="how far along the task vector [1.0]")
+    parser.add_argument(
+        "--alpha", type=number(ABOVE_ZERO), default=1.0, metavar="A", help="how far along the task vector [1.0]"
+    )
     parser.add_argument(
         "--agree",
-        type=float,
+        type=number(Real(0.5, 1, above=True)),
         default=1.0,
         metavar="SHARE",
         help="of the models that consensus needs, above 0.5 [1.0: all]",

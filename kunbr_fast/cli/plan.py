@@ -5,18 +5,32 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from kunbr_fast.cli.argument_types import number, path_name
 from kunbr_fast.cli.arguments import add_files, add_output, add_settings
 from kunbr_fast.cli.inputs import read_config
+from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.files.models import DTYPES
-from kunbr_fast.planning.machines import GPUS
+from kunbr_fast.files.target import SETTINGS
+from kunbr_fast.planning.machines import GPUS, PROCESSES
 from kunbr_fast.planning.plan import plan
+from kunbr_fast.values import Bytes
+
+WRITES = {"out": SETTINGS}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="model directory, or only its config.json")
-    parser.add_argument("--gpu-memory", required=True, metavar="SIZE", help="such as 24GiB or 80GB")
+    parser.add_argument(
+        "--model", required=True, type=path_name, metavar="DIR", help="model directory, or only its config.json"
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        required=True,
+        type=number(Bytes(unit_needed=True)),
+        metavar="SIZE",
+        help="such as 24GiB or 80GB",
+    )
     parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)} [h100]")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="how many [1]")
+    parser.add_argument("--gpus", type=number(PROCESSES), default=1, metavar="N", help="how many [1]")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: as config.json says")
     add_files(parser, "--forget", "F.jsonl", "as of unlearn (default: sizes of WMDP)")
     add_files(parser, "--retain", "R.jsonl", "as of unlearn (default: sizes of WMDP)")
@@ -24,12 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stream", action="store_true", help="as of unlearn: layers come from the files one by one; needs --unlearned"
     )
-    parser.add_argument("--out", metavar="run.yaml", help="the settings, for unlearn --config")
+    parser.add_argument("--out", type=path_name, metavar="run.yaml", help="the settings, for unlearn --config")
     add_settings(parser)
     add_output(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    check_outputs(arguments, WRITES)
     names = ("gpu", "gpus", "forget", "retain", "dtype", "unlearned", "stream")
     found = plan(
         arguments.model,

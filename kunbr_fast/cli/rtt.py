@@ -5,20 +5,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from kunbr_fast.cli.argument_types import path_name
 from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds
+from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.evaluation.plots import plot_relearning
 from kunbr_fast.evaluation.rtt import RTTResult, rtt_attack
 from kunbr_fast.files.atomic import write_json
+from kunbr_fast.files.scratch import scratch
+from kunbr_fast.files.target import PICTURE, FileKind, json_with
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.run.state import fingerprint
 
 SETTINGS = "scoring seed rtt_lrs rtt_epochs rtt_batch_size rtt_target"
+
+WRITES = {"out": FileKind("an attack's result", (".json",), json_with("belongs_to", "curves")), "plot": PICTURE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,15 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "questions, one file for each fold (default: the question lines of --forget)"
     add_files(parser, "--forget-questions", "Q.jsonl", text)
     parser.add_argument(
-        "--out", metavar="FILE.json", help="keep the curves; an interrupted attack goes on from there with --resume"
+        "--out",
+        type=path_name,
+        metavar="FILE.json",
+        help="keep the curves; an interrupted attack goes on from there with --resume",
     )
-    parser.add_argument("--plot", metavar="FILE.png", help="relearning curve")
+    parser.add_argument("--plot", type=path_name, metavar="FILE.png", help="relearning curve")
     parser.add_argument("--resume", action="store_true", help="keep the finished attacks in --out")
     add_settings(parser, SETTINGS.split())
     add_output(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    check_outputs(arguments, WRITES)
     config = read_config(arguments)
     folds = read_folds(arguments.forget, arguments.forget_questions)
     out = Path(arguments.out) if arguments.out else None
@@ -54,8 +63,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if out is not None:
             write_json(out, {"belongs_to": belongs, "curves": done})
 
-    with tempfile.TemporaryDirectory(prefix="kunbr-rtt-") as scratch, frozen(model):
-        result = rtt_attack(Decoder(model), tokenizer, folds, attack, scratch, not arguments.quiet, list(done), keep)
+    with scratch("kunbr-fast-") as folder, frozen(model):
+        result = rtt_attack(Decoder(model), tokenizer, folds, attack, folder, not arguments.quiet, list(done), keep)
     if out is not None:
         write_json(out, {"belongs_to": belongs, **result.to_dict()})
     if arguments.plot:

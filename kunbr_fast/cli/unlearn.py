@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from kunbr_fast.cli.argument_types import path_name
 from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds, sayer
 from kunbr_fast.data import is_question, load_records
@@ -34,13 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_files(parser, "--retain-questions", "Q.jsonl", f"questions on the retain files {lines}")
     parser.add_argument(
         "--out",
+        type=path_name,
         required=True,
         metavar="DIR",
         help="the unlearned model, report.json and plots; DIR/kunbr-checkpoints until the run is finished",
     )
     text = "a model or a finished run in --out goes when the result is written; never one that is read"
     parser.add_argument("--overwrite", action="store_true", help=text)
-    parser.add_argument("--unlearned", metavar="DIR", help="your own M_u (made by any method): no warm-up")
+    parser.add_argument(
+        "--unlearned", type=path_name, metavar="DIR", help="your own M_u (made by any method): no warm-up"
+    )
     add_stream(parser, "; needs --unlearned, and there is no attack")
     parser.add_argument("--resume", action="store_true", help="go on with the run that was interrupted in --out")
     add_settings(parser)

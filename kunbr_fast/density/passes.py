@@ -229,11 +229,11 @@ class Measurement:
         """Sums gradients over the processes, of which one may have none of a parameter."""
         if self.group.size == 1:
             return
-        kinds: dict[str, tuple[torch.Size, torch.dtype]] = {}
-        for found in self.group.gather({path: (g.shape, g.dtype) for path, g in held.items()}):
+        kinds: dict[str, tuple[list[int], str]] = {}
+        for found in self.group.gather({path: (list(g.shape), str(g.dtype)) for path, g in held.items()}):
             kinds |= found
         for path in sorted(kinds):  # the same order everywhere
-            shape, dtype = kinds[path]
+            shape, dtype = kinds[path][0], torch.float64 if kinds[path][1] == str(torch.float64) else torch.float32
             gradient = held[path] if path in held else torch.zeros(shape, dtype=dtype, device=self.decoder.device)
             self.group.sum([gradient])
             held[path] = gradient

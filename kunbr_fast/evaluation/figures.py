@@ -7,6 +7,7 @@ changes. Colours are Okabe and Ito's, which stay apart for colour-blind readers.
 from pathlib import Path
 
 from kunbr_fast.files import atomic
+from kunbr_fast.files.target import MAKER
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
 COLOURS = (ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
@@ -60,5 +61,5 @@ def legend(axes, loc: str = "lower left", bbox_to_anchor: tuple = (-0.01, 1.0), 
 def save(figure, path: str | Path) -> None:
     """A PNG at `path`."""
     with atomic.atomic_write(path) as file:
-        # matplotlib's version and the time stay out of the file: the same data gives the same bytes.
-        figure.savefig(file, format="png", metadata={"Software": None})
+        # No version and no time: the same data gives the same bytes. By the name we know our own pictures.
+        figure.savefig(file, format="png", metadata={"Software": MAKER})

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from kunbr_fast.files.atomic import atomic_write, sha256, write_json
 from kunbr_fast.files.models import model_directory
+from kunbr_fast.files.scratch import remove_leftovers
 from kunbr_fast.files.tensors import INDEX, Shards
 from kunbr_fast.keywords import named_by, taken
 
@@ -269,8 +270,7 @@ def _begin(output: Path, job: dict, resume: bool) -> dict[str, dict]:
         raise ValueError(
             f"{output}: {changed[0]} changed since this merge was begun: put it back, or give another output"
         )
-    for left in output.glob(".*.tmp"):  # of a write that was killed
-        left.unlink()
+    remove_leftovers(output)
     there = {name: entry for name, entry in files.items() if (output / name).is_file()}
     return {name: entry for name, entry in there.items() if sha256(output / name) == entry["sha256"]}
 

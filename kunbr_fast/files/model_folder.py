@@ -22,13 +22,6 @@ def within(path: str | Path, folder: str | Path) -> bool:
     return folder.exists() and any(p.exists() and p.samefile(folder) for p in (path, *path.parents))
 
 
-def holds_model(folder: str | Path) -> bool:
-    """Whether there is a configuration, or weights, be they whole or not."""
-    return any(
-        re.fullmatch(r"config\.json|.*\.safetensors|pytorch_model.*\.bin", p.name) for p in _entries(Path(folder))
-    )
-
-
 def written_names(source: str | Path) -> set[str]:
     """The names that a model from the folder `source` and its tokenizer may have when they are written."""
     return _OTHERS | {path.name for path in _entries(Path(source)) if _PART.fullmatch(path.name)}

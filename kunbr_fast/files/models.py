@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from kunbr_fast.files.atomic import os_errors, sync
+from kunbr_fast.files.atomic import os_errors, sizes, sync, usual_mode
+from kunbr_fast.files.scratch import scratch
 from kunbr_fast.files.tensors import open_tensors
 
 if TYPE_CHECKING:
@@ -125,20 +124,21 @@ def save_model(model: nn.Module, tokenizer: Any | None, directory: str | Path) -
     """Writes a loadable model directory. Each file is whole or absent; config.json, which makes it a model, is last."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for left in directory.glob(".saving-*"):  # of a save that was killed
-        shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
+    with scratch(".saving-", directory) as folder:
+        staged = folder / "model"
         try:
+            mode = usual_mode(folder)
             with os_errors():
-                model.save_pretrained(scratch, safe_serialization=True)
+                model.save_pretrained(staged, safe_serialization=True)
                 if tokenizer is not None:
-                    tokenizer.save_pretrained(scratch)
+                    tokenizer.save_pretrained(staged)
         except OSError as error:
-            raise OSError(error.errno, f"could not write the model to {directory}: {error.strerror}") from error
-        for file in sorted(Path(scratch).rglob("*"), key=lambda p: p.name == "config.json"):
+            said = f"{error.strerror or error}{sizes(error, directory, sum(p.nbytes for p in model.parameters()))}"
+            raise OSError(error.errno, f"could not write the model to {directory}: {said}") from error
+        for file in sorted(staged.rglob("*"), key=lambda p: p.name == "config.json"):
             if file.is_file():
                 sync(file)
-                target = directory / file.relative_to(scratch)
+                target = directory / file.relative_to(staged)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                os.chmod(file, 0o644)
+                os.chmod(file, mode)  # safetensors and tokenizers leave private files
                 os.replace(file, target)

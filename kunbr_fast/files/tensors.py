@@ -19,7 +19,8 @@ from kunbr_fast.files.checksums import check_file, checksum
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes tensors of any device and layout, atomically. OSError where the disk is full or refuses."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_with(path, lambda temporary: save_file(tensors, temporary))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    write_with(path, lambda temporary: save_file(tensors, temporary), size)
 
 
 @contextlib.contextmanager

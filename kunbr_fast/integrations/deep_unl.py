@@ -34,10 +34,12 @@ at.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import random
 import tempfile
+import weakref
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,6 +51,7 @@ from tqdm import tqdm
 
 from kunbr_fast.data import PackedBatch, Sample
 from kunbr_fast.data.batch import join
+from kunbr_fast.files.scratch import scratch
 from kunbr_fast.files.tensors import SINGLE, Shards, WeightSnapshot, save_tensors
 from kunbr_fast.integrations.padded_pass import OwnForward
 from kunbr_fast.integrations.recognise import recognise
@@ -109,7 +112,9 @@ class DEEP_UNL:
         self.block_size = num_layers // block_num
         self.history_cache = {f"block{i}": 0 for i in range(block_num)}  # visits
         self.decoder = Decoder(self.model)
-        self._work = tempfile.TemporaryDirectory(prefix="kunbr-deep-", dir=self.options.work_dir)
+        stack = contextlib.ExitStack()
+        self._work = stack.enter_context(scratch("kunbr-fast-", self.options.work_dir))
+        weakref.finalize(self, stack.close)
         self._original = self._find_original(compare_model_path)
 
     def _find_original(self, path: str | Path) -> Shards | WeightSnapshot:
@@ -121,7 +126,7 @@ class DEEP_UNL:
                 f"{path}: no safetensors with this model's own tensor names: load_llm loads it, and for a moment two "
                 "models are in memory"
             )
-            found = WeightSnapshot.save(self.base_model.load_llm(path), Path(self._work.name) / "original.safetensors")
+            found = WeightSnapshot.save(self.base_model.load_llm(path), self._work / "original.safetensors")
         for name, parameter in parameters.items():
             if name not in found:
                 raise ValueError(f"{path} has no {name}: the compare model is not of the model's architecture")
@@ -169,7 +174,7 @@ class DEEP_UNL:
         if epochs == 0:
             return
         self._own = OwnForward(self.decoder)
-        with tempfile.TemporaryDirectory(dir=self._work.name) as work:
+        with tempfile.TemporaryDirectory(dir=self._work) as work:
             WeightSnapshot.save(self.model, Path(work) / SINGLE)
             unlearned = Shards(work)  # M_u, later with the trained blocks
             inside = True  # whether the model holds M_u

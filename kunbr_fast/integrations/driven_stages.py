@@ -197,14 +197,18 @@ class DrivenStages(Stages):
                 self.state.drop_file(visit.in_round(visit.round - 1).stage)
 
     def end(self, steps: int) -> None:
-        """The model becomes M_u with the blocks trained so far; after a part of the warm-up it stays as it is."""
+        """The model becomes M_u with the blocks trained so far; after a part of the warm-up it stays as it is. Until
+        `close` it can be the original again."""
         warming, complete = self.visit is None, steps == self.at.stop
         self._leave(complete)
         if complete or not warming:
             self.merge(self.trained)
         self._outer.close()
-        self.drop_original()
+
+    def close(self) -> None:
+        """The training is over: the original goes."""
         self._original = None
+        self.drop_original()
 
     def abort(self) -> None:
         """After an exception: the model is the original again."""

@@ -179,8 +179,8 @@ class KUnBRMixin:
     # ------------------------------------------------ Trainer's hooks
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's `train`, after which the model is M_u with its trained blocks. After an exception it is the
-        original.
+        """Trainer's `train`, after which the model is M_u with its trained blocks. After an exception, also one of a
+        callback at the end, it is the original.
 
         Errors: ValueError for data or settings that do not fit, before anything is computed; `Diverged`."""
         checkpoint, steps = None, 0
@@ -195,12 +195,14 @@ class KUnBRMixin:
             self._stages = stages = self._open(resume)
             try:
                 stages.begin(steps)
-                return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             except BaseException:
                 stages.abort()
                 raise
             finally:
                 self._stages, self.model_wrapped, self.is_in_train = None, self.model, False
+            self._clean(stages)
+        return output
 
     @contextlib.contextmanager
     def _checkpoint_folder(self, resume: bool) -> Iterator[CheckpointFolder | None]:
@@ -256,8 +258,15 @@ class KUnBRMixin:
     def _merge(self) -> None:
         self._stages.end(self.state.global_step)
         self.density, self.blocks = self._stages.measured, self._stages.blocks
-        if self._folder is not None and self.args.save_strategy == "no":  # else a checkpoint may be resumed
-            self._folder.end(logger.info)
+
+    def _clean(self, stages: DrivenStages) -> None:
+        """What is left to remove when the result is there; files that stay are no reason to lose it."""
+        try:
+            stages.close()
+            if self._folder is not None and self.args.save_strategy == "no":  # else a checkpoint may be resumed
+                self._folder.end(logger.info)
+        except OSError as error:
+            logger.warning("the training is done, but %s could not be removed (%s): delete it", stages.work, error)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         count = self._stages.steps_per_epoch * self.args.gradient_accumulation_steps

@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,9 +35,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from kunbr_fast.files.documents import parse_json
+
 # Ranks may wait for hours, for one that evaluates or trains its last block. One that dies is noticed at once.
 TIMEOUT = datetime.timedelta(days=7)
 CHUNK = 1 << 26  # elements of a half-precision tensor that are summed in fp32 at a time
+LONGEST = 1 << 26  # bytes of JSON that one rank may send
 
 
 class ProcessGone(RuntimeError):
@@ -89,13 +93,25 @@ class Group:
                     tensor.copy_(flat.view(tensor.shape))
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every rank, in order."""
+        """The value of every rank, in order: what JSON makes of it, as nothing that ranks send is unpickled."""
         if self.size == 1:
             return [value]
-        values = [None] * self.size
+        # where the process group has no backend for the host (Trainer's may be nccl alone), through the GPU
+        device = "cpu" if "cpu:" in dist.get_backend_config() else "cuda"
+        text = json.dumps(value, allow_nan=False).encode()
+        sizes = self._all_gather(torch.tensor([len(text)], device=device))
+        longest = int(max(sizes))
+        if longest > LONGEST:  # on all ranks alike
+            raise ValueError(f"a rank sends {longest} bytes, expected at most {LONGEST}: please report this bug")
+        padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8).to(device)
+        sent = [found.cpu().numpy().tobytes() for found in self._all_gather(padded)]
+        return [parse_json(found, f"what rank {rank} has sent") for rank, found in enumerate(sent)]
+
+    def _all_gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        found = [torch.empty_like(mine) for _ in range(self.size)]
         with self._communicating():
-            dist.all_gather_object(values, value)
-        return values
+            dist.all_gather(found, mine)
+        return found
 
     def check_same(self, values: Mapping[str, Any]) -> None:
         """ValueError that names the first of `values` that differs between ranks."""

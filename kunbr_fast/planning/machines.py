@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from kunbr_fast.values import Whole, check
+
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
@@ -26,6 +28,7 @@ GPUS = {
     "cpu": Machine(0.25, 0.25, 20, 20, "2 cores of an AMD EPYC at twice the 130 GFLOP/s of benchmarks/results/cpu.csv"),
 }
 ARITHMETIC, TRAFFIC, BUS = 0.45, 0.8, 0.8  # of the peak rates: assumed for short packed batches, not measured
+PROCESSES = Whole(1, 4096)
 DISK, HOST = 2e9, 50e9  # bytes a second of a disk, and of main memory where the host makes the update. Assumed
 RESERVE = 1 << 30  # of a GPU's memory: CUDA's context, libraries' workspaces, fragmentation. Assumed
 
@@ -45,8 +48,9 @@ class Setup:
     def __post_init__(self):
         if self.gpu not in GPUS:
             raise ValueError(f"gpu={self.gpu}: known are {', '.join(GPUS)}")
-        if self.gpus < 1 or (self.gpus > 1 and self.stream):
-            raise ValueError(f"gpus={self.gpus}: expected 1 or more, and 1 with stream=True, which is for one process")
+        check("gpus", self.gpus, PROCESSES)
+        if self.gpus > 1 and self.stream:
+            raise ValueError(f"gpus={self.gpus}: expected 1 with stream=True, which is for one process")
         if self.stream and not self.unlearned:
             raise ValueError(
                 "stream=True: the warm-up trains every parameter, which cannot be streamed: "

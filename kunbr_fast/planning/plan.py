@@ -17,12 +17,12 @@ from typing import Any
 
 from kunbr_fast.files.models import has_tokenizer, load_tokenizer
 from kunbr_fast.keywords import taken
-from kunbr_fast.memory import parse_bytes
 from kunbr_fast.planning.costs import Architecture
 from kunbr_fast.planning.lengths import Data
 from kunbr_fast.planning.machines import ARITHMETIC, BUS, HOST, TRAFFIC, Setup
 from kunbr_fast.planning.predict import KINDS, Run, Stage
 from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.values import parse_bytes
 
 EQUAL = 1.02  # times that differ by less are no reason for other settings
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -19,9 +18,11 @@ from kunbr_fast.density.watch import MODULES
 from kunbr_fast.evaluation.accuracy import SCORINGS
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.atomic import atomic_write
+from kunbr_fast.files.shown import shown
+from kunbr_fast.files.target import signed
 from kunbr_fast.kernels.dispatch import IMPLEMENTATIONS
 from kunbr_fast.keywords import nearest
-from kunbr_fast.memory import STORAGES, Place, parse_bytes
+from kunbr_fast.memory import STORAGES, Place
 from kunbr_fast.model.low_precision import COVER_PRECISIONS
 from kunbr_fast.model.prefix_cache import CACHE_DTYPES
 from kunbr_fast.objectives.criterion import Criterion
@@ -29,11 +30,36 @@ from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_optio
 from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
 from kunbr_fast.training.settings import INSERTIONS, BlockSettings, Execution, FullSettings
+from kunbr_fast.values import (
+    ABOVE_ZERO,
+    BATCH,
+    COUNT,
+    EPOCHS,
+    EPOCHS_OR_NONE,
+    LAYERS,
+    NOT_NEGATIVE,
+    SEED,
+    SHARE,
+    Whole,
+    check,
+    parse_bytes,
+)
 
-LEAST = {
-    **dict.fromkeys("warmup_epochs skip_last_layers retain_coeff weight_decay warmup_lr block_lr".split(), 0),
-    **dict.fromkeys("batch_size retain_batch_size max_length micro_batch_tokens checkpoint_every".split(), 1),
-    **dict.fromkeys("num_blocks top_k rounds block_epochs rtt_epochs rtt_batch_size".split(), 1),
+VISITS = 999  # a seed has so many data orders for blocks (`RunSteps.schedule_of`)
+# What a number may be: of the settings that are numbers.
+NUMBERS = {
+    "seed": SEED,
+    **dict.fromkeys("batch_size retain_batch_size rtt_batch_size".split(), BATCH),
+    **dict.fromkeys("max_length micro_batch_tokens checkpoint_every".split(), COUNT),
+    **dict.fromkeys("block_epochs rtt_epochs".split(), EPOCHS),
+    "warmup_epochs": EPOCHS_OR_NONE,
+    **dict.fromkeys("num_blocks top_k".split(), LAYERS),
+    "skip_last_layers": Whole(0, LAYERS.most),
+    "rounds": Whole(1, VISITS),
+    **dict.fromkeys("warmup_lr block_lr weight_decay retain_coeff".split(), NOT_NEGATIVE),
+    **dict.fromkeys("forget_loss_cap max_retain_loss".split(), ABOVE_ZERO),
+    "mask_ratio": SHARE,
+    "rtt_lrs": ABOVE_ZERO,
 }
 # Settings, and values of them, that earlier versions had: what stands for them now.
 OLD_SETTINGS = {
@@ -188,16 +214,17 @@ class KUnBRConfig:
         for field in dataclasses.fields(self):
             value = self._coerce(field.name, getattr(self, field.name), hints[field.name])
             setattr(self, field.name, value)
-            _refuse_old(f"{field.name}={value}")
             choices = field.metadata["choices"]
             if choices and value not in choices:
-                raise ValueError(f"{field.name}={value!r}: expected one of {', '.join(choices)}")
-            if field.name in LEAST and value is not None and not value >= LEAST[field.name]:
-                raise ValueError(f"{field.name}={value}: expected at least {LEAST[field.name]}")
-            if field.name in ("forget_loss_cap", "max_retain_loss") and value is not None and not value > 0:
-                raise ValueError(f"{field.name}={value}: expected above 0")
-        if not self.rtt_lrs or min(self.rtt_lrs) <= 0:
-            raise ValueError(f"rtt_lrs={self.rtt_lrs}: expected one or more learning rates above 0")
+                _refuse_old(f"{field.name}={value}")
+                raise ValueError(f"{field.name}={shown(value)}: expected one of {', '.join(choices)}")
+        if not self.rtt_lrs or len(set(self.rtt_lrs)) < len(self.rtt_lrs):
+            raise ValueError(f"rtt_lrs={shown(self.rtt_lrs)}: expected one or more different learning rates above 0")
+        if self.rounds * self.top_k > VISITS:
+            raise ValueError(
+                f"rounds={self.rounds}, top_k={self.top_k}: expected at most {VISITS} visits of blocks in all, each of "
+                "which has a data order of its own"
+            )
         parse_bytes(self.cache_bytes, "cache_bytes")
         if self.cache_bytes is not None and self.cache == "file":
             raise ValueError(
@@ -209,8 +236,6 @@ class KUnBRConfig:
         rule = attribution.RULES.get(self.mask, {})
         if self.mask_ratio is not None and (self.mask == "none" or "threshold" in rule):
             raise ValueError(f"mask_ratio={self.mask_ratio}: mask {self.mask} takes none: leave it out")
-        if self.mask_ratio is not None and not 0 < self.mask_ratio <= 1:
-            raise ValueError(f"mask_ratio={self.mask_ratio}: expected above 0 and at most 1")
         if self.mask != "none" and self.mask_ratio is None and not rule:
             raise ValueError(f"mask {self.mask} has no published ratio: give mask_ratio")
 
@@ -269,29 +294,20 @@ class KUnBRConfig:
     @staticmethod
     def _coerce(name: str, value: Any, hint: Any) -> Any:
         kinds = get_args(hint) or (hint,)
-        if value is None and type(None) in kinds:
-            return None
+        if name == "rtt_lrs":
+            listed = value if isinstance(value, tuple) else (value,)
+            return tuple(check("rtt_lrs entry", lr, NUMBERS[name]) for lr in listed)
+        if name in NUMBERS:
+            return check(name, value, NUMBERS[name], type(None) in kinds)
         if name.endswith("_options"):
             if not isinstance(value, dict):
-                raise ValueError(f"{name}={value!r}: expected a mapping such as {{beta: 0.1}}")
+                raise ValueError(f"{name}={shown(value)}: expected a mapping such as {{beta: 0.1}}")
             return dict(value)
-        if name == "rtt_lrs":
-            if isinstance(value, (int, float)):
-                value = (value,)
-            if isinstance(value, tuple):
-                return tuple(KUnBRConfig._coerce("rtt_lrs entry", v, float) for v in value)
-        if float in kinds and not isinstance(value, bool):
-            try:  # YAML reads 1e-5 as a string
-                number = float(value)
-            except (TypeError, ValueError, OverflowError):
-                number = math.nan
-            if math.isfinite(number):
-                return number
-        elif isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds):
+        if isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds):
             return value
-        words = {type(None): "null", float: "a finite number"}
+        words = {type(None): "null"}
         wanted = " or ".join(words.get(k) or getattr(k, "__name__", str(k)) for k in kinds)
-        raise ValueError(f"{name}={value!r}: expected {wanted}")
+        raise ValueError(f"{name}={shown(value)}: expected {wanted}")
 
     @property
     def retain_size(self) -> int:
@@ -332,7 +348,7 @@ class KUnBRConfig:
 
     def save(self, path: str | Path) -> None:
         with atomic_write(path) as file:
-            file.write(yaml.safe_dump(self.to_dict(), sort_keys=False).encode())
+            file.write(signed(yaml.safe_dump(self.to_dict(), sort_keys=False)).encode())
 
     def changed(self, other: dict[str, Any]) -> dict[str, str]:
         """The settings that differ from `other` (a `to_dict`), each with the stage whose result it changes."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
 from kunbr_fast.evaluation.report import Report, table, write_report
 from kunbr_fast.evaluation.rtt import Fold, RTTResult, rtt_attack
+from kunbr_fast.files.scratch import scratch
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives.criterion import Criterion
@@ -176,10 +176,10 @@ class Demo:
         if attack:
             with (
                 self.reporter.stage(f"{method}, attack", f"{method}: RTT attack") as took,
-                tempfile.TemporaryDirectory(prefix="kunbr-demo-") as scratch,
+                scratch("kunbr-fast-") as folder,
             ):
                 found = rtt_attack(
-                    decoder, self.tokenizer, self.folds, self.config.attack(), scratch, self.reporter.progress
+                    decoder, self.tokenizer, self.folds, self.config.attack(), folder, self.reporter.progress
                 )
             self.attacks[method] = found
             row["rtt"], row["seconds"]["RTT"] = found.accuracy, took.seconds

@@ -7,21 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from kunbr_fast.files.documents import read_json
-from kunbr_fast.files.model_folder import holds_model, is_model_file, within, written_names
+from kunbr_fast.files.model_folder import is_model_file, within, written_names
+from kunbr_fast.files.shown import plain
+from kunbr_fast.files.target import is_picture, is_signed, json_with, model_in
 from kunbr_fast.run.folder import FINISHED, SAVING, CheckpointFolder
 
-REPORTS = ("report.json", "run.yaml", "density.png", "relearning.png")
+_REPORT = json_with("kunbr_fast", "config", "blocks", "density", "losses")
+# what a run writes besides the model, and whether a file of that name is one that a run has written
+REPORTS = {"report.json": _REPORT, "run.yaml": is_signed, "density.png": is_picture, "relearning.png": is_picture}
 
 
 def finished_report(out: str | Path) -> dict[str, Any] | None:
     """The report of the finished run in `out`, or None."""
     path = Path(out) / "report.json"
-    try:
-        report = read_json(path) if path.is_file() else None
-    except ValueError:
-        return None
-    ours = isinstance(report, dict) and report.keys() >= {"kunbr_fast", "config", "blocks", "density", "losses"}
-    return report if ours and isinstance(report["config"], dict) else None
+    return read_json(path) if path.is_file() and _REPORT(path) else None
 
 
 def check_place(out: str | Path, sources: Mapping[str, str | Path | None]) -> None:
@@ -29,12 +28,12 @@ def check_place(out: str | Path, sources: Mapping[str, str | Path | None]) -> No
     if not str(out) or within(Path.cwd(), out):
         raise ValueError(f"the output directory {str(out)!r} is the current one, or holds it: give a folder of its own")
     if Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f"{out}: it is a file: give the result a folder")
+        raise ValueError(f"{plain(out)}: it is a file: give the result a folder")
     for what, source in sources.items():
         if source is not None and within(out, source):
             raise ValueError(
-                f"{out}: it is the folder of {what}, or lies in it, and what a run reads is never overwritten: give "
-                "another output directory"
+                f"{plain(out)}: it is the folder of {what}, or lies in it, and what a run reads is never overwritten: "
+                "give another output directory"
             )
 
 
@@ -48,10 +47,10 @@ def check_output(out: str | Path, source: str | Path, resume: bool, overwrite: b
 
     overwrite: a model, and the result of a finished run, may be replaced; nothing else may.
     """
-    folder, finished = CheckpointFolder(out), finished_report(out)
+    folder = CheckpointFolder(out)
     if not resume and is_finished(out, folder) and not overwrite:
         raise ValueError(
-            f"{out} already holds a finished run: give another output directory, or replace it (overwrite=True)"
+            f"{plain(out)} already holds a finished run: give another output directory, or replace it (overwrite=True)"
         )
     folder.check()
     if resume:
@@ -60,19 +59,19 @@ def check_output(out: str | Path, source: str | Path, resume: bool, overwrite: b
         folder.check_free()
     if folder.phase == SAVING:
         return  # what is there the run has written
-    may = overwrite or folder.overwrites
-    if holds_model(out) and not may:
+    may, model = overwrite or folder.overwrites, model_in(Path(out))
+    if model and not may:
         raise ValueError(
-            f"{out} holds a model, which the result would replace: give another output directory, or replace it "
-            "(overwrite=True)"
+            f"{plain(out)} holds a model ({plain(model.name)}), which the result would replace: give another output "
+            "directory, or replace it (overwrite=True)"
         )
-    names = written_names(source) | set(REPORTS)
+    names = written_names(source) | REPORTS.keys()
     for path in sorted(Path(out).iterdir()) if Path(out).is_dir() else ():
-        name = path.name
-        if name not in names and not is_model_file(name):
+        if path.name not in names and not is_model_file(path.name):
             continue
-        replaceable = finished is not None if name in REPORTS else holds_model(out)
-        if path.is_dir() or not (may and replaceable):
+        ours = REPORTS.get(path.name, lambda path: model is not None)
+        if not may or path.is_symlink() or not path.is_file() or not ours(path):
             raise ValueError(
-                f"{path} was not written by this run, which would replace it: move it, or give another output directory"
+                f"{plain(path)} was not written by this run, which would replace it: move it, or give another output "
+                "directory"
             )

@@ -15,7 +15,7 @@ from kunbr_fast.data import PackedBatch, pack
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.density.attribution import COMPARING, attribute
 from kunbr_fast.files.tensors import WeightSnapshot, load_tensors
-from kunbr_fast.memory import Place, parse_bytes
+from kunbr_fast.memory import Place
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
@@ -36,6 +36,7 @@ from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.reinserted import reinserted
 from kunbr_fast.training.shared import SharedStep
 from kunbr_fast.training.training import Training
+from kunbr_fast.values import parse_bytes
 
 LOSSES = ("forget_loss", "retain_loss")
 

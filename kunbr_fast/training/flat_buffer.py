@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from kunbr_fast.kernels.dispatch import resolve
-from kunbr_fast.kernels.optimizers.op import BETAS, AdamW, Fused, Lion
+from kunbr_fast.kernels.optimizers.op import BETAS, AdamW, Lion, TorchAdamW, Watched
 
 logger = logging.getLogger(__name__)
 _warned: set[str] = set()
@@ -25,7 +25,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     *,
     impl: str = "auto",
-) -> torch.optim.Optimizer:
+) -> Watched:
     """`lion` or `adamw` over `params`; betas default to (0.9, 0.99) and (0.9, 0.999).
 
     Where impl comes to torch, AdamW is `torch.optim.AdamW(fused=True)`, one pass too.
@@ -38,7 +38,7 @@ def make_optimizer(
     if impl not in ("cuda", "triton") and all(
         resolve(name, impl, param.device, param.dtype, size=param.numel()) == "torch" for param in params
     ):
-        return torch.optim.AdamW(params, lr, betas, weight_decay=weight_decay, fused=True)
+        return TorchAdamW(params, lr, betas, weight_decay)
     return AdamW(params, lr, betas, weight_decay, impl=impl)
 
 
@@ -130,21 +130,14 @@ class FlatBuffer:
         parts = flat.split([shape.numel() for shape in self.shapes])
         return [part.view(shape) for part, shape in zip(parts, self.shapes)]
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
+    def step(self, optimizer: Watched) -> None:
         """One update from the accumulated gradient, which is then zero again."""
         grad, half = self._update_grad, None if self.master is None else self._updated
         if self.on_host:
             grad.copy_(self.grad)
         if self._fixed is not None:  # so that no state grows for these weights
             grad.masked_fill_(self._fixed, 0.0)
-        if isinstance(optimizer, Fused):
-            optimizer.update(grad, half)
-        elif half is None:
-            optimizer.step()
-        else:
-            self.param.grad = grad.float()
-            optimizer.step()
-            half.copy_(self.master)
+        optimizer.update(grad, half)
         if self._fixed is not None:  # weight decay asks for no gradient
             self.param.data.masked_scatter_(self._fixed, self._kept)
             if half is not None:

@@ -449,7 +449,7 @@ def test_bad_input(tmp_path, capsys, monkeypatch):
     assert "no variant 'tritn' in these suites: expected some of F.rms_norm, eager" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert cli.main([*QUICK, "--out", str(tmp_path / "file")]) == 2
-    assert "file is a file: name a folder" in capsys.readouterr().err
+    assert "file: is not a folder: name a folder" in capsys.readouterr().err
     for words in (
         ["--repeats", "0"],
         ["--seconds", "-1"],

@@ -223,12 +223,14 @@ def test_only_what_the_rows_have_data_for_is_drawn(tmp_path):
 
 
 def test_pictures_of_an_earlier_report_go_and_others_stay(tmp_path):
-    for name in ("time_norms_2.png", "memory_step.png", "roofline_bfloat16.png", "mine.png", "memory_of_mine.png"):
-        (tmp_path / name).write_bytes(b"old")
+    for name in ("time_norms_2.png", "memory_step.png", "roofline_bfloat16.png"):
+        figures.save(figures.single()[0], tmp_path / name)
+    for name in ("mine.png", "memory_of_mine.png", "time_norms_3.png"):
+        (tmp_path / name).write_bytes(b"not ours")
     first = report.draw(outcomes(rows("optimizer") + rows("density", gflop=1.0)), tmp_path)
     second = report.draw(outcomes(rows()), tmp_path)
     assert {path.name for _, path in first} > {"speedup_optimizer.png", "roofline_float32.png"}
-    names = {path.name for _, path in second} | {"mine.png", "memory_of_mine.png"}
+    names = {path.name for _, path in second} | {"mine.png", "memory_of_mine.png", "time_norms_3.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 

@@ -201,16 +201,16 @@ def test_rtt_prints_the_curve_and_resumes(workspace, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == {k: v for k, v in first.items() if k != "belongs_to"}
     assert json.loads(out.read_text()) == first
     for change, message in [
-        (["--seed", "1"], "seed = 0 changed"),
-        (["--forget", *command[4:5], str(workspace / "r.jsonl")], "the model or the questions changed"),
+        ([*command, "--seed", "1"], "seed = 0 changed"),
+        ([*command[:5], str(workspace / "r.jsonl"), *command[6:]], "the model or the questions changed"),
     ]:
         out.write_text(json.dumps(half))
-        assert cli.main([*command, "--resume", *change]) == 2
+        assert cli.main([*change, "--resume"]) == 2
         assert f"{out}: {message}" in capsys.readouterr().err
     for content in ("{", "[]", '{"curves": []}'):
         out.write_text(content)
         assert cli.main([*command, "--resume"]) == 2
-        assert f"{out}: not a file of kunbr-fast rtt" in capsys.readouterr().err
+        assert f"--out {out}: exists and is not an attack's result of kunbr-fast" in capsys.readouterr().err
 
 
 def test_doctor(capsys):

@@ -100,18 +100,18 @@ def test_rounding_is_torchs(emulator):
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
-def step_of(emulator, name, tensors, half, values, step, seed=None, wide=1):
+def step_of(emulator, name, tensors, half, values, step, seed=None, wide=1, bad=None):
     """One step by the kernel, in place."""
     types = [int(tensors[i].dtype == BF16) for i in (0, 1, 2)] + [int(half is not None and half.dtype == BF16)]
     half = None if half is None else ctypes.c_void_p(half.data_ptr())
     vectors = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
     size, types = ctypes.c_int64(tensors[0].numel()), (ctypes.c_int * 4)(*types)
     rounding = (int(seed is not None), ctypes.c_uint64(seed or 0))
-    number = ctypes.c_uint32(step)
+    number, bad = ctypes.c_uint32(step), None if bad is None else ctypes.c_void_p(bad.data_ptr())
     if name == "lion":
-        arguments = (*vectors, half, types, size, *numbers(*values), *rounding, number, wide)
+        arguments = (*vectors, half, types, size, *numbers(*values), *rounding, number, bad, wide)
     else:
-        arguments = (*vectors, half, types, size, number, *numbers(*values), *rounding, wide)
+        arguments = (*vectors, half, types, size, number, *numbers(*values), *rounding, bad, wide)
     assert getattr(emulator, f"emulate_{name}")(*arguments) == 0
 
 
@@ -157,6 +157,39 @@ def test_types_of_vectors(emulator, name, dtypes):
         for mine, true in zip(ours, wide):
             assert torch.equal(mine, true.to(mine.dtype))
         assert copy is None or torch.equal(copy, ours[0].to(copy.dtype))
+
+
+def spoiled(name, size, at, what):
+    """Vectors of one step, one value of which will not be finite where it is stored: bf16 copy of an fp32 weight."""
+    tensors, half = vectors_of(name, size, (FP32, FP32, FP32, BF16))
+    if what == "copy":
+        tensors[0][at] = 3.4e38  # finite in fp32, rounded up to infinity in bf16
+    elif what == "gradient":
+        tensors[1][at] = torch.nan
+    else:  # the state alone: beyond fp32 with AdamW; Lion's sign hides what its momentum shows
+        tensors[1][at] = 3e38 if name == "adamw" else torch.inf
+    return tensors, half
+
+
+@pytest.mark.parametrize("what", ["copy", "gradient", "state"])
+@pytest.mark.parametrize("at", [0, 16383, 16384 + 76], ids=["first", "last of a block", "last"])
+@pytest.mark.parametrize("name", ["lion", "adamw"])
+def test_what_is_not_finite_sets_the_flag(emulator, name, at, what):
+    size, dtypes = 16384 + 77, (FP32, FP32, FP32, BF16)
+    for aligned in (1, 0):
+        for spoil in (what, None):
+            tensors, half = spoiled(name, size, at, spoil) if spoil else vectors_of(name, size, dtypes)
+            plain, bad = [[t.clone() for t in (*tensors, half)] for _ in range(2)], torch.zeros(1, dtype=torch.int32)
+            step_of(emulator, name, plain[0][:-1], plain[0][-1], VALUES[name], 3, wide=aligned)
+            step_of(emulator, name, plain[1][:-1], plain[1][-1], VALUES[name], 3, wide=aligned, bad=bad)
+            for ours, theirs in zip(*plain):  # looking changes no bit
+                assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+            written = [t for number, t in enumerate(plain[1]) if number != 1]
+            assert any(bool((~t.isfinite()).any()) for t in written) == (spoil is not None) == bool(bad)
+    bad.fill_(1)  # a step that is fine does not clear it
+    tensors, half = vectors_of(name, 40, dtypes)
+    step_of(emulator, name, tensors, half, VALUES[name], 3, bad=bad)
+    assert int(bad) == 1
 
 
 @pytest.mark.parametrize("wide", [1, 0])

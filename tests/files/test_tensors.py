@@ -1,5 +1,8 @@
 """Snapshots of a model's weights: bit for bit, whole or absent, and errors that name the file."""
 
+import os
+import stat
+
 import pytest
 import torch
 from helpers import refused
@@ -107,6 +110,18 @@ def test_a_disk_that_refuses_is_an_os_error_whichever_library_writes(tmp_path):
     with refused("could not write the model to .*out: File too large"):
         save_model(small, tokenizer(), tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out"]
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022, 0o002])
+def test_a_saved_model_has_the_permissions_of_any_new_file(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        save_model(tiny_model(dtype=torch.float32), tokenizer(), tmp_path / "out")
+    finally:
+        os.umask(before)
+    found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= found.keys()
+    assert found == dict.fromkeys(found, 0o666 & ~mask)
 
 
 @pytest.mark.parametrize("length", [0, 5, 500, -1])

@@ -20,6 +20,7 @@ from tiny_models import random_samples, tiny_model
 from trainer_runner import CONFIG, STEPS, data, trainer
 
 import kunbr_fast as kf
+from kunbr_fast.integrations import driven_stages, hf_trainer
 from kunbr_fast.model import patch
 
 RUNNER = Path(__file__).parent.parent.joinpath("trainer_runner.py")
@@ -428,6 +429,54 @@ def test_an_exception_leaves_the_original(truth, tmp_path):
         run.remove_callback(Fails)
         run.train()  # the same trainer again
         equal(weights(model), truth(insertion="cumulative"))
+
+
+@pytest.mark.parametrize("where", ["on_train_end", "on_log", "merge"])
+def test_an_exception_at_the_end_leaves_the_original(where, truth, tmp_path, monkeypatch):
+    """In a callback before or after the merge, or half way through it."""
+    run = trainer(tmp_path)
+    start = weights(run.model)
+
+    def fails(*args, **kwargs):
+        if where != "on_log" or "train_runtime" in kwargs["logs"]:
+            raise RuntimeError("no room on the server of logs")
+
+    class Fails(tf.TrainerCallback):
+        pass
+
+    with monkeypatch.context() as patching:
+        if where == "merge":
+            place = driven_stages.DrivenStages.merge
+
+            def half(stages, trained):
+                place(stages, dict(list(trained.items())[:1]))
+                assert any(not torch.equal(p, start[name]) for name, p in run.model.named_parameters())
+                fails()
+
+            patching.setattr(driven_stages.DrivenStages, "merge", half)
+        else:
+            setattr(Fails, where, fails)
+            run.add_callback(Fails())
+        with pytest.raises(RuntimeError, match="no room"):
+            run.train()
+    equal(weights(run.model), start)
+    run.remove_callback(Fails)
+    run.train()
+    equal(weights(run.model), truth())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_removed_costs_no_result(truth, tmp_path, monkeypatch, caplog):
+    def refuses(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    run = trainer(tmp_path)
+    monkeypatch.setattr(hf_trainer.shutil, "rmtree", refuses)
+    (tmp_path / "kunbr").mkdir()
+    run._open = lambda resume, real=run._open: real(True)  # which leaves the folder that a new training would remove
+    assert run.train().global_step == STEPS
+    equal(weights(run.model), truth())
+    assert "the training is done, but" in caplog.text and "Permission denied" in caplog.text
 
 
 def test_stopped_early(tmp_path):

@@ -94,10 +94,10 @@ FP32, BF16, INT32 = 0, 1, 3
 
 LION = dict(param=AT, param_type=FP32, grad=AT, grad_type=FP32, momentum=AT, momentum_type=FP32, half=None, half_type=0)
 LION |= dict(size=8, lr=1e-3, beta1=0.9, beta2=0.99, weight_decay=0.0, stochastic=0, seed=0, step=0)
-LION |= dict(stream=None)
+LION |= dict(bad=None, stream=None)
 ADAMW = dict(param=AT, param_type=FP32, grad=AT, grad_type=FP32, exp_avg=AT, exp_avg_sq=AT, state_type=FP32)
 ADAMW |= dict(half=None, half_type=0, size=8, step=1, lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)
-ADAMW |= dict(stochastic=0, seed=0, stream=None)
+ADAMW |= dict(stochastic=0, seed=0, bad=None, stream=None)
 
 
 def sizes(*values):
@@ -131,6 +131,7 @@ BAD = [
     ("lion", dict(beta1=1.0), VALUE, "betas=(1, 0.99)"),
     ("lion", dict(weight_decay=-0.5), VALUE, "weight_decay=-0.5"),
     ("lion", dict(stochastic=1), TYPE, "stochastic rounding is for a bf16 param"),
+    ("lion", dict(bad=AT + 2), ALIGNMENT, "bad is not aligned to its elements of 4 bytes"),
     ("adamw", dict(exp_avg=None), NULL, "exp_avg is NULL"),
     ("adamw", dict(exp_avg_sq=None), NULL, "exp_avg_sq is NULL"),
     ("adamw", dict(state_type=4), TYPE, "exp_avg has type 4"),
@@ -271,7 +272,7 @@ def test_a_library_that_is_not_there(tmp_path, monkeypatch):
 
 def test_a_library_of_another_version(library, monkeypatch):
     monkeypatch.setattr(cuda_library, "ABI_VERSION", 999)
-    with pytest.raises(OSError, match=r"has interface 2 and this Python code 999: .*python csrc/build\.py"):
+    with pytest.raises(OSError, match=r"has interface 3 and this Python code 999: .*python csrc/build\.py"):
         cuda_library.open_library(library._name)
 
 

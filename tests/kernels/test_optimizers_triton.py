@@ -141,6 +141,85 @@ def test_adamw_shows_what_is_not_finite(bad):
     assert bool(ours[0][7].isnan()) and torch.equal(ours[0][others], clean[0][others])
 
 
+# ---------------------------------------------------------------- the flag
+
+
+def flag(value=0):
+    return torch.full((1,), value, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("module", [lion, reference], ids=["triton", "torch"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
+@pytest.mark.parametrize("name", ["lion", "adamw"])
+def test_the_flag_tells_what_is_not_finite(name, dtypes, module):
+    """Wherever it is, whatever it is in; and looking changes no bit."""
+    for size in (5, 1024, 2 * 1024 + 123):
+        for at in {0, size // 2, size - 1}:
+            for what, number in ((0, 1e30), (1, torch.nan), (1, -torch.inf), (2, torch.inf), (-1, torch.inf), (0, 0)):
+                tensors, copy = vectors(name, size, dtypes)
+                tensors[what][at] = number
+                bad = flag()
+                ours = run(module, name, tensors, values(name, 0.0, 3), copy, bad=bad)
+                same = run(module, name, tensors, values(name, 0.0, 3), copy)
+                written = [t for i, t in enumerate(ours) if i != 1 and t is not None]
+                assert bool(bad) == any(not bool(t.isfinite().all()) for t in written), (size, at, what, number)
+                assert bool(bad) or number in (0, 1e30)
+                for a, b in zip(ours, same):
+                    assert a is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("module", [lion, reference], ids=["triton", "torch"])
+@pytest.mark.parametrize("name", ["lion", "adamw"])
+def test_a_flag_is_never_cleared(name, module):
+    tensors, copy = vectors(name, 1030, DTYPES[1])
+    bad = flag(1)
+    run(module, name, tensors, values(name, 0.1, 3), copy, bad=bad)
+    assert int(bad) == 1
+    run(module, name, [t[:0] for t in tensors], values(name, 0.1, 3), copy[:0], bad=bad)
+    assert int(bad) == 1
+
+
+def test_what_no_kernel_could_write_is_refused():
+    tensors, _ = vectors("lion", 30, DTYPES[0])
+    for bad in (torch.zeros(1, device=DEVICE), torch.zeros(2, dtype=torch.int32, device=DEVICE)):
+        with pytest.raises(ValueError, match=r"bad: got .*, expected one int32 on"):
+            lion.lion_(*tensors, *values("lion", 0.0, 1), bad=bad)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("name", ["lion", "adamw"])
+def test_an_optimiser_knows_whether_it_left_finite_values(name, impl):
+    """Also of a copy alone, by torch's own AdamW, and with several parameters."""
+    for dtype, copied in ((FP32, None), (FP32, FP16), (FP32, BF16), (BF16, None)):
+        param = nn.Parameter(random(40, dtype))
+        half = None if copied is None else torch.empty(40, dtype=copied, device=DEVICE)
+        optimizer = make_optimizer(name, [param], 1e-3, impl=impl)
+        assert optimizer.left_finite() and optimizer.flags() == []
+        for _ in range(2):
+            optimizer.update(random(40, FP32, seed=1), half)
+        assert optimizer.left_finite()
+        with torch.no_grad():
+            param[39] = 1e5 if copied == FP16 else 3.4e38 if copied == BF16 else torch.inf
+        optimizer.update(random(40, FP32, seed=2), half)
+        assert bool(param.isfinite().all()) == (copied is not None) and not optimizer.left_finite()
+        with torch.no_grad():
+            param[39] = 1.0
+        optimizer.update(random(40, FP32, seed=3), half)
+        assert not optimizer.left_finite()
+        optimizer.reset_flags()
+        optimizer.update(random(40, FP32, seed=4), half)
+        assert optimizer.left_finite()
+    params = [nn.Parameter(random(n)) for n in (3, 5)]
+    optimizer = make_optimizer(name, params, 1e-3, impl=impl)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.left_finite()
+    params[1].grad[2] = torch.nan
+    optimizer.step()
+    assert not optimizer.left_finite()
+
+
 # ---------------------------------------------------------------- stochastic rounding
 
 
@@ -356,7 +435,7 @@ def test_choice(name, monkeypatch):
     assert optim.implementation(name, single, "auto") == ("triton", getattr(lion, f"{name}_"))
     kind = {"lion": Lion, "adamw": AdamW}[name]
     assert type(make_optimizer(name, [single], 1e-3)) is kind
-    assert type(make_optimizer(name, [double], 1e-3)) is (Lion if name == "lion" else torch.optim.AdamW)
+    assert type(make_optimizer(name, [double], 1e-3)) is (Lion if name == "lion" else optim.TorchAdamW)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     dispatch.register(name, "triton", dispatch.triton_why_not)
     with pytest.raises(dispatch.Unavailable, match=f'{name}: impl="triton" cannot run on cpu: needs a CUDA device'):

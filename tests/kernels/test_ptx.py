@@ -65,6 +65,8 @@ KINDS = {
             "test_one_step_against_fp64[adamw-0.1-1000-3195-bfloat16-float32-float32-]",
             "test_memory_beyond_the_end_is_left_alone[adamw]",
             "test_rounding_to_nearest[float32]",
+            "test_the_flag_tells_what_is_not_finite[lion-float32-bfloat16-float32-bfloat16-triton]",
+            "test_the_flag_tells_what_is_not_finite[adamw-float32-float16-float32-float16-triton]",
         ],
         ["lion_kernel", "adamw_kernel"],
     ),

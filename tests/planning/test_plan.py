@@ -18,7 +18,6 @@ from kunbr_fast.data import encode, load_records, pack
 from kunbr_fast.density.measure import knowledge_density
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.models import load_tokenizer
-from kunbr_fast.memory import parse_bytes
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.patch import fused
@@ -28,6 +27,7 @@ from kunbr_fast.planning.machines import Setup
 from kunbr_fast.planning.plan import duration, plan
 from kunbr_fast.planning.predict import ACCURACY_BATCH, Run
 from kunbr_fast.training.full import FullTraining
+from kunbr_fast.values import parse_bytes
 
 SHAPE = dict(vocab_size=499, hidden_size=128, intermediate_size=344, num_hidden_layers=6, num_attention_heads=4)
 ROTARY = dict(**SHAPE, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)
@@ -322,8 +322,9 @@ def run(capsys, *arguments):
 
 
 def test_the_command(tmp_path, capsys):
-    write(tmp_path / "config.json", L8)
-    common = ["--model", str(tmp_path), "--gpu-memory", "24GiB", "--gpu", "4090", "--unlearned", "--no-rtt"]
+    (tmp_path / "model").mkdir()
+    write(tmp_path / "model" / "config.json", L8)
+    common = ["--model", str(tmp_path / "model"), "--gpu-memory", "24GiB", "--gpu", "4090", "--unlearned", "--no-rtt"]
     common += ["--num-blocks", "16", "--top-k", "12"]
     status, out, _ = run(capsys, *common, "--out", str(tmp_path / "run.yaml"))
     assert status == 0 and out.startswith("PREDICTED, not measured: llama, 8.03 billion parameters in bfloat16")

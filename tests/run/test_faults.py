@@ -141,14 +141,26 @@ def test_resume_refuses_settings_that_finished_results_depend_on(option, name, w
     assert f"{name} was" in refusal(capsys, arguments(workspace, interrupted, option, value, "--resume"))
 
 
-@pytest.mark.parametrize("which", ["warmup.safetensors", "blocks.0.2-4-step-2.safetensors"])
-def test_a_damaged_checkpoint_is_found_by_its_checksum(which, workspace, interrupted, capsys):
-    path = interrupted / "kunbr-checkpoints" / which
+def damage(path):
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
+
+
+def test_a_damaged_result_of_a_stage_is_found_by_its_checksum(workspace, interrupted, capsys):
+    path = interrupted / "kunbr-checkpoints" / "warmup.safetensors"
+    damage(path)
     error = refusal(capsys, arguments(workspace, interrupted, "--resume"))
     assert str(path) in error and "damaged (SHA-256" in error
+
+
+def test_damaged_progress_falls_back_to_the_beginning_of_the_stage(workspace, interrupted, truth, capsys):
+    path = interrupted / "kunbr-checkpoints" / "blocks.0.2-4-step-2.safetensors"
+    damage(path)
+    command = [part for part in arguments(workspace, interrupted, "--resume") if part != "--quiet"]
+    assert cli.main(command) == 0
+    assert f"{path} is damaged or missing: blocks.0.2-4 goes on from its beginning" in capsys.readouterr().err
+    same(interrupted, truth("independent"))
 
 
 def test_a_damaged_state_file_is_named(workspace, interrupted, capsys):

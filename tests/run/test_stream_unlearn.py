@@ -289,11 +289,7 @@ def test_wrong_options(text, tmp_path, capsys):
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     for arguments, message in (
         (command(text, tmp_path / "out", "--stream", unlearned=None), "give it with --unlearned DIR"),
-        (command(text, tmp_path / "out", "--stream-cache", "1GiB"), "--stream-cache 1GiB without --stream"),
-        (
-            command(text, tmp_path / "out", "--stream", "--stream-cache", "much"),
-            "--stream-cache='much': expected bytes",
-        ),
+        (command(text, tmp_path / "out", "--stream-cache", "1GiB"), "--stream-cache without --stream"),
         (command(text, tmp_path / "out", "--stream", model=pickled), "pickled weights are not loaded"),
     ):
         assert cli.main(arguments) == 2

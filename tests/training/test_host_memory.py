@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kunbr_fast as kf
 from kunbr_fast import memory
 from kunbr_fast.data.schedule import Schedule
-from kunbr_fast.memory import parse_bytes
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.prefix_cache import PrefixCache, Rows
 from kunbr_fast.training.approximation import cosine
+from kunbr_fast.values import parse_bytes
 
 # ---------------------------------------------------------------- the optimiser on the host
 

@@ -186,7 +186,7 @@ def test_settings_of_a_mask():
         ({"mask": "x"}, "mask='x': expected one of none, grad"),
         ({"mask_ratio": 0.5}, "mask_ratio=0.5: mask none takes none"),
         ({"mask": "memflex", "mask_ratio": 0.5}, "mask_ratio=0.5: mask memflex takes none"),
-        ({"mask": "wagle", "mask_ratio": 1.5}, "mask_ratio=1.5: expected above 0 and at most 1"),
+        ({"mask": "wagle", "mask_ratio": 1.5}, "mask_ratio=1.5: expected a number above 0 and at most 1"),
         ({"mask": "grad"}, "mask grad has no published ratio: give mask_ratio"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,41 @@
+"""What the options of a command write, checked before it begins; and whether --resume would go on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from kunbr_fast.files.target import FileKind, FolderKind, Target, check
+
+# Options that name what is read, of all commands. `plan --unlearned` is a flag.
+INPUTS = (
+    "model", "unlearned", "base", "models", "config", "compare", "report",
+    "forget", "retain", "forget_questions", "retain_questions",
+)  # fmt: skip
+# What there is in --out of a command that was interrupted.
+KEPT = {"merge": "merge.partial.json", "rtt": "", "bench": "results.csv"}
+
+
+def check_outputs(arguments: argparse.Namespace, writes: Mapping[str, FileKind | FolderKind]) -> None:
+    """ValueError for an option in `writes` whose target is not ours to replace, or cannot be written."""
+    targets = [Target(option(name), given, writes[name]) for name, given in named(arguments, writes)]
+    check(targets, [(option(name), given) for name, given in named(arguments, INPUTS)])
+
+
+def named(arguments: argparse.Namespace, names) -> list[tuple[str, str]]:
+    """(name, path) of those that are given, one for each path."""
+    found = [(name, getattr(arguments, name, None)) for name in names]
+    lists = [(name, value if isinstance(value, list) else [value]) for name, value in found]
+    return [(name, path) for name, paths in lists for path in paths if isinstance(path, str)]
+
+
+def option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def resumes(arguments: argparse.Namespace) -> bool:
+    """Whether --resume would find something of this command in --out."""
+    out = getattr(arguments, "out", None)
+    return bool(out) and arguments.command in KEPT and os.path.exists(Path(out) / KEPT[arguments.command])
