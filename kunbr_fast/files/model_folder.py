@@ -17,9 +17,9 @@ _PART = re.compile(r".*\.(json|txt|model|jinja|safetensors)")  # of those in a m
 
 
 def within(path: str | Path, folder: str | Path) -> bool:
-    """Whether a path, which may not be there yet, is `folder` or lies in it, by any name and over any link."""
-    folder, path = Path(folder), Path(path).resolve()
-    return folder.exists() and any(p.exists() and p.samefile(folder) for p in (path, *path.parents))
+    """Whether `path` is `folder` or lies in it, by any name and over any link. Neither needs to be there yet."""
+    folder, path = Path(folder).resolve(), Path(path).resolve()
+    return any(p == folder or (p.exists() and folder.exists() and p.samefile(folder)) for p in (path, *path.parents))
 
 
 def written_names(source: str | Path) -> set[str]:

@@ -167,7 +167,7 @@ class Stages(Run):
 
     def density(self) -> Density:
         if (found := self.state.result(DENSITY)) is not None:
-            return Density.from_dict(found["density"])
+            return self._recorded(Density.from_dict(found["density"]))
         says = f"knowledge density of {self.decoder.num_layers} layers over {len(self.samples.forget)} forget samples"
         with self.reporter.stage(DENSITY, says) as took:
             density = knowledge_density(
@@ -183,6 +183,14 @@ class Stages(Run):
                 group=self.group,
             )
         self.state.finish(DENSITY, {"density": density.to_dict(), "seconds": took.seconds})
+        return density
+
+    def _recorded(self, density: Density) -> Density:
+        if len(density.per_layer) != self.decoder.num_layers:
+            raise ValueError(
+                f"{self.state.path}: a density of {len(density.per_layer)} layers, the model has "
+                f"{self.decoder.num_layers}: start again in another directory"
+            )
         return density
 
     def select(self, density: Density) -> list[range]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
 
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.shown import shown
@@ -17,7 +19,48 @@ _STAGES = re.compile(
     r"|blocks\.[0-9]{1,9}\.[0-9]{1,9}-[0-9]{1,9}",
     re.DOTALL,
 )
+# what a stage's result has, by its group; the file may be gone once a later round has replaced it
+_HAS = {
+    "begin": ["unlearned_given"],
+    "density": ["density", "seconds"],
+    "selection": ["blocks"],
+    "reference": ["file", "seconds"],
+    "blocks": ["file", "epochs"],
+    "evaluation": ["accuracy", "seconds"],
+    "rtt": ["rows", "seconds"],
+}
 Losses = dict[str, float | None]
+
+
+class Measured(TypedDict):
+    """As `Density.to_dict` writes it."""
+
+    per_layer: list[float]
+    per_module: dict[str, float | None]
+    num_weights: list[int]
+    num_samples: int
+    modules: str
+    statistic: str
+    reduction: str
+    sample_fraction: float | None
+    standard_error: list[float] | None
+    alignment: list[float] | None
+
+
+class Accuracy(TypedDict):
+    plain: float
+    calibrated: float | None
+    num_questions: int
+
+
+class Row(TypedDict):
+    """Of the attack."""
+
+    fold: str
+    lr: float
+    epoch: int
+    plain: float
+    calibrated: float | None
 
 
 class Result(TypedDict, total=False):
@@ -27,22 +70,24 @@ class Result(TypedDict, total=False):
     sha256: str
     seconds: float
     epochs: list[Losses]
-    accuracy: dict[str, dict[str, float | int | None]]
+    accuracy: dict[str, Accuracy]
     given: str
-    density: dict[str, Any]
+    density: Measured
     blocks: list[tuple[int, int]]
-    rows: list[dict[str, Any]]
+    rows: Annotated[list[Row], Meta(min_length=1)]
     gradient_cosine: float
     cache_error: dict[str, float]
     unlearned_given: bool
 
 
 class Account(TypedDict):
-    """Of the losses of a stage in progress, and what its training needs besides tensors."""
+    """Of the steps that are done, besides tensors."""
 
     epochs: list[Losses]
     sums: dict[str, float | None] | None
     recent: list[float]
+    seconds: float
+    micro_batch_tokens: int | None
 
 
 class Kept(TypedDict):
@@ -51,8 +96,8 @@ class Kept(TypedDict):
 
 
 class Progress(Kept):
-    step: int
-    extra: dict[str, Any]
+    step: Annotated[int, Meta(ge=0, le=10**12)]
+    extra: Account
     confirmed: bool
 
 
@@ -75,6 +120,8 @@ def check_state(state: Mapping[str, Any], path: Path) -> None:
     for stage, result in state["stages"].items():
         _check_stage(stage, path)
         _check_name(result, stage, None, path)
+        if missing := [key for key in _HAS.get(stage.partition(".")[0], ()) if key not in result]:
+            raise ValueError(f"{path}: {shown(stage)} has no {missing[0]}: {_CURE}")
     for stage, entries in state["progress"].items():
         _check_stage(stage, path)
         for entry in entries:
