@@ -2,7 +2,7 @@
 
 import sys
 
-from kunbr_fast.cli.main import main
+from kunbr_fast.cli.entry import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -129,7 +129,7 @@ def test_kernels_in_the_checkout(installed):
 def test_metadata(installed):
     (found,) = (d for d in metadata.distributions(path=[str(installed[0])]) if d.name == "kunbr-fast")
     assert found.version == __version__
-    assert {e.name: e.value for e in found.entry_points} == {"kunbr-fast": "kunbr_fast.cli.main:main"}
+    assert {e.name: e.value for e in found.entry_points} == {"kunbr-fast": "kunbr_fast.cli.entry:main"}
     assert found.read_text("top_level.txt").split() == ["kunbr_fast"]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kunbr_fast.benchmarks.rows import Outcome
-from kunbr_fast.evaluation.figures import BLUE, GREEN, GREY, ORANGE
+from kunbr_fast.evaluation.figures import BLUE, GREEN, GREY, ORANGE, label
 
 OURS = (ORANGE, "#E69F00", "#CC79A7", "#8B2E00")
 RIVALS = (BLUE, "#56B4E9", GREEN, GREY, "#1B3A57", "#00404D")
@@ -43,9 +43,7 @@ def more(count: int) -> str:
     return f" ({count} more in the CSV)" if count > 0 else ""
 
 
-def short(text: str, length: int) -> str:
-    text = text.replace("$", r"\$")  # no formulas
-    return text if len(text) <= length else text[: length - 1] + "…"
+short = label
 
 
 def number(value: float) -> str:

@@ -148,7 +148,8 @@ class Child:
         self.output = self.process.stdout
         os.set_blocking(self.output.fileno(), False)
         self.text, self.heard = b"", time.monotonic()
-        job = {"work": work, "device": str(device), "targets": [dataclasses.asdict(t) for t in targets]}
+        asked = [dataclasses.asdict(target) for target in targets]
+        job = {"work": work, "device": str(device), "targets": asked, "parent": os.getpid()}
         try:
             self.process.stdin.write(json.dumps(job).encode() + b"\n")
             self.process.stdin.flush()

@@ -16,6 +16,10 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
+from kunbr_fast.cli import process
+from kunbr_fast.cli.outcome import outcome
+from kunbr_fast.cli.usage import Parser
+from kunbr_fast.files.shown import plain
 from kunbr_fast.version import __version__
 
 COMMANDS = {
@@ -34,10 +38,11 @@ TOGETHER = ("unlearn", "density")  # what several processes can run
 OPTIONS = {"resume", "overwrite", "unlearned", "stream", "forget", "retain", "gpu_memory", "gpu", "gpus"}
 
 
-def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+def parser(argv: Sequence[str] = ()) -> Parser:
     """The command line, with the arguments of the command in `argv` alone."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="kunbr-fast",
+        commands=COMMANDS,
         description="Fast re-insertion unlearning (KUnBR, arXiv 2511.11667) for Hugging Face causal language models.",
     )
     top.add_argument("--version", action="version", version=f"kunbr-fast {__version__}")
@@ -49,35 +54,58 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
             module = importlib.import_module(f"kunbr_fast.cli.{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
+            top.chosen = command
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0; 1 where `bench` or `prove` found a wrong result, or `bench` a regression; 2 for bad input, with
     one line on standard error; 3 where training diverged; 4 where another of several processes has failed; 130 for
-    Ctrl-C.
+    Ctrl-C, 143 for SIGTERM, 129 for SIGHUP; 141 where the reader of standard output has gone.
 
-    Anything else is a bug and keeps its traceback.
+    Anything else is a bug and keeps its traceback. argv: None for the process's own, whose signals and streams are then
+    the command line's.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is not None:
+        return _main(argv)
+    process.begin()
+    try:
+        status = _main(sys.argv[1:])
+    except SystemExit as stop:  # argparse's
+        status = stop.code
+    return process.finished(status)
+
+
+def _main(argv: Sequence[str]) -> int:
     arguments = parser(argv).parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if getattr(arguments, "quiet", False):
         _no_progress_bars()
-    arguments.group, arguments.status, arguments.stop = None, 0, None
-    try:
-        with _together(arguments):
-            result = arguments.run(arguments)
-    except (Exception, KeyboardInterrupt) as error:
-        status, text = _status(error, arguments)
-        if status is None:
-            raise
-        if text:
-            print(f"{_name(arguments)}: {_with_options(text)}", file=sys.stderr, flush=True)
-        return status
-    if arguments.json and _speaks(arguments):
-        print(json.dumps(result, indent=2))
+    arguments.group, arguments.status = None, 0
+    with process.working() as caught:
+        arguments.stop = caught.stop
+        try:
+            if sys.stdout is None:
+                raise ValueError("standard output is closed: give it a file or a reader, or /dev/null")
+            with _together(arguments):
+                result = arguments.run(arguments)
+            if arguments.json and _speaks(arguments):
+                print(json.dumps(result, indent=2))
+            sys.stdout.flush()
+        except (Exception, KeyboardInterrupt) as error:
+            status, text = outcome(error, arguments, caught, _speaks(arguments))
+            if status is None:
+                raise
+            if text:
+                with contextlib.suppress(OSError):
+                    print(f"{_name(arguments)}: {_one_line(_with_options(text))}", file=sys.stderr, flush=True)
+            return status
     return arguments.status
+
+
+def _one_line(text: str) -> str:
+    """Without anything that a terminal obeys, whatever is in a name or a library's message."""
+    return plain(" ".join(text.split()), 4000)
 
 
 @contextlib.contextmanager
@@ -130,29 +158,3 @@ def _no_progress_bars() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-
-
-def _status(error: BaseException, arguments: argparse.Namespace) -> tuple[int | None, str]:
-    """(exit status, what is said on standard error) for an exception; None for a bug."""
-    resumes = hasattr(arguments, "resume") and arguments.out is not None
-    kept = "what was finished is kept, --resume goes on" if resumes else ""
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted" + ("; " + kept if kept else "")
-    if isinstance(error, OSError) and error.filename is not None:
-        return 2, f"{error.filename}: {error.strerror}"
-    if isinstance(error, (ValueError, OSError, FloatingPointError)):
-        return 2, str(error)
-    from kunbr_fast.kernels.dispatch import Unavailable
-    from kunbr_fast.memory import OutOfMemory
-    from kunbr_fast.parallel.group import ProcessGone
-    from kunbr_fast.training.diverged import Diverged
-
-    if isinstance(error, ProcessGone):
-        silent = error.told and not _speaks(arguments)  # the process that failed has said why
-        return 4, "" if silent else str(error) + ("; " + kept if kept else "")
-    if isinstance(error, OutOfMemory):
-        return 2, str(error) + (" W" + kept[1:] if kept else "")
-    if isinstance(error, Diverged):
-        state = f". The last good state is kept in {arguments.out}; --resume goes on from there"
-        return 3, str(error) + (state if resumes else "")
-    return (2, str(error)) if isinstance(error, Unavailable) else (None, "")

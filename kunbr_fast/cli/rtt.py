@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,14 @@ from kunbr_fast.cli.argument_types import path_name
 from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds
 from kunbr_fast.cli.outputs import check_outputs
+from kunbr_fast.cli.terminal import show
+from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_relearning
-from kunbr_fast.evaluation.rtt import RTTResult, rtt_attack
+from kunbr_fast.evaluation.rtt import Curves, Fold, RTTConfig, RTTResult, finished_attacks, rtt_attack
 from kunbr_fast.files.atomic import write_json
+from kunbr_fast.files.documents import read_json
 from kunbr_fast.files.scratch import scratch
+from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.target import PICTURE, FileKind, json_with
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
@@ -56,7 +60,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     attack = config.attack()
     belongs = {name: value for name, value in dataclasses.asdict(attack).items() if name != "lrs"}
     belongs["run"] = fingerprint(model, *(part for fold in folds for part in (fold.train_records, fold.questions)))
-    done = _finished_attacks(out, belongs) if arguments.resume and out.is_file() else []
+    done = _finished_attacks(out, belongs, folds, attack) if arguments.resume and out.is_file() else []
 
     def keep(rows: list[dict]) -> None:
         done.extend(rows)
@@ -68,32 +72,42 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if out is not None:
         write_json(out, {"belongs_to": belongs, **result.to_dict()})
     if arguments.plot:
-        plot_relearning({Path(arguments.model).name: result}, arguments.plot)
+        named = {Path(arguments.model).resolve().name: result}
+        arguments.status = 0 if drawn(arguments.plot, lambda: plot_relearning(named, arguments.plot)) else 1
     if not arguments.json:
         _print(result)
     return result.to_dict()
 
 
 def _print(result: RTTResult) -> None:
-    print("learning rate | accuracy after each epoch (0 = before), mean over folds")
+    show("learning rate | accuracy after each epoch (0 = before), mean over folds")
     for lr in result.lrs:
         for key in ("plain", "calibrated"):
             if (curve := result.curve(lr, key)) is not None:
-                print(f"{lr:13g} | {'  '.join(f'{value:6.1%}' for value in curve)}  {key}")
+                show(f"{lr:13g} | {'  '.join(f'{value:6.1%}' for value in curve)}  {key}")
     lr, epoch = result.best
     calibrated = "" if result.calibrated_accuracy is None else f", calibrated {result.calibrated_accuracy:.1%}"
-    print(f"RTT accuracy {result.accuracy:.1%} (lr {lr:g}, epoch {epoch}){calibrated}; before {result.before:.1%}")
+    show(f"RTT accuracy {result.accuracy:.1%} (lr {lr:g}, epoch {epoch}){calibrated}; before {result.before:.1%}")
 
 
-def _finished_attacks(path: Path, belongs: dict[str, Any]) -> list[dict]:
+class _Kept(Curves):
+    belongs_to: dict[str, Any]
+
+
+def _finished_attacks(path: Path, belongs: dict[str, Any], folds: Sequence[Fold], attack: RTTConfig) -> list[dict]:
     """The curves in an earlier --out, if they are of this model, these questions and these settings."""
     try:
-        found = json.loads(path.read_text())
-        before, curves = found["belongs_to"], list(found["curves"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not a file of kunbr-fast rtt --out ({error}): give another --out") from error
+        found = read_json(path, _Kept)
+    except ValueError as error:
+        raise ValueError(f"{error}: not a file of kunbr-fast rtt --out: give another one") from error
+    before = found["belongs_to"]
     changed = [name for name, value in belongs.items() if before.get(name) != value]
     if changed:
-        what = "the model or the questions" if changed[0] == "run" else f"{changed[0]} = {before.get(changed[0])!r}"
-        raise ValueError(f"{path}: {what} changed since it was begun: put it back, or give another --out")
-    return curves
+        was = f"{changed[0]} = {shown(before.get(changed[0]))}"
+        what = "the model or the questions" if changed[0] == "run" else was
+        raise ValueError(f"{plain(path)}: {what} changed since it was begun: put it back, or give another --out")
+    try:
+        finished_attacks(found["curves"], folds, attack)
+    except ValueError as error:
+        raise ValueError(f"{plain(path)}: {error}") from error
+    return found["curves"]

@@ -10,11 +10,13 @@ A record has one of four forms:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-LETTERS = "ABCDEFGHIJ"
+from kunbr_fast.data.content import LETTERS, check_choices, is_blank
+from kunbr_fast.files.documents import parse_json, read_lines
+from kunbr_fast.files.shown import plain, shown
 
 
 def load_records(paths: str | Path | Sequence[str | Path]) -> list[dict]:
@@ -27,57 +29,44 @@ def load_records(paths: str | Path | Sequence[str | Path]) -> list[dict]:
     if not paths:
         raise ValueError("no file was given: expected at least one JSONL file")
     records = []
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
-        count = len(records)
-        with open(path, encoding="utf-8") as file:
-            try:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        records.append(parse_record(line, f"{path}:{number}"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: not UTF-8 text ({error}): save the file as UTF-8") from error
+    for path in paths:
+        name, count = plain(path), len(records)
+        records += (parse_record(line, f"{name}:{number}") for number, line in read_lines(path))
         if len(records) == count:
-            raise ValueError(f"{path}: empty: expected at least one JSON line")
+            raise ValueError(f"{name}: empty: expected at least one JSON line")
     return records
+
+
+def is_record(entry: Mapping[str, Any]) -> bool:
+    """Whether this is a record, and not a sample or a batch: one that was read from a file (whose other keys may have
+    any name), or one without tokens."""
+    return "_where" in entry or not ("input_ids" in entry or "original" in entry)
 
 
 def parse_record(line: str, where: str) -> dict:
     """A checked record from one line of JSON. Error messages begin with `where`."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}): {line.strip()[:80]!r}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested as deep
-        raise ValueError(f"{where}: not JSON that Python reads ({error}): {line.strip()[:80]!r}") from error
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
-        raise ValueError(f"{where}: not valid Unicode ({error.reason}): {line.strip()[:80]!r}") from error
+    record = parse_json(line, where)
     if not isinstance(record, dict):
         raise ValueError(f'{where}: got a {type(record).__name__}, expected an object such as {{"text": ...}}')
     check_record(record, where)
-    return {**record, "_where": where}
+    record["_where"] = where
+    return record
 
 
 def check_record(record: Mapping, where: str) -> None:
     """ValueError, beginning with `where`, unless the record has one of the four forms."""
 
     def text(key: str) -> None:
-        if not isinstance(record.get(key), str) or not record[key]:
-            raise ValueError(f"{where}: {key!r} must be a non-empty string, got {record.get(key)!r}")
+        if not isinstance(record.get(key), str) or is_blank(record[key]):
+            raise ValueError(f"{where}: {key!r} must be a string that is not blank, got {shown(record.get(key))}")
 
     if "question" in record:
         text("question")
         choices, answer = record.get("choices"), record.get("answer")
-        if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-            raise ValueError(f"{where}: 'choices' must be a list of 2 to {len(LETTERS)} entries, got {choices!r}")
-        if any(isinstance(c, bool) or not isinstance(c, (str, int, float)) or str(c) == "" for c in choices):
-            raise ValueError(f"{where}: each of 'choices' must be a non-empty string or a number, got {choices!r}")
+        check_choices(choices, where)
         if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
             raise ValueError(
-                f"{where}: 'answer' must be the index of the right choice, 0 to {len(choices) - 1}, got {answer!r}"
+                f"{where}: 'answer' must be the index of the right choice, 0 to {len(choices) - 1}, got {shown(answer)}"
             )
     elif "text" in record:
         text("text")
@@ -92,11 +81,11 @@ def check_record(record: Mapping, where: str) -> None:
         messages = record["messages"]
         if not (isinstance(messages, list) and messages and all(map(is_turn, messages))):
             raise ValueError(
-                f'{where}: \'messages\' must be a list of {{"role": str, "content": str}}, got {messages!r}'
+                f'{where}: \'messages\' must be a list of {{"role": str, "content": str}}, got {shown(messages)}'
             )
     else:
         raise ValueError(
-            f"{where}: unknown form with keys {sorted(record)}: expected question + choices + answer, text, "
+            f"{where}: unknown form with keys {shown(list(record), 120)}: expected question + choices + answer, text, "
             "prompt + completion, or messages"
         )
 

@@ -11,12 +11,12 @@ gradients: Fisher information, its ratio and the gradients' cosine between forge
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
+import msgspec
 import torch
 from torch import nn
 
@@ -26,9 +26,12 @@ from kunbr_fast.density.passes import Measurement, PassSettings, checked_samples
 from kunbr_fast.density.sums import check_values
 from kunbr_fast.density.watch import MODULES, choose_tiles, num_weights, watch_list
 from kunbr_fast.files.atomic import write_json
+from kunbr_fast.files.documents import checked, read_json
+from kunbr_fast.files.shown import plain
 from kunbr_fast.keywords import named_by, taken
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.proofs import ensure_proven
+from kunbr_fast.values import SHARE, check
 
 NORMS = ("grad_l1", "grad_l2", "grad_l2sq", "grad_linf", "grad_mean_abs")
 STATISTICS = (*NORMS, "fisher", "fisher_ratio", "cosine", "slug")
@@ -41,6 +44,24 @@ _RETAIN = {"fisher_ratio": "needed", "cosine": "needed", "slug": "taken"}
 
 
 # ---------------------------------------------------------------- result
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class _Measured(TypedDict):
+    per_layer: Annotated[list[float], msgspec.Meta(min_length=1)]
+    per_module: dict[str, float | None]
+    num_weights: list[Count]
+    num_samples: Count
+    modules: Literal[MODULES]
+    statistic: Literal[STATISTICS]
+    reduction: Literal[REDUCTIONS]
+
+
+class _Saved(_Measured, total=False):
+    sample_fraction: float | None
+    standard_error: list[float] | None
+    alignment: list[float] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +105,14 @@ class Density:
         return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Density:
+    def from_dict(cls, values: dict[str, Any], where: str = "density") -> Density:
+        """The density that `to_dict` wrote. ValueError, which begins with `where`, for values of other types."""
         later = dict.fromkeys(("sample_fraction", "standard_error", "alignment"))  # absent from earlier files
-        values = {f.name: (later | values)[f.name] for f in dataclasses.fields(cls)}
+        values = later | checked(values, _Saved, where)
+        layers = len(values["per_layer"])
+        for name in ("num_weights", "standard_error", "alignment"):
+            if values[name] is not None and len(values[name]) != layers:
+                raise ValueError(f"{where}: {name}: got {len(values[name])} layers, and per_layer has {layers}")
         values["per_module"] = {k: math.inf if v is None else v for k, v in values["per_module"].items()}
         for name in ("per_layer", "standard_error", "alignment"):
             if name == "per_layer" or values[name] is not None:
@@ -100,10 +126,8 @@ class Density:
 
     @classmethod
     def load(cls, path: str | Path) -> Density:
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a density file written by Density.save ({error})") from error
+        """Reads what `save` wrote. ValueError names the file and the field."""
+        return cls.from_dict(read_json(path), f"{plain(path)}: not a density file written by Density.save")
 
 
 # ---------------------------------------------------------------- the measurement
@@ -167,10 +191,10 @@ def knowledge_density(
     how = taken(DensitySettings, settings, "knowledge_density")
     reduction = _check_settings(modules, statistic, reduction, retain, how.sample_fraction)
     decoder = model if isinstance(model, Decoder) else Decoder(model)
-    samples = checked_samples(samples, "sample")
+    samples = checked_samples(decoder, samples, "sample")
     ensure_proven(decoder.device, {decoder.dtype}, how.impl)
     if retain is not None:
-        retain = checked_samples(retain, "retain sample")
+        retain = checked_samples(decoder, retain, "retain sample")
     watched = watch_list(decoder, modules)
     tiles = {}
     if how.sample_fraction is not None:
@@ -221,8 +245,7 @@ def _check_settings(
     if retain is not None and statistic not in _RETAIN:
         raise ValueError(f"statistic={statistic!r} takes no retain set (only {', '.join(_RETAIN)} do): leave it out")
     if sample_fraction is not None:
-        if not 0 < sample_fraction <= 1:
-            raise ValueError(f"sample_fraction={sample_fraction}: expected above 0 and at most 1")
+        check("sample_fraction", sample_fraction, SHARE)
         if statistic not in SAMPLED_STATISTICS:
             raise ValueError(
                 f"sample_fraction with statistic={statistic!r}: only a sum over weights has an unbiased estimate from "

@@ -66,7 +66,11 @@ def _value(node: yaml.Node) -> Any:
             name = _key(key)
             if name in found:
                 raise Refused(f"the key {shown(name)} occurs twice: keep one", _line(key))
-            found[name] = _value(value)
+            try:
+                found[name] = _value(value)
+            except Refused as error:
+                named = f"{plain(name, 40)}: {error}" if isinstance(value, yaml.ScalarNode) else str(error)
+                raise Refused(named, error.line) from error
         return found
     if isinstance(node, yaml.SequenceNode):
         return [_value(item) for item in node.value]

@@ -20,7 +20,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -31,6 +31,8 @@ if not is_accelerate_available():
 from transformers import Trainer, TrainerCallback
 
 from kunbr_fast.density.measure import Density
+from kunbr_fast.files.documents import checked, read_text
+from kunbr_fast.files.shown import plain
 from kunbr_fast.integrations.driven_stages import DrivenStages, StageOptimizer
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
@@ -94,14 +96,23 @@ def _apart(data: Any, collator: Callable[[list], Any] | None) -> tuple[list[Any]
 
 
 def _global_step(checkpoint: Path) -> int:
-    return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    path = checkpoint / "trainer_state.json"
+    try:
+        found = json.loads(read_text(path, 2**28))  # the Trainer's own file, in which a loss may be NaN
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{plain(path)}: not a whole checkpoint ({plain(error)}): give another one") from error
+    return checked(found, _TrainerState, plain(path))["global_step"]
+
+
+class _TrainerState(TypedDict):
+    global_step: int
 
 
 def _last_checkpoint(directory: str) -> Path:
     """The last one that was written to its end."""
     numbered = [(folder.name.rpartition("-")[2], folder) for folder in Path(directory).glob("checkpoint-*")]
     for _, folder in sorted(((int(n), f) for n, f in numbered if n.isdigit()), reverse=True):
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(ValueError):
             _global_step(folder)
             return folder
     raise ValueError(f"{directory} holds no whole checkpoint to resume from: leave resume_from_checkpoint out")

@@ -18,7 +18,8 @@ from kunbr_fast.density.watch import MODULES
 from kunbr_fast.evaluation.accuracy import SCORINGS
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.atomic import atomic_write
-from kunbr_fast.files.shown import shown
+from kunbr_fast.files.documents import read_yaml
+from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.target import signed
 from kunbr_fast.kernels.dispatch import IMPLEMENTATIONS
 from kunbr_fast.keywords import nearest
@@ -325,7 +326,7 @@ class KUnBRConfig:
         for key in values:
             if key not in known:
                 _refuse_old(str(key), f"{where}: ")
-                raise ValueError(f"{where}: unknown setting {key!r}{nearest(key, known)}")
+                raise ValueError(f"{where}: unknown setting {shown(key)}{nearest(key, known)}")
         try:
             return cls(**values)
         except ValueError as error:
@@ -334,17 +335,10 @@ class KUnBRConfig:
     @classmethod
     def load(cls, path: str | Path) -> KUnBRConfig:
         """Reads run.yaml. Errors name the file."""
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error}): save the file as UTF-8") from error
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        values = read_yaml(path)
         if values is not None and not isinstance(values, dict):
-            raise ValueError(f"{path}: got a {type(values).__name__}, expected lines of 'setting: value'")
-        return cls.from_dict(values or {}, str(path))
+            raise ValueError(f"{plain(path)}: got {shown(values)}, expected lines of 'setting: value'")
+        return cls.from_dict(values or {}, plain(path))
 
     def save(self, path: str | Path) -> None:
         with atomic_write(path) as file:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kunbr_fast.data import is_record
 from kunbr_fast.files.checksums import check_file, checksum, read_sealed, write_sealed
 from kunbr_fast.files.tensors import WeightSnapshot, load_tensors, save_tensors
 from kunbr_fast.model.weights import weights_of
@@ -40,7 +41,7 @@ def fingerprint(model: nn.Module, *parts: Sequence[Mapping[str, Any]]) -> str:
     for part in parts:
         digest.update(f"{len(part)} entries".encode())
         for entry in part:
-            if "input_ids" in entry:
+            if not is_record(entry):
                 for key in ("input_ids", "labels"):
                     digest.update(entry[key].cpu().numpy().tobytes())
             else:

@@ -89,16 +89,16 @@ BAD_LINES = {
     "{'text': 'x'}": "not JSON",
     '{"text": "cut': "not JSON",
     '{"text": "x"} {"text": "y"}': "not JSON",
-    '{"question": "q", "choices": ["a", "b"], "answer": %s}' % ("9" * 5000): "not JSON",
-    "[" * 100_000: "not JSON",
+    '{"question": "q", "choices": ["a", "b"], "answer": %s}' % ("9" * 5000): "of 5000 characters does not fit",
+    "[" * 100_000: "nested deeper than 64 levels",
     '["text"]': "got a list",
     '"text"': "got a str",
     "null": "got a NoneType",
     "{}": "unknown form",
     '{"Text": "x"}': "unknown form with keys",
-    '{"text": ""}': "'text' must be a non-empty string",
-    '{"text": 3}': "'text' must be a non-empty string",
-    '{"text": null}': "'text' must be a non-empty string",
+    '{"text": ""}': "'text' must be a string that is not blank",
+    '{"text": 3}': "'text' must be a string that is not blank",
+    '{"text": null}': "'text' must be a string that is not blank",
     '{"text": "half a pair \\ud83d"}': "not valid Unicode",
     '{"prompt": "p"}': "'completion' must be",
     '{"completion": "p"}': "'prompt' must be",
@@ -133,7 +133,7 @@ def test_a_malformed_line_is_named(line, tmp_path):
         load_records(path)
     assert str(error.value).startswith(f"{path}:3: ")
     assert BAD_LINES[line] in str(error.value)
-    assert len(str(error.value)) < 6000
+    assert len(str(error.value)) < 400 and str(error.value).isprintable()
 
 
 def test_bad_files(tmp_path):
@@ -141,7 +141,7 @@ def test_bad_files(tmp_path):
         load_records([])
     with pytest.raises(ValueError, match="nowhere.jsonl: no such file"):
         load_records(tmp_path / "nowhere.jsonl")
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="got a directory, expected a file"):
         load_records(tmp_path)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n  \n")
@@ -151,7 +151,7 @@ def test_bad_files(tmp_path):
         load_records([good, empty])
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes('{"text": "é"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match="latin.jsonl: not UTF-8"):
+    with pytest.raises(ValueError, match="latin.jsonl:1: not UTF-8"):
         load_records(latin)
 
 

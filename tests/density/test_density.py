@@ -431,7 +431,7 @@ def test_statistics_without_an_unbiased_estimate_are_refused(statistic):
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.1, float("nan")])
 def test_fractions_that_are_none(fraction):
-    with pytest.raises(ValueError, match="sample_fraction=.*: expected above 0 and at most 1"):
+    with pytest.raises(ValueError, match="sample_fraction=.*: expected a number above 0 and at most 1"):
         knowledge_density(tiny_model(), random_samples(1), sample_fraction=fraction)
 
 
@@ -750,7 +750,7 @@ def test_json_round_trip_is_exact(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", "3", "{}", '{"per_layer": [1.0]}', "", '"x"'])
 def test_what_is_no_density_file(text, tmp_path):
     (tmp_path / "d.json").write_text(text)
-    with pytest.raises(ValueError, match="d.json: not a density file"):
+    with pytest.raises(ValueError, match="d.json: (not a density file|not JSON|empty)"):
         Density.load(tmp_path / "d.json")
 
 
@@ -771,7 +771,7 @@ def test_what_is_almost_a_density_file(tmp_path):
     good = knowledge_density(tiny_model(), random_samples(1)).to_dict()
     for key, value in (("per_layer", ["a"]), ("per_layer", [[1.0], [2.0, 3.0]]), ("num_weights", None)):
         (tmp_path / "d.json").write_text(json.dumps({**good, key: value}))
-        with pytest.raises(ValueError, match="d.json: not a density file"):
+        with pytest.raises(ValueError, match="d.json: (not a density file|not JSON|empty)"):
             Density.load(tmp_path / "d.json")
 
 

@@ -238,7 +238,7 @@ def test_earlier_results_with_other_epochs_are_refused(tokenizer, tmp_path):
     finished = []
     decoder, folds = make_decoder(tokenizer), make_folds()
     rtt_attack(decoder, tokenizer, folds, make_config(epochs=1), tmp_path, False, on_result=finished.extend)
-    with pytest.raises(ValueError, match=r"split_0 at learning rate 0.001 has the epochs \[0, 1\], expected 0 to 2"):
+    with pytest.raises(ValueError, match=r"'split_0' at learning rate 0.001 has the epochs \[0, 1\], expected 0 to 2"):
         rtt_attack(decoder, tokenizer, folds, make_config(), tmp_path, False, finished)
     # results of a learning rate that is no longer asked for are left out
     result = rtt_attack(decoder, tokenizer, folds, make_config(lrs=(1e-2,), epochs=1), tmp_path, False, finished)

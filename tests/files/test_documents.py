@@ -86,7 +86,7 @@ def test_what_yaml_means():
     assert parse_yaml(text, "x") == found | {"i": 2.0, "j": 3, "k": "010"}
     assert parse_yaml("", "x") is None and parse_yaml("# nothing", "x") is None
     said = [refused(lambda where, t=t: parse_yaml(t, where), "x") for t in ("\na: 1:30", "a: 010", "a: 2024-01-01")]
-    assert "x:2: '1:30' is read as a number in base 60" in said[0]
+    assert "x:2: a: '1:30' is read as a number in base 60" in said[0]
     assert "base 8" in said[1] and "is read as a date" in said[2]
     assert "unquoted on, off, yes and no" in refused(lambda where: parse_yaml("a: off", where, dict[str, str]), "x")
 
