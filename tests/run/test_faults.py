@@ -170,8 +170,9 @@ def test_a_damaged_state_file_is_named(workspace, interrupted, capsys):
     assert "state.json: damaged" in refusal(capsys, arguments(workspace, interrupted, "--resume"))
 
 
-def test_resume_refuses_other_questions(workspace, interrupted, capsys):
-    more = ["--retain-questions", str(workspace / "f0.jsonl")]
+def test_resume_refuses_other_questions(workspace, interrupted, tmp_path, capsys):
+    others = tiny_text.write_jsonl(tmp_path / "q.jsonl", [tiny_text.question(n) for n in tiny_text.NAMES[14:]])
+    more = ["--retain-questions", str(others)]
     assert "belongs to another run" in refusal(capsys, arguments(workspace, interrupted, *more, "--resume"))
 
 
