@@ -176,7 +176,11 @@ class _Reader:
 
     def raw(self, count: int) -> bytearray:
         data = bytearray(count)
-        if self.handle.readinto(data) != count:
+        try:
+            found = self.handle.readinto(data)
+        except OSError as error:  # else it would be the output's, which is being written
+            raise ValueError(f"{self.tensor.file}: cannot be read: {error.strerror}") from error
+        if found != count:
             raise ValueError(f"{self.tensor.file}: cut short while it was read: is it still being written?")
         return data
 

@@ -58,7 +58,8 @@ class Target:
 
     def refuse(self, why: str, path: Path | None = None) -> ValueError:
         """path: of a file in the target, where that is a folder."""
-        return ValueError(f"{self.option} {plain(path or self.given)}: {why}")
+        inside = path is not None and path != self.path
+        return ValueError(f"{self.option} {plain(path if inside else self.given)}: {why}")
 
 
 def check(targets: Sequence[Target], inputs: Sequence[tuple[str, str | os.PathLike]] = ()) -> None:
