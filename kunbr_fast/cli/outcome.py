@@ -55,6 +55,7 @@ def _of_input(error: BaseException) -> str:
             sys.stdout.flush()
         except OSError as said:
             return process.cannot_print(said)
+        return error.strerror or str(error)
     if isinstance(error, UnicodeDecodeError):
         return f"a file or a name that was given is not UTF-8 text ({error}): save it as UTF-8"
     return str(error)

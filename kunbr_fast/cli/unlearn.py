@@ -159,7 +159,8 @@ def _write(report: Report, config: KUnBRConfig, arguments: argparse.Namespace) -
 
 def _print(report: Report, arguments: argparse.Namespace, attack_left_out: bool) -> None:
     rows = [report.row("original", "original"), report.row("warm-up (M_u)", "unlearned")]
-    show(table([*(row for row in rows if "forget" in row or "retain" in row), report.row()]))
+    rows = [*(row for row in rows if "forget" in row or "retain" in row), report.row()]
+    show(*table(rows).splitlines())
     if attack_left_out:
         show(f"the RTT attack trains every parameter: run `kunbr-fast rtt --model {arguments.out}` where they fit")
     show(f"model, report.json and plots are in {arguments.out}")

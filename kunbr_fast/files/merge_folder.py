@@ -27,14 +27,17 @@ LIMIT = 2**26  # bytes of either
 FOLDER = FolderKind(begun=lambda folder: any((folder / name).is_file() for name in (PARTIAL, SUMMARY)))
 
 
+Part, Norm = Annotated[float, msgspec.Meta(ge=0, le=1)], Annotated[float, msgspec.Meta(ge=0, le=1e150)]
+
+
 class Sums(TypedDict):
     """Of one tensor."""
 
     entries: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-    agreed_share: float
-    changed_share: float
-    task_vector_norms: list[float]
-    merged_norm: float
+    agreed_share: Part
+    changed_share: Part
+    task_vector_norms: list[Norm]
+    merged_norm: Norm
 
 
 class Entry(TypedDict):
@@ -88,6 +91,14 @@ class MergeFolder:
         except ValueError as error:
             raise ValueError(f"{error}: delete {self.path} and begin again") from error
         self._check_job(found["job"], "since this merge was begun")
+        inputs = self.job["inputs"]
+        known = {file[0] for file in inputs[0]["files"]}
+        for name, entry in found["files"].items():
+            norms = [len(sums["task_vector_norms"]) for sums in entry["tensors"].values()]
+            if name not in known or set(norms) - {len(inputs) - 1}:
+                raise ValueError(
+                    f"{self.path / PARTIAL}: {shown(name)} is no file of this merge: delete {self.path} and begin again"
+                )
         self.done = {name: entry for name, entry in found["files"].items() if self._is(name, entry["sha256"])}
 
     def _look_at_finished(self) -> None:
