@@ -34,7 +34,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     check_outputs(arguments, WRITES)
     result = demo(arguments.out, arguments.seed, progress=not arguments.quiet, say=sayer(arguments))
     if not arguments.json:
-        show(result["table"])
-        show(LEGEND)
+        show(*result["table"].splitlines(), *LEGEND.splitlines())
         show(f"report.json, density.png and relearning.png are in {arguments.out}")
     return result

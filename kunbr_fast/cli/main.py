@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 
 from kunbr_fast.cli import process
 from kunbr_fast.cli.outcome import outcome
+from kunbr_fast.cli.terminal import PlainLines
 from kunbr_fast.cli.usage import Parser
 from kunbr_fast.files.shown import plain
 from kunbr_fast.version import __version__
@@ -35,7 +36,7 @@ COMMANDS = {
 }
 TOGETHER = ("unlearn", "density")  # what several processes can run
 # The library's messages name parameters, as `name=` or `name=True`. Those that are options here:
-OPTIONS = {"resume", "unlearned", "stream", "forget", "retain", "gpu_memory", "gpu", "gpus"}
+OPTIONS = {"resume", "overwrite", "unlearned", "stream", "forget", "retain", "gpu_memory", "gpu", "gpus"}
 
 
 def parser(argv: Sequence[str] = ()) -> Parser:
@@ -78,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     arguments = parser(argv).parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings = logging.StreamHandler()
+    warnings.setFormatter(PlainLines("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[warnings])
     if getattr(arguments, "quiet", False):
         _no_progress_bars()
     arguments.group, arguments.status = None, 0

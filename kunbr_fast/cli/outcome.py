@@ -55,6 +55,7 @@ def _of_input(error: BaseException) -> str:
             sys.stdout.flush()
         except OSError as said:
             return process.cannot_print(said)
+        return error.strerror or str(error)
     if isinstance(error, UnicodeDecodeError):
         return f"a file or a name that was given is not UTF-8 text ({error}): save it as UTF-8"
     return str(error)
@@ -76,7 +77,7 @@ def _of_training(
     if isinstance(error, OutOfMemory):
         return 2, str(error) + (" W" + kept[1:] if kept else "")
     if isinstance(error, Diverged):
-        state = f". The last good state is kept in {arguments.out}/work; --resume goes on from there"
+        state = f". The last good state is kept in {arguments.out}; --resume goes on from there"
         return 3, str(error) + (state if kept else "")
     if isinstance(error, Unavailable):
         return 2, str(error)

@@ -21,7 +21,7 @@ KEPT = {
     "unlearn": ("kunbr-checkpoints/state.json", "work/state.json"),
     "merge": (PARTIAL,), "rtt": ("",), "bench": ("results.csv",),
 }  # fmt: skip
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def check_outputs(arguments: argparse.Namespace, writes: Mapping[str, FileKind | FolderKind]) -> None:

@@ -17,6 +17,7 @@ import torch
 import xxhash
 from torch import nn
 
+from kunbr_fast.data import is_record
 from kunbr_fast.model.weights import DAMAGED, finite, weights_of
 
 CHUNK = 1 << 18  # entries of a tensor that are checked and hashed at a time: they stay in the cache of a core
@@ -64,7 +65,7 @@ def data_fingerprint(parts: Iterable[Sequence[Mapping[str, Any]]]) -> str:
     for part in parts:
         digest.update(f"{len(part)} entries".encode())
         for entry in part:
-            if "input_ids" in entry:
+            if not is_record(entry):
                 for key in ("input_ids", "labels"):
                     digest.update(entry[key].cpu().numpy().tobytes())
             else:

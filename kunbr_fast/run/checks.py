@@ -114,4 +114,5 @@ def _open_state(
     identity = fingerprint(model, samples.forget, samples.retain, *asked, tokenizer=inputs.tokenizer)
     started = {"the model or the data": identity, "the unlearned model": given, "resume": context.resume}
     context.group.check_same(started | config.to_dict())
-    return RunState(context.work, identity, config, context.resume, context.writes, context.wait)
+    say = context.reporter.say
+    return RunState(context.work, identity, config, context.resume, context.writes, context.wait, say)
