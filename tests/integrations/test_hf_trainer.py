@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import fuzz
 import pytest
 import torch
 from helpers import environment, python
@@ -340,6 +341,20 @@ def test_resume_is_refused_for_other_data_and_settings(tmp_path):
             trainer(tmp_path, **wrong).train(resume_from_checkpoint=at)
     with pytest.raises(ValueError, match="no whole checkpoint"):
         trainer(tmp_path / "other").train(resume_from_checkpoint=True)
+
+
+def test_a_damaged_trainer_state_is_named(tmp_path):
+    path = tmp_path / "trainer_state.json"
+    path.write_text('{"global_step": 7, "log_history": [{"loss": NaN}]}')  # as Trainer writes it
+    assert hf_trainer._global_step(tmp_path) == 7
+    changed = [
+        fuzz.as_json({"global_step": value}) for value in fuzz.VALUES if type(value) is not int or value >= 2**63
+    ]
+    for text in (*fuzz.HOSTILE_JSON.values(), *changed):
+        path.write_bytes(text)
+        with pytest.raises(ValueError) as error:
+            hf_trainer._global_step(tmp_path)
+        fuzz.one_line(error.value, path)
 
 
 def test_killed_and_resumed(truth, tmp_path):
