@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import json
 import logging
@@ -69,10 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _main(argv)
     process.begin()
+    if sys.stdout is None:
+        cure = "it is closed: give it a file or a reader, or /dev/null"
+        return process.failed(OSError(errno.EBADF, cure, "standard output"))
     try:
         status = _main(sys.argv[1:])
     except SystemExit as stop:  # argparse's
         status = stop.code
+    except OSError as error:  # of its help
+        status = process.failed(error)
     return process.finished(status)
 
 
@@ -85,8 +91,6 @@ def _main(argv: Sequence[str]) -> int:
     with process.working() as caught:
         arguments.stop = caught.stop
         try:
-            if sys.stdout is None:
-                raise ValueError("standard output is closed: give it a file or a reader, or /dev/null")
             with _together(arguments):
                 result = arguments.run(arguments)
             if arguments.json and _speaks(arguments):
