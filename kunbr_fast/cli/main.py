@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 from kunbr_fast.cli import process
 from kunbr_fast.cli.outcome import outcome
@@ -52,11 +53,21 @@ def parser(argv: Sequence[str] = ()) -> Parser:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if name == chosen:
-            module = importlib.import_module(f"kunbr_fast.cli.{name}")
+            module = _module(name, command)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
             top.chosen = command
     return top
+
+
+def _module(name: str, command: Parser) -> ModuleType:
+    try:
+        return importlib.import_module(f"kunbr_fast.cli.{name}")
+    except (ImportError, OSError) as error:  # OSError: of a shared library
+        if (getattr(error, "name", None) or "").startswith("kunbr_fast"):
+            raise
+        broken = "a package that it needs cannot be imported"
+        command.exit(2, f"{command.prog}: {broken}: {_one_line(str(error))}: repair the installation\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

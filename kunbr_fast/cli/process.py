@@ -78,10 +78,14 @@ class Caught:
     def swallowed(self, hook: object, unraisable: sys.UnraisableHookArgs) -> None:
         """In place of sys.unraisablehook: an exception that Python could not raise, as in a __del__, comes again."""
         if issubclass(unraisable.exc_type, Stopped) and self.number is not None:
-            self._again = True
-            _thread.interrupt_main(self.number)
+            _thread.start_new_thread(self._repeat, ())  # not from here: it would be raised within this hook
         else:
             hook(unraisable)
+
+    def _repeat(self) -> None:
+        time.sleep(0.01)
+        self._again = True
+        _thread.interrupt_main(self.number)
 
 
 def _echoes(seconds: float) -> bool:
