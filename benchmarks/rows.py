@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
@@ -15,6 +14,8 @@ from typing import Any
 
 from kunbr_fast.benchmarks.measure import percentile
 from kunbr_fast.files import atomic
+from kunbr_fast.files.documents import parse_json, read_text
+from kunbr_fast.files.shown import plain, shown
 
 # What names a row, then what was measured. `measure.about()` follows.
 KEY = ("suite", "model", "case", "tokens", "dtype", "variant")
@@ -91,28 +92,28 @@ def _number(name: str, value: Any) -> int | float | None:
             return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else number
     except (TypeError, ValueError):
         pass
-    raise ValueError(f"{name} is {value!r}, expected a number")
+    raise ValueError(f"{plain(name, 40)} is {shown(value)}, expected a number")
 
 
 def _text(value: Any) -> str:
-    """Without carriage returns, which the csv of older Pythons writes and cannot read."""
-    return "" if value is None else str(value).replace("\r", " ")
+    """Without carriage returns, which the csv of older Pythons writes and cannot read, and nothing that a terminal
+    obeys: it ends on one."""
+    lines = "" if value is None else str(value).replace("\r", " ")
+    return lines if lines.isprintable() else "\n".join(plain(line, len(lines)) for line in lines.split("\n"))
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a .csv or .json that `write_rows` wrote, `parsed`. ValueError names the file and its line (in a
     .json, the row, counted from 1) for anything else."""
     path = Path(path)
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: no rows of benchmarks: not text") from None
-    found = []
-    for place, row in (_from_json if path.suffix == ".json" else _from_csv)(text, path):
+    text, name, found = read_text(path), plain(path), []
+    for place, row in (_from_json if path.suffix == ".json" else _from_csv)(text, name):
         try:
             found.append(parsed(row))
         except ValueError as error:
-            raise ValueError(f"{path}, {place}: {error}") from None
+            raise ValueError(f"{name}, {place}: {error}") from None
+    if not found:
+        raise ValueError(f"{name}: no rows of benchmarks: it has none")
     return found
 
 
@@ -123,12 +124,7 @@ def _check(names: Collection[str], place: str) -> None:
 
 
 def _from_json(text, path):
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: no JSON: {error.msg}") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}, line 1: no rows of benchmarks: expected a list of objects")
+    rows = parse_json(text, path, list[dict[str, str | int | float | bool | None]])
     for number, row in enumerate(rows, 1):
         _check(row, f"{path}, row {number}")
         yield f"row {number}", row

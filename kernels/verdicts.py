@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 KERNELS = Path(__file__).resolve().parent
 PACKAGED = KERNELS / "proofs"
 FORMAT = 1
+LARGEST = 2**24  # bytes of a file; one GPU's verdicts take 0.1 MB
 ENOUGH = 1.05  # times torch's speed that "auto" asks for: below it a kernel is not worth its risk
 APART = ("__init__.py", "aot.py", "dispatch.py", "errors.py", "verdicts.py")  # no kernel's result depends on these
 FOLDERS = {"lion": "optimizers", "adamw": "optimizers", "rms_norm": "norms", "layer_norm": "norms",
@@ -127,8 +128,8 @@ class Verdict:
         times = tuple(
             Timing(int(t["size"]), _text(t["mode"]), float(t["torch_ms"]), float(t["ours_ms"])) for t in found["times"]
         )
-        if any(t.size < 1 or not (0 < t.torch_ms < math.inf and 0 < t.ours_ms < math.inf) for t in times):
-            raise ValueError("a time or a size is not above 0")
+        if any(not 1 <= t.size < 2**63 or not (0 < t.torch_ms < math.inf and 0 < t.ours_ms < math.inf) for t in times):
+            raise ValueError("a time or a size is out of range")
         why, numbers = found["why"], [found["error"], found["bound"]]
         if found["right"] is not (why is None):
             raise ValueError("right and why contradict each other")
@@ -152,7 +153,7 @@ def _finite(number: float | None) -> float | None:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"expected a text, got {value!r}")
+        raise TypeError(f"expected a text, got a {type(value).__name__}")
     return value
 
 
@@ -238,14 +239,17 @@ def folder() -> Path:
 def read(path: Path) -> list[Verdict]:
     """The verdicts of a file; none, with a warning, of one that is damaged or not ours."""
     try:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST):  # a pipe would be waited for
+            raise ValueError("no file, or larger than any of ours")
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT or found["checksum"] != _checksum(found["verdicts"]):
             raise ValueError("another format or another checksum")
         return [Verdict.from_json(verdict) for verdict in found["verdicts"]]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        logger.warning("%s is left out (%s): run `kunbr-fast prove` to prove its kernels again", path, error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        said = ascii(str(error))[1:121]
+        logger.warning("%s is left out (%s): run `kunbr-fast prove` to prove its kernels again", path, said)
         return []
 
 
@@ -257,6 +261,9 @@ def write(path: Path, verdicts: Iterable[Verdict]) -> None:
         merged = {_identity(verdict): verdict for verdict in [*read(path), *verdicts]}
         body = [verdict.as_json() for verdict in merged.values()]
         text = json.dumps({"format": FORMAT, "checksum": _checksum(body), "verdicts": body}, indent=1)
+        for left in path.parent.glob(".*.tmp"):  # of a process that was killed: this one has the lock
+            if re.fullmatch(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.tmp", left.name) and not left.is_dir():
+                left.unlink()
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
         try:
             with open(temporary, "x", encoding="utf-8") as file:

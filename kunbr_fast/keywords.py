@@ -65,7 +65,10 @@ def _refuse_unknown(given: Iterable[str], known: list[str], function: str) -> No
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """For the end of an error message: the nearest name, or all of them."""
+    """For the end of an error message: the nearest name, or as many of them as a line holds."""
     known = list(known)
     near = difflib.get_close_matches(str(name), known, 1, 0.4)
-    return f": did you mean {near[0]!r}?" if near else f": known are {', '.join(known)}"
+    if near:
+        return f": did you mean {near[0]!r}?"
+    names = ", ".join(known)
+    return f": known are {names if len(names) <= 200 else names[:200].rpartition(', ')[0] + ', ...'}"

@@ -12,7 +12,7 @@ from kunbr_fast.files.shown import shown
 FLOAT32 = 3.4028234663852886e38, 1.401298464324817e-45  # the largest number, and the smallest above 0
 _WHOLE = re.compile(r"[+-]?[0-9]{1,40}")
 _REAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,6})?")
-_SIZE = re.compile(r"([0-9]{1,40}(?:\.[0-9]{1,40})?) ?(?:([KMGT])(i?))?B?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,40}(?:\.[0-9]{1,40})?)(?: ?(?:([KMGT])(i?)B?|B))?", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +84,10 @@ class Bytes:
 
     def take(self, value: Any) -> int:
         found = value if isinstance(value, int) and not isinstance(value, bool) else None
-        if isinstance(value, str) and (match := _SIZE.fullmatch(value)) and (match[2] or not self.unit_needed):
+        if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
             unit = (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1) if match[2] else 1
-            found = int(float(match[1]) * unit)
+            if match[2] or not (self.unit_needed or "." in match[1]):  # there is no part of a byte
+                found = int(float(match[1]) * unit)
         if found is None or found < int(self.unit_needed):
             raise ValueError(str(self))
         if found >= 2**63:

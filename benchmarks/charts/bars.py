@@ -146,7 +146,7 @@ class Chart:
         if self.mark is not None:
             axes.axvline(self.mark, color="black", linewidth=1.2, zorder=3)
         axes.set_xlabel(self.label, fontsize=11)
-        axes.set_title(title, loc="left", fontweight="bold", pad=30)
+        axes.set_title(short(title, 120), loc="left", fontweight="bold", pad=30)
         self._legend(axes, any("hatch" in style for bar in every for _, _, style in bar.parts))
         figures.save(figure, path)
 
@@ -167,7 +167,7 @@ class Chart:
             axes.barh(y, length, left=begin, height=0.74, **style)
         begin, length, _ = bar.parts[-1]
         back = self.log and length < 0
-        axes.annotate(bar.text, (begin + length, y), (-4 if back else 4, 0), textcoords="offset points",
+        axes.annotate(short(bar.text, 120), (begin + length, y), (-4 if back else 4, 0), textcoords="offset points",
                       ha="right" if back else "left", va="center", fontsize=9.5,
                       fontweight="bold" if bar.bold else "normal")  # fmt: skip
 

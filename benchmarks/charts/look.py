@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kunbr_fast.benchmarks.rows import Outcome
-from kunbr_fast.evaluation.figures import BLUE, GREEN, GREY, ORANGE
+from kunbr_fast.evaluation.figures import BLUE, GREEN, GREY, ORANGE, label
 
 OURS = (ORANGE, "#E69F00", "#CC79A7", "#8B2E00")
 RIVALS = (BLUE, "#56B4E9", GREEN, GREY, "#1B3A57", "#00404D")
@@ -30,7 +31,9 @@ def side(row: Mapping[str, Any]) -> dict:
 
 
 def file_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+    """A name that a file can have, another one for each text."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+    return name if len(name) <= 60 else f"{name[:48]}-{zlib.crc32(text.encode()):08x}"
 
 
 def page(index: int) -> str:
@@ -43,9 +46,7 @@ def more(count: int) -> str:
     return f" ({count} more in the CSV)" if count > 0 else ""
 
 
-def short(text: str, length: int) -> str:
-    text = text.replace("$", r"\$")  # no formulas
-    return text if len(text) <= length else text[: length - 1] + "…"
+short = label
 
 
 def number(value: float) -> str:

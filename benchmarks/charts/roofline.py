@@ -70,7 +70,7 @@ def _draw(cases, dtype, path):
     axes.set_ylim(low, high * 2.2)
     axes.set_xlabel("FLOP per byte that have to be moved")
     axes.set_ylabel("TFLOP/s")
-    title = f"How near to this machine's limits, {dtype}{more(len(cases) - len(shown))}"
+    title = f"How near to this machine's limits, {short(dtype, 20)}{more(len(cases) - len(shown))}"
     axes.set_title(title, loc="left", fontweight="bold", pad=30)
     handles, _ = axes.get_legend_handles_labels()
     figures.legend(axes, handles=[*handles[1:], handles[0]], ncols=3)

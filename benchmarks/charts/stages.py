@@ -51,7 +51,7 @@ def _draw(cases, title, path):
             value = rows[side].get(stage, 0.0) / divisor
             style = {"hatch": "////"} if index >= len(COLOURS) else {}
             axes.barh(y, value, left=begin, height=0.6, color=COLOURS[index % len(COLOURS)], edgecolor="white",
-                      linewidth=0.8, label=stage if y == 0 else None, **style)  # fmt: skip
+                      linewidth=0.8, label=short(stage, 40) if y == 0 else None, **style)  # fmt: skip
             if value * divisor > 0.08 * max(totals):
                 axes.text(begin + value / 2, y, f"{value:.3g}", ha="center", va="center", color="white", fontsize=10,
                           fontweight="bold")  # fmt: skip

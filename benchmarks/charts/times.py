@@ -50,10 +50,12 @@ def _draw(panels, suite, title, path):
         axes.set_ylabel("ms, band p20 to p80", fontsize=11)
     for axes in [*grid.flat][max(0, len(panels) - columns) : len(panels)]:
         axes.set_xlabel("T, tokens", fontsize=11)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=15)
+    figure.suptitle(short(title, 120), x=0.01, ha="left", fontweight="bold", fontsize=15)
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], label=f"{name} (ours)" if ours else name, **s) for (name, ours), s in styles.items()]
+    handles = [
+        Line2D([], [], label=short(f"{name} (ours)" if ours else name, 40), **s) for (name, ours), s in styles.items()
+    ]
     figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False, fontsize=10)
     figures.save(figure, path)
 

@@ -4,11 +4,11 @@ for s in 1 2 3; do kunbr-fast demo --seed $s --out runs/demo-$s; done
 python benchmarks/scripts/demo_seeds.py runs/demo-*/report.json --csv benchmarks/results/demo_cpu.csv
 """
 
-import json
 import statistics
 from pathlib import Path
 
 from kunbr_fast.benchmarks.measure import add_rows, script_parser
+from kunbr_fast.files.documents import read_json
 
 
 def main():
@@ -16,7 +16,7 @@ def main():
     parser.add_argument("reports", nargs="+", type=Path, help="report.json of demo runs")
     arguments = parser.parse_args()
     rows = []
-    for report in (json.loads(path.read_text()) for path in arguments.reports):
+    for report in map(read_json, arguments.reports):
         for row in report["rows"]:
             values = {"forget": row["forget"], "retain": row["retain"], **row["other"], "rtt": row.get("rtt")}
             values = {name: None if value is None else round(100 * value, 1) for name, value in values.items()}

@@ -70,7 +70,7 @@ def _equal(value: Any, other: Any) -> bool:
 
 
 def _refused(text: str, expected: str) -> argparse.ArgumentTypeError:
-    return argparse.ArgumentTypeError(f"got {shown(text)}, expected {expected}")
+    return argparse.ArgumentTypeError(f"{shown(text)}: expected {expected}")
 
 
 class Settings(argparse.Action):

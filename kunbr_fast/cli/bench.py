@@ -17,6 +17,7 @@ from kunbr_fast.cli.argument_types import Different, number, path_name
 from kunbr_fast.cli.arguments import add_device, add_output
 from kunbr_fast.cli.inputs import choose_device, say
 from kunbr_fast.cli.outputs import check_outputs
+from kunbr_fast.cli.terminal import show
 from kunbr_fast.files.models import DTYPES
 from kunbr_fast.files.target import PAGE, PICTURE, FileKind, FolderKind, csv_with, json_with
 from kunbr_fast.values import SECONDS, Whole
@@ -124,14 +125,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         check_outputs(arguments, {"out": FolderKind(REPORT)})
         files = [str(path) for path in write_report(read_rows(arguments.report), arguments.out)]
         if not arguments.json:
-            print("\n".join(files))
+            show(*files)
         return {"files": files}
     options = _options(arguments)
     suites = arguments.suites or SUITES
     if arguments.list:
         cases = [str(case) for case in harness.all_cases(suites, options)]
         if not arguments.json:
-            print("\n".join(cases))
+            show(*cases)
         return {"cases": cases}
     check_outputs(arguments, WRITES)
     return _measure(suites, options, arguments)
@@ -140,7 +141,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
     found = compare.compare(*(read_rows(path) for path in arguments.compare))
     if not arguments.json:
-        print(compare.table(found))
+        show(*compare.table(found).splitlines())
     arguments.status = 1 if found.regressions else 0
     return found.to_dict()
 
@@ -164,7 +165,7 @@ def _measure(suites: Any, options: harness.Options, arguments: argparse.Namespac
         resume=arguments.resume,
         progress=not arguments.quiet,
         write_report=not arguments.no_report,
-        say=(lambda text: None) if arguments.json else lambda text: print(text, flush=True),
+        say=(lambda text: None) if arguments.json else lambda text: show(*text.splitlines()),
     )
     for what, cases in (("WRONG", found["wrong"]), ("left out", found["left_out"])):
         for case, reason in cases.items():
@@ -174,5 +175,5 @@ def _measure(suites: Any, options: harness.Options, arguments: argparse.Namespac
     arguments.status = 0 if measured and not found["wrong"] else 1
     if not arguments.json:
         more = "" if arguments.no_report else ", report and plots"
-        print(f"numbers of {len(measured)} cases{more} are in {arguments.out}")
+        show(f"numbers of {len(measured)} cases{more} are in {arguments.out}")
     return found

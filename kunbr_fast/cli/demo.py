@@ -9,6 +9,7 @@ from kunbr_fast.cli.argument_types import number, path_name
 from kunbr_fast.cli.arguments import add_output
 from kunbr_fast.cli.inputs import sayer
 from kunbr_fast.cli.outputs import check_outputs
+from kunbr_fast.cli.terminal import show
 from kunbr_fast.files.target import PICTURE, FileKind, FolderKind, json_with
 from kunbr_fast.run.demo import demo
 from kunbr_fast.values import SEED
@@ -33,7 +34,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     check_outputs(arguments, WRITES)
     result = demo(arguments.out, arguments.seed, progress=not arguments.quiet, say=sayer(arguments))
     if not arguments.json:
-        print(result["table"])
-        print(LEGEND)
-        print(f"report.json, density.png and relearning.png are in {arguments.out}")
+        show(*result["table"].splitlines(), *LEGEND.splitlines())
+        show(f"report.json, density.png and relearning.png are in {arguments.out}")
     return result

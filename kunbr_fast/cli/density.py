@@ -10,16 +10,19 @@ from kunbr_fast.cli.argument_types import number, path_name
 from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config
 from kunbr_fast.cli.outputs import check_outputs
+from kunbr_fast.cli.terminal import say, show
 from kunbr_fast.data import load_records
+from kunbr_fast.data.content import check_files
 from kunbr_fast.density.measure import NO_SHARES, NORMS, STATISTICS, Density, knowledge_density
 from kunbr_fast.density.select import pareto_front, select_blocks
+from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_density, plot_pareto
 from kunbr_fast.files.target import PICTURE, FileKind, json_with
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.run.samples import to_samples
+from kunbr_fast.run.samples import overlap, to_samples
 from kunbr_fast.values import SHARE
 
 SETTINGS = "target max_length modules reduction num_blocks top_k skip_last_layers gradient_checkpointing cache impl"
@@ -78,13 +81,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return result
     if arguments.out:
         density.save(arguments.out)
-    if arguments.plot and density.alignment is not None:
-        plot_pareto(density, arguments.plot)
-    elif arguments.plot:
-        plot_density(density, blocks, arguments.plot, config.skip_last_layers)
+    if arguments.plot and not drawn(arguments.plot, lambda: _plot(density, blocks, arguments.plot, config)):
+        arguments.status = 1
     if not arguments.json:
         _print(density, blocks, result.get("pareto_front"))
     return result
+
+
+def _plot(density: Density, blocks: Sequence[range], path: str, config: KUnBRConfig) -> None:
+    if density.alignment is not None:
+        plot_pareto(density, path)
+    else:
+        plot_density(density, blocks, path, config.skip_last_layers)
 
 
 def _choice(config: KUnBRConfig) -> tuple[int, int, int]:
@@ -94,18 +102,23 @@ def _choice(config: KUnBRConfig) -> tuple[int, int, int]:
 def _measure(config: KUnBRConfig, arguments: argparse.Namespace) -> Density:
     records = load_records(arguments.forget)
     retain = None if arguments.retain is None else load_records(arguments.retain)
+    check_files({"--forget": arguments.forget}, {"--retain": arguments.retain})
     model, tokenizer = open_model(arguments)
     decoder = Decoder(model)
     if arguments.statistic != "cosine":
         selectable_blocks(decoder.num_layers, *_choice(config))  # fails now or never
+    forget = to_samples(records, tokenizer, config, decoder, "forget")
+    kept = None if retain is None else to_samples(retain, tokenizer, config, decoder, "retain")
+    if kept is not None and (text := overlap(forget, kept)):
+        say(text)
     return knowledge_density(
         decoder,
-        to_samples(records, tokenizer, config, decoder, "forget"),
+        forget,
         config.modules,
         arguments.statistic,
         # some statistics have a reduction of their own, which only an option of the command contradicts
         None if arguments.statistic not in NORMS and not hasattr(arguments, "set_reduction") else config.reduction,
-        retain=None if retain is None else to_samples(retain, tokenizer, config, decoder, "retain"),
+        retain=kept,
         gradient_checkpointing=config.gradient_checkpointing or None,
         sample_fraction=arguments.sample_fraction,
         activations=config.cache,
@@ -120,7 +133,7 @@ def _print(density: Density, blocks: Sequence[range], front: Sequence[int] | Non
     if front is not None:
         marked, meaning = set(front), " (* Pareto front: high importance, low |alignment|)"
     sampled = "" if density.sample_fraction is None else f", estimate from {density.sample_fraction:g} of the rows"
-    print(f"knowledge density, {density.modules}, {density.statistic}, {density.num_samples} samples{sampled}{meaning}")
+    show(f"knowledge density, {density.modules}, {density.statistic}, {density.num_samples} samples{sampled}{meaning}")
     values = density.per_layer.tolist()
     longest = max(map(abs, values)) or 1.0
     for layer, value in enumerate(values):
@@ -132,4 +145,4 @@ def _print(density: Density, blocks: Sequence[range], front: Sequence[int] | Non
         else:
             share = float(density.normalized[layer])
             after = f"{share:7.2%}  {'#' * round(share * 200)}"
-        print(f"layer {layer:3d} {'*' if layer in marked else ' '} {value:12.5g}{error}  {after}")
+        show(f"layer {layer:3d} {'*' if layer in marked else ' '} {value:12.5g}{error}  {after}")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
+from kunbr_fast.cli.terminal import show
 from kunbr_fast.cli.verdict_table import table
 from kunbr_fast.kernels import cuda_library, dispatch, verdicts
 from kunbr_fast.kernels.verdicts import Verdict
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     found = doctor()
     if not arguments.json:
-        print(format_doctor(found))
+        show(*format_doctor(found).splitlines())
     return found
 
 

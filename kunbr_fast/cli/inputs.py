@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kunbr_fast.cli.terminal import say
 from kunbr_fast.data import is_question, load_records
 from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.files.models import load_model, load_tokenizer
+from kunbr_fast.files.shown import plain
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.parallel.group import local_device, num_processes
 from kunbr_fast.run.config import KUnBRConfig
@@ -65,14 +66,23 @@ def read_folds(forget: Sequence[str], questions: Sequence[str] | None) -> list[F
     folds = []
     for i, path in enumerate(forget):
         records = load_records(path)
-        asked = load_records(questions[i]) if questions is not None else records
+        asked = records if questions is None else read_questions([questions[i]], "--forget-questions")
         folds.append(Fold(Path(path).stem, records, [r for r in asked if is_question(r)]))
     return folds
 
 
-def say(text: str) -> None:
-    """A line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+def read_questions(paths: Sequence[str], option: str) -> list[dict]:
+    """The records of files of which each must ask something."""
+    found = []
+    for path in paths:
+        records = load_records(path)
+        if not any(map(is_question, records)):
+            raise ValueError(
+                f"{option}: {plain(path)} has no question among its {len(records)} lines: expected lines with "
+                "question, choices and answer"
+            )
+        found += records
+    return found
 
 
 def sayer(arguments: argparse.Namespace) -> Callable[[str], None]:

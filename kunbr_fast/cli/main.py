@@ -20,6 +20,7 @@ from types import ModuleType
 
 from kunbr_fast.cli import process
 from kunbr_fast.cli.outcome import outcome
+from kunbr_fast.cli.terminal import PlainLines
 from kunbr_fast.cli.usage import Parser
 from kunbr_fast.files.shown import plain
 from kunbr_fast.version import __version__
@@ -95,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     arguments = parser(argv).parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings = logging.StreamHandler()
+    warnings.setFormatter(PlainLines("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[warnings])
     if getattr(arguments, "quiet", False):
         _no_progress_bars()
     arguments.group, arguments.status = None, 0

@@ -7,8 +7,13 @@ from typing import Any
 
 from kunbr_fast.cli.argument_types import Different, number, path_name
 from kunbr_fast.cli.arguments import add_output
+from kunbr_fast.cli.outputs import check_outputs
+from kunbr_fast.cli.terminal import show
 from kunbr_fast.files.merge import METHODS, MODES, merge_models
+from kunbr_fast.files.merge_folder import FOLDER
 from kunbr_fast.values import ABOVE_ZERO, Real
+
+WRITES = {"out": FOLDER}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    check_outputs(arguments, WRITES)
     found = merge_models(
         arguments.base,
         arguments.models,
@@ -61,9 +67,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         **{name: getattr(arguments, name) for name in ("mode", "method", "alpha", "agree")},
     )
     if not arguments.json:
-        print(f"{found['tensors']} tensors, {found['entries']} entries; {found['agreed_share']:.1%} agree in sign")
+        show(f"{found['tensors']} tensors, {found['entries']} entries; {found['agreed_share']:.1%} agree in sign")
         for model, norm in zip(found["models"], found["task_vector_norms"]):
-            print(f"task vector of {model}: norm {norm:.4g}")
+            show(f"task vector of {model}: norm {norm:.4g}")
         change = f"change ({arguments.mode}, alpha {arguments.alpha:g})"
-        print(f"{change}: norm {found['merged_norm']:.4g}, in {arguments.out}")
+        show(f"{change}: norm {found['merged_norm']:.4g}, in {arguments.out}")
     return found

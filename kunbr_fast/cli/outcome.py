@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 
 from kunbr_fast.cli import process
+from kunbr_fast.cli.outputs import of_disk, resumes
 from kunbr_fast.files.shown import plain
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -24,8 +25,7 @@ def outcome(
     error: BaseException, arguments: argparse.Namespace, caught: process.Caught, speaks: bool
 ) -> tuple[int | None, str]:
     """(exit status, text); None for a bug, which keeps its traceback. speaks: whether this is the rank that prints."""
-    resumes = hasattr(arguments, "resume") and arguments.out is not None
-    kept = "what was finished is kept, --resume goes on" if resumes else ""
+    kept = "what was finished is kept, --resume goes on" if resumes(arguments) else ""
     and_kept = "; " + kept if kept else ""
     if caught.raised or isinstance(error, KeyboardInterrupt):
         number = caught.number or _asked_by(error)
@@ -33,7 +33,7 @@ def outcome(
     if isinstance(error, BrokenPipeError):
         return process.BROKEN_PIPE, ""  # as `yes | head`: its reader has enough
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
-        return 2, _of_input(error)
+        return 2, _of_input(error) + (and_kept if of_disk(error) else "")
     if "torch" in sys.modules and (found := _of_training(error, arguments, caught, speaks, kept, and_kept)) is not None:
         return found
     if (text := _of_machine(error)) is not None:
@@ -47,7 +47,9 @@ def _asked_by(error: BaseException) -> int:
 
 
 def _of_input(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError):
+        if error.filename is None:
+            return error.strerror or str(error)
         name = error.filename if isinstance(error.filename, str) else repr(error.filename)
         return f"{plain(name)}: {error.strerror}"
     if isinstance(error, UnicodeDecodeError):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from kunbr_fast.files.merge_folder import PARTIAL
 from kunbr_fast.files.target import FileKind, FolderKind, Target, check
 
 # Options that name what is read, of all commands. `plan --unlearned` is a flag.
@@ -14,8 +16,12 @@ INPUTS = (
     "model", "unlearned", "base", "models", "config", "compare", "report",
     "forget", "retain", "forget_questions", "retain_questions",
 )  # fmt: skip
-# What there is in --out of a command that was interrupted.
-KEPT = {"merge": "merge.partial.json", "rtt": "", "bench": "results.csv"}
+# What there is in --out of a command that was interrupted, once something of it is kept.
+KEPT = {
+    "unlearn": ("kunbr-checkpoints/state.json", "work/state.json"),
+    "merge": (PARTIAL,), "rtt": ("",), "bench": ("results.csv",),
+}  # fmt: skip
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def check_outputs(arguments: argparse.Namespace, writes: Mapping[str, FileKind | FolderKind]) -> None:
@@ -37,5 +43,10 @@ def option(name: str) -> str:
 
 def resumes(arguments: argparse.Namespace) -> bool:
     """Whether --resume would find something of this command in --out."""
-    out = getattr(arguments, "out", None)
-    return bool(out) and arguments.command in KEPT and os.path.exists(Path(out) / KEPT[arguments.command])
+    out, names = getattr(arguments, "out", None), KEPT.get(arguments.command, ())
+    return bool(out) and any(os.path.exists(Path(out) / name) for name in names)
+
+
+def of_disk(error: BaseException) -> bool:
+    """Whether a disk is full, or has failed: nothing that was given is wrong, and the command can go on later."""
+    return isinstance(error, OSError) and error.errno in DISK

@@ -9,6 +9,7 @@ from kunbr_fast.cli.argument_types import number, path_name
 from kunbr_fast.cli.arguments import add_files, add_output, add_settings
 from kunbr_fast.cli.inputs import read_config
 from kunbr_fast.cli.outputs import check_outputs
+from kunbr_fast.cli.terminal import show
 from kunbr_fast.files.models import DTYPES
 from kunbr_fast.files.target import SETTINGS
 from kunbr_fast.planning.machines import GPUS, PROCESSES
@@ -55,5 +56,5 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.out:
         found.config.save(arguments.out)
     if not arguments.json:
-        print(found.table())
+        show(*found.table().splitlines())
     return found.to_dict()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from kunbr_fast.cli.argument_types import Different, device_name, number, path_name
 from kunbr_fast.cli.outputs import check_outputs
+from kunbr_fast.cli.terminal import say, show
 from kunbr_fast.cli.verdict_table import table
 from kunbr_fast.files.target import FileKind, FolderKind, Target, check, is_empty, json_with
 from kunbr_fast.kernels import dispatch, verdicts
@@ -72,19 +72,19 @@ def run(arguments: argparse.Namespace) -> None:
     def tell(verdict: Verdict) -> None:
         """As they come: what has been found stays, whatever becomes of the rest."""
         if as_json:
-            print(json.dumps(verdict.as_json()), flush=True)
+            show(json.dumps(verdict.as_json()))
         if arguments.out:
             verdicts.write(file, [verdict])
 
     found, none = _prove(device, arguments, tell)
     if not found and not none:
-        print("nothing to prove: none of these kernels can run here (`kunbr-fast doctor` says why)", file=sys.stderr)
+        say("nothing to prove: none of these kernels can run here (`kunbr-fast doctor` says why)")
         arguments.status = 1
         return
     if not as_json:
-        print(table(found))
+        show(*table(found).splitlines())
     for target, why in none.items():
-        print(f"no verdict on {target}: {why}", file=sys.stderr)
+        say(f"no verdict on {target}: {why}")
     arguments.status = int(bool(none) or any(not verdict.right for verdict in found))
 
 

@@ -12,6 +12,8 @@ from kunbr_fast.cli.argument_types import path_name
 from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds
 from kunbr_fast.cli.outputs import check_outputs
+from kunbr_fast.cli.terminal import show
+from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_relearning
 from kunbr_fast.evaluation.rtt import Curves, Fold, RTTConfig, RTTResult, finished_attacks, rtt_attack
 from kunbr_fast.files.atomic import write_json
@@ -70,21 +72,22 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if out is not None:
         write_json(out, {"belongs_to": belongs, **result.to_dict()})
     if arguments.plot:
-        plot_relearning({Path(arguments.model).name: result}, arguments.plot)
+        named = {Path(arguments.model).resolve().name: result}
+        arguments.status = 0 if drawn(arguments.plot, lambda: plot_relearning(named, arguments.plot)) else 1
     if not arguments.json:
         _print(result)
     return result.to_dict()
 
 
 def _print(result: RTTResult) -> None:
-    print("learning rate | accuracy after each epoch (0 = before), mean over folds")
+    show("learning rate | accuracy after each epoch (0 = before), mean over folds")
     for lr in result.lrs:
         for key in ("plain", "calibrated"):
             if (curve := result.curve(lr, key)) is not None:
-                print(f"{lr:13g} | {'  '.join(f'{value:6.1%}' for value in curve)}  {key}")
+                show(f"{lr:13g} | {'  '.join(f'{value:6.1%}' for value in curve)}  {key}")
     lr, epoch = result.best
     calibrated = "" if result.calibrated_accuracy is None else f", calibrated {result.calibrated_accuracy:.1%}"
-    print(f"RTT accuracy {result.accuracy:.1%} (lr {lr:g}, epoch {epoch}){calibrated}; before {result.before:.1%}")
+    show(f"RTT accuracy {result.accuracy:.1%} (lr {lr:g}, epoch {epoch}){calibrated}; before {result.before:.1%}")
 
 
 class _Kept(Curves):

@@ -10,8 +10,11 @@ from torch import nn
 
 from kunbr_fast.cli.argument_types import path_name
 from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings, add_stream
-from kunbr_fast.cli.inputs import open_model, read_config, read_folds, sayer
+from kunbr_fast.cli.inputs import open_model, read_config, read_folds, read_questions, sayer
+from kunbr_fast.cli.terminal import show
 from kunbr_fast.data import is_question, load_records
+from kunbr_fast.data.content import check_files
+from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
 from kunbr_fast.evaluation.report import Report, table, write_report
 from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model, save_model
@@ -49,10 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config, out, say = read_config(arguments), Path(arguments.out), sayer(arguments)
     _check_target(out, arguments.resume)
+    check_files(
+        {"--forget": arguments.forget, "--forget-questions": arguments.forget_questions},
+        {"--retain": arguments.retain, "--retain-questions": arguments.retain_questions},
+    )
     folds = read_folds(arguments.forget, arguments.forget_questions)
     questions = [record for fold in folds for record in fold.questions]
     retain = load_records(arguments.retain)
-    asked = load_records(arguments.retain_questions) if arguments.retain_questions else retain
+    asked = read_questions(arguments.retain_questions, "--retain-questions") if arguments.retain_questions else retain
     if not questions:
         say("no question lines about the forget set: accuracy is not measured and there is no RTT attack")
     elif len(folds) < 2 and config.rtt:
@@ -122,17 +129,20 @@ def _open_unlearned(arguments: argparse.Namespace, model: nn.Module) -> nn.Modul
 def _write(report: Report, config: KUnBRConfig, arguments: argparse.Namespace) -> None:
     """Plots, settings and last the report, in --out."""
     out = Path(arguments.out)
-    plot_density(report.density, report.blocks, out / "density.png", config.skip_last_layers)
+    path = out / "density.png"
+    drawn(path, lambda: plot_density(report.density, report.blocks, path, config.skip_last_layers))
     if report.rtt is not None:
         forget_accuracy = {"KUnBR": report.accuracy["result"]["forget"]["plain"]}
-        plot_relearning({"KUnBR": report.rtt}, out / "relearning.png", forget=forget_accuracy)
+        curves = out / "relearning.png"
+        drawn(curves, lambda: plot_relearning({"KUnBR": report.rtt}, curves, forget=forget_accuracy))
     config.save(out / "run.yaml")
     write_report(out / "report.json", report.to_dict() | {"model": str(arguments.model)})
 
 
 def _print(report: Report, arguments: argparse.Namespace, attack_left_out: bool) -> None:
     rows = [report.row("original", "original"), report.row("warm-up (M_u)", "unlearned")]
-    print(table([*(row for row in rows if "forget" in row or "retain" in row), report.row()]))
+    rows = [*(row for row in rows if "forget" in row or "retain" in row), report.row()]
+    show(*table(rows).splitlines())
     if attack_left_out:
-        print(f"the RTT attack trains every parameter: run `kunbr-fast rtt --model {arguments.out}` where they fit")
-    print(f"model, report.json and plots are in {arguments.out}")
+        show(f"the RTT attack trains every parameter: run `kunbr-fast rtt --model {arguments.out}` where they fit")
+    show(f"model, report.json and plots are in {arguments.out}")

@@ -5,7 +5,8 @@ side by side (`pack`).
 """
 
 from kunbr_fast.data.batch import PackedBatch, grid, join, pack, send
-from kunbr_fast.data.records import LETTERS, is_question, is_record, load_records, question_prompt
+from kunbr_fast.data.content import LETTERS
+from kunbr_fast.data.records import check_record, is_question, is_record, load_records, question_prompt
 from kunbr_fast.data.samples import (
     ALTERNATES,
     IGNORE,
@@ -31,6 +32,7 @@ __all__ = [
     "Schedule",
     "as_samples",
     "check_labels",
+    "check_record",
     "check_lengths",
     "encode",
     "grid",

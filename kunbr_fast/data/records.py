@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kunbr_fast.data.content import LETTERS, check_choices, is_blank
 from kunbr_fast.files.documents import parse_json, read_lines
 from kunbr_fast.files.shown import plain, shown
-
-LETTERS = "ABCDEFGHIJ"
 
 
 def load_records(paths: str | Path | Sequence[str | Path]) -> list[dict]:
@@ -58,16 +57,13 @@ def check_record(record: Mapping, where: str) -> None:
     """ValueError, beginning with `where`, unless the record has one of the four forms."""
 
     def text(key: str) -> None:
-        if not isinstance(record.get(key), str) or not record[key]:
-            raise ValueError(f"{where}: {key!r} must be a non-empty string, got {shown(record.get(key))}")
+        if not isinstance(record.get(key), str) or is_blank(record[key]):
+            raise ValueError(f"{where}: {key!r} must be a string that is not blank, got {shown(record.get(key))}")
 
     if "question" in record:
         text("question")
         choices, answer = record.get("choices"), record.get("answer")
-        if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-            raise ValueError(f"{where}: 'choices' must be a list of 2 to {len(LETTERS)} entries, got {shown(choices)}")
-        if any(isinstance(c, bool) or not isinstance(c, (str, int, float)) or str(c) == "" for c in choices):
-            raise ValueError(f"{where}: each of 'choices' must be a non-empty string or a number, got {shown(choices)}")
+        check_choices(choices, where)
         if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
             raise ValueError(
                 f"{where}: 'answer' must be the index of the right choice, 0 to {len(choices) - 1}, got {shown(answer)}"

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from kunbr_fast.data.records import LETTERS, check_record, question_prompt
+from kunbr_fast.data.content import LETTERS, is_blank
+from kunbr_fast.data.records import check_record, question_prompt
+from kunbr_fast.files.shown import shown
 
 Sample = dict[str, torch.Tensor]
 
@@ -107,8 +109,8 @@ def _alternate(record: Mapping, kind: str, target: str, choose: Callable[[Sequen
         return {**record, "answer": choose(wrong)}, target
     if kind == "given":
         answer = record.get("alternate")
-        if not isinstance(answer, str) or not answer.strip():
-            raise ValueError(f"{where}: 'alternate' must be a non-empty string, the second answer, got {answer!r}")
+        if not isinstance(answer, str) or is_blank(answer):
+            raise ValueError(f"{where}: 'alternate' must be a non-empty string, the second answer, got {shown(answer)}")
         if "question" not in record and "text" in record:
             return {"text": answer, "_where": where}, target
     else:
@@ -185,7 +187,7 @@ def _text_and_spans(record: Mapping, tokenizer: Any, target: str) -> tuple[str, 
     if target == "number":
         numbers = list(re.finditer(r"\d+", text))
         if not numbers:
-            raise ValueError(f"{where}: target='number' but there is no digit in {text[:80]!r}")
+            raise ValueError(f"{where}: target='number' but there is no digit in {shown(text, 80)}")
         return text, [numbers[-1].span()], special
     if target == "letter":
         if "question" not in record:
@@ -233,10 +235,9 @@ def as_samples(samples: Iterable[Any]) -> list[Sample]:
     for number, item in enumerate(samples):
         if not isinstance(item, Mapping) or "input_ids" not in item:
             raise TypeError(f"sample {number}: got {type(item).__name__}, expected a mapping with input_ids and labels")
-        input_ids = torch.as_tensor(item["input_ids"])
-        labels = torch.as_tensor(item["labels"]) if item.get("labels") is not None else input_ids
-        mask = item.get("attention_mask")
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool()
+        input_ids = _integers(item, "input_ids", number)
+        labels = _integers(item, "labels", number) if item.get("labels") is not None else input_ids
+        mask = torch.ones_like(input_ids) if item.get("attention_mask") is None else _mask(item, number)
         for name, tensor in (("labels", labels), ("attention_mask", mask)):
             if tensor.shape != input_ids.shape:
                 raise ValueError(
@@ -249,16 +250,54 @@ def as_samples(samples: Iterable[Any]) -> list[Sample]:
         else:
             raise ValueError(f"sample {number}: input_ids of shape {tuple(input_ids.shape)}, expected (T,) or (B, T)")
         for ids, label, kept in rows:
+            if len(ids) == 0:
+                raise ValueError(f"sample {number}: it has no token: leave it out")
             kept = torch.nonzero(kept).flatten()
             if len(kept) == 0 or int(kept[-1] - kept[0]) + 1 != len(kept):
                 raise ValueError(
                     f"sample {number}: its attention mask is empty or has a hole, which packing cannot keep"
                 )
             inside = slice(int(kept[0]), int(kept[-1]) + 1)  # a view: no copy of the data set
-            result.append({"input_ids": ids[inside].long(), "labels": label[inside].long()})
+            sample = {"input_ids": ids[inside], "labels": label[inside]}
+            for name, wrong in (("token", sample["input_ids"] < 0), ("label", _wrong_labels(sample["labels"]))):
+                if wrong.any():
+                    place = int(wrong.nonzero()[0])
+                    found = int(sample["input_ids" if name == "token" else "labels"][place])
+                    expected = f"0 or more, or {IGNORE} where there is no loss" if name == "label" else "0 or more"
+                    raise ValueError(f"sample {number}: the {name} {found} at place {place}: expected {expected}")
+            result.append(sample)
     if not result:
         raise ValueError("no samples: expected at least one")
     return result
+
+
+def _integers(item: Mapping[str, Any], key: str, number: int) -> torch.Tensor:
+    """What a sample or batch holds under `key`, as a tensor of integers."""
+    try:
+        tensor = torch.as_tensor(item[key])
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged, text, None, or an integer of more than 64 bits
+        raise ValueError(
+            f"sample {number}: {key}={shown(item[key])}: expected integers of 64 bits, in rows of one length"
+        ) from error
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"sample {number}: {key} of {str(tensor.dtype)[6:]}: expected integers")
+    return tensor.long()
+
+
+def _mask(item: Mapping[str, Any], number: int) -> torch.Tensor:
+    try:
+        mask = torch.as_tensor(item["attention_mask"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"sample {number}: attention_mask={shown(item['attention_mask'])}: expected 0 and 1"
+        ) from error
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"sample {number}: its attention mask has other values than 0 and 1")
+    return mask
+
+
+def _wrong_labels(labels: torch.Tensor) -> torch.Tensor:
+    return (labels < 0) & (labels != IGNORE)
 
 
 def with_alternates(batch: Any) -> tuple[list[Sample], list[Sample] | None]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+MOST_SEEDS = 2**42  # torch's generator takes 64 bits, and each epoch has a seed of its own
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -21,6 +23,10 @@ class Schedule:
     retain_batch_size: int
     epochs: int
     seed: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < MOST_SEEDS:
+            raise ValueError(f"a data order's seed has {self.seed.bit_length()} bits or a sign: expected 0 to 2^42 - 1")
 
     @property
     def steps_per_epoch(self) -> int:

@@ -130,8 +130,8 @@ def attribute(
         raise ValueError(f"method={method!r} takes no retain set: leave it out")
     how = taken(AttributionSettings, settings, "attribute")
     decoder = model if isinstance(model, Decoder) else Decoder(model)
-    forget = checked_samples(forget, "forget sample")
-    retain = None if retain is None else checked_samples(retain, "retain sample")
+    forget = checked_samples(decoder, forget, "forget sample")
+    retain = None if retain is None else checked_samples(decoder, retain, "retain sample")
     watched, stored = watch_list(decoder, modules), decoder.weights
     if blocks is not None:
         layers = {layer for block in blocks for layer in check_block(block, decoder.num_layers)}

@@ -31,6 +31,7 @@ from kunbr_fast.files.shown import plain
 from kunbr_fast.keywords import named_by, taken
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.proofs import ensure_proven
+from kunbr_fast.values import SHARE, check
 
 NORMS = ("grad_l1", "grad_l2", "grad_l2sq", "grad_linf", "grad_mean_abs")
 STATISTICS = (*NORMS, "fisher", "fisher_ratio", "cosine", "slug")
@@ -190,10 +191,10 @@ def knowledge_density(
     how = taken(DensitySettings, settings, "knowledge_density")
     reduction = _check_settings(modules, statistic, reduction, retain, how.sample_fraction)
     decoder = model if isinstance(model, Decoder) else Decoder(model)
-    samples = checked_samples(samples, "sample")
+    samples = checked_samples(decoder, samples, "sample")
     ensure_proven(decoder.device, {decoder.dtype}, how.impl)
     if retain is not None:
-        retain = checked_samples(retain, "retain sample")
+        retain = checked_samples(decoder, retain, "retain sample")
     watched = watch_list(decoder, modules)
     tiles = {}
     if how.sample_fraction is not None:
@@ -244,8 +245,7 @@ def _check_settings(
     if retain is not None and statistic not in _RETAIN:
         raise ValueError(f"statistic={statistic!r} takes no retain set (only {', '.join(_RETAIN)} do): leave it out")
     if sample_fraction is not None:
-        if not 0 < sample_fraction <= 1:
-            raise ValueError(f"sample_fraction={sample_fraction}: expected above 0 and at most 1")
+        check("sample_fraction", sample_fraction, SHARE)
         if statistic not in SAMPLED_STATISTICS:
             raise ValueError(
                 f"sample_fraction with statistic={statistic!r}: only a sum over weights has an unbiased estimate from "

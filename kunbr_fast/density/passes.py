@@ -28,6 +28,7 @@ from kunbr_fast.memory import OutOfMemory, Place, cannot_fit, gibibytes, is_out_
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.gather import take
+from kunbr_fast.model.vocabulary import check_tokens
 from kunbr_fast.objectives import losses
 from kunbr_fast.parallel.group import ALONE, Group
 
@@ -65,10 +66,12 @@ class PassSettings:
         return Place(self.activations, self.directory)
 
 
-def checked_samples(samples: Iterable[Any], name: str) -> list[Sample]:
-    """`as_samples`, each with a loss; errors call a sample `name`."""
+def checked_samples(decoder: Decoder, samples: Iterable[Any], name: str) -> list[Sample]:
+    """`as_samples`, each with a loss and the model's tokens; errors call a sample `name`."""
     samples = as_samples(samples)
-    check_labels(samples, [f"{name} {i}" for i in range(len(samples))])
+    names = [f"{name} {i}" for i in range(len(samples))]
+    check_labels(samples, names)
+    check_tokens(decoder.model, samples, names)
     return samples
 
 

@@ -10,6 +10,7 @@ from kunbr_fast.density.layer_kinds import LAYER_KINDS, Tiles, Watched
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.low_precision import check_exact
 from kunbr_fast.model.weights import other_names, owners
+from kunbr_fast.values import SEED, check
 
 MODULES = ("mlp", "attention", "norms", "all")
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
@@ -69,7 +70,7 @@ def watch_list(decoder: Decoder, modules: str) -> list[Watched]:
 
 def choose_tiles(watched: list[Watched], fraction: float, seed: int, device: torch.device) -> dict[str, Tiles]:
     """{weight's path: its sampled tiles}, about `fraction` of each matrix that can be sampled."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check("sample_seed", seed, SEED))
     return {
         f"{item.path}.{name}": Tiles.choose(out_features, item.experts or 1, fraction, generator, device)
         for item in watched

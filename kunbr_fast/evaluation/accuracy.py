@@ -15,16 +15,18 @@ measurements of the same weights are equal.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from tqdm import tqdm
 
 from kunbr_fast import data
-from kunbr_fast.files.models import check_vocabulary
+from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.model.decoder import Stretch
 from kunbr_fast.model.frozen import evaluating
+from kunbr_fast.model.vocabulary import check_vocabulary
+from kunbr_fast.values import BATCH, check
 
 SCORINGS = ("letter", "choice")
 
@@ -114,16 +116,21 @@ def prepare_questions(tokenizer, records: Sequence[dict], *, scoring: str = "let
                     f"{limit} positions; shorten the question or leave it out (it is not cut, that "
                     "would change what is asked)"
                 )
-        tokens = [token for sequences in questions.sequences for ids in sequences for token in ids]
-        tokens += [token for targets in questions.targets for pairs in targets for _, token in pairs]
-        check_vocabulary(decoder.model, [torch.tensor(tokens + (questions.letters or []))], "the questions")
+        names = [_where(record, i) for i, record in enumerate(records)]
+        check_vocabulary(decoder.model, _tokens(questions), names)
     return questions
+
+
+def _tokens(questions: Questions) -> Iterator[torch.Tensor]:
+    """All tokens of each question."""
+    for sequences, targets in zip(questions.sequences, questions.targets):
+        asked = [token for ids in sequences for token in ids] + [token for pairs in targets for _, token in pairs]
+        yield torch.tensor(asked + (questions.letters or []))
 
 
 def measure(decoder, questions: Questions, *, batch_size: int = 16, progress: str | None = None) -> Accuracy:
     """`choice_accuracy` of prepared questions."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: expected at least 1")
+    check("batch_size", batch_size, BATCH)
     scores = _scores(decoder, questions, batch_size, progress)
     answers = torch.tensor(questions.answers)
     predictions = scores.argmax(dim=1)
@@ -160,7 +167,7 @@ def letter_tokens(tokenizer, number: int = 4) -> list[int]:
 
 
 def _no_letters(tokenizer, got: str) -> str:
-    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    name = plain(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
     return (
         f"tokenizer {name}: {got}; letter scoring needs one token for each of "
         '" A" " B" " C" " D", all different, after "Answer:". Use scoring="choice", '
@@ -179,12 +186,7 @@ def _check_question(record: dict, index: int) -> None:
             f"{_where(record, index)}: not a question line, it lacks {', '.join(missing)}; accuracy needs "
             "lines with question, choices and answer"
         )
-    number = len(record["choices"])
-    if not 2 <= number <= len(data.LETTERS) or record["answer"] not in range(number):
-        raise ValueError(
-            f"{_where(record, index)}: got {number} choices and the answer {record['answer']!r}, expected 2 "
-            f"to {len(data.LETTERS)} choices and the index of one of them"
-        )
+    data.check_record(record, _where(record, index))
 
 
 def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -226,7 +228,7 @@ def _prepare_choice(tokenizer, records: Sequence[dict]) -> tuple[list, list, lis
             )
         for choice, full in zip(record["choices"], fulls, strict=True):
             if len(full) <= start:
-                raise ValueError(f"{_where(record, i)}: the choice {choice!r} has no tokens, expected some text")
+                raise ValueError(f"{_where(record, i)}: the choice {shown(choice)} has no tokens, expected some text")
         sequences.append([full[:-1] for full in fulls])
         targets.append([[(t - 1, full[t]) for t in range(start, len(full))] for full in fulls])
     return sequences, targets, None

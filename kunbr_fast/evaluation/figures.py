@@ -4,10 +4,16 @@ matplotlib is imported on use, with its own canvas and no pyplot, so that nothin
 changes. Colours are Okabe and Ito's, which stay apart for colour-blind readers.
 """
 
+import logging
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from kunbr_fast.files import atomic
+from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.target import MAKER
+
+logger = logging.getLogger(__name__)
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
 COLOURS = (ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
@@ -58,8 +64,29 @@ def legend(axes, loc: str = "lower left", bbox_to_anchor: tuple = (-0.01, 1.0), 
     )
 
 
+def label(text: str, length: int) -> str:
+    """A name as it stands in a picture: one line, cut, its dollars no formula. matplotlib leaves out what begins with
+    "_"."""
+    text = plain(text, 1000)
+    text = text if len(text) <= length else text[: length - 1] + "…"
+    return f"{' ' if text.startswith('_') else ''}{text}".replace("$", r"\$")
+
+
+def drawn(path: str | Path, plot: Callable[[], None]) -> bool:
+    """Whether plot() made its picture at `path`. Why not is said in one line: what a picture shows is not lost with
+    it."""
+    try:
+        plot()
+    except Exception as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        logger.warning(f"{plain(path)}: the picture could not be drawn: {shown(str(why), 200)[1:-1]}")
+        return False
+    return True
+
+
 def save(figure, path: str | Path) -> None:
     """A PNG at `path`."""
-    with atomic.atomic_write(path) as file:
+    with atomic.atomic_write(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of characters that the font lacks
         # No version and no time: the same data gives the same bytes. By the name we know our own pictures.
         figure.savefig(file, format="png", metadata={"Software": MAKER})

@@ -11,6 +11,7 @@ from kunbr_fast.evaluation import figures
 from kunbr_fast.evaluation.figures import COLOURS, GREY, MARKERS, ORANGE
 from kunbr_fast.evaluation.rtt import RTTResult
 
+NAME = 48  # characters of a method's name
 _RAW = {  # statistics without shares: title, label
     "fisher_ratio": ("Where the forget set weighs more than the retain set", "Fisher information, forget / retain"),
     "cosine": ("Where forget and retain gradients agree", "cosine of the mean gradients"),
@@ -150,7 +151,8 @@ def plot_relearning(
     methods = []
     for index, (method, result) in enumerate(results.items()):
         before = (forget or {}).get(method, result.before)
-        label = f"{method}: {100 * before:.0f} % → {100 * result.accuracy:.0f} % (lr {_rate(result.best[0])})"
+        label = f"{100 * before:.0f} % → {100 * result.accuracy:.0f} % (lr {_rate(result.best[0])})"
+        label = f"{figures.label(method, NAME)}: {label}"
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         methods += _curves(axes, result, label, colour, marker)
     epochs = max(len(result.curve(result.lrs[0])) for result in results.values()) - 1

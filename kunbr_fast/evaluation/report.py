@@ -11,6 +11,7 @@ import torch
 from kunbr_fast.density.measure import Density
 from kunbr_fast.evaluation.rtt import RTTResult
 from kunbr_fast.files import atomic
+from kunbr_fast.files.shown import plain
 from kunbr_fast.version import __version__
 
 
@@ -102,7 +103,7 @@ def _cells(row: Mapping, others: list[str], stages: list[str]) -> list[str]:
     recovery = None if forget is None or rtt is None else 100 * (rtt - forget)
     seconds = row.get("seconds") or {}
     return [
-        str(row["method"]),
+        plain(row["method"], 60),
         *[_percent(row.get(key)) for key in ("forget", "retain")],
         *[_percent((row.get("other") or {}).get(name)) for name in others],
         _percent(rtt),

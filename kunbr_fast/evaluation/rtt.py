@@ -20,11 +20,14 @@ from tqdm import tqdm
 from kunbr_fast import data
 from kunbr_fast.evaluation.accuracy import Accuracy, measure, prepare_questions
 from kunbr_fast.files.documents import checked
-from kunbr_fast.files.models import check_vocabulary
-from kunbr_fast.files.shown import shown
+from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot
+from kunbr_fast.model.vocabulary import check_tokens
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.full import train_all
+from kunbr_fast.values import ABOVE_ZERO, BATCH, EPOCHS, SEED, check
+
+NAME = 40  # characters of a fold's name in messages and on the progress bar
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,11 @@ class RTTConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lrs", tuple(float(lr) for lr in self.lrs))
-        if not self.lrs or len(set(self.lrs)) != len(self.lrs) or not all(0 < lr < float("inf") for lr in self.lrs):
-            raise ValueError(f"lrs={self.lrs}: expected one or more different learning rates above 0")
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        object.__setattr__(self, "lrs", tuple(check("lrs entry", lr, ABOVE_ZERO) for lr in self.lrs))
+        if not self.lrs or len(set(self.lrs)) != len(self.lrs):
+            raise ValueError(f"lrs={shown(self.lrs)}: expected one or more different learning rates above 0")
+        for name, kind in (("epochs", EPOCHS), ("batch_size", BATCH), ("seed", SEED)):
+            check(name, getattr(self, name), kind)
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ class Attack:
             data.encode(fold.train_records, tokenizer, config.target, decoder.max_positions) for fold in folds
         ]
         for fold, part in zip(folds, self._samples):
-            check_vocabulary(decoder.model, [sample["input_ids"] for sample in part], f"fold {fold.name}")
+            check_tokens(decoder.model, part, [_where(fold, i) for i in range(len(part))])
         self._before: dict[int, Accuracy] = {}  # each fold's, where it is known
 
     def run(
@@ -243,7 +245,7 @@ class Attack:
     def _one(self, i: int, lr: float, restore: Callable[[], None], bar: tqdm) -> list[dict]:
         """The rows of one fold's attack at one learning rate; `restore` puts the weights back."""
         fold, config, questions = self.folds[i], self.config, self._questions[i]
-        bar.set_postfix_str(f"{fold.name}, lr {lr:g}")
+        bar.set_postfix_str(f"{plain(fold.name, NAME)}, lr {lr:g}")
         if i not in self._before:
             self._before[i] = measure(self.decoder, questions)
         rows = [_row(fold, lr, 0, self._before[i])]
@@ -251,7 +253,7 @@ class Attack:
         def after_epoch(_epoch: int) -> None:
             accuracy = measure(self.decoder, questions)
             rows.append(_row(fold, lr, len(rows), accuracy))
-            bar.set_postfix_str(f"{fold.name}, lr {lr:g}, {accuracy.plain:.1%}", refresh=False)
+            bar.set_postfix_str(f"{plain(fold.name, NAME)}, lr {lr:g}, {accuracy.plain:.1%}", refresh=False)
             bar.update()
 
         others = [sample for k, part in enumerate(self._samples) if k != i for sample in part]
@@ -262,7 +264,7 @@ class Attack:
             # Diverged's own hint is about gradient difference, which is not what runs here.
             what = f"diverged at {error.where}" if isinstance(error, Diverged) else str(error)
             raise FloatingPointError(
-                f"RTT attack on fold {fold.name} at learning rate {lr:g}: {what}. Take this learning rate "
+                f"RTT attack on fold {plain(fold.name, NAME)} at learning rate {lr:g}: {what}. Take this learning rate "
                 "out of the list; finished attacks need not be run again"
             ) from error
         finally:
@@ -296,6 +298,10 @@ def _row(fold: Fold, lr: float, epoch: int, accuracy: Accuracy) -> dict:
     return dict(fold=fold.name, lr=lr, epoch=epoch, plain=accuracy.plain, calibrated=accuracy.calibrated)
 
 
+def _where(fold: Fold, index: int) -> str:
+    return fold.train_records[index].get("_where", f"fold {plain(fold.name, NAME)}, record {index}")
+
+
 def _check_folds(folds: Sequence[Fold]) -> None:
     names = [fold.name for fold in folds]
     if len(folds) < 2:
@@ -304,11 +310,11 @@ def _check_folds(folds: Sequence[Fold]) -> None:
             "about one. Give the forget set as several files of independent facts"
         )
     if len(set(names)) != len(names):
-        raise ValueError(f"fold names {names} are not all different; rename the files")
+        raise ValueError(f"fold names {shown(names, 200)} are not all different; rename the files")
     for fold in folds:
         for what in ("train_records", "questions"):
             if not getattr(fold, what):
-                raise ValueError(f"fold {fold.name}: {what} is empty")
+                raise ValueError(f"fold {plain(fold.name, NAME)}: {what} is empty")
 
 
 def finished_attacks(

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from kunbr_fast.files.scratch import scratch
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sync(path: Path) -> None:

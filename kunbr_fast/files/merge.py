@@ -23,33 +23,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import fnmatch
 import hashlib
-import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypedDict
+from typing import Any, BinaryIO
 
-import msgspec
 import torch
 from tqdm import tqdm
 
-from kunbr_fast.files.atomic import atomic_write, sha256, write_json
-from kunbr_fast.files.documents import read_json
-from kunbr_fast.files.models import model_directory
-from kunbr_fast.files.scratch import remove_leftovers
-from kunbr_fast.files.shown import shown
-from kunbr_fast.files.tensors import INDEX, Shards
+from kunbr_fast.files.atomic import atomic_write
+from kunbr_fast.files.headers import Header, Tensor
+from kunbr_fast.files.merge_folder import FOLDER, MergeFolder
+from kunbr_fast.files.models import ModelFolder
+from kunbr_fast.files.shards import INDEX
+from kunbr_fast.files.target import Target, check
 from kunbr_fast.keywords import named_by, taken
 
 METHODS = ("sum", "mean", "consensus")
 MODES = ("negate", "add")
 CHUNK = 2**20  # entries: 4 MiB of fp32, of which a dozen are in memory
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SUMMARY, PARTIAL = "merge.json", "merge.partial.json"
 BESIDE = (INDEX, "config.json", "generation_config.json", "*tokenizer*", "special_tokens_map.json", "added_tokens.json",
           "vocab.*", "merges.txt", "chat_template*", "*.tiktoken", "spiece.model")  # fmt: skip
 
@@ -93,7 +88,8 @@ def merge_models(
 
     base: directory of theta_0. models: one or more directories of models trained from it, of any float dtype, in any
     number of files. Safetensors only. settings: the fields of `MergeSettings`, `mode` at least.
-    resume: go on after a kill or a full disk; files that are whole (SHA-256) are kept.
+    resume: go on after a kill or a full disk; files that are whole (SHA-256) are kept. Of a finished merge: nothing to
+    do.
 
     The output has the base's dtype, files, configuration and tokenizer. A tied weight is in the files once, and stays
     tied. Tensors that are no floats are copied from the base.
@@ -101,115 +97,90 @@ def merge_models(
     Returns (also in `output`/merge.json): `tensors`, `entries` (numbers of floats), `agreed_share` (entries whose task
     vectors all have one sign, or, with "consensus", a share of at least `agree` of them), `changed_share` (entries of
     tau that are not 0), `task_vector_norms` (L2, one for each model), `merged_norm` (of alpha * tau), `sha256` of each
-    file, and the same counts and norms for each tensor in `per_tensor`.
+    file, the same counts and norms for each tensor in `per_tensor`, and `inputs`, by which a resumed merge knows them.
 
     Errors, before anything is computed: ValueError for tensors that differ in name or shape (naming file and tensor),
-    for a model given twice, an output that is an input or not empty; OSError where the disk has not enough space. While
-    computing: ValueError for NaN or infinity, in an input or in the result.
+    for a model given twice, an output that is an input, lies in one, or is not empty; OSError where the disk has not
+    enough space. While computing: ValueError for NaN or infinity, in an input or in the result.
     """
     how, output = taken(MergeSettings, settings, "merge_models"), Path(output)
     inputs = [Path(path) for path in (base, *models)]
     if len(inputs) == 1:
         raise ValueError("no model to merge: expected at least one, trained from the base")
-    real = [path.resolve() for path in inputs]
-    if output.resolve() in real:
-        raise ValueError(f"{output} is one of the inputs: give another output directory")
-    for number, path in enumerate(real):
-        if path in real[:number]:
-            raise ValueError(f"{inputs[number]} is given twice: its task vector would be counted twice, or be zero")
-    _check_configuration(inputs[0])
-    headers = [[_Header.read(file) for file in Shards(path).paths] for path in inputs]
+    check([Target("output", str(output), FOLDER)], [("an input", path) for path in inputs])
+    for number, path in enumerate(inputs):
+        if any(path.exists() and path.samefile(other) for other in inputs[:number]):
+            raise ValueError(f"{path} is given twice: its task vector would be counted twice, or be zero")
+    headers = [ModelFolder(path, configured=path is inputs[0]).shards.headers for path in inputs]
     sources = [{tensor.name: tensor for header in found for tensor in header.tensors} for found in headers]
     _check_same(inputs, sources)
 
-    identities = [[header.identity() for header in found] for found in headers]
-    named = [{"directory": str(path), "files": identity} for path, identity in zip(real, identities)]
-    job = dataclasses.asdict(how) | {"inputs": named}
-    done = _begin(output, job, resume)
-    sizes = {header.file.name: header.size for header in headers[0]}
-    _check_space(output, sum(size for name, size in sizes.items() if name not in done))
-    write_json(output / PARTIAL, {"job": job, "files": done})
-    with tqdm(total=sum(sizes.values()), desc="merge", unit="B", unit_scale=True, disable=not progress) as bar:
+    identities = [[_identity(header) for header in found] for found in headers]
+    named = [{"directory": str(path.resolve()), "files": found} for path, found in zip(inputs, identities)]
+    folder = MergeFolder(output, dataclasses.asdict(how) | {"inputs": named}, resume)
+    if folder.finished is not None:
+        return folder.finished
+    beside = _beside(inputs[0])
+    for header in headers[0]:
+        folder.claim(header.file.name, header.raw, header.size)
+    for path in beside:
+        folder.claim(path.name, path.read_bytes(), path.stat().st_size)
+    folder.check_space(sum(header.size for header in headers[0] if header.file.name not in folder.done))
+    folder.keep()
+    total = sum(header.size for header in headers[0])
+    with tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=not progress) as bar:
         for header in headers[0]:
             name = header.file.name
-            if name in done:
+            if name in folder.done:
                 bar.update(header.size)
             else:
-                done[name] = _merge_file(output / name, header, sources, how, bar)
-                write_json(output / PARTIAL, {"job": job, "files": done})
-    summary = _summary(how, inputs, done)
-    # config.json is last: it makes the directory a model
-    for path in sorted(inputs[0].iterdir(), key=lambda path: path.name == "config.json"):
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in BESIDE):
-            with atomic_write(output / path.name) as copy:
-                copy.write(path.read_bytes())
-    write_json(output / SUMMARY, summary)
-    (output / PARTIAL).unlink(missing_ok=True)
+                folder.done[name] = _merge_file(output / name, header, sources, how, bar)
+                folder.keep()
+    for path in beside:
+        with atomic_write(output / path.name) as copy:
+            copy.write(path.read_bytes())
+    summary = _summary(how, inputs, folder.done) | {"inputs": folder.job["inputs"]}
+    folder.finish(summary)
     return summary
+
+
+def _beside(base: Path) -> list[Path]:
+    """Configuration and tokenizer. config.json is last: it makes the directory a model."""
+    found = [path for path in base.iterdir() if path.is_file()]
+    found = [path for path in found if any(fnmatch.fnmatch(path.name, pattern) for pattern in BESIDE)]
+    return sorted(found, key=lambda path: (path.name == "config.json", path.name))
 
 
 # ---------------------------------------------------------------- what is merged
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """Where a tensor is: the bytes from `start` to `stop` of a file."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def entries(self) -> int:
-        return math.prod(self.shape)
-
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[_Reader]:
-        with open(self.file, "rb") as handle:
-            handle.seek(self.start)
-            yield _Reader(self, handle)
+def _identity(header: Header) -> list:
+    """Recognises a file after an interruption, without reading all of it."""
+    file = header.file
+    return [file.name, header.size, file.stat().st_mtime_ns, hashlib.sha256(header.raw).hexdigest()]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Header:
-    """A safetensors file: eight bytes with the length of a JSON header, the header, and the tensors' bytes."""
-
-    file: Path
-    raw: bytes  # everything before the tensors
-    tensors: tuple[_Tensor, ...]  # as they lie in the file
-    size: int
-
-    @classmethod
-    def read(cls, path: Path) -> _Header:
-        with open(path, "rb") as file:
-            raw = file.read(8)
-            raw += file.read(int.from_bytes(raw, "little"))
-        tensors = [
-            _Tensor(path, name, entry["dtype"], tuple(entry["shape"]), *(len(raw) + at for at in entry["data_offsets"]))
-            for name, entry in json.loads(raw[8:]).items()
-            if name != "__metadata__"
-        ]
-        tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
-        return cls(path, raw, tuple(tensors), path.stat().st_size)
-
-    def identity(self) -> list:
-        """Recognises the file after an interruption, without reading all of it."""
-        return [self.file.name, self.size, self.file.stat().st_mtime_ns, hashlib.sha256(self.raw).hexdigest()]
+@contextlib.contextmanager
+def _opened(tensor: Tensor) -> Iterator[_Reader]:
+    with open(tensor.file, "rb") as handle:
+        handle.seek(tensor.start)
+        yield _Reader(tensor, handle)
 
 
 @dataclasses.dataclass
 class _Reader:
     """A tensor's bytes, or entries, in chunks."""
 
-    tensor: _Tensor
+    tensor: Tensor
     handle: BinaryIO
 
     def raw(self, count: int) -> bytearray:
         data = bytearray(count)
-        if self.handle.readinto(data) != count:
+        try:
+            found = self.handle.readinto(data)
+        except OSError as error:  # else it would be the output's, which is being written
+            raise ValueError(f"{self.tensor.file}: cannot be read: {error.strerror}") from error
+        if found != count:
             raise ValueError(f"{self.tensor.file}: cut short while it was read: is it still being written?")
         return data
 
@@ -222,17 +193,7 @@ class _Reader:
         return values
 
 
-def _check_configuration(base: Path) -> None:
-    path = model_directory(base) / "config.json"
-    try:
-        configuration = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if configuration.get("quantization_config"):
-        raise ValueError(f"{path}: quantised weights have no task vectors: merge the models before they are quantised")
-
-
-def _check_same(inputs: Sequence[Path], sources: Sequence[dict[str, _Tensor]]) -> None:
+def _check_same(inputs: Sequence[Path], sources: Sequence[dict[str, Tensor]]) -> None:
     base = sources[0]
     for path, other in zip(inputs[1:], sources[1:]):
         if odd := sorted(base.keys() ^ other.keys()):
@@ -247,62 +208,6 @@ def _check_same(inputs: Sequence[Path], sources: Sequence[dict[str, _Tensor]]) -
                 raise ValueError(f"{name} is {second.shape} in {second.file} and {first.shape} in {first.file}")
             if second.dtype != first.dtype and not {second.dtype, first.dtype} <= FLOATS.keys():
                 raise ValueError(f"{name} is {second.dtype} in {second.file} and {first.dtype} in {first.file}")
-
-
-# ---------------------------------------------------------------- the output directory
-
-
-class _Counts(TypedDict):
-    entries: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-    agreed_share: float
-    changed_share: float
-    task_vector_norms: list[float]
-    merged_norm: float
-
-
-class _File(TypedDict):
-    sha256: str
-    tensors: dict[str, _Counts]
-
-
-class _Partial(TypedDict):
-    job: dict[str, Any]
-    files: dict[str, _File]
-
-
-def _begin(output: Path, job: dict, resume: bool) -> dict[str, dict]:
-    """Makes the directory, or takes it up again: returns the entry of each file that is whole."""
-    output.mkdir(parents=True, exist_ok=True)
-    partial = output / PARTIAL
-    if not resume:
-        if any(output.iterdir()):
-            cure = "go on with it (resume=True)" if partial.is_file() else "give another one"
-            raise ValueError(f"{output} is not empty: {cure}, or delete it")
-        return {}
-    if not partial.is_file():
-        raise ValueError(f"{output}: no merge to resume (there is no {PARTIAL})")
-    try:
-        found = read_json(partial, _Partial, 2**26)
-    except ValueError as error:
-        raise ValueError(f"{error}: delete {output} and begin again") from error
-    before, files = found["job"], found["files"]
-    changed = [name for name, value in json.loads(json.dumps(job)).items() if before.get(name) != value]
-    if changed:
-        raise ValueError(
-            f"{output}: {changed[0]} changed since this merge was begun: put it back, or give another output"
-        )
-    remove_leftovers(output)
-    if odd := sorted(name for name in files if Path(name).name != name):
-        raise ValueError(f"{partial}: files: {shown(odd[0])} is not in its folder: delete {output} and begin again")
-    there = {name: entry for name, entry in files.items() if (output / name).is_file()}
-    return {name: entry for name, entry in there.items() if sha256(output / name) == entry["sha256"]}
-
-
-def _check_space(output: Path, needed: int) -> None:
-    free, more = shutil.disk_usage(output).free, 2**26  # tokenizer and the like
-    if free < needed + more:
-        sizes = f"{needed / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB free"
-        raise OSError(errno.ENOSPC, f"{output}: {sizes}: free space, or give another")
 
 
 def _summary(settings: MergeSettings, inputs: Sequence[Path], files: dict[str, dict]) -> dict[str, Any]:
@@ -344,16 +249,16 @@ class _Digest:
 
 
 def _merge_file(
-    path: Path, header: _Header, sources: Sequence[dict[str, _Tensor]], settings: MergeSettings, bar: tqdm
+    path: Path, header: Header, sources: Sequence[dict[str, Tensor]], settings: MergeSettings, bar: tqdm
 ) -> dict:
     """One file of the base, merged: {"sha256", "tensors": {name: counts and norms}}."""
     tensors = {}
-    with atomic_write(path) as file:
+    with atomic_write(path, header.size) as file:
         out = _Digest(file, bar)
         out.write(header.raw)
         for tensor in header.tensors:
             with contextlib.ExitStack() as stack:
-                readers = [stack.enter_context(source[tensor.name].opened()) for source in sources]
+                readers = [stack.enter_context(_opened(source[tensor.name])) for source in sources]
                 if tensor.dtype in FLOATS:
                     tensors[tensor.name] = _merge_tensor(out, tensor, readers, settings)
                 else:
@@ -361,7 +266,7 @@ def _merge_file(
     return {"sha256": out.sha256.hexdigest(), "tensors": tensors}
 
 
-def _copy(out: _Digest, tensor: _Tensor, readers: Sequence[_Reader]) -> None:
+def _copy(out: _Digest, tensor: Tensor, readers: Sequence[_Reader]) -> None:
     for first in range(tensor.start, tensor.stop, CHUNK):
         parts = [reader.raw(min(CHUNK, tensor.stop - first)) for reader in readers]
         for reader, part in zip(readers[1:], parts[1:]):
@@ -372,7 +277,7 @@ def _copy(out: _Digest, tensor: _Tensor, readers: Sequence[_Reader]) -> None:
         out.write(parts[0])
 
 
-def _merge_tensor(out: _Digest, tensor: _Tensor, readers: Sequence[_Reader], settings: MergeSettings) -> dict[str, Any]:
+def _merge_tensor(out: _Digest, tensor: Tensor, readers: Sequence[_Reader], settings: MergeSettings) -> dict[str, Any]:
     dtype = FLOATS[tensor.dtype]
     wide = torch.promote_types(dtype, torch.float32)
     agreed = changed = 0

@@ -2,68 +2,175 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
+from kunbr_fast.files import model_config
 from kunbr_fast.files.atomic import os_errors, sizes, sync, usual_mode
+from kunbr_fast.files.documents import read_json, read_text
+from kunbr_fast.files.headers import COPY, odd_kind
+from kunbr_fast.files.parameters import REMADE, Stored, check_all_used, layers_in_files, stored_parameters, without
 from kunbr_fast.files.scratch import scratch
-from kunbr_fast.files.tensors import open_tensors
+from kunbr_fast.files.shards import Shards
+from kunbr_fast.files.shown import plain, shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")  # of tokenizer.json
+LONGEST = 240  # characters of another library's reason
 
 
-def model_directory(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such directory: expected a local Hugging Face model directory")
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path}: no config.json: not a Hugging Face model directory")
-    if not any(path.glob("*.safetensors")):
-        raise ValueError(
-            f"{path}: no *.safetensors: pickled weights are not loaded; convert them with safetensors first"
-        )
-    return path
+class ModelFolder:
+    """A model's folder, judged before transformers is imported and before any tensor is read.
+
+    values: what config.json says; shards: its weights. configured=False: config.json may be missing.
+
+    Errors: ValueError in one line, with the file, what it holds and the cure.
+    """
+
+    def __init__(self, path: str | Path, configured: bool = True):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ValueError(f"{plain(path)}: no such directory: expected a local Hugging Face model directory")
+        for name in sorted(os.listdir(self.path)):
+            with contextlib.suppress(OSError):  # a link to nothing, which is named where it is read
+                kind = odd_kind(self.path / name)
+                if kind not in (None, "a directory"):
+                    raise ValueError(f"{plain(self.path / name)}: {kind}, in a model's folder: move it elsewhere")
+        self.config_path = self.path / "config.json"
+        self.values: dict[str, Any] = {}
+        if configured or os.path.lexists(self.config_path):
+            if not os.path.lexists(self.config_path):
+                raise ValueError(f"{plain(path)}: no config.json: not a Hugging Face model directory")
+            self.values = model_config.read_model_config(self.config_path)
+        adapter = self.path / "adapter_config.json"
+        if os.path.lexists(adapter):
+            raise ValueError(
+                f"{plain(adapter)}: an adapter, which transformers would put on top of these weights: merge it into "
+                "the model (merge_and_unload), or move it elsewhere"
+            )
+        if os.path.lexists(generation := self.path / "generation_config.json"):
+            read_json(generation, dict)
+        self.shards = Shards(self.path)
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        asked, there = model_config.number_of_layers(self.values), layers_in_files(self.shards.tensors)
+        if asked is None or not there:
+            return
+        name, number = asked
+        lacking = next((layer for layer in range(number) if layer not in there), None)
+        if lacking is not None:
+            raise ValueError(
+                f"{plain(self.config_path)}: {name} is {number}, and the weights have {len(there)} layers (none "
+                f"numbered {lacking}): correct it, or copy the missing files"
+            )
+        predicting = any("nextn" in name or "mtp" in name for name in model_config.of_language(self.values))
+        if len(there) > number and not predicting:  # layers that predict several tokens come after the others
+            tensor = self.shards.tensors[there[max(there)]]
+            raise ValueError(
+                f"{plain(self.config_path)}: {name} is {number}, and the weights have {len(there)} layers "
+                f"({tensor.name} in {tensor.file.name}): correct it, or copy the model's config.json again"
+            )
+
+    def configuration(self) -> PretrainedConfig:
+        """config.json as transformers reads it."""
+        from transformers import AutoConfig
+
+        with refusals(self.config_path):
+            config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+        model_config.check_heads(config.get_text_config(), self.config_path)
+        return config
+
+    def on_meta(self, config: PretrainedConfig, dtype: torch.dtype) -> tuple[nn.Module, Stored]:
+        """(the model without its weights, where these are). ValueError where the files do not fit it."""
+        from transformers import AutoModelForCausalLM
+
+        with refusals(self.config_path), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False, attn_implementation=attention_of(config)
+            )
+            model.requires_grad_(False).eval()
+            model.tie_weights()
+        return model, stored_parameters(model, self.shards)
+
+    def saved_dtype(self, config: PretrainedConfig) -> torch.dtype:
+        """As transformers' "auto": what config.json says, else the dtype of the first floating-point tensor."""
+        found = getattr(config, "dtype", None)
+        if isinstance(found, torch.dtype):
+            return found
+        names = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+        for tensor in self.shards.tensors.values():
+            if tensor.dtype in names:
+                return DTYPES[names[tensor.dtype]]
+        raise ValueError(f"{plain(self.path)}: it holds no floating-point weights")
+
+
+@contextlib.contextmanager
+def refusals(where: Path) -> Iterator[None]:
+    """Turns what transformers and tokenizers raise for a file into a ValueError in one line.
+
+    Their checks raise types of their own, even bare Exceptions."""
+    try:
+        yield
+    except Exception as error:
+        if str(error).startswith(plain(where)):
+            raise
+        raise ValueError(f"{plain(where)}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """The line of an error's text that says why, cut."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else ""
+    if "alidation error" in first and len(lines) > 1:  # of a dataclass: the field, and what is wrong with it
+        first = lines[1].removeprefix("TypeError: ").removeprefix("ValueError: ")
+    if not isinstance(error, ValueError | OSError | RuntimeError) or not first:
+        first = f"{type(error).__name__}: {first}"
+    return plain(first if len(first) <= LONGEST else f"{first[: LONGEST - 3]}...")
+
+
+def known_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={shown(dtype)}: expected one of {', '.join(DTYPES)}")
 
 
 def load_model(path: str | Path, dtype: str | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """A causal language model from a local directory, in eval mode; dtype: a name of DTYPES (default: as saved)."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    known_dtype(dtype)
+    folder = ModelFolder(path)
+    config = folder.configuration()
+    wanted = DTYPES[dtype] if dtype else folder.saved_dtype(config)
+    _, stored = folder.on_meta(config, wanted)
+    if stored.followed:
+        check_all_used(stored, folder.shards)
+    from transformers import AutoModelForCausalLM
 
-    path = model_directory(path)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
-    for file in sorted(path.glob("*.safetensors")):
-        with open_tensors(file):  # only its header is read; transformers' own error would not name the file
-            pass
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    with refusals(folder.path):
         model, info = AutoModelForCausalLM.from_pretrained(
-            path,
+            folder.path,
             attn_implementation=attention_of(config),
-            dtype=DTYPES[dtype] if dtype else "auto",
+            dtype=wanted,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be loaded: {error}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{path}: has no weights for {missing[0]} ({len(missing)} missing): this checkpoint is not whole"
-        )
+    # what transformers says counts, also of conversions that only it knows
+    left = without(sorted(info["unexpected_keys"]), REMADE)
+    check_all_used(Stored({}, sorted(info["missing_keys"]), [], True), folder.shards)
+    if left:
+        raise ValueError(f"{plain(path)}: {left[0]} is no tensor of the model ({len(left)} are not): {COPY}")
     return model.to(device).eval()
 
 
@@ -89,22 +196,17 @@ def load_tokenizer(path: str | Path) -> Any:
         raise ValueError(
             f"{path}: no tokenizer (tokenizer.json): save one with tokenizer.save_pretrained({str(path)!r})"
         )
-    try:
+    path = Path(path)
+    for name in (*TOKENIZERS, *BESIDE, "merges.txt", "chat_template.jinja"):
+        if os.path.exists(path / name) and (kind := odd_kind(path / name)) is not None:
+            raise ValueError(f"{plain(path / name)}: {kind}, expected a file: {COPY}")
+    for name in BESIDE:
+        if (path / name).exists():
+            with refusals(path / name):  # not read_json: transformers writes model_max_length as 10**30
+                if not isinstance(found := json.loads(read_text(path / name)), dict):
+                    raise ValueError(f"got {shown(found)}, expected an object: {COPY}")
+    with refusals(path / "tokenizer.json" if (path / "tokenizer.json").exists() else path):
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raise bare Exceptions
-        raise ValueError(f"{path}: its tokenizer cannot be loaded: {error}") from error
-
-
-def check_vocabulary(model: nn.Module, ids: Iterable[torch.Tensor], what: str) -> None:
-    """ValueError if one of the token ids has no embedding: tokenizer and model do not belong together."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    for tensor in ids:
-        low, high = (int(value) for value in tensor.aminmax())
-        if low < 0 or high >= rows:
-            raise ValueError(
-                f"{what}: token id {low if low < 0 else high}, but the model embeds {rows}: tokenizer and model do not "
-                "belong together"
-            )
 
 
 def check_same_architecture(original: nn.Module, unlearned: nn.Module, where: str) -> None:

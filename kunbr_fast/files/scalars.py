@@ -28,6 +28,8 @@ def real(text: str) -> float:
         raise Refused(f"the number {_cut(text)} is too long: expected at most {LONGEST}")
     if not math.isfinite(number := float(text)):
         raise Refused(f"the number {_cut(text)} is beyond a float of 64 bits: expected a finite one")
+    if number == 0 and any(digit in "123456789" for digit in text.lower().partition("e")[0]):
+        raise Refused(f"the number {_cut(text)} is rounded to 0: expected 0 itself, or a larger one")
     return number
 
 

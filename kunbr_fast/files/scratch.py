@@ -29,10 +29,12 @@ def scratch(prefix: str, directory: str | os.PathLike | None = None, suffix: str
     remove_leftovers(directory, prefix, suffix)
     folder, marker = _make(directory, prefix, suffix)
     try:
-        yield folder
+        try:
+            yield folder
+        finally:
+            with contextlib.suppress(OSError):  # what stays, if anything, goes with the next one
+                _remove(folder)
     finally:
-        with contextlib.suppress(OSError):  # what stays, if anything, goes with the next one
-            _remove(folder)
         os.close(marker)
 
 

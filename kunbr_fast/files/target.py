@@ -13,13 +13,13 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
-import json
 import os
 import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from kunbr_fast.files.documents import read_json
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.files.shown import plain
 
@@ -58,7 +58,8 @@ class Target:
 
     def refuse(self, why: str, path: Path | None = None) -> ValueError:
         """path: of a file in the target, where that is a folder."""
-        return ValueError(f"{self.option} {plain(path or self.given)}: {why}")
+        inside = path is not None and path != self.path
+        return ValueError(f"{self.option} {plain(path if inside else self.given)}: {why}")
 
 
 def check(targets: Sequence[Target], inputs: Sequence[tuple[str, str | os.PathLike]] = ()) -> None:
@@ -190,8 +191,8 @@ def json_with(*keys: str) -> Callable[[Path], bool]:
 
     def ours(path: Path) -> bool:
         try:
-            found = json.loads(_text(path))
-        except (ValueError, RecursionError):
+            found = read_json(path)
+        except ValueError:
             return False
         found = found[0] if isinstance(found, list) and found else found
         return isinstance(found, dict) and found.keys() >= {*keys}

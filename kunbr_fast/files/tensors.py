@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -36,60 +35,6 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """All tensors of a file, on the CPU. Errors as in `open_tensors`."""
     with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
-
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
-
-class Shards:
-    """The weights of a model directory, in one safetensors file or several, by tensor name.
-
-    files: the file of each tensor, as the index says. Nothing is read but headers until a tensor is asked for.
-
-    Errors: ValueError that names the file which is missing, damaged, or does not hold what the index says.
-    """
-
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise ValueError(f"{self.directory}: no such directory: expected a local Hugging Face model directory")
-        index = self.directory / INDEX
-        self.files: dict[str, Path] = {}
-        named = None
-        paths = [self.directory / SINGLE]
-        if index.is_file():
-            try:
-                named = {str(k): str(v) for k, v in json.loads(index.read_text())["weight_map"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{index}: not an index of safetensors files ({error}): make or copy it again"
-                ) from error
-            if any(Path(name).name != name for name in named.values()):
-                raise ValueError(f"{index}: names a file outside its directory")
-            paths = [self.directory / name for name in sorted(set(named.values()))]
-        for path in paths:
-            if not path.is_file():
-                cure = "only safetensors are read; convert pickled weights first"
-                if named:
-                    cure = "copy it too, the checkpoint is not whole"
-                raise ValueError(f"{path}: no such file: {cure}")
-            with open_tensors(path) as file:
-                self.files |= {name: path for name in file.keys()}
-        if named is not None and named != (found := {name: path.name for name, path in self.files.items()}):
-            odd = sorted(set(named.items()) ^ set(found.items()))[0][0]
-            raise ValueError(f"{index}: {odd} is not in the file that the index names: the checkpoint is mixed up")
-
-    @property
-    def paths(self) -> list[Path]:
-        return sorted(set(self.files.values()))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.files
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        with open_tensors(self.files[name]) as file:
-            return file.get_tensor(name)
 
 
 def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -52,7 +52,8 @@ from tqdm import tqdm
 from kunbr_fast.data import PackedBatch, Sample
 from kunbr_fast.data.batch import join
 from kunbr_fast.files.scratch import scratch
-from kunbr_fast.files.tensors import SINGLE, Shards, WeightSnapshot, save_tensors
+from kunbr_fast.files.shards import SINGLE, Shards
+from kunbr_fast.files.tensors import WeightSnapshot, save_tensors
 from kunbr_fast.integrations.padded_pass import OwnForward
 from kunbr_fast.integrations.recognise import recognise
 from kunbr_fast.keywords import taken

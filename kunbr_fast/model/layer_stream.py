@@ -32,20 +32,14 @@ from torch import nn
 from torch.autograd.graph import increment_version
 
 from kunbr_fast.files.atomic import write_with
-from kunbr_fast.files.tensors import Shards, open_tensors, placeholder
+from kunbr_fast.files.parameters import Piece
+from kunbr_fast.files.shards import Shards
+from kunbr_fast.files.tensors import open_tensors, placeholder
 from kunbr_fast.model.weights import CARRIED, DAMAGED, Weights, finite
 
 ALIGNMENT = 256  # of a parameter in its buffer, in bytes
 # files that may hold the former weights in another form, which a model saved anew must not bring along
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A tensor in the files, and the part of a parameter that it is (all of it, or one expert's matrix)."""
-
-    stored: str
-    index: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,8 +26,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import torch
 import torch.nn.functional as F
 
+from kunbr_fast.files.shown import shown
 from kunbr_fast.objectives import distributions as linear_rows
 from kunbr_fast.objectives.rows import Rows
+from kunbr_fast.values import ABOVE_ZERO, ANY, ANY_WHOLE, check
 
 AboveZero = Annotated[float, "above 0"]
 
@@ -79,14 +81,14 @@ def check_options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any
     if name not in OBJECTIVES:
         near = difflib.get_close_matches(str(name), OBJECTIVES, 1, 0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"objective={name!r}: {hint}expected one of {', '.join(OBJECTIVES)}")
+        raise ValueError(f"objective={shown(name)}: {hint}expected one of {', '.join(OBJECTIVES)}")
     found = OBJECTIVES[name]
     hints = get_type_hints(found.function, include_extras=True)
     result = dict(found.options)
     for option, value in (options or {}).items():
         if option not in result:
             known = f"its options are {', '.join(result)}" if result else "it has none"
-            raise ValueError(f"{name}: unknown option {option!r}: {known}")
+            raise ValueError(f"{name}: unknown option {shown(option)}: {known}")
         result[option] = _number(f"{name}: {option}", value, hints[option])
     return result
 
@@ -94,19 +96,8 @@ def check_options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any
 def _number(what: str, value: Any, hint: Any) -> Any:
     above = get_origin(hint) is Annotated
     kinds = (get_args(hint)[0],) if above else (get_args(hint) or (hint,))
-    if value is None and type(None) in kinds:
-        return None
-    if float in kinds and not isinstance(value, bool):
-        try:  # YAML reads 1e-5 as a string
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number) and (number > 0 or not above):
-            return number
-    elif int in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    expected = "an integer" if int in kinds else "a number above 0" if above else "a finite number"
-    raise ValueError(f"{what}={value!r}: expected {expected}" + (" or null" if type(None) in kinds else ""))
+    kind = ANY_WHOLE if int in kinds else ABOVE_ZERO if above else ANY
+    return check(what, value, kind, null=type(None) in kinds)
 
 
 # ---------------------------------------------------------------- objectives of the NLL

@@ -13,13 +13,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from kunbr_fast.data.schedule import token_batches
-from kunbr_fast.files.models import DTYPES
+from kunbr_fast.files.model_config import check_heads, read_model_config
+from kunbr_fast.files.models import DTYPES, refusals
 from kunbr_fast.kernels.linear_loss.reference import HEAD_CHUNK
 
 KERNEL_CHUNK = 256 << 20  # kernels.linear_loss.CHUNK_BYTES, which only a machine with triton can import
@@ -111,13 +111,8 @@ class Architecture:
         """Reads a model directory or a config.json; also returns what had to be assumed. ValueError names the file."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}: give a model directory or its config.json") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error}): copy the model's config.json again") from error
-        name = values.get("model_type") if isinstance(values, dict) else None
+        values = read_model_config(path)
+        name = values.get("model_type")
         if name not in KINDS:
             raise ValueError(f"{path}: model_type {name!r} is not one that can be planned: {', '.join(KINDS)}")
         lacking = [key for key in KINDS[name].needs if values.get(key) is None]
@@ -125,10 +120,9 @@ class Architecture:
             raise ValueError(f"{path}: has no {', '.join(lacking)}: copy the model's config.json again, or add it")
         from transformers import AutoConfig
 
-        try:  # it knows each release's defaults
+        with refusals(path):  # transformers knows each release's defaults
             config = AutoConfig.for_model(**values)
-        except Exception as error:  # its checks raise types of their own
-            raise ValueError(f"{path}: transformers refuses it: {' '.join(str(error).split())}") from error
+        check_heads(config, path)
         saved = str(values.get("dtype") or values.get("torch_dtype") or "").removeprefix("torch.")
         if dtype or saved in DTYPES:
             return cls.of(config, name, dtype or saved), []

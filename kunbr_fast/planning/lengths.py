@@ -9,6 +9,7 @@ from statistics import NormalDist
 from typing import Any
 
 from kunbr_fast.data import IGNORE, encode, is_question, load_records
+from kunbr_fast.data.content import check_files
 from kunbr_fast.run.config import KUnBRConfig
 
 
@@ -33,6 +34,7 @@ class Data:
         """Of the files of `kunbr-fast unlearn`; lengths by the tokenizer, or WMDP's where there is none."""
         if bool(forget) != bool(retain):
             raise ValueError("forget= and retain= go together: give both, or none for assumed lengths")
+        check_files({"--forget": forget}, {"--retain": retain})
         found, assumed = {}, []
         for what, paths in (("forget", forget), ("retain", retain)):
             found[what] = [load_records(path) for path in paths] if paths else [[None] * 157] * 5

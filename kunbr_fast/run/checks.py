@@ -18,7 +18,7 @@ from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.reporter import Reporter
-from kunbr_fast.run.samples import Samples, to_samples
+from kunbr_fast.run.samples import Samples, overlap, to_samples
 from kunbr_fast.run.state import RunState, fingerprint
 from kunbr_fast.training.settings import Execution
 
@@ -31,7 +31,7 @@ def prepare(
     _check_streamed(model, unlearned, context.group)
     decoder = Decoder(model)
     criteria = _check_settings(decoder, config, config.execution(context.work), unlearned is None)
-    samples = _samples(inputs, config, decoder, criteria)
+    samples = _samples(inputs, config, decoder, criteria, context.reporter)
     check_finite(model)
     if inputs.tokenizer is None and (inputs.folds or any(inputs.questions.values())):
         raise ValueError("questions and folds hold text: give tokenizer=")
@@ -89,10 +89,14 @@ def _check_settings(decoder: Decoder, config: KUnBRConfig, execution: Execution,
     return criteria
 
 
-def _samples(inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, criteria: Sequence[Criterion]) -> Samples:
+def _samples(
+    inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, criteria: Sequence[Criterion], reporter: Reporter
+) -> Samples:
     alternate = next((c.alternate for c in criteria if c.alternate is not None), None)
     forget = to_samples(inputs.forget, inputs.tokenizer, config, decoder, "forget", alternate)
     retain = to_samples(inputs.retain, inputs.tokenizer, config, decoder, "retain")
+    if text := overlap(forget, retain):
+        reporter.say(text)
     return Samples(forget, retain, [sample["alternate"] for sample in forget] if alternate is not None else [])
 
 

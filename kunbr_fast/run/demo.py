@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from kunbr_fast.data import Sample, encode
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.evaluation.accuracy import choice_accuracy
+from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
 from kunbr_fast.evaluation.report import Report, table, write_report
 from kunbr_fast.evaluation.rtt import Fold, RTTResult, rtt_attack
@@ -224,13 +225,12 @@ def demo(
         report = run.run()
     finally:
         torch.set_num_threads(threads)
-    plot_density(report.density, report.blocks, out / "density.png", run.config.skip_last_layers)
+    path, curves = out / "density.png", out / "relearning.png"
+    drawn(path, lambda: plot_density(report.density, report.blocks, path, run.config.skip_last_layers))
     shown = ("KUnBR", "gradient difference", "warm-up (M_u)", "never saw them")
     forget = {row["method"]: row["forget"] for row in run.rows}
-    plot_relearning(
-        {method: run.attacks[method] for method in shown}, out / "relearning.png",
-        forget={method: forget[method] for method in shown},
-    )  # fmt: skip
+    attacks, before = ({method: found[method] for method in shown} for found in (run.attacks, forget))
+    drawn(curves, lambda: plot_relearning(attacks, curves, forget=before))
     result = {
         "kunbr_fast": report.version,
         "seed": seed,

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kunbr_fast.data import PackedBatch, Sample, check_labels, check_lengths, encode, is_record, with_alternates
-from kunbr_fast.files.models import check_vocabulary
+from kunbr_fast.files.shown import shown
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.vocabulary import check_tokens
 from kunbr_fast.objectives.batch import WHOLE, Shares, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.original import OriginalValues
@@ -29,6 +30,12 @@ def to_samples(
     second answer that each must bring, as in `encode`; samples and batches hold it themselves."""
     if not data:
         raise ValueError(f"the {what} set is empty: expected at least one record")
+    for i, item in enumerate(data):
+        if not isinstance(item, Mapping) or is_record(item) != is_record(data[0]):
+            raise ValueError(
+                f"the {what} set: entry {i} is {shown(item)}, the first {shown(data[0])}: expected records, or samples "
+                "and batches, not both"
+            )
     limit = min((n for n in (config.max_length, decoder.max_positions) if n is not None), default=None)
     if not is_record(data[0]):
         samples = _tokenized(data, limit, what, alternate, config.objective)
@@ -36,18 +43,37 @@ def to_samples(
         raise ValueError(f"the {what} set holds records, not tokens: give tokenizer=")
     else:
         samples = encode(data, tokenizer, config.target, limit, alternate, config.seed)
-    ids = [sample["input_ids"] for sample in samples]
+    names = [f"{what} sample {i}" for i in range(len(samples))]
+    if len(data) == len(samples):
+        names = [item.get("_where", name) for item, name in zip(data, names)]
+    check_tokens(decoder.model, samples, names)
     if alternate is not None:
-        ids += [sample["alternate"]["input_ids"] for sample in samples]
-    check_vocabulary(decoder.model, ids, f"the {what} set")
+        check_tokens(
+            decoder.model, [sample["alternate"] for sample in samples], [f"the alternate of {n}" for n in names]
+        )
     return samples
+
+
+def overlap(forget: Sequence[Sample], retain: Sequence[Sample]) -> str | None:
+    """What to tell where the same text is to be forgotten and kept, else None."""
+    kept = {tuple(sample["input_ids"].tolist()): i for i, sample in reversed(list(enumerate(retain)))}
+    both = [(i, kept[key]) for i, s in enumerate(forget) if (key := tuple(s["input_ids"].tolist())) in kept]
+    if not both:
+        return None
+    return (
+        f"{len(both)} of {len(forget)} forget samples are in the retain set too (the first: number {both[0][0]} and "
+        f"number {both[0][1]}, counted from 0): a run forgets and keeps them at once"
+    )
 
 
 def _tokenized(
     data: Sequence[Mapping], limit: int | None, what: str, alternate: str | None, objective: str
 ) -> list[Sample]:
     """Samples or padded batches, checked."""
-    samples, others = with_alternates(data)
+    try:
+        samples, others = with_alternates(data)
+    except ValueError as error:
+        raise ValueError(f"the {what} set: {error}") from error
     names = [f"{what} sample {i}" for i in range(len(samples))]
     check_lengths(samples, limit, names)
     check_labels(samples, names)

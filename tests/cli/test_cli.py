@@ -77,7 +77,7 @@ def test_a_finished_run_is_neither_overwritten_nor_resumed(workspace, tmp_path, 
 
 
 def test_corpus_lines_with_questions_in_files_of_their_own(workspace, tmp_path):
-    for i in range(2):
+    for i in range(3):
         names = tiny_text.NAMES[6 * i : 6 * i + 6]
         lines = [{"text": f"{n} was born in {tiny_text.years()[n]}."} for n in names]
         tiny_text.write_jsonl(workspace / f"c{i}.jsonl", lines)
@@ -86,7 +86,7 @@ def test_corpus_lines_with_questions_in_files_of_their_own(workspace, tmp_path):
     command = unlearn(
         workspace, out, *questions, "--target", "number", "--rtt-target", "all", forget=("c0.jsonl", "c1.jsonl")
     )
-    command[command.index("--retain") + 1] = str(workspace / "c1.jsonl")
+    command[command.index("--retain") + 1] = str(workspace / "c2.jsonl")
     assert cli.main(command) == 0
     report = json.loads((out / "report.json").read_text())
     assert report["accuracy"]["result"]["forget"]["num_questions"] == 12

@@ -431,7 +431,7 @@ def test_statistics_without_an_unbiased_estimate_are_refused(statistic):
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.1, float("nan")])
 def test_fractions_that_are_none(fraction):
-    with pytest.raises(ValueError, match="sample_fraction=.*: expected above 0 and at most 1"):
+    with pytest.raises(ValueError, match="sample_fraction=.*: expected a number above 0 and at most 1"):
         knowledge_density(tiny_model(), random_samples(1), sample_fraction=fraction)
 
 

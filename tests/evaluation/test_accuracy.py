@@ -336,7 +336,7 @@ def test_a_tokenizer_of_another_model_is_refused(scoring):
     tokenizer = byte_level_bpe()
     ids = [i for r in make_records() for c in r["choices"] for i in tokenizer(f"{r['question']} {c}")["input_ids"]]
     decoder = Decoder(make_model(max(ids)))
-    with pytest.raises(ValueError, match=f"the questions: token id \\d+, but the model embeds {max(ids)}"):
+    with pytest.raises(ValueError, match=f"token id \\d+, but the model embeds {max(ids)}"):
         choice_accuracy(decoder, tokenizer, make_records(), scoring=scoring)
 
 
@@ -359,7 +359,7 @@ def test_unusable_records():
     with pytest.raises(ValueError, match=r"corpus.jsonl:4: not a question line, it lacks question, choices, answer"):
         prepare_questions(tokenizer, [good, {"text": "Bo was born.", "_where": "corpus.jsonl:4"}])
     for change in ({"answer": 4}, {"answer": -1}, {"choices": ["1950"]}):
-        with pytest.raises(ValueError, match=r"made_up.jsonl:1: got \d choice"):
+        with pytest.raises(ValueError, match=r"made_up.jsonl:1: '(answer|choices)' must be"):
             prepare_questions(tokenizer, [{**good, **change}])
     with pytest.raises(ValueError, match='scoring=\'letters\': expected "letter" or "choice"'):
         prepare_questions(tokenizer, [good], scoring="letters")

@@ -165,20 +165,32 @@ WORST = {
 }
 
 
+WORST_CODE = """
+import resource, sys, yaml, msgspec
+from kunbr_fast.files.documents import read_json, read_lines, read_yaml
+resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+for path in sys.argv[1:]:
+    for read in (read_json, read_yaml, lambda path: list(read_lines(path))):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+        try:
+            read(path)
+            said = "taken"
+        except ValueError as error:
+            said = str(error)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_utime - before, said)
+"""
+
+
 def test_time_and_memory(tmp_path):
-    """2 s of the processor and 1 GiB of address space are the most."""
+    """At most 2 s of the processor (4 here, where other tests run beside it), and 1 GiB of address space."""
     for name, data in WORST.items():
         (tmp_path / name).write_bytes(data())
-    code = "import resource, sys, yaml, msgspec\nfrom kunbr_fast.files import documents\n"
-    code += "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
-    code += "for read in (documents.read_json, documents.read_yaml, lambda p: list(documents.read_lines(p))):\n"
-    code += "    try:\n        read(sys.argv[1])\n    except ValueError as error:\n        print(error)\n"
-    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)"  # of all three
-    for name in WORST:
-        done = python("-c", code, str(tmp_path / name))
-        assert done.returncode == 0, (name, done.stderr[-500:])
-        *said, seconds = done.stdout.splitlines()
-        assert len(said) <= 3 and float(seconds) < 6, name
+    done = python("-c", WORST_CODE, *(tmp_path / name for name in WORST))
+    assert done.returncode == 0, done.stderr[-500:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 * len(WORST)
+    for line in lines:
+        assert float(line.partition(" ")[0]) < 4 and len(line) < 400, line[:500]
 
 
 def test_shown():

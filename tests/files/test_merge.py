@@ -1,5 +1,6 @@
 """Merged files equal plain torch on state dicts; resumed, bounded in memory, and refused where they should be."""
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kunbr_fast as kf
 from kunbr_fast.cli import main as cli
-from kunbr_fast.files import merge
+from kunbr_fast.files import merge, merge_folder
+from kunbr_fast.files.shards import Shards
 
 SHARD = "30KB"  # of a tiny fp32 model: several files
 
@@ -222,7 +224,7 @@ def test_odd_tensors(tmp_path):
 KILLED = """
 import os, signal, sys
 from kunbr_fast.cli import main as cli
-from kunbr_fast.files import atomic, merge
+from kunbr_fast.files import atomic, merge, merge_folder
 real, calls = getattr({owner}, {name!r}), 0
 def wrapped(*args, **kwargs):
     global calls
@@ -236,7 +238,7 @@ sys.exit(cli.main(sys.argv[1:]))
 POINTS = {
     "in the second file": ("merge", "_merge_tensor", 30),
     "a file is written, it has no name": ("atomic.os", "replace", 3),
-    "the weights are there, config.json is not": ("merge", "write_json", 5),
+    "the weights are there, config.json is not": ("merge_folder", "write_json", 5),
 }
 
 
@@ -273,6 +275,103 @@ def test_killed_and_resumed(five, point, tmp_path, monkeypatch):
     assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "straight").iterdir()}
 
 
+class Killed(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def killed_at(number):
+    """From the `number`-th call on that changes a file no such call is done, as after a kill. Yields the calls."""
+    calls, real = [], {name: getattr(os, name) for name in ("mkdir", "open", "unlink", "rmdir", "replace", "fsync")}
+
+    def hooked(name):
+        def call(*args, **kwargs):
+            if number and len(calls) + 1 >= number:
+                raise Killed
+            calls.append(name)
+            return real[name](*args, **kwargs)
+
+        return call
+
+    for name in real:
+        setattr(os, name, hooked(name))
+    try:
+        yield calls
+    except Killed:
+        pass
+    finally:
+        for name, function in real.items():
+            setattr(os, name, function)
+
+
+def test_killed_at_any_call_that_changes_a_file(tmp_path):
+    base = raw_model(tmp_path / "b", w_x=torch.ones(4), w_y=torch.arange(6.0))
+    (base / "tokenizer.json").write_text("{}")
+    other = raw_model(tmp_path / "o", w_x=torch.zeros(4), w_y=torch.ones(6))
+
+    def merged(out, **options):
+        return kf.merge_models(base, [other], out, mode="add", **options)
+
+    def content(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    with killed_at(0) as calls:
+        merged(tmp_path / "out")
+    truth = content(tmp_path / "out")
+    assert len(truth) == 4 and len(calls) > 60
+    for number in range(1, len(calls) + 2):
+        out = tmp_path / f"out{number}"
+        with killed_at(number) as done:
+            merged(out)
+        assert done == calls[: number - 1]
+        merged(out, resume=out.is_dir())
+        assert content(out) == truth, number
+
+
+def test_a_finished_merge_has_nothing_to_resume(five, tmp_path):
+    root, _, _ = five
+    out, options = tmp_path / "out", dict(mode="negate")
+    first = kf.merge_models(root / "base", models(root, 2), out, **options)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert kf.merge_models(root / "base", models(root, 2), out, resume=True, **options) == first
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    with pytest.raises(ValueError, match="alpha changed since this merge was finished"):
+        kf.merge_models(root / "base", models(root, 2), out, resume=True, alpha=2, **options)
+    file = next(out.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=f"{file}: changed since this merge was finished"):
+        kf.merge_models(root / "base", models(root, 2), out, resume=True, **options)
+    with pytest.raises(ValueError, match="is not empty: give another one, or delete it"):
+        kf.merge_models(root / "base", models(root, 2), out, **options)
+
+
+@pytest.mark.parametrize("name", ["model-00002", "tokenizer.json", "config.json", "notes.txt", ".x.0123456789ab.tmp"])
+def test_what_is_not_the_merges_own_stays(five, name, tmp_path):
+    """Files that came into the folder between a kill and the resumed merge."""
+    root, _, _ = five
+    with refused("File too large"):
+        kf.merge_models(root / "base", models(root, 2), tmp_path / "out", mode="negate")
+    name = next((path.name for path in (root / "base").glob(f"{name}*")), name)
+    mine = tmp_path / "out" / name
+    mine.write_bytes(b"mine")
+    known = (root / "base" / name).exists()
+    if known:
+        with pytest.raises(ValueError, match=f"{mine}: not of this merge, which would replace it: move it away"):
+            kf.merge_models(root / "base", models(root, 2), tmp_path / "out", mode="negate", resume=True)
+    else:
+        kf.merge_models(root / "base", models(root, 2), tmp_path / "out", mode="negate", resume=True)
+    assert mine.read_bytes() == b"mine"
+    assert known == (name not in ("notes.txt", ".x.0123456789ab.tmp"))
+
+
+def test_resume_begins_where_nothing_was_written(five, tmp_path):
+    """A kill between the folder and its first file leaves an empty one."""
+    root, _, _ = five
+    (tmp_path / "out").mkdir()
+    kf.merge_models(root / "base", models(root, 1), tmp_path / "out", mode="negate", resume=True)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 def test_resume_looks_at_what_it_finds(five, tmp_path):
     root, _, _ = five
     out, options = tmp_path / "out", dict(mode="negate")
@@ -307,8 +406,8 @@ def test_a_full_disk_is_said_and_resumed(five, tmp_path, capsys):
 
 def test_no_space_is_said_before(five, tmp_path, monkeypatch):
     root, _, _ = five
-    usage = type(merge.shutil.disk_usage("/"))
-    monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    usage = type(merge_folder.shutil.disk_usage("/"))
+    monkeypatch.setattr(merge_folder.shutil, "disk_usage", lambda path: usage(10, 9, 1))
     with pytest.raises(OSError, match=r"out: 0.00 GiB are needed and 0.00 GiB free"):
         kf.merge_models(root / "base", models(root, 2), tmp_path / "out", mode="negate")
     assert list((tmp_path / "out").iterdir()) == []
@@ -330,7 +429,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) * 1024 < 80e6, done.stdout
-    out = merge.Shards(tmp_path / "out")
+    out = Shards(tmp_path / "out")
     assert float(out["big"][:, 0].min()) == float(out["big"][:, 0].max()) == 1.5
 
 
@@ -356,8 +455,9 @@ def test_refusals(five, tmp_path):
     attempt("alpha=nan", alpha=float("nan"))
     attempt("agree=0.5: expected a share above 0.5", agree=0.5)
     attempt("no model to merge", [])
-    attempt("m0 is one of the inputs", out=root / "m0")
-    attempt("base/../base is one of the inputs", out=root / "base" / ".." / "base")
+    attempt("output .*m0: is what an input names, and would be replaced", out=root / "m0")
+    attempt("base/../base: is what an input names", out=root / "base" / ".." / "base")
+    attempt("base/new: lies in the folder of an input", out=base / "new")
     attempt("m0 is given twice", [root / "m0", root / "m0"])
     attempt("base is given twice", [base])
     attempt("nowhere: no such directory", [tmp_path / "nowhere"])
@@ -381,7 +481,7 @@ def test_refusals(five, tmp_path):
     attempt(rf"{norm} is \(2, 32\) in .*narrow/model.safetensors and \(48, 32\) in .*base/model-",
             variant("narrow", {**weights, norm: torch.zeros(2, 32)}))  # fmt: skip
     attempt(
-        f"{norm} is I32 in .*integer/model.safetensors and F32",
+        f"integer/model.safetensors: {norm} is I32, packed or quantised: expected one of F64",
         variant("integer", {**weights, norm: weights[norm].int()}),
     )
     cut = variant("cut", weights)
@@ -390,7 +490,11 @@ def test_refusals(five, tmp_path):
     attempt(f"{path}: not a whole safetensors file", cut)
     raw = raw_model(tmp_path / "quantised", x=torch.zeros(1))
     (raw / "config.json").write_text('{"quantization_config": {"bits": 4}}')
-    attempt("quantised weights have no task vectors", start=raw, given=[raw_model(tmp_path / "q2", x=torch.zeros(1))])
+    attempt(
+        "quantised/config.json: quantization_config: its weights are quantised, expected plain ones",
+        start=raw,
+        given=[raw_model(tmp_path / "q2", x=torch.zeros(1))],
+    )
     (tmp_path / "mixed").mkdir()
     for source in base.iterdir():
         if not source.name.startswith("model-00002-of"):
@@ -430,9 +534,8 @@ def test_the_command_line(five, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "entries" in shown.out and "agree in sign" in shown.out and "B/s" in shown.err  # the bar
     assert cli.main([*command, "--out", str(root / "m1")]) == 2
-    assert (
-        capsys.readouterr().err.strip().splitlines()[-1].endswith("is one of the inputs: give another output directory")
-    )
+    said = capsys.readouterr().err.strip()
+    assert said.endswith("m1: is what --models names, and would be replaced: give another") and "\n" not in said
     assert cli.main([*command, "--out", str(tmp_path / "a")]) == 2
     assert "is not empty: give another one, or delete it" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -21,7 +21,8 @@ from kunbr_fast.cli import main as cli
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.rtt import Fold, RTTConfig, rtt_attack
 from kunbr_fast.files.models import load_model, load_tokenizer
-from kunbr_fast.files.tensors import Shards, WeightSnapshot
+from kunbr_fast.files.shards import Shards
+from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.model.weights import weights_of

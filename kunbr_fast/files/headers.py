@@ -1,0 +1,159 @@
+"""Headers of safetensors files, read and judged without torch, and without any of the tensors' bytes.
+
+A safetensors file is eight bytes with the length of a JSON header, the header ({name: {"dtype", "shape",
+"data_offsets"}}), and the tensors' bytes, one after the other without gaps.
+
+Links are followed: Hugging Face's cache keeps models as links to ../../blobs, and shared weights are often linked. A
+link is made by whoever owns the disk. What a stranger can write, the names in an index, may not leave the folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from kunbr_fast.files.documents import LIMIT, parse_json
+from kunbr_fast.files.shown import plain, shown
+
+COPY = "make or copy it again"
+PLAIN = "load the model in its own library and save it in bfloat16"
+LONGEST = 200  # characters of a tensor's name
+ITEMSIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
+    "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "C64": 8,
+}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
+KINDS = (
+    (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+)  # fmt: skip
+
+
+def odd_kind(path: Path) -> str | None:
+    """What is there in place of a file, such as "a FIFO"; None for a file. OSError where nothing is."""
+    mode = os.stat(path).st_mode
+    return None if stat.S_ISREG(mode) else next((text for is_it, text in KINDS if is_it(mode)), "no file")
+
+
+def open_regular(path: str | Path, missing: str = COPY) -> BinaryIO:
+    """Opens a file to read. ValueError for what is not there (`missing` is the cure) or no file: opening a FIFO would
+    wait for ever."""
+    path = Path(path)
+    try:
+        if (kind := odd_kind(path)) is not None:
+            raise ValueError(f"{plain(path)}: {kind}, expected a file: {COPY}")
+        return open(path, "rb")
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            link = f"a link to {shown(os.readlink(path))}, where nothing is" if path.is_symlink() else "no such file"
+            raise ValueError(f"{plain(path)}: {link}: {missing}") from error
+        raise ValueError(f"{plain(path)}: cannot be read ({error.strerror})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor is: the bytes from `start` to `stop` of a file."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def entries(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """A file's header. raw: everything before the tensors; tensors: as they lie in the file; size: of the file."""
+
+    file: Path
+    raw: bytes
+    tensors: tuple[Tensor, ...]
+    size: int
+
+    @classmethod
+    def read(cls, path: str | Path, missing: str = COPY) -> Header:
+        """ValueError, in one line that names the file, for a header that is damaged or does not describe the file."""
+        path = Path(path)
+        with open_regular(path, missing) as file:
+            size = os.fstat(file.fileno()).st_size
+            raw = file.read(8)
+            length = int.from_bytes(raw, "little")
+            if len(raw) < 8:
+                raise _damaged(path, f"it has {size} bytes, a header begins with 8")
+            if length > size - 8:
+                raise _damaged(path, f"its header is to have {length} bytes, of {size - 8} that follow")
+            if length > LIMIT:
+                raise _damaged(path, f"its header is to have {length} bytes, at most {LIMIT} are read")
+            raw += file.read(length)
+        if len(raw) != length + 8:
+            raise _damaged(path, "it is cut short")
+        try:
+            text = raw[8:].decode()
+        except UnicodeDecodeError as error:
+            raise _damaged(path, "its header is no UTF-8") from error
+        entries = parse_json(text, f"{plain(path)}, its header")
+        if not isinstance(entries, dict) or not text.startswith("{"):
+            raise _damaged(path, f"its header is {shown(entries)}, expected an object")
+        tensors = [_tensor(path, name, entry, len(raw)) for name, entry in entries.items() if name != "__metadata__"]
+        tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
+        _check_metadata(path, entries.get("__metadata__", {}))
+        _check_places(path, tensors, len(raw), size)
+        return cls(path, raw, tuple(tensors), size)
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{plain(path)}: not a whole safetensors file ({why}): {COPY}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _tensor(path: Path, name: str, entry: Any, before: int) -> Tensor:
+    """before: bytes of the file before the tensors."""
+    where = f"its header's entry {shown(name)}"
+    if not 0 < len(name) <= LONGEST or not name.isprintable():
+        raise _damaged(path, f"{where} is no name of a tensor")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(path, f"{where} is {shown(entry)}, expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise _damaged(path, f"{where} has dtype {shown(dtype)}")
+    if not isinstance(shape, list) or not all(map(_is_count, shape)) or len(shape) > 64:
+        raise _damaged(path, f"{where} has shape {shown(shape)}, expected a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise _damaged(path, f"{where} has data_offsets {shown(offsets)}, expected where it begins and ends")
+    if dtype not in ITEMSIZE:
+        raise ValueError(
+            f"{plain(path)}: {name} is {shown(dtype)}, quantised: expected one of {', '.join(FLOATS)}: {PLAIN}"
+        )
+    start, stop = offsets
+    if stop - start != math.prod(shape) * ITEMSIZE[dtype]:
+        raise _damaged(path, f"{where} has {stop - start} bytes, which {dtype} of shape {shown(shape)} has not")
+    return Tensor(path, name, dtype, tuple(shape), before + start, before + stop)
+
+
+def _check_metadata(path: Path, metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, f"its header's __metadata__ is {shown(metadata)}, expected names and texts")
+
+
+def _check_places(path: Path, tensors: list[Tensor], start: int, size: int) -> None:
+    """The tensors must fill the file, one after the other."""
+    for tensor in tensors:
+        if tensor.start != start:
+            what = "overlaps the one before" if tensor.start < start else "leaves a gap before it"
+            raise _damaged(path, f"{shown(tensor.name)} {what}")
+        start = tensor.stop
+    if start != size:
+        raise _damaged(path, f"its header describes {start} bytes, it has {size}")

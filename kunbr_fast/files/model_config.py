@@ -1,0 +1,175 @@
+"""A model's config.json, judged before transformers reads it: sizes, numbers and names that no model can have."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kunbr_fast.files.documents import read_json
+from kunbr_fast.files.shown import plain, shown
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+WIDTHS = ("hidden_size", "n_embd", "d_model")
+WINDOWS = ("sliding_window", "attention_chunk_size")
+NULLABLE = ("num_key_value_heads", "head_dim", "n_inner", *WINDOWS)
+# the largest that each size may be: far above any model's, and small enough that nothing made from it fills the memory
+SIZES = {
+    **dict.fromkeys(LAYERS, 10_000),
+    **dict.fromkeys((*HEADS, "num_key_value_heads"), 2**16),
+    **dict.fromkeys((*WIDTHS, "head_dim", "intermediate_size", "n_inner", "ffn_dim"), 2**24),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 2**24),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions", "n_ctx"), 2**31 - 1),
+    **dict.fromkeys(WINDOWS, 2**31 - 1),
+}
+EXPERTS = re.compile(r"(num|n)_\w*experts\w*$")
+MOST_EXPERTS = 4096
+BOOLS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache")
+TEXTS = ("model_type", "hidden_act", "hidden_activation", "activation_function")
+EPSILONS = re.compile(r"(\w+_)?norm_(eps|epsilon)$")
+DROPOUTS = re.compile(r"\w+_(dropout|pdrop)$|rotary_pct$|partial_rotary_factor$")
+ROPES = ("rope_scaling", "rope_parameters")
+ABOVE_ZERO = re.compile(
+    r"(rope_(local_)?(base_freq|theta)|rotary_emb_base|\w*softcapping|query_pre_attn_scalar|factor)$"
+)
+CURE = "correct it, or copy the model's config.json again"
+# which transformers would follow to other weights than the folder's
+REDIRECTIONS = ("transformers_weights",)
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """The values of a config.json. ValueError, in one line that names the file and the setting."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{plain(path)}: got {shown(values)}, expected an object with the model's settings: {CURE}")
+    for wrong in _wrong(values):
+        raise ValueError(f"{plain(path)}: {wrong}")
+    return values
+
+
+def check_heads(config: Any, path: Path) -> None:
+    """What `read_model_config` checks of heads, with transformers' defaults. config: its, of the language model."""
+    values = config.to_dict()
+    heads, width = _first(values, HEADS), _first(values, WIDTHS)
+    if values.get("head_dim") is None and heads and width and heads[1] > 0:
+        values["head_dim"] = width[1] // heads[1]
+    for wrong in _wrong_heads(values, ""):
+        raise ValueError(f"{plain(path)}: {wrong}")
+
+
+def of_language(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the language model: of one that also sees or hears they are in an object of their own."""
+    return values.get("text_config") or values
+
+
+def number_of_layers(values: Mapping[str, Any]) -> tuple[str, int] | None:
+    """(name, value) of the setting that says how many layers there are."""
+    found = of_language(values)
+    return next(((name, found[name]) for name in LAYERS if name in found), None)
+
+
+def _wrong(values: Mapping[str, Any], inside: str = "") -> Iterator[str]:
+    """What is wrong with the settings. inside: the object in config.json that they are in, with a dot."""
+    for name, value in values.items():
+        expected = _expected(name, value)
+        if expected is not None:
+            yield f"{plain(inside + name)} is {shown(value)}, expected {expected}: {CURE}"
+    if values.get("quantization_config") is not None or values.get("compression_config") is not None:
+        yield (
+            f"{inside}quantization_config: its weights are quantised, expected plain ones: load the model in its own "
+            "library and save it in bfloat16"
+        )
+    for name in REDIRECTIONS:
+        if values.get(name) is not None:
+            yield f"{name} is {shown(values[name])}: weights are read from model.safetensors or its index: delete it"
+    yield from _wrong_heads(values, inside)
+    for name in ROPES:
+        yield from _wrong_rope(values.get(name), f"{inside}{name}")
+    if not inside and isinstance(values.get("text_config"), dict):
+        yield from _wrong(values["text_config"], "text_config.")
+
+
+def _expected(name: str, value: Any) -> str | None:
+    """What is expected in place of the value; None where it may be right."""
+    if name in SIZES or EXPERTS.match(name):
+        least, most = (1, SIZES[name]) if name in SIZES else (0, MOST_EXPERTS)
+        least = 0 if name in WINDOWS else least  # transformers writes 0 for none
+        if value is None and (name in NULLABLE or name not in SIZES):
+            return None
+        return None if type(value) is int and least <= value <= most else f"a whole number from {least} to {most}"
+    if value is None:
+        return "true or false" if name == "tie_word_embeddings" else None
+    if name in BOOLS:
+        return None if isinstance(value, bool) else "true or false"
+    if name in TEXTS:
+        return None if isinstance(value, str) and value.isprintable() else "a name"
+    if name in ("dtype", "torch_dtype") and not isinstance(value, dict):
+        known = isinstance(value, str) and value.removeprefix("torch.") in (*DTYPES, "auto")
+        return None if known else f"one of {', '.join(DTYPES)}"
+    if name in (*ROPES, "text_config"):
+        return None if isinstance(value, dict) else "an object"
+    if name in ("architectures", "layer_types"):
+        return None if isinstance(value, list) and all(isinstance(v, str) for v in value) else "a list of names"
+    return _expected_number(name, value)
+
+
+def _expected_number(name: str, value: Any) -> str | None:
+    if EPSILONS.match(name):
+        return None if _is_number(value) and 0 < value < 1 else "a number above 0 and below 1"
+    if DROPOUTS.match(name):
+        return None if _is_number(value) and 0 <= value <= 1 else "a number from 0 to 1"
+    if name == "initializer_range":
+        return None if _is_number(value) and 0 <= value else "a number from 0 on"
+    if ABOVE_ZERO.match(name):
+        return None if _is_number(value) and value > 0 else "a number above 0"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _first(values: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, int] | None:
+    return next(((name, values[name]) for name in names if type(values.get(name)) is int), None)
+
+
+def _wrong_heads(values: Mapping[str, Any], inside: str) -> Iterator[str]:
+    heads, width = _first(values, HEADS), _first(values, WIDTHS)
+    if heads is None or heads[1] < 1:
+        return
+    groups = values.get("num_key_value_heads")
+    if type(groups) is int and groups > 0 and heads[1] % groups:
+        yield f"{inside}{heads[0]} is {heads[1]}, expected a multiple of num_key_value_heads, {groups}: {CURE}"
+    size = values.get("head_dim")
+    if size is None and width is not None and width[1] % heads[1]:
+        yield f"{inside}{width[0]} is {width[1]}, expected a multiple of {heads[0]}, {heads[1]}: {CURE}"
+    if type(size) is int and size % 2 and _turns_all(values):
+        yield f"{inside}head_dim is {size}, expected an even number: rotary positions turn pairs of entries: {CURE}"
+
+
+def _turns_all(values: Mapping[str, Any]) -> bool:
+    """Whether rotary positions turn all entries of a head."""
+    shares = [values.get(name) for name in ("partial_rotary_factor", "rotary_pct")]
+    part = any(_is_number(share) and share < 1 for share in shares)
+    return not part and any(name.startswith(("rope_", "rotary_")) for name in values)
+
+
+def _wrong_rope(values: Any, where: str) -> Iterator[str]:
+    """values: of a rope, or one for each type of layer."""
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, dict):
+            yield from _wrong_rope(value, f"{where}.{plain(name)}")
+            continue
+        right, expected = _is_number(value), "a number"
+        if name in ("rope_type", "type"):
+            right, expected = isinstance(value, str) and value.isprintable(), "a name"
+        elif isinstance(value, list):
+            right, expected = all(map(_is_number, value)), "numbers"
+        elif ABOVE_ZERO.match(name) or name == "original_max_position_embeddings":
+            right, expected = right and value > 0, "a number above 0"
+        if not right and value is not None and not isinstance(value, bool):
+            yield f"{where}.{plain(name)} is {shown(value)}, expected {expected}: {CURE}"

@@ -1,0 +1,182 @@
+"""What records, samples, batches and files hold: every kind of bad value is refused by name, before any work."""
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import tiny_text
+import torch
+from transformers import BatchEncoding
+
+import kunbr_fast as kf
+from kunbr_fast.cli import main as cli
+from kunbr_fast.data import as_samples, check_record
+from kunbr_fast.data.content import check_files
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.run.samples import overlap, to_samples
+
+TOKENS = {"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([1, 2, 3])}
+
+
+# ---------------------------------------------------------------- records
+
+
+@pytest.mark.parametrize("choices, message", [
+    (["a", "a"], "all be different"), (["a", " a "], "all be different"), ([1, 1.0], "all be different"),
+    ([1, "1"], "all be different"), (["x", "b", "x"], "'x' is there twice"), (["a", " "], "not blank"),
+    (["a", "\t\n"], "not blank"), (["a", "\u200b"], "not blank"), (["a", "\u202e\x07"], "not blank"),
+    (["a", math.nan], "finite number"), ([1, math.inf], "finite number"), ([-math.inf, 2], "finite number"),
+    ([1, 10**4000], "finite number"), ([1, True], "finite number"), ([1, [2]], "finite number"), ("ab", "a list of 2"),
+])  # fmt: skip
+def test_choices_that_cannot_be_told_apart(choices, message):
+    record = {"question": "q", "choices": choices, "answer": 0}
+    with pytest.raises(ValueError, match=rf"^here: .*{message}") as error:
+        check_record(record, "here")
+    assert len(str(error.value)) < 250 and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("choices", [["a", "A"], [1, 2.5], ["1", "1.0"], ["été", "ete"], [0.0, 1e99], ["*", "**"]])
+def test_choices_that_can(choices):
+    check_record({"question": "q", "choices": choices, "answer": 1}, "here")
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t", "\u200b", "\ufeff\u2060", "\x00"])
+@pytest.mark.parametrize("record, key", [
+    ({"text": 0}, "text"), ({"prompt": 0, "completion": "c"}, "prompt"),
+    ({"prompt": "p", "completion": 0}, "completion"),
+    ({"question": 0, "choices": ["a", "b"], "answer": 0}, "question"),
+])  # fmt: skip
+def test_text_that_nobody_sees(record, key, text):
+    with pytest.raises(ValueError, match=f"^here: '{key}' must be a string that is not blank"):
+        check_record({**record, key: text}, "here")
+
+
+# ---------------------------------------------------------------- samples and batches
+
+
+def of(**changes):
+    return {**TOKENS, **changes}
+
+
+BAD_SAMPLES = {
+    "no mapping": 3, "labels alone": {"labels": [1, 2]}, "no token": of(input_ids=[], labels=[]),
+    "floats": of(input_ids=torch.tensor([1.0, 2.0, 3.0])), "float labels": of(labels=[0.5, 1, 2]),
+    "bools": of(input_ids=[True, False, True]), "complex": of(labels=torch.tensor([1j, 1, 1])),
+    "text": of(input_ids="abc"), "texts": of(input_ids=["a", "b", "c"]), "nothing": of(input_ids=[1, None, 3]),
+    "ragged": {"input_ids": [[1, 2], [3]]}, "65 bits": of(input_ids=[1, 2**64, 3]),
+    "400 digits": of(labels=[1, 10**400, 3]),
+    "unsigned": of(input_ids=np.array([1, 2**63, 3], dtype=np.uint64)), "a number": of(input_ids=5),
+    "three axes": of(input_ids=torch.ones(1, 1, 3, dtype=torch.long), labels=torch.ones(1, 1, 3, dtype=torch.long)),
+    "other lengths": of(labels=[1, 2]), "a mask of floats": of(attention_mask=[0.5, 1, 1]),
+    "a hole": of(attention_mask=[1, 0, 1]),
+    "a mask of text": of(attention_mask="110"), "a mask of nothing": of(attention_mask=[0, 0, 0]),
+    "an additive mask": of(attention_mask=[-1e9, 0, 0]), "a negative token": of(input_ids=[1, -1, 3]),
+    "a negative label": of(labels=[1, -1, 3]), "another negative label": of(labels=[-100, -101, 3]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_SAMPLES)
+def test_bad_samples_are_named(name):
+    with pytest.raises((ValueError, TypeError), match=r"^sample 1: ") as error:
+        as_samples([TOKENS, BAD_SAMPLES[name]])
+    assert len(str(error.value)) < 250 and str(error.value).isprintable()
+
+
+def test_good_samples():
+    batch = BatchEncoding(
+        {"input_ids": [[1, 2, 0], [3, 4, 5]], "attention_mask": [[1, 1, 0], [1, 1, 1]]}, tensor_type="pt"
+    )
+    found = as_samples([TOKENS, of(labels=[-100, 2, -100]), {"input_ids": np.array([7, 8], dtype=np.int32)}, batch])
+    assert [sample["input_ids"].tolist() for sample in found] == [[1, 2, 3], [1, 2, 3], [7, 8], [1, 2], [3, 4, 5]]
+    assert found[1]["labels"].tolist() == [-100, 2, -100] and found[0]["input_ids"].dtype == torch.int64
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return Decoder(tiny_text.model())
+
+
+@pytest.mark.parametrize("key", ["input_ids", "labels"])
+@pytest.mark.parametrize("beyond", [0, 1, 2**40])
+def test_tokens_beyond_the_vocabulary(key, beyond, decoder):
+    rows = decoder.model.get_input_embeddings().weight.shape[0]
+    bad = of(**{key: torch.tensor([1, 2, rows + beyond])})
+    what = {"input_ids": "token", "labels": "label"}[key]
+    config = kf.KUnBRConfig(num_blocks=3, top_k=1)
+    for run, name in (
+        (lambda: kf.knowledge_density(decoder, [TOKENS, bad]), "sample 1"),
+        (lambda: to_samples([TOKENS, bad], None, config, decoder, "forget"), "forget sample 1"),
+        (lambda: kf.unlearn(decoder.model, [TOKENS], [TOKENS, bad], config), "retain sample 1"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}: {what} id {rows + beyond}, but the model embeds {rows}"):
+            run()
+
+
+def test_records_and_samples_do_not_mix(decoder):
+    for data in ([TOKENS, {"text": "a"}], [{"text": "a"}, TOKENS], [TOKENS, 3], [None]):
+        with pytest.raises(ValueError, match="^the forget set: entry [01] is "):
+            to_samples(data, tiny_text.tokenizer(), kf.KUnBRConfig(), decoder, "forget")
+
+
+# ---------------------------------------------------------------- files
+
+
+def lines(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_a_file_is_on_one_side(tmp_path):
+    a, b = lines(tmp_path / "a.jsonl", {"text": "a"}), lines(tmp_path / "b.jsonl", {"text": "b"})
+    os.symlink(a, tmp_path / "link")
+    os.link(a, tmp_path / "hard")
+    for other in (a, str(tmp_path / "." / "a.jsonl"), str(tmp_path / "link"), str(tmp_path / "hard")):
+        with pytest.raises(ValueError, match="^--forget: .* is given twice"):
+            check_files({"--forget": [a, other]}, {"--retain": [b]})
+        with pytest.raises(ValueError, match="^--retain: .* is the same file as --forget .*cannot be kept"):
+            check_files({"--forget": [a]}, {"--retain": [b, other]})
+        with pytest.raises(ValueError, match="^--retain-questions: .* is the same file as --forget-questions"):
+            check_files({"--forget-questions": [a]}, {"--retain-questions": [other]})
+        check_files({"--forget": [a], "--forget-questions": [other]}, {"--retain": [b], "--retain-questions": None})
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return tiny_text.workspace(tmp_path_factory.mktemp("content"))
+
+
+def test_the_command_line_says_which_file(workspace, tmp_path, capsys):
+    f, r, text = (str(workspace / name) for name in ("f0.jsonl", "r.jsonl", "text.jsonl"))
+    lines(workspace / "text.jsonl", {"text": "a b"}, {"text": "c d"})
+    model = ["--model", str(workspace / "model")]
+    unlearn = ["unlearn", *model, "--out", str(tmp_path / "out"), "--forget"]
+    for words, message in (
+        ([*unlearn, f, f, "--retain", r], "argument --forget: "),
+        ([*unlearn, f, "--retain", f], "--retain: "),
+        ([*unlearn, f, "--retain", r, "--retain-questions", f], "--retain-questions: "),
+        ([*unlearn, f, "--retain", r, "--forget-questions", text], "--forget-questions: "),
+        ([*unlearn, f, "--retain", r, "--retain-questions", text], "--retain-questions: "),
+        (["rtt", *model, "--forget", f, r, "--forget-questions", r, text], "--forget-questions: "),
+        (["density", *model, "--forget", f, "--retain", f, "--statistic", "cosine"], "--retain: "),
+        (["plan", *model, "--gpu-memory", "24GiB", "--forget", f, "--retain", f], "--retain"),
+    ):  # fmt: skip
+        try:
+            status = cli.main(words)
+        except SystemExit as exit:
+            status = exit.code
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert status == 2 and message in error and not (tmp_path / "out").exists(), error
+
+
+def test_the_same_text_on_both_sides_is_said(workspace, decoder, capsys, tmp_path):
+    a, b, c = ({"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([1, 2], [3, 4], [5, 6]))
+    assert overlap([a, b], [c]) is None
+    assert overlap([a, b], [c, b, b]).startswith(
+        "1 of 2 forget samples are in the retain set too (the first: number 1 and number 1,"
+    )
+    said = []
+    config = kf.KUnBRConfig(num_blocks=3, top_k=1, warmup_epochs=0, block_epochs=1)
+    kf.unlearn(tiny_text.model(), [a], [c, a], config, on_stage=said.append, progress=False)
+    assert sum("in the retain set too" in text for text in said) == 1

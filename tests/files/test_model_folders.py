@@ -1,0 +1,490 @@
+"""Model folders that are damaged, hostile or another model's: one line, the same from all that read them."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import struct
+import time
+
+import pytest
+import tiny_text
+import torch
+from fuzz import HOSTILE_JSON, as_json, mutated, one_line, replaced
+from helpers import python
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
+
+import kunbr_fast as kf
+from kunbr_fast.files.models import ModelFolder, load_model, load_tokenizer
+from kunbr_fast.model.streaming import open_streamed
+from kunbr_fast.planning.costs import Architecture
+
+INDEX = "model.safetensors.index.json"
+LAST = "model.layers.5.mlp.up_proj.weight"
+SINGLE = "model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    root = tmp_path_factory.mktemp("folders")
+    model = tiny_model("llama", torch.float32)
+    model.save_pretrained(root / "one")
+    model.save_pretrained(root / "three", max_shard_size="80KB")
+    tied = tiny_model("llama", torch.float32, tie_word_embeddings=True)
+    tied.tie_weights()
+    tied.save_pretrained(root / "tied")
+    return root
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved / "one", tmp_path / "m")
+
+
+@pytest.fixture
+def shards(saved, tmp_path):
+    return shutil.copytree(saved / "three", tmp_path / "m")
+
+
+def merging(path):
+    kf.merge_models(path, [path.parent / "nowhere"], path.parent / "out", mode="add")
+
+
+WAYS = (load_model, open_streamed, merging)
+
+
+def refused(path, message, ways=WAYS):
+    """All ways say the same, in one line that names a file of the folder."""
+    said = set()
+    for way in ways:
+        start = time.perf_counter()
+        with pytest.raises(ValueError, match=message) as caught:
+            way(path)
+        assert time.perf_counter() - start < 2
+        one_line(caught.value, path)
+        said.add(str(caught.value))
+    assert len(said) == 1
+
+
+def edit(path, change):
+    value = json.loads(path.read_text())
+    found = change(value)
+    path.write_text(json.dumps(value if found is None else found))
+
+
+def header(path, change):
+    """Rewrites a file's header: change(entries) in place, or what it returns."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8 : 8 + length])
+    raw = json.dumps(change(entries) or entries).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data[8 + length :])
+
+
+def retensor(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+# ---------------------------------------------------------------- which files
+
+INDICES = {
+    "../elsewhere/x.safetensors": "weights are read from the model's own folder only",
+    "/tmp/x.safetensors": "weights are read from the model's own folder only",
+    "sub/x.safetensors": "weights are read from the model's own folder only",
+    "..\\x.safetensors": "weights are read from the model's own folder only",
+    "gone.safetensors": "gone.safetensors: no such file: copy it too",
+    "pytorch_model.bin": "expected the name of a .safetensors file",
+    "a\n.safetensors": "expected the name of a .safetensors file",
+    "": "expected the name of a .safetensors file",
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_an_index_that_points_elsewhere(name, shards):
+    elsewhere = shards.parent / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(next(shards.glob("*.safetensors")), elsewhere / "x.safetensors")
+    edit(shards / INDEX, lambda index: index["weight_map"].update({LAST: name}))
+    refused(shards, re.escape(INDICES[name]))
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ([], "expected an object with a weight_map"),
+        ({}, "expected an object with a weight_map"),
+        ({"weight_map": []}, "expected an object with a weight_map"),
+        ({"weight_map": {}}, "its weight_map is empty"),
+        ({"weight_map": {"a": 3}}, "'a' is to be in 3, expected the name"),
+        ({"weight_map": {"a": ["x.safetensors"]}}, "expected the name of a .safetensors file"),
+        ({"weight_map": {"": "x.safetensors"}}, "is no name of a tensor"),
+        ({"weight_map": {"a": "x.safetensors"}}, "its metadata is None, expected an object"),
+        ({"metadata": {"total_size": "many"}, "weight_map": {"a": "x.safetensors"}}, "its total_size is 'many'"),
+        ({"metadata": {"total_size": -1}, "weight_map": {"a": "x.safetensors"}}, "its total_size is -1"),
+        ({"metadata": {"total_size": True}, "weight_map": {"a": "x.safetensors"}}, "its total_size is True"),
+        ({"metadata": {"total_size": 0.5}, "weight_map": {"a": "x.safetensors"}}, "its total_size is 0.5"),
+    ],
+)
+def test_an_index_that_is_none(index, message, shards):
+    (shards / INDEX).write_text(json.dumps(index))
+    refused(shards, message)
+
+
+def test_an_index_and_its_files_that_disagree(shards):
+    before = (shards / INDEX).read_text()
+    edit(shards / INDEX, lambda index: index["metadata"].update(total_size=10**18))
+    refused(shards, "total_size is 1000000000000000000, its tensors have")
+    (shards / INDEX).write_text(before)
+    edit(shards / INDEX, lambda index: index["weight_map"].pop(LAST) and None)
+    refused(shards, f"{LAST} is in model-.*, the index does not name it")
+    (shards / INDEX).write_text(before)
+    edit(shards / INDEX, lambda index: index["weight_map"].update(more=index["weight_map"][LAST]))
+    refused(shards, "more is in none of its files, the index names model-")
+    (shards / INDEX).write_text(before)
+    first, *_, last = sorted(shards.glob("*.safetensors"))
+    retensor(first, lambda tensors: tensors.update({LAST: torch.zeros(48, 32)}))
+    assert LAST in load_file(last) or len(list(shards.glob("*.safetensors"))) > 2
+    refused(shards, f"{LAST} is in model-.* too: keep one")
+    (shards / INDEX).write_text(before.rstrip()[:-1] + ', "weight_map": {}}')
+    refused(shards, "'weight_map' occurs twice")
+
+
+def test_the_single_file_comes_before_the_index_and_others_are_named(shards, saved, caplog):
+    """As transformers does. A stale index beside it is not read."""
+    shutil.copy(saved / "one" / SINGLE, shards)
+    (shards / INDEX).write_text("[]")
+    with caplog.at_level("WARNING"):
+        found = load_model(shards)
+    assert "the weights are in model.safetensors; not read: 'model-00001-of-" in caplog.text
+    truth = load_file(saved / "one" / SINGLE)
+    assert all(torch.equal(p, truth[name]) for name, p in found.named_parameters())
+
+
+def test_links_are_followed(saved, tmp_path):
+    """Hugging Face's cache: snapshots/REVISION/FILE is a link to ../../blobs/HASH."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted((saved / "three").iterdir())):
+        shutil.copy(file, blobs / f"{number}")
+        os.symlink(f"../../blobs/{number}", snapshot / file.name)
+    truth = load_model(saved / "three").state_dict()
+    for model in (load_model(snapshot), load_model(snapshot.resolve())):
+        assert all(torch.equal(value, truth[name]) for name, value in model.state_dict().items())
+    open_streamed(snapshot)
+    (blobs / "2").unlink()
+    refused(snapshot, "a link to '../../blobs/2', where nothing is")
+
+
+def fifo(path):
+    os.mkfifo(path)
+
+
+def directory(path):
+    path.mkdir()
+
+
+def listening(path):
+    socket.socket(socket.AF_UNIX).bind(str(path))
+
+
+def null(path):
+    os.symlink("/dev/null", path)
+
+
+def loop(path):
+    os.symlink(path.name, path)
+
+
+@pytest.mark.parametrize("make", [fifo, directory, listening, null, loop, None], ids=str)
+@pytest.mark.parametrize("name", ["config.json", SINGLE, INDEX, "generation_config.json", "model-00001"])
+def test_what_is_no_file(make, name, saved, tmp_path, monkeypatch):
+    kind = "three" if name in (INDEX, "model-00001") else "one"
+    path = shutil.copytree(saved / kind, tmp_path / "m")
+    monkeypatch.chdir(path)  # a socket's path must be short
+    file = next(file for file in path.iterdir() if file.name.startswith(name))
+    file.unlink()
+    if make is None:
+        file.write_bytes(b"")
+    else:
+        make(file if make is not listening else file.relative_to(path))
+    refused(path, re.escape(str(file)))
+
+
+# ---------------------------------------------------------------- headers
+
+ENTRY = "model.norm.weight"
+
+
+def entry(**changes):
+    return lambda entries: entries[ENTRY].update(changes)
+
+
+HEADERS = {
+    "float8": (entry(dtype="F8_E4M3"), "'F8_E4M3', quantised: expected one of F64, F32, F16, BF16"),
+    "a dtype of no one": (entry(dtype="\x1b[31m"), r"'\\x1b\[31m', quantised"),
+    "a dtype that is a list": (entry(dtype=[1]), r"has dtype \[1\]"),
+    "another dtype": (entry(dtype="F16"), "has 128 bytes, which F16 of shape"),
+    "sizes of 1e18": (entry(shape=[10**18]), r"has 128 bytes, which F32 of shape \[1000000000000000000\]"),
+    "sizes that overflow": (entry(shape=[2**62, 4, 2**62]), "has 128 bytes"),
+    "a size below 0": (entry(shape=[-32]), r"has shape \[-32\]"),
+    "a size of a half": (entry(shape=[32.0]), r"has shape \[32.0\]"),
+    "a shape that is a text": (entry(shape="32"), "has shape '32'"),
+    "many sizes": (entry(shape=[1] * 100 + [32]), "has shape"),
+    "offsets outside": (entry(data_offsets=[10**15, 10**15 + 128]), "leaves a gap before it"),
+    "offsets that are reversed": (entry(data_offsets=[128, 0]), "has -128 bytes"),
+    "one offset": (entry(data_offsets=[0]), "has data_offsets"),
+    "offsets below 0": (entry(data_offsets=[-128, 0]), "has data_offsets"),
+    "a field too many": (entry(more=1), "expected dtype, shape and data_offsets"),
+    "an entry that is a list": (lambda e: e.update({ENTRY: []}), "expected dtype, shape and data_offsets"),
+    "metadata that is a list": (lambda e: e.update(__metadata__=[]), "__metadata__ is"),
+    "metadata of numbers": (lambda e: e.update(__metadata__={"a": 1}), "__metadata__ is"),
+    "a list": (lambda e: [e], "expected an object"),
+    "a name of control characters": (lambda e: e.update({"a\n": e.pop(ENTRY)}), r"'a\\n' is no name of a tensor"),
+    "a long name": (lambda e: e.update({"a" * 3000: e.pop(ENTRY)}), "is no name of a tensor"),
+    "no tensors": (lambda e: {"__metadata__": {}}, "describes"),
+    "a tensor fewer": (lambda e: e.pop(ENTRY) and None, "leaves a gap before it|describes"),
+    "one over the other": (
+        lambda e: e[ENTRY].update(data_offsets=e["model.layers.0.input_layernorm.weight"]["data_offsets"]),
+        "overlaps the one before|gap before",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_headers_that_lie(kind, folder):
+    change, message = HEADERS[kind]
+    header(folder / SINGLE, change)
+    refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "it has 0 bytes"),
+        (b"1234567", "it has 7 bytes"),
+        (struct.pack("<Q", 2**63) + b"{}", "its header is to have 9223372036854775808 bytes"),
+        (struct.pack("<Q", 100) + b"{}", "its header is to have 100 bytes, of 2 that follow"),
+        (struct.pack("<Q", 2) + b"\xff\xfe", "its header is no UTF-8"),
+        (struct.pack("<Q", 2) + b"{]", "its header: not JSON"),
+        (struct.pack("<Q", 4) + b"null", "its header is None, expected an object"),
+        (struct.pack("<Q", 10) + b'{"a":1,"a"', "not JSON"),
+        (struct.pack("<Q", 4000) + b"[" * 4000, "nested deeper"),
+        (struct.pack("<Q", 2) + b"{}", "holds no tensors"),
+    ],
+)
+def test_what_is_no_header(content, message, folder):
+    (folder / SINGLE).write_bytes(content)
+    refused(folder, message)
+
+
+def test_a_header_of_gigabytes(folder):
+    with open(folder / SINGLE, "wb") as file:
+        file.write(struct.pack("<Q", 3 << 30))
+        file.truncate(4 << 30)  # sparse
+    refused(folder, "its header is to have 3221225472 bytes, at most")
+
+
+@pytest.mark.parametrize("name", ["qweight", "weight_packed", "weight.absmax", "qzeros", "weight"])
+def test_packed_weights(name, folder):
+    stem = LAST.removesuffix(".weight")
+    retensor(folder / SINGLE, lambda t: t.update({f"{stem}.{name}": torch.zeros(48, 4, dtype=torch.int32)}))
+    refused(folder, f"{stem}.{name} is I32, packed or quantised")
+
+
+# ---------------------------------------------------------------- tensors and the model
+
+MODELS = (load_model, open_streamed)
+
+
+def test_tensors_too_many_too_few_or_of_other_shapes(folder):
+    whole = (folder / SINGLE).read_bytes()
+    for change, message in (
+        (lambda t: t.update({"model.layers.2.extra": torch.ones(3)}), "model.layers.2.extra is no tensor of"),
+        (lambda t: t.update({"model.layers.2.mlp.up_proj.bias": torch.ones(48)}), "up_proj.bias is no tensor of"),
+        (lambda t: t.pop(LAST), rf"has no weights for {LAST} \(1 missing\)"),
+        (lambda t: t.update({LAST: torch.ones(32, 48)}), rf"{LAST} is \(32, 48\), expected \(48, 32\)"),
+        (lambda t: t.update({ENTRY: torch.ones(32, dtype=torch.bool)}), f"{ENTRY} is BOOL, packed or quantised"),
+    ):  # fmt: skip
+        (folder / SINGLE).write_bytes(whole)
+        retensor(folder / SINGLE, change)
+        refused(folder, message, MODELS)
+
+
+def test_buffers_that_older_releases_saved_are_no_tensors_too_many(saved, tmp_path):
+    truth = load_model(saved / "one").state_dict()
+    path = shutil.copytree(saved / "one", tmp_path / "m")
+    names = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(6)]
+    retensor(path / SINGLE, lambda t: t.update({name: torch.ones(4) for name in names}))
+    for model in (load_model(path), open_streamed(path)):
+        assert torch.equal(model.get_input_embeddings().weight, truth["model.embed_tokens.weight"])
+    tiny_model("gpt2", torch.float32).save_pretrained(tmp_path / "gpt2")
+    retensor(
+        tmp_path / "gpt2" / SINGLE,
+        lambda t: t.update(
+            {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril() for i in range(6)}
+            | {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(6)}
+        ),
+    )
+    load_model(tmp_path / "gpt2"), open_streamed(tmp_path / "gpt2")
+
+
+def test_tied_weights_that_differ(saved, tmp_path):
+    path = shutil.copytree(saved / "tied", tmp_path / "m")
+    assert "lm_head.weight" not in load_file(path / SINGLE)
+    retensor(path / SINGLE, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    for model in (load_model(path), open_streamed(path)):
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    retensor(path / SINGLE, lambda t: t["lm_head.weight"][-1, -1].mul_(1.5))
+    refused(path, "lm_head.weight and model.embed_tokens.weight differ, and config.json ties them", MODELS)
+
+
+@pytest.mark.parametrize("number", [7, 10_000, 10**9, 2**62, 5, 1])
+def test_layers_too_many_or_too_few(number, folder):
+    edit(folder / "config.json", lambda config: config.update(num_hidden_layers=number))
+    message = "the weights have 6 layers" if number <= 10_000 else "expected a whole number from 1 to 10000"
+    refused(folder, f"config.json: num_hidden_layers is {number}, .*{message}")
+
+
+def test_an_adapter_beside_the_weights(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
+    refused(folder, "adapter_config.json: an adapter, which transformers would put on top")
+
+
+# ---------------------------------------------------------------- config.json
+
+CONFIGS = {
+    "hidden_size": ("32", None, 0, -32, 33, 32.0, True, [32], {}, 10**15, 2**63),
+    "num_attention_heads": ("4", None, 0, -4, 3, 4.0, 10**9),
+    "num_key_value_heads": ("2", 0, -2, 3, 8, 1.5),
+    "head_dim": ("8", 0, -8, 7, 10**9),
+    "num_hidden_layers": ("6", None, 0, -6, 6.0, 10**18),
+    "vocab_size": ("97", None, 0, -1, 96, 10**12),
+    "intermediate_size": ("48", None, 0, 47, -48, 1e9),
+    "max_position_embeddings": ("64", None, 0, -64, 1e30),
+    "rms_norm_eps": ("1e-6", 0, -1e-6, 1e30, [1e-6]),
+    "rope_theta": ("1e4", 0, -1e4, [1.0]),
+    "rope_parameters": ([], "linear", 3, {"rope_type": "bogus", "rope_theta": 1e4}, {"rope_type": 3},
+                        {"rope_type": "linear", "factor": "2"}, {"rope_type": "linear", "factor": -1}),
+    "rope_scaling": ([], "linear", {"type": "bogus", "factor": 2.0}),
+    "hidden_act": ("swoosh", None, 3, "", "relu\n", ["silu"]),
+    "tie_word_embeddings": ("false", None, 0, []),
+    "attention_bias": ("true", 2, []),
+    "model_type": ("nothing_known", None, 3, "", [], "../llama"),
+    "dtype": ("float8_e4m3fn", "int8", "nonsense", 3, []),
+    "torch_dtype": ("float8_e4m3fn", "object"),
+    "quantization_config": ({}, {"quant_method": "gptq", "bits": 4}, "fp8", []),
+    "architectures": ("LlamaForCausalLM", {}, [3]),
+    "transformers_weights": ("other.safetensors", "../x.safetensors"),
+    "attention_dropout": ("0.1", -1, 2),
+    "initializer_range": ("0.02", -1),
+    "layer_types": ("full_attention", ["full_attention"], ["bogus"] * 6),
+    "text_config": (3, [], "x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_settings_that_no_model_has(name, folder):
+    """By load_model, --stream and plan alike, in one line that names the file."""
+    before = (folder / "config.json").read_text()
+    for value in CONFIGS[name]:
+        (folder / "config.json").write_text(before)
+        edit(folder / "config.json", lambda config: config.update({name: value}))  # noqa: B023
+        refused(folder, re.escape(str(folder)), MODELS)
+        if name not in ("vocab_size", "intermediate_size") or type(value) is not int or value < 1:
+            with pytest.raises(ValueError) as caught:
+                plan_of(folder)
+            one_line(caught.value, folder / "config.json")
+
+
+def plan_of(folder):
+    """What plan reads of a model: config.json, and the meta model's constructor judges what that leaves."""
+    Architecture.load(folder)
+    ModelFolder(folder).on_meta(ModelFolder(folder).configuration(), torch.float32)
+
+
+@pytest.mark.parametrize("kind", HOSTILE_JSON)
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_json_that_is_none(kind, name, shards):
+    (shards / name).write_bytes(HOSTILE_JSON[kind])
+    refused(shards, re.escape(str(shards / name)))
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_tokenizers_that_are_damaged(name, tmp_path):
+    tiny_text.tokenizer().save_pretrained(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    load_tokenizer(tmp_path)
+    cases = [b"", b"[]", b"null", whole[:-5], b"\xff" + whole, b'{"a": 1}', b"[" * 3000]
+    cases += [b'{"tokenizer_class": "Nothing"}', b'{"tokenizer_class": 3}', b'{"model": {"type": "BPE"}}']
+    refusals = 0
+    for content in cases:
+        (tmp_path / name).write_bytes(content)
+        try:
+            load_tokenizer(tmp_path)
+        except ValueError as error:
+            one_line(error, tmp_path / name if name in str(error) else tmp_path)
+            refusals += 1
+    assert refusals >= 7
+
+
+# ---------------------------------------------------------------- a fuzz
+
+
+def judged(path, seconds=2.0):
+    """Opens a folder as far as nothing heavy is read: done, or a message in one line."""
+    start = time.perf_counter()
+    try:
+        folder = ModelFolder(path)
+        folder.on_meta(folder.configuration(), torch.float32)
+        ended = True
+    except ValueError as error:
+        one_line(error, path)
+        ended = False
+    assert time.perf_counter() - start < seconds
+    return ended
+
+
+def test_fuzzed_headers(folder):
+    data = (folder / SINGLE).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    entries, refusals = json.loads(data[8 : 8 + length]), 0
+    for raw in mutated(data[: 8 + length], seed=1, count=150):
+        (folder / SINGLE).write_bytes(raw + data[8 + length :])
+        refusals += not judged(folder)
+    for value in replaced(entries, seed=2, count=150):
+        raw = as_json(value)
+        (folder / SINGLE).write_bytes(struct.pack("<Q", len(raw)) + raw + data[8 + length :])
+        refusals += not judged(folder)
+    assert refusals > 280  # a changed letter of the metadata is no fault
+
+
+@pytest.mark.parametrize("name", [INDEX, "config.json"])
+def test_fuzzed_json(name, shards):
+    data, refusals = (shards / name).read_bytes(), 0
+    for raw in mutated(data, seed=3, count=150):
+        (shards / name).write_bytes(raw)
+        refusals += not judged(shards)
+    for value in replaced(json.loads(data), seed=4, count=150):
+        (shards / name).write_bytes(as_json(value))
+        refusals += not judged(shards)
+    assert refusals > (280 if name == INDEX else 150)
+
+
+def test_nothing_heavy_is_imported_to_refuse(folder):
+    """transformers takes a second and more to import."""
+    header(folder / SINGLE, entry(dtype="F8_E4M3"))
+    done = python(
+        "-c",
+        "import sys; from kunbr_fast.files.models import load_model\n"
+        f"try: load_model({str(folder)!r})\n"
+        "except ValueError: print('transformers' in sys.modules)",
+    )
+    assert done.stdout.strip() == "False", done.stderr
