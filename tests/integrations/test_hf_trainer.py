@@ -21,8 +21,9 @@ from tiny_models import random_samples, tiny_model
 from trainer_runner import CONFIG, STEPS, data, trainer
 
 import kunbr_fast as kf
-from kunbr_fast.integrations import driven_stages, hf_trainer
+from kunbr_fast.integrations import driven_stages
 from kunbr_fast.model import patch
+from kunbr_fast.run.folder import CheckpointFolder
 
 RUNNER = Path(__file__).parent.parent.joinpath("trainer_runner.py")
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -302,7 +303,7 @@ def test_rounds_come_in_the_order_of_unlearn(insertion, truth, tmp_path):
     first, second = (block.start for block in run.blocks)
     twice = [first, first, second, second] if insertion == "independent" else [first, second, first, second]
     assert order == list(zip((1, 2, 3, 4), twice))
-    kept = {path.name.split(".")[1] for path in (tmp_path / "kunbr").glob("blocks.*.safetensors")}
+    kept = {path.name.split(".")[1] for path in (tmp_path / "kunbr-checkpoints").glob("blocks.*.safetensors")}
     assert kept == ({"1"} if insertion == "independent" else {"0", "1"})
     for step in (4, 6, 8, 11, 15):  # in rounds 0 and 1 of both blocks, and at an edge and the end
         again = trainer(tmp_path, arguments={"save_strategy": "steps", "save_steps": 100}, config=config)
@@ -482,13 +483,11 @@ def test_an_exception_at_the_end_leaves_the_original(where, truth, tmp_path, mon
 
 
 def test_what_cannot_be_removed_costs_no_result(truth, tmp_path, monkeypatch, caplog):
-    def refuses(path):
-        raise PermissionError(13, "Permission denied", str(path))
+    def refuses(self, say):
+        raise PermissionError(13, "Permission denied", str(self.path))
 
     run = trainer(tmp_path)
-    monkeypatch.setattr(hf_trainer.shutil, "rmtree", refuses)
-    (tmp_path / "kunbr").mkdir()
-    run._open = lambda resume, real=run._open: real(True)  # which leaves the folder that a new training would remove
+    monkeypatch.setattr(CheckpointFolder, "end", refuses)
     assert run.train().global_step == STEPS
     equal(weights(run.model), truth())
     assert "the training is done, but" in caplog.text and "Permission denied" in caplog.text
