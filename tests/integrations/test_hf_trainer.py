@@ -21,7 +21,7 @@ from tiny_models import random_samples, tiny_model
 from trainer_runner import CONFIG, STEPS, data, trainer
 
 import kunbr_fast as kf
-from kunbr_fast.integrations import driven_stages
+from kunbr_fast.integrations import driven_stages, hf_trainer
 from kunbr_fast.model import patch
 from kunbr_fast.run.folder import CheckpointFolder
 
