@@ -115,7 +115,7 @@ class DrivenStages(Stages):
         for visit in {visit.block: visit for visit in before}.values():  # the last of each block
             # the checkpoint has the present block's weights; its file of the former round may be gone
             if cumulative or visit.block != present.block:
-                self.trained[visit.block] = WeightSnapshot(self.state.file(visit.stage))
+                self.trained[visit.block] = self.state.weights(visit.stage)
                 if cumulative:
                     self.decoder.place(self.trained[visit.block])
 
@@ -137,7 +137,7 @@ class DrivenStages(Stages):
         return visits(self.config, self.blocks)
 
     def _take_unlearned(self) -> None:
-        """M_u's weights to work/warmup.safetensors, where no stage has made them."""
+        """M_u's weights to warmup.safetensors, where no stage has made them."""
         own = dict(self.decoder.model.named_parameters())
         if (given := self.inputs.unlearned) is not None:
             values = {name: value.to(own[name].dtype) for name, value in given.items() if name in own}
@@ -191,7 +191,7 @@ class DrivenStages(Stages):
         self.trained[visit.block] = self._values
         if complete:
             self.state.finish(visit.stage, result, self._values)
-            self.trained[visit.block] = WeightSnapshot(self.state.file(visit.stage))
+            self.trained[visit.block] = self.state.weights(visit.stage)
             # of cumulative blocks any checkpoint needs the round before its own
             if visit.round > 0 and self.config.insertion == "independent":
                 self.state.drop_file(visit.in_round(visit.round - 1).stage)
@@ -207,8 +207,8 @@ class DrivenStages(Stages):
 
     def close(self) -> None:
         """The training is over: the original goes."""
-        original, self._original = self._original, None
-        self.drop_original(original)
+        self._original = None
+        self.drop_original()
 
     def abort(self) -> None:
         """After an exception: the model is the original again."""

@@ -32,6 +32,7 @@ from torch import nn
 from torch.autograd.graph import increment_version
 
 from kunbr_fast.files.atomic import write_with
+from kunbr_fast.files.model_folder import within
 from kunbr_fast.files.parameters import Piece
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.tensors import open_tensors, placeholder
@@ -246,11 +247,13 @@ class LayerStream(Weights):
             raise ValueError(
                 "a streamed model's result is never in memory whole: give output_dir=, where it is written"
             )
-        directory = Path(directory)
         stored = [values for values in self._replaced.values() if isinstance(values, LayerStream)]
-        sources = {weights.shards.directory for weights in (self, *stored)}
-        if directory.exists() and any(directory.samefile(source) for source in sources):
+        if any(within(directory, weights.directory) for weights in (self, *stored)):
             raise ValueError(f"{directory}: the model is read from there: save it elsewhere")
+
+    @property
+    def directory(self) -> Path:
+        return self.shards.directory
 
     def moved(self, directory: str | Path) -> None:
         """From now on all is read from `directory`, where `save` has written the model."""

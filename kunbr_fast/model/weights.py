@@ -41,6 +41,12 @@ class Weights:
         self._model = model
         self._parameters = dict(model.named_parameters())
 
+    @property
+    def directory(self) -> Path | None:
+        """Where the model was loaded from, if that is known."""
+        name = getattr(getattr(self._model, "config", None), "name_or_path", None)
+        return Path(name) if name and Path(name).is_dir() else None
+
     def __contains__(self, name: object) -> bool:
         return name in self._parameters
 

@@ -112,4 +112,5 @@ def _open_state(inputs: RunInputs, samples: Samples, config: KUnBRConfig, contex
         given = fingerprint(inputs.unlearned) if isinstance(inputs.unlearned, nn.Module) else "a mapping"
     started = {"the model or the data": identity, "the unlearned model": given, "resume": context.resume}
     context.group.check_same(started | config.to_dict())
-    return RunState(context.work, identity, config, context.resume, context.writes, context.wait)
+    say = context.reporter.say
+    return RunState(context.work, identity, config, context.resume, context.writes, context.wait, say)

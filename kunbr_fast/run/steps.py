@@ -159,16 +159,10 @@ class Run:
 
     def keep_original(self) -> WeightSnapshot:
         """The model's weights, in a file until `drop_original`."""
-        path = self.work / "original.safetensors"
-        if self.context.writes:
-            WeightSnapshot.save(self.decoder.model, path)
-        self.context.wait()
-        return WeightSnapshot(path)
+        return self.state.keep("original", dict(self.decoder.model.named_parameters()))
 
-    def drop_original(self, kept: WeightSnapshot) -> None:
-        self.context.wait()
-        if self.context.writes:
-            kept.path.unlink()
+    def drop_original(self) -> None:
+        self.state.drop("original")
 
     # ------------------------------------------------ steps
 

@@ -83,7 +83,7 @@ def test_a_streamed_run_has_the_resident_bits(settings, folders, tmp_path):
     truth, weights = run(streamed_models.whole, folders, tmp_path / "whole", **settings)
     ours, streamed = run(streamed_models.streamed, folders, tmp_path / "streamed", **settings)
     same(ours, truth)
-    assert list(streamed) == list(weights) and not (tmp_path / "streamed/work").exists()
+    assert list(streamed) == list(weights) and not (tmp_path / "streamed/kunbr-checkpoints").exists()
     for name in weights:
         assert torch.equal(streamed[name], weights[name].to(torch.float32).to(weights[name].dtype)), name
     given = Shards(folders[1])
@@ -227,7 +227,7 @@ def as_resident(out, resident):
     a, b = (json.loads((path / "report.json").read_text()) for path in (out, resident))
     for key in ("accuracy", "blocks", "density", "losses"):
         assert a[key] == b[key]
-    assert load_model(out) is not None and load_tokenizer(out) is not None and not (out / "work").exists()
+    assert load_model(out) is not None and load_tokenizer(out) is not None and not (out / "kunbr-checkpoints").exists()
 
 
 def test_the_command(text, resident, tmp_path, capsys):
@@ -255,7 +255,7 @@ def test_killed_and_resumed(point, text, resident, tmp_path):
     out, more = tmp_path / "out", ["--stream", *KILLED[point]]
     done = python(HERE.parent / "kill_runner.py", point, *command(text, out, *more))
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert (out / "work" / "state.json").is_file() and not (out / "config.json").exists()
+    assert (out / "kunbr-checkpoints" / "state.json").is_file() and not (out / "config.json").exists()
     assert cli.main(command(text, out, *more, "--resume")) == 0
     if KILLED[point]:
         resident = tmp_path / "resident"
