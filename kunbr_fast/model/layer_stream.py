@@ -222,7 +222,8 @@ class LayerStream(Weights):
                 name, index = new[stored]
                 tensors[stored] = self[name][index].to("cpu", tensors[stored].dtype)
             tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            write_with(directory / path.name, functools.partial(save_file, tensors, metadata=metadata))
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            write_with(directory / path.name, functools.partial(save_file, tensors, metadata=metadata), size)
             del tensors  # before those of the next file
         others = [file for file in source.iterdir() if file.is_file() and file.suffix not in WEIGHTS]
         for file in sorted(others, key=lambda file: file.name == "config.json"):
