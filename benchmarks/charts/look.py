@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,9 @@ def side(row: Mapping[str, Any]) -> dict:
 
 
 def file_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+    """A name that a file can have, another one for each text."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+    return name if len(name) <= 60 else f"{name[:48]}-{zlib.crc32(text.encode()):08x}"
 
 
 def page(index: int) -> str:

@@ -29,7 +29,7 @@ ours, the rivals that are installed, and a copy and a matrix product (the roofli
 REPORT = {r"report\.html": PAGE, PICTURES.pattern: PICTURE}
 ROWS = {
     r"results\.csv": FileKind("a file of rows", (".csv",), csv_with(*NEEDED)),
-    r"results\.json": FileKind("a file of rows", (".json",), json_with(*NEEDED)),
+    r"results\.json": FileKind("a file of rows", (".json",), json_with(*NEEDED, also=None)),
 }
 WRITES = {"out": FolderKind(REPORT | ROWS)}
 
@@ -125,14 +125,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         check_outputs(arguments, {"out": FolderKind(REPORT)})
         files = [str(path) for path in write_report(read_rows(arguments.report), arguments.out)]
         if not arguments.json:
-            show("\n".join(files))
+            show(*files)
         return {"files": files}
     options = _options(arguments)
     suites = arguments.suites or SUITES
     if arguments.list:
         cases = [str(case) for case in harness.all_cases(suites, options)]
         if not arguments.json:
-            show("\n".join(cases))
+            show(*cases)
         return {"cases": cases}
     check_outputs(arguments, WRITES)
     return _measure(suites, options, arguments)
@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
     found = compare.compare(*(read_rows(path) for path in arguments.compare))
     if not arguments.json:
-        show(compare.table(found))
+        show(*compare.table(found).splitlines())
     arguments.status = 1 if found.regressions else 0
     return found.to_dict()
 
@@ -165,7 +165,7 @@ def _measure(suites: Any, options: harness.Options, arguments: argparse.Namespac
         resume=arguments.resume,
         progress=not arguments.quiet,
         write_report=not arguments.no_report,
-        say=(lambda text: None) if arguments.json else show,
+        say=(lambda text: None) if arguments.json else lambda text: show(*text.splitlines()),
     )
     for what, cases in (("WRONG", found["wrong"]), ("left out", found["left_out"])):
         for case, reason in cases.items():

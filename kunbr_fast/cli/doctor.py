@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     found = doctor()
     if not arguments.json:
-        show(format_doctor(found))
+        show(*format_doctor(found).splitlines())
     return found
 
 

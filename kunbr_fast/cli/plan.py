@@ -56,5 +56,5 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.out:
         found.config.save(arguments.out)
     if not arguments.json:
-        show(found.table())
+        show(*found.table().splitlines())
     return found.to_dict()

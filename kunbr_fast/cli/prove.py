@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.status = 1
         return
     if not as_json:
-        show(table(found))
+        show(*table(found).splitlines())
     for target, why in none.items():
         say(f"no verdict on {target}: {why}")
     arguments.status = int(bool(none) or any(not verdict.right for verdict in found))

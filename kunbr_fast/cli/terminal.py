@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from kunbr_fast.files.shown import plain
@@ -9,15 +10,18 @@ from kunbr_fast.files.shown import plain
 LONGEST = 4000  # characters of a line
 
 
-def show(text: str) -> None:
+def show(*lines: str) -> None:
     """Lines on standard output."""
-    print(_plain(text), flush=True)
+    print(*(plain(line, LONGEST) for line in lines), sep="\n", flush=True)
 
 
 def say(text: str) -> None:
-    """Lines on standard error."""
-    print(_plain(text), file=sys.stderr, flush=True)
+    """A line on standard error."""
+    print(plain(text, LONGEST), file=sys.stderr, flush=True)
 
 
-def _plain(text: str) -> str:
-    return "\n".join(plain(line, LONGEST) for line in text.split("\n"))
+class PlainLines(logging.Formatter):
+    """A warning as such a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record), LONGEST)

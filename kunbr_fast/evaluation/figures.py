@@ -76,9 +76,7 @@ def drawn(path: str | Path, plot: Callable[[], None]) -> bool:
     """Whether plot() made its picture at `path`. Why not is said in one line: what a picture shows is not lost with
     it."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # characters that the font lacks
-            plot()
+        plot()
     except Exception as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         logger.warning(f"{plain(path)}: the picture could not be drawn: {shown(str(why), 200)[1:-1]}")
@@ -88,6 +86,7 @@ def drawn(path: str | Path, plot: Callable[[], None]) -> bool:
 
 def save(figure, path: str | Path) -> None:
     """A PNG at `path`."""
-    with atomic.atomic_write(path) as file:
+    with atomic.atomic_write(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of characters that the font lacks
         # No version and no time: the same data gives the same bytes. By the name we know our own pictures.
         figure.savefig(file, format="png", metadata={"Software": MAKER})

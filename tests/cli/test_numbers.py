@@ -88,7 +88,7 @@ def run(monkeypatch, capsys, root):
     def run(command, *words):
         if command == "prove":
             monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        begin_at = time.perf_counter()
+        begin_at = time.process_time()
         try:
             status = cli.main([*required(command, root), *words])
         except SystemExit as exit:
@@ -97,7 +97,7 @@ def run(monkeypatch, capsys, root):
             status = "begun"
         finally:
             monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert time.perf_counter() - begin_at < 2
+        assert time.process_time() - begin_at < 2
         return status, capsys.readouterr().err
 
     return run
@@ -142,7 +142,8 @@ def test_there_is_a_kind_for_each_number():
 def test_bad_numbers(command, option, kind, run):
     bad = WORDS + [text for text in BEYOND if not allowed(kind, text)] + (SIZES if isinstance(kind, Bytes) else [])
     for text in bad:
-        status, error = run(command, option, text)
+        words = [f"{option}={text}"] if text.startswith("-") else [option, text]
+        status, error = run(command, *words)
         line = error.splitlines()[-1]
         assert status == 2 and option in line and len(line) < 400, (text, error)
         assert "expected" in line and line.isprintable(), (text, line)
