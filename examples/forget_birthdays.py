@@ -125,7 +125,7 @@ def main() -> int:
     if arguments.baseline_lr:
         baseline(out / "taught", data, out, arguments.baseline_lr, arguments.device)
     result = out / "unlearned"
-    if (result / "report.json").is_file() and not (result / "work").is_dir():
+    if (result / "report.json").is_file() and not (result / "kunbr-checkpoints").is_dir():
         print(f"{result} is finished: see its report.json")
         damage([model_dir, out / "taught", result], arguments.data.parent / "years/split_0.jsonl", arguments.device)
         return 0
@@ -139,7 +139,7 @@ def main() -> int:
         "--retain", *files("split_2"), "--retain-questions", *files("split_2", questions=True),
         "--config", str(Path(__file__).with_suffix(".yaml")), *arguments.unlearn_options,
     ]  # fmt: skip
-    if (result / "work").is_dir():
+    if (result / "kunbr-checkpoints").is_dir():
         command.append("--resume")
     print("kunbr-fast " + " ".join(command), flush=True)
     status = cli.main(command)

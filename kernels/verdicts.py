@@ -261,6 +261,9 @@ def write(path: Path, verdicts: Iterable[Verdict]) -> None:
         merged = {_identity(verdict): verdict for verdict in [*read(path), *verdicts]}
         body = [verdict.as_json() for verdict in merged.values()]
         text = json.dumps({"format": FORMAT, "checksum": _checksum(body), "verdicts": body}, indent=1)
+        for left in path.parent.glob(".*.tmp"):  # of a process that was killed: this one has the lock
+            if re.fullmatch(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.tmp", left.name) and not left.is_dir():
+                left.unlink()
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
         try:
             with open(temporary, "x", encoding="utf-8") as file:

@@ -94,10 +94,12 @@ class Place:
 
     def _map_file(self, shape: Sequence[int], dtype: torch.dtype, nbytes: int, what: str) -> torch.Tensor:
         handle, name = tempfile.mkstemp(prefix=f"{what.replace(' ', '-')}-", dir=self.directory)
+        os.unlink(name)  # at once: a killed process leaves nothing of it
         try:
             # blocks are reserved now: a full disk is an error here, not a bus error in the middle of a write
             os.posix_fallocate(handle, 0, nbytes)
-            return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+            file = f"/proc/self/fd/{handle}"
+            return torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -106,4 +108,3 @@ class Place:
             ) from error
         finally:
             os.close(handle)
-            os.unlink(name)

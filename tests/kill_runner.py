@@ -20,7 +20,7 @@ from kunbr_fast.training import full as training
 # point: (where, name of the function, how many calls pass)
 POINTS = {
     "in the warm-up": (training.FullTraining, "step_packed", 3),
-    "a checkpoint is written, state.json is not": (checkpoint, "write_json", 4),
+    "a checkpoint is written, state.json is not": (checkpoint, "write_sealed", 4),
     "in the first block": (reinsertion.BlockTraining, "step_packed", 3),
     "in the second block": (reinsertion.BlockTraining, "step_packed", 7),
     "a block is trained, nothing of it is recorded": (checkpoint.RunState, "finish", 5),

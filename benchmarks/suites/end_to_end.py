@@ -34,7 +34,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -49,6 +48,7 @@ from kunbr_fast.benchmarks.reference import procedure
 from kunbr_fast.benchmarks.rows import Measured
 from kunbr_fast.benchmarks.shapes import MODELS, Shape, samples, wmdp
 from kunbr_fast.data.schedule import Schedule
+from kunbr_fast.files.scratch import scratch
 from kunbr_fast.memory import release
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.frozen import frozen
@@ -124,8 +124,9 @@ class EndToEnd(Case):
             return clock(part or stage) if part == "prefix cache" or stage in (DENSITY, MERGE) else nullcontext()
 
         reporter = Reporter(say=lambda text: self.options.say(f"{self}: {impl}, {text}"), around=around)
-        with tempfile.TemporaryDirectory(prefix="kunbr-") as folder, clock("all"):
-            report = kf.unlearn(model, forget, retain, self.config(impl), output_dir=folder, reporter=reporter)
+        with scratch("kunbr-fast-") as folder, clock("all"):
+            out = folder / "out"
+            report = kf.unlearn(model, forget, retain, self.config(impl), output_dir=out, reporter=reporter)
         return model, report.density.per_layer
 
     def reference(self, model, steps: int, clock: Clock):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import json
 import logging
@@ -15,6 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 from kunbr_fast.cli import process
 from kunbr_fast.cli.outcome import outcome
@@ -36,7 +38,7 @@ COMMANDS = {
 }
 TOGETHER = ("unlearn", "density")  # what several processes can run
 # The library's messages name parameters, as `name=` or `name=True`. Those that are options here:
-OPTIONS = {"resume", "unlearned", "stream", "forget", "retain", "gpu_memory", "gpu", "gpus"}
+OPTIONS = {"resume", "overwrite", "unlearned", "stream", "forget", "retain", "gpu_memory", "gpu", "gpus"}
 
 
 def parser(argv: Sequence[str] = ()) -> Parser:
@@ -52,11 +54,21 @@ def parser(argv: Sequence[str] = ()) -> Parser:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if name == chosen:
-            module = importlib.import_module(f"kunbr_fast.cli.{name}")
+            module = _module(name, command)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
             top.chosen = command
     return top
+
+
+def _module(name: str, command: Parser) -> ModuleType:
+    try:
+        return importlib.import_module(f"kunbr_fast.cli.{name}")
+    except (ImportError, OSError) as error:  # OSError: of a shared library
+        if (getattr(error, "name", None) or "").startswith("kunbr_fast"):
+            raise
+        broken = "a package that it needs cannot be imported"
+        command.exit(2, f"{command.prog}: {broken}: {_one_line(str(error))}: repair the installation\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,10 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _main(argv)
     process.begin()
+    if sys.stdout is None:
+        cure = "it is closed: give it a file or a reader, or /dev/null"
+        return process.failed(OSError(errno.EBADF, cure, "standard output"))
     try:
         status = _main(sys.argv[1:])
     except SystemExit as stop:  # argparse's
         status = stop.code
+    except OSError as error:  # of its help
+        status = process.failed(error)
     return process.finished(status)
 
 
@@ -88,8 +105,6 @@ def _main(argv: Sequence[str]) -> int:
     with process.working() as caught:
         arguments.stop = caught.stop
         try:
-            if sys.stdout is None:
-                raise ValueError("standard output is closed: give it a file or a reader, or /dev/null")
             with _together(arguments):
                 result = arguments.run(arguments)
             if arguments.json and _speaks(arguments):

@@ -48,13 +48,10 @@ def _asked_by(error: BaseException) -> int:
 
 def _of_input(error: BaseException) -> str:
     if isinstance(error, OSError):
-        if error.filename is not None:
-            name = error.filename if isinstance(error.filename, str) else repr(error.filename)
-            return f"{plain(name)}: {error.strerror}"
-        try:
-            sys.stdout.flush()
-        except OSError as said:
-            return process.cannot_print(said)
+        if error.filename is None:
+            return error.strerror or str(error)
+        name = error.filename if isinstance(error.filename, str) else repr(error.filename)
+        return f"{plain(name)}: {error.strerror}"
     if isinstance(error, UnicodeDecodeError):
         return f"a file or a name that was given is not UTF-8 text ({error}): save it as UTF-8"
     return str(error)
@@ -76,7 +73,7 @@ def _of_training(
     if isinstance(error, OutOfMemory):
         return 2, str(error) + (" W" + kept[1:] if kept else "")
     if isinstance(error, Diverged):
-        state = f". The last good state is kept in {arguments.out}/work; --resume goes on from there"
+        state = f". The last good state is kept in {arguments.out}; --resume goes on from there"
         return 3, str(error) + (state if kept else "")
     if isinstance(error, Unavailable):
         return 2, str(error)

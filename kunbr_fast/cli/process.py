@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -77,10 +78,14 @@ class Caught:
     def swallowed(self, hook: object, unraisable: sys.UnraisableHookArgs) -> None:
         """In place of sys.unraisablehook: an exception that Python could not raise, as in a __del__, comes again."""
         if issubclass(unraisable.exc_type, Stopped) and self.number is not None:
-            self._again = True
-            _thread.interrupt_main(self.number)
+            _thread.start_new_thread(self._repeat, ())  # not from here: it would be raised within this hook
         else:
             hook(unraisable)
+
+    def _repeat(self) -> None:
+        time.sleep(0.01)
+        self._again = True
+        _thread.interrupt_main(self.number)
 
 
 def _echoes(seconds: float) -> bool:
@@ -162,7 +167,32 @@ def begin() -> None:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # where it is None, print takes standard output
     if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a name may be of any bytes
+        sys.stdout = Output.of(sys.stdout)
+
+
+class Output(io.TextIOWrapper):
+    """Standard output, which an error of it names; of names that are no text it shows the bytes."""
+
+    @classmethod
+    def of(cls, stream: io.TextIOWrapper) -> Output:
+        how = {name: getattr(stream, name) for name in ("encoding", "line_buffering", "write_through")}
+        return cls(stream.detach(), errors="backslashreplace", **how)
+
+    def write(self, text: str) -> int:
+        with self._naming():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._naming():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = "standard output"
+            raise
 
 
 def _leave_alone() -> None:
@@ -190,18 +220,20 @@ def _watch(pipe: int) -> None:
 def finished(status: int) -> int:
     """The exit status, when all that was printed has been taken. What nobody takes is dropped, without Python's own
     words at its exit."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if isinstance(error, BrokenPipeError):
-            return BROKEN_PIPE
-        if status == 0:
-            status = 2
-            with contextlib.suppress(OSError):
-                print(f"kunbr-fast: {cannot_print(error)}", file=sys.stderr, flush=True)
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            if number == 1:
+                status = status or failed(error)
     return status
 
 
-def cannot_print(error: OSError) -> str:
-    return f"standard output: the result could not be printed: {error.strerror}"
+def failed(error: OSError) -> int:
+    """Where the command line itself cannot be answered; without a word where its reader has had enough."""
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE
+    with contextlib.suppress(OSError):
+        print(f"kunbr-fast: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+    return 2

@@ -18,9 +18,12 @@ from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
 from kunbr_fast.evaluation.report import Report, table, write_report
 from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model, save_model
+from kunbr_fast.files.shown import shown
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.folder import CheckpointFolder
+from kunbr_fast.run.output import check_output, check_place, finished_report, is_finished
 from kunbr_fast.run.unlearn import unlearn
 
 
@@ -38,8 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path_name,
         required=True,
         metavar="DIR",
-        help="the unlearned model, report.json and plots; checkpoints in DIR/work",
+        help="the unlearned model, report.json and plots; DIR/kunbr-checkpoints until the run is finished",
     )
+    text = "a model or a finished run in --out goes when the result is written; never one that is read"
+    parser.add_argument("--overwrite", action="store_true", help=text)
     parser.add_argument(
         "--unlearned", type=path_name, metavar="DIR", help="your own M_u (made by any method): no warm-up"
     )
@@ -51,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config, out, say = read_config(arguments), Path(arguments.out), sayer(arguments)
-    _check_target(out, arguments.resume)
+    group = arguments.group or ALONE
+    finished = _check_target(arguments, config) if group.first else None
+    if any(group.gather(finished is not None)):
+        return finished or {}
     check_files(
         {"--forget": arguments.forget, "--forget-questions": arguments.forget_questions},
         {"--retain": arguments.retain, "--retain-questions": arguments.retain_questions},
@@ -72,7 +80,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = open_model(arguments)
 
     def save(report: Report) -> None:
-        """All of it while work/ is still there: if the disk is full here, --resume has nothing to compute again."""
+        """All of it while checkpoints are still there: if the disk is full here, --resume computes nothing again."""
         if not arguments.stream:  # else it is there
             say(f"writing the model to {out}")
             save_model(model, tokenizer, out)
@@ -90,10 +98,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         folds=folds if questions and len(folds) > 1 else None,
         output_dir=out,
         resume=arguments.resume,
+        overwrite=arguments.overwrite,
         progress=not arguments.quiet,
         on_stage=say,
         before_cleanup=save,
-        group=arguments.group or ALONE,
+        group=group,
         stop=arguments.stop,
     )
     if not arguments.json:
@@ -101,16 +110,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return report.to_dict() | {"model": str(arguments.model)}
 
 
-def _check_target(out: Path, resume: bool) -> None:
-    """ValueError where --out holds a finished run or a model."""
-    if (out / "work").is_dir():
-        return
-    if (out / "report.json").is_file():
-        if resume:
-            raise ValueError(f"{out}: this run is finished (report.json is there): nothing to resume")
-        raise ValueError(f"{out} already holds a finished run: give another --out or delete it")
-    if (out / "config.json").is_file():
-        raise ValueError(f"{out} holds a model, which the result would replace: give another --out")
+def _check_target(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any] | None:
+    """The report of the run in --out, if that is finished and to be resumed. ValueError where --out cannot be used."""
+    out, folder = Path(arguments.out), CheckpointFolder(arguments.out)
+    check_place(arguments.out, {"--model": arguments.model, "--unlearned": arguments.unlearned})
+    if not (arguments.resume and is_finished(out, folder)):
+        check_output(out, arguments.model, arguments.resume, arguments.overwrite)
+        return None
+    report = finished_report(out)
+    if report is None:
+        raise ValueError(f"{out}: its run was finished, but report.json is gone: give another --out, or delete it")
+    if changed := list(config.changed(report["config"])):
+        was = shown(report["config"].get(changed[0]))
+        raise ValueError(
+            f"{out} holds a finished run with {changed[0]} = {was}: leave --resume out, give another --out"
+        )
+    folder.end_again(sayer(arguments))
+    if not arguments.json:
+        print(f"this run is finished: model, report.json and plots are in {out}")
+    return report
 
 
 def _open_unlearned(arguments: argparse.Namespace, model: nn.Module) -> nn.Module | None:

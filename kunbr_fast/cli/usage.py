@@ -51,6 +51,13 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("--") and " " not in word and not any(option.startswith(name) for option in known):
                 self.error(f"unknown option {plain(name)}{nearest(name, known)}")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse takes no notice where a help could not be printed."""
+        if file is None or file is sys.stderr:
+            super()._print_message(message, file)
+        elif message:
+            file.write(message)
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = list(map(str, action.choices))

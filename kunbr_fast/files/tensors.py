@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kunbr_fast.files.atomic import write_with
+from kunbr_fast.files.checksums import check_file, checksum
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -51,11 +52,12 @@ class WeightSnapshot:
     """A model's weights in one safetensors file, read and written tensor by tensor, bit for bit.
 
     Behaves as a read-only mapping from parameter names to tensors, each read from the file when it is asked for.
-    A tied weight is kept once.
+    A tied weight is kept once. sha256: the file's, which each reading looks at (`checksum`), as it does after `save`;
+    None: readings do not look.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, sha256: str | None = None):
+        self.path, self.sha256 = Path(path), sha256
         if not self.path.is_file():
             raise ValueError(f"{self.path}: no such weights file")
 
@@ -67,18 +69,23 @@ class WeightSnapshot:
         if absent:
             raise ValueError(f"{absent[0]} is not in memory: this model is streamed; load it whole for this")
         save_tensors(path, parameters)
-        return cls(path)
+        return cls(path, checksum(path))
+
+    def _open(self) -> contextlib.AbstractContextManager[safe_open]:
+        if self.sha256 is not None:
+            check_file(self.path, self.sha256, "it is not what was written: start again from files that are whole")
+        return open_tensors(self.path)
 
     def __iter__(self) -> Iterator[str]:
-        with open_tensors(self.path) as file:
+        with self._open() as file:
             yield from file.keys()
 
     def __contains__(self, name: object) -> bool:
-        with open_tensors(self.path) as file:
+        with self._open() as file:
             return name in file.keys()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with open_tensors(self.path) as file:
+        with self._open() as file:
             return file.get_tensor(name)
 
     @torch.no_grad()
@@ -86,7 +93,7 @@ class WeightSnapshot:
         """Copies the weights into the model, or raises ValueError, with the model as it was, unless it has the same
         parameters, shapes and dtypes."""
         parameters = dict(model.named_parameters())
-        with open_tensors(self.path) as file:
+        with self._open() as file:
             names = set(file.keys())
             if names != set(parameters):
                 odd = sorted(names ^ set(parameters))[0]

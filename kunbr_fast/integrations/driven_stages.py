@@ -56,11 +56,14 @@ class DrivenStages(Stages):
     ):
         self.ranks, self.autocast = ranks, autocast
         super().__init__(inputs, config, context)
-        begun = {"unlearned_given": inputs.unlearned is not None}
+        begun: dict[str, Any] = {"unlearned_given": inputs.unlearned is not None}
+        if self.given is not None:
+            begun["given"] = self.given
         if (found := self.state.result(BEGIN)) is None:
             self.state.finish(BEGIN, begun)  # from here on the settings of the data are fixed
         elif found != begun:
             how = "without" if inputs.unlearned is not None else "with"
+            how = "with another" if found["unlearned_given"] == begun["unlearned_given"] else how
             raise ValueError(f"{self.work}: this run was begun {how} unlearned=")
         self.steps_per_epoch = self.schedule_of(None).steps_per_epoch
         self.spans = self._spans()
@@ -115,7 +118,7 @@ class DrivenStages(Stages):
         for visit in {visit.block: visit for visit in before}.values():  # the last of each block
             # the checkpoint has the present block's weights; its file of the former round may be gone
             if cumulative or visit.block != present.block:
-                self.trained[visit.block] = WeightSnapshot(self.state.file(visit.stage))
+                self.trained[visit.block] = self.state.weights(visit.stage)
                 if cumulative:
                     self.decoder.place(self.trained[visit.block])
 
@@ -137,7 +140,7 @@ class DrivenStages(Stages):
         return visits(self.config, self.blocks)
 
     def _take_unlearned(self) -> None:
-        """M_u's weights to work/warmup.safetensors, where no stage has made them."""
+        """M_u's weights to warmup.safetensors, where no stage has made them."""
         own = dict(self.decoder.model.named_parameters())
         if (given := self.inputs.unlearned) is not None:
             values = {name: value.to(own[name].dtype) for name, value in given.items() if name in own}
@@ -191,7 +194,7 @@ class DrivenStages(Stages):
         self.trained[visit.block] = self._values
         if complete:
             self.state.finish(visit.stage, result, self._values)
-            self.trained[visit.block] = WeightSnapshot(self.state.file(visit.stage))
+            self.trained[visit.block] = self.state.weights(visit.stage)
             # of cumulative blocks any checkpoint needs the round before its own
             if visit.round > 0 and self.config.insertion == "independent":
                 self.state.drop_file(visit.in_round(visit.round - 1).stage)
@@ -207,8 +210,8 @@ class DrivenStages(Stages):
 
     def close(self) -> None:
         """The training is over: the original goes."""
-        original, self._original = self._original, None
-        self.drop_original(original)
+        self._original = None
+        self.drop_original()
 
     def abort(self) -> None:
         """After an exception: the model is the original again."""

@@ -8,7 +8,7 @@ trainer_state.json being the last file of a checkpoint.
 
 With several processes each holds the whole model and prefix cache, takes its part of every step's samples, and sums the
 gradients of what is trained (for a block one vector). The main process writes the stages' results to
-`output_dir/kunbr`, a folder that all must see.
+`output_dir/kunbr-checkpoints`, a folder that all must see.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import copy
 import dataclasses
 import json
 import logging
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import torch
 from torch import nn
 from transformers.utils import is_accelerate_available
@@ -38,6 +38,7 @@ from kunbr_fast.integrations.driven_stages import DrivenStages, StageOptimizer
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
+from kunbr_fast.run.folder import NAME, CheckpointFolder
 from kunbr_fast.run.reporter import Reporter
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def _global_step(checkpoint: Path) -> int:
 
 
 class _TrainerState(TypedDict):
-    global_step: int
+    global_step: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 def _last_checkpoint(directory: str) -> Path:
@@ -144,6 +145,7 @@ class KUnBRMixin:
         **kwargs: Any,
     ):
         self._stages: DrivenStages | None = None
+        self._folder: CheckpointFolder | None = None
         super().__init__(*args, **kwargs)
         if (forget_dataset is None) != (retain_dataset is None):
             raise ValueError("give both forget_dataset and retain_dataset, or a train_dataset that holds both")
@@ -200,17 +202,29 @@ class KUnBRMixin:
             else:
                 checkpoint = Path(resume_from_checkpoint)
             steps = _global_step(checkpoint)
-        self._stages = stages = self._open(checkpoint is not None)
-        try:
-            stages.begin(steps)
-            output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
-        except BaseException:
-            stages.abort()
-            raise
-        finally:
-            self._stages, self.model_wrapped, self.is_in_train = None, self.model, False
-        self._clean(stages)
+        resume = checkpoint is not None
+        with self._checkpoint_folder(resume) as self._folder:
+            self._stages = stages = self._open(resume)
+            try:
+                stages.begin(steps)
+                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            except BaseException:
+                stages.abort()
+                raise
+            finally:
+                self._stages, self.model_wrapped, self.is_in_train = None, self.model, False
+            self._clean(stages)
         return output
+
+    @contextlib.contextmanager
+    def _checkpoint_folder(self, resume: bool) -> Iterator[CheckpointFolder | None]:
+        """Of the process that writes."""
+        if not self.args.should_save:
+            yield None
+            return
+        with CheckpointFolder(self.args.output_dir) as folder:
+            folder.begin(resume, forget=not resume)
+            yield folder
 
     def _open(self, resume: bool) -> DrivenStages:
         args, accelerator = self.args, self.accelerator
@@ -227,17 +241,12 @@ class KUnBRMixin:
             gradient_checkpointing=self.config.gradient_checkpointing
             or any(getattr(args, f"{kind}_checkpointing", False) for kind in ("gradient", "activation")),
         )
-        work = Path(args.output_dir) / "kunbr"
-        if args.should_save and not resume:
-            shutil.rmtree(work, ignore_errors=True)
-        if args.should_save:
-            work.mkdir(parents=True, exist_ok=True)
         reporter = Reporter(not args.disable_tqdm and args.should_save, logger.info)
         # an evaluation may have put a wrapper on
         model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         inputs = RunInputs(model, forget, retain, self.processing_class, self._checked_unlearned())
         sharing = {"writes": args.should_save, "wait": accelerator.wait_for_everyone}
-        context = RunContext(work, reporter=reporter, resume=resume, **sharing)
+        context = RunContext(Path(args.output_dir) / NAME, reporter=reporter, resume=resume, **sharing)
         ranks = Group(args.process_index, args.world_size)
         stages = DrivenStages(inputs, config, context, ranks, accelerator.autocast)
         steps = stages.spans[-1].stop
@@ -266,8 +275,8 @@ class KUnBRMixin:
         """What is left to remove when the result is there; files that stay are no reason to lose it."""
         try:
             stages.close()
-            if self.args.save_strategy == "no" and self.args.should_save:  # else a checkpoint may be resumed
-                shutil.rmtree(stages.work)
+            if self._folder is not None and self.args.save_strategy == "no":  # else a checkpoint may be resumed
+                self._folder.end(logger.info)
         except OSError as error:
             logger.warning("the training is done, but %s could not be removed (%s): delete it", stages.work, error)
 
@@ -340,8 +349,8 @@ class KUnBRTrainer(KUnBRMixin, Trainer):
     `first_layer`, `last_layer`, `forget_loss` and `retain_loss`.
 
     train(resume_from_checkpoint=True) goes on from the last whole checkpoint, to the same bits as without; it needs the
-    original model, the same data and settings, and `output_dir/kunbr` with the results of earlier stages, which is kept
-    unless save_strategy="no". A new training replaces that folder.
+    original model, the same data and settings, and `output_dir/kunbr-checkpoints` with the results of earlier stages,
+    which is kept unless save_strategy="no". A new training removes what another one has left there.
 
     Precision: a bf16 model keeps fp32 copies of the active block (config.master_weights); its warm-up has none. An fp32
     model with bf16=True keeps fp32 weights and computes under autocast. fp16, DeepSpeed and FSDP are refused.

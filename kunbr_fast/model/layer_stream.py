@@ -32,6 +32,7 @@ from torch import nn
 from torch.autograd.graph import increment_version
 
 from kunbr_fast.files.atomic import write_with
+from kunbr_fast.files.model_folder import within
 from kunbr_fast.files.parameters import Piece
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.tensors import open_tensors, placeholder
@@ -170,13 +171,6 @@ class LayerStream(Weights):
             value[piece.index].copy_(self.shards[piece.stored])
         return value
 
-    def strided(self, name: str, step: int) -> torch.Tensor:
-        """`self[name].flatten()[::step]`; of a tensor that the files hold as it is no more is read than that."""
-        pieces = self._sources[name]
-        if name in self._others or name in self._replaced or [piece.index for piece in pieces] != [()]:
-            return self[name].flatten()[::step]
-        return self.shards[pieces[0].stored].flatten()[::step].to(self._stored[name].parameter.dtype, copy=True)
-
     @torch.no_grad()
     def replace(self, values: Mapping[str, torch.Tensor]) -> None:
         """From now on these tensors, by parameter name, stand for the stored ones. Those of layers are not copied: the
@@ -208,12 +202,6 @@ class LayerStream(Weights):
             self._replaced, self._changed = replaced, changed
             self._read_anew(values)
 
-    def check(self, whose: str = "") -> None:
-        """ValueError for a parameter that is not finite; `whose` goes before its name. Reads every file once."""
-        for name in self:
-            if not finite(self[name]):
-                raise ValueError(f"{whose}{name}: it holds NaN or infinite values: {DAMAGED}")
-
     def save(self, directory: str | Path) -> None:
         """Copies the model's directory with the tensors of `replace` in place of the stored ones, in the files' dtypes.
         One file after the other, each whole or absent, config.json last. In memory: one file's new tensors, twice."""
@@ -234,7 +222,8 @@ class LayerStream(Weights):
                 name, index = new[stored]
                 tensors[stored] = self[name][index].to("cpu", tensors[stored].dtype)
             tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            write_with(directory / path.name, functools.partial(save_file, tensors, metadata=metadata))
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            write_with(directory / path.name, functools.partial(save_file, tensors, metadata=metadata), size)
             del tensors  # before those of the next file
         others = [file for file in source.iterdir() if file.is_file() and file.suffix not in WEIGHTS]
         for file in sorted(others, key=lambda file: file.name == "config.json"):
@@ -246,11 +235,13 @@ class LayerStream(Weights):
             raise ValueError(
                 "a streamed model's result is never in memory whole: give output_dir=, where it is written"
             )
-        directory = Path(directory)
         stored = [values for values in self._replaced.values() if isinstance(values, LayerStream)]
-        sources = {weights.shards.directory for weights in (self, *stored)}
-        if directory.exists() and any(directory.samefile(source) for source in sources):
+        if any(within(directory, weights.directory) for weights in (self, *stored)):
             raise ValueError(f"{directory}: the model is read from there: save it elsewhere")
+
+    @property
+    def directory(self) -> Path:
+        return self.shards.directory
 
     def moved(self, directory: str | Path) -> None:
         """From now on all is read from `directory`, where `save` has written the model."""

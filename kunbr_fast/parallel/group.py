@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 
 from kunbr_fast.files.documents import parse_json
+from kunbr_fast.files.shown import shown
 
 # Ranks may wait for hours, for one that evaluates or trains its last block. One that dies is noticed at once.
 TIMEOUT = datetime.timedelta(days=7)
@@ -183,19 +184,31 @@ def _digest(tensor: torch.Tensor) -> int:
 
 def num_processes() -> int:
     """How many processes torchrun has started; 1 without it."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _number("WORLD_SIZE", "1")
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if size > 1 and missing:
         raise ValueError(
             f"WORLD_SIZE={size} is set, {missing[0]} is not: start with torchrun --nproc-per-node N -m kunbr_fast ..., "
             "or unset WORLD_SIZE for one process"
         )
+    if size < 1 or (size > 1 and _number("RANK") >= size):
+        raise ValueError(f"RANK={os.environ.get('RANK')} of WORLD_SIZE={size}: expected a rank from 0 to below it")
     return size
+
+
+def _number(name: str, default: str = "") -> int:
+    """Of a variable that torchrun sets."""
+    text = os.environ.get(name, default)
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(
+            f"{name}={shown(text)}: expected a whole number, as torchrun sets it; unset it for one process"
+        )
+    return int(text)
 
 
 def local_device() -> str:
     """The GPU of this rank."""
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    local, count = _number("LOCAL_RANK", "0"), torch.cuda.device_count()
     if local >= count:
         raise ValueError(f"process {local} of this machine has no GPU of its own: there are {count}: start as many")
     return f"cuda:{local}"
@@ -214,10 +227,17 @@ def joined(device: str = "cpu") -> Iterator[Group]:
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(local_device())
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT
-    )
+    place = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={_number('MASTER_PORT')}, RANK={_number('RANK')}"
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT
+        )
+    except (RuntimeError, ValueError) as error:
+        said = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{place}: could not meet the other processes: {said}: start all with torchrun, each with a rank of its own"
+        ) from error
     group = Group(rank, size, dist.PrefixStore("kunbr", store))
     try:
         yield group

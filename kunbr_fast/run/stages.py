@@ -20,7 +20,6 @@ from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.assign import block_cost, busiest_share, homes, spread_blocks
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.reporter import Timer
-from kunbr_fast.run.state import fingerprint
 from kunbr_fast.run.steps import Run
 from kunbr_fast.run.visits import (
     DENSITY,
@@ -126,8 +125,8 @@ class Stages(Run):
             self.measure(ORIGINAL if blocks is None else ORIGINAL_HIDDEN, needs)
 
     def warm_up(self) -> None:
-        """M_u's weights to work/warmup.safetensors; the model is M0 again afterwards."""
-        given = None if self.inputs.unlearned is None else fingerprint(self.inputs.unlearned)
+        """M_u's weights to warmup.safetensors; the model is M0 again afterwards."""
+        given = self.given
         if (found := self.state.result(WARMUP)) is not None:
             if given not in (None, found.get("given")):
                 raise ValueError(
@@ -161,13 +160,13 @@ class Stages(Run):
             self.state.finish(WARMUP, result, dict(model.named_parameters()))
         finally:
             original.restore(model)
-        self.drop_original(original)
+        self.drop_original()
 
     # ------------------------------------------------ density, selection
 
     def density(self) -> Density:
         if (found := self.state.result(DENSITY)) is not None:
-            return Density.from_dict(found["density"])
+            return self._recorded(Density.from_dict(found["density"]))
         says = f"knowledge density of {self.decoder.num_layers} layers over {len(self.samples.forget)} forget samples"
         with self.reporter.stage(DENSITY, says) as took:
             density = knowledge_density(
@@ -185,11 +184,25 @@ class Stages(Run):
         self.state.finish(DENSITY, {"density": density.to_dict(), "seconds": took.seconds})
         return density
 
+    def _recorded(self, density: Density) -> Density:
+        if len(density.per_layer) != self.decoder.num_layers:
+            raise ValueError(
+                f"{self.state.path}: a density of {len(density.per_layer)} layers, the model has "
+                f"{self.decoder.num_layers}: start again in another directory"
+            )
+        return density
+
     def select(self, density: Density) -> list[range]:
         config = self.config
         blocks = select_blocks(density, config.num_blocks, config.top_k, config.skip_last_layers)
-        if self.state.result(SELECTION) is None:
-            self.state.finish(SELECTION, {"blocks": [[b.start, b.stop] for b in blocks]})
+        chosen = [[block.start, block.stop] for block in blocks]
+        if (found := self.state.result(SELECTION)) is None:
+            self.state.finish(SELECTION, {"blocks": chosen})
+        elif found["blocks"] != chosen:
+            raise ValueError(
+                f"{self.state.path}: it says that blocks {found['blocks']} were selected, its density and the settings "
+                f"select {chosen}: start again in another directory"
+            )
         self.reporter.say("blocks: " + ", ".join(map(layers, blocks)))
         return blocks
 
@@ -205,7 +218,7 @@ class Stages(Run):
             self._visit_all([visit for visit in order if visit.index in mine])
         self._visit_all([visit for visit in order if visit.index in together], home)
         last = [visit for visit in order if visit.round == self.config.rounds - 1]
-        return {visit.block: WeightSnapshot(self.state.file(visit.stage)) for visit in last}
+        return {visit.block: self.state.weights(visit.stage) for visit in last}
 
     def _spread(self, blocks: list[range], order: list[Visit]) -> tuple[list[int], list[int], list[int]]:
         """The blocks, by index, that this rank trains alone, and those that all train together; and for the latter the
@@ -262,7 +275,7 @@ class Stages(Run):
                             cache = self.prefix_cache(home)
                         cache.advance(block.start)
                     self._train_block(visit, trained.get(block, unlearned), cache, home, took)
-            trained[block] = WeightSnapshot(self.state.file(stage))
+            trained[block] = self.state.weights(stage)
             if visit.round > 0:
                 self.state.drop_file(visit.in_round(visit.round - 1).stage)
             if self.config.insertion == "cumulative":
@@ -272,7 +285,7 @@ class Stages(Run):
     def _unlearned(self) -> Mapping[str, torch.Tensor]:
         """M_u's weights on disk."""
         if "file" in self.state.result(WARMUP):
-            return WeightSnapshot(self.state.file(WARMUP))  # its checksum reads the whole model
+            return self.state.weights(WARMUP)
         return weights_of(self.inputs.unlearned)
 
     def _train_block(

@@ -2,7 +2,8 @@
 
 `state.json` is the only truth: it names the files that belong to it with their SHA-256, and is replaced in one step.
 A file is written under a new name first, then state.json refers to it, then the file it replaces is deleted; so a
-kill between any two of these leaves a state that is whole.
+kill between any two of these leaves a state that is whole. state.json carries its own checksum, and the files' are
+looked at each time they are read.
 
 Of several ranks the first writes state.json. While they work apart each has a small file of the same kind for itself
 (`PartState`), which counts as part of state.json; whoever opens the run next takes it over.
@@ -11,51 +12,28 @@ Of several ranks the first writes state.json. While they work apart each has a s
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from kunbr_fast.data import is_record
-from kunbr_fast.files.atomic import sha256, write_json
-from kunbr_fast.files.tensors import load_tensors, save_tensors
-from kunbr_fast.model.weights import weights_of
+from kunbr_fast.files.checksums import check_file, checksum, read_sealed, write_sealed
+from kunbr_fast.files.tensors import WeightSnapshot, load_tensors, save_tensors
 from kunbr_fast.parallel.group import ALONE
+from kunbr_fast.run.folder import STATE, stage_file, sweep
+from kunbr_fast.run.state_format import FORMAT, check_state
 from kunbr_fast.run.visits import Stage
 
-FORMAT = 2
 # What may be changed on resuming in the middle of a stage, which is how a diverged run is rescued.
 FREE_WHILE_TRAINING = ("warmup_lr", "warmup_epochs", "block_lr", "block_epochs")
-
-
-def fingerprint(model: nn.Module, *parts: Sequence[Mapping[str, Any]]) -> str:
-    """Tells one run from another: a digest of a few values of every weight and of the data (tokens and labels of
-    samples; records, but not where they lie)."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(f"{len(part)} entries".encode())
-        for entry in part:
-            if not is_record(entry):
-                for key in ("input_ids", "labels"):
-                    digest.update(entry[key].cpu().numpy().tobytes())
-            else:
-                digest.update(json.dumps({k: v for k, v in entry.items() if k != "_where"}).encode())
-    weights = weights_of(model)
-    for name, parameter in model.named_parameters():
-        step = max(1, parameter.numel() // 16)
-        some = weights.strided(name, step).double().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()
 
 
 class RunState:
     """The finished stages of a run, the progress of the present one, and their files, in one directory.
 
-    All ranks make the same calls. One of them `writes`; the others read what it wrote, between two waits.
+    All ranks make the same calls. One of them `writes`; the others read what it wrote, between two waits. say: told of
+    progress that cannot be read.
     """
 
     def __init__(
@@ -66,10 +44,10 @@ class RunState:
         resume: bool,
         writes: bool = True,
         wait: Callable[[], None] = ALONE.wait,
+        say: Callable[[str], None] = lambda text: None,
     ):
-        self.directory, self._writes, self._wait = Path(directory), writes, wait
-        self.path = self.directory / "state.json"
-        self._read_before: dict[Path, tuple[tuple[int, ...], str]] = {}
+        self.directory, self._writes, self._wait, self._say = Path(directory), writes, wait, say
+        self.path = self.directory / STATE
         if writes:
             self._open(identity, config, resume)
         self._share()
@@ -77,32 +55,45 @@ class RunState:
             self._check(identity, config)
 
     def _open(self, identity: str, config: Any, resume: bool) -> None:
-        fresh, parts = _fresh(identity, config.to_dict()), []
-        if not resume:
-            if self.path.exists():
-                raise ValueError(
-                    f"{self.directory} holds an unfinished run: continue it with resume (resume=True), or give another "
-                    "output directory, or delete that one"
-                )
-            self.state = fresh
-        else:
-            self.state = self._read() if self.path.exists() else fresh
+        self.state, parts = _fresh(identity, config.to_dict()), []
+        if not resume and self.path.exists():
+            raise ValueError(f"{self.directory} holds an unfinished run: continue it with resume (resume=True)")
+        if resume:
+            self.state = self._read() if self.path.exists() else self.state
             parts = self._take_parts()
             self._check(identity, config)
+            self._drop_damaged()
         self.state["config"] = config.to_dict()
+        self.state["kept"] = {}  # of a process that is gone
         self._write()
         _remove(parts)
+        sweep(self.directory, {STATE, *self._files()})
 
     def _read(self, path: Path | None = None) -> dict[str, Any]:
         path = path or self.path
-        try:
-            state = json.loads(path.read_text())
-            found = state["format"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: damaged ({error}): delete {self.directory} and start again") from error
-        if found != FORMAT:
-            raise ValueError(f"{path}: format {found!r}, this version reads {FORMAT}: start again")
+        if path.is_symlink() or not path.is_file():
+            raise ValueError(f"{path}: not a regular file: something has been put in its place")
+        state = read_sealed(path, f"delete {self.directory} and start again")
+        check_state(state, path)
         return state
+
+    def _files(self) -> set[str]:
+        """The names of all files that belong to the state."""
+        entries = [*self.state["stages"].values(), *self.state["kept"].values()]
+        entries += [entry for entries in self.state["progress"].values() for entry in entries]
+        return {entry["file"] for entry in entries if "file" in entry}
+
+    def _drop_damaged(self) -> None:
+        """Of progress whose file is damaged, falls back to the one before it, or to the beginning of the stage."""
+        for stage, entries in list(self.state["progress"].items()):
+            for entry in entries[::-1]:
+                if self._is_whole(entry):
+                    break
+                entries.remove(entry)
+                goes_on = f"step {entries[-1]['step']}" if entries else "its beginning"
+                self._say(f"{self.directory / entry['file']} is damaged or missing: {stage} goes on from {goes_on}")
+            if not entries:
+                del self.state["progress"][stage]
 
     def _take_parts(self) -> list[Path]:
         """Takes over what each `PartState` wrote. Returns their files, which may go once state.json is written."""
@@ -135,7 +126,7 @@ class RunState:
                 )
 
     def _write(self) -> None:
-        write_json(self.path, self.state)
+        write_sealed(self.path, self.state)
 
     def _share(self) -> None:
         """Every rank reloads the state that the writer wrote."""
@@ -164,7 +155,9 @@ class RunState:
         """Records a stage's result (the writer's), and its tensors in a file of its own; its progress is dropped."""
         if self._writes:
             if tensors is not None:
-                name = f"{stage}.safetensors"
+                name = stage_file(stage)
+                if self.state["stages"].pop(stage, None) is not None:
+                    self._write()  # the file that it names is going to be another one
                 result = {**result, "file": name, "sha256": self._save(name, tensors)}
             self.state["stages"][stage] = result
             self._replace(stage, [])
@@ -175,6 +168,10 @@ class RunState:
         if self.result(stage) is None:
             raise ValueError(f"{self.path}: it has no result of {stage}: start again in another directory")
         return self._checked(self.result(stage))
+
+    def weights(self, stage: str) -> WeightSnapshot:
+        """The file of a finished stage, which is checked each time it is read."""
+        return WeightSnapshot(self.file(stage), self.result(stage)["sha256"])
 
     def drop_file(self, stage: str) -> None:
         """Deletes the file of a finished stage that no later stage reads; the result stays. Every rank has read the
@@ -190,7 +187,7 @@ class RunState:
         entries = self._entries(stage)
         if not self._writes or (entries and entries[-1]["step"] == step):  # the same, and its file is in use
             return
-        name = f"{stage}-step-{step}.safetensors"
+        name = stage_file(stage, step)
         saved = {"file": name, "sha256": self._save(name, tensors)}
         self._replace(stage, [*_confirmed(entries), {"step": step, "extra": extra, "confirmed": False, **saved}])
 
@@ -243,29 +240,39 @@ class RunState:
 
     # ------------------------------------------------ files
 
+    def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> WeightSnapshot:
+        """Keeps tensors in NAME.safetensors until `drop`, or until this process ends."""
+        if self._writes:
+            file = f"{name}.safetensors"
+            self.state["kept"][name] = {"file": file, "sha256": self._save(file, tensors)}
+            self._write()
+        self._share()
+        entry = self.state["kept"][name]
+        return WeightSnapshot(self._checked(entry), entry["sha256"])
+
+    def drop(self, name: str) -> None:
+        self._wait()
+        if self._writes:
+            entry = self.state["kept"].pop(name)
+            self._write()
+            _remove([self.directory / entry["file"]])
+        self._share()
+
     def _save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> str:
         path = self.directory / name
         save_tensors(path, tensors)
-        return self._sha256(path)
+        return checksum(path)
 
-    def _sha256(self, path: Path) -> str:
-        """A file's digest. One that this process has read and that has not changed since is not read again: M_u of an
-        8B model has 16 GB, and is asked for three times."""
-        now = path.stat()
-        now = now.st_ino, now.st_size, now.st_mtime_ns
-        if self._read_before.get(path, (None, None))[0] != now:
-            self._read_before[path] = now, sha256(path)
-        return self._read_before[path][1]
+    def _is_whole(self, entry: Mapping[str, Any]) -> bool:
+        try:
+            self._checked(entry)
+        except (ValueError, OSError):
+            return False
+        return True
 
     def _checked(self, entry: Mapping[str, Any]) -> Path:
         path = self.directory / entry["file"]
-        if not path.is_file():
-            raise ValueError(f"{path}: missing, though {self.path} names it: start again in another directory")
-        found = self._sha256(path)
-        if found != entry["sha256"]:
-            raise ValueError(
-                f"{path}: damaged (SHA-256 {found[:12]}..., expected {entry['sha256'][:12]}...): start again"
-            )
+        check_file(path, entry["sha256"], f"{self.path} names it: start again in another directory")
         return path
 
 
@@ -276,9 +283,9 @@ class PartState(RunState):
     """
 
     def __init__(self, whole: RunState, rank: int):
-        self.directory, self._whole, self._writes, self._wait = whole.directory, whole, True, ALONE.wait
+        self.directory, self._whole, self._say = whole.directory, whole, whole._say
+        self._writes, self._wait = True, ALONE.wait
         self.path = self.directory / f"state.rank-{rank}.json"
-        self._read_before = whole._read_before
         self.state = _fresh(whole.state["identity"], whole.state["config"])
 
     def result(self, stage: str) -> dict[str, Any] | None:
@@ -292,7 +299,7 @@ class PartState(RunState):
 
 
 def _fresh(identity: str, config: dict[str, Any]) -> dict[str, Any]:
-    return {"format": FORMAT, "identity": identity, "config": config, "stages": {}, "progress": {}}
+    return {"format": FORMAT, "identity": identity, "config": config, "stages": {}, "progress": {}, "kept": {}}
 
 
 def _confirmed(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

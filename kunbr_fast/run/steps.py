@@ -51,7 +51,7 @@ class Run:
         self.inputs, self.config, self.context, self.work = inputs, config, context, context.work
         self.reporter = context.reporter
         self.group = self.team = context.group
-        self.decoder, self.samples, self.rtt, self.state = prepare(inputs, config, context)
+        self.decoder, self.samples, self.rtt, self.state, self.given = prepare(inputs, config, context)
         self.prove_kernels()
         self.original = OriginalValues({})
         self.retain_limit = config.max_retain_loss or 2 * math.log(self.decoder.config.vocab_size)
@@ -159,16 +159,10 @@ class Run:
 
     def keep_original(self) -> WeightSnapshot:
         """The model's weights, in a file until `drop_original`."""
-        path = self.work / "original.safetensors"
-        if self.context.writes:
-            WeightSnapshot.save(self.decoder.model, path)
-        self.context.wait()
-        return WeightSnapshot(path)
+        return self.state.keep("original", dict(self.decoder.model.named_parameters()))
 
-    def drop_original(self, kept: WeightSnapshot) -> None:
-        self.context.wait()
-        if self.context.writes:
-            kept.path.unlink()
+    def drop_original(self) -> None:
+        self.state.drop("original")
 
     # ------------------------------------------------ steps
 

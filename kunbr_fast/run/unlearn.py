@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 from kunbr_fast.data import is_question
 from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import Fold
+from kunbr_fast.files.model_folder import remove_model
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.keywords import named_by, taken
 from kunbr_fast.model.frozen import frozen
@@ -21,6 +21,8 @@ from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
+from kunbr_fast.run.folder import NAME, SAVING, CheckpointFolder, former_folder
+from kunbr_fast.run.output import check_output, check_place
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.stages import Stages
 from kunbr_fast.stopping import Stop
@@ -37,6 +39,7 @@ class Options:
     folds: Sequence[Fold] | None = None
     output_dir: str | Path | None = None
     resume: bool = False
+    overwrite: bool = False
     progress: bool = True
     on_stage: Callable[[str], None] | None = None
     reporter: Reporter | None = None
@@ -65,13 +68,14 @@ def unlearn(
         disk first, and it is not changed).
     forget_questions, retain_questions: records to measure accuracy on (default: the questions among forget and retain).
     folds: what the RTT attack uses; without them, or with config.rtt false, there is no attack.
-    output_dir: where `work/` keeps checkpoints (None: a temporary directory); removed at the end of a whole run.
+    output_dir: where `kunbr-checkpoints/` is made (None: a temporary directory); removed at the end of a whole run.
     resume: go on where a run with the same model, data and settings was interrupted: same bits as without.
+    overwrite: a model in output_dir is removed just before the result is written, unless it is one that is read.
     progress: show progress bars (default True).
     on_stage(text): told what begins.
     reporter: a `Reporter` in place of these two; it also has the seconds of each stage.
-    before_cleanup(report): called when all is done and `work/` still there: the place to save the model, so that a
-        failing save (full disk) can be resumed too.
+    before_cleanup(report): called when all is done and the checkpoints are still there: the place to save the model, so
+        that a failing save (full disk) can be resumed too.
     group: the processes that do this together (`parallel.group.joined`), each calling with the same arguments; then
         output_dir is needed, which all must see. Rank 0 alone reports, calls back and cleans up; all return the report,
         and hold the result.
@@ -85,7 +89,7 @@ def unlearn(
 
     Errors, before anything is computed: ValueError for settings and data, `Unavailable` for config.impl, TypeError for
     another keyword. On an exception the model holds whatever the stage had reached; `Diverged` leaves the last good
-    state in `work/`, `Stopped` the present one.
+    state in the checkpoint folder, `Stopped` the present one.
     """
     config, given = config or KUnBRConfig(), taken(Options, options, "unlearn")
     output_dir, group = given.output_dir, given.group
@@ -97,26 +101,45 @@ def unlearn(
         for source in (model, given.unlearned):
             if source is not None:
                 weights_of(source).check_target(output_dir)
+        heard = reporter if group.first else reporter.silent()
+        folder = stack.enter_context(_begun(model, given, heard)) if output_dir is not None and group.first else None
         if output_dir is not None:
-            work = Path(output_dir) / "work"
-            work.mkdir(parents=True, exist_ok=True)
+            group.wait()  # until the folder is there
+            work = Path(output_dir) / NAME
         elif group.size == 1:
             work = stack.enter_context(scratch("kunbr-fast-"))
         else:
             raise ValueError("several processes need an output_dir that all of them see")
-        heard = reporter if group.first else reporter.silent()
         context = RunContext(work, group, heard, given.resume, group.first, group.wait, given.stop or Stop())
         run = Stages(inputs, config, context)
         report = run.all()
+        if folder is not None:
+            folder.mark(SAVING)
+            if folder.overwrites:
+                remove_model(output_dir)
         if run.decoder.streamed:
             run.reporter.say(f"writing the model to {output_dir}")
             run.decoder.save(output_dir)
         if given.before_cleanup is not None and group.first:
             given.before_cleanup(report)
-    group.wait()
-    if output_dir is not None and group.first:
-        shutil.rmtree(work)
+        group.wait()
+        if folder is not None:
+            folder.end(heard.say)
     return report
+
+
+def _begun(model: nn.Module, given: Options, reporter: Reporter) -> CheckpointFolder:
+    """The folder of a run that begins or goes on."""
+    output_dir, sources = given.output_dir, {"the model": model, "the unlearned model": given.unlearned}
+    places = {what: weights_of(source).directory for what, source in sources.items() if source is not None}
+    check_place(output_dir, places)
+    if weights_of(model).streamed:
+        check_output(output_dir, places["the model"], given.resume, given.overwrite)
+    if not given.resume and (old := former_folder(output_dir)):
+        reporter.say(f"{old} holds checkpoints of an earlier version, which nothing reads any more: delete that folder")
+    folder = CheckpointFolder(output_dir)
+    folder.begin(given.resume, given.overwrite)
+    return folder
 
 
 def _questions(given: Sequence[Mapping] | None, records: Sequence[Mapping]) -> list[Mapping]:

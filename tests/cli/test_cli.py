@@ -52,7 +52,7 @@ def test_unlearn_writes_a_loadable_model_report_settings_and_plots(workspace, tm
     assert settings.block_lr == 1e-3 and settings.target == "letter"
     for name in ("density.png", "relearning.png"):
         assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert not (out / "work").exists()
+    assert not (out / "kunbr-checkpoints").exists()
 
 
 def test_options_win_over_the_config_file(workspace, tmp_path, capsys):
@@ -72,8 +72,10 @@ def test_a_finished_run_is_neither_overwritten_nor_resumed(workspace, tmp_path, 
     assert cli.main(unlearn(workspace, out, "--no-rtt")) == 0
     assert cli.main(unlearn(workspace, out, "--no-rtt")) == 2
     assert "already holds a finished run" in capsys.readouterr().err
-    assert cli.main(unlearn(workspace, out, "--no-rtt", "--resume")) == 2
-    assert "nothing to resume" in capsys.readouterr().err
+    assert cli.main(unlearn(workspace, out, "--no-rtt", "--resume")) == 0  # as often as one likes
+    assert "this run is finished" in capsys.readouterr().out
+    assert cli.main(unlearn(workspace, out, "--no-rtt", "--resume", "--seed", "7")) == 2
+    assert "holds a finished run with seed = 0" in capsys.readouterr().err
 
 
 def test_corpus_lines_with_questions_in_files_of_their_own(workspace, tmp_path):
@@ -250,7 +252,7 @@ def test_a_model_without_tokenizer_weights_or_with_pickles_is_refused(workspace,
     (model / "tokenizer.json").unlink()
     for remove, message in [
         (None, "no tokenizer"),
-        ("model.safetensors", "pickled weights are not loaded"),
+        ("model.safetensors", "only safetensors are read; convert pickled weights first"),
         ("config.json", "no config.json"),
     ]:
         if remove:
@@ -294,7 +296,7 @@ def test_an_implementation_that_is_not_there_is_refused(workspace, tmp_path, cap
 def test_a_model_is_not_overwritten(workspace, capsys):
     before = (workspace / "model" / "model.safetensors").read_bytes()
     assert cli.main(unlearn(workspace, workspace / "model")) == 2
-    assert "holds a model, which the result would replace" in capsys.readouterr().err
+    assert "what a run reads is never overwritten" in capsys.readouterr().err
     assert (workspace / "model" / "model.safetensors").read_bytes() == before
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import fuzz
 import pytest
 import torch
 from helpers import environment, python
@@ -22,6 +23,7 @@ from trainer_runner import CONFIG, STEPS, data, trainer
 import kunbr_fast as kf
 from kunbr_fast.integrations import driven_stages, hf_trainer
 from kunbr_fast.model import patch
+from kunbr_fast.run.folder import CheckpointFolder
 
 RUNNER = Path(__file__).parent.parent.joinpath("trainer_runner.py")
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -301,7 +303,7 @@ def test_rounds_come_in_the_order_of_unlearn(insertion, truth, tmp_path):
     first, second = (block.start for block in run.blocks)
     twice = [first, first, second, second] if insertion == "independent" else [first, second, first, second]
     assert order == list(zip((1, 2, 3, 4), twice))
-    kept = {path.name.split(".")[1] for path in (tmp_path / "kunbr").glob("blocks.*.safetensors")}
+    kept = {path.name.split(".")[1] for path in (tmp_path / "kunbr-checkpoints").glob("blocks.*.safetensors")}
     assert kept == ({"1"} if insertion == "independent" else {"0", "1"})
     for step in (4, 6, 8, 11, 15):  # in rounds 0 and 1 of both blocks, and at an edge and the end
         again = trainer(tmp_path, arguments={"save_strategy": "steps", "save_steps": 100}, config=config)
@@ -340,6 +342,28 @@ def test_resume_is_refused_for_other_data_and_settings(tmp_path):
             trainer(tmp_path, **wrong).train(resume_from_checkpoint=at)
     with pytest.raises(ValueError, match="no whole checkpoint"):
         trainer(tmp_path / "other").train(resume_from_checkpoint=True)
+
+
+def test_resume_is_refused_for_another_unlearned_model(tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 4}
+    trainer(tmp_path, arguments=arguments, unlearned=tiny_model(seed=3)).train()
+    again = trainer(tmp_path, arguments=arguments, unlearned=tiny_model(seed=4))
+    with pytest.raises(ValueError, match="was begun with another unlearned="):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_a_damaged_trainer_state_is_named(tmp_path):
+    path = tmp_path / "trainer_state.json"
+    path.write_text('{"global_step": 7, "log_history": [{"loss": NaN}]}')  # as Trainer writes it
+    assert hf_trainer._global_step(tmp_path) == 7
+    changed = [
+        fuzz.as_json({"global_step": value}) for value in fuzz.VALUES if type(value) is not int or value >= 2**63
+    ]
+    for text in (*fuzz.HOSTILE_JSON.values(), *changed):
+        path.write_bytes(text)
+        with pytest.raises(ValueError) as error:
+            hf_trainer._global_step(tmp_path)
+        fuzz.one_line(error.value, path)
 
 
 def test_killed_and_resumed(truth, tmp_path):
@@ -467,13 +491,11 @@ def test_an_exception_at_the_end_leaves_the_original(where, truth, tmp_path, mon
 
 
 def test_what_cannot_be_removed_costs_no_result(truth, tmp_path, monkeypatch, caplog):
-    def refuses(path):
-        raise PermissionError(13, "Permission denied", str(path))
+    def refuses(self, say):
+        raise PermissionError(13, "Permission denied", str(self.path))
 
     run = trainer(tmp_path)
-    monkeypatch.setattr(hf_trainer.shutil, "rmtree", refuses)
-    (tmp_path / "kunbr").mkdir()
-    run._open = lambda resume, real=run._open: real(True)  # which leaves the folder that a new training would remove
+    monkeypatch.setattr(CheckpointFolder, "end", refuses)
     assert run.train().global_step == STEPS
     equal(weights(run.model), truth())
     assert "the training is done, but" in caplog.text and "Permission denied" in caplog.text

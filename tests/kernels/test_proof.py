@@ -257,7 +257,11 @@ def test_files_are_read_back_and_merged(tmp_path):
     elsewhere = dataclasses.replace(first, key={**first.key, "driver": "3"})
     verdicts.write(path, [elsewhere])
     assert verdicts.read(path) == [other, second, elsewhere]
-    assert not [p for p in path.parent.iterdir() if p.suffix == ".tmp"]
+    killed, others = f".{path.name}.0123456789ab.tmp", (f".{path.name}.x.tmp", ".c.json.0123456789ab.tmp", "notes.tmp")
+    for name in (killed, *others):
+        (path.parent / name).write_bytes(b"half")
+    verdicts.write(path, [])
+    assert {p.name for p in path.parent.iterdir() if p.suffix == ".tmp"} == {*others}
 
 
 def _changed(text, change):

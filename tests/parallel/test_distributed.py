@@ -177,7 +177,7 @@ def test_command_line_killed_and_resumed(tmp_path, capfd):
 
     killed = torchrun(2, HERE / "kill_runner.py", "rank 1, in its block", *arguments, "--out", tmp_path / "two")
     assert killed.returncode == 1 and "exitcode  : -9" in killed.stderr, killed.stderr[-3000:]
-    assert (tmp_path / "two" / "work" / "state.rank-1.json").is_file()
+    assert (tmp_path / "two" / "kunbr-checkpoints" / "state.rank-1.json").is_file()
     shutil.copytree(tmp_path / "two", tmp_path / "three")
     assert cli.main([*arguments, "--out", str(tmp_path / "two"), "--resume"]) == 0
     again = json.loads(capfd.readouterr().out)
@@ -185,7 +185,7 @@ def test_command_line_killed_and_resumed(tmp_path, capfd):
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     for out, found in (("two", again), ("three", json.loads(resumed.stdout))):  # one process has spoken
         equal(load_file(tmp_path / out / "model.safetensors"), truth)
-        assert not (tmp_path / out / "work").exists()
+        assert not (tmp_path / out / "kunbr-checkpoints").exists()
         for key in ("losses", "accuracy", "rtt", "blocks", "recovery"):
             assert found[key] == report[key], key
 
@@ -242,15 +242,16 @@ def test_homes_are_even_in_every_step():
 
 
 def test_the_state_of_processes_that_work_apart(tmp_path):
-    config, x = kf.KUnBRConfig(), {"x": torch.ones(2)}
+    config, x, trained = kf.KUnBRConfig(), {"x": torch.ones(2)}, {"epochs": []}
+    extra = {"epochs": [], "sums": None, "recent": [], "seconds": 0.0, "micro_batch_tokens": None}
     whole = RunState(tmp_path, "run", config, False)
     whole.finish("selection", {"blocks": []})
     parts = [PartState(whole, rank) for rank in range(2)]
     assert parts[0].result("selection") == {"blocks": []}
-    parts[0].finish("blocks.0.0-2", {}, x)
-    parts[0].save_progress("blocks.0.2-4", 1, x, {})
-    parts[1].save_progress("blocks.0.4-6", 1, x, {})
-    parts[1].save_progress("blocks.0.4-6", 2, {"x": torch.zeros(2)}, {"epochs": []})
+    parts[0].finish("blocks.0.0-2", trained, x)
+    parts[0].save_progress("blocks.0.2-4", 1, x, extra)
+    parts[1].save_progress("blocks.0.4-6", 1, x, extra)
+    parts[1].save_progress("blocks.0.4-6", 2, {"x": torch.zeros(2)}, extra)
     for _ in range(2):  # also if it is killed in between: what is taken over twice is the same
         kept = [(path, path.read_bytes()) for path in tmp_path.glob("state.rank-*.json")]
         again = RunState(tmp_path, "run", config, True)
@@ -261,7 +262,7 @@ def test_the_state_of_processes_that_work_apart(tmp_path):
     assert [again.progress(f"blocks.0.{b}")[0] for b in ("2-4", "4-6")] == [1, 2]
     part = PartState(again, 0)  # another process goes on with what one had begun
     assert part.progress("blocks.0.4-6")[1]["x"].tolist() == [0, 0]
-    part.finish("blocks.0.4-6", {}, x)
+    part.finish("blocks.0.4-6", trained, x)
     assert not (tmp_path / "blocks.0.4-6-step-2.safetensors").exists()
     again = RunState(tmp_path, "run", config, True)
     assert again.progress("blocks.0.4-6") is None and again.file("blocks.0.4-6").is_file()

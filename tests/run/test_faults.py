@@ -65,10 +65,10 @@ def test_killed_and_resumed_gives_the_same_bits(insertion, point, workspace, tru
     command = arguments(workspace, out, "--insertion", insertion)
     killed = subprocess.run([sys.executable, HERE / "kill_runner.py", point, *command], capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
-    assert (out / "work" / "state.json").is_file()
+    assert (out / "kunbr-checkpoints" / "state.json").is_file()
     assert cli.main([*command, "--resume"]) == 0
     same(out, truth(insertion))
-    assert not (out / "work").exists()
+    assert not (out / "kunbr-checkpoints").exists()
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
 
@@ -86,8 +86,8 @@ def test_a_full_disk_is_said_and_survived(full_at, workspace, truth, tmp_path, m
     monkeypatch.setattr(weights, "save_file", full)
     assert cli.main(arguments(workspace, out)) == 2
     error = capsys.readouterr().err
-    assert "No space left on device" in error and str(out / "work") in error and "untouched" in error
-    assert not list((out / "work").glob(".*.tmp"))
+    assert "No space left on device" in error and str(out / "kunbr-checkpoints") in error and "untouched" in error
+    assert not list((out / "kunbr-checkpoints").glob(".*.tmp"))
     monkeypatch.undo()
     assert cli.main(arguments(workspace, out, "--resume")) == 0
     same(out, truth("independent"))
@@ -141,25 +141,38 @@ def test_resume_refuses_settings_that_finished_results_depend_on(option, name, w
     assert f"{name} was" in refusal(capsys, arguments(workspace, interrupted, option, value, "--resume"))
 
 
-@pytest.mark.parametrize("which", ["warmup.safetensors", "blocks.0.2-4-step-2.safetensors"])
-def test_a_damaged_checkpoint_is_found_by_its_checksum(which, workspace, interrupted, capsys):
-    path = interrupted / "work" / which
+def damage(path):
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
+
+
+def test_a_damaged_result_of_a_stage_is_found_by_its_checksum(workspace, interrupted, capsys):
+    path = interrupted / "kunbr-checkpoints" / "warmup.safetensors"
+    damage(path)
     error = refusal(capsys, arguments(workspace, interrupted, "--resume"))
     assert str(path) in error and "damaged (SHA-256" in error
 
 
+def test_damaged_progress_falls_back_to_the_beginning_of_the_stage(workspace, interrupted, truth, capsys):
+    path = interrupted / "kunbr-checkpoints" / "blocks.0.2-4-step-2.safetensors"
+    damage(path)
+    command = [part for part in arguments(workspace, interrupted, "--resume") if part != "--quiet"]
+    assert cli.main(command) == 0
+    assert f"{path} is damaged or missing: blocks.0.2-4 goes on from its beginning" in capsys.readouterr().err
+    same(interrupted, truth("independent"))
+
+
 def test_a_damaged_state_file_is_named(workspace, interrupted, capsys):
-    (interrupted / "work" / "state.json").write_text("{")
+    (interrupted / "kunbr-checkpoints" / "state.json").write_text("{")
     assert "state.json: damaged" in refusal(capsys, arguments(workspace, interrupted, "--resume"))
-    (interrupted / "work" / "state.json").write_text("[]")
+    (interrupted / "kunbr-checkpoints" / "state.json").write_text("[]")
     assert "state.json: damaged" in refusal(capsys, arguments(workspace, interrupted, "--resume"))
 
 
-def test_resume_refuses_other_questions(workspace, interrupted, capsys):
-    more = ["--retain-questions", str(workspace / "f0.jsonl")]
+def test_resume_refuses_other_questions(workspace, interrupted, tmp_path, capsys):
+    others = tiny_text.write_jsonl(tmp_path / "q.jsonl", [tiny_text.question(n) for n in tiny_text.NAMES[14:]])
+    more = ["--retain-questions", str(others)]
     assert "belongs to another run" in refusal(capsys, arguments(workspace, interrupted, *more, "--resume"))
 
 
@@ -168,9 +181,9 @@ def test_divergence_stops_with_the_last_good_state_and_a_hint(workspace, tmp_pat
     assert cli.main(arguments(workspace, out, "--warmup-lr", "1e30")) == 3
     error = capsys.readouterr().err
     assert "diverged at step" in error and "forget_loss_cap" in error and "--resume" in error
-    state = json.loads((out / "work" / "state.json").read_text())
+    state = json.loads((out / "kunbr-checkpoints" / "state.json").read_text())
     (entry,) = state["progress"]["warmup"]
-    kept = load_file(out / "work" / entry["file"])
+    kept = load_file(out / "kunbr-checkpoints" / entry["file"])
     assert all(bool(value.isfinite().all()) for value in kept.values())
 
 

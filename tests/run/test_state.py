@@ -9,6 +9,10 @@ import kunbr_fast as kf
 from kunbr_fast.run.state import RunState
 
 
+def extra(n):
+    return {"epochs": [], "sums": None, "recent": [], "seconds": float(n), "micro_batch_tokens": None}
+
+
 def opened(directory, resume=False):
     return RunState(directory, "run", kf.KUnBRConfig(), resume)
 
@@ -29,33 +33,33 @@ def test_progress_is_kept_twice_until_it_is_confirmed(apart, tmp_path):
 
     whole = opened(folder)
     for step in (1, 2):
-        whole.save_progress(stage, step, x[step], {"n": step})
+        whole.save_progress(stage, step, x[step], extra(step))
     assert kept(2)  # what was never confirmed does not pile up
     whole.confirm(stage)
-    whole.save_progress(stage, 3, x[3], {"n": 3})
+    whole.save_progress(stage, 3, x[3], extra(3))
     assert kept(2, 3) and after_a_kill().progress(stage)[0] == 3
-    whole.save_progress(stage, 3, x[5], {"n": 5})  # the same step again: its file is in use
+    whole.save_progress(stage, 3, x[5], extra(5))  # the same step again: its file is in use
     assert whole.progress(stage)[1]["x"].tolist() == [3, 3]
     whole.reject(stage)
     whole.reject(stage)  # nothing is unconfirmed
-    assert kept(2) and whole.progress(stage)[2] == {"n": 2}
-    whole.save_progress(stage, 4, x[4], {})
+    assert kept(2) and whole.progress(stage)[2] == extra(2)
+    whole.save_progress(stage, 4, x[4], extra(4))
     with whole.apart(0) as state:
         assert state.progress(stage)[0] == 4
         state.confirm(stage)
-        state.save_progress(stage, 5, x[5], {})
-        state.save_progress(other, 1, x[1], {})
+        state.save_progress(stage, 5, x[5], extra(5))
+        state.save_progress(other, 1, x[1], extra(1))
         state.reject(other)
         assert state.progress(other) is None
         assert after_a_kill().progress(stage)[0] == 5 and after_a_kill().progress(other) is None
         if apart:
             state.reject(stage)
             assert after_a_kill().progress(stage)[1]["x"].tolist() == [4, 4]
-            state.finish(stage, {}, x[0])
+            state.finish(stage, {"epochs": []}, x[0])
     if not apart:
         assert whole.progress(stage)[0] == 5 and kept(4, 5)
         whole.reject(stage)
         assert after_a_kill().progress(stage)[1]["x"].tolist() == [4, 4]
-        whole.finish(stage, {}, x[0])
+        whole.finish(stage, {"epochs": []}, x[0])
     assert [path.name for path in folder.glob("*.safetensors")] == [f"{stage}.safetensors"]
     assert whole.progress(stage) is None and after_a_kill().progress(stage) is None

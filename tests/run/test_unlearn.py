@@ -1,6 +1,7 @@
 """The five stages as one call: against the reference procedure, and what the report says."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import tiny_text
@@ -11,8 +12,8 @@ from tiny_models import random_samples, tiny_model
 import kunbr_fast as kf
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.evaluation.rtt import Fold
+from kunbr_fast.files import checksums
 from kunbr_fast.kernels.dispatch import Unavailable
-from kunbr_fast.run import state as checkpoint
 
 SETTINGS = dict(
     batch_size=5, retain_batch_size=4, retain_coeff=1.5, warmup_epochs=2, warmup_lr=1e-3, num_blocks=3, top_k=2,
@@ -58,7 +59,7 @@ def test_a_whole_run_equals_the_reference_procedure(insertion, rounds, tmp_path)
     truth = reference_run(truth_start, forget, retain, config, report.blocks, rounds)
     for (name, ours), theirs in zip(model.named_parameters(), truth.parameters()):
         assert (ours - theirs).norm() <= 1e-9 * theirs.norm(), name
-    assert not (tmp_path / "work").exists()
+    assert not (tmp_path / "kunbr-checkpoints").exists()
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
@@ -217,7 +218,7 @@ def test_resume_with_another_unlearned_model_is_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(None, before_cleanup=stop, resume=True)
     run(tiny_model("llama", seed=1), resume=True)
-    assert not (tmp_path / "work").exists()
+    assert not (tmp_path / "kunbr-checkpoints").exists()
 
 
 def test_a_line_that_changes_sides_is_another_run(tmp_path):
@@ -251,7 +252,9 @@ def test_a_block_keeps_the_file_of_its_last_round_alone_and_resumes_from_it(inse
 
     def kill(text):
         if text.startswith("re-insertion") and "round 3" in text:  # the first of two blocks, then the second
-            killed.append(sorted(path.name for path in (tmp_path / "run" / "work").glob("blocks*.safetensors")))
+            killed.append(
+                sorted(path.name for path in (tmp_path / "run" / "kunbr-checkpoints").glob("blocks*.safetensors"))
+            )
             if len(killed) in (1, 3):
                 raise KeyboardInterrupt
 
@@ -273,8 +276,8 @@ def test_a_block_keeps_the_file_of_its_last_round_alone_and_resumes_from_it(inse
 
 def test_a_file_that_was_just_written_is_not_read_again_for_its_checksum(tmp_path, monkeypatch):
     read = []
-    checksum = checkpoint.sha256
-    monkeypatch.setattr(checkpoint, "sha256", lambda path: read.append(path.name) or checksum(path))
+    checksum = checksums.sha256
+    monkeypatch.setattr(checksums, "sha256", lambda path: read.append(Path(path).name) or checksum(path))
     forget, retain = random_samples(6, seed=1), random_samples(6, seed=2)
     kf.unlearn(tiny_model("llama"), forget, retain, kf.KUnBRConfig(**SETTINGS), output_dir=tmp_path, progress=False)
     assert read.count("warmup.safetensors") == 1 and len(read) == len(set(read))

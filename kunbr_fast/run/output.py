@@ -1,0 +1,77 @@
+"""Whether a run may write its result into a folder: nothing of the user's is replaced there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kunbr_fast.files.documents import read_json
+from kunbr_fast.files.model_folder import is_model_file, within, written_names
+from kunbr_fast.files.shown import plain
+from kunbr_fast.files.target import is_picture, is_signed, json_with, model_in
+from kunbr_fast.run.folder import FINISHED, SAVING, CheckpointFolder
+
+_REPORT = json_with("kunbr_fast", "config", "blocks", "density", "losses")
+# what a run writes besides the model, and whether a file of that name is one that a run has written
+REPORTS = {"report.json": _REPORT, "run.yaml": is_signed, "density.png": is_picture, "relearning.png": is_picture}
+
+
+def finished_report(out: str | Path) -> dict[str, Any] | None:
+    """The report of the finished run in `out`, or None."""
+    path = Path(out) / "report.json"
+    return read_json(path) if path.is_file() and _REPORT(path) else None
+
+
+def check_place(out: str | Path, sources: Mapping[str, str | Path | None]) -> None:
+    """ValueError where `out` cannot be a run's folder, or is that of one of `sources` ({what it is: folder})."""
+    if not str(out) or within(Path.cwd(), out):
+        raise ValueError(f"the output directory {str(out)!r} is the current one, or holds it: give a folder of its own")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"{plain(out)}: it is a file: give the result a folder")
+    for what, source in sources.items():
+        if source is not None and within(out, source):
+            raise ValueError(
+                f"{plain(out)}: it is the folder of {what}, or lies in it, and what a run reads is never overwritten: "
+                "give another output directory"
+            )
+
+
+def is_finished(out: str | Path, folder: CheckpointFolder) -> bool:
+    """Whether the run in `out` has come to its end, though something of its checkpoints may be left."""
+    return folder.phase == FINISHED or (folder.phase is None and finished_report(out) is not None)
+
+
+def check_output(out: str | Path, source: str | Path, resume: bool, overwrite: bool) -> None:
+    """ValueError where a run into `out` would replace something. source: of the model, whose files' names it writes.
+
+    overwrite: a model, and the result of a finished run, may be replaced; nothing else may.
+    """
+    folder = CheckpointFolder(out)
+    if not resume and is_finished(out, folder) and not overwrite:
+        raise ValueError(
+            f"{plain(out)} already holds a finished run: give another output directory, or replace it (overwrite=True)"
+        )
+    folder.check()
+    if resume:
+        folder.check_resumable()
+    elif folder.phase != FINISHED:
+        folder.check_free()
+    if folder.phase == SAVING:
+        return  # what is there the run has written
+    may, model = overwrite or folder.overwrites, model_in(Path(out))
+    if model and not may:
+        raise ValueError(
+            f"{plain(out)} holds a model ({plain(model.name)}), which the result would replace: give another output "
+            "directory, or replace it (overwrite=True)"
+        )
+    names = written_names(source) | REPORTS.keys()
+    for path in sorted(Path(out).iterdir()) if Path(out).is_dir() else ():
+        if path.name not in names and not is_model_file(path.name):
+            continue
+        ours = REPORTS.get(path.name, lambda path: model is not None)
+        if not may or path.is_symlink() or not path.is_file() or not ours(path):
+            raise ValueError(
+                f"{plain(path)} was not written by this run, which would replace it: move it, or give another output "
+                "directory"
+            )
