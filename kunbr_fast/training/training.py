@@ -13,6 +13,7 @@ import torch
 from kunbr_fast.kernels.optimizers.op import Watched
 from kunbr_fast.memory import OutOfMemory, cannot_fit, is_out_of_memory, release
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.vocabulary import check_batch
 from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
@@ -59,7 +60,9 @@ class Training(abc.ABC):
         the weights that the update before has made.
         """
         more = dict(alternate=alternate_batch, device=self.decoder.device)
-        return self.step_packed(self.criterion.pack(forget_batch, retain_batch, **more))
+        step = self.criterion.pack(forget_batch, retain_batch, **more)
+        check_batch(self.decoder.model, step.packed)
+        return self.step_packed(step)
 
     def step_packed(self, step: StepBatch) -> dict[str, float | None]:
         """`step` of one batch."""
