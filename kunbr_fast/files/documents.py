@@ -210,6 +210,8 @@ def checked(value: Any, kind: Any, where: str) -> Any:
         return msgspec.convert(value, kind, strict=True)
     except msgspec.ValidationError as error:
         said, path = _said(error)
+    except UnicodeEncodeError as error:  # of a value that no reader here has seen
+        raise ValueError(f"{where}: not valid Unicode: {shown(value)}") from error
 
     def fails_so(changed: Any) -> bool:
         try:

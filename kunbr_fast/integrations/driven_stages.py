@@ -56,11 +56,14 @@ class DrivenStages(Stages):
     ):
         self.ranks, self.autocast = ranks, autocast
         super().__init__(inputs, config, context)
-        begun = {"unlearned_given": inputs.unlearned is not None}
+        begun: dict[str, Any] = {"unlearned_given": inputs.unlearned is not None}
+        if self.given is not None:
+            begun["given"] = self.given
         if (found := self.state.result(BEGIN)) is None:
             self.state.finish(BEGIN, begun)  # from here on the settings of the data are fixed
         elif found != begun:
             how = "without" if inputs.unlearned is not None else "with"
+            how = "with another" if found["unlearned_given"] == begun["unlearned_given"] else how
             raise ValueError(f"{self.work}: this run was begun {how} unlearned=")
         self.steps_per_epoch = self.schedule_of(None).steps_per_epoch
         self.spans = self._spans()

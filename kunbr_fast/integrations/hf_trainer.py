@@ -20,8 +20,9 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import torch
 from torch import nn
 from transformers.utils import is_accelerate_available
@@ -105,7 +106,7 @@ def _global_step(checkpoint: Path) -> int:
 
 
 class _TrainerState(TypedDict):
-    global_step: int
+    global_step: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 def _last_checkpoint(directory: str) -> Path:

@@ -28,6 +28,13 @@ def check_finite(model: nn.Module, whose: str = "") -> None:
             raise ValueError(f"{whose}{name}: {bad} of {parameter.numel()} values are NaN or infinite: {DAMAGED}")
 
 
+def all_zero(weights: Mapping[str, torch.Tensor]) -> str:
+    """For an error: which weights hold only zeros, biases apart; "" where none does."""
+    names = [name for name in weights if not name.endswith("bias")]
+    zeros = [name for name in names if not bool(weights[name].any())]
+    return f", {zeros[0]} holds only zeros ({len(zeros)} of {len(names)} weights do)" if zeros else ""
+
+
 class Weights:
     """A mapping from the names of a model's parameters to tensors: of a model in memory, its own storage.
 
@@ -62,19 +69,11 @@ class Weights:
     def __setitem__(self, name: str, value: torch.Tensor) -> None:
         self.replace({name: value})
 
-    def strided(self, name: str, step: int) -> torch.Tensor:
-        """`self[name].flatten()[::step]`"""
-        return self[name].flatten()[::step]
-
     @torch.no_grad()
     def replace(self, values: Mapping[str, torch.Tensor]) -> None:
         """These tensors, by parameter name, become the model's weights."""
         for name in values:
             self._parameters[name].copy_(values[name])
-
-    def check(self, whose: str = "") -> None:
-        """ValueError for a parameter that is not finite; `whose` goes before its name."""
-        check_finite(self._model, whose)
 
     def check_target(self, directory: str | Path | None) -> None:
         """ValueError where a result cannot be written to `directory`: the weights are read from there, or a streamed

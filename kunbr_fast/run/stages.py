@@ -20,7 +20,6 @@ from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.assign import block_cost, busiest_share, homes, spread_blocks
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.reporter import Timer
-from kunbr_fast.run.state import fingerprint
 from kunbr_fast.run.steps import Run
 from kunbr_fast.run.visits import (
     DENSITY,
@@ -127,7 +126,7 @@ class Stages(Run):
 
     def warm_up(self) -> None:
         """M_u's weights to warmup.safetensors; the model is M0 again afterwards."""
-        given = None if self.inputs.unlearned is None else fingerprint(self.inputs.unlearned)
+        given = self.given
         if (found := self.state.result(WARMUP)) is not None:
             if given not in (None, found.get("given")):
                 raise ValueError(

@@ -51,7 +51,7 @@ class Run:
         self.inputs, self.config, self.context, self.work = inputs, config, context, context.work
         self.reporter = context.reporter
         self.group = self.team = context.group
-        self.decoder, self.samples, self.rtt, self.state = prepare(inputs, config, context)
+        self.decoder, self.samples, self.rtt, self.state, self.given = prepare(inputs, config, context)
         self.prove_kernels()
         self.original = OriginalValues({})
         self.retain_limit = config.max_retain_loss or 2 * math.log(self.decoder.config.vocab_size)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import fuzz
 import pytest
 import torch
 from helpers import environment, python
@@ -20,7 +21,7 @@ from tiny_models import random_samples, tiny_model
 from trainer_runner import CONFIG, STEPS, data, trainer
 
 import kunbr_fast as kf
-from kunbr_fast.integrations import driven_stages
+from kunbr_fast.integrations import driven_stages, hf_trainer
 from kunbr_fast.model import patch
 from kunbr_fast.run.folder import CheckpointFolder
 
@@ -341,6 +342,28 @@ def test_resume_is_refused_for_other_data_and_settings(tmp_path):
             trainer(tmp_path, **wrong).train(resume_from_checkpoint=at)
     with pytest.raises(ValueError, match="no whole checkpoint"):
         trainer(tmp_path / "other").train(resume_from_checkpoint=True)
+
+
+def test_resume_is_refused_for_another_unlearned_model(tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 4}
+    trainer(tmp_path, arguments=arguments, unlearned=tiny_model(seed=3)).train()
+    again = trainer(tmp_path, arguments=arguments, unlearned=tiny_model(seed=4))
+    with pytest.raises(ValueError, match="was begun with another unlearned="):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_a_damaged_trainer_state_is_named(tmp_path):
+    path = tmp_path / "trainer_state.json"
+    path.write_text('{"global_step": 7, "log_history": [{"loss": NaN}]}')  # as Trainer writes it
+    assert hf_trainer._global_step(tmp_path) == 7
+    changed = [
+        fuzz.as_json({"global_step": value}) for value in fuzz.VALUES if type(value) is not int or value >= 2**63
+    ]
+    for text in (*fuzz.HOSTILE_JSON.values(), *changed):
+        path.write_bytes(text)
+        with pytest.raises(ValueError) as error:
+            hf_trainer._global_step(tmp_path)
+        fuzz.one_line(error.value, path)
 
 
 def test_killed_and_resumed(truth, tmp_path):
