@@ -16,7 +16,15 @@ from kunbr_fast.files import model_config
 from kunbr_fast.files.atomic import os_errors, sizes, sync, usual_mode
 from kunbr_fast.files.documents import read_json, read_text
 from kunbr_fast.files.headers import COPY, odd_kind
-from kunbr_fast.files.parameters import REMADE, Stored, check_all_used, layers_in_files, stored_parameters, without
+from kunbr_fast.files.parameters import (
+    REMADE,
+    Stored,
+    check_all_used,
+    check_tied_names,
+    layers_in_files,
+    stored_parameters,
+    without,
+)
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.shown import plain, shown
@@ -63,6 +71,8 @@ class ModelFolder:
             read_json(generation, dict)
         self.shards = Shards(self.path)
         self._check_layers()
+        if model_config.of_language(self.values).get("tie_word_embeddings") is True:
+            check_tied_names(self.shards)
 
     def _check_layers(self) -> None:
         asked, there = model_config.number_of_layers(self.values), layers_in_files(self.shards.tensors)
@@ -207,7 +217,9 @@ def load_tokenizer(path: str | Path) -> Any:
                 if not isinstance(found := json.loads(read_text(path / name)), dict):
                     raise ValueError(f"got {shown(found)}, expected an object: {COPY}")
     with refusals(path / "tokenizer.json" if (path / "tokenizer.json").exists() else path):
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer("a")  # some settings, such as model_max_length, are looked at in a call only
+    return tokenizer
 
 
 def check_same_architecture(original: nn.Module, unlearned: nn.Module, where: str) -> None:
