@@ -345,10 +345,10 @@ def test_tied_weights_that_differ(saved, tmp_path):
     assert load_model(path).lm_head.weight is not load_model(path).model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("number", [7, 10_000, 10**9, 2**62, 5, 1])
+@pytest.mark.parametrize("number", [7, 1000, 10**9, 2**62, 5, 1])
 def test_layers_too_many_or_too_few(number, folder):
     edit(folder / "config.json", lambda config: config.update(num_hidden_layers=number))
-    message = "the weights have 6 layers" if number <= 10_000 else "expected a whole number from 1 to 10000"
+    message = "the weights have 6 layers" if number <= 1000 else "expected a whole number from 1 to 1000"
     refused(folder, f"config.json: num_hidden_layers is {number}, .*{message}")
 
 
