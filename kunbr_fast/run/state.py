@@ -203,6 +203,10 @@ class RunState:
         if self._writes and entries != _confirmed(entries):
             self._replace(stage, _confirmed(entries))
 
+    def confirmed_steps(self, stage: str) -> int | None:
+        """After how many steps the stage's confirmed progress was saved, or None."""
+        return next((entry["step"] for entry in _confirmed(self._entries(stage))), None)
+
     def _entries(self, stage: str) -> list[dict[str, Any]]:
         """A stage's progress: the confirmed one, then the one that is not yet; each may be missing."""
         return self.state["progress"].get(stage, [])
@@ -290,6 +294,9 @@ class PartState(RunState):
 
     def result(self, stage: str) -> dict[str, Any] | None:
         return super().result(stage) or self._whole.result(stage)
+
+    def results(self, group: str | None = None) -> dict[Stage, dict[str, Any]]:
+        return self._whole.results(group) | super().results(group)
 
     def _entries(self, stage: str) -> list[dict[str, Any]]:
         return self.state["progress"].get(stage, self._whole._entries(stage))
