@@ -87,6 +87,7 @@ class ModelFolder:
         """config.json as transformers reads it."""
         from transformers import AutoConfig
 
+        model_config.check_names(self.values, self.config_path)
         with refusals(self.config_path):
             config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         model_config.check_heads(config.get_text_config(), self.config_path)

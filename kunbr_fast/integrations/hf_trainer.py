@@ -316,6 +316,11 @@ class KUnBRMixin:
             stages.gather(step)
         return loss * self.args.world_size  # Trainer takes the mean over the processes
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._stages is not None:
+            self._stages.check()
+        super()._save_checkpoint(*args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._stages is not None and self._stages.at is not None and "train_runtime" not in logs:
             logs.update(self._stages.logged("loss" in logs))
