@@ -19,7 +19,7 @@ WINDOWS = ("sliding_window", "attention_chunk_size")
 NULLABLE = ("num_key_value_heads", "head_dim", "n_inner", *WINDOWS)
 # the largest that each size may be: far above any model's, and small enough that nothing made from it fills the memory
 SIZES = {
-    **dict.fromkeys(LAYERS, 10_000),
+    **dict.fromkeys(LAYERS, 1000),
     **dict.fromkeys((*HEADS, "num_key_value_heads"), 2**16),
     **dict.fromkeys((*WIDTHS, "head_dim", "intermediate_size", "n_inner", "ffn_dim"), 2**24),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 2**24),

@@ -112,7 +112,7 @@ class _TrainerState(TypedDict):
 def _last_checkpoint(directory: str) -> Path:
     """The last one that was written to its end."""
     numbered = [(folder.name.rpartition("-")[2], folder) for folder in Path(directory).glob("checkpoint-*")]
-    for _, folder in sorted(((int(n), f) for n, f in numbered if n.isdigit()), reverse=True):
+    for _, folder in sorted(((int(n), f) for n, f in numbered if n.isascii() and n.isdigit()), reverse=True):
         with contextlib.suppress(ValueError):
             _global_step(folder)
             return folder
