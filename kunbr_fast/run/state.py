@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import nn
 
 from kunbr_fast.data import is_record
 from kunbr_fast.files.checksums import check_file, checksum, read_sealed, write_sealed
+from kunbr_fast.files.shown import shown
 from kunbr_fast.files.tensors import WeightSnapshot, load_tensors, save_tensors
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.group import ALONE
@@ -81,10 +83,10 @@ class RunState:
 
     def _open(self, identity: str, config: Any, resume: bool) -> None:
         self.state, parts = _fresh(identity, config.to_dict()), []
-        if not resume and self.path.exists():
+        if not resume and os.path.lexists(self.path):
             raise ValueError(f"{self.directory} holds an unfinished run: continue it with resume (resume=True)")
         if resume:
-            self.state = self._read() if self.path.exists() else self.state
+            self.state = self._read() if os.path.lexists(self.path) else self.state
             parts = self._take_parts()
             self._check(identity, config)
             self._drop_damaged()
@@ -145,8 +147,9 @@ class RunState:
         locked |= {"training"} if finished & {"warmup", "blocks"} else set()
         for name, stage in config.changed(self.state["config"]).items():
             if stage in locked or (stage in current and name not in FREE_WHILE_TRAINING):
+                was = shown(self.state["config"].get(name))
                 raise ValueError(
-                    f"{self.directory}: {name} was {self.state['config'].get(name)!r} in the run that is to be resumed "
+                    f"{self.directory}: {name} was {was} in the run that is to be resumed "
                     "and its results depend on it. Put it back, or start again in another directory"
                 )
 
