@@ -18,7 +18,8 @@ LEGEND = """\
 retain: people rehearsed during unlearning; bystanders: known, and never seen by it; RTT: the best that an
 attacker gets on one half of the forget set by teaching the other half again (chance is 25 %)."""
 
-REPORT = FileKind("a report of the demo", (".json",), json_with("kunbr_fast", "people", "rows", "table"))
+KEYS = "kunbr_fast seed people config baseline blocks density losses rows rtt table".split()
+REPORT = FileKind("a report of the demo", (".json",), json_with(*KEYS))
 WRITES = {"out": FolderKind({r"report\.json": REPORT, r"(density|relearning)\.png": PICTURE})}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,8 +28,9 @@ from kunbr_fast.values import SHARE
 
 SETTINGS = "target max_length modules reduction num_blocks top_k skip_last_layers gradient_checkpointing cache impl"
 
+_FIELDS = [field.name for field in dataclasses.fields(Density)]
 WRITES = {
-    "out": FileKind("a density file", (".json",), json_with("per_layer", "per_module", "num_weights", "statistic")),
+    "out": FileKind("a density file", (".json",), json_with(*_FIELDS[:4], also=_FIELDS)),
     "plot": PICTURE,
 }
 

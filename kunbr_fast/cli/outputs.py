@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kunbr_fast.files.merge_folder import PARTIAL
 from kunbr_fast.files.target import FileKind, FolderKind, Target, check
+from kunbr_fast.run.folder import NAME, STATE
 
 # Options that name what is read, of all commands. `plan --unlearned` is a flag.
 INPUTS = (
@@ -18,8 +19,7 @@ INPUTS = (
 )  # fmt: skip
 # What there is in --out of a command that was interrupted, once something of it is kept.
 KEPT = {
-    "unlearn": ("kunbr-checkpoints/state.json", "work/state.json"),
-    "merge": (PARTIAL,), "rtt": ("",), "bench": ("results.csv",),
+    "unlearn": f"{NAME}/{STATE}", "merge": PARTIAL, "rtt": "", "bench": "results.csv",
 }  # fmt: skip
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
@@ -43,8 +43,8 @@ def option(name: str) -> str:
 
 def resumes(arguments: argparse.Namespace) -> bool:
     """Whether --resume would find something of this command in --out."""
-    out, names = getattr(arguments, "out", None), KEPT.get(arguments.command, ())
-    return bool(out) and any(os.path.exists(Path(out) / name) for name in names)
+    out = getattr(arguments, "out", None)
+    return bool(out) and arguments.command in KEPT and os.path.exists(Path(out) / KEPT[arguments.command])
 
 
 def of_disk(error: BaseException) -> bool:

@@ -27,7 +27,9 @@ from kunbr_fast.run.state import fingerprint
 
 SETTINGS = "scoring seed rtt_lrs rtt_epochs rtt_batch_size rtt_target"
 
-WRITES = {"out": FileKind("an attack's result", (".json",), json_with("belongs_to", "curves")), "plot": PICTURE}
+_SUMMARY = ("accuracy", "calibrated_accuracy", "before", "recovery", "best")  # of a finished one
+_OURS = json_with("belongs_to", "curves", also=_SUMMARY)
+WRITES = {"out": FileKind("an attack's result", (".json",), _OURS), "plot": PICTURE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

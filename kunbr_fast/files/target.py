@@ -16,7 +16,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from kunbr_fast.files.documents import read_json
@@ -66,7 +66,10 @@ def check(targets: Sequence[Target], inputs: Sequence[tuple[str, str | os.PathLi
     """ValueError, one line, for the first target that must not or cannot be written. inputs: (option, path) of all that
     the command reads: files, and folders of models. No target is changed."""
     for number, target in enumerate(targets):
-        (_check_file if isinstance(target.kind, FileKind) else _check_folder)(target, inputs)
+        try:
+            (_check_file if isinstance(target.kind, FileKind) else _check_folder)(target, inputs)
+        except OSError as error:  # a folder that may not be looked at
+            raise target.refuse(f"{error.strerror or error}: give another place") from error
         for other in targets[:number]:
             if _same(target.path, other.path):
                 raise target.refuse(f"is also {other.option}: one would replace the other; give two names")
@@ -186,8 +189,9 @@ def _absent(path: Path) -> None:
 # ---------------------------------------------------------------- what is ours
 
 
-def json_with(*keys: str) -> Callable[[Path], bool]:
-    """Recognises a JSON object that has these keys; with a list of objects, by its first."""
+def json_with(*keys: str, also: Collection[str] | None = ()) -> Callable[[Path], bool]:
+    """Recognises a JSON object that has these keys, perhaps some of `also` (None: any), and no other: what somebody has
+    added to is theirs. Of a list, the first object counts."""
 
     def ours(path: Path) -> bool:
         try:
@@ -195,7 +199,9 @@ def json_with(*keys: str) -> Callable[[Path], bool]:
         except ValueError:
             return False
         found = found[0] if isinstance(found, list) and found else found
-        return isinstance(found, dict) and found.keys() >= {*keys}
+        if not isinstance(found, dict) or not found.keys() >= {*keys}:
+            return False
+        return also is None or found.keys() <= {*keys, *also}
 
     return ours
 

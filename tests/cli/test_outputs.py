@@ -136,6 +136,8 @@ OTHERS = {
     "empty": b"", "text": b"mine", "binary": bytes(range(256)), "an object": b'{"a": 1}', "a list": b"[1, 2]",
     "nested": b"[" * 3000, "settings": b"seed: 3\n", "a report": b'{"kunbr_fast": "1", "config": {}, "seconds": {}}',
     "a picture": b"\x89PNG\r\n\x1a\n" + b"\x00\x00\x00\x00IEND\xaeB`\x82", "half a picture": b"\x89PNG\r\n\x1a\n\xff",
+    "a density with notes": b'{"per_layer": [1], "per_module": {}, "num_weights": [1], "num_samples": 1, "notes": ""}',
+    "an attack with notes": b'{"belongs_to": {}, "curves": [], "notes": "mine"}',
     "edited settings": target.signed("seed: 3\n").encode() + b"block_lr: 1.0\n",
 }  # fmt: skip
 

@@ -326,6 +326,7 @@ def test_killed_at_any_call_that_changes_a_file(tmp_path):
         assert done == calls[: number - 1]
         merged(out, resume=out.is_dir())
         assert content(out) == truth, number
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], number
 
 
 def test_a_finished_merge_has_nothing_to_resume(five, tmp_path):

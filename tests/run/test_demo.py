@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from kunbr_fast.cli import main as cli
+from kunbr_fast.cli.demo import WRITES
+from kunbr_fast.files.target import Target, check
 from kunbr_fast.run import demo
 
 
@@ -36,6 +38,7 @@ def test_demo_writes_a_table_a_report_and_plots(small, tmp_path, capsys):
     assert len(report["blocks"]) == 2 and [6, 8] not in report["blocks"]
     for name in ("density.png", "relearning.png"):
         assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    check([Target("--out", str(tmp_path), WRITES["out"])])  # known for ours: the next demo may replace them
 
 
 def test_the_same_seed_makes_the_same_people_and_another_other_ones():
