@@ -47,10 +47,15 @@ class Fused(Watched):
 
     def __init__(self, params, settings: dict, impl: str, seed: int | None):
         lr, betas, weight_decay = settings["lr"], settings["betas"], settings["weight_decay"]
-        if not lr >= 0.0 or not weight_decay >= 0.0 or not all(0.0 <= beta < 1.0 for beta in betas):
+        largest = torch.finfo(torch.float32).max  # a kernel takes fp32
+        if (
+            not all(0.0 <= beta < 1.0 for beta in betas)
+            or not all(0.0 <= number <= largest for number in (lr, weight_decay, lr * weight_decay))
+            or not (self.operation == "lion" or lr / (1 - betas[0]) <= largest)
+        ):
             raise ValueError(
                 f"lr={lr}, betas={tuple(betas)}, weight_decay={weight_decay}: expected lr and weight_decay of at "
-                "least 0, and betas within [0, 1)"
+                "least 0, with a product and a first step that fp32 holds, and betas within [0, 1)"
             )
         super().__init__(params, {**settings, "betas": tuple(betas), "impl": impl, "seed": seed})
         for group in self.param_groups:

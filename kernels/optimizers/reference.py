@@ -33,7 +33,7 @@ def lion_(
     wide = param if seed is None else param.float()
     if weight_decay:
         wide.mul_(1 - lr * weight_decay)
-    wide.add_(update.to(wide.dtype), alpha=-lr)
+    _add(wide, update, -lr)
     momentum.lerp_(grad, 1 - beta2)
     _store_weights(param, wide, half, seed, step)
     if bad is not None:
@@ -71,10 +71,17 @@ def adamw_(
     wide = param if seed is None else param.float()
     if weight_decay:
         wide.mul_(1 - lr * weight_decay)
-    wide.add_((exp_avg / denominator).to(wide.dtype), alpha=-lr / (1 - beta1**step))
+    _add(wide, exp_avg / denominator, -lr / (1 - beta1**step))
     _store_weights(param, wide, half, seed, step)
     if bad is not None:  # an exp_avg that is not finite makes param so too; an infinite exp_avg_sq does not
         note_not_finite(bad, param if half is None else half, exp_avg_sq)
+
+
+def _add(wide: torch.Tensor, update: torch.Tensor, factor: float) -> None:
+    if abs(factor) <= torch.finfo(wide.dtype).max:
+        wide.add_(update.to(wide.dtype), alpha=factor)
+    else:  # torch takes no such alpha; what overflows becomes infinite
+        wide.copy_(wide.double() + update.double() * factor)
 
 
 def _store_weights(
@@ -87,16 +94,17 @@ def _store_weights(
 
 
 def note_not_finite(bad: torch.Tensor, *tensors: torch.Tensor) -> None:
-    """bad, (1,) int32, becomes 1 where a value is not finite. One reading pass; waits for no device.
-
-    On a CPU a sum, torch's fastest pass, is tried first: it is finite only if all are. Where it is not, as a finite sum
-    may overflow too, the least and the greatest value tell.
-    """
+    """bad, (1,) int32, becomes 1 where a value is not finite. One reading pass; waits for no device."""
     for tensor in tensors:
-        if not tensor.numel() or (tensor.device.type == "cpu" and math.isfinite(tensor.sum())):
-            continue
-        low, high = torch.aminmax(tensor)
-        bad.masked_fill_((low - low) + (high - high) != 0, 1)
+        if tensor.numel() and not sum_is_finite(tensor):
+            low, high = torch.aminmax(tensor)
+            bad.masked_fill_((low - low) + (high - high) != 0, 1)
+
+
+def sum_is_finite(tensor: torch.Tensor) -> bool:
+    """On a CPU, whether a sum, torch's fastest pass, shows that all values are finite. False tells nothing: a sum of
+    finite values may overflow, and elsewhere the host would wait for it."""
+    return tensor.device.type == "cpu" and math.isfinite(tensor.sum())
 
 
 def check_flag(bad: torch.Tensor, param: torch.Tensor) -> torch.Tensor:

@@ -211,7 +211,7 @@ def _torch_threads() -> int:
     on x86, no more than there are physical cores)."""
     for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         first = os.environ.get(name, "").partition(",")[0].strip()
-        if first.isdigit() and int(first):
+        if first.isascii() and first.isdigit() and len(first) < 10 and int(first):
             most = _physical_cores(range(os.cpu_count() or 1))
             return min(int(first), most) if platform.machine() == "x86_64" else int(first)
     return _physical_cores(usable_cpus())

@@ -73,8 +73,7 @@ def _of_training(
     if isinstance(error, OutOfMemory):
         return 2, str(error) + (" W" + kept[1:] if kept else "")
     if isinstance(error, Diverged):
-        state = f". The last good state is kept in {arguments.out}; --resume goes on from there"
-        return 3, str(error) + (state if kept else "")
+        return 3, str(error) + (f". {error.resume} (--resume)" if kept and error.resume else "")
     if isinstance(error, Unavailable):
         return 2, str(error)
     if is_out_of_memory(error):

@@ -25,7 +25,10 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def check_outputs(arguments: argparse.Namespace, writes: Mapping[str, FileKind | FolderKind]) -> None:
-    """ValueError for an option in `writes` whose target is not ours to replace, or cannot be written."""
+    """ValueError for an option in `writes` whose target is not ours to replace, or cannot be written. Of several
+    processes the first one writes, and looks."""
+    if arguments.group is not None and not arguments.group.first:
+        return
     targets = [Target(option(name), given, writes[name]) for name, given in named(arguments, writes)]
     check(targets, [(option(name), given) for name, given in named(arguments, INPUTS)])
 

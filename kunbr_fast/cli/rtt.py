@@ -22,8 +22,8 @@ from kunbr_fast.files.scratch import scratch
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.target import PICTURE, FileKind, json_with
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.fingerprint import fingerprint
 from kunbr_fast.model.frozen import frozen
-from kunbr_fast.run.state import fingerprint
 
 SETTINGS = "scoring seed rtt_lrs rtt_epochs rtt_batch_size rtt_target"
 
@@ -61,7 +61,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = open_model(arguments)
     attack = config.attack()
     belongs = {name: value for name, value in dataclasses.asdict(attack).items() if name != "lrs"}
-    belongs["run"] = fingerprint(model, *(part for fold in folds for part in (fold.train_records, fold.questions)))
+    data = [part for fold in folds for part in (fold.train_records, fold.questions)]
+    belongs["run"] = fingerprint(model, *data, tokenizer=tokenizer)
     done = _finished_attacks(out, belongs, folds, attack) if arguments.resume and out.is_file() else []
 
     def keep(rows: list[dict]) -> None:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from kunbr_fast.files.scratch import scratch
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync(path: Path) -> None:
@@ -90,8 +90,11 @@ def sizes(error: OSError, folder: Path, size: int | None) -> str:
     """What a full disk's error adds: the bytes that are needed, where that is known, and those that are free."""
     if size is None or error.errno not in FULL:
         return ""
-    needed, free = (f"{nbytes / 2**30:.3g} GiB" for nbytes in (size, shutil.disk_usage(folder).free))
-    return f" ({needed} needed, {free} free)"
+    return f" ({in_units(size)} needed, {in_units(shutil.disk_usage(folder).free)} free)"
+
+
+def in_units(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB" if nbytes < 2**30 else f"{nbytes / 2**30:.2f} GiB"
 
 
 @contextlib.contextmanager

@@ -65,7 +65,8 @@ def read_text(path: str | Path, limit: int = LIMIT) -> str:
     where = _regular(path)
     try:
         with open(path, "rb") as file:
-            data = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size  # as much memory as is asked for is taken at once
+            data = file.read(min(size, limit) + 1) if size else file.read(limit + 1)
     except OSError as error:
         raise ValueError(f"{where}: {error.strerror}: expected a file that can be read") from error
     if len(data) > limit:

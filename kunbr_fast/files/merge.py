@@ -38,11 +38,13 @@ from kunbr_fast.files.headers import Header, Tensor
 from kunbr_fast.files.merge_folder import FOLDER, MergeFolder
 from kunbr_fast.files.models import ModelFolder
 from kunbr_fast.files.shards import INDEX
+from kunbr_fast.files.shown import shown
 from kunbr_fast.files.target import Target, check
 from kunbr_fast.keywords import named_by, taken
 
 METHODS = ("sum", "mean", "consensus")
 MODES = ("negate", "add")
+LARGEST = 2.0**128  # from here on fp32 has no number
 CHUNK = 2**20  # entries: 4 MiB of fp32, of which a dozen are in memory
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BESIDE = (INDEX, "config.json", "generation_config.json", "*tokenizer*", "special_tokens_map.json", "added_tokens.json",
@@ -60,11 +62,16 @@ class MergeSettings:
 
     def __post_init__(self) -> None:
         for name in ("alpha", "agree"):
-            object.__setattr__(self, name, float(getattr(self, name)))
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
+                raise ValueError(f"{name}={shown(value)}: expected a finite number")
+            if abs(value) >= LARGEST:
+                raise ValueError(f"{name}={shown(value)}: expected a number that fp32 holds")
+            object.__setattr__(self, name, float(value))
         for name, value, known in (("mode", self.mode, MODES), ("method", self.method, METHODS)):
             if value not in known:
-                raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
+                raise ValueError(f"{name}={shown(value)}: expected one of {', '.join(known)}")
+        if not self.alpha > 0:
             raise ValueError(f"alpha={self.alpha}: expected a number above 0; mode says in which direction")
         if not 0.5 < self.agree <= 1:
             raise ValueError(f"agree={self.agree}: expected a share above 0.5 and at most 1, so that one sign has it")

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypedDict
 
 import msgspec
 
-from kunbr_fast.files.atomic import sha256, write_json
+from kunbr_fast.files.atomic import in_units, sha256, write_json
 from kunbr_fast.files.documents import read_json
 from kunbr_fast.files.scratch import remove_leftovers
 from kunbr_fast.files.shown import shown
@@ -137,9 +137,9 @@ class MergeFolder:
         raise ValueError(f"{path}: not of this merge, which would replace it: move it away, or give another output")
 
     def check_space(self, needed: int) -> None:
-        free, more = shutil.disk_usage(self.path).free, 2**26  # tokenizer and the like
-        if free < needed + more:
-            sizes = f"{needed / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB free"
+        needed, free = needed + 2**26, shutil.disk_usage(self.path).free  # more: tokenizer and the like
+        if free < needed:
+            sizes = f"{in_units(needed)} are needed and {in_units(free)} free"
             raise OSError(errno.ENOSPC, f"{self.path}: {sizes}: free space, or give another")
 
     def keep(self) -> None:

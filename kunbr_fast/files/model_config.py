@@ -19,7 +19,7 @@ WINDOWS = ("sliding_window", "attention_chunk_size")
 NULLABLE = ("num_key_value_heads", "head_dim", "n_inner", *WINDOWS)
 # the largest that each size may be: far above any model's, and small enough that nothing made from it fills the memory
 SIZES = {
-    **dict.fromkeys(LAYERS, 10_000),
+    **dict.fromkeys(LAYERS, 1000),
     **dict.fromkeys((*HEADS, "num_key_value_heads"), 2**16),
     **dict.fromkeys((*WIDTHS, "head_dim", "intermediate_size", "n_inner", "ffn_dim"), 2**24),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 2**24),
@@ -29,7 +29,8 @@ SIZES = {
 EXPERTS = re.compile(r"(num|n)_\w*experts\w*$")
 MOST_EXPERTS = 4096
 BOOLS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache")
-TEXTS = ("model_type", "hidden_act", "hidden_activation", "activation_function")
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+TEXTS = ("model_type", *ACTIVATIONS)
 EPSILONS = re.compile(r"(\w+_)?norm_(eps|epsilon)$")
 DROPOUTS = re.compile(r"\w+_(dropout|pdrop)$|rotary_pct$|partial_rotary_factor$")
 ROPES = ("rope_scaling", "rope_parameters")
@@ -59,6 +60,30 @@ def check_heads(config: Any, path: Path) -> None:
         values["head_dim"] = width[1] // heads[1]
     for wrong in _wrong_heads(values, ""):
         raise ValueError(f"{plain(path)}: {wrong}")
+
+
+def check_names(values: Mapping[str, Any], path: Path) -> None:
+    """ValueError for an activation or a kind of rope that transformers does not know; it would raise a KeyError, or go
+    on after a warning."""
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    known = {"rope": {*ROPE_INIT_FUNCTIONS, "default", "mrope", "su"}, "activation": set(ACT2FN)}
+    for where, kind, name in _names(of_language(values)):
+        if isinstance(name, str) and name not in known[kind]:
+            some = ", ".join(sorted(known[kind])[:6])
+            raise ValueError(f"{plain(path)}: {where} is {shown(name)}, expected a known {kind} ({some}, ...): {CURE}")
+
+
+def _names(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(setting, "rope" or "activation", its value)"""
+    for name, value in values.items():
+        if isinstance(value, dict) and (where or name in ROPES):
+            yield from _names(value, f"{where}{name}.")
+        elif where and name in ("rope_type", "type"):
+            yield where + name, "rope", value
+        elif not where and name in ACTIVATIONS:
+            yield name, "activation", value
 
 
 def of_language(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -118,6 +143,8 @@ def _expected(name: str, value: Any) -> str | None:
 
 
 def _expected_number(name: str, value: Any) -> str | None:
+    if isinstance(value, bool):  # such as use_dropout, or one that transformers refuses
+        return None
     if EPSILONS.match(name):
         return None if _is_number(value) and 0 < value < 1 else "a number above 0 and below 1"
     if DROPOUTS.match(name):

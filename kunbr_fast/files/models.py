@@ -16,7 +16,15 @@ from kunbr_fast.files import model_config
 from kunbr_fast.files.atomic import os_errors, sizes, sync, usual_mode
 from kunbr_fast.files.documents import read_json, read_text
 from kunbr_fast.files.headers import COPY, odd_kind
-from kunbr_fast.files.parameters import REMADE, Stored, check_all_used, layers_in_files, stored_parameters, without
+from kunbr_fast.files.parameters import (
+    REMADE,
+    Stored,
+    check_all_used,
+    check_tied_names,
+    layers_in_files,
+    stored_parameters,
+    without,
+)
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.shown import plain, shown
@@ -63,6 +71,8 @@ class ModelFolder:
             read_json(generation, dict)
         self.shards = Shards(self.path)
         self._check_layers()
+        if model_config.of_language(self.values).get("tie_word_embeddings") is True:
+            check_tied_names(self.shards)
 
     def _check_layers(self) -> None:
         asked, there = model_config.number_of_layers(self.values), layers_in_files(self.shards.tensors)
@@ -87,6 +97,7 @@ class ModelFolder:
         """config.json as transformers reads it."""
         from transformers import AutoConfig
 
+        model_config.check_names(self.values, self.config_path)
         with refusals(self.config_path):
             config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         model_config.check_heads(config.get_text_config(), self.config_path)
@@ -192,21 +203,40 @@ def load_tokenizer(path: str | Path) -> Any:
     """The directory's own tokenizer."""
     from transformers import AutoTokenizer
 
-    if not has_tokenizer(path):
-        raise ValueError(
-            f"{path}: no tokenizer (tokenizer.json): save one with tokenizer.save_pretrained({str(path)!r})"
-        )
     path = Path(path)
     for name in (*TOKENIZERS, *BESIDE, "merges.txt", "chat_template.jinja"):
         if os.path.exists(path / name) and (kind := odd_kind(path / name)) is not None:
             raise ValueError(f"{plain(path / name)}: {kind}, expected a file: {COPY}")
+    if not has_tokenizer(path):
+        raise ValueError(
+            f"{plain(path)}: no tokenizer (tokenizer.json): save one with tokenizer.save_pretrained({str(path)!r})"
+        )
     for name in BESIDE:
         if (path / name).exists():
             with refusals(path / name):  # not read_json: transformers writes model_max_length as 10**30
                 if not isinstance(found := json.loads(read_text(path / name)), dict):
                     raise ValueError(f"got {shown(found)}, expected an object: {COPY}")
-    with refusals(path / "tokenizer.json" if (path / "tokenizer.json").exists() else path):
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+                if any(os.sep in str(file) for file in found.get("fast_tokenizer_files") or ()):
+                    raise ValueError("fast_tokenizer_files: expected names of files in the folder: delete it")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer("a")  # some settings, such as model_max_length, are looked at in a call only
+    except Exception:
+        with refusals(_damaged_tokenizer(path)):
+            raise
+    return tokenizer
+
+
+def _damaged_tokenizer(path: Path) -> Path:
+    """Which of a tokenizer's files is to blame: tokenizer.json, if it cannot be read by itself."""
+    from tokenizers import Tokenizer
+
+    if (path / "tokenizer.json").exists():
+        try:
+            Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception:  # it raises no other
+            return path / "tokenizer.json"
+    return next((path / name for name in BESIDE if (path / name).exists()), path)
 
 
 def check_same_architecture(original: nn.Module, unlearned: nn.Module, where: str) -> None:

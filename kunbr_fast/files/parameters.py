@@ -22,6 +22,8 @@ REMADE = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(masked_)?
 
 LAYER = re.compile(r"(?:(?:model|transformer|gpt_neox|language_model|decoder)\.)*(?:layers|h)\.(\d{1,9})\.")
 
+TIED = re.compile(r"(lm_head|embed_out|((model|transformer|gpt_neox)\.)?(embed_tokens|wte|embed_in))\.weight$")
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -118,12 +120,23 @@ def _check_tied(shards: Shards, there: list[list[Piece]]) -> None:
     """there: the pieces of each name that a tied weight has in the files."""
     for others in there[1:]:
         for one, other in zip(there[0], others):
-            if one.stored != other.stored and not shards.same(one.stored, other.stored):
-                file = shards.tensors[other.stored].file
-                raise ValueError(
-                    f"{plain(file)}: {other.stored} and {one.stored} differ, and config.json ties them into one: set "
-                    "tie_word_embeddings to false, or remove one of them"
-                )
+            if one.stored != other.stored:
+                _check_same(shards, one.stored, other.stored)
+
+
+def check_tied_names(shards: Shards) -> None:
+    """ValueError where head and embeddings differ, by the usual names: of a model that ties them."""
+    there = [name for name in shards.tensors if TIED.match(name)]
+    for name in there[1:]:
+        _check_same(shards, there[0], name)
+
+
+def _check_same(shards: Shards, first: str, second: str) -> None:
+    if not shards.same(first, second):
+        raise ValueError(
+            f"{plain(shards.tensors[second].file)}: {second} and {first} differ, and config.json ties them into one: "
+            "set tie_word_embeddings to false, or remove one of them"
+        )
 
 
 def _named_by_the_model(model: nn.Module, shards: Shards) -> tuple[dict[str, list[Piece]], bool]:

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 class Shards:
     """The weights of a model directory, in one safetensors file or several, by tensor name.
 
-    headers: of each file, in the order of their names; tensors: where each tensor is. Nothing is read but headers until
-    a tensor is asked for.
+    headers: of each file, in the order of their names; tensors: where each tensor is; files: the file of each.
+    Nothing is read but headers until a tensor is asked for.
 
     Errors: ValueError that names the file which is missing, damaged, holds packed or quantised weights, or does not
     hold what the index says.
@@ -58,6 +58,7 @@ class Shards:
                     raise ValueError(
                         f"{plain(header.file)}: {tensor.name} is in {other.file.name} too: keep one of them"
                     )
+        self.files = {name: tensor.file for name, tensor in self.tensors.items()}
         if named is not None:
             self._check_index(index, named, total)
         if not self.tensors:
@@ -65,7 +66,7 @@ class Shards:
         self._name_others()
 
     def _check_index(self, index: Path, named: dict[str, str], total: int | None) -> None:
-        found = {name: tensor.file.name for name, tensor in self.tensors.items()}
+        found = {name: path.name for name, path in self.files.items()}
         if named != found:
             odd = sorted(set(named.items()) ^ set(found.items()))[0][0]
             where = found.get(odd)
@@ -89,19 +90,14 @@ class Shards:
             )
 
     @property
-    def files(self) -> dict[str, Path]:
-        """{tensor name: its file}"""
-        return {name: tensor.file for name, tensor in self.tensors.items()}
-
-    @property
     def paths(self) -> list[Path]:
         return [header.file for header in self.headers]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.tensors
+        return name in self.files
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with open_tensors(self.tensors[name].file) as file:
+        with open_tensors(self.files[name]) as file:
             return file.get_tensor(name)
 
     def same(self, first: str, second: str) -> bool:

@@ -56,11 +56,14 @@ class DrivenStages(Stages):
     ):
         self.ranks, self.autocast = ranks, autocast
         super().__init__(inputs, config, context)
-        begun = {"unlearned_given": inputs.unlearned is not None}
+        begun: dict[str, Any] = {"unlearned_given": inputs.unlearned is not None}
+        if self.given is not None:
+            begun["given"] = self.given
         if (found := self.state.result(BEGIN)) is None:
             self.state.finish(BEGIN, begun)  # from here on the settings of the data are fixed
         elif found != begun:
             how = "without" if inputs.unlearned is not None else "with"
+            how = "with another" if found["unlearned_given"] == begun["unlearned_given"] else how
             raise ValueError(f"{self.work}: this run was begun {how} unlearned=")
         self.steps_per_epoch = self.schedule_of(None).steps_per_epoch
         self.spans = self._spans()
@@ -178,6 +181,7 @@ class DrivenStages(Stages):
 
     def _leave(self, complete: bool) -> None:
         """Out of the present stage; with complete=False its result is used, but not recorded as the stage's."""
+        self.check()
         visit, self.at, self.training = self.visit, None, None
         result = {"epochs": self.losses["epochs"]}
         if visit is None:
@@ -232,19 +236,23 @@ class DrivenStages(Stages):
             self._step = SharedStep(self.training)
         with self.autocast():
             part = self.training.loss(batch)
-        part = part.backward()
+        part, self.training.last = part.backward(), batch
         self._step.add(batch, part)
         return part.loss
 
     def gather(self, step: int) -> None:
-        """After the last micro-batch: sums the gradients over the ranks. Raises `Diverged`, with the weights as they
-        were, if something is not finite or the retain loss beyond its limit."""
+        """After the last micro-batch: sums the gradients over the ranks. Raises `Diverged` if something is not finite,
+        also what the update before has stored, or the retain loss beyond its limit."""
         self.gathered, self._step = self._step or SharedStep(self.training), None
-        number = step - self.at.first
-        where = f"{'warm-up' if self.visit is None else f'block {layers(self.visit.block)}'}, step {number}"
-        metrics = self.gathered.gather(self.ranks, where)
-        self.account(where, (number + 1) % self.steps_per_epoch == 0, metrics, self.losses)
+        number, metrics = step - self.at.first, self.gathered.gather(self.ranks)
+        self.account(self.training, number, (number + 1) % self.steps_per_epoch == 0, metrics, self.losses)
         self._since_log.append(metrics)
+
+    def check(self) -> None:
+        """`Diverged` where the last update has destroyed the weights: before a checkpoint, and at the end of a stage,
+        since no later step looks at them."""
+        with self.autocast():
+            self.training.check(group=self.ranks)
 
     def logged(self, losses_too: bool) -> dict[str, float]:
         """Numbers alone, which every logger takes: the stage (0 the warm-up, n the n-th visit), the block's first and

@@ -112,7 +112,7 @@ class _TrainerState(TypedDict):
 def _last_checkpoint(directory: str) -> Path:
     """The last one that was written to its end."""
     numbered = [(folder.name.rpartition("-")[2], folder) for folder in Path(directory).glob("checkpoint-*")]
-    for _, folder in sorted(((int(n), f) for n, f in numbered if n.isdigit()), reverse=True):
+    for _, folder in sorted(((int(n), f) for n, f in numbered if n.isascii() and n.isdigit()), reverse=True):
         with contextlib.suppress(ValueError):
             _global_step(folder)
             return folder
@@ -315,6 +315,11 @@ class KUnBRMixin:
         if micro == accumulation - 1:
             stages.gather(step)
         return loss * self.args.world_size  # Trainer takes the mean over the processes
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._stages is not None:
+            self._stages.check()
+        super()._save_checkpoint(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._stages is not None and self._stages.at is not None and "train_runtime" not in logs:

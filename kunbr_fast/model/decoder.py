@@ -31,7 +31,7 @@ from kunbr_fast.memory import Place
 from kunbr_fast.model import attention, compat
 from kunbr_fast.model.frozen import evaluating, frozen
 from kunbr_fast.model.gather import take
-from kunbr_fast.model.weights import Weights, check_finite, weights_of
+from kunbr_fast.model.weights import DAMAGED, Weights, all_zero, check_finite, weights_of
 
 Turn = Callable[[int, "Stretch", int, torch.Tensor | None], None]  # see `Decoder.passes`
 
@@ -214,6 +214,9 @@ class Decoder:
         if not all(bool(logits.isfinite().all()) for logits in native):
             check_finite(self.model)
             raise ValueError(f"{self.name}: logits are not finite although all weights are: try a wider dtype")
+        if not any(bool(logits.any()) for logits in native):
+            zeros = all_zero(self.weights)
+            raise ValueError(f"{self.name}: all its logits are 0{zeros}: {DAMAGED}")
         return (after[0] if after else None), native
 
     @torch.no_grad()

@@ -171,13 +171,6 @@ class LayerStream(Weights):
             value[piece.index].copy_(self.shards[piece.stored])
         return value
 
-    def strided(self, name: str, step: int) -> torch.Tensor:
-        """`self[name].flatten()[::step]`; of a tensor that the files hold as it is no more is read than that."""
-        pieces = self._sources[name]
-        if name in self._others or name in self._replaced or [piece.index for piece in pieces] != [()]:
-            return self[name].flatten()[::step]
-        return self.shards[pieces[0].stored].flatten()[::step].to(self._stored[name].parameter.dtype, copy=True)
-
     @torch.no_grad()
     def replace(self, values: Mapping[str, torch.Tensor]) -> None:
         """From now on these tensors, by parameter name, stand for the stored ones. Those of layers are not copied: the
@@ -209,12 +202,6 @@ class LayerStream(Weights):
             self._replaced, self._changed = replaced, changed
             self._read_anew(values)
 
-    def check(self, whose: str = "") -> None:
-        """ValueError for a parameter that is not finite; `whose` goes before its name. Reads every file once."""
-        for name in self:
-            if not finite(self[name]):
-                raise ValueError(f"{whose}{name}: it holds NaN or infinite values: {DAMAGED}")
-
     def save(self, directory: str | Path) -> None:
         """Copies the model's directory with the tensors of `replace` in place of the stored ones, in the files' dtypes.
         One file after the other, each whole or absent, config.json last. In memory: one file's new tensors, twice."""
@@ -235,7 +222,8 @@ class LayerStream(Weights):
                 name, index = new[stored]
                 tensors[stored] = self[name][index].to("cpu", tensors[stored].dtype)
             tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            write_with(directory / path.name, functools.partial(save_file, tensors, metadata=metadata))
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            write_with(directory / path.name, functools.partial(save_file, tensors, metadata=metadata), size)
             del tensors  # before those of the next file
         others = [file for file in source.iterdir() if file.is_file() and file.suffix not in WEIGHTS]
         for file in sorted(others, key=lambda file: file.name == "config.json"):

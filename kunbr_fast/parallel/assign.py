@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 
 # A shared step takes longer than its share of the work: small batches use a GPU less well, and gradients are summed.
@@ -27,15 +28,16 @@ def spread_blocks(
     ranks, or seven on four), "auto" has the cheapest or the costliest ones trained together.
     """
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    busy = min(size, len(costs))  # ranks that may get a block
 
     def dealt(indices: Sequence[int]) -> tuple[float, list[list[int]]]:
-        alone: list[list[int]] = [[] for _ in range(size)]
-        loads = [0.0] * size
+        alone: list[list[int]] = [[] for _ in range(busy)]
+        loads = [(0.0, rank) for rank in range(busy)]  # a heap
         for index in indices:
-            rank = min(range(size), key=lambda r: (loads[r], r))
+            load, rank = loads[0]
             alone[rank].append(index)
-            loads[rank] += costs[index]
-        return max(loads), [sorted(part) for part in alone]
+            heapq.heapreplace(loads, (load + costs[index], rank))
+        return max(load for load, _ in loads), [sorted(part) for part in alone]
 
     counts = {"auto": range(len(costs) + 1), "blocks": [0], "samples": [len(costs)]}[parallel]
     best = None
@@ -45,7 +47,7 @@ def spread_blocks(
             time_ = longest + share * SHARING_COSTS * sum(costs[i] for i in together)
             if best is None or time_ < best[0]:
                 best = time_, alone, sorted(together)
-    return best[1], best[2]
+    return best[1] + [[] for _ in range(size - busy)], best[2]
 
 
 def homes(steps: Iterable[Sequence[int]], sizes: Sequence[int], ranks: int) -> list[int]:

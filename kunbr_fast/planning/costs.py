@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kunbr_fast.data.schedule import token_batches
-from kunbr_fast.files.model_config import check_heads, read_model_config
+from kunbr_fast.files.model_config import check_heads, check_names, read_model_config
 from kunbr_fast.files.models import DTYPES, refusals
 from kunbr_fast.kernels.linear_loss.reference import HEAD_CHUNK
 
@@ -120,6 +120,7 @@ class Architecture:
             raise ValueError(f"{path}: has no {', '.join(lacking)}: copy the model's config.json again, or add it")
         from transformers import AutoConfig
 
+        check_names(values, path)
         with refusals(path):  # transformers knows each release's defaults
             config = AutoConfig.for_model(**values)
         check_heads(config, path)

@@ -12,34 +12,36 @@ from kunbr_fast.files.models import check_same_architecture
 from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.weights import check_finite, weights_of
+from kunbr_fast.model.fingerprint import fingerprint, model_fingerprint
+from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.samples import Samples, overlap, to_samples
-from kunbr_fast.run.state import RunState, fingerprint
+from kunbr_fast.run.state import RunState
 from kunbr_fast.training.settings import Execution
 
 
 def prepare(
     inputs: RunInputs, config: KUnBRConfig, context: RunContext
-) -> tuple[Decoder, Samples, Attack | None, RunState]:
-    """The model's decoder, the samples, the attack and the opened state of a run; all that it is given is checked."""
+) -> tuple[Decoder, Samples, Attack | None, RunState, str | None]:
+    """The model's decoder, the samples, the attack, the opened state of a run and the given M_u's fingerprint; all that
+    it is given is checked."""
     model, unlearned = inputs.model, inputs.unlearned
     _check_streamed(model, unlearned, context.group)
     decoder = Decoder(model)
     criteria = _check_settings(decoder, config, config.execution(context.work), unlearned is None)
     samples = _samples(inputs, config, decoder, criteria, context.reporter)
-    check_finite(model)
+    identity = model_fingerprint(model)
     if inputs.tokenizer is None and (inputs.folds or any(inputs.questions.values())):
         raise ValueError("questions and folds hold text: give tokenizer=")
     attack = _attack(inputs, config, decoder, context.reporter)
     if isinstance(unlearned, nn.Module):
         check_same_architecture(model, unlearned, "unlearned")
-        weights_of(unlearned).check("the unlearned model's ")
-    return decoder, samples, attack, _open_state(inputs, samples, config, context)
+    given = None if unlearned is None else model_fingerprint(unlearned, "the unlearned model's ")
+    return decoder, samples, attack, _open_state(inputs, samples, config, context, identity, given), given
 
 
 def _attack(inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, reporter: Reporter) -> Attack | None:
@@ -100,16 +102,16 @@ def _samples(
     return Samples(forget, retain, [sample["alternate"] for sample in forget] if alternate is not None else [])
 
 
-def _open_state(inputs: RunInputs, samples: Samples, config: KUnBRConfig, context: RunContext) -> RunState:
-    """The state of the run that these models and data identify, which all ranks must have alike."""
+def _open_state(
+    inputs: RunInputs, samples: Samples, config: KUnBRConfig, context: RunContext, model: str, given: str | None
+) -> RunState:
+    """The state of the run that these models and data identify, which all ranks must have alike. model, given: the
+    fingerprints of the original and of the given M_u."""
     parts = [part for fold in inputs.folds for part in (fold.train_records, fold.questions)]
     asked = [*inputs.questions.values(), *parts]
     if samples.alternates:
         asked.append(samples.alternates)
-    identity = fingerprint(inputs.model, samples.forget, samples.retain, *asked)
-    given = None
-    if inputs.unlearned is not None:
-        given = fingerprint(inputs.unlearned) if isinstance(inputs.unlearned, nn.Module) else "a mapping"
+    identity = fingerprint(model, samples.forget, samples.retain, *asked, tokenizer=inputs.tokenizer)
     started = {"the model or the data": identity, "the unlearned model": given, "resume": context.resume}
     context.group.check_same(started | config.to_dict())
     say = context.reporter.say

@@ -30,7 +30,7 @@ from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
 from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
-from kunbr_fast.training.settings import INSERTIONS, BlockSettings, Execution, FullSettings
+from kunbr_fast.training.settings import INSERTIONS, BlockSettings, Execution, FullSettings, check_rates
 from kunbr_fast.values import (
     ABOVE_ZERO,
     BATCH,
@@ -226,6 +226,8 @@ class KUnBRConfig:
                 f"rounds={self.rounds}, top_k={self.top_k}: expected at most {VISITS} visits of blocks in all, each of "
                 "which has a data order of its own"
             )
+        check_rates(self.warmup_lr, self.weight_decay, self.warmup_optimizer, name="warmup_lr")
+        check_rates(self.block_lr, self.weight_decay, self.optimizer, name="block_lr")
         parse_bytes(self.cache_bytes, "cache_bytes")
         if self.cache_bytes is not None and self.cache == "file":
             raise ValueError(

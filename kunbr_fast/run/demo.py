@@ -133,6 +133,7 @@ def gradient_difference(
         training = FullTraining(decoder, lr=lr, optimizer=optimizer, criterion=criterion)
         for f, r in tqdm(schedule, desc=progress, unit="step", leave=False, disable=progress is None):
             training.step([forget[i] for i in f], [retain[i] for i in r])
+        training.check()
 
 
 # ---------------------------------------------------------------- the demo

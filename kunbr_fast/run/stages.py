@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,11 +18,10 @@ from kunbr_fast.files.shown import plain
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
-from kunbr_fast.model.weights import weights_of
+from kunbr_fast.model.weights import finite, weights_of
 from kunbr_fast.parallel.assign import block_cost, busiest_share, homes, spread_blocks
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.reporter import Timer
-from kunbr_fast.run.state import fingerprint
 from kunbr_fast.run.steps import Run
 from kunbr_fast.run.visits import (
     DENSITY,
@@ -36,6 +36,7 @@ from kunbr_fast.run.visits import (
     layers,
     visits,
 )
+from kunbr_fast.training.diverged import Diverged
 
 
 class Stages(Run):
@@ -130,7 +131,7 @@ class Stages(Run):
 
     def warm_up(self) -> None:
         """M_u's weights to warmup.safetensors; the model is M0 again afterwards."""
-        given = None if self.inputs.unlearned is None else fingerprint(self.inputs.unlearned)
+        given = self.given
         if (found := self.state.result(WARMUP)) is not None:
             if given not in (None, found.get("given")):
                 raise ValueError(
@@ -314,3 +315,12 @@ class Stages(Run):
         with self.reporter.stage(MERGE, "merging the trained blocks into the unlearned model"):
             for weights in (self._unlearned(), *trained.values()):
                 self.decoder.place(weights)
+        self.check_result(trained)
+
+    def check_result(self, trained: Mapping[range, Mapping[str, torch.Tensor]] = MappingProxyType({})) -> None:
+        """`Diverged` where the model, or of a streamed one what was trained, is not finite: it is not to be saved."""
+        parts = trained.values() if self.decoder.streamed else [dict(self.decoder.model.named_parameters())]
+        for weights in parts:
+            for name in weights:
+                if not finite(weights[name]):
+                    raise Diverged("the merge of the trained blocks", {}, f"{name} is not finite")

@@ -12,21 +12,16 @@ Of several ranks the first writes state.json. While they work apart each has a s
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from kunbr_fast.data import is_record
 from kunbr_fast.files.checksums import check_file, checksum, read_sealed, write_sealed
 from kunbr_fast.files.shown import shown
 from kunbr_fast.files.tensors import WeightSnapshot, load_tensors, save_tensors
-from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.folder import STATE, stage_file, sweep
 from kunbr_fast.run.state_format import FORMAT, check_state
@@ -34,26 +29,6 @@ from kunbr_fast.run.visits import Stage
 
 # What may be changed on resuming in the middle of a stage, which is how a diverged run is rescued.
 FREE_WHILE_TRAINING = ("warmup_lr", "warmup_epochs", "block_lr", "block_epochs")
-
-
-def fingerprint(model: nn.Module, *parts: Sequence[Mapping[str, Any]]) -> str:
-    """Tells one run from another: a digest of a few values of every weight and of the data (tokens and labels of
-    samples; records, but not where they lie)."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(f"{len(part)} entries".encode())
-        for entry in part:
-            if not is_record(entry):
-                for key in ("input_ids", "labels"):
-                    digest.update(entry[key].cpu().numpy().tobytes())
-            else:
-                digest.update(json.dumps({k: v for k, v in entry.items() if k != "_where"}).encode())
-    weights = weights_of(model)
-    for name, parameter in model.named_parameters():
-        step = max(1, parameter.numel() // 16)
-        some = weights.strided(name, step).double().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()
 
 
 class RunState:
@@ -231,6 +206,10 @@ class RunState:
         if self._writes and entries != _confirmed(entries):
             self._replace(stage, _confirmed(entries))
 
+    def confirmed_steps(self, stage: str) -> int | None:
+        """After how many steps the stage's confirmed progress was saved, or None."""
+        return next((entry["step"] for entry in _confirmed(self._entries(stage))), None)
+
     def _entries(self, stage: str) -> list[dict[str, Any]]:
         """A stage's progress: the confirmed one, then the one that is not yet; each may be missing."""
         return self.state["progress"].get(stage, [])
@@ -318,6 +297,9 @@ class PartState(RunState):
 
     def result(self, stage: str) -> dict[str, Any] | None:
         return super().result(stage) or self._whole.result(stage)
+
+    def results(self, group: str | None = None) -> dict[Stage, dict[str, Any]]:
+        return self._whole.results(group) | super().results(group)
 
     def _entries(self, stage: str) -> list[dict[str, Any]]:
         return self.state["progress"].get(stage, self._whole._entries(stage))

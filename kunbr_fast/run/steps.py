@@ -51,7 +51,7 @@ class Run:
         self.inputs, self.config, self.context, self.work = inputs, config, context, context.work
         self.reporter = context.reporter
         self.group = self.team = context.group
-        self.decoder, self.samples, self.rtt, self.state = prepare(inputs, config, context)
+        self.decoder, self.samples, self.rtt, self.state, self.given = prepare(inputs, config, context)
         self.prove_kernels()
         self.original = OriginalValues({})
         self.retain_limit = config.max_retain_loss or 2 * math.log(self.decoder.config.vocab_size)
@@ -103,21 +103,21 @@ class Run:
         config, model = self.config, self.decoder.model
         criterion, settings = config.criterion(warmup=True), config.full_settings()
         with frozen(model), fused(model, config.impl):
-            yield FullTraining(self.decoder, criterion, settings=settings, execution=config.execution(self.work))
+            training = FullTraining(self.decoder, criterion, settings=settings, execution=config.execution(self.work))
+            training.stage, training.lr_name = "warm-up", "warmup_lr"
+            yield training
 
+    @contextlib.contextmanager
     def block_training(
         self, source: Mapping[str, torch.Tensor], block: range, trained: dict[str, torch.Tensor]
-    ) -> contextlib.AbstractContextManager[BlockTraining]:
+    ) -> Iterator[BlockTraining]:
         """Begins with the block's weights in `source`; at the end they are in `trained`."""
         config = self.config
-        return reinserted(
-            self.decoder,
-            ChainMap(trained, source),
-            block,
-            criterion=config.criterion(block),
-            settings=config.block_settings(self._mask(block)),
-            execution=config.execution(self.work),
-        )
+        criterion, settings = config.criterion(block), config.block_settings(self._mask(block))
+        how = dict(criterion=criterion, settings=settings, execution=config.execution(self.work))
+        with reinserted(self.decoder, ChainMap(trained, source), block, **how) as training:
+            training.lr_name = "block_lr"
+            yield training
 
     def _mask(self, block: range) -> dict[str, torch.Tensor] | None:
         """The weights of the block that may change, by all samples and the original as it stands; None: all."""
@@ -167,33 +167,27 @@ class Run:
     # ------------------------------------------------ steps
 
     def train(self, stage: Stage, training: Training, feed: Feed, schedule: Schedule, took: Timer) -> dict[str, Any]:
-        """Runs the steps of a stage that are not yet done, with checkpoints; returns {"epochs", "seconds"}."""
-        first, account = 0, new_account()
-        if (found := self.state.progress(stage)) is not None:
-            first, tensors, extra = found[0], found[1], copy.deepcopy(found[2])
-            training.load_state(tensors, first)
-            # what memory allowed before: other micro-batches would have other bits
-            limits = (extra.pop("micro_batch_tokens", None), training.micro_batch_tokens)
-            training.micro_batch_tokens = min((n for n in limits if n is not None), default=None)
-            took.before = extra.pop("seconds")
-            account = extra
+        """Runs the steps of a stage that are not yet done, with checkpoints; returns {"epochs", "seconds"}.
+
+        A checkpoint counts once a later step's forward pass was finite, and its retain loss within the limit."""
+        first, account = self._taken_up(stage, training, took)
         every, stop = self.config.checkpoint_every or schedule.steps_per_epoch, self.context.stop
 
         def save(done: int) -> None:
+            training.check_update()
             also = {"seconds": took.seconds, "micro_batch_tokens": training.micro_batch_tokens}
-            self.state.save_progress(stage, done, training.state(), {**account, **also})
-            self.state.confirm(stage)
+            # a copy: later confirmations write it again
+            self.state.save_progress(stage, done, training.state(), copy.deepcopy(account) | also)
 
         title = "warm-up" if stage.block is None else f"layers {layers(stage.block)}"
-        with self.reporter.bar(len(schedule), title, done=first) as bar, stop.between_steps():
+        bar = self.reporter.bar(len(schedule), title, done=first)
+        with self._rejecting(stage), bar, stop.between_steps():
             for number in range(first, len(schedule)):
-                try:
-                    with self.reporter.part("step"):
-                        metrics = self._step(training, feed, *schedule[number])
-                except Diverged:
-                    save(number)  # the weights before the bad step
-                    raise
-                self.account(f"{stage}, step {number}", (number + 1) % schedule.steps_per_epoch == 0, metrics, account)
+                with self.reporter.part("step"):
+                    metrics = self._step(training, feed, *schedule[number])
+                if metrics["retain_loss"] is None or metrics["retain_loss"] <= self.retain_limit:
+                    self.state.confirm(stage)
+                self.account(training, number, (number + 1) % schedule.steps_per_epoch == 0, metrics, account)
                 bar.set_postfix_str(_shown(metrics), refresh=False)
                 bar.update()
                 if number + 1 < len(schedule) and (stop.agreed or (number + 1) % every == 0):
@@ -203,8 +197,44 @@ class Run:
             if any(feed.team.gather(stop.requested)):  # in the last step
                 save(len(schedule))
                 raise Stopped
+            self._check_end(training, feed, schedule)
         feed.team.check_same_bits(stage, training.state())
         return {"epochs": account["epochs"], "seconds": took.seconds}
+
+    def _taken_up(self, stage: Stage, training: Training, took: Timer) -> tuple[int, dict[str, Any]]:
+        """(steps done, account) of the stage's checkpoint, which `training` takes up; of none: of its beginning."""
+        first, account = 0, new_account()
+        if (found := self.state.progress(stage)) is not None:
+            first, tensors, extra = found[0], found[1], copy.deepcopy(found[2])
+            training.load_state(tensors, first)
+            # what memory allowed before: other micro-batches would have other bits
+            limits = (extra.pop("micro_batch_tokens", None), training.micro_batch_tokens)
+            training.micro_batch_tokens = min((n for n in limits if n is not None), default=None)
+            took.before = extra.pop("seconds")
+            account = extra
+        return first, account
+
+    @contextlib.contextmanager
+    def _rejecting(self, stage: Stage) -> Iterator[None]:
+        """Where the stage diverges inside, its last checkpoint goes, unless a later step has found it good."""
+        try:
+            yield
+        except Diverged as error:
+            self.state.reject(stage)
+            error.resume = "A resumed run begins this stage again"
+            if (done := self.state.confirmed_steps(stage)) is not None:
+                error.resume = f"The checkpoint after {done} steps was found good: a resumed run goes on from there"
+            if self.state.results(stage.group):
+                error.resume += ", with this learning rate, by which the blocks that are done were trained"
+            raise
+
+    def _check_end(self, training: Training, feed: Feed, schedule: Schedule) -> None:
+        """What the last update has made."""
+        batch = None
+        if training.last is None and schedule:  # resumed after the last step
+            step = schedule[len(schedule) - 1]
+            batch = feed.part(feed.mine(*step), step)
+        training.check(batch, feed.team)
 
     def _step(self, training: Training, feed: Feed, forget: list[int], retain: list[int]) -> dict[str, float | None]:
         """One step, by all of the feed's team."""
@@ -215,15 +245,13 @@ class Run:
         step = SharedStep(training, self.context.stop)
         if (batch := feed.part(feed.mine(forget, retain), (forget, retain))) is not None:
             step.add(batch, training.accumulate(batch))
-        try:
-            metrics = step.gather(feed.team, f"step {training.steps}")
-        except Diverged:
-            training.drop_gradient()
-            raise
+        metrics = step.gather(feed.team)
         step.apply()
         return metrics
 
-    def account(self, where: str, ends_epoch: bool, metrics: Mapping[str, float | None], account: dict) -> None:
+    def account(
+        self, training: Training, step: int, ends_epoch: bool, metrics: Mapping[str, float | None], account: dict
+    ) -> None:
         """Takes a step's losses into the epochs' means, and holds the retain loss against its limit. A loss that the
         objective does not measure is None throughout, and has no limit."""
         sums = account["sums"] or {**dict.fromkeys(LOSSES, 0.0), "steps": 0}
@@ -239,7 +267,8 @@ class Run:
         account["recent"] = [*account["recent"][-9:], metrics["retain_loss"]]
         recent = sum(account["recent"]) / len(account["recent"])
         if len(account["recent"]) == 10 and recent > self.retain_limit:
-            raise Diverged(f"{where}: the retain loss is beyond max_retain_loss = {self.retain_limit:.2f}", metrics)
+            cause = f"the retain loss is beyond max_retain_loss = {self.retain_limit:.2f}"
+            raise training.diverged(cause, metrics, step)
 
     # ------------------------------------------------ what approximations make of a block's first step
 

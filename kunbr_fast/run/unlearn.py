@@ -88,8 +88,8 @@ def unlearn(
     Returns the `Report`. One model is in memory: M0 waits on disk during the warm-up, M_u during re-insertion.
 
     Errors, before anything is computed: ValueError for settings and data, `Unavailable` for config.impl, TypeError for
-    another keyword. On an exception the model holds whatever the stage had reached; `Diverged` leaves the last good
-    state in the checkpoint folder, `Stopped` the present one.
+    another keyword. On an exception the model holds whatever the stage had reached; `Diverged` leaves in the checkpoint
+    folder the last state from which a later step was found good, `Stopped` the present one.
     """
     config, given = config or KUnBRConfig(), taken(Options, options, "unlearn")
     output_dir, group = given.output_dir, given.group
@@ -113,6 +113,7 @@ def unlearn(
         context = RunContext(work, group, heard, given.resume, group.first, group.wait, given.stop or Stop())
         run = Stages(inputs, config, context)
         report = run.all()
+        run.check_result()  # once more: the attack has put the weights back
         if folder is not None:
             folder.mark(SAVING)
             if folder.overwrites:

@@ -95,7 +95,8 @@ class BlockTraining(Training):
         execution: Execution,
         cover: Cover | None = None,
     ):
-        super().__init__(decoder, criterion, execution, f"block {block.start}-{block.stop - 1}")
+        super().__init__(decoder, criterion, settings, execution, f"block {block.start}-{block.stop - 1}")
+        self.stage = self.name
         self.block, self.cover = block, cover
         self.graphs: StepGraphs | None = None
         self.parameters = block_tensors(decoder, block)
@@ -134,9 +135,6 @@ class BlockTraining(Training):
         self.flat.grad.zero_()
         if self.graphs is not None:
             self.graphs.drop()
-
-    def where(self) -> str:
-        return f"{self.name}, {super().where()}"
 
     def _memory(self) -> tuple[str, list[str]]:
         flat, size = self.flat, self.flat.weights.nbytes
@@ -225,6 +223,7 @@ class BlockTraining(Training):
 
     def load_state(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
         self.flat.load(state)
+        self.optimizer.reset_flags()
         self.criterion.load_state(state)
         param, prefix = self.flat.param, "optimizer."
         inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

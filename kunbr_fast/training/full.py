@@ -28,7 +28,8 @@ class FullTraining(Training):
     copied now, so the model must be the original; its other values come with each step (`StepBatch.original`).
     settings, execution: `FullSettings` and `Execution`; changes: single fields of these (lr=1e-5).
 
-    Raises `Diverged`, with the weights as they were, at a step whose loss or gradient is not finite.
+    Raises `Diverged` at a step whose loss or gradient is not finite (the weights are then as they were), or, at the
+    next step and in `check`, whose update has destroyed the weights.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class FullTraining(Training):
         settings, execution = changed(
             changes, "FullTraining", settings or FullSettings(changes.get("lr")), execution or Execution()
         )
-        super().__init__(decoder, criterion or Criterion(), execution, "training of all parameters")
+        super().__init__(decoder, criterion or Criterion(), settings, execution, "training of all parameters")
         self.criterion.check_layer(decoder.num_layers)
         self.original_head = self.criterion.copy_of_head(decoder.head)
         self.parameters = dict(decoder.model.named_parameters())  # a tied weight appears once
@@ -87,6 +88,7 @@ class FullTraining(Training):
             parameter.copy_(state[name])
         self.criterion.load_state(state)
         self.optimizer.state.clear()
+        self.optimizer.reset_flags()
         for key, value in state.items():
             if key.startswith("optimizer."):
                 _, slot, name = key.split(".", 2)
@@ -110,7 +112,7 @@ def train_all(
     """Plain fine-tuning of all parameters in place: minimises the mean over samples of each one's mean NLL.
 
     settings: fields of `FullSettings` and `Execution`. on_epoch(n) is called after epoch n = 1, 2, ... and may evaluate
-    the model. Raises `Diverged`.
+    the model. Raises `Diverged`, also where the last update has destroyed the weights.
     """
     schedule = Schedule(len(samples), 0, batch_size, 1, epochs, seed)
     with frozen(decoder.model):
@@ -121,6 +123,8 @@ def train_all(
             metrics = training.step_packed(StepBatch(packed, Parts.of(retain=len(indices))))
             if on_step is not None:
                 on_step(metrics)
-            if on_epoch is not None and (step + 1) % schedule.steps_per_epoch == 0:
-                with torch.no_grad():
-                    on_epoch((step + 1) // schedule.steps_per_epoch)
+            if (step + 1) % schedule.steps_per_epoch == 0:
+                training.check() if step + 1 == len(schedule) else training.check_update()
+                if on_epoch is not None:
+                    with torch.no_grad():
+                        on_epoch((step + 1) // schedule.steps_per_epoch)

@@ -44,15 +44,25 @@ class MicroBatch:
 def micro_batches(step: StepBatch, max_tokens: int | None) -> list[MicroBatch]:
     """A batch in micro-batches of at most `max_tokens` tokens (None: whole), none of them empty, each a batch of the
     same form: forget, alternate, retain samples."""
-    packed, parts = step.packed, step.parts
+    packed = step.packed
     if max_tokens is None or packed.num_tokens <= max_tokens:
         return [MicroBatch(step, list(range(packed.num_samples)))]
-    alternates = parts.alternate or [None] * len(parts.forget)
-    units = [[i for i in pair if i is not None] for pair in zip(parts.forget, alternates)]
-    units += [[i] for i in parts.retain]
+    units = _units(step.parts)
     sizes = [sum(packed.lengths[i] for i in unit) for unit in units]
     groups = [sorted(i for index in part for i in units[index]) for part in token_batches(sizes, max_tokens)]
     return [MicroBatch(_cut(step, samples), samples) for samples in groups]
+
+
+def one_of(step: StepBatch) -> StepBatch:
+    """One sample of a batch (and its alternate), a batch of the same form."""
+    return _cut(step, _units(step.parts)[0])
+
+
+def _units(parts: Parts) -> list[list[int]]:
+    """The samples that stay together."""
+    alternates = parts.alternate or [None] * len(parts.forget)
+    units = [[i for i in pair if i is not None] for pair in zip(parts.forget, alternates)]
+    return units + [[i] for i in parts.retain]
 
 
 def rows_of(packed: PackedBatch, samples: list[int]) -> torch.Tensor:

@@ -52,7 +52,8 @@ def reinserted(
     directory= are `Execution.place`. criterion: the objective as an object, in place of its settings.
 
     On a normal exit the trained block is moved into `unlearned`. The original's weights, gradients and requires_grad
-    flags are put back exactly, also after an exception (which leaves `unlearned` as it was); with
+    flags are put back exactly, also after an exception (which leaves `unlearned` as it was: `Diverged` too, which the
+    exit raises where the last update has destroyed the block); with
     insertion="cumulative" the trained block stays in the original for the next ones.
 
     Errors: TypeError for an unknown setting. ValueError for an objective or options that do not exist, for another
@@ -86,6 +87,7 @@ def reinserted(
         training = kind(decoder, block, unlearned, criterion, settings, execution, cover)
         try:
             yield training
+            training.check()
             for name, value in training.tensors().items():
                 unlearned[name] = value.clone()
         except BaseException:

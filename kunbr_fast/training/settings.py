@@ -15,8 +15,24 @@ from kunbr_fast.model.low_precision import check_cover
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.training import flat_buffer
 from kunbr_fast.training.graphs import check_cuda_graphs
+from kunbr_fast.values import FLOAT32, NOT_NEGATIVE, check
 
 INSERTIONS = ("independent", "cumulative")
+
+
+def check_rates(
+    lr: float, weight_decay: float, optimizer: str, betas: tuple[float, float] | None = None, name: str = "lr"
+) -> None:
+    """ValueError that names the setting (name: of lr) where an update's numbers are more than fp32 holds, as kernels
+    take them."""
+    lr, decay = check(name, lr, NOT_NEGATIVE), check("weight_decay", weight_decay, NOT_NEGATIVE)
+    if lr * decay > FLOAT32[0]:
+        raise ValueError(
+            f"{name}={lr:g}, weight_decay={decay:g}: expected a product that fp32 holds: lower one of them"
+        )
+    first = lr / (1 - (betas or flat_buffer.BETAS[optimizer])[0]) if optimizer == "adamw" else lr
+    if first > FLOAT32[0]:
+        raise ValueError(f"{name}={lr:g}: AdamW's first step is {first:g}, more than fp32 holds: lower it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +48,7 @@ class FullSettings:
         if self.lr is None:
             raise TypeError("lr is missing: give a learning rate")
         flat_buffer.check_optimizer(self.optimizer)
+        check_rates(self.lr, self.weight_decay, self.optimizer, self.betas)
 
     def make_optimizer(self, params: Sequence[torch.Tensor], impl: str, cure: str) -> torch.optim.Optimizer:
         """The optimiser over `params`; logs `cure` where most updates will be rounded away."""

@@ -9,7 +9,6 @@ from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.stopping import Stop
-from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.training import Training
 
 
@@ -25,7 +24,7 @@ class SharedStep:
         self._training, self._stop = training, stop or Stop()
         # loss, retain term; of the forget samples the sum of mean NLLs and the number; the same of the retain samples;
         # how many ranks are asked to stop
-        self._sums = torch.zeros(7, dtype=torch.float64, device=training.decoder.device)
+        self._sums = torch.zeros(8, dtype=torch.float64, device=training.decoder.device)
         self._term: float | None = None
 
     def add(self, step: StepBatch, part: PartLoss) -> None:
@@ -40,25 +39,27 @@ class SharedStep:
                 sums[at] += found[samples.start : samples.stop].sum()
                 sums[at + 1] += len(samples)
 
-    def gather(self, group: Group, where: str) -> dict[str, float | None]:
-        """Sums gradients and losses over the ranks, and returns the step's `losses.metrics`. Raises `Diverged`, which
-        names `where`, on all ranks, if something is not finite; no update is made here."""
+    def gather(self, group: Group) -> dict[str, float | None]:
+        """Sums gradients and losses over the ranks, and returns the step's `losses.metrics`. Raises `Diverged`, on all
+        ranks and without the gradient, if something is not finite, also what the update before has stored; no update
+        is made here."""
         training, sums = self._training, self._sums
         sums[6] = float(self._stop.requested)
+        for flag in training.optimizer.flags():
+            sums[7] += flag[0].to(sums.device)
         if group.size > 1:
             for parameter in training.parameters.values():  # all have the same ones to sum
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             group.sum([sums, *training.gradients()])
-        loss, self._term, forget, num_forget, retain, num_retain, asked = sums.tolist()
+        loss, self._term, forget, num_forget, retain, num_retain, asked, bad = sums.tolist()
         self._stop.agreed = asked > 0
         metrics = {
             "loss": loss,
             "forget_loss": forget / num_forget if num_forget else None,
             "retain_loss": retain / num_retain if num_retain else None,
         }
-        if not finite(sums, *training.gradients()):
-            raise Diverged(where, metrics)
+        training.judge(metrics, bad == 0 and bool(finite(sums, *training.gradients())))
         return metrics
 
     def apply(self) -> None:

@@ -53,6 +53,9 @@ class LayerMajorTraining(BlockTraining):
         passes.run(turn)
         return found
 
+    def _probe(self, step: StepBatch) -> PartLoss:
+        return self._passes([step])[0]
+
     @torch.no_grad()
     def settle(self) -> None:
         """`take_out`; the trained weights, in main memory, then stand for those in the files."""

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import abc
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from kunbr_fast.kernels.optimizers.op import Watched
 from kunbr_fast.memory import OutOfMemory, cannot_fit, is_out_of_memory, release
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.vocabulary import check_batch
 from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
-from kunbr_fast.training.diverged import Diverged
-from kunbr_fast.training.micro_batches import kept, micro_batches, summed
-from kunbr_fast.training.settings import Execution
+from kunbr_fast.parallel.group import ALONE, Group
+from kunbr_fast.training.diverged import LOSS, UPDATE, Diverged
+from kunbr_fast.training.micro_batches import kept, micro_batches, one_of, summed
+from kunbr_fast.training.settings import Execution, FullSettings
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +31,22 @@ class Training(abc.ABC):
 
     A subclass sets `parameters`, by name, and `optimizer`. name: for messages. When memory runs out in a step,
     `micro_batch_tokens` is lowered for it and for the steps after it, and `halvings` counts.
+
+    What a step's update stores is looked at in the next step, together with its loss, so that nobody waits for it;
+    after the last step, by `check`.
     """
 
     parameters: dict[str, torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: Watched
     layer_major = False  # whether all micro-batches of a step pass a layer before the next layer
+    stage, lr_name = "", "lr"  # what errors call the training, and the setting of its learning rate
 
-    def __init__(self, decoder: Decoder, criterion: Criterion, execution: Execution, name: str):
-        self.decoder, self.criterion, self.execution, self.name = decoder, criterion, execution, name
+    def __init__(self, decoder: Decoder, criterion: Criterion, settings: FullSettings, execution: Execution, name: str):
+        self.decoder, self.criterion, self.settings, self.execution = decoder, criterion, settings, execution
+        self.name = name
         self.micro_batch_tokens, self.halvings = execution.micro_batch_tokens, 0
         self.steps = 0
+        self.last: StepBatch | None = None  # that a gradient was accumulated from
 
     def step(self, forget_batch: Any, retain_batch: Any = None, alternate_batch: Any = None) -> dict[str, float | None]:
         """One update by the objective.
@@ -46,27 +56,76 @@ class Training(abc.ABC):
         alternate_batch: for an objective that needs second answers, those to the forget prompts, in the same order;
         where it is None they come from forget_batch (`data.with_alternates`).
 
-        Returns `losses.metrics`. Raises `Diverged`, with the weights as they were, if the loss or a gradient is not
-        finite.
+        Returns `losses.metrics`. Raises `Diverged`, and makes no update, if the loss or a gradient is not finite, or
+        the weights that the update before has made.
         """
         more = dict(alternate=alternate_batch, device=self.decoder.device)
-        return self.step_packed(self.criterion.pack(forget_batch, retain_batch, **more))
+        step = self.criterion.pack(forget_batch, retain_batch, **more)
+        check_batch(self.decoder.model, step.packed)
+        return self.step_packed(step)
 
     def step_packed(self, step: StepBatch) -> dict[str, float | None]:
         """`step` of one batch."""
         part = self.accumulate(step)
-        good = finite(part.loss, *self.gradients())  # read after the metrics, so that the host waits once
+        good = finite(part.loss, *self.gradients())
+        for flag in self.optimizer.flags():
+            # one on the host is known there, and an update there is over
+            good = good & (flag[0] == 0 if flag.device == good.device else not int(flag))
         metrics = losses.metrics(step, part)
-        if not good:
-            self.drop_gradient()
-            raise Diverged(self.where(), metrics)
+        self.judge(metrics, bool(good))  # read after the metrics, so that the host waits once
         self.update(part.retain_term)
         return metrics
+
+    def judge(self, metrics: Mapping[str, float | None], good: bool) -> None:
+        """`Diverged`, without the gradient, unless all is `good`: it, the loss, and what the updates so far stored."""
+        if good:
+            return
+        self.drop_gradient()
+        self.check_update(metrics)
+        what = "a gradient" if math.isfinite(metrics["loss"]) else "the loss"
+        cause = f"{what} is not finite" + f", after the update of step {self.steps - 1}" * (self.steps > 0)
+        raise self.diverged(cause, metrics, self.steps)
+
+    def check_update(self, metrics: Mapping[str, float | None] | None = None) -> None:
+        """`Diverged` if an update has stored weights or state that are not finite. Waits for the device."""
+        if not self.optimizer.left_finite():
+            raise self.diverged(UPDATE, metrics)
+
+    def check(self, batch: StepBatch | None = None, group: Group = ALONE) -> None:
+        """After the last step, which no other one looks at: `check_update`, and `Diverged` where the weights as they
+        are now give a sample a loss or a gradient that is not finite, as the next step would find. The sample is of
+        `batch`, or of the last step's. group: the ranks that share the steps, of which all raise if one does."""
+        cause, metrics, batch = None, {}, self.last if batch is None else batch
+        if not self.optimizer.left_finite():
+            cause = UPDATE
+        elif batch is not None:
+            loss = self._probe(one_of(batch)).loss
+            if not finite(loss, *self.gradients()):
+                cause, metrics = LOSS, {"loss": float(loss)}
+            self.drop_gradient()
+        cause = next((found for found in group.gather(cause) if found is not None), None)
+        if cause is not None:
+            raise self.diverged(cause, metrics)
+        self.last = None  # it has been looked at
+
+    def _probe(self, step: StepBatch) -> PartLoss:
+        """Forward and backward, launch by launch."""
+        return self.loss(step).backward()
+
+    def diverged(
+        self, cause: str, metrics: Mapping[str, float | None] | None = None, step: int | None = None
+    ) -> Diverged:
+        """The error. step: the bad one; None: the last one, whose update it was."""
+        lr, decay = self.settings.lr, self.settings.weight_decay
+        lower = f"the learning rate ({self.lr_name}={lr:g})"
+        if lr * decay >= 1:  # a weight is multiplied by 1 - lr * decay
+            lower = f"weight_decay ({decay:g})"
+        return Diverged(self.where(self.steps - 1 if step is None else step), metrics or {}, cause, lower)
 
     def accumulate(self, step: StepBatch) -> PartLoss:
         """Adds a batch's gradient, in micro-batches where it does not fit; its loss, detached. An exception leaves no
         gradient. Where memory runs out the batch is begun again, in half the tokens of the micro-batch that failed."""
-        before = self.halvings
+        before, self.last = self.halvings, None
         while True:
             micros, found = micro_batches(step, self.micro_batch_tokens), []
             try:
@@ -94,6 +153,7 @@ class Training(abc.ABC):
                 f"parts, of at most {limit} tokens, from here on; the step's sums are the same "
                 f"(micro_batch_tokens: {limit} does so from the start)"
             )
+        self.last = step
         return found[0] if len(micros) == 1 else summed(step.packed, micros, found)
 
     def _passes(self, steps: list[StepBatch]) -> Iterable[PartLoss]:
@@ -117,9 +177,9 @@ class Training(abc.ABC):
             return
         raise self._refusal(None, said)
 
-    def where(self) -> str:
-        """The present step, for errors."""
-        return f"step {self.steps}"
+    def where(self, step: int | None = None) -> str:
+        """A step (None: the present one), for errors."""
+        return f"{self.stage}, " * bool(self.stage) + f"step {self.steps if step is None else step}"
 
     def _refusal(self, tokens: int | None, said: str) -> OutOfMemory:
         """The error for a sample of `tokens` tokens that does not fit by itself, or (None) for an update."""

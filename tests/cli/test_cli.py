@@ -252,7 +252,7 @@ def test_a_model_without_tokenizer_weights_or_with_pickles_is_refused(workspace,
     (model / "tokenizer.json").unlink()
     for remove, message in [
         (None, "no tokenizer"),
-        ("model.safetensors", "pickled weights are not loaded"),
+        ("model.safetensors", "only safetensors are read; convert pickled weights first"),
         ("config.json", "no config.json"),
     ]:
         if remove:

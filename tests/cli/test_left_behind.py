@@ -102,7 +102,7 @@ def test_a_disk_that_is_full_or_fails_says_what_was_written_and_whether_resume_g
         assert error.startswith(f"kunbr-fast: could not write {out / file}: {os.strerror(code)}"), error
         assert error.count("\n") == 1 and (GOES_ON in error) == goes_on
         full = file == "model.safetensors" and code in atomic.FULL
-        assert ("GiB needed, " in error) == full, error
+        assert ("MiB needed, " in error) == full, error
         assert cli.main([*command, str(out), "--resume"]) == 0  # also where nothing was kept: the folder is empty
         capsys.readouterr()
 

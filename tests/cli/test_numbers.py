@@ -167,6 +167,14 @@ def test_numbers_of_the_config_file(run, tmp_path):
             assert status == 2 and error.count("\n") == 1 and "run.yaml" in error, (name, text, error)
 
 
+def test_sizes_of_the_cache(run):
+    """A setting that is a number of bytes or text."""
+    for text in [*SIZES, "x", "-1", "1e9", "0x10", "1" * 400]:
+        status, error = run("unlearn", f"--cache-bytes={text}")
+        assert status == 2 and error.count("\n") == 1 and "cache_bytes" in error and "expected bytes" in error, error
+    assert run("unlearn", "--cache-bytes", "8 GiB")[0] == "begun"
+
+
 def test_too_much_to_be_run(run):
     for words in (["--rounds", "999", "--top-k", "2"], ["--rounds", "1000"], ["--block-epochs", "1000001"]):
         status, error = run("unlearn", *words)

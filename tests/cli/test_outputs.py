@@ -1,5 +1,7 @@
 """Every option that names what is written: nothing that is not ours is replaced, and it is known before the work."""
 
+import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -14,7 +16,7 @@ from kunbr_fast.benchmarks.report import write_report
 from kunbr_fast.benchmarks.rows import COLUMNS, write_rows
 from kunbr_fast.cli import main as cli
 from kunbr_fast.cli.argument_types import path_name
-from kunbr_fast.cli.outputs import INPUTS, KEPT
+from kunbr_fast.cli.outputs import INPUTS, KEPT, check_outputs
 from kunbr_fast.density.measure import Density
 from kunbr_fast.evaluation import figures
 from kunbr_fast.files import target
@@ -252,6 +254,14 @@ def test_a_place_that_can_be_written_is_left_as_it_was(given, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     check([Target("--plot", given, target.PICTURE)])
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_several_processes_the_one_that_writes_looks(first, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"mine")
+    group = argparse.Namespace(first=first)
+    with contextlib.nullcontext() if not first else pytest.raises(ValueError, match="exists and is not a picture"):
+        check_outputs(argparse.Namespace(group=group, plot=str(tmp_path / "x.png")), {"plot": target.PICTURE})
 
 
 def test_a_folder_without_permission(tmp_path, monkeypatch):

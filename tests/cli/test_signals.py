@@ -84,11 +84,11 @@ sys.exit(main())
     [
         ("SIGINT", "kunbr_fast.cli.main", "plan"),
         ("SIGINT", "argparse", "unlearn"),
-        ("SIGTERM", "json", "demo"),
+        pytest.param("SIGTERM", "json", "demo", marks=pytest.mark.slow),
         ("SIGINT", "torch", "unlearn"),
         ("SIGTERM", "torch.nn", "density"),
-        ("SIGHUP", "numpy", "plan"),
-        ("SIGINT", "transformers", "demo"),
+        pytest.param("SIGHUP", "numpy", "plan", marks=pytest.mark.slow),
+        pytest.param("SIGINT", "transformers", "demo", marks=pytest.mark.slow),
         ("SIGINT", "the exit", "doctor"),
         ("SIGTERM", "the threads", "doctor"),
     ],
@@ -168,13 +168,13 @@ def checkpoints(out):
         ("SIGTERM", "warm-up", 3, 3),
         ("SIGHUP", "warm-up", 8, 8),  # the last step of the stage
         ("SIGTERM", "block", 6, 2),  # the second of the second block
-        ("SIGTERM", "checkpoint", 1, None),
+        pytest.param("SIGTERM", "checkpoint", 1, None, marks=pytest.mark.slow),
         ("SIGTERM", "density", 1, None),
-        ("SIGTERM", "attack", 3, None),
-        ("SIGTERM", "rename", 4, None),
-        ("SIGTERM", "rename", 9, None),
-        ("SIGINT", "block", 2, None),
-        ("SIGINT", "density", 1, None),
+        pytest.param("SIGTERM", "attack", 3, None, marks=pytest.mark.slow),
+        pytest.param("SIGTERM", "rename", 4, None, marks=pytest.mark.slow),
+        pytest.param("SIGTERM", "rename", 9, None, marks=pytest.mark.slow),
+        pytest.param("SIGINT", "block", 2, None, marks=pytest.mark.slow),
+        pytest.param("SIGINT", "density", 1, None, marks=pytest.mark.slow),
         ("SIGINT", "rename", 6, None),
     ],
 )
@@ -192,7 +192,10 @@ def test_a_run_that_gets_a_signal(kind, point, count, step, workspace, truth, tm
     same(out, truth())
 
 
-@pytest.mark.parametrize("kinds", ["SIGTERM,SIGTERM", "SIGTERM,SIGINT", "SIGINT,SIGTERM"])
+@pytest.mark.parametrize(
+    "kinds",
+    ["SIGTERM,SIGTERM", *(pytest.param(k, marks=pytest.mark.slow) for k in ("SIGTERM,SIGINT", "SIGINT,SIGTERM"))],
+)
 def test_a_second_signal_ends_at_once(kinds, workspace, truth, tmp_path):
     out = tmp_path / "out"
     first, second = kinds.split(",")

@@ -180,3 +180,15 @@ def test_the_same_text_on_both_sides_is_said(workspace, decoder, capsys, tmp_pat
     config = kf.KUnBRConfig(num_blocks=3, top_k=1, warmup_epochs=0, block_epochs=1)
     kf.unlearn(tiny_text.model(), [a], [c, a], config, on_stage=said.append, progress=False)
     assert sum("in the retain set too" in text for text in said) == 1
+
+
+@pytest.mark.parametrize("key", ["input_ids", "labels"])
+def test_a_step_names_the_sample_of_its_batch(key):
+    model = tiny_text.model()
+    rows = model.get_input_embeddings().weight.shape[0]
+    bad = of(**{key: torch.tensor([1, rows, 2])})
+    with kf.reinserted(model, tiny_text.model(seed=1), block=range(1, 3), lr=1e-3) as training:
+        for forget, retain, place in (([TOKENS, bad], [TOKENS], 1), ([TOKENS], [TOKENS, bad], 2)):
+            with pytest.raises(ValueError, match=f"^sample {place} of the batch: .* id {rows}, but the model embeds"):
+                training.step(forget, retain)
+        assert training.step([TOKENS], [TOKENS])["forget_loss"] > 0

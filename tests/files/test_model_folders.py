@@ -59,10 +59,10 @@ def refused(path, message, ways=WAYS):
     """All ways say the same, in one line that names a file of the folder."""
     said = set()
     for way in ways:
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(ValueError, match=message) as caught:
             way(path)
-        assert time.perf_counter() - start < 2
+        assert time.process_time() - start < 2
         one_line(caught.value, path)
         said.add(str(caught.value))
     assert len(said) == 1
@@ -340,13 +340,15 @@ def test_tied_weights_that_differ(saved, tmp_path):
     for model in (load_model(path), open_streamed(path)):
         assert model.lm_head.weight is model.model.embed_tokens.weight
     retensor(path / SINGLE, lambda t: t["lm_head.weight"][-1, -1].mul_(1.5))
-    refused(path, "lm_head.weight and model.embed_tokens.weight differ, and config.json ties them", MODELS)
+    refused(path, "model.embed_tokens.weight and lm_head.weight differ, and config.json ties them")
+    edit(path / "config.json", lambda config: config.pop("tie_word_embeddings") and None)  # llama's default is false
+    assert load_model(path).lm_head.weight is not load_model(path).model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("number", [7, 10_000, 10**9, 2**62, 5, 1])
+@pytest.mark.parametrize("number", [7, 1000, 10**9, 2**62, 5, 1])
 def test_layers_too_many_or_too_few(number, folder):
     edit(folder / "config.json", lambda config: config.update(num_hidden_layers=number))
-    message = "the weights have 6 layers" if number <= 10_000 else "expected a whole number from 1 to 10000"
+    message = "the weights have 6 layers" if number <= 1000 else "expected a whole number from 1 to 1000"
     refused(folder, f"config.json: num_hidden_layers is {number}, .*{message}")
 
 
@@ -423,6 +425,8 @@ def test_tokenizers_that_are_damaged(name, tmp_path):
     whole = (tmp_path / name).read_bytes()
     load_tokenizer(tmp_path)
     cases = [b"", b"[]", b"null", whole[:-5], b"\xff" + whole, b'{"a": 1}', b"[" * 3000]
+    if name == "tokenizer_config.json":
+        cases += [b'{"fast_tokenizer_files": ["../b/tokenizer.4.0.0.json"]}', b'{"model_max_length": "long"}']
     cases += [b'{"tokenizer_class": "Nothing"}', b'{"tokenizer_class": 3}', b'{"model": {"type": "BPE"}}']
     refusals = 0
     for content in cases:
@@ -430,9 +434,24 @@ def test_tokenizers_that_are_damaged(name, tmp_path):
         try:
             load_tokenizer(tmp_path)
         except ValueError as error:
-            one_line(error, tmp_path / name if name in str(error) else tmp_path)
+            one_line(error, tmp_path / name)
             refusals += 1
     assert refusals >= 7
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_fuzzed_tokenizers(name, tmp_path):
+    tiny_text.tokenizer().save_pretrained(tmp_path)
+    data, refusals = (tmp_path / name).read_bytes(), 0
+    cases = [*mutated(data, seed=5, count=100), *map(as_json, replaced(json.loads(data), seed=6, count=100))]
+    for content in cases:
+        (tmp_path / name).write_bytes(content)
+        try:
+            load_tokenizer(tmp_path)
+        except ValueError as error:
+            one_line(error, tmp_path)
+            refusals += 1
+    assert refusals > 100
 
 
 # ---------------------------------------------------------------- a fuzz
@@ -440,7 +459,7 @@ def test_tokenizers_that_are_damaged(name, tmp_path):
 
 def judged(path, seconds=2.0):
     """Opens a folder as far as nothing heavy is read: done, or a message in one line."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         folder = ModelFolder(path)
         folder.on_meta(folder.configuration(), torch.float32)
@@ -448,7 +467,7 @@ def judged(path, seconds=2.0):
     except ValueError as error:
         one_line(error, path)
         ended = False
-    assert time.perf_counter() - start < seconds
+    assert time.process_time() - start < seconds
     return ended
 
 

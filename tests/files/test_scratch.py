@@ -150,6 +150,6 @@ def test_no_file_takes_the_place_of_a_device_or_a_pipe(kind, tmp_path):
 
 
 def test_a_full_disk_says_how_much_was_needed(tmp_path):
-    with pytest.raises(OSError, match=r"left on device \(2.5 GiB needed, [\d.e+]+ GiB free\); the file before"):
+    with pytest.raises(OSError, match=r"left on device \(2.50 GiB needed, [\d.]+ [MG]iB free\); the file before"):
         with atomic.atomic_path(tmp_path / "x", int(2.5 * 2**30)):
             raise OSError(28, "No space left on device")

@@ -344,6 +344,14 @@ def test_resume_is_refused_for_other_data_and_settings(tmp_path):
         trainer(tmp_path / "other").train(resume_from_checkpoint=True)
 
 
+def test_resume_is_refused_for_another_unlearned_model(tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 4}
+    trainer(tmp_path, arguments=arguments, unlearned=tiny_model(seed=3)).train()
+    again = trainer(tmp_path, arguments=arguments, unlearned=tiny_model(seed=4))
+    with pytest.raises(ValueError, match="was begun with another unlearned="):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
 def test_a_damaged_trainer_state_is_named(tmp_path):
     path = tmp_path / "trainer_state.json"
     path.write_text('{"global_step": 7, "log_history": [{"loss": NaN}]}')  # as Trainer writes it

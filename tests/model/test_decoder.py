@@ -367,3 +367,24 @@ def test_an_architecture_that_does_not_fit_is_refused_in_words(name):
     with pytest.raises(ValueError, match=type(model).__name__):
         Decoder(model)
     assert state(model) == before
+
+
+@pytest.mark.parametrize(
+    "architecture, zeroed",
+    [
+        ("llama", ""),
+        ("llama", "model.norm.weight"),
+        ("llama", "lm_head.weight"),
+        ("llama", "model.embed"),
+        ("gpt2", ""),
+    ],
+)
+def test_weights_of_zeros_are_blamed_themselves(architecture, zeroed):
+    """Not "something around its layers": 0 / 0 is no difference of logits."""
+    model, first = tiny_model(architecture), None
+    for name, parameter in model.named_parameters():
+        if name.startswith(zeroed):
+            parameter.data.zero_()
+            first = first or name
+    with pytest.raises(ValueError, match=rf"all its logits are 0, {first} holds only zeros \(\d+ of \d+ weights do\)"):
+        Decoder(model)

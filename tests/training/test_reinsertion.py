@@ -230,6 +230,7 @@ def test_memory_is_the_block_and_not_a_second_model(dtype, optimizer, vectors, t
     base = live_tensor_bytes()
     with kf.reinserted(decoder, result, BLOCK, lr=1e-3, optimizer=optimizer) as training:
         training.step(FORGET, RETAIN)
+        training.check()  # which lets go of the step's batch
         extra = live_tensor_bytes() - base
         del training
     assert vectors * size <= extra <= vectors * size + 200, (extra / size, vectors)

@@ -1,0 +1,122 @@
+"""What tells one model, tokenizer and data from another, so that a run goes on with what it was begun with.
+
+Of a model every bit of its weights counts, and of its configuration what its results depend on. The weights are read
+once, for this and for the check that they are finite. XXH3 (128 bits) is fast enough for that, and sees any change that
+comes about by itself; it is no protection against someone who searches for two models with the same digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from kunbr_fast.data import is_record
+from kunbr_fast.model.weights import DAMAGED, finite, weights_of
+
+CHUNK = 1 << 18  # entries of a tensor that are checked and hashed at a time: they stay in the cache of a core
+COPIED = 1 << 25  # of one on a device, that are copied at a time
+# of a configuration: where it came from, and what changes no result
+NOT_COUNTED = ("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype",
+               "use_cache", "output_attentions", "output_hidden_states", "return_dict")  # fmt: skip
+
+
+def model_fingerprint(model: nn.Module | Mapping[str, torch.Tensor], whose: str = "") -> str:
+    """A digest of all weights, saved buffers and the configuration of a model, in memory or streamed.
+
+    ValueError with the name of the first weight that holds NaN or infinity; `whose` goes before it.
+    """
+    digest = xxhash.xxh3_128()
+    if not isinstance(model, nn.Module):
+        _add_tensors(digest, ((name, model[name]) for name in model), whose)
+        return digest.hexdigest()
+    weights = weights_of(model)
+    _add_tensors(digest, ((name, weights[name]) for name in weights), whose)
+    _add_tensors(digest, _saved_buffers(model), whose)
+    config = getattr(model, "config", None)
+    values = config.to_dict() if hasattr(config, "to_dict") else {}
+    _add_json(digest, [type(model).__name__, _without(values, NOT_COUNTED)])
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A digest of how a tokenizer makes ids of a text or a chat; "" of None. What its last call has set (truncation,
+    padding) does not count."""
+    if tokenizer is None:
+        return ""
+    digest, backend = xxhash.xxh3_128(), getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and hasattr(backend, "to_str"):
+        _add_json(digest, _without(json.loads(backend.to_str()), ("truncation", "padding")))
+    elif hasattr(tokenizer, "get_vocab"):  # one in Python: its merges are in no common place
+        _add_json(digest, [type(tokenizer).__name__, tokenizer.get_vocab(), getattr(tokenizer, "bpe_ranks", None)])
+    _add_json(digest, [getattr(tokenizer, name, None) for name in ("chat_template", "special_tokens_map")])
+    return digest.hexdigest()
+
+
+def data_fingerprint(parts: Iterable[Sequence[Mapping[str, Any]]]) -> str:
+    """A digest of tokens and labels of samples, and of records, but not of where they lie."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)} entries".encode())
+        for entry in part:
+            if not is_record(entry):
+                for key in ("input_ids", "labels"):
+                    digest.update(entry[key].cpu().numpy().tobytes())
+            else:
+                digest.update(json.dumps({k: v for k, v in entry.items() if k != "_where"}).encode())
+    return digest.hexdigest()
+
+
+def fingerprint(model: str | nn.Module, *parts: Sequence[Mapping[str, Any]], tokenizer: Any = None) -> str:
+    """Tells one run from another. model: the model, or its `model_fingerprint`."""
+    model = model if isinstance(model, str) else model_fingerprint(model)
+    return f"{model}-{tokenizer_fingerprint(tokenizer)}-{data_fingerprint(parts)}"
+
+
+def _without(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """values without what does not count, also in the objects inside."""
+    kept = {str(name): value for name, value in values.items() if name not in names}
+    return {name: _without(value, names) if isinstance(value, Mapping) else value for name, value in kept.items()}
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}", buffer
+
+
+def _add_json(digest: Any, value: Any) -> None:
+    digest.update(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+@torch.no_grad()
+def _add_tensors(digest: Any, tensors: Iterable[tuple[str, torch.Tensor]], whose: str) -> None:
+    for name, tensor in tensors:
+        tensor = tensor.detach()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        on_device = tensor.device.type != "cpu"
+        if on_device and tensor.is_floating_point() and not finite(tensor):  # where it is: faster than here
+            raise _not_finite(name, tensor, whose)
+        for part in tensor.contiguous().flatten().split(COPIED if on_device else CHUNK):
+            if not on_device and not _is_finite(part):
+                raise _not_finite(name, tensor, whose)
+            digest.update(part.cpu().view(torch.uint8).numpy())
+
+
+def _is_finite(part: torch.Tensor) -> bool:
+    if not part.numel() or not part.is_floating_point():
+        return True
+    low, high = part.aminmax()  # NaN if there is one; four times faster than isfinite
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def _not_finite(name: str, tensor: torch.Tensor, whose: str) -> ValueError:
+    bad = int((~tensor.isfinite()).sum())
+    return ValueError(f"{whose}{name}: {bad} of {tensor.numel()} values are NaN or infinite: {DAMAGED}")

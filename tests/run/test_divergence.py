@@ -1,0 +1,252 @@
+"""Trainings that go to infinity: each is seen, also in its last step; no model is written; a lower rate rescues it."""
+
+import contextlib
+import copy
+import math
+import re
+
+import pytest
+import torch
+from tiny_models import random_samples, tiny_model
+
+import kunbr_fast as kf
+from kunbr_fast.kernels.optimizers.op import Watched
+from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.run.reporter import Reporter
+from kunbr_fast.training import training as steps
+from kunbr_fast.training.full import FullTraining, train_all
+from kunbr_fast.training.settings import BlockSettings, FullSettings
+
+FORGET, RETAIN = random_samples(10, seed=1), random_samples(12, seed=2)
+GOOD = dict(
+    batch_size=5, retain_batch_size=4, warmup_epochs=2, warmup_lr=1e-3, num_blocks=3, top_k=2, block_epochs=2,
+    block_lr=1e-3, seed=3, rtt=False,
+)  # fmt: skip
+ONE_STEP = dict(batch_size=10, warmup_epochs=1, block_epochs=1)
+EACH = dict(checkpoint_every=1)
+FP16 = torch.float16
+
+
+def run(out, config, dtype=torch.float32, resume=False, **more):
+    """The result's weights. Nothing is saved of a model that is not finite, nor of one that diverged."""
+    model, saved = tiny_model(dtype=dtype), []
+    more.setdefault("progress", False)
+    try:
+        kf.unlearn(
+            model, FORGET, RETAIN, kf.KUnBRConfig(**GOOD | config), output_dir=out, resume=resume,
+            before_cleanup=saved.append, **more,
+        )  # fmt: skip
+    except BaseException:
+        assert not saved
+        raise
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert saved and all(bool(value.isfinite().all()) for value in weights.values())
+    return weights
+
+
+def same(ours, theirs):
+    assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
+
+
+# (settings that diverge, dtype, stage, the settings that rescue it)
+DIVERGING = {
+    "a block, one step": (dict(block_lr=1e30) | ONE_STEP, None, "block", dict(block_lr=1e-3)),
+    "a cumulative block, one step": (
+        dict(block_lr=1e30, insertion="cumulative") | ONE_STEP, None, "block", dict(block_lr=1e-3)),
+    "a block, several steps": (dict(block_lr=1e30) | EACH, None, "block", dict(block_lr=1e-3)),
+    "cumulative blocks, two rounds": (
+        dict(block_lr=1e30, insertion="cumulative", rounds=2) | EACH, None, "block", dict(block_lr=1e-3)),
+    "independent blocks, two rounds": (dict(block_lr=1e30, rounds=2) | EACH, None, "block", dict(block_lr=1e-3)),
+    "AdamW in a block": (dict(block_lr=1e30, optimizer="adamw") | ONE_STEP, None, "block", dict(block_lr=1e-3)),
+    "only the fp16 copy overflows": (dict(block_lr=1e5) | ONE_STEP, FP16, "block", dict(block_lr=1e-3)),
+    "fp16 without master weights": (
+        dict(block_lr=1e5, master_weights=False) | ONE_STEP, FP16, "block", dict(block_lr=1e-3)),
+    "the warm-up, one step": (dict(warmup_lr=1e30) | ONE_STEP, None, "warm-up", dict(warmup_lr=1e-3)),
+    "the warm-up, several steps": (dict(warmup_lr=1e30) | EACH, None, "warm-up", dict(warmup_lr=1e-3)),
+    "AdamW in the warm-up": (
+        dict(warmup_lr=1e30, warmup_optimizer="adamw") | ONE_STEP, None, "warm-up", dict(warmup_lr=1e-3)),
+    "the warm-up in fp16": (dict(warmup_lr=1e5) | ONE_STEP, FP16, "warm-up", dict(warmup_lr=1e-3)),
+    "weight decay in the warm-up": (dict(weight_decay=1e38) | ONE_STEP, None, "warm-up", dict(weight_decay=0.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", DIVERGING)
+def test_it_is_seen_nothing_is_written_and_a_lower_rate_rescues(which, tmp_path):
+    """With the bits of a run that had the lower rate from the stage's beginning on."""
+    config, dtype, stage, rescue = DIVERGING[which]
+    dtype, out = dtype or torch.float32, tmp_path / "out"
+    with pytest.raises(kf.Diverged) as error:
+        run(out, config, dtype)
+    said, name = str(error.value), next(iter(rescue))
+    assert said.startswith(f"diverged at {stage}") and f"{name} ({config[name]:g}" in said.replace("=", " (")
+    assert error.value.resume == "A resumed run begins this stage again" and "\n" not in said
+    same(run(out, config | rescue, dtype, resume=True), run(tmp_path / "truth", config | rescue, dtype))
+
+
+@contextlib.contextmanager
+def destroyed(at, factor, monkeypatch):
+    """Inside, update number `at` of a stage multiplies all weights that it makes by `factor`."""
+    update = steps.Training.update
+
+    def then(self, term=None):
+        update(self, term)
+        if self.steps - 1 == at:
+            with torch.no_grad():
+                for parameter in self.parameters.values():
+                    parameter.mul_(factor)
+            if not math.isfinite(factor):  # as a kernel would have seen
+                self.optimizer.flag(torch.device("cpu")).fill_(1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps.Training, "update", then)
+        yield
+
+
+@pytest.mark.parametrize("factor", [math.inf, 1e30])
+@pytest.mark.parametrize("warm_up", [True, False])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_the_checkpoint_before_the_bad_update_is_gone_on_from(at, every, warm_up, factor, monkeypatch, tmp_path):
+    """Steps 0 to 3 of a stage. What is kept is the last state from which a step was good."""
+    config = dict(checkpoint_every=every, top_k=1, warmup_epochs=2 if warm_up else 0)
+    lower = config | ({"warmup_lr": 1e-4} if warm_up else {"block_lr": 1e-4})
+    done = {1: [0, 1, 2, 3], 2: [0, 0, 2, 2]}[every][at]  # saved and found good: by step `at`, the last good one
+    with destroyed(at, factor, monkeypatch), pytest.raises(kf.Diverged) as error:
+        run(tmp_path / "out", config)
+    told = f"The checkpoint after {done} steps was found good: a resumed run goes on from there"
+    assert error.value.resume == (told if done else "A resumed run begins this stage again")
+    stage = "warm-up" if warm_up else "block"
+    # an update that stores infinity is named itself, and so is the last one; else it is the next step that sees it
+    number = at if factor == math.inf or at == 3 else at + 1
+    assert re.match(rf"diverged at {stage}[0-9 -]*, step {number}[ :]", str(error.value)), error.value
+    rescued = run(tmp_path / "out", lower, resume=True)
+
+    seen, stop = [], kf.Stop()
+
+    @contextlib.contextmanager
+    def around(name, part):
+        seen.extend([part] * (part == "step"))
+        if len(seen) == done:  # within the step
+            stop.request()
+        yield
+
+    if not done:
+        same(rescued, run(tmp_path / "truth", lower))
+        return
+    with pytest.raises(kf.Stopped):
+        run(tmp_path / "truth", config, stop=stop, reporter=Reporter(around=around))
+    same(rescued, run(tmp_path / "truth", lower, resume=True))
+
+
+def test_a_checkpoint_whose_next_step_is_not_good_does_not_replace_the_one_before(monkeypatch, tmp_path):
+    """Killed between the bad update and the step that would have seen it: the bad state is tried, and rejected."""
+    config = dict(checkpoint_every=1, warmup_epochs=0, top_k=1)
+
+    def kill(name, part):
+        seen.extend([part] * (part == "step"))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return contextlib.nullcontext()
+
+    seen = []
+    with destroyed(2, 1e30, monkeypatch), pytest.raises(KeyboardInterrupt):
+        run(tmp_path, config, reporter=Reporter(around=kill))
+    for _ in range(2):  # first from the unconfirmed state, then from the confirmed one
+        try:
+            rescued = run(tmp_path, config | {"block_lr": 1e-4}, resume=True)
+        except kf.Diverged as error:
+            assert "after 2 steps was found good" in error.resume
+    assert rescued
+
+
+def test_a_lower_rate_is_no_cure_for_blocks_that_others_have_been_trained_before(monkeypatch, tmp_path):
+    made = []
+    update = steps.Training.update
+
+    def then(self, term=None):
+        update(self, term)
+        made.append(self.name)
+        if len(set(made)) == 2:
+            self.optimizer.flag(torch.device("cpu")).fill_(1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps.Training, "update", then)
+        with pytest.raises(kf.Diverged) as error:
+            run(tmp_path, dict(warmup_epochs=0))
+    assert error.value.resume.endswith("with this learning rate, by which the blocks that are done were trained")
+    same(run(tmp_path, dict(warmup_epochs=0), resume=True), run(tmp_path / "truth", dict(warmup_epochs=0)))
+
+
+def test_a_model_that_is_not_finite_is_never_saved(monkeypatch, tmp_path):
+    """Whatever else has made it so."""
+    monkeypatch.setattr(Watched, "left_finite", lambda self: True)
+    place = Decoder.place
+
+    def spoilt(self, weights):
+        place(self, weights)
+        with torch.no_grad():
+            self.layers[1].mlp.down_proj.weight[0, 0] = math.nan
+
+    monkeypatch.setattr(Decoder, "place", spoilt)
+    with pytest.raises(kf.Diverged, match=r"the merge of the trained blocks: model.layers.1.mlp.down_proj.weight is"):
+        run(tmp_path, {})
+
+
+# ---------------------------------------------------------------- without a run
+
+
+@pytest.mark.parametrize("lr", [1e30, 3e38])
+@pytest.mark.parametrize("optimizer", ["lion", "adamw"])
+def test_reinserted_gives_back_no_block_that_its_last_step_destroyed(optimizer, lr):
+    if optimizer == "adamw" and lr > 1e38:
+        with pytest.raises(ValueError, match=r"lr=3e\+38: AdamW's first step is 3e\+39, more than fp32 holds"):
+            FullSettings(lr)
+        return
+    original, unlearned = tiny_model(dtype=torch.float32), tiny_model(seed=1, dtype=torch.float32)
+    before = [copy.deepcopy(m.state_dict()) for m in (original, unlearned)]
+    said = re.escape(f"lower the learning rate (lr={lr:g})")
+    with pytest.raises(kf.Diverged, match=f"diverged at block 2-3, step 0.*{said}"):
+        with kf.reinserted(original, unlearned, range(2, 4), lr=lr, optimizer=optimizer) as training:
+            training.step(FORGET, RETAIN)
+    for model, state in zip((original, unlearned), before):
+        same(dict(model.state_dict()), state)
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_training_of_all_parameters_ends_with_a_look():
+    model = tiny_model(dtype=torch.float32)
+    epochs = []
+    with pytest.raises(kf.Diverged, match="diverged at step 1"):
+        train_all(Decoder(model), FORGET, lr=1e30, optimizer="lion", epochs=1, batch_size=5, on_epoch=epochs.append)
+    assert not epochs  # nobody evaluates it
+    training = FullTraining(Decoder(tiny_model(dtype=torch.float32)), lr=1e-3)
+    training.step(FORGET, RETAIN)
+    state = {name: value.clone() for name, value in training.state().items()}
+    training.check()
+    same(training.state(), state)
+    assert all(p.grad is None for p in training.parameters.values()) and training.last is None
+
+
+@pytest.mark.parametrize("kind", [FullSettings, BlockSettings])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(lr=1e39), "lr=1e+39: expected a number of at least 0 that fp32 holds"),
+        (dict(lr=-1.0), "lr=-1.0: expected"),
+        (dict(lr=math.nan), "lr=nan: expected"),
+        (dict(lr=1e-3, weight_decay=1e300), "weight_decay=1e+300: expected a number of at least 0 that fp32 holds"),
+        (dict(lr=1e20, weight_decay=1e20), "lr=1e+20, weight_decay=1e+20: expected a product that fp32 holds"),
+    ],
+)
+def test_numbers_beyond_fp32_are_refused_by_name(kind, settings, said):
+    with pytest.raises(ValueError) as error:
+        kind(**settings)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("name, optimizer", [("block_lr", "optimizer"), ("warmup_lr", "warmup_optimizer")])
+def test_a_run_names_its_own_setting(name, optimizer):
+    with pytest.raises(ValueError, match=rf"{name}=1e\+20, weight_decay=1e\+20: expected a product"):
+        kf.KUnBRConfig(**{name: 1e20, "weight_decay": 1e20})
+    with pytest.raises(ValueError, match=rf"{name}=1e\+38: AdamW's first step is 1e\+39"):
+        kf.KUnBRConfig(**{name: 1e38, optimizer: "adamw"})
