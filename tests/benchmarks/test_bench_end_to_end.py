@@ -234,7 +234,7 @@ def test_the_folder_takes_the_weights_twice(tmp_path, monkeypatch):
         sizes.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))
         return restore(this, model)
 
-    monkeypatch.setattr(end_to_end.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(WeightSnapshot, "restore", watched)
     found = case(visits=1)
     model = found.draw()
