@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from kunbr_fast.files.checksums import check_file, checksum, read_sealed, write_sealed
-from kunbr_fast.files.shown import shown
+from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot, load_tensors, save_tensors
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.folder import STATE, stage_file, sweep
@@ -93,7 +93,9 @@ class RunState:
                     break
                 entries.remove(entry)
                 goes_on = f"step {entries[-1]['step']}" if entries else "its beginning"
-                self._say(f"{self.directory / entry['file']} is damaged or missing: {stage} goes on from {goes_on}")
+                self._say(
+                    f"{plain(self.directory / entry['file'])} is damaged or missing: {stage} goes on from {goes_on}"
+                )
             if not entries:
                 del self.state["progress"][stage]
 
@@ -124,8 +126,8 @@ class RunState:
             if stage in locked or (stage in current and name not in FREE_WHILE_TRAINING):
                 was = shown(self.state["config"].get(name))
                 raise ValueError(
-                    f"{self.directory}: {name} was {was} in the run that is to be resumed "
-                    "and its results depend on it. Put it back, or start again in another directory"
+                    f"{self.directory}: {name} was {was} in the run to be resumed, and its results depend on it. "
+                    "Put it back, or start again in another directory"
                 )
 
     def _write(self) -> None:

@@ -523,6 +523,25 @@ def test_divergence(tmp_path):
     equal(weights(run.model), start)
 
 
+@pytest.mark.parametrize(
+    "config, stage",
+    [({"warmup_lr": 1e30}, "warm-up"), ({"block_lr": 1e30}, "block"), ({"block_lr": 1e30, "rounds": 2}, "block")],
+    ids=str,
+)
+def test_the_last_update_of_a_stage_is_looked_at(config, stage, tmp_path):
+    """Stages of one step, which no other one follows; no checkpoint of what it destroyed is written."""
+    config |= {"warmup_epochs": 1, "block_epochs": 1}
+    for number, arguments in enumerate(({}, {"save_strategy": "steps", "save_steps": 1})):
+        arguments |= {"per_device_train_batch_size": 10}
+        run = trainer(tmp_path / str(number), tiny_model(dtype=torch.float32), config, arguments)
+        start = weights(run.model)
+        with pytest.raises(kf.Diverged, match=f"diverged at {stage}.*step 0"):
+            run.train()
+        equal(weights(run.model), start)
+        saved = [path.name for path in (tmp_path / str(number)).glob("checkpoint-*")]
+        assert saved == (["checkpoint-1"] if number and stage == "block" else [])  # of the warm-up
+
+
 def test_what_is_not_supported_is_refused(tmp_path):
     forget, retain = data()
     for more, message in (

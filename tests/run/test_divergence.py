@@ -12,10 +12,14 @@ from tiny_models import random_samples, tiny_model
 import kunbr_fast as kf
 from kunbr_fast.kernels.optimizers.op import Watched
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.streaming import open_streamed
+from kunbr_fast.model.weights import weights_of
+from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.training import training as steps
 from kunbr_fast.training.full import FullTraining, train_all
 from kunbr_fast.training.settings import BlockSettings, FullSettings
+from kunbr_fast.training.shared import SharedStep
 
 FORGET, RETAIN = random_samples(10, seed=1), random_samples(12, seed=2)
 GOOD = dict(
@@ -61,6 +65,8 @@ DIVERGING = {
     "only the fp16 copy overflows": (dict(block_lr=1e5) | ONE_STEP, FP16, "block", dict(block_lr=1e-3)),
     "fp16 without master weights": (
         dict(block_lr=1e5, master_weights=False) | ONE_STEP, FP16, "block", dict(block_lr=1e-3)),
+    "fp16, the update on the host": (
+        dict(block_lr=1e5, optimizer_device="host") | ONE_STEP, FP16, "block", dict(block_lr=1e-3)),
     "the warm-up, one step": (dict(warmup_lr=1e30) | ONE_STEP, None, "warm-up", dict(warmup_lr=1e-3)),
     "the warm-up, several steps": (dict(warmup_lr=1e30) | EACH, None, "warm-up", dict(warmup_lr=1e-3)),
     "AdamW in the warm-up": (
@@ -192,6 +198,26 @@ def test_a_model_that_is_not_finite_is_never_saved(monkeypatch, tmp_path):
         run(tmp_path, {})
 
 
+@pytest.mark.parametrize("insertion", ["independent", "cumulative"])
+def test_a_streamed_run_that_diverges_writes_no_model(insertion, tmp_path):
+    paths, out = [tmp_path / name for name in ("original", "unlearned")], tmp_path / "out"
+    for seed, path in enumerate(paths):
+        tiny_model(dtype=torch.float32, seed=seed).save_pretrained(path, max_shard_size="70KB")
+
+    def streamed(lr, out, resume=False):
+        model, unlearned = map(open_streamed, paths)
+        config = kf.KUnBRConfig(**GOOD | ONE_STEP | dict(block_lr=lr, insertion=insertion))
+        how = dict(unlearned=unlearned, output_dir=out, resume=resume, progress=False)
+        kf.unlearn(model, FORGET, RETAIN, config, **how)
+        found = weights_of(model)
+        return {name: found[name].clone() for name in found}
+
+    with pytest.raises(kf.Diverged, match="diverged at block .*step 0"):
+        streamed(1e30, out)
+    assert not list(out.glob("*.safetensors*")) and not (out / "config.json").exists()
+    same(streamed(1e-3, out, resume=True), streamed(1e-3, tmp_path / "truth"))
+
+
 # ---------------------------------------------------------------- without a run
 
 
@@ -225,6 +251,23 @@ def test_a_training_of_all_parameters_ends_with_a_look():
     training.check()
     same(training.state(), state)
     assert all(p.grad is None for p in training.parameters.values()) and training.last is None
+
+
+def test_a_shared_step_sees_the_update_before_it():
+    """As a step of several ranks does; nothing is updated."""
+    training = FullTraining(Decoder(tiny_model(dtype=torch.float32)), lr=1e-3)
+    batch = training.criterion.pack(FORGET, RETAIN)
+    for number in range(2):
+        step = SharedStep(training)
+        step.add(batch, training.accumulate(batch))
+        if number == 1:
+            training.optimizer.flag(torch.device("cpu")).fill_(1)
+            with pytest.raises(kf.Diverged, match=r"diverged at step 0 \(.*its update left weights"):
+                step.gather(ALONE)
+            assert training.steps == 1 and all(p.grad is None for p in training.parameters.values())
+            return
+        step.gather(ALONE)
+        step.apply()
 
 
 @pytest.mark.parametrize("kind", [FullSettings, BlockSettings])
