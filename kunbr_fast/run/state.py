@@ -12,6 +12,7 @@ Of several ranks the first writes state.json. While they work apart each has a s
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,10 @@ class RunState:
 
     def _open(self, identity: str, config: Any, resume: bool) -> None:
         self.state, parts = _fresh(identity, config.to_dict()), []
-        if not resume and self.path.exists():
+        if not resume and os.path.lexists(self.path):
             raise ValueError(f"{self.directory} holds an unfinished run: continue it with resume (resume=True)")
         if resume:
-            self.state = self._read() if self.path.exists() else self.state
+            self.state = self._read() if os.path.lexists(self.path) else self.state
             parts = self._take_parts()
             self._check(identity, config)
             self._drop_damaged()
