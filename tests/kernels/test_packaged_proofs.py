@@ -12,7 +12,7 @@ FILES = sorted(verdicts.PACKAGED.glob("*.json"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_they_are_of_these_kernels(path):
-    """Where this fails a kernel was changed: its verdicts count for nothing any more. Prove it again, or remove them."""
+    """Where this fails a kernel was changed, and its verdicts count for nothing. Prove it again, or remove them."""
     found = verdicts.read(path)
     assert len(found) == len(json.loads(path.read_text())["verdicts"]) > 0
     for verdict in found:
