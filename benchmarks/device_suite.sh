@@ -7,7 +7,7 @@
 #
 #     part         seconds  what
 #     build             40  csrc/, or the library that was taken along
-#     environment       30  the GPU, its driver, versions; what is missing
+#     environment       30  wheels of .whl/, if any; the GPU, its driver, versions; what is missing
 #     install           30  this checkout, without a network; where pip cannot, PYTHONPATH serves
 #     prove            110  `kunbr-fast prove`: every kernel, in processes of its own; density first
 #     density           60  what passed: one weight at 32 to 2048 tokens a sample, beside the bare products
@@ -197,13 +197,17 @@ trap 'ended HUP 1' HUP
 
 # shellcheck disable=SC2329 # these are called by name, through `part`
 environment() {
+    if compgen -G '.whl/*.whl' >/dev/null; then # what such a machine lacks: by `pip download --no-deps -d .whl`
+        "$PYTHON" -m pip install --quiet --no-index --no-deps .whl/*.whl || echo "the wheels in .whl/ cannot be installed"
+    fi
     nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader || true
     "$PYTHON" - <<'PY'
 import importlib.metadata as m, platform, sys
 import torch
 print("python", platform.python_version(), sys.executable)
 print("GPU", torch.cuda.get_device_name(), "sm_%d%d" % torch.cuda.get_device_capability(), "CUDA", torch.version.cuda)
-needed = ["torch", "triton", "transformers", "numpy", "safetensors", "tqdm", "pyyaml", "msgspec", "matplotlib", "pytest"]
+needed = ["torch", "triton", "transformers", "numpy", "safetensors", "tqdm", "pyyaml", "matplotlib", "pytest"]
+needed += ["msgspec", "xxhash"]
 missing = []
 for name in [*needed, "pytest-xdist", "pytest-timeout", "liger-kernel", "opacus", "cut-cross-entropy", "lion-pytorch"]:
     try:
@@ -213,7 +217,7 @@ for name in [*needed, "pytest-xdist", "pytest-timeout", "liger-kernel", "opacus"
         print(name, "MISSING")
 wanted = [name for name in missing if name in needed]
 if wanted:
-    sys.exit(f"MISSING: {', '.join(wanted)}; carry them as wheels")
+    sys.exit(f"MISSING: {', '.join(wanted)}; carry them as wheels, in .whl/")
 PY
 }
 

@@ -189,6 +189,7 @@ TABLES = {
     "### One step, on an H200": functools.partial(gpu_step, H200),
     "### Kernels, on an H200": functools.partial(gpu_kernels, H200),
     "### Density, on an H200": gpu_density_by_hand,
+    "### One step, on an H100": functools.partial(gpu_step, H100),
     "### Kernels, on an H100": functools.partial(gpu_kernels, H100),
     "### Density, on an H100": gpu_density,
 }

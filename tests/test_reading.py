@@ -15,12 +15,13 @@ from kunbr_fast.cli import rtt
 from kunbr_fast.data import load_records, question_prompt
 from kunbr_fast.density.measure import Density
 from kunbr_fast.density.select import select_blocks
-from kunbr_fast.evaluation.rtt import Fold, RTTConfig, RTTResult
-from kunbr_fast.files import merge
+from kunbr_fast.evaluation.rtt import Fold, RTTConfig, RTTResult, finished_attacks
+from kunbr_fast.files import checksums, merge
 from kunbr_fast.files.merge_folder import PARTIAL, MergeFolder
 from kunbr_fast.files.shown import plain
 from kunbr_fast.kernels import verdicts
 from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.state import RunState
 
 RECORDS = [
     {"question": "q?", "choices": ["a", 2, 3.5], "answer": 0, "original": "kept"},
@@ -60,6 +61,17 @@ ROW = dict.fromkeys(COLUMNS) | {
     "ms": 1.5, "p20_ms": 1.0, "p80_ms": 2.0, "rounds": 7, "speedup": 2.0, "gflop": 0.5, "note": "",
 }  # fmt: skip
 ROWS = [ROW, ROW | {"variant": "eager", "ours": 0, "ms": 3.0}, ROW | {"case": "9 x 9", "ms": None, "note": "not run"}]
+STATE = {
+    "format": 2, "identity": "run", "config": KUnBRConfig().to_dict(), "progress": {}, "kept": {},
+    "stages": {
+        "begin": {"unlearned_given": False},
+        "density": {"density": DENSITY, "seconds": 1.5},
+        "selection": {"blocks": [[0, 2]]},
+        "blocks.0.0-2": {"epochs": [{"forget": 1.5, "retain": None}], "file": "blocks.0.0-2.safetensors", "sha256": ""},
+        "rtt.a": {"rows": CURVES["curves"][:2], "seconds": 1.0},
+        "rtt.b": {"rows": CURVES["curves"][2:], "seconds": 1.0},
+    },
+}  # fmt: skip
 VERDICT = verdicts.Verdict(
     verdicts.Target("lion", "triton", "bf16", "all"), None, 0.1, 0.2, (verdicts.Timing(10, "eager", 2, 1),), {"g": "x"}
 )
@@ -97,12 +109,27 @@ def read_verdicts(path):
         assert f"{verdict}" and verdict.speed(5, "eager") is not None or not verdict.times
 
 
+def read_state(path):
+    state = RunState(path.parent, "run", KUnBRConfig(), resume=True)
+    results = state.results()
+    if (found := state.result("density")) is not None:
+        Density.from_dict(found["density"], f"{path}: density")
+    rows = [row for name in results if name.group == "rtt" for row in results[name]["rows"]]
+    finished_attacks(rows, FOLDS, ATTACK, f"{path}: ")
+
+
 def json_lines(records):
     return b"\n".join(map(fuzz.as_json, records))
 
 
 def sealed(body):
     return fuzz.as_json({"format": 1, "checksum": verdicts._checksum(body), "verdicts": body})
+
+
+def with_checksum(state):
+    """As `write_sealed` does, of what it would not write too."""
+    text = json.dumps(state, indent=2).removesuffix("\n}")
+    return f'{text},\n  "sha256": "{checksums._digest(text)}"\n}}\n'.encode()
 
 
 def as_yaml(settings):
@@ -115,6 +142,7 @@ KINDS = {  # file name: how it is read, a good value, how that is written
     "density.json": (read_density, DENSITY, fuzz.as_json),
     "rtt.json": (read_curves, CURVES, fuzz.as_json),
     "merge.partial.json": (read_partial, MERGE, fuzz.as_json),
+    "state.json": (read_state, STATE, with_checksum),
     "rows.json": (read_bench, ROWS, fuzz.as_json),
     "verdicts.json": (read_verdicts, [VERDICT.as_json()], sealed),
 }
@@ -122,8 +150,8 @@ SILENT = ("verdicts.json",)  # proven again, with a warning: a cache is not wort
 
 
 def tried(path, read):
-    """Whether it was taken. A message about a merge names its folder."""
-    name = str(path.parent if path.name == PARTIAL else path)
+    """Whether it was taken. Messages about a merge or a run may name its folder."""
+    name = str(path.parent if path.name in (PARTIAL, "state.json") else path)
     try:
         read(path)
     except ValueError as error:

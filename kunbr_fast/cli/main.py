@@ -72,9 +72,10 @@ def _module(name: str, command: Parser) -> ModuleType:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 1 where `bench` or `prove` found a wrong result, or `bench` a regression; 2 for bad input, with
-    one line on standard error; 3 where training diverged; 4 where another of several processes has failed; 130 for
-    Ctrl-C, 143 for SIGTERM, 129 for SIGHUP; 141 where the reader of standard output has gone.
+    """Exit status: 0; 1 where `bench` or `prove` found a wrong result, `bench` a regression, or a picture that --plot
+    asked for could not be drawn; 2 for bad input, with one line on standard error; 3 where training diverged; 4 where
+    another of several processes has failed; 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP; 141 where the reader of
+    standard output has gone.
 
     Anything else is a bug and keeps its traceback. argv: None for the process's own, whose signals and streams are then
     the command line's.

@@ -109,8 +109,5 @@ def _finished_attacks(path: Path, belongs: dict[str, Any], folds: Sequence[Fold]
         was = f"{changed[0]} = {shown(before.get(changed[0]))}"
         what = "the model or the questions" if changed[0] == "run" else was
         raise ValueError(f"{plain(path)}: {what} changed since it was begun: put it back, or give another --out")
-    try:
-        finished_attacks(found["curves"], folds, attack)
-    except ValueError as error:
-        raise ValueError(f"{plain(path)}: {error}") from error
+    finished_attacks(found["curves"], folds, attack, f"{plain(path)}: ")
     return found["curves"]

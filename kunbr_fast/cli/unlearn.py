@@ -115,7 +115,9 @@ def _check_target(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[st
     out, folder = Path(arguments.out), CheckpointFolder(arguments.out)
     check_place(arguments.out, {"--model": arguments.model, "--unlearned": arguments.unlearned})
     if not (arguments.resume and is_finished(out, folder)):
-        check_output(out, arguments.model, arguments.resume, arguments.overwrite)
+        given = (arguments.forget, arguments.forget_questions, arguments.retain, arguments.retain_questions)
+        reads = [path for paths in given for path in paths or ()] + ([arguments.config] if arguments.config else [])
+        check_output(out, arguments.model, arguments.resume, arguments.overwrite, reads)
         return None
     report = finished_report(out)
     if report is None:

@@ -58,7 +58,9 @@ class _Measured(TypedDict):
     reduction: Literal[REDUCTIONS]
 
 
-class _Saved(_Measured, total=False):
+class Saved(_Measured, total=False):
+    """As `Density.to_dict` writes it; earlier versions without the last three."""
+
     sample_fraction: float | None
     standard_error: list[float] | None
     alignment: list[float] | None
@@ -108,7 +110,7 @@ class Density:
     def from_dict(cls, values: dict[str, Any], where: str = "density") -> Density:
         """The density that `to_dict` wrote. ValueError, which begins with `where`, for values of other types."""
         later = dict.fromkeys(("sample_fraction", "standard_error", "alignment"))  # absent from earlier files
-        values = later | checked(values, _Saved, where)
+        values = later | checked(values, Saved, where)
         layers = len(values["per_layer"])
         for name in ("num_weights", "standard_error", "alignment"):
             if values[name] is not None and len(values[name]) != layers:

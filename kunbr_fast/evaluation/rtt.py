@@ -318,9 +318,9 @@ def _check_folds(folds: Sequence[Fold]) -> None:
 
 
 def finished_attacks(
-    done: Sequence[dict], folds: Sequence[Fold], config: RTTConfig
+    done: Sequence[dict], folds: Sequence[Fold], config: RTTConfig, where: str = ""
 ) -> dict[tuple[str, float], list[dict]]:
-    """Rows of an earlier run by (fold, lr), each curve whole."""
+    """Rows of an earlier run by (fold, lr), each curve whole, or ValueError, which begins with `where`."""
     wanted = {(fold.name, lr) for fold in folds for lr in config.lrs}
     finished: dict[tuple[str, float], list[dict]] = {}
     for row in done:
@@ -329,14 +329,10 @@ def finished_attacks(
     for (fold, lr), rows in finished.items():
         rows.sort(key=lambda row: row["epoch"])
         epochs = [row["epoch"] for row in rows]
+        what = f"{where}the earlier result of fold {shown(fold)} at learning rate {lr:g}"
+        cure = "resume with the same settings, or start without the earlier results"
         if epochs != list(range(config.epochs + 1)):
-            raise ValueError(
-                f"the earlier result of fold {shown(fold)} at learning rate {lr:g} has the epochs {shown(epochs)}, "
-                f"expected 0 to {config.epochs}; resume with the same settings, or start without the earlier results"
-            )
+            raise ValueError(f"{what} has the epochs {shown(epochs)}, expected 0 to {config.epochs}; {cure}")
         if any((row["calibrated"] is None) != (config.scoring == "choice") for row in rows):
-            raise ValueError(
-                f"the earlier result of fold {shown(fold)} at learning rate {lr:g} was not scored by {config.scoring}; "
-                "resume with the same settings, or start without the earlier results"
-            )
+            raise ValueError(f"{what} was not scored by {config.scoring}; {cure}")
     return finished

@@ -172,7 +172,7 @@ class CheckpointFolder:
         self.mark(FINISHED)
         if left := self._remove():
             names = ", ".join(plain(name, 60) for name in left[:3]) + (f" and {len(left) - 3} more" if left[3:] else "")
-            say(f"{self.path} stays, since it holds what is not of this run: {names}")
+            say(f"{plain(self.path)} stays, since it holds what is not of this run: {names}")
         self.close()
 
     def _remove(self) -> list[str]:

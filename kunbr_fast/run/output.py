@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from kunbr_fast.files.shown import plain
 from kunbr_fast.files.target import is_picture, is_signed, json_with, model_in
 from kunbr_fast.run.folder import FINISHED, SAVING, CheckpointFolder
 
-_REPORT = json_with("kunbr_fast", "config", "blocks", "density", "losses")
+_KEYS = "kunbr_fast config blocks density seconds losses accuracy rtt recovery model".split()
+_FINISHED = json_with(*_KEYS, also=None)
+_REPORT = json_with(*_KEYS, also=("gradient_cosines", "cache_errors"))
 # what a run writes besides the model, and whether a file of that name is one that a run has written
 REPORTS = {"report.json": _REPORT, "run.yaml": is_signed, "density.png": is_picture, "relearning.png": is_picture}
 
@@ -20,7 +22,7 @@ REPORTS = {"report.json": _REPORT, "run.yaml": is_signed, "density.png": is_pict
 def finished_report(out: str | Path) -> dict[str, Any] | None:
     """The report of the finished run in `out`, or None."""
     path = Path(out) / "report.json"
-    return read_json(path) if path.is_file() and _REPORT(path) else None
+    return read_json(path) if path.is_file() and _FINISHED(path) else None
 
 
 def check_place(out: str | Path, sources: Mapping[str, str | Path | None]) -> None:
@@ -42,10 +44,13 @@ def is_finished(out: str | Path, folder: CheckpointFolder) -> bool:
     return folder.phase == FINISHED or (folder.phase is None and finished_report(out) is not None)
 
 
-def check_output(out: str | Path, source: str | Path, resume: bool, overwrite: bool) -> None:
+def check_output(
+    out: str | Path, source: str | Path, resume: bool, overwrite: bool, reads: Iterable[str | Path] = ()
+) -> None:
     """ValueError where a run into `out` would replace something. source: of the model, whose files' names it writes.
 
-    overwrite: a model, and the result of a finished run, may be replaced; nothing else may.
+    overwrite: a model, and the result of a finished run, may be replaced; nothing else may. reads: other files that the
+    run reads, which never are.
     """
     folder = CheckpointFolder(out)
     if not resume and is_finished(out, folder) and not overwrite:
@@ -57,6 +62,11 @@ def check_output(out: str | Path, source: str | Path, resume: bool, overwrite: b
         folder.check_resumable()
     elif folder.phase != FINISHED:
         folder.check_free()
+    names = written_names(source) | REPORTS.keys()
+    for given in reads:
+        path = Path(given).resolve()
+        if path.parent == Path(out).resolve() and (is_model_file(path.name) or path.name in names):
+            raise ValueError(f"{plain(given)} is read by this run, which would replace it: move it elsewhere")
     if folder.phase == SAVING:
         return  # what is there the run has written
     may, model = overwrite or folder.overwrites, model_in(Path(out))
@@ -65,7 +75,6 @@ def check_output(out: str | Path, source: str | Path, resume: bool, overwrite: b
             f"{plain(out)} holds a model ({plain(model.name)}), which the result would replace: give another output "
             "directory, or replace it (overwrite=True)"
         )
-    names = written_names(source) | REPORTS.keys()
     for path in sorted(Path(out).iterdir()) if Path(out).is_dir() else ():
         if path.name not in names and not is_model_file(path.name):
             continue

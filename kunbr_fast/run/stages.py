@@ -13,7 +13,8 @@ from kunbr_fast.density.measure import Density, knowledge_density
 from kunbr_fast.density.select import select_blocks
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.report import Report
-from kunbr_fast.evaluation.rtt import RTTResult
+from kunbr_fast.evaluation.rtt import RTTResult, finished_attacks
+from kunbr_fast.files.shown import plain
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
@@ -100,7 +101,9 @@ class Stages(Run):
                 self.state.finish(stage, {"rows": rows, "seconds": took.lap()})
 
             def done() -> list[dict]:
-                return [row for found in self.state.results(RTT).values() for row in found["rows"]]
+                rows = [row for found in self.state.results(RTT).values() for row in found["rows"]]
+                finished_attacks(rows, attack.folds, attack.config, f"{plain(self.state.path)}: ")
+                return rows
 
             if self.group.size > 1:  # each makes its share of the attacks, on its own copy of the weights
                 rows = done()
@@ -168,7 +171,7 @@ class Stages(Run):
 
     def density(self) -> Density:
         if (found := self.state.result(DENSITY)) is not None:
-            return self._recorded(Density.from_dict(found["density"]))
+            return self._recorded(Density.from_dict(found["density"], f"{plain(self.state.path)}: density"))
         says = f"knowledge density of {self.decoder.num_layers} layers over {len(self.samples.forget)} forget samples"
         with self.reporter.stage(DENSITY, says) as took:
             density = knowledge_density(

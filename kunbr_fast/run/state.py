@@ -12,6 +12,7 @@ Of several ranks the first writes state.json. While they work apart each has a s
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from kunbr_fast.files.checksums import check_file, checksum, read_sealed, write_sealed
+from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot, load_tensors, save_tensors
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.folder import STATE, stage_file, sweep
@@ -56,10 +58,10 @@ class RunState:
 
     def _open(self, identity: str, config: Any, resume: bool) -> None:
         self.state, parts = _fresh(identity, config.to_dict()), []
-        if not resume and self.path.exists():
+        if not resume and os.path.lexists(self.path):
             raise ValueError(f"{self.directory} holds an unfinished run: continue it with resume (resume=True)")
         if resume:
-            self.state = self._read() if self.path.exists() else self.state
+            self.state = self._read() if os.path.lexists(self.path) else self.state
             parts = self._take_parts()
             self._check(identity, config)
             self._drop_damaged()
@@ -91,7 +93,9 @@ class RunState:
                     break
                 entries.remove(entry)
                 goes_on = f"step {entries[-1]['step']}" if entries else "its beginning"
-                self._say(f"{self.directory / entry['file']} is damaged or missing: {stage} goes on from {goes_on}")
+                self._say(
+                    f"{plain(self.directory / entry['file'])} is damaged or missing: {stage} goes on from {goes_on}"
+                )
             if not entries:
                 del self.state["progress"][stage]
 
@@ -120,9 +124,10 @@ class RunState:
         locked |= {"training"} if finished & {"warmup", "blocks"} else set()
         for name, stage in config.changed(self.state["config"]).items():
             if stage in locked or (stage in current and name not in FREE_WHILE_TRAINING):
+                was = shown(self.state["config"].get(name))
                 raise ValueError(
-                    f"{self.directory}: {name} was {self.state['config'].get(name)!r} in the run that is to be resumed "
-                    "and its results depend on it. Put it back, or start again in another directory"
+                    f"{self.directory}: {name} was {was} in the run to be resumed, and its results depend on it. "
+                    "Put it back, or start again in another directory"
                 )
 
     def _write(self) -> None:

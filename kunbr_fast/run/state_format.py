@@ -9,6 +9,8 @@ from typing import Annotated, Any, TypedDict
 
 from msgspec import Meta
 
+from kunbr_fast.density.measure import Saved
+from kunbr_fast.evaluation.rtt import Point
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.shown import shown
 from kunbr_fast.run.folder import stage_file
@@ -32,35 +34,10 @@ _HAS = {
 Losses = dict[str, float | None]
 
 
-class Measured(TypedDict):
-    """As `Density.to_dict` writes it."""
-
-    per_layer: list[float]
-    per_module: dict[str, float | None]
-    num_weights: list[int]
-    num_samples: int
-    modules: str
-    statistic: str
-    reduction: str
-    sample_fraction: float | None
-    standard_error: list[float] | None
-    alignment: list[float] | None
-
-
 class Accuracy(TypedDict):
     plain: float
     calibrated: float | None
     num_questions: int
-
-
-class Row(TypedDict):
-    """Of the attack."""
-
-    fold: str
-    lr: float
-    epoch: int
-    plain: float
-    calibrated: float | None
 
 
 class Result(TypedDict, total=False):
@@ -72,9 +49,9 @@ class Result(TypedDict, total=False):
     epochs: list[Losses]
     accuracy: dict[str, Accuracy]
     given: str
-    density: Measured
+    density: Saved
     blocks: list[tuple[int, int]]
-    rows: Annotated[list[Row], Meta(min_length=1)]
+    rows: Annotated[list[Point], Meta(min_length=1)]
     gradient_cosine: float
     cache_error: dict[str, float]
     unlearned_given: bool

@@ -15,6 +15,7 @@ from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.files.model_folder import remove_model
 from kunbr_fast.files.scratch import scratch
+from kunbr_fast.files.shown import plain
 from kunbr_fast.keywords import named_by, taken
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.weights import weights_of
@@ -125,7 +126,10 @@ def unlearn(
             given.before_cleanup(report)
         group.wait()
         if folder is not None:
-            folder.end(heard.say)
+            try:
+                folder.end(heard.say)
+            except OSError as error:  # which is no reason to lose a result that is only in memory
+                heard.say(f"the run is finished, but {plain(folder.path)} could not be removed ({error}): delete it")
     return report
 
 

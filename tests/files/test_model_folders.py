@@ -200,7 +200,9 @@ def loop(path):
     os.symlink(path.name, path)
 
 
-@pytest.mark.parametrize("make", [fifo, directory, listening, null, loop, None], ids=str)
+@pytest.mark.parametrize(
+    "make", [fifo, directory, listening, null, loop, None], ids=lambda make: make.__name__ if make else "nothing"
+)
 @pytest.mark.parametrize("name", ["config.json", SINGLE, INDEX, "generation_config.json", "model-00001"])
 def test_what_is_no_file(make, name, saved, tmp_path, monkeypatch):
     kind = "three" if name in (INDEX, "model-00001") else "one"

@@ -501,6 +501,23 @@ def test_what_cannot_be_removed_costs_no_result(truth, tmp_path, monkeypatch, ca
     assert "the training is done, but" in caplog.text and "Permission denied" in caplog.text
 
 
+def test_the_folder_of_checkpoints_is_known_by_its_marker_not_by_its_name(tmp_path):
+    (tmp_path / "kunbr").mkdir()
+    (tmp_path / "kunbr" / "thesis").write_text("mine")  # of this name were those of earlier versions
+    arguments = {"max_steps": 8, "save_strategy": "steps", "save_steps": 8}
+    trainer(tmp_path, arguments=arguments).train()
+    folder = tmp_path / "kunbr-checkpoints"
+    (folder / "thesis").write_text("mine")
+    trainer(tmp_path, arguments=arguments).train()  # forgets the former run, and no more
+    assert {path.read_text() for path in tmp_path.rglob("thesis")} == {"mine"} and (folder / "thesis").is_file()
+    (folder / "kunbr-fast.json").unlink()
+    before = sorted(folder.iterdir())
+    for resume in (None, True):
+        with pytest.raises(ValueError, match="was not made by kunbr-fast"):
+            trainer(tmp_path, arguments=arguments).train(resume_from_checkpoint=resume)
+    assert sorted(folder.iterdir()) == before and (tmp_path / "kunbr" / "thesis").read_text() == "mine"
+
+
 def test_stopped_early(tmp_path):
     """What is trained so far counts; max_steps does the same."""
     run = trainer(tmp_path, arguments={"max_steps": 8})

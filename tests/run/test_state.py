@@ -63,3 +63,23 @@ def test_progress_is_kept_twice_until_it_is_confirmed(apart, tmp_path):
         whole.finish(stage, {"epochs": []}, x[0])
     assert [path.name for path in folder.glob("*.safetensors")] == [f"{stage}.safetensors"]
     assert whole.progress(stage) is None and after_a_kill().progress(stage) is None
+
+
+def test_progress_whose_file_is_damaged_or_missing_falls_back(tmp_path):
+    stage, told, x = "blocks.0.2-4", [], {"x": torch.ones(3)}
+
+    def resumed():
+        return RunState(tmp_path, "run", kf.KUnBRConfig(), True, say=told.append)
+
+    state = opened(tmp_path)
+    state.save_progress(stage, 2, x, extra(2))
+    state.confirm(stage)
+    state.save_progress(stage, 4, {"x": torch.zeros(3)}, extra(4))
+    (tmp_path / f"{stage}-step-4.safetensors").write_bytes(b"something else")
+    assert resumed().progress(stage)[0] == 2 and not (tmp_path / f"{stage}-step-4.safetensors").exists()
+    assert told == [f"{tmp_path / stage}-step-4.safetensors is damaged or missing: {stage} goes on from step 2"]
+    (tmp_path / f"{stage}-step-2.safetensors").unlink()
+    state = resumed()
+    assert state.progress(stage) is None and told[-1].endswith("goes on from its beginning")
+    state.save_progress(stage, 2, x, extra(2))
+    assert resumed().progress(stage)[0] == 2 and len(told) == 2
