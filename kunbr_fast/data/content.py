@@ -19,7 +19,8 @@ def is_blank(text: str) -> bool:
 
 
 def check_choices(choices: object, where: str) -> None:
-    """ValueError, beginning with `where`, unless there are 2 or more, each of which can be told from the others."""
+    """ValueError, beginning with `where`, unless there are 2 or more, and not all the same. Some of them may be equal, as
+    in one of 20 published questions on birthdays: `are_equal`."""
     if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"{where}: 'choices' must be a list of 2 to {len(LETTERS)} entries, got {shown(choices)}")
     for choice in choices:
@@ -28,9 +29,17 @@ def check_choices(choices: object, where: str) -> None:
             raise ValueError(
                 f"{where}: each of 'choices' must be a finite number or a string that is not blank, got {shown(choice)}"
             )
-    for i, choice in enumerate(choices):
-        if any(choice == other or str(choice).strip() == str(other).strip() for other in choices[:i]):
-            raise ValueError(f"{where}: 'choices' must all be different, and {shown(choice)} is there twice")
+    if len(_texts(choices)) == 1:
+        raise ValueError(f"{where}: 'choices' must differ, and all of them are {shown(choices[0])}")
+
+
+def are_equal(choices: Sequence[str | int | float]) -> bool:
+    """Whether some of a question's choices cannot be told apart."""
+    return len(_texts(choices)) < len(choices)
+
+
+def _texts(choices: Sequence[str | int | float]) -> set[str]:
+    return {str(choice).strip() for choice in choices}
 
 
 def check_files(*sides: Mapping[str, Sequence[str | Path] | None]) -> None:

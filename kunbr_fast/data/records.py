@@ -10,20 +10,25 @@ A record has one of four forms:
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kunbr_fast.data.content import LETTERS, check_choices, is_blank
+from kunbr_fast.data.content import LETTERS, are_equal, check_choices, is_blank
 from kunbr_fast.files.documents import parse_json, read_lines
 from kunbr_fast.files.shown import plain, shown
+
+logger = logging.getLogger(__name__)
 
 
 def load_records(paths: str | Path | Sequence[str | Path]) -> list[dict]:
     """Reads JSONL files into records; `record["_where"]` says where each came from ("file:line").
 
     Blank lines are skipped. Errors: ValueError "file:line: ..." for a line that is not JSON, has no known form or a
-    wrong answer index; ValueError for a file without a record.
+    wrong answer index; ValueError for a file without a record. One warning, with their number, for a file's questions
+    of which some choices are equal.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not paths:
@@ -34,7 +39,18 @@ def load_records(paths: str | Path | Sequence[str | Path]) -> list[dict]:
         records += (parse_record(line, f"{name}:{number}") for number, line in read_lines(path))
         if len(records) == count:
             raise ValueError(f"{name}: empty: expected at least one JSON line")
+        if alike := [record["_where"] for record in records[count:] if are_equal(record.get("choices", ()))]:
+            _warn(
+                f"{alike[0]}: two of its choices are equal, and only the one that 'answer' names counts as right "
+                f"({len(alike)} such questions in {name})"
+            )
     return records
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Once, however often a file is read."""
+    logger.warning(text)
 
 
 def is_record(entry: Mapping[str, Any]) -> bool:

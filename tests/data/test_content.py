@@ -24,8 +24,8 @@ TOKENS = {"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([1, 2, 3]
 
 
 @pytest.mark.parametrize("choices, message", [
-    (["a", "a"], "all be different"), (["a", " a "], "all be different"), ([1, 1.0], "all be different"),
-    ([1, "1"], "all be different"), (["x", "b", "x"], "'x' is there twice"), (["a", " "], "not blank"),
+    (["a", "a"], "all of them are 'a'"), (["a", " a ", "a"], "all of them are 'a'"), ([1, "1"], "all of them are 1"),
+    (["a", " "], "not blank"),
     (["a", "\t\n"], "not blank"), (["a", "\u200b"], "not blank"), (["a", "\u202e\x07"], "not blank"),
     (["a", math.nan], "finite number"), ([1, math.inf], "finite number"), ([-math.inf, 2], "finite number"),
     ([1, 10**4000], "finite number"), ([1, True], "finite number"), ([1, [2]], "finite number"), ("ab", "a list of 2"),
@@ -35,6 +35,18 @@ def test_choices_that_cannot_be_told_apart(choices, message):
     with pytest.raises(ValueError, match=rf"^here: .*{message}") as error:
         check_record(record, "here")
     assert len(str(error.value)) < 250 and str(error.value).isprintable()
+
+
+def test_questions_with_equal_choices_are_counted_once_a_file(tmp_path, caplog):
+    """As the published birthdays have them: one question in twenty."""
+    path, lists = tmp_path / "q.jsonl", (["a", "b"], ["a", "b", "a"], [1, 2, "2"], [1, 1.0])
+    path.write_text("".join(json.dumps({"question": "q", "choices": c, "answer": 0}) + "\n" for c in lists))
+    assert [len(kf.load_records(path)) for _ in range(2)] == [4, 4]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{path}:2: two of its choices are equal, and only the one that 'answer' names counts as right (2 such "
+        f"questions in {path})"
+    )
 
 
 @pytest.mark.parametrize("choices", [["a", "A"], [1, 2.5], ["1", "1.0"], ["été", "ete"], [0.0, 1e99], ["*", "**"]])
