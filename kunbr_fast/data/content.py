@@ -19,8 +19,8 @@ def is_blank(text: str) -> bool:
 
 
 def check_choices(choices: object, where: str) -> None:
-    """ValueError, beginning with `where`, unless there are 2 or more, and not all the same. Some of them may be equal, as
-    in one of 20 published questions on birthdays: `are_equal`."""
+    """ValueError, beginning with `where`, unless there are 2 or more, and not all the same. Some of them may be equal
+    (`are_equal`), as in one of 20 published questions on birthdays."""
     if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"{where}: 'choices' must be a list of 2 to {len(LETTERS)} entries, got {shown(choices)}")
     for choice in choices:
