@@ -23,7 +23,7 @@ from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.folder import CheckpointFolder
-from kunbr_fast.run.output import check_output, check_place, finished_report, is_finished
+from kunbr_fast.run.output import check_output, check_place, finished_report, is_finished, remove_reports
 from kunbr_fast.run.unlearn import unlearn
 
 
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         """All of it while checkpoints are still there: if the disk is full here, --resume computes nothing again."""
         if not arguments.stream:  # else it is there
             say(f"writing the model to {out}")
-            save_model(model, tokenizer, out)
+            save_model(model, tokenizer, out, replace=CheckpointFolder(out).overwrites)
         _write(report, config, arguments)
 
     report = unlearn(
@@ -149,6 +149,7 @@ def _open_unlearned(arguments: argparse.Namespace, model: nn.Module) -> nn.Modul
 def _write(report: Report, config: KUnBRConfig, arguments: argparse.Namespace) -> None:
     """Plots, settings and last the report, in --out."""
     out = Path(arguments.out)
+    remove_reports(out)
     path = out / "density.png"
     drawn(path, lambda: plot_density(report.density, report.blocks, path, config.skip_last_layers))
     if report.rtt is not None:
