@@ -49,6 +49,13 @@ def is_mixed(name: str) -> bool:
     return _MIXED.fullmatch(name) is not None
 
 
+def model_files(folder: str | Path) -> dict[str, Path]:
+    """The model's files in a folder, by their names in it."""
+    found = {path.name: path for path in _entries(Path(folder)) if is_model_file(path.name)}
+    found |= {f"{_TEMPLATES}/{path.name}": path for path in _entries(Path(folder) / _TEMPLATES)}
+    return {name: path for name, path in found.items() if path.is_file()}
+
+
 # ---------------------------------------------------------------- by content
 
 

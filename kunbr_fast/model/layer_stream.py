@@ -231,7 +231,7 @@ class LayerStream(Weights):
         source, written = self.shards.directory, written_names(self.shards.directory) - {"report.json", "merge.json"}
         for name in sorted(written):
             if (source / name).is_file() and (source / name).suffix not in WEIGHTS:
-                shutil.copyfile(source / name, directory / name)
+                write_with(directory / name, functools.partial(shutil.copyfile, source / name))
 
     def check_target(self, directory: str | Path | None) -> None:
         """ValueError for a directory that the model's tensors are read from, where `save` must not write; and None."""

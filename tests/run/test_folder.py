@@ -559,3 +559,55 @@ def test_a_place_that_can_be_no_folder_is_said(workspace, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     for out, said in (("link", "link to nothing"), ("link/x", "link to nothing"), ("file/x/y", "it is a file")):
         assert f"{said}: give the result a folder" in refusal(capsys, arguments(workspace, "--out", tmp_path / out))
+
+
+# ---------------------------------------------------------------- a finished run is the one that was asked for
+
+
+def test_a_finished_run_resumes_only_as_the_same(workspace, finished, tmp_path, capsys):
+    other = shutil.copytree(workspace, tmp_path / "w")
+    tiny_text.model(seed=1).save_pretrained(other / "mu")
+    same = arguments(workspace, "--out", finished, "--resume")
+    before = contents(finished)
+    for change, said in (
+        (["--dtype", "float64"], "dtype was float32 and is float64 now"),
+        (["--unlearned", other / "mu"], "with another unlearned model"),
+        (["--retain-questions", other / "f0.jsonl"], "its data are not those given now"),
+    ):
+        assert said in refusal(capsys, [*same, *map(str, change)])
+    tiny_text.write_jsonl(other / "r.jsonl", [tiny_text.question(n) for n in tiny_text.NAMES[13:]])
+    assert "its data are not" in refusal(capsys, arguments(other, "--out", finished, "--resume"))
+    shutil.copy(workspace / "r.jsonl", other / "r.jsonl")
+    assert cli.main([*arguments(other, "--out", finished, "--resume"), "--quiet"]) == 0  # wherever it lies
+    tiny_text.model(seed=1).save_pretrained(other / "model")
+    assert "its model is not the one given now" in refusal(capsys, arguments(other, "--out", finished, "--resume"))
+    assert contents(finished) == before
+
+
+def test_a_finished_run_whose_model_is_not_whole_says_so(workspace, finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+    command = arguments(workspace, "--out", out, "--resume")
+    assert cli.main(command) == 0
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        path, data = out / name, (finished / name).read_bytes()
+        for content, said in (
+            (None, "missing"),
+            (data[:100], f"damaged (it has 100 bytes, {len(data)} were written)"),
+            (data[:-7] + bytes([data[-7] ^ 4]) + data[-6:], "damaged (its bytes changed)"),
+        ):
+            path.unlink() if content is None else path.write_bytes(content)
+            error = refusal(capsys, command)
+            assert f"{path}: {said}" in error and "move it away, or give another output directory" in error
+        path.write_bytes(data)
+    report = json.loads((out / "report.json").read_text())
+    del report["result"]
+    (out / "report.json").write_text(json.dumps(report))
+    assert "an earlier version wrote it" in refusal(capsys, command)
+
+
+def test_resume_names_the_setting_that_makes_it_another_run(workspace, interrupted, capsys):
+    for option, value, said in (
+        ("--dtype", "float64", "dtype was float32"),
+        ("--target", "all", "target was 'letter'"),
+    ):
+        assert said in refusal(capsys, arguments(workspace, "--out", interrupted, "--resume", option, value))
