@@ -95,8 +95,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     used = folds if questions and len(folds) > 1 else []
     if finished is not None:
         inputs = RunInputs(model, forget, retain, tokenizer, unlearned, {"forget": questions, "retain": asked}, used)
-        check_finished(out, finished, inputs, config)
-        return _end_again(finished, arguments)
+        return _finished(finished, inputs, config, arguments)
     report = unlearn(
         model,
         forget,
@@ -141,7 +140,11 @@ def _check_target(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[st
     return report
 
 
-def _end_again(report: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+def _finished(
+    report: dict[str, Any], inputs: RunInputs, config: KUnBRConfig, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """The report of a finished run, which must be of these inputs. Removes what is left of its checkpoints."""
+    check_finished(arguments.out, report, inputs, config)
     CheckpointFolder(arguments.out).end_again(sayer(arguments))
     if not arguments.json:
         show(f"this run is finished: model, report.json and plots are in {arguments.out}")
