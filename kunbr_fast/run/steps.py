@@ -212,8 +212,8 @@ class Run:
             done = len(extra["epochs"]), extra["sums"]["steps"] if extra["sums"] else 0
             if done != (expected := divmod(first, schedule.steps_per_epoch)):
                 raise ValueError(
-                    f"{plain(self.state.path)}: {plain(stage)}: extra.epochs, extra.sums: got {done[0]} epochs and "
-                    f"{done[1]} steps of the next, expected {expected[0]} and {expected[1]}: start again in another directory"
+                    f"{plain(self.state.path)}: {plain(stage)}: extra.epochs, extra.sums: got {done[0]} and "
+                    f"{done[1]} steps, expected {expected[0]} and {expected[1]}: start again in another directory"
                 )
             training.load_state(tensors, first)
             # what memory allowed before: other micro-batches would have other bits
