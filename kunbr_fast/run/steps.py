@@ -230,12 +230,17 @@ class Run:
             yield
         except Diverged as error:
             self.state.reject(stage)
-            error.resume = "A resumed run begins this stage again"
+            sentence = "A resumed run begins this stage again"
             if (done := self.state.confirmed_steps(stage)) is not None:
-                error.resume = f"The checkpoint after {done} steps was found good: a resumed run goes on from there"
+                sentence = f"The checkpoint after {done} steps was found good: a resumed run goes on from there"
             if self.state.results(stage.group):
-                error.resume += ", with this learning rate, by which the blocks that are done were trained"
+                sentence += ", with this learning rate, by which the blocks that are done were trained"
+            error.resumable(sentence, self.locked(error))
             raise
+
+    def locked(self, error: Diverged) -> list[str]:
+        """The cures of an error that a resumed run would refuse."""
+        return [name for name in error.cures if self.state.is_locked(name, self.config.stage_of(name))]
 
     def _check_end(self, training: Training, feed: Feed, schedule: Schedule) -> None:
         """What the last update has made."""
@@ -277,7 +282,9 @@ class Run:
         recent = sum(account["recent"]) / len(account["recent"])
         if len(account["recent"]) == 10 and recent > self.retain_limit:
             cause = f"the retain loss is beyond max_retain_loss = {self.retain_limit:.2f}"
-            raise training.diverged(cause, metrics, step)
+            error = training.diverged(cause, metrics, step)
+            error.cures["max_retain_loss"] = "raise max_retain_loss"
+            raise error
 
     # ------------------------------------------------ what approximations make of a block's first step
 
