@@ -387,9 +387,19 @@ PLACES = {
         {"warmup": []},
     ],
     "stages/warmup/sha256": [None, 5, [], "0" * 64, ""],
+    "stages/density/seconds": [-1, 1e308, None, "x"],
+    "stages/evaluation.original": [
+        {"accuracy": {"forget": {"plain": share, "calibrated": None, "num_questions": number}}, "seconds": 1}
+        for share, number in ((7.0, 3), (-0.1, 3), (0.5, -3), (0.5, 0), (0.5, 1.5))
+    ],
+    "stages/rtt.\x1b[31m": [
+        {"rows": [{"fold": "\x1b", "lr": 1.0, "epoch": 0, "plain": 0.5, "calibrated": None}], "seconds": 1}
+    ],
     "stages/density/density": [None, [], 3, "x", {}],
     "stages/selection/blocks": [None, 3, [[0]], [["a", "b"]], {}],
     "config": [None, [], 3],
+    "config/nothing": [9],
+    "config/block_lr": [-1, "x", None, []],
     "identity": [None, 3, []],
     "format": [1, 3, None, "2", 2.5, []],
 }
