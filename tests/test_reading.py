@@ -61,15 +61,16 @@ ROW = dict.fromkeys(COLUMNS) | {
     "ms": 1.5, "p20_ms": 1.0, "p80_ms": 2.0, "rounds": 7, "speedup": 2.0, "gflop": 0.5, "note": "",
 }  # fmt: skip
 ROWS = [ROW, ROW | {"variant": "eager", "ours": 0, "ms": 3.0}, ROW | {"case": "9 x 9", "ms": None, "note": "not run"}]
+LOSSES = {"forget_loss": 1.5, "retain_loss": None}
 STATE = {
     "format": 2, "identity": "run", "config": KUnBRConfig().to_dict(), "progress": {}, "kept": {},
     "stages": {
         "begin": {"unlearned_given": False},
         "density": {"density": DENSITY, "seconds": 1.5},
         "selection": {"blocks": [[0, 2]]},
-        "blocks.0.0-2": {"epochs": [{"forget": 1.5, "retain": None}], "file": "blocks.0.0-2.safetensors", "sha256": ""},
-        "rtt.a": {"rows": CURVES["curves"][:2], "seconds": 1.0},
-        "rtt.b": {"rows": CURVES["curves"][2:], "seconds": 1.0},
+        "blocks.0.0-2": {"epochs": [LOSSES], "file": "blocks.0.0-2.safetensors", "sha256": ""},
+        "rtt.a.0.001": {"rows": CURVES["curves"][:2], "seconds": 1.0},
+        "rtt.b.0.001": {"rows": CURVES["curves"][2:], "seconds": 1.0},
     },
 }  # fmt: skip
 VERDICT = verdicts.Verdict(
@@ -140,7 +141,7 @@ KINDS = {  # file name: how it is read, a good value, how that is written
     "records.jsonl": (read_records, RECORDS, json_lines),
     "run.yaml": (KUnBRConfig.load, SETTINGS, as_yaml),
     "density.json": (read_density, DENSITY, fuzz.as_json),
-    "rtt.json": (read_curves, CURVES, fuzz.as_json),
+    "rtt.json": (read_curves, CURVES, with_checksum),
     "merge.partial.json": (read_partial, MERGE, fuzz.as_json),
     "state.json": (read_state, STATE, with_checksum),
     "rows.json": (read_bench, ROWS, fuzz.as_json),

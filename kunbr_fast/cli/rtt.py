@@ -15,9 +15,9 @@ from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.cli.terminal import show
 from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_relearning
-from kunbr_fast.evaluation.rtt import Curves, Fold, RTTConfig, RTTResult, finished_attacks, rtt_attack
-from kunbr_fast.files.atomic import write_json
-from kunbr_fast.files.documents import read_json
+from kunbr_fast.evaluation.rtt import Curves, Fold, Point, RTTConfig, RTTResult, finished_attacks, rtt_attack
+from kunbr_fast.files.checksums import read_sealed, write_sealed
+from kunbr_fast.files.documents import checked
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.target import PICTURE, FileKind, json_with
@@ -28,7 +28,8 @@ from kunbr_fast.model.frozen import frozen
 SETTINGS = "scoring seed rtt_lrs rtt_epochs rtt_batch_size rtt_target"
 
 _SUMMARY = ("accuracy", "calibrated_accuracy", "before", "recovery", "best")  # of a finished one
-_OURS = json_with("belongs_to", "curves", also=_SUMMARY)
+_OTHERS = "other_curves"  # finished attacks at learning rates that were not asked for last
+_OURS = json_with("belongs_to", "curves", also=(*_SUMMARY, _OTHERS, "sha256"))
 WRITES = {"out": FileKind("an attack's result", (".json",), _OURS), "plot": PICTURE}
 
 
@@ -58,22 +59,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--resume needs --out, the file with the finished attacks")
     if out is not None and out.exists() and not arguments.resume:
         raise ValueError(f"{out} exists: give another --out, or --resume to go on with it")
+    if arguments.resume and not out.exists():
+        raise ValueError(f"{plain(out)}: no attack to resume, there is no such file: leave --resume out")
     model, tokenizer = open_model(arguments)
     attack = config.attack()
     belongs = {name: value for name, value in dataclasses.asdict(attack).items() if name != "lrs"}
     data = [part for fold in folds for part in (fold.train_records, fold.questions)]
     belongs["run"] = fingerprint(model, *data, tokenizer=tokenizer)
-    done = _finished_attacks(out, belongs, folds, attack) if arguments.resume and out.is_file() else []
+    done = _finished_attacks(out, belongs, folds, attack) if arguments.resume else []
 
     def keep(rows: list[dict]) -> None:
         done.extend(rows)
         if out is not None:
-            write_json(out, {"belongs_to": belongs, "curves": done})
+            write_sealed(out, {"belongs_to": belongs, "curves": done})
 
     with scratch("kunbr-fast-") as folder, frozen(model):
         result = rtt_attack(Decoder(model), tokenizer, folds, attack, folder, not arguments.quiet, list(done), keep)
     if out is not None:
-        write_json(out, {"belongs_to": belongs, **result.to_dict()})
+        others = [row for row in done if row not in result.curves]
+        write_sealed(out, {"belongs_to": belongs, **result.to_dict(), **({_OTHERS: others} if others else {})})
     if arguments.plot:
         named = {Path(arguments.model).resolve().name: result}
         arguments.status = 0 if drawn(arguments.plot, lambda: plot_relearning(named, arguments.plot)) else 1
@@ -93,21 +97,24 @@ def _print(result: RTTResult) -> None:
     show(f"RTT accuracy {result.accuracy:.1%} (lr {lr:g}, epoch {epoch}){calibrated}; before {result.before:.1%}")
 
 
-class _Kept(Curves):
+class _Begun(Curves):
     belongs_to: dict[str, Any]
+
+
+class _Kept(_Begun, total=False):
+    other_curves: list[Point]
 
 
 def _finished_attacks(path: Path, belongs: dict[str, Any], folds: Sequence[Fold], attack: RTTConfig) -> list[dict]:
     """The curves in an earlier --out, if they are of this model, these questions and these settings."""
-    try:
-        found = read_json(path, _Kept)
-    except ValueError as error:
-        raise ValueError(f"{error}: not a file of kunbr-fast rtt --out: give another one") from error
+    found = read_sealed(path, "it was edited, or written by an earlier version: give another --out")
+    found = checked(found, _Kept, f"{plain(path)}: not a file of kunbr-fast rtt --out, give another one")
     before = found["belongs_to"]
     changed = [name for name, value in belongs.items() if before.get(name) != value]
     if changed:
         was = f"{changed[0]} = {shown(before.get(changed[0]))}"
         what = "the model or the questions" if changed[0] == "run" else was
         raise ValueError(f"{plain(path)}: {what} changed since it was begun: put it back, or give another --out")
-    finished_attacks(found["curves"], folds, attack, f"{plain(path)}: ")
-    return found["curves"]
+    rows = [*found["curves"], *found.get(_OTHERS, ())]
+    finished_attacks(rows, folds, attack, f"{plain(path)}: ")
+    return rows

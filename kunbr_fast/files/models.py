@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from kunbr_fast.files import model_config
-from kunbr_fast.files.atomic import os_errors, sizes, sync, usual_mode
+from kunbr_fast.files.atomic import os_errors, sizes
 from kunbr_fast.files.documents import read_json, read_text
 from kunbr_fast.files.headers import COPY, odd_kind
+from kunbr_fast.files.model_folder import new_model
 from kunbr_fast.files.parameters import (
     REMADE,
     Stored,
@@ -30,7 +31,6 @@ from kunbr_fast.files.parameters import (
     stored_parameters,
     without,
 )
-from kunbr_fast.files.scratch import scratch
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.shown import plain, shown
 
@@ -299,14 +299,12 @@ def check_same_architecture(original: nn.Module, unlearned: nn.Module, where: st
             )
 
 
-def save_model(model: nn.Module, tokenizer: Any | None, directory: str | Path) -> None:
-    """Writes a loadable model directory. Each file is whole or absent; config.json, which makes it a model, is last."""
+def save_model(model: nn.Module, tokenizer: Any | None, directory: str | Path, replace: bool = False) -> None:
+    """Writes a loadable model directory. Each file is whole or absent; config.json, which makes it a model, is last.
+    replace: the files of a model that is there go when this one is complete (`new_model`)."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with scratch(".saving-", directory) as folder:
-        staged = folder / "model"
+    with new_model(directory, replace) as staged:
         try:
-            mode = usual_mode(folder)
             with os_errors():
                 model.save_pretrained(staged, safe_serialization=True)
                 if tokenizer is not None:
@@ -314,10 +312,3 @@ def save_model(model: nn.Module, tokenizer: Any | None, directory: str | Path) -
         except OSError as error:
             said = f"{error.strerror or error}{sizes(error, directory, sum(p.nbytes for p in model.parameters()))}"
             raise OSError(error.errno, f"could not write the model to {directory}: {said}") from error
-        for file in sorted(staged.rglob("*"), key=lambda p: p.name == "config.json"):
-            if file.is_file():
-                sync(file)
-                target = directory / file.relative_to(staged)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.chmod(file, mode)  # safetensors and tokenizers leave private files
-                os.replace(file, target)

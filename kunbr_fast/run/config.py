@@ -346,6 +346,11 @@ class KUnBRConfig:
         with atomic_write(path) as file:
             file.write(signed(yaml.safe_dump(self.to_dict(), sort_keys=False)).encode())
 
+    @classmethod
+    def stage_of(cls, name: str) -> str:
+        """The stage whose result a setting changes, "none" if it changes none; "data", of all, for what is none."""
+        return cls.__dataclass_fields__[name].metadata["stage"] if name in cls.__dataclass_fields__ else "data"
+
     def changed(self, other: dict[str, Any]) -> dict[str, str]:
         """The settings that differ from `other` (a `to_dict`), each with the stage whose result it changes."""
         mine, default = self.to_dict(), type(self)().to_dict()  # a run of an older version lacks newer settings

@@ -16,11 +16,13 @@ from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import RTTResult, finished_attacks
 from kunbr_fast.files.shown import plain
 from kunbr_fast.files.tensors import WeightSnapshot
+from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
 from kunbr_fast.model.weights import finite, weights_of
 from kunbr_fast.parallel.assign import block_cost, busiest_share, homes, spread_blocks
 from kunbr_fast.parallel.group import ALONE
+from kunbr_fast.run.probe import overflowing, tried
 from kunbr_fast.run.reporter import Timer
 from kunbr_fast.run.steps import Run
 from kunbr_fast.run.visits import (
@@ -38,6 +40,8 @@ from kunbr_fast.run.visits import (
 )
 from kunbr_fast.training.diverged import Diverged
 
+MERGED, WARM_UP = "the merge of the trained blocks", "the end of the warm-up"  # what errors call them
+
 
 class Stages(Run):
     """The stages of a run, each skipped if its result is already there."""
@@ -52,8 +56,9 @@ class Stages(Run):
         blocks = self.select(density)
         self.measure_original(blocks)
         trained = self.reinsert(blocks)
-        self.merge(trained)
-        accuracy["result"] = self.evaluate("result")
+        with self._judged():
+            self.merge(trained)
+            accuracy["result"] = self.evaluate("result")
         rtt = self.attack()
         results = self.state.results()
         seconds: dict[str, float] = {}
@@ -73,7 +78,7 @@ class Stages(Run):
     def evaluate(self, name: str) -> dict[str, Any]:
         stage = Stage.evaluation(name)
         if self.state.result(stage) is None:
-            with self.reporter.stage(stage) as took:
+            with self.reporter.stage(stage) as took, self._answering(MERGED if name == "result" else None):
                 accuracy = self._accuracy(self.decoder, name)
             self.state.finish(stage, {"accuracy": accuracy, "seconds": took.seconds})
         return self.state.result(stage)["accuracy"]
@@ -88,6 +93,21 @@ class Stages(Run):
                 found = choice_accuracy(decoder, tokenizer, asked, scoring=scoring, progress=bar)
                 out[what] = {"plain": found.plain, "calibrated": found.calibrated, "num_questions": found.num_questions}
         return out
+
+    @contextlib.contextmanager
+    def _answering(self, made_by: str | None) -> Iterator[None]:
+        """Inside, an answer that is not finite is `Diverged` for all ranks: of the stage that has made the model, if
+        one has."""
+        said = None
+        try:
+            yield
+        except FloatingPointError as error:
+            if made_by is None:
+                raise
+            said = str(error).partition(": its weights")[0]
+        said = next((found for found in self.group.gather(said) if found is not None), None)
+        if said is not None:
+            raise self.overflown(made_by, said)
 
     def attack(self) -> RTTResult | None:
         attack, progress, rank = self.rtt, self.reporter.progress, self.group.rank
@@ -161,7 +181,8 @@ class Stages(Run):
         try:
             with self.reporter.stage(WARMUP, says) as took, self.full_training() as training:
                 result = self.train(WARMUP, training, self.feed_of(training), self.schedule_of(None), took)
-            result["accuracy"] = self._accuracy(self.decoder, "unlearned")
+            with self._rejecting(WARMUP), self._answering(WARM_UP):
+                result["accuracy"] = self._accuracy(self.decoder, "unlearned")
             self.state.finish(WARMUP, result, dict(model.named_parameters()))
         finally:
             original.restore(model)
@@ -316,6 +337,7 @@ class Stages(Run):
             for weights in (self._unlearned(), *trained.values()):
                 self.decoder.place(weights)
         self.check_result(trained)
+        self._check_forward()
 
     def check_result(self, trained: Mapping[range, Mapping[str, torch.Tensor]] = MappingProxyType({})) -> None:
         """`Diverged` where the model, or of a streamed one what was trained, is not finite: it is not to be saved."""
@@ -323,4 +345,35 @@ class Stages(Run):
         for weights in parts:
             for name in weights:
                 if not finite(weights[name]):
-                    raise Diverged("the merge of the trained blocks", {}, f"{name} is not finite")
+                    raise self.overflown(MERGED, f"{name} is not finite")
+
+    def _check_forward(self) -> None:
+        """`Diverged` where the result, each of whose blocks was finite inside the original, is not in use."""
+        config, samples = self.config, self.samples
+        epochs = config.warmup_epochs + config.rounds * config.top_k * config.block_epochs
+        named = tried({"forget": samples.forget, "retain": samples.retain}, epochs * len(samples.forget))
+        found = overflowing(self.decoder, named, Place(self.config.cache, self.work))
+        found = next((what for what in self.group.gather(found) if what is not None), None)
+        if found is not None:
+            raise self.overflown(MERGED, f"{found} are not finite, though every block was in the original model")
+
+    def overflown(self, made_by: str, cause: str) -> Diverged:
+        """The error of a model that is not finite though the steps that made it were."""
+        rates = ("block_lr", "warmup_lr") if made_by == MERGED else ("warmup_lr",)
+        cures = {name: f"lower {name} ({getattr(self.config, name):g})" for name in rates}
+        if self.inputs.unlearned is not None:
+            cures.pop("warmup_lr")
+            cures["unlearned"] = "take an unlearned model that is nearer to the original"
+        if self.decoder.dtype == torch.float16:
+            cures["dtype"] = "load the model in bfloat16 or float32"
+        return Diverged(made_by, {}, cause, cures)
+
+    @contextlib.contextmanager
+    def _judged(self) -> Iterator[None]:
+        """Inside, a result that is not finite takes the blocks' results with it: others are to be trained."""
+        try:
+            yield
+        except Diverged as error:
+            self.state.forget(("blocks", MERGE, RTT, Stage.evaluation("result")))
+            error.resumable("A resumed run trains the blocks again", self.locked(error))
+            raise

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot, load_tensors, save_tensors
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.folder import STATE, stage_file, sweep
+from kunbr_fast.run.identity import difference
 from kunbr_fast.run.state_format import FORMAT, check_state
-from kunbr_fast.run.visits import Stage
+from kunbr_fast.run.visits import WARMUP, Stage
 
 # What may be changed on resuming in the middle of a stage, which is how a diverged run is rescued.
 FREE_WHILE_TRAINING = ("warmup_lr", "warmup_epochs", "block_lr", "block_epochs")
@@ -114,21 +115,26 @@ class RunState:
 
     def _check(self, identity: str, config: Any) -> None:
         if self.state["identity"] != identity:
-            raise ValueError(
-                f"{self.directory} belongs to another run: its model or data are not those given now. "
-                "Give the same model, forget and retain records and questions, or another output directory"
-            )
-        finished = {Stage(name).group for name in self.state["stages"]}
-        current = {Stage(name).group for name, entries in self.state["progress"].items() if entries}
-        locked = finished | ({"data"} if finished | current else set())
-        locked |= {"training"} if finished & {"warmup", "blocks"} else set()
+            text = difference(self.state["identity"], identity, config, self.state["config"])
+            raise ValueError(f"{self.directory} belongs to another run: {text}")
         for name, stage in config.changed(self.state["config"]).items():
-            if stage in locked or (stage in current and name not in FREE_WHILE_TRAINING):
+            if self.is_locked(name, stage):
                 was = shown(self.state["config"].get(name))
                 raise ValueError(
                     f"{self.directory}: {name} was {was} in the run to be resumed, and its results depend on it. "
                     "Put it back, or start again in another directory"
                 )
+
+    def is_locked(self, name: str, stage: str) -> bool:
+        """Whether something that is done depends on the setting `name`, of `stage` (as `KUnBRConfig.stage_of`)."""
+        results = self.results()
+        finished = {found.group for found in results}
+        current = {Stage(found).group for found, entries in self.state["progress"].items() if entries}
+        if "given" in results.get(WARMUP, {}):  # an unlearned model that another program has made
+            finished.remove("warmup")
+        locked = finished | ({"data"} if results or current else set())
+        locked |= {"training"} if finished & {"warmup", "blocks"} else set()
+        return stage in locked or (stage in current and name not in FREE_WHILE_TRAINING)
 
     def _write(self) -> None:
         write_sealed(self.path, self.state)
@@ -166,6 +172,15 @@ class RunState:
                 result = {**result, "file": name, "sha256": self._save(name, tensors)}
             self.state["stages"][stage] = result
             self._replace(stage, [])
+        self._share()
+
+    def forget(self, stages: Container[str]) -> None:
+        """Forgets finished stages, by their names or groups; their files go."""
+        if self._writes:
+            before = self._files()
+            self.keep_only(stage for stage in self.results() if stage not in stages and stage.group not in stages)
+            self._write()
+            _remove(self.directory / name for name in before - self._files())
         self._share()
 
     def file(self, stage: str) -> Path:

@@ -10,10 +10,12 @@ from typing import Annotated, Any, TypedDict
 from msgspec import Meta
 
 from kunbr_fast.density.measure import Saved
-from kunbr_fast.evaluation.rtt import Point
+from kunbr_fast.evaluation.rtt import Point, Share
 from kunbr_fast.files.documents import checked
-from kunbr_fast.files.shown import shown
+from kunbr_fast.files.shown import plain, shown
+from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.folder import stage_file
+from kunbr_fast.run.visits import Stage
 
 FORMAT = 2
 _STAGES = re.compile(
@@ -31,13 +33,14 @@ _HAS = {
     "evaluation": ["accuracy", "seconds"],
     "rtt": ["rows", "seconds"],
 }
-Losses = dict[str, float | None]
+Seconds = Annotated[float, Meta(ge=0, le=1e10)]
+Epochs = Annotated[list[dict[str, float | None]], Meta(max_length=10**6)]
 
 
 class Accuracy(TypedDict):
-    plain: float
-    calibrated: float | None
-    num_questions: int
+    plain: Share
+    calibrated: Share | None
+    num_questions: Annotated[int, Meta(ge=1, le=10**9)]
 
 
 class Result(TypedDict, total=False):
@@ -45,8 +48,8 @@ class Result(TypedDict, total=False):
 
     file: str
     sha256: str
-    seconds: float
-    epochs: list[Losses]
+    seconds: Seconds
+    epochs: Epochs
     accuracy: dict[str, Accuracy]
     given: str
     density: Saved
@@ -57,14 +60,22 @@ class Result(TypedDict, total=False):
     unlearned_given: bool
 
 
+class Sums(TypedDict):
+    """Of the losses of the present epoch's steps."""
+
+    forget_loss: float | None
+    retain_loss: float | None
+    steps: Annotated[int, Meta(ge=1, le=10**12)]
+
+
 class Account(TypedDict):
     """Of the steps that are done, besides tensors."""
 
-    epochs: list[Losses]
-    sums: dict[str, float | None] | None
-    recent: list[float]
-    seconds: float
-    micro_batch_tokens: int | None
+    epochs: Epochs
+    sums: Sums | None
+    recent: Annotated[list[float], Meta(max_length=10)]
+    seconds: Seconds
+    micro_batch_tokens: Annotated[int, Meta(ge=1, le=2**40)] | None
 
 
 class Kept(TypedDict):
@@ -88,21 +99,26 @@ class State(TypedDict):
 
 
 def check_state(state: Mapping[str, Any], path: Path) -> None:
-    """ValueError for a state of another format, of other types, or that names files other than its own."""
+    """ValueError for a state of another format, of other types or values, or that names files other than its own."""
     if (found := state.get("format")) != FORMAT:
         raise ValueError(
             f"{path}: format {shown(found)}, this version reads {FORMAT}: start again in another directory"
         )
-    checked(state, State, str(path))
+    checked(state, State, plain(path))
+    KUnBRConfig.from_dict(state["config"], f"{plain(path)}: config")
     for stage, result in state["stages"].items():
         _check_stage(stage, path)
         _check_name(result, stage, None, path)
         if missing := [key for key in _HAS.get(stage.partition(".")[0], ()) if key not in result]:
             raise ValueError(f"{path}: {shown(stage)} has no {missing[0]}: {_CURE}")
+        for row in result.get("rows", ()):
+            if stage != Stage.attack(row["fold"], row["lr"]):
+                raise ValueError(f"{path}: {shown(stage)} has rows of {shown(row['fold'])} at {row['lr']:g}: {_CURE}")
     for stage, entries in state["progress"].items():
         _check_stage(stage, path)
         for entry in entries:
             _check_name(entry, stage, entry["step"], path)
+            _check_account(entry["extra"], entry["step"], f"{path}: {plain(stage)}")
     for name, entry in state["kept"].items():
         if name != "original" or entry["file"] != "original.safetensors":
             raise ValueError(f"{path}: {shown(name)} is nothing that a run keeps: {_CURE}")
@@ -118,6 +134,23 @@ def _check_stage(stage: str, path: Path) -> None:
 
 def _check_name(entry: Mapping[str, Any], stage: str, step: int | None, path: Path) -> None:
     if ("file" in entry) != ("sha256" in entry):
-        raise ValueError(f"{path}: {stage} has a file without a checksum, or the other way round: {_CURE}")
-    if "file" in entry and entry["file"] != stage_file(stage, step):
-        raise ValueError(f"{path}: {stage} names the file {shown(entry['file'])}: {_CURE}")
+        raise ValueError(f"{path}: {plain(stage)} has a file without a checksum, or the other way round: {_CURE}")
+    if "file" in entry and entry["file"] != _file_of(stage, step):
+        raise ValueError(f"{path}: {plain(stage)} names the file {shown(entry['file'])}: {_CURE}")
+
+
+def _file_of(stage: str, step: int | None) -> str | None:
+    try:
+        return stage_file(stage, step)
+    except ValueError:  # it keeps none
+        return None
+
+
+def _check_account(account: Account, step: int, where: str) -> None:
+    """As far as it can be told without the schedule, which `steps.Run` holds it against."""
+    present = account["sums"]["steps"] if account["sums"] else 0
+    if len(account["epochs"]) + present > step:
+        raise ValueError(
+            f"{where}: extra.epochs, extra.sums: got {len(account['epochs'])} epochs and {present} steps of the next, "
+            f"of {step} steps in all: {_CURE}"
+        )

@@ -14,6 +14,7 @@ import torch
 from kunbr_fast.data import PackedBatch, pack
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.density.attribution import COMPARING, attribute
+from kunbr_fast.files.shown import plain
 from kunbr_fast.files.tensors import WeightSnapshot, load_tensors
 from kunbr_fast.memory import Place
 from kunbr_fast.model.frozen import frozen
@@ -170,7 +171,7 @@ class Run:
         """Runs the steps of a stage that are not yet done, with checkpoints; returns {"epochs", "seconds"}.
 
         A checkpoint counts once a later step's forward pass was finite, and its retain loss within the limit."""
-        first, account = self._taken_up(stage, training, took)
+        first, account = self._taken_up(stage, training, schedule, took)
         every, stop = self.config.checkpoint_every or schedule.steps_per_epoch, self.context.stop
 
         def save(done: int) -> None:
@@ -201,11 +202,19 @@ class Run:
         feed.team.check_same_bits(stage, training.state())
         return {"epochs": account["epochs"], "seconds": took.seconds}
 
-    def _taken_up(self, stage: Stage, training: Training, took: Timer) -> tuple[int, dict[str, Any]]:
+    def _taken_up(
+        self, stage: Stage, training: Training, schedule: Schedule, took: Timer
+    ) -> tuple[int, dict[str, Any]]:
         """(steps done, account) of the stage's checkpoint, which `training` takes up; of none: of its beginning."""
         first, account = 0, new_account()
         if (found := self.state.progress(stage)) is not None:
             first, tensors, extra = found[0], found[1], copy.deepcopy(found[2])
+            done = len(extra["epochs"]), extra["sums"]["steps"] if extra["sums"] else 0
+            if done != (expected := divmod(first, schedule.steps_per_epoch)):
+                raise ValueError(
+                    f"{plain(self.state.path)}: {plain(stage)}: extra.epochs, extra.sums: got {done[0]} and "
+                    f"{done[1]} steps, expected {expected[0]} and {expected[1]}: start again in another directory"
+                )
             training.load_state(tensors, first)
             # what memory allowed before: other micro-batches would have other bits
             limits = (extra.pop("micro_batch_tokens", None), training.micro_batch_tokens)
@@ -221,12 +230,17 @@ class Run:
             yield
         except Diverged as error:
             self.state.reject(stage)
-            error.resume = "A resumed run begins this stage again"
+            sentence = "A resumed run begins this stage again"
             if (done := self.state.confirmed_steps(stage)) is not None:
-                error.resume = f"The checkpoint after {done} steps was found good: a resumed run goes on from there"
+                sentence = f"The checkpoint after {done} steps was found good: a resumed run goes on from there"
             if self.state.results(stage.group):
-                error.resume += ", with this learning rate, by which the blocks that are done were trained"
+                sentence += ", with this learning rate, by which the blocks that are done were trained"
+            error.resumable(sentence, self.locked(error))
             raise
+
+    def locked(self, error: Diverged) -> list[str]:
+        """The cures of an error that a resumed run would refuse."""
+        return [name for name in error.cures if self.state.is_locked(name, self.config.stage_of(name))]
 
     def _check_end(self, training: Training, feed: Feed, schedule: Schedule) -> None:
         """What the last update has made."""
@@ -256,7 +270,7 @@ class Run:
         objective does not measure is None throughout, and has no limit."""
         sums = account["sums"] or {**dict.fromkeys(LOSSES, 0.0), "steps": 0}
         for name in LOSSES:
-            sums[name] = None if metrics[name] is None else sums[name] + metrics[name]
+            sums[name] = None if None in (sums[name], metrics[name]) else sums[name] + metrics[name]
         sums["steps"] += 1
         account["sums"] = sums
         if ends_epoch:
@@ -268,7 +282,9 @@ class Run:
         recent = sum(account["recent"]) / len(account["recent"])
         if len(account["recent"]) == 10 and recent > self.retain_limit:
             cause = f"the retain loss is beyond max_retain_loss = {self.retain_limit:.2f}"
-            raise training.diverged(cause, metrics, step)
+            error = training.diverged(cause, metrics, step)
+            error.cures["max_retain_loss"] = "raise max_retain_loss"
+            raise error
 
     # ------------------------------------------------ what approximations make of a block's first step
 

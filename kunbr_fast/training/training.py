@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kunbr_fast.files.shown import shown
 from kunbr_fast.kernels.optimizers.op import Watched
 from kunbr_fast.memory import OutOfMemory, cannot_fit, is_out_of_memory, release
 from kunbr_fast.model.decoder import Decoder
@@ -19,7 +20,7 @@ from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.parallel.group import ALONE, Group
-from kunbr_fast.training.diverged import LOSS, UPDATE, Diverged
+from kunbr_fast.training.diverged import ASCENT, LOSS, UPDATE, Diverged
 from kunbr_fast.training.micro_batches import kept, micro_batches, one_of, summed
 from kunbr_fast.training.settings import Execution, FullSettings
 
@@ -83,8 +84,10 @@ class Training(abc.ABC):
         self.drop_gradient()
         self.check_update(metrics)
         what = "a gradient" if math.isfinite(metrics["loss"]) else "the loss"
-        cause = f"{what} is not finite" + f", after the update of step {self.steps - 1}" * (self.steps > 0)
-        raise self.diverged(cause, metrics, self.steps)
+        if not self.steps:
+            cause = f"{what} itself is not finite, before any update, so the learning rate is not the cause"
+            raise Diverged(self.where(0), metrics, cause, self._first_loss(metrics))
+        raise self.diverged(f"{what} is not finite, after the update of step {self.steps - 1}", metrics, self.steps)
 
     def check_update(self, metrics: Mapping[str, float | None] | None = None) -> None:
         """`Diverged` if an update has stored weights or state that are not finite. Waits for the device."""
@@ -116,11 +119,43 @@ class Training(abc.ABC):
         self, cause: str, metrics: Mapping[str, float | None] | None = None, step: int | None = None
     ) -> Diverged:
         """The error. step: the bad one; None: the last one, whose update it was."""
-        lr, decay = self.settings.lr, self.settings.weight_decay
-        lower = f"the learning rate ({self.lr_name}={lr:g})"
+        at, cures = self.where(self.steps - 1 if step is None else step), self._cures()
+        return Diverged(at, metrics or {}, cause, cures)
+
+    def _cures(self) -> dict[str, str]:
+        """What helps, by setting."""
+        lr, decay, name = self.settings.lr, self.settings.weight_decay, self.lr_name
+        cures = {name: f"lower the learning rate ({name}={lr:g})"}
         if lr * decay >= 1:  # a weight is multiplied by 1 - lr * decay
-            lower = f"weight_decay ({decay:g})"
-        return Diverged(self.where(self.steps - 1 if step is None else step), metrics or {}, cause, lower)
+            cures = {"weight_decay": f"lower weight_decay ({decay:g})"} | cures
+        epochs = {name.replace("lr", "epochs"): ASCENT["epochs"]}
+        cures |= {key: cure for key, cure in ASCENT.items() if key != "epochs" and self._has(key)} | epochs
+        return cures
+
+    def _has(self, setting: str) -> bool:
+        """Whether the objective has it."""
+        if setting == "forget_loss_cap":
+            return setting in self.criterion.options
+        found = self.criterion.objective  # one that updates it has it in its checkpoints
+        return setting != "retain_coeff" or (found.retain and found.update is None)
+
+    def _first_loss(self, metrics: Mapping[str, float | None]) -> dict[str, str]:
+        """What helps where a loss or gradient is not finite before any update, by setting: no learning rate does."""
+        criterion, cures = self.criterion, {}
+        if criterion.retain_coeff != 1 and criterion.objective.retain:
+            cures["retain_coeff"] = f"lower retain_coeff ({criterion.retain_coeff:g})"
+        cap = criterion.options.get("forget_loss_cap")
+        if cap is not None:
+            cures["forget_loss_cap"] = f"take another forget_loss_cap ({cap:g})"
+        defaults = {**criterion.objective.options, "layer": criterion.layer, "forget_loss_cap": cap}
+        options = [f"{name}={shown(value)}" for name, value in criterion.options.items() if value != defaults[name]]
+        if options:
+            cures["objective_options"] = f"take other options of {criterion.objective.name} ({', '.join(options)})"
+        dtype = str(self.decoder.dtype).removeprefix("torch.")
+        measured = [metrics[name] for name in ("forget_loss", "retain_loss") if metrics[name] is not None]
+        if not cures or not all(map(math.isfinite, measured)):  # else the model's own answers are finite
+            cures["model"] = "take another model" + f", or a wider dtype than {dtype}" * (dtype != "float64")
+        return cures
 
     def accumulate(self, step: StepBatch) -> PartLoss:
         """Adds a batch's gradient, in micro-batches where it does not fit; its loss, detached. An exception leaves no

@@ -13,6 +13,7 @@ from kunbr_fast import KUnBRConfig
 from kunbr_fast.cli import main as cli
 from kunbr_fast.density.measure import Density
 from kunbr_fast.density.select import pareto_front
+from kunbr_fast.files.checksums import read_sealed, write_sealed
 
 QUICK = (
     "--num-blocks 3 --top-k 1 --warmup-epochs 1 --block-epochs 1 --target letter --rtt-epochs 1 --rtt-lrs 1e-3".split()
@@ -195,22 +196,55 @@ def test_rtt_prints_the_curve_and_resumes(workspace, tmp_path, capsys):
     first = json.loads(out.read_text())
     assert cli.main(command) == 2 and "--resume" in capsys.readouterr().err
     # one of the two folds is taken away, as if the attack had been interrupted before it
+    del first["sha256"]
     half = {**first, "curves": [row for row in first["curves"] if row["fold"] == "f0"]}
-    out.write_text(json.dumps(half))
+    write_sealed(out, half)
     assert cli.main([*command, "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {k: v for k, v in first.items() if k != "belongs_to"}
-    assert json.loads(out.read_text()) == first
+    assert read_sealed(out, "") == first
     for change, message in [
         ([*command, "--seed", "1"], "seed = 0 changed"),
         ([*command[:5], str(workspace / "r.jsonl"), *command[6:]], "the model or the questions changed"),
     ]:
-        out.write_text(json.dumps(half))
+        write_sealed(out, half)
         assert cli.main([*change, "--resume"]) == 2
         assert f"{out}: {message}" in capsys.readouterr().err
     for content in ("{", "[]", '{"curves": []}'):
         out.write_text(content)
         assert cli.main([*command, "--resume"]) == 2
         assert f"--out {out}: exists and is not an attack's result of kunbr-fast" in capsys.readouterr().err
+
+
+def test_an_attack_that_is_resumed_loses_and_believes_nothing(workspace, tmp_path, capsys):
+    out = tmp_path / "rtt.json"
+    files = [str(workspace / name) for name in ("model", "f0.jsonl", "f1.jsonl")]
+    command = ["rtt", "--model", files[0], "--forget", *files[1:], "--rtt-epochs", "1", "--quiet", "--out", str(out)]
+    assert cli.main([*command, "--resume", "--rtt-lrs", "1e-4"]) == 2 and not out.exists()
+    assert f"{out}: no attack to resume" in capsys.readouterr().err
+    assert cli.main([*command, "--rtt-lrs", "1e-4", "1e-3"]) == 0
+    both = json.loads(out.read_text())
+
+    # fewer learning rates: what was found at the others stays, and is there for a later run
+    assert cli.main([*command, "--resume", "--rtt-lrs", "1e-4"]) == 0
+    one = json.loads(out.read_text())
+    assert one["best"]["lr"] == 1e-4 and {row["lr"] for row in one["curves"]} == {1e-4}
+    assert one["other_curves"] == [row for row in both["curves"] if row["lr"] == 1e-3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kunbr_fast.evaluation.rtt.train_all", None)  # no attack is made again
+        assert cli.main([*command, "--resume", "--rtt-lrs", "1e-4", "1e-3"]) == 0
+    assert json.loads(out.read_text()) == both
+
+    # a value that was changed, and a file of a version that wrote no checksum
+    text = out.read_text()
+    at = text.index('"plain": ') + len('"plain": ')
+    changed = text[:at] + "0.75" + text[text.index(",", at) :]
+    without = json.dumps({name: value for name, value in both.items() if name != "sha256"})
+    capsys.readouterr()
+    for content in (changed, without):
+        out.write_text(content)
+        assert cli.main([*command, "--resume", "--rtt-lrs", "1e-4"]) == 2 and out.read_text() == content
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"{out}: damaged" in error and "by an earlier version" in error
 
 
 def test_doctor(capsys):

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import importlib
-import json
 import os
 import socket
 import stat
@@ -20,6 +19,7 @@ from kunbr_fast.cli.outputs import INPUTS, KEPT, check_outputs
 from kunbr_fast.density.measure import Density
 from kunbr_fast.evaluation import figures
 from kunbr_fast.files import target
+from kunbr_fast.files.checksums import write_sealed
 from kunbr_fast.files.target import FileKind, FolderKind, Target, check
 from kunbr_fast.run.config import KUnBRConfig
 
@@ -222,7 +222,7 @@ def test_our_own_earlier_results_are_known(tmp_path):
     rows = [dict.fromkeys(COLUMNS, "") | {"suite": "norms", "variant": "torch", "ours": 0, "case": "c"}]
     write_rows(tmp_path / "results.csv", tmp_path / "results.json", rows)
     write_report(rows, tmp_path)
-    (tmp_path / "r.json").write_text(json.dumps({"belongs_to": {}, "curves": []}))
+    write_sealed(tmp_path / "r.json", {"belongs_to": {}, "curves": [], "other_curves": []})
     check(
         [
             Target("--out", str(tmp_path / "d.json"), WRITES["density"]["out"]),

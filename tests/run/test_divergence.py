@@ -16,6 +16,7 @@ from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.reporter import Reporter
+from kunbr_fast.run.stages import Stages
 from kunbr_fast.training import training as steps
 from kunbr_fast.training.full import FullTraining, train_all
 from kunbr_fast.training.settings import BlockSettings, FullSettings
@@ -196,6 +197,54 @@ def test_a_model_that_is_not_finite_is_never_saved(monkeypatch, tmp_path):
     monkeypatch.setattr(Decoder, "place", spoilt)
     with pytest.raises(kf.Diverged, match=r"the merge of the trained blocks: model.layers.1.mlp.down_proj.weight is"):
         run(tmp_path, {})
+
+
+def overflowing(monkeypatch):
+    """Merged models have finite weights, and a forward pass that is not finite."""
+    check = Stages.check_result
+
+    def then(self, *trained):
+        with torch.no_grad():
+            for weight in (self.decoder.layers[1].mlp.up_proj.weight, self.decoder.layers[1].mlp.down_proj.weight):
+                weight.mul_(1e30)
+        check(self, *trained)
+
+    monkeypatch.setattr(Stages, "check_result", then)
+
+
+def test_a_result_that_overflows_in_use_is_never_saved_and_other_rates_rescue_it(monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        overflowing(patch)
+        with pytest.raises(kf.Diverged) as error:
+            run(tmp_path / "out", {})
+    said = str(error.value)
+    merge = "diverged at the merge of the trained blocks: "
+    assert said.startswith(merge + "the hidden states for forget sample 0 to retain sample 11 are not finite")
+    assert "lower block_lr (0.001), on resuming too; or in a new run (another output directory) lower warmup_lr" in said
+    assert error.value.resume == "A resumed run trains the blocks again" and "\n" not in said
+    assert not list((tmp_path / "out/kunbr-checkpoints").glob("blocks*"))
+    lower = dict(block_lr=1e-4)
+    same(run(tmp_path / "out", lower, resume=True), run(tmp_path / "truth", lower))
+
+
+@pytest.mark.parametrize("model", ["result", "unlearned", "original"])
+def test_an_answer_that_is_not_finite_is_a_divergence_of_what_has_made_the_model(model, monkeypatch, tmp_path):
+    """Of the original it is none."""
+    asked, measured = {"result": 2, "unlearned": 1, "original": 0}[model], []
+
+    def bad(self, decoder, name):
+        measured.append(name)
+        if len(measured) == asked + 1:
+            raise FloatingPointError("the model's answer to question 3 is not a finite number ([nan]): its weights")
+        return {}
+
+    monkeypatch.setattr(Stages, "_accuracy", bad)
+    at = {"result": "the merge of the trained blocks", "unlearned": "the end of the warm-up"}.get(model)
+    with pytest.raises(FloatingPointError if at is None else kf.Diverged) as error:
+        run(tmp_path, {})
+    assert measured[-1] == model and "answer to question 3 is not a finite number" in str(error.value)
+    if at is not None:
+        assert str(error.value).startswith(f"diverged at {at}: ") and "resumed run" in error.value.resume
 
 
 @pytest.mark.parametrize("insertion", ["independent", "cumulative"])

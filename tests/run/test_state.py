@@ -6,11 +6,15 @@ import pytest
 import torch
 
 import kunbr_fast as kf
+from kunbr_fast.files.checksums import read_sealed, write_sealed
 from kunbr_fast.run.state import RunState
 
 
 def extra(n):
     return {"epochs": [], "sums": None, "recent": [], "seconds": float(n), "micro_batch_tokens": None}
+
+
+LOSSES = {"forget_loss": 1.5, "retain_loss": None}
 
 
 def opened(directory, resume=False):
@@ -83,3 +87,28 @@ def test_progress_whose_file_is_damaged_or_missing_falls_back(tmp_path):
     assert state.progress(stage) is None and told[-1].endswith("goes on from its beginning")
     state.save_progress(stage, 2, x, extra(2))
     assert resumed().progress(stage)[0] == 2 and len(told) == 2
+
+
+ACCOUNTS = {
+    "epochs": [None, [1], [{"forget_loss": "x"}], [{"forget_loss": 1.0}] * 9],
+    "sums": [5, {"x": 1e308}, {"forget_loss": 1.0, "retain_loss": 1.0, "steps": 0}, {**LOSSES, "steps": 9}],
+    "recent": [None, [1.0] * 11, ["x"]],
+    "seconds": [None, -1, 1e308, "x"],
+    "micro_batch_tokens": [0, -5, 2**60, "x", 1.5],
+}
+
+
+@pytest.mark.parametrize("field", ACCOUNTS)
+def test_an_account_has_values_that_steps_can_have(field, tmp_path):
+    stage, path = "blocks.0.2-4", tmp_path / "state.json"
+    opened(tmp_path).save_progress(stage, 8, {"x": torch.ones(3)}, extra(8))
+    state = read_sealed(path, "")
+    for value in ACCOUNTS[field]:
+        state["progress"][stage][0]["extra"] = {**extra(8), field: value}
+        write_sealed(path, state)
+        with pytest.raises(ValueError, match=f"(?s)state.json.*{stage}.*{field[:-1]}") as refused:
+            opened(tmp_path, True)
+        assert str(refused.value).count("\n") == 0
+    state["progress"][stage][0]["extra"] = {**extra(8), "epochs": [LOSSES], "sums": {**LOSSES, "steps": 3}}
+    write_sealed(path, state)
+    assert opened(tmp_path, True).progress(stage)[2]["sums"]["steps"] == 3
