@@ -83,6 +83,7 @@ def test_every_module_is_installed(installed, tmp_path):
             "scripts/__init__",
             "scripts/bench_pipelines",
             "scripts/bench_plan",
+            "scripts/check_cost",
             "scripts/count_step",
             "scripts/cover_precision",
             "scripts/demo_seeds",

@@ -18,6 +18,7 @@ from typing import Any
 
 from kunbr_fast.data.content import LETTERS, are_equal, check_choices, is_blank
 from kunbr_fast.files.documents import parse_json, read_lines
+from kunbr_fast.files.scalars import Unread
 from kunbr_fast.files.shown import plain, shown
 
 logger = logging.getLogger(__name__)
@@ -61,12 +62,32 @@ def is_record(entry: Mapping[str, Any]) -> bool:
 
 def parse_record(line: str, where: str) -> dict:
     """A checked record from one line of JSON. Error messages begin with `where`."""
-    record = parse_json(line, where)
+    record = parse_json(line, where, strict=False)  # its other keys are never read
     if not isinstance(record, dict):
         raise ValueError(f'{where}: got a {type(record).__name__}, expected an object such as {{"text": ...}}')
+    for key in _read_keys(record):
+        check_read(record.get(key), f"{where}: {key!r}")
     check_record(record, where)
     record["_where"] = where
     return record
+
+
+def _read_keys(record: Mapping) -> tuple[str, ...]:
+    """The keys of its form, as `check_record` tells it."""
+    if "question" in record:
+        return "question", "choices", "answer"
+    if "text" in record:
+        return ("text",)
+    return ("prompt", "completion") if "prompt" in record or "completion" in record else ("messages",)
+
+
+def check_read(value: Any, where: str) -> None:
+    """ValueError, beginning with `where`, for a number in it that `parse_json` has not taken."""
+    if isinstance(value, Unread):
+        raise ValueError(f"{where}: {value.why}")
+    if isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            check_read(item, where)
 
 
 def check_record(record: Mapping, where: str) -> None:

@@ -7,6 +7,7 @@ sample: another answer to the same prompt, which some objectives need.
 
 from __future__ import annotations
 
+import collections
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 
 from kunbr_fast.data.content import LETTERS, is_blank
-from kunbr_fast.data.records import check_record, question_prompt
-from kunbr_fast.files.shown import shown
+from kunbr_fast.data.records import check_read, check_record, question_prompt
+from kunbr_fast.files.models import reason
+from kunbr_fast.files.shown import plain, shown
 
 Sample = dict[str, torch.Tensor]
 
+BEGINNING = 2**16  # characters of a longer text that are looked at first
 IGNORE = -100  # the label of a token that has no loss
 TARGETS = ("all", "answer", "letter", "number")
 ALTERNATES = ("given", "refusal", "wrong")
@@ -79,11 +82,11 @@ def encode(
         if "_where" not in record:  # not from load_records, which has checked its own
             record = {**record, "_where": f"record {number}"}
             check_record(record, record["_where"])
-        sample = _encode_one(record, tokenizer, target)
+        sample = _encode_one(record, tokenizer, target, max_length)
         if alternate is not None:
             choose = random.Random(seed * 1_000_003 + number).choice
             other, counted = _alternate(record, alternate, target, choose)
-            sample["alternate"] = _encode_one(other, tokenizer, counted)
+            sample["alternate"] = _encode_one(other, tokenizer, counted, max_length, "the alternate of ")
         for part, what in ((sample, ""), (sample.get("alternate"), " in its alternate")):
             if part is not None and not _has_loss(part):
                 raise ValueError(f"{record['_where']}: no token with a loss is left for target={target!r}{what}")
@@ -109,6 +112,7 @@ def _alternate(record: Mapping, kind: str, target: str, choose: Callable[[Sequen
         return {**record, "answer": choose(wrong)}, target
     if kind == "given":
         answer = record.get("alternate")
+        check_read(answer, f"{where}: 'alternate'")
         if not isinstance(answer, str) or is_blank(answer):
             raise ValueError(f"{where}: 'alternate' must be a non-empty string, the second answer, got {shown(answer)}")
         if "question" not in record and "text" in record:
@@ -139,10 +143,14 @@ def check_lengths(samples: Sequence[Sample], max_length: int | None, names: Sequ
     long = [f"{name} ({n} tokens)" for name, n in zip(names, lengths) if max_length is not None and n > max_length]
     if long:
         more = f" and {len(long) - 3} more" if len(long) > 3 else ""
-        raise ValueError(
-            f"longer than max_length={max_length}: {', '.join(long[:3])}{more}. Shorten them, or raise max_length if "
-            "the model has more positions: nothing is cut"
-        )
+        raise _too_long(f"{', '.join(long[:3])}{more}", max_length)
+
+
+def _too_long(names: str, max_length: int) -> ValueError:
+    return ValueError(
+        f"longer than max_length={max_length}: {names}. Shorten them, or raise max_length if the model has more "
+        "positions: nothing is cut"
+    )
 
 
 def check_labels(samples: Sequence[Sample], names: Sequence[str]) -> None:
@@ -152,9 +160,11 @@ def check_labels(samples: Sequence[Sample], names: Sequence[str]) -> None:
             raise ValueError(f"{name}: no token after its first has a label, so it has no loss")
 
 
-def _encode_one(record: Mapping, tokenizer: Any, target: str) -> Sample:
+def _encode_one(record: Mapping, tokenizer: Any, target: str, max_length: int | None, what: str = "") -> Sample:
+    """what: of the record, for messages."""
     text, spans, special = _text_and_spans(record, tokenizer, target)
-    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special, truncation=False)
+    _check_beginning(text, tokenizer, max_length, record["_where"], what)
+    encoded = _tokens(text, tokenizer, record["_where"], special)
     input_ids = torch.tensor(encoded["input_ids"], dtype=torch.long)
     if spans is None:
         return {"input_ids": input_ids, "labels": input_ids.clone()}
@@ -165,6 +175,36 @@ def _encode_one(record: Mapping, tokenizer: Any, target: str) -> Sample:
     ]
     labels = torch.where(torch.tensor(counts, dtype=torch.bool), input_ids, IGNORE)
     return {"input_ids": input_ids, "labels": labels}
+
+
+def _tokens(text: str, tokenizer: Any, where: str, special: bool) -> Mapping[str, Any]:
+    """What the tokenizer makes of a text. It raises bare Exceptions, and where its Rust code panics a BaseException."""
+    try:
+        return tokenizer(text, return_offsets_mapping=True, add_special_tokens=special, truncation=False)
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        what = f"the tokenizer of {_named(tokenizer)} fails on this text"
+        raise ValueError(f"{where}: {what}: {reason(error)}") from error
+
+
+def _named(tokenizer: Any) -> str:
+    return plain(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+
+
+def _check_beginning(text: str, tokenizer: Any, max_length: int | None, where: str, what: str) -> None:
+    """ValueError for a long text whose beginning has too many tokens: all of it would take minutes and gigabytes.
+
+    How many characters a token may have, nobody can say: a word of any length may be one unknown token. The tokens in
+    the first half of a beginning are taken to be those of the whole text.
+    """
+    size = BEGINNING
+    while max_length is not None and size < len(text):
+        ends = _tokens(text[:size], tokenizer, where, False)["offset_mapping"]
+        count = sum(begin < end <= size // 2 for begin, end in ends)
+        if count > max_length:
+            raise _too_long(f"{what}{where} (more than {count} tokens)", max_length)
+        size *= 4
 
 
 def _text_and_spans(record: Mapping, tokenizer: Any, target: str) -> tuple[str, list[tuple[int, int]] | None, bool]:
@@ -185,7 +225,7 @@ def _text_and_spans(record: Mapping, tokenizer: Any, target: str) -> tuple[str, 
     if target == "all":
         return text, None, special
     if target == "number":
-        numbers = list(re.finditer(r"\d+", text))
+        numbers = collections.deque(re.finditer(r"\d+", text), maxlen=1)
         if not numbers:
             raise ValueError(f"{where}: target='number' but there is no digit in {shown(text, 80)}")
         return text, [numbers[-1].span()], special
@@ -204,11 +244,19 @@ def _chat(record: Mapping, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"{where}: 'messages' need a tokenizer with a chat template; use prompt + completion")
 
+    if not isinstance(tokenizer.chat_template, (str, Mapping)):
+        raise ValueError(
+            f"{_named(tokenizer)}: its tokenizer's chat_template is {shown(tokenizer.chat_template)}, expected text"
+        )
+
     def written(part: list[dict], **options: bool) -> str:
         try:
             return tokenizer.apply_chat_template(part, tokenize=False, **options)
         except Exception as error:  # whatever the template's own code raises
-            raise ValueError(f"{where}: the tokenizer's chat template does not take these messages: {error}") from error
+            raise ValueError(
+                f"{where}: the tokenizer's chat template does not take these messages: {reason(error)} (the template "
+                f"of {_named(tokenizer)})"
+            ) from error
 
     text = written(messages)
     spans = []

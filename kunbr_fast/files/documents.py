@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kunbr_fast.files.scalars import Refused, integer, no_number, real
+from kunbr_fast.files.scalars import Refused, integer, no_number, or_text, real
 from kunbr_fast.files.shown import plain, shown
 
 DEPTH = 64  # our deepest document has 7
@@ -49,7 +49,7 @@ def read_lines(path: str | Path, limit: int = LIMIT) -> Iterator[tuple[int, str]
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             while line := file.readline(limit + 1):
                 number += 1
-                if len(line) > limit:
+                if len(line) > limit or (not line.isascii() and len(line.encode(errors="surrogateescape")) > limit):
                     raise ValueError(f"{where}:{number}: a line of more than {_size(limit)}: split it, or shorten it")
                 if not line.isascii():
                     line = line.removeprefix("\ufeff") if number == 1 else line
@@ -124,17 +124,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_object, parse_int=integer, parse_float=real, parse_constant=no_number)
+_NUMBERS = {"parse_int": integer, "parse_float": real, "parse_constant": no_number}
+_JSON = json.JSONDecoder(object_pairs_hook=_object, **_NUMBERS)
+_LENIENT = json.JSONDecoder(object_pairs_hook=_object, **{name: or_text(parse) for name, parse in _NUMBERS.items()})
 
 
-def parse_json(text: str | bytes, where: str, kind: Any = None) -> Any:
+def parse_json(text: str | bytes, where: str, kind: Any = None, strict: bool = True) -> Any:
     """The value of a JSON text, checked against `kind` (None: any). ValueError begins with `where`, which is to be
-    printable (`plain`)."""
+    printable (`plain`). strict=False: numbers that are not taken are `Unread` texts, for the caller to refuse."""
     if isinstance(text, bytes):
         text = _decoded(text, where)
     try:
         _check_depth(text)
-        value = _JSON.decode(text)
+        value = (_JSON if strict else _LENIENT).decode(text)
         if "\\" in text and re.search(r"\\u[dD][89a-fA-F]", text):  # JSON can spell half of a surrogate pair
             json.dumps(value, ensure_ascii=False).encode()
     except Refused as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 LONGEST = 400  # characters: the largest float has 309 digits
 
@@ -36,6 +38,26 @@ def real(text: str) -> float:
 def no_number(text: str) -> None:
     """Refuses NaN and Infinity, which JSON does not have."""
     raise Refused(f"{text} is not a finite number: write one")
+
+
+class Unread(str):
+    """The text of a number that is not taken, and why: for values that may never be read."""
+
+    why: str
+
+
+def or_text(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse`, but an `Unread` in place of what it refuses."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except Refused as error:
+            unread = Unread(text)
+            unread.why = str(error)
+            return unread
+
+    return parsed
 
 
 def _cut(text: str) -> str:

@@ -3,16 +3,18 @@
 import json
 import math
 import os
+import time
 
 import numpy as np
 import pytest
 import tiny_text
 import torch
-from transformers import BatchEncoding
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 import kunbr_fast as kf
 from kunbr_fast.cli import main as cli
-from kunbr_fast.data import as_samples, check_record
+from kunbr_fast.data import as_samples, check_record, encode
 from kunbr_fast.data.content import check_files
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.run.samples import overlap, to_samples
@@ -63,6 +65,108 @@ def test_choices_that_can(choices):
 def test_text_that_nobody_sees(record, key, text):
     with pytest.raises(ValueError, match=f"^here: '{key}' must be a string that is not blank"):
         check_record({**record, key: text}, "here")
+
+
+NO_NUMBERS = ("NaN", "-Infinity", "1e400", "1e-400", "9" * 30, "-" + "9" * 5000)
+USED = (
+    '{"question": "q", "choices": [1, X], "answer": 0}', '{"question": "q", "choices": [1, 2], "answer": X}',
+    '{"text": X}', '{"prompt": X, "completion": "c"}', '{"prompt": "p", "completion": X}',
+    '{"messages": [{"role": "user", "content": "c", "more": [X]}]}',
+)  # fmt: skip
+UNUSED = (
+    '{"text": "a line", "score": X, "answer": X}', '{"prompt": "p", "completion": "c", "meta": {"a": [X]}}',
+    '{"question": "q", "choices": [1, 2], "answer": 0, "id": X, "text": X}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("number", NO_NUMBERS, ids=lambda number: number[:9])
+def test_numbers_are_judged_where_they_are_read(number, tmp_path):
+    path = tmp_path / "r.jsonl"
+    for line in UNUSED:
+        path.write_text(line.replace("X", number))
+        (record,) = kf.load_records(path)
+        assert json.dumps(record)  # of which a run's identity is made
+    for line in USED:
+        path.write_text(line.replace("X", number))
+        with pytest.raises(ValueError, match=r"r.jsonl:1: '\w+': .*number") as error:
+            kf.load_records(path)
+        assert len(str(error.value)) < 200 + len(str(path))
+    path.write_text(f'{{"text": "a line", "alternate": {number}}}')
+    tokenizer = tiny_text.tokenizer()
+    assert encode(kf.load_records(path), tokenizer)
+    with pytest.raises(ValueError, match="r.jsonl:1: 'alternate': .*number"):
+        encode(kf.load_records(path), tokenizer, alternate="given")
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def tokenizer_of(model, **more):
+    inner = Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, name_or_path="the/folder", **more)
+
+
+@pytest.mark.parametrize("text", ["a" * 8_000_000, "1." * 2_000_000, " " * 8_000_000 + "x", "😀" * 2_000_000])
+def test_what_cannot_fit_is_not_tokenised(text):
+    before = time.process_time()
+    for record in ({"text": text}, {"prompt": "p", "completion": text}):
+        with pytest.raises(ValueError, match="^longer than max_length=128: record 0 .more than [0-9]+ tokens"):
+            encode([record], tiny_text.tokenizer(), max_length=128)
+    with pytest.raises(ValueError, match="^longer than max_length=128: the alternate of record 0 .more than"):
+        encode([{"text": "short", "alternate": text}], tiny_text.tokenizer(), max_length=128, alternate="given")
+    assert time.process_time() - before < 6
+
+
+def test_what_fits_is_taken_however_long_it_is():
+    """A word that is not known is one token, of any length; cut in two it would be many."""
+    words = models.WordPiece({"[UNK]": 0, "a": 1, "##a": 2}, unk_token="[UNK]", max_input_chars_per_word=1000)
+    for length in (2**16, 2**16 + 900, 2**17, 1_000_000):
+        text = "a" * (length - 2) + " a"
+        (sample,) = encode([{"text": text}], tokenizer_of(words), max_length=4)
+        assert sample["input_ids"].tolist() == [0, 1]
+        (sample,) = encode([{"text": "a" + " " * (length - 2) + "a"}], tokenizer_of(words), max_length=4)
+        assert sample["input_ids"].tolist() == [1, 1]
+
+
+class PanicException(BaseException):
+    """As pyo3's."""
+
+
+def test_a_tokenizer_that_fails_names_the_record_and_its_folder(monkeypatch):
+    records = [{"text": "known known"}, {"text": "b"}]
+    tokenizer = tokenizer_of(models.WordPiece({"known": 0}))
+    with pytest.raises(ValueError, match="^record 1: the tokenizer of the/folder fails on this text: .*UNK") as error:
+        encode(records, tokenizer)
+    assert str(error.value).isprintable()
+
+    def raising(error):
+        def call(*args, **kwargs):
+            raise error
+
+        return call
+
+    monkeypatch.setattr(type(tokenizer), "__call__", raising(PanicException("index out of\nbounds")))
+    with pytest.raises(ValueError, match="^record 0: the tokenizer of the/folder fails on this text: .*index") as error:
+        encode(records, tokenizer)
+    assert str(error.value).isprintable()
+    monkeypatch.setattr(type(tokenizer), "__call__", raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        encode(records, tokenizer)
+
+
+def test_a_chat_template_that_fails_names_the_folder():
+    chat = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    for template, message in (
+        (5, "^the/folder: its tokenizer's chat_template is 5, expected text$"),
+        ("{{ 1 / 0 }}", "^record 0: .*does not take these messages: .*zero .the template of the/folder"),
+        ("{% nothing %}", "^record 0: .*the template of the/folder"),
+    ):
+        tokenizer = tokenizer_of(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=message) as error:
+            encode(chat, tokenizer)
+        assert str(error.value).isprintable()
 
 
 # ---------------------------------------------------------------- samples and batches

@@ -149,6 +149,9 @@ def test_size(tmp_path):
     assert "more than 99 bytes" in refused(read_json, path, None, 99)
     assert "more than 99 bytes" in refused(read_yaml, path, None, 99)
     assert "x:1: a line of more than 99 bytes" in refused(lambda p: list(read_lines(p, 99)), path)
+    path.write_text("é" * 50 + "\n")  # 51 characters
+    assert "x:1: a line of more than 99 bytes" in refused(lambda p: list(read_lines(p, 99)), path)
+    assert len(list(read_lines(path, 101))) == 1
     path.write_bytes(b"1\n\n2\xff\n")
     assert "x:3: not UTF-8 text (byte 0xff at column 2)" in refused(lambda p: list(read_lines(p)), path)
 

@@ -596,7 +596,7 @@ def test_resume_notices_another_objective(tmp_path, monkeypatch):
     with pytest.raises(Stop):
         run(KUnBRConfig(**settings, objective="npo"), False)
     for change in ({"objective": "simnpo"}, {"objective_options": {"beta": 0.3}}, {"retain_loss": "kl"}):
-        with pytest.raises(ValueError, match=f"{[*change][0]} was .* in the run that is to be resumed"):
+        with pytest.raises(ValueError, match=f"{[*change][0]} was .* in the run to be resumed"):
             run(KUnBRConfig(**{**settings, "objective": "npo", **change}), True)
 
 
