@@ -21,9 +21,12 @@ from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model,
 from kunbr_fast.files.shown import shown
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.parallel.group import ALONE
+from kunbr_fast.run.checks import check_finished
 from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.context import RunInputs
 from kunbr_fast.run.folder import CheckpointFolder
-from kunbr_fast.run.output import check_output, check_place, finished_report, is_finished
+from kunbr_fast.run.identity import record
+from kunbr_fast.run.output import check_output, check_place, finished_report, is_finished, remove_reports
 from kunbr_fast.run.unlearn import unlearn
 
 
@@ -58,8 +61,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config, out, say = read_config(arguments), Path(arguments.out), sayer(arguments)
     group = arguments.group or ALONE
     finished = _check_target(arguments, config) if group.first else None
-    if any(group.gather(finished is not None)):
-        return finished or {}
+    if any(group.gather(finished is not None)) and finished is None:
+        return {}  # the first rank looks whether it is this run
     check_files(
         {"--forget": arguments.forget, "--forget-questions": arguments.forget_questions},
         {"--retain": arguments.retain, "--retain-questions": arguments.retain_questions},
@@ -83,19 +86,26 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         """All of it while checkpoints are still there: if the disk is full here, --resume computes nothing again."""
         if not arguments.stream:  # else it is there
             say(f"writing the model to {out}")
-            save_model(model, tokenizer, out)
+            save_model(model, tokenizer, out, replace=CheckpointFolder(out).overwrites)
         _write(report, config, arguments)
 
+    forget = [record for fold in folds for record in fold.train_records]
+    unlearned = _open_unlearned(arguments, model)
+    asked = [record for record in asked if is_question(record)]
+    used = folds if questions and len(folds) > 1 else []
+    if finished is not None:
+        inputs = RunInputs(model, forget, retain, tokenizer, unlearned, {"forget": questions, "retain": asked}, used)
+        return _finished(finished, inputs, config, arguments)
     report = unlearn(
         model,
-        [record for fold in folds for record in fold.train_records],
+        forget,
         retain,
         config,
         tokenizer=tokenizer,
-        unlearned=_open_unlearned(arguments, model),
+        unlearned=unlearned,
         forget_questions=questions,
-        retain_questions=[record for record in asked if is_question(record)],
-        folds=folds if questions and len(folds) > 1 else None,
+        retain_questions=asked,
+        folds=used,
         output_dir=out,
         resume=arguments.resume,
         overwrite=arguments.overwrite,
@@ -127,9 +137,17 @@ def _check_target(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[st
         raise ValueError(
             f"{out} holds a finished run with {changed[0]} = {was}: leave --resume out, give another --out"
         )
-    folder.end_again(sayer(arguments))
+    return report
+
+
+def _finished(
+    report: dict[str, Any], inputs: RunInputs, config: KUnBRConfig, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """The report of a finished run, which must be of these inputs. Removes what is left of its checkpoints."""
+    check_finished(arguments.out, report, inputs, config)
+    CheckpointFolder(arguments.out).end_again(sayer(arguments))
     if not arguments.json:
-        print(f"this run is finished: model, report.json and plots are in {out}")
+        show(f"this run is finished: model, report.json and plots are in {arguments.out}")
     return report
 
 
@@ -149,6 +167,7 @@ def _open_unlearned(arguments: argparse.Namespace, model: nn.Module) -> nn.Modul
 def _write(report: Report, config: KUnBRConfig, arguments: argparse.Namespace) -> None:
     """Plots, settings and last the report, in --out."""
     out = Path(arguments.out)
+    remove_reports(out)
     path = out / "density.png"
     drawn(path, lambda: plot_density(report.density, report.blocks, path, config.skip_last_layers))
     if report.rtt is not None:
@@ -156,7 +175,7 @@ def _write(report: Report, config: KUnBRConfig, arguments: argparse.Namespace) -
         curves = out / "relearning.png"
         drawn(curves, lambda: plot_relearning({"KUnBR": report.rtt}, curves, forget=forget_accuracy))
     config.save(out / "run.yaml")
-    write_report(out / "report.json", report.to_dict() | {"model": str(arguments.model)})
+    write_report(out / "report.json", report.to_dict() | {"model": str(arguments.model), "result": record(out)})
 
 
 def _print(report: Report, arguments: argparse.Namespace, attack_left_out: bool) -> None:

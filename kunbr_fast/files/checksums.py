@@ -62,7 +62,13 @@ def write_sealed(path: str | os.PathLike, value: dict[str, Any]) -> None:
 
 def read_sealed(path: str | Path, cure: str) -> dict[str, Any]:
     """The value of a file by `write_sealed`. ValueError, which ends with `cure`, if a bit of it has changed."""
-    found = _SEAL.fullmatch(read_text(path, LIMIT))
+    try:
+        text = read_text(path, LIMIT)
+    except ValueError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):  # a bit of it has changed: nobody is to save it anew
+            raise ValueError(f"{path}: damaged (it is no text): {cure}") from error
+        raise
+    found = _SEAL.fullmatch(text)
     if found is None or _digest(found[1]) != found[2]:
         what = "its own checksum is missing" if found is None else "it does not have the checksum that it names"
         raise ValueError(f"{path}: damaged ({what}): {cure}")

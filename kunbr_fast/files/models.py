@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import queue
+import re
+import warnings
 from collections.abc import Iterator
+from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +18,10 @@ import torch
 from torch import nn
 
 from kunbr_fast.files import model_config
-from kunbr_fast.files.atomic import os_errors, sizes, sync, usual_mode
+from kunbr_fast.files.atomic import os_errors, sizes
 from kunbr_fast.files.documents import read_json, read_text
 from kunbr_fast.files.headers import COPY, odd_kind
+from kunbr_fast.files.model_folder import new_model
 from kunbr_fast.files.parameters import (
     REMADE,
     Stored,
@@ -25,7 +31,6 @@ from kunbr_fast.files.parameters import (
     stored_parameters,
     without,
 )
-from kunbr_fast.files.scratch import scratch
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.shown import plain, shown
 
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")  # of tokenizer.json
+BUFFERS = 2**30  # bytes: of known models, GPT-J's masks of 0.1 GB are the most
 LONGEST = 240  # characters of another library's reason
 
 
@@ -95,25 +101,29 @@ class ModelFolder:
 
     def configuration(self) -> PretrainedConfig:
         """config.json as transformers reads it."""
-        from transformers import AutoConfig
-
         model_config.check_names(self.values, self.config_path)
         with refusals(self.config_path):
-            config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        model_config.check_heads(config.get_text_config(), self.config_path)
+            config = model_config.configured(self.values)
+            config._name_or_path = str(self.path)
+            model_config.check_heads(model_config.text_of(config), self.config_path)
         return config
 
     def on_meta(self, config: PretrainedConfig, dtype: torch.dtype) -> tuple[nn.Module, Stored]:
         """(the model without its weights, where these are). ValueError where the files do not fit it."""
         from transformers import AutoModelForCausalLM
 
-        with refusals(self.config_path), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=False, attn_implementation=attention_of(config)
-            )
-            model.requires_grad_(False).eval()
-            model.tie_weights()
-        return model, stored_parameters(model, self.shards)
+        with refusals(self.config_path):
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, trust_remote_code=False, attn_implementation=attention_of(config)
+                )
+                model.requires_grad_(False).eval()
+                model.tie_weights()
+            if (size := sum(buffer.nbytes for buffer in model.buffers())) > BUFFERS:
+                raise ValueError(f"its settings ask for {size} bytes beside the weights: {model_config.CURE}")
+            stored = stored_parameters(model, self.shards)
+            check_forward(model)
+        return model, stored
 
     def saved_dtype(self, config: PretrainedConfig) -> torch.dtype:
         """As transformers' "auto": what config.json says, else the dtype of the first floating-point tensor."""
@@ -127,17 +137,52 @@ class ModelFolder:
         raise ValueError(f"{plain(self.path)}: it holds no floating-point weights")
 
 
+def check_forward(model: nn.Module) -> None:
+    """Two tokens through a model on the meta device: some settings are looked at in the forward pass only."""
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens)
+    except (NotImplementedError, torch.OutOfMemoryError):
+        pass  # what depends on values
+    except RuntimeError as error:  # others are of the device, such as what depends on values
+        if re.search(r"out of range|is invalid for input|must match|cannot be multiplied", str(error)):
+            raise
+
+
 @contextlib.contextmanager
 def refusals(where: Path) -> Iterator[None]:
     """Turns what transformers and tokenizers raise for a file into a ValueError in one line.
 
-    Their checks raise types of their own, even bare Exceptions."""
+    Their checks raise types of their own, even bare Exceptions. What they log and warn of meanwhile comes after them,
+    unless they raise: the error is to be the only line."""
     try:
-        yield
+        with held_back():
+            yield
+    except MemoryError:
+        raise
     except Exception as error:
-        if str(error).startswith(plain(where)):
+        ours = isinstance(error, ValueError) and str(error).startswith(plain(where if where.is_dir() else where.parent))
+        if ours or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(f"{plain(where)}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Holds back transformers' log and all warnings; an error drops them."""
+    logger, records = logging.getLogger("transformers"), queue.SimpleQueue()
+    handlers, logger.handlers = logger.handlers, [QueueHandler(records)]
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            yield
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+    for warned in caught:
+        warnings.showwarning(warned.message, warned.category, warned.filename, warned.lineno, warned.file, warned.line)
+    while not records.empty():
+        logger.handle(records.get())
 
 
 def reason(error: BaseException) -> str:
@@ -156,6 +201,7 @@ def known_dtype(dtype: str | None) -> None:
         raise ValueError(f"dtype={shown(dtype)}: expected one of {', '.join(DTYPES)}")
 
 
+@held_back()
 def load_model(path: str | Path, dtype: str | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """A causal language model from a local directory, in eval mode; dtype: a name of DTYPES (default: as saved)."""
     known_dtype(dtype)
@@ -170,6 +216,7 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
     with refusals(folder.path):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder.path,
+            config=config,
             attn_implementation=attention_of(config),
             dtype=wanted,
             use_safetensors=True,
@@ -252,14 +299,12 @@ def check_same_architecture(original: nn.Module, unlearned: nn.Module, where: st
             )
 
 
-def save_model(model: nn.Module, tokenizer: Any | None, directory: str | Path) -> None:
-    """Writes a loadable model directory. Each file is whole or absent; config.json, which makes it a model, is last."""
+def save_model(model: nn.Module, tokenizer: Any | None, directory: str | Path, replace: bool = False) -> None:
+    """Writes a loadable model directory. Each file is whole or absent; config.json, which makes it a model, is last.
+    replace: the files of a model that is there go when this one is complete (`new_model`)."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with scratch(".saving-", directory) as folder:
-        staged = folder / "model"
+    with new_model(directory, replace) as staged:
         try:
-            mode = usual_mode(folder)
             with os_errors():
                 model.save_pretrained(staged, safe_serialization=True)
                 if tokenizer is not None:
@@ -267,10 +312,3 @@ def save_model(model: nn.Module, tokenizer: Any | None, directory: str | Path) -
         except OSError as error:
             said = f"{error.strerror or error}{sizes(error, directory, sum(p.nbytes for p in model.parameters()))}"
             raise OSError(error.errno, f"could not write the model to {directory}: {said}") from error
-        for file in sorted(staged.rglob("*"), key=lambda p: p.name == "config.json"):
-            if file.is_file():
-                sync(file)
-                target = directory / file.relative_to(staged)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.chmod(file, mode)  # safetensors and tokenizers leave private files
-                os.replace(file, target)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from kunbr_fast.files.documents import read_json
+from kunbr_fast.files.model_folder import within
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.files.shown import plain
 
@@ -97,6 +98,8 @@ def _check_folder(target: Target, inputs: Sequence[tuple[str, str | os.PathLike]
     _check_inputs(target, path, inputs)
     if os.path.lexists(path) and not path.is_dir():
         raise target.refuse("is not a folder: name a folder")
+    if within(Path.cwd(), path):
+        raise target.refuse("is the current folder, or holds it: give a folder of its own")
     if path.is_dir():
         if (found := model_in(path)) and not kind.begun(path):
             raise target.refuse(f"holds a model ({found.name}), which is left alone: give another folder")

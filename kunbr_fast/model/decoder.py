@@ -252,9 +252,9 @@ class Decoder:
         each load."""
         self.weights.replace(weights)
 
-    def save(self, directory: str | Path) -> None:
-        """Writes the model (no tokenizer) to a directory."""
-        save_model(self.model, None, directory)
+    def save(self, directory: str | Path, replace: bool = False) -> None:
+        """Writes the model (no tokenizer) to a directory. replace: as of `save_model`."""
+        save_model(self.model, None, directory, replace)
 
     def held(self, layers: range) -> contextlib.AbstractContextManager:
         """Inside, these layers' parameters are the caller's: a stream does not touch them."""

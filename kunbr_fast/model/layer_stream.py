@@ -32,11 +32,11 @@ from torch import nn
 from torch.autograd.graph import increment_version
 
 from kunbr_fast.files.atomic import write_with
-from kunbr_fast.files.model_folder import within
+from kunbr_fast.files.model_folder import new_model, within, written_names
 from kunbr_fast.files.parameters import Piece
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.tensors import open_tensors, placeholder
-from kunbr_fast.model.weights import CARRIED, DAMAGED, Weights, finite
+from kunbr_fast.model.weights import CARRIED, Weights, finite, why_not_finite
 
 ALIGNMENT = 256  # of a parameter in its buffer, in bytes
 # files that may hold the former weights in another form, which a model saved anew must not bring along
@@ -202,13 +202,16 @@ class LayerStream(Weights):
             self._replaced, self._changed = replaced, changed
             self._read_anew(values)
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, replace: bool = False) -> None:
         """Copies the model's directory with the tensors of `replace` in place of the stored ones, in the files' dtypes.
-        One file after the other, each whole or absent, config.json last. In memory: one file's new tensors, twice."""
-        source, directory = self.shards.directory, Path(directory)
+        One file after the other, each whole or absent, config.json last. In memory: one file's new tensors, twice.
+        replace: the files of a model that is there go when this one is complete."""
         self.check_target(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         self.release()
+        with new_model(directory, replace) as staged:
+            self._write(staged)
+
+    def _write(self, directory: Path) -> None:
         new = {
             piece.stored: (name, piece.index)
             for name in (*self._replaced, *self._changed)
@@ -225,9 +228,10 @@ class LayerStream(Weights):
             size = sum(tensor.nbytes for tensor in tensors.values())
             write_with(directory / path.name, functools.partial(save_file, tensors, metadata=metadata), size)
             del tensors  # before those of the next file
-        others = [file for file in source.iterdir() if file.is_file() and file.suffix not in WEIGHTS]
-        for file in sorted(others, key=lambda file: file.name == "config.json"):
-            write_with(directory / file.name, functools.partial(shutil.copyfile, file))
+        source, written = self.shards.directory, written_names(self.shards.directory) - {"report.json", "merge.json"}
+        for name in sorted(written):
+            if (source / name).is_file() and (source / name).suffix not in WEIGHTS:
+                write_with(directory / name, functools.partial(shutil.copyfile, source / name))
 
     def check_target(self, directory: str | Path | None) -> None:
         """ValueError for a directory that the model's tensors are read from, where `save` must not write; and None."""
@@ -242,6 +246,9 @@ class LayerStream(Weights):
     @property
     def directory(self) -> Path:
         return self.shards.directory
+
+    def in_files(self, name: str) -> list[torch.Tensor]:
+        return [self.shards[piece.stored] for piece in self._sources.get(name, ())]
 
     def moved(self, directory: str | Path) -> None:
         """From now on all is read from `directory`, where `save` has written the model."""
@@ -373,9 +380,11 @@ class LayerStream(Weights):
         for path, pairs in by_file.items():
             with open_tensors(path) as file:
                 for stored, into in pairs:
-                    into.copy_(file.get_tensor(stored))
+                    value = file.get_tensor(stored)
+                    into.copy_(value)
                     if not self.reads[layer] and not finite(into):
-                        raise ValueError(f"{path}: {stored} holds NaN or infinite values (as {into.dtype}): {DAMAGED}")
+                        why = why_not_finite([value], into.dtype)
+                        raise ValueError(f"{path}: {stored} holds NaN or infinite values (as {into.dtype}): {why}")
         self.reads[layer] += 1
 
     def _arrive(self, slot: _Slot) -> None:

@@ -97,9 +97,9 @@ class LayerMajor:
 class StreamedDecoder(Decoder):
     """A `Decoder` that has one layer in place at a time. `weights` is the model's `LayerStream`."""
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, replace: bool = False) -> None:
         """Writes the model, weights of `place` included; from then on it is read from there."""
-        self.weights.save(directory)
+        self.weights.save(directory, replace)
         self.weights.moved(directory)
 
     def held(self, layers: range) -> contextlib.AbstractContextManager:

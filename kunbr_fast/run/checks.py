@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,12 +13,13 @@ from kunbr_fast.files.models import check_same_architecture
 from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.fingerprint import fingerprint, model_fingerprint
+from kunbr_fast.model.fingerprint import model_fingerprint
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
+from kunbr_fast.run.identity import check_record, run_identity
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.samples import Samples, overlap, to_samples
 from kunbr_fast.run.state import RunState
@@ -79,9 +81,17 @@ def _check_settings(decoder: Decoder, config: KUnBRConfig, execution: Execution,
     """What the run will minimise, on each block that may be chosen and in the warm-up."""
     for operation in ("grad_density", config.warmup_optimizer):
         resolve(operation, config.impl, decoder.device)
-    blocks = selectable_blocks(decoder.num_layers, config.num_blocks, config.top_k, config.skip_last_layers)
-    for block in blocks:
+    for block in _blocks(decoder, config):
         execution.check(decoder, block, config.optimizer)
+    return _criteria(decoder, config, warm_up)
+
+
+def _blocks(decoder: Decoder, config: KUnBRConfig) -> list[range]:
+    return selectable_blocks(decoder.num_layers, config.num_blocks, config.top_k, config.skip_last_layers)
+
+
+def _criteria(decoder: Decoder, config: KUnBRConfig, warm_up: bool) -> list[Criterion]:
+    blocks = _blocks(decoder, config)
     criteria = [config.criterion(block) for block in blocks]
     for block, criterion in zip(blocks, criteria):
         criterion.check_layer(decoder.num_layers, block)
@@ -107,12 +117,17 @@ def _open_state(
 ) -> RunState:
     """The state of the run that these models and data identify, which all ranks must have alike. model, given: the
     fingerprints of the original and of the given M_u."""
-    parts = [part for fold in inputs.folds for part in (fold.train_records, fold.questions)]
-    asked = [*inputs.questions.values(), *parts]
-    if samples.alternates:
-        asked.append(samples.alternates)
-    identity = fingerprint(model, samples.forget, samples.retain, *asked, tokenizer=inputs.tokenizer)
+    identity = run_identity(inputs, samples, model)
     started = {"the model or the data": identity, "the unlearned model": given, "resume": context.resume}
     context.group.check_same(started | config.to_dict())
     say = context.reporter.say
     return RunState(context.work, identity, config, context.resume, context.writes, context.wait, say)
+
+
+def check_finished(out: str | Path, report: Mapping[str, Any], inputs: RunInputs, config: KUnBRConfig) -> None:
+    """ValueError unless the finished run in `out` was given these, and its model is as it was written."""
+    decoder, unlearned = Decoder(inputs.model), inputs.unlearned
+    samples = _samples(inputs, config, decoder, _criteria(decoder, config, unlearned is None), Reporter())
+    given = None if unlearned is None else model_fingerprint(unlearned, "the unlearned model's ")
+    now = run_identity(inputs, samples, model_fingerprint(inputs.model))
+    check_record(out, report, config, now, given)

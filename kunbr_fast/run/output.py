@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kunbr_fast.files.documents import read_json
-from kunbr_fast.files.model_folder import is_model_file, within, written_names
+from kunbr_fast.files.model_folder import is_mixed, is_model, is_model_file, is_part, within, written_names
 from kunbr_fast.files.shown import plain
 from kunbr_fast.files.target import is_picture, is_signed, json_with, model_in
 from kunbr_fast.run.folder import FINISHED, SAVING, CheckpointFolder
 
 _KEYS = "kunbr_fast config blocks density seconds losses accuracy rtt recovery model".split()
 _FINISHED = json_with(*_KEYS, also=None)
-_REPORT = json_with(*_KEYS, also=("gradient_cosines", "cache_errors"))
+_REPORT = json_with(*_KEYS, also=("gradient_cosines", "cache_errors", "result"))
 # what a run writes besides the model, and whether a file of that name is one that a run has written
 REPORTS = {"report.json": _REPORT, "run.yaml": is_signed, "density.png": is_picture, "relearning.png": is_picture}
 
@@ -29,8 +30,10 @@ def check_place(out: str | Path, sources: Mapping[str, str | Path | None]) -> No
     """ValueError where `out` cannot be a run's folder, or is that of one of `sources` ({what it is: folder})."""
     if not str(out) or within(Path.cwd(), out):
         raise ValueError(f"the output directory {str(out)!r} is the current one, or holds it: give a folder of its own")
-    if Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f"{plain(out)}: it is a file: give the result a folder")
+    for path in (Path(out), *Path(out).parents):
+        if os.path.lexists(path) and not path.is_dir():
+            what = "a link to nothing" if path.is_symlink() and not path.exists() else "a file"
+            raise ValueError(f"{plain(path)}: it is {what}: give the result a folder")
     for what, source in sources.items():
         if source is not None and within(out, source):
             raise ValueError(
@@ -75,12 +78,25 @@ def check_output(
             f"{plain(out)} holds a model ({plain(model.name)}), which the result would replace: give another output "
             "directory, or replace it (overwrite=True)"
         )
+    whole = is_model(out)
     for path in sorted(Path(out).iterdir()) if Path(out).is_dir() else ():
+        cure = "move it, or give another output directory"
+        if is_mixed(path.name):
+            raise ValueError(f"{plain(path)} would be read together with the result, which it is no part of: {cure}")
         if path.name not in names and not is_model_file(path.name):
             continue
-        ours = REPORTS.get(path.name, lambda path: model is not None)
-        if not may or path.is_symlink() or not path.is_file() or not ours(path):
-            raise ValueError(
-                f"{plain(path)} was not written by this run, which would replace it: move it, or give another output "
-                "directory"
-            )
+        ours = _is_report(path) if path.name in REPORTS else whole and is_part(path)
+        if not may or not ours:
+            what = "was not written by this run" if not may else "is no file of a model or of a finished run"
+            raise ValueError(f"{plain(path)} {what}, and the result would replace it: {cure}")
+
+
+def remove_reports(out: str | Path) -> None:
+    """Removes those of an earlier run, when the result of this one is in its place: not all are written each time."""
+    for name in REPORTS:
+        if _is_report(path := Path(out) / name):
+            path.unlink()
+
+
+def _is_report(path: Path) -> bool:
+    return not path.is_symlink() and path.is_file() and REPORTS[path.name](path)

@@ -24,6 +24,7 @@ from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot, load_tensors, save_tensors
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.folder import STATE, stage_file, sweep
+from kunbr_fast.run.identity import difference
 from kunbr_fast.run.state_format import FORMAT, check_state
 from kunbr_fast.run.visits import WARMUP, Stage
 
@@ -114,10 +115,8 @@ class RunState:
 
     def _check(self, identity: str, config: Any) -> None:
         if self.state["identity"] != identity:
-            raise ValueError(
-                f"{self.directory} belongs to another run: its model or data are not those given now. "
-                "Give the same model, forget and retain records and questions, or another output directory"
-            )
+            text = difference(self.state["identity"], identity, config, self.state["config"])
+            raise ValueError(f"{self.directory} belongs to another run: {text}")
         for name, stage in config.changed(self.state["config"]).items():
             if self.is_locked(name, stage):
                 was = shown(self.state["config"].get(name))

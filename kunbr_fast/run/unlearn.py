@@ -13,7 +13,6 @@ from torch import nn
 from kunbr_fast.data import is_question
 from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import Fold
-from kunbr_fast.files.model_folder import remove_model
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.files.shown import plain
 from kunbr_fast.keywords import named_by, taken
@@ -71,7 +70,8 @@ def unlearn(
     folds: what the RTT attack uses; without them, or with config.rtt false, there is no attack.
     output_dir: where `kunbr-checkpoints/` is made (None: a temporary directory); removed at the end of a whole run.
     resume: go on where a run with the same model, data and settings was interrupted: same bits as without.
-    overwrite: a model in output_dir is removed just before the result is written, unless it is one that is read.
+    overwrite: a streamed model's result replaces a model in output_dir, when it is complete. Of a model in memory
+        nothing is written or removed there: before_cleanup does that (`save_model(..., replace=True)`).
     progress: show progress bars (default True).
     on_stage(text): told what begins.
     reporter: a `Reporter` in place of these two; it also has the seconds of each stage.
@@ -117,11 +117,9 @@ def unlearn(
         run.check_result()  # once more: the attack has put the weights back
         if folder is not None:
             folder.mark(SAVING)
-            if folder.overwrites:
-                remove_model(output_dir)
         if run.decoder.streamed:
             run.reporter.say(f"writing the model to {output_dir}")
-            run.decoder.save(output_dir)
+            run.decoder.save(output_dir, replace=folder is not None and folder.overwrites)
         if given.before_cleanup is not None and group.first:
             given.before_cleanup(report)
         group.wait()
