@@ -101,7 +101,7 @@ def text_of(config: Any) -> Any:
     if not isinstance(found, PretrainedConfig):
         raise ValueError(
             f"it has settings of a part (text_config, decoder, ...) that a {config.model_type} does not have, "
-            f"{shown(found)}: delete them"
+            f"{shown(found)}: {CURE}"
         )
     return found
 

@@ -261,9 +261,12 @@ def load_tokenizer(path: str | Path) -> Any:
             f"{plain(path)}: no tokenizer (tokenizer.json): save one with tokenizer.save_pretrained({str(path)!r})"
         )
     _check_beside(path)
+    model = _beside_tokenizer(path)
     try:
         with held_back(), _silent():
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False, config=model
+            )
             tokenizer("a")  # some settings, such as model_max_length, are looked at in a call only
     except BaseException as error:
         if not isinstance(error, Exception) and not _is_panic(error):
@@ -271,6 +274,19 @@ def load_tokenizer(path: str | Path) -> Any:
         damaged = path / "tokenizer.json" if _is_panic(error) else _damaged_tokenizer(path)
         raise ValueError(f"{plain(damaged)}: {reason(error)}: {COPY}") from error
     return tokenizer
+
+
+def _beside_tokenizer(path: Path) -> PretrainedConfig | None:
+    """The model's configuration, by which transformers chooses a tokenizer's class; judged before it is read."""
+    if not os.path.lexists(file := path / "config.json"):
+        return None
+    values = model_config.read_model_config(file)
+    if "model_type" not in values:  # transformers then goes by the tokenizer's own files
+        return None
+    with refusals(file):
+        config = model_config.configured(values)
+    config._name_or_path = str(path)
+    return config
 
 
 def _check_beside(path: Path) -> None:

@@ -665,3 +665,5 @@ def test_settings_of_a_program_are_left_out(changes, folder):
     assert found.dtype == (torch.bfloat16 if any("dtype" in name for name in changes) else torch.float32)
     assert torch.equal(load_model(folder, "float32")(torch.tensor([[1, 2, 3]])).logits, truth)
     assert open_streamed(folder) is not None
+    tiny_text.tokenizer().save_pretrained(folder)
+    assert load_tokenizer(folder)("a").input_ids
