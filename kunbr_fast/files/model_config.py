@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -23,11 +25,20 @@ SIZES = {
     **dict.fromkeys((*HEADS, "num_key_value_heads"), 2**16),
     **dict.fromkeys((*WIDTHS, "head_dim", "intermediate_size", "n_inner", "ffn_dim"), 2**24),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 2**24),
-    **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions", "n_ctx"), 2**31 - 1),
-    **dict.fromkeys(WINDOWS, 2**31 - 1),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 2**24),
+    **dict.fromkeys(("vocab_size", *WINDOWS), 2**31 - 1),
 }
 EXPERTS = re.compile(r"(num|n)_\w*experts\w*$")
-MOST_EXPERTS = 4096
+MOST_EXPERTS = 2**14
+PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token")
+# of all other whole numbers, in parts for images and sounds too: (names, the largest). transformers makes a list or a
+# module for each layer or label
+MOST = (
+    (re.compile(r"(\w*_)?(n?layers?|depths?)$|(num|n)_\w*(blocks|stages)$"), 1000),
+    (re.compile(r"num_labels$"), 10**5),
+    (re.compile(r"\w*(vocab|theta|base|freq|seed|flos|param|time|date|version|token|offset|ids?$|idx$|index$)"), 2**64),
+    (re.compile(r""), 2**24),
+)
 BOOLS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache")
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 TEXTS = ("model_type", *ACTIVATIONS)
@@ -38,18 +49,61 @@ ABOVE_ZERO = re.compile(
     r"(rope_(local_)?(base_freq|theta)|rotary_emb_base|\w*softcapping|query_pre_attn_scalar|factor)$"
 )
 CURE = "correct it, or copy the model's config.json again"
+# what a model gives back and which code computes it: of a program, not of a model
+RUNNING = re.compile(
+    r"_?(output_(attentions|hidden_states)|(use_)?return_dict|torchscript)$|_?(attn|experts)_implementation"
+)
 # which transformers would follow to other weights than the folder's
 REDIRECTIONS = ("transformers_weights",)
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
-    """The values of a config.json. ValueError, in one line that names the file and the setting."""
+    """The values of a config.json, without those of `RUNNING`. ValueError, in one line that names the file and the
+    setting."""
     values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{plain(path)}: got {shown(values)}, expected an object with the model's settings: {CURE}")
     for wrong in _wrong(values):
         raise ValueError(f"{plain(path)}: {wrong}")
-    return values
+    return _of_model(values)
+
+
+def _of_model(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_of_model(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {name: _of_model(item) for name, item in value.items() if not RUNNING.match(name)}
+    for name in ("dtype", "torch_dtype"):  # older releases wrote "torch.bfloat16", which newer ones do not know
+        if isinstance(found.get(name), str):
+            found[name] = found[name].removeprefix("torch.")
+    return found
+
+
+def configured(values: Mapping[str, Any]) -> Any:
+    """Their configuration in transformers. Not AutoConfig.from_pretrained, which reads other files that the settings
+    name."""
+    from transformers import CONFIG_MAPPING
+
+    name = values.get("model_type")
+    if name not in CONFIG_MAPPING:
+        raise ValueError(f"model_type is {shown(name)}, which this release of transformers does not know: {CURE}")
+    if name == "mistral" and "layer_types" in values and "ministral" in CONFIG_MAPPING:  # as AutoConfig does
+        name = "ministral"
+    return CONFIG_MAPPING[name].from_dict(copy.deepcopy({**values, "model_type": name}))
+
+
+def text_of(config: Any) -> Any:
+    """The configuration of its language model."""
+    from transformers import PretrainedConfig
+
+    found = config.get_text_config()
+    if not isinstance(found, PretrainedConfig):
+        raise ValueError(
+            f"it has settings of a part (text_config, decoder, ...) that a {config.model_type} does not have, "
+            f"{shown(found)}: delete them"
+        )
+    return found
 
 
 def check_heads(config: Any, path: Path) -> None:
@@ -58,7 +112,7 @@ def check_heads(config: Any, path: Path) -> None:
     heads, width = _first(values, HEADS), _first(values, WIDTHS)
     if values.get("head_dim") is None and heads and width and heads[1] > 0:
         values["head_dim"] = width[1] // heads[1]
-    for wrong in _wrong_heads(values, ""):
+    for wrong in (*_wrong_heads(values, ""), *_wrong_mixture(values, "")):
         raise ValueError(f"{plain(path)}: {wrong}")
 
 
@@ -101,7 +155,7 @@ def _wrong(values: Mapping[str, Any], inside: str = "") -> Iterator[str]:
     """What is wrong with the settings. inside: the object in config.json that they are in, with a dot."""
     for name, value in values.items():
         expected = _expected(name, value)
-        if expected is not None:
+        if expected is not None and not (value is None and _null_by_default(values.get("model_type"), name)):
             yield f"{plain(inside + name)} is {shown(value)}, expected {expected}: {CURE}"
     if values.get("quantization_config") is not None or values.get("compression_config") is not None:
         yield (
@@ -112,10 +166,37 @@ def _wrong(values: Mapping[str, Any], inside: str = "") -> Iterator[str]:
         if values.get(name) is not None:
             yield f"{name} is {shown(values[name])}: weights are read from model.safetensors or its index: delete it"
     yield from _wrong_heads(values, inside)
+    yield from _wrong_mixture(values, inside)
     for name in ROPES:
         yield from _wrong_rope(values.get(name), f"{inside}{name}")
     if not inside and isinstance(values.get("text_config"), dict):
         yield from _wrong(values["text_config"], "text_config.")
+    if not inside:
+        yield from _too_large(values, "", "")
+
+
+def _too_large(value: Any, where: str, name: str) -> Iterator[str]:
+    """Of whole numbers at any depth. name: of the setting, which a list's items share."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _too_large(item, f"{where}.{plain(key)}" if where else plain(key), key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _too_large(item, where, name)
+    elif type(value) is int:
+        most = SIZES.get(name) or next(most for names, most in MOST if names.match(name))
+        if value > most:
+            yield f"{where} is {value}, expected at most {most}: {CURE}"
+
+
+def _null_by_default(model_type: Any, name: str) -> bool:
+    """Whether transformers' own default is null, as GPT-Neo's intermediate_size is. Asked only where it matters."""
+    from transformers import CONFIG_MAPPING
+
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return False
+    defaults = inspect.signature(CONFIG_MAPPING[model_type]).parameters
+    return name in defaults and defaults[name].default is None
 
 
 def _expected(name: str, value: Any) -> str | None:
@@ -128,6 +209,11 @@ def _expected(name: str, value: Any) -> str | None:
         return None if type(value) is int and least <= value <= most else f"a whole number from {least} to {most}"
     if value is None:
         return "true or false" if name == "tie_word_embeddings" else None
+    if name in ("n_group", "topk_group", "num_labels"):
+        least = 0 if name == "num_labels" else 1
+        return None if type(value) is int and value >= least else f"a whole number from {least} on"
+    if name == "id2label":
+        return None if isinstance(value, dict) else "an object"
     if name in BOOLS:
         return None if isinstance(value, bool) else "true or false"
     if name in TEXTS:
@@ -176,6 +262,20 @@ def _wrong_heads(values: Mapping[str, Any], inside: str) -> Iterator[str]:
         yield f"{inside}{width[0]} is {width[1]}, expected a multiple of {heads[0]}, {heads[1]}: {CURE}"
     if type(size) is int and size % 2 and _turns_all(values):
         yield f"{inside}head_dim is {size}, expected an even number: rotary positions turn pairs of entries: {CURE}"
+
+
+def _wrong_mixture(values: Mapping[str, Any], inside: str) -> Iterator[str]:
+    counts = [v for n, v in values.items() if EXPERTS.match(n) and n not in PER_TOKEN and "shared" not in n]
+    experts = max((count for count in counts if type(count) is int), default=0)
+    chosen = _first(values, PER_TOKEN)
+    if experts and chosen is not None and not 1 <= chosen[1] <= experts:
+        yield f"{inside}{chosen[0]} is {chosen[1]}, expected from 1 to the number of experts, {experts}: {CURE}"
+    groups, kept = values.get("n_group"), values.get("topk_group")
+    if experts and type(groups) is int and groups > 0:
+        if experts % groups:
+            yield f"{inside}n_group is {groups}, expected a divisor of the number of experts, {experts}: {CURE}"
+        if type(kept) is int and kept > groups:
+            yield f"{inside}topk_group is {kept}, expected at most n_group, {groups}: {CURE}"
 
 
 def _turns_all(values: Mapping[str, Any]) -> bool:

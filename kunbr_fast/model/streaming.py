@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kunbr_fast.files.models import DTYPES, ModelFolder, known_dtype
+from kunbr_fast.files.models import DTYPES, ModelFolder, held_back, known_dtype
 from kunbr_fast.files.parameters import Piece, check_all_used
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.model import compat
@@ -25,6 +25,7 @@ from kunbr_fast.model.layer_stream import LayerStream
 from kunbr_fast.model.streamed import StreamedDecoder
 
 
+@held_back()
 def open_streamed(
     path: str | Path,
     device: str | torch.device = "cpu",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kunbr_fast.data.schedule import token_batches
-from kunbr_fast.files.model_config import check_heads, check_names, read_model_config
+from kunbr_fast.files.model_config import check_heads, check_names, configured, read_model_config, text_of
 from kunbr_fast.files.models import DTYPES, refusals
 from kunbr_fast.kernels.linear_loss.reference import HEAD_CHUNK
 
@@ -118,12 +118,10 @@ class Architecture:
         lacking = [key for key in KINDS[name].needs if values.get(key) is None]
         if lacking:
             raise ValueError(f"{path}: has no {', '.join(lacking)}: copy the model's config.json again, or add it")
-        from transformers import AutoConfig
-
         check_names(values, path)
         with refusals(path):  # transformers knows each release's defaults
-            config = AutoConfig.for_model(**values)
-        check_heads(config, path)
+            config = configured(values)
+            check_heads(text_of(config), path)
         saved = str(values.get("dtype") or values.get("torch_dtype") or "").removeprefix("torch.")
         if dtype or saved in DTYPES:
             return cls.of(config, name, dtype or saved), []

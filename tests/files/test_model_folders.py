@@ -11,10 +11,12 @@ import time
 import pytest
 import tiny_text
 import torch
+import transformers as tf
 from fuzz import HOSTILE_JSON, as_json, mutated, one_line, replaced
 from helpers import python
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
+from tiny_models import CONFIGS as CONFIGS_OF_MODELS
+from tiny_models import MIXTURES, MORE, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.files.models import ModelFolder, load_model, load_tokenizer
@@ -215,6 +217,16 @@ def test_what_is_no_file(make, name, saved, tmp_path, monkeypatch):
     else:
         make(file if make is not listening else file.relative_to(path))
     refused(path, re.escape(str(file)))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_folder_whose_name_is_no_text(first, saved, tmp_path):
+    odd = tmp_path / os.fsdecode(b"m\xff")
+    shutil.copytree(saved / "one", odd)
+    base, other = (odd, saved / "one") if first else (saved / "one", odd)
+    with pytest.raises(ValueError, match=r"m\\udcff: .*whose name is not UTF-8: rename it"):
+        kf.merge_models(base, [other], tmp_path / "out", mode="add")
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- headers
@@ -441,6 +453,55 @@ def test_tokenizers_that_are_damaged(name, tmp_path):
     assert refusals >= 7
 
 
+BESIDE = {
+    "chat_template.jinja": (b"\xff\xfe", b"x" * (2**20 + 1)),
+    "additional_chat_templates/one.jinja": (b"\xff\xfe", b"x" * 30_000_000, None),
+    "added_tokens.json": (b'{"a": "x"}', b'{"a": {}}', b'{"a": -1}', b'{"a": 1e3}', b"[]", b"x" * 17_000_000),
+    "special_tokens_map.json": (b'{"eos_token": {"content": 5}}', b'{"eos_token": 5}', b'{"pad_token": ["a"]}', b"5"),
+    "tokenizer_config.json": tuple(
+        as_json(value)
+        for value in (
+            {"model_max_length": "x"}, {"auto_map": 5}, {"tokenizer_class": 5}, {"fast_tokenizer_files": 5},
+            {"fast_tokenizer_files": ["tokenizer.4.0.json"]}, {"fast_tokenizer_files": ["../x"]},
+            {"fast_tokenizer_files": [5]}, {"chat_template": 5}, {"chat_template": [5]}, {"chat_template": [{}]},
+            {"chat_template": {"a": "b"}}, {"eos_token": 5}, {"added_tokens_decoder": []},
+        )
+    ),
+    "tokenizer.json": (b"[]", b"null", b"{}", b"5", b'"x"', b"[" * 10**5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_tokenizers_files_are_named(name, tmp_path, capfd):
+    tiny_text.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "additional_chat_templates").mkdir()
+    load_tokenizer(tmp_path)
+    for content in BESIDE[name]:
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).write_bytes(content) if content is not None else os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError) as caught:
+            load_tokenizer(tmp_path)
+        one_line(caught.value, tmp_path / name)
+        assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x" * 1000}},
+        {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "X", "type_id": 0}}],
+                            "pair": [], "special_tokens": {}}},
+    ],
+)  # fmt: skip
+def test_a_panic_of_tokenizers_is_one_line(changes, tmp_path, capfd):
+    tiny_text.tokenizer().save_pretrained(tmp_path)
+    edit(tmp_path / "tokenizer.json", lambda value: value.update(changes))
+    with pytest.raises(ValueError, match="PanicException") as caught:
+        load_tokenizer(tmp_path)
+    one_line(caught.value, tmp_path / "tokenizer.json")
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_fuzzed_tokenizers(name, tmp_path):
     tiny_text.tokenizer().save_pretrained(tmp_path)
@@ -509,3 +570,98 @@ def test_nothing_heavy_is_imported_to_refuse(folder):
         "except ValueError: print('transformers' in sys.modules)",
     )
     assert done.stdout.strip() == "False", done.stderr
+
+
+# ---------------------------------------------------------------- settings that show late, or in a part
+
+FAMILIES = {
+    "mixtral": {"num_experts_per_tok": (0, 7, -1, "2", None, 10**9), "num_local_experts": (0, 10**9)},
+    "qwen2_moe": {"num_experts_per_tok": (0, 7), "decoder_sparse_step": (0,)},
+    "deepseek_v3": {
+        "n_group": (0, 3, None, "x"), "topk_group": (0, 9, None), "q_lora_rank": (0,), "num_experts_per_tok": (0, 9)
+    },
+    "cohere": {"logit_scale": (None, "x")},
+    "gpt_neo": {"max_position_embeddings": (2**17, 2**24)},
+    "gemma3_both": {
+        "vision_config": ({"num_hidden_layers": 10**9}, {"image_size": 2**30}, {"num_labels": 3 * 10**7},
+                          {"patch_size": 0}, {"hidden_size": "x"}, {"deeper": [{"encoder_layers": 10**6}]}),
+        "audio_config": ({"depths": [2, 10**9]},),
+    },
+    "llama": {
+        "num_labels": (3 * 10**7, "x", -1, 2**62), "id2label": ("x", [], {"a": "b"}), "n_blocks": (10**9,),
+        "text_config": ({}, {"model_type": "gpt2"}, {"text_config": {"text_config": {}}}), "decoder": ({"a": 1},),
+        "max_position_embeddings": (2**31 - 1,), "bos_token_id": ("x",), "to_dict": ("x",), "get_text_config": ("x",),
+        "model_type": ("gpt2", "whisper", "auto"),
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(sizes, vocab_size=97, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    others = {
+        "deepseek_v3": tf.DeepseekV3Config(
+            **text, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+            n_group=1, topk_group=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8,
+            v_head_dim=8, first_k_dense_replace=0,
+        ),
+        "cohere": tf.CohereConfig(**text),
+        "gpt_neo": tf.GPTNeoConfig(
+            vocab_size=97, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
+            max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+        ),
+        "gemma3_both": tf.Gemma3Config(
+            text_config=dict(text, head_dim=8, num_key_value_heads=1),
+            vision_config=dict(sizes, image_size=28, patch_size=14),
+        ),
+    }  # fmt: skip
+    for name, config in others.items():
+        tf.AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
+    for name in {**CONFIGS_OF_MODELS, **MORE, **MIXTURES}:
+        tiny_model(name, torch.float32).save_pretrained(root / name)
+    return root
+
+
+def test_every_known_architecture_loads(families):
+    for path in sorted(families.iterdir()):
+        assert load_model(path).config._name_or_path == str(path), path
+        ended = judged(path, seconds=5)
+        assert ended, path
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_settings_that_show_late(name, families, tmp_path, capfd):
+    for setting, values in FAMILIES[name].items():
+        for value in values:
+            path = shutil.copytree(families / name, tmp_path / "m", dirs_exist_ok=True)
+            edit(path / "config.json", lambda config: config.update({setting: value}))  # noqa: B023
+            start = time.process_time()
+            with pytest.raises(ValueError) as caught:
+                load_model(path)
+            assert time.process_time() - start < 2
+            one_line(caught.value, path)
+            assert capfd.readouterr().err == "", (setting, value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "torch.bfloat16"},
+        {"torch_dtype": "torch.bfloat16", "dtype": None},
+        {"_attn_implementation": "flash_attention_2", "attn_implementation": "x", "experts_implementation": 5},
+        {"return_dict": False, "use_return_dict": False, "torchscript": True},
+        {"output_hidden_states": "x", "output_attentions": True},
+        {"rope_theta": 10**11, "total_params": 7 * 10**9, "seed": 2**40},
+        {"num_labels": 2, "id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}},
+    ],
+)
+def test_settings_of_a_program_are_left_out(changes, folder):
+    """What older releases wrote, and what says how a model is run."""
+    truth = load_model(folder, "float32")(torch.tensor([[1, 2, 3]])).logits
+    edit(folder / "config.json", lambda config: config.update(changes))
+    found = load_model(folder)
+    assert found.dtype == (torch.bfloat16 if any("dtype" in name for name in changes) else torch.float32)
+    assert torch.equal(load_model(folder, "float32")(torch.tensor([[1, 2, 3]])).logits, truth)
+    assert open_streamed(folder) is not None
