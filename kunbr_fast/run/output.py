@@ -82,13 +82,12 @@ def check_output(
             raise ValueError(f"{plain(given)} is read by this run, which would replace it: move it elsewhere")
     if folder.phase == SAVING:
         return  # what is there the run has written
-    may, model = overwrite or folder.overwrites, model_in(Path(out))
-    if model and not may:
+    may, model, whole = overwrite or folder.overwrites, model_in(Path(out)), is_model(out)
+    if model and not may and (whole or model.name != "config.json"):
         raise ValueError(
             f"{plain(out)} holds a model ({plain(model.name)}), which the result would replace: give another output "
             "directory, or replace it (overwrite=True)"
         )
-    whole = is_model(out)
     for path in sorted(Path(out).iterdir()) if Path(out).is_dir() else ():
         cure = "move it, or give another output directory"
         if is_mixed(path.name):
