@@ -247,6 +247,20 @@ def test_an_answer_that_is_not_finite_is_a_divergence_of_what_has_made_the_model
         assert str(error.value).startswith(f"diverged at {at}: ") and "resumed run" in error.value.resume
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_an_answer_before_the_attack_is_the_result_s_and_one_in_it_the_attack_s(own, monkeypatch, tmp_path):
+    def bad(self):
+        error = FloatingPointError("the model's answer to question 3 is not a finite number ([nan]): its weights")
+        raise error from (ValueError() if own else None)
+
+    monkeypatch.setattr(Stages, "_attack", bad)
+    with pytest.raises(FloatingPointError if own else kf.Diverged) as error:
+        run(tmp_path, {})
+    if not own:
+        said = "Nothing that a resumed run may change cures it: in a new run (another output directory) lower block_lr"
+        assert said in str(error.value) and not error.value.resume
+
+
 @pytest.mark.parametrize("insertion", ["independent", "cumulative"])
 def test_a_streamed_run_that_diverges_writes_no_model(insertion, tmp_path):
     paths, out = [tmp_path / name for name in ("original", "unlearned")], tmp_path / "out"
