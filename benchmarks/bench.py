@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from kunbr_fast.benchmarks import harness, measure, report, rows
+from kunbr_fast.files.shown import shown
 
 
 def bench(
@@ -41,7 +42,7 @@ def bench(
         raise ValueError(f"device {options.device}: what runs elsewhere than on a CPU or CUDA device is not timed here")
     options = dataclasses.replace(options, say=lambda text: bar.set_postfix_str(text))
     cases, out = harness.all_cases(suites, options), Path(out)
-    _check_variants(cases, options.variants)
+    check_variants(cases, options.variants)
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET=1 is set: interpreted kernels are not what is measured: unset it")
     if out.exists() and not out.is_dir():
@@ -75,12 +76,13 @@ def _name(row) -> tuple:
     return tuple(str(row[name]) for name in rows.KEY[:-1])
 
 
-def _check_variants(cases: Iterable[harness.Case], wanted: Sequence[str] | None) -> None:
+def check_variants(cases: Iterable[harness.Case], wanted: Sequence[str] | None) -> None:
+    """ValueError for a name that no variant of these cases has."""
     if not wanted:
         return
     there = {variant.name for case in cases for variant in case.variants(case.small().draw())}
     if unknown := sorted(set(wanted) - there):
-        raise ValueError(f"no variant {unknown[0]!r} in these suites: expected some of {', '.join(sorted(there))}")
+        raise ValueError(f"no variant {shown(unknown[0])} in these suites: expected some of {', '.join(sorted(there))}")
 
 
 def _earlier(csv: Path, resume: bool, options: harness.Options, suites: Sequence[str]) -> list[dict[str, Any]]:

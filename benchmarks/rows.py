@@ -27,6 +27,7 @@ COLUMNS = (
 NEEDED = (*KEY, "ours", "ms", "p20_ms", "p80_ms")  # the rest may be missing: files of other releases stay readable
 TEXTS = ("suite", "model", "case", "dtype", "variant", "baseline", "note", "settings")
 NUMBERS = frozenset({*COLUMNS, "threads"} - {*TEXTS})
+LARGEST, SMALLEST = 1e15, 1e-30  # of what is measured, beside 0: what plots can show
 WRONG = "wrong: "  # how the reason begins for which the gate leaves a variant out
 
 
@@ -88,11 +89,17 @@ def _number(name: str, value: Any) -> int | float | None:
         return None
     try:
         number = int(value) if isinstance(value, int) else float(value)
-        if math.isfinite(number):
+        if math.isfinite(number) and _can_be(name, number):
             return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else number
     except (TypeError, ValueError):
         pass
-    raise ValueError(f"{plain(name, 40)} is {shown(value)}, expected a number")
+    raise ValueError(f"{plain(name, 40)} is {shown(value)}, expected a number of 0, or {SMALLEST:g} to {LARGEST:g}")
+
+
+def _can_be(name: str, number: float) -> bool:
+    if number < 0 and not name.endswith("_mib"):  # memory may be less afterwards
+        return False
+    return number == 0 or SMALLEST <= abs(number) and (abs(number) <= LARGEST or name == "error")
 
 
 def _text(value: Any) -> str:

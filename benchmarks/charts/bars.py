@@ -15,6 +15,7 @@ from kunbr_fast.evaluation import figures
 from kunbr_fast.evaluation.figures import BLUE, GREEN, GREY, ORANGE
 
 BARS, LINE = 44, 0.235  # lines of a picture, and inches of height that one takes
+FAR = 1e6  # the largest ratio that an axis has room for
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # behind text that lines run through
 SLOWER = {"hatch": "////", "edgecolor": "white"}
 STANDING = {"hatch": "xxxx", "edgecolor": "white", "linewidth": 0, "alpha": 0.75}
@@ -155,6 +156,7 @@ class Chart:
         ends = [begin + length for bar in bars for begin, length, _ in bar.parts]
         low, high = min(*ends, self.mark or 0, 1 if self.log else 0), max(*ends, self.mark or 0)
         if self.log:
+            low, high = max(low, 1 / FAR), min(high, FAR)  # what is beyond leaves the picture
             axes.set_xscale("log")
             room = max(math.log(high / low), math.log(1.5))
             axes.set_xlim(low * math.exp(-0.13 * room), high * math.exp(0.13 * room))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kunbr_fast.benchmarks import compare, harness
-from kunbr_fast.benchmarks.bench import bench
+from kunbr_fast.benchmarks.bench import bench, check_variants
 from kunbr_fast.benchmarks.report import PICTURES, write_report
 from kunbr_fast.benchmarks.rows import NEEDED, read_rows
 from kunbr_fast.benchmarks.shapes import MODELS
@@ -130,7 +130,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     options = _options(arguments)
     suites = arguments.suites or SUITES
     if arguments.list:
-        cases = [str(case) for case in harness.all_cases(suites, options)]
+        found = harness.all_cases(suites, options)
+        check_variants(found, options.variants)
+        cases = [str(case) for case in found]
         if not arguments.json:
             show(*cases)
         return {"cases": cases}

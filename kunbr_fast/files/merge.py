@@ -38,7 +38,7 @@ from kunbr_fast.files.headers import Header, Tensor
 from kunbr_fast.files.merge_folder import FOLDER, MergeFolder
 from kunbr_fast.files.models import ModelFolder
 from kunbr_fast.files.shards import INDEX
-from kunbr_fast.files.shown import shown
+from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.target import Target, check
 from kunbr_fast.keywords import named_by, taken
 
@@ -118,6 +118,9 @@ def merge_models(
     for number, path in enumerate(inputs):
         if any(path.exists() and path.samefile(other) for other in inputs[:number]):
             raise ValueError(f"{path} is given twice: its task vector would be counted twice, or be zero")
+        if not _is_utf8(path.resolve()):
+            what = "base" if number == 0 else "a model to merge"
+            raise ValueError(f"{plain(path)}: {what}, in a folder whose name is not UTF-8: rename it")
     headers = [ModelFolder(path, configured=path is inputs[0]).shards.headers for path in inputs]
     sources = [{tensor.name: tensor for header in found for tensor in header.tensors} for found in headers]
     _check_same(inputs, sources)
@@ -198,6 +201,14 @@ class _Reader:
         if not bool(values.isfinite().all()):
             raise ValueError(f"{tensor.file}: {tensor.name} holds NaN or infinity: the model is damaged or diverged")
         return values
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether its name can stand in a report."""
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_same(inputs: Sequence[Path], sources: Sequence[dict[str, Tensor]]) -> None:

@@ -41,6 +41,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")  # of tokenizer.json
 BUFFERS = 2**30  # bytes: of known models, GPT-J's masks of 0.1 GB are the most
+TEMPLATE = 2**20  # bytes of a chat template: the longest of known models has 0.03 MB
 LONGEST = 240  # characters of another library's reason
 
 
@@ -165,7 +166,8 @@ def refusals(where: Path) -> Iterator[None]:
         ours = isinstance(error, ValueError) and str(error).startswith(plain(where if where.is_dir() else where.parent))
         if ours or isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ValueError(f"{plain(where)}: {reason(error)}") from error
+        cure = f": {model_config.CURE}" if where.name == "config.json" and model_config.CURE not in str(error) else ""
+        raise ValueError(f"{plain(where)}: {reason(error)}{cure}") from error
 
 
 @contextlib.contextmanager
@@ -258,20 +260,90 @@ def load_tokenizer(path: str | Path) -> Any:
         raise ValueError(
             f"{plain(path)}: no tokenizer (tokenizer.json): save one with tokenizer.save_pretrained({str(path)!r})"
         )
-    for name in BESIDE:
-        if (path / name).exists():
-            with refusals(path / name):  # not read_json: transformers writes model_max_length as 10**30
-                if not isinstance(found := json.loads(read_text(path / name)), dict):
-                    raise ValueError(f"got {shown(found)}, expected an object: {COPY}")
-                if any(os.sep in str(file) for file in found.get("fast_tokenizer_files") or ()):
-                    raise ValueError("fast_tokenizer_files: expected names of files in the folder: delete it")
+    _check_beside(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        tokenizer("a")  # some settings, such as model_max_length, are looked at in a call only
-    except Exception:
-        with refusals(_damaged_tokenizer(path)):
+        with held_back(), _silent():
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            tokenizer("a")  # some settings, such as model_max_length, are looked at in a call only
+    except BaseException as error:
+        if not isinstance(error, Exception) and not _is_panic(error):
             raise
+        damaged = path / "tokenizer.json" if _is_panic(error) else _damaged_tokenizer(path)
+        raise ValueError(f"{plain(damaged)}: {reason(error)}: {COPY}") from error
     return tokenizer
+
+
+def _check_beside(path: Path) -> None:
+    """What stands beside a tokenizer.json: templates and small objects. ValueError names the file."""
+    templates = [path / "chat_template.jinja"]
+    if (more := path / "additional_chat_templates").is_dir():
+        templates += [more / name for name in sorted(os.listdir(more))]
+    for template in templates:
+        if os.path.lexists(template):
+            read_text(template, TEMPLATE)
+    for name in BESIDE:
+        if not (path / name).exists():
+            continue
+        with refusals(path / name):  # not read_json: transformers writes model_max_length as 10**30
+            if not isinstance(found := json.loads(read_text(path / name)), dict):
+                raise ValueError(f"got {shown(found)}, expected an object: {COPY}")
+            for key, value in found.items():
+                if (expected := _expected_beside(name, key, value)) is not None:
+                    raise ValueError(f"{plain(key)} is {shown(value)}, expected {expected}: {COPY}")
+            for file in found.get("fast_tokenizer_files") or () if name == BESIDE[0] else ():
+                if not (path / file).is_file():
+                    raise ValueError(f"fast_tokenizer_files: {shown(file)} is not there: delete it")
+
+
+def _expected_beside(name: str, key: str, value: Any) -> str | None:
+    """What is expected in place of a value in one of BESIDE; None where it may be right."""
+    if name in ("added_tokens.json", "vocab.json"):
+        return None if type(value) is int and 0 <= value < 2**31 else "a token's number"
+    if key.endswith("_token") and not key.startswith(("add_", "split_")):
+        text = value.get("content") if isinstance(value, dict) else value
+        # true and false are of settings that are named like tokens
+        return None if isinstance(text, str | bool) or value is None else "a token's text"
+    if name != BESIDE[0] or value is None:
+        return None
+    if key == "model_max_length":
+        return None if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
+    if key in ("auto_map", "added_tokens_decoder"):
+        return None if isinstance(value, dict) else "an object"
+    if key == "tokenizer_class":
+        return None if isinstance(value, str) and value.isprintable() else "a name"
+    if key == "fast_tokenizer_files":
+        right = isinstance(value, list) and all(isinstance(v, str) and os.path.basename(v) == v != "" for v in value)
+        return None if right else "names of files in the folder"
+    if key == "chat_template":
+        named = isinstance(value, list) and all(_is_named_template(item) for item in value)
+        return None if isinstance(value, str) or named else "a template, or a list of {name, template}"
+    return None
+
+
+def _is_named_template(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("name", "template"))
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Of Rust's code: tokenizers raises it as a BaseException."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Takes what a panic of Rust's code writes by itself to the process's standard error."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _damaged_tokenizer(path: Path) -> Path:
@@ -280,8 +352,11 @@ def _damaged_tokenizer(path: Path) -> Path:
 
     if (path / "tokenizer.json").exists():
         try:
-            Tokenizer.from_file(str(path / "tokenizer.json"))
-        except Exception:  # it raises no other
+            with _silent():
+                Tokenizer.from_file(str(path / "tokenizer.json"))
+        except BaseException as error:
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
             return path / "tokenizer.json"
     return next((path / name for name in BESIDE if (path / name).exists()), path)
 

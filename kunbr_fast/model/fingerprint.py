@@ -18,7 +18,7 @@ import xxhash
 from torch import nn
 
 from kunbr_fast.data import is_record
-from kunbr_fast.model.weights import DAMAGED, finite, weights_of
+from kunbr_fast.model.weights import finite, not_finite, weights_of
 
 CHUNK = 1 << 18  # entries of a tensor that are checked and hashed at a time: they stay in the cache of a core
 COPIED = 1 << 25  # of one on a device, that are copied at a time
@@ -37,8 +37,8 @@ def model_fingerprint(model: nn.Module | Mapping[str, torch.Tensor], whose: str 
         _add_tensors(digest, ((name, model[name]) for name in model), whose)
         return digest.hexdigest()
     weights = weights_of(model)
-    _add_tensors(digest, ((name, weights[name]) for name in weights), whose)
-    _add_tensors(digest, _saved_buffers(model), whose)
+    _add_tensors(digest, ((name, weights[name]) for name in weights), whose, model)
+    _add_tensors(digest, _saved_buffers(model), whose, model)
     config = getattr(model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else {}
     _add_json(digest, [type(model).__name__, _without(values, NOT_COUNTED)])
@@ -97,16 +97,19 @@ def _add_json(digest: Any, value: Any) -> None:
 
 
 @torch.no_grad()
-def _add_tensors(digest: Any, tensors: Iterable[tuple[str, torch.Tensor]], whose: str) -> None:
+def _add_tensors(
+    digest: Any, tensors: Iterable[tuple[str, torch.Tensor]], whose: str, model: nn.Module | None = None
+) -> None:
+    """whose, model: as of `not_finite`."""
     for name, tensor in tensors:
         tensor = tensor.detach()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         on_device = tensor.device.type != "cpu"
         if on_device and tensor.is_floating_point() and not finite(tensor):  # where it is: faster than here
-            raise _not_finite(name, tensor, whose)
+            raise not_finite(name, tensor, whose, model)
         for part in tensor.contiguous().flatten().split(COPIED if on_device else CHUNK):
             if not on_device and not _is_finite(part):
-                raise _not_finite(name, tensor, whose)
+                raise not_finite(name, tensor, whose, model)
             digest.update(part.cpu().view(torch.uint8).numpy())
 
 
@@ -115,8 +118,3 @@ def _is_finite(part: torch.Tensor) -> bool:
         return True
     low, high = part.aminmax()  # NaN if there is one; four times faster than isfinite
     return math.isfinite(low) and math.isfinite(high)
-
-
-def _not_finite(name: str, tensor: torch.Tensor, whose: str) -> ValueError:
-    bad = int((~tensor.isfinite()).sum())
-    return ValueError(f"{whose}{name}: {bad} of {tensor.numel()} values are NaN or infinite: {DAMAGED}")

@@ -36,7 +36,7 @@ from kunbr_fast.files.model_folder import new_model, within, written_names
 from kunbr_fast.files.parameters import Piece
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.tensors import open_tensors, placeholder
-from kunbr_fast.model.weights import CARRIED, DAMAGED, Weights, finite
+from kunbr_fast.model.weights import CARRIED, Weights, finite, why_not_finite
 
 ALIGNMENT = 256  # of a parameter in its buffer, in bytes
 # files that may hold the former weights in another form, which a model saved anew must not bring along
@@ -247,6 +247,9 @@ class LayerStream(Weights):
     def directory(self) -> Path:
         return self.shards.directory
 
+    def in_files(self, name: str) -> list[torch.Tensor]:
+        return [self.shards[piece.stored] for piece in self._sources.get(name, ())]
+
     def moved(self, directory: str | Path) -> None:
         """From now on all is read from `directory`, where `save` has written the model."""
         shards = Shards(directory)
@@ -377,9 +380,11 @@ class LayerStream(Weights):
         for path, pairs in by_file.items():
             with open_tensors(path) as file:
                 for stored, into in pairs:
-                    into.copy_(file.get_tensor(stored))
+                    value = file.get_tensor(stored)
+                    into.copy_(value)
                     if not self.reads[layer] and not finite(into):
-                        raise ValueError(f"{path}: {stored} holds NaN or infinite values (as {into.dtype}): {DAMAGED}")
+                        why = why_not_finite([value], into.dtype)
+                        raise ValueError(f"{path}: {stored} holds NaN or infinite values (as {into.dtype}): {why}")
         self.reads[layer] += 1
 
     def _arrive(self, slot: _Slot) -> None:

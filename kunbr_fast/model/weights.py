@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from kunbr_fast.files.parameters import stored_parameters
+from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.tensors import is_absent
 from kunbr_fast.kernels.optimizers import reference
 
@@ -29,8 +31,35 @@ def check_finite(model: nn.Module, whose: str = "") -> None:
     for name, parameter in model.named_parameters():
         if is_absent(parameter) or bool(finite(parameter)):
             continue
-        if bad := int((~parameter.detach().isfinite()).sum()):
-            raise ValueError(f"{whose}{name}: {bad} of {parameter.numel()} values are NaN or infinite: {DAMAGED}")
+        if not bool(parameter.detach().isfinite().all()):
+            raise not_finite(name, parameter.detach(), whose, model)
+
+
+def not_finite(name: str, tensor: torch.Tensor, whose: str = "", model: nn.Module | None = None) -> ValueError:
+    """The error for a weight that holds NaN or infinity; model: that it is of, whose files tell the cause."""
+    bad, stored = int((~tensor.isfinite()).sum()), None if model is None else weights_of(model).in_files(name)
+    why = why_not_finite(stored or [], tensor.dtype)
+    if not stored and tensor.dtype == torch.float16 and not bool(tensor.isnan().any()):
+        why = f"where it was made float16, which ends at 65504, take bfloat16 or float32; else {DAMAGED}"
+    return ValueError(f"{whose}{name}: {bad} of {tensor.numel()} values are NaN or infinite: {why}")
+
+
+def why_not_finite(stored: Sequence[torch.Tensor], dtype: torch.dtype) -> str:
+    """Why values are not finite in `dtype` that the files hold as `stored`, and the cure."""
+
+    def hold(dtype: torch.dtype) -> bool:
+        return all(bool(finite(value.to(dtype))) for value in stored)
+
+    if not stored or hold(dtype) or not hold(stored[0].dtype):
+        return DAMAGED
+    used, own = (str(kind).removeprefix("torch.") for kind in (dtype, stored[0].dtype))
+    wider = ["bfloat16"] * (own != "bfloat16" and hold(torch.bfloat16)) + ["float32"] * (own == "float64")
+    wider = [name for name in wider if name != used and hold(getattr(torch, name))]
+    most = max(float(torch.linalg.vector_norm(value.double(), torch.inf)) for value in stored)
+    return (
+        f"the files are whole, they hold {own} up to {most:.4g}, which {used} (up to {torch.finfo(dtype).max:.6g}) "
+        f"cannot: load the model in {' or '.join([*wider, own])} (--dtype)"
+    )
 
 
 def all_zero(weights: Mapping[str, torch.Tensor]) -> str:
@@ -58,6 +87,16 @@ class Weights:
         """Where the model was loaded from, if that is known."""
         name = getattr(getattr(self._model, "config", None), "name_or_path", None)
         return Path(name) if name and Path(name).is_dir() else None
+
+    def in_files(self, name: str) -> list[torch.Tensor]:
+        """What the files that the model was loaded from hold of a parameter; empty where that is not known."""
+        if self.directory is None:
+            return []
+        try:
+            shards = Shards(self.directory)
+            return [shards[piece.stored] for piece in stored_parameters(self._model, shards).sources[name]]
+        except (ValueError, LookupError, OSError):  # they are others now
+            return []
 
     def __contains__(self, name: object) -> bool:
         return name in self._parameters

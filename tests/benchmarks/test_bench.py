@@ -435,6 +435,11 @@ def test_list_says_what_there_is_and_measures_nothing(tmp_path, capsys, monkeypa
     assert cli.main(["bench", "--list"]) == 0
     printed = capsys.readouterr().out
     assert all(f"{suite}: " in printed for suite in SUITES)
+    assert cli.main(["bench", "--list", "norms", "--quick", "--variants", "eager"]) == 0
+    assert "norms: " in capsys.readouterr().out
+    assert cli.main(["bench", "--list", "norms", "--quick", "--variants", "eager", "nosuch\x1b"]) == 2
+    said = capsys.readouterr()
+    assert "no variant 'nosuch\\x1b' in these suites: expected some of" in said.err and said.out == ""
     assert list(tmp_path.iterdir()) == []
 
 

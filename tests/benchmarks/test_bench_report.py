@@ -121,6 +121,25 @@ def test_a_file_that_is_none_is_named_with_its_line(tmp_path, name, change, said
         read_rows(path)
 
 
+@pytest.mark.parametrize("column", ["ms", "peak_mib", "speedup", "roofline_percent", "gflop", "tokens"])
+def test_a_number_is_refused_or_drawn(tmp_path, column):
+    """Of any size: what no benchmark measures by its column, the rest in all pictures."""
+    taken = []
+    for value in (1e308, 10**18, 1e15, 1e-30, 5e-324, 0, -1, -1e300):
+        some = [rows(gflop=2.0), rows(gflop=2.0, tokens=256), rows(case="x", model="y")]
+        some[0][0][column] = value
+        path = tmp_path / "a.json"
+        path.write_text(json.dumps([row for case in some for row in case]))
+        try:
+            found = read_rows(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}, row 1: {column} is {value}, expected a number of 0, or 1e-30 to")
+        else:
+            assert report.write_report(found, tmp_path / "out") and report.table(found)
+            taken.append(value)
+    assert taken == [1e15, 1e-30, 0] + ([-1] if column == "peak_mib" else [])
+
+
 def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not UTF-8 text"):

@@ -219,6 +219,16 @@ def test_what_is_no_file(make, name, saved, tmp_path, monkeypatch):
     refused(path, re.escape(str(file)))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_folder_whose_name_is_no_text(first, saved, tmp_path):
+    odd = tmp_path / os.fsdecode(b"m\xff")
+    shutil.copytree(saved / "one", odd)
+    base, other = (odd, saved / "one") if first else (saved / "one", odd)
+    with pytest.raises(ValueError, match=r"m\\udcff: .*whose name is not UTF-8: rename it"):
+        kf.merge_models(base, [other], tmp_path / "out", mode="add")
+    assert not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------- headers
 
 ENTRY = "model.norm.weight"
@@ -441,6 +451,55 @@ def test_tokenizers_that_are_damaged(name, tmp_path):
             one_line(error, tmp_path / name)
             refusals += 1
     assert refusals >= 7
+
+
+BESIDE = {
+    "chat_template.jinja": (b"\xff\xfe", b"x" * (2**20 + 1)),
+    "additional_chat_templates/one.jinja": (b"\xff\xfe", b"x" * 30_000_000, None),
+    "added_tokens.json": (b'{"a": "x"}', b'{"a": {}}', b'{"a": -1}', b'{"a": 1e3}', b"[]", b"x" * 17_000_000),
+    "special_tokens_map.json": (b'{"eos_token": {"content": 5}}', b'{"eos_token": 5}', b'{"pad_token": ["a"]}', b"5"),
+    "tokenizer_config.json": tuple(
+        as_json(value)
+        for value in (
+            {"model_max_length": "x"}, {"auto_map": 5}, {"tokenizer_class": 5}, {"fast_tokenizer_files": 5},
+            {"fast_tokenizer_files": ["tokenizer.4.0.json"]}, {"fast_tokenizer_files": ["../x"]},
+            {"fast_tokenizer_files": [5]}, {"chat_template": 5}, {"chat_template": [5]}, {"chat_template": [{}]},
+            {"chat_template": {"a": "b"}}, {"eos_token": 5}, {"added_tokens_decoder": []},
+        )
+    ),
+    "tokenizer.json": (b"[]", b"null", b"{}", b"5", b'"x"', b"[" * 10**5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_tokenizers_files_are_named(name, tmp_path, capfd):
+    tiny_text.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "additional_chat_templates").mkdir()
+    load_tokenizer(tmp_path)
+    for content in BESIDE[name]:
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).write_bytes(content) if content is not None else os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError) as caught:
+            load_tokenizer(tmp_path)
+        one_line(caught.value, tmp_path / name)
+        assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x" * 1000}},
+        {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "X", "type_id": 0}}],
+                            "pair": [], "special_tokens": {}}},
+    ],
+)  # fmt: skip
+def test_a_panic_of_tokenizers_is_one_line(changes, tmp_path, capfd):
+    tiny_text.tokenizer().save_pretrained(tmp_path)
+    edit(tmp_path / "tokenizer.json", lambda value: value.update(changes))
+    with pytest.raises(ValueError, match="PanicException") as caught:
+        load_tokenizer(tmp_path)
+    one_line(caught.value, tmp_path / "tokenizer.json")
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 import shutil
 
@@ -13,8 +14,10 @@ from tiny_models import random_samples, tiny_model
 import kunbr_fast as kf
 from kunbr_fast.files.models import load_model, load_tokenizer
 from kunbr_fast.model import fingerprint as module
+from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.fingerprint import fingerprint, model_fingerprint, tokenizer_fingerprint
 from kunbr_fast.model.streaming import open_streamed
+from kunbr_fast.model.weights import DAMAGED, check_finite
 from kunbr_fast.run import checks
 
 FORGET, RETAIN = random_samples(4, seed=1), random_samples(4, seed=2)
@@ -145,3 +148,43 @@ def test_each_model_is_read_once(monkeypatch, tmp_path):
     kf.unlearn(model, FORGET, RETAIN, kf.KUnBRConfig(**CONFIG), unlearned=given, output_dir=tmp_path, progress=False)
     assert len(read) == 2 and read[0] is model and read[1] is given
     assert fingerprint(real(given), FORGET) == fingerprint(given, FORGET) != fingerprint(given, RETAIN)
+
+
+NARROW = "hold {} up to {}, which {} cannot: load the model in {}".format
+F16, F32 = "float16 (up to 65504)", "float32 (up to 3.40282e+38)"
+
+
+@pytest.mark.parametrize(
+    "stored, dtype, values, said",
+    [
+        ("float32", "float16", [1e5, -7e4], NARROW("float32", "1e+05", F16, "bfloat16 or float32")),
+        ("bfloat16", "float16", [1e5], NARROW("bfloat16", "9.984e+04", F16, "bfloat16")),
+        ("float64", "float32", [1e300], NARROW("float64", "1e+300", F32, "float64")),
+        ("float64", "float16", [1e5], "cannot: load the model in bfloat16 or float32 or float64 (--dtype)"),
+        ("float32", "float16", [math.inf], DAMAGED),
+        ("float32", "float16", [1e5, math.nan], DAMAGED),
+        ("float32", "float32", [math.nan], DAMAGED),
+    ],
+)
+def test_a_dtype_that_is_too_narrow_is_named_and_no_whole_file_is_called_damaged(stored, dtype, values, said, tmp_path):
+    """In a model that is loaded, in one that is converted afterwards, in a streamed one."""
+    model, name = tiny_model(dtype=getattr(torch, stored)), "model.layers.3.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[: len(values)] = torch.tensor(values, dtype=torch.float64)
+    model.save_pretrained(tmp_path)
+    for found in (load_model(tmp_path, dtype), load_model(tmp_path).to(getattr(torch, dtype))):
+        for look in (model_fingerprint, check_finite, Decoder):
+            with pytest.raises(ValueError) as error:
+                look(found)
+            assert name in str(error.value) and said in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError) as error:
+        model_fingerprint(open_streamed(tmp_path, "cpu", dtype))
+    assert name in str(error.value) and said in str(error.value)
+
+
+def test_of_a_model_without_files_float16_is_the_cause_that_may_be():
+    model = tiny_model(dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e5
+    with pytest.raises(ValueError, match="made float16, which ends at 65504, take bfloat16 or float32; else"):
+        check_finite(model.half())
