@@ -11,7 +11,7 @@ counts once. It is a run with few steps: hashing the model and looking at files 
     folder         OUT, its marker, its lock
     updates        on a CPU a reading pass after each update; on a GPU the optimiser's kernel does it
     end of stage   a forward pass after the last update, and what else `Training.check` does
-    result         that the model to be saved is finite
+    result         that the model to be saved is finite, and so is a forward pass of it
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from kunbr_fast.benchmarks.shapes import questions
 from kunbr_fast.files.models import save_model
 
 CHECKS = {  # kind: functions, as module:name
-    "fingerprint": ("run.checks:model_fingerprint", "run.checks:fingerprint"),
+    "fingerprint": ("run.checks:model_fingerprint", "run.checks:run_identity"),
     "files": ("files.checksums:sha256", "run.state:write_sealed", "run.state:read_sealed"),
     "folder": ("run.folder:CheckpointFolder.begin", "run.folder:CheckpointFolder.mark", "run.unlearn:check_output"),
     "updates": ("kernels.optimizers.reference:note_not_finite", "training.training:Training.check_update"),
     "end of stage": ("training.training:Training.check",),
-    "result": ("run.stages:Stages.check_result",),
+    "result": ("run.stages:Stages.check_result", "run.stages:Stages._check_forward"),
 }
 
 

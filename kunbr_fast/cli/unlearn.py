@@ -16,7 +16,7 @@ from kunbr_fast.data import is_question, load_records
 from kunbr_fast.data.content import check_files
 from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
-from kunbr_fast.evaluation.report import Report, table, write_report
+from kunbr_fast.evaluation.report import Report, plain_values, table, write_report
 from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model, save_model
 from kunbr_fast.files.shown import shown
 from kunbr_fast.model.streaming import open_streamed
@@ -175,7 +175,8 @@ def _write(report: Report, config: KUnBRConfig, arguments: argparse.Namespace) -
         curves = out / "relearning.png"
         drawn(curves, lambda: plot_relearning({"KUnBR": report.rtt}, curves, forget=forget_accuracy))
     config.save(out / "run.yaml")
-    write_report(out / "report.json", report.to_dict() | {"model": str(arguments.model), "result": record(out)})
+    values = plain_values(report.to_dict() | {"model": str(arguments.model)})
+    write_report(out / "report.json", values | {"result": record(out, values)})
 
 
 def _print(report: Report, arguments: argparse.Namespace, attack_left_out: bool) -> None:

@@ -95,7 +95,7 @@ def write_report(path: str | Path, report: Mapping) -> None:
     Besides what JSON knows it takes tensors, paths, ranges and objects with to_dict. ValueError for a number that is
     not finite, TypeError for anything else that JSON lacks; both name its place in the report.
     """
-    atomic.write_json(path, _plain(report, "report"))
+    atomic.write_json(path, plain_values(report, "report"))
 
 
 def _cells(row: Mapping, others: list[str], stages: list[str]) -> list[str]:
@@ -116,7 +116,8 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def _plain(value, where: str):
+def plain_values(value: Any, where: str = "report") -> Any:
+    """As JSON has it; the errors of `write_report`."""
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, torch.Tensor):
@@ -130,7 +131,7 @@ def _plain(value, where: str):
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry, f"{where}.{key}") for key, entry in value.items()}
+        return {str(key): plain_values(entry, f"{where}.{key}") for key, entry in value.items()}
     if isinstance(value, (list, tuple, range)):
-        return [_plain(entry, f"{where}[{i}]") for i, entry in enumerate(value)]
+        return [plain_values(entry, f"{where}[{i}]") for i, entry in enumerate(value)]
     raise TypeError(f"{where} is a {type(value).__name__}; expected a JSON value, a tensor, a path or a to_dict object")

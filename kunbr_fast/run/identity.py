@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -30,11 +31,12 @@ class File(TypedDict):
 
 
 class Record(TypedDict):
-    """In report.json. unlearned: the fingerprint of the M_u that was given; files: the model's."""
+    """In report.json. unlearned: the fingerprint of the given M_u; files: the model's; report: of all else in it."""
 
     identity: str
     unlearned: str | None
     files: dict[str, File]
+    report: str
 
 
 def run_identity(inputs: RunInputs, samples: Samples, model: str) -> str:
@@ -71,12 +73,12 @@ def difference(was: str, now: str, config: KUnBRConfig, before: Mapping[str, Any
 # ---------------------------------------------------------------- of a result
 
 
-def record(out: str | Path) -> Record:
-    """Of the run in `out`, whose model is written and whose checkpoints are still there."""
+def record(out: str | Path, report: Mapping[str, Any]) -> Record:
+    """Of the run in `out`, whose model is written and whose checkpoints are still there. report: as JSON has it."""
     state = read_sealed(Path(out) / NAME / STATE, "start again")
     given = state["stages"].get("warmup", {}).get("given")
     files = {name: _file(path) for name, path in model_files(out).items()}
-    return {"identity": state["identity"], "unlearned": given, "files": files}
+    return {"identity": state["identity"], "unlearned": given, "files": files, "report": _digest(report)}
 
 
 def check_record(out: str | Path, report: Mapping[str, Any], config: KUnBRConfig, now: str, given: str | None) -> None:
@@ -85,6 +87,8 @@ def check_record(out: str | Path, report: Mapping[str, Any], config: KUnBRConfig
     if "result" not in report:
         raise ValueError(f"{where}: an earlier version wrote it, and not what its run was given: {cure}")
     found = checked(report["result"], Record, f"{where}: result")
+    if found["report"] != _digest(report):
+        raise ValueError(f"{where}: damaged or edited, and {plain(out)} holds a finished run: {cure}")
     if found["identity"] != now:
         text = difference(found["identity"], now, config, report["config"])
         raise ValueError(f"{plain(out)} holds a finished run, and belongs to another run: {text}")
@@ -102,6 +106,11 @@ def check_record(out: str | Path, report: Mapping[str, Any], config: KUnBRConfig
                 f"it has {size} bytes, {entry['size']} were written" if size != entry["size"] else "its bytes changed"
             )
             raise ValueError(f"{plain(there[name])}: damaged ({what}), and {plain(out)} holds a finished run: {cure}")
+
+
+def _digest(report: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in report.items() if name != "result"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())
 
 
 def _file(path: Path) -> File:

@@ -7,10 +7,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from kunbr_fast.files.documents import read_json
 from kunbr_fast.files.model_folder import is_mixed, is_model, is_model_file, is_part, within, written_names
+from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.shown import plain
 from kunbr_fast.files.target import is_picture, is_signed, json_with, model_in
+from kunbr_fast.model.weights import weights_of
 from kunbr_fast.run.folder import FINISHED, SAVING, CheckpointFolder
 
 _KEYS = "kunbr_fast config blocks density seconds losses accuracy rtt recovery model".split()
@@ -61,6 +66,11 @@ def check_output(
             f"{plain(out)} already holds a finished run: give another output directory, or replace it (overwrite=True)"
         )
     folder.check()
+    if resume and folder.phase is None and (Path(out) / "report.json").exists():
+        raise ValueError(
+            f"{plain(Path(out) / 'report.json')} is not that of a finished run, or damaged, and there are no "
+            "checkpoints: move it away, or give another output directory, and run again"
+        )
     if resume:
         folder.check_resumable()
     elif folder.phase != FINISHED:
@@ -72,13 +82,12 @@ def check_output(
             raise ValueError(f"{plain(given)} is read by this run, which would replace it: move it elsewhere")
     if folder.phase == SAVING:
         return  # what is there the run has written
-    may, model = overwrite or folder.overwrites, model_in(Path(out))
-    if model and not may:
+    may, model, whole = overwrite or folder.overwrites, model_in(Path(out)), is_model(out)
+    if model and not may and (whole or model.name != "config.json"):
         raise ValueError(
             f"{plain(out)} holds a model ({plain(model.name)}), which the result would replace: give another output "
             "directory, or replace it (overwrite=True)"
         )
-    whole = is_model(out)
     for path in sorted(Path(out).iterdir()) if Path(out).is_dir() else ():
         cure = "move it, or give another output directory"
         if is_mixed(path.name):
@@ -100,3 +109,20 @@ def remove_reports(out: str | Path) -> None:
 
 def _is_report(path: Path) -> bool:
     return not path.is_symlink() and path.is_file() and REPORTS[path.name](path)
+
+
+def check_not_read(out: str | Path, model: nn.Module) -> None:
+    """ValueError where the model in `out` has the weights of `model`, in memory: it may have been loaded from there, by
+    a name that leads elsewhere by now."""
+    if not is_model(out):
+        return
+    try:
+        weights, shards = weights_of(model), Shards(out)
+    except ValueError:  # its index is broken, say: nobody has loaded it
+        return
+    both = [name for name in weights if name in shards]
+    if both and all(torch.equal(shards[name].to(weights[name].dtype), weights[name].cpu()) for name in both):
+        raise ValueError(
+            f"{plain(out)}: the model there has the weights of the one given, and what a run reads is never "
+            "overwritten: give another output directory"
+        )

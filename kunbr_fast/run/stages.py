@@ -110,6 +110,16 @@ class Stages(Run):
             raise self.overflown(made_by, said)
 
     def attack(self) -> RTTResult | None:
+        try:
+            return self._attack()
+        except FloatingPointError as error:
+            if error.__cause__ is not None:
+                raise  # of an attack's own training
+            found = self.overflown(MERGED, str(error).partition(": its weights")[0])
+            found.resumable("", self.locked(found))
+            raise found from error
+
+    def _attack(self) -> RTTResult | None:
         attack, progress, rank = self.rtt, self.reporter.progress, self.group.rank
         if attack is None:
             return None

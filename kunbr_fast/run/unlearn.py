@@ -22,7 +22,7 @@ from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.folder import NAME, SAVING, CheckpointFolder, former_folder
-from kunbr_fast.run.output import check_output, check_place
+from kunbr_fast.run.output import check_not_read, check_output, check_place
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.stages import Stages
 from kunbr_fast.stopping import Stop
@@ -138,6 +138,8 @@ def _begun(model: nn.Module, given: Options, reporter: Reporter) -> CheckpointFo
     check_place(output_dir, places)
     if weights_of(model).streamed:
         check_output(output_dir, places["the model"], given.resume, given.overwrite)
+    elif given.overwrite:
+        check_not_read(output_dir, model)
     if not given.resume and (old := former_folder(output_dir)):
         reporter.say(f"{old} holds checkpoints of an earlier version, which nothing reads any more: delete that folder")
     folder = CheckpointFolder(output_dir)

@@ -247,6 +247,20 @@ def test_an_answer_that_is_not_finite_is_a_divergence_of_what_has_made_the_model
         assert str(error.value).startswith(f"diverged at {at}: ") and "resumed run" in error.value.resume
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_an_answer_before_the_attack_is_the_result_s_and_one_in_it_the_attack_s(own, monkeypatch, tmp_path):
+    def bad(self):
+        error = FloatingPointError("the model's answer to question 3 is not a finite number ([nan]): its weights")
+        raise error from (ValueError() if own else None)
+
+    monkeypatch.setattr(Stages, "_attack", bad)
+    with pytest.raises(FloatingPointError if own else kf.Diverged) as error:
+        run(tmp_path, {})
+    if not own:
+        said = "Nothing that a resumed run may change cures it: in a new run (another output directory) lower block_lr"
+        assert said in str(error.value) and not error.value.resume
+
+
 @pytest.mark.parametrize("insertion", ["independent", "cumulative"])
 def test_a_streamed_run_that_diverges_writes_no_model(insertion, tmp_path):
     paths, out = [tmp_path / name for name in ("original", "unlearned")], tmp_path / "out"
@@ -342,3 +356,89 @@ def test_a_run_names_its_own_setting(name, optimizer):
         kf.KUnBRConfig(**{name: 1e20, "weight_decay": 1e20})
     with pytest.raises(ValueError, match=rf"{name}=1e\+38: AdamW's first step is 1e\+39"):
         kf.KUnBRConfig(**{name: 1e38, optimizer: "adamw"})
+
+
+# ---------------------------------------------------------------- what the error advises
+
+CURED = dict(
+    retain_coeff=2.0, forget_loss_cap=10.0, objective="npo", weight_decay=0.0, max_retain_loss=99.0,
+    warmup_lr=1e-4, block_lr=1e-4, warmup_epochs=1, block_epochs=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "stage, given", [("warm-up", False), ("block", False), ("block", True), ("block 2", False), ("block 2", True)]
+)
+@pytest.mark.parametrize("decay", [0.0, 2.0])
+def test_resume_accepts_what_the_error_says_and_refuses_what_it_leaves_to_a_new_run(decay, stage, given, tmp_path):
+    """The table that decides is asked, for every setting that is named."""
+    config = dict(weight_decay=decay, **({"warmup_lr": 1.0} if stage == "warm-up" else {"block_lr": 1.0}))
+    more = dict(unlearned=tiny_model(seed=1, dtype=torch.float32)) if given else {}
+    if stage != "warm-up" and not given:
+        config["warmup_lr"] = 0.0
+    made, update = [], steps.Training.update
+
+    def then(self, term=None):
+        update(self, term)
+        made.append(self.name)
+        blocks = [name for name in dict.fromkeys(made) if name.startswith("block")]
+        if {"warm-up": True, "block": len(blocks) == 1, "block 2": len(blocks) == 2}[stage]:
+            self.optimizer.flag(torch.device("cpu")).fill_(1)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(kf.Diverged) as error:
+        patch.setattr(steps.Training, "update", then)
+        run(tmp_path, config, **more)
+    said = str(error.value)
+    free, _, locked = said.partition("in a new run")
+    for name, cure in error.value.cures.items():
+        assert (cure in free) != (cure in locked)
+        asked = dict(config)
+        asked[name] = CURED[name]
+        if cure in locked:
+            with pytest.raises(ValueError, match=f"{name} was .* in the run to be resumed"):
+                run(tmp_path, asked, resume=True, **more)
+        else:
+            accepted(tmp_path, asked, more)
+
+
+def accepted(out, config, more):
+    """Whether a resumed run begins; it ends at once, and another one can be tried."""
+
+    def stop(text):
+        raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(Stages, "all", stop)
+        run(out, config, resume=True, **more)
+
+
+@pytest.mark.parametrize(
+    "config, said, unsaid",
+    [
+        (dict(retain_coeff=1e38), "To cure it lower retain_coeff (1e+38)", "take another model"),
+        (dict(objective="npo", objective_options=dict(beta=1e-39)), "take other options of npo (beta=1e-39)", "model"),
+        (dict(), "take another model, or a wider dtype than float32", "retain_coeff"),
+    ],
+)
+def test_a_first_loss_that_is_not_finite_is_not_blamed_on_the_learning_rate(config, said, unsaid, tmp_path):
+    def spoilt(model, batch, output):
+        return output * math.inf
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(kf.Diverged) as error:
+        if not config:  # from the first step on
+            begin = steps.Training.accumulate
+            handles = []
+
+            def then(self, step):
+                handles.append(self.decoder.layers[-1].register_forward_hook(spoilt))
+                try:
+                    return begin(self, step)
+                finally:
+                    handles.pop().remove()
+
+            patch.setattr(steps.Training, "accumulate", then)
+        run(tmp_path, config)
+    text = str(error.value)
+    assert text.startswith("diverged at warm-up, step 0 (") and said in text and unsaid not in text
+    assert "itself is not finite, before any update, so the learning rate is not the cause" in text
+    assert "lower the learning rate" not in text and "\n" not in text

@@ -560,8 +560,11 @@ def test_the_library_removes_nothing_where_it_writes_nothing(workspace, finished
     monkeypatch.chdir(out.parent)
     model = load_model("run")
     monkeypatch.chdir(tmp_path.parent)  # where the name that it was loaded by leads nowhere
-    kf.unlearn(model, samples, samples, config, output_dir=out, progress=False, overwrite=True)
-    assert contents(out) == before
+    for name in (model.config.name_or_path, "", "someone/model"):
+        model.config.name_or_path = name
+        with pytest.raises(ValueError, match="has the weights of the one given"):
+            kf.unlearn(model, samples, samples, config, output_dir=out, progress=False, overwrite=True)
+        assert contents(out) == before
 
 
 def test_a_place_that_can_be_no_folder_is_said(workspace, tmp_path, capsys):
@@ -609,7 +612,12 @@ def test_a_finished_run_whose_model_is_not_whole_says_so(workspace, finished, tm
             error = refusal(capsys, command)
             assert f"{path}: {said}" in error and "move it away, or give another output directory" in error
         path.write_bytes(data)
-    report = json.loads((out / "report.json").read_text())
+    text = (out / "report.json").read_text()
+    for changed, said in ((text.replace('"blocks"', '"blocks" ').replace("0.25", "0.75"), "damaged or edited"),
+                          (text[:-30], "is not that of a finished run, or damaged")):  # fmt: skip
+        (out / "report.json").write_text(changed)
+        assert f"report.json{'' if said[0] == 'i' else ':'} {said}" in refusal(capsys, command)
+    report = json.loads(text)
     del report["result"]
     (out / "report.json").write_text(json.dumps(report))
     assert "an earlier version wrote it" in refusal(capsys, command)

@@ -1,13 +1,17 @@
 """What a run keeps: progress that is confirmed, or not yet."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import kunbr_fast as kf
+from kunbr_fast.data import Schedule
 from kunbr_fast.files.checksums import read_sealed, write_sealed
 from kunbr_fast.run.state import RunState
+from kunbr_fast.run.steps import Run
+from kunbr_fast.run.visits import Stage
 
 
 def extra(n):
@@ -112,3 +116,16 @@ def test_an_account_has_values_that_steps_can_have(field, tmp_path):
     state["progress"][stage][0]["extra"] = {**extra(8), "epochs": [LOSSES], "sums": {**LOSSES, "steps": 3}}
     write_sealed(path, state)
     assert opened(tmp_path, True).progress(stage)[2]["sums"]["steps"] == 3
+
+
+@pytest.mark.parametrize("changed", [{"epochs": [LOSSES] * 3}, {"epochs": []}, {"sums": None}, {"sums": {"steps": 2}}])
+def test_an_account_fits_the_schedule(changed, tmp_path):
+    """Of 8 steps in epochs of 5: one is done, and 3 steps of the next."""
+    stage, schedule = Stage("blocks.0.2-4"), Schedule(5, 5, 1, 1, 4, 0)
+    state, good = opened(tmp_path), {**extra(8), "epochs": [LOSSES], "sums": {**LOSSES, "steps": 3}}
+    training, took = SimpleNamespace(load_state=lambda *_: None, micro_batch_tokens=None), SimpleNamespace()
+    state.save_progress(stage, 8, {"x": torch.ones(3)}, good)
+    assert Run._taken_up(SimpleNamespace(state=state), stage, training, schedule, took)[0] == 8
+    state.state["progress"][stage][0]["extra"] = {**good, **changed}
+    with pytest.raises(ValueError, match="state.json: blocks.0.2-4: extra.epochs, .* 1 and 3: start"):
+        Run._taken_up(SimpleNamespace(state=state), stage, training, schedule, took)
