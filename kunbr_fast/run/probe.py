@@ -8,7 +8,7 @@ import torch
 
 from kunbr_fast.data import Sample, pack
 from kunbr_fast.data.schedule import token_batches
-from kunbr_fast.memory import Place
+from kunbr_fast.memory import Place, is_out_of_memory, release
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import evaluating
 from kunbr_fast.model.weights import finite
@@ -30,12 +30,25 @@ def tried(samples: Mapping[str, Sequence[Sample]], visits: int) -> list[tuple[st
     return found
 
 
-@torch.no_grad()
 def overflowing(decoder: Decoder, named: Sequence[tuple[str, Sample]], place: Place) -> str | None:
     """The first part of a forward pass that is not finite, and for which samples; None where all are.
 
-    Of a streamed model each layer is read once; place: where its activations wait."""
-    groups = token_batches([len(sample["input_ids"]) for _, sample in named], BATCH_TOKENS)
+    Of a streamed model each layer is read once; place: where its activations wait. Where memory runs out all is begun
+    again, with half the tokens at a time."""
+    tokens, longest = BATCH_TOKENS, max(len(sample["input_ids"]) for _, sample in named)
+    while True:
+        try:
+            return _overflowing(decoder, named, place, tokens)
+        except Exception as error:
+            if not is_out_of_memory(error) or tokens <= longest:
+                raise
+        release()
+        tokens //= 2
+
+
+@torch.no_grad()
+def _overflowing(decoder: Decoder, named: Sequence[tuple[str, Sample]], place: Place, tokens: int) -> str | None:
+    groups = token_batches([len(sample["input_ids"]) for _, sample in named], tokens)
     batches = (pack([named[i][1] for i in group]).to(decoder.device) for group in groups)
     at_once = max(1, LOGITS_AT_ONCE // decoder.config.vocab_size)
     with evaluating(decoder.model):

@@ -656,7 +656,7 @@ def test_what_cannot_be_opened(folder, tmp_path):
         (path / "config.json").write_text(json.dumps({**config, **changes}))
         return path
 
-    with pytest.raises(ValueError, match=f"{path}/config.json: .*model type `nothing_known`"):
+    with pytest.raises(ValueError, match=f"{path}/config.json: .*model_type is 'nothing_known'"):
         open_streamed(configured(model_type="nothing_known"))
     with pytest.raises(ValueError, match=f"{path}/config.json: Unrecognized configuration class"):
         open_streamed(configured(model_type="clip"))
