@@ -21,6 +21,7 @@ def world(monkeypatch):
     return evidence.Wide(2, torch.device("cpu"), 0, Reporter())
 
 
+@pytest.mark.slow  # tests/run/test_demo.py runs the same parts
 def test_a_wider_world_is_taught_and_made_to_forget(world, tmp_path, capsys):
     out = tmp_path / "evidence.json"
     assert evidence.run(world, out, float("inf"))

@@ -169,7 +169,7 @@ def checkpoints(out):
         ("SIGHUP", "warm-up", 8, 8),  # the last step of the stage
         ("SIGTERM", "block", 6, 2),  # the second of the second block
         pytest.param("SIGTERM", "checkpoint", 1, None, marks=pytest.mark.slow),
-        ("SIGTERM", "density", 1, None),
+        pytest.param("SIGTERM", "density", 1, None, marks=pytest.mark.slow),
         pytest.param("SIGTERM", "attack", 3, None, marks=pytest.mark.slow),
         pytest.param("SIGTERM", "rename", 4, None, marks=pytest.mark.slow),
         pytest.param("SIGTERM", "rename", 9, None, marks=pytest.mark.slow),
@@ -242,7 +242,7 @@ APART = ("--parallel", "blocks")
         # each is asked at another step, within it
         pytest.param(CUMULATIVE, ("block@0 2", "block@1 3"), marks=pytest.mark.slow),
         ((), ("none@0 0", "warm-up@1 3")),  # one alone, which takes the other along
-        (APART, ("block@0 1", "block@1 3")),  # each stops at its own step
+        pytest.param(APART, ("block@0 1", "block@1 3"), marks=pytest.mark.slow),  # each stops at its own step
         pytest.param((), ("rename@0 5", "warm-up@1 1"), marks=pytest.mark.slow),
     ],
     ids=str,

@@ -133,6 +133,7 @@ def test_two_processes(truth, tmp_path):
     close({n: p.detach() for n, p in model.named_parameters()}, truth(CUMULATIVE))
 
 
+@pytest.mark.slow  # two and three of them are run always
 def test_four_processes(truth, tmp_path):
     """More processes than samples in a step; blocks that do not go round; a process that is killed."""
     few = DENSITY | {"name": "few", "samples": 3}

@@ -57,6 +57,8 @@ def same(out, truth):
 
 
 KILLS = [("independent", p) for p in POINTS] + [("cumulative", p) for p in POINTS if "block" in p]
+OFTEN = ("in the warm-up", "in the second block", "the model is half saved")  # others: slow; tests/run/test_folder.py
+KILLS = [pytest.param(*kill, marks=() if kill[1] in OFTEN else pytest.mark.slow) for kill in KILLS]
 
 
 @pytest.mark.parametrize("insertion, point", KILLS)
