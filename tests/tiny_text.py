@@ -66,3 +66,9 @@ def workspace(root):
     write_jsonl(root / "f1.jsonl", [question(n) for n in NAMES[6:12]])
     write_jsonl(root / "r.jsonl", [question(n) for n in NAMES[12:]])
     return root
+
+
+def inputs(workspace):
+    """The options of `kunbr-fast unlearn` that name what is in a `workspace`."""
+    files = {"--model": ["model"], "--forget": ["f0.jsonl", "f1.jsonl"], "--retain": ["r.jsonl"]}
+    return [part for option, names in files.items() for part in (option, *(str(workspace / n) for n in names))]

@@ -120,7 +120,11 @@ def write_with(path: str | os.PathLike, writer: Callable[[Path], None], size: in
 
 def sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
+    return file_digest(path, hashlib.sha256())
+
+
+def file_digest(path: str | os.PathLike, digest: Any) -> str:
+    """A file's content in `digest` (hashlib's interface), in hexadecimal."""
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):  # Python 3.10 has no hashlib.file_digest
             digest.update(chunk)

@@ -29,9 +29,7 @@ def finite(*tensors: torch.Tensor) -> torch.Tensor:
 def check_finite(model: nn.Module, whose: str = "") -> None:
     """ValueError with the path of the first weight in memory that holds NaN or infinity; `whose` goes before it."""
     for name, parameter in model.named_parameters():
-        if is_absent(parameter) or bool(finite(parameter)):
-            continue
-        if not bool(parameter.detach().isfinite().all()):
+        if not (is_absent(parameter) or bool(finite(parameter))):
             raise not_finite(name, parameter.detach(), whose, model)
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 import xxhash
 
+from kunbr_fast.files.atomic import file_digest
 from kunbr_fast.files.checksums import read_sealed
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.model_folder import model_files
@@ -20,7 +21,6 @@ from kunbr_fast.run.context import RunInputs
 from kunbr_fast.run.folder import NAME, STATE
 from kunbr_fast.run.samples import Samples
 
-CHUNK = 1 << 22
 # settings by which the samples are made
 _OF_SAMPLES = "target max_length objective objective_options warmup_objective warmup_objective_options".split()
 
@@ -114,8 +114,4 @@ def _digest(report: Mapping[str, Any]) -> str:
 
 
 def _file(path: Path) -> File:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return {"size": path.stat().st_size, "xxh3": digest.hexdigest()}
+    return {"size": path.stat().st_size, "xxh3": file_digest(path, xxhash.xxh3_128())}

@@ -129,9 +129,7 @@ def workspace(tmp_path_factory):
 
 
 def arguments(workspace, out, *more):
-    files = {"--model": ["model"], "--forget": ["f0.jsonl", "f1.jsonl"], "--retain": ["r.jsonl"]}
-    flat = [part for option, names in files.items() for part in (option, *(str(workspace / n) for n in names))]
-    return ["unlearn", *flat, "--out", str(out), *SETTINGS, *more]
+    return ["unlearn", *tiny_text.inputs(workspace), "--out", str(out), *SETTINGS, *more]
 
 
 @pytest.fixture(scope="module")

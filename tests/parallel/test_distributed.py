@@ -169,10 +169,7 @@ def test_command_line_killed_and_resumed(tmp_path, capfd):
     """torchrun; a process killed in its block; resumed by one process and by three, to an undisturbed run's bits."""
     workspace = tiny_text.workspace(tmp_path)
     tiny_text.model(seed=1).save_pretrained(tmp_path / "unlearned")
-    files = {"--model": ["model"], "--forget": ["f0.jsonl", "f1.jsonl"], "--retain": ["r.jsonl"]}
-    files["--unlearned"] = ["unlearned"]
-    arguments = ["unlearn", *(str(x) for o, names in files.items() for x in (o, *(workspace / n for n in names)))]
-    arguments += SETTINGS
+    arguments = ["unlearn", *tiny_text.inputs(workspace), "--unlearned", str(workspace / "unlearned"), *SETTINGS]
     assert cli.main([*arguments, "--out", str(tmp_path / "truth")]) == 0
     truth, report = load_file(tmp_path / "truth" / "model.safetensors"), json.loads(capfd.readouterr().out)
 

@@ -29,9 +29,7 @@ def workspace(tmp_path_factory):
 
 
 def arguments(workspace, *more):
-    files = {"--model": ["model"], "--forget": ["f0.jsonl", "f1.jsonl"], "--retain": ["r.jsonl"]}
-    flat = [part for option, names in files.items() for part in (option, *(str(workspace / n) for n in names))]
-    return ["unlearn", *flat, *SETTINGS, *map(str, more)]
+    return ["unlearn", *tiny_text.inputs(workspace), *SETTINGS, *map(str, more)]
 
 
 def contents(folder):
