@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.cli import unlearn  # noqa: F401
 
 CALLS = ("unlink", "remove", "rename", "replace", "fsync", "rmdir", "mkdir")

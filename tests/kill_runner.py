@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.evaluation import rtt
 from kunbr_fast.files import models as loading
 from kunbr_fast.model import layer_stream

@@ -99,7 +99,7 @@ def commands(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_commands_and_their_options_exist(page):
-    from kunbr_fast.cli.main import COMMANDS, parser
+    from kunbr_fast.cli.command import COMMANDS, parser
 
     for command, *words in commands(page):
         assert command in COMMANDS
@@ -123,7 +123,7 @@ def desk(tmp_path_factory):
 
 
 def test_the_readmes_two_commands_run(desk, monkeypatch):
-    from kunbr_fast.cli.main import main
+    from kunbr_fast.cli.command import main
 
     monkeypatch.chdir(desk)
     found = list(commands(README))

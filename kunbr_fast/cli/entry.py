@@ -5,6 +5,6 @@ from kunbr_fast.cli import process
 
 def main() -> int:
     process.begin()
-    from kunbr_fast.cli.main import main
+    from kunbr_fast.cli.command import main
 
     return main()

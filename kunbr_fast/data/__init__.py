@@ -6,20 +6,11 @@ side by side (`pack`).
 
 from kunbr_fast.data.batch import PackedBatch, grid, join, pack, send
 from kunbr_fast.data.content import LETTERS
+from kunbr_fast.data.encode import ALTERNATES, REFUSALS, encode
 from kunbr_fast.data.records import check_record, is_question, is_record, load_records, question_prompt
-from kunbr_fast.data.samples import (
-    ALTERNATES,
-    IGNORE,
-    REFUSALS,
-    TARGETS,
-    Sample,
-    as_samples,
-    check_labels,
-    check_lengths,
-    encode,
-    with_alternates,
-)
+from kunbr_fast.data.samples import IGNORE, Sample, as_samples, check_labels, check_lengths, with_alternates
 from kunbr_fast.data.schedule import Schedule, token_batches
+from kunbr_fast.data.text import TARGETS, TextSettings
 
 __all__ = [
     "ALTERNATES",
@@ -30,6 +21,7 @@ __all__ = [
     "PackedBatch",
     "Sample",
     "Schedule",
+    "TextSettings",
     "as_samples",
     "check_labels",
     "check_record",

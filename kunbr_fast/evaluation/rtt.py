@@ -36,7 +36,8 @@ class RTTConfig:
 
     lrs: learning rates, each a full attack of its own. epochs: passes over the training folds, measured after each.
     optimizer: "adamw" or "lion". target: which tokens are trained on (`data.encode`). scoring: "letter" or "choice"
-    (`choice_accuracy`). seed: of the order of the data, the same for each fold and learning rate.
+    (`choice_accuracy`). seed: of the order of the data, the same for each fold and learning rate. text: how records
+    become text.
     """
 
     lrs: tuple[float, ...] = (5e-7, 1e-6, 5e-6, 1e-5)
@@ -46,6 +47,7 @@ class RTTConfig:
     target: str = "all"
     scoring: str = "letter"
     seed: int = 0
+    text: data.TextSettings = data.TextSettings()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lrs", tuple(check("lrs entry", lr, ABOVE_ZERO) for lr in self.lrs))
@@ -202,7 +204,8 @@ class Attack:
             prepare_questions(tokenizer, fold.questions, scoring=config.scoring, decoder=decoder) for fold in folds
         ]
         self._samples = [
-            data.encode(fold.train_records, tokenizer, config.target, decoder.max_positions) for fold in folds
+            data.encode(fold.train_records, tokenizer, config.target, decoder.max_positions, text=config.text)
+            for fold in folds
         ]
         for fold, part in zip(folds, self._samples):
             check_tokens(decoder.model, part, [_where(fold, i) for i in range(len(part))])

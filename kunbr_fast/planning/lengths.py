@@ -47,7 +47,7 @@ class Data:
         def sizes(records: list, target: str) -> list[tuple[int, int]]:
             if not forget or tokenizer is None:
                 return [(n, 1 if target == "letter" else n - 1) for n in assumed_lengths(len(records))]
-            samples = encode(records, tokenizer, target, config.max_length)
+            samples = encode(records, tokenizer, target, config.max_length, text=config.text())
             return [(len(s["input_ids"]), int((s["labels"][1:] != IGNORE).sum())) for s in samples]
 
         every = {what: [r for part in parts for r in part] for what, parts in found.items()}

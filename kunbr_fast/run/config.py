@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 import yaml
 
-from kunbr_fast.data import TARGETS
+from kunbr_fast.data import TARGETS, TextSettings
 from kunbr_fast.density import attribution
 from kunbr_fast.density.measure import REDUCTIONS
 from kunbr_fast.density.watch import MODULES
@@ -85,6 +85,9 @@ class KUnBRConfig:
 
     target: str = setting("all", "tokens whose loss counts: all, answer, letter or number", "data", TARGETS)
     max_length: int | None = setting(None, "longest sample in tokens (default: the model's limit)", "data")
+    separator: str = setting("", "between prompt and completion (default: nothing)", "data")
+    chat_date: str = setting("2024-07-26", "the day that a chat template takes for today", "data")
+    split_long: bool = setting(True, "cut text lines of more than max_length tokens into several samples", "data")
     seed: int = setting(0, "seed of every data order", "data")
     batch_size: int = setting(6, "forget samples in a step", "data")
     retain_batch_size: int | None = setting(None, "retain samples in a step (default: batch_size)", "data")
@@ -275,9 +278,13 @@ class KUnBRConfig:
             block=block,
         )
 
+    def text(self) -> TextSettings:
+        """How records become text."""
+        return TextSettings(self.separator, self.chat_date, self.split_long)
+
     def attack(self) -> RTTConfig:
         """The RTT attack's settings."""
-        how = {"target": self.rtt_target, "scoring": self.scoring, "seed": self.seed}
+        how = {"target": self.rtt_target, "scoring": self.scoring, "seed": self.seed, "text": self.text()}
         return RTTConfig(self.rtt_lrs, self.rtt_epochs, self.rtt_batch_size, **how)
 
     def full_settings(self) -> FullSettings:

@@ -22,7 +22,8 @@ from kunbr_fast.run.folder import NAME, STATE
 from kunbr_fast.run.samples import Samples
 
 # settings by which the samples are made
-_OF_SAMPLES = "target max_length objective objective_options warmup_objective warmup_objective_options".split()
+_OF_SAMPLES = """target max_length separator chat_date split_long objective objective_options warmup_objective
+warmup_objective_options""".split()
 
 
 class File(TypedDict):

@@ -42,7 +42,7 @@ def to_samples(
     elif tokenizer is None:
         raise ValueError(f"the {what} set holds records, not tokens: give tokenizer=")
     else:
-        samples = encode(data, tokenizer, config.target, limit, alternate, config.seed)
+        samples = encode(data, tokenizer, config.target, limit, alternate, config.seed, config.text())
     names = [f"{what} sample {i}" for i in range(len(samples))]
     if len(data) == len(samples):
         names = [item.get("_where", name) for item, name in zip(data, names)]

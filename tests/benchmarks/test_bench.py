@@ -14,7 +14,7 @@ import torch
 from kunbr_fast.benchmarks import bench, gate, harness, measure, rows
 from kunbr_fast.benchmarks.rows import Measured, is_wrong
 from kunbr_fast.benchmarks.suites import SUITES, density, norms
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.kernels import dispatch
 from kunbr_fast.kernels.grad_density import kinds
 from kunbr_fast.kernels.proof import gate as proof

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from kunbr_fast import KUnBRConfig
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.density.measure import Density
 from kunbr_fast.density.select import pareto_front
 from kunbr_fast.files.checksums import read_sealed, write_sealed

@@ -12,10 +12,10 @@ from helpers import python
 
 import kunbr_fast as kf
 from kunbr_fast.cli.arguments import THEME, THEMES
-from kunbr_fast.cli.main import COMMANDS, parser
+from kunbr_fast.cli.command import COMMANDS, parser
 
 HEAVY = {"torch", "transformers", "numpy", "matplotlib", "safetensors", "triton", "yaml"}
-COMMAND = "import sys; from kunbr_fast.cli.main import main\ntry:\n    main({})\nexcept SystemExit:\n    pass"
+COMMAND = "import sys; from kunbr_fast.cli.command import main\ntry:\n    main({})\nexcept SystemExit:\n    pass"
 
 
 def loaded(code: str) -> set[str]:

@@ -12,13 +12,13 @@ import tiny_text
 import torch
 from safetensors.torch import save_file
 
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.files import atomic
 from kunbr_fast.files.scratch import scratch
 
 KILLED = """
 import os, signal, sys
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.evaluation import rtt
 def killed(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)

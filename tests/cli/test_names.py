@@ -10,7 +10,7 @@ import tiny_text
 
 from kunbr_fast.benchmarks import report as bench_report
 from kunbr_fast.benchmarks.rows import COLUMNS
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.cli.terminal import PlainLines, say, show
 from kunbr_fast.evaluation import figures
 from kunbr_fast.evaluation.plots import plot_relearning

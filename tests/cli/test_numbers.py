@@ -9,7 +9,7 @@ import pytest
 import tiny_text
 
 from kunbr_fast.cli import arguments as shared
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.run.config import NUMBERS, KUnBRConfig
 from kunbr_fast.values import FLOAT32, SEED, Bytes, Real, Whole, check, parse_bytes
 

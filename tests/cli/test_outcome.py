@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import environment
 
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.cli import process
 from kunbr_fast.cli.outcome import outcome
 from kunbr_fast.memory import OutOfMemory

@@ -13,7 +13,7 @@ import torch
 
 from kunbr_fast.benchmarks.report import write_report
 from kunbr_fast.benchmarks.rows import COLUMNS, write_rows
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.cli.argument_types import path_name
 from kunbr_fast.cli.outputs import INPUTS, KEPT, check_outputs
 from kunbr_fast.density.measure import Density

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import HERE, environment
 
+from kunbr_fast.cli.command import main
 from kunbr_fast.cli.doctor import doctor, format_doctor
-from kunbr_fast.cli.main import main
 from kunbr_fast.kernels import verdicts
 from kunbr_fast.kernels.proof import cases, prove
 from kunbr_fast.kernels.verdicts import Target

@@ -19,7 +19,7 @@ import torch
 from helpers import environment
 from safetensors.torch import load_file
 
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.cli import process
 
 HERE = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ sys.exit(main())
 @pytest.mark.parametrize(
     "kind, module, command",
     [
-        ("SIGINT", "kunbr_fast.cli.main", "plan"),
+        ("SIGINT", "kunbr_fast.cli.command", "plan"),
         ("SIGINT", "argparse", "unlearn"),
         pytest.param("SIGTERM", "json", "demo", marks=pytest.mark.slow),
         ("SIGINT", "torch", "unlearn"),
@@ -114,7 +114,7 @@ def test_a_signal_while_the_main_thread_is_inside_c():
 def test_an_ignored_signal_stays_ignored():
     """nohup's, and a shell's for what runs in the background."""
     code = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + IMPORTING
-    status, error = ended(start("-c", code, "SIGHUP", "kunbr_fast.cli.main", "--version"))
+    status, error = ended(start("-c", code, "SIGHUP", "kunbr_fast.cli.command", "--version"))
     assert (status, error) == (0, [])
 
 

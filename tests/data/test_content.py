@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 import kunbr_fast as kf
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.data import as_samples, check_record, encode
 from kunbr_fast.data.content import check_files
 from kunbr_fast.model.decoder import Decoder

@@ -210,11 +210,11 @@ def test_every_letter(bpe, answer):
 @pytest.mark.parametrize(
     "prompt, completion, text",
     [
-        ("Say", "12 then 34", "Say 12 then 34"),
+        ("Say", "12 then 34", "Say12 then 34"),
         ("Say ", "12 then 34", "Say 12 then 34"),
         ("Say", " 12 then 34", "Say 12 then 34"),
         ("Say\n", "12 then 34", "Say\n12 then 34"),
-        ("é ü", "ü é", "é ü ü é"),
+        ("é ü", "ü é", "é üü é"),
     ],
 )
 def test_prompt_and_completion(bpe, prompt, completion, text):

@@ -16,7 +16,7 @@ from tiny_text import tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kunbr_fast as kf
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.files import merge, merge_folder
 from kunbr_fast.files.shards import Shards
 
@@ -223,7 +223,7 @@ def test_odd_tensors(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.files import atomic, merge, merge_folder
 real, calls = getattr({owner}, {name!r}), 0
 def wrapped(*args, **kwargs):

@@ -13,7 +13,7 @@ from helpers import relative
 from tiny_models import ROTARY, peak_bytes, random_samples, tiny_model
 
 import kunbr_fast as kf
-from kunbr_fast.cli.main import main
+from kunbr_fast.cli.command import main
 from kunbr_fast.data import pack
 from kunbr_fast.kernels.dispatch import Unavailable
 from kunbr_fast.model import low_precision as quantized

@@ -12,7 +12,7 @@ from reference_procedure import ReferenceLion, padded
 from tiny_models import moved, random_samples, tiny_model
 
 import kunbr_fast as kf
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.data import ALTERNATES, REFUSALS, encode, pack, with_alternates
 from kunbr_fast.data.batch import join
 from kunbr_fast.data.schedule import Schedule

@@ -19,7 +19,7 @@ from helpers import environment, python
 from safetensors.torch import load_file
 
 import kunbr_fast as kf
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.parallel.assign import block_cost, busiest_share, homes, spread_blocks
 from kunbr_fast.run.state import PartState, RunState

@@ -13,7 +13,7 @@ from tiny_models import CONFIGS, MORE, peak_bytes, random_samples, rotary_flops
 
 from kunbr_fast import KUnBRConfig, PrefixCache, reinserted
 from kunbr_fast.benchmarks.scripts import count_step
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.data import encode, load_records, pack
 from kunbr_fast.density.measure import knowledge_density
 from kunbr_fast.evaluation.rtt import RTTConfig

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.cli.demo import WRITES
 from kunbr_fast.files.target import Target, check
 from kunbr_fast.run import demo

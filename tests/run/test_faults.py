@@ -13,7 +13,7 @@ import tiny_text
 from kill_runner import POINTS
 from safetensors.torch import load_file
 
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.files import tensors as weights
 
 HERE = Path(__file__).parent.parent

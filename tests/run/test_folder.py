@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import random_samples, tiny_model
 
 import kunbr_fast as kf
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.files.checksums import read_sealed, write_sealed
 from kunbr_fast.files.models import load_model
 from kunbr_fast.run.folder import FINISHED, MARKER, NAME, CheckpointFolder

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_models import random_samples, tiny_model
 
 import kunbr_fast as kf
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.rtt import Fold, RTTConfig, rtt_attack
 from kunbr_fast.files.models import load_model, load_tokenizer

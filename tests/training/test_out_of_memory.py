@@ -11,7 +11,7 @@ from reinsertion_problem import BLOCK, FORGET, RETAIN, equal, weights
 from tiny_models import moved, random_samples, tiny_model
 
 import kunbr_fast as kf
-from kunbr_fast.cli import main as cli
+from kunbr_fast.cli import command as cli
 from kunbr_fast.data import pack
 from kunbr_fast.density.attribution import attribute
 from kunbr_fast.density.layer_kinds import How
