@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from kunbr_fast.data.chat import named
 from kunbr_fast.data.content import is_blank
 from kunbr_fast.data.records import check_read, check_record, question_prompt
 from kunbr_fast.data.samples import IGNORE, Sample, check_lengths, has_loss, too_long
+from kunbr_fast.data.template import named
 from kunbr_fast.data.text import PLAIN, TARGETS, TextSettings, text_and_spans
 from kunbr_fast.files.models import reason
 from kunbr_fast.files.shown import shown
