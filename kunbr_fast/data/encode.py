@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kunbr_fast.data.content import is_blank
-from kunbr_fast.data.records import check_read, check_record, question_prompt
+from kunbr_fast.data.records import check_read, checked_record, question_prompt
 from kunbr_fast.data.samples import IGNORE, Sample, check_lengths, has_loss, too_long
 from kunbr_fast.data.template import named
 from kunbr_fast.data.text import PLAIN, TARGETS, TextSettings, text_and_spans
@@ -74,8 +74,7 @@ def encode(
     samples, names = [], []
     for number, record in enumerate(records):
         if "_where" not in record:  # not from load_records, which has checked its own
-            record = {**record, "_where": f"record {number}"}
-            check_record(record, record["_where"])
+            record = checked_record(record, f"record {number}")
         sample = _encode_one(record, tokenizer, target, max_length, text)
         if alternate is not None:
             choose = random.Random(seed * 1_000_003 + number).choice
