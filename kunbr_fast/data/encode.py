@@ -13,7 +13,7 @@ import torch
 
 from kunbr_fast.data.content import is_blank
 from kunbr_fast.data.pieces import pieces
-from kunbr_fast.data.records import check_read, check_record, question_prompt
+from kunbr_fast.data.records import check_read, checked_record, question_prompt
 from kunbr_fast.data.samples import IGNORE, Sample, check_lengths, has_loss
 from kunbr_fast.data.text import PLAIN, TARGETS, TextSettings, text_and_spans
 from kunbr_fast.data.tokens import check_beginning, tokens
@@ -95,8 +95,7 @@ def encode_named(
     samples, names, kinds = [], [], []
     for number, record in enumerate(records):
         if "_where" not in record:  # not from load_records, which has checked its own
-            record = {**record, "_where": f"record {number}"}
-            check_record(record, record["_where"])
+            record = checked_record(record, f"record {number}")
         where, found = record["_where"], encoder.samples(record, target)
         if alternate is not None:
             choose = random.Random(seed * 1_000_003 + number).choice

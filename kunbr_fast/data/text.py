@@ -11,6 +11,7 @@ from typing import Any
 from kunbr_fast.data.chat import chat
 from kunbr_fast.data.content import LETTERS
 from kunbr_fast.data.records import question_prompt
+from kunbr_fast.data.template import check_date
 from kunbr_fast.files.shown import shown
 
 TARGETS = ("all", "answer", "letter", "number")
@@ -39,6 +40,9 @@ class TextSettings:
     separator: str = ""
     chat_date: str = "2024-07-26"
     split_long: bool = True
+
+    def __post_init__(self) -> None:
+        check_date(self.chat_date, "chat_date")
 
 
 PLAIN = TextSettings()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from kunbr_fast.data.chat import named
 from kunbr_fast.data.samples import too_long
+from kunbr_fast.data.template import named
 from kunbr_fast.files.models import reason
 
 BEGINNING = 2**16  # characters of a longer text that are looked at first

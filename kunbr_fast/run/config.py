@@ -238,6 +238,7 @@ class KUnBRConfig:
                 f"rounds={self.rounds}, top_k={self.top_k}: expected at most {VISITS} visits of blocks in all, each of "
                 "which has a data order of its own"
             )
+        self.text()  # which looks at the day
         check_rates(self.warmup_lr, self.weight_decay, self.warmup_optimizer, name="warmup_lr")
         check_rates(self.block_lr, self.weight_decay, self.optimizer, name="block_lr")
         parse_bytes(self.cache_bytes, "cache_bytes")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kunbr_fast.data import PackedBatch, Sample, check_labels, check_lengths, encode_named, is_record, with_alternates
+from kunbr_fast.data.records import say_unused_alternates
 from kunbr_fast.files.shown import shown
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.vocabulary import check_tokens
@@ -36,6 +37,8 @@ def to_samples(
                 f"the {what} set: entry {i} is {shown(item)}, the first {shown(data[0])}: expected records, or samples "
                 "and batches, not both"
             )
+    if alternate is None or (alternate != "given" and is_record(data[0])):
+        say_unused_alternates(data, what)
     limit = min((n for n in (config.max_length, decoder.max_positions) if n is not None), default=None)
     if not is_record(data[0]):
         samples = _tokenized(data, limit, what, alternate, config.objective)

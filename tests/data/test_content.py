@@ -74,8 +74,8 @@ USED = (
     '{"messages": [{"role": "user", "content": "c", "more": [X]}]}',
 )  # fmt: skip
 UNUSED = (
-    '{"text": "a line", "score": X, "answer": X}', '{"prompt": "p", "completion": "c", "meta": {"a": [X]}}',
-    '{"question": "q", "choices": [1, 2], "answer": 0, "id": X, "text": X}',
+    '{"text": "a line", "score": X, "_answer": X}', '{"prompt": "p", "completion": "c", "meta": {"a": [X]}}',
+    '{"question": "q", "choices": [1, 2], "answer": 0, "id": X, "_text": X}',
 )  # fmt: skip
 
 

@@ -258,32 +258,6 @@ def test_chat_marks_every_assistant_turn(bpe):
     assert torch.equal(begun["input_ids"], whole["input_ids"])
 
 
-STRICT = "{% if not messages or messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
-
-
-def test_chat_refusals():
-    where = {"_where": "chat.jsonl:7"}
-    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    tokenizer = byte_level()
-    with pytest.raises(ValueError, match="chat.jsonl:7: no assistant message"):
-        encode([{**where, "messages": [user]}], tokenizer, "answer")
-    with pytest.raises(ValueError, match="chat.jsonl:7: target='letter' needs question lines"):
-        encode([{**where, "messages": [user, assistant]}], tokenizer, "letter")
-    plain = byte_level()
-    plain.chat_template = None
-    with pytest.raises(ValueError, match="chat.jsonl:7: 'messages' need a tokenizer with a chat template"):
-        encode([{**where, "messages": [user, assistant]}], plain)
-    strict = byte_level()
-    strict.chat_template = STRICT + tiny_text.TEMPLATE
-    assert len(encode([{**where, "messages": [user, assistant]}], strict, "answer")) == 1
-    with pytest.raises(ValueError, match="chat.jsonl:7: .*user first"):
-        encode([{**where, "messages": [assistant, user]}], strict)
-    rewriting = byte_level()  # shows only the last message
-    rewriting.chat_template = "<{{ messages[-1]['role'] if messages }}> {{ messages[-1]['content'] if messages }}\n"
-    with pytest.raises(ValueError, match="chat.jsonl:7: this chat template rewrites earlier turns"):
-        encode([{**where, "messages": [user, assistant, user]}], rewriting, "answer")
-
-
 def test_encode_refusals(bpe):
     line = {"text": "no digit here", "_where": "f.jsonl:3"}
     with pytest.raises(ValueError, match="target='loss': expected one of all, answer, letter, number"):
