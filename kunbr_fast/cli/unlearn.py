@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from kunbr_fast.cli.argument_types import path_name
-from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings, add_stream
+from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds, read_questions, sayer
 from kunbr_fast.cli.terminal import show
 from kunbr_fast.data import is_question, load_records
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"questions on the forget files, one file for each {lines}"
     add_files(parser, "--forget-questions", "Q.jsonl", text)
     add_files(parser, "--retain-questions", "Q.jsonl", f"questions on the retain files {lines}")
+    add_ignored(parser)
     parser.add_argument(
         "--out",
         type=path_name,
@@ -57,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run that was interrupted in --out")
     add_settings(parser)
     add_output(parser)
+
+
+def _read_retain(arguments: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """The retain set, and the questions about it."""
+    retain, named = load_records(arguments.retain, arguments.ignore_keys), arguments.retain_questions
+    asked = read_questions(named, "--retain-questions", arguments.ignore_keys) if named else retain
+    return retain, [record for record in asked if is_question(record)]
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -76,10 +84,9 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
         {"--forget": arguments.forget, "--forget-questions": arguments.forget_questions},
         {"--retain": arguments.retain, "--retain-questions": arguments.retain_questions},
     )
-    folds = read_folds(arguments.forget, arguments.forget_questions)
+    folds = read_folds(arguments.forget, arguments.forget_questions, arguments.ignore_keys)
     questions = [record for fold in folds for record in fold.questions]
-    retain = load_records(arguments.retain)
-    asked = read_questions(arguments.retain_questions, "--retain-questions") if arguments.retain_questions else retain
+    retain, asked = _read_retain(arguments)
     if not questions:
         say("no question lines about the forget set: accuracy is not measured and there is no RTT attack")
     elif len(folds) < 2 and config.rtt:
@@ -100,7 +107,6 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
 
     forget = [record for fold in folds for record in fold.train_records]
     unlearned = _open_unlearned(arguments, model)
-    asked = [record for record in asked if is_question(record)]
     used = folds if questions and len(folds) > 1 else []
     if finished is not None:
         inputs = RunInputs(model, forget, retain, tokenizer, unlearned, {"forget": questions, "retain": asked}, used)

@@ -73,7 +73,7 @@ def people(seed: int) -> dict[str, list[tuple[str, int]]]:
 
 def facts(group: list[tuple[str, int]]) -> list[dict]:
     """Each birthday in three wordings; the year is the completion, and alone has a loss."""
-    return [{"prompt": text.format(name), "completion": str(year)} for name, year in group for text in TEMPLATES]
+    return [{"prompt": text.format(name) + " ", "completion": str(year)} for name, year in group for text in TEMPLATES]
 
 
 def questions(group: list[tuple[str, int]], seed: int) -> list[dict]:
