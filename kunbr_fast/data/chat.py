@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kunbr_fast.data.forms import is_annotation
 from kunbr_fast.data.template import Template
 from kunbr_fast.files.shown import plain, shown
 
@@ -175,7 +176,7 @@ class _Chat:
         """Whether message i says more than role and content. What it says there must make a difference to the text."""
         message = self.messages[i]
         others = [key for key, value in message.items() if key not in ("role", "content") and value not in NOTHING]
-        for key in others:
+        for key in (key for key in others if key == "name" or not is_annotation(key)):
             value = {} if not isinstance(message[key], str) else {key: self._name(i)}
             for other in ({name: message[name] for name in message if name != key}, {**message, **value}):
                 if other != message and self._with(i, other) == self.text:
