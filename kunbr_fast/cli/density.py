@@ -26,7 +26,10 @@ from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.samples import overlap, to_samples
 from kunbr_fast.values import SHARE
 
-SETTINGS = "target max_length modules reduction num_blocks top_k skip_last_layers gradient_checkpointing cache impl"
+SETTINGS = (
+    "target max_length separator chat_date split_long modules reduction num_blocks top_k skip_last_layers "
+    "gradient_checkpointing cache impl"
+)
 
 _FIELDS = [field.name for field in dataclasses.fields(Density)]
 WRITES = {

@@ -25,7 +25,7 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.fingerprint import fingerprint
 from kunbr_fast.model.frozen import frozen
 
-SETTINGS = "scoring seed rtt_lrs rtt_epochs rtt_batch_size rtt_target"
+SETTINGS = "max_length separator chat_date split_long scoring seed rtt_lrs rtt_epochs rtt_batch_size rtt_target"
 
 _SUMMARY = ("accuracy", "calibrated_accuracy", "before", "recovery", "best")  # of a finished one
 _OTHERS = "other_curves"  # finished attacks at learning rates that were not asked for last
