@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from kunbr_fast.data.content import check_files
 from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
 from kunbr_fast.evaluation.report import Report, plain_values, table, write_report
+from kunbr_fast.files.lock import hold
 from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model, save_model
 from kunbr_fast.files.shown import shown
 from kunbr_fast.model.streaming import open_streamed
@@ -28,7 +30,7 @@ from kunbr_fast.run.context import RunInputs
 from kunbr_fast.run.folder import CheckpointFolder
 from kunbr_fast.run.identity import record
 from kunbr_fast.run.output import check_output, check_place, finished_report, is_finished, remove_reports
-from kunbr_fast.run.unlearn import unlearn
+from kunbr_fast.run.unlearn import Options, carry_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,10 +78,17 @@ def _show(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    config, out, say = read_config(arguments), Path(arguments.out), sayer(arguments)
+    config, first = read_config(arguments), (arguments.group or ALONE).first
     if arguments.show:
         return _show(arguments, config)
-    group = arguments.group or ALONE
+    if first:
+        check_place(arguments.out, {"--model": arguments.model, "--unlearned": arguments.unlearned})
+    with hold(arguments.out, sayer(arguments)) if first else contextlib.nullcontext():
+        return _run(arguments, config)
+
+
+def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
+    out, say, group = Path(arguments.out), sayer(arguments), arguments.group or ALONE
     finished = _check_target(arguments, config) if group.first else None
     if any(group.gather(finished is not None)) and finished is None:
         return {}  # the first rank looks whether it is this run
@@ -114,11 +123,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if finished is not None:
         inputs = RunInputs(model, forget, retain, tokenizer, unlearned, {"forget": questions, "retain": asked}, used)
         return _finished(finished, inputs, config, arguments)
-    report = unlearn(
-        model,
-        forget,
-        retain,
-        config,
+    options = Options(
         tokenizer=tokenizer,
         unlearned=unlearned,
         forget_questions=questions,
@@ -133,6 +138,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         group=group,
         stop=arguments.stop,
     )
+    report = carry_out(model, forget, retain, config, options, held=True)
     if not arguments.json:
         _print(report, arguments, attack_left_out=arguments.stream and config.rtt and bool(questions))
     return report.to_dict() | {"model": str(arguments.model)}
@@ -141,7 +147,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _check_target(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any] | None:
     """The report of the run in --out, if that is finished and to be resumed. ValueError where --out cannot be used."""
     out, folder = Path(arguments.out), CheckpointFolder(arguments.out)
-    check_place(arguments.out, {"--model": arguments.model, "--unlearned": arguments.unlearned})
     if not (arguments.resume and is_finished(out, folder)):
         given = (arguments.forget, arguments.forget_questions, arguments.retain, arguments.retain_questions)
         reads = [path for paths in given for path in paths or ()] + ([arguments.config] if arguments.config else [])

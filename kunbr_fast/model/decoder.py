@@ -210,7 +210,7 @@ class Decoder:
                 hooks.append(child.register_forward_hook(lambda module, *_: after.append(module)))
         try:
             samples = self.probe.input_ids.split(self.probe.lengths)
-            with self.rotary.of(self.probe):
+            with self.rotary.watching():
                 native = [self.model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]
         finally:
             for hook in hooks:

@@ -6,6 +6,7 @@ The truth is each sample alone, through the model's own forward in its first sta
 import copy
 import functools
 import itertools
+import math
 import sys
 
 import pytest
@@ -15,6 +16,7 @@ import transformers as tf
 from graph_emulator import capture
 from helpers import relative
 from tiny_models import MIXTURES, ROTARY, VOCAB
+from torch import nn
 
 import kunbr_fast as kf
 from kunbr_fast.data import pack
@@ -258,3 +260,29 @@ def test_steps_in_graphs(caplog):
             assert relative(grad, found[0]) < LIMIT
             grad.zero_()
         assert graphs.captured == 2 and "beyond 70 tokens" in caplog.text
+
+
+class OtherRotary(nn.Module):
+    """A user's own: its base grows with the longest position, and it remembers how long the longest was."""
+
+    def __init__(self):
+        super().__init__()
+        self.longest = 0
+
+    def forward(self, x, position_ids):
+        self.longest = max(self.longest, int(position_ids.max()) + 1)
+        frequencies = (100.0 + self.longest) ** -(torch.arange(4, dtype=torch.float64) / 4)
+        angles = (position_ids[..., None] * frequencies).repeat(1, 1, 2)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def test_a_rotary_module_that_is_not_known():
+    model = fresh("qwen3")
+    model.model.rotary_emb = OtherRotary()
+    truth = [copy.deepcopy(model)(input_ids=sample["input_ids"][None]).logits[0].detach() for sample in samples()]
+    decoder = Decoder(model)
+    for group in itertools.chain(*GROUPS):
+        ours = decoder.logits(pack([samples()[i] for i in group])).detach()
+        assert relative(ours, torch.cat([truth[i] for i in group])) < LIMIT, group
+    assert model.model.rotary_emb.longest == 0 and "forward" not in vars(model.model.rotary_emb)
+    assert Decoder(fresh("qwen3")).rotary.same_up_to == math.inf
