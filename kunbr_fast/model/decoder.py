@@ -32,6 +32,7 @@ from kunbr_fast.model import attention, compat
 from kunbr_fast.model.frozen import evaluating, frozen
 from kunbr_fast.model.gather import take
 from kunbr_fast.model.ownership import bare_product, whole
+from kunbr_fast.model.rotary import RotaryByLength
 from kunbr_fast.model.weights import DAMAGED, Weights, all_zero, check_finite, weights_of
 
 Turn = Callable[[int, "Stretch", int, torch.Tensor | None], None]  # see `Decoder.passes`
@@ -88,7 +89,6 @@ def find_head(model: nn.Module) -> Head:
     config, linear = model.config.get_text_config(), model.get_output_embeddings()
     if type(linear) is not nn.Linear:
         raise ValueError(f"{type(model).__name__}: its head is {type(linear).__name__}, expected nn.Linear")
-    bare_product(linear, type(model).__name__)
     scale = 1.0
     if getattr(config, "logits_scaling", None):  # Granite divides
         scale = 1.0 / config.logits_scaling
@@ -155,9 +155,11 @@ class Decoder:
         self._layers_path, self.layers = find_layers(model)
         self.inner = model.get_submodule(self._layers_path.rpartition(".")[0])
         self.head = find_head(model)
+        self.rotary = RotaryByLength(self.inner)
         with evaluating(model):
             self._norm, native = self._watch_forward()
             self._check(native)
+            bare_product(self.head.linear, self.name)
 
     # ------------------------------------------------ structure
 
@@ -179,6 +181,9 @@ class Decoder:
 
     @property
     def max_positions(self) -> int | None:
+        """The longest sample that the model takes; None: any. Dynamic NTK goes beyond `max_position_embeddings`."""
+        if self.rotary.unlimited:
+            return None
         return getattr(self.config, "max_position_embeddings", None)
 
     def layer_path(self, index: int) -> str:
@@ -208,7 +213,8 @@ class Decoder:
                 hooks.append(child.register_forward_hook(lambda module, *_: after.append(module)))
         try:
             samples = self.probe.input_ids.split(self.probe.lengths)
-            native = [self.model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]
+            with self.rotary.watching():
+                native = [self.model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -322,11 +328,12 @@ class Decoder:
     # ------------------------------------------------ running
 
     @contextlib.contextmanager
-    def _packed(self) -> Iterator[None]:
+    def _packed(self, batch: PackedBatch) -> Iterator[None]:
         before = self.config._attn_implementation
         self.config._attn_implementation = attention.ATTENTION
         try:
-            yield
+            with self.rotary.of(batch):
+                yield
         finally:
             self.config._attn_implementation = before
 
@@ -379,7 +386,7 @@ class Decoder:
             raise ValueError(
                 f"a sample of {longest} tokens: {self.name} has {limit} positions; shorten or leave it out"
             )
-        with self._packed():
+        with self._packed(batch):
             embedded, calls = self.layer_calls(batch)
             hidden = embedded if stretch.hidden is None else stretch.hidden[None]
             for index in range(stretch.start, stop):
@@ -395,7 +402,7 @@ class Decoder:
                         *args,
                         use_reentrant=False,
                         preserve_rng_state=False,
-                        context_fn=lambda: (contextlib.nullcontext(), self._packed()),
+                        context_fn=lambda: (contextlib.nullcontext(), self._packed(batch)),
                         **kwargs,
                     )
                 else:
