@@ -19,9 +19,15 @@ from kunbr_fast.data.template import Template
 from kunbr_fast.files.shown import plain, shown
 
 Span = tuple[int, int]
-ROLES = ("assistant", "user", "system")
-OTHERS = ("system", "tool", "developer", "function", "ipython", "environment")  # which a template may write as another
-NOTHING = ("", [], {})  # values of a key that say nothing
+ROLES = ("assistant", "user")
+OTHERS = (
+    "system",
+    "tool",
+    "developer",
+    "function",
+    "ipython",
+    "environment",
+)  # which may be written as the user
 PIECES = re.compile(r"<[^<>]*>|\[[^][]*]|\s+|[^][<>\s]+|.")  # <|mark|>, [MARK], whitespace, a word
 
 
@@ -37,6 +43,11 @@ def chat(record: Mapping, tokenizer: Any, date: str) -> tuple[str, list[Span]]:
     """
     messages = [{key: value for key, value in m.items() if value is not None} for m in record["messages"]]
     return _Chat(Template(tokenizer, date, record["_where"]), messages).text_and_turns()
+
+
+def says(value: Any) -> bool:
+    """Whether a key's value says anything: exports write `"tool_calls": []`."""
+    return not isinstance(value, (str, list, dict)) or bool(value)
 
 
 class _Chat:
@@ -188,7 +199,7 @@ class _Chat:
         """
         front, back = self._same_ends(rendered)
         back = min(back, len(self.text) - front, len(rendered) - front)
-        pieces = re.split(r"\s*(<[^<>\s]+>)\s*", self._parts(i)[1])
+        pieces = [piece.strip() for piece in re.split(r"(<[^<>\s]+>)", self._parts(i)[1])]
         spans = [m.span() for m in re.finditer(r"\s*".join(re.escape(p) for p in pieces if p), self.text)]
         return [(begin, end) for begin, end in spans if begin <= front and end >= len(self.text) - back]
 
@@ -203,7 +214,7 @@ class _Chat:
     def _has_other_keys(self, i: int) -> bool:
         """Whether message i says more than role and content. What it says there must make a difference to the text."""
         message = self.messages[i]
-        others = [key for key, value in message.items() if key not in ("role", "content") and value not in NOTHING]
+        others = [key for key, value in message.items() if key not in ("role", "content") and says(value)]
         for key in (key for key in others if key == "name" or not is_annotation(key)):
             value = {} if not isinstance(message[key], str) else {key: self._name(i)}
             for other in ({name: message[name] for name in message if name != key}, {**message, **value}):
@@ -213,10 +224,12 @@ class _Chat:
 
     def _check_roles(self) -> None:
         for i, message in enumerate(self.messages):
-            role = message["role"] if self._parts(i)[1] else "user"  # a blank one says nothing as any
-            for other in ("assistant",) if role in OTHERS else () if role in ROLES else ROLES:
-                if self._with(i, {**message, "role": other}) == self.text:
-                    raise self._wrong(i, f"writes this role as {other!r}", f"give it the role {other!r}")
+            role = message["role"]
+            if role in ROLES or not self._parts(i)[1]:
+                continue
+            alike = [other for other in ROLES if self._with(i, {**message, "role": other}) == self.text]
+            if len(alike) == 1 and (role not in OTHERS or alike == ["assistant"]):  # both: roles make no difference
+                raise self._wrong(i, f"writes this role as {alike[0]!r}", f"give it the role {alike[0]!r}")
 
     def _wrong(self, i: int, what: str, cure: str) -> ValueError:
         of = f"{self.template.where}: message {i + 1} of {len(self.messages)} ({plain(self.messages[i]['role'], 40)})"
