@@ -31,6 +31,7 @@ from kunbr_fast.memory import Place
 from kunbr_fast.model import attention, compat
 from kunbr_fast.model.frozen import evaluating, frozen
 from kunbr_fast.model.gather import take
+from kunbr_fast.model.ownership import bare_product, whole
 from kunbr_fast.model.rotary import RotaryByLength
 from kunbr_fast.model.weights import DAMAGED, Weights, all_zero, check_finite, weights_of
 
@@ -132,15 +133,16 @@ class Decoder:
     Of a model that `open_streamed` has made, `Decoder(model)` is a `StreamedDecoder`, with the same methods. Runs need
     eval mode (no dropout), so that packed and unpacked runs, and a run and its resumption, agree.
 
-    Errors: ValueError, naming the module, if its attention leaves out a softcap, if the model has no list of
-    `num_hidden_layers` layers, more than one module between the last layer and the head, a head that is no nn.Linear,
-    weights that are not finite, or logits that differ from this path's.
+    Errors: ValueError, naming the module, if the model is not `whole`, its attention leaves out a softcap, if the model
+    has no list of `num_hidden_layers` layers, more than one module between the last layer and the head, a head that is
+    no nn.Linear, weights that are not finite, or logits that differ from this path's.
     """
 
     def __new__(cls, model: nn.Module) -> Decoder:
         return super().__new__(weights_of(model).decoder_class or cls)
 
     def __init__(self, model: nn.Module):
+        whole(model)
         self.model = model
         self.config = model.config.get_text_config()
         self.name = type(model).__name__
@@ -158,6 +160,7 @@ class Decoder:
             self._norm, native = self._watch_forward()
             self._windows = self._windows_in_masks()
             self._check(native)
+            bare_product(self.head.linear, self.name)
 
     # ------------------------------------------------ structure
 
@@ -245,6 +248,10 @@ class Decoder:
                 f"{self.name}: its layers do not run on packed samples ({type(error).__name__}: {error}): "
                 "this architecture is not supported"
             ) from error
+        if len(ours) != len(truth):
+            raise ValueError(
+                f"{self.name}: it has logits of tokens that it puts in itself (PEFT's prompts, for example)"
+            )
         error = float((ours - truth).norm() / truth.norm())
         if not error <= self.rounding:
             raise ValueError(

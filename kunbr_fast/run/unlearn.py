@@ -18,6 +18,7 @@ from kunbr_fast.files.scratch import scratch
 from kunbr_fast.files.shown import plain
 from kunbr_fast.keywords import named_by, taken
 from kunbr_fast.model.frozen import frozen
+from kunbr_fast.model.ownership import no_adapter, trainable, uncompiled, whole
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.config import KUnBRConfig
@@ -89,9 +90,11 @@ def unlearn(
 
     Returns the `Report`. One model is in memory: M0 waits on disk during the warm-up, M_u during re-insertion.
 
-    Errors, before anything is computed: ValueError for settings and data, `Unavailable` for config.impl, TypeError for
-    another keyword. On an exception the model holds whatever the stage had reached; `Diverged` leaves in the checkpoint
-    folder the last state from which a later step was found good, `Stopped` the present one.
+    Errors, before anything is computed: ValueError for settings, data, and a model of which not every weight may be
+    trained (`model.ownership`: a PEFT adapter, a frozen parameter, offloaded weights; unlearned= may be frozen),
+    `Unavailable` for config.impl, TypeError for another keyword. On an exception the model holds whatever the stage had
+    reached; `Diverged` leaves in the checkpoint folder the last state from which a later step was found good, `Stopped`
+    the present one.
     """
     return carry_out(model, forget, retain, config or KUnBRConfig(), taken(Options, options, "unlearn"))
 
@@ -105,6 +108,7 @@ def carry_out(
     held: bool = False,
 ) -> Report:
     """`unlearn`. held: the caller has given.output_dir's lock (`files.lock.hold`) already."""
+    model, given = _owned(model, given)
     output_dir, group = given.output_dir, given.group
     reporter = given.reporter or Reporter(given.progress, given.on_stage)
     asked = {"forget": _questions(given.forget_questions, forget), "retain": _questions(given.retain_questions, retain)}
@@ -163,6 +167,17 @@ def _begun(model: nn.Module, given: Options, reporter: Reporter, held: bool) -> 
         with CheckpointFolder(output_dir) as folder:
             folder.begin(given.resume, given.overwrite)
             yield folder
+
+
+def _owned(model: nn.Module, given: Options) -> tuple[nn.Module, Options]:
+    """The models without torch.compile's wrapper. ValueError where their owner has not left them to be trained."""
+    model = uncompiled(model)
+    trainable(model, "kf.unlearn")
+    if given.unlearned is not None:
+        given = dataclasses.replace(given, unlearned=uncompiled(given.unlearned))
+        whole(given.unlearned, "the unlearned model's ")
+        no_adapter(given.unlearned, "kf.unlearn", "the unlearned model")
+    return model, given
 
 
 def _questions(given: Sequence[Mapping] | None, records: Sequence[Mapping]) -> list[Mapping]:
