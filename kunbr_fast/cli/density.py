@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kunbr_fast.cli.argument_types import number, path_name
-from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings, add_stream
+from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config
 from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.cli.terminal import say, show
@@ -26,7 +26,10 @@ from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.samples import overlap, to_samples
 from kunbr_fast.values import SHARE
 
-SETTINGS = "target max_length modules reduction num_blocks top_k skip_last_layers gradient_checkpointing cache impl"
+SETTINGS = (
+    "target max_length separator chat_date split_long modules reduction num_blocks top_k skip_last_layers "
+    "gradient_checkpointing cache impl"
+)
 
 _FIELDS = [field.name for field in dataclasses.fields(Density)]
 WRITES = {
@@ -39,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_files(parser, "--forget", "F.jsonl", "what to forget", required=True)
     add_files(parser, "--retain", "R.jsonl", "what to keep: for fisher_ratio, cosine and slug's Pareto front")
+    add_ignored(parser)
     parser.add_argument(
         "--out", type=path_name, metavar="FILE.json", help="keep the result (kunbr_fast.Density.load reads it)"
     )
@@ -102,8 +106,8 @@ def _choice(config: KUnBRConfig) -> tuple[int, int, int]:
 
 
 def _measure(config: KUnBRConfig, arguments: argparse.Namespace) -> Density:
-    records = load_records(arguments.forget)
-    retain = None if arguments.retain is None else load_records(arguments.retain)
+    records = load_records(arguments.forget, arguments.ignore_keys)
+    retain = None if arguments.retain is None else load_records(arguments.retain, arguments.ignore_keys)
     check_files({"--forget": arguments.forget}, {"--retain": arguments.retain})
     model, tokenizer = open_model(arguments)
     decoder = Decoder(model)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kunbr_fast.cli.argument_types import path_name
-from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings
+from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds
 from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.cli.terminal import show
@@ -25,7 +25,7 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.fingerprint import fingerprint
 from kunbr_fast.model.frozen import frozen
 
-SETTINGS = "scoring seed rtt_lrs rtt_epochs rtt_batch_size rtt_target"
+SETTINGS = "max_length separator chat_date split_long scoring seed rtt_lrs rtt_epochs rtt_batch_size rtt_target"
 
 _SUMMARY = ("accuracy", "calibrated_accuracy", "before", "recovery", "best")  # of a finished one
 _OTHERS = "other_curves"  # finished attacks at learning rates that were not asked for last
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_files(parser, "--forget", "F.jsonl", "one file for each fold, two or more", required=True)
     text = "questions, one file for each fold (default: the question lines of --forget)"
     add_files(parser, "--forget-questions", "Q.jsonl", text)
+    add_ignored(parser)
     parser.add_argument(
         "--out",
         type=path_name,
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     check_outputs(arguments, WRITES)
     config = read_config(arguments)
-    folds = read_folds(arguments.forget, arguments.forget_questions)
+    folds = read_folds(arguments.forget, arguments.forget_questions, arguments.ignore_keys)
     out = Path(arguments.out) if arguments.out else None
     if arguments.resume and out is None:
         raise ValueError("--resume needs --out, the file with the finished attacks")

@@ -33,6 +33,7 @@ from transformers import Trainer, TrainerCallback
 
 from kunbr_fast.density.measure import Density
 from kunbr_fast.files.documents import checked, read_text
+from kunbr_fast.files.lock import hold
 from kunbr_fast.files.shown import plain
 from kunbr_fast.integrations.driven_stages import DrivenStages, StageOptimizer
 from kunbr_fast.parallel.group import Group
@@ -222,7 +223,7 @@ class KUnBRMixin:
         if not self.args.should_save:
             yield None
             return
-        with CheckpointFolder(self.args.output_dir) as folder:
+        with hold(self.args.output_dir, logger.info), CheckpointFolder(self.args.output_dir) as folder:
             folder.begin(resume, forget=not resume)
             yield folder
 

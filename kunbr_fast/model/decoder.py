@@ -31,6 +31,7 @@ from kunbr_fast.memory import Place
 from kunbr_fast.model import attention, compat
 from kunbr_fast.model.frozen import evaluating, frozen
 from kunbr_fast.model.gather import take
+from kunbr_fast.model.rotary import RotaryByLength
 from kunbr_fast.model.weights import DAMAGED, Weights, all_zero, check_finite, weights_of
 
 Turn = Callable[[int, "Stretch", int, torch.Tensor | None], None]  # see `Decoder.passes`
@@ -152,6 +153,7 @@ class Decoder:
         self._layers_path, self.layers = find_layers(model)
         self.inner = model.get_submodule(self._layers_path.rpartition(".")[0])
         self.head = find_head(model)
+        self.rotary = RotaryByLength(self.inner)
         with evaluating(model):
             self._norm, native = self._watch_forward()
             self._check(native)
@@ -176,6 +178,9 @@ class Decoder:
 
     @property
     def max_positions(self) -> int | None:
+        """The longest sample that the model takes; None: any. Dynamic NTK goes beyond `max_position_embeddings`."""
+        if self.rotary.unlimited:
+            return None
         return getattr(self.config, "max_position_embeddings", None)
 
     def layer_path(self, index: int) -> str:
@@ -205,7 +210,8 @@ class Decoder:
                 hooks.append(child.register_forward_hook(lambda module, *_: after.append(module)))
         try:
             samples = self.probe.input_ids.split(self.probe.lengths)
-            native = [self.model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]
+            with self.rotary.watching():
+                native = [self.model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -315,11 +321,12 @@ class Decoder:
     # ------------------------------------------------ running
 
     @contextlib.contextmanager
-    def _packed(self) -> Iterator[None]:
+    def _packed(self, batch: PackedBatch) -> Iterator[None]:
         before = self.config._attn_implementation
         self.config._attn_implementation = attention.ATTENTION
         try:
-            yield
+            with self.rotary.of(batch):
+                yield
         finally:
             self.config._attn_implementation = before
 
@@ -372,7 +379,7 @@ class Decoder:
             raise ValueError(
                 f"a sample of {longest} tokens: {self.name} has {limit} positions; shorten or leave it out"
             )
-        with self._packed():
+        with self._packed(batch):
             embedded, calls = self.layer_calls(batch)
             hidden = embedded if stretch.hidden is None else stretch.hidden[None]
             for index in range(stretch.start, stop):
@@ -388,7 +395,7 @@ class Decoder:
                         *args,
                         use_reentrant=False,
                         preserve_rng_state=False,
-                        context_fn=lambda: (contextlib.nullcontext(), self._packed()),
+                        context_fn=lambda: (contextlib.nullcontext(), self._packed(batch)),
                         **kwargs,
                     )
                 else:
