@@ -250,7 +250,7 @@ KILLED = {
 }
 
 
-@pytest.mark.parametrize("point", KILLED)
+@pytest.mark.parametrize("point", [pytest.param(p, marks=[pytest.mark.slow] if "block" in p else []) for p in KILLED])
 def test_killed_and_resumed(point, text, resident, tmp_path):
     out, more = tmp_path / "out", ["--stream", *KILLED[point]]
     done = python(HERE.parent / "kill_runner.py", point, *command(text, out, *more))
