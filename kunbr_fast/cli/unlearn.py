@@ -17,7 +17,8 @@ from kunbr_fast.data.content import check_files
 from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
 from kunbr_fast.evaluation.report import Report, plain_values, table, write_report
-from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model, save_model
+from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model
+from kunbr_fast.files.saving import save_model
 from kunbr_fast.files.shown import shown
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.parallel.group import ALONE
