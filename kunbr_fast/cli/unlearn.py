@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     def save(report: Report) -> None:
         """All of it while checkpoints are still there: if the disk is full here, --resume computes nothing again."""
         if not arguments.stream:  # else it is there
-            say(f"writing the model to {out}")
+            say(f"writing the model to {out}, and reading it back")
             save_model(model, tokenizer, out, replace=CheckpointFolder(out).overwrites)
         _write(report, config, arguments)
 

@@ -36,7 +36,7 @@ def read_back(staged: Path, target: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         said = str(error).replace(plain(staged), plain(target))
-        raise NotWritten(f"{said} [read back after writing; nothing there is replaced, save it again]") from error
+        raise NotWritten(f"{said} [read back after writing; nothing there is replaced]") from error
 
 
 def forget(path: Path) -> None:
@@ -52,7 +52,7 @@ def forget(path: Path) -> None:
 def check_model(model: nn.Module, directory: Path) -> None:
     """ValueError unless the directory holds this model: its configuration, and each tensor with the same name, shape,
     dtype and bytes."""
-    if _is_known(model.config):
+    if is_known(model.config):
         folder = ModelFolder(directory, log=False)
         config, shards = folder.configuration(), folder.shards
         if changed := model_config.differing(config, model.config):
@@ -71,7 +71,7 @@ def check_model(model: nn.Module, directory: Path) -> None:
             raise ValueError(f"{plain(directory)}: {name} is not what is in memory")
 
 
-def _is_known(config: object) -> bool:
+def is_known(config: object) -> bool:
     """Whether transformers reads a config.json to this class."""
     from transformers import CONFIG_MAPPING
 
