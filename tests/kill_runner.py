@@ -28,7 +28,7 @@ POINTS = {
     "the model is half saved": (loading.os, "replace", None),
 }
 # points that only a streamed run, or one of several processes, comes to
-STREAMED = {"a shard of the result is written": (weight_files, "write_file", 1)}
+STREAMED = {"a shard of the result is written": (weight_files, "_write", 1)}
 RANKED = {"rank 1, in its block": (reinsertion.BlockTraining, "step_packed", 2)}
 OF_RANK = {"rank 1, in its block": "1"}
 

@@ -132,7 +132,8 @@ def is_part(path: Path) -> bool:
 
 @contextlib.contextmanager
 def new_model(folder: str | Path, replace: bool = False, size: int | None = None) -> Iterator[Path]:
-    """Yields an empty folder for a model's files, which take their names in `folder` when all are there and whole.
+    """Yields an empty folder for a model's files, which take their names in `folder` when all are there, on the disk
+    and read back (`readback.read_back`).
 
     Each is the old one or the new one; config.json, which makes them a model, is last. replace: then, and not before,
     what is left of a model in `folder` goes, so that no file of one is read with the other. size: of the weights, for a
@@ -155,9 +156,6 @@ def _new_model(folder: Path, replace: bool) -> Iterator[Path]:
         yield staged
         files = sorted((p for p in staged.rglob("*") if p.is_file()), key=lambda path: path.name == "config.json")
         for file in files:
-            if file.suffix == ".safetensors":
-                Header.read(file)
-            sync(file)
             os.chmod(file, mode)  # safetensors and tokenizers leave private files
         if replace:
             _remove_model(folder, {str(file.relative_to(staged)) for file in files})

@@ -99,7 +99,8 @@ def _write_like(
 
 def copy_files(copies: Mapping[str, Path], directory: Path) -> None:
     for name, path in copies.items():
-        (directory / name).parent.mkdir(exist_ok=True)
+        if not (directory / name).parent.is_dir():
+            (directory / name).parent.mkdir()
         shutil.copyfile(path, directory / name)
 
 

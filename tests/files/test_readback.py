@@ -12,7 +12,7 @@ from tiny_models import random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.cli import command as cli
-from kunbr_fast.files import model_folder, readback, saving
+from kunbr_fast.files import readback, saving
 from kunbr_fast.files.models import load_model
 from kunbr_fast.files.readback import NotWritten
 from kunbr_fast.files.saving import save_model
@@ -128,7 +128,6 @@ def test_a_run_keeps_its_checkpoints_and_writes_again(workspace, tmp_path, monke
     assert "out/model.safetensors" in said and "--resume" in said and "\n" not in said
     assert (out / NAME).is_dir() and not (out / "config.json").exists()
     with monkeypatch.context() as patch:  # what is in the folder's place differs: found by its logits
-        patch.setattr(model_folder, "sync", lambda path: None)
         real = saving.check_model
 
         def other(model, directory):
