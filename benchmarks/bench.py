@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from kunbr_fast.benchmarks import harness, measure, report, rows
+from kunbr_fast.files.lock import hold
 from kunbr_fast.files.shown import shown
 
 
@@ -47,29 +48,33 @@ def bench(
         raise ValueError("TRITON_INTERPRET=1 is set: interpreted kernels are not what is measured: unset it")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: name a folder")
-    out.mkdir(parents=True, exist_ok=True)
-    csv = out / "results.csv"
-    found = _earlier(csv, resume, options, suites)
-    done = {_name(row) for row in found}
-    todo = [case for case in cases if _name(case.identity()) not in done]
-    wrong, left_out = {}, {}
-    gc.collect()
-    gc.freeze()  # what libraries have made: each variant's peak is measured after a collection
-    if options.device.index is not None:  # without an index it is the current one already, and set_device refuses it
-        torch.cuda.set_device(options.device)  # of events, and of what rivals launch
-    bar = tqdm(total=len(cases), initial=len(cases) - len(todo), disable=not progress, unit="case", dynamic_ncols=True)
-    with bar:
-        for case, measured, why in harness.run(todo, budget, lambda case: bar.set_postfix_str(str(case))):
-            found += map(rows.parsed, measured)
-            rows.write_rows(csv, out / "results.json", found)
-            wrong |= {f"{case}, {row['variant']}": row["note"] for row in measured if rows.is_wrong(row)}
-            if why is not None:
-                (wrong if isinstance(why, harness.Wrong) else left_out)[str(case)] = str(why)
-            with bar.external_write_mode():
-                say(report.table(measured) if why is None else f"{case}: {why}")
-            bar.update()
-    files = report.write_report(found, out) if found and write_report else []
-    return {"rows": found, "wrong": wrong, "left_out": left_out, "files": [str(path) for path in files]}
+    with hold(out):
+        csv = out / "results.csv"
+        found = _earlier(csv, resume, options, suites)
+        done = {_name(row) for row in found}
+        todo = [case for case in cases if _name(case.identity()) not in done]
+        wrong, left_out = {}, {}
+        gc.collect()
+        gc.freeze()  # what libraries have made: each variant's peak is measured after a collection
+        if (
+            options.device.index is not None
+        ):  # without an index it is the current one already, and set_device refuses it
+            torch.cuda.set_device(options.device)  # of events, and of what rivals launch
+        bar = tqdm(
+            total=len(cases), initial=len(cases) - len(todo), disable=not progress, unit="case", dynamic_ncols=True
+        )
+        with bar:
+            for case, measured, why in harness.run(todo, budget, lambda case: bar.set_postfix_str(str(case))):
+                found += map(rows.parsed, measured)
+                rows.write_rows(csv, out / "results.json", found)
+                wrong |= {f"{case}, {row['variant']}": row["note"] for row in measured if rows.is_wrong(row)}
+                if why is not None:
+                    (wrong if isinstance(why, harness.Wrong) else left_out)[str(case)] = str(why)
+                with bar.external_write_mode():
+                    say(report.table(measured) if why is None else f"{case}: {why}")
+                bar.update()
+        files = report.write_report(found, out) if found and write_report else []
+        return {"rows": found, "wrong": wrong, "left_out": left_out, "files": [str(path) for path in files]}
 
 
 def _name(row) -> tuple:

@@ -40,7 +40,7 @@ def write_data(source: Path, target: Path, people: int) -> None:
     for split in SPLITS:
         records = load_records(source / f"{split}.jsonl")[:people]
         questions = [{key: record[key] for key in ("question", "choices", "answer")} for record in records]
-        facts = [{"prompt": r["question"], "completion": str(r["choices"][r["answer"]])} for r in records]
+        facts = [{"prompt": f"{r['question']} ", "completion": str(r["choices"][r["answer"]])} for r in records]
         for name, lines in ((f"{split}_questions.jsonl", questions), (f"{split}.jsonl", facts)):
             (target / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 

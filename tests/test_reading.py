@@ -24,8 +24,8 @@ from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.state import RunState
 
 RECORDS = [
-    {"question": "q?", "choices": ["a", 2, 3.5], "answer": 0, "original": "kept"},
-    {"text": "a line é", "input_ids": [1, 2]},
+    {"question": "q?", "choices": ["a", 2, 3.5], "answer": 0, "split": "kept"},
+    {"text": "a line é", "_more": {"input_ids": [1, 2]}},
     {"prompt": "p", "completion": "c", "alternate": "d"},
     {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "x"}], "_where": 3},
 ]
@@ -215,7 +215,7 @@ def test_what_a_terminal_would_obey_is_escaped(tmp_path):
     assert found == r"a\x1b]0;x\x07b\u202e"
 
 
-def test_a_records_other_keys_make_no_sample_of_it(tmp_path):
+def test_records_are_told_from_samples(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_bytes(json_lines(RECORDS))
     from kunbr_fast.data import is_record

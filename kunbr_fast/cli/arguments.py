@@ -49,6 +49,17 @@ def add_files(
     )
 
 
+def add_ignored(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-keys",
+        nargs="+",
+        action=Different,
+        default=[],
+        metavar="KEY",
+        help="keys of the JSONL files' lines that are left out; a key that would not be used is an error otherwise",
+    )
+
+
 def add_stream(parser: argparse.ArgumentParser, text: str = "") -> None:
     parser.add_argument(
         "--stream", action="store_true", help=f"models larger than memory: layers are read when they run{text}"

@@ -106,7 +106,7 @@ def _main(argv: Sequence[str]) -> int:
     with process.working() as caught:
         arguments.stop = caught.stop
         try:
-            with _together(arguments):
+            with _together(arguments), contextlib.ExitStack() as arguments.held:  # what it writes, see `outputs`
                 result = arguments.run(arguments)
             if arguments.json and _speaks(arguments):
                 print(json.dumps(result, indent=2))

@@ -56,7 +56,7 @@ def open_model(arguments: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
     return model, load_tokenizer(arguments.model)
 
 
-def read_folds(forget: Sequence[str], questions: Sequence[str] | None) -> list[Fold]:
+def read_folds(forget: Sequence[str], questions: Sequence[str] | None, ignored: Sequence[str] = ()) -> list[Fold]:
     """One fold for each forget file, with its own questions."""
     if questions is not None and len(questions) != len(forget):
         raise ValueError(
@@ -65,17 +65,17 @@ def read_folds(forget: Sequence[str], questions: Sequence[str] | None) -> list[F
         )
     folds = []
     for i, path in enumerate(forget):
-        records = load_records(path)
-        asked = records if questions is None else read_questions([questions[i]], "--forget-questions")
+        records = load_records(path, ignored)
+        asked = records if questions is None else read_questions([questions[i]], "--forget-questions", ignored)
         folds.append(Fold(Path(path).stem, records, [r for r in asked if is_question(r)]))
     return folds
 
 
-def read_questions(paths: Sequence[str], option: str) -> list[dict]:
+def read_questions(paths: Sequence[str], option: str, ignored: Sequence[str] = ()) -> list[dict]:
     """The records of files of which each must ask something."""
     found = []
     for path in paths:
-        records = load_records(path)
+        records = load_records(path, ignored)
         if not any(map(is_question, records)):
             raise ValueError(
                 f"{option}: {plain(path)} has no question among its {len(records)} lines: expected lines with "

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from kunbr_fast.files.lock import hold_file
 from kunbr_fast.files.merge_folder import PARTIAL
 from kunbr_fast.files.target import FileKind, FolderKind, Target, check
 from kunbr_fast.run.folder import NAME, STATE
@@ -25,12 +26,16 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def check_outputs(arguments: argparse.Namespace, writes: Mapping[str, FileKind | FolderKind]) -> None:
-    """ValueError for an option in `writes` whose target is not ours to replace, or cannot be written. Of several
-    processes the first one writes, and looks."""
+    """ValueError for an option in `writes` whose target is not ours to replace, or cannot be written, or which another
+    process is going to write; until the command ends no other may. Of several processes the first one writes, and
+    looks. Folders are held by what writes there."""
     if arguments.group is not None and not arguments.group.first:
         return
     targets = [Target(option(name), given, writes[name]) for name, given in named(arguments, writes)]
     check(targets, [(option(name), given) for name, given in named(arguments, INPUTS)])
+    for target in targets:
+        if isinstance(target.kind, FileKind):
+            arguments.held.enter_context(hold_file(target.path))
 
 
 def named(arguments: argparse.Namespace, names) -> list[tuple[str, str]]:

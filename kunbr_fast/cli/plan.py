@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from kunbr_fast.cli.argument_types import number, path_name
-from kunbr_fast.cli.arguments import add_files, add_output, add_settings
+from kunbr_fast.cli.arguments import add_files, add_ignored, add_output, add_settings
 from kunbr_fast.cli.inputs import read_config
 from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.cli.terminal import show
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: as config.json says")
     add_files(parser, "--forget", "F.jsonl", "as of unlearn (default: sizes of WMDP)")
     add_files(parser, "--retain", "R.jsonl", "as of unlearn (default: sizes of WMDP)")
+    add_ignored(parser)
     parser.add_argument("--unlearned", action="store_true", help="M_u will be given: no warm-up")
     parser.add_argument(
         "--stream", action="store_true", help="as of unlearn: layers come from the files one by one; needs --unlearned"
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     check_outputs(arguments, WRITES)
-    names = ("gpu", "gpus", "forget", "retain", "dtype", "unlearned", "stream")
+    names = ("gpu", "gpus", "forget", "retain", "ignore_keys", "dtype", "unlearned", "stream")
     found = plan(
         arguments.model,
         arguments.gpu_memory,

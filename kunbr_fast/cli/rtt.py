@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kunbr_fast.cli.argument_types import path_name
-from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings
+from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds
 from kunbr_fast.cli.outputs import check_outputs
+from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import show
 from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_relearning
@@ -25,7 +26,7 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.fingerprint import fingerprint
 from kunbr_fast.model.frozen import frozen
 
-SETTINGS = "scoring seed rtt_lrs rtt_epochs rtt_batch_size rtt_target"
+SETTINGS = "max_length separator chat_date split_long scoring seed rtt_lrs rtt_epochs rtt_batch_size rtt_target"
 
 _SUMMARY = ("accuracy", "calibrated_accuracy", "before", "recovery", "best")  # of a finished one
 _OTHERS = "other_curves"  # finished attacks at learning rates that were not asked for last
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_files(parser, "--forget", "F.jsonl", "one file for each fold, two or more", required=True)
     text = "questions, one file for each fold (default: the question lines of --forget)"
     add_files(parser, "--forget-questions", "Q.jsonl", text)
+    add_ignored(parser)
     parser.add_argument(
         "--out",
         type=path_name,
@@ -46,14 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", type=path_name, metavar="FILE.png", help="relearning curve")
     parser.add_argument("--resume", action="store_true", help="keep the finished attacks in --out")
+    add_show(parser)
     add_settings(parser, SETTINGS.split())
     add_output(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    check_outputs(arguments, WRITES)
+    if not arguments.show:
+        check_outputs(arguments, WRITES)
     config = read_config(arguments)
-    folds = read_folds(arguments.forget, arguments.forget_questions)
+    folds = read_folds(arguments.forget, arguments.forget_questions, arguments.ignore_keys)
+    if arguments.show:
+        sets = [Shown(f"fold {fold.name}", fold.train_records, config.rtt_target) for fold in folds]
+        return show_samples(arguments, config, sets)
     out = Path(arguments.out) if arguments.out else None
     if arguments.resume and out is None:
         raise ValueError("--resume needs --out, the file with the finished attacks")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from kunbr_fast.cli.argument_types import path_name
-from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_settings, add_stream
+from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds, read_questions, sayer
+from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import show
 from kunbr_fast.data import is_question, load_records
 from kunbr_fast.data.content import check_files
 from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
 from kunbr_fast.evaluation.report import Report, plain_values, table, write_report
+from kunbr_fast.files.lock import hold
 from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model
 from kunbr_fast.files.saving import save_model
 from kunbr_fast.files.shown import shown
@@ -28,7 +31,7 @@ from kunbr_fast.run.context import RunInputs
 from kunbr_fast.run.folder import CheckpointFolder
 from kunbr_fast.run.identity import record
 from kunbr_fast.run.output import check_output, check_place, finished_report, is_finished, remove_reports
-from kunbr_fast.run.unlearn import unlearn
+from kunbr_fast.run.unlearn import Options, carry_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"questions on the forget files, one file for each {lines}"
     add_files(parser, "--forget-questions", "Q.jsonl", text)
     add_files(parser, "--retain-questions", "Q.jsonl", f"questions on the retain files {lines}")
+    add_ignored(parser)
     parser.add_argument(
         "--out",
         type=path_name,
@@ -54,13 +58,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_stream(parser, "; needs --unlearned, and there is no attack")
     parser.add_argument("--resume", action="store_true", help="go on with the run that was interrupted in --out")
+    add_show(parser)
     add_settings(parser)
     add_output(parser)
 
 
+def _read_retain(arguments: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """The retain set, and the questions about it."""
+    retain, named = load_records(arguments.retain, arguments.ignore_keys), arguments.retain_questions
+    asked = read_questions(named, "--retain-questions", arguments.ignore_keys) if named else retain
+    return retain, [record for record in asked if is_question(record)]
+
+
+def _show(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
+    criteria = [config.criterion(range(1))] + ([] if arguments.unlearned else [config.criterion(warmup=True)])
+    alternate = next((c.alternate for c in criteria if c.alternate is not None), None)
+    sets = [Shown("forget", load_records(arguments.forget, arguments.ignore_keys), config.target, alternate)]
+    sets.append(Shown("retain", load_records(arguments.retain, arguments.ignore_keys), config.target))
+    return show_samples(arguments, config, sets)
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    config, out, say = read_config(arguments), Path(arguments.out), sayer(arguments)
-    group = arguments.group or ALONE
+    config, first = read_config(arguments), (arguments.group or ALONE).first
+    if arguments.show:
+        return _show(arguments, config)
+    if first:
+        check_place(arguments.out, {"--model": arguments.model, "--unlearned": arguments.unlearned})
+    with hold(arguments.out, sayer(arguments)) if first else contextlib.nullcontext():
+        return _run(arguments, config)
+
+
+def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
+    out, say, group = Path(arguments.out), sayer(arguments), arguments.group or ALONE
     finished = _check_target(arguments, config) if group.first else None
     if any(group.gather(finished is not None)) and finished is None:
         return {}  # the first rank looks whether it is this run
@@ -68,10 +97,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         {"--forget": arguments.forget, "--forget-questions": arguments.forget_questions},
         {"--retain": arguments.retain, "--retain-questions": arguments.retain_questions},
     )
-    folds = read_folds(arguments.forget, arguments.forget_questions)
+    folds = read_folds(arguments.forget, arguments.forget_questions, arguments.ignore_keys)
     questions = [record for fold in folds for record in fold.questions]
-    retain = load_records(arguments.retain)
-    asked = read_questions(arguments.retain_questions, "--retain-questions") if arguments.retain_questions else retain
+    retain, asked = _read_retain(arguments)
     if not questions:
         say("no question lines about the forget set: accuracy is not measured and there is no RTT attack")
     elif len(folds) < 2 and config.rtt:
@@ -92,16 +120,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     forget = [record for fold in folds for record in fold.train_records]
     unlearned = _open_unlearned(arguments, model)
-    asked = [record for record in asked if is_question(record)]
     used = folds if questions and len(folds) > 1 else []
     if finished is not None:
         inputs = RunInputs(model, forget, retain, tokenizer, unlearned, {"forget": questions, "retain": asked}, used)
         return _finished(finished, inputs, config, arguments)
-    report = unlearn(
-        model,
-        forget,
-        retain,
-        config,
+    options = Options(
         tokenizer=tokenizer,
         unlearned=unlearned,
         forget_questions=questions,
@@ -116,6 +139,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         group=group,
         stop=arguments.stop,
     )
+    report = carry_out(model, forget, retain, config, options, held=True)
     if not arguments.json:
         _print(report, arguments, attack_left_out=arguments.stream and config.rtt and bool(questions))
     return report.to_dict() | {"model": str(arguments.model)}
@@ -124,7 +148,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _check_target(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any] | None:
     """The report of the run in --out, if that is finished and to be resumed. ValueError where --out cannot be used."""
     out, folder = Path(arguments.out), CheckpointFolder(arguments.out)
-    check_place(arguments.out, {"--model": arguments.model, "--unlearned": arguments.unlearned})
     if not (arguments.resume and is_finished(out, folder)):
         given = (arguments.forget, arguments.forget_questions, arguments.retain, arguments.retain_questions)
         reads = [path for paths in given for path in paths or ()] + ([arguments.config] if arguments.config else [])

@@ -6,7 +6,7 @@ side by side (`pack`).
 
 from kunbr_fast.data.batch import PackedBatch, grid, join, pack, send
 from kunbr_fast.data.content import LETTERS
-from kunbr_fast.data.encode import ALTERNATES, REFUSALS, encode
+from kunbr_fast.data.encode import ALTERNATES, REFUSALS, encode, encode_named
 from kunbr_fast.data.records import check_record, is_question, is_record, load_records, question_prompt
 from kunbr_fast.data.samples import IGNORE, Sample, as_samples, check_labels, check_lengths, with_alternates
 from kunbr_fast.data.schedule import Schedule, token_batches
@@ -27,6 +27,7 @@ __all__ = [
     "check_record",
     "check_lengths",
     "encode",
+    "encode_named",
     "grid",
     "is_question",
     "is_record",

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from kunbr_fast.data.chat import named
 from kunbr_fast.data.content import is_blank
-from kunbr_fast.data.records import check_read, check_record, question_prompt
-from kunbr_fast.data.samples import IGNORE, Sample, check_lengths, has_loss, too_long
+from kunbr_fast.data.pieces import pieces
+from kunbr_fast.data.records import check_read, checked_record, question_prompt
+from kunbr_fast.data.samples import IGNORE, Sample, check_lengths, has_loss
 from kunbr_fast.data.text import PLAIN, TARGETS, TextSettings, text_and_spans
-from kunbr_fast.files.models import reason
+from kunbr_fast.data.tokens import check_beginning, tokens
 from kunbr_fast.files.shown import shown
 
-BEGINNING = 2**16  # characters of a longer text that are looked at first
+logger = logging.getLogger(__name__)
+
 ALTERNATES = ("given", "refusal", "wrong")
 REFUSALS = (
     "I do not know.",
@@ -39,14 +43,17 @@ def encode(
     seed: int = 0,
     text: TextSettings = PLAIN,
 ) -> list[Sample]:
-    """Tokenises each record once and marks the tokens whose loss counts.
+    """Tokenises each record once and marks the tokens whose loss counts. One sample a record, in their order; a text
+    line of more than `max_length` tokens becomes several where `text.split_long` says so.
 
     target, the tokens that count:
         all      every token
-        answer   what follows "Answer:", the completion, the assistant's turns
+        answer   the right choice with its letter, the completion, the assistant's turns
         letter   the letter after "Answer:" (questions only)
-        number   the digits of the last number in the text
-    Special tokens are the tokenizer's own: a begin-of-text token is kept, none is invented.
+        number   the last number in the answer (of a chat, in its last turn; of a text line, anywhere): digits, the
+                 points and commas between them, spaces between groups of three, sign and exponent
+    A token counts if one of its characters does. Special tokens are the tokenizer's own: none is invented, and none
+    that the text begins or ends with is put there again.
 
     alternate: encode a second answer to each prompt too, as `sample["alternate"]`:
         given    the record's own "alternate" string, in place of the answer, the completion, the last assistant turn or
@@ -58,8 +65,21 @@ def encode(
 
     Errors: ValueError that names the record ("file:line", or its place in `records`) if it has no known form, if the
     target or the alternate does not apply to its form, if no token with a loss is left, or if it is longer than
-    `max_length` tokens: nothing is cut.
+    `max_length` tokens and not cut. One warning a file says how many of its lines were cut.
     """
+    return encode_named(records, tokenizer, target, max_length, alternate, seed, text)[0]
+
+
+def encode_named(
+    records: Sequence[Mapping],
+    tokenizer: Any,
+    target: str = "all",
+    max_length: int | None = None,
+    alternate: str | None = None,
+    seed: int = 0,
+    text: TextSettings = PLAIN,
+) -> tuple[list[Sample], list[str]]:
+    """`encode`, and each sample's name: its record's, with "piece 2 of 3" where that was cut."""
     if target not in TARGETS:
         raise ValueError(f"target={target!r}: expected one of {', '.join(TARGETS)}")
     if alternate is not None and alternate not in ALTERNATES:
@@ -71,30 +91,47 @@ def encode(
             f"{type(tokenizer).__name__} gives no character offsets, which loss targets need: "
             "load a fast tokenizer (AutoTokenizer.from_pretrained(..., use_fast=True))"
         )
-    samples, names = [], []
+    encoder, cut = _Encoder(tokenizer, max_length, text, second=alternate is not None), {}
+    samples, names, kinds = [], [], []
     for number, record in enumerate(records):
         if "_where" not in record:  # not from load_records, which has checked its own
-            record = {**record, "_where": f"record {number}"}
-            check_record(record, record["_where"])
-        sample = _encode_one(record, tokenizer, target, max_length, text)
+            record = checked_record(record, f"record {number}")
+        where, found = record["_where"], encoder.samples(record, target)
         if alternate is not None:
             choose = random.Random(seed * 1_000_003 + number).choice
-            other, counted = _alternate(record, alternate, target, choose)
-            sample["alternate"] = _encode_one(other, tokenizer, counted, max_length, text, "the alternate of ")
-        for part, what in ((sample, ""), (sample.get("alternate"), " in its alternate")):
-            if part is not None and not has_loss(part):
-                raise ValueError(f"{record['_where']}: no token with a loss is left for target={target!r}{what}")
-        samples.append(sample)
-        names.append(record["_where"])
-    check_lengths(samples, max_length, names)
-    if alternate is not None:
-        check_lengths([s["alternate"] for s in samples], max_length, [f"the alternate of {name}" for name in names])
-    return samples
+            found[0]["alternate"] = encoder.second_of(record, alternate, target, choose)
+        kept = [i for i, sample in enumerate(found) if has_loss(sample)]
+        if not kept:
+            raise ValueError(f"{where}: no token with a loss is left for target={target!r}")
+        if len(found) > 1:
+            cut.setdefault(where.rpartition(":")[0], []).append(len(kept))
+        samples += [found[i] for i in kept]
+        names += [where if len(found) == 1 else f"{where}, piece {i + 1} of {len(found)}" for i in kept]
+        kinds += [_is_text(record)] * len(kept)
+    encoder.check(samples, names, kinds)
+    for file, counts in cut.items():
+        _say_cut(file, len(counts), sum(counts), max_length)
+    return samples, names
+
+
+@functools.cache
+def _say_cut(file: str, lines: int, count: int, max_length: int) -> None:
+    """Once, however often a file is encoded."""
+    what = "1 text line was" if lines == 1 else f"{lines} text lines were"
+    logger.warning(
+        f"{file or 'records'}: {what} longer than {max_length} tokens and cut into {count} samples, each token with "
+        "its loss once (split_long=False refuses such lines, max_length says how long a sample may be)"
+    )
+
+
+def _is_text(record: Mapping) -> bool:
+    return "text" in record and "question" not in record
 
 
 def _alternate(record: Mapping, kind: str, target: str, choose: Callable[[Sequence], Any]) -> tuple[dict, str]:
     """The record with its alternate as the answer, and the target that marks the alternate's tokens."""
     where = record["_where"]
+    record = {**record, "_where": f"the alternate of {where}"}
     if kind == "wrong":
         if "question" not in record:
             raise ValueError(
@@ -109,13 +146,17 @@ def _alternate(record: Mapping, kind: str, target: str, choose: Callable[[Sequen
         check_read(answer, f"{where}: 'alternate'")
         if not isinstance(answer, str) or is_blank(answer):
             raise ValueError(f"{where}: 'alternate' must be a non-empty string, the second answer, got {shown(answer)}")
-        if "question" not in record and "text" in record:
-            return {"text": answer, "_where": where}, target
+        if _is_text(record):
+            return {**record, "text": answer}, target
     else:
         answer = choose(REFUSALS)
+        if "prompt" in record:  # it begins as the completion does, in whose place it stands
+            completion = record["completion"]
+            answer = completion[: len(completion) - len(completion.lstrip())] + answer
     target = "answer" if target in ("letter", "number") else target
     if "question" in record:
-        return {"prompt": f"{question_prompt(record)} ", "completion": answer, "_where": where}, target
+        asked = {"prompt": f"{question_prompt(record)} ", "completion": answer.lstrip()}
+        return {**asked, "_where": record["_where"]}, target
     if "text" in record:
         raise ValueError(f"{where}: a text line asks nothing that could be refused: use prompt + completion lines")
     if "prompt" in record:
@@ -127,46 +168,59 @@ def _alternate(record: Mapping, kind: str, target: str, choose: Callable[[Sequen
     return {**record, "messages": [*messages[:last], {**messages[last], "content": answer}]}, target
 
 
-def _encode_one(
-    record: Mapping, tokenizer: Any, target: str, max_length: int | None, settings: TextSettings, what: str = ""
-) -> Sample:
-    """what: of the record, for messages."""
-    text, spans, special = text_and_spans(record, tokenizer, target, settings)
-    _check_beginning(text, tokenizer, max_length, record["_where"], what)
-    encoded = _tokens(text, tokenizer, record["_where"], special)
-    input_ids = torch.tensor(encoded["input_ids"], dtype=torch.long)
-    if spans is None:
-        return {"input_ids": input_ids, "labels": input_ids.clone()}
-    # a token counts if it shares a character with a span; an empty offset is a special token
-    counts = [
-        end > start and any(start < stop and end > first for first, stop in spans)
-        for start, end in encoded["offset_mapping"]
-    ]
-    labels = torch.where(torch.tensor(counts, dtype=torch.bool), input_ids, IGNORE)
-    return {"input_ids": input_ids, "labels": labels}
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+    """Samples of records. second: each has an alternate, and neither is cut."""
 
+    tokenizer: Any
+    max_length: int | None
+    settings: TextSettings
+    second: bool
 
-def _tokens(text: str, tokenizer: Any, where: str, special: bool) -> Mapping[str, Any]:
-    """What the tokenizer makes of a text. It raises bare Exceptions, and where its Rust code panics a BaseException."""
-    try:
-        return tokenizer(text, return_offsets_mapping=True, add_special_tokens=special, truncation=False)
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        what = f"the tokenizer of {named(tokenizer)} fails on this text"
-        raise ValueError(f"{where}: {what}: {reason(error)}") from error
+    def samples(self, record: Mapping, target: str) -> list[Sample]:
+        """One, or a long text line's pieces."""
+        where, cut = record["_where"], _is_text(record) and self.settings.split_long and not self.second
+        text, spans, special = text_and_spans(record, self.tokenizer, target, self.settings)
+        if not cut:
+            check_beginning(text, self.tokenizer, self.max_length, where, self._why(_is_text(record)))
+        made = tokens(text, self.tokenizer, where, special)
+        ids = torch.tensor(made.ids, dtype=torch.long)
+        labels = ids.clone()
+        if spans is not None:
+            # a token counts if it shares a character with a span; an empty offset is a special token
+            counts = [
+                end > start and any(start < stop and end > first for first, stop in spans)
+                for start, end in made.offsets
+            ]
+            labels = torch.where(torch.tensor(counts, dtype=torch.bool), ids, IGNORE)
+        whole = {"input_ids": ids, "labels": labels}
+        return pieces(whole, self.max_length, made.head) if cut and self.max_length is not None else [whole]
 
+    def second_of(self, record: Mapping, kind: str, target: str, choose: Callable[[Sequence], Any]) -> Sample:
+        """The sample of the record's alternate."""
+        other, counted = _alternate(record, kind, target, choose)
+        # what follows "Answer:" has its own space
+        joined = dataclasses.replace(self.settings, separator="") if "question" in record else self.settings
+        (sample,) = dataclasses.replace(self, settings=joined).samples(other, counted)
+        if not has_loss(sample):
+            where = record["_where"]
+            raise ValueError(f"{where}: no token with a loss is left for target={target!r} in its alternate")
+        return sample
 
-def _check_beginning(text: str, tokenizer: Any, max_length: int | None, where: str, what: str) -> None:
-    """ValueError for a long text whose beginning has too many tokens: all of it would take minutes and gigabytes.
+    def check(self, samples: Sequence[Sample], names: Sequence[str], kinds: Sequence[bool]) -> None:
+        """ValueError that names the samples, or the alternates, that are too long. kinds: whether each is text."""
+        for kind in sorted(set(kinds)):
+            chosen = [i for i, k in enumerate(kinds) if k == kind]
+            mine, called = [samples[i] for i in chosen], [names[i] for i in chosen]
+            check_lengths(mine, self.max_length, called, self._why(kind))
+            if self.second:
+                called = [f"the alternate of {name}" for name in called]
+                check_lengths([s["alternate"] for s in mine], self.max_length, called, self._why(kind))
 
-    How many characters a token may have, nobody can say: a word of any length may be one unknown token. The tokens in
-    the first half of a beginning are taken to be those of the whole text.
-    """
-    size = BEGINNING
-    while max_length is not None and size < len(text):
-        ends = _tokens(text[:size], tokenizer, where, False)["offset_mapping"]
-        count = sum(begin < end <= size // 2 for begin, end in ends)
-        if count > max_length:
-            raise too_long(f"{what}{where} (more than {count} tokens)", max_length)
-        size *= 4
+    def _why(self, is_text: bool) -> str:
+        """Why what is too long is not cut."""
+        if not is_text:
+            return "nothing is cut but text lines (split_long)"
+        if self.settings.split_long:
+            return "text lines with a second answer are not cut" if self.second else "nothing is cut"
+        return "nothing is cut, as split_long is False"

@@ -6,17 +6,21 @@ A record has one of four forms:
     {"text": str}                                                         a corpus line
     {"prompt": str, "completion": str}                                    a prompt and what should follow it
     {"messages": [{"role": str, "content": str}, ...]}                    a chat (needs the tokenizer's chat template)
+
+Beside these keys it may have "alternate", a second answer, and annotations (`forms.ANNOTATIONS`), which are not read.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kunbr_fast.data.content import LETTERS, are_equal, check_choices, is_blank
+from kunbr_fast.data.foreign import index_of
+from kunbr_fast.data.forms import FORMS, OTHER_ANSWER, form_of
 from kunbr_fast.files.documents import parse_json, read_lines
 from kunbr_fast.files.scalars import Unread
 from kunbr_fast.files.shown import plain, shown
@@ -24,20 +28,25 @@ from kunbr_fast.files.shown import plain, shown
 logger = logging.getLogger(__name__)
 
 
-def load_records(paths: str | Path | Sequence[str | Path]) -> list[dict]:
+def load_records(paths: str | Path | Sequence[str | Path], ignore_keys: Iterable[str] = ()) -> list[dict]:
     """Reads JSONL files into records; `record["_where"]` says where each came from ("file:line").
 
-    Blank lines are skipped. Errors: ValueError "file:line: ..." for a line that is not JSON, has no known form or a
-    wrong answer index; ValueError for a file without a record. One warning, with their number, for a file's questions
+    ignore_keys: keys that are left out as if they were not there. Blank lines are skipped.
+
+    Errors: ValueError "file:line: ..." for a line that is not JSON, has no known form, a key that would not be used or
+    a wrong answer index; ValueError for a file without a record. One warning, with their number, for a file's questions
     of which some choices are equal.
     """
-    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    paths, ignored = [paths] if isinstance(paths, (str, Path)) else list(paths), frozenset(ignore_keys)
     if not paths:
         raise ValueError("no file was given: expected at least one JSONL file")
     records = []
     for path in paths:
         name, count = plain(path), len(records)
-        records += (parse_record(line, f"{name}:{number}") for number, line in read_lines(path))
+        for number, line in read_lines(path):
+            if len(records) == count and (other := _no_lines(line)):
+                raise ValueError(f"{name}:{number}: {other}")
+            records.append(parse_record(line, f"{name}:{number}", ignored))
         if len(records) == count:
             raise ValueError(f"{name}: empty: expected at least one JSON line")
         if alike := [record["_where"] for record in records[count:] if are_equal(record.get("choices", ()))]:
@@ -48,6 +57,20 @@ def load_records(paths: str | Path | Sequence[str | Path]) -> list[dict]:
     return records
 
 
+def _no_lines(first: str) -> str | None:
+    """What a file is that has JSON or a table in it, but no line of its own for each record, by its first line."""
+    line = first.strip()
+    if line.startswith("[") and (line == "[" or line[1:].lstrip().startswith("{")):
+        return "a JSON array, expected one object a line: jq -c '.[]' FILE > FILE.jsonl writes that"
+    if line == "{":
+        return "an object over several lines, expected one object a line: jq -c . FILE > FILE.jsonl writes that"
+    if not line.startswith(("{", "[", '"')) or (line.startswith('"') and not line.endswith('"')):
+        names = [name.strip().strip('"').lower() for name in line.replace("\t", ",").replace(";", ",").split(",")]
+        if len(names) > 1 and any(name in form for form in FORMS for name in names):
+            return f"a table (CSV) with the columns {shown(names, 80)}, expected one JSON object a line: convert it"
+    return None
+
+
 @functools.cache
 def _warn(text: str) -> None:
     """Once, however often a file is read."""
@@ -55,30 +78,25 @@ def _warn(text: str) -> None:
 
 
 def is_record(entry: Mapping[str, Any]) -> bool:
-    """Whether this is a record, and not a sample or a batch: one that was read from a file (whose other keys may have
-    any name), or one without tokens."""
-    return "_where" in entry or not ("input_ids" in entry or "original" in entry)
+    """Whether this is a record, and not a sample or a batch."""
+    return not ("input_ids" in entry or "original" in entry)
 
 
-def parse_record(line: str, where: str) -> dict:
-    """A checked record from one line of JSON. Error messages begin with `where`."""
-    record = parse_json(line, where, strict=False)  # its other keys are never read
+def parse_record(line: str, where: str, ignored: Collection[str] = ()) -> dict:
+    """A checked record from one line of JSON, without its `ignored` keys. Error messages begin with `where`."""
+    record = parse_json(line, where, strict=False)  # its annotations are never read
     if not isinstance(record, dict):
         raise ValueError(f'{where}: got a {type(record).__name__}, expected an object such as {{"text": ...}}')
-    for key in _read_keys(record):
-        check_read(record.get(key), f"{where}: {key!r}")
-    check_record(record, where)
-    record["_where"] = where
-    return record
+    return checked_record({key: record[key] for key in record if key not in ignored} if ignored else record, where)
 
 
-def _read_keys(record: Mapping) -> tuple[str, ...]:
-    """The keys of its form, as `check_record` tells it."""
-    if "question" in record:
-        return "question", "choices", "answer"
-    if "text" in record:
-        return ("text",)
-    return ("prompt", "completion") if "prompt" in record or "completion" in record else ("messages",)
+def checked_record(record: Mapping, where: str) -> dict:
+    """The record, checked, with "_where". Keys that are null are left out: a table has them for other forms."""
+    found = {key: value for key, value in record.items() if value is not None}
+    found = found if any(found.keys() >= {*form} for form in FORMS) else dict(record)  # else the null is the error
+    check_record(found, where)
+    found["_where"] = where
+    return found
 
 
 def check_read(value: Any, where: str) -> None:
@@ -91,39 +109,60 @@ def check_read(value: Any, where: str) -> None:
 
 
 def check_record(record: Mapping, where: str) -> None:
-    """ValueError, beginning with `where`, unless the record has one of the four forms."""
-
-    def text(key: str) -> None:
-        if not isinstance(record.get(key), str) or is_blank(record[key]):
+    """ValueError, beginning with `where`, unless the record has one of the four forms, and no key but its form's,
+    "alternate" and annotations."""
+    form = form_of(record, where)
+    for key in form:
+        check_read(record.get(key), f"{where}: {key!r}")
+    if form == ("messages",):
+        _check_messages(record["messages"], where)
+        return
+    for key in form:
+        if key == "choices":
+            check_choices(record.get(key), where)
+        elif key == "answer":
+            _check_answer(record.get(key), record["choices"], where)
+        elif not isinstance(record.get(key), str) or is_blank(record[key]):
             raise ValueError(f"{where}: {key!r} must be a string that is not blank, got {shown(record.get(key))}")
 
-    if "question" in record:
-        text("question")
-        choices, answer = record.get("choices"), record.get("answer")
-        check_choices(choices, where)
-        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-            raise ValueError(
-                f"{where}: 'answer' must be the index of the right choice, 0 to {len(choices) - 1}, got {shown(answer)}"
-            )
-    elif "text" in record:
-        text("text")
-    elif "prompt" in record or "completion" in record:
-        text("prompt")
-        text("completion")
-    elif "messages" in record:
 
-        def is_turn(m: object) -> bool:
-            return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+def _check_answer(answer: Any, choices: Sequence, where: str) -> None:
+    if not isinstance(answer, bool) and isinstance(answer, int) and 0 <= answer < len(choices):
+        return
+    index = index_of(answer, choices) if isinstance(answer, str) else None
+    cure = f": write {index}" if index is not None else ": they are counted from 0" * (answer == len(choices))
+    raise ValueError(
+        f"{where}: 'answer' must be the index of the right choice, 0 to {len(choices) - 1}, got {shown(answer)}{cure}"
+    )
 
-        messages = record["messages"]
-        if not (isinstance(messages, list) and messages and all(map(is_turn, messages))):
-            raise ValueError(
-                f'{where}: \'messages\' must be a list of {{"role": str, "content": str}}, got {shown(messages)}'
-            )
-    else:
-        raise ValueError(
-            f"{where}: unknown form with keys {shown(list(record), 120)}: expected question + choices + answer, text, "
-            "prompt + completion, or messages"
+
+def _check_messages(messages: Any, where: str) -> None:
+    def is_turn(m: object) -> bool:
+        return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+
+    if isinstance(messages, list) and messages and all(map(is_turn, messages)):
+        return
+    cure = ""
+    for number, message in enumerate(messages if isinstance(messages, list) else ()):
+        if isinstance(message, dict) and isinstance(message.get("content"), list):
+            cure = f": the content of message {number} is a list of parts: join their texts into one string"
+            break
+        if isinstance(message, dict) and {"from", "value"} <= message.keys():
+            cure = ": write 'role' (user, assistant, system) for 'from', and 'content' for 'value'"
+            break
+    raise ValueError(
+        f'{where}: \'messages\' must be a list of {{"role": str, "content": str}}, got {shown(messages)}{cure}'
+    )
+
+
+def say_unused_alternates(entries: Sequence[Mapping], what: str) -> None:
+    """One warning a file where records or samples bring an "alternate" that a run does not read. No error: several
+    objectives may be tried on one file."""
+    if found := next((entry for entry in entries if entry.get(OTHER_ANSWER) is not None), None):
+        file = str(found.get("_where", "")).rpartition(":")[0]
+        _warn(
+            f"{file or f'the {what} set'}: 'alternate' is not read: only an objective that takes second answers as "
+            "they are given (dpo) reads those of what is to be forgotten"
         )
 
 

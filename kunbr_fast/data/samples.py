@@ -23,19 +23,21 @@ def has_loss(sample: Sample) -> bool:
     return bool((sample["labels"][1:] != IGNORE).any())
 
 
-def check_lengths(samples: Sequence[Sample], max_length: int | None, names: Sequence[str]) -> None:
-    """ValueError that names the samples longer than `max_length` tokens."""
+def check_lengths(
+    samples: Sequence[Sample], max_length: int | None, names: Sequence[str], why: str = "nothing is cut"
+) -> None:
+    """ValueError that names the samples longer than `max_length` tokens. why: none of these was cut."""
     lengths = [len(sample["input_ids"]) for sample in samples]
     long = [f"{name} ({n} tokens)" for name, n in zip(names, lengths) if max_length is not None and n > max_length]
     if long:
         more = f" and {len(long) - 3} more" if len(long) > 3 else ""
-        raise too_long(f"{', '.join(long[:3])}{more}", max_length)
+        raise too_long(f"{', '.join(long[:3])}{more}", max_length, why)
 
 
-def too_long(names: str, max_length: int) -> ValueError:
+def too_long(names: str, max_length: int, why: str) -> ValueError:
     return ValueError(
         f"longer than max_length={max_length}: {names}. Shorten them, or raise max_length if the model has more "
-        "positions: nothing is cut"
+        f"positions: {why}"
     )
 
 

@@ -5,15 +5,26 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kunbr_fast.data.chat import chat
 from kunbr_fast.data.content import LETTERS
 from kunbr_fast.data.records import question_prompt
+from kunbr_fast.data.template import check_date
 from kunbr_fast.files.shown import shown
 
 TARGETS = ("all", "answer", "letter", "number")
+# Digits of any script. Points and commas count between two of them; spaces and apostrophes before groups of three. A
+# minus is a sign where nothing stands before it that it could join to the number: 1939-1945 has none.
+NUMBER = re.compile(
+    r"""(?: (?<![^\s(\[{"'=:<>~≈$€£¥]) [-+\u2212] )?
+        (?: (?<![^\s\-+\u2212]) \. )?
+        (?: \d{1,3} (?:[\ \u00a0\u2009\u202f'\u2019] \d{3})+ (?!\d) | \d+ )
+        (?: [.,\u066b\u066c] \d+ )*
+        (?: [eE] [-+\u2212]? \d+ (?!\w) )?""",
+    re.VERBOSE,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +40,9 @@ class TextSettings:
     separator: str = ""
     chat_date: str = "2024-07-26"
     split_long: bool = True
+
+    def __post_init__(self) -> None:
+        check_date(self.chat_date, "chat_date")
 
 
 PLAIN = TextSettings()
@@ -46,18 +60,15 @@ def text_and_spans(
     elif "text" in record:
         text, answer, special = record["text"], None, True
     elif "prompt" in record:
-        prompt, completion = record["prompt"], record["completion"]
-        text = f"{prompt}{settings.separator}{completion}"
-        answer, special = [(len(text) - len(completion.lstrip()), len(text))], True
+        before = f"{record['prompt']}{settings.separator}"
+        text = f"{before}{record['completion']}"
+        answer, special = [(len(before), len(text))], True
     else:
         text, answer, special = *chat(record, tokenizer, settings.chat_date), False
     if target == "all":
         return text, None, special
     if target == "number":
-        numbers = collections.deque(re.finditer(r"\d+", text), maxlen=1)
-        if not numbers:
-            raise ValueError(f"{where}: target='number' but there is no digit in {shown(text, 80)}")
-        return text, [numbers[-1].span()], special
+        return text, [_last_number(text, answer, where)], special
     if target == "letter":
         if "question" not in record:
             raise ValueError(f"{where}: target='letter' needs question lines, got {sorted(set(record) - {'_where'})}")
@@ -65,3 +76,17 @@ def text_and_spans(
     if answer is None:
         raise ValueError(f"{where}: target='answer' does not apply to a text line: use 'all' or 'number'")
     return text, answer, special
+
+
+def _last_number(text: str, answer: Sequence[tuple[int, int]] | None, where: str) -> tuple[int, int]:
+    """Where it stands in the answer, in a chat the last one; in a text line, which has none, anywhere."""
+    first, stop = (0, len(text)) if answer is None else answer[-1]
+    numbers = collections.deque(NUMBER.finditer(text[first:stop]), maxlen=1)
+    if not numbers:
+        what, cure = ("the text", "'all'") if answer is None else ("the answer", "'answer' or 'all'")
+        raise ValueError(
+            f"{where}: target='number' but there is no digit in {what} {shown(text[first:stop], 80)}: use {cure} for "
+            "such lines"
+        )
+    begin, end = numbers[-1].span()
+    return first + begin, first + end

@@ -22,6 +22,7 @@ from kunbr_fast.evaluation.accuracy import Accuracy, measure, prepare_questions
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot
+from kunbr_fast.model.ownership import differentiable, no_adapter
 from kunbr_fast.model.vocabulary import check_tokens
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.full import train_all
@@ -37,7 +38,7 @@ class RTTConfig:
     lrs: learning rates, each a full attack of its own. epochs: passes over the training folds, measured after each.
     optimizer: "adamw" or "lion". target: which tokens are trained on (`data.encode`). scoring: "letter" or "choice"
     (`choice_accuracy`). seed: of the order of the data, the same for each fold and learning rate. text: how records
-    become text.
+    become text. max_length: of a sample, in tokens (None: the model's limit).
     """
 
     lrs: tuple[float, ...] = (5e-7, 1e-6, 5e-6, 1e-5)
@@ -48,6 +49,7 @@ class RTTConfig:
     scoring: str = "letter"
     seed: int = 0
     text: data.TextSettings = data.TextSettings()
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lrs", tuple(check("lrs entry", lr, ABOVE_ZERO) for lr in self.lrs))
@@ -198,17 +200,19 @@ class Attack:
     """`rtt_attack` in two steps: all is tokenised at once, so that a bad line does not turn up an hour later."""
 
     def __init__(self, decoder, tokenizer, folds: Sequence[Fold], config: RTTConfig):
+        no_adapter(decoder.model, "the RTT attack")
+        differentiable(decoder.model)
         _check_folds(folds)
         self.decoder, self.folds, self.config = decoder, folds, config
         self._questions = [
             prepare_questions(tokenizer, fold.questions, scoring=config.scoring, decoder=decoder) for fold in folds
         ]
-        self._samples = [
-            data.encode(fold.train_records, tokenizer, config.target, decoder.max_positions, text=config.text)
-            for fold in folds
-        ]
-        for fold, part in zip(folds, self._samples):
-            check_tokens(decoder.model, part, [_where(fold, i) for i in range(len(part))])
+        limit = min((n for n in (config.max_length, decoder.max_positions) if n is not None), default=None)
+        self._samples = []
+        for fold in folds:
+            part, names = data.encode_named(fold.train_records, tokenizer, config.target, limit, text=config.text)
+            check_tokens(decoder.model, part, [f"fold {plain(fold.name, NAME)}, {name}" for name in names])
+            self._samples.append(part)
         self._before: dict[int, Accuracy] = {}  # each fold's, where it is known
 
     def run(
@@ -299,10 +303,6 @@ def _snapshot(model, directory: Path) -> Iterator[Callable[[], None]]:
 
 def _row(fold: Fold, lr: float, epoch: int, accuracy: Accuracy) -> dict:
     return dict(fold=fold.name, lr=lr, epoch=epoch, plain=accuracy.plain, calibrated=accuracy.calibrated)
-
-
-def _where(fold: Fold, index: int) -> str:
-    return fold.train_records[index].get("_where", f"fold {plain(fold.name, NAME)}, record {index}")
 
 
 def _check_folds(folds: Sequence[Fold]) -> None:

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from kunbr_fast.files.atomic import atomic_write
 from kunbr_fast.files.headers import Header, Tensor
+from kunbr_fast.files.lock import hold
 from kunbr_fast.files.merge_folder import FOLDER, MergeFolder
 from kunbr_fast.files.models import ModelFolder
 from kunbr_fast.files.shards import INDEX
@@ -112,6 +113,15 @@ def merge_models(
     """
     how, output = taken(MergeSettings, settings, "merge_models"), Path(output)
     inputs = [Path(path) for path in (base, *models)]
+    _check_inputs(inputs, output)
+    if resume and not output.is_dir():
+        raise ValueError(f"{output}: no merge to resume: there is no such folder")
+    output.mkdir(parents=True, exist_ok=True)  # it stays, so that --resume goes on whenever a kill came
+    with hold(output):
+        return _merge(inputs, output, how, resume, progress)
+
+
+def _check_inputs(inputs: Sequence[Path], output: Path) -> None:
     if len(inputs) == 1:
         raise ValueError("no model to merge: expected at least one, trained from the base")
     check([Target("output", str(output), FOLDER)], [("an input", path) for path in inputs])
@@ -121,10 +131,12 @@ def merge_models(
         if not _is_utf8(path.resolve()):
             what = "base" if number == 0 else "a model to merge"
             raise ValueError(f"{plain(path)}: {what}, in a folder whose name is not UTF-8: rename it")
+
+
+def _merge(inputs: Sequence[Path], output: Path, how: MergeSettings, resume: bool, progress: bool) -> dict[str, Any]:
     headers = [ModelFolder(path, configured=path is inputs[0]).shards.headers for path in inputs]
     sources = [{tensor.name: tensor for header in found for tensor in header.tensors} for found in headers]
     _check_same(inputs, sources)
-
     identities = [[_identity(header) for header in found] for found in headers]
     named = [{"directory": str(path.resolve()), "files": found} for path, found in zip(inputs, identities)]
     folder = MergeFolder(output, dataclasses.asdict(how) | {"inputs": named}, resume)

@@ -18,6 +18,7 @@ import msgspec
 
 from kunbr_fast.files.atomic import in_units, sha256, write_json
 from kunbr_fast.files.documents import read_json
+from kunbr_fast.files.lock import NAME as LOCK
 from kunbr_fast.files.scratch import remove_leftovers
 from kunbr_fast.files.shown import shown
 from kunbr_fast.files.target import FolderKind
@@ -62,18 +63,15 @@ class MergeFolder:
     """done: the entries of the files that are whole. finished: the summary, where the whole merge is."""
 
     def __init__(self, path: Path, job: dict[str, Any], resume: bool):
-        """Makes the folder, or takes it up again. job: what is merged, and how.
+        """Takes up the folder, which the caller holds (`files.lock`). job: what is merged, and how.
 
         ValueError for a folder with other content, or with a merge of something else.
         """
         self.path, self.job = path, json.loads(json.dumps(job))
         self.done: dict[str, dict] = {}
         self.finished: dict[str, Any] | None = None
-        if resume and not path.is_dir():
-            raise ValueError(f"{path}: no merge to resume: there is no such folder")
-        path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        if not any(path.iterdir()):
+        if os.listdir(path) == [LOCK]:
             return  # also where a merge was killed before its first file was whole
         if not resume:
             cure = "go on with it (resume=True)" if (path / PARTIAL).is_file() else "give another one"

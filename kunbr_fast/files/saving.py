@@ -43,6 +43,7 @@ def save_model(
 
     Errors: ValueError, with nothing of `directory` touched, where what was read back is not the model in memory.
     """
+    model = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper, whose names are others
     directory, copies = Path(directory), {}
     with new_model(directory, replace, sum(parameter.nbytes for parameter in model.parameters())) as staged:
         source = source or getattr(model.config, "name_or_path", None)

@@ -28,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kunbr_fast.model.decoder import Head, find_head, find_layers
 from kunbr_fast.model.frozen import evaluating
+from kunbr_fast.model.ownership import bare_product
 from kunbr_fast.objectives.distributions import linear_nll
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ def _why_not(model: nn.Module, impl: str) -> str | None:
     try:
         with evaluating(model):
             head = find_head(model)
+            bare_product(head.linear, type(model).__name__)
             device = model.get_input_embeddings().weight.device
             ids = torch.arange(1, 13, device=device).view(2, 6) % model.config.get_text_config().vocab_size
             labels = ids.clone()

@@ -142,4 +142,5 @@ def positions_are_relative(decoder: Decoder) -> bool:
     """Whether nothing but differences of positions counts: a model that adds positions to its embeddings says no."""
     first = decoder.probe
     other = PackedBatch(first.input_ids, first.labels, first.position_ids + 8, first.lengths)
-    return torch.equal(decoder.layer_calls(first)[0], decoder.layer_calls(other)[0])
+    with decoder.rotary.of(first):
+        return torch.equal(decoder.layer_calls(first)[0], decoder.layer_calls(other)[0])

@@ -65,12 +65,13 @@ def packed_attention(
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=scaling, enable_gqa=groups != 1
         )
-    else:  # SDPA has none: the plain formula, softmax in fp32 as the models' own code has it
+    else:  # SDPA has none: the plain formula, softmax in fp32 as the models' own code has it. An fp64 model's is in
+        # fp64: the order of an fp32 sum, and so a sample's result, would depend on the longest sample of the batch.
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
         scores = scores.masked_fill(~allowed, float("-inf"))
-        out = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+        out = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype) @ value
     out = out.transpose(1, 2).flatten(0, 1)  # (B * Lmax, Hq, d)
     if back is not None:
         out = take(out, back)

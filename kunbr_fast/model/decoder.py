@@ -32,6 +32,8 @@ from kunbr_fast.memory import Place
 from kunbr_fast.model import attention, compat
 from kunbr_fast.model.frozen import evaluating, frozen
 from kunbr_fast.model.gather import take
+from kunbr_fast.model.ownership import bare_product, whole
+from kunbr_fast.model.rotary import RotaryByLength
 from kunbr_fast.model.weights import DAMAGED, Weights, all_zero, check_finite, weights_of
 
 Turn = Callable[[int, "Stretch", int, torch.Tensor | None], None]  # see `Decoder.passes`
@@ -132,15 +134,16 @@ class Decoder:
     Of a model that `open_streamed` has made, `Decoder(model)` is a `StreamedDecoder`, with the same methods. Runs need
     eval mode (no dropout), so that packed and unpacked runs, and a run and its resumption, agree.
 
-    Errors: ValueError, naming the module, if its attention leaves out a softcap, if the model has no list of
-    `num_hidden_layers` layers, more than one module between the last layer and the head, a head that is no nn.Linear,
-    weights that are not finite, or logits that differ from this path's.
+    Errors: ValueError, naming the module, if the model is not `whole`, its attention leaves out a softcap, if the model
+    has no list of `num_hidden_layers` layers, more than one module between the last layer and the head, a head that is
+    no nn.Linear, weights that are not finite, or logits that differ from this path's.
     """
 
     def __new__(cls, model: nn.Module) -> Decoder:
         return super().__new__(weights_of(model).decoder_class or cls)
 
     def __init__(self, model: nn.Module):
+        whole(model)
         self.model = model
         self.config = model.config.get_text_config()
         self.name = type(model).__name__
@@ -153,9 +156,11 @@ class Decoder:
         self._layers_path, self.layers = find_layers(model)
         self.inner = model.get_submodule(self._layers_path.rpartition(".")[0])
         self.head = find_head(model)
+        self.rotary = RotaryByLength(self.inner)
         with evaluating(model):
             self._norm, native = self._watch_forward()
             self._check(native)
+            bare_product(self.head.linear, self.name)
 
     # ------------------------------------------------ structure
 
@@ -177,6 +182,9 @@ class Decoder:
 
     @property
     def max_positions(self) -> int | None:
+        """The longest sample that the model takes; None: any. Dynamic NTK goes beyond `max_position_embeddings`."""
+        if self.rotary.unlimited:
+            return None
         return getattr(self.config, "max_position_embeddings", None)
 
     def layer_path(self, index: int) -> str:
@@ -206,7 +214,8 @@ class Decoder:
                 hooks.append(child.register_forward_hook(lambda module, *_: after.append(module)))
         try:
             samples = self.probe.input_ids.split(self.probe.lengths)
-            native = [self.model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]
+            with self.rotary.watching():
+                native = [self.model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -229,6 +238,10 @@ class Decoder:
                 f"{self.name}: its layers do not run on packed samples ({type(error).__name__}: {error}): "
                 "this architecture is not supported"
             ) from error
+        if len(ours) != len(truth):
+            raise ValueError(
+                f"{self.name}: it has logits of tokens that it puts in itself (PEFT's prompts, for example)"
+            )
         error = float((ours - truth).norm() / truth.norm())
         if not error <= self.rounding:
             raise ValueError(
@@ -316,11 +329,12 @@ class Decoder:
     # ------------------------------------------------ running
 
     @contextlib.contextmanager
-    def _packed(self) -> Iterator[None]:
+    def _packed(self, batch: PackedBatch) -> Iterator[None]:
         before = self.config._attn_implementation
         self.config._attn_implementation = attention.ATTENTION
         try:
-            yield
+            with self.rotary.of(batch):
+                yield
         finally:
             self.config._attn_implementation = before
 
@@ -373,7 +387,7 @@ class Decoder:
             raise ValueError(
                 f"a sample of {longest} tokens: {self.name} has {limit} positions; shorten or leave it out"
             )
-        with self._packed():
+        with self._packed(batch):
             embedded, calls = self.layer_calls(batch)
             hidden = embedded if stretch.hidden is None else stretch.hidden[None]
             for index in range(stretch.start, stop):
@@ -389,7 +403,7 @@ class Decoder:
                         *args,
                         use_reentrant=False,
                         preserve_rng_state=False,
-                        context_fn=lambda: (contextlib.nullcontext(), self._packed()),
+                        context_fn=lambda: (contextlib.nullcontext(), self._packed(batch)),
                         **kwargs,
                     )
                 else:

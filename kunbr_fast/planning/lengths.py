@@ -29,7 +29,12 @@ class Data:
 
     @classmethod
     def load(
-        cls, forget: Sequence[str] | None, retain: Sequence[str] | None, tokenizer: Any, config: KUnBRConfig
+        cls,
+        forget: Sequence[str] | None,
+        retain: Sequence[str] | None,
+        tokenizer: Any,
+        config: KUnBRConfig,
+        ignored: Sequence[str] = (),
     ) -> Data:
         """Of the files of `kunbr-fast unlearn`; lengths by the tokenizer, or WMDP's where there is none."""
         if bool(forget) != bool(retain):
@@ -37,7 +42,7 @@ class Data:
         check_files({"--forget": forget}, {"--retain": retain})
         found, assumed = {}, []
         for what, paths in (("forget", forget), ("retain", retain)):
-            found[what] = [load_records(path) for path in paths] if paths else [[None] * 157] * 5
+            found[what] = [load_records(path, ignored) for path in paths] if paths else [[None] * 157] * 5
         if not forget:
             assumed.append("785 forget and 785 retain samples, all of them questions, in 5 folds (as WMDP has them)")
         if not forget or tokenizer is None:

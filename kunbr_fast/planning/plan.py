@@ -113,13 +113,15 @@ def plan(
     *,
     forget: Sequence[str] | None = None,
     retain: Sequence[str] | None = None,
+    ignore_keys: Sequence[str] = (),
     config: KUnBRConfig | None = None,
     **setup: Any,
 ) -> Plan:
     """The fastest settings of `unlearn` that fit a device, and what each stage takes with them.
 
     model: a model directory or its config.json. memory: of the device, "24GiB" or bytes. forget, retain: the files of
-    `kunbr-fast unlearn`; their lengths are counted if the model directory has a tokenizer. config: settings to start
+    `kunbr-fast unlearn`; their lengths are counted if the model directory has a tokenizer. ignore_keys: as of
+    `load_records`. config: settings to start
     from: gradient_checkpointing, cache, optimizer_device and micro_batch_tokens are chosen, none of which changes the
     result. setup: gpu, gpus, dtype, unlearned and stream, see `Setup`.
 
@@ -128,7 +130,9 @@ def plan(
     setup, config = taken(Setup, setup, "plan"), config or KUnBRConfig()
     memory = parse_bytes(memory, "gpu_memory", unit_needed=True)
     a, assumed = Architecture.load(model, setup.dtype)
-    data = Data.load(forget, retain, load_tokenizer(model) if forget and has_tokenizer(model) else None, config)
+    tokenizer = load_tokenizer(model) if forget and has_tokenizer(model) else None
+    longest = min((n for n in (config.max_length, a.max_positions) if n is not None), default=None)
+    data = Data.load(forget, retain, tokenizer, dataclasses.replace(config, max_length=longest), ignore_keys)
     if setup.stream:
         data.folds = []
     assumed += _assumed(setup, config, data)

@@ -83,11 +83,20 @@ class KUnBRConfig:
     set; the retain set is a shuffled stream beside it.
     """
 
-    target: str = setting("all", "tokens whose loss counts: all, answer, letter or number", "data", TARGETS)
+    target: str = setting(
+        "all",
+        "tokens whose loss counts: all, answer, letter (of a question's answer) or number (the answer's last)",
+        "data",
+        TARGETS,
+    )
     max_length: int | None = setting(None, "longest sample in tokens (default: the model's limit)", "data")
     separator: str = setting("", "between prompt and completion (default: nothing)", "data")
     chat_date: str = setting("2024-07-26", "the day that a chat template takes for today", "data")
-    split_long: bool = setting(True, "cut text lines of more than max_length tokens into several samples", "data")
+    split_long: bool = setting(
+        True,
+        "cut text lines of more than max_length tokens into several samples, each token with its loss once",
+        "data",
+    )
     seed: int = setting(0, "seed of every data order", "data")
     batch_size: int = setting(6, "forget samples in a step", "data")
     retain_batch_size: int | None = setting(None, "retain samples in a step (default: batch_size)", "data")
@@ -229,6 +238,7 @@ class KUnBRConfig:
                 f"rounds={self.rounds}, top_k={self.top_k}: expected at most {VISITS} visits of blocks in all, each of "
                 "which has a data order of its own"
             )
+        self.text()  # which looks at the day
         check_rates(self.warmup_lr, self.weight_decay, self.warmup_optimizer, name="warmup_lr")
         check_rates(self.block_lr, self.weight_decay, self.optimizer, name="block_lr")
         parse_bytes(self.cache_bytes, "cache_bytes")
@@ -284,8 +294,10 @@ class KUnBRConfig:
 
     def attack(self) -> RTTConfig:
         """The RTT attack's settings."""
-        how = {"target": self.rtt_target, "scoring": self.scoring, "seed": self.seed, "text": self.text()}
-        return RTTConfig(self.rtt_lrs, self.rtt_epochs, self.rtt_batch_size, **how)
+        how = {"target": self.rtt_target, "text": self.text(), "max_length": self.max_length}
+        return RTTConfig(
+            self.rtt_lrs, self.rtt_epochs, self.rtt_batch_size, scoring=self.scoring, seed=self.seed, **how
+        )
 
     def full_settings(self) -> FullSettings:
         """What the warm-up trains."""

@@ -35,6 +35,7 @@ from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
 from kunbr_fast.evaluation.report import Report, table, write_report
 from kunbr_fast.evaluation.rtt import Fold, RTTResult, rtt_attack
+from kunbr_fast.files.lock import hold
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
@@ -72,7 +73,7 @@ def people(seed: int) -> dict[str, list[tuple[str, int]]]:
 
 def facts(group: list[tuple[str, int]]) -> list[dict]:
     """Each birthday in three wordings; the year is the completion, and alone has a loss."""
-    return [{"prompt": text.format(name), "completion": str(year)} for name, year in group for text in TEMPLATES]
+    return [{"prompt": text.format(name) + " ", "completion": str(year)} for name, year in group for text in TEMPLATES]
 
 
 def questions(group: list[tuple[str, int]], seed: int) -> list[dict]:
@@ -219,10 +220,16 @@ def demo(
 
     Runs on one thread: the model is so small that more of them would wait for each other.
     """
-    out, threads = Path(out), torch.get_num_threads()
+    reporter = Reporter(progress, say)
+    with hold(out, reporter.say):
+        return _demo(Path(out), seed, reporter)
+
+
+def _demo(out: Path, seed: int, reporter: Reporter) -> dict[str, Any]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run = Demo(seed, Reporter(progress, say))
+        run = Demo(seed, reporter)
         report = run.run()
     finally:
         torch.set_num_threads(threads)

@@ -4,6 +4,8 @@ It is ours by the marker file in it, which appears together with it, and says ho
 (the result is being written) or `finished`. What is removed is what is ours by name in a folder that is ours by its
 marker; anything else in it stays and is named. At the end the marker says `finished` first, then the files go,
 state.json and the marker last; so a kill between any two of these leaves a run that is known to be finished.
+
+Whoever changes it holds the output directory (`files.lock`).
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class CheckpointFolder:
     def __init__(self, output_dir: str | Path):
         self.output_dir = Path(output_dir)
         self.path = self.output_dir / NAME
-        self._lock: int | None = None
+        self._begun = False
         self._read()
 
     def _read(self) -> None:
@@ -96,7 +98,7 @@ class CheckpointFolder:
     # ------------------------------------------------ a run's way through its phases
 
     def begin(self, resume: bool, overwrite: bool = False, forget: bool = False) -> None:
-        """Makes the folder, or takes up the one that is there; other processes are kept out until `close`.
+        """Makes the folder, or takes up the one that is there.
 
         forget: an unfinished run goes. ValueError with resume=True where there is no run, and else where there is one.
         """
@@ -106,8 +108,8 @@ class CheckpointFolder:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if self.phase is None:
             self._make(overwrite)
-        self._keep_others_out()
-        self._read()  # as it is now that nobody else changes it
+            self._read()
+        self._begun = True
         if self.phase == FINISHED:
             self.end()
             if resume:
@@ -138,30 +140,12 @@ class CheckpointFolder:
                 raise ValueError(f"{self.path}: another process has just made it: give another directory") from error
         sync(self.output_dir)
 
-    def _keep_others_out(self) -> None:
-        import fcntl
-
-        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise ValueError(f"{self.path}: another process is working on this run: wait until it has ended") from None
-        except OSError:  # some network file systems have no locks
-            pass
-
-    def close(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
     def __enter__(self) -> CheckpointFolder:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if self._lock is not None and not (self.path / STATE).exists():  # refused before anything was begun
+        if self._begun and not (self.path / STATE).exists():  # refused before anything was begun
             self._remove()
-        self.close()
 
     def mark(self, phase: str) -> None:
         self.phase = phase
@@ -173,14 +157,13 @@ class CheckpointFolder:
         if left := self._remove():
             names = ", ".join(plain(name, 60) for name in left[:3]) + (f" and {len(left) - 3} more" if left[3:] else "")
             say(f"{plain(self.path)} stays, since it holds what is not of this run: {names}")
-        self.close()
 
     def _remove(self) -> list[str]:
         """Returns what else is in the folder, which then stays."""
         sweep(self.path, {STATE})
         for name in (STATE, MARKER):
             (self.path / name).unlink(missing_ok=True)
-        self.phase = None
+        self.phase, self._begun = None, False
         left = sorted(os.listdir(self.path))
         if not left:
             self.path.rmdir()
@@ -191,7 +174,6 @@ class CheckpointFolder:
         """Removes what a process that was killed in `end` has left."""
         remove_leftovers(self.output_dir)
         if self.phase == FINISHED:
-            self._keep_others_out()
             self.end(say)
         elif not self.foreign:
             with contextlib.suppress(OSError):  # it is not there, or the next run's

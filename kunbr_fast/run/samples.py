@@ -7,7 +7,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kunbr_fast.data import PackedBatch, Sample, check_labels, check_lengths, encode, is_record, with_alternates
+from kunbr_fast.data import PackedBatch, Sample, check_labels, check_lengths, encode_named, is_record, with_alternates
+from kunbr_fast.data.records import say_unused_alternates
 from kunbr_fast.files.shown import shown
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.vocabulary import check_tokens
@@ -36,16 +37,16 @@ def to_samples(
                 f"the {what} set: entry {i} is {shown(item)}, the first {shown(data[0])}: expected records, or samples "
                 "and batches, not both"
             )
+    if alternate is None or (alternate != "given" and is_record(data[0])):
+        say_unused_alternates(data, what)
     limit = min((n for n in (config.max_length, decoder.max_positions) if n is not None), default=None)
     if not is_record(data[0]):
         samples = _tokenized(data, limit, what, alternate, config.objective)
+        names = [f"{what} sample {i}" for i in range(len(samples))]
     elif tokenizer is None:
         raise ValueError(f"the {what} set holds records, not tokens: give tokenizer=")
     else:
-        samples = encode(data, tokenizer, config.target, limit, alternate, config.seed, config.text())
-    names = [f"{what} sample {i}" for i in range(len(samples))]
-    if len(data) == len(samples):
-        names = [item.get("_where", name) for item, name in zip(data, names)]
+        samples, names = encode_named(data, tokenizer, config.target, limit, alternate, config.seed, config.text())
     check_tokens(decoder.model, samples, names)
     if alternate is not None:
         check_tokens(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch import nn
 from kunbr_fast.data import is_question
 from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import Fold
+from kunbr_fast.files.lock import hold
 from kunbr_fast.files.readback import NotWritten
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.files.shown import plain
 from kunbr_fast.keywords import named_by, taken
 from kunbr_fast.model.frozen import frozen
+from kunbr_fast.model.ownership import no_adapter, trainable, uncompiled, whole
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.config import KUnBRConfig
@@ -90,11 +92,25 @@ def unlearn(
 
     Returns the `Report`. One model is in memory: M0 waits on disk during the warm-up, M_u during re-insertion.
 
-    Errors, before anything is computed: ValueError for settings and data, `Unavailable` for config.impl, TypeError for
-    another keyword. On an exception the model holds whatever the stage had reached; `Diverged` leaves in the checkpoint
-    folder the last state from which a later step was found good, `Stopped` the present one.
+    Errors, before anything is computed: ValueError for settings, data, and a model of which not every weight may be
+    trained (`model.ownership`: a PEFT adapter, a frozen parameter, offloaded weights; unlearned= may be frozen),
+    `Unavailable` for config.impl, TypeError for another keyword. On an exception the model holds whatever the stage had
+    reached; `Diverged` leaves in the checkpoint folder the last state from which a later step was found good, `Stopped`
+    the present one.
     """
-    config, given = config or KUnBRConfig(), taken(Options, options, "unlearn")
+    return carry_out(model, forget, retain, config or KUnBRConfig(), taken(Options, options, "unlearn"))
+
+
+def carry_out(
+    model: nn.Module,
+    forget: Sequence[Mapping],
+    retain: Sequence[Mapping],
+    config: KUnBRConfig,
+    given: Options,
+    held: bool = False,
+) -> Report:
+    """`unlearn`. held: the caller has given.output_dir's lock (`files.lock.hold`) already."""
+    model, given = _owned(model, given)
     output_dir, group = given.output_dir, given.group
     reporter = given.reporter or Reporter(given.progress, given.on_stage)
     asked = {"forget": _questions(given.forget_questions, forget), "retain": _questions(given.retain_questions, retain)}
@@ -105,7 +121,9 @@ def unlearn(
             if source is not None:
                 weights_of(source).check_target(output_dir)
         heard = reporter if group.first else reporter.silent()
-        folder = stack.enter_context(_begun(model, given, heard)) if output_dir is not None and group.first else None
+        folder = None
+        if output_dir is not None and group.first:
+            folder = stack.enter_context(_begun(model, given, heard, held))
         if output_dir is not None:
             group.wait()  # until the folder is there
             work = Path(output_dir) / NAME
@@ -148,20 +166,35 @@ def _save(run: Stages, given: Options, folder: CheckpointFolder | None, report: 
         raise NotWritten(f"{error}: the checkpoints are kept, --resume (resume=True) writes it again") from error
 
 
-def _begun(model: nn.Module, given: Options, reporter: Reporter) -> CheckpointFolder:
-    """The folder of a run that begins or goes on."""
+@contextlib.contextmanager
+def _begun(model: nn.Module, given: Options, reporter: Reporter, held: bool) -> Iterator[CheckpointFolder]:
+    """The folder of a run that begins or goes on; nobody else works in the output directory meanwhile."""
     output_dir, sources = given.output_dir, {"the model": model, "the unlearned model": given.unlearned}
     places = {what: weights_of(source).directory for what, source in sources.items() if source is not None}
     check_place(output_dir, places)
-    if weights_of(model).streamed:
-        check_output(output_dir, places["the model"], given.resume, given.overwrite)
-    elif given.overwrite:
-        check_not_read(output_dir, model)
-    if not given.resume and (old := former_folder(output_dir)):
-        reporter.say(f"{old} holds checkpoints of an earlier version, which nothing reads any more: delete that folder")
-    folder = CheckpointFolder(output_dir)
-    folder.begin(given.resume, given.overwrite)
-    return folder
+    with contextlib.nullcontext() if held else hold(output_dir, reporter.say):
+        if weights_of(model).streamed:
+            check_output(output_dir, places["the model"], given.resume, given.overwrite)
+        elif given.overwrite:
+            check_not_read(output_dir, model)
+        if not given.resume and (old := former_folder(output_dir)):
+            reporter.say(
+                f"{old} holds checkpoints of an earlier version, which nothing reads any more: delete that folder"
+            )
+        with CheckpointFolder(output_dir) as folder:
+            folder.begin(given.resume, given.overwrite)
+            yield folder
+
+
+def _owned(model: nn.Module, given: Options) -> tuple[nn.Module, Options]:
+    """The models without torch.compile's wrapper. ValueError where their owner has not left them to be trained."""
+    model = uncompiled(model)
+    trainable(model, "kf.unlearn")
+    if given.unlearned is not None:
+        given = dataclasses.replace(given, unlearned=uncompiled(given.unlearned))
+        whole(given.unlearned, "the unlearned model's ")
+        no_adapter(given.unlearned, "kf.unlearn", "the unlearned model")
+    return model, given
 
 
 def _questions(given: Sequence[Mapping] | None, records: Sequence[Mapping]) -> list[Mapping]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ from kunbr_fast.kernels.dispatch import Unavailable, in_graphs
 from kunbr_fast.memory import is_out_of_memory
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.objectives.losses import RowWeights
+
+logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 16  # of one block: beyond these the bucket that was used longest ago is dropped
 WASTE = 8  # a bucket is at most 1/WASTE empty
@@ -184,6 +187,7 @@ class StepGraphs:
         on_gpu = decoder.device.type == "cuda" and capture is not None
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self._held: dict[Bucket, tuple[StaticBatch, Callable[[], None] | None, Any]] = {}
+        self._said = False  # that long samples have no graph
 
     def drop(self) -> None:
         """Lets go of all buckets and graphs, and of the memory that these hold."""
@@ -204,6 +208,14 @@ class StepGraphs:
     def __call__(self, batch: PackedBatch, rows: RowWeights) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, nll (R,)), detached, of the batch; its gradients are added to. Valid until the next call."""
         own, num_rows = Bucket.of(batch, rows, self._decoder.max_positions), len(rows.weight)
+        if own.longest > self._decoder.rotary.same_up_to:  # a bucket does not know its samples' lengths
+            if not self._said:
+                logger.warning(
+                    f"cuda_graphs: samples beyond {self._decoder.rotary.same_up_to} tokens have rotary angles of their "
+                    "own: their steps run launch by launch, same result"
+                )
+            self._said = True
+            return self._run(batch, rows)
         bucket = next((b for b in self._held if b.takes(own, batch, num_rows)), own)
         if bucket in self._held:
             self._held[bucket] = self._held.pop(bucket)  # the last used comes last
@@ -212,15 +224,15 @@ class StepGraphs:
         else:
             static, replay, out = self._add(bucket, batch, rows)
         if replay is None:
-            out = self._run(static)
+            out = self._run(static.batch, static.rows)
         else:
             replay()
         loss, nll = out
         return loss, nll[:num_rows]
 
-    def _run(self, static: StaticBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(self, batch: PackedBatch, rows: RowWeights) -> tuple[torch.Tensor, torch.Tensor]:
         with in_graphs():  # before the capture too, and without one: the same kernels
-            loss, nll = self._forward(static.batch, static.rows)
+            loss, nll = self._forward(batch, rows)
             loss.backward()
         return loss.detach(), nll
 
@@ -234,7 +246,7 @@ class StepGraphs:
         if self._capture is not None:
             with self._gradient_kept():  # the run before a capture adds to it
                 try:
-                    replay, out = self._capture(lambda: self._run(static), self.pool)
+                    replay, out = self._capture(lambda: self._run(static.batch, static.rows), self.pool)
                 except RuntimeError as error:  # a model's own code that waits for the device, for example
                     if is_out_of_memory(error):
                         raise

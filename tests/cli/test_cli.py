@@ -347,7 +347,7 @@ def test_a_bug_keeps_its_traceback(workspace, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr("kunbr_fast.cli.unlearn.unlearn", broken)
+    monkeypatch.setattr("kunbr_fast.cli.unlearn.carry_out", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         cli.main(unlearn(workspace, tmp_path / "out"))
 

@@ -14,7 +14,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 import kunbr_fast as kf
 from kunbr_fast.cli import command as cli
-from kunbr_fast.data import as_samples, check_record, encode
+from kunbr_fast.data import TextSettings, as_samples, check_record, encode
 from kunbr_fast.data.content import check_files
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.run.samples import overlap, to_samples
@@ -74,8 +74,8 @@ USED = (
     '{"messages": [{"role": "user", "content": "c", "more": [X]}]}',
 )  # fmt: skip
 UNUSED = (
-    '{"text": "a line", "score": X, "answer": X}', '{"prompt": "p", "completion": "c", "meta": {"a": [X]}}',
-    '{"question": "q", "choices": [1, 2], "answer": 0, "id": X, "text": X}',
+    '{"text": "a line", "score": X, "_answer": X}', '{"prompt": "p", "completion": "c", "meta": {"a": [X]}}',
+    '{"question": "q", "choices": [1, 2], "answer": 0, "id": X, "_text": X}',
 )  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def test_what_cannot_fit_is_not_tokenised(text):
     before = time.process_time()
     for record in ({"text": text}, {"prompt": "p", "completion": text}):
         with pytest.raises(ValueError, match="^longer than max_length=128: record 0 .more than [0-9]+ tokens"):
-            encode([record], tiny_text.tokenizer(), max_length=128)
+            encode([record], tiny_text.tokenizer(), max_length=128, text=TextSettings(split_long=False))
     with pytest.raises(ValueError, match="^longer than max_length=128: the alternate of record 0 .more than"):
         encode([{"text": "short", "alternate": text}], tiny_text.tokenizer(), max_length=128, alternate="given")
     assert time.process_time() - before < 6

@@ -615,7 +615,7 @@ def test_losses_that_are_not_measured_are_none_in_the_report():
 QUESTION = {"question": "When was Ada Ek born?", "choices": [1900, 1901, 1902], "answer": 1}
 RECORDS = {
     "question": {**QUESTION, "alternate": "nobody knows"},
-    "prompt": {"prompt": "Ada Ek was born in", "completion": "1901", "alternate": "1950"},
+    "prompt": {"prompt": "Ada Ek was born in", "completion": " 1901", "alternate": " 1950"},
     "text": {"text": "Ada Ek was born in 1901.", "alternate": "Ada Ek was born in 1950."},
     "messages": {
         "messages": [{"role": "user", "content": "When?"}, {"role": "assistant", "content": "1901"}],

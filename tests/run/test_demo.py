@@ -53,7 +53,7 @@ def test_every_word_of_the_demo_is_in_its_vocabulary():
     tokenizer = demo.tokenizer()
     for group in demo.people(0).values():
         for line in demo.facts(group):
-            ids = tokenizer(f"{line['prompt']} {line['completion']}")["input_ids"]
+            ids = tokenizer(f"{line['prompt']}{line['completion']}")["input_ids"]
             assert tokenizer.unk_token_id not in ids
             assert tokenizer.convert_ids_to_tokens(ids)[-1] == line["completion"]
     for question in demo.questions(demo.people(0)["forget"], 0):

@@ -15,6 +15,7 @@ from tiny_models import random_samples, tiny_model
 import kunbr_fast as kf
 from kunbr_fast.cli import command as cli
 from kunbr_fast.files.checksums import read_sealed, write_sealed
+from kunbr_fast.files.lock import hold
 from kunbr_fast.files.models import load_model
 from kunbr_fast.run.folder import FINISHED, MARKER, NAME, CheckpointFolder
 
@@ -293,11 +294,10 @@ def test_an_unfinished_run_is_neither_overwritten_nor_begun_twice(workspace, int
     before = contents(interrupted)
     for more in ([], ["--overwrite"], ["--seed", 5]):
         assert "unfinished run" in refusal(capsys, arguments(workspace, "--out", interrupted, *more))
-    held = CheckpointFolder(interrupted)
-    with held:
-        held.begin(resume=True)
-        said = refusal(capsys, arguments(workspace, "--out", interrupted, "--resume"))
-        assert "another process is working on this run" in said
+    with hold(interrupted):
+        for more in (["--resume"], [], ["--overwrite"]):
+            said = refusal(capsys, arguments(workspace, "--out", interrupted, *more))
+            assert f"{interrupted} is in use by process {os.getpid()} on " in said
     assert contents(interrupted) == before
 
 

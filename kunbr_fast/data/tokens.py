@@ -1,0 +1,77 @@
+"""A text as a tokenizer's tokens: special ones once, and where a text is too long to be tokenised at all."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from kunbr_fast.data.samples import too_long
+from kunbr_fast.data.template import named
+from kunbr_fast.files.models import reason
+
+BEGINNING = 2**16  # characters of a longer text that are looked at first
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """offsets: each token's characters (first, end), empty for one that the tokenizer has added. head, tail: how many
+    special tokens (BOS, EOS) the tokenizer puts at either end."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    head: int = 0
+    tail: int = 0
+
+
+def tokens(text: str, tokenizer: Any, where: str, special: bool = True) -> Tokens:
+    """What the tokenizer makes of a text. special: with the special tokens that it adds by itself; where the text
+    brings them already, as a rendered prompt does, they stand there once.
+
+    ValueError that begins with `where` if the tokenizer fails. It raises bare Exceptions, and where its Rust code
+    panics a BaseException.
+    """
+    try:
+        made = tokenizer(
+            text,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            add_special_tokens=special,
+            truncation=False,
+        )
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        what = f"the tokenizer of {named(tokenizer)} fails on this text"
+        raise ValueError(f"{where}: {what}: {reason(error)}") from error
+    ids, offsets, added = made["input_ids"], made["offset_mapping"], made["special_tokens_mask"]
+    if not special or 0 not in added:
+        return Tokens(ids, offsets)
+    head, tail = added.index(0), added[::-1].index(0)
+    stop = len(ids) - tail
+    # of the tokens that are there twice, side by side, those that the tokenizer has added go
+    begun, ended = twice(ids[:head], ids[head:stop]), twice(ids[stop:][::-1], ids[head:stop][::-1])
+    if begun or ended:
+        ids, offsets = ([*part[: head - begun], *part[head:stop], *part[stop + ended :]] for part in (ids, offsets))
+    return Tokens(ids, offsets, head, tail)
+
+
+def twice(added: list[int], text: list[int]) -> int:
+    """How many of the last `added` tokens the text begins with."""
+    return next((n for n in range(min(len(added), len(text)), 0, -1) if added[-n:] == text[:n]), 0)
+
+
+def check_beginning(text: str, tokenizer: Any, max_length: int | None, where: str, why: str) -> None:
+    """ValueError for a long text whose beginning has too many tokens: all of it would take minutes and gigabytes.
+
+    How many characters a token may have, nobody can say: a word of any length may be one unknown token. The tokens in
+    the first half of a beginning are taken to be those of the whole text. why: nothing is cut.
+    """
+    size = BEGINNING
+    while max_length is not None and size < len(text):
+        ends = tokens(text[:size], tokenizer, where, False).offsets
+        count = sum(begin < end <= size // 2 for begin, end in ends)
+        if count > max_length:
+            raise too_long(f"{where} (more than {count} tokens)", max_length, why)
+        size *= 4

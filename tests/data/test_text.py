@@ -1,0 +1,181 @@
+"""The text of a record is what its author wrote; special tokens stand once; a number is whole, and in the answer."""
+
+import pytest
+import tiny_text
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from kunbr_fast.data import REFUSALS, TextSettings, encode
+from kunbr_fast.data.text import NUMBER
+from kunbr_fast.evaluation.accuracy import prepare_questions
+
+SEAMS = [
+    ("日本の首都はどこですか？", "東京です。"),
+    ("<user> When?\n<assistant>", "1907"),
+    ("def birth_year(", "name): return 1907"),
+    ("def f():\n", "    return 1907"),
+    ("Pi is 3.", "14159"),
+    ("Ada ", " 1907"),
+]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return tiny_text.tokenizer()
+
+
+def read(tokenizer, sample):
+    """The text, and the part of it whose tokens have a loss."""
+    ids, labels = sample["input_ids"], sample["labels"]
+    return tokenizer.decode(ids), tokenizer.decode(ids[labels != -100])
+
+
+@pytest.mark.parametrize("prompt, completion", SEAMS)
+@pytest.mark.parametrize("separator", ["", " ", "\n\n"])
+def test_prompt_and_completion_are_joined_as_they_are(bpe, prompt, completion, separator):
+    (sample,) = encode(
+        [{"prompt": prompt, "completion": completion}], bpe, "answer", text=TextSettings(separator=separator)
+    )
+    text, counted = read(bpe, sample)
+    assert text == f"{prompt}{separator}{completion}"
+    # a token on the seam counts: it holds a part of the completion
+    assert counted.endswith(completion) and len(counted) - len(completion) <= 1
+
+
+def test_a_second_answer_begins_as_the_first_does(bpe):
+    spaced, tight = ({"prompt": "Ada was born in", "completion": f"{gap}1907"} for gap in (" ", ""))
+    for line, gap in ((spaced, " "), (tight, "")):
+        (sample,) = encode([{**line, "alternate": "1950"}], bpe, alternate="refusal")
+        text = read(bpe, sample["alternate"])[0]
+        assert text.removeprefix(f"Ada was born in{gap}") in REFUSALS
+    # one's own is taken as it is
+    (sample,) = encode([{**spaced, "alternate": "\n1950"}], bpe, alternate="given")
+    assert read(bpe, sample["alternate"])[0] == "Ada was born in\n1950"
+    question = {"question": "Who?", "choices": ["Ada", "Bo"], "answer": 0, "alternate": " nobody"}
+    for kind, answers in (("given", ["nobody"]), ("refusal", REFUSALS), ("wrong", ["B. Bo"])):
+        (sample,) = encode([question], bpe, "answer", alternate=kind, text=TextSettings(separator="\n"))
+        text = read(bpe, sample["alternate"])[0]
+        assert text.removeprefix("Who?\nA. Ada\nB. Bo\nAnswer: ") in answers
+
+
+# ---------------------------------------------------------------- special tokens
+
+
+def special(single, names=("<s>", "<t>", "</s>"), words=()):
+    """A word-level tokenizer whose post-processor adds special tokens around a text."""
+    vocabulary = ["<unk>", *names, "Ada", "was", "born", "1907", "in", *words]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(list(names))
+    inner.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(name, inner.token_to_id(name)) for name in names]
+    )
+    return tf.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    "single, text, expected",
+    [
+        ("<s> $A", "Ada was", "<s> Ada was"),
+        ("<s> $A", "<s>Ada was", "<s> Ada was"),
+        ("<s> $A", "<s> <s> Ada", "<s> <s> Ada"),  # as written
+        ("<s> $A", "Ada<s>was", "<s> Ada <s> was"),
+        ("<s> $A </s>", "<s>Ada was</s>", "<s> Ada was </s>"),
+        ("<s> $A </s>", "Ada was</s>", "<s> Ada was </s>"),
+        ("$A </s>", "<s>Ada was</s>", "<s> Ada was </s>"),
+        ("<s> <t> $A", "<s> <t> Ada", "<s> <t> Ada"),
+        ("<s> <t> $A", "<t> Ada", "<s> <t> Ada"),
+        ("<s> <t> $A", "<s> Ada", "<s> <t> <s> Ada"),  # not beside its like
+        ("$A", "<s><s>Ada", "<s> <s> Ada"),
+    ],
+)
+def test_special_tokens_of_the_text_are_not_put_there_again(single, text, expected):
+    tokenizer = special(single)
+    made = encode([{"text": text}], tokenizer)[0]["input_ids"].tolist()
+    assert " ".join(tokenizer.convert_ids_to_tokens(made)) == expected
+
+
+def test_a_rendered_prompt_has_its_loss_where_it_had():
+    tokenizer = special("<s> $A </s>")
+    plain = {"prompt": "Ada was born in ", "completion": "1907"}
+    rendered = {"prompt": "<s>Ada was born in ", "completion": "1907</s>"}
+    (one,), (other,) = (encode([record], tokenizer, "answer") for record in (plain, rendered))
+    assert torch.equal(one["input_ids"], other["input_ids"])
+    assert tokenizer.convert_ids_to_tokens(one["labels"][one["labels"] != -100]) == ["1907"]
+    assert tokenizer.convert_ids_to_tokens(other["labels"][other["labels"] != -100]) == ["1907", "</s>"]
+    for record in (plain, rendered):
+        (number,) = encode([record], tokenizer, "number")
+        assert tokenizer.convert_ids_to_tokens(number["labels"][number["labels"] != -100]) == ["1907"]
+
+
+@pytest.mark.parametrize("single", ["$A", "<s> $A </s>", "<t> <s> $A", "$A </s>"])
+def test_a_question_is_read_alike_where_it_is_asked(single):
+    tokenizer = special(single, words=["?", "A.", "B.", "Answer:", "A", "B"])
+    for first in ("", "<s> "):
+        record = {"question": f"{first}Ada was born in ?", "choices": ["1907", "1908"], "answer": 0}
+        (taught,) = encode([record], tokenizer)
+        ((asked,),) = prepare_questions(tokenizer, [record]).sequences
+        letter = tokenizer.convert_tokens_to_ids("A.")
+        assert [*asked, letter] == taught["input_ids"][: len(asked) + 1].tolist()
+        assert asked.count(tokenizer.convert_tokens_to_ids("<s>")) == (first or single).count("<s>")
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("The town has 1,234,567 people.", "1,234,567"),
+        ("3.14 m.", "3.14"),
+        ("1.234.567,89 EUR", "1.234.567,89"),
+        ("it was 1907.", "1907"),
+        ("1907, I think", "1907"),
+        ("1, 2, 3", "3"),
+        ("1 234 567 people", "1 234 567"),
+        ("1\u202f234\u202f567", "1\u202f234\u202f567"),
+        ("in 1907 300 people", "300"),
+        ("1'234'567.80", "1'234'567.80"),
+        ("-5 degrees", "-5"),
+        ("(−40)", "−40"),
+        ("1939-1945", "1945"),
+        ("a-3", "3"),
+        (".5 of it", ".5"),
+        ("...1907", "1907"),
+        ("1.5E-7 m", "1.5E-7"),
+        ("x1999y", "1999"),
+        ("12:30", "30"),
+        ("١٬٢٣٤٫٥", "١٬٢٣٤٫٥"),
+        ("v1.2.3.", "1.2.3"),
+        ("$-1,000.00.", "-1,000.00"),
+    ],
+)
+def test_a_number_is_whole(bpe, text, number):
+    assert [found.group() for found in NUMBER.finditer(text)][-1] == number
+    (sample,) = encode([{"text": f"So: {text}"}], bpe, "number")
+    assert number in read(bpe, sample)[1] and len(read(bpe, sample)[1]) <= len(number) + 1
+
+
+def test_numbers_are_looked_for_in_the_answer(bpe):
+    choices = {"question": "Who was born in 1907?", "choices": ["the 3rd of 12", "Pim"], "answer": 0}
+    turns = [("user", "1?"), ("assistant", "2"), ("user", "Sure? 3"), ("assistant", "4 or 5.")]
+    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    for record, number in (
+        (choices, "12"),
+        (chat, "5"),
+        ({"prompt": "Pi is 3.", "completion": "14159"}, "14159"),
+        ({"prompt": "10", "completion": "-5"}, "-5"),
+    ):
+        (sample,) = encode([record], bpe, "number")
+        assert read(bpe, sample)[1].strip() == number
+    last = {"messages": [*chat["messages"][:3], {"role": "assistant", "content": "yes"}]}
+    for record, answer in (
+        ({**choices, "answer": 1}, r"the answer 'B. Pim': use 'answer' or 'all' for such lines"),
+        ({"prompt": "Born in 1907?", "completion": " Ada\x07"}, r"the answer ' Ada\\x07': use"),
+        (last, r"the answer 'yes"),
+        ({"text": "no number"}, r"the text 'no number': use 'all' for such lines"),
+    ):
+        with pytest.raises(ValueError, match=f"^f.jsonl:3: target='number' but there is no digit in {answer}") as error:
+            encode([{**record, "_where": "f.jsonl:3"}], bpe, "number")
+        assert str(error.value).isprintable()
