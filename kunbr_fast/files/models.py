@@ -20,6 +20,7 @@ from torch import nn
 from kunbr_fast.files import model_config
 from kunbr_fast.files.documents import read_json, read_text
 from kunbr_fast.files.headers import COPY, odd_kind
+from kunbr_fast.files.kinds import check_start
 from kunbr_fast.files.parameters import (
     REMADE,
     Stored,
@@ -260,6 +261,7 @@ def load_tokenizer(path: str | Path) -> Any:
     for name in (*TOKENIZERS, *BESIDE, "merges.txt", "chat_template.jinja"):
         if os.path.exists(path / name) and (kind := odd_kind(path / name)) is not None:
             raise ValueError(f"{plain(path / name)}: {kind}, expected a file: {COPY}")
+        check_start(path / name)
     if not has_tokenizer(path):
         raise ValueError(
             f"{plain(path)}: no tokenizer (tokenizer.json): save one with tokenizer.save_pretrained({str(path)!r})"
