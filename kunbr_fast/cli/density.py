@@ -11,6 +11,7 @@ from kunbr_fast.cli.argument_types import number, path_name
 from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config
 from kunbr_fast.cli.outputs import check_outputs
+from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import say, show
 from kunbr_fast.data import load_records
 from kunbr_fast.data.content import check_files
@@ -68,14 +69,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "show the standard error [all rows]",
     )
     add_stream(parser)
+    add_show(parser)
     add_settings(parser, SETTINGS.split())
     add_output(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    check_outputs(arguments, WRITES)
+    if not arguments.show:
+        check_outputs(arguments, WRITES)
     config, group = read_config(arguments), arguments.group or ALONE
-    density = _measure(config, arguments)
+    records = load_records(arguments.forget, arguments.ignore_keys)
+    retain = None if arguments.retain is None else load_records(arguments.retain, arguments.ignore_keys)
+    check_files({"--forget": arguments.forget}, {"--retain": arguments.retain})
+    if arguments.show:
+        sets = [Shown("forget", records, config.target)]
+        sets += [Shown("retain", retain, config.target)] if retain else []
+        return show_samples(arguments, config, sets)
+    density = _measure(config, arguments, records, retain)
     blocks = [] if density.statistic == "cosine" else select_blocks(density, *_choice(config))
     result = density.to_dict() | {
         "normalized": None if density.statistic in NO_SHARES else density.normalized.tolist(),
@@ -105,10 +115,9 @@ def _choice(config: KUnBRConfig) -> tuple[int, int, int]:
     return config.num_blocks, config.top_k, config.skip_last_layers
 
 
-def _measure(config: KUnBRConfig, arguments: argparse.Namespace) -> Density:
-    records = load_records(arguments.forget, arguments.ignore_keys)
-    retain = None if arguments.retain is None else load_records(arguments.retain, arguments.ignore_keys)
-    check_files({"--forget": arguments.forget}, {"--retain": arguments.retain})
+def _measure(
+    config: KUnBRConfig, arguments: argparse.Namespace, records: Sequence[dict], retain: Sequence[dict] | None
+) -> Density:
     model, tokenizer = open_model(arguments)
     decoder = Decoder(model)
     if arguments.statistic != "cosine":

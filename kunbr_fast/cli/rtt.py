@@ -12,6 +12,7 @@ from kunbr_fast.cli.argument_types import path_name
 from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds
 from kunbr_fast.cli.outputs import check_outputs
+from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import show
 from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_relearning
@@ -47,14 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", type=path_name, metavar="FILE.png", help="relearning curve")
     parser.add_argument("--resume", action="store_true", help="keep the finished attacks in --out")
+    add_show(parser)
     add_settings(parser, SETTINGS.split())
     add_output(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    check_outputs(arguments, WRITES)
+    if not arguments.show:
+        check_outputs(arguments, WRITES)
     config = read_config(arguments)
     folds = read_folds(arguments.forget, arguments.forget_questions, arguments.ignore_keys)
+    if arguments.show:
+        sets = [Shown(f"fold {fold.name}", fold.train_records, config.rtt_target) for fold in folds]
+        return show_samples(arguments, config, sets)
     out = Path(arguments.out) if arguments.out else None
     if arguments.resume and out is None:
         raise ValueError("--resume needs --out, the file with the finished attacks")

@@ -12,6 +12,7 @@ from torch import nn
 from kunbr_fast.cli.argument_types import path_name
 from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds, read_questions, sayer
+from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import show
 from kunbr_fast.data import is_question, load_records
 from kunbr_fast.data.content import check_files
@@ -19,7 +20,8 @@ from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
 from kunbr_fast.evaluation.report import Report, plain_values, table, write_report
 from kunbr_fast.files.lock import hold
-from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model, save_model
+from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model
+from kunbr_fast.files.saving import save_model
 from kunbr_fast.files.shown import shown
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.parallel.group import ALONE
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_stream(parser, "; needs --unlearned, and there is no attack")
     parser.add_argument("--resume", action="store_true", help="go on with the run that was interrupted in --out")
+    add_show(parser)
     add_settings(parser)
     add_output(parser)
 
@@ -67,8 +70,18 @@ def _read_retain(arguments: argparse.Namespace) -> tuple[list[dict], list[dict]]
     return retain, [record for record in asked if is_question(record)]
 
 
+def _show(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
+    criteria = [config.criterion(range(1))] + ([] if arguments.unlearned else [config.criterion(warmup=True)])
+    alternate = next((c.alternate for c in criteria if c.alternate is not None), None)
+    sets = [Shown("forget", load_records(arguments.forget, arguments.ignore_keys), config.target, alternate)]
+    sets.append(Shown("retain", load_records(arguments.retain, arguments.ignore_keys), config.target))
+    return show_samples(arguments, config, sets)
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config, first = read_config(arguments), (arguments.group or ALONE).first
+    if arguments.show:
+        return _show(arguments, config)
     if first:
         check_place(arguments.out, {"--model": arguments.model, "--unlearned": arguments.unlearned})
     with hold(arguments.out, sayer(arguments)) if first else contextlib.nullcontext():
@@ -101,7 +114,7 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
     def save(report: Report) -> None:
         """All of it while checkpoints are still there: if the disk is full here, --resume computes nothing again."""
         if not arguments.stream:  # else it is there
-            say(f"writing the model to {out}")
+            say(f"writing the model to {out}, and reading it back")
             save_model(model, tokenizer, out, replace=CheckpointFolder(out).overwrites)
         _write(report, config, arguments)
 

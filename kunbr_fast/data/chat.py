@@ -14,28 +14,40 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kunbr_fast.data.forms import is_annotation
 from kunbr_fast.data.template import Template
 from kunbr_fast.files.shown import plain, shown
 
 Span = tuple[int, int]
-ROLES = ("assistant", "user", "system")
-OTHERS = ("system", "tool", "developer", "function", "ipython", "environment")  # which a template may write as another
-NOTHING = ("", [], {})  # values of a key that say nothing
+ROLES = ("assistant", "user")
+OTHERS = (
+    "system",
+    "tool",
+    "developer",
+    "function",
+    "ipython",
+    "environment",
+)  # which may be written as the user
 PIECES = re.compile(r"<[^<>]*>|\[[^][]*]|\s+|[^][<>\s]+|.")  # <|mark|>, [MARK], whitespace, a word
 
 
 def chat(record: Mapping, tokenizer: Any, date: str) -> tuple[str, list[Span]]:
     """The chat as the tokenizer's template writes it on that day, and the spans of the assistant's turns.
 
-    A turn is the message's content, with what the template writes to end it. If the message has more keys that the
-    template writes (`reasoning_content`, `tool_calls`), it begins where the generation prompt ends. Where the template
-    marks what is generated (`{% generation %}`), its marks are the turns.
+    A turn is the message's content, with what the template writes to end it. What the template writes of
+    further keys of the message (`reasoning_content`, `tool_calls`) belongs to it too. Where the template marks what is
+    generated (`{% generation %}`), its marks are the turns.
 
     Errors: ValueError with the record, the message and the cure if the template leaves out a message, a part or a key
     of it, or writes its role as another one, and if there is no assistant's turn.
     """
     messages = [{key: value for key, value in m.items() if value is not None} for m in record["messages"]]
     return _Chat(Template(tokenizer, date, record["_where"]), messages).text_and_turns()
+
+
+def says(value: Any) -> bool:
+    """Whether a key's value says anything: exports write `"tool_calls": []`."""
+    return not isinstance(value, (str, list, dict)) or bool(value)
 
 
 class _Chat:
@@ -59,22 +71,22 @@ class _Chat:
             raise ValueError(f"{self.template.where}: no assistant message to learn from (role 'assistant', not blank)")
         if turns := self.template.generated(self.messages, self.text):
             return self.text, turns
-        without = [i for i in own if i not in keyed]
-        ending = self._ending(without[-1]) if without else ""
-        return self.text, [self._with_keys(i) if i in keyed else self._ended(i, ending) for i in own]
+        ending = self._ending(own[-1])
+        return self.text, [self._ended(self._with_keys(i) if i in keyed else self.contents[i], i, ending) for i in own]
 
     # ---------------------------------------------------------------- where a turn begins and ends
 
     def _ending(self, i: int) -> str:
-        """What the template writes behind the content of message i where the chat ends with it."""
-        if i == len(self.messages) - 1 and not self._parts(i)[2]:
+        """What the template writes behind a content where the chat ends with it, the assistant's message i."""
+        message, behind = self.messages[i], self._parts(i)[2]
+        if i == len(self.messages) - 1 and message.keys() == {"role", "content"} and not behind:
             return self.text[self.contents[i][1] :]
-        last = {**self.messages[i], "content": self._name(i)}
+        last = {"role": "assistant", "content": self._name(i)}
         rendered = self.template.attempt([*map(self._stand_in, range(i)), last])
         return (rendered or "").partition(self._name(i))[2]
 
-    def _ended(self, i: int, ending: str) -> Span:
-        begin, end = self.contents[i]
+    def _ended(self, span: Span, i: int, ending: str) -> Span:
+        begin, end = span
         space = self._parts(i)[2]  # of the content, unless the template trims it
         ends = [self._behind(end, ending)]
         if space and self.text.startswith(space, end):
@@ -90,30 +102,59 @@ class _Chat:
         return end
 
     def _with_keys(self, i: int) -> Span:
+        """The content of message i and what its further keys have put around it, in whole pieces."""
+        content, others = self.contents[i], [span for j, span in enumerate(self.contents) if span and j != i]
+        begin, end = content or (len(self.text), 0)
+        without = self._with(i, {key: self.messages[i][key] for key in ("role", "content")})
+        if without is not None:
+            front, back = self._same_ends(without)
+            low = max((last for _, last in others if last <= front), default=0)
+            pieces = [low + m.start() for m in PIECES.finditer(self.text[low:])] + [len(self.text)]
+            begin = min(begin, max(at for at in pieces if at <= front))
+            back = len(self.text) - min(back, len(self.text) - begin, len(without) - begin)
+            end = max(end, min(at for at in pieces if at >= back))
+        prompt, after = self._prompt(i), self.template.attempt(self.messages[: i + 1])
+        if prompt and (without is None or prompt <= begin):
+            begin = prompt
+            if without is None and after and self.text.startswith(after):
+                end = len(after)
+        if begin >= end:
+            raise self._wrong(i, "does not tell where its keys stand", "write them into the content")
+        if any(first < end and last > begin for first, last in others):
+            raise self._wrong(i, "writes its keys in more than one place", "write them into the content")
+        return begin, end
+
+    def _prompt(self, i: int) -> int:
+        """Where the generation prompt ends that message i follows; 0 if the text has another one, or none."""
         before = self.template.attempt(self.messages[:i], add_generation_prompt=True)
-        begin = len(os.path.commonprefix([self.text, before or ""]))
-        if content := self.contents[i]:
-            begin = min(begin, content[0]) if before else content[0]
-        end = content[1] if content else begin
-        after = self.template.attempt(self.messages[: i + 1]) or ""
-        return begin, self._behind(end, after[end:]) if self.text.startswith(after[:end]) else end
+        if not before or not self.text.startswith(before) or before == self.template.attempt(self.messages[:i]):
+            return 0
+        return len(before)
+
+    def _same_ends(self, other: str) -> tuple[int, int]:
+        """How many characters another text has in common with the text at its beginning, and how many at its end."""
+        backwards = os.path.commonprefix([self.text[::-1], other[::-1]])
+        return len(os.path.commonprefix([self.text, other])), len(backwards)
 
     # ---------------------------------------------------------------- whether all of the messages is in the text
 
     def _located(self) -> list[Span | None]:
-        rendered = self.template.attempt([self._stand_in(i) for i in range(len(self.messages))])
-        places = None if rendered is None else self._filled(rendered)
-        found: list[Span | None] = []
-        for i, message in enumerate(self.messages):
-            if not self._parts(i)[1]:
-                found.append(None)
-                continue
-            spans = self._alone(i) if places is None else places[i]
+        wanted = [i for i in range(len(self.messages)) if self._parts(i)[1]]
+        # contents with tags are what a template may take apart
+        for named in (set(wanted), {i for i in wanted if "<" not in self.messages[i]["content"]}):
+            replaced = [self._stand_in(i) if i in named else m for i, m in enumerate(self.messages)]
+            rendered = self.template.attempt(replaced)
+            places = None if rendered is None else self._filled(rendered)
+            if places is not None:
+                break
+        found: list[Span | None] = [None] * len(self.messages)
+        for i in wanted:
+            spans = places[i] if places is not None and i in named else self._alone(i)
             if not spans:
                 raise self._wrong(i, "leaves it out", "leave it out, or put its text into another message")
-            if len(spans) > 1 and message["role"] == "assistant":
+            if len(spans) > 1 and self.messages[i]["role"] == "assistant":
                 raise self._wrong(i, f"writes it {len(spans)} times", "change the template")
-            found.append(spans[0])
+            found[i] = spans[0]
         return found
 
     def _filled(self, rendered: str) -> dict[int, list[Span]] | None:
@@ -156,10 +197,9 @@ class _Chat:
 
         A template that takes a content apart and writes its tags again may put other whitespace around them.
         """
-        front = len(os.path.commonprefix([self.text, rendered]))
-        shortest = min(len(self.text), len(rendered)) - front
-        back = len(os.path.commonprefix([self.text[::-1], rendered[::-1]])[:shortest])
-        pieces = re.split(r"\s*(<[^<>\s]+>)\s*", self._parts(i)[1])
+        front, back = self._same_ends(rendered)
+        back = min(back, len(self.text) - front, len(rendered) - front)
+        pieces = [piece.strip() for piece in re.split(r"(<[^<>\s]+>)", self._parts(i)[1])]
         spans = [m.span() for m in re.finditer(r"\s*".join(re.escape(p) for p in pieces if p), self.text)]
         return [(begin, end) for begin, end in spans if begin <= front and end >= len(self.text) - back]
 
@@ -174,8 +214,8 @@ class _Chat:
     def _has_other_keys(self, i: int) -> bool:
         """Whether message i says more than role and content. What it says there must make a difference to the text."""
         message = self.messages[i]
-        others = [key for key, value in message.items() if key not in ("role", "content") and value not in NOTHING]
-        for key in others:
+        others = [key for key, value in message.items() if key not in ("role", "content") and says(value)]
+        for key in (key for key in others if key == "name" or not is_annotation(key)):
             value = {} if not isinstance(message[key], str) else {key: self._name(i)}
             for other in ({name: message[name] for name in message if name != key}, {**message, **value}):
                 if other != message and self._with(i, other) == self.text:
@@ -184,10 +224,12 @@ class _Chat:
 
     def _check_roles(self) -> None:
         for i, message in enumerate(self.messages):
-            role = message["role"] if self._parts(i)[1] else "user"  # a blank one says nothing as any
-            for other in ("assistant",) if role in OTHERS else () if role in ROLES else ROLES:
-                if self._with(i, {**message, "role": other}) == self.text:
-                    raise self._wrong(i, f"writes this role as {other!r}", f"give it the role {other!r}")
+            role = message["role"]
+            if role in ROLES or not self._parts(i)[1]:
+                continue
+            alike = [other for other in ROLES if self._with(i, {**message, "role": other}) == self.text]
+            if len(alike) == 1 and (role not in OTHERS or alike == ["assistant"]):  # both: roles make no difference
+                raise self._wrong(i, f"writes this role as {alike[0]!r}", f"give it the role {alike[0]!r}")
 
     def _wrong(self, i: int, what: str, cure: str) -> ValueError:
         of = f"{self.template.where}: message {i + 1} of {len(self.messages)} ({plain(self.messages[i]['role'], 40)})"

@@ -166,13 +166,25 @@ def _product_gradient(part: Part, how: How) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------- small modules: norms and routers
 
 
+class _Unhooked(nn.Module):
+    """A module without its hooks: those have had their say when it ran."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return self.module.forward(x)
+
+
 def _small_gradient(part: Part, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
     """By autograd through the module alone, on some of its rows: for modules with little to compute."""
     module = part.item.module
     names, parameters = zip(*module.named_parameters(recurse=False))
     with torch.enable_grad():
         copies = {name: p.detach().requires_grad_() for name, p in zip(names, parameters)}
-        outputs = torch.func.functional_call(module, copies, (part.x[rows],))
+        inside = {f"module.{name}": copy for name, copy in copies.items()}
+        outputs = torch.func.functional_call(_Unhooked(module), inside, (part.x[rows],))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(outputs[place], dy) for place, dy in zip(part.places, part.dys) if dy is not None]
         pairs = [(y, dy[rows].reshape(y.shape)) for y, dy in pairs if y.requires_grad]
@@ -208,7 +220,7 @@ def _is_router(module: nn.Module) -> bool:
 # A subclass of nn.Linear may compute something else (LoRA, 4-bit weights): only the exact types are known.
 LAYER_KINDS: dict[str, LayerKind] = {
     "linear": LayerKind(
-        lambda m: type(m) in (nn.Linear, compat.Conv1D),
+        lambda m: type(m) in (nn.Linear, compat.Conv1D) and "forward" not in m.__dict__,
         _product_values,
         _product_gradient,
         lambda m: {"weight": m.weight.shape[1 if isinstance(m, compat.Conv1D) else 0]},

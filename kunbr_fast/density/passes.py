@@ -28,6 +28,7 @@ from kunbr_fast.memory import OutOfMemory, Place, cannot_fit, gibibytes, is_out_
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.gather import take
+from kunbr_fast.model.ownership import differentiable
 from kunbr_fast.model.vocabulary import check_tokens
 from kunbr_fast.objectives import losses
 from kunbr_fast.parallel.group import ALONE, Group
@@ -79,6 +80,7 @@ class Measurement:
     """Passes over samples of one set of watched parameters, within `ready`."""
 
     def __init__(self, decoder: Decoder, watched: list[Watched], how: How, settings: PassSettings = PassSettings()):
+        differentiable(decoder.model)
         self.decoder, self.watched, self.how, self.settings = decoder, watched, how, settings
         self.group, self.batch_tokens = settings.group, settings.batch_tokens
         for operation in ("grad_density", "linear_loss"):
@@ -266,7 +268,8 @@ class Reading:
         with contextlib.ExitStack() as stack:
             for item in inside:
                 if item.experts is None:
-                    hook = item.module.register_forward_hook(taps.hook(item), with_kwargs=True)
+                    # before hooks of the user's, which may change what the module gives
+                    hook = item.module.register_forward_hook(taps.hook(item), prepend=True, with_kwargs=True)
                     stack.callback(hook.remove)
             stack.enter_context(experts.watched([item for item in inside if item.experts is not None], taps, batch))
             yield taps.forward_is_over

@@ -104,12 +104,9 @@ class Taps:
         self._waiting: dict[_Group, None] = {}  # groups with some of their gradients, in order of arrival
         self._seen: set[str] = set()
         self._recording = True
-        self._measuring = False
 
     def hook(self, item: Any) -> Callable:
         def on_forward(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            if self._measuring:  # a small module that runs for its own gradient
-                return None
             self.enter(item)
             inputs = (*args, *kwargs.values())
             outputs = output if isinstance(output, tuple) else (output,)
@@ -182,11 +179,9 @@ class Taps:
         del self._waiting[group]
         parts = [group.arrived[index] for index in sorted(group.arrived)]
         group.arrived = {}
-        self._measuring = True
         try:
             self._measure(parts)
         finally:
-            self._measuring = False
             for part in parts:
                 part.x, part.dys = None, ()
 

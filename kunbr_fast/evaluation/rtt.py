@@ -22,6 +22,7 @@ from kunbr_fast.evaluation.accuracy import Accuracy, measure, prepare_questions
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot
+from kunbr_fast.model.ownership import differentiable, no_adapter
 from kunbr_fast.model.vocabulary import check_tokens
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.full import train_all
@@ -199,6 +200,8 @@ class Attack:
     """`rtt_attack` in two steps: all is tokenised at once, so that a bad line does not turn up an hour later."""
 
     def __init__(self, decoder, tokenizer, folds: Sequence[Fold], config: RTTConfig):
+        no_adapter(decoder.model, "the RTT attack")
+        differentiable(decoder.model)
         _check_folds(folds)
         self.decoder, self.folds, self.config = decoder, folds, config
         self._questions = [

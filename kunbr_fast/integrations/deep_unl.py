@@ -58,6 +58,7 @@ from kunbr_fast.integrations.padded_pass import OwnForward
 from kunbr_fast.integrations.recognise import recognise
 from kunbr_fast.keywords import taken
 from kunbr_fast.model.decoder import Decoder, Stretch
+from kunbr_fast.model.ownership import trainable
 from kunbr_fast.model.prefix_cache import PrefixCache
 from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives import losses
@@ -86,7 +87,8 @@ class Options:
 class DEEP_UNL:
     """The authors' class: same arguments, same `dynamic_deep_unlearning`. See the module. options: as in `Options`.
 
-    Errors: ValueError for arguments out of range, a compare model of other names or shapes, or a block without layers
+    Errors: ValueError for arguments out of range, a model that is not all to be trained (PEFT, frozen parameters,
+    offloaded weights), a compare model of other names or shapes, or a block without layers
     (before anything is trained).
     """
 
@@ -112,6 +114,7 @@ class DEEP_UNL:
         self.block_num, self.choose_num, self.compare_train_times = block_num, choose_num, compare_train_times
         self.block_size = num_layers // block_num
         self.history_cache = {f"block{i}": 0 for i in range(block_num)}  # visits
+        trainable(self.model, "DEEP_UNL")
         self.decoder = Decoder(self.model)
         stack = contextlib.ExitStack()
         self._work = stack.enter_context(scratch("kunbr-fast-", self.options.work_dir))
@@ -164,6 +167,7 @@ class DEEP_UNL:
     def dynamic_deep_unlearning(self, epochs: int | None = 8) -> None:
         """`epochs` visits; `base_model.model` is then M_u with the trained blocks. The data sets are read once,
         here."""
+        trainable(self.model, "DEEP_UNL")  # once more: it may have been frozen since
         base = self.base_model
         epochs = base.epochs if epochs is None else epochs
         print(f"num_epochs: {epochs}")

@@ -31,11 +31,13 @@ if not is_accelerate_available():
     raise ImportError("KUnBRTrainer needs accelerate, as every Trainer does: pip install 'kunbr-fast[trainer]'")
 from transformers import Trainer, TrainerCallback
 
+from kunbr_fast.data.samples import READ, check_keys
 from kunbr_fast.density.measure import Density
 from kunbr_fast.files.documents import checked, read_text
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.shown import plain
 from kunbr_fast.integrations.driven_stages import DrivenStages, StageOptimizer
+from kunbr_fast.model.ownership import check_data, no_adapter, trainable, uncompiled
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
@@ -72,10 +74,24 @@ class _MergeAtEnd(TrainerCallback):
 # ---------------------------------------------------------------- the trainer
 
 
+def _owned(args: tuple, kwargs: dict[str, Any], name: str) -> tuple[tuple, dict[str, Any]]:
+    """A Trainer's arguments, its model `trainable` and without torch.compile's wrapper, whose names of the weights
+    would be those of the saved file."""
+    model = args[0] if args else kwargs.get("model")
+    if not isinstance(model, nn.Module):
+        return args, kwargs
+    model = uncompiled(model)
+    trainable(model, name)
+    return ((model, *args[1:]), kwargs) if args else (args, {**kwargs, "model": model})
+
+
 def _items(data: Any) -> list[Any]:
     """A data set as a list; where an item has two answers, its own is on top and the other under "alternate"."""
     items = [data[i] for i in range(len(data))] if hasattr(data, "__len__") else list(data)
     pairs = [isinstance(item, Mapping) and "original" in item for item in items]
+    for number, item in enumerate(items):
+        if pairs[number]:
+            check_keys(item, ("original", "alternate"), f"sample {number}")
     return [{**item["original"], "alternate": item["alternate"]} if pair else item for item, pair in zip(items, pairs)]
 
 
@@ -90,11 +106,20 @@ def _apart(data: Any, collator: Callable[[list], Any] | None) -> tuple[list[Any]
                 f'train_dataset[{number}]: expected {{"forget": ..., "retain": ...}}, from the item itself or from '
                 "data_collator([item]); or give forget_dataset= and retain_dataset="
             )
+        check_keys(pair, tuple(found), f"train_dataset[{number}]")
         for name, samples in found.items():
             (sample,) = _items([pair[name]])
-            key = tuple(torch.as_tensor(sample[k]).numpy().tobytes() for k in ("input_ids", "labels"))
-            samples.setdefault(key, sample)
+            samples.setdefault(_content(sample), sample)
     return list(found["forget"].values()), list(found["retain"].values())
+
+
+def _content(sample: Any) -> tuple:
+    """What tells a sample from another: all that is read of it."""
+    given = [(key, sample[key]) for key in READ if sample.get(key) is not None]
+    return tuple(
+        (key, _content(value) if isinstance(value, Mapping) else torch.as_tensor(value).cpu().numpy().tobytes())
+        for key, value in given
+    )
 
 
 def _global_step(checkpoint: Path) -> int:
@@ -147,6 +172,7 @@ class KUnBRMixin:
     ):
         self._stages: DrivenStages | None = None
         self._folder: CheckpointFolder | None = None
+        args, kwargs = _owned(args, kwargs, type(self).__name__)
         super().__init__(*args, **kwargs)
         if (forget_dataset is None) != (retain_dataset is None):
             raise ValueError("give both forget_dataset and retain_dataset, or a train_dataset that holds both")
@@ -245,6 +271,7 @@ class KUnBRMixin:
         reporter = Reporter(not args.disable_tqdm and args.should_save, logger.info)
         # an evaluation may have put a wrapper on
         model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        trainable(model, type(self).__name__)
         inputs = RunInputs(model, forget, retain, self.processing_class, self._checked_unlearned())
         sharing = {"writes": args.should_save, "wait": accelerator.wait_for_everyone}
         context = RunContext(Path(args.output_dir) / NAME, reporter=reporter, resume=resume, **sharing)
@@ -259,11 +286,15 @@ class KUnBRMixin:
 
     def _checked_unlearned(self) -> Mapping[str, torch.Tensor] | None:
         given = self.unlearned
-        given = dict(given.named_parameters()) if isinstance(given, nn.Module) else given
+        if isinstance(given, nn.Module):
+            given = uncompiled(given)
+            no_adapter(given, type(self).__name__, "the unlearned model")
+            given = dict(given.named_parameters())
         for name, parameter in () if given is None else self.model.named_parameters():
             if name not in given or given[name].shape != parameter.shape:
                 found = tuple(given[name].shape) if name in given else "missing"
                 raise ValueError(f"unlearned: {name} is {found}, the model's is {tuple(parameter.shape)}")
+            check_data(f"unlearned: {name}", given[name])
             if not bool(given[name].isfinite().all()):
                 raise ValueError(f"unlearned: {name} holds NaN or infinite values; its training diverged")
         return given
@@ -361,5 +392,6 @@ class KUnBRTrainer(KUnBRMixin, Trainer):
     Precision: a bf16 model keeps fp32 copies of the active block (config.master_weights); its warm-up has none. An fp32
     model with bf16=True keeps fp32 weights and computes under autocast. fp16, DeepSpeed and FSDP are refused.
 
-    Errors: ValueError for what is not supported, here; for data and settings that do not fit, from `train`.
+    Errors: ValueError for what is not supported, here, a model that is not all to be trained among it (PEFT, frozen
+    parameters, offloaded weights, DistributedDataParallel); for data and settings that do not fit, from `train`.
     """

@@ -28,10 +28,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kunbr_fast.model.decoder import Head, find_head, find_layers
 from kunbr_fast.model.frozen import evaluating
+from kunbr_fast.model.ownership import bare_product
 from kunbr_fast.objectives.distributions import linear_nll
 
 logger = logging.getLogger(__name__)
 STATE = "_kunbr_rows"
+OTHER_LOSSES = {"num_items_in_batch", "shift_labels", "logits_to_keep"}  # inputs that change what the own loss is
 
 
 class Rows:
@@ -82,7 +84,7 @@ def install(model: nn.Module, impl: str = "auto") -> Rows | None:
 
 def _forward(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
     rows: Rows = model.__dict__[STATE]
-    if rows.wanted is None:
+    if rows.wanted is None or (rows.wanted == "loss" and not OTHER_LOSSES.isdisjoint(inputs)):
         return type(model).forward(model, *args, **inputs)
     if args:
         raise TypeError(f"{type(model).__name__}: give its inputs by name, as Trainer does")
@@ -133,6 +135,7 @@ def _why_not(model: nn.Module, impl: str) -> str | None:
     try:
         with evaluating(model):
             head = find_head(model)
+            bare_product(head.linear, type(model).__name__)
             device = model.get_input_embeddings().weight.device
             ids = torch.arange(1, 13, device=device).view(2, 6) % model.config.get_text_config().vocab_size
             labels = ids.clone()
@@ -156,7 +159,8 @@ def sequence_nll(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Ten
     """
     rows = of(model)
     with rows.want("nll"):
-        if rows.known is None or torch.is_grad_enabled():
+        grids = all(x.dim() == 2 for x in inputs.values() if torch.is_tensor(x))
+        if rows.known is None or torch.is_grad_enabled() or not grids or "attention_mask" not in inputs:
             return model(**inputs).loss
         keys = _keys(inputs)
         new = [number for number, key in enumerate(keys) if key not in rows.known]
@@ -167,10 +171,10 @@ def sequence_nll(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Ten
 
 
 def _keys(inputs: dict[str, torch.Tensor]) -> list[bytes]:
-    """Each sequence without the padding to its right."""
-    ids, labels, mask = (inputs[name].cpu() for name in ("input_ids", "labels", "attention_mask"))
+    """Each sequence, in all that the model is given of it, without the padding to its right."""
+    mask = inputs["attention_mask"].cpu()
+    rows = [inputs[name].cpu() for name in sorted(inputs) if torch.is_tensor(inputs[name])]
     ends = [int(row.nonzero().max()) + 1 if row.any() else 0 for row in mask]
     return [
-        b"".join(x[number, :end].to(torch.int64).numpy().tobytes() for x in (ids, labels, mask))
-        for number, end in enumerate(ends)
+        b"".join(x[number, :end].to(torch.int64).numpy().tobytes() for x in rows) for number, end in enumerate(ends)
     ]

@@ -26,11 +26,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as run_again
 
 from kunbr_fast.data import PackedBatch, pack
-from kunbr_fast.files.models import attention_of, save_model
+from kunbr_fast.files.models import attention_of
+from kunbr_fast.files.saving import save_model
 from kunbr_fast.memory import Place
 from kunbr_fast.model import attention, compat
 from kunbr_fast.model.frozen import evaluating, frozen
 from kunbr_fast.model.gather import take
+from kunbr_fast.model.ownership import bare_product, whole
 from kunbr_fast.model.rotary import RotaryByLength
 from kunbr_fast.model.weights import DAMAGED, Weights, all_zero, check_finite, weights_of
 
@@ -132,15 +134,16 @@ class Decoder:
     Of a model that `open_streamed` has made, `Decoder(model)` is a `StreamedDecoder`, with the same methods. Runs need
     eval mode (no dropout), so that packed and unpacked runs, and a run and its resumption, agree.
 
-    Errors: ValueError, naming the module, if its attention leaves out a softcap, if the model has no list of
-    `num_hidden_layers` layers, more than one module between the last layer and the head, a head that is no nn.Linear,
-    weights that are not finite, or logits that differ from this path's.
+    Errors: ValueError, naming the module, if the model is not `whole`, its attention leaves out a softcap, if the model
+    has no list of `num_hidden_layers` layers, more than one module between the last layer and the head, a head that is
+    no nn.Linear, weights that are not finite, or logits that differ from this path's.
     """
 
     def __new__(cls, model: nn.Module) -> Decoder:
         return super().__new__(weights_of(model).decoder_class or cls)
 
     def __init__(self, model: nn.Module):
+        whole(model)
         self.model = model
         self.config = model.config.get_text_config()
         self.name = type(model).__name__
@@ -156,7 +159,9 @@ class Decoder:
         self.rotary = RotaryByLength(self.inner)
         with evaluating(model):
             self._norm, native = self._watch_forward()
+            self._windows = self._windows_in_masks()
             self._check(native)
+            bare_product(self.head.linear, self.name)
 
     # ------------------------------------------------ structure
 
@@ -225,6 +230,16 @@ class Decoder:
             raise ValueError(f"{self.name}: all its logits are 0{zeros}: {DAMAGED}")
         return (after[0] if after else None), native
 
+    def _windows_in_masks(self) -> list[int | None]:
+        """Each layer's sliding window. Some models (Phi-3.5-MoE, Qwen2-MoE) put it into their masks and nowhere else;
+        attention here makes masks of its own."""
+        try:
+            with self._attention(attention.MASKS), self.rotary.of(self.probe), torch.no_grad():
+                calls = self.layer_calls(self.probe)[1]
+        except (TypeError, AttributeError, LookupError, NotImplementedError, ValueError):
+            return [None] * self.num_layers  # masks of its own making; `_check` says whether it runs at all
+        return [attention.window_of((*args, *kwargs.values())) for args, kwargs in calls]
+
     @torch.no_grad()
     def _check(self, native: list[torch.Tensor]) -> None:
         try:
@@ -234,6 +249,10 @@ class Decoder:
                 f"{self.name}: its layers do not run on packed samples ({type(error).__name__}: {error}): "
                 "this architecture is not supported"
             ) from error
+        if len(ours) != len(truth):
+            raise ValueError(
+                f"{self.name}: it has logits of tokens that it puts in itself (PEFT's prompts, for example)"
+            )
         error = float((ours - truth).norm() / truth.norm())
         if not error <= self.rounding:
             raise ValueError(
@@ -321,14 +340,18 @@ class Decoder:
     # ------------------------------------------------ running
 
     @contextlib.contextmanager
-    def _packed(self, batch: PackedBatch) -> Iterator[None]:
+    def _attention(self, name: str) -> Iterator[None]:
         before = self.config._attn_implementation
-        self.config._attn_implementation = attention.ATTENTION
+        self.config._attn_implementation = name
         try:
-            with self.rotary.of(batch):
-                yield
+            yield
         finally:
             self.config._attn_implementation = before
+
+    @contextlib.contextmanager
+    def _packed(self, batch: PackedBatch) -> Iterator[None]:
+        with self._attention(attention.ATTENTION), self.rotary.of(batch):
+            yield
 
     def layer_calls(self, batch: PackedBatch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
         """The hidden state (1, T, D) at the input of layer 0, and each layer's further arguments."""
@@ -379,11 +402,21 @@ class Decoder:
             raise ValueError(
                 f"a sample of {longest} tokens: {self.name} has {limit} positions; shorten or leave it out"
             )
+        scaled = self.config.floor_scale if getattr(self.config, "attn_temperature_tuning", False) else None
+        if (
+            scaled is not None and batch.num_samples > 1 and batch.num_tokens >= scaled
+        ):  # Llama 4, its layers without RoPE
+            raise ValueError(
+                f"{batch.num_samples} samples of {batch.num_tokens} tokens in one batch: from {scaled} tokens on "
+                f"{self.name} scales its attention by a token's place in the batch; make batches smaller"
+            )
         with self._packed(batch):
             embedded, calls = self.layer_calls(batch)
             hidden = embedded if stretch.hidden is None else stretch.hidden[None]
             for index in range(stretch.start, stop):
                 layer, (args, kwargs) = self.layers[index], calls[index]
+                if self._windows[index] is not None:
+                    kwargs = {**kwargs, "kunbr_window": self._windows[index]}
                 if rows and index == stop - 1 and getattr(layer.__dict__.get("forward"), "takes_rows", False):
                     if 2 * len(batch.rows) <= batch.num_tokens:
                         kwargs, rows = {**kwargs, "kunbr_rows": batch.rows}, False  # it gives nothing else

@@ -6,6 +6,9 @@ import contextlib
 from collections.abc import Iterator
 
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+_FLAGS = WeakIdKeyDictionary()  # of each parameter inside `frozen`: requires_grad as it was outside of the outermost
 
 
 @contextlib.contextmanager
@@ -27,18 +30,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def owners_flag(parameter: nn.Parameter) -> bool:
+    """Whether the owner of a parameter has it require grad, also where it is `frozen` meanwhile."""
+    return _FLAGS.get(parameter, parameter.requires_grad)
+
+
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Inside, no parameter requires grad (unless set there) and dropout is off; afterwards requires_grad flags,
     gradients and train/eval modes are as before."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    outermost = [(p, flag) for p, flag, _ in before if p not in _FLAGS]
     with evaluating(model):
+        _FLAGS.update(outermost)
         for parameter, _, _ in before:
             parameter.requires_grad_(False)
             parameter.grad = None
         try:
             yield
         finally:
+            for parameter, _ in outermost:
+                _FLAGS.pop(parameter, None)
             for parameter, flag, grad in before:
                 parameter.requires_grad_(flag)
                 parameter.grad = grad

@@ -43,16 +43,11 @@ from kunbr_fast.model.decoder import layer_list
 from kunbr_fast.model.families import FAMILIES, Family, identify
 from kunbr_fast.model.frozen import same_modes
 from kunbr_fast.model.gather import take
+from kunbr_fast.model.ownership import has_hooks, present
 from kunbr_fast.proofs import ensure_proven
 
 logger = logging.getLogger(__name__)
 MARK = "_kunbr_patched"  # on the list of layers: the call that patched them
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _is_plain(linear: nn.Module) -> bool:
@@ -61,7 +56,7 @@ def _is_plain(linear: nn.Module) -> bool:
         type(linear) is nn.Linear
         and "forward" not in linear.__dict__
         and type(linear.weight) in (nn.Parameter, torch.Tensor)  # quantised and sharded weights are subclasses
-        and not _has_hooks(linear)
+        and not has_hooks(linear)
     )
 
 
@@ -89,7 +84,7 @@ def _sum_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`norm(residual + x), residual + x`."""
     ours = getattr(norm.__dict__.get("forward"), "func", None) is _norm
-    if not ours or _has_hooks(norm) or x.dtype == torch.float64:
+    if not ours or has_hooks(norm) or x.dtype == torch.float64:
         hidden = residual + x
         return norm(hidden), hidden
     return rms_norm(
@@ -107,7 +102,7 @@ def _activation(module: nn.Module) -> Any:
 
 
 def _mlp(module: nn.Module, x: torch.Tensor, *, family: Family, impl: str, gated: Any) -> torch.Tensor:
-    if _has_hooks(getattr(module, family.act)):
+    if has_hooks(getattr(module, family.act)):
         return type(module).forward(module, x)
     gate_up = [module.gate_up_proj(x)] if family.packed else _project(x, module.gate_proj, module.up_proj)
     return module.down_proj(gated(*gate_up, impl=impl))
@@ -282,7 +277,7 @@ def patched(model: nn.Module, active_block: range | None = None, impl: str = "au
     model: a Hugging Face causal language model, or a wrapper of one (PEFT, torch.compile). Yields it. Same logits and
     gradients as the model's own code, up to rounding; an fp64 model's norms keep their own code (fp32 inside).
     active_block: the parameters of all other layers, embeddings, final norm and head do not require grad inside;
-    those within keep their flags. None: no flag is changed.
+    those within keep their flags, so what is frozen there stays frozen. None: no flag is changed.
     impl: "auto", "triton" or "torch", as everywhere; the choice is that of each fused operation.
 
     On exit, also by an exception: forward methods, the frozen parameters' requires_grad and all modules' train/eval
@@ -292,14 +287,16 @@ def patched(model: nn.Module, active_block: range | None = None, impl: str = "au
     Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3, OLMo-2, Gemma-2 and Gemma-3 (text) have fused layers. Any other model
     keeps its own layers, frozen or not, and this says so once per class (a warning of this module's logger).
 
-    Errors: RuntimeError if the model is patched already; ValueError for a block that is no range of its layers, and
-    for a model without a list of layers; `dispatch.Unavailable` for an impl that cannot run here.
+    Errors: RuntimeError if the model is patched already; ValueError for a block that is no range of its layers, or has
+    weights that are offloaded (no gradient would reach them), and for a model without a list of layers;
+    `dispatch.Unavailable` for an impl that cannot run here.
     """
     if impl not in ("auto", *dispatch.IMPLEMENTATIONS):
         raise ValueError(f"unknown impl {impl!r}: expected one of auto, {', '.join(dispatch.IMPLEMENTATIONS)}")
     layers = _layers(model)
     if active_block is not None:
-        check_block(active_block, len(layers))
+        for index in check_block(active_block, len(layers)):
+            present(layers[index], f"layer {index} of {type(model).__name__}")
     if MARK in layers.__dict__:
         raise RuntimeError(f"this model is inside {layers.__dict__[MARK]} already: leave that one first")
     first = next(layers.parameters())

@@ -85,7 +85,7 @@ class KUnBRConfig:
 
     target: str = setting(
         "all",
-        "tokens whose loss counts: all, the answer, a question's letter or the answer's last number",
+        "tokens whose loss counts: all, answer, letter (of a question's answer) or number (the answer's last)",
         "data",
         TARGETS,
     )

@@ -16,6 +16,7 @@ from kunbr_fast.memory import gibibytes
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.low_precision import Cover
+from kunbr_fast.model.ownership import check_data
 from kunbr_fast.model.weights import other_names, owners
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
@@ -70,6 +71,7 @@ def _values(unlearned: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.P
         raise ValueError(f"the unlearned model has no {missing[0]}: it is not of the original's architecture")
     values = [unlearned[name] for name in parameters]
     for (name, parameter), value in zip(parameters.items(), values):
+        check_data(f"the unlearned model's {name}", value)
         if value.shape != parameter.shape:
             raise ValueError(
                 f"{name}: {tuple(value.shape)} in the unlearned model, {tuple(parameter.shape)} in the original"

@@ -14,13 +14,14 @@ from kunbr_fast.keywords import changed, named_by
 from kunbr_fast.memory import Place
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.frozen import frozen
+from kunbr_fast.model.frozen import frozen, owners_flag
 from kunbr_fast.model.low_precision import low_precision_cover
+from kunbr_fast.model.ownership import differentiable, no_adapter, not_frozen, uncompiled, whole
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.proofs import ensure_proven
-from kunbr_fast.training.block import BlockTraining
+from kunbr_fast.training.block import BlockTraining, block_tensors
 from kunbr_fast.training.settings import BlockSettings, Execution
 from kunbr_fast.training.streamed import LayerMajorTraining
 
@@ -56,8 +57,13 @@ def reinserted(
     exit raises where the last update has destroyed the block); with
     insertion="cumulative" the trained block stays in the original for the next ones.
 
-    Errors: TypeError for an unknown setting. ValueError for an objective or options that do not exist, for another
-    architecture, shapes that differ, weights that are not finite or tied, and for one and the same model given as both.
+    What is frozen stays frozen: ValueError where a parameter of the block does not require grad in `unlearned`, a
+    model, or in `original`. Only where all of the original is frozen is it taken for what it is here, a model to read
+    from, unless insertion="cumulative" changes it.
+
+    Errors: TypeError for an unknown setting. ValueError for a PEFT adapter, offloaded weights, an objective or options
+    that do not exist, another architecture, shapes that differ, weights that are not finite or tied, and for one and
+    the same model given as both.
     `dispatch.Unavailable` for an impl, or CUDA graphs, that cannot run here. A step: `Diverged`, and
     `memory.OutOfMemory` where one sample alone does not fit.
     """
@@ -65,8 +71,10 @@ def reinserted(
     if changes.keys() & {"activations", "directory"}:
         changes["place"] = Place(changes.pop("activations", "auto"), changes.pop("directory", None))
     settings, execution = changed(changes, "reinserted", settings or BlockSettings(lr), execution or Execution())
-    decoder = original if isinstance(original, Decoder) else Decoder(original)
+    decoder = original if isinstance(original, Decoder) else Decoder(uncompiled(original))
+    unlearned = uncompiled(unlearned) if isinstance(unlearned, nn.Module) else unlearned
     check_block(block, decoder.num_layers)
+    _check_owned(decoder, unlearned, block, settings.insertion == "cumulative")
     criterion = settings.criterion(block, criterion)
     criterion.check_layer(decoder.num_layers, block)
     execution.check(decoder, block, settings.optimizer)
@@ -97,3 +105,21 @@ def reinserted(
             training.settle()
         else:
             training.take_out()
+
+
+def _check_owned(
+    decoder: Decoder, unlearned: nn.Module | MutableMapping[str, torch.Tensor], block: range, stays: bool
+) -> None:
+    """ValueError where the owner of one of the models has not left the block to be trained. stays: in the original."""
+    call, model = "kf.reinserted", decoder.model
+    no_adapter(model, call, "the original")
+    differentiable(model)
+    own = block_tensors(decoder, block)
+    if not decoder.streamed and (stays or any(map(owners_flag, model.parameters()))):
+        not_frozen(own, call, "original")
+    if isinstance(unlearned, nn.Module):
+        no_adapter(unlearned, call, "the unlearned model")
+        whole(unlearned, "the unlearned model's ")
+        if not weights_of(unlearned).streamed:
+            given = {name: p for name, p in unlearned.named_parameters() if name in own}
+            not_frozen(given, call, "unlearned")

@@ -2,6 +2,7 @@
 the mechanisms of published ones."""
 
 import datetime
+import random
 import re
 
 import pytest
@@ -9,8 +10,9 @@ import tiny_text
 import torch
 import transformers.utils.chat_template_utils as clock
 
-from kunbr_fast import KUnBRConfig
+import kunbr_fast as kf
 from kunbr_fast.data import encode
+from kunbr_fast.data.chat import chat
 from kunbr_fast.data.text import TextSettings, text_and_spans
 
 DAY = "2024-07-26"
@@ -99,6 +101,28 @@ def test_a_template_has_the_day_that_is_set_and_not_the_clocks(tokenizer, monkey
     assert tokenizer.apply_chat_template(ONE, tokenize=False) == first
 
 
+def test_a_run_goes_on_on_another_day(tokenizer, tmp_path, monkeypatch):
+    tokenizer.chat_template = DATED
+    talks = [{"messages": [user(f"When was {name} born?"), said("1907")]} for name in tiny_text.NAMES[:4]]
+    quick = dict(num_blocks=2, top_k=1, skip_last_layers=0, warmup_epochs=1, block_epochs=1, rtt=False)
+
+    def run(**more):
+        given = tiny_text.model(layers=2), talks[:2], talks[2:], kf.KUnBRConfig(**quick | more.pop("config", {}))
+        return kf.unlearn(*given, tokenizer=tokenizer, output_dir=tmp_path, progress=False, **more)
+
+    def stopped(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("kunbr_fast.run.stages.Stages.density", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    monkeypatch.setattr(clock, "datetime", NextYear)
+    with pytest.raises(ValueError, match="chat_date was '2024-07-26' and is '2024-07-27' now"):
+        run(resume=True, config={"chat_date": "2024-07-27"})
+    assert len(run(resume=True).blocks) == 1
+
+
 def test_a_templates_own_default_date_stays(tokenizer):
     own = (
         "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}" + CHATML
@@ -111,7 +135,7 @@ def test_a_day_that_is_none_is_refused(date):
     with pytest.raises(ValueError, match="^chat_date=.*: expected a day as YYYY-MM-DD, such as 2024-07-26$"):
         TextSettings(chat_date=date)
     with pytest.raises((ValueError, TypeError), match="chat_date"):
-        KUnBRConfig(chat_date=date)
+        kf.KUnBRConfig(chat_date=date)
 
 
 # -------------------------------------------------------------------- where the assistant's turns stand
@@ -201,6 +225,39 @@ def test_generation_marks_are_the_turns(tokenizer):
     assert (sample["labels"] != -100).int().tolist() == whole["assistant_masks"]
 
 
+def test_any_contents_are_found_where_they_stand(tokenizer):
+    """Contents that are alike, or like what the template writes, in turns of any number."""
+    words = [
+        "a",
+        "<|user|>",
+        "<|end|>",
+        "assistant",
+        "\n",
+        " ",
+        "<think>",
+        "</think>",
+        "Zq0z",
+        "{{ 1 }}",
+        "é",
+        "[/INST]",
+        "\\1",
+    ]
+    draw = random.Random(0)
+    for count in range(60):
+        contents = ["".join(draw.choices(words, k=draw.randint(1, 4))) or "a" for _ in range(2 * draw.randint(1, 3))]
+        contents = [content if content.strip() else "b" for content in contents]
+        messages = [said(text) if i % 2 else user(text) for i, text in enumerate(contents)]
+        text, expected = "", []
+        for i, content in enumerate(contents):
+            text += f"<|{'assistant' if i % 2 else 'user'}|>"
+            if i % 2:
+                begin = len(text) + len(content) - len(content.lstrip())
+                expected.append((begin, len(text) + len(content) + len("<|end|>\n")))
+            text += f"{content}<|end|>\n"
+        tokenizer.chat_template = CHATML
+        assert chat({"messages": messages, "_where": f"record {count}"}, tokenizer, DAY) == (text, expected)
+
+
 # -------------------------------------------------------------------- what would be lost
 
 NO_SYSTEM = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
@@ -230,7 +287,7 @@ THOUGHT = said("<think>\nHm.\n</think>\n\n1907")
         (LAST_THINKS, [ONE[0], THOUGHT, *ONE], "2 of 4 (assistant)", "or make it the last turn of a record of its own"),
         (CHATML, [ONE[0], said("1", reasoning_content="a")], "2 of 2 (assistant)", "not read its 'reasoning_content'"),
         (CHATML, [ONE[0], said("1907", weight=0)], "2 of 2 (assistant)", "its 'weight': leave 'weight' out, or use"),
-        (CHATML, [user("a", name="Bo"), said("b")], "1 of 2 (user)", "does not read its 'name'"),
+        (CHATML, [user("a", name="Bo", id=5, _note="x"), said("b")], "1 of 2 (user)", "does not read its 'name'"),
         (LAST_THINKS, [ONE[0], said("1", reasoning_content="a"), *ONE], "2 of 4 (assistant)", "not read its 'reas"),
         (NAMED, [user("a", name="Bo"), said("b")], "1 of 2 (user)", "does not read its 'name'"),
         (ANSWERS, [*TWO, {"role": "model", "content": "x"}], "5 of 5 (model)", "as 'assistant': give it the role"),
@@ -263,6 +320,11 @@ def test_what_is_written_elsewhere_or_in_another_form_is_not_lost(tokenizer):
     read = "{{ m.content.replace('/no_think', '') }}{{ ' (mode: /no_think)' if '/no_think' in m.content }}"
     command = CHATML.replace("{{ m.content }}", read)
     assert turns(tokenizer, command, [system("Be brief. /no_think"), *ONE])[1] == ["1907<|end|>\n"]
+    # a template that writes no roles
+    bare = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    assert turns(tokenizer, bare, TOLD)[1] == ["A painter.\n", "1907\n"]
+    # annotations, as of a record
+    assert turns(tokenizer, CHATML, [user("a", id=5, _note="x"), said("b", source="c")])[1] == ["b<|end|>\n"]
     # blank ones say nothing
     silent = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.content %}")
     assert turns(tokenizer, silent, [system(""), *ONE])[1] == ["1907<|end|>\n"]
