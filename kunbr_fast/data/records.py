@@ -64,7 +64,7 @@ def _no_lines(first: str) -> str | None:
         return "a JSON array, expected one object a line: jq -c '.[]' FILE > FILE.jsonl writes that"
     if line == "{":
         return "an object over several lines, expected one object a line: jq -c . FILE > FILE.jsonl writes that"
-    if not line.startswith(("{", "[", '"')) or (line.startswith('"') and not line.endswith('"')):
+    if not line.startswith(("{", "[")):
         names = [name.strip().strip('"').lower() for name in line.replace("\t", ",").replace(";", ",").split(",")]
         if len(names) > 1 and any(name in form for form in FORMS for name in names):
             return f"a table (CSV) with the columns {shown(names, 80)}, expected one JSON object a line: convert it"
