@@ -26,7 +26,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as run_again
 
 from kunbr_fast.data import PackedBatch, pack
-from kunbr_fast.files.models import attention_of, save_model
+from kunbr_fast.files.models import attention_of
+from kunbr_fast.files.saving import save_model
 from kunbr_fast.memory import Place
 from kunbr_fast.model import attention, compat
 from kunbr_fast.model.frozen import evaluating, frozen
