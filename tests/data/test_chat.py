@@ -325,6 +325,7 @@ def test_what_is_written_elsewhere_or_in_another_form_is_not_lost(tokenizer):
     assert turns(tokenizer, bare, TOLD)[1] == ["A painter.\n", "1907\n"]
     # annotations, as of a record
     assert turns(tokenizer, CHATML, [user("a", id=5, _note="x"), said("b", source="c")])[1] == ["b<|end|>\n"]
+    assert turns(tokenizer, LAST_THINKS, [user("a"), said("b", source="c")])[1] == ["b<|end|>\n"]
     # blank ones say nothing
     silent = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.content %}")
     assert turns(tokenizer, silent, [system(""), *ONE])[1] == ["1907<|end|>\n"]
