@@ -402,14 +402,7 @@ class Decoder:
             raise ValueError(
                 f"a sample of {longest} tokens: {self.name} has {limit} positions; shorten or leave it out"
             )
-        scaled = self.config.floor_scale if getattr(self.config, "attn_temperature_tuning", False) else None
-        if (
-            scaled is not None and batch.num_samples > 1 and batch.num_tokens >= scaled
-        ):  # Llama 4, its layers without RoPE
-            raise ValueError(
-                f"{batch.num_samples} samples of {batch.num_tokens} tokens in one batch: from {scaled} tokens on "
-                f"{self.name} scales its attention by a token's place in the batch; make batches smaller"
-            )
+        attention.check_places(self.config, batch, self.name)
         with self._packed(batch):
             embedded, calls = self.layer_calls(batch)
             hidden = embedded if stretch.hidden is None else stretch.hidden[None]
