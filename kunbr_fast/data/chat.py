@@ -147,9 +147,7 @@ class _Chat:
             if not spans:
                 in_parts = {**self.messages[i], "content": [{"type": "text", "text": self._name(i)}]}
                 if self._name(i) in (self._with(i, in_parts) or ""):
-                    raise self._wrong(
-                        i, "takes contents in parts and leaves this text out", "take one that takes texts"
-                    )
+                    raise self._wrong(i, "takes contents in parts only, not as text", "take another template")
                 raise self._wrong(i, "leaves it out", "leave it out, or put its text into another message")
             if len(spans) > 1 and self.messages[i]["role"] == "assistant":
                 raise self._wrong(i, f"writes it {len(spans)} times", "change the template")
