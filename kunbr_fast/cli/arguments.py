@@ -109,6 +109,6 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
     else:
         known = NUMBERS.get(field.name)
         kind |= {"type": str if known is None else number(known), "metavar": field.name.rpartition("_")[2].upper()}
-    if default is not None and not isinstance(default, dict):
+    if default not in (None, "") and not isinstance(default, dict):
         text += f" [{' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
     group.add_argument(option, help=text.replace("%", "%%"), **kind)

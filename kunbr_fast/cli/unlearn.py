@@ -22,7 +22,8 @@ from kunbr_fast.evaluation.plots import plot_density, plot_relearning
 from kunbr_fast.evaluation.report import Report, plain_values, table, write_report
 from kunbr_fast.evaluation.rtt import Fold, overlap_of
 from kunbr_fast.files.lock import hold
-from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model, save_model
+from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model
+from kunbr_fast.files.saving import save_model
 from kunbr_fast.files.shown import shown
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.parallel.group import ALONE
@@ -120,7 +121,7 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
     def save(report: Report) -> None:
         """All of it while checkpoints are still there: if the disk is full here, --resume computes nothing again."""
         if not arguments.stream:  # else it is there
-            say(f"writing the model to {out}")
+            say(f"writing the model to {out}, and reading it back")
             save_model(model, tokenizer, out, replace=CheckpointFolder(out).overwrites)
         _write(report, config, arguments)
 

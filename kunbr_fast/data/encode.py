@@ -104,23 +104,24 @@ def encode_named(
         if not kept:
             raise ValueError(f"{where}: no token with a loss is left for target={target!r}")
         if len(found) > 1:
-            cut.setdefault(where.rpartition(":")[0], []).append(len(kept))
+            cut.setdefault(where.rpartition(":")[0], []).append((len(found), len(kept)))
         samples += [found[i] for i in kept]
         names += [where if len(found) == 1 else f"{where}, piece {i + 1} of {len(found)}" for i in kept]
         kinds += [_is_text(record)] * len(kept)
     encoder.check(samples, names, kinds)
     for file, counts in cut.items():
-        _say_cut(file, len(counts), sum(counts), max_length)
+        _say_cut(file, len(counts), *map(sum, zip(*counts)), max_length)
     return samples, names
 
 
 @functools.cache
-def _say_cut(file: str, lines: int, count: int, max_length: int) -> None:
+def _say_cut(file: str, lines: int, count: int, kept: int, max_length: int) -> None:
     """Once, however often a file is encoded."""
     what = "1 text line was" if lines == 1 else f"{lines} text lines were"
+    used = "each token with its loss once" if kept == count else f"of which {kept} have a loss"
     logger.warning(
-        f"{file or 'records'}: {what} longer than {max_length} tokens and cut into {count} samples, each token with "
-        "its loss once (split_long=False refuses such lines, max_length says how long a sample may be)"
+        f"{file or 'records'}: {what} longer than {max_length} tokens and cut into {count} samples, {used} "
+        "(split_long=False refuses such lines, max_length says how long a sample may be)"
     )
 
 

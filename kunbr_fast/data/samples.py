@@ -79,7 +79,8 @@ def as_samples(samples: Iterable[Any]) -> list[Sample]:
     for number, item in enumerate(samples):
         where = f"sample {number}"
         if not isinstance(item, Mapping) or "input_ids" not in item:
-            raise TypeError(f"{where}: got {type(item).__name__}, expected a mapping with input_ids and labels")
+            keys = f" with the keys {shown(list(item))}" if isinstance(item, Mapping) else ""
+            raise TypeError(f"{where}: got {type(item).__name__}{keys}, expected a mapping with input_ids and labels")
         found = _samples_of(item, where)
         result += found
         if item.get("labels") is not None:

@@ -39,6 +39,7 @@ def tokens(text: str, tokenizer: Any, where: str, special: bool = True) -> Token
             return_token_type_ids=False,
             add_special_tokens=special,
             truncation=False,
+            verbose=False,  # no word on the longest text that the tokenizer knows of
         )
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

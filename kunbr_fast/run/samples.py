@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from kunbr_fast.data import PackedBatch, Sample, check_labels, check_lengths, encode_named, is_record, with_alternates
@@ -19,6 +20,18 @@ from kunbr_fast.objectives.original import OriginalValues
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunInputs
+
+
+def entries(data: Any, what: str) -> list[Any]:
+    """A set as a list of records, samples or batches. One batch is a set too, and a loader is read once.
+
+    ValueError for what is none."""
+    if isinstance(data, Mapping):
+        return [data]
+    if isinstance(data, (str, bytes, Path)) or not isinstance(data, Iterable):
+        cure = ": load_records reads files" if isinstance(data, (str, Path)) else ""
+        raise ValueError(f"the {what} set: got {shown(data)}, expected records, samples or batches{cure}")
+    return list(data)
 
 
 def to_samples(

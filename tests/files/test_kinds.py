@@ -65,6 +65,10 @@ def test_a_tokenizers_files(file, tmp_path, folder):
     shutil.copytree(folder, tmp_path / "m")
     path = tmp_path / "m" / file
     good = path.read_bytes() if path.exists() else b"{}"
+    if file == "tokenizer.model":
+        path.write_bytes(POINTER)
+        load_tokenizer(tmp_path / "m")  # of a clone without it: tokenizer.json alone is read
+        (tmp_path / "m" / "tokenizer.json").unlink()
     for data, message in ((POINTER, "a git-lfs pointer"), (b"\xef\xbb\xbf" + good, "begins with a byte order mark")):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=f"^{path}: {message}"):

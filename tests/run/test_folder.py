@@ -542,7 +542,7 @@ def test_overwrite_removes_nothing_before_the_result_is_complete(workspace, fini
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("transformers.LlamaForCausalLM.save_pretrained", full)
+        patch.setattr("kunbr_fast.files.saving.write_like", full)
         assert cli.main(arguments(workspace, "--out", out, "--overwrite", "--seed", 3, "--quiet")) == 2
     assert {name: value for name, value in contents(out).items() if not name.startswith(NAME)} == before
     assert cli.main(arguments(workspace, "--out", out, "--resume", "--seed", 3, "--quiet")) == 0
