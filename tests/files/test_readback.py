@@ -12,7 +12,7 @@ from tiny_models import random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.cli import command as cli
-from kunbr_fast.files import readback, saving
+from kunbr_fast.files import merge, readback, saving
 from kunbr_fast.files.models import load_model
 from kunbr_fast.files.readback import NotWritten
 from kunbr_fast.files.saving import save_model
@@ -155,3 +155,29 @@ def test_only_a_model_that_the_run_wrote_is_read_back(tmp_path):
     how["before_cleanup"] = lambda report: save_model(model, None, tmp_path, replace=True)
     kf.unlearn(model, samples, samples, config, **how)
     assert any(line.startswith("read back: ") and line.endswith("0.0e+00 relative") for line in lines)
+
+
+def test_a_merge_is_read_back(workspace, tmp_path, monkeypatch):
+    """Its state stays, and --resume writes the file again."""
+    base, tuned, out = workspace / "model", tmp_path / "tuned", tmp_path / "out"
+    tiny_text.model(seed=1).save_pretrained(tuned)
+    (tmp_path / "base").mkdir()
+    base = shutil.copytree(base, tmp_path / "base", dirs_exist_ok=True)
+    (base / "tokenizer.model.v3").write_bytes(b"x")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    (base / "all_results.json").write_text("{}")
+    for name in ("model.safetensors", "tokenizer.json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(merge, "forget", lambda path, name=name: flipped(path, name))
+            with pytest.raises(ValueError, match=f"out/{name}: .*it is not"):
+                kf.merge_models(base, [tuned], out, mode="add", resume=out.exists())
+        assert (out / "merge.partial.json").exists() and not (out / "merge.json").exists()
+        if name == "tokenizer.json":
+            (out / name).unlink()
+    kf.merge_models(base, [tuned], out, mode="add", resume=True)
+    there = contents(out).keys() - {"merge.json", ".kunbr-fast.lock"}
+    assert there == contents(base).keys() - {"all_results.json"}
+    kf.merge_models(base, [tuned], tmp_path / "again", mode="add")
+    weights = "model.safetensors"
+    assert (out / weights).read_bytes() == (tmp_path / "again" / weights).read_bytes()
