@@ -76,6 +76,7 @@ class ModelFolder:
             )
         if os.path.lexists(generation := self.path / "generation_config.json"):
             read_json(generation, dict)
+            check_start(generation)
         self.shards = Shards(self.path, log)
         self._check_layers()
         if model_config.of_language(self.values).get("tie_word_embeddings") is True:
