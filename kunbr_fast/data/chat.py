@@ -145,6 +145,9 @@ class _Chat:
         for i in wanted:
             spans = places[i] if places is not None and i in named else self._alone(i)
             if not spans:
+                in_parts = {**self.messages[i], "content": [{"type": "text", "text": self._name(i)}]}
+                if self._name(i) in (self._with(i, in_parts) or ""):
+                    raise self._wrong(i, "takes contents in parts only, not as text", "take another template")
                 raise self._wrong(i, "leaves it out", "leave it out, or put its text into another message")
             if len(spans) > 1 and self.messages[i]["role"] == "assistant":
                 raise self._wrong(i, f"writes it {len(spans)} times", "change the template")
