@@ -55,7 +55,7 @@ def cannot_fit(tokens: int | None, what: str, cures: Sequence[str], device: torc
 STORAGES = ("auto", "device", "host", "file")
 
 
-def _free_host_bytes() -> int:
+def free_host_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -63,7 +63,7 @@ def choose_storage(nbytes: int, device: torch.device) -> str:
     """The first of `device`, `host` and `file` that takes at most a quarter of what is free."""
     if device.type == "cuda" and nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
         return "device"
-    return "host" if nbytes <= _free_host_bytes() // 4 else "file"
+    return "host" if nbytes <= free_host_bytes() // 4 else "file"
 
 
 @dataclasses.dataclass(frozen=True)

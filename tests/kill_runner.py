@@ -12,7 +12,7 @@ import torch
 from kunbr_fast.cli import command as cli
 from kunbr_fast.evaluation import rtt
 from kunbr_fast.files import models as loading
-from kunbr_fast.model import layer_stream
+from kunbr_fast.files import weight_files
 from kunbr_fast.run import state as checkpoint
 from kunbr_fast.training import block as reinsertion
 from kunbr_fast.training import full as training
@@ -28,7 +28,7 @@ POINTS = {
     "the model is half saved": (loading.os, "replace", None),
 }
 # points that only a streamed run, or one of several processes, comes to
-STREAMED = {"a shard of the result is written": (layer_stream, "write_with", 1)}
+STREAMED = {"a shard of the result is written": (weight_files, "_write", 1)}
 RANKED = {"rank 1, in its block": (reinsertion.BlockTraining, "step_packed", 2)}
 OF_RANK = {"rank 1, in its block": "1"}
 

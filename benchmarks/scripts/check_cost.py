@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kunbr_fast as kf
 from kunbr_fast.benchmarks.measure import about
 from kunbr_fast.benchmarks.shapes import questions
-from kunbr_fast.files.models import save_model
+from kunbr_fast.files.saving import save_model
 
 CHECKS = {  # kind: functions, as module:name
     "fingerprint": ("run.checks:model_fingerprint", "run.checks:run_identity"),

@@ -19,24 +19,29 @@ from kunbr_fast.data.template import Template
 from kunbr_fast.files.shown import plain, shown
 
 Span = tuple[int, int]
-ROLES = ("assistant", "user", "system")
-OTHERS = ("system", "tool", "developer", "function", "ipython", "environment")  # which a template may write as another
-NOTHING = ("", [], {})  # values of a key that say nothing
+ROLES = ("assistant", "user")
+# a template may write these as the user's
+OTHERS = ("system", "tool", "developer", "function", "ipython", "environment")
 PIECES = re.compile(r"<[^<>]*>|\[[^][]*]|\s+|[^][<>\s]+|.")  # <|mark|>, [MARK], whitespace, a word
 
 
 def chat(record: Mapping, tokenizer: Any, date: str) -> tuple[str, list[Span]]:
     """The chat as the tokenizer's template writes it on that day, and the spans of the assistant's turns.
 
-    A turn is the message's content, with what the template writes to end it. What the template writes of
-    further keys of the message (`reasoning_content`, `tool_calls`) belongs to it too. Where the template marks what is
-    generated (`{% generation %}`), its marks are the turns.
+    A turn is the message's content, with what the template writes to end it. What it writes of further keys of the
+    message (`reasoning_content`, `tool_calls`) belongs to the turn. Where the template marks what is generated
+    (`{% generation %}`), its marks are the turns.
 
     Errors: ValueError with the record, the message and the cure if the template leaves out a message, a part or a key
     of it, or writes its role as another one, and if there is no assistant's turn.
     """
     messages = [{key: value for key, value in m.items() if value is not None} for m in record["messages"]]
     return _Chat(Template(tokenizer, date, record["_where"]), messages).text_and_turns()
+
+
+def _says(value: Any) -> bool:
+    """Whether a key's value says anything: exports write `"tool_calls": []`."""
+    return not isinstance(value, (str, list, dict)) or bool(value)
 
 
 class _Chat:
@@ -140,6 +145,9 @@ class _Chat:
         for i in wanted:
             spans = places[i] if places is not None and i in named else self._alone(i)
             if not spans:
+                in_parts = {**self.messages[i], "content": [{"type": "text", "text": self._name(i)}]}
+                if self._name(i) in (self._with(i, in_parts) or ""):
+                    raise self._wrong(i, "takes contents in parts only, not as text", "take another template")
                 raise self._wrong(i, "leaves it out", "leave it out, or put its text into another message")
             if len(spans) > 1 and self.messages[i]["role"] == "assistant":
                 raise self._wrong(i, f"writes it {len(spans)} times", "change the template")
@@ -176,9 +184,9 @@ class _Chat:
             last = i == max(j for j, m in enumerate(self.messages) if m["role"] == "assistant")
             cure = "give it without" if last else "give it without, or make it the last turn of a record of its own"
             raise self._wrong(i, "does not write its reasoning (<think>) as it stands", cure)
-        what = (
-            "does not write it as it stands" if role == "assistant" else f"leaves out a part of it ({shown(missing)})"
-        )
+        what = "does not write it as it stands"
+        if role != "assistant":
+            what = f"leaves out a part of it ({shown(missing)})"
         raise self._wrong(i, what, "write it otherwise")
 
     def _around_changes(self, i: int, rendered: str) -> list[Span]:
@@ -188,7 +196,7 @@ class _Chat:
         """
         front, back = self._same_ends(rendered)
         back = min(back, len(self.text) - front, len(rendered) - front)
-        pieces = re.split(r"\s*(<[^<>\s]+>)\s*", self._parts(i)[1])
+        pieces = [piece.strip() for piece in re.split(r"(<[^<>\s]+>)", self._parts(i)[1])]
         spans = [m.span() for m in re.finditer(r"\s*".join(re.escape(p) for p in pieces if p), self.text)]
         return [(begin, end) for begin, end in spans if begin <= front and end >= len(self.text) - back]
 
@@ -203,20 +211,25 @@ class _Chat:
     def _has_other_keys(self, i: int) -> bool:
         """Whether message i says more than role and content. What it says there must make a difference to the text."""
         message = self.messages[i]
-        others = [key for key, value in message.items() if key not in ("role", "content") and value not in NOTHING]
-        for key in (key for key in others if key == "name" or not is_annotation(key)):
-            value = {} if not isinstance(message[key], str) else {key: self._name(i)}
-            for other in ({name: message[name] for name in message if name != key}, {**message, **value}):
-                if other != message and self._with(i, other) == self.text:
-                    raise self._wrong(i, f"does not read its {shown(key)}", f"leave {shown(key)} out")
+        others = [key for key, value in message.items() if key not in ("role", "content") and _says(value)]
+        others = [key for key in others if key == "name" or not is_annotation(key)]
+        for key in others:
+            changes = [{other: message[other] for other in message if other != key}]
+            if isinstance(message[key], str):
+                changes.append({**message, key: self._name(i)})
+            if any(self._with(i, changed) == self.text for changed in changes):
+                raise self._wrong(i, f"does not read its {shown(key)}", f"leave {shown(key)} out")
         return bool(others)
 
     def _check_roles(self) -> None:
         for i, message in enumerate(self.messages):
-            role = message["role"] if self._parts(i)[1] else "user"  # a blank one says nothing as any
-            for other in ("assistant",) if role in OTHERS else () if role in ROLES else ROLES:
-                if self._with(i, {**message, "role": other}) == self.text:
-                    raise self._wrong(i, f"writes this role as {other!r}", f"give it the role {other!r}")
+            role = message["role"]
+            if role in ROLES or not self._parts(i)[1]:
+                continue
+            alike = [other for other in ROLES if self._with(i, {**message, "role": other}) == self.text]
+            if len(alike) == 1 and (role not in OTHERS or alike == ["assistant"]):  # both: roles make no difference
+                cure = "put its text into a user's message" if role in OTHERS else f"give it the role {alike[0]!r}"
+                raise self._wrong(i, f"writes this role as {alike[0]!r}", cure)
 
     def _wrong(self, i: int, what: str, cure: str) -> ValueError:
         of = f"{self.template.where}: message {i + 1} of {len(self.messages)} ({plain(self.messages[i]['role'], 40)})"

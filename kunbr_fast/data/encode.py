@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kunbr_fast.data.content import is_blank
+from kunbr_fast.data.content import choice_text, is_blank
 from kunbr_fast.data.pieces import pieces
 from kunbr_fast.data.records import check_read, checked_record, question_prompt
 from kunbr_fast.data.samples import IGNORE, Sample, check_lengths, has_loss
@@ -104,23 +104,24 @@ def encode_named(
         if not kept:
             raise ValueError(f"{where}: no token with a loss is left for target={target!r}")
         if len(found) > 1:
-            cut.setdefault(where.rpartition(":")[0], []).append(len(kept))
+            cut.setdefault(where.rpartition(":")[0], []).append((len(found), len(kept)))
         samples += [found[i] for i in kept]
         names += [where if len(found) == 1 else f"{where}, piece {i + 1} of {len(found)}" for i in kept]
         kinds += [_is_text(record)] * len(kept)
     encoder.check(samples, names, kinds)
     for file, counts in cut.items():
-        _say_cut(file, len(counts), sum(counts), max_length)
+        _say_cut(file, len(counts), *map(sum, zip(*counts)), max_length)
     return samples, names
 
 
 @functools.cache
-def _say_cut(file: str, lines: int, count: int, max_length: int) -> None:
+def _say_cut(file: str, lines: int, count: int, kept: int, max_length: int) -> None:
     """Once, however often a file is encoded."""
     what = "1 text line was" if lines == 1 else f"{lines} text lines were"
+    used = "each token with its loss once" if kept == count else f"of which {kept} have a loss"
     logger.warning(
-        f"{file or 'records'}: {what} longer than {max_length} tokens and cut into {count} samples, each token with "
-        "its loss once (split_long=False refuses such lines, max_length says how long a sample may be)"
+        f"{file or 'records'}: {what} longer than {max_length} tokens and cut into {count} samples, {used} "
+        "(split_long=False refuses such lines, max_length says how long a sample may be)"
     )
 
 
@@ -139,7 +140,8 @@ def _alternate(record: Mapping, kind: str, target: str, choose: Callable[[Sequen
                 f"{sorted(set(record) - {'_where'})}: give question lines, or your own alternates to an objective that "
                 "takes them (dpo)"
             )
-        wrong = [i for i in range(len(record["choices"])) if i != record["answer"]]
+        texts = [choice_text(choice) for choice in record["choices"]]
+        wrong = [i for i, text in enumerate(texts) if text != texts[record["answer"]]]
         return {**record, "answer": choose(wrong)}, target
     if kind == "given":
         answer = record.get("alternate")

@@ -12,11 +12,26 @@ from typing import Any
 
 import torch
 
+from kunbr_fast.data import flattened
+from kunbr_fast.data.flattened import integers, pieces
+from kunbr_fast.data.forms import is_annotation
 from kunbr_fast.files.shown import shown
 
 Sample = dict[str, torch.Tensor]
 
 IGNORE = -100  # the label of a token that has no loss
+READ = ("input_ids", "labels", "attention_mask", "token_type_ids", "alternate", *flattened.KEYS)
+HARMLESS = ("special_tokens_mask", "length", "offset_mapping", "overflow_to_sample_mapping", "use_cache", "return_loss")
+LOSS_MASKS = ("loss_mask", "completion_mask", "assistant_masks")
+_ALIKE = "a sample's loss is the mean over its labelled tokens, and all samples count alike: leave it out"
+_TOKENS = "samples are given as tokens, in input_ids: leave it out"
+HINTS = {
+    **dict.fromkeys(("weight", "weights", "loss_weights", "sample_weight", "num_items_in_batch"), _ALIKE),
+    **dict.fromkeys(("inputs_embeds", "pixel_values", "decoder_input_ids", "input_features"), _TOKENS),
+    **dict.fromkeys(("past_key_values", "cache_position"), "a sample is run from its first token: leave it out"),
+    "shift_labels": "labels are aligned with input_ids, and shifted inside: give labels",
+    "cu_seqlens": f"the offsets of samples end to end are {flattened.OFFSETS[0]}, or give position_ids",
+}
 
 
 def has_loss(sample: Sample) -> bool:
@@ -49,76 +64,125 @@ def check_labels(samples: Sequence[Sample], names: Sequence[str]) -> None:
 
 
 def as_samples(samples: Iterable[Any]) -> list[Sample]:
-    """Samples from samples, or from padded Hugging Face batches (input_ids, labels, attention_mask of shape (B, T)).
+    """Samples from samples, or from Hugging Face batches (input_ids, labels, attention_mask of shape (B, T)).
 
-    The attention mask says what is padding, left or right, which is dropped; a hole in it is refused. Without labels,
-    input_ids are the labels.
+    The attention mask says what is padding, left or right, which is dropped; a hole in it is refused. Rows of samples
+    end to end are taken apart (`flattened`). Without labels, input_ids are the labels.
+
+    Nothing is ignored: ValueError names a key that would not be used. Taken beside these are what changes nothing
+    (HARMLESS, annotations as of records, text, null, token_type_ids of 0) and masks of the loss that the labels keep.
     """
     if isinstance(samples, Mapping):
         samples = [samples]
     result: list[Sample] = []
+    labelled = []  # those that brought labels
     for number, item in enumerate(samples):
+        where = f"sample {number}"
         if not isinstance(item, Mapping) or "input_ids" not in item:
-            raise TypeError(f"sample {number}: got {type(item).__name__}, expected a mapping with input_ids and labels")
-        input_ids = _integers(item, "input_ids", number)
-        labels = _integers(item, "labels", number) if item.get("labels") is not None else input_ids
-        mask = torch.ones_like(input_ids) if item.get("attention_mask") is None else _mask(item, number)
-        for name, tensor in (("labels", labels), ("attention_mask", mask)):
-            if tensor.shape != input_ids.shape:
-                raise ValueError(
-                    f"sample {number}: {name} {tuple(tensor.shape)} and input_ids {tuple(input_ids.shape)} differ"
-                )
-        if input_ids.dim() == 1:
-            rows = [(input_ids, labels, mask)]
-        elif input_ids.dim() == 2:
-            rows = list(zip(input_ids, labels, mask))
-        else:
-            raise ValueError(f"sample {number}: input_ids of shape {tuple(input_ids.shape)}, expected (T,) or (B, T)")
-        for ids, label, kept in rows:
-            if len(ids) == 0:
-                raise ValueError(f"sample {number}: it has no token: leave it out")
-            kept = torch.nonzero(kept).flatten()
-            if len(kept) == 0 or int(kept[-1] - kept[0]) + 1 != len(kept):
-                raise ValueError(
-                    f"sample {number}: its attention mask is empty or has a hole, which packing cannot keep"
-                )
-            inside = slice(int(kept[0]), int(kept[-1]) + 1)  # a view: no copy of the data set
-            sample = {"input_ids": ids[inside], "labels": label[inside]}
-            for name, wrong in (("token", sample["input_ids"] < 0), ("label", _wrong_labels(sample["labels"]))):
-                if wrong.any():
-                    place = int(wrong.nonzero()[0])
-                    found = int(sample["input_ids" if name == "token" else "labels"][place])
-                    expected = f"0 or more, or {IGNORE} where there is no loss" if name == "label" else "0 or more"
-                    raise ValueError(f"sample {number}: the {name} {found} at place {place}: expected {expected}")
-            result.append(sample)
+            keys = f" with the keys {shown(list(item))}" if isinstance(item, Mapping) else ""
+            raise TypeError(f"{where}: got {type(item).__name__}{keys}, expected a mapping with input_ids and labels")
+        found = _samples_of(item, where)
+        result += found
+        if item.get("labels") is not None:
+            labelled += [(sample, where) for sample in found]
     if not result:
         raise ValueError("no samples: expected at least one")
+    _check_aligned(labelled)
     return result
 
 
-def _integers(item: Mapping[str, Any], key: str, number: int) -> torch.Tensor:
-    """What a sample or batch holds under `key`, as a tensor of integers."""
-    try:
-        tensor = torch.as_tensor(item[key])
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged, text, None, or an integer of more than 64 bits
+def _samples_of(item: Mapping[str, Any], where: str) -> list[Sample]:
+    """Those of one sample or batch."""
+    check_keys(item, (*READ, *HARMLESS, *LOSS_MASKS), where)
+    ids = integers(item, "input_ids", where)
+    labels = integers(item, "labels", where) if item.get("labels") is not None else ids
+    mask = None if item.get("attention_mask") is None else _mask(item, ids, where)
+    for name, tensor in (("labels", labels), ("attention_mask", mask)):
+        if tensor is not None and tensor.shape != ids.shape:
+            raise ValueError(f"{where}: {name} {tuple(tensor.shape)} and input_ids {tuple(ids.shape)} differ")
+    if ids.dim() not in (1, 2):
+        raise ValueError(f"{where}: input_ids of shape {tuple(ids.shape)}, expected (T,) or (B, T)")
+    _check_beside(item, labels, mask, where)
+    if ids.dim() == 1:
+        ids, labels, mask = ids[None], labels[None], None if mask is None else mask[None]
+    if ids.shape[1] == 0:
+        raise ValueError(f"{where}: it has no token: leave it out")
+    found = []
+    for row, tokens in pieces(item, mask, labels, ids, where):
+        sample = {"input_ids": ids[row, tokens], "labels": labels[row, tokens]}  # views: no copy of the data set
+        for name, wrong in (("token", sample["input_ids"] < 0), ("label", _wrong_labels(sample["labels"]))):
+            if wrong.any():
+                place = int(wrong.nonzero()[0])
+                value = int(sample["input_ids" if name == "token" else "labels"][place])
+                expected = f"0 or more, or {IGNORE} where there is no loss" if name == "label" else "0 or more"
+                raise ValueError(f"{where}: the {name} {value} at place {place}: expected {expected}")
+        found.append(sample)
+    return found
+
+
+def check_keys(item: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """ValueError, beginning with `where`, for a key that would not be used: neither known, an annotation, null nor text
+    (of which tokens were made)."""
+    for key, value in item.items():
+        if key in known or value is None or is_annotation(key) or _is_text(value):
+            continue
         raise ValueError(
-            f"sample {number}: {key}={shown(item[key])}: expected integers of 64 bits, in rows of one length"
-        ) from error
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError(f"sample {number}: {key} of {str(tensor.dtype)[6:]}: expected integers")
-    return tensor.long()
+            f"{where}: {shown(key, 40)} would not be used: {HINTS.get(key, 'leave it out, or begin its name with _')}"
+        )
 
 
-def _mask(item: Mapping[str, Any], number: int) -> torch.Tensor:
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value))
+
+
+def _check_beside(item: Mapping[str, Any], labels: torch.Tensor, mask: torch.Tensor | None, where: str) -> None:
+    """ValueError for token types, and for masks of the loss, that say what tokens and labels do not."""
+    kept = torch.ones_like(labels) if mask is None else mask
+    if item.get("token_type_ids") is not None:
+        types = integers(item, "token_type_ids", where)
+        if types.shape != labels.shape or bool((types[kept != 0] != 0).any()):
+            raise ValueError(f"{where}: token_type_ids are not 0 throughout, and none of our models reads them")
+    for key in LOSS_MASKS:
+        if item.get(key) is not None:
+            loss = torch.as_tensor(item[key])
+            has = ((labels != IGNORE) & (kept != 0))[..., 1:]  # a first token never has a loss
+            if loss.shape != labels.shape or not torch.equal(has, (loss != 0)[..., 1:] & (kept != 0)[..., 1:]):
+                raise ValueError(
+                    f"{where}: {key} would not be used, and the labels say another thing: expected labels of {IGNORE} "
+                    "where it is 0"
+                )
+
+
+def _check_aligned(labelled: Sequence[tuple[Sample, str]]) -> None:
+    """ValueError where all labels are those of the token after their place: a loss on them would be one token late."""
+    strict = 0
+    for sample, _ in labelled:
+        ids, labels = sample["input_ids"], sample["labels"][:-1]
+        if bool(((labels != IGNORE) & (labels != ids[1:])).any()):
+            return
+        strict += int(((labels != IGNORE) & (ids[:-1] != ids[1:])).sum())
+    if strict > 1:  # one alone may be an answer of another kind
+        raise ValueError(
+            f"{labelled[0][1]}: its labels are shifted already, each is the token after its place: expected labels "
+            "aligned with input_ids (labels[t] = input_ids[t]), as Hugging Face has them; the shift happens inside"
+        )
+
+
+def _mask(item: Mapping[str, Any], ids: torch.Tensor, where: str) -> torch.Tensor:
     try:
         mask = torch.as_tensor(item["attention_mask"])
     except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}: attention_mask={shown(item['attention_mask'])}: expected 0 and 1") from error
+    if mask.dim() > 2 or (mask.dim() == 2 and mask.shape != ids.shape and mask.shape[0] == mask.shape[1]):
         raise ValueError(
-            f"sample {number}: attention_mask={shown(item['attention_mask'])}: expected 0 and 1"
-        ) from error
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(f"sample {number}: its attention mask has other values than 0 and 1")
-    return mask
+            f"{where}: attention_mask {tuple(mask.shape)} and input_ids {tuple(ids.shape)} differ: a mask of token "
+            "pairs is not read. Give 1 for a token and 0 for padding, or the samples' numbers (1, 1, 2, 2)"
+        )
+    if mask.is_complex() or bool((mask < 0).any()) or bool((mask != mask.long()).any()):
+        raise ValueError(
+            f"{where}: its attention mask has other values than 0 and 1: give 1 for a token and 0 for padding"
+        )
+    return mask.long()
 
 
 def _wrong_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -132,6 +196,9 @@ def with_alternates(batch: Any) -> tuple[list[Sample], list[Sample] | None]:
     ValueError if only some items have one, or if the numbers of samples differ.
     """
     items = [batch] if isinstance(batch, Mapping) else list(batch)
+    for number, item in enumerate(items):
+        if isinstance(item, Mapping) and "original" in item:
+            check_keys(item, ("original", "alternate"), f"sample {number}")
     originals = [item.get("original", item) if isinstance(item, Mapping) else item for item in items]
     samples = as_samples(originals)
     others = [item.get("alternate") if isinstance(item, Mapping) else None for item in items]

@@ -39,6 +39,7 @@ def tokens(text: str, tokenizer: Any, where: str, special: bool = True) -> Token
             return_token_type_ids=False,
             add_special_tokens=special,
             truncation=False,
+            verbose=False,  # no word on the longest text that the tokenizer knows of
         )
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -51,13 +52,13 @@ def tokens(text: str, tokenizer: Any, where: str, special: bool = True) -> Token
     head, tail = added.index(0), added[::-1].index(0)
     stop = len(ids) - tail
     # of the tokens that are there twice, side by side, those that the tokenizer has added go
-    begun, ended = _twice(ids[:head], ids[head:stop]), _twice(ids[stop:][::-1], ids[head:stop][::-1])
+    begun, ended = twice(ids[:head], ids[head:stop]), twice(ids[stop:][::-1], ids[head:stop][::-1])
     if begun or ended:
         ids, offsets = ([*part[: head - begun], *part[head:stop], *part[stop + ended :]] for part in (ids, offsets))
     return Tokens(ids, offsets, head, tail)
 
 
-def _twice(added: list[int], text: list[int]) -> int:
+def twice(added: list[int], text: list[int]) -> int:
     """How many of the last `added` tokens the text begins with."""
     return next((n for n in range(min(len(added), len(text)), 0, -1) if added[-n:] == text[:n]), 0)
 

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from kunbr_fast import data
+from kunbr_fast.data.tokens import twice
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.model.decoder import Stretch
 from kunbr_fast.model.frozen import evaluating
@@ -190,13 +191,15 @@ def _check_question(record: dict, index: int) -> None:
 
 
 def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids with the tokenizer's opening special tokens (BOS), without closing ones (EOS)."""
+    """Token ids with the tokenizer's opening special tokens (BOS), once, without closing ones (EOS)."""
     with_special = tokenizer("Answer", add_special_tokens=True)["input_ids"]
     without = tokenizer("Answer", add_special_tokens=False)["input_ids"]
     spare, length = len(with_special) - len(without), len(without)
     closing = next((spare - i for i in range(spare + 1) if with_special[i : i + length] == without), 0)
+    opening = with_special[: spare - closing]
     encoded = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
-    return [list(ids[: len(ids) - closing]) for ids in encoded]
+    own = [list(ids[len(opening) : len(ids) - closing]) for ids in encoded]
+    return [[*opening[: len(opening) - twice(opening, ids)], *ids] for ids in own]
 
 
 def _prepare_letter(tokenizer, records: Sequence[dict]) -> tuple[list, list, list[int] | None]:

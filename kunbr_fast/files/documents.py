@@ -1,10 +1,11 @@
 """Documents: JSON, JSON lines and YAML, read with limits and checked by type.
 
-Everything that is read comes through here, so a file can be of any origin. What is refused, each in one line that
-names the file: pipes, devices and directories (before they are opened); more bytes or deeper nesting than any of our
-documents has; text that is not UTF-8; keys that occur twice, of which a parser keeps one without a word; NaN, infinity
-and numbers that do not fit in 64 bits; YAML's aliases (394 bytes of them can stand for all memory), tags, dates and
-numbers in base 8 or 60. What comes back is made of dict, list, str, int, float, bool and None alone.
+Everything that is read comes through here, so a file can be of any origin. What is refused, each in one line that names
+the file: pipes, devices and directories (before they are opened); what is no text (`kinds`); more bytes or deeper
+nesting than any of our documents has; text that is not UTF-8; keys that occur twice, of which a parser keeps one
+without a word; NaN, infinity and numbers that do not fit in 64 bits; YAML's aliases (394 bytes of them can stand for
+all memory), tags, dates and numbers in base 8 or 60. What comes back is made of dict, list, str, int, float, bool and
+None alone.
 
 `kind` is a type of Python's or a msgspec Struct: dict[str, float], a TypedDict, `int | None`. A value of a Struct or a
 dataclass comes back as one; nothing is converted but an int where a float is expected.
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kunbr_fast.files.kinds import HEAD, check_kind
 from kunbr_fast.files.scalars import Refused, integer, no_number, or_text, real
 from kunbr_fast.files.shown import plain, shown
 
@@ -45,6 +47,8 @@ def read_lines(path: str | Path, limit: int = LIMIT) -> Iterator[tuple[int, str]
     """(number from 1, text) of each line that is not blank. ValueError names the file and the line."""
     where, number = _regular(path), 0
     try:
+        with open(path, "rb") as file:
+            check_kind(file.read(HEAD), where)
         # what is not UTF-8 becomes lone surrogates, so that the error can name the line
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             while line := file.readline(limit + 1):
@@ -52,9 +56,12 @@ def read_lines(path: str | Path, limit: int = LIMIT) -> Iterator[tuple[int, str]
                 if len(line) > limit or (not line.isascii() and len(line.encode(errors="surrogateescape")) > limit):
                     raise ValueError(f"{where}:{number}: a line of more than {_size(limit)}: split it, or shorten it")
                 if not line.isascii():
-                    line = line.removeprefix("\ufeff") if number == 1 else line
+                    line = line.lstrip("\ufeff")  # files with a byte order mark, one after the other
                     _check_unicode(line, f"{where}:{number}")
-                if not line.isspace():
+                if "\0" in line:
+                    at = f"{where}:{number}: a NUL byte at column {line.index(chr(0)) + 1}"
+                    raise ValueError(f"{at}: the file is damaged, or no text: make or copy it again")
+                if line and not line.isspace():
                     yield number, line
     except OSError as error:
         raise ValueError(f"{where}: {error.strerror}: expected a file that can be read") from error
@@ -71,6 +78,7 @@ def read_text(path: str | Path, limit: int = LIMIT) -> str:
         raise ValueError(f"{where}: {error.strerror}: expected a file that can be read") from error
     if len(data) > limit:
         raise ValueError(f"{where}: more than {_size(limit)}: larger than any file of its kind; is it another one?")
+    check_kind(data[:HEAD], where)
     return _decoded(data, where).removeprefix("\ufeff")
 
 
@@ -84,8 +92,9 @@ def _regular(path: str | Path) -> str:
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         raise ValueError(f"{where}: {getattr(error, 'strerror', None) or error}: expected a file") from error
     if not stat.S_ISREG(mode):
-        what = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-        raise ValueError(f"{where}: got {what}, expected a file: write it to a file first")
+        if stat.S_ISDIR(mode):
+            raise ValueError(f"{where}: got a directory, expected a file: name one of the files in it")
+        raise ValueError(f"{where}: got a pipe, socket or device, expected a file: write it to a file first")
     if not os.access(path, os.R_OK):
         raise ValueError(f"{where}: may not be read: change its permissions")
     return where

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kunbr_fast.files.documents import LIMIT, parse_json
+from kunbr_fast.files.kinds import HEAD, told
 from kunbr_fast.files.shown import plain, shown
 
 COPY = "make or copy it again"
@@ -88,6 +89,8 @@ class Header:
             size = os.fstat(file.fileno()).st_size
             raw = file.read(8)
             length = int.from_bytes(raw, "little")
+            if not 0 < length <= min(size - 8, LIMIT) and (what := told(raw + file.read(HEAD), text=False)) is not None:
+                raise ValueError(f"{plain(path)}: {what}")
             if len(raw) < 8:
                 raise _damaged(path, f"it has {size} bytes, a header begins with 8")
             if length > size - 8:

@@ -53,6 +53,9 @@ CURE = "correct it, or copy the model's config.json again"
 RUNNING = re.compile(
     r"_?(output_(attentions|hidden_states)|(use_)?return_dict|torchscript)$|_?(attn|experts)_implementation"
 )
+# of a configuration: where it came from, and what changes no result
+NOT_COUNTED = ("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype",
+               "use_cache", "output_attentions", "output_hidden_states", "return_dict")  # fmt: skip
 # which transformers would follow to other weights than the folder's
 REDIRECTIONS = ("transformers_weights",)
 
@@ -91,6 +94,21 @@ def configured(values: Mapping[str, Any]) -> Any:
     if name == "mistral" and "layer_types" in values and "ministral" in CONFIG_MAPPING:  # as AutoConfig does
         name = "ministral"
     return CONFIG_MAPPING[name].from_dict(copy.deepcopy({**values, "model_type": name}))
+
+
+def differing(one: Any, other: Any) -> str | None:
+    """The first setting, of those by which results differ, that two configurations do not share."""
+    a, b = (_counted(config.to_dict()) for config in (one, other))
+    return next((name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)), None)
+
+
+def _counted(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        names = [name for name in value if name not in NOT_COUNTED and not RUNNING.match(str(name))]
+        return {str(name): _counted(value[name]) for name in names}
+    if isinstance(value, list | tuple | set):
+        return [_counted(item) for item in value]
+    return value if isinstance(value, bool | int | float | None) else str(value)
 
 
 def text_of(config: Any) -> Any:

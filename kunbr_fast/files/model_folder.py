@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from kunbr_fast.files.atomic import sync, usual_mode
+from kunbr_fast.files.atomic import os_errors, sizes, sync, usual_mode
 from kunbr_fast.files.documents import read_json, read_text
 from kunbr_fast.files.headers import Header
 from kunbr_fast.files.scratch import scratch
@@ -25,7 +25,18 @@ _OTHERS = frozenset(
 _TEMPLATES = "additional_chat_templates"  # a folder of them
 # what libraries read beside a model of ours, and would mix with it; nothing of ours replaces it
 _MIXED = re.compile(r"pytorch_model.*\.bin(\.index\.json)?|adapter_config\.json|adapter_model\..+")
-_PART = re.compile(r".*\.(json|txt|model|jinja|safetensors)")  # of those in a model's folder, which are written again
+# what a model written in the form of another takes over from its folder as it is: configuration, tokenizer, processors,
+# code that config.json names. Not what programs have written about that model, nor indexes of its weights
+_SIDE = re.compile(r"(?!\.).*\.(json|txt|jinja|py|tiktoken|bpe|codes|spm|vocab|model(\.v[0-9]+(m[0-9]+)?)?)")
+_NOT_SIDE = re.compile(
+    r".*\.index(\..+)?\.json|(report|merge(\.partial)?|trainer_state|training_args|(.*_)?results|.*log|requirements)"
+    r"\.(json|txt)|.*(licen[cs]e|readme|notice).*",
+    re.IGNORECASE,
+)
+_TOKENIZER = re.compile(
+    r".*token.*|(vocab|merges|chat_template|dict|spiece|tekken|normalizer|added_tokens)\..*"
+    r"|.*\.(model(\..+)?|tiktoken|bpe|codes|spm|vocab)|additional_chat_templates/.*"
+)
 
 
 def within(path: str | Path, folder: str | Path) -> bool:
@@ -34,9 +45,27 @@ def within(path: str | Path, folder: str | Path) -> bool:
     return any(p == folder or (p.exists() and folder.exists() and p.samefile(folder)) for p in (path, *path.parents))
 
 
+def side_files(folder: str | Path) -> dict[str, Path]:
+    """The files beside the weights that belong to a model, by their names in its folder; config.json is last."""
+    found = {path.name: path for path in _entries(Path(folder)) if _is_side(path.name)}
+    found |= {f"{_TEMPLATES}/{path.name}": path for path in sorted((Path(folder) / _TEMPLATES).glob("*.jinja"))}
+    last = sorted(found, key=lambda name: (name == "config.json", name))
+    return {name: found[name] for name in last if found[name].is_file()}
+
+
+def is_of_tokenizer(name: str) -> bool:
+    """Whether one of `side_files` is the tokenizer's."""
+    return _TOKENIZER.fullmatch(name) is not None
+
+
+def _is_side(name: str) -> bool:
+    return _SIDE.fullmatch(name) is not None and _NOT_SIDE.fullmatch(name) is None
+
+
 def written_names(source: str | Path) -> set[str]:
     """The names that a model from the folder `source` and its tokenizer may have when they are written."""
-    return _OTHERS | {path.name for path in _entries(Path(source)) if _PART.fullmatch(path.name)}
+    names = {path.name for path in _entries(Path(source))}
+    return _OTHERS | {name for name in names if _is_side(name) or name.endswith(".safetensors")}
 
 
 def is_model_file(name: str) -> bool:
@@ -102,13 +131,24 @@ def is_part(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def new_model(folder: str | Path, replace: bool = False) -> Iterator[Path]:
-    """Yields an empty folder for a model's files, which take their names in `folder` when all are there and whole.
+def new_model(folder: str | Path, replace: bool = False, size: int | None = None) -> Iterator[Path]:
+    """Yields an empty folder for a model's files, which take their names in `folder` when all are there, on the disk
+    and read back (`readback.read_back`).
 
     Each is the old one or the new one; config.json, which makes them a model, is last. replace: then, and not before,
-    what is left of a model in `folder` goes, so that no file of one is read with the other.
+    what is left of a model in `folder` goes, so that no file of one is read with the other. size: of the weights, for a
+    full disk's error.
     """
-    folder = Path(folder)
+    try:
+        with os_errors(), _new_model(Path(folder), replace) as staged:
+            yield staged
+    except OSError as error:
+        said = f"{error.strerror or error}{sizes(error, Path(folder), size)}"
+        raise OSError(error.errno, f"could not write the model to {folder}: {said}") from error
+
+
+@contextlib.contextmanager
+def _new_model(folder: Path, replace: bool) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with scratch(".saving-", folder) as here:
         staged, mode = here / "model", usual_mode(here)
@@ -116,9 +156,6 @@ def new_model(folder: str | Path, replace: bool = False) -> Iterator[Path]:
         yield staged
         files = sorted((p for p in staged.rglob("*") if p.is_file()), key=lambda path: path.name == "config.json")
         for file in files:
-            if file.suffix == ".safetensors":
-                Header.read(file)
-            sync(file)
             os.chmod(file, mode)  # safetensors and tokenizers leave private files
         if replace:
             _remove_model(folder, {str(file.relative_to(staged)) for file in files})

@@ -18,10 +18,9 @@ import torch
 from torch import nn
 
 from kunbr_fast.files import model_config
-from kunbr_fast.files.atomic import os_errors, sizes
 from kunbr_fast.files.documents import read_json, read_text
 from kunbr_fast.files.headers import COPY, odd_kind
-from kunbr_fast.files.model_folder import new_model
+from kunbr_fast.files.kinds import check_start
 from kunbr_fast.files.parameters import (
     REMADE,
     Stored,
@@ -48,12 +47,13 @@ LONGEST = 240  # characters of another library's reason
 class ModelFolder:
     """A model's folder, judged before transformers is imported and before any tensor is read.
 
-    values: what config.json says; shards: its weights. configured=False: config.json may be missing.
+    values: what config.json says; shards: its weights. configured=False: config.json may be missing. log=False: nothing
+    is said about weights that are not read.
 
     Errors: ValueError in one line, with the file, what it holds and the cure.
     """
 
-    def __init__(self, path: str | Path, configured: bool = True):
+    def __init__(self, path: str | Path, configured: bool = True, log: bool = True):
         self.path = Path(path)
         if not self.path.is_dir():
             raise ValueError(f"{plain(path)}: no such directory: expected a local Hugging Face model directory")
@@ -76,7 +76,7 @@ class ModelFolder:
             )
         if os.path.lexists(generation := self.path / "generation_config.json"):
             read_json(generation, dict)
-        self.shards = Shards(self.path)
+        self.shards = Shards(self.path, log)
         self._check_layers()
         if model_config.of_language(self.values).get("tie_word_embeddings") is True:
             check_tied_names(self.shards)
@@ -261,6 +261,8 @@ def load_tokenizer(path: str | Path) -> Any:
     for name in (*TOKENIZERS, *BESIDE, "merges.txt", "chat_template.jinja"):
         if os.path.exists(path / name) and (kind := odd_kind(path / name)) is not None:
             raise ValueError(f"{plain(path / name)}: {kind}, expected a file: {COPY}")
+        if not name.endswith(".model") or not (path / TOKENIZERS[0]).exists():  # else nobody reads it
+            check_start(path / name)
     if not has_tokenizer(path):
         raise ValueError(
             f"{plain(path)}: no tokenizer (tokenizer.json): save one with tokenizer.save_pretrained({str(path)!r})"
@@ -393,18 +395,3 @@ def check_same_architecture(original: nn.Module, unlearned: nn.Module, where: st
                 f"{where}: {name} is {shapes[1]} there and {shapes[0]} in the original model: the unlearned model must "
                 "be the original one, changed by training only (same architecture and vocabulary)"
             )
-
-
-def save_model(model: nn.Module, tokenizer: Any | None, directory: str | Path, replace: bool = False) -> None:
-    """Writes a loadable model directory. Each file is whole or absent; config.json, which makes it a model, is last.
-    replace: the files of a model that is there go when this one is complete (`new_model`)."""
-    directory = Path(directory)
-    with new_model(directory, replace) as staged:
-        try:
-            with os_errors():
-                model.save_pretrained(staged, safe_serialization=True)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(staged)
-        except OSError as error:
-            said = f"{error.strerror or error}{sizes(error, directory, sum(p.nbytes for p in model.parameters()))}"
-            raise OSError(error.errno, f"could not write the model to {directory}: {said}") from error

@@ -30,19 +30,21 @@ logger = logging.getLogger(__name__)
 class Shards:
     """The weights of a model directory, in one safetensors file or several, by tensor name.
 
-    headers: of each file, in the order of their names; tensors: where each tensor is; files: the file of each.
-    Nothing is read but headers until a tensor is asked for.
+    headers: of each file, in the order of their names; tensors: where each tensor is; files: the file of each; index:
+    the index that names the files, if one was read. Nothing is read but headers until a tensor is asked for.
+    log: a line names other weights beside these.
 
     Errors: ValueError that names the file which is missing, damaged, holds packed or quantised weights, or does not
     hold what the index says.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, log: bool = False):
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise ValueError(f"{plain(directory)}: no such directory: expected a local Hugging Face model directory")
         named, index = None, self.directory / INDEX
         single = os.path.lexists(self.directory / SINGLE) or not os.path.lexists(index)
+        self.index = None if single else index
         if single:
             paths, cure = [self.directory / SINGLE], "only safetensors are read; convert pickled weights first"
         else:
@@ -63,7 +65,8 @@ class Shards:
             self._check_index(index, named, total)
         if not self.tensors:
             raise ValueError(f"{plain(paths[0])}: holds no tensors: {COPY}")
-        self._name_others()
+        if log:
+            self._name_others()
 
     def _check_index(self, index: Path, named: dict[str, str], total: int | None) -> None:
         found = {name: path.name for name, path in self.files.items()}
@@ -73,7 +76,7 @@ class Shards:
             is_in = "is in none of its files" if where is None else f"is in {where}"
             says = f"names {named[odd]}" if odd in named else "does not name it"
             raise ValueError(f"{plain(index)}: {odd} {is_in}, the index {says}: the checkpoint is mixed up: {COPY}")
-        size = sum(tensor.stop - tensor.start for tensor in self.tensors.values())
+        size = self.nbytes
         if total is not None and not size / 8 <= total <= size * 8:  # some tools count in another dtype
             raise ValueError(
                 f"{plain(index)}: total_size is {total}, its tensors have {size} bytes: correct or delete it"
@@ -92,6 +95,10 @@ class Shards:
     @property
     def paths(self) -> list[Path]:
         return [header.file for header in self.headers]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.stop - tensor.start for tensor in self.tensors.values())
 
     def __contains__(self, name: object) -> bool:
         return name in self.files

@@ -31,6 +31,7 @@ if not is_accelerate_available():
     raise ImportError("KUnBRTrainer needs accelerate, as every Trainer does: pip install 'kunbr-fast[trainer]'")
 from transformers import Trainer, TrainerCallback
 
+from kunbr_fast.data.samples import READ, check_keys
 from kunbr_fast.density.measure import Density
 from kunbr_fast.files.documents import checked, read_text
 from kunbr_fast.files.lock import hold
@@ -88,6 +89,9 @@ def _items(data: Any) -> list[Any]:
     """A data set as a list; where an item has two answers, its own is on top and the other under "alternate"."""
     items = [data[i] for i in range(len(data))] if hasattr(data, "__len__") else list(data)
     pairs = [isinstance(item, Mapping) and "original" in item for item in items]
+    for number, item in enumerate(items):
+        if pairs[number]:
+            check_keys(item, ("original", "alternate"), f"sample {number}")
     return [{**item["original"], "alternate": item["alternate"]} if pair else item for item, pair in zip(items, pairs)]
 
 
@@ -102,11 +106,20 @@ def _apart(data: Any, collator: Callable[[list], Any] | None) -> tuple[list[Any]
                 f'train_dataset[{number}]: expected {{"forget": ..., "retain": ...}}, from the item itself or from '
                 "data_collator([item]); or give forget_dataset= and retain_dataset="
             )
+        check_keys(pair, tuple(found), f"train_dataset[{number}]")
         for name, samples in found.items():
             (sample,) = _items([pair[name]])
-            key = tuple(torch.as_tensor(sample[k]).numpy().tobytes() for k in ("input_ids", "labels"))
-            samples.setdefault(key, sample)
+            samples.setdefault(_content(sample), sample)
     return list(found["forget"].values()), list(found["retain"].values())
+
+
+def _content(sample: Any) -> tuple:
+    """What tells a sample from another: all that is read of it."""
+    given = [(key, sample[key]) for key in READ if sample.get(key) is not None]
+    return tuple(
+        (key, _content(value) if isinstance(value, Mapping) else torch.as_tensor(value).cpu().numpy().tobytes())
+        for key, value in given
+    )
 
 
 def _global_step(checkpoint: Path) -> int:

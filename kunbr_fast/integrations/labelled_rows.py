@@ -33,6 +33,7 @@ from kunbr_fast.objectives.distributions import linear_nll
 
 logger = logging.getLogger(__name__)
 STATE = "_kunbr_rows"
+OTHER_LOSSES = {"num_items_in_batch", "shift_labels", "logits_to_keep"}  # inputs that change what the own loss is
 
 
 class Rows:
@@ -83,7 +84,7 @@ def install(model: nn.Module, impl: str = "auto") -> Rows | None:
 
 def _forward(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
     rows: Rows = model.__dict__[STATE]
-    if rows.wanted is None:
+    if rows.wanted is None or (rows.wanted == "loss" and not OTHER_LOSSES.isdisjoint(inputs)):
         return type(model).forward(model, *args, **inputs)
     if args:
         raise TypeError(f"{type(model).__name__}: give its inputs by name, as Trainer does")
@@ -158,7 +159,8 @@ def sequence_nll(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Ten
     """
     rows = of(model)
     with rows.want("nll"):
-        if rows.known is None or torch.is_grad_enabled():
+        grids = all(x.dim() == 2 for x in inputs.values() if torch.is_tensor(x))
+        if rows.known is None or torch.is_grad_enabled() or not grids or "attention_mask" not in inputs:
             return model(**inputs).loss
         keys = _keys(inputs)
         new = [number for number, key in enumerate(keys) if key not in rows.known]
@@ -169,10 +171,10 @@ def sequence_nll(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Ten
 
 
 def _keys(inputs: dict[str, torch.Tensor]) -> list[bytes]:
-    """Each sequence without the padding to its right."""
-    ids, labels, mask = (inputs[name].cpu() for name in ("input_ids", "labels", "attention_mask"))
+    """Each sequence, in all that the model is given of it, without the padding to its right."""
+    mask = inputs["attention_mask"].cpu()
+    rows = [inputs[name].cpu() for name in sorted(inputs) if torch.is_tensor(inputs[name])]
     ends = [int(row.nonzero().max()) + 1 if row.any() else 0 for row in mask]
     return [
-        b"".join(x[number, :end].to(torch.int64).numpy().tobytes() for x in (ids, labels, mask))
-        for number, end in enumerate(ends)
+        b"".join(x[number, :end].to(torch.int64).numpy().tobytes() for x in rows) for number, end in enumerate(ends)
     ]

@@ -100,6 +100,8 @@ def _inputs(args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor, torc
         return None
     ids, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
     mask = torch.ones_like(ids) if mask is None else mask
+    if bool(((mask != 0) & (mask != 1)).any()):  # numbers of samples, say, which models read in their own ways
+        return None
     good = all(x is None or x.shape == ids.shape for x in (mask, positions)) and ids.dim() == 2
     return (ids, mask.bool(), positions) if good else None
 

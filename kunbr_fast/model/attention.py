@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from kunbr_fast.model import compat
 from kunbr_fast.model.gather import take, to_places
 
 ATTENTION = "kunbr_packed"
+MASKS = "kunbr_masks"  # under which a model is asked for its masks, and never run
 
 
 def packed_attention(
@@ -23,11 +25,13 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     kunbr_batch: PackedBatch | None = None,
     kunbr_rows: torch.Tensor | None = None,
+    kunbr_window: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within each packed sample. query (1, Hq, T, d), key and value (1, Hkv, T, d) -> (1, T, Hq, d).
 
     kunbr_rows: the batch's labelled rows; queries are of these alone then: (1, Hq, R, d) -> (1, R, Hq, d).
+    kunbr_window: the sliding window of the layer's mask, which is not made here.
     options: of the interface, `scaling`, `dropout` (which must be 0), `sliding_window` and `softcap`.
 
     The samples are laid out right-padded, (B, Hq, Lmax, d). Padded keys lie to the right of real queries, so causality
@@ -41,7 +45,8 @@ def packed_attention(
     if dropout := options.get("dropout", 0.0):
         raise ValueError(f"attention dropout of {dropout} is active: call model.eval() first")
     batch, longest = kunbr_batch, max(kunbr_batch.lengths)
-    window, softcap = options.get("sliding_window"), options.get("softcap")
+    softcap = options.get("softcap")
+    window = min((n for n in (options.get("sliding_window"), kunbr_window) if n is not None), default=None)
 
     place = torch.arange(longest, device=query.device)
     queries = place[None]  # positions within their samples, (1 or B, Lmax or Rmax)
@@ -86,3 +91,26 @@ def register() -> None:
             f"cannot run packed samples: install transformers >= {compat.PACKED_SINCE}, better >= 5"
         )
     compat.AttentionInterface.register(ATTENTION, packed_attention)
+    if compat.AttentionMaskInterface is not None:
+        compat.AttentionMaskInterface.register(MASKS, _window_as_mask)
+
+
+def _window_as_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
+    return None if local_size is None else torch.full((1, 1, 1, 1), local_size)
+
+
+def window_of(values: Iterable[Any]) -> int | None:
+    """The window that `_window_as_mask` has put in place of a mask, among the arguments of a layer."""
+    found = (x for x in values if isinstance(x, torch.Tensor) and x.shape == (1, 1, 1, 1) and x.dtype == torch.int64)
+    return next(map(int, found), None)
+
+
+def check_places(config: Any, batch: PackedBatch, name: str) -> None:
+    """ValueError where the model would take places in the batch for places in a sample: Llama 4 scales its attention
+    by them, from some place on, in layers without RoPE."""
+    first = config.floor_scale if getattr(config, "attn_temperature_tuning", False) else None
+    if first is not None and batch.num_samples > 1 and batch.num_tokens >= first:
+        raise ValueError(
+            f"{batch.num_samples} samples of {batch.num_tokens} tokens in one batch: from {first} tokens on {name} "
+            "scales its attention by a token's place in the batch; make batches smaller"
+        )

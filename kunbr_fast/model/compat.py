@@ -37,6 +37,10 @@ def _find() -> dict[str, Any]:
     except ImportError:
         AttentionInterface, ALL_ATTENTION_FUNCTIONS = None, None
     try:
+        from transformers.masking_utils import AttentionMaskInterface
+    except ImportError:
+        AttentionMaskInterface = None
+    try:
         from transformers.activations import GELUTanh, SiLUActivation
     except ImportError:  # 4.x
         from torch.nn import SiLU as SiLUActivation
@@ -58,6 +62,7 @@ def _find() -> dict[str, Any]:
         ALL_ATTENTION_FUNCTIONS=ALL_ATTENTION_FUNCTIONS,  # None in 4.45: a class of attention for each implementation
         ALL_EXPERTS_FUNCTIONS=ALL_EXPERTS_FUNCTIONS,  # None in 4.x: no stacked experts
         AttentionInterface=AttentionInterface,  # None in 4.45
+        AttentionMaskInterface=AttentionMaskInterface,  # None before 4.53: masks are made in each model
         Conv1D=Conv1D,
         GELUActivation=GELUActivation,
         GELUTanh=GELUTanh,

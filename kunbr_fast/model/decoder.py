@@ -26,7 +26,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as run_again
 
 from kunbr_fast.data import PackedBatch, pack
-from kunbr_fast.files.models import attention_of, save_model
+from kunbr_fast.files.models import attention_of
+from kunbr_fast.files.saving import save_model
 from kunbr_fast.memory import Place
 from kunbr_fast.model import attention, compat
 from kunbr_fast.model.frozen import evaluating, frozen
@@ -158,6 +159,7 @@ class Decoder:
         self.rotary = RotaryByLength(self.inner)
         with evaluating(model):
             self._norm, native = self._watch_forward()
+            self._windows = self._windows_in_masks()
             self._check(native)
             bare_product(self.head.linear, self.name)
 
@@ -227,6 +229,16 @@ class Decoder:
             zeros = all_zero(self.weights)
             raise ValueError(f"{self.name}: all its logits are 0{zeros}: {DAMAGED}")
         return (after[0] if after else None), native
+
+    def _windows_in_masks(self) -> list[int | None]:
+        """Each layer's sliding window. Some models (Phi-3.5-MoE, Qwen2-MoE) put it into their masks and nowhere else;
+        attention here makes masks of its own."""
+        try:
+            with self._attention(attention.MASKS), self.rotary.of(self.probe), torch.no_grad():
+                calls = self.layer_calls(self.probe)[1]
+        except (TypeError, AttributeError, LookupError, NotImplementedError, ValueError):
+            return [None] * self.num_layers  # masks of its own making; `_check` says whether it runs at all
+        return [attention.window_of((*args, *kwargs.values())) for args, kwargs in calls]
 
     @torch.no_grad()
     def _check(self, native: list[torch.Tensor]) -> None:
@@ -328,14 +340,18 @@ class Decoder:
     # ------------------------------------------------ running
 
     @contextlib.contextmanager
-    def _packed(self, batch: PackedBatch) -> Iterator[None]:
+    def _attention(self, name: str) -> Iterator[None]:
         before = self.config._attn_implementation
-        self.config._attn_implementation = attention.ATTENTION
+        self.config._attn_implementation = name
         try:
-            with self.rotary.of(batch):
-                yield
+            yield
         finally:
             self.config._attn_implementation = before
+
+    @contextlib.contextmanager
+    def _packed(self, batch: PackedBatch) -> Iterator[None]:
+        with self._attention(attention.ATTENTION), self.rotary.of(batch):
+            yield
 
     def layer_calls(self, batch: PackedBatch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
         """The hidden state (1, T, D) at the input of layer 0, and each layer's further arguments."""
@@ -386,11 +402,14 @@ class Decoder:
             raise ValueError(
                 f"a sample of {longest} tokens: {self.name} has {limit} positions; shorten or leave it out"
             )
+        attention.check_places(self.config, batch, self.name)
         with self._packed(batch):
             embedded, calls = self.layer_calls(batch)
             hidden = embedded if stretch.hidden is None else stretch.hidden[None]
             for index in range(stretch.start, stop):
                 layer, (args, kwargs) = self.layers[index], calls[index]
+                if self._windows[index] is not None:
+                    kwargs = {**kwargs, "kunbr_window": self._windows[index]}
                 if rows and index == stop - 1 and getattr(layer.__dict__.get("forward"), "takes_rows", False):
                     if 2 * len(batch.rows) <= batch.num_tokens:
                         kwargs, rows = {**kwargs, "kunbr_rows": batch.rows}, False  # it gives nothing else

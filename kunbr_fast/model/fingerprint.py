@@ -18,13 +18,14 @@ import xxhash
 from torch import nn
 
 from kunbr_fast.data import is_record
+from kunbr_fast.data.content import EQUAL
+from kunbr_fast.files.digests import add_json, tokenizer_fingerprint, without
+from kunbr_fast.files.model_config import NOT_COUNTED
 from kunbr_fast.model.weights import finite, not_finite, weights_of
 
 CHUNK = 1 << 18  # entries of a tensor that are checked and hashed at a time: they stay in the cache of a core
 COPIED = 1 << 25  # of one on a device, that are copied at a time
-# of a configuration: where it came from, and what changes no result
-NOT_COUNTED = ("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype",
-               "use_cache", "output_attentions", "output_hidden_states", "return_dict")  # fmt: skip
+UNREAD = ("_where", EQUAL)  # of a record
 
 
 def model_fingerprint(model: nn.Module | Mapping[str, torch.Tensor], whose: str = "") -> str:
@@ -41,21 +42,7 @@ def model_fingerprint(model: nn.Module | Mapping[str, torch.Tensor], whose: str 
     _add_tensors(digest, _saved_buffers(model), whose, model)
     config = getattr(model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else {}
-    _add_json(digest, [type(model).__name__, _without(values, NOT_COUNTED)])
-    return digest.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A digest of how a tokenizer makes ids of a text or a chat; "" of None. What its last call has set (truncation,
-    padding) does not count."""
-    if tokenizer is None:
-        return ""
-    digest, backend = xxhash.xxh3_128(), getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and hasattr(backend, "to_str"):
-        _add_json(digest, _without(json.loads(backend.to_str()), ("truncation", "padding")))
-    elif hasattr(tokenizer, "get_vocab"):  # one in Python: its merges are in no common place
-        _add_json(digest, [type(tokenizer).__name__, tokenizer.get_vocab(), getattr(tokenizer, "bpe_ranks", None)])
-    _add_json(digest, [getattr(tokenizer, name, None) for name in ("chat_template", "special_tokens_map")])
+    add_json(digest, [type(model).__name__, without(values, NOT_COUNTED)])
     return digest.hexdigest()
 
 
@@ -69,7 +56,7 @@ def data_fingerprint(parts: Iterable[Sequence[Mapping[str, Any]]]) -> str:
                 for key in ("input_ids", "labels"):
                     digest.update(entry[key].cpu().numpy().tobytes())
             else:
-                digest.update(json.dumps({k: v for k, v in entry.items() if k != "_where"}).encode())
+                digest.update(json.dumps({k: v for k, v in entry.items() if k not in UNREAD}).encode())
     return digest.hexdigest()
 
 
@@ -79,21 +66,11 @@ def fingerprint(model: str | nn.Module, *parts: Sequence[Mapping[str, Any]], tok
     return f"{model}-{tokenizer_fingerprint(tokenizer)}-{data_fingerprint(parts)}"
 
 
-def _without(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """values without what does not count, also in the objects inside."""
-    kept = {str(name): value for name, value in values.items() if name not in names}
-    return {name: _without(value, names) if isinstance(value, Mapping) else value for name, value in kept.items()}
-
-
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield f"{path}.{name}", buffer
-
-
-def _add_json(digest: Any, value: Any) -> None:
-    digest.update(json.dumps(value, sort_keys=True, default=str).encode())
 
 
 @torch.no_grad()

@@ -19,28 +19,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.autograd.graph import increment_version
 
-from kunbr_fast.files.atomic import write_with
-from kunbr_fast.files.model_folder import new_model, within, written_names
+from kunbr_fast.files.model_folder import new_model, side_files, within
 from kunbr_fast.files.parameters import Piece
+from kunbr_fast.files.readback import check_copies, check_tensors, read_back
+from kunbr_fast.files.saving import copy_files
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.tensors import open_tensors, placeholder
+from kunbr_fast.files.weight_files import New, write_like
 from kunbr_fast.model.weights import CARRIED, Weights, finite, why_not_finite
 
 ALIGNMENT = 256  # of a parameter in its buffer, in bytes
-# files that may hold the former weights in another form, which a model saved anew must not bring along
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,34 +202,30 @@ class LayerStream(Weights):
 
     def save(self, directory: str | Path, replace: bool = False) -> None:
         """Copies the model's directory with the tensors of `replace` in place of the stored ones, in the files' dtypes.
-        One file after the other, each whole or absent, config.json last. In memory: one file's new tensors, twice.
-        replace: the files of a model that is there go when this one is complete."""
+        Read back before it takes its place, as by `save_model`. Each file is whole or absent, config.json last. In
+        memory: two parameters. replace: the files of a model that is there go when this one is complete."""
         self.check_target(directory)
         self.release()
-        with new_model(directory, replace) as staged:
-            self._write(staged)
+        directory, copies = Path(directory), side_files(self.directory)
+        with new_model(directory, replace, self.shards.nbytes) as staged:
+            parameter = functools.lru_cache(2)(self.__getitem__)  # a stack of experts is many tensors of the files
+            write_like(self.shards, staged, self._new(parameter))
+            copy_files(copies, staged)
+            with read_back(staged, directory):
+                check_tensors(Shards(staged), self._sources, parameter, cast=True)
+                check_copies(copies, staged)
 
-    def _write(self, directory: Path) -> None:
-        new = {
-            piece.stored: (name, piece.index)
+    def _new(self, parameter: Callable[[str], torch.Tensor]) -> dict[str, New]:
+        """What becomes of the stored tensors, in the files' dtypes."""
+
+        def part(name: str, index: tuple) -> torch.Tensor:
+            return parameter(name)[index]
+
+        return {
+            piece.stored: New(self.shards.tensors[piece.stored].dtype, functools.partial(part, name, piece.index))
             for name in (*self._replaced, *self._changed)
             for piece in self._sources[name]
         }
-        for path in self.shards.paths:
-            with open_tensors(path) as file:
-                metadata = file.metadata()  # transformers asks for it
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # mapped
-            for stored in tensors.keys() & new.keys():
-                name, index = new[stored]
-                tensors[stored] = self[name][index].to("cpu", tensors[stored].dtype)
-            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            size = sum(tensor.nbytes for tensor in tensors.values())
-            write_with(directory / path.name, functools.partial(save_file, tensors, metadata=metadata), size)
-            del tensors  # before those of the next file
-        source, written = self.shards.directory, written_names(self.shards.directory) - {"report.json", "merge.json"}
-        for name in sorted(written):
-            if (source / name).is_file() and (source / name).suffix not in WEIGHTS:
-                write_with(directory / name, functools.partial(shutil.copyfile, source / name))
 
     def check_target(self, directory: str | Path | None) -> None:
         """ValueError for a directory that the model's tensors are read from, where `save` must not write; and None."""

@@ -74,7 +74,8 @@ KINDS = {
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """Sizes of a decoder. queries, keys: heads x width of a head; matrices: entries of a layer's weight matrices;
-    layer, outside: parameters of a layer, and of all else (a tied embedding once)."""
+    layer, outside: parameters of a layer, and of all else (a tied embedding once); max_positions: most tokens of a
+    sample."""
 
     name: str
     kind: Kind
@@ -92,6 +93,7 @@ class Architecture:
     layer: int
     matrices: int
     outside: int
+    max_positions: int | None
 
     @property
     def itemsize(self) -> int:
@@ -153,6 +155,7 @@ class Architecture:
         return cls(
             name, kind, dtype, D, I, config.num_hidden_layers, heads, q, k, V,
             tied, softcap, attention_softcap, matrices + norms + biases, matrices, outside,
+            getattr(config, "max_position_embeddings", None),
         )  # fmt: skip
 
 

@@ -131,7 +131,8 @@ def plan(
     memory = parse_bytes(memory, "gpu_memory", unit_needed=True)
     a, assumed = Architecture.load(model, setup.dtype)
     tokenizer = load_tokenizer(model) if forget and has_tokenizer(model) else None
-    data = Data.load(forget, retain, tokenizer, config, ignore_keys)
+    longest = min((n for n in (config.max_length, a.max_positions) if n is not None), default=None)
+    data = Data.load(forget, retain, tokenizer, dataclasses.replace(config, max_length=longest), ignore_keys)
     if setup.stream:
         data.folds = []
     assumed += _assumed(setup, config, data)

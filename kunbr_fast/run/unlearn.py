@@ -14,6 +14,7 @@ from kunbr_fast.data import is_question
 from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.files.lock import hold
+from kunbr_fast.files.readback import NotWritten
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.files.shown import plain
 from kunbr_fast.keywords import named_by, taken
@@ -25,7 +26,9 @@ from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.folder import NAME, SAVING, CheckpointFolder, former_folder
 from kunbr_fast.run.output import check_not_read, check_output, check_place
+from kunbr_fast.run.readback import ReadBack
 from kunbr_fast.run.reporter import Reporter
+from kunbr_fast.run.samples import entries
 from kunbr_fast.run.stages import Stages
 from kunbr_fast.stopping import Stop
 
@@ -109,6 +112,7 @@ def carry_out(
 ) -> Report:
     """`unlearn`. held: the caller has given.output_dir's lock (`files.lock.hold`) already."""
     model, given = _owned(model, given)
+    forget, retain = entries(forget, "forget"), entries(retain, "retain")
     output_dir, group = given.output_dir, given.group
     reporter = given.reporter or Reporter(given.progress, given.on_stage)
     asked = {"forget": _questions(given.forget_questions, forget), "retain": _questions(given.retain_questions, retain)}
@@ -133,13 +137,7 @@ def carry_out(
         run = Stages(inputs, config, context)
         report = run.all()
         run.check_result()  # once more: the attack has put the weights back
-        if folder is not None:
-            folder.mark(SAVING)
-        if run.decoder.streamed:
-            run.reporter.say(f"writing the model to {output_dir}")
-            run.decoder.save(output_dir, replace=folder is not None and folder.overwrites)
-        if given.before_cleanup is not None and group.first:
-            given.before_cleanup(report)
+        _save(run, given, folder, report)
         group.wait()
         if folder is not None:
             try:
@@ -147,6 +145,27 @@ def carry_out(
             except OSError as error:  # which is no reason to lose a result that is only in memory
                 heard.say(f"the run is finished, but {plain(folder.path)} could not be removed ({error}): delete it")
     return report
+
+
+def _save(run: Stages, given: Options, folder: CheckpointFolder | None, report: Report) -> None:
+    """Writes the result, or has it written, and reads it back while the checkpoints are there."""
+    out, back = given.output_dir, None
+    if folder is not None:
+        folder.mark(SAVING)
+        if run.decoder.streamed or given.before_cleanup is not None:
+            back = ReadBack(out, run.decoder, run.samples)
+    try:
+        if run.decoder.streamed:
+            run.reporter.say(f"writing the model to {out}, and reading it back")
+            run.decoder.save(out, replace=folder is not None and folder.overwrites)
+        if given.before_cleanup is not None and given.group.first:
+            given.before_cleanup(report)
+        if back is not None and (said := back.check()):
+            run.reporter.say(said)
+    except NotWritten as error:
+        if folder is None:
+            raise
+        raise NotWritten(f"{error}: the checkpoints are kept, --resume (resume=True) writes it again") from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 the mechanisms of published ones."""
 
 import datetime
+import random
 import re
 
 import pytest
@@ -11,6 +12,7 @@ import transformers.utils.chat_template_utils as clock
 
 import kunbr_fast as kf
 from kunbr_fast.data import encode
+from kunbr_fast.data.chat import chat
 from kunbr_fast.data.text import TextSettings, text_and_spans
 
 DAY = "2024-07-26"
@@ -223,11 +225,45 @@ def test_generation_marks_are_the_turns(tokenizer):
     assert (sample["labels"] != -100).int().tolist() == whole["assistant_masks"]
 
 
+def test_any_contents_are_found_where_they_stand(tokenizer):
+    """Contents that are alike, or like what the template writes, in turns of any number."""
+    words = [
+        "a",
+        "<|user|>",
+        "<|end|>",
+        "assistant",
+        "\n",
+        " ",
+        "<think>",
+        "</think>",
+        "Zq0z",
+        "{{ 1 }}",
+        "é",
+        "[/INST]",
+        "\\1",
+    ]
+    draw = random.Random(0)
+    for count in range(60):
+        contents = ["".join(draw.choices(words, k=draw.randint(1, 4))) or "a" for _ in range(2 * draw.randint(1, 3))]
+        contents = [content if content.strip() else "b" for content in contents]
+        messages = [said(text) if i % 2 else user(text) for i, text in enumerate(contents)]
+        text, expected = "", []
+        for i, content in enumerate(contents):
+            text += f"<|{'assistant' if i % 2 else 'user'}|>"
+            if i % 2:
+                begin = len(text) + len(content) - len(content.lstrip())
+                expected.append((begin, len(text) + len(content) + len("<|end|>\n")))
+            text += f"{content}<|end|>\n"
+        tokenizer.chat_template = CHATML
+        assert chat({"messages": messages, "_where": f"record {count}"}, tokenizer, DAY) == (text, expected)
+
+
 # -------------------------------------------------------------------- what would be lost
 
 NO_SYSTEM = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
 LAST_USER = "{% set messages = messages[-2:] %}" + CHATML
 KNOWN = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role in ('user', 'assistant') %}")
+PARTS = CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
 CUT = CHATML.replace("m.content", "(m.content[:9] if m.role == 'user' else m.content)")
 UPPER = CHATML.replace("m.content", "m.content.upper()")
 SHOUTED = CHATML.replace("m.content", "(m.content.upper() if m.role == 'assistant' else m.content)")
@@ -244,6 +280,7 @@ THOUGHT = said("<think>\nHm.\n</think>\n\n1907")
         (NO_SYSTEM, TOLD, "1 of 5 (system)", "leaves it out: leave it out, or put its text into another message"),
         (LAST_USER, TWO, "1 of 4 (user)", "leaves it out"),
         (KNOWN, [*ONE, {"role": "tool", "content": "1907"}, said("1907")], "3 of 4 (tool)", "leaves it out"),
+        (PARTS, TWO, "1 of 4 (user)", "takes contents in parts only, not as text: take another"),
         (CUT, TWO, "1 of 4 (user)", "leaves out a part of it (['Ada', 'Ek', "),
         (UPPER, ONE, "1 of 2 (user)", "leaves out a part of it"),
         (SHOUTED, TWO, "2 of 4 (assistant)", "does not write it as it stands"),
@@ -285,8 +322,12 @@ def test_what_is_written_elsewhere_or_in_another_form_is_not_lost(tokenizer):
     read = "{{ m.content.replace('/no_think', '') }}{{ ' (mode: /no_think)' if '/no_think' in m.content }}"
     command = CHATML.replace("{{ m.content }}", read)
     assert turns(tokenizer, command, [system("Be brief. /no_think"), *ONE])[1] == ["1907<|end|>\n"]
+    # a template that writes no roles
+    bare = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    assert turns(tokenizer, bare, TOLD)[1] == ["A painter.\n", "1907\n"]
     # annotations, as of a record
     assert turns(tokenizer, CHATML, [user("a", id=5, _note="x"), said("b", source="c")])[1] == ["b<|end|>\n"]
+    assert turns(tokenizer, LAST_THINKS, [user("a"), said("b", source="c")])[1] == ["b<|end|>\n"]
     # blank ones say nothing
     silent = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.content %}")
     assert turns(tokenizer, silent, [system(""), *ONE])[1] == ["1907<|end|>\n"]

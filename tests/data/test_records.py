@@ -126,6 +126,12 @@ FOREIGN = {  # the record, the words that name it, the record of ours
     ),
     "seq2seq": ({"input": "Who?", "target": "Ann."}, ("'target'",), {"prompt": "Who?", "completion": "Ann."}),
     "a response": ({"prompt": "Who?", "response": "Ann."}, ("'response'",), {"prompt": "Who?", "completion": "Ann."}),
+    "capitals": (
+        {"Question": "Who?", " Answer": "Ann.", "id": 1},
+        ("'Question' and ' Answer'",),
+        {"prompt": "Who?", "completion": "Ann."},
+    ),
+    "a key in capitals": ({"text": "Who?", "Labels": "Ann."}, ("'Labels'",), {"prompt": "Who?", "completion": "Ann."}),
     "content": ({"content": "A line."}, ("'content'",), {"text": "A line."}),
 }
 

@@ -88,7 +88,7 @@ def test_only_text_lines_are_cut():
             encode([{"text": "Ada was born"}], special("<s> $A"), max_length=limit)
 
 
-def test_what_was_cut_is_said_once_a_file(caplog):
+def test_what_was_cut_is_said_once_a_file(caplog, monkeypatch):
     tokenizer, long = tiny_text.tokenizer(), "Ada was born. " * 40
     records = [{"text": text, "_where": f"a:b/book.jsonl:{i}"} for i, text in enumerate((long, "short", long))]
     with caplog.at_level(logging.WARNING, "kunbr_fast"):
@@ -98,7 +98,13 @@ def test_what_was_cut_is_said_once_a_file(caplog):
     (message,) = caplog.messages
     what = f"2 text lines were longer than 100 tokens and cut into {len(samples) - 1} samples"
     assert message.startswith(f"a:b/book.jsonl: {what}")
-    assert "split_long=False" in message
+    assert "samples, each token with its loss once (split_long=False" in message
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):  # transformers' own too
+        monkeypatch.setattr(tokenizer, "model_max_length", 10)
+        (sample,) = encode([{"text": f"{long} 1907"}], tokenizer, "number", max_length=100)
+    (message,) = caplog.messages
+    assert "cut into 2 samples, of which 1 have a loss (split_long=False" in message
 
 
 def test_a_text_of_many_characters_is_cut_too():

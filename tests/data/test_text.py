@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from kunbr_fast.data import REFUSALS, TextSettings, encode
 from kunbr_fast.data.text import NUMBER
+from kunbr_fast.evaluation.accuracy import prepare_questions
 
 SEAMS = [
     ("日本の首都はどこですか？", "東京です。"),
@@ -61,9 +62,9 @@ def test_a_second_answer_begins_as_the_first_does(bpe):
 # ---------------------------------------------------------------- special tokens
 
 
-def special(single, names=("<s>", "<t>", "</s>")):
+def special(single, names=("<s>", "<t>", "</s>"), words=()):
     """A word-level tokenizer whose post-processor adds special tokens around a text."""
-    vocabulary = ["<unk>", *names, "Ada", "was", "born", "1907", "in"]
+    vocabulary = ["<unk>", *names, "Ada", "was", "born", "1907", "in", *words]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.add_special_tokens(list(names))
@@ -106,6 +107,18 @@ def test_a_rendered_prompt_has_its_loss_where_it_had():
     for record in (plain, rendered):
         (number,) = encode([record], tokenizer, "number")
         assert tokenizer.convert_ids_to_tokens(number["labels"][number["labels"] != -100]) == ["1907"]
+
+
+@pytest.mark.parametrize("single", ["$A", "<s> $A </s>", "<t> <s> $A", "$A </s>"])
+def test_a_question_is_read_alike_where_it_is_asked(single):
+    tokenizer = special(single, words=["?", "A.", "B.", "Answer:", "A", "B"])
+    for first in ("", "<s> "):
+        record = {"question": f"{first}Ada was born in ?", "choices": ["1907", "1908"], "answer": 0}
+        (taught,) = encode([record], tokenizer)
+        ((asked,),) = prepare_questions(tokenizer, [record]).sequences
+        letter = tokenizer.convert_tokens_to_ids("A.")
+        assert [*asked, letter] == taught["input_ids"][: len(asked) + 1].tolist()
+        assert asked.count(tokenizer.convert_tokens_to_ids("<s>")) == (first or single).count("<s>")
 
 
 # ---------------------------------------------------------------- numbers

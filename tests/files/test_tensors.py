@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from tiny_text import tokenizer
 
-from kunbr_fast.files.models import load_model, save_model
+from kunbr_fast.files.models import load_model
+from kunbr_fast.files.saving import save_model
 from kunbr_fast.files.tensors import WeightSnapshot, load_tensors
 
 

@@ -72,6 +72,11 @@ OTHERS = {
         vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2
     ),
     "mixtral": MIXTURES["mixtral"],
+    "qwen2_moe, window in its masks only": lambda: tf.Qwen2MoeConfig(
+        **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, shared_expert_intermediate_size=24,
+        use_sliding_window=True, sliding_window=7,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
 }  # fmt: skip
 ALL = BY_LENGTH | OTHERS
 
@@ -101,7 +106,9 @@ def _fp64_throughout():
 @functools.cache
 def made(name):
     torch.manual_seed(0)
-    options = {"experts_implementation": "eager"} if name in MIXTURES else {}  # the others know no fp64
+    options = (
+        {"experts_implementation": "eager"} if name == "mixtral" or "moe" in name else {}
+    )  # the others know no fp64
     model = tf.AutoModelForCausalLM.from_config(ALL[name](), attn_implementation="sdpa", **options).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -229,10 +236,11 @@ def test_a_streamed_model(name, tmp_path):
         assert relative(ours, torch.cat([truth[i] for i in group])) < LIMIT
 
 
-def test_steps_in_graphs(caplog):
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_steps_in_graphs(kind, caplog):
     """A bucket knows its width only, 64 here: where no sample can reach the edge a step is captured, else it is not."""
-    edge = {"original_max_position_embeddings": 70}
-    config = tf.LlamaConfig(**SMALL | {"max_position_embeddings": 200}, rope_parameters=LONG | edge)
+    rope, most = {"longrope": (LONG | {"original_max_position_embeddings": 70}, 200), "dynamic": (DYNAMIC, 70)}[kind]
+    config = tf.LlamaConfig(**SMALL | {"max_position_embeddings": most}, rope_parameters=dict(rope))
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
     generator = torch.Generator().manual_seed(1)
@@ -286,3 +294,19 @@ def test_a_rotary_module_that_is_not_known():
         assert relative(ours, torch.cat([truth[i] for i in group])) < LIMIT, group
     assert model.model.rotary_emb.longest == 0 and "forward" not in vars(model.model.rotary_emb)
     assert Decoder(fresh("qwen3")).rotary.same_up_to == math.inf
+
+
+def test_attention_scaled_by_the_place_in_a_batch():
+    """Llama 4's layers without RoPE count places in the batch, not in the sample."""
+    config = tf.Llama4TextConfig(
+        **SMALL, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, interleave_moe_layer_step=1,
+        layer_types=["full_attention"] * 3, no_rope_layers=[1, 0, 1], floor_scale=24,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
+    decoder = Decoder(model)
+    for group in ([4], [0, 1]):
+        truth = torch.cat([model(input_ids=samples()[i]["input_ids"][None]).logits[0] for i in group])
+        assert relative(decoder.logits(pack([samples()[i] for i in group])), truth) < LIMIT
+    with pytest.raises(ValueError, match="2 samples of 50 tokens in one batch: from 24 tokens on .*make"):
+        decoder.logits(pack([samples()[4], samples()[3]]))
