@@ -8,10 +8,13 @@
 4. With --baseline-lr, plain gradient difference forgets the same in as many steps and is attacked in the same way.
 
 Random Birthdays is part of github.com/aghyad-deeb/unlearning_evaluation (data/random_bd); give its folder with --data.
+One in twenty of its questions has two equal choices, which are let be. Some facts are in two of its ten splits, none in
+these three: to forget other ones, add `-- --overlap allow`.
 Each step that is finished is not done again, and an interrupted unlearning goes on where it was.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -32,13 +35,14 @@ from kunbr_fast.run.demo import gradient_difference
 from kunbr_fast.training.full import train_all
 
 SPLITS = ("split_0", "split_1", "split_2")
+read = functools.partial(load_records, equal_choices="allow")  # as in the settings beside this file
 
 
 def write_data(source: Path, target: Path, people: int) -> None:
     """For each split: the first `people` questions, and the same as prompt and completion."""
     target.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
-        records = load_records(source / f"{split}.jsonl")[:people]
+        records = read(source / f"{split}.jsonl")[:people]
         questions = [{key: record[key] for key in ("question", "choices", "answer")} for record in records]
         facts = [{"prompt": f"{r['question']} ", "completion": str(r["choices"][r["answer"]])} for r in records]
         for name, lines in ((f"{split}_questions.jsonl", questions), (f"{split}.jsonl", facts)):
@@ -50,8 +54,8 @@ def teach(model_dir: Path, data: Path, out: Path, epochs: int, lr: float, device
     if (out / "config.json").is_file():
         return
     model, tokenizer = load_model(model_dir, "float32", device), load_tokenizer(model_dir)
-    samples = encode(load_records([data / f"{s}.jsonl" for s in SPLITS]), tokenizer, "answer")
-    questions = load_records([data / f"{s}_questions.jsonl" for s in SPLITS])
+    samples = encode(read([data / f"{s}.jsonl" for s in SPLITS]), tokenizer, "answer")
+    questions = read([data / f"{s}_questions.jsonl" for s in SPLITS])
     decoder = Decoder(model)
 
     def say(epoch: int) -> None:
@@ -69,18 +73,17 @@ def baseline(taught: Path, data: Path, out: Path, lr: float, device: str) -> Non
     model, tokenizer = load_model(taught, "float32", device), load_tokenizer(taught)
     decoder = Decoder(model)
     folds = [
-        Fold(split, load_records(data / f"{split}.jsonl"), load_records(data / f"{split}_questions.jsonl"))
-        for split in SPLITS[:2]
+        Fold(split, read(data / f"{split}.jsonl"), read(data / f"{split}_questions.jsonl")) for split in SPLITS[:2]
     ]
     forget = encode([record for fold in folds for record in fold.train_records], tokenizer, config.target)
-    retain = encode(load_records(data / f"{SPLITS[2]}.jsonl"), tokenizer, config.target)
+    retain = encode(read(data / f"{SPLITS[2]}.jsonl"), tokenizer, config.target)
     epochs = config.warmup_epochs + config.top_k * config.rounds * config.block_epochs
     start = time.perf_counter()
     gradient_difference(decoder, forget, retain, config, lr=lr, optimizer="lion", epochs=epochs, progress="baseline")
     seconds = {"training": time.perf_counter() - start}
     asked = {
         "forget": [question for fold in folds for question in fold.questions],
-        "retain": load_records(data / f"{SPLITS[2]}_questions.jsonl"),
+        "retain": read(data / f"{SPLITS[2]}_questions.jsonl"),
     }
     row = {
         name: choice_accuracy(decoder, tokenizer, lines, scoring=config.scoring).plain for name, lines in asked.items()
@@ -95,7 +98,7 @@ def baseline(taught: Path, data: Path, out: Path, lr: float, device: str) -> Non
 
 def damage(models: list[Path], years: Path, device: str) -> None:
     """What else changed: a greedy completion, and (where Years lies beside the birthdays) 100 unrelated questions."""
-    questions = load_records(years)[:100] if years.is_file() else []
+    questions = read(years)[:100] if years.is_file() else []
     for path in models:
         model, tokenizer = load_model(path, "float32", device), load_tokenizer(path)
         prompt = tokenizer(PROMPT, return_tensors="pt").to(device)

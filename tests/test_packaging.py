@@ -24,7 +24,7 @@ def python(code: str, *flags: str, cwd: Path, **environment: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.fixture(scope="module", params=["plain", "editable"])
+@pytest.fixture(scope="module", params=["plain", pytest.param("editable", marks=pytest.mark.slow)])
 def installed(request, tmp_path_factory):
     """(site-packages folder, checkout) of a copy of this checkout, installed with pip and no network."""
     pytest.importorskip("pip")

@@ -14,7 +14,7 @@ from kunbr_fast.values import Bytes
 
 # The groups of the help text: theme, and the settings of KUnBRConfig under it.
 THEMES = {
-    "data": "target max_length separator chat_date split_long seed batch_size retain_batch_size",
+    "data": "target max_length separator chat_date split_long overlap equal_choices seed batch_size retain_batch_size",
     "objective": "objective objective_options retain_loss retain_coeff forget_loss_cap weight_decay max_retain_loss",
     "warm-up": "warmup_epochs warmup_objective warmup_objective_options warmup_lr warmup_optimizer",
     "selection": "modules reduction num_blocks top_k skip_last_layers",
@@ -109,6 +109,6 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
     else:
         known = NUMBERS.get(field.name)
         kind |= {"type": str if known is None else number(known), "metavar": field.name.rpartition("_")[2].upper()}
-    if default is not None and not isinstance(default, dict):
+    if default not in (None, "") and not isinstance(default, dict):
         text += f" [{' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
     group.add_argument(option, help=text.replace("%", "%%"), **kind)

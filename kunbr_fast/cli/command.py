@@ -38,7 +38,10 @@ COMMANDS = {
 }
 TOGETHER = ("unlearn", "density")  # what several processes can run
 # The library's messages name parameters, as `name=` or `name=True`. Those that are options here:
-OPTIONS = {"resume", "overwrite", "unlearned", "stream", "forget", "retain", "gpu_memory", "gpu", "gpus"}
+OPTIONS = {
+    "resume", "overwrite", "unlearned", "stream", "forget", "retain", "gpu_memory", "gpu", "gpus", "overlap",
+    "equal_choices",
+}  # fmt: skip
 
 
 def parser(argv: Sequence[str] = ()) -> Parser:

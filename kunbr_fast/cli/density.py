@@ -9,12 +9,12 @@ from typing import Any
 
 from kunbr_fast.cli.argument_types import number, path_name
 from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings, add_stream
-from kunbr_fast.cli.inputs import open_model, read_config
+from kunbr_fast.cli.inputs import open_model, read_config, reader
 from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import say, show
-from kunbr_fast.data import load_records
 from kunbr_fast.data.content import check_files
+from kunbr_fast.data.overlap import facts, of_sides, settle
 from kunbr_fast.density.measure import NO_SHARES, NORMS, STATISTICS, Density, knowledge_density
 from kunbr_fast.density.select import pareto_front, select_blocks
 from kunbr_fast.evaluation.figures import drawn
@@ -24,12 +24,12 @@ from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.run.samples import overlap, to_samples
+from kunbr_fast.run.samples import to_samples
 from kunbr_fast.values import SHARE
 
 SETTINGS = (
-    "target max_length separator chat_date split_long modules reduction num_blocks top_k skip_last_layers "
-    "gradient_checkpointing cache impl"
+    "target max_length separator chat_date split_long overlap equal_choices modules reduction num_blocks top_k "
+    "skip_last_layers gradient_checkpointing cache impl"
 )
 
 _FIELDS = [field.name for field in dataclasses.fields(Density)]
@@ -78,8 +78,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.show:
         check_outputs(arguments, WRITES)
     config, group = read_config(arguments), arguments.group or ALONE
-    records = load_records(arguments.forget, arguments.ignore_keys)
-    retain = None if arguments.retain is None else load_records(arguments.retain, arguments.ignore_keys)
+    read = reader(arguments, config)
+    records, retain = read(arguments.forget), None if arguments.retain is None else read(arguments.retain)
     check_files({"--forget": arguments.forget}, {"--retain": arguments.retain})
     if arguments.show:
         sets = [Shown("forget", records, config.target)]
@@ -118,14 +118,13 @@ def _choice(config: KUnBRConfig) -> tuple[int, int, int]:
 def _measure(
     config: KUnBRConfig, arguments: argparse.Namespace, records: Sequence[dict], retain: Sequence[dict] | None
 ) -> Density:
+    settle(of_sides(facts({"": records}), facts({"": retain or []})), config.overlap, say)
     model, tokenizer = open_model(arguments)
     decoder = Decoder(model)
     if arguments.statistic != "cosine":
         selectable_blocks(decoder.num_layers, *_choice(config))  # fails now or never
     forget = to_samples(records, tokenizer, config, decoder, "forget")
     kept = None if retain is None else to_samples(retain, tokenizer, config, decoder, "retain")
-    if kept is not None and (text := overlap(forget, kept)):
-        say(text)
     return knowledge_density(
         decoder,
         forget,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,15 @@ def open_model(arguments: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
     return model, load_tokenizer(arguments.model)
 
 
-def read_folds(forget: Sequence[str], questions: Sequence[str] | None, ignored: Sequence[str] = ()) -> list[Fold]:
+Reader = Callable[..., list[dict]]
+
+
+def reader(arguments: argparse.Namespace, config: KUnBRConfig) -> Reader:
+    """`load_records` as the options say."""
+    return functools.partial(load_records, ignore_keys=arguments.ignore_keys, equal_choices=config.equal_choices)
+
+
+def read_folds(forget: Sequence[str], questions: Sequence[str] | None, read: Reader = load_records) -> list[Fold]:
     """One fold for each forget file, with its own questions."""
     if questions is not None and len(questions) != len(forget):
         raise ValueError(
@@ -65,17 +74,17 @@ def read_folds(forget: Sequence[str], questions: Sequence[str] | None, ignored: 
         )
     folds = []
     for i, path in enumerate(forget):
-        records = load_records(path, ignored)
-        asked = records if questions is None else read_questions([questions[i]], "--forget-questions", ignored)
+        records = read(path)
+        asked = records if questions is None else read_questions([questions[i]], "--forget-questions", read)
         folds.append(Fold(Path(path).stem, records, [r for r in asked if is_question(r)]))
     return folds
 
 
-def read_questions(paths: Sequence[str], option: str, ignored: Sequence[str] = ()) -> list[dict]:
+def read_questions(paths: Sequence[str], option: str, read: Reader = load_records) -> list[dict]:
     """The records of files of which each must ask something."""
     found = []
     for path in paths:
-        records = load_records(path, ignored)
+        records = read(path)
         if not any(map(is_question, records)):
             raise ValueError(
                 f"{option}: {plain(path)} has no question among its {len(records)} lines: expected lines with "

@@ -10,13 +10,23 @@ from typing import Any
 
 from kunbr_fast.cli.argument_types import path_name
 from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings
-from kunbr_fast.cli.inputs import open_model, read_config, read_folds
+from kunbr_fast.cli.inputs import open_model, read_config, read_folds, reader, sayer
 from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import show
+from kunbr_fast.data.overlap import settle
 from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_relearning
-from kunbr_fast.evaluation.rtt import Curves, Fold, Point, RTTConfig, RTTResult, finished_attacks, rtt_attack
+from kunbr_fast.evaluation.rtt import (
+    Curves,
+    Fold,
+    Point,
+    RTTConfig,
+    RTTResult,
+    finished_attacks,
+    overlap_of,
+    rtt_attack,
+)
 from kunbr_fast.files.checksums import read_sealed, write_sealed
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.scratch import scratch
@@ -26,7 +36,10 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.fingerprint import fingerprint
 from kunbr_fast.model.frozen import frozen
 
-SETTINGS = "max_length separator chat_date split_long scoring seed rtt_lrs rtt_epochs rtt_batch_size rtt_target"
+SETTINGS = (
+    "max_length separator chat_date split_long overlap equal_choices scoring seed rtt_lrs rtt_epochs rtt_batch_size "
+    "rtt_target"
+)
 
 _SUMMARY = ("accuracy", "calibrated_accuracy", "before", "recovery", "best")  # of a finished one
 _OTHERS = "other_curves"  # finished attacks at learning rates that were not asked for last
@@ -57,10 +70,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.show:
         check_outputs(arguments, WRITES)
     config = read_config(arguments)
-    folds = read_folds(arguments.forget, arguments.forget_questions, arguments.ignore_keys)
+    folds = read_folds(arguments.forget, arguments.forget_questions, reader(arguments, config))
     if arguments.show:
         sets = [Shown(f"fold {fold.name}", fold.train_records, config.rtt_target) for fold in folds]
         return show_samples(arguments, config, sets)
+    settle(overlap_of(folds), config.overlap, sayer(arguments))
     out = Path(arguments.out) if arguments.out else None
     if arguments.resume and out is None:
         raise ValueError("--resume needs --out, the file with the finished attacks")
@@ -70,7 +84,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{plain(out)}: no attack to resume, there is no such file: leave --resume out")
     model, tokenizer = open_model(arguments)
     attack = config.attack()
-    belongs = {name: value for name, value in dataclasses.asdict(attack).items() if name != "lrs"}
+    belongs = {name: value for name, value in dataclasses.asdict(attack).items() if name not in ("lrs", "overlap")}
     data = [part for fold in folds for part in (fold.train_records, fold.questions)]
     belongs["run"] = fingerprint(model, *data, tokenizer=tokenizer)
     done = _finished_attacks(out, belongs, folds, attack) if arguments.resume else []

@@ -11,14 +11,16 @@ from torch import nn
 
 from kunbr_fast.cli.argument_types import path_name
 from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings, add_stream
-from kunbr_fast.cli.inputs import open_model, read_config, read_folds, read_questions, sayer
+from kunbr_fast.cli.inputs import open_model, read_config, read_folds, read_questions, reader, sayer
 from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import show
-from kunbr_fast.data import is_question, load_records
+from kunbr_fast.data import is_question
 from kunbr_fast.data.content import check_files
+from kunbr_fast.data.overlap import facts, of_sides, settle
 from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
 from kunbr_fast.evaluation.report import Report, plain_values, table, write_report
+from kunbr_fast.evaluation.rtt import Fold, overlap_of
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model
 from kunbr_fast.files.saving import save_model
@@ -63,18 +65,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
 
 
-def _read_retain(arguments: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """The retain set, and the questions about it."""
-    retain, named = load_records(arguments.retain, arguments.ignore_keys), arguments.retain_questions
-    asked = read_questions(named, "--retain-questions", arguments.ignore_keys) if named else retain
-    return retain, [record for record in asked if is_question(record)]
+def _read(arguments: argparse.Namespace, config: KUnBRConfig) -> tuple[list[Fold], list[dict], list[dict]]:
+    """The folds, the retain set, and the questions about it. Where they overlap that is known at once."""
+    read, named = reader(arguments, config), arguments.retain_questions
+    folds, retain = read_folds(arguments.forget, arguments.forget_questions, read), read(arguments.retain)
+    asked = read_questions(named, "--retain-questions", read) if named else retain
+    asked = [record for record in asked if is_question(record)]
+    settle(overlap_of(folds), config.overlap)
+    forget = [record for fold in folds for record in (*fold.train_records, *fold.questions)]
+    settle(of_sides(facts({"": forget}), facts({"": [*retain, *asked]})), config.overlap)
+    return folds, retain, asked
 
 
 def _show(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
     criteria = [config.criterion(range(1))] + ([] if arguments.unlearned else [config.criterion(warmup=True)])
     alternate = next((c.alternate for c in criteria if c.alternate is not None), None)
-    sets = [Shown("forget", load_records(arguments.forget, arguments.ignore_keys), config.target, alternate)]
-    sets.append(Shown("retain", load_records(arguments.retain, arguments.ignore_keys), config.target))
+    read = reader(arguments, config)
+    sets = [Shown("forget", read(arguments.forget), config.target, alternate)]
+    sets.append(Shown("retain", read(arguments.retain), config.target))
     return show_samples(arguments, config, sets)
 
 
@@ -97,9 +105,8 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
         {"--forget": arguments.forget, "--forget-questions": arguments.forget_questions},
         {"--retain": arguments.retain, "--retain-questions": arguments.retain_questions},
     )
-    folds = read_folds(arguments.forget, arguments.forget_questions, arguments.ignore_keys)
+    folds, retain, asked = _read(arguments, config)
     questions = [record for fold in folds for record in fold.questions]
-    retain, asked = _read_retain(arguments)
     if not questions:
         say("no question lines about the forget set: accuracy is not measured and there is no RTT attack")
     elif len(folds) < 2 and config.rtt:

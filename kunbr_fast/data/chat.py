@@ -20,23 +20,17 @@ from kunbr_fast.files.shown import plain, shown
 
 Span = tuple[int, int]
 ROLES = ("assistant", "user")
-OTHERS = (
-    "system",
-    "tool",
-    "developer",
-    "function",
-    "ipython",
-    "environment",
-)  # which may be written as the user
+# a template may write these as the user's
+OTHERS = ("system", "tool", "developer", "function", "ipython", "environment")
 PIECES = re.compile(r"<[^<>]*>|\[[^][]*]|\s+|[^][<>\s]+|.")  # <|mark|>, [MARK], whitespace, a word
 
 
 def chat(record: Mapping, tokenizer: Any, date: str) -> tuple[str, list[Span]]:
     """The chat as the tokenizer's template writes it on that day, and the spans of the assistant's turns.
 
-    A turn is the message's content, with what the template writes to end it. What the template writes of
-    further keys of the message (`reasoning_content`, `tool_calls`) belongs to it too. Where the template marks what is
-    generated (`{% generation %}`), its marks are the turns.
+    A turn is the message's content, with what the template writes to end it. What it writes of further keys of the
+    message (`reasoning_content`, `tool_calls`) belongs to the turn. Where the template marks what is generated
+    (`{% generation %}`), its marks are the turns.
 
     Errors: ValueError with the record, the message and the cure if the template leaves out a message, a part or a key
     of it, or writes its role as another one, and if there is no assistant's turn.
@@ -45,7 +39,7 @@ def chat(record: Mapping, tokenizer: Any, date: str) -> tuple[str, list[Span]]:
     return _Chat(Template(tokenizer, date, record["_where"]), messages).text_and_turns()
 
 
-def says(value: Any) -> bool:
+def _says(value: Any) -> bool:
     """Whether a key's value says anything: exports write `"tool_calls": []`."""
     return not isinstance(value, (str, list, dict)) or bool(value)
 
@@ -151,6 +145,9 @@ class _Chat:
         for i in wanted:
             spans = places[i] if places is not None and i in named else self._alone(i)
             if not spans:
+                in_parts = {**self.messages[i], "content": [{"type": "text", "text": self._name(i)}]}
+                if self._name(i) in (self._with(i, in_parts) or ""):
+                    raise self._wrong(i, "takes contents in parts only, not as text", "take another template")
                 raise self._wrong(i, "leaves it out", "leave it out, or put its text into another message")
             if len(spans) > 1 and self.messages[i]["role"] == "assistant":
                 raise self._wrong(i, f"writes it {len(spans)} times", "change the template")
@@ -187,9 +184,9 @@ class _Chat:
             last = i == max(j for j, m in enumerate(self.messages) if m["role"] == "assistant")
             cure = "give it without" if last else "give it without, or make it the last turn of a record of its own"
             raise self._wrong(i, "does not write its reasoning (<think>) as it stands", cure)
-        what = (
-            "does not write it as it stands" if role == "assistant" else f"leaves out a part of it ({shown(missing)})"
-        )
+        what = "does not write it as it stands"
+        if role != "assistant":
+            what = f"leaves out a part of it ({shown(missing)})"
         raise self._wrong(i, what, "write it otherwise")
 
     def _around_changes(self, i: int, rendered: str) -> list[Span]:
@@ -214,12 +211,14 @@ class _Chat:
     def _has_other_keys(self, i: int) -> bool:
         """Whether message i says more than role and content. What it says there must make a difference to the text."""
         message = self.messages[i]
-        others = [key for key, value in message.items() if key not in ("role", "content") and says(value)]
-        for key in (key for key in others if key == "name" or not is_annotation(key)):
-            value = {} if not isinstance(message[key], str) else {key: self._name(i)}
-            for other in ({name: message[name] for name in message if name != key}, {**message, **value}):
-                if other != message and self._with(i, other) == self.text:
-                    raise self._wrong(i, f"does not read its {shown(key)}", f"leave {shown(key)} out")
+        others = [key for key, value in message.items() if key not in ("role", "content") and _says(value)]
+        others = [key for key in others if key == "name" or not is_annotation(key)]
+        for key in others:
+            changes = [{other: message[other] for other in message if other != key}]
+            if isinstance(message[key], str):
+                changes.append({**message, key: self._name(i)})
+            if any(self._with(i, changed) == self.text for changed in changes):
+                raise self._wrong(i, f"does not read its {shown(key)}", f"leave {shown(key)} out")
         return bool(others)
 
     def _check_roles(self) -> None:
@@ -229,7 +228,8 @@ class _Chat:
                 continue
             alike = [other for other in ROLES if self._with(i, {**message, "role": other}) == self.text]
             if len(alike) == 1 and (role not in OTHERS or alike == ["assistant"]):  # both: roles make no difference
-                raise self._wrong(i, f"writes this role as {alike[0]!r}", f"give it the role {alike[0]!r}")
+                cure = "put its text into a user's message" if role in OTHERS else f"give it the role {alike[0]!r}"
+                raise self._wrong(i, f"writes this role as {alike[0]!r}", cure)
 
     def _wrong(self, i: int, what: str, cure: str) -> ValueError:
         of = f"{self.template.where}: message {i + 1} of {len(self.messages)} ({plain(self.messages[i]['role'], 40)})"

@@ -10,6 +10,8 @@ from pathlib import Path
 from kunbr_fast.files.shown import plain, shown
 
 LETTERS = "ABCDEFGHIJ"
+ALLOWANCES = ("error", "allow")  # what becomes of something that is most often a mistake
+EQUAL = "_equal_choices"  # of a record whose choices may be equal: true
 LARGEST_CHOICE = 1e100  # more digits are no answer that anybody could tell
 
 
@@ -18,9 +20,16 @@ def is_blank(text: str) -> bool:
     return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
-def check_choices(choices: object, where: str) -> None:
-    """ValueError, beginning with `where`, unless there are 2 or more, and not all the same. Some of them may be equal
-    (`are_equal`), as in one of 20 published questions on birthdays."""
+def visible(text: str) -> str:
+    """What can be seen of it: composed (NFC), without format characters."""
+    if text.isascii():
+        return text
+    return "".join(c for c in unicodedata.normalize("NFC", text) if unicodedata.category(c) != "Cf")
+
+
+def check_choices(choices: object, where: str, equal: bool = False) -> None:
+    """ValueError, beginning with `where`, unless there are 2 or more which can be told apart. equal: some of them may
+    be equal, but not all."""
     if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"{where}: 'choices' must be a list of 2 to {len(LETTERS)} entries, got {shown(choices)}")
     for choice in choices:
@@ -29,17 +38,31 @@ def check_choices(choices: object, where: str) -> None:
             raise ValueError(
                 f"{where}: each of 'choices' must be a finite number or a string that is not blank, got {shown(choice)}"
             )
-    if len(_texts(choices)) == 1:
+    texts = [choice_text(choice) for choice in choices]
+    if len(set(texts)) == 1:
         raise ValueError(f"{where}: 'choices' must differ, and all of them are {shown(choices[0])}")
+    if not equal and (pair := equal_pair(choices)):
+        letters = " and ".join(LETTERS[i] for i in pair)
+        raise ValueError(
+            f"{where}: the choices {letters} are equal, {shown(choices[pair[0]])}: change one of them, or let them be "
+            "(equal_choices=allow)"
+        )
 
 
-def are_equal(choices: Sequence[str | int | float]) -> bool:
-    """Whether some of a question's choices cannot be told apart."""
-    return len(_texts(choices)) < len(choices)
+def equal_pair(choices: Sequence[str | int | float]) -> tuple[int, int] | None:
+    """The first two of a question's choices that cannot be told apart, if any."""
+    first: dict[str, int] = {}
+    for number, text in enumerate(map(choice_text, choices)):
+        if first.setdefault(text, number) != number:
+            return first[text], number
+    return None
 
 
-def _texts(choices: Sequence[str | int | float]) -> set[str]:
-    return {str(choice).strip() for choice in choices}
+def choice_text(choice: str | int | float) -> str:
+    """By which choices are told apart: 1965 and 1965.0 are one number."""
+    if isinstance(choice, float) and choice.is_integer():
+        choice = int(choice)
+    return visible(str(choice)).strip()
 
 
 def check_files(*sides: Mapping[str, Sequence[str | Path] | None]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kunbr_fast.data.content import is_blank
+from kunbr_fast.data.content import choice_text, is_blank
 from kunbr_fast.data.pieces import pieces
 from kunbr_fast.data.records import check_read, checked_record, question_prompt
 from kunbr_fast.data.samples import IGNORE, Sample, check_lengths, has_loss
@@ -140,7 +140,8 @@ def _alternate(record: Mapping, kind: str, target: str, choose: Callable[[Sequen
                 f"{sorted(set(record) - {'_where'})}: give question lines, or your own alternates to an objective that "
                 "takes them (dpo)"
             )
-        wrong = [i for i in range(len(record["choices"])) if i != record["answer"]]
+        texts = [choice_text(choice) for choice in record["choices"]]
+        wrong = [i for i, text in enumerate(texts) if text != texts[record["answer"]]]
         return {**record, "answer": choose(wrong)}, target
     if kind == "given":
         answer = record.get("alternate")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kunbr_fast.data.content import LETTERS
-from kunbr_fast.files.shown import plain
+from kunbr_fast.files.shown import plain, shown
 
 Record = Mapping[Any, Any]
 Ours = dict[str, Any] | None  # None: not this form after all
@@ -22,18 +22,26 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def recognised(record: Record) -> str | None:
-    """What form of another tool this is, and the record as one of ours; None for one that is not known."""
+    """What form of another tool this is, and the record as one of ours; None for one that is not known. Keys may be
+    written in capitals."""
+    names = {key.strip().lower(): key for key in record if isinstance(key, str)}
+    found = _recognised(record, {key: key for key in record})
+    return found or _recognised({key: record[name] for key, name in names.items()}, names)
+
+
+def _recognised(record: Record, names: Mapping[Any, Any]) -> str | None:
+    """names: the record's keys as they are written."""
     for name, keys, rewritten in TOOLS:
         if all(record.get(key) is not None for key in keys) and (ours := rewritten(record)) is not None:
-            return f"{_listed(keys)}: this is {name} form. Write {_line(ours)}"
-    prompt, answer = (next((k for k in names if _is_text(record.get(k))), None) for names in (PROMPTS, ANSWERS))
+            return f"{_listed([names[key] for key in keys])}: this is {name} form. Write {_line(ours)}"
+    prompt, answer = (next((k for k in words if _is_text(record.get(k))), None) for words in (PROMPTS, ANSWERS))
     if prompt and answer and (prompt, answer) != ("prompt", "completion"):
         ours = {"prompt": record[prompt], "completion": record[answer]}
-        return f"{_listed((prompt, answer))} are no form of ours. Write {_line(ours)}"
+        return f"{_listed([names[prompt], names[answer]])} are no form of ours. Write {_line(ours)}"
     if not any(key in record for key in ("question", "text", "prompt", "completion", "messages")):
         for key in TEXTS:
             if _is_text(record.get(key)):
-                return f"{key!r} is no form of ours. Write {_line({'text': record[key]})}"
+                return f"{names[key]!r} is no form of ours. Write {_line({'text': record[key]})}"
     return None
 
 
@@ -158,8 +166,9 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _listed(keys: tuple[str, ...]) -> str:
-    return f"{', '.join(map(repr, keys[:-1]))} and {keys[-1]!r}" if len(keys) > 1 else repr(keys[0])
+def _listed(keys: Sequence[str]) -> str:
+    keys = [shown(key, 30) for key in keys]
+    return " and ".join([", ".join(keys[:-1]), keys[-1]] if len(keys) > 1 else keys)
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kunbr_fast.data.content import LETTERS, are_equal, check_choices, is_blank
+from kunbr_fast.data.content import ALLOWANCES, EQUAL, LETTERS, check_choices, equal_pair, is_blank
 from kunbr_fast.data.foreign import index_of
 from kunbr_fast.data.forms import FORMS, OTHER_ANSWER, form_of
 from kunbr_fast.files.documents import parse_json, read_lines
@@ -28,15 +28,19 @@ from kunbr_fast.files.shown import plain, shown
 logger = logging.getLogger(__name__)
 
 
-def load_records(paths: str | Path | Sequence[str | Path], ignore_keys: Iterable[str] = ()) -> list[dict]:
+def load_records(
+    paths: str | Path | Sequence[str | Path], ignore_keys: Iterable[str] = (), equal_choices: str = "error"
+) -> list[dict]:
     """Reads JSONL files into records; `record["_where"]` says where each came from ("file:line").
 
-    ignore_keys: keys that are left out as if they were not there. Blank lines are skipped.
+    ignore_keys: keys that are left out as if they were not there. equal_choices: "allow" for questions of which some
+    choices are equal; one warning a file counts them. Blank lines are skipped.
 
-    Errors: ValueError "file:line: ..." for a line that is not JSON, has no known form, a key that would not be used or
-    a wrong answer index; ValueError for a file without a record. One warning, with their number, for a file's questions
-    of which some choices are equal.
+    Errors: ValueError "file:line: ..." for a line that is not JSON, has no known form, a key that would not be used, a
+    wrong answer index or equal choices; ValueError for a file without a record.
     """
+    if equal_choices not in ALLOWANCES:
+        raise ValueError(f"equal_choices={shown(equal_choices)}: expected one of {', '.join(ALLOWANCES)}")
     paths, ignored = [paths] if isinstance(paths, (str, Path)) else list(paths), frozenset(ignore_keys)
     if not paths:
         raise ValueError("no file was given: expected at least one JSONL file")
@@ -46,13 +50,13 @@ def load_records(paths: str | Path | Sequence[str | Path], ignore_keys: Iterable
         for number, line in read_lines(path):
             if len(records) == count and (other := _no_lines(line)):
                 raise ValueError(f"{name}:{number}: {other}")
-            records.append(parse_record(line, f"{name}:{number}", ignored))
+            records.append(parse_record(line, f"{name}:{number}", ignored, equal_choices == "allow"))
         if len(records) == count:
             raise ValueError(f"{name}: empty: expected at least one JSON line")
-        if alike := [record["_where"] for record in records[count:] if are_equal(record.get("choices", ()))]:
+        if alike := [record["_where"] for record in records[count:] if equal_pair(record.get("choices", ()))]:
             _warn(
                 f"{alike[0]}: two of its choices are equal, and only the one that 'answer' names counts as right "
-                f"({len(alike)} such questions in {name})"
+                f"({len(alike)} such question{'s' * (len(alike) > 1)} in {name})"
             )
     return records
 
@@ -82,12 +86,15 @@ def is_record(entry: Mapping[str, Any]) -> bool:
     return not ("input_ids" in entry or "original" in entry)
 
 
-def parse_record(line: str, where: str, ignored: Collection[str] = ()) -> dict:
-    """A checked record from one line of JSON, without its `ignored` keys. Error messages begin with `where`."""
+def parse_record(line: str, where: str, ignored: Collection[str] = (), equal: bool = False) -> dict:
+    """A checked record from one line of JSON, without its `ignored` keys. Error messages begin with `where`. equal: its
+    choices may be equal."""
     record = parse_json(line, where, strict=False)  # its annotations are never read
     if not isinstance(record, dict):
         raise ValueError(f'{where}: got a {type(record).__name__}, expected an object such as {{"text": ...}}')
-    return checked_record({key: record[key] for key in record if key not in ignored} if ignored else record, where)
+    if ignored:
+        record = {key: value for key, value in record.items() if key not in ignored}
+    return checked_record({**record, EQUAL: True} if equal and "choices" in record else record, where)
 
 
 def checked_record(record: Mapping, where: str) -> dict:
@@ -119,11 +126,14 @@ def check_record(record: Mapping, where: str) -> None:
         return
     for key in form:
         if key == "choices":
-            check_choices(record.get(key), where)
+            check_choices(record.get(key), where, record.get(EQUAL) is True)
         elif key == "answer":
             _check_answer(record.get(key), record["choices"], where)
         elif not isinstance(record.get(key), str) or is_blank(record[key]):
-            raise ValueError(f"{where}: {key!r} must be a string that is not blank, got {shown(record.get(key))}")
+            found, cure = record.get(key), ""
+            if isinstance(found, list) and found and isinstance(found[0], dict):
+                cure = ": the turns of a chat go into one list, 'messages', the answer last"
+            raise ValueError(f"{where}: {key!r} must be a string that is not blank, got {shown(found)}{cure}")
 
 
 def _check_answer(answer: Any, choices: Sequence, where: str) -> None:

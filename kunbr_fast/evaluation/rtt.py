@@ -18,6 +18,8 @@ import msgspec
 from tqdm import tqdm
 
 from kunbr_fast import data
+from kunbr_fast.data.content import ALLOWANCES
+from kunbr_fast.data.overlap import of_folds, settle
 from kunbr_fast.evaluation.accuracy import Accuracy, measure, prepare_questions
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.shown import plain, shown
@@ -38,7 +40,8 @@ class RTTConfig:
     lrs: learning rates, each a full attack of its own. epochs: passes over the training folds, measured after each.
     optimizer: "adamw" or "lion". target: which tokens are trained on (`data.encode`). scoring: "letter" or "choice"
     (`choice_accuracy`). seed: of the order of the data, the same for each fold and learning rate. text: how records
-    become text. max_length: of a sample, in tokens (None: the model's limit).
+    become text. max_length: of a sample, in tokens (None: the model's limit). overlap: "error", or "allow" for a fact
+    that is in two folds.
     """
 
     lrs: tuple[float, ...] = (5e-7, 1e-6, 5e-6, 1e-5)
@@ -50,6 +53,7 @@ class RTTConfig:
     seed: int = 0
     text: data.TextSettings = data.TextSettings()
     max_length: int | None = None
+    overlap: str = "error"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lrs", tuple(check("lrs entry", lr, ABOVE_ZERO) for lr in self.lrs))
@@ -57,6 +61,8 @@ class RTTConfig:
             raise ValueError(f"lrs={shown(self.lrs)}: expected one or more different learning rates above 0")
         for name, kind in (("epochs", EPOCHS), ("batch_size", BATCH), ("seed", SEED)):
             check(name, getattr(self, name), kind)
+        if self.overlap not in ALLOWANCES:
+            raise ValueError(f"overlap={shown(self.overlap)}: expected one of {', '.join(ALLOWANCES)}")
 
 
 @dataclass(frozen=True)
@@ -189,9 +195,9 @@ def rtt_attack(
     learning rates that are not asked for now are left out.
     on_result: called with the finished rows (epochs 0 to the last) of each (fold, lr), to be kept for `done`.
 
-    Raises ValueError for fewer than two folds, folds of the same name, unusable records (`choice_accuracy`,
-    `data.encode`), or `done` rows from a run with other epochs; FloatingPointError, naming fold and learning rate, if
-    the fine-tuning diverges.
+    Raises ValueError for fewer than two folds, folds of the same name, a fact in two of them, unusable records
+    (`choice_accuracy`, `data.encode`), or `done` rows from a run with other epochs; FloatingPointError, naming fold and
+    learning rate, if the fine-tuning diverges.
     """
     return Attack(decoder, tokenizer, folds, config).run(snapshot_dir, progress, done, on_result)
 
@@ -213,6 +219,8 @@ class Attack:
             part, names = data.encode_named(fold.train_records, tokenizer, config.target, limit, text=config.text)
             check_tokens(decoder.model, part, [f"fold {plain(fold.name, NAME)}, {name}" for name in names])
             self._samples.append(part)
+        if config.overlap != "allow":
+            settle(overlap_of(folds), config.overlap)
         self._before: dict[int, Accuracy] = {}  # each fold's, where it is known
 
     def run(
@@ -303,6 +311,11 @@ def _snapshot(model, directory: Path) -> Iterator[Callable[[], None]]:
 
 def _row(fold: Fold, lr: float, epoch: int, accuracy: Accuracy) -> dict:
     return dict(fold=fold.name, lr=lr, epoch=epoch, plain=accuracy.plain, calibrated=accuracy.calibrated)
+
+
+def overlap_of(folds: Sequence[Fold]) -> str | None:
+    """What to tell where folds say something about one another, else None."""
+    return of_folds({fold.name: [*fold.train_records, *fold.questions] for fold in folds})
 
 
 def _check_folds(folds: Sequence[Fold]) -> None:

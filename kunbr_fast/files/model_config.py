@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kunbr_fast.files.documents import read_json
+from kunbr_fast.files.kinds import check_start
 from kunbr_fast.files.shown import plain, shown
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -68,6 +69,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
     """The values of a config.json, without those of `RUNNING`. ValueError, in one line that names the file and the
     setting."""
     values = read_json(path)
+    check_start(path)
     if not isinstance(values, dict):
         raise ValueError(f"{plain(path)}: got {shown(values)}, expected an object with the model's settings: {CURE}")
     for wrong in (*_quantised(values), *_wrong(values)):

@@ -72,6 +72,7 @@ class ModelFolder:
             self.values = model_config.read_model_config(self.config_path)
         if os.path.lexists(generation := self.path / "generation_config.json"):
             read_json(generation, dict)
+            check_start(generation)
         self.shards = Shards(self.path, log)
         self._check_layers()
         if model_config.of_language(self.values).get("tie_word_embeddings") is True:
@@ -257,7 +258,8 @@ def load_tokenizer(path: str | Path) -> Any:
     for name in (*TOKENIZERS, *BESIDE, "merges.txt", "chat_template.jinja"):
         if os.path.exists(path / name) and (kind := odd_kind(path / name)) is not None:
             raise ValueError(f"{plain(path / name)}: {kind}, expected a file: {COPY}")
-        check_start(path / name)
+        if not name.endswith(".model") or not (path / TOKENIZERS[0]).exists():  # else nobody reads it
+            check_start(path / name)
     if not has_tokenizer(path):
         raise ValueError(
             f"{plain(path)}: no tokenizer (tokenizer.json): save one with tokenizer.save_pretrained({str(path)!r})"

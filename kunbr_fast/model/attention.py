@@ -103,3 +103,14 @@ def window_of(values: Iterable[Any]) -> int | None:
     """The window that `_window_as_mask` has put in place of a mask, among the arguments of a layer."""
     found = (x for x in values if isinstance(x, torch.Tensor) and x.shape == (1, 1, 1, 1) and x.dtype == torch.int64)
     return next(map(int, found), None)
+
+
+def check_places(config: Any, batch: PackedBatch, name: str) -> None:
+    """ValueError where the model would take places in the batch for places in a sample: Llama 4 scales its attention
+    by them, from some place on, in layers without RoPE."""
+    first = config.floor_scale if getattr(config, "attn_temperature_tuning", False) else None
+    if first is not None and batch.num_samples > 1 and batch.num_tokens >= first:
+        raise ValueError(
+            f"{batch.num_samples} samples of {batch.num_tokens} tokens in one batch: from {first} tokens on {name} "
+            "scales its attention by a token's place in the batch; make batches smaller"
+        )

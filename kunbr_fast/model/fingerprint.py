@@ -18,12 +18,14 @@ import xxhash
 from torch import nn
 
 from kunbr_fast.data import is_record
+from kunbr_fast.data.content import EQUAL
 from kunbr_fast.files.digests import add_json, tokenizer_fingerprint, without
 from kunbr_fast.files.model_config import NOT_COUNTED
 from kunbr_fast.model.weights import finite, not_finite, weights_of
 
 CHUNK = 1 << 18  # entries of a tensor that are checked and hashed at a time: they stay in the cache of a core
 COPIED = 1 << 25  # of one on a device, that are copied at a time
+UNREAD = ("_where", EQUAL)  # of a record
 
 
 def model_fingerprint(model: nn.Module | Mapping[str, torch.Tensor], whose: str = "") -> str:
@@ -54,7 +56,7 @@ def data_fingerprint(parts: Iterable[Sequence[Mapping[str, Any]]]) -> str:
                 for key in ("input_ids", "labels"):
                     digest.update(entry[key].cpu().numpy().tobytes())
             else:
-                digest.update(json.dumps({k: v for k, v in entry.items() if k != "_where"}).encode())
+                digest.update(json.dumps({k: v for k, v in entry.items() if k not in UNREAD}).encode())
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from inspect import signature
+from inspect import signature, unwrap
 from typing import Any
 
 import torch
@@ -165,6 +165,9 @@ class RotaryByLength:
     def _angles(self, module: nn.Module, batch: PackedBatch, *args: Any, **kwargs: Any) -> Any:
         """Angles (..., T, d), a tensor or a tuple of them, for positions (..., T) among the arguments."""
         lengths = sorted({max(n, self.same_up_to) for n in batch.lengths})
+        if lengths == [self.same_up_to]:  # without the look at the lengths, for which the host would wait
+            with torch.no_grad():
+                return unwrap(type(module).forward)(_first_state(module), *args, **kwargs)
         if len(lengths) == 1:
             return _call(module, *args, **kwargs)
         counts = {x.shape[-1] for x in (*args, *kwargs.values()) if _integral(x)}

@@ -42,7 +42,9 @@ class Data:
         check_files({"--forget": forget}, {"--retain": retain})
         found, assumed = {}, []
         for what, paths in (("forget", forget), ("retain", retain)):
-            found[what] = [load_records(path, ignored) for path in paths] if paths else [[None] * 157] * 5
+            found[what] = (
+                [load_records(path, ignored, config.equal_choices) for path in paths] if paths else [[None] * 157] * 5
+            )
         if not forget:
             assumed.append("785 forget and 785 retain samples, all of them questions, in 5 folds (as WMDP has them)")
         if not forget or tokenizer is None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from kunbr_fast.evaluation.rtt import Attack
+from kunbr_fast.data.overlap import settle
+from kunbr_fast.evaluation.rtt import Attack, overlap_of
 from kunbr_fast.files.models import check_same_architecture
 from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.model.blocks import selectable_blocks
@@ -56,7 +57,9 @@ def _attack(inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, reporter: 
             "`kunbr-fast rtt` attacks the result on a machine that holds it"
         )
         return None
-    return Attack(decoder, inputs.tokenizer, inputs.folds, config.attack())
+    attack = Attack(decoder, inputs.tokenizer, inputs.folds, config.attack())
+    settle(overlap_of(inputs.folds), config.overlap, reporter.say)
+    return attack
 
 
 def _check_streamed(model: nn.Module, unlearned: Any, group: Group) -> None:
@@ -107,8 +110,7 @@ def _samples(
     alternate = next((c.alternate for c in criteria if c.alternate is not None), None)
     forget = to_samples(inputs.forget, inputs.tokenizer, config, decoder, "forget", alternate)
     retain = to_samples(inputs.retain, inputs.tokenizer, config, decoder, "retain")
-    if text := overlap(forget, retain):
-        reporter.say(text)
+    settle(overlap(inputs, forget, retain), config.overlap, reporter.say)
     return Samples(forget, retain, [sample["alternate"] for sample in forget] if alternate is not None else [])
 
 
@@ -126,6 +128,7 @@ def _open_state(
 
 def check_finished(out: str | Path, report: Mapping[str, Any], inputs: RunInputs, config: KUnBRConfig) -> None:
     """ValueError unless the finished run in `out` was given these, and its model is as it was written."""
+    inputs = inputs.allowing_equal_choices() if config.equal_choices == "allow" else inputs
     decoder, unlearned = Decoder(inputs.model), inputs.unlearned
     samples = _samples(inputs, config, decoder, _criteria(decoder, config, unlearned is None), Reporter())
     given = None if unlearned is None else model_fingerprint(unlearned, "the unlearned model's ")

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from kunbr_fast.data import TARGETS, TextSettings
+from kunbr_fast.data.content import ALLOWANCES
 from kunbr_fast.density import attribution
 from kunbr_fast.density.measure import REDUCTIONS
 from kunbr_fast.density.watch import MODULES
@@ -97,6 +98,13 @@ class KUnBRConfig:
         "cut text lines of more than max_length tokens into several samples, each token with its loss once",
         "data",
     )
+    overlap: str = setting(
+        "error",
+        "the same fact in two forget files (folds of the attack), or in forget and retain: error or allow",
+        "none",
+        ALLOWANCES,
+    )
+    equal_choices: str = setting("error", "equal choices of a question: error or allow", "none", ALLOWANCES)
     seed: int = setting(0, "seed of every data order", "data")
     batch_size: int = setting(6, "forget samples in a step", "data")
     retain_batch_size: int | None = setting(None, "retain samples in a step (default: batch_size)", "data")
@@ -294,7 +302,9 @@ class KUnBRConfig:
 
     def attack(self) -> RTTConfig:
         """The RTT attack's settings."""
-        how = {"target": self.rtt_target, "text": self.text(), "max_length": self.max_length}
+        how = {
+            "target": self.rtt_target, "text": self.text(), "max_length": self.max_length, "overlap": self.overlap
+        }  # fmt: skip
         return RTTConfig(
             self.rtt_lrs, self.rtt_epochs, self.rtt_batch_size, scoring=self.scoring, seed=self.seed, **how
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kunbr_fast.data.content import EQUAL
 from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.reporter import Reporter
@@ -27,6 +28,17 @@ class RunInputs:
     unlearned: nn.Module | Mapping[str, torch.Tensor] | None = None
     questions: Mapping[str, Sequence[Mapping]] = dataclasses.field(default_factory=dict)
     folds: Sequence[Fold] = ()
+
+    def allowing_equal_choices(self) -> RunInputs:
+        """The same, whose questions may have equal choices, wherever they come from."""
+
+        def of(records: Sequence[Mapping]) -> Sequence[Mapping]:
+            return [{**r, EQUAL: True} if isinstance(r, Mapping) and "choices" in r else r for r in records]
+
+        folds = [Fold(fold.name, of(fold.train_records), of(fold.questions)) for fold in self.folds]
+        questions = {what: of(asked) for what, asked in self.questions.items()}
+        data = {"forget": of(self.forget), "retain": of(self.retain)}
+        return dataclasses.replace(self, **data, questions=questions, folds=folds)
 
 
 @dataclasses.dataclass(frozen=True)

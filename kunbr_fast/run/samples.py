@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from kunbr_fast.data import PackedBatch, Sample, check_labels, check_lengths, encode_named, is_record, with_alternates
+from kunbr_fast.data.overlap import facts, of_sides
 from kunbr_fast.data.records import say_unused_alternates
 from kunbr_fast.files.shown import shown
 from kunbr_fast.model.decoder import Decoder
@@ -17,6 +19,19 @@ from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.original import OriginalValues
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.context import RunInputs
+
+
+def entries(data: Any, what: str) -> list[Any]:
+    """A set as a list of records, samples or batches. One batch is a set too, and a loader is read once.
+
+    ValueError for what is none."""
+    if isinstance(data, Mapping):
+        return [data]
+    if isinstance(data, (str, bytes, Path)) or not isinstance(data, Iterable):
+        cure = ": load_records reads files" if isinstance(data, (str, Path)) else ""
+        raise ValueError(f"the {what} set: got {shown(data)}, expected records, samples or batches{cure}")
+    return list(data)
 
 
 def to_samples(
@@ -55,16 +70,16 @@ def to_samples(
     return samples
 
 
-def overlap(forget: Sequence[Sample], retain: Sequence[Sample]) -> str | None:
-    """What to tell where the same text is to be forgotten and kept, else None."""
-    kept = {tuple(sample["input_ids"].tolist()): i for i, sample in reversed(list(enumerate(retain)))}
-    both = [(i, kept[key]) for i, s in enumerate(forget) if (key := tuple(s["input_ids"].tolist())) in kept]
-    if not both:
-        return None
-    return (
-        f"{len(both)} of {len(forget)} forget samples are in the retain set too (the first: number {both[0][0]} and "
-        f"number {both[0][1]}, counted from 0): a run forgets and keeps them at once"
-    )
+def overlap(inputs: RunInputs, forget: Sequence[Sample], retain: Sequence[Sample]) -> str | None:
+    """What to tell where the same fact is to be forgotten and kept, in records or in questions, else None. forget,
+    retain: the samples made of the inputs, which are compared by their tokens where one side has no text."""
+    given = {"forget": (inputs.forget, forget), "retain": (inputs.retain, retain)}
+    text, sides = all(is_record(data[0]) for data, _ in given.values()), []
+    for what, (data, samples) in given.items():
+        parts = {f"{what} record": data} if is_record(data[0]) else {}
+        parts |= {} if text else {f"{what} sample": samples}
+        sides.append(facts({**parts, f"{what} question": inputs.questions.get(what, ())}))
+    return of_sides(*sides)
 
 
 def _tokenized(

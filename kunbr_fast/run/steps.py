@@ -49,6 +49,7 @@ class Run:
     """
 
     def __init__(self, inputs: RunInputs, config: KUnBRConfig, context: RunContext):
+        inputs = inputs.allowing_equal_choices() if config.equal_choices == "allow" else inputs
         self.inputs, self.config, self.context, self.work = inputs, config, context, context.work
         self.reporter = context.reporter
         self.group = self.team = context.group

@@ -28,6 +28,7 @@ from kunbr_fast.run.folder import NAME, SAVING, CheckpointFolder, former_folder
 from kunbr_fast.run.output import check_not_read, check_output, check_place
 from kunbr_fast.run.readback import ReadBack
 from kunbr_fast.run.reporter import Reporter
+from kunbr_fast.run.samples import entries
 from kunbr_fast.run.stages import Stages
 from kunbr_fast.stopping import Stop
 
@@ -111,6 +112,7 @@ def carry_out(
 ) -> Report:
     """`unlearn`. held: the caller has given.output_dir's lock (`files.lock.hold`) already."""
     model, given = _owned(model, given)
+    forget, retain = entries(forget, "forget"), entries(retain, "retain")
     output_dir, group = given.output_dir, given.group
     reporter = given.reporter or Reporter(given.progress, given.on_stage)
     asked = {"forget": _questions(given.forget_questions, forget), "retain": _questions(given.retain_questions, retain)}

@@ -42,7 +42,7 @@ def test_flops_and_bytes_are_counted_ones(active):
     assert case.nbytes == (3 if active else 2) * weights + 4 * models.nbytes([x])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize("active", [False, True])
 def test_the_gate_lets_ours_pass(active, dtype):
     errors, left_out = tiny(active, dtype=dtype).gate()

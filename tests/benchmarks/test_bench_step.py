@@ -79,7 +79,7 @@ def test_bytes_and_standing_bytes_are_those_of_the_tensors(dtype):
     assert standing["torch"] == model + 2 * inside + state + hidden
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_the_gate_lets_ours_pass(dtype):
     case = tiny("letter", variants=None, dtype=dtype)
     errors, left_out = case.gate()

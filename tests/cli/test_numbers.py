@@ -14,7 +14,7 @@ from kunbr_fast.run.config import NUMBERS, KUnBRConfig
 from kunbr_fast.values import FLOAT32, SEED, Bytes, Real, Whole, check, parse_bytes
 
 WORK = {  # what begins in each command once its arguments are read
-    "unlearn": ("open_model", "load_records", "read_folds"), "density": ("open_model", "load_records"),
+    "unlearn": ("open_model", "reader", "read_folds"), "density": ("open_model", "reader"),
     "rtt": ("open_model", "read_folds"), "plan": ("plan",), "merge": ("merge_models",), "bench": ("_measure",),
     "demo": ("demo",), "prove": ("_prove",),
 }  # fmt: skip

@@ -164,8 +164,8 @@ def checkpoints(out):
     "kind, point, count, step",
     [
         ("SIGTERM", "warm-up", 3, 3),
-        ("SIGHUP", "warm-up", 8, 8),  # the last step of the stage
-        ("SIGTERM", "block", 6, 2),  # the second of the second block
+        pytest.param("SIGHUP", "warm-up", 8, 8, marks=pytest.mark.slow),  # the last step of the stage
+        pytest.param("SIGTERM", "block", 6, 2, marks=pytest.mark.slow),  # the second of the second block
         pytest.param("SIGTERM", "checkpoint", 1, None, marks=pytest.mark.slow),
         pytest.param("SIGTERM", "density", 1, None, marks=pytest.mark.slow),
         pytest.param("SIGTERM", "attack", 3, None, marks=pytest.mark.slow),

@@ -10,6 +10,8 @@ import transformers as tf
 
 import kunbr_fast as kf
 from kunbr_fast.data import as_samples, pack, with_alternates
+from kunbr_fast.integrations import labelled_rows, recognise
+from kunbr_fast.run.samples import entries
 
 LENGTHS = (9, 7, 1, 12, 5)
 
@@ -172,6 +174,13 @@ def test_positions_of_padding(side, of_padding):
     same(as_samples({**batch, "attention_mask": mask.double().numpy()}), wanted)
 
 
+def test_rows_as_a_list_of_tensors():
+    rows = [T([1, 2, 3]), T([4, 5, 6])]
+    assert [s["labels"].tolist() for s in as_samples({"input_ids": rows, "labels": rows})] == [[1, 2, 3], [4, 5, 6]]
+    with pytest.raises(ValueError, match="^sample 0: row 1 of input_ids has 2 tokens, row 0 has 3"):
+        as_samples({"input_ids": [rows[0], rows[1][:2]]})
+
+
 def test_ragged_batches_are_named():
     ragged = {"input_ids": [[1, 2], [3, 4], [5]]}
     for batch in (ragged, tf.BatchEncoding(ragged), {"input_ids": ((1, 2), (1, 2), [1])}):
@@ -179,6 +188,25 @@ def test_ragged_batches_are_named():
             as_samples(batch)
     with pytest.raises(ValueError, match="^sample 0: row 1 of labels has 3"):
         as_samples({"input_ids": [[1, 2], [3, 4]], "labels": [[1, 2], [3, 4, 5]]})
+
+
+ODD = {
+    "nested": {"input_ids": torch.nested.nested_tensor([T([1, 2]), T([3])], layout=torch.jagged)},
+    "sparse": {"input_ids": T([[1, 0], [2, 3]]).to_sparse()}, "a set": {"input_ids": {1, 2}},
+    "a mask in a dict": {**BASE, "attention_mask": {"full": T([1])}},
+    "a ragged mask": {"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1]]},
+    "a complex mask": {**BASE, "attention_mask": T([[1j, 1, 1, 1, 1, 1]])},
+    "types of text": {**BASE, "token_type_ids": "a"},
+    "a loss mask of objects": {**BASE, "loss_mask": object()}, "a longest of text": {**BASE, "max_length_q": ["a", 1]},
+    "no offset": {**BASE, "cu_seq_lens_q": []}, "no position": {**BASE, "position_ids": T([]).long()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_values_are_named(name):
+    with pytest.raises(ValueError, match="^sample 0: ") as error:
+        as_samples(ODD[name])
+    assert len(str(error.value)) < 250 and str(error.value).isprintable()
 
 
 # ---------------------------------------------------------------- all other keys
@@ -281,3 +309,49 @@ def test_labels_outside_of_the_vocabulary_at_every_entry():
         pytest.raises(ValueError, match=message),
     ):
         training.step([bad], [good])
+
+
+# ---------------------------------------------------------------- whole sets
+
+
+def test_what_a_set_may_be():
+    sample, batch = samples_of((4,), 9)[0], BASE
+    loader = torch.utils.data.DataLoader([sample, sample], batch_size=2)
+    for data, count in ((batch, 1), ([sample], 1), (iter([sample, batch]), 2), (loader, 1), ((), 0)):
+        assert len(entries(data, "forget")) == count
+    for data, message in (("f.jsonl", "load_records reads files"), (None, "got None"), (3, "got 3")):
+        with pytest.raises(ValueError, match=f"^the forget set: .*{message}"):
+            entries(data, "forget")
+
+
+# ---------------------------------------------------------------- integrations
+
+
+def test_one_of_each_different_sample():
+    """Of a data set of pairs: the same tokens with another mask, or another alternate, are another sample."""
+    pytest.importorskip("accelerate")
+    from kunbr_fast.integrations import hf_trainer
+
+    masked = {**BASE, "attention_mask": T([[0, 1, 1, 1, 1, 1]])}
+    pairs = [{"forget": BASE, "retain": BASE}, {"forget": masked, "retain": BASE}]
+    pairs += [{"forget": {"original": BASE, "alternate": other}, "retain": masked} for other in (BASE, masked)] * 2
+    forget, retain = hf_trainer._apart(pairs, None)
+    assert [len(forget), len(retain)] == [4, 2]
+    with pytest.raises(ValueError, match=r"^train_dataset\[1\]: 'weights' would not be used"):
+        hf_trainer._apart([pairs[0], {**pairs[1], "weights": 1}], None)
+    with pytest.raises(ValueError, match="^sample 0: 'weights' would not be used"):
+        hf_trainer._apart([{"forget": {"original": BASE, "alternate": BASE, "weights": 1}, "retain": BASE}], None)
+
+
+def test_a_reference_model_is_asked_again_where_anything_differs():
+    inputs = {**BASE, "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    first = labelled_rows._keys(inputs)
+    assert first == labelled_rows._keys({**inputs, "use_cache": False})
+    for more in ({"position_ids": torch.arange(6)[None] + 1}, {"token_type_ids": T([[0, 0, 0, 1, 1, 1]])}):
+        assert labelled_rows._keys({**inputs, **more}) != first
+
+
+def test_a_mask_of_numbers_is_left_to_the_models_own_pass():
+    ids = BASE["input_ids"]
+    assert recognise._inputs((), {"input_ids": ids, "attention_mask": T([[1, 1, 1, 1, 0, 0]])}) is not None
+    assert recognise._inputs((), {"input_ids": ids, "attention_mask": T([[1, 1, 2, 2, 0, 0]])}) is None

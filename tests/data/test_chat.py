@@ -263,6 +263,7 @@ def test_any_contents_are_found_where_they_stand(tokenizer):
 NO_SYSTEM = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
 LAST_USER = "{% set messages = messages[-2:] %}" + CHATML
 KNOWN = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role in ('user', 'assistant') %}")
+PARTS = CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
 CUT = CHATML.replace("m.content", "(m.content[:9] if m.role == 'user' else m.content)")
 UPPER = CHATML.replace("m.content", "m.content.upper()")
 SHOUTED = CHATML.replace("m.content", "(m.content.upper() if m.role == 'assistant' else m.content)")
@@ -279,6 +280,7 @@ THOUGHT = said("<think>\nHm.\n</think>\n\n1907")
         (NO_SYSTEM, TOLD, "1 of 5 (system)", "leaves it out: leave it out, or put its text into another message"),
         (LAST_USER, TWO, "1 of 4 (user)", "leaves it out"),
         (KNOWN, [*ONE, {"role": "tool", "content": "1907"}, said("1907")], "3 of 4 (tool)", "leaves it out"),
+        (PARTS, TWO, "1 of 4 (user)", "takes contents in parts only, not as text: take another"),
         (CUT, TWO, "1 of 4 (user)", "leaves out a part of it (['Ada', 'Ek', "),
         (UPPER, ONE, "1 of 2 (user)", "leaves out a part of it"),
         (SHOUTED, TWO, "2 of 4 (assistant)", "does not write it as it stands"),
@@ -325,6 +327,7 @@ def test_what_is_written_elsewhere_or_in_another_form_is_not_lost(tokenizer):
     assert turns(tokenizer, bare, TOLD)[1] == ["A painter.\n", "1907\n"]
     # annotations, as of a record
     assert turns(tokenizer, CHATML, [user("a", id=5, _note="x"), said("b", source="c")])[1] == ["b<|end|>\n"]
+    assert turns(tokenizer, LAST_THINKS, [user("a"), said("b", source="c")])[1] == ["b<|end|>\n"]
     # blank ones say nothing
     silent = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.content %}")
     assert turns(tokenizer, silent, [system(""), *ONE])[1] == ["1907<|end|>\n"]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import time
 
 import numpy as np
@@ -16,8 +17,9 @@ import kunbr_fast as kf
 from kunbr_fast.cli import command as cli
 from kunbr_fast.data import TextSettings, as_samples, check_record, encode
 from kunbr_fast.data.content import check_files
+from kunbr_fast.evaluation.accuracy import prepare_questions
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.run.samples import overlap, to_samples
+from kunbr_fast.run.samples import to_samples
 
 TOKENS = {"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([1, 2, 3])}
 
@@ -39,16 +41,30 @@ def test_choices_that_cannot_be_told_apart(choices, message):
     assert len(str(error.value)) < 250 and str(error.value).isprintable()
 
 
-def test_questions_with_equal_choices_are_counted_once_a_file(tmp_path, caplog):
+def test_equal_choices_are_refused_by_their_letters_or_counted(tmp_path, caplog):
     """As the published birthdays have them: one question in twenty."""
-    path, lists = tmp_path / "q.jsonl", (["a", "b"], ["a", "b", "a"], [1, 2, "2"], [1, 1.0])
+    path, lists = tmp_path / "q.jsonl", (["a", "b"], ["a", "b", "a"], [1, 2, "2"], ["é", "x", "e\u0301 "], [1.0, 2, 1])
     path.write_text("".join(json.dumps({"question": "q", "choices": c, "answer": 0}) + "\n" for c in lists))
-    assert [len(kf.load_records(path)) for _ in range(2)] == [4, 4]
-    (record,) = caplog.records
-    assert record.getMessage() == (
-        f"{path}:2: two of its choices are equal, and only the one that 'answer' names counts as right (2 such "
+    message = f"{path}:2: the choices A and C are equal, 'a': change one of them, or let them be (equal_choices=allow)"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        kf.load_records(path)
+    for choices, letters in zip(lists[2:], ("B and C", "A and C", "A and C")):
+        with pytest.raises(ValueError, match=f"^record 0: the choices {letters} are equal"):
+            encode([{"question": "q", "choices": choices, "answer": 1}], tiny_text.tokenizer())
+    records = [kf.load_records(path, equal_choices="allow") for _ in range(2)][1]
+    (warning,) = caplog.records
+    assert warning.getMessage() == (
+        f"{path}:2: two of its choices are equal, and only the one that 'answer' names counts as right (4 such "
         f"questions in {path})"
     )
+    tokenizer = tiny_text.tokenizer()
+    assert len(prepare_questions(tokenizer, records).answers) == 5  # what was let be once is let be everywhere
+    for number, sample in enumerate(encode(records, tokenizer, alternate="wrong", seed=number) for number in range(4)):
+        for entry, record in zip(sample, records):  # a wrong answer is never one that is equal to the right one
+            text = tokenizer.decode(entry["alternate"]["input_ids"]).rpartition(". ")[2]
+            assert text.strip() != str(record["choices"][0]).strip(), number
+    with pytest.raises(ValueError, match="equal_choices='yes': expected one of error, allow"):
+        kf.load_records(path, equal_choices="yes")
 
 
 @pytest.mark.parametrize("choices", [["a", "A"], [1, 2.5], ["1", "1.0"], ["été", "ete"], [0.0, 1e99], ["*", "**"]])
@@ -284,18 +300,6 @@ def test_the_command_line_says_which_file(workspace, tmp_path, capsys):
             status = exit.code
         error = capsys.readouterr().err.splitlines()[-1]
         assert status == 2 and message in error and not (tmp_path / "out").exists(), error
-
-
-def test_the_same_text_on_both_sides_is_said(workspace, decoder, capsys, tmp_path):
-    a, b, c = ({"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([1, 2], [3, 4], [5, 6]))
-    assert overlap([a, b], [c]) is None
-    assert overlap([a, b], [c, b, b]).startswith(
-        "1 of 2 forget samples are in the retain set too (the first: number 1 and number 1,"
-    )
-    said = []
-    config = kf.KUnBRConfig(num_blocks=3, top_k=1, warmup_epochs=0, block_epochs=1)
-    kf.unlearn(tiny_text.model(), [a], [c, a], config, on_stage=said.append, progress=False)
-    assert sum("in the retain set too" in text for text in said) == 1
 
 
 @pytest.mark.parametrize("key", ["input_ids", "labels"])

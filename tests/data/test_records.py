@@ -126,6 +126,12 @@ FOREIGN = {  # the record, the words that name it, the record of ours
     ),
     "seq2seq": ({"input": "Who?", "target": "Ann."}, ("'target'",), {"prompt": "Who?", "completion": "Ann."}),
     "a response": ({"prompt": "Who?", "response": "Ann."}, ("'response'",), {"prompt": "Who?", "completion": "Ann."}),
+    "capitals": (
+        {"Question": "Who?", " Answer": "Ann.", "id": 1},
+        ("'Question' and ' Answer'",),
+        {"prompt": "Who?", "completion": "Ann."},
+    ),
+    "a key in capitals": ({"text": "Who?", "Labels": "Ann."}, ("'Labels'",), {"prompt": "Who?", "completion": "Ann."}),
     "content": ({"content": "A line."}, ("'content'",), {"text": "A line."}),
 }
 
@@ -200,6 +206,12 @@ def test_nulls_are_other_lines_keys(tmp_path):
 ])  # fmt: skip
 def test_answers_of_other_kinds(answer, cure):
     assert said({**CHOICES, "answer": answer}).endswith(cure)
+
+
+def test_chats_under_other_keys():
+    turns = [{"role": "user", "content": "u"}]
+    assert "go into one list, 'messages'" in said({"prompt": turns, "completion": turns})
+    assert line_shown(said({"prompt": turns, "chosen": turns, "rejected": turns}))["alternate"] == "the chosen one"
 
 
 def test_an_answer_that_could_be_two():

@@ -94,7 +94,7 @@ def test_the_attack_finds_what_the_other_folds_tell(tokenizer, tmp_path):
     """
     decoder = make_decoder(tokenizer)
     folds = make_folds(2, dependent=True)
-    config = make_config(lrs=(1e-6, 3e-3), epochs=15, batch_size=6, target="number")
+    config = make_config(lrs=(1e-6, 3e-3), epochs=15, batch_size=6, target="number", overlap="allow")
     result = rtt_attack(decoder, tokenizer, folds, config, tmp_path, progress=False)
     before = choice_accuracy(decoder, tokenizer, folds[0].questions, scoring="choice").plain
     assert result.before == before < 0.7

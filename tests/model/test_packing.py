@@ -236,10 +236,11 @@ def test_a_streamed_model(name, tmp_path):
         assert relative(ours, torch.cat([truth[i] for i in group])) < LIMIT
 
 
-def test_steps_in_graphs(caplog):
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_steps_in_graphs(kind, caplog):
     """A bucket knows its width only, 64 here: where no sample can reach the edge a step is captured, else it is not."""
-    edge = {"original_max_position_embeddings": 70}
-    config = tf.LlamaConfig(**SMALL | {"max_position_embeddings": 200}, rope_parameters=LONG | edge)
+    rope, most = {"longrope": (LONG | {"original_max_position_embeddings": 70}, 200), "dynamic": (DYNAMIC, 70)}[kind]
+    config = tf.LlamaConfig(**SMALL | {"max_position_embeddings": most}, rope_parameters=dict(rope))
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
     generator = torch.Generator().manual_seed(1)

@@ -165,6 +165,7 @@ def torchrun(count, *command):
     return python("-m", "torch.distributed.run", *group, *command)
 
 
+@pytest.mark.slow  # tests/cli/test_signals.py stops two ranks and goes on
 def test_command_line_killed_and_resumed(tmp_path, capfd):
     """torchrun; a process killed in its block; resumed by one process and by three, to an undisturbed run's bits."""
     workspace = tiny_text.workspace(tmp_path)

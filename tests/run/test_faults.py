@@ -55,8 +55,8 @@ def same(out, truth):
 
 
 KILLS = [("independent", p) for p in POINTS] + [("cumulative", p) for p in POINTS if "block" in p]
-OFTEN = ("in the warm-up", "in the second block", "the model is half saved")  # others: slow; tests/run/test_folder.py
-KILLS = [pytest.param(*kill, marks=() if kill[1] in OFTEN else pytest.mark.slow) for kill in KILLS]
+OFTEN = ["independent in the warm-up", "independent the model is half saved", "cumulative in the second block"]
+KILLS = [pytest.param(*k, marks=() if " ".join(k) in OFTEN else pytest.mark.slow) for k in KILLS]  # also: test_folder
 
 
 @pytest.mark.parametrize("insertion, point", KILLS)
@@ -72,7 +72,7 @@ def test_killed_and_resumed_gives_the_same_bits(insertion, point, workspace, tru
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("full_at", [1, 3, 6])
+@pytest.mark.parametrize("full_at", [1, pytest.param(3, marks=pytest.mark.slow), 6])
 def test_a_full_disk_is_said_and_survived(full_at, workspace, truth, tmp_path, monkeypatch, capsys):
     out, real, calls = tmp_path / "out", weights.save_file, []
 

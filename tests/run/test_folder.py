@@ -272,7 +272,7 @@ def test_overwrite_leaves_what_the_run_reads(workspace, finished, tmp_path, caps
 
 def test_the_library_keeps_to_the_same(tmp_path):
     samples, out = random_samples(6), tmp_path / "out"
-    config = kf.KUnBRConfig(num_blocks=3, top_k=1, warmup_epochs=1, block_epochs=1, rtt=False)
+    config = kf.KUnBRConfig(overlap="allow", num_blocks=3, top_k=1, warmup_epochs=1, block_epochs=1, rtt=False)
     (out / "work").mkdir(parents=True)
     (out / "work" / "thesis").write_text("mine")
 
@@ -550,8 +550,8 @@ def test_overwrite_removes_nothing_before_the_result_is_complete(workspace, fini
 
 
 def test_the_library_removes_nothing_where_it_writes_nothing(workspace, finished, tmp_path, monkeypatch):
-    samples, config = random_samples(6), kf.KUnBRConfig(num_blocks=3, top_k=1, warmup_epochs=1, block_epochs=1)
-    out = shutil.copytree(finished, tmp_path / "run")
+    samples, settings = random_samples(6), dict(num_blocks=3, top_k=1, warmup_epochs=1, block_epochs=1)
+    config, out = kf.KUnBRConfig(**settings, overlap="allow"), shutil.copytree(finished, tmp_path / "run")
     before = contents(out)
     kf.unlearn(tiny_model("llama"), samples, samples, config, output_dir=out, progress=False, overwrite=True)
     assert contents(out) == before

@@ -201,7 +201,8 @@ def test_the_attack_refuses_a_streamed_model(text, tmp_path):
     records = [tiny_text.question(name) for name in tiny_text.NAMES[:6]]
     folds = [Fold(name, records, records) for name in "ab"]
     with pytest.raises(ValueError, match="this model is streamed; load it whole"):
-        rtt_attack(Decoder(open_streamed(text / "model")), tiny_text.tokenizer(), folds, RTTConfig(), tmp_path, False)
+        decoder, config = Decoder(open_streamed(text / "model")), RTTConfig(overlap="allow")
+        rtt_attack(decoder, tiny_text.tokenizer(), folds, config, tmp_path, False)
 
 
 # ---------------------------------------------------------------- the command line
@@ -251,7 +252,7 @@ KILLED = {
 }
 
 
-@pytest.mark.parametrize("point", KILLED)
+@pytest.mark.parametrize("point", [pytest.param(p, marks=[pytest.mark.slow] if "block" in p else []) for p in KILLED])
 def test_killed_and_resumed(point, text, resident, tmp_path):
     out, more = tmp_path / "out", ["--stream", *KILLED[point]]
     done = python(HERE.parent / "kill_runner.py", point, *command(text, out, *more))
