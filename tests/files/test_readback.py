@@ -145,15 +145,16 @@ def test_a_run_keeps_its_checkpoints_and_writes_again(workspace, tmp_path, monke
 
 def test_only_a_model_that_the_run_wrote_is_read_back(tmp_path):
     """Another one that is in the folder of its checkpoints is the user's."""
-    samples, config = random_samples(4), kf.KUnBRConfig(num_blocks=3, top_k=1, warmup_epochs=1, block_epochs=1)
+    sets = random_samples(4), random_samples(4, seed=1)
+    config = kf.KUnBRConfig(num_blocks=3, top_k=1, warmup_epochs=1, block_epochs=1)
     tiny_model("gpt2", torch.float32).save_pretrained(tmp_path)
     before, lines = contents(tmp_path), []
     how = dict(output_dir=tmp_path, progress=False, on_stage=lines.append, before_cleanup=lambda report: None)
-    kf.unlearn(tiny_model("llama"), samples, samples, config, **how)
+    kf.unlearn(tiny_model("llama"), *sets, config, **how)
     assert contents(tmp_path) == before and not any("read back" in line for line in lines)
     model = tiny_model("llama", torch.float32)
     how["before_cleanup"] = lambda report: save_model(model, None, tmp_path, replace=True)
-    kf.unlearn(model, samples, samples, config, **how)
+    kf.unlearn(model, *sets, config, **how)
     assert any(line.startswith("read back: ") and line.endswith("0.0e+00 relative") for line in lines)
 
 
