@@ -24,14 +24,23 @@ LONGEST = ("max_length_q", "max_length_k")
 KEYS = ("position_ids", "seq_idx", *OFFSETS, *LONGEST)
 
 
-def integers(item: Mapping[str, Any], key: str, where: str) -> torch.Tensor:
-    """What a sample or batch holds under `key`, as a tensor of integers."""
+def tensor_of(item: Mapping[str, Any], key: str, where: str, expected: str = "integers of 64 bits") -> torch.Tensor:
+    """What a sample or batch holds under `key`, as a dense tensor."""
+    value = item[key]
     try:
-        tensor = torch.as_tensor(item[key])
+        if isinstance(value, (list, tuple)) and value and all(map(torch.is_tensor, value)):
+            value = torch.stack(list(value))
+        tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:  # ragged, text, None, or an integer of more than 64 bits
-        raise ValueError(
-            f"{where}: {_ragged(item[key], key) or f'{key}={shown(item[key])}: expected integers of 64 bits'}"
-        ) from error
+        raise ValueError(f"{where}: {_ragged(value, key) or f'{key}={shown(value)}: expected {expected}'}") from error
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        raise ValueError(f"{where}: {key} is nested or sparse: give a dense tensor, or samples of their own")
+    return tensor
+
+
+def integers(item: Mapping[str, Any], key: str, where: str) -> torch.Tensor:
+    """`tensor_of` integers."""
+    tensor = tensor_of(item, key, where)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{where}: {key} of {str(tensor.dtype)[6:]}: expected integers")
     return tensor.long()
@@ -77,11 +86,11 @@ def pieces(
         starts = [span.start, *(span.start + start for start in told[first][row])] if told else [span.start]
         cut = [slice(start, stop) for start, stop in zip(starts, [*starts[1:], span.stop])]
         found += [(row, piece) for piece in _without_padding(cut, ids[row], labels[row])]
+    longest = max((piece.stop - piece.start for _, piece in found), default=0)
     for key in LONGEST:
-        longest = max(piece.stop - piece.start for _, piece in found)
-        if item.get(key) is not None and int(item[key]) < longest:
+        if item.get(key) is not None and bool((integers(item, key, where) < longest).any()):
             raise ValueError(
-                f"{where}: {key}={int(item[key])}, but a sample has {longest} tokens: give position_ids or "
+                f"{where}: {key}={shown(item[key])}, but a sample has {longest} tokens: give position_ids or "
                 f"{OFFSETS[0]} that tell the samples apart"
             )
     return found

@@ -130,7 +130,10 @@ def check_record(record: Mapping, where: str) -> None:
         elif key == "answer":
             _check_answer(record.get(key), record["choices"], where)
         elif not isinstance(record.get(key), str) or is_blank(record[key]):
-            raise ValueError(f"{where}: {key!r} must be a string that is not blank, got {shown(record.get(key))}")
+            found, cure = record.get(key), ""
+            if isinstance(found, list) and found and isinstance(found[0], dict):
+                cure = ": the turns of a chat go into one list, 'messages', the answer last"
+            raise ValueError(f"{where}: {key!r} must be a string that is not blank, got {shown(found)}{cure}")
 
 
 def _check_answer(answer: Any, choices: Sequence, where: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kunbr_fast.data import flattened
-from kunbr_fast.data.flattened import integers, pieces
+from kunbr_fast.data.flattened import integers, pieces, tensor_of
 from kunbr_fast.data.forms import is_annotation
 from kunbr_fast.files.shown import shown
 
@@ -144,7 +144,7 @@ def _check_beside(item: Mapping[str, Any], labels: torch.Tensor, mask: torch.Ten
             raise ValueError(f"{where}: token_type_ids are not 0 throughout, and none of our models reads them")
     for key in LOSS_MASKS:
         if item.get(key) is not None:
-            loss = torch.as_tensor(item[key])
+            loss = tensor_of(item, key, where, "0 and 1")
             has = ((labels != IGNORE) & (kept != 0))[..., 1:]  # a first token never has a loss
             if loss.shape != labels.shape or not torch.equal(has, (loss != 0)[..., 1:] & (kept != 0)[..., 1:]):
                 raise ValueError(
@@ -169,10 +169,7 @@ def _check_aligned(labelled: Sequence[tuple[Sample, str]]) -> None:
 
 
 def _mask(item: Mapping[str, Any], ids: torch.Tensor, where: str) -> torch.Tensor:
-    try:
-        mask = torch.as_tensor(item["attention_mask"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{where}: attention_mask={shown(item['attention_mask'])}: expected 0 and 1") from error
+    mask = tensor_of(item, "attention_mask", where, "0 and 1")
     if mask.dim() > 2 or (mask.dim() == 2 and mask.shape != ids.shape and mask.shape[0] == mask.shape[1]):
         raise ValueError(
             f"{where}: attention_mask {tuple(mask.shape)} and input_ids {tuple(ids.shape)} differ: a mask of token "

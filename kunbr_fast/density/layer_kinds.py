@@ -207,6 +207,21 @@ def _small_values(parts: list[Part], how: How) -> list[dict[str, torch.Tensor]]:
     return out
 
 
+def _is_product(linear: nn.Module) -> bool:
+    """Whether a linear layer with a forward put into it (Accelerate's, or one that adds something) still has the
+    gradient of its product, on two rows."""
+    shape = linear.weight.shape
+    sizes = shape if isinstance(linear, compat.Conv1D) else reversed(shape)
+    x, dy = (torch.linspace(0.5, 1, 2 * n, dtype=linear.weight.dtype, device=linear.weight.device) for n in sizes)
+    x, dy = x.view(1, 2, -1), dy.view(1, 2, -1)
+    expected = (x.mT @ dy if isinstance(linear, compat.Conv1D) else dy.mT @ x)[0]
+    with torch.enable_grad():
+        weight = linear.weight.detach().requires_grad_()
+        y = torch.func.functional_call(_Unhooked(linear), {"module.weight": weight}, (x,))
+        (found,) = torch.autograd.grad(y, weight, dy, allow_unused=True)
+    return found is not None and bool((found - expected).norm() <= 0.01 * expected.norm())
+
+
 def _is_norm(module: nn.Module) -> bool:
     own = list(module.parameters(recurse=False))
     return type(module).__name__.endswith("Norm") and bool(own) and all(p.dim() == 1 for p in own)
@@ -220,7 +235,7 @@ def _is_router(module: nn.Module) -> bool:
 # A subclass of nn.Linear may compute something else (LoRA, 4-bit weights): only the exact types are known.
 LAYER_KINDS: dict[str, LayerKind] = {
     "linear": LayerKind(
-        lambda m: type(m) in (nn.Linear, compat.Conv1D) and "forward" not in m.__dict__,
+        lambda m: type(m) in (nn.Linear, compat.Conv1D) and ("forward" not in m.__dict__ or _is_product(m)),
         _product_values,
         _product_gradient,
         lambda m: {"weight": m.weight.shape[1 if isinstance(m, compat.Conv1D) else 0]},

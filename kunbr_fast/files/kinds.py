@@ -54,8 +54,8 @@ def check_kind(head: bytes, where: str) -> None:
 
 
 def check_start(path: Path) -> None:
-    """`check_kind` of a file that another library reads as text, and a ValueError for a byte order mark, which they do
-    not take. Whether it is there, whoever reads it says."""
+    """`check_kind` of a file that other libraries read too, and a ValueError for a byte order mark, which they do not
+    take: a result with a copy of it could not be loaded. Whether it is there, whoever reads it says."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         head = file.read(HEAD)
         check_kind(head, plain(path))

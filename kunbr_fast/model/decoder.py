@@ -32,7 +32,7 @@ from kunbr_fast.memory import Place
 from kunbr_fast.model import attention, compat
 from kunbr_fast.model.frozen import evaluating, frozen
 from kunbr_fast.model.gather import take
-from kunbr_fast.model.ownership import bare_product, whole
+from kunbr_fast.model.ownership import bare_product, uncompiled, whole
 from kunbr_fast.model.rotary import RotaryByLength
 from kunbr_fast.model.weights import DAMAGED, Weights, all_zero, check_finite, weights_of
 
@@ -143,8 +143,8 @@ class Decoder:
         return super().__new__(weights_of(model).decoder_class or cls)
 
     def __init__(self, model: nn.Module):
+        self.model = model = uncompiled(model)
         whole(model)
-        self.model = model
         self.config = model.config.get_text_config()
         self.name = type(model).__name__
         if getattr(self.config, "_attn_implementation", None) == "sdpa" and attention_of(self.config) is not None:

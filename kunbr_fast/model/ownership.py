@@ -110,7 +110,8 @@ def present(model: nn.Module, name: str) -> None:
 
 
 def _undivided(model: nn.Module, parameters: Mapping[str, nn.Parameter], name: str) -> None:
-    found = [type(module).__name__ for module in model.modules() if _is(module, SHARDED)]
+    found = ["tp_plan"] if (getattr(model, "_tp_size", None) or 1) > 1 else []
+    found += [type(module).__name__ for module in model.modules() if _is(module, SHARDED)]
     found += [f"{path} is a {type(p).__name__}" for path, p in parameters.items() if _is(p, SHARDED)]
     found += [f"{path} is DeepSpeed ZeRO-3's" for path, p in parameters.items() if hasattr(p, "ds_id")]
     if found:

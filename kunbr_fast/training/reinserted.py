@@ -71,7 +71,7 @@ def reinserted(
     if changes.keys() & {"activations", "directory"}:
         changes["place"] = Place(changes.pop("activations", "auto"), changes.pop("directory", None))
     settings, execution = changed(changes, "reinserted", settings or BlockSettings(lr), execution or Execution())
-    decoder = original if isinstance(original, Decoder) else Decoder(uncompiled(original))
+    decoder = original if isinstance(original, Decoder) else Decoder(original)
     unlearned = uncompiled(unlearned) if isinstance(unlearned, nn.Module) else unlearned
     check_block(block, decoder.num_layers)
     _check_owned(decoder, unlearned, block, settings.insertion == "cumulative")

@@ -10,7 +10,7 @@ import transformers as tf
 
 import kunbr_fast as kf
 from kunbr_fast.data import as_samples, pack, with_alternates
-from kunbr_fast.integrations import hf_trainer, labelled_rows, recognise
+from kunbr_fast.integrations import labelled_rows, recognise
 from kunbr_fast.run.samples import entries
 
 LENGTHS = (9, 7, 1, 12, 5)
@@ -174,6 +174,13 @@ def test_positions_of_padding(side, of_padding):
     same(as_samples({**batch, "attention_mask": mask.double().numpy()}), wanted)
 
 
+def test_rows_as_a_list_of_tensors():
+    rows = [T([1, 2, 3]), T([4, 5, 6])]
+    assert [s["labels"].tolist() for s in as_samples({"input_ids": rows, "labels": rows})] == [[1, 2, 3], [4, 5, 6]]
+    with pytest.raises(ValueError, match="^sample 0: row 1 of input_ids has 2 tokens, row 0 has 3"):
+        as_samples({"input_ids": [rows[0], rows[1][:2]]})
+
+
 def test_ragged_batches_are_named():
     ragged = {"input_ids": [[1, 2], [3, 4], [5]]}
     for batch in (ragged, tf.BatchEncoding(ragged), {"input_ids": ((1, 2), (1, 2), [1])}):
@@ -181,6 +188,25 @@ def test_ragged_batches_are_named():
             as_samples(batch)
     with pytest.raises(ValueError, match="^sample 0: row 1 of labels has 3"):
         as_samples({"input_ids": [[1, 2], [3, 4]], "labels": [[1, 2], [3, 4, 5]]})
+
+
+ODD = {
+    "nested": {"input_ids": torch.nested.nested_tensor([T([1, 2]), T([3])], layout=torch.jagged)},
+    "sparse": {"input_ids": T([[1, 0], [2, 3]]).to_sparse()}, "a set": {"input_ids": {1, 2}},
+    "a mask in a dict": {**BASE, "attention_mask": {"full": T([1])}},
+    "a ragged mask": {"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1]]},
+    "a complex mask": {**BASE, "attention_mask": T([[1j, 1, 1, 1, 1, 1]])},
+    "types of text": {**BASE, "token_type_ids": "a"},
+    "a loss mask of objects": {**BASE, "loss_mask": object()}, "a longest of text": {**BASE, "max_length_q": ["a", 1]},
+    "no offset": {**BASE, "cu_seq_lens_q": []}, "no position": {**BASE, "position_ids": T([]).long()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_values_are_named(name):
+    with pytest.raises(ValueError, match="^sample 0: ") as error:
+        as_samples(ODD[name])
+    assert len(str(error.value)) < 250 and str(error.value).isprintable()
 
 
 # ---------------------------------------------------------------- all other keys
@@ -303,6 +329,9 @@ def test_what_a_set_may_be():
 
 def test_one_of_each_different_sample():
     """Of a data set of pairs: the same tokens with another mask, or another alternate, are another sample."""
+    pytest.importorskip("accelerate")
+    from kunbr_fast.integrations import hf_trainer
+
     masked = {**BASE, "attention_mask": T([[0, 1, 1, 1, 1, 1]])}
     pairs = [{"forget": BASE, "retain": BASE}, {"forget": masked, "retain": BASE}]
     pairs += [{"forget": {"original": BASE, "alternate": other}, "retain": masked} for other in (BASE, masked)] * 2

@@ -208,6 +208,12 @@ def test_answers_of_other_kinds(answer, cure):
     assert said({**CHOICES, "answer": answer}).endswith(cure)
 
 
+def test_chats_under_other_keys():
+    turns = [{"role": "user", "content": "u"}]
+    assert "go into one list, 'messages'" in said({"prompt": turns, "completion": turns})
+    assert line_shown(said({"prompt": turns, "chosen": turns, "rejected": turns}))["alternate"] == "the chosen one"
+
+
 def test_an_answer_that_could_be_two():
     text = said({"question": "q", "choices": ["a", "a ", "b"], "answer": "x"})
     assert "write" not in text

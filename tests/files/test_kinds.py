@@ -14,7 +14,7 @@ import tiny_text
 import kunbr_fast as kf
 from kunbr_fast.files.headers import Header
 from kunbr_fast.files.kinds import told
-from kunbr_fast.files.models import load_tokenizer
+from kunbr_fast.files.models import ModelFolder, load_tokenizer
 from kunbr_fast.run.config import KUnBRConfig
 
 LINES = b'{"text": "a line"}\n{"text": "another line"}\n'
@@ -73,6 +73,16 @@ def test_a_tokenizers_files(file, tmp_path, folder):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=f"^{path}: {message}"):
             load_tokenizer(tmp_path / "m")
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_models_settings(file, tmp_path):
+    tiny_text.model().save_pretrained(tmp_path)
+    good = (tmp_path / file).read_bytes()
+    for data, message in ((POINTER, "a git-lfs pointer"), (b"\xef\xbb\xbf" + good, "begins with a byte order mark")):
+        (tmp_path / file).write_bytes(data)
+        with pytest.raises(ValueError, match=f"^{tmp_path / file}: {message}"):
+            ModelFolder(tmp_path)
 
 
 def test_weights_that_are_a_pointer(tmp_path):

@@ -209,6 +209,9 @@ def elsewhere(tmp_path):
     model.model.norm.weight.ds_id = 3
     yield "ZeRO-3", model
     model = tiny_model()
+    model._tp_size = 2  # as from_pretrained(tp_plan="auto") does on two processes
+    yield "in parts.*tp_plan", model
+    model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
     yield "quantised.*layers.1.mlp.up_proj.weight is int8", model
     model = tiny_model()
@@ -304,6 +307,8 @@ def test_compiled_models(tmp_path):
     reinsert(tiny_model(), torch.compile(plain, backend="eager"))
     mixed = state(mixed)
     assert all(torch.equal(value, mixed[name][0]) for name, (value, _) in state(plain).items())
+    compiled = torch.compile(tiny_model(), backend="eager")
+    assert kf.attribute(compiled, FORGET, method="grad").scores.keys() < truth.keys()
     trainer = train(torch.compile(tiny_model(), backend="eager"), tmp_path / "t")
     trainer.save_model(str(tmp_path / "saved"))
     saved = json.loads(
@@ -364,9 +369,19 @@ def test_a_hook_on_the_head():
             kf.knowledge_density(model, FORGET)
 
 
-def test_a_linear_layer_with_a_forward_of_its_own_is_no_product():
-    model = tiny_model()
-    linear = layer_of(model).mlp.up_proj
-    linear.forward = lambda x: nn.Linear.forward(linear, x) * 2
-    with pytest.raises(ValueError, match="layers.2.mlp.up_proj"):
-        kf.knowledge_density(model, FORGET)
+@pytest.mark.parametrize("architecture, path", [("llama", "mlp.up_proj"), ("gpt2", "mlp.c_fc")])
+def test_a_linear_layer_with_a_forward_of_its_own(architecture, path):
+    """What is added to its product, as LoRA does, leaves its gradient; what is not a product is refused."""
+    model = tiny_model(architecture)
+    linear = Decoder(model).layers[2].get_submodule(path)
+    kind, sample = type(linear), FORGET[0]
+    linear.forward = lambda x: kind.forward(linear, x) + x.sum(-1, keepdim=True)
+    model(input_ids=sample["input_ids"][None], labels=sample["labels"][None]).loss.backward()
+    truth = float(linear.weight.grad.abs().sum())
+    model.zero_grad()
+    ours = kf.knowledge_density(model, [sample]).per_module
+    (name,) = (name for name in ours if name.endswith(f".2.{path}.weight"))
+    assert ours[name] == pytest.approx(truth, rel=1e-4)
+    linear.forward = lambda x: kind.forward(linear, x) * 2
+    with pytest.raises(ValueError, match=f"2.{path}"):
+        kf.knowledge_density(model, [sample])
