@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -33,11 +32,13 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
-from kunbr_fast.files.atomic import atomic_write
+from kunbr_fast.files.atomic import atomic_write, sha256
 from kunbr_fast.files.headers import Header, Tensor
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.merge_folder import FOLDER, MergeFolder
+from kunbr_fast.files.model_folder import side_files
 from kunbr_fast.files.models import ModelFolder
+from kunbr_fast.files.readback import NotWritten, check_copies, forget
 from kunbr_fast.files.shards import INDEX
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.target import Target, check
@@ -46,10 +47,9 @@ from kunbr_fast.keywords import named_by, taken
 METHODS = ("sum", "mean", "consensus")
 MODES = ("negate", "add")
 LARGEST = 2.0**128  # from here on fp32 has no number
+AGAIN = "--resume (resume=True) writes it again"
 CHUNK = 2**20  # entries: 4 MiB of fp32, of which a dozen are in memory
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BESIDE = (INDEX, "config.json", "generation_config.json", "*tokenizer*", "special_tokens_map.json", "added_tokens.json",
-          "vocab.*", "merges.txt", "chat_template*", "*.tiktoken", "spiece.model")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,8 @@ def merge_models(
 
     base: directory of theta_0. models: one or more directories of models trained from it, of any float dtype, in any
     number of files. Safetensors only. settings: the fields of `MergeSettings`, `mode` at least.
+    Each file is read back from the disk, and compared with what was computed, before its name counts as whole.
+
     resume: go on after a kill or a full disk; files that are whole (SHA-256) are kept. Of a finished merge: nothing to
     do.
 
@@ -109,7 +111,8 @@ def merge_models(
 
     Errors, before anything is computed: ValueError for tensors that differ in name or shape (naming file and tensor),
     for a model given twice, an output that is an input, lies in one, or is not empty; OSError where the disk has not
-    enough space. While computing: ValueError for NaN or infinity, in an input or in the result.
+    enough space. While computing: ValueError for NaN or infinity, in an input or in the result, and for a file that is
+    read back as another one.
     """
     how, output = taken(MergeSettings, settings, "merge_models"), Path(output)
     inputs = [Path(path) for path in (base, *models)]
@@ -134,7 +137,8 @@ def _check_inputs(inputs: Sequence[Path], output: Path) -> None:
 
 
 def _merge(inputs: Sequence[Path], output: Path, how: MergeSettings, resume: bool, progress: bool) -> dict[str, Any]:
-    headers = [ModelFolder(path, configured=path is inputs[0]).shards.headers for path in inputs]
+    shards = [ModelFolder(path, configured=path is inputs[0]).shards for path in inputs]
+    headers = [found.headers for found in shards]
     sources = [{tensor.name: tensor for header in found for tensor in header.tensors} for found in headers]
     _check_same(inputs, sources)
     identities = [[_identity(header) for header in found] for found in headers]
@@ -142,11 +146,12 @@ def _merge(inputs: Sequence[Path], output: Path, how: MergeSettings, resume: boo
     folder = MergeFolder(output, dataclasses.asdict(how) | {"inputs": named}, resume)
     if folder.finished is not None:
         return folder.finished
-    beside = _beside(inputs[0])
+    index = {} if shards[0].index is None else {INDEX: shards[0].index}
+    beside = index | side_files(inputs[0])  # config.json is last: it makes the directory a model
     for header in headers[0]:
         folder.claim(header.file.name, header.raw, header.size)
-    for path in beside:
-        folder.claim(path.name, path.read_bytes(), path.stat().st_size)
+    for name, path in beside.items():
+        folder.claim(name, path.read_bytes(), path.stat().st_size)
     folder.check_space(sum(header.size for header in headers[0] if header.file.name not in folder.done))
     folder.keep()
     total = sum(header.size for header in headers[0])
@@ -158,19 +163,18 @@ def _merge(inputs: Sequence[Path], output: Path, how: MergeSettings, resume: boo
             else:
                 folder.done[name] = _merge_file(output / name, header, sources, how, bar)
                 folder.keep()
-    for path in beside:
-        with atomic_write(output / path.name) as copy:
+    for name, path in beside.items():
+        with atomic_write(output / name) as copy:
             copy.write(path.read_bytes())
+        forget(output / name)
+    try:
+        check_copies(beside, output)
+    except ValueError as error:
+        raise NotWritten(f"{error}: delete it, then {AGAIN}") from error
+    ModelFolder(output, log=False)
     summary = _summary(how, inputs, folder.done) | {"inputs": folder.job["inputs"]}
     folder.finish(summary)
     return summary
-
-
-def _beside(base: Path) -> list[Path]:
-    """Configuration and tokenizer. config.json is last: it makes the directory a model."""
-    found = [path for path in base.iterdir() if path.is_file()]
-    found = [path for path in found if any(fnmatch.fnmatch(path.name, pattern) for pattern in BESIDE)]
-    return sorted(found, key=lambda path: (path.name == "config.json", path.name))
 
 
 # ---------------------------------------------------------------- what is merged
@@ -293,6 +297,9 @@ def _merge_file(
                     tensors[tensor.name] = _merge_tensor(out, tensor, readers, settings)
                 else:
                     _copy(out, tensor, readers)
+    forget(path)
+    if sha256(path) != out.sha256.hexdigest():
+        raise NotWritten(f"{plain(path)}: read back, it is not what was written: {AGAIN}")
     return {"sha256": out.sha256.hexdigest(), "tensors": tensors}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -49,6 +50,9 @@ ROPES = ("rope_scaling", "rope_parameters")
 ABOVE_ZERO = re.compile(
     r"(rope_(local_)?(base_freq|theta)|rotary_emb_base|\w*softcapping|query_pre_attn_scalar|factor)$"
 )
+QUANTISED = ("quantization_config", "compression_config", "quantization")  # the last: MLX's
+QUANTISERS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # AutoGPTQ's, AutoAWQ's, ModelOpt's
+UNQUANTISED = "take the model that was quantised, or load it in its own library and save it in bfloat16"
 CURE = "correct it, or copy the model's config.json again"
 # what a model gives back and which code computes it: of a program, not of a model
 RUNNING = re.compile(
@@ -68,7 +72,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
     check_start(path)
     if not isinstance(values, dict):
         raise ValueError(f"{plain(path)}: got {shown(values)}, expected an object with the model's settings: {CURE}")
-    for wrong in _wrong(values):
+    for wrong in (*_quantised(values), *_wrong(values)):
         raise ValueError(f"{plain(path)}: {wrong}")
     return _of_model(values)
 
@@ -171,17 +175,39 @@ def number_of_layers(values: Mapping[str, Any]) -> tuple[str, int] | None:
     return next(((name, found[name]) for name in LAYERS if name in found), None)
 
 
+def _quantised(values: Mapping[str, Any], inside: str = "") -> Iterator[str]:
+    """What says that the weights are quantised, in any part of the settings."""
+    for name, value in values.items():
+        if name in QUANTISED and value is not None and value is not False:
+            yield f"{plain(inside + name)}: its weights are quantised, expected plain ones: {UNQUANTISED}"
+        elif isinstance(value, dict):
+            yield from _quantised(value, f"{inside}{name}.")
+
+
+def check_plain(folder: Path) -> None:
+    """ValueError for files beside a model's weights that say that these are not all, or are quantised: an adapter,
+    which transformers would put on top of them, or what a quantiser writes."""
+    for name in sorted(os.listdir(folder)):
+        if re.fullmatch(r"adapter_config\.json|adapter_model\..*", name):
+            raise ValueError(
+                f"{plain(folder / name)}: an adapter, which transformers would put on top of these weights: merge it "
+                "into the model (merge_and_unload), or move it elsewhere"
+            )
+        if name in QUANTISERS:
+            values = read_json(folder / name, dict)
+            said = values.get("quantization") if name == "hf_quant_config.json" else values
+            if isinstance(said, dict) and said.get("quant_algo", said) is not None:
+                raise ValueError(
+                    f"{plain(folder / name)}: its weights are quantised, expected plain ones: {UNQUANTISED}"
+                )
+
+
 def _wrong(values: Mapping[str, Any], inside: str = "") -> Iterator[str]:
     """What is wrong with the settings. inside: the object in config.json that they are in, with a dot."""
     for name, value in values.items():
         expected = _expected(name, value)
         if expected is not None and not (value is None and _null_by_default(values.get("model_type"), name)):
             yield f"{plain(inside + name)} is {shown(value)}, expected {expected}: {CURE}"
-    if values.get("quantization_config") is not None or values.get("compression_config") is not None:
-        yield (
-            f"{inside}quantization_config: its weights are quantised, expected plain ones: load the model in its own "
-            "library and save it in bfloat16"
-        )
     for name in REDIRECTIONS:
         if values.get(name) is not None:
             yield f"{name} is {shown(values[name])}: weights are read from model.safetensors or its index: delete it"

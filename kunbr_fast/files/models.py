@@ -30,7 +30,7 @@ from kunbr_fast.files.parameters import (
     stored_parameters,
     without,
 )
-from kunbr_fast.files.shards import Shards
+from kunbr_fast.files.shards import Shards, instead_of_weights
 from kunbr_fast.files.shown import plain, shown
 
 if TYPE_CHECKING:
@@ -62,18 +62,14 @@ class ModelFolder:
                 kind = odd_kind(self.path / name)
                 if kind not in (None, "a directory"):
                     raise ValueError(f"{plain(self.path / name)}: {kind}, in a model's folder: move it elsewhere")
+        model_config.check_plain(self.path)
         self.config_path = self.path / "config.json"
         self.values: dict[str, Any] = {}
         if configured or os.path.lexists(self.config_path):
             if not os.path.lexists(self.config_path):
-                raise ValueError(f"{plain(path)}: no config.json: not a Hugging Face model directory")
+                no = f"{plain(path)}: no config.json: not a Hugging Face model directory"
+                raise ValueError(instead_of_weights(self.path) or no)
             self.values = model_config.read_model_config(self.config_path)
-        adapter = self.path / "adapter_config.json"
-        if os.path.lexists(adapter):
-            raise ValueError(
-                f"{plain(adapter)}: an adapter, which transformers would put on top of these weights: merge it into "
-                "the model (merge_and_unload), or move it elsewhere"
-            )
         if os.path.lexists(generation := self.path / "generation_config.json"):
             read_json(generation, dict)
             check_start(generation)

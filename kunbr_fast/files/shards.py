@@ -1,6 +1,7 @@
 """The weights of a model folder: which files they are in, judged from their headers, and read by tensor name.
 
-As transformers 5 does: model.safetensors, else the files that model.safetensors.index.json names; nothing else.
+As transformers does: model.safetensors, else the files that model.safetensors.index.json names; nothing else. Where
+neither is there, the error says what is, and what makes weights of it. Other weights beside them are named, not read.
 """
 
 from __future__ import annotations
@@ -21,7 +22,48 @@ from kunbr_fast.files.tensors import open_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PACKED = re.compile(r"(^|\.)(weight|q?weight_\w+|qweight|qzeros|g_idx|SCB|absmax|quant_\w+|quant_state\.\w+)$")
+PACKED = re.compile(
+    r"(^|\.)(weight|q?weight_\w+|qweight|qzeros|g_idx|SCB|absmax|quant_\w+|quant_state\.\w+|\w+_(blocks|scales|packed))$"
+)
+MASK = re.compile(r"(^|[._])(bias|mask\w*)$")  # of attention, which older releases saved as bytes
+# weights that are read in no case, beside those that are
+OTHERS = re.compile(r".*\.safetensors|.*\.safetensors\.index(\..+)?\.json")
+_SAVE = "load it with transformers' from_pretrained, and save it with save_pretrained"
+# what may lie in place of weights: (its name, what it is, the cure)
+INSTEAD = tuple(
+    (re.compile(name), what, cure)
+    for name, what, cure in (
+        (
+            r"model\.[^.]+\.safetensors|model\.[^.]+-\d+-of-\d+\.safetensors|model-\d+-of-\d+\.[^.]+\.safetensors"
+            r"|model\.safetensors\.index\.[^.]+\.json",
+            "a variant, which is read only by its name (variant=)",
+            f"{_SAVE}, or name it {SINGLE}, if it is one file",
+        ),
+        (
+            r"model-\d+-of-\d+\.safetensors",
+            f"parts of a model, and no {INDEX}, which says what is in which",
+            "copy that too",
+        ),
+        (
+            r"(adapter|non_lora).*\.safetensors",
+            "an adapter, and no model",
+            "merge it into the model (merge_and_unload)",
+        ),
+        (
+            r"consolidated.*\.(safetensors|pth)|original",
+            "weights in their maker's own form, which transformers does not read",
+            f"copy {SINGLE}, or {INDEX} and its files, too",
+        ),
+        (r".+\.safetensors", "not the name of a model's weights", f"name it {SINGLE}, if it is all of them"),
+        (r"pytorch_model.*\.bin(\.index.*\.json)?", "pickled weights; only safetensors are read", _SAVE),
+        (r".+\.gguf", "a GGUF file, which is mostly quantised", "give the model that it was made from"),
+        (
+            r"tf_model.*\.h5|flax_model.*\.msgpack|.+\.(pth|pt|ckpt|bin|onnx|npz)",
+            "weights of another form; only safetensors are read",
+            _SAVE,
+        ),
+    )
+)
 CHUNK = 1 << 24
 
 logger = logging.getLogger(__name__)
@@ -42,16 +84,17 @@ class Shards:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise ValueError(f"{plain(directory)}: no such directory: expected a local Hugging Face model directory")
+        if not has_weights(self.directory):
+            no = f"{plain(directory)}: no weights: neither {SINGLE} nor {INDEX} is there: {COPY}"
+            raise ValueError(instead_of_weights(self.directory) or no)
         named, index = None, self.directory / INDEX
-        single = os.path.lexists(self.directory / SINGLE) or not os.path.lexists(index)
-        self.index = None if single else index
-        if single:
-            paths, cure = [self.directory / SINGLE], "only safetensors are read; convert pickled weights first"
+        self.index = None if os.path.lexists(self.directory / SINGLE) else index
+        if self.index is None:
+            paths = [self.directory / SINGLE]
         else:
             named, total = _read_index(index)
             paths = [self.directory / name for name in sorted(set(named.values()))]
-            cure = "copy it too, the checkpoint is not whole"
-        self.headers = [Header.read(path, cure) for path in paths]
+        self.headers = [Header.read(path, "copy it too, the checkpoint is not whole") for path in paths]
         self.tensors: dict[str, Tensor] = {}
         for header in self.headers:
             for tensor in header.tensors:
@@ -83,9 +126,9 @@ class Shards:
             )
 
     def _name_others(self) -> None:
-        """A line about safetensors files beside the weights, which may be older ones."""
-        read = {header.file.name for header in self.headers}
-        others = sorted(path.name for path in self.directory.glob("*.safetensors") if path.name not in read)
+        """A line about weights and indexes beside those that are read, which may be older ones."""
+        read = {header.file.name for header in self.headers} | ({INDEX} if self.index is not None else set())
+        others = [name for name in sorted(os.listdir(self.directory)) if name not in read and OTHERS.fullmatch(name)]
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             logger.warning(
@@ -119,8 +162,26 @@ class Shards:
             return all(one.read(count) == other.read(count) for count in counts)
 
 
+def has_weights(directory: str | Path) -> bool:
+    """Whether the weights of a model are in the folder, by the names that they must have."""
+    return any(os.path.lexists(Path(directory) / name) for name in (SINGLE, INDEX))
+
+
+def instead_of_weights(directory: Path) -> str | None:
+    """What lies there in place of weights, and the cure; None where weights, or nothing like them, are there."""
+    if has_weights(directory):
+        return None
+    names = sorted(os.listdir(directory))
+    for pattern, what, cure in INSTEAD:
+        if found := [name for name in names if pattern.fullmatch(name)]:
+            more = f" and {len(found) - 1} more" if found[1:] else ""
+            return f"{plain(directory / found[0])}{more}: {what}: {cure}"
+    return None
+
+
 def _check_packed(tensor: Tensor) -> None:
-    if tensor.dtype not in FLOATS and PACKED.search(tensor.name):
+    packed = PACKED.search(tensor.name) or (tensor.dtype in ("U8", "I8") and len(tensor.shape) > 1)
+    if tensor.dtype not in FLOATS and packed and not MASK.search(tensor.name):
         raise ValueError(
             f"{plain(tensor.file)}: {tensor.name} is {tensor.dtype}, packed or quantised: expected one of "
             f"{', '.join(FLOATS)}: {PLAIN}"

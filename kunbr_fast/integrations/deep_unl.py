@@ -52,7 +52,7 @@ from tqdm import tqdm
 from kunbr_fast.data import PackedBatch, Sample
 from kunbr_fast.data.batch import join
 from kunbr_fast.files.scratch import scratch
-from kunbr_fast.files.shards import SINGLE, Shards
+from kunbr_fast.files.shards import SINGLE, Shards, has_weights
 from kunbr_fast.files.tensors import WeightSnapshot, save_tensors
 from kunbr_fast.integrations.padded_pass import OwnForward
 from kunbr_fast.integrations.recognise import recognise
@@ -124,7 +124,7 @@ class DEEP_UNL:
     def _find_original(self, path: str | Path) -> Shards | WeightSnapshot:
         """M0's weights on disk: its own files, or what `load_llm` loads."""
         parameters = dict(self.model.named_parameters())
-        found = Shards(path) if any(Path(path).glob("*.safetensors")) else None
+        found = Shards(path) if has_weights(path) else None
         if found is None or not all(name in found for name in parameters):
             logger.warning(
                 f"{path}: no safetensors with this model's own tensor names: load_llm loads it, and for a moment two "

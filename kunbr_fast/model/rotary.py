@@ -155,6 +155,15 @@ class RotaryByLength:
                     self._copies[module], self.same_up_to = own, 0
 
     @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, the model's own forward, of one sample or of several of one length, is that of a model that has run
+        nothing before."""
+        with contextlib.ExitStack() as changes:
+            for module, own in self._copies.items():
+                _redirect(changes, module, functools.partial(_call, own))
+            yield
+
+    @contextlib.contextmanager
     def of(self, batch: PackedBatch) -> Iterator[None]:
         """Inside, the model's rotary modules give each of the batch's samples the angles of its own length."""
         with contextlib.ExitStack() as changes:

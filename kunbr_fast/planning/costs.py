@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kunbr_fast.data.schedule import token_batches
-from kunbr_fast.files.model_config import check_heads, check_names, configured, read_model_config, text_of
+from kunbr_fast.files.model_config import check_heads, check_names, check_plain, configured, read_model_config, text_of
 from kunbr_fast.files.models import DTYPES, refusals
 from kunbr_fast.kernels.linear_loss.reference import HEAD_CHUNK
 
@@ -112,7 +112,9 @@ class Architecture:
     def load(cls, path: str | Path, dtype: str | None = None) -> tuple[Architecture, list[str]]:
         """Reads a model directory or a config.json; also returns what had to be assumed. ValueError names the file."""
         path = Path(path)
-        path = path / "config.json" if path.is_dir() else path
+        if path.is_dir():
+            check_plain(path)
+            path = path / "config.json"
         values = read_model_config(path)
         name = values.get("model_type")
         if name not in KINDS:

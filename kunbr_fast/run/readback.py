@@ -35,7 +35,8 @@ class ReadBack:
         chosen = [sample["input_ids"][:TOKENS] for part in samples.parts.values() for sample in part[:SAMPLES]]
         length = min(map(len, chosen))
         self.ids = torch.stack([ids[:length].cpu() for ids in chosen])
-        self.truth = _logits(decoder.model, self.ids.to(decoder.device))
+        with decoder.rotary.alone():
+            self.truth = _logits(decoder.model, self.ids.to(decoder.device))
         self._before = self._mark()
 
     def _mark(self) -> tuple[int, int] | None:

@@ -156,7 +156,7 @@ def _save(run: Stages, given: Options, folder: CheckpointFolder | None, report: 
             back = ReadBack(out, run.decoder, run.samples)
     try:
         if run.decoder.streamed:
-            run.reporter.say(f"writing the model to {out}, and reading it back")
+            run.reporter.say(f"writing the model to {out}, in the dtypes of its source, and reading it back")
             run.decoder.save(out, replace=folder is not None and folder.overwrites)
         if given.before_cleanup is not None and given.group.first:
             given.before_cleanup(report)

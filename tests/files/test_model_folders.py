@@ -21,6 +21,7 @@ from tiny_models import MIXTURES, MORE, tiny_model
 import kunbr_fast as kf
 from kunbr_fast.files.models import ModelFolder, load_model, load_tokenizer
 from kunbr_fast.model.streaming import open_streamed
+from kunbr_fast.model.weights import weights_of
 from kunbr_fast.planning.costs import Architecture
 
 INDEX = "model.safetensors.index.json"
@@ -563,13 +564,16 @@ def test_fuzzed_json(name, shards):
 def test_nothing_heavy_is_imported_to_refuse(folder):
     """transformers takes a second and more to import."""
     header(folder / SINGLE, entry(dtype="F8_E4M3"))
+    said = shutil.copytree(folder, folder.parent / "said")
+    edit(said / "config.json", lambda values: values.update(quantization_config={"quant_method": "awq"}))
     done = python(
         "-c",
         "import sys; from kunbr_fast.files.models import load_model\n"
-        f"try: load_model({str(folder)!r})\n"
-        "except ValueError: print('transformers' in sys.modules)",
+        f"for folder in ({str(folder)!r}, {str(said)!r}):\n"
+        "    try: load_model(folder)\n"
+        "    except ValueError as error: print('transformers' in sys.modules, 'quantised' in str(error))",
     )
-    assert done.stdout.strip() == "False", done.stderr
+    assert done.stdout.split() == ["False", "True"] * 2, done.stderr
 
 
 # ---------------------------------------------------------------- settings that show late, or in a part
@@ -667,3 +671,99 @@ def test_settings_of_a_program_are_left_out(changes, folder):
     assert open_streamed(folder) is not None
     tiny_text.tokenizer().save_pretrained(folder)
     assert load_tokenizer(folder)("a").input_ids
+
+
+# ---------------------------------------------------------------- which files are the weights
+
+NOT_WEIGHTS = {  # {what lies there: what is said of it}
+    ("model.fp16.safetensors",): "model.fp16.safetensors: a variant",
+    ("model.fp16-00001-of-00002.safetensors", "model.safetensors.index.fp16.json"): "and 1 more: a variant",
+    ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"): "no model.safetensors.index.json",
+    ("adapter.safetensors",): "an adapter, and no model",
+    ("consolidated.00.pth", "params.json"): "their maker's own form",
+    ("consolidated.safetensors",): "their maker's own form",
+    ("lora.safetensors",): "name it model.safetensors",
+    ("pytorch_model.bin",): "pickled weights; only safetensors are read",
+    ("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"): "and 1 more: pickled weights",
+    ("model-q4.gguf",): "model-q4.gguf: a GGUF file",
+    ("tf_model.h5",): "weights of another form",
+}
+
+
+@pytest.mark.parametrize("configured", [True, False])
+@pytest.mark.parametrize("names", NOT_WEIGHTS, ids=" ".join)
+def test_what_lies_there_in_place_of_weights_is_named(names, configured, folder):
+    weights = (folder / SINGLE).read_bytes()
+    (folder / SINGLE).unlink()
+    for name in names:
+        (folder / name).write_bytes(weights)
+    if not configured:
+        (folder / "config.json").unlink()
+    refused(folder, NOT_WEIGHTS[names])
+
+
+def test_a_single_file_goes_before_an_index_and_what_is_not_read_is_named(shards, saved, caplog):
+    """Read by each way; the same as transformers reads."""
+    shutil.copy(saved / "one" / SINGLE, shards)
+    retensor(shards / SINGLE, lambda tensors: tensors[LAST].add_(1))
+    (shards / "model.fp16.safetensors").write_bytes(b"not looked at")
+    truth = tf.AutoModelForCausalLM.from_pretrained(shards).state_dict()
+    caplog.clear()
+    model, streamed = load_model(shards), weights_of(open_streamed(shards))
+    said = [record.message for record in caplog.records if "not read" in record.message]
+    assert len(said) == 2 and all("'model-00001" in text and " more" in text for text in said)
+    for name, tensor in truth.items():
+        assert torch.equal(model.state_dict()[name], tensor) and torch.equal(streamed[name], tensor)
+    kf.merge_models(shards, [saved / "one"], shards.parent / "out", mode="add")
+    assert sorted(path.name for path in (shards.parent / "out").glob("*.safetensors*")) == [SINGLE]
+
+
+# ---------------------------------------------------------------- quantised checkpoints
+
+SAYS_QUANTISED = [
+    ("config.json", {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}),
+    ("config.json", {"quantization_config": {}}),
+    ("config.json", {"compression_config": {"format": "pack-quantized"}}),
+    ("config.json", {"quantization": {"group_size": 64, "bits": 4}}),
+    ("config.json", {"text_config": {"quantization_config": {"quant_method": "mxfp4"}}}),
+    ("config.json", {"a": {"b": {"quantization_config": {"bits": 8}}}}),
+    ("quantize_config.json", {"bits": 4, "group_size": 128}),
+    ("quant_config.json", {"w_bit": 4, "zero_point": True}),
+    ("hf_quant_config.json", {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}),
+]
+
+
+@pytest.mark.parametrize(("name", "values"), SAYS_QUANTISED)
+def test_a_quantised_checkpoint_is_one_line(name, values, folder):
+    file = folder / name
+    before = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(before | values))
+    refused(folder, f"{name}: .*its weights are quantised", (*WAYS, Architecture.load))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("config.json", {"quantization_config": None, "compression_config": None}),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": None, "kv_cache_quant_algo": None}}),
+    ],
+)
+def test_what_says_that_nothing_is_quantised_is_right(name, values, folder):
+    file = folder / name
+    before = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(before | values))
+    assert load_model(folder) is not None and Architecture.load(folder)
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj_blocks", "down_proj_scales", "weight_packed", "anything"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_bytes_are_packed_weights(name, dtype, folder):
+    stem = "model.layers.0.mlp.experts"
+    retensor(folder / SINGLE, lambda t: t.update({f"{stem}.{name}": torch.zeros(48, 4, dtype=dtype)}))
+    refused(folder, f"{stem}.{name} is .8, packed or quantised")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_beside_the_weights_is_refused_by_name(name, folder):
+    (folder / name).write_text("{}")
+    refused(folder, f"{name}: an adapter", (*WAYS, Architecture.load))

@@ -12,7 +12,7 @@ from tiny_models import random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.cli import command as cli
-from kunbr_fast.files import readback, saving
+from kunbr_fast.files import merge, readback, saving
 from kunbr_fast.files.models import load_model
 from kunbr_fast.files.readback import NotWritten
 from kunbr_fast.files.saving import save_model
@@ -67,7 +67,7 @@ def lacking(path):
         (flipped, "model.safetensors: .* is not what is in memory"),
         (reshaped, "model.safetensors: .* is not what is in memory"),
         (lacking, "has no weights for"),
-        (lambda path: path.name == "model.safetensors" and path.unlink(), "no such file"),
+        (lambda path: path.name == "model.safetensors" and path.unlink(), "no weights"),
         (changed("config.json", lambda values: values | {"rms_norm_eps": 0.1}), "another rms_norm_eps"),
         (lambda path: flipped(path, "tokenizer.json"), "tokenizer.json: it is not .*copied from"),
     ],
@@ -145,13 +145,40 @@ def test_a_run_keeps_its_checkpoints_and_writes_again(workspace, tmp_path, monke
 
 def test_only_a_model_that_the_run_wrote_is_read_back(tmp_path):
     """Another one that is in the folder of its checkpoints is the user's."""
-    samples, config = random_samples(4), kf.KUnBRConfig(num_blocks=3, top_k=1, warmup_epochs=1, block_epochs=1)
+    sets = random_samples(4), random_samples(4, seed=1)
+    config = kf.KUnBRConfig(num_blocks=3, top_k=1, warmup_epochs=1, block_epochs=1)
     tiny_model("gpt2", torch.float32).save_pretrained(tmp_path)
     before, lines = contents(tmp_path), []
     how = dict(output_dir=tmp_path, progress=False, on_stage=lines.append, before_cleanup=lambda report: None)
-    kf.unlearn(tiny_model("llama"), samples, samples, config, **how)
+    kf.unlearn(tiny_model("llama"), *sets, config, **how)
     assert contents(tmp_path) == before and not any("read back" in line for line in lines)
     model = tiny_model("llama", torch.float32)
     how["before_cleanup"] = lambda report: save_model(model, None, tmp_path, replace=True)
-    kf.unlearn(model, samples, samples, config, **how)
+    kf.unlearn(model, *sets, config, **how)
     assert any(line.startswith("read back: ") and line.endswith("0.0e+00 relative") for line in lines)
+
+
+def test_a_merge_is_read_back(workspace, tmp_path, monkeypatch):
+    """Its state stays, and --resume writes the file again."""
+    base, tuned, out = workspace / "model", tmp_path / "tuned", tmp_path / "out"
+    tiny_text.model(seed=1).save_pretrained(tuned)
+    (tmp_path / "base").mkdir()
+    base = shutil.copytree(base, tmp_path / "base", dirs_exist_ok=True)
+    (base / "tokenizer.model.v3").write_bytes(b"x")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    (base / "all_results.json").write_text("{}")
+    for name in ("model.safetensors", "tokenizer.json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(merge, "forget", lambda path, name=name: flipped(path, name))
+            with pytest.raises(ValueError, match=f"out/{name}: .*it is not"):
+                kf.merge_models(base, [tuned], out, mode="add", resume=out.exists())
+        assert (out / "merge.partial.json").exists() and not (out / "merge.json").exists()
+        if name == "tokenizer.json":
+            (out / name).unlink()
+    kf.merge_models(base, [tuned], out, mode="add", resume=True)
+    there = contents(out).keys() - {"merge.json", ".kunbr-fast.lock"}
+    assert there == contents(base).keys() - {"all_results.json"}
+    kf.merge_models(base, [tuned], tmp_path / "again", mode="add")
+    weights = "model.safetensors"
+    assert (out / weights).read_bytes() == (tmp_path / "again" / weights).read_bytes()

@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import sys
+import types
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.prefix_cache import PrefixCache
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.objectives import losses
+from kunbr_fast.run.readback import ReadBack
 from kunbr_fast.training.graphs import StepGraphs
 
 LIMIT = 1e-12
@@ -268,6 +270,18 @@ def test_steps_in_graphs(kind, caplog):
             assert relative(grad, found[0]) < LIMIT
             grad.zero_()
         assert graphs.captured == 2 and "beyond 70 tokens" in caplog.text
+
+
+def test_a_model_that_has_run_something_long(tmp_path):
+    """Its own state is another; what we compute is the same, and what a saved model is compared with."""
+    model, first = fresh("llama, dynamic"), fresh("llama, dynamic")
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 53)[None])
+    decoder, parts = Decoder(model), types.SimpleNamespace(parts={"forget": samples()[3:5]})
+    assert relative(decoder.logits(pack([samples()[3]])), alone("llama, dynamic")[3][0]) < LIMIT
+    truth = first(input_ids=torch.stack([sample["input_ids"][:20] for sample in samples()[3:5]])).logits
+    assert relative(ReadBack(tmp_path, decoder, parts).truth, truth) < LIMIT
+    assert model.model.rotary_emb.max_seq_len_cached == 50
 
 
 class OtherRotary(nn.Module):
