@@ -213,7 +213,8 @@ def test_odd_values_are_named(name):
 
 REFUSED = {
     "weights": [1.0], "num_items_in_batch": T(5), "inputs_embeds": torch.ones(1, 6, 4), "pixel_values": torch.ones(2),
-    "cache_position": torch.arange(6), "past_key_values": [(torch.ones(1),)], "shift_labels": BASE["labels"], "cu_seqlens": T([0, 6]),
+    "cache_position": torch.arange(6), "past_key_values": [(torch.ones(1),)],
+    "shift_labels": BASE["labels"], "cu_seqlens": T([0, 6]),
     "decoder_input_ids": BASE["input_ids"], "global_attention_mask": torch.ones(1, 6), "prompt_length": 3,
     "logits": torch.ones(1), 5: 1, "Position_ids": T([[0]]),
 }  # fmt: skip
