@@ -11,6 +11,7 @@ import time
 import pytest
 from helpers import environment
 
+from kunbr_fast.cli import command as cli
 from kunbr_fast.files import lock
 from kunbr_fast.files.lock import NAME, Holder, hold, hold_file
 
@@ -207,3 +208,21 @@ def test_what_is_no_lock_file_of_ours_stays(tmp_path):
         (out / NAME).rmdir() if (out / NAME).is_dir() else (out / NAME).unlink()
     with pytest.raises(OSError, match="could not write .*Not a directory"), hold(mine / "out"):
         pass
+
+
+@pytest.mark.parametrize("command, output", [
+    ("unlearn --forget f.jsonl --retain r.jsonl --model m --out", "out"), ("unlearn --resume --forget f.jsonl --retain "
+     "r.jsonl --model m --out", "out"), ("merge --base m --models n --mode add --out", "out"), ("demo --out", "out"),
+    ("rtt --forget a.jsonl b.jsonl --model m --out", "x.json"), ("density --forget f.jsonl --model m --out", "x.json"),
+    ("rtt --forget a.jsonl b.jsonl --model m --plot", "x.png"), ("plan --model m --gpu-memory 24GiB --out", "x.yaml"),
+])  # fmt: skip
+def test_every_command_that_writes(command, output, tmp_path, capsys):
+    """Before it reads anything: there is no model m."""
+    path = tmp_path / output
+    with hold(path) if output == "out" else hold_file(path):
+        before = sorted(tmp_path.rglob("*"))
+        assert cli.main([*command.split(), str(path)]) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert f"{path} is in use by process {os.getpid()} on " in error and "wait until it has ended" in error
+        assert sorted(tmp_path.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == []

@@ -583,7 +583,7 @@ def test_a_finished_run_resumes_only_as_the_same(workspace, finished, tmp_path, 
     for change, said in (
         (["--dtype", "float64"], "dtype was float32 and is float64 now"),
         (["--unlearned", other / "mu"], "with another unlearned model"),
-        (["--retain-questions", other / "f0.jsonl"], "its data are not those given now"),
+        (["--retain-questions", other / "f0.jsonl", "--overlap", "allow"], "its data are not those given now"),
     ):
         assert said in refusal(capsys, [*same, *map(str, change)])
     tiny_text.write_jsonl(other / "r.jsonl", [tiny_text.question(n) for n in tiny_text.NAMES[13:]])
