@@ -14,7 +14,7 @@ import torch
 
 from kunbr_fast.data import flattened
 from kunbr_fast.data.flattened import integers, pieces, tensor_of
-from kunbr_fast.data.forms import is_annotation
+from kunbr_fast.data.forms import FORMS, is_annotation
 from kunbr_fast.files.shown import shown
 
 Sample = dict[str, torch.Tensor]
@@ -23,6 +23,7 @@ IGNORE = -100  # the label of a token that has no loss
 READ = ("input_ids", "labels", "attention_mask", "token_type_ids", "alternate", *flattened.KEYS)
 HARMLESS = ("special_tokens_mask", "length", "offset_mapping", "overflow_to_sample_mapping", "use_cache", "return_loss")
 LOSS_MASKS = ("loss_mask", "completion_mask", "assistant_masks")
+_OF_RECORDS = frozenset(key for form in FORMS for key in form)
 _ALIKE = "a sample's loss is the mean over its labelled tokens, and all samples count alike: leave it out"
 _TOKENS = "samples are given as tokens, in input_ids: leave it out"
 HINTS = {
@@ -121,10 +122,10 @@ def _samples_of(item: Mapping[str, Any], where: str) -> list[Sample]:
 
 
 def check_keys(item: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """ValueError, beginning with `where`, for a key that would not be used: neither known, an annotation, null nor text
-    (of which tokens were made)."""
+    """ValueError, beginning with `where`, for a key that would not be used: neither known, an annotation, null, nor
+    what tokens were made of (text, and the keys of a record)."""
     for key, value in item.items():
-        if key in known or value is None or is_annotation(key) or _is_text(value):
+        if key in known or value is None or is_annotation(key) or key in _OF_RECORDS or _is_text(value):
             continue
         raise ValueError(
             f"{where}: {shown(key, 40)} would not be used: {HINTS.get(key, 'leave it out, or begin its name with _')}"
@@ -132,7 +133,9 @@ def check_keys(item: Mapping[str, Any], known: Sequence[str], where: str) -> Non
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value))
+    """Whether it is text, texts, or a chat."""
+    value = list(value.values()) if isinstance(value, Mapping) else value
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and all(map(_is_text, value)))
 
 
 def _check_beside(item: Mapping[str, Any], labels: torch.Tensor, mask: torch.Tensor | None, where: str) -> None:

@@ -286,11 +286,13 @@ def test_a_model_without_tokenizer_weights_or_with_pickles_is_refused(workspace,
     (model / "tokenizer.json").unlink()
     for remove, message in [
         (None, "no tokenizer"),
-        ("model.safetensors", "only safetensors are read; convert pickled weights first"),
-        ("config.json", "no config.json"),
+        ("model.safetensors", "pytorch_model.bin: pickled weights; only safetensors are read"),
+        ("config.json", "pytorch_model.bin: pickled weights"),
+        ("pytorch_model.bin", "no config.json"),
     ]:
         if remove:
             (model / remove).unlink()
+        if remove == "model.safetensors":
             (model / "pytorch_model.bin").write_bytes(b"pickle")
         assert (
             cli.main(

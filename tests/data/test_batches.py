@@ -213,7 +213,8 @@ def test_odd_values_are_named(name):
 
 REFUSED = {
     "weights": [1.0], "num_items_in_batch": T(5), "inputs_embeds": torch.ones(1, 6, 4), "pixel_values": torch.ones(2),
-    "cache_position": torch.arange(6), "past_key_values": [()], "shift_labels": BASE["labels"], "cu_seqlens": T([0, 6]),
+    "cache_position": torch.arange(6), "past_key_values": [(torch.ones(1),)],
+    "shift_labels": BASE["labels"], "cu_seqlens": T([0, 6]),
     "decoder_input_ids": BASE["input_ids"], "global_attention_mask": torch.ones(1, 6), "prompt_length": 3,
     "logits": torch.ones(1), 5: 1, "Position_ids": T([[0]]),
 }  # fmt: skip
@@ -232,6 +233,7 @@ def test_keys_that_say_nothing():
         "special_tokens_mask": torch.zeros(1, 6), "length": [6], "index": T([3]),
         "offset_mapping": torch.zeros(1, 6, 2),
         "token_type_ids": torch.zeros(1, 6, dtype=torch.long), "text": "what the tokens are", "prompts": ["a", "b"],
+        "messages": [[{"role": "user", "content": [{"type": "text", "text": "x"}]}]], "choices": [1, 2], "answer": 0,
         "_mine": object(), "past_key_values": None, "max_length_q": 6,
     }  # fmt: skip
     same(as_samples({**BASE, **harmless}), as_samples(BASE))
