@@ -249,9 +249,10 @@ class Decoder:
                 f"{self.name}: its layers do not run on packed samples ({type(error).__name__}: {error}): "
                 "this architecture is not supported"
             ) from error
-        if len(ours) != len(truth):
+        if ours.shape != truth.shape:  # PEFT's prompt tuning puts tokens in front
             raise ValueError(
-                f"{self.name}: it has logits of tokens that it puts in itself (PEFT's prompts, for example)"
+                f"{self.name}: its own logits are {tuple(truth.shape)}, those of its layers {tuple(ours.shape)}: it "
+                "puts tokens in, or keeps its states in another form: this architecture is not supported"
             )
         error = float((ours - truth).norm() / truth.norm())
         if not error <= self.rounding:
