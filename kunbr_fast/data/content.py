@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from kunbr_fast.files.shown import plain, shown
 LETTERS = "ABCDEFGHIJ"
 ALLOWANCES = ("error", "allow")  # what becomes of something that is most often a mistake
 EQUAL = "_equal_choices"  # of a record whose choices may be equal: true
+_UNSEEN = re.compile("[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]")
 LARGEST_CHOICE = 1e100  # more digits are no answer that anybody could tell
 
 
@@ -21,10 +23,8 @@ def is_blank(text: str) -> bool:
 
 
 def visible(text: str) -> str:
-    """What can be seen of it: composed (NFC), without format characters."""
-    if text.isascii():
-        return text
-    return "".join(c for c in unicodedata.normalize("NFC", text) if unicodedata.category(c) != "Cf")
+    """What can be seen of it: composed (NFC), without characters that join, part or turn others."""
+    return text if text.isascii() else _UNSEEN.sub("", unicodedata.normalize("NFC", text))
 
 
 def check_choices(choices: object, where: str, equal: bool = False) -> None:
