@@ -464,7 +464,7 @@ def test_refusals(five, tmp_path):
     attempt("nowhere: no such directory", [tmp_path / "nowhere"])
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
-    attempt("pickled/model.safetensors: no such file: only safetensors are read", [tmp_path / "pickled"])
+    attempt("pickled/pytorch_model.bin: pickled weights; only safetensors are read", [tmp_path / "pickled"])
     weights = {name: value for name, value in others[0].items() if name != "lm_head.weight"}
     norm = "model.layers.3.mlp.up_proj.weight"
 
