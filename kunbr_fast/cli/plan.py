@@ -1,4 +1,4 @@
-"""`kunbr-fast plan`: memory and time of a run, from config.json alone."""
+"""`kunbr-fast plan`: memory and time of a run, from config.json and headers alone."""
 
 from __future__ import annotations
 

@@ -187,8 +187,8 @@ def knowledge_density(
         for s in samples: loss(model, s).backward(); K += model.layers[l].weight.grad.abs().sum(); zero_grad()
 
     Leaves no gradient, hook or changed flag behind. In a ratio 0 / 0 counts 0. Errors: ValueError with the module path
-    for a module of no known kind, a tied weight, a sample without a labelled token, a gradient that is not finite, or a
-    layer whose divisor is 0; TypeError for an unknown setting.
+    for a module of no known kind or with an adapter, a tied weight, a sample without a labelled token, a gradient that
+    is not finite, or a layer whose divisor is 0; TypeError for an unknown setting.
     """
     how = taken(DensitySettings, settings, "knowledge_density")
     reduction = _check_settings(modules, statistic, reduction, retain, how.sample_fraction)

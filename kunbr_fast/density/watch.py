@@ -9,6 +9,7 @@ from kunbr_fast.density import experts
 from kunbr_fast.density.layer_kinds import LAYER_KINDS, Tiles, Watched
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.low_precision import check_exact
+from kunbr_fast.model.ownership import WITHOUT, adapters
 from kunbr_fast.model.weights import other_names, owners
 from kunbr_fast.values import SEED, check
 
@@ -30,14 +31,15 @@ def _wanted(modules: str, inner_path: str, parameter: nn.Parameter) -> bool:
 def watch_list(decoder: Decoder, modules: str) -> list[Watched]:
     """The modules of all layers that have parameters of `modules` (of MODULES).
 
-    Errors: ValueError with the module's path for one of no known kind, a tied weight, or a plain layer inside experts;
-    RuntimeError inside `low_precision_cover`.
+    Errors: ValueError with the module's path for one of no known kind or with an adapter, a tied weight, or a plain
+    layer inside experts; RuntimeError inside `low_precision_cover`.
     """
     check_exact(decoder, "density and attribution")
     uses = owners(decoder.model)
     watched: list[Watched] = []
     for index, layer in enumerate(decoder.layers):
         mixtures = [name for name, module in layer.named_modules() if experts.is_experts(module)]
+        adapted = adapters(layer)
         for inner, module in layer.named_modules():
             own = {
                 name: p
@@ -47,6 +49,12 @@ def watch_list(decoder: Decoder, modules: str) -> list[Watched]:
             if not own:
                 continue
             path = f"{decoder.layer_path(index)}.{inner}".rstrip(".")
+            around = [adapter for at, adapter in adapted.items() if at in ("", inner) or inner.startswith(f"{at}.")]
+            if around:
+                raise ValueError(
+                    f"{path} belongs to a PEFT adapter ({type(around[0]).__name__}), and a model's own weights are "
+                    f"measured: {WITHOUT}, or choose other modules"
+                )
             for name, parameter in own.items():
                 if others := other_names(uses, parameter, f"{path}.{name}"):
                     raise ValueError(f"{path}.{name} is tied to {others}: its gradient belongs to more than one layer")

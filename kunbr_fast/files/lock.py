@@ -3,11 +3,13 @@
     with hold(folder): ...          # folder/.kunbr-fast.lock
     with hold_file(path): ...       # .NAME.lock beside it
 
+Who holds a folder writes files of certain names there (a model's, reports): nobody else holds one of these meanwhile.
+
 The lock file is locked (flock) for as long as its process lives, and says which one that is. The system gives the lock
 back whatever ends the process; then the file is left, and the next one takes it over. Where a file system has no locks,
 or none that another machine sees, what the file says decides: a process of this machine is looked for, by its number
 and the time when it began (numbers are given again); one of another machine may still be there, so it keeps the lock.
-The file is removed by its holder alone.
+The file is removed by its holder alone. One that a power cut has left damaged says nothing, as an empty one.
 """
 
 from __future__ import annotations
@@ -27,12 +29,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from kunbr_fast.files.model_folder import is_model_file
 from kunbr_fast.files.shown import plain
 
 logger = logging.getLogger(__name__)
 
 NAME = ".kunbr-fast.lock"
 MOUNTS = "/proc/self/mountinfo"
+# what those who hold folders write there, besides models; `run.output` and `merge_folder` have the contents
+REPORTS = frozenset("report.json run.yaml density.png relearning.png merge.json merge.partial.json".split())
+BEGINS = b'{"process": '  # a lock file
 PATIENCE = 1.0  # seconds until a process that has just taken a lock has written who it is
 # file systems that several machines may have at once, with locks that only one of them sees
 _LOCKS_OF_ONE_MACHINE = re.compile(r"(fuse|9p|virtiofs|vboxsf)\b|.*\b(nolock|localflock|local_lock=(flock|all))\b")
@@ -107,19 +113,39 @@ def hold(folder: str | os.PathLike, say: Callable[[str], None] = logger.warning)
     """Inside, no other process (nor another caller in this one) holds the folder, which is made if it is not there, and
     removed at the end if it is empty. say: told where a lock is taken over.
 
-    ValueError where it is held, naming the process; OSError where nothing can be written there.
+    ValueError where it is held, or a file in it that its holder would write, naming the process; OSError where nothing
+    can be written there.
     """
-    yield from _hold(Path(folder) / NAME, plain(folder), say)
+    folder = Path(folder)
+    with _held_by_us(folder / NAME, plain(folder), say):
+        for name in os.listdir(folder):
+            if name.startswith(".") and name.endswith(".lock") and _is_of_holder(of := name[1 : -len(".lock")]):
+                _check_free(folder / name, plain(folder / of), say)
+        yield
 
 
 @contextlib.contextmanager
 def hold_file(path: str | os.PathLike, say: Callable[[str], None] = logger.warning) -> Iterator[None]:
-    """`hold` of one file, which need not be there."""
+    """`hold` of one file, which need not be there. ValueError also where its folder's holder would write it."""
     path = Path(path)
-    yield from _hold(path.with_name(f".{path.name}.lock"), plain(path), say)
+    with _held_by_us(path.with_name(f".{path.name}.lock"), plain(path), say):
+        if _is_of_holder(path.name):
+            _check_free(path.with_name(NAME), plain(path.parent), say)
+        yield
 
 
-def _hold(file: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+def _is_of_holder(name: str) -> bool:
+    return name in REPORTS or is_model_file(name)
+
+
+def _check_free(file: Path, what: str, say: Callable[[str], None]) -> None:
+    """ValueError where another one holds the lock. Of two that look at each other's none may go on, never both."""
+    if os.path.lexists(file):
+        _Lock(file, what, say).release()
+
+
+@contextlib.contextmanager
+def _held_by_us(file: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
     lock = _Lock(Path(os.path.abspath(file)), what, say)
     _held.add(lock)
     try:
@@ -163,6 +189,10 @@ class _Lock:
                 raise self._in_use(before, sure=False)
             self._set_aside()
             return False
+        if before is None and os.fstat(self._handle).st_size:  # damaged
+            if _locks_of_one_machine(self._handle):
+                raise self._in_use(None, sure=False)
+            self._say(f"{self.what}: a process was at work here and has ended: its lock is taken over")
         if before is not None:
             lives = before.lives()
             elsewhere = lives is None and _locks_of_one_machine(self._handle)
@@ -199,14 +229,16 @@ class _Lock:
                 self._made.append(folder)
 
     def _read(self) -> Holder | None:
-        """Who the file says holds it; None where it says nothing yet."""
+        """Who the file says holds it; None where it says nothing yet, or no more."""
         data = os.pread(self._handle, 2**12, 0)
-        if not data:
+        if not (text := data.rstrip(b"\0")):
             return None
         try:
             found = json.loads(data)
             values = {field.name: found[field.name] for field in dataclasses.fields(Holder)}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if isinstance(error, ValueError) and text[: len(BEGINS)] == BEGINS[: len(text)]:
+                return None
             raise self._foreign() from error
         if not isinstance(values["process"], int) or values["process"] < 1:
             raise self._foreign()

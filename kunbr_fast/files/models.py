@@ -123,6 +123,12 @@ class ModelFolder:
             check_forward(model)
         return model, stored
 
+    def fitting(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
+        """ValueError for weights that the files lack, or have too many."""
+        _, stored = self.on_meta(config, dtype)
+        if stored.followed:
+            check_all_used(stored, self.shards)
+
     def saved_dtype(self, config: PretrainedConfig) -> torch.dtype:
         """As transformers' "auto": what config.json says, else the dtype of the first floating-point tensor."""
         found = getattr(config, "dtype", None)
@@ -133,6 +139,13 @@ class ModelFolder:
             if tensor.dtype in names:
                 return DTYPES[names[tensor.dtype]]
         raise ValueError(f"{plain(self.path)}: it holds no floating-point weights")
+
+
+def check_loadable(path: str | Path) -> None:
+    """ValueError where `load_model` would refuse the folder, by its names, headers and settings."""
+    folder = ModelFolder(path)
+    config = folder.configuration()
+    folder.fitting(config, folder.saved_dtype(config))
 
 
 def check_forward(model: nn.Module) -> None:
@@ -212,9 +225,7 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
     folder = ModelFolder(path)
     config = folder.configuration()
     wanted = DTYPES[dtype] if dtype else folder.saved_dtype(config)
-    _, stored = folder.on_meta(config, wanted)
-    if stored.followed:
-        check_all_used(stored, folder.shards)
+    folder.fitting(config, wanted)
     from transformers import AutoModelForCausalLM
 
     with refusals(folder.path):

@@ -26,8 +26,6 @@ PACKED = re.compile(
     r"(^|\.)(weight|q?weight_\w+|qweight|qzeros|g_idx|SCB|absmax|quant_\w+|quant_state\.\w+|\w+_(blocks|scales|packed))$"
 )
 MASK = re.compile(r"(^|[._])(bias|mask\w*)$")  # of attention, which older releases saved as bytes
-# weights that are read in no case, beside those that are
-OTHERS = re.compile(r".*\.safetensors|.*\.safetensors\.index(\..+)?\.json")
 _SAVE = "load it with transformers' from_pretrained, and save it with save_pretrained"
 # what may lie in place of weights: (its name, what it is, the cure)
 INSTEAD = tuple(
@@ -58,7 +56,8 @@ INSTEAD = tuple(
         (r"pytorch_model.*\.bin(\.index.*\.json)?", "pickled weights; only safetensors are read", _SAVE),
         (r".+\.gguf", "a GGUF file, which is mostly quantised", "give the model that it was made from"),
         (
-            r"tf_model.*\.h5|flax_model.*\.msgpack|.+\.(pth|pt|ckpt|bin|onnx|npz)",
+            r"tf_model.*\.h5|flax_model.*\.msgpack"
+            r"|(?!(training_args|optimizer|scheduler|scaler|rng_state.*)\.).+\.(pth|pt|ckpt|bin|onnx|npz)",
             "weights of another form; only safetensors are read",
             _SAVE,
         ),
@@ -128,7 +127,7 @@ class Shards:
     def _name_others(self) -> None:
         """A line about weights and indexes beside those that are read, which may be older ones."""
         read = {header.file.name for header in self.headers} | ({INDEX} if self.index is not None else set())
-        others = [name for name in sorted(os.listdir(self.directory)) if name not in read and OTHERS.fullmatch(name)]
+        others = [name for name in weights_in(self.directory) if name not in read]
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             logger.warning(
@@ -167,11 +166,29 @@ def has_weights(directory: str | Path) -> bool:
     return any(os.path.lexists(Path(directory) / name) for name in (SINGLE, INDEX))
 
 
+def weights_in(directory: Path, indexes: bool = True) -> list[str]:
+    """The names in a folder of weights of any form, a folder of them (`original`), and indexes, if those count."""
+    found = [name for name in sorted(os.listdir(directory)) if _is_weights(name) or (indexes and _is_index(name))]
+    return [name for name in found if name != "original" or _holds_weights(directory / name)]
+
+
+def _is_weights(name: str) -> bool:
+    return not name.endswith(".json") and any(pattern.fullmatch(name) for pattern, _, _ in INSTEAD)
+
+
+def _is_index(name: str) -> bool:
+    return re.fullmatch(r".*\.(safetensors|bin)\.index(\..+)?\.json", name) is not None
+
+
+def _holds_weights(folder: Path) -> bool:
+    return folder.is_dir() and any(map(_is_weights, os.listdir(folder)))
+
+
 def instead_of_weights(directory: Path) -> str | None:
     """What lies there in place of weights, and the cure; None where weights, or nothing like them, are there."""
     if has_weights(directory):
         return None
-    names = sorted(os.listdir(directory))
+    names = weights_in(directory)
     for pattern, what, cure in INSTEAD:
         if found := [name for name in names if pattern.fullmatch(name)]:
             more = f" and {len(found) - 1} more" if found[1:] else ""

@@ -32,7 +32,7 @@ from kunbr_fast.memory import Place
 from kunbr_fast.model import attention, compat
 from kunbr_fast.model.frozen import evaluating, frozen
 from kunbr_fast.model.gather import take
-from kunbr_fast.model.ownership import bare_product, uncompiled, whole
+from kunbr_fast.model.ownership import bare_product, naming_adapters, uncompiled, whole
 from kunbr_fast.model.rotary import RotaryByLength
 from kunbr_fast.model.weights import DAMAGED, Weights, all_zero, check_finite, weights_of
 
@@ -153,11 +153,11 @@ class Decoder:
                 "load it with attn_implementation='eager'"
             )
         attention.register()
-        self._layers_path, self.layers = find_layers(model)
-        self.inner = model.get_submodule(self._layers_path.rpartition(".")[0])
-        self.head = find_head(model)
-        self.rotary = RotaryByLength(self.inner)
-        with evaluating(model):
+        with naming_adapters(model), evaluating(model):
+            self._layers_path, self.layers = find_layers(model)
+            self.inner = model.get_submodule(self._layers_path.rpartition(".")[0])
+            self.head = find_head(model)
+            self.rotary = RotaryByLength(self.inner)
             self._norm, native = self._watch_forward()
             self._windows = self._windows_in_masks()
             self._check(native)

@@ -6,14 +6,16 @@ so density, attribution, the attack and all training do.
 `trainable`: what a call would train may be trained, and what is saved of the model is what was trained: it has no
 adapter (PEFT saves that alone, and has frozen the rest), and no weight that the call changes is frozen by its owner. A
 model of which every weight is frozen is no exception. `kf.unlearn`, `KUnBRTrainer`, `kf.reinserted` and `DEEP_UNL` ask
-for that. Measuring changes no weight, so frozen ones are measured; the attack puts all weights back.
+for that. Measuring changes no weight, so frozen ones are measured, beside adapters too, but no module that has one; the
+attack puts all weights back.
 
 Errors are ValueErrors in one line, with the cure. Nothing is imported for this: a package's classes are known by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,7 @@ QUANTISERS = (
 COMPILED = ("torch.OptimizedModule",)
 SHARDED = ("torch.FullyShardedDataParallel", "torch.FSDPModule", "torch.DTensor")
 WRAPPERS = ("torch.DataParallel", "torch.DistributedDataParallel", "deepspeed.DeepSpeedEngine")
+WITHOUT = "merge it first (model = model.merge_and_unload()), or load the model without it"
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -157,15 +160,31 @@ def differentiable(model: nn.Module) -> None:
             )
 
 
+def adapters(module: nn.Module) -> dict[str, nn.Module]:
+    """The adapters in it by path, PEFT's or such that transformers has put in (`add_adapter`), and what wraps them."""
+    return {path: inner for path, inner in module.named_modules() if _is_from(inner, ("peft",))}
+
+
+@contextlib.contextmanager
+def naming_adapters(model: nn.Module) -> Iterator[None]:
+    """Adds the cure to a ValueError inside if the model has an adapter: of some kinds the model around it differs."""
+    try:
+        yield
+    except ValueError as error:
+        if not (found := adapters(model)):
+            raise
+        kind = type(next(iter(found.values()))).__name__
+        raise ValueError(f"{error}; it has a PEFT adapter ({kind}): {WITHOUT}") from error
+
+
 def no_adapter(model: nn.Module, call: str, whose: str = "this model") -> None:
-    """ValueError for a model with adapters, PEFT's or such that transformers has put in (`add_adapter`)."""
-    for path, module in model.named_modules():
-        if _is_from(module, ("peft",)):
-            raise ValueError(
-                f"{call} trains a model's own weights, and {whose} has a PEFT adapter ({type(module).__name__}"
-                f"{f' at {path}' if path else ''}), which is saved without them: merge it first (model = "
-                "model.merge_and_unload().requires_grad_(True)), or load the model without it"
-            )
+    """ValueError for a model with `adapters`."""
+    for path, module in adapters(model).items():
+        raise ValueError(
+            f"{call} trains a model's own weights, and {whose} has a PEFT adapter ({type(module).__name__}"
+            f"{f' at {path}' if path else ''}), which is saved without them: merge it first (model = "
+            "model.merge_and_unload().requires_grad_(True)), or load the model without it"
+        )
 
 
 def not_frozen(parameters: Mapping[str, torch.Tensor], call: str, whose: str = "model") -> None:

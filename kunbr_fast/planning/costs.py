@@ -19,7 +19,8 @@ from typing import Any
 
 from kunbr_fast.data.schedule import token_batches
 from kunbr_fast.files.model_config import check_heads, check_names, check_plain, configured, read_model_config, text_of
-from kunbr_fast.files.models import DTYPES, refusals
+from kunbr_fast.files.models import DTYPES, check_loadable, refusals
+from kunbr_fast.files.shards import weights_in
 from kunbr_fast.kernels.linear_loss.reference import HEAD_CHUNK
 
 KERNEL_CHUNK = 256 << 20  # kernels.linear_loss.CHUNK_BYTES, which only a machine with triton can import
@@ -110,11 +111,15 @@ class Architecture:
 
     @classmethod
     def load(cls, path: str | Path, dtype: str | None = None) -> tuple[Architecture, list[str]]:
-        """Reads a model directory or a config.json; also returns what had to be assumed. ValueError names the file."""
-        path = Path(path)
-        if path.is_dir():
-            check_plain(path)
-            path = path / "config.json"
+        """Reads a model directory or a config.json; also returns what had to be assumed. ValueError names the file,
+        also one of weights in the directory that could not be loaded."""
+        path = folder = Path(path)
+        if folder.is_dir():
+            path = folder / "config.json"
+            if weights_in(folder, indexes=False):
+                check_loadable(folder)
+            else:
+                check_plain(folder)
         values = read_model_config(path)
         name = values.get("model_type")
         if name not in KINDS:

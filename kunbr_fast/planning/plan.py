@@ -3,7 +3,8 @@
     found = plan("Llama-3-8B/config.json", "80GiB", gpu="h100")
     print(found.table()); found.config.save("run.yaml")
 
-All of it is predicted (`predict`) from config.json (`costs`); no weights are read.
+All of it is predicted (`predict`) from config.json (`costs`). No weights are read; where some lie in the
+folder, their headers must be such as can be loaded.
 """
 
 from __future__ import annotations

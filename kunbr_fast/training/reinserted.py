@@ -71,6 +71,8 @@ def reinserted(
     if changes.keys() & {"activations", "directory"}:
         changes["place"] = Place(changes.pop("activations", "auto"), changes.pop("directory", None))
     settings, execution = changed(changes, "reinserted", settings or BlockSettings(lr), execution or Execution())
+    given = original.model if isinstance(original, Decoder) else uncompiled(original)
+    no_adapter(given, "kf.reinserted", "the original")
     decoder = original if isinstance(original, Decoder) else Decoder(original)
     unlearned = uncompiled(unlearned) if isinstance(unlearned, nn.Module) else unlearned
     check_block(block, decoder.num_layers)
@@ -112,7 +114,6 @@ def _check_owned(
 ) -> None:
     """ValueError where the owner of one of the models has not left the block to be trained. stays: in the original."""
     call, model = "kf.reinserted", decoder.model
-    no_adapter(model, call, "the original")
     differentiable(model)
     own = block_tensors(decoder, block)
     if not decoder.streamed and (stays or any(map(owners_flag, model.parameters()))):

@@ -12,8 +12,9 @@ import pytest
 from helpers import environment
 
 from kunbr_fast.cli import command as cli
-from kunbr_fast.files import lock
+from kunbr_fast.files import lock, merge_folder
 from kunbr_fast.files.lock import NAME, Holder, hold, hold_file
+from kunbr_fast.run import output
 
 
 def leave(folder, **changes):
@@ -57,6 +58,57 @@ def test_it_is_there_before_anything_and_gone_at_the_end(tmp_path):
         with pytest.raises(ValueError, match="x.json is in use by process"), hold_file(out / "x.json"):
             pass
     assert os.listdir(out) == ["mine"]
+
+
+def test_a_file_that_the_folders_holder_writes(tmp_path, capsys):
+    """Whoever comes second stops, of a folder and a file in it that a run or a merge would write too."""
+    out = tmp_path / "o"
+    assert lock.REPORTS == {*output.REPORTS, merge_folder.SUMMARY, merge_folder.PARTIAL}
+    for name in sorted({*lock.REPORTS, "config.json", "model.safetensors"}):
+        with hold(out):
+            with pytest.raises(ValueError, match=f"{out} is in use by process "), hold_file(out / name):
+                pass
+            assert os.listdir(out) == [NAME]
+        with hold_file(out / name):
+            refused(out, f"{out / name} is in use by process {os.getpid()} on ")
+            with hold_file(out / "another.json"), hold_file(out / "tokenizer.json"):
+                pass
+            assert os.listdir(out) == [f".{name}.lock"]
+    assert list(tmp_path.iterdir()) == []
+    with hold(out):
+        for option, name in (("--out", "report.json"), ("--plot", "density.png")):
+            command = ["density", "--model", "m", "--forget", "f.jsonl", option, str(out / name)]
+            assert cli.main(command) == 2 and f"{out} is in use by process" in capsys.readouterr().err
+        with hold_file(out / "density.json"):  # its own name
+            pass
+    leave(out, process=gone())
+    said = []
+    with hold_file(out / "report.json", said.append):
+        assert os.listdir(out) == [".report.json.lock"]
+    assert len(said) == 1 and "has ended" in said[0]
+
+
+def test_a_lock_file_that_a_power_cut_has_damaged(tmp_path, monkeypatch):
+    out, said = tmp_path / "out", []
+    with hold(out):
+        whole = (out / NAME).read_bytes()
+    assert whole.startswith(lock.BEGINS)
+    out.mkdir()
+    damaged = (whole[:60], whole[:5], whole[:60] + bytes(40), bytes(len(whole)), whole + whole[90:])
+    for content in damaged:
+        (out / NAME).write_bytes(content)
+        with hold(out, said.append):
+            assert json.loads((out / NAME).read_text())["process"] == os.getpid()
+            (out / NAME).write_bytes(content)
+            monkeypatch.setattr(lock, "PATIENCE", 0.01)
+            refused(out, "another process")
+        assert os.listdir(out) == []
+    assert said == [f"{out}: a process was at work here and has ended: its lock is taken over"] * len(damaged)
+    for name, value in (("_locks_of_one_machine", lambda handle: True), ("_flock", lambda handle: None)):
+        (out / NAME).write_bytes(whole[:60])
+        monkeypatch.setattr(lock, name, value)
+        refused(out, "another process", f"if that process is gone, delete {out / NAME}")
+        assert (out / NAME).read_bytes() == whole[:60]
 
 
 def test_another_caller_in_this_process_and_another_name_of_the_folder(tmp_path):

@@ -56,6 +56,7 @@ def merging(path):
 
 
 WAYS = (load_model, open_streamed, merging)
+ALL = (*WAYS, Architecture.load)  # `plan` too
 
 
 def refused(path, message, ways=WAYS):
@@ -274,7 +275,7 @@ HEADERS = {
 def test_headers_that_lie(kind, folder):
     change, message = HEADERS[kind]
     header(folder / SINGLE, change)
-    refused(folder, message)
+    refused(folder, message, ALL)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_a_header_of_gigabytes(folder):
 def test_packed_weights(name, folder):
     stem = LAST.removesuffix(".weight")
     retensor(folder / SINGLE, lambda t: t.update({f"{stem}.{name}": torch.zeros(48, 4, dtype=torch.int32)}))
-    refused(folder, f"{stem}.{name} is I32, packed or quantised")
+    refused(folder, f"{stem}.{name} is I32, packed or quantised", ALL)
 
 
 # ---------------------------------------------------------------- tensors and the model
@@ -699,7 +700,50 @@ def test_what_lies_there_in_place_of_weights_is_named(names, configured, folder)
         (folder / name).write_bytes(weights)
     if not configured:
         (folder / "config.json").unlink()
-    refused(folder, NOT_WEIGHTS[names])
+    refused(folder, NOT_WEIGHTS[names], ALL)
+
+
+def test_a_plan_needs_no_weights_but_plain_ones(folder, tmp_path, caplog):
+    """config.json alone, beside what no weights are, and an index that was fetched without its files, is enough."""
+    truth = Architecture.load(folder / "config.json")
+    assert Architecture.load(folder) == truth and not caplog.records
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    assert Architecture.load(folder) == truth and "not read: 'pytorch_model.bin'" in caplog.text
+    (folder / SINGLE).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n")
+    refused(folder, "a git-lfs pointer", ALL)
+    assert Architecture.load(folder / "config.json") == truth
+    (folder / SINGLE).unlink()
+    (folder / "pytorch_model.bin").unlink()
+    for name in (INDEX, "pytorch_model.bin.index.json", "training_args.bin", "optimizer.pt"):
+        (folder / name).write_text("{}")
+    (folder / "original").mkdir()
+    (folder / "original" / "params.json").write_text("{}")
+    assert Architecture.load(folder) == truth
+    shutil.copy(folder / INDEX, folder / "model-00001-of-00002.safetensors")
+    refused(folder, "not an index of safetensors files", ALL)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_whatever_weights_lie_beside_those_that_are_read_are_named(sharded, saved, tmp_path, caplog):
+    folder = shutil.copytree(saved / ("three" if sharded else "one"), tmp_path / "m")
+    for name in ("optimizer.pt", "training_args.bin", "rng_state.pth", "scheduler.pt"):
+        (folder / name).write_bytes(b"of a training, and no weights")
+    (folder / "original").mkdir()
+    (folder / "original" / "params.json").write_text("{}")
+    ModelFolder(folder)
+    assert not caplog.records
+    for name in (
+        "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "consolidated.00.pth",
+        "consolidated.safetensors", "model.fp16.safetensors", "model-00009-of-00009.safetensors", "model.q4.gguf",
+        "tf_model.h5", "original/consolidated.00.pth",
+    ):  # fmt: skip
+        (folder / name).write_bytes(b"x")
+        ModelFolder(folder)
+        read = "model-00001-of-00003.safetensors" if sharded else SINGLE
+        said = [record.getMessage() for record in caplog.records]
+        assert said == [f"{folder}: the weights are in {read}; not read: '{name.partition('/')[0]}'"]
+        caplog.clear()
+        (folder / name).unlink()
 
 
 def test_a_single_file_goes_before_an_index_and_what_is_not_read_is_named(shards, saved, caplog):
@@ -738,7 +782,7 @@ def test_a_quantised_checkpoint_is_one_line(name, values, folder):
     file = folder / name
     before = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(before | values))
-    refused(folder, f"{name}: .*its weights are quantised", (*WAYS, Architecture.load))
+    refused(folder, f"{name}: .*its weights are quantised", ALL)
 
 
 @pytest.mark.parametrize(
@@ -760,10 +804,10 @@ def test_what_says_that_nothing_is_quantised_is_right(name, values, folder):
 def test_bytes_are_packed_weights(name, dtype, folder):
     stem = "model.layers.0.mlp.experts"
     retensor(folder / SINGLE, lambda t: t.update({f"{stem}.{name}": torch.zeros(48, 4, dtype=dtype)}))
-    refused(folder, f"{stem}.{name} is .8, packed or quantised")
+    refused(folder, f"{stem}.{name} is .8, packed or quantised", ALL)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
 def test_an_adapter_beside_the_weights_is_refused_by_name(name, folder):
     (folder / name).write_text("{}")
-    refused(folder, f"{name}: an adapter", (*WAYS, Architecture.load))
+    refused(folder, f"{name}: an adapter", ALL)

@@ -166,16 +166,15 @@ def adapters(peft):
 
 
 def test_adapters_are_refused_where_weights_are_trained(peft, tmp_path):
-    for number, model in enumerate(adapters(peft)):
+    for model in adapters(peft):
         calls = [unlearn, lambda m: train(m, tmp_path / "t"), lambda m: deep_unl(m, tmp_path)]
-        if number != 3:  # of prompts the decoder says that it does not take them
-            calls += [lambda m: reinsert(m, tiny_model()), attack]
-        calls += [lambda m: reinsert(tiny_model(), m), lambda m: unlearn(tiny_model(), unlearned=m)]
+        calls += [attack, lambda m: reinsert(m, tiny_model()), lambda m: reinsert(tiny_model(), m)]
+        calls += [lambda m: unlearn(tiny_model(), unlearned=m)]
         for call in calls:
             with pytest.raises(ValueError, match=r"PEFT adapter.*merge_and_unload\(\)"):
                 call(model)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="its own logits are .*puts tokens in"):
+    with pytest.raises(ValueError, match="its own logits are .*puts tokens in.*or load the model without it"):
         Decoder(list(adapters(peft))[3])
 
 
@@ -194,6 +193,27 @@ def test_density_beside_an_adapter(peft):
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     ours = kf.knowledge_density(peft.get_peft_model(model, lora), FORGET)
     assert torch.allclose(ours.per_layer, truth.per_layer, rtol=1e-12)
+
+
+def test_no_module_with_an_adapter_is_measured(peft):
+    """Of any kind: LoRA's layers are plain linear ones inside. Nor is a model that an adapter changes around them."""
+    said = r"PEFT adapter \(.*merge_and_unload\(\).*or load the model without"
+    lora = dict(r=2, task_type="CAUSAL_LM")
+    for config, modules in (
+        (peft.LoraConfig(target_modules="all-linear", **lora), "mlp"),
+        (peft.LoraConfig(target_modules=["up_proj"], layers_to_transform=[4], **lora), "mlp"),
+        (peft.LoraConfig(target_modules=["q_proj"], **lora), "attention"),
+        (peft.LoraConfig(target_modules=["q_proj"], **lora), "all"),
+        (peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], **lora), "mlp"),
+        (peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["up_proj"], **lora), "mlp"),
+        (peft.IA3Config(task_type="CAUSAL_LM"), "mlp"),
+        (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "mlp"),
+    ):
+        model = peft.get_peft_model(tiny_model(), config)
+        for call in (kf.knowledge_density, lambda m, f, modules: kf.attribute(m, f, method="grad", modules=modules)):
+            with pytest.raises(ValueError, match=said) as error:
+                call(model, FORGET, modules=modules)
+            assert "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------- weights that are elsewhere
