@@ -146,7 +146,7 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
         group=group,
         stop=arguments.stop,
     )
-    report = carry_out(model, forget, retain, config, options, held=True)
+    report = carry_out(model, forget, retain, config, options, command=True)
     if not arguments.json:
         _print(report, arguments, attack_left_out=arguments.stream and config.rtt and bool(questions))
     return report.to_dict() | {"model": str(arguments.model)}
