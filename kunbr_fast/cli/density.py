@@ -81,6 +81,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     read = reader(arguments, config)
     records, retain = read(arguments.forget), None if arguments.retain is None else read(arguments.retain)
     check_files({"--forget": arguments.forget}, {"--retain": arguments.retain})
+    settle(of_sides(facts({"": records}), facts({"": retain or []})), config.overlap, say)
     if arguments.show:
         sets = [Shown("forget", records, config.target)]
         sets += [Shown("retain", retain, config.target)] if retain else []
@@ -118,7 +119,6 @@ def _choice(config: KUnBRConfig) -> tuple[int, int, int]:
 def _measure(
     config: KUnBRConfig, arguments: argparse.Namespace, records: Sequence[dict], retain: Sequence[dict] | None
 ) -> Density:
-    settle(of_sides(facts({"": records}), facts({"": retain or []})), config.overlap, say)
     model, tokenizer = open_model(arguments)
     decoder = Decoder(model)
     if arguments.statistic != "cosine":

@@ -24,7 +24,12 @@ def is_blank(text: str) -> bool:
 
 def visible(text: str) -> str:
     """What can be seen of it: composed (NFC), without characters that join, part or turn others."""
-    return text if text.isascii() else _UNSEEN.sub("", unicodedata.normalize("NFC", text))
+    return text if text.isascii() else unicodedata.normalize("NFC", _UNSEEN.sub("", text))
+
+
+def folded(text: str) -> str:
+    """What can be seen of it, each white space (of any kind and length) as one space."""
+    return " ".join(visible(text).split())
 
 
 def check_choices(choices: object, where: str, equal: bool = False) -> None:
@@ -62,7 +67,7 @@ def choice_text(choice: str | int | float) -> str:
     """By which choices are told apart: 1965 and 1965.0 are one number."""
     if isinstance(choice, float) and choice.is_integer():
         choice = int(choice)
-    return visible(str(choice)).strip()
+    return folded(str(choice))
 
 
 def check_files(*sides: Mapping[str, Sequence[str | Path] | None]) -> None:

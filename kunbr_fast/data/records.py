@@ -7,7 +7,7 @@ A record has one of four forms:
     {"prompt": str, "completion": str}                                    a prompt and what should follow it
     {"messages": [{"role": str, "content": str}, ...]}                    a chat (needs the tokenizer's chat template)
 
-Beside these keys it may have "alternate", a second answer, and annotations (`forms.ANNOTATIONS`), which are not read.
+Beside these keys it may have "alternate", a second answer, and annotations (see `annotations`), which are not read.
 """
 
 from __future__ import annotations

@@ -313,9 +313,9 @@ def _row(fold: Fold, lr: float, epoch: int, accuracy: Accuracy) -> dict:
     return dict(fold=fold.name, lr=lr, epoch=epoch, plain=accuracy.plain, calibrated=accuracy.calibrated)
 
 
-def overlap_of(folds: Sequence[Fold]) -> str | None:
-    """What to tell where folds say something about one another, else None."""
-    return of_folds({fold.name: [*fold.train_records, *fold.questions] for fold in folds})
+def overlap_of(folds: Sequence[Fold], attack: bool = True) -> str | None:
+    """What to tell where folds say something about one another, else None. attack: as of `of_folds`."""
+    return of_folds(((fold.name, [*fold.train_records, *fold.questions]) for fold in folds), attack)
 
 
 def _check_folds(folds: Sequence[Fold]) -> None:

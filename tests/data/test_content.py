@@ -43,22 +43,26 @@ def test_choices_that_cannot_be_told_apart(choices, message):
 
 def test_equal_choices_are_refused_by_their_letters_or_counted(tmp_path, caplog):
     """As the published birthdays have them: one question in twenty."""
-    path, lists = tmp_path / "q.jsonl", (["a", "b"], ["a", "b", "a"], [1, 2, "2"], ["é", "x", "e\u0301 "], [1.0, 2, 1])
+    path, lists = (
+        tmp_path / "q.jsonl",
+        (["a", "b"], ["a", "b", "a"], [1, 2, "2"], ["é", "x", "e\u200b\u0301 "], [1.0, 2, 1]),
+    )
+    lists += (["Pa ris", "x", "Pa\u00a0\n ris"],)
     path.write_text("".join(json.dumps({"question": "q", "choices": c, "answer": 0}) + "\n" for c in lists))
     message = f"{path}:2: the choices A and C are equal, 'a': change one of them, or let them be (equal_choices=allow)"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         kf.load_records(path)
-    for choices, letters in zip(lists[2:], ("B and C", "A and C", "A and C")):
+    for choices, letters in zip(lists[2:], ("B and C", *["A and C"] * 3)):
         with pytest.raises(ValueError, match=f"^record 0: the choices {letters} are equal"):
             encode([{"question": "q", "choices": choices, "answer": 1}], tiny_text.tokenizer())
     records = [kf.load_records(path, equal_choices="allow") for _ in range(2)][1]
     (warning,) = caplog.records
     assert warning.getMessage() == (
-        f"{path}:2: two of its choices are equal, and only the one that 'answer' names counts as right (4 such "
+        f"{path}:2: two of its choices are equal, and only the one that 'answer' names counts as right (5 such "
         f"questions in {path})"
     )
     tokenizer = tiny_text.tokenizer()
-    assert len(prepare_questions(tokenizer, records).answers) == 5  # what was let be once is let be everywhere
+    assert len(prepare_questions(tokenizer, records).answers) == 6  # what was let be once is let be everywhere
     for number, sample in enumerate(encode(records, tokenizer, alternate="wrong", seed=number) for number in range(4)):
         for entry, record in zip(sample, records):  # a wrong answer is never one that is equal to the right one
             text = tokenizer.decode(entry["alternate"]["input_ids"]).rpartition(". ")[2]
