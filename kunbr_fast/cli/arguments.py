@@ -64,7 +64,8 @@ def add_ignored(parser: argparse.ArgumentParser) -> None:
         action=Different,
         default=[],
         metavar="KEY",
-        help="keys of the JSONL files' lines that are left out; a key that would not be used is an error otherwise",
+        help="keys of the JSONL files' lines, and of messages, that are left out; one that would not be used is an "
+        "error otherwise",
     )
 
 

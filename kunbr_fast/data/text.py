@@ -39,6 +39,11 @@ NUMBER = re.compile(
               | [{SPACES}]? (?:[\u00d7xX*\u00b7\u22c5] | \\times | \\cdot) [{SPACES}]? 10 {POWER} )? )""",
     re.VERBOSE,
 )
+# <think>...</think>; also one that the prompt has opened, or that is not closed
+_THINK = r"[<\[]{}(?:think|thinking|thought|thoughts|reasoning)[>\]]"
+REASONING = re.compile(
+    r"{0}.*?{1}|\A(?:(?!{0}).)*?{1}|{0}.*\Z".format(_THINK.format(""), _THINK.format("/")), re.DOTALL | re.IGNORECASE
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +92,7 @@ def text_and_spans(
     record: Mapping, tokenizer: Any, target: str, settings: TextSettings
 ) -> tuple[str, list[tuple[int, int]] | None, bool]:
     """The text, the character spans that count (None: all), and whether the tokenizer adds special tokens."""
-    where = record["_where"]
+    where, last = record["_where"], None
     if "question" in record:
         prompt, letter = question_prompt(record), LETTERS[record["answer"]]
         text = f"{prompt} {letter}. {record['choices'][record['answer']]}"
@@ -99,11 +104,12 @@ def text_and_spans(
         text = f"{before}{record['completion']}"
         answer, special = [(len(before), len(text))], True
     else:
-        text, answer, special = *chat(record, tokenizer, settings.chat_date), False
+        text, answer, last = chat(record, tokenizer, settings.chat_date)
+        special = False
     if target == "all":
         return text, None, special
     if target == "number":
-        return text, [_last_number(text, answer, where)], special
+        return text, [_last_number(text, last or (answer and answer[-1]), where)], special
     if target == "letter":
         if "question" not in record:
             raise ValueError(f"{where}: target='letter' needs question lines, got {sorted(set(record) - {'_where'})}")
@@ -113,15 +119,17 @@ def text_and_spans(
     return text, answer, special
 
 
-def _last_number(text: str, answer: Sequence[tuple[int, int]] | None, where: str) -> tuple[int, int]:
-    """Where it stands in the answer, in a chat the last one; in a text line, which has none, anywhere."""
-    first, stop = (0, len(text)) if answer is None else answer[-1]
-    numbers = collections.deque(NUMBER.finditer(text[first:stop]), maxlen=1)
+def _last_number(text: str, answer: tuple[int, int] | None, where: str) -> tuple[int, int]:
+    """Where it stands in the answer, which reasoning is no part of; in a text line, which has none, anywhere."""
+    first, stop = answer or (0, len(text))
+    asked = text[first:stop]
+    found = asked if answer is None else REASONING.sub(lambda block: "\n" * len(block[0]), asked)
+    numbers = collections.deque(NUMBER.finditer(found), maxlen=1)
     if not numbers:
         what, cure = ("the text", "'all'") if answer is None else ("the answer", "'answer' or 'all'")
+        what += " behind its reasoning" * (found != asked)
         raise ValueError(
-            f"{where}: target='number' but there is no digit in {what} {shown(text[first:stop], 80)}: use {cure} for "
-            "such lines"
+            f"{where}: target='number' but there is no digit in {what} {shown(asked, 80)}: use {cure} for such lines"
         )
     begin, end = numbers[-1].span()
     return first + begin, first + end

@@ -220,11 +220,12 @@ def test_an_answer_that_could_be_two():
 
 
 @pytest.mark.parametrize("message, cure", [
-    ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "the content of message 1 is a list of parts"),
+    ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "its content is a list of parts"),
     ({"from": "human", "value": "x"}, "write 'role'"),
 ])  # fmt: skip
 def test_messages_of_other_kinds(message, cure):
-    assert cure in said({"messages": [{"role": "user", "content": "x"}, message]})
+    text = said({"messages": [{"role": "user", "content": "x"}, message]})
+    assert cure in text and "message 2 of 2 is {" in text
 
 
 # ---------------------------------------------------------------- files
