@@ -39,10 +39,11 @@ NUMBER = re.compile(
               | [{SPACES}]? (?:[\u00d7xX*\u00b7\u22c5] | \\times | \\cdot) [{SPACES}]? 10 {POWER} )? )""",
     re.VERBOSE,
 )
-# <think>...</think>; also one that the prompt has opened, or that is not closed
-_THINK = r"[<\[]{}(?:think|thinking|thought|thoughts|reasoning)[>\]]"
+# <think>...</think> and its like in published models; also one that the prompt has opened, or that is not closed
+_THINK = r"[<\[◁]{}(?:think|thinking|thought|thoughts|reasoning)\|?[>\]▷]"
+_OPENED, _CLOSED = _THINK.format(r"\|?(?:seed:|start_|begin_of_)?"), _THINK.format(r"(?:/(?:seed:)?|\|end_(?:of_)?)")
 REASONING = re.compile(
-    r"{0}.*?{1}|\A(?:(?!{0}).)*?{1}|{0}.*\Z".format(_THINK.format(""), _THINK.format("/")), re.DOTALL | re.IGNORECASE
+    rf"{_OPENED}.*?{_CLOSED}|\A(?:(?!{_OPENED}).)*?{_CLOSED}|{_OPENED}.*\Z", re.DOTALL | re.IGNORECASE
 )
 
 
