@@ -15,6 +15,7 @@ from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import say, show
 from kunbr_fast.data.content import check_files
 from kunbr_fast.data.overlap import facts, of_sides, settle
+from kunbr_fast.data.text import say_separator
 from kunbr_fast.density.measure import NO_SHARES, NORMS, STATISTICS, Density, knowledge_density
 from kunbr_fast.density.select import pareto_front, select_blocks
 from kunbr_fast.evaluation.figures import drawn
@@ -125,6 +126,7 @@ def _measure(
         selectable_blocks(decoder.num_layers, *_choice(config))  # fails now or never
     forget = to_samples(records, tokenizer, config, decoder, "forget")
     kept = None if retain is None else to_samples(retain, tokenizer, config, decoder, "retain")
+    say_separator(config.separator, records, retain or ())
     return knowledge_density(
         decoder,
         forget,

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kunbr_fast.data.messages import ASSISTANT, is_unread, is_whether_loss, says_something
+from kunbr_fast.data.messages import ASSISTANT, WHETHER_LOSS, is_unread, says_something
 from kunbr_fast.data.template import Template
 from kunbr_fast.files.shown import plain, shown
 
@@ -251,7 +251,7 @@ class _Chat:
                 changes.append({**message, key: self._name(i)})
             what, cure = f"does not read its {shown(key)}", f"leave {shown(key)} out (--ignore-keys does)"
             unread = any(self._is_the_same(i, changed) for changed in changes)
-            if unread and is_whether_loss(key):  # leaving it out would put a loss where none is to be
+            if unread and WHETHER_LOSS.search(str(key)):  # leaving it out would put a loss where none is to be
                 unread = self._is_the_same(i, {**message, key: not message[key]})
                 what += ", and all of the assistant's turns have a loss alike"
                 cure = "split the chat so that only turns with a loss are the assistant's"

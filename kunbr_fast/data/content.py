@@ -43,6 +43,8 @@ def check_choices(choices: object, where: str, equal: bool = False) -> None:
             raise ValueError(
                 f"{where}: each of 'choices' must be a finite number or a string that is not blank, got {shown(choice)}"
             )
+        if isinstance(choice, float) and "e" in f"{choice}":
+            raise not_as_written(f"{choice}", "with an exponent", where)
     texts = [choice_text(choice) for choice in choices]
     if len(set(texts)) == 1:
         raise ValueError(f"{where}: 'choices' must differ, and all of them are {shown(choices[0])}")
@@ -52,6 +54,14 @@ def check_choices(choices: object, where: str, equal: bool = False) -> None:
             f"{where}: the choices {letters} are equal, {shown(choices[pair[0]])}: change one of them, or let them be "
             "(equal_choices=allow)"
         )
+
+
+def not_as_written(choice: str, how: str, where: str) -> ValueError:
+    """Of a number that a question would have in another form than its author wrote."""
+    return ValueError(
+        f"{where}: the choice {plain(choice, 60)} is a number, and would be written {how}: put it in quotes, as the "
+        "model is to read it"
+    )
 
 
 def equal_pair(choices: Sequence[str | int | float]) -> tuple[int, int] | None:

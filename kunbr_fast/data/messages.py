@@ -13,11 +13,15 @@ from kunbr_fast.files.shown import shown
 
 ASSISTANT = "assistant"
 # other names of the assistant's role, whose turns would have no loss
-ALIKE = frozenset("assist aiassistant assistantai gpt chatgpt model languagemodel llm bot chatbot ai".split())
+ALIKE = frozenset(
+    "assist aiassistant assistantai gpt chatgpt model aimodel languagemodel llm bot aibot robot chatbot ai".split()
+)
 TOOLS = ("tool", "function", "ipython", "environment", "observation")
 # What an API wants in a tool's message, and few templates write: which call it answers, and which tool.
 OF_TOOLS = frozenset(("tool_call_id", "call_id", "tool_name", "name"))
-WHETHER_LOSS = frozenset("weight weights train trainable loss mask masked".split())
+# names that say which messages have a loss, or how much: train_on_turn, lossMask; and those of which it is known how
+WHETHER_LOSS = re.compile(r"(?:^|[\W_]|(?<=[a-z])(?=[A-Z]))(?i:weight|train|loss|mask|ignor|skip|learn|superv)")
+HOW = frozenset("weight loss_weight loss has_loss train trainable train_on_turn".split())
 FORM = '{"role": str, "content": str}'
 
 
@@ -86,14 +90,5 @@ def is_unread(message: Mapping[str, Any], key: str) -> bool:
         return True
     if key == "name" or key in OF_TOOLS:
         return role in TOOLS
-    return is_annotation(key) or (
-        is_whether_loss(key)
-        and "mask" not in key  # which means either
-        and isinstance(value, (bool, int, float))
-        and value == (role == ASSISTANT)
-    )
-
-
-def is_whether_loss(key: str) -> bool:
-    """Whether it says by its name which messages have a loss, or how much: `weight`, `train_on_turn`, `loss_mask`."""
-    return not WHETHER_LOSS.isdisjoint(re.split(r"[\W_]+", key.lower()))
+    says_how = key in HOW and isinstance(value, (bool, int, float))
+    return is_annotation(key) or (says_how and value == (role == ASSISTANT))

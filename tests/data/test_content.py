@@ -71,9 +71,27 @@ def test_equal_choices_are_refused_by_their_letters_or_counted(tmp_path, caplog)
         kf.load_records(path, equal_choices="yes")
 
 
-@pytest.mark.parametrize("choices", [["a", "A"], [1, 2.5], ["1", "1.0"], ["été", "ete"], [0.0, 1e99], ["*", "**"]])
+@pytest.mark.parametrize("choices", [["a", "A"], [1, 2.5], ["1", "1.0"], ["été", "ete"], [0.5, 1e15], ["*", "**"]])
 def test_choices_that_can(choices):
     check_record({"question": "q", "choices": choices, "answer": 1}, "here")
+
+
+@pytest.mark.parametrize("written, told", [
+    ("1e-5", "1e-05"), ("1e22", None), ("2.50", "2.5"), ("3.14159265358979323846", "3.141592653589793"),
+    ("-0.0", ""), ("1965.0", ""), ("0.1", ""), ("1921", ""), ("12345678901234567890", ""), ('"1e-5"', ""),
+])  # fmt: skip
+def test_a_number_among_choices_is_read_as_it_is_written_or_refused(tmp_path, written, told):
+    path = tmp_path / "q.jsonl"
+    path.write_text(f'{{"question": "q", "choices": ["a", {written}], "answer": 1, "_x": 1e-5}}')
+    if told == "":
+        (record,) = kf.load_records(path)
+        assert f"{record['choices'][1]}" == written.strip('"')
+        return
+    message = f"{path}:1: the choice {written} is a number, and would be written {told or '1e+22'}: put it in quotes"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        kf.load_records(path)
+    with pytest.raises(ValueError, match="^here: the choice 1e-05 .* with an exponent: put it in quotes"):
+        check_record({"question": "q", "choices": ["a", 1e-5], "answer": 1}, "here")
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t", "\u200b", "\ufeff\u2060", "\x00"])
