@@ -22,6 +22,7 @@ ANSWERS = (
 TEXTS = ("content", "contents", "sentence", "document", "passage", "article", "body", "raw_text", "story", "fact")
 ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model", "bard", "bing"), "assistant")
 SYSTEMS, HISTORIES = ("system", "system_prompt", "system_message"), ("history", "chat_history")  # beside a prompt
+OTHER = "alternate"
 WIDTH = 260  # of a line that is shown
 
 
@@ -37,8 +38,10 @@ def _recognised(record: Record, names: Mapping[Any, Any]) -> str | None:
     """names: the record's keys as they are written."""
 
     def written(keys: Sequence[str], what: str, ours: dict[str, Any], also: Sequence[str] = ()) -> str:
+        if _is_text(record.get(OTHER)):
+            ours = {**ours, OTHER: record[OTHER]}
         ours, kept = _with_context(record, ours)
-        left = [key for key in record if key not in (*keys, *also, *kept) and _is_left_out(key, record[key])]
+        left = [key for key in record if key not in (*keys, *also, *kept, OTHER) and _is_left_out(key, record[key])]
         more = f" (and {len(left) - 3} more)" * (len(left) > 3)
         has = "have" if len(left) > 1 else "has"
         without = f", and {_listed([names[key] for key in left[:3]])}{more} {has} no place in ours" if left else ""
@@ -48,9 +51,12 @@ def _recognised(record: Record, names: Mapping[Any, Any]) -> str | None:
         if all(record.get(key) is not None for key in keys) and (ours := rewritten(record)) is not None:
             return written(keys, f": this is {name} form", ours, also)
     prompt, answer = (next((k for k in words if _is_text(record.get(k))), None) for words in (PROMPTS, ANSWERS))
-    if prompt and answer and (prompt, answer) != ("prompt", "completion"):
+    if prompt and answer:
         ours = {"prompt": record[prompt], "completion": _behind(record[prompt], record[answer])}
-        return written((prompt, answer), " are no form of ours", ours)
+        if (prompt, answer) != ("prompt", "completion"):
+            return written((prompt, answer), " are no form of ours", ours)
+        if kept := _with_context(record, ours)[1]:
+            return written((prompt, answer, *kept), " are a chat", ours)
     if not any(key in record for key in ("question", "text", "prompt", "completion", "messages")):
         for key in TEXTS:
             if _is_text(record.get(key)):
@@ -87,7 +93,7 @@ def _with_context(record: Record, ours: dict[str, Any]) -> tuple[dict[str, Any],
             [*earlier[:2], *(["..."] * bool(earlier))],
             [*messages[:2], *(["..."] * (len(messages) > 2))],
         )
-    other = {"alternate": ours["alternate"].strip()} if "alternate" in ours else {}
+    other = {OTHER: ours[OTHER].strip()} if OTHER in ours else {}
     return {"messages": [*first, *earlier, *messages], **other}, kept
 
 
@@ -146,7 +152,7 @@ def _preference(record: Record) -> Ours:
     if not all(map(_is_text, (chosen, rejected))):
         prompt, chosen, rejected = None, "the chosen one", "the rejected answer"
     prompt = prompt if _is_text(prompt) else "..."
-    return {"prompt": prompt, "completion": _behind(prompt, rejected), "alternate": _behind(prompt, chosen)}
+    return {"prompt": prompt, "completion": _behind(prompt, rejected), OTHER: _behind(prompt, chosen)}
 
 
 def _lettered(key: str, answer: str) -> Callable[[Record], Ours]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,8 @@ def text_of(record: Mapping[str, Any]) -> str:
     else:
         parts = [record[key] for key in form]
     text = folded(folded(" ".join(parts)).casefold())
+    if not text.isascii():
+        text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
     text = _AROUND.sub("", text) or text
     return _WHOLE.sub(r"\1", _STOPS.sub("", text) or text)
 

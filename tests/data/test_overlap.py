@@ -58,7 +58,7 @@ def test_another_fact(other):
 
 
 def test_numbers_and_whole_forms():
-    values = (1921, 1921.0, "1921.0", "1921."), (1e22, 10**22), (2.5, "2.5")
+    values = (1921, 1921.0, "1921.0", "1921.", "１９２１", "۱۹۲۱"), (1e22, 10**22), (2.5, "2.5")
     for same in values:
         assert len({text_of({"question": "q", "choices": [value, "x"], "answer": 0}) for value in same}) == 1
     apart = ["3.1", "3.10", "v2.0", "v2", "1.2.0", "1.2", "5!", "5", "-5", "<s>", "</s>", ".", "f<int>", "f<str>"]

@@ -160,6 +160,7 @@ BEFORE += [{"role": "assistant", "content": "b"}]
     ({"instruction": "Who?", "output": "Ann.", "system": "Be kind.", "history": [["a", "b"], ["c", "d"]]},
      [*BEFORE, "...", *ASKED]),
     ({"conversations": TURNS, "system": "Be kind."}, [BEFORE[0], *ASKED]),
+    ({"prompt": "Who?", "completion": " Ann.", "history": [["a", "b"]]}, [*BEFORE[1:], *ASKED]),
     ({"conversations": TURNS * 9}, [*ASKED, "..."]),
     ({"conversations": [TURNS[0], {"from": "function_call", "value": "f"}]},
      [ASKED[0], {"role": "function_call", "content": "f"}]),
@@ -169,6 +170,9 @@ def test_what_stands_before_a_prompt_is_kept(record, messages):
 
 
 def test_what_has_no_place_in_ours_is_said():
+    text = said({"prompt": "Who?", "completion": " Ann.", "alternate": " Bo.", "system": "Be kind."})
+    assert text.startswith("here: 'prompt', 'completion' and 'system' are a chat. Write ")
+    assert line_shown(text) == {"messages": [BEFORE[0], *ASKED], "alternate": "Bo."}
     text = said({"input": "Who?", "target": "Ann", "a": 1, "b": 2, "c": [], "d": 3, "e": 4, "id": 5})
     assert "and 'a', 'b' and 'd' (and 1 more) have no place in ours. Write " in text
     text = said({"question": "q", "options": ["x", "y"], "answer": "A", "system": "Be kind."})
