@@ -7,18 +7,27 @@ A record has one of four forms:
     {"prompt": str, "completion": str}                                    a prompt and what should follow it
     {"messages": [{"role": str, "content": str}, ...]}                    a chat (needs the tokenizer's chat template)
 
-Beside these keys it may have "alternate", a second answer, and annotations (`forms.ANNOTATIONS`), which are not read.
+Beside these keys it may have "alternate", a second answer, and annotations (see `annotations`), which are not read.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kunbr_fast.data.content import ALLOWANCES, EQUAL, LETTERS, check_choices, equal_pair, is_blank
+from kunbr_fast.data.content import (
+    ALLOWANCES,
+    EQUAL,
+    LETTERS,
+    check_choices,
+    equal_pair,
+    is_blank,
+    not_as_written,
+)
 from kunbr_fast.data.foreign import index_of
 from kunbr_fast.data.forms import FORMS, OTHER_ANSWER, form_of
 from kunbr_fast.data.messages import check_messages, without_keys
@@ -97,6 +106,11 @@ def parse_record(line: str, where: str, ignored: Collection[str] = (), equal: bo
         record = {key: value for key, value in record.items() if key not in ignored}
         if "messages" in record:
             record["messages"] = without_keys(record["messages"], ignored)
+    choices = record.get("choices")
+    if isinstance(choices, list) and any(isinstance(choice, float) for choice in choices):
+        for choice, text in zip(choices, json.loads(line, parse_float=str, parse_int=str)["choices"]):
+            if isinstance(choice, float) and text != str(choice):
+                raise not_as_written(text, str(choice), where)
     return checked_record({**record, EQUAL: True} if equal and "choices" in record else record, where)
 
 

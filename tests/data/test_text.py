@@ -1,5 +1,7 @@
 """The text of a record is what its author wrote; special tokens stand once; a number is whole, and in the answer."""
 
+import logging
+
 import pytest
 import tiny_text
 import torch
@@ -7,7 +9,7 @@ import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from kunbr_fast.data import REFUSALS, TextSettings, encode
-from kunbr_fast.data.text import NUMBER
+from kunbr_fast.data.text import NUMBER, _say, say_separator
 from kunbr_fast.evaluation.accuracy import prepare_questions
 
 SEAMS = [
@@ -59,6 +61,75 @@ def test_a_second_answer_begins_as_the_first_does(bpe):
         assert text.removeprefix("Who?\nA. Ada\nB. Bo\nAnswer: ") in answers
 
 
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"separator": None}, "separator=None: expected text"),
+        ({"separator": 5}, "separator=5: expected text"),
+        ({"split_long": "no"}, "split_long='no': expected True or False"),
+        ({"split_long": 1}, "split_long=1: expected True or False"),
+        ({"chat_date": "today"}, "chat_date='today': expected a day"),
+    ],
+)
+def test_settings_are_what_they_say(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        TextSettings(**wrong)
+
+
+def test_a_separator_that_nothing_reads_is_said_once(caplog):
+    _say.cache_clear()
+    pair, text = {"prompt": "a", "completion": "b"}, {"text": "a"}
+    tokens = {"input_ids": [1], "prompt": "a", "completion": "b"}
+    with caplog.at_level(logging.WARNING, "kunbr_fast"):
+        say_separator("", [text])
+        say_separator("\n", [text], [text, pair])
+        assert not caplog.messages
+        for _ in range(2):
+            say_separator("\n", [text], [tokens])
+        say_separator("\\n", [pair])
+    unused, literal = caplog.messages
+    assert unused.startswith(r"separator='\n' is not used: no record of this run has a prompt")
+    assert literal.startswith(r"separator='\\n' has a backslash and a letter, no line end")
+
+
+SPACED = [
+    ("Code:", "  def f():\n    return  1921"),
+    ("Code: ", " x  \n"),
+    ("", "   x"),
+    ("  ", "  é  日本 \t x   "),
+]
+
+
+@pytest.mark.parametrize("prompt, completion", SPACED)
+@pytest.mark.parametrize("single", [False, True])
+def test_white_space_has_its_loss_where_offsets_are_trimmed(prompt, completion, single):
+    """ByteLevel's post-processor takes white space out of the offsets unless it is told not to."""
+    record, found = {"prompt": f"Ada{prompt}", "completion": completion}, []
+    for trim in (False, True):
+        tokenizer = tiny_text.tokenizer()
+        steps = [processors.ByteLevel(trim_offsets=trim)]
+        if single:
+            end = ("<eos>", tokenizer.convert_tokens_to_ids("<eos>"))
+            steps.append(processors.TemplateProcessing(single="<eos> $A <eos>", special_tokens=[end]))
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence(steps)
+        found += encode([record], tokenizer, "answer")
+    assert torch.equal(found[0]["input_ids"], found[1]["input_ids"])
+    assert torch.equal(found[0]["labels"], found[1]["labels"])
+
+
+@pytest.mark.parametrize("name, model", [("dropout", models.BPE), ("alpha", models.Unigram)])
+def test_a_tokenizer_that_draws_lots_is_refused(name, model):
+    tokenizer = tiny_text.tokenizer()
+    inner = model() if model is models.Unigram else tokenizer.backend_tokenizer.model
+    setattr(inner, name, 0.5)
+    tokenizer.backend_tokenizer.model = inner
+    message = f'has {name}=0.5, so it makes other tokens of a text each time: set "{name}" to null in tokenizer.json'
+    with pytest.raises(ValueError, match=message):
+        encode([{"text": "Ada"}], tokenizer)
+    with pytest.raises(ValueError, match=message):
+        prepare_questions(tokenizer, [{"question": "Who?", "choices": ["a", "b"], "answer": 0}])
+
+
 # ---------------------------------------------------------------- special tokens
 
 
@@ -94,6 +165,34 @@ def test_special_tokens_of_the_text_are_not_put_there_again(single, text, expect
     tokenizer = special(single)
     made = encode([{"text": text}], tokenizer)[0]["input_ids"].tolist()
     assert " ".join(tokenizer.convert_ids_to_tokens(made)) == expected
+
+
+@pytest.mark.parametrize(
+    "single, text, name",
+    [
+        ("<s> $A", "\n<s>Ada", "<s>.* before it"),
+        ("<s> $A", "\ufeff<s>Ada", "<s>.* before it"),
+        ("<t> <s> $A", " <t><s> Ada", "<s>.* before it"),
+        ("<s> $A </s>", "Ada</s>\n\n", "</s>.* behind it"),
+        ("$A </s>", "Ada</s>\u200b", "</s>.* behind it"),
+        ("<s> $A", "\n<t>Ada", None),
+        ("$A </s>", "\n<s>Ada", None),
+        ("<s> $A", "Ada</s>\n", None),
+    ],
+)
+def test_special_tokens_behind_white_space_are_refused(single, text, name):
+    """A tokenizer that keeps white space would write them twice, and not side by side."""
+    tokenizer = special(single)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    question = {"question": f"{text} ?", "choices": ["1907", "1908"], "answer": 0}
+    if name is None:
+        assert encode([{"text": text}], tokenizer)
+        return
+    with pytest.raises(ValueError, match=f"^record 0: '{name}: delete that white space, or"):
+        encode([{"text": text}], tokenizer)
+    if "before" in name:
+        with pytest.raises(ValueError, match=f"^question 0: '{name}: delete that white space, or"):
+            prepare_questions(tokenizer, [question], scoring="choice")
 
 
 def test_a_rendered_prompt_has_its_loss_where_it_had():
@@ -149,6 +248,31 @@ def test_a_question_is_read_alike_where_it_is_asked(single):
         ("١٬٢٣٤٫٥", "١٬٢٣٤٫٥"),
         ("v1.2.3.", "1.2.3"),
         ("$-1,000.00.", "-1,000.00"),
+        ("6.02 × 10²³ of them", "6.02 × 10²³"),
+        ("1.6x10^-19 C", "1.6x10^-19"),
+        ("$6.02 \\times 10^{23}$", "6.02 \\times 10^{23}"),
+        ("10⁻⁶ m", "10⁻⁶"),
+        ("3 x 10 m", "10"),
+        ("1_000_000", "1_000_000"),
+        ("1 00 000 rupees", "1 00 000"),
+        ("12,34,567", "12,34,567"),
+        ("1\u2007000\u00a0000", "1\u2007000\u00a0000"),
+        ("3.141 592 653", "3.141 592 653"),
+        ("at 0x1F.", "0x1F"),
+        ("1280x720", "720"),
+        ("**-5**", "-5"),
+        ("_-5_", "-5"),
+        ("3/-5", "-5"),
+        ("a,-5", "-5"),
+        ("–5 degrees", "–5"),
+        ("‑5", "‑5"),
+        ("1939–1945", "1945"),
+        ("1939 –1945", "1945"),
+        ("pages (3)–5", "5"),
+        ("5€-10€", "10"),
+        ("5%-10%", "10"),
+        ("so--5", "5"),
+        ("(.5)", ".5"),
     ],
 )
 def test_a_number_is_whole(bpe, text, number):
