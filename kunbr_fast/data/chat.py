@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from kunbr_fast.data.content import is_blank
 from kunbr_fast.data.messages import ASSISTANT, WHETHER_LOSS, is_unread, says_something
 from kunbr_fast.data.template import Template
 from kunbr_fast.files.shown import plain, shown
@@ -69,7 +70,8 @@ class _Chat:
         keyed = {i for i in range(len(self.messages)) if self._has_other_keys(i)}
         self._check_roles()
         self.contents = self._located()
-        own = [i for i, m in enumerate(self.messages) if m["role"] == ASSISTANT and (self.contents[i] or i in keyed)]
+        turns = [i for i, m in enumerate(self.messages) if m["role"] == ASSISTANT]
+        own = [i for i in turns if i in keyed or not is_blank(self.messages[i]["content"])]
         if not own:
             raise ValueError(f"{self.template.where}: no assistant message to learn from (role 'assistant', not blank)")
         if self.marks:
@@ -79,8 +81,8 @@ class _Chat:
             if self.contents[i]:
                 self.contents[i] = self._from_whitespace(i)
         endings = self._endings(own[-1])
-        turns = [self._ended(self._with_keys(i) if i in keyed else self.contents[i], i, endings) for i in own]
-        return Chat(self.text, turns, self.contents[own[-1]] or (0, 0))
+        spans = [self._ended(self._with_keys(i) if i in keyed else self.contents[i], i, endings) for i in own]
+        return Chat(self.text, spans, self.contents[own[-1]] or (0, 0))
 
     # ---------------------------------------------------------------- where a turn begins and ends
 

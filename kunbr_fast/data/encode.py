@@ -227,7 +227,7 @@ class _Encoder:
         if not cut or self.max_length is None:
             return [whole]
         if self.max_length < made.head + 2 <= len(ids) - 1:
-            least = f"a piece of a text line has {made.head} special and 2 more tokens, one to predict the other from"
+            least = f"a piece of a text line has at least {made.head + 2} tokens, {made.head} special and 2 more"
             raise too_long(f"{where} ({len(ids)} tokens)", self.max_length, least)
         return pieces(whole, self.max_length, made.head)
 

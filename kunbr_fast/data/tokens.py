@@ -11,6 +11,7 @@ from kunbr_fast.data.template import named
 from kunbr_fast.files.models import reason
 from kunbr_fast.files.shown import shown
 
+SPACE = "\u0120"  # how byte-level tokens have it
 BEGINNING = 2**16  # characters of a longer text that are looked at first
 
 
@@ -49,7 +50,7 @@ def tokens(text: str, tokenizer: Any, where: str, special: bool = True) -> Token
         what = f"the tokenizer of {named(tokenizer)} fails on this text"
         raise ValueError(f"{where}: {what}: {reason(error)}") from error
     ids, added = made["input_ids"], made["special_tokens_mask"]
-    offsets = _untrimmed(made["offset_mapping"], added, len(text))
+    offsets = _untrimmed(text, made.tokens(), made["offset_mapping"], added)
     if not special or 0 not in added:
         return Tokens(ids, offsets)
     head, tail = added.index(0), added[::-1].index(0)
@@ -64,12 +65,34 @@ def tokens(text: str, tokenizer: Any, where: str, special: bool = True) -> Token
     return Tokens(ids, offsets, head, tail)
 
 
-def _untrimmed(offsets: list[tuple[int, int]], added: list[int], size: int) -> list[tuple[int, int]]:
-    """Offsets in which each token of the text has characters. ByteLevel's post-processor trims white space off them,
-    and of white space alone leaves its end only; else a token has what lies between those beside it."""
-    if all(begin < end or new for (begin, end), new in zip(offsets, added)):
-        return offsets
-    following, after = [], size
+def _untrimmed(text: str, names: list[str], offsets: list[tuple[int, int]], added: list[int]) -> list[tuple[int, int]]:
+    """Offsets in which each token has all its characters. ByteLevel's post-processor takes spaces out of them, unless
+    it is told not to: of a token of spaces alone nothing is left. What else is empty has all that lies between the
+    tokens beside it."""
+    found = []
+    for name, (begin, end), new in zip(names, offsets, added):
+        lead, trail = len(name) - len(name.lstrip(SPACE)), len(name) - len(name.rstrip(SPACE))
+        spaces = " " * lead
+        if new or not (lead or trail):
+            pass
+        elif begin >= end and lead == len(name):
+            if text[:end].endswith(spaces):
+                begin = end - lead
+            elif text.startswith(spaces, end):
+                end += lead
+        else:
+            if not text.startswith(spaces, begin) and text[:begin].endswith(spaces):
+                begin -= lead
+            spaces = " " * trail
+            if not text[:end].endswith(spaces) and text.startswith(spaces, end):
+                end += trail
+        found.append((begin, end))
+    return found if all(begin < end or new for (begin, end), new in zip(found, added)) else _filled(text, found, added)
+
+
+def _filled(text: str, offsets: list[tuple[int, int]], added: list[int]) -> list[tuple[int, int]]:
+    """Offsets in which an empty one of a token of the text is all that lies between the others."""
+    following, after = [], len(text)
     for (begin, end), new in zip(reversed(offsets), reversed(added)):
         following.append(after)
         after = begin if begin < end and not new else after
@@ -77,8 +100,6 @@ def _untrimmed(offsets: list[tuple[int, int]], added: list[int], size: int) -> l
     for (begin, end), new, after in zip(offsets, added, reversed(following)):
         if not new and begin < end:
             last = end
-        elif not new and end > last:
-            begin, last = last, end
         elif not new:
             begin, end = last, max(last, after)
         found.append((begin, end))

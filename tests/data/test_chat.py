@@ -466,7 +466,12 @@ def test_messages_of_a_tool_as_apis_want_them(tokenizer, tmp_path):
 
 
 def test_chats_without_an_assistant_or_a_template(tokenizer):
-    for messages in ([user("a")], [user("a"), said(" \n")], [user("a"), {"role": "Assistant", "content": "b"}]):
+    for messages in (
+        [user("a")],
+        [user("a"), said(" \n")],
+        [user("a"), said("\u200b\n")],
+        [user("a"), {"role": "Assistant", "content": "b"}],
+    ):
         assert "chat.jsonl:7: no assistant message to learn from" in refused(tokenizer, CHATML, messages)
     assert "chat.jsonl:7: 'messages' need a tokenizer with a chat template" in refused(tokenizer, None, ONE)
     strict = "{% if messages[0].role != 'user' %}{{ raise_exception('user\nfirst') }}{% endif %}" + CHATML

@@ -1,6 +1,7 @@
 """The text of a record is what its author wrote; special tokens stand once; a number is whole, and in the answer."""
 
 import logging
+import random
 
 import pytest
 import tiny_text
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from kunbr_fast.data import REFUSALS, TextSettings, encode
 from kunbr_fast.data.text import NUMBER, _say, say_separator
+from kunbr_fast.data.tokens import tokens
 from kunbr_fast.evaluation.accuracy import prepare_questions
 
 SEAMS = [
@@ -92,29 +94,40 @@ def test_a_separator_that_nothing_reads_is_said_once(caplog):
     assert literal.startswith(r"separator='\\n' has a backslash and a letter, no line end")
 
 
-SPACED = [
-    ("Code:", "  def f():\n    return  1921"),
-    ("Code: ", " x  \n"),
-    ("", "   x"),
-    ("  ", "  é  日本 \t x   "),
-]
-
-
-@pytest.mark.parametrize("prompt, completion", SPACED)
-@pytest.mark.parametrize("single", [False, True])
-def test_white_space_has_its_loss_where_offsets_are_trimmed(prompt, completion, single):
-    """ByteLevel's post-processor takes white space out of the offsets unless it is told not to."""
-    record, found = {"prompt": f"Ada{prompt}", "completion": completion}, []
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("single", ["$A", "<eos> $A <eos>"])
+def test_trimmed_offsets_are_made_whole(prefix, single):
+    """ByteLevel's post-processor takes spaces out of the offsets unless it is told not to: they would have no loss."""
+    rng, tokenizers = random.Random(0), []
     for trim in (False, True):
         tokenizer = tiny_text.tokenizer()
-        steps = [processors.ByteLevel(trim_offsets=trim)]
-        if single:
-            end = ("<eos>", tokenizer.convert_tokens_to_ids("<eos>"))
-            steps.append(processors.TemplateProcessing(single="<eos> $A <eos>", special_tokens=[end]))
-        tokenizer.backend_tokenizer.post_processor = processors.Sequence(steps)
-        found += encode([record], tokenizer, "answer")
-    assert torch.equal(found[0]["input_ids"], found[1]["input_ids"])
-    assert torch.equal(found[0]["labels"], found[1]["labels"])
+        end = ("<eos>", tokenizer.convert_tokens_to_ids("<eos>"))
+        tokenizer.add_tokens(["\u0120\u0120\u0120", "\u010a\u0120"])
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+        backend.post_processor = processors.Sequence([
+            processors.ByteLevel(trim_offsets=trim, add_prefix_space=prefix),
+            processors.TemplateProcessing(single=single, special_tokens=[end]),
+        ])  # fmt: skip
+        tokenizers.append(tokenizer)
+    trimmed = 0
+    for _ in range(100):
+        text = "".join(rng.choice([" ", "  ", " was", "1907", "\n", "é", "日", "born"]) for _ in range(8))
+        text = f" {text}" if prefix else text  # of a space that is put there nobody asks for
+        whole, cut = (tokens(text, tokenizer, "here") for tokenizer in tokenizers)
+        assert whole == cut, text
+        trimmed += tokenizers[1](text, return_offsets_mapping=True)["offset_mapping"] != whole.offsets
+    assert trimmed > 50
+
+
+def test_white_space_has_its_loss_where_offsets_are_trimmed():
+    tokenizer, text = tiny_text.tokenizer(), "  def f():\n    return  1921 "
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    for prompt in ("Code:", "Code: "):
+        (sample,) = encode([{"prompt": prompt, "completion": text}], tokenizer, "answer")
+        assert read(tokenizer, sample)[1] == text
+    (sample,) = encode([{"prompt": "Pop.", "completion": " 1 921 000 of them"}], tokenizer, "number")
+    assert read(tokenizer, sample)[1].strip() == "1 921 000"
 
 
 @pytest.mark.parametrize("name, model", [("dropout", models.BPE), ("alpha", models.Unigram)])
