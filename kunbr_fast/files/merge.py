@@ -166,7 +166,7 @@ def _merge(inputs: Sequence[Path], output: Path, how: MergeSettings, resume: boo
     for name, path in beside.items():
         with atomic_write(output / name) as copy:
             copy.write(path.read_bytes())
-    with _reading_back("delete it, then "):
+    with _reading_back("delete it if it is there, then "):
         for name in beside:
             forget(output / name)
         check_copies(beside, output)

@@ -129,7 +129,7 @@ def _same_bytes(tensor: Tensor, value: torch.Tensor) -> bool:
 def check_copies(copies: Mapping[str, Path], directory: Path) -> None:
     """ValueError unless the files of these names are those that they were copied from."""
     for name, path in copies.items():
-        with open_regular(directory / name) as copy, open_regular(path) as original:
+        with open_regular(directory / name, "it was written just now") as copy, open_regular(path) as original:
             same = copy.read() == original.read()
         if not same:
             raise ValueError(f"{plain(directory / name)}: it is not {plain(path)}, which it was copied from")

@@ -81,7 +81,8 @@ def unlearn(
     on_stage(text): told what begins.
     reporter: a `Reporter` in place of these two; it also has the seconds of each stage.
     before_cleanup(report): called when all is done and the checkpoints are still there: the place to save the model, so
-        that a failing save (full disk) can be resumed too.
+        that a failing save (full disk) can be resumed too. A model that it writes to output_dir is read back:
+        ValueError where that is not the one in memory (another dtype is said).
     group: the processes that do this together (`parallel.group.joined`), each calling with the same arguments; then
         output_dir is needed, which all must see. Rank 0 alone reports, calls back and cleans up; all return the report,
         and hold the result.

@@ -278,8 +278,11 @@ def test_a_merge_is_read_back(workspace, tmp_path, monkeypatch):
             with pytest.raises(ValueError, match=f"out/{name}: .*it is not"):
                 kf.merge_models(base, [tuned], out, mode="add", resume=out.exists())
         assert (out / "merge.partial.json").exists() and not (out / "merge.json").exists()
-        if name == "tokenizer.json":
+        with monkeypatch.context() as patch:  # lost
             (out / name).unlink()
+            patch.setattr(merge, "forget", lambda path, name=name: path.name == name and path.unlink())
+            with pytest.raises(ValueError, match=f"out/{name}: .*such file.*--resume"):
+                kf.merge_models(base, [tuned], out, mode="add", resume=True)
     kf.merge_models(base, [tuned], out, mode="add", resume=True)
     there = contents(out).keys() - {"merge.json", ".kunbr-fast.lock"}
     assert there == contents(base).keys() - {"all_results.json"}
