@@ -20,6 +20,7 @@ from kunbr_fast.files.model_folder import is_of_tokenizer, new_model, side_files
 from kunbr_fast.files.models import ModelFolder, held_back, load_tokenizer
 from kunbr_fast.files.parameters import Stored, stored_parameters
 from kunbr_fast.files.readback import check_copies, check_model, read_back
+from kunbr_fast.files.shards import Shards, has_weights
 from kunbr_fast.files.weight_files import DTYPES, New, write_like
 
 # of a tokenizer, which transformers writes only where the file or the call that it was loaded by had them
@@ -63,9 +64,11 @@ def save_model(
 
 def _form(model: nn.Module, source: str | Path | None) -> tuple[ModelFolder, Stored] | tuple[None, None]:
     """The model's folder, and which of its tensors are which of the model; None where the model has another form by
-    now, or the folder is damaged."""
+    now, or the folder holds what does not go with it. ValueError where its weights are damaged."""
     if not source or not Path(source).is_dir():
         return None, None
+    if has_weights(source):
+        Shards(source)  # damaged: the model in memory may be mapped to these files, and is then not whole either
     try:
         folder = ModelFolder(source, log=False)
         config, stored = folder.configuration(), stored_parameters(model, folder.shards)

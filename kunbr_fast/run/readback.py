@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from kunbr_fast.model.weights import weights_of
 from kunbr_fast.run.samples import Samples
 
 SAMPLES, TOKENS = 2, 32  # of each kind, and of each
+logger = logging.getLogger(__name__)
 CONFIG = "config.json"
 COARSE = 0.1  # relative: what half precision rounds logits by, as of `Decoder.rounding`
 
@@ -56,23 +57,23 @@ class ReadBack:
         found = {name: os.stat(path) for name, path in parts.items()}
         return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
 
-    def check(self) -> Iterator[str]:
-        """What to say of it, line by line. `NotWritten` where the folder holds another model than the one in memory; of
-        a user's own, where a part of one was written since."""
+    def check(self) -> str | None:
+        """What to say of it; a log line says where a user's own model is in another dtype, or not there. `NotWritten`
+        where the folder holds another model than the one in memory; of a user's own, where a part of one was written
+        since."""
         if not self.written:
-            no = f"not read back: no model was written to {plain(self.out)}"
-            now = self._mark()
+            now, others = self._mark(), instead_of_weights(self.out) if self.out.is_dir() else None
             if all(self._before.get(name) == mark for name, mark in now.items()):
-                yield no
-                return
-            if now.keys() == {CONFIG} and (why := instead_of_weights(self.out)) is not None:
-                yield f"{no} ({why})"
-                return
+                logger.warning("not read back: no model was written to %s", plain(self.out))
+                return None
+            if now.keys() == {CONFIG} and others is not None:
+                logger.warning("not read back: no model was written to %s (%s)", plain(self.out), others)
+                return None
         try:
             weights_of(self.decoder.model).check_saved(self.out, cast=not self.written or self.decoder.streamed)
             self._check_tokenizer()
-            yield from self._dtypes()
-            yield self._compare()
+            self._name_dtypes()
+            return self._compare()
         except ValueError as error:
             raise NotWritten(f"{error} [read back after writing]") from error
 
@@ -82,7 +83,7 @@ class ReadBack:
         if tokenizer_fingerprint(load_tokenizer(self.out)) != tokenizer_fingerprint(self.tokenizer):
             raise ValueError(f"{plain(self.out)}: its tokenizer is another than the one in memory")
 
-    def _dtypes(self) -> Iterator[str]:
+    def _name_dtypes(self) -> None:
         """A line where they are others than in memory."""
         if self.written:
             return
@@ -91,7 +92,7 @@ class ReadBack:
         there = {tensor.dtype for tensor in Shards(self.out).tensors.values()} & set(FLOATS)
         if there != here:
             names = [" and ".join(sorted(map(str, dtypes))) for dtypes in (there, here)]
-            yield f"read back: {plain(self.out)} is in {names[0]}, the model in memory in {names[1]}: else the same"
+            logger.warning("%s is in %s, the model in memory in %s: the same else", plain(self.out), *names)
 
     def _compare(self) -> str:
         """Logits."""

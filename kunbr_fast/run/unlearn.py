@@ -163,8 +163,8 @@ def _save(run: Stages, given: Options, folder: CheckpointFolder | None, report: 
             run.decoder.save(out, replace=folder is not None and folder.overwrites)
         if given.before_cleanup is not None and given.group.first:
             given.before_cleanup(report)
-        for line in back.check() if back is not None else ():
-            run.reporter.say(line)
+        if back is not None and (said := back.check()):
+            run.reporter.say(said)
         if streamed:
             run.decoder.weights.moved(out)
     except ValueError as error:

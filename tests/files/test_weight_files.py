@@ -140,12 +140,16 @@ def test_a_changed_setting_of_the_tokenizer_is_written(side, source, tmp_path, c
 def test_a_folder_that_is_gone_or_another_model_s_by_now(source, tmp_path, caplog):
     folder = shutil.copytree(source, tmp_path / "model")
     model = load_model(folder)
-    for number, name in enumerate((Shards(folder).paths[0].name, "adapter_config.json")):  # damaged while it was in use
-        (folder / name).unlink(missing_ok=True)  # the model in memory may be mapped to the file
-        (folder / name).write_text("{}")
-        save_model(model, None, tmp_path / str(number))
-        assert name in caplog.text and "no longer that of" in caplog.text
-        assert load_model(tmp_path / str(number)).config.vocab_size == model.config.vocab_size
+    (folder / "adapter_config.json").write_text("{}")
+    save_model(model, None, tmp_path / "adapter")
+    assert "adapter_config.json: an adapter" in caplog.text and "no longer that of" in caplog.text
+    assert load_model(tmp_path / "adapter").config.vocab_size == model.config.vocab_size
+    path = Shards(folder).paths[0]
+    path.unlink()  # the model in memory is mapped to it; cut short it would be lost
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        save_model(model, None, tmp_path / "damaged")
+    assert list((tmp_path / "damaged").iterdir()) == []
     shutil.rmtree(folder)
     save_model(model, None, tmp_path / "gone")
     assert load_model(tmp_path / "gone").config.rope_parameters == model.config.rope_parameters
