@@ -29,7 +29,8 @@ from kunbr_fast.data import encode, load_records
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.report import table, write_report
 from kunbr_fast.evaluation.rtt import Fold, rtt_attack
-from kunbr_fast.files.models import load_model, load_tokenizer, save_model
+from kunbr_fast.files.models import load_model, load_tokenizer
+from kunbr_fast.files.saving import save_model
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.run.demo import gradient_difference
 from kunbr_fast.training.full import train_all

@@ -40,6 +40,20 @@ def path_name(text: str) -> str:
     return text
 
 
+ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
+
+
+def escaped_text(text: str) -> str:
+    """An argument type: text in which \\n is a line end, \\t a tab and \\\\ a backslash."""
+
+    def read(match: re.Match[str]) -> str:
+        if match[1] not in ESCAPES:
+            raise _refused(text, r"n (line end), t (tab) or \ behind a \ (a backslash is \\)")
+        return ESCAPES[match[1]]
+
+    return re.sub(r"\\(.?)", read, text, flags=re.DOTALL)
+
+
 def device_name(text: str) -> str:
     """An argument type: a device by name. `choose_device` says whether it is there."""
     if not re.fullmatch("cpu|cuda(:[0-9]{1,4})?", text):

@@ -7,7 +7,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from kunbr_fast.cli.argument_types import Different, Settings, device_name, name_and_value, number, path_name
+from kunbr_fast.cli.argument_types import (
+    Different,
+    Settings,
+    device_name,
+    escaped_text,
+    name_and_value,
+    number,
+    path_name,
+)
 from kunbr_fast.files.models import DTYPES
 from kunbr_fast.run.config import NUMBERS, KUnBRConfig
 from kunbr_fast.values import Bytes
@@ -56,7 +64,8 @@ def add_ignored(parser: argparse.ArgumentParser) -> None:
         action=Different,
         default=[],
         metavar="KEY",
-        help="keys of the JSONL files' lines that are left out; a key that would not be used is an error otherwise",
+        help="keys of the JSONL files' lines, and of messages, that are left out; one that would not be used is an "
+        "error otherwise",
     )
 
 
@@ -108,7 +117,8 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
         kind |= {"nargs": "+", "type": number(NUMBERS[field.name]), "action": Different, "metavar": "LR"}
     else:
         known = NUMBERS.get(field.name)
-        kind |= {"type": str if known is None else number(known), "metavar": field.name.rpartition("_")[2].upper()}
+        words = escaped_text if field.name == "separator" else str
+        kind |= {"type": words if known is None else number(known), "metavar": field.name.rpartition("_")[2].upper()}
     if default not in (None, "") and not isinstance(default, dict):
         text += f" [{' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
     group.add_argument(option, help=text.replace("%", "%%"), **kind)

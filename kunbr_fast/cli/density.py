@@ -15,6 +15,7 @@ from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import say, show
 from kunbr_fast.data.content import check_files
 from kunbr_fast.data.overlap import facts, of_sides, settle
+from kunbr_fast.data.text import say_separator
 from kunbr_fast.density.measure import NO_SHARES, NORMS, STATISTICS, Density, knowledge_density
 from kunbr_fast.density.select import pareto_front, select_blocks
 from kunbr_fast.evaluation.figures import drawn
@@ -81,6 +82,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     read = reader(arguments, config)
     records, retain = read(arguments.forget), None if arguments.retain is None else read(arguments.retain)
     check_files({"--forget": arguments.forget}, {"--retain": arguments.retain})
+    settle(of_sides(facts({"": records}), facts({"": retain or []})), config.overlap, say)
     if arguments.show:
         sets = [Shown("forget", records, config.target)]
         sets += [Shown("retain", retain, config.target)] if retain else []
@@ -118,13 +120,13 @@ def _choice(config: KUnBRConfig) -> tuple[int, int, int]:
 def _measure(
     config: KUnBRConfig, arguments: argparse.Namespace, records: Sequence[dict], retain: Sequence[dict] | None
 ) -> Density:
-    settle(of_sides(facts({"": records}), facts({"": retain or []})), config.overlap, say)
     model, tokenizer = open_model(arguments)
     decoder = Decoder(model)
     if arguments.statistic != "cosine":
         selectable_blocks(decoder.num_layers, *_choice(config))  # fails now or never
     forget = to_samples(records, tokenizer, config, decoder, "forget")
     kept = None if retain is None else to_samples(retain, tokenizer, config, decoder, "retain")
+    say_separator(config.separator, records, retain or ())
     return knowledge_density(
         decoder,
         forget,

@@ -71,10 +71,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         check_outputs(arguments, WRITES)
     config = read_config(arguments)
     folds = read_folds(arguments.forget, arguments.forget_questions, reader(arguments, config))
+    settle(overlap_of(folds), config.overlap, sayer(arguments))
     if arguments.show:
         sets = [Shown(f"fold {fold.name}", fold.train_records, config.rtt_target) for fold in folds]
         return show_samples(arguments, config, sets)
-    settle(overlap_of(folds), config.overlap, sayer(arguments))
     out = Path(arguments.out) if arguments.out else None
     if arguments.resume and out is None:
         raise ValueError("--resume needs --out, the file with the finished attacks")

@@ -12,6 +12,7 @@ from typing import Any
 from kunbr_fast.cli.argument_types import number
 from kunbr_fast.cli.terminal import show
 from kunbr_fast.data import IGNORE, Sample, encode_named
+from kunbr_fast.data.text import say_separator
 from kunbr_fast.files.model_config import text_of
 from kunbr_fast.files.models import ModelFolder, load_tokenizer
 from kunbr_fast.files.shown import plain
@@ -46,6 +47,7 @@ def show_samples(arguments: argparse.Namespace, config: KUnBRConfig, sets: Seque
     tokenizer = load_tokenizer(arguments.model)
     positions = getattr(text_of(ModelFolder(arguments.model).configuration()), "max_position_embeddings", None)
     limit = min((n for n in (config.max_length, positions) if n is not None), default=None)
+    say_separator(config.separator, *(one.records for one in sets))
     found = []
     for one in sets:
         samples, names = encode_named(
@@ -122,7 +124,7 @@ def _sizes(entry: dict[str, Any]) -> str:
 
 
 def _print_text(one: dict[str, Any], marks: tuple[str, str]) -> None:
-    """Each line of the text behind a bar; where one ends, "\\n" stands."""
+    """Each line of the text behind a bar; where one ends, "\\n" stands, and for a backslash two."""
     written = ""
     for part in one["parts"]:
         begin, end = marks if part["loss"] else ("", "")
@@ -135,4 +137,6 @@ def _escaped(character: str) -> str:
     """As a terminal shows it without obeying it, and unlike a mark of ours."""
     if character == "\n":
         return "\\n\n"
+    if character == "\\":
+        return "\\\\"
     return f"\\u{ord(character):04x}" if character in BRACKETS else plain(character)

@@ -67,22 +67,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _read(arguments: argparse.Namespace, config: KUnBRConfig) -> tuple[list[Fold], list[dict], list[dict]]:
     """The folds, the retain set, and the questions about it. Where they overlap that is known at once."""
+    check_files(
+        {"--forget": arguments.forget, "--forget-questions": arguments.forget_questions},
+        {"--retain": arguments.retain, "--retain-questions": arguments.retain_questions},
+    )
     read, named = reader(arguments, config), arguments.retain_questions
     folds, retain = read_folds(arguments.forget, arguments.forget_questions, read), read(arguments.retain)
     asked = read_questions(named, "--retain-questions", read) if named else retain
     asked = [record for record in asked if is_question(record)]
-    settle(overlap_of(folds), config.overlap)
+    # --show ends here: nothing else says what is let be
+    settings = (config.overlap, *([sayer(arguments)] if arguments.show else []))
+    attack = config.rtt and not arguments.stream and any(fold.questions for fold in folds)
+    settle(overlap_of(folds, attack), *settings)
     forget = [record for fold in folds for record in (*fold.train_records, *fold.questions)]
-    settle(of_sides(facts({"": forget}), facts({"": [*retain, *asked]})), config.overlap)
+    settle(of_sides(facts({"": forget}), facts({"": [*retain, *asked]})), *settings)
     return folds, retain, asked
 
 
 def _show(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
     criteria = [config.criterion(range(1))] + ([] if arguments.unlearned else [config.criterion(warmup=True)])
     alternate = next((c.alternate for c in criteria if c.alternate is not None), None)
-    read = reader(arguments, config)
-    sets = [Shown("forget", read(arguments.forget), config.target, alternate)]
-    sets.append(Shown("retain", read(arguments.retain), config.target))
+    folds, retain, _ = _read(arguments, config)
+    forget = [record for fold in folds for record in fold.train_records]
+    sets = [Shown("forget", forget, config.target, alternate), Shown("retain", retain, config.target)]
     return show_samples(arguments, config, sets)
 
 
@@ -101,10 +108,6 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
     finished = _check_target(arguments, config) if group.first else None
     if any(group.gather(finished is not None)) and finished is None:
         return {}  # the first rank looks whether it is this run
-    check_files(
-        {"--forget": arguments.forget, "--forget-questions": arguments.forget_questions},
-        {"--retain": arguments.retain, "--retain-questions": arguments.retain_questions},
-    )
     folds, retain, asked = _read(arguments, config)
     questions = [record for fold in folds for record in fold.questions]
     if not questions:
@@ -146,7 +149,7 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
         group=group,
         stop=arguments.stop,
     )
-    report = carry_out(model, forget, retain, config, options, held=True)
+    report = carry_out(model, forget, retain, config, options, command=True)
     if not arguments.json:
         _print(report, arguments, attack_left_out=arguments.stream and config.rtt and bool(questions))
     return report.to_dict() | {"model": str(arguments.model)}

@@ -12,36 +12,45 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from kunbr_fast.data.forms import is_annotation
+from kunbr_fast.data.content import is_blank
+from kunbr_fast.data.messages import ASSISTANT, WHETHER_LOSS, is_unread, says_something
 from kunbr_fast.data.template import Template
 from kunbr_fast.files.shown import plain, shown
 
 Span = tuple[int, int]
-ROLES = ("assistant", "user")
+ROLES = (ASSISTANT, "user")
 # a template may write these as the user's
 OTHERS = ("system", "tool", "developer", "function", "ipython", "environment")
+EMPTY = re.compile(r"\s*(?:<[^<>/]+>|\[[^][/]+])?\s*(?:</[^<>]+>|\[/[^][]+])\s*")  # <think></think>, or the end of one
 PIECES = re.compile(r"<[^<>]*>|\[[^][]*]|\s+|[^][<>\s]+|.")  # <|mark|>, [MARK], whitespace, a word
 
 
-def chat(record: Mapping, tokenizer: Any, date: str) -> tuple[str, list[Span]]:
+class Chat(NamedTuple):
+    """turns: the assistant's. last: the content of the last one; empty if that has only other keys."""
+
+    text: str
+    turns: list[Span]
+    last: Span
+
+
+def chat(record: Mapping, tokenizer: Any, date: str) -> Chat:
     """The chat as the tokenizer's template writes it on that day, and the spans of the assistant's turns.
 
     A turn is the message's content, with what the template writes to end it. What it writes of further keys of the
-    message (`reasoning_content`, `tool_calls`) belongs to the turn. Where the template marks what is generated
-    (`{% generation %}`), its marks are the turns.
+    message (`reasoning_content`, `tool_calls`) belongs to the turn, an empty block of reasoning before it does not.
+    Where the template marks what is generated (`{% generation %}`), its marks are the turns.
 
     Errors: ValueError with the record, the message and the cure if the template leaves out a message, a part or a key
     of it, or writes its role as another one, and if there is no assistant's turn.
     """
-    messages = [{key: value for key, value in m.items() if value is not None} for m in record["messages"]]
+    messages = [{key: value for key, value in m.items() if says_something(key, value)} for m in record["messages"]]
     return _Chat(Template(tokenizer, date, record["_where"]), messages).text_and_turns()
 
 
-def _says(value: Any) -> bool:
-    """Whether a key's value says anything: exports write `"tool_calls": []`."""
-    return not isinstance(value, (str, list, dict)) or bool(value)
+def _meet(span: Span, others: Sequence[Span]) -> bool:
+    return any(span[0] < end and begin < span[1] for begin, end in others)
 
 
 class _Chat:
@@ -52,40 +61,65 @@ class _Chat:
     def __init__(self, template: Template, messages: Sequence[Mapping]):
         self.template, self.messages = template, messages
         self.text = template(messages)
+        self.marks = template.generated(messages, self.text)
         self.word = "Zq"
         while self.word in self.text:
             self.word += "q"
 
-    def text_and_turns(self) -> tuple[str, list[Span]]:
+    def text_and_turns(self) -> Chat:
         keyed = {i for i in range(len(self.messages)) if self._has_other_keys(i)}
         self._check_roles()
         self.contents = self._located()
-        own = [i for i, m in enumerate(self.messages) if m["role"] == "assistant" and (self.contents[i] or i in keyed)]
+        turns = [i for i, m in enumerate(self.messages) if m["role"] == ASSISTANT]
+        own = [i for i in turns if i in keyed or not is_blank(self.messages[i]["content"])]
         if not own:
             raise ValueError(f"{self.template.where}: no assistant message to learn from (role 'assistant', not blank)")
-        if turns := self.template.generated(self.messages, self.text):
-            return self.text, turns
-        ending = self._ending(own[-1])
-        return self.text, [self._ended(self._with_keys(i) if i in keyed else self.contents[i], i, ending) for i in own]
+        if self.marks:
+            with_loss = [i for i in own if not (place := self.contents[i]) or _meet(place, self.marks)]
+            return Chat(self.text, self.marks, self.contents[(with_loss or own)[-1]] or (0, 0))
+        for i in own:
+            if self.contents[i]:
+                self.contents[i] = self._from_whitespace(i)
+        endings = self._endings(own[-1])
+        spans = [self._ended(self._with_keys(i) if i in keyed else self.contents[i], i, endings) for i in own]
+        return Chat(self.text, spans, self.contents[own[-1]] or (0, 0))
 
     # ---------------------------------------------------------------- where a turn begins and ends
 
-    def _ending(self, i: int) -> str:
-        """What the template writes behind a content where the chat ends with it, the assistant's message i."""
-        message, behind = self.messages[i], self._parts(i)[2]
-        if i == len(self.messages) - 1 and message.keys() == {"role", "content"} and not behind:
-            return self.text[self.contents[i][1] :]
-        last = {"role": "assistant", "content": self._name(i)}
-        rendered = self.template.attempt([*map(self._stand_in, range(i)), last])
-        return (rendered or "").partition(self._name(i))[2]
+    def _from_whitespace(self, i: int) -> Span:
+        """The content of message i with as much of the whitespace before it as the template keeps."""
+        (begin, end), space, content = self.contents[i], self._parts(i)[0], self.messages[i]["content"]
+        if space:
+            without = self._with(i, {**self.messages[i], "content": content[len(space) :]}) or self.text
+            kept = len(self.text) - len(without)
+            if kept > 0 and self.text.endswith(space[-kept:], 0, begin):
+                if self.text[: begin - kept] + self.text[begin:] == without:
+                    begin -= kept
+        return begin, end
 
-    def _ended(self, span: Span, i: int, ending: str) -> Span:
+    def _endings(self, i: int) -> list[str]:
+        """What the template writes behind a content, the last turn's message i: where the chat ends with it, and where
+        it goes on, as far as a generation prompt behind it tells."""
+        message, behind, last = self.messages[i], self._parts(i)[2], i == len(self.messages) - 1
+        before, named = [*map(self._stand_in, range(i))], {"role": ASSISTANT, "content": self._name(i)}
+        if last and message.keys() == {"role", "content"} and not behind:
+            endings = [self.text[self.contents[i][1] :]]
+        else:
+            endings = [(self.template.attempt([*before, named]) or "").partition(self._name(i))[2]]
+        if last and not any(m["role"] == ASSISTANT for m in before):
+            return endings
+        bare, prompted = (self.template.attempt(before, add_generation_prompt=on) or "" for on in (False, True))
+        prompt = prompted[len(bare) :] if prompted.startswith(bare) else ""
+        going_on = self.template.attempt([*before, named], add_generation_prompt=True) or ""
+        if prompt and going_on.endswith(prompt):
+            endings.append(going_on.removesuffix(prompt).partition(self._name(i))[2])
+        return endings
+
+    def _ended(self, span: Span, i: int, endings: Sequence[str]) -> Span:
         begin, end = span
         space = self._parts(i)[2]  # of the content, unless the template trims it
-        ends = [self._behind(end, ending)]
-        if space and self.text.startswith(space, end):
-            ends.append(self._behind(end + len(space), ending))
-        return begin, max(ends)
+        begins = [end, end + len(space)] if space and self.text.startswith(space, end) else [end]
+        return begin, max(self._behind(at, ending) for at in begins for ending in endings)
 
     def _behind(self, end: int, ending: str) -> int:
         """Where as much of `ending` as stands at `end` ends. Whole pieces: <|end|> and <|user|> begin alike."""
@@ -109,7 +143,8 @@ class _Chat:
             end = max(end, min(at for at in pieces if at >= back))
         prompt, after = self._prompt(i), self.template.attempt(self.messages[: i + 1])
         if prompt and (without is None or prompt <= begin):
-            begin = prompt
+            empty = EMPTY.match(self.text, prompt, begin)  # reasoning that the template adds, and nobody has given
+            begin = empty.end() if empty else prompt
             if without is None and after and self.text.startswith(after):
                 end = len(after)
         if begin >= end:
@@ -149,7 +184,7 @@ class _Chat:
                 if self._name(i) in (self._with(i, in_parts) or ""):
                     raise self._wrong(i, "takes contents in parts only, not as text", "take another template")
                 raise self._wrong(i, "leaves it out", "leave it out, or put its text into another message")
-            if len(spans) > 1 and self.messages[i]["role"] == "assistant":
+            if len(spans) > 1 and self.messages[i]["role"] == ASSISTANT:
                 raise self._wrong(i, f"writes it {len(spans)} times", "change the template")
             found[i] = spans[0]
         return found
@@ -178,14 +213,14 @@ class _Chat:
         if spans := self._around_changes(i, rendered or ""):
             return spans
         core, role = self._parts(i)[1], self.messages[i]["role"]
-        if role != "assistant" and not (missing := self._missing_words()):
+        if role != ASSISTANT and not (missing := self._missing_words()):
             return [(0, 0)]  # it is all there, in another form, and where need not be known
         if "</think>" in core:
-            last = i == max(j for j, m in enumerate(self.messages) if m["role"] == "assistant")
+            last = i == max(j for j, m in enumerate(self.messages) if m["role"] == ASSISTANT)
             cure = "give it without" if last else "give it without, or make it the last turn of a record of its own"
             raise self._wrong(i, "does not write its reasoning (<think>) as it stands", cure)
         what = "does not write it as it stands"
-        if role != "assistant":
+        if role != ASSISTANT:
             what = f"leaves out a part of it ({shown(missing)})"
         raise self._wrong(i, what, "write it otherwise")
 
@@ -211,14 +246,19 @@ class _Chat:
     def _has_other_keys(self, i: int) -> bool:
         """Whether message i says more than role and content. What it says there must make a difference to the text."""
         message = self.messages[i]
-        others = [key for key, value in message.items() if key not in ("role", "content") and _says(value)]
-        others = [key for key in others if key == "name" or not is_annotation(key)]
+        others = [key for key in message if key not in ("role", "content") and not is_unread(message, key)]
         for key in others:
             changes = [{other: message[other] for other in message if other != key}]
             if isinstance(message[key], str):
                 changes.append({**message, key: self._name(i)})
-            if any(self._with(i, changed) == self.text for changed in changes):
-                raise self._wrong(i, f"does not read its {shown(key)}", f"leave {shown(key)} out")
+            what, cure = f"does not read its {shown(key)}", f"leave {shown(key)} out (--ignore-keys does)"
+            unread = any(self._is_the_same(i, changed) for changed in changes)
+            if unread and WHETHER_LOSS.search(str(key)):  # leaving it out would put a loss where none is to be
+                unread = self._is_the_same(i, {**message, key: not message[key]})
+                what += ", and all of the assistant's turns have a loss alike"
+                cure = "split the chat so that only turns with a loss are the assistant's"
+            if unread:
+                raise self._wrong(i, what, cure)
         return bool(others)
 
     def _check_roles(self) -> None:
@@ -239,7 +279,17 @@ class _Chat:
 
     def _with(self, i: int, other: Mapping) -> str | None:
         """The text with another message in place of message i."""
-        return self.template.attempt([*self.messages[:i], other, *self.messages[i + 1 :]])
+        return self.template.attempt(self._replaced(i, other))
+
+    def _is_the_same(self, i: int, other: Mapping) -> bool:
+        """Whether another message in place of message i makes no difference to the text and its marks."""
+        messages = self._replaced(i, other)
+        return self.template.attempt(messages) == self.text and (
+            self.template.generated(messages, self.text) == self.marks
+        )
+
+    def _replaced(self, i: int, other: Mapping) -> list[Mapping]:
+        return [*self.messages[:i], other, *self.messages[i + 1 :]]
 
     def _name(self, i: int) -> str:
         return f"{self.word}{i}z"

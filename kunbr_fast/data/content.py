@@ -24,7 +24,12 @@ def is_blank(text: str) -> bool:
 
 def visible(text: str) -> str:
     """What can be seen of it: composed (NFC), without characters that join, part or turn others."""
-    return text if text.isascii() else _UNSEEN.sub("", unicodedata.normalize("NFC", text))
+    return text if text.isascii() else unicodedata.normalize("NFC", _UNSEEN.sub("", text))
+
+
+def folded(text: str) -> str:
+    """What can be seen of it, each white space (of any kind and length) as one space."""
+    return " ".join(visible(text).split())
 
 
 def check_choices(choices: object, where: str, equal: bool = False) -> None:
@@ -38,6 +43,8 @@ def check_choices(choices: object, where: str, equal: bool = False) -> None:
             raise ValueError(
                 f"{where}: each of 'choices' must be a finite number or a string that is not blank, got {shown(choice)}"
             )
+        if isinstance(choice, float) and "e" in f"{choice}":
+            raise not_as_written(f"{choice}", "with an exponent", where)
     texts = [choice_text(choice) for choice in choices]
     if len(set(texts)) == 1:
         raise ValueError(f"{where}: 'choices' must differ, and all of them are {shown(choices[0])}")
@@ -47,6 +54,14 @@ def check_choices(choices: object, where: str, equal: bool = False) -> None:
             f"{where}: the choices {letters} are equal, {shown(choices[pair[0]])}: change one of them, or let them be "
             "(equal_choices=allow)"
         )
+
+
+def not_as_written(choice: str, how: str, where: str) -> ValueError:
+    """Of a number that a question would have in another form than its author wrote."""
+    return ValueError(
+        f"{where}: the choice {plain(choice, 60)} is a number, and would be written {how}: put it in quotes, as the "
+        "model is to read it"
+    )
 
 
 def equal_pair(choices: Sequence[str | int | float]) -> tuple[int, int] | None:
@@ -62,7 +77,7 @@ def choice_text(choice: str | int | float) -> str:
     """By which choices are told apart: 1965 and 1965.0 are one number."""
     if isinstance(choice, float) and choice.is_integer():
         choice = int(choice)
-    return visible(str(choice)).strip()
+    return folded(str(choice))
 
 
 def check_files(*sides: Mapping[str, Sequence[str | Path] | None]) -> None:

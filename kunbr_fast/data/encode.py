@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import numbers
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,10 +15,10 @@ import torch
 from kunbr_fast.data.content import choice_text, is_blank
 from kunbr_fast.data.pieces import pieces
 from kunbr_fast.data.records import check_read, checked_record, question_prompt
-from kunbr_fast.data.samples import IGNORE, Sample, check_lengths, has_loss
+from kunbr_fast.data.samples import IGNORE, Sample, check_lengths, has_loss, too_long
 from kunbr_fast.data.text import PLAIN, TARGETS, TextSettings, text_and_spans
-from kunbr_fast.data.tokens import check_beginning, tokens
-from kunbr_fast.files.shown import shown
+from kunbr_fast.data.tokens import check_beginning, check_repeatable, tokens
+from kunbr_fast.files.shown import plain, shown
 
 logger = logging.getLogger(__name__)
 
@@ -80,23 +81,18 @@ def encode_named(
     text: TextSettings = PLAIN,
 ) -> tuple[list[Sample], list[str]]:
     """`encode`, and each sample's name: its record's, with "piece 2 of 3" where that was cut."""
-    if target not in TARGETS:
-        raise ValueError(f"target={target!r}: expected one of {', '.join(TARGETS)}")
-    if alternate is not None and alternate not in ALTERNATES:
-        raise ValueError(f"alternate={alternate!r}: expected one of {', '.join(ALTERNATES)}, or None")
-    if not records:
-        raise ValueError("no records: expected at least one")
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"{type(tokenizer).__name__} gives no character offsets, which loss targets need: "
-            "load a fast tokenizer (AutoTokenizer.from_pretrained(..., use_fast=True))"
-        )
+    _check_arguments(records, target, max_length, alternate, seed, text)
+    _check_tokenizer(tokenizer)
     encoder, cut = _Encoder(tokenizer, max_length, text, second=alternate is not None), {}
     samples, names, kinds = [], [], []
     for number, record in enumerate(records):
-        if "_where" not in record:  # not from load_records, which has checked its own
-            record = checked_record(record, f"record {number}")
-        where, found = record["_where"], encoder.samples(record, target)
+        where = f"record {number}"
+        if not isinstance(record, Mapping):
+            raise ValueError(f"{where}: got {shown(record)}, expected a mapping such as {{'text': ...}}")
+        if isinstance(record.get("_where"), str):
+            where = plain(record["_where"])
+        record = checked_record(record, where)  # also load_records' own: it may have been changed since
+        found = encoder.samples(record, target)
         if alternate is not None:
             choose = random.Random(seed * 1_000_003 + number).choice
             found[0]["alternate"] = encoder.second_of(record, alternate, target, choose)
@@ -112,6 +108,38 @@ def encode_named(
     for file, counts in cut.items():
         _say_cut(file, len(counts), *map(sum, zip(*counts)), max_length)
     return samples, names
+
+
+def _check_arguments(
+    records: object, target: object, max_length: object, alternate: object, seed: object, text: object
+) -> None:
+    if target not in TARGETS:
+        raise ValueError(f"target={shown(target)}: expected one of {', '.join(TARGETS)}")
+    if alternate is not None and alternate not in ALTERNATES:
+        raise ValueError(f"alternate={shown(alternate)}: expected one of {', '.join(ALTERNATES)}, or None")
+    if max_length is not None and not (_is_whole(max_length) and max_length > 0):
+        raise ValueError(f"max_length={shown(max_length)}: expected a whole number above 0, or None")
+    if not _is_whole(seed):
+        raise ValueError(f"seed={shown(seed)}: expected a whole number")
+    if not isinstance(text, TextSettings):
+        raise ValueError(f"text={shown(text)}: expected TextSettings, such as TextSettings(separator=' ')")
+    if isinstance(records, (str, Mapping)):
+        raise ValueError(f"records={shown(records)}: expected a list of records")
+    if not records:
+        raise ValueError("no records: expected at least one")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no character offsets, which loss targets need: "
+            "load a fast tokenizer (AutoTokenizer.from_pretrained(..., use_fast=True))"
+        )
+    check_repeatable(tokenizer)
 
 
 @functools.cache
@@ -189,14 +217,19 @@ class _Encoder:
         ids = torch.tensor(made.ids, dtype=torch.long)
         labels = ids.clone()
         if spans is not None:
-            # a token counts if it shares a character with a span; an empty offset is a special token
+            # a token counts if it shares a character with a span; an empty offset is one that the tokenizer has added
             counts = [
                 end > start and any(start < stop and end > first for first, stop in spans)
                 for start, end in made.offsets
             ]
             labels = torch.where(torch.tensor(counts, dtype=torch.bool), ids, IGNORE)
         whole = {"input_ids": ids, "labels": labels}
-        return pieces(whole, self.max_length, made.head) if cut and self.max_length is not None else [whole]
+        if not cut or self.max_length is None:
+            return [whole]
+        if self.max_length < made.head + 2 <= len(ids) - 1:
+            least = f"a piece of a text line has at least {made.head + 2} tokens, {made.head} special and 2 more"
+            raise too_long(f"{where} ({len(ids)} tokens)", self.max_length, least)
+        return pieces(whole, self.max_length, made.head)
 
     def second_of(self, record: Mapping, kind: str, target: str, choose: Callable[[Sequence], Any]) -> Sample:
         """The sample of the record's alternate."""

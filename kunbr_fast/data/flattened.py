@@ -35,6 +35,8 @@ def tensor_of(item: Mapping[str, Any], key: str, where: str, expected: str = "in
         raise ValueError(f"{where}: {_ragged(value, key) or f'{key}={shown(value)}: expected {expected}'}") from error
     if tensor.is_nested or tensor.layout is not torch.strided:
         raise ValueError(f"{where}: {key} is nested or sparse: give a dense tensor, or samples of their own")
+    if tensor.is_meta:
+        raise ValueError(f"{where}: {key} is on the meta device, which holds no values: give it on the host")
     return tensor
 
 

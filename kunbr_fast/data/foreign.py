@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kunbr_fast.data.annotations import is_annotation
 from kunbr_fast.data.content import LETTERS
 from kunbr_fast.files.shown import plain, shown
 
@@ -18,7 +20,10 @@ ANSWERS = (
     *("reply", "solution", "ground_truth", "assistant", "chosen"),
 )
 TEXTS = ("content", "contents", "sentence", "document", "passage", "article", "body", "raw_text", "story", "fact")
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model", "bard", "bing"), "assistant")
+SYSTEMS, HISTORIES = ("system", "system_prompt", "system_message"), ("history", "chat_history")  # beside a prompt
+OTHER = "alternate"
+WIDTH = 260  # of a line that is shown
 
 
 def recognised(record: Record) -> str | None:
@@ -31,18 +36,80 @@ def recognised(record: Record) -> str | None:
 
 def _recognised(record: Record, names: Mapping[Any, Any]) -> str | None:
     """names: the record's keys as they are written."""
-    for name, keys, rewritten in TOOLS:
+
+    def written(keys: Sequence[str], what: str, ours: dict[str, Any], also: Sequence[str] = ()) -> str:
+        if _is_text(record.get(OTHER)):
+            ours = {**ours, OTHER: record[OTHER]}
+        ours, kept = _with_context(record, ours)
+        left = [key for key in record if key not in (*keys, *also, *kept, OTHER) and _is_left_out(key, record[key])]
+        more = f" (and {len(left) - 3} more)" * (len(left) > 3)
+        has = "have" if len(left) > 1 else "has"
+        without = f", and {_listed([names[key] for key in left[:3]])}{more} {has} no place in ours" if left else ""
+        return f"{_listed([names[key] for key in keys])}{what}{without}. Write {_line(ours)}"
+
+    for name, keys, rewritten, also in TOOLS:
         if all(record.get(key) is not None for key in keys) and (ours := rewritten(record)) is not None:
-            return f"{_listed([names[key] for key in keys])}: this is {name} form. Write {_line(ours)}"
+            return written(keys, f": this is {name} form", ours, also)
     prompt, answer = (next((k for k in words if _is_text(record.get(k))), None) for words in (PROMPTS, ANSWERS))
-    if prompt and answer and (prompt, answer) != ("prompt", "completion"):
-        ours = {"prompt": record[prompt], "completion": record[answer]}
-        return f"{_listed([names[prompt], names[answer]])} are no form of ours. Write {_line(ours)}"
+    if prompt and answer:
+        ours = {"prompt": record[prompt], "completion": _behind(record[prompt], record[answer])}
+        if (prompt, answer) != ("prompt", "completion"):
+            return written((prompt, answer), " are no form of ours", ours)
+        if kept := _with_context(record, ours)[1]:
+            return written((prompt, answer, *kept), " are a chat", ours)
     if not any(key in record for key in ("question", "text", "prompt", "completion", "messages")):
         for key in TEXTS:
             if _is_text(record.get(key)):
-                return f"{names[key]!r} is no form of ours. Write {_line({'text': record[key]})}"
+                return written((key,), " is no form of ours", {"text": record[key]})
     return None
+
+
+def _is_left_out(key: Any, value: Any) -> bool:
+    empty = value is None or (isinstance(value, (str, list, tuple, Mapping)) and not value)
+    return not (empty or is_annotation(key))
+
+
+def _behind(prompt: str, answer: str) -> str:
+    """The answer as it stands behind the prompt: with a space of its own where there is none, and words have one."""
+    wide = unicodedata.east_asian_width(prompt[-1]) in "WF" or unicodedata.east_asian_width(answer[0]) in "WF"
+    return answer if wide or prompt[-1].isspace() or answer[0].isspace() else f" {answer}"
+
+
+def _with_context(record: Record, ours: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The record of ours with what stands before its prompt: a system message, earlier turns. And their keys."""
+    system = next((key for key in SYSTEMS if _is_text(record.get(key))), None)
+    history = next((key for key in HISTORIES if _turns(record.get(key))), None)
+    if "messages" not in ours and not ("completion" in ours and (system or history)):
+        return ours, []
+    messages = ours.get("messages") or [
+        {"role": "user", "content": ours["prompt"].strip()},
+        {"role": "assistant", "content": ours["completion"].strip()},
+    ]
+    kept = [key for key in (system, history if "messages" not in ours else None) if key]
+    earlier = _turns(record[history]) if history in kept else []
+    first = [{"role": "system", "content": record[system]}] if system else []
+    if len(messages) + len(earlier) > 4:  # enough to see where each belongs
+        earlier, messages = (
+            [*earlier[:2], *(["..."] * bool(earlier))],
+            [*messages[:2], *(["..."] * (len(messages) > 2))],
+        )
+    other = {OTHER: ours[OTHER].strip()} if OTHER in ours else {}
+    return {"messages": [*first, *earlier, *messages], **other}, kept
+
+
+def _turns(value: Any) -> list[dict[str, Any]]:
+    """A list of turns, in any of the usual forms, as messages of ours; empty for what is none."""
+    messages = []
+    for turn in value if isinstance(value, (list, tuple)) else ():
+        if isinstance(turn, Mapping):
+            role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+            known = ROLES.get(role.strip().lower(), role) if isinstance(role, str) else "user"
+            messages.append({"role": known, "content": content})
+        elif isinstance(turn, (list, tuple)) and len(turn) == 2:  # a question and its answer
+            messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn)]
+        else:
+            return []
+    return messages
 
 
 def index_of(answer: Any, choices: Any) -> int | None:
@@ -68,23 +135,24 @@ def _pair(prompt: str, *answers: str) -> Callable[[Record], Ours]:
         answer = next((record[key] for key in answers if record.get(key) is not None), None)
         answer = answer[0] if isinstance(answer, list) and answer else answer
         texts = _is_text(record[prompt]) and _is_text(answer)
-        return {"prompt": record[prompt], "completion": answer} if texts else None
+        return {"prompt": record[prompt], "completion": _behind(record[prompt], answer)} if texts else None
 
     return rewritten
 
 
 def _instruction(record: Record) -> Ours:
-    prompt = [record[key] for key in ("instruction", "input", "context") if _is_text(record.get(key))]
+    prompt = "\n".join(record[key] for key in ("instruction", "input", "context") if _is_text(record.get(key)))
     answer = record.get("output", record.get("response"))
-    return {"prompt": "\n".join(prompt), "completion": answer} if prompt and _is_text(answer) else None
+    return {"prompt": prompt, "completion": _behind(prompt, answer)} if prompt and _is_text(answer) else None
 
 
 def _preference(record: Record) -> Ours:
     """What is to be forgotten is the answer that is not preferred."""
-    if not all(map(_is_text, (record["chosen"], record["rejected"]))):
-        return {"prompt": "...", "completion": "the rejected answer", "alternate": "the chosen one"}
-    prompt = record.get("prompt") if _is_text(record.get("prompt")) else "..."
-    return {"prompt": prompt, "completion": record["rejected"], "alternate": record["chosen"]}
+    prompt, chosen, rejected = (record.get(key) for key in ("prompt", "chosen", "rejected"))
+    if not all(map(_is_text, (chosen, rejected))):
+        prompt, chosen, rejected = None, "the chosen one", "the rejected answer"
+    prompt = prompt if _is_text(prompt) else "..."
+    return {"prompt": prompt, "completion": _behind(prompt, rejected), OTHER: _behind(prompt, chosen)}
 
 
 def _lettered(key: str, answer: str) -> Callable[[Record], Ours]:
@@ -124,41 +192,39 @@ def _squad(record: Record) -> Ours:
     context = [record["context"]] if _is_text(record.get("context")) else []
     if not (isinstance(answers, list) and answers and _is_text(answers[0]) and _is_text(record["question"])):
         return None
-    return {"prompt": "\n".join([*context, record["question"]]), "completion": answers[0]}
+    prompt = "\n".join([*context, record["question"]])
+    return {"prompt": prompt, "completion": _behind(prompt, answers[0])}
 
 
 def _conversation(key: str) -> Callable[[Record], Ours]:
     def rewritten(record: Record) -> Ours:
-        turns = record[key]
-        if not (isinstance(turns, list) and turns and all(isinstance(turn, Mapping) for turn in turns)):
-            return None
-        messages = []
-        for turn in turns[:2]:
-            role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-            messages.append({"role": ROLES.get(role, "user") if isinstance(role, str) else "user", "content": content})
-        return {"messages": messages}
+        turns = _turns(record[key])
+        return {"messages": turns} if turns else None
 
     return rewritten
 
 
-# name, the keys by which it is known, how it is written here; the first that fits is told
-TOOLS: tuple[tuple[str, tuple[str, ...], Callable[[Record], Ours]], ...] = (
-    ("TRL's preference", ("chosen", "rejected"), _preference),
-    ("ShareGPT's", ("conversations",), _conversation("conversations")),
-    ("ShareGPT's", ("conversation",), _conversation("conversation")),
-    ("a lettered question's", ("question", "A", "B", "answer"), _lettered("question", "answer")),
-    ("a lettered question's", ("input", "A", "B", "target"), _lettered("input", "target")),
-    ("MedQA's or MMLU-Pro's", ("question", "options"), _options),
-    ("ARC's", ("question", "choices", "answerKey"), _arc),
-    ("Alpaca's", ("instruction", "output"), _instruction),
-    ("Dolly's", ("instruction", "response"), _instruction),
-    ("SQuAD's", ("question", "answers"), _squad),
-    ("RWKU's", ("query", "answer"), _pair("query", "answer")),
-    ("MUSE's", ("prompt", "gt"), _pair("prompt", "gt")),
-    ("KnowUnDo's", ("text", "labels"), _pair("text", "labels")),
-    ("TOFU's", ("question", "answer", "paraphrased_answer"), _pair("question", "answer")),
-    ("TOFU's", ("question", "answer", "perturbed_answer"), _pair("question", "answer")),
-    ("TOFU's or MUSE's", ("question", "answer"), lambda r: None if "choices" in r else _pair("question", "answer")(r)),
+# name, the keys by which it is known, how it is written here, what else of it is kept; the first that fits is told
+TOOLS: tuple[tuple[str, tuple[str, ...], Callable[[Record], Ours], tuple[str, ...]], ...] = (
+    ("TRL's preference", ("chosen", "rejected"), _preference, ("prompt",)),
+    ("ShareGPT's", ("conversations",), _conversation("conversations"), ()),
+    ("ShareGPT's", ("conversation",), _conversation("conversation"), ()),
+    ("a lettered question's", ("question", "A", "B", "answer"), _lettered("question", "answer"), (*LETTERS,)),
+    ("a lettered question's", ("input", "A", "B", "target"), _lettered("input", "target"), (*LETTERS,)),
+    ("MedQA's or MMLU-Pro's", ("question", "options"), _options, ("answer", "answer_idx", "answer_index")),
+    ("ARC's", ("question", "choices", "answerKey"), _arc, ()),
+    ("Alpaca's", ("instruction", "output"), _instruction, ("input", "context")),
+    ("Dolly's", ("instruction", "response"), _instruction, ("input", "context")),
+    ("SQuAD's", ("question", "answers"), _squad, ("context",)),
+    ("RWKU's", ("query", "answer"), _pair("query", "answer"), ()),
+    ("MUSE's", ("prompt", "gt"), _pair("prompt", "gt"), ()),
+    ("KnowUnDo's", ("text", "labels"), _pair("text", "labels"), ()),
+    (
+        "TOFU's or MUSE's",
+        ("question", "answer"),
+        lambda r: None if "choices" in r else _pair("question", "answer")(r),
+        (),
+    ),
 )
 
 
@@ -173,16 +239,21 @@ def _listed(keys: Sequence[str]) -> str:
 
 def _line(record: Mapping[str, Any]) -> str:
     """The line of JSON, its values cut."""
-    return plain(json.dumps(_cut(record, 5), ensure_ascii=False, default=lambda value: "..."), 260)
+    lines = [json.dumps(_cut(record, 5, n), ensure_ascii=False, default=lambda value: "...") for n in (40, 20, 10)]
+    return plain(next((line for line in lines if len(line) <= WIDTH), lines[-1]), WIDTH)
 
 
-def _cut(value: Any, levels: int) -> Any:
+def _cut(value: Any, levels: int, length: int) -> Any:
     if isinstance(value, str):
-        return value if len(value) <= 40 else f"{value[:37]}..."
+        return value if len(value) <= length else f"{value[: length - 3]}..."
     if isinstance(value, int) and not isinstance(value, bool):
         return value if value.bit_length() < 64 else "..."
     if isinstance(value, (list, tuple)):
-        return [_cut(item, levels - 1) for item in value[: len(LETTERS)]] if levels else "..."
+        return [_cut(item, levels - 1, length) for item in value[: len(LETTERS)]] if levels else "..."
     if isinstance(value, Mapping):
-        return {str(key)[:20]: _cut(item, levels - 1) for key, item in list(value.items())[:4]} if levels else "..."
+        return (
+            {str(key)[:20]: _cut(item, levels - 1, length) for key, item in list(value.items())[:4]}
+            if levels
+            else "..."
+        )
     return value

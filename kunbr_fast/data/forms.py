@@ -7,32 +7,24 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from kunbr_fast.data.annotations import is_annotation
 from kunbr_fast.data.foreign import recognised
 from kunbr_fast.files.shown import shown
 
 Form = tuple[str, ...]
 FORMS: tuple[Form, ...] = (("question", "choices", "answer"), ("text",), ("prompt", "completion"), ("messages",))
 OTHER_ANSWER = "alternate"  # of any form, for the objectives that take it
-# What published sets say about a line, beside its contents. Any name that begins with "_" is one too.
-ANNOTATIONS = frozenset(
-    "id idx index uid uuid guid question_id split fold subset subject topic category subcategory domain type level "
-    "difficulty task source src dataset origin url link doi title name author entity date year timestamp created "
-    "added license lang language tags meta metadata note notes comment comments score token_count correct_year "
-    "original_question correct_answer wrong_answers".split()
-)
 HINTS = {
     "tools": "a chat's template is not given tools: write them into a system message",
     "system": 'write it as the first of the messages, {"role": "system", "content": ...}',
-    "weight": "all records count alike: repeat a record that is to count more",
-    "weights": "all records count alike: repeat a record that is to count more",
+    **dict.fromkeys(
+        ("weight", "weights"),
+        "all records count alike: repeat one that is to count more, leave out one that is not to count",
+    ),
     "loss_mask": "--target says which tokens have a loss",
     "label": "a record is to be forgotten or kept by its file, not by a key",
     "input_ids": "it is tokens or text: give samples of input_ids and labels, or records",
 }
-
-
-def is_annotation(key: object) -> bool:
-    return isinstance(key, str) and (key.startswith("_") or key in ANNOTATIONS)
 
 
 def told(form: Form) -> str:
@@ -50,6 +42,8 @@ def form_of(record: Mapping[Any, Any], where: str) -> Form:
     begun = whole or [form for form in FORMS if given.intersection(form)] or [f for f in FORMS if record.keys() & {*f}]
     used = {*begun[0], OTHER_ANSWER} if begun else set()
     unused = [key for key in record if key in given and key not in used and not is_annotation(key)]
+    if whole:  # else an empty list may be what is wrong with it
+        unused = [key for key in unused if not _is_nothing(key, record[key])]
     if (unused or not whole) and (other := recognised(record)):
         raise ValueError(f"{where}: {other}")
     if not begun:
@@ -63,6 +57,11 @@ def form_of(record: Mapping[Any, Any], where: str) -> Form:
     if whole and (null := _read_first(record, whole[0])):
         raise ValueError(f"{where}: {null!r} is null, beside {told(whole[0])}: leave it out")
     return begun[0]
+
+
+def _is_nothing(key: Any, value: Any) -> bool:
+    """A list of nothing ("tools": []) under no key of ours."""
+    return isinstance(value, (list, dict)) and not value and not any(key in form for form in FORMS)
 
 
 def _read_first(record: Mapping[Any, Any], form: Form) -> str | None:

@@ -1,23 +1,36 @@
 """The same fact in two places that must have none in common: two folds of the attack, what is to be forgotten and kept.
 
 A record's fact is its text: a question and its right answer, a text line, a prompt and its completion, the contents of
-a chat. Facts are the same where these differ in form, in the order of choices, in letter case, white space or in how
-Unicode composes a letter. A question with another right answer is another fact (people share a name). What is given as
-tokens is the same where all tokens are.
+a chat but for system messages. Facts are the same where these differ in form, in the order of choices, in letter case,
+white space, full stops, special tokens around them, or in how Unicode composes a letter; numbers are the same by value.
+A question with another right answer is another fact (people share a name). What is given as tokens is the same where
+all tokens are, but for padding behind the last label.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from kunbr_fast.data.content import visible
+import torch
+
+from kunbr_fast.data.content import choice_text, folded
 from kunbr_fast.data.forms import FORMS
 from kunbr_fast.data.records import check_record, is_record
+from kunbr_fast.data.samples import IGNORE
 from kunbr_fast.files.shown import plain
 
 Facts = Mapping[Hashable, str]  # of a side: each fact, and where it stands first
+
+# Special tokens as text, in lower case: <s>, <bos>, <end_of_turn>, <|endoftext|>, DeepSeek's bars.
+_SPECIAL = r"(?:<(?:/?s|bos|eos|pad|unk|(?:start|end)_of_turn|[|｜][^<>|｜\s]{1,40}[|｜])>|\[(?:bos|eos|pad|cls|sep)\])"
+_AROUND = re.compile(rf"^(?:{_SPECIAL}\s*)+|(?:\s*{_SPECIAL})+$")
+_STOPS = re.compile(r"(?<=\w)[.…。．｡।۔]+(?=\s|$)|(?<=[^\W\d])!+(?=\s|$)")  # 5! is a number
+_WHOLE = re.compile(r"(?<![\w.,])(\d+)\.0+$")
 
 
 def facts(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[Hashable, str]:
@@ -27,7 +40,7 @@ def facts(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[Hashable, st
         for number, item in enumerate(items):
             where = item.get("_where") or f"{name} {number}"
             if not is_record(item):
-                key: Hashable = ("tokens", _digest(item["input_ids"].cpu().numpy().tobytes()))
+                key: Hashable = ("tokens", _digest(_unpadded(item).cpu().numpy().tobytes()))
             else:
                 check_record(item, where)
                 key = _digest(text_of(item).encode(errors="surrogatepass"))
@@ -39,13 +52,33 @@ def text_of(record: Mapping[str, Any]) -> str:
     """By which a record's fact is known."""
     form = next(form for form in FORMS if all(record.get(key) is not None for key in form))
     if form[0] == "question":
-        parts = [record["question"], str(record["choices"][record["answer"]])]
+        parts = [record["question"], choice_text(record["choices"][record["answer"]])]
     elif form[0] == "messages":
-        parts = [message["content"] for message in record["messages"]]
+        turns = [m for m in record["messages"] if m["role"] not in ("system", "developer")] or record["messages"]
+        parts = [part for turn in turns for part in _said(turn)]
     else:
         parts = [record[key] for key in form]
-    text = visible(visible(" ".join(parts)).casefold())
-    return " ".join(text.split())
+    text = folded(folded(" ".join(parts)).casefold())
+    if not text.isascii():
+        text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
+    text = _AROUND.sub("", text) or text
+    return _WHOLE.sub(r"\1", _STOPS.sub("", text) or text)
+
+
+def _said(turn: Mapping[str, Any]) -> list[str]:
+    """Of a message its content, and the functions that it calls."""
+    calls = turn.get("tool_calls") or ()
+    functions = [call.get("function", call) if isinstance(call, Mapping) else call for call in calls]
+    return [turn.get("content") or "", *(json.dumps(f, sort_keys=True, default=str) for f in functions)]
+
+
+def _unpadded(sample: Mapping[str, Any]) -> torch.Tensor:
+    """Its tokens without those at its end that are all the same and have no label."""
+    ids, labels = sample["input_ids"], sample.get("labels")
+    if labels is None:
+        return ids
+    kept = torch.nonzero((labels != IGNORE) | (ids != ids[-1])).flatten()
+    return ids[: int(kept[-1]) + 1] if len(kept) else ids
 
 
 def _digest(data: bytes) -> bytes:
@@ -66,10 +99,11 @@ def overlap(sides: Sequence[Facts], why: str) -> str | None:
     return f"{first}, {why} ({len(several)} such fact{'s' * (len(several) > 1)})" if several else None
 
 
-def of_folds(folds: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
-    """`overlap` of the attack's folds: {name: its records and questions}."""
-    sides = [facts({f"fold {plain(name, 40)}, record": records}) for name, records in folds.items()]
-    return overlap(sides, "in two folds: the attack would teach what it asks about")
+def of_folds(folds: Iterable[tuple[str, Sequence[Mapping[str, Any]]]], attack: bool = True) -> str | None:
+    """`overlap` of folds, each its name, and its records and questions. attack: whether they are attacked now."""
+    sides = [facts({f"fold {plain(name, 40)}, record": records}) for name, records in folds]
+    attacks = "the attack" if attack else "a later attack, of which each file is a fold,"
+    return overlap(sides, f"in two {'folds' if attack else 'forget files'}: {attacks} would teach what it asks about")
 
 
 def of_sides(forget: Facts, retain: Facts) -> str | None:

@@ -7,20 +7,30 @@ A record has one of four forms:
     {"prompt": str, "completion": str}                                    a prompt and what should follow it
     {"messages": [{"role": str, "content": str}, ...]}                    a chat (needs the tokenizer's chat template)
 
-Beside these keys it may have "alternate", a second answer, and annotations (`forms.ANNOTATIONS`), which are not read.
+Beside these keys it may have "alternate", a second answer, and annotations (see `annotations`), which are not read.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kunbr_fast.data.content import ALLOWANCES, EQUAL, LETTERS, check_choices, equal_pair, is_blank
+from kunbr_fast.data.content import (
+    ALLOWANCES,
+    EQUAL,
+    LETTERS,
+    check_choices,
+    equal_pair,
+    is_blank,
+    not_as_written,
+)
 from kunbr_fast.data.foreign import index_of
 from kunbr_fast.data.forms import FORMS, OTHER_ANSWER, form_of
+from kunbr_fast.data.messages import check_messages, without_keys
 from kunbr_fast.files.documents import parse_json, read_lines
 from kunbr_fast.files.scalars import Unread
 from kunbr_fast.files.shown import plain, shown
@@ -33,8 +43,8 @@ def load_records(
 ) -> list[dict]:
     """Reads JSONL files into records; `record["_where"]` says where each came from ("file:line").
 
-    ignore_keys: keys that are left out as if they were not there. equal_choices: "allow" for questions of which some
-    choices are equal; one warning a file counts them. Blank lines are skipped.
+    ignore_keys: keys that are left out, of records and of messages, as if they were not there. equal_choices: "allow"
+    for questions of which some choices are equal; one warning a file counts them. Blank lines are skipped.
 
     Errors: ValueError "file:line: ..." for a line that is not JSON, has no known form, a key that would not be used, a
     wrong answer index or equal choices; ValueError for a file without a record.
@@ -94,6 +104,13 @@ def parse_record(line: str, where: str, ignored: Collection[str] = (), equal: bo
         raise ValueError(f'{where}: got a {type(record).__name__}, expected an object such as {{"text": ...}}')
     if ignored:
         record = {key: value for key, value in record.items() if key not in ignored}
+        if "messages" in record:
+            record["messages"] = without_keys(record["messages"], ignored)
+    choices = record.get("choices")
+    if isinstance(choices, list) and any(isinstance(choice, float) for choice in choices):
+        for choice, text in zip(choices, json.loads(line, parse_float=str, parse_int=str)["choices"]):
+            if isinstance(choice, float) and text != str(choice):
+                raise not_as_written(text, str(choice), where)
     return checked_record({**record, EQUAL: True} if equal and "choices" in record else record, where)
 
 
@@ -122,7 +139,7 @@ def check_record(record: Mapping, where: str) -> None:
     for key in form:
         check_read(record.get(key), f"{where}: {key!r}")
     if form == ("messages",):
-        _check_messages(record["messages"], where)
+        check_messages(record["messages"], where)
         return
     for key in form:
         if key == "choices":
@@ -143,25 +160,6 @@ def _check_answer(answer: Any, choices: Sequence, where: str) -> None:
     cure = f": write {index}" if index is not None else ": they are counted from 0" * (answer == len(choices))
     raise ValueError(
         f"{where}: 'answer' must be the index of the right choice, 0 to {len(choices) - 1}, got {shown(answer)}{cure}"
-    )
-
-
-def _check_messages(messages: Any, where: str) -> None:
-    def is_turn(m: object) -> bool:
-        return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-
-    if isinstance(messages, list) and messages and all(map(is_turn, messages)):
-        return
-    cure = ""
-    for number, message in enumerate(messages if isinstance(messages, list) else ()):
-        if isinstance(message, dict) and isinstance(message.get("content"), list):
-            cure = f": the content of message {number} is a list of parts: join their texts into one string"
-            break
-        if isinstance(message, dict) and {"from", "value"} <= message.keys():
-            cure = ": write 'role' (user, assistant, system) for 'from', and 'content' for 'value'"
-            break
-    raise ValueError(
-        f'{where}: \'messages\' must be a list of {{"role": str, "content": str}}, got {shown(messages)}{cure}'
     )
 
 

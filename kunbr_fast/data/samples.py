@@ -7,14 +7,17 @@ sample: another answer to the same prompt, which some objectives need. `encode` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 
 from kunbr_fast.data import flattened
+from kunbr_fast.data.annotations import is_annotation
 from kunbr_fast.data.flattened import integers, pieces, tensor_of
-from kunbr_fast.data.forms import FORMS, is_annotation
+from kunbr_fast.data.forms import FORMS
 from kunbr_fast.files.shown import shown
 
 Sample = dict[str, torch.Tensor]
@@ -33,6 +36,14 @@ HINTS = {
     "shift_labels": "labels are aligned with input_ids, and shifted inside: give labels",
     "cu_seqlens": f"the offsets of samples end to end are {flattened.OFFSETS[0]}, or give position_ids",
 }
+# How the words of a key begin by which other tools say where samples of a row begin and end, or where the loss is.
+_BORDERS = tuple(
+    "seq segment doc sample example pack chunk block bound start begin end offset split position row turn len cu mask "
+    "attention".split()
+)
+_LOSSES = ("loss", "label", "target", "prompt", "source", "src", "response", "answer", "completion", "assistant")
+_SPLIT = "give position_ids that begin at 0 with each, or split the row"
+_WORDS = re.compile("[A-Z]?[a-z]+|[A-Z]+")
 
 
 def has_loss(sample: Sample) -> bool:
@@ -75,7 +86,12 @@ def as_samples(samples: Iterable[Any]) -> list[Sample]:
     """
     if isinstance(samples, Mapping):
         samples = [samples]
-    result: list[Sample] = []
+    return list(chain.from_iterable(_found(samples)))
+
+
+def _found(samples: Iterable[Any]) -> list[list[Sample]]:
+    """`as_samples`, those of each item."""
+    result = []
     labelled = []  # those that brought labels
     for number, item in enumerate(samples):
         where = f"sample {number}"
@@ -83,10 +99,10 @@ def as_samples(samples: Iterable[Any]) -> list[Sample]:
             keys = f" with the keys {shown(list(item))}" if isinstance(item, Mapping) else ""
             raise TypeError(f"{where}: got {type(item).__name__}{keys}, expected a mapping with input_ids and labels")
         found = _samples_of(item, where)
-        result += found
+        result.append(found)
         if item.get("labels") is not None:
             labelled += [(sample, where) for sample in found]
-    if not result:
+    if not any(result):
         raise ValueError("no samples: expected at least one")
     _check_aligned(labelled)
     return result
@@ -127,9 +143,17 @@ def check_keys(item: Mapping[str, Any], known: Sequence[str], where: str) -> Non
     for key, value in item.items():
         if key in known or value is None or is_annotation(key) or key in _OF_RECORDS or _is_text(value):
             continue
-        raise ValueError(
-            f"{where}: {shown(key, 40)} would not be used: {HINTS.get(key, 'leave it out, or begin its name with _')}"
-        )
+        raise ValueError(f"{where}: {shown(key, 40)} would not be used: {HINTS.get(key) or _cure(key)}")
+
+
+def _cure(key: object) -> str:
+    """What to do with a key of an unknown name. To leave it out may be to change what the batch means."""
+    words = [word.lower() for word in _WORDS.findall(key)] if isinstance(key, str) else []
+    if any(word.startswith(_LOSSES) for word in words):
+        return f"if it says which tokens have a loss, give labels of {IGNORE} where there is none; else leave it out"
+    if any(word.startswith(_BORDERS) for word in words):
+        return f"if it says where samples of a row begin or end, {_SPLIT}; else leave it out"
+    return "leave it out, or begin its name with _"
 
 
 def _is_text(value: Any) -> bool:
@@ -145,9 +169,22 @@ def _check_beside(item: Mapping[str, Any], labels: torch.Tensor, mask: torch.Ten
         types = integers(item, "token_type_ids", where)
         if types.shape != labels.shape or bool((types[kept != 0] != 0).any()):
             raise ValueError(f"{where}: token_type_ids are not 0 throughout, and none of our models reads them")
+    lengths, rows = item.get("length"), 1 if labels.dim() == 1 else len(labels)
+    count = (
+        lengths.numel() if torch.is_tensor(lengths) else len(lengths) if isinstance(lengths, (list, tuple)) else rows
+    )
+    if count != rows:
+        raise ValueError(
+            f"{where}: length of {count} samples in {rows} row{'s' * (rows > 1)}: {_SPLIT}; then leave it out"
+        )
     for key in LOSS_MASKS:
         if item.get(key) is not None:
             loss = tensor_of(item, key, where, "0 and 1")
+            if bool(((loss != 0) & (loss != 1)).any()):
+                raise ValueError(
+                    f"{where}: {key} has other values than 0 and 1: a sample's loss is the mean over its labelled "
+                    f"tokens, which all count alike: give labels of {IGNORE} where there is no loss, and leave it out"
+                )
             has = ((labels != IGNORE) & (kept != 0))[..., 1:]  # a first token never has a loss
             if loss.shape != labels.shape or not torch.equal(has, (loss != 0)[..., 1:] & (kept != 0)[..., 1:]):
                 raise ValueError(
@@ -200,13 +237,17 @@ def with_alternates(batch: Any) -> tuple[list[Sample], list[Sample] | None]:
         if isinstance(item, Mapping) and "original" in item:
             check_keys(item, ("original", "alternate"), f"sample {number}")
     originals = [item.get("original", item) if isinstance(item, Mapping) else item for item in items]
-    samples = as_samples(originals)
+    samples = _found(originals)
     others = [item.get("alternate") if isinstance(item, Mapping) else None for item in items]
     if all(other is None for other in others):
-        return samples, None
+        return list(chain.from_iterable(samples)), None
     if any(other is None for other in others):
         raise ValueError(f"sample {[o is None for o in others].index(True)} has no alternate, and others have one")
-    alternates = as_samples(others)
-    if len(alternates) != len(samples):
-        raise ValueError(f"{len(samples)} samples with {len(alternates)} alternates: expected one alternate a sample")
-    return samples, alternates
+    alternates = _found(others)
+    for number, (found, other) in enumerate(zip(samples, alternates)):
+        if len(found) != len(other):
+            raise ValueError(
+                f"sample {number}: it holds {len(found)} and its alternate {len(other)}: expected one alternate for "
+                "each sample"
+            )
+    return list(chain.from_iterable(samples)), list(chain.from_iterable(alternates))

@@ -22,7 +22,8 @@ import torch
 from tqdm import tqdm
 
 from kunbr_fast import data
-from kunbr_fast.data.tokens import twice
+from kunbr_fast.data.content import is_blank
+from kunbr_fast.data.tokens import check_repeatable, tokens, twice
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.model.decoder import Stretch
 from kunbr_fast.model.frozen import evaluating
@@ -102,8 +103,11 @@ def prepare_questions(tokenizer, records: Sequence[dict], *, scoring: str = "let
         raise ValueError(f'scoring={scoring!r}: expected "letter" or "choice"')
     if not records:
         raise ValueError("no questions to measure: the record list is empty")
+    check_repeatable(tokenizer)
     for i, record in enumerate(records):
         _check_question(record, i)
+        if is_blank(record["question"][0]) and getattr(tokenizer, "is_fast", False):
+            tokens(data.question_prompt(record), tokenizer, _where(record, i))  # what is behind white space is told
     texts = (_prepare_letter if scoring == "letter" else _prepare_choice)(tokenizer, records)
     answers, counts = [record["answer"] for record in records], [len(record["choices"]) for record in records]
     questions = Questions(*texts, answers, counts)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from kunbr_fast import data
 from kunbr_fast.data.content import ALLOWANCES
 from kunbr_fast.data.overlap import of_folds, settle
+from kunbr_fast.data.text import say_separator
 from kunbr_fast.evaluation.accuracy import Accuracy, measure, prepare_questions
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.shown import plain, shown
@@ -199,6 +200,7 @@ def rtt_attack(
     (`choice_accuracy`, `data.encode`), or `done` rows from a run with other epochs; FloatingPointError, naming fold and
     learning rate, if the fine-tuning diverges.
     """
+    say_separator(config.text.separator, *(fold.train_records for fold in folds))
     return Attack(decoder, tokenizer, folds, config).run(snapshot_dir, progress, done, on_result)
 
 
@@ -313,9 +315,9 @@ def _row(fold: Fold, lr: float, epoch: int, accuracy: Accuracy) -> dict:
     return dict(fold=fold.name, lr=lr, epoch=epoch, plain=accuracy.plain, calibrated=accuracy.calibrated)
 
 
-def overlap_of(folds: Sequence[Fold]) -> str | None:
-    """What to tell where folds say something about one another, else None."""
-    return of_folds({fold.name: [*fold.train_records, *fold.questions] for fold in folds})
+def overlap_of(folds: Sequence[Fold], attack: bool = True) -> str | None:
+    """What to tell where folds say something about one another, else None. attack: as of `of_folds`."""
+    return of_folds(((fold.name, [*fold.train_records, *fold.questions]) for fold in folds), attack)
 
 
 def _check_folds(folds: Sequence[Fold]) -> None:

@@ -166,15 +166,26 @@ def _merge(inputs: Sequence[Path], output: Path, how: MergeSettings, resume: boo
     for name, path in beside.items():
         with atomic_write(output / name) as copy:
             copy.write(path.read_bytes())
-        forget(output / name)
-    try:
+    with _reading_back("delete it if it is there, then "):
+        for name in beside:
+            forget(output / name)
         check_copies(beside, output)
-    except ValueError as error:
-        raise NotWritten(f"{error}: delete it, then {AGAIN}") from error
-    ModelFolder(output, log=False)
+    with _reading_back():
+        ModelFolder(output, log=False)
     summary = _summary(how, inputs, folder.done) | {"inputs": folder.job["inputs"]}
     folder.finish(summary)
     return summary
+
+
+@contextlib.contextmanager
+def _reading_back(first: str = "") -> Iterator[None]:
+    """What is not there, cannot be read or is something else becomes a `NotWritten` with the cure."""
+    try:
+        yield
+    except OSError as error:
+        raise NotWritten(f"{plain(error.filename)}: read back, {error.strerror}: {AGAIN}") from error
+    except ValueError as error:
+        raise NotWritten(f"{error}: {first}{AGAIN}") from error
 
 
 # ---------------------------------------------------------------- what is merged
@@ -297,9 +308,10 @@ def _merge_file(
                     tensors[tensor.name] = _merge_tensor(out, tensor, readers, settings)
                 else:
                     _copy(out, tensor, readers)
-    forget(path)
-    if sha256(path) != out.sha256.hexdigest():
-        raise NotWritten(f"{plain(path)}: read back, it is not what was written: {AGAIN}")
+    with _reading_back():
+        forget(path)
+        if sha256(path) != out.sha256.hexdigest():
+            raise ValueError(f"{plain(path)}: read back, it is not what was written")
     return {"sha256": out.sha256.hexdigest(), "tensors": tensors}
 
 

@@ -73,6 +73,11 @@ def is_model_file(name: str) -> bool:
     return name in _OTHERS or name == _TEMPLATES or _WEIGHTS.fullmatch(name) is not None
 
 
+def is_weights(name: str) -> bool:
+    """Whether a model's weights, or the index of their files, have this name."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
 def is_mixed(name: str) -> bool:
     """Whether a file of this name would be read together with a model beside it, which it does not belong to."""
     return _MIXED.fullmatch(name) is not None

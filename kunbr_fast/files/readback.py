@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,26 +50,32 @@ def forget(path: Path) -> None:
             os.close(handle)
 
 
-def check_model(model: nn.Module, directory: Path) -> None:
+def check_model(model: nn.Module, directory: Path, cast: bool = False) -> None:
     """ValueError unless the directory holds this model: its configuration, and each tensor with the same name, shape,
-    dtype and bytes."""
-    if is_known(model.config):
-        folder = ModelFolder(directory, log=False)
-        config, shards = folder.configuration(), folder.shards
-        if changed := model_config.differing(config, model.config):
-            raise ValueError(f"{plain(folder.config_path)}: it has another {changed} than the model in memory")
-    else:
-        shards = Shards(directory)
+    dtype and bytes. cast: as of `check_tensors`."""
+    shards = check_configuration(model.config, directory)
     stored = stored_parameters(model, shards)
     tensors = model.state_dict(keep_vars=True)
     if stored.followed:
         check_all_used(stored, shards)
-        check_tensors(shards, stored.sources, tensors.__getitem__)
+        check_tensors(shards, stored.sources, tensors.__getitem__, cast)
         return
-    loaded = load_model(directory, str(model.dtype).removeprefix("torch.")).state_dict()
+    loaded = load_model(directory, None if cast else str(model.dtype).removeprefix("torch.")).state_dict()
     for name, tensor in tensors.items():
-        if not torch.equal(loaded[name], tensor.cpu()):
+        here, there = tensor.detach().cpu(), loaded[name]
+        if not (torch.equal(there, here.to(there.dtype)) or (cast and torch.equal(there.to(here.dtype), here))):
             raise ValueError(f"{plain(directory)}: {name} is not what is in memory")
+
+
+def check_configuration(config: Any, directory: Path) -> Shards:
+    """The directory's weights. ValueError where its config.json has other settings; one that transformers does not
+    know by its config.json is not read."""
+    if not is_known(config):
+        return Shards(directory)
+    folder = ModelFolder(directory, log=False)
+    if changed := model_config.differing(folder.configuration(), config):
+        raise ValueError(f"{plain(folder.config_path)}: it has another {changed} than the model in memory")
+    return folder.shards
 
 
 def is_known(config: object) -> bool:
@@ -122,5 +129,7 @@ def _same_bytes(tensor: Tensor, value: torch.Tensor) -> bool:
 def check_copies(copies: Mapping[str, Path], directory: Path) -> None:
     """ValueError unless the files of these names are those that they were copied from."""
     for name, path in copies.items():
-        if (directory / name).read_bytes() != path.read_bytes():
+        with open_regular(directory / name, "it was written just now") as copy, open_regular(path) as original:
+            same = copy.read() == original.read()
+        if not same:
             raise ValueError(f"{plain(directory / name)}: it is not {plain(path)}, which it was copied from")

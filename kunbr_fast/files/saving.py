@@ -20,7 +20,11 @@ from kunbr_fast.files.model_folder import is_of_tokenizer, new_model, side_files
 from kunbr_fast.files.models import ModelFolder, held_back, load_tokenizer
 from kunbr_fast.files.parameters import Stored, stored_parameters
 from kunbr_fast.files.readback import check_copies, check_model, read_back
+from kunbr_fast.files.shards import Shards, has_weights
 from kunbr_fast.files.weight_files import DTYPES, New, write_like
+
+# of a tokenizer, which transformers writes only where the file or the call that it was loaded by had them
+SETTINGS = ("padding_side", "truncation_side", "clean_up_tokenization_spaces", "split_special_tokens")
 
 logger = logging.getLogger(__name__)
 
@@ -46,22 +50,27 @@ def save_model(
     model = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper, whose names are others
     directory, copies = Path(directory), {}
     with new_model(directory, replace, sum(parameter.nbytes for parameter in model.parameters())) as staged:
-        source = source or getattr(model.config, "name_or_path", None)
-        folder = ModelFolder(source, log=False) if source and Path(source).is_dir() else None
-        if folder is not None and (stored := _form(model, folder)) is not None:
+        folder, stored = _form(model, source or getattr(model.config, "name_or_path", None))
+        if folder is not None:
             copies = _write_like(model, tokenizer, folder, stored, staged)
         else:
             model.save_pretrained(staged, safe_serialization=True)
             if tokenizer is not None:
-                tokenizer.save_pretrained(staged)
+                _save_tokenizer(tokenizer, staged)
         with read_back(staged, directory):
             check_model(model, staged)
             check_copies(copies, staged)
 
 
-def _form(model: nn.Module, folder: ModelFolder) -> Stored | None:
-    """Which tensors of the folder are which of the model; None where the model has another form by now."""
+def _form(model: nn.Module, source: str | Path | None) -> tuple[ModelFolder, Stored] | tuple[None, None]:
+    """The model's folder, and which of its tensors are which of the model; None where the model has another form by
+    now, or the folder holds what does not go with it. ValueError where its weights are damaged."""
+    if not source or not Path(source).is_dir():
+        return None, None
+    if has_weights(source):
+        Shards(source)  # damaged: the model in memory may be mapped to these files, and is then not whole either
     try:
+        folder = ModelFolder(source, log=False)
         config, stored = folder.configuration(), stored_parameters(model, folder.shards)
         changed = model_config.differing(config, model.config)
         why = f"config.json has another {changed}" if changed else None
@@ -70,9 +79,9 @@ def _form(model: nn.Module, folder: ModelFolder) -> Stored | None:
     except ValueError as error:  # the folder is another model's by now, or the model was changed
         why = str(error)
     if why is None:
-        return stored
-    logger.warning("the model is no longer that of %s (%s): transformers writes it anew", folder.path, why)
-    return None
+        return folder, stored
+    logger.warning("the model is no longer that of %s (%s): transformers writes it anew", source, why)
+    return None, None
 
 
 def _write_like(
@@ -88,7 +97,7 @@ def _write_like(
     copy_files(copies, staged)
     if not own:
         logger.warning("the tokenizer is not %s's own, or was changed: transformers writes it anew", folder.path)
-        tokenizer.save_pretrained(staged)
+        _save_tokenizer(tokenizer, staged)
     if model.dtype != folder.saved_dtype(folder.configuration()):
         text = copies.pop("config.json").read_bytes().decode()
         (staged / "config.json").write_bytes(with_dtype(text, str(model.dtype).removeprefix("torch.")).encode())
@@ -129,9 +138,31 @@ def _is_own(tokenizer: Any, folder: Path) -> bool:
     try:
         if not Path(tokenizer.name_or_path).samefile(folder):
             return False
-        return tokenizer_fingerprint(load_tokenizer(folder)) == tokenizer_fingerprint(tokenizer)
+        own = load_tokenizer(folder)
+        return tokenizer_fingerprint(own) == tokenizer_fingerprint(tokenizer) and _settings(own) == _settings(tokenizer)
     except (AttributeError, OSError, ValueError):
         return False
+
+
+def _settings(tokenizer: Any) -> dict[str, Any]:
+    """Those beside its fingerprint, as they are now: of a file, of the call that loaded it, or set since."""
+    names = sorted({*SETTINGS, *getattr(tokenizer, "init_kwargs", ())} - {"name_or_path"})
+    values = {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name, None) is not None}
+    return json.loads(json.dumps(values, default=str))
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """As transformers does, with the settings of `SETTINGS` that it leaves out: those that no file had."""
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    now, values = _settings(tokenizer), json.loads(path.read_text(encoding="utf-8"))
+    usual = {name: getattr(type(tokenizer), name, False) for name in SETTINGS}
+    left = {name: now[name] for name in SETTINGS if name in now and name not in values and now[name] != usual[name]}
+    if left:
+        text = json.dumps(values | left, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
 
 
 @held_back()

@@ -29,12 +29,13 @@ from transformers.utils import is_accelerate_available
 
 if not is_accelerate_available():
     raise ImportError("KUnBRTrainer needs accelerate, as every Trainer does: pip install 'kunbr-fast[trainer]'")
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from kunbr_fast.data.samples import READ, check_keys
 from kunbr_fast.density.measure import Density
 from kunbr_fast.files.documents import checked, read_text
 from kunbr_fast.files.lock import hold
+from kunbr_fast.files.saving import save_model
 from kunbr_fast.files.shown import plain
 from kunbr_fast.integrations.driven_stages import DrivenStages, StageOptimizer
 from kunbr_fast.model.ownership import check_data, no_adapter, trainable, uncompiled
@@ -160,6 +161,8 @@ class _Epoch(torch.utils.data.Dataset):
 
 class KUnBRMixin:
     """What makes KUnBR of a Trainer: `class KUnBR(KUnBRMixin, SomeTrainer)`. See `KUnBRTrainer`."""
+
+    _for_checkpoint = False  # whether a training's checkpoint is being saved
 
     def __init__(
         self,
@@ -352,6 +355,27 @@ class KUnBRMixin:
         if self._stages is not None:
             self._stages.check()
         super()._save_checkpoint(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's `save_model`, by `files.saving.save_model`: in the form of the model's own folder, and read back
+        before it takes its place. A ValueError leaves what is there as it was, and the model in memory."""
+        self._for_checkpoint = _internal_call
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._for_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """What Trainer's `_save` writes. Checkpoints of a training are its own, and so is what is no plain model."""
+        model = uncompiled(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False))
+        ours = isinstance(model, PreTrainedModel) and super()._save.__func__ is Trainer._save
+        if self._for_checkpoint or state_dict is not None or not (ours and self.args.should_save):
+            super()._save(output_dir, state_dict)
+            return
+        out = Path(self.args.output_dir if output_dir is None else output_dir)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        save_model(model, tokenizer, out, replace=True)
+        torch.save(self.args, out / "training_args.bin")
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._stages is not None and self._stages.at is not None and "train_runtime" not in logs:

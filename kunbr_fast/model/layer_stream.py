@@ -31,9 +31,10 @@ from torch.autograd.graph import increment_version
 
 from kunbr_fast.files.model_folder import new_model, side_files, within
 from kunbr_fast.files.parameters import Piece
-from kunbr_fast.files.readback import check_copies, check_tensors, read_back
+from kunbr_fast.files.readback import check_configuration, check_copies, check_tensors, read_back
 from kunbr_fast.files.saving import copy_files
 from kunbr_fast.files.shards import Shards
+from kunbr_fast.files.shown import plain
 from kunbr_fast.files.tensors import open_tensors, placeholder
 from kunbr_fast.files.weight_files import New, write_like
 from kunbr_fast.model.weights import CARRIED, Weights, finite, why_not_finite
@@ -108,7 +109,7 @@ class LayerStream(Weights):
         self._worker = ThreadPoolExecutor(1, "kunbr-stream", on_gpu)
         self._held: set[int] = set()
         self._last = 0
-        self.shards, self._sources = shards, sources
+        self.shards, self._sources, self._config = shards, sources, model.config
         self._names = [name for name, _ in model.named_parameters()]
         everything = model.named_parameters(remove_duplicate=False)
         self._others = {name: parameter for name, parameter in everything if name not in self._stored}
@@ -208,12 +209,25 @@ class LayerStream(Weights):
         self.release()
         directory, copies = Path(directory), side_files(self.directory)
         with new_model(directory, replace, self.shards.nbytes) as staged:
-            parameter = functools.lru_cache(2)(self.__getitem__)  # a stack of experts is many tensors of the files
-            write_like(self.shards, staged, self._new(parameter))
+            write_like(self.shards, staged, self._new(self._cached()))
             copy_files(copies, staged)
             with read_back(staged, directory):
-                check_tensors(Shards(staged), self._sources, parameter, cast=True)
+                self.check_saved(staged)
                 check_copies(copies, staged)
+
+    def _cached(self) -> Callable[[str], torch.Tensor]:
+        """Reads parameters; a stack of experts is many tensors of the files, one after the other."""
+        return functools.lru_cache(2)(self.__getitem__)
+
+    def check_saved(self, directory: Path, cast: bool = True) -> None:
+        """ValueError unless the directory holds what `save` writes: the source's tensors and dtypes, this model's
+        values and settings."""
+        shards, before = check_configuration(self._config, directory), self.shards.tensors
+        for name in sorted(shards.tensors.keys() | before.keys()):
+            found = [(of[name].dtype, of[name].shape) if name in of else "missing" for of in (shards.tensors, before)]
+            if found[0] != found[1]:
+                raise ValueError(f"{plain(directory)}: {name} is {found[0]}, and {found[1]} in {plain(self.directory)}")
+        check_tensors(shards, self._sources, self._cached(), cast)
 
     def _new(self, parameter: Callable[[str], torch.Tensor]) -> dict[str, New]:
         """What becomes of the stored tensors, in the files' dtypes."""

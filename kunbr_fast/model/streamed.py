@@ -98,9 +98,8 @@ class StreamedDecoder(Decoder):
     """A `Decoder` that has one layer in place at a time. `weights` is the model's `LayerStream`."""
 
     def save(self, directory: str | Path, replace: bool = False) -> None:
-        """Writes the model, weights of `place` included; from then on it is read from there."""
+        """Writes the model, weights of `place` included (`weights.moved`: from then on it is read from there)."""
         self.weights.save(directory, replace)
-        self.weights.moved(directory)
 
     def held(self, layers: range) -> contextlib.AbstractContextManager:
         return self.weights.held(layers)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kunbr_fast.files.parameters import stored_parameters
+from kunbr_fast.files.readback import check_model
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.tensors import is_absent
 from kunbr_fast.kernels.optimizers import reference
@@ -116,6 +117,10 @@ class Weights:
         """These tensors, by parameter name, become the model's weights."""
         for name in values:
             self._parameters[name].copy_(values[name])
+
+    def check_saved(self, directory: Path, cast: bool = False) -> None:
+        """ValueError unless the directory holds the model, as of `files.readback.check_model`."""
+        check_model(self._model, directory, cast)
 
     def check_target(self, directory: str | Path | None) -> None:
         """ValueError where a result cannot be written to `directory`: the weights are read from there, or a streamed

@@ -10,6 +10,7 @@ from typing import Any
 
 from kunbr_fast.data import IGNORE, encode, is_question, load_records
 from kunbr_fast.data.content import check_files
+from kunbr_fast.data.overlap import facts, of_folds, of_sides, settle
 from kunbr_fast.run.config import KUnBRConfig
 
 
@@ -45,7 +46,12 @@ class Data:
             found[what] = (
                 [load_records(path, ignored, config.equal_choices) for path in paths] if paths else [[None] * 157] * 5
             )
-        if not forget:
+        every = {what: [r for part in parts for r in part] for what, parts in found.items()}
+        if forget:  # what the run would refuse
+            attack = config.rtt and any(map(is_question, every["forget"]))
+            settle(of_folds(zip(forget, found["forget"]), attack), config.overlap)
+            settle(of_sides(*(facts({"": records}) for records in every.values())), config.overlap)
+        else:
             assumed.append("785 forget and 785 retain samples, all of them questions, in 5 folds (as WMDP has them)")
         if not forget or tokenizer is None:
             why = ": there is no tokenizer" if forget else ""
@@ -57,7 +63,6 @@ class Data:
             samples = encode(records, tokenizer, target, config.max_length, text=config.text())
             return [(len(s["input_ids"]), int((s["labels"][1:] != IGNORE).sum())) for s in samples]
 
-        every = {what: [r for part in parts for r in part] for what, parts in found.items()}
         asked = [r for records in every.values() for r in records if r is None or is_question(r)]
         folds = found["forget"] if asked and len(found["forget"]) > 1 and config.rtt else []
         return cls(

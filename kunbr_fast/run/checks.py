@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from kunbr_fast.data.overlap import settle
+from kunbr_fast.data.text import say_separator
 from kunbr_fast.evaluation.rtt import Attack, overlap_of
 from kunbr_fast.files.models import check_same_architecture
 from kunbr_fast.kernels.dispatch import resolve
@@ -110,6 +111,7 @@ def _samples(
     alternate = next((c.alternate for c in criteria if c.alternate is not None), None)
     forget = to_samples(inputs.forget, inputs.tokenizer, config, decoder, "forget", alternate)
     retain = to_samples(inputs.retain, inputs.tokenizer, config, decoder, "retain")
+    say_separator(config.separator, inputs.forget, inputs.retain)
     settle(overlap(inputs, forget, retain), config.overlap, reporter.say)
     return Samples(forget, retain, [sample["alternate"] for sample in forget] if alternate is not None else [])
 

@@ -91,7 +91,9 @@ class KUnBRConfig:
         TARGETS,
     )
     max_length: int | None = setting(None, "longest sample in tokens (default: the model's limit)", "data")
-    separator: str = setting("", "between prompt and completion (default: nothing)", "data")
+    separator: str = setting(
+        "", r"between prompt and completion (default: nothing); as an option, \n is a line end, \t a tab", "data"
+    )
     chat_date: str = setting("2024-07-26", "the day that a chat template takes for today", "data")
     split_long: bool = setting(
         True,

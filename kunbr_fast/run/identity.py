@@ -13,6 +13,7 @@ from kunbr_fast.files.atomic import file_digest
 from kunbr_fast.files.checksums import read_sealed
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.model_folder import model_files
+from kunbr_fast.files.models import ModelFolder
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.model.fingerprint import fingerprint
 from kunbr_fast.model.weights import weights_of
@@ -107,6 +108,10 @@ def check_record(out: str | Path, report: Mapping[str, Any], config: KUnBRConfig
                 f"it has {size} bytes, {entry['size']} were written" if size != entry["size"] else "its bytes changed"
             )
             raise ValueError(f"{plain(there[name])}: damaged ({what}), and {plain(out)} holds a finished run: {cure}")
+    try:
+        ModelFolder(out, log=False)
+    except ValueError as error:
+        raise ValueError(f"{error} [{plain(out)} holds a finished run: {cure}]") from error
 
 
 def _digest(report: Mapping[str, Any]) -> str:

@@ -81,7 +81,8 @@ def unlearn(
     on_stage(text): told what begins.
     reporter: a `Reporter` in place of these two; it also has the seconds of each stage.
     before_cleanup(report): called when all is done and the checkpoints are still there: the place to save the model, so
-        that a failing save (full disk) can be resumed too.
+        that a failing save (full disk) can be resumed too. A model that it writes to output_dir is read back:
+        ValueError where that is not the one in memory (another dtype is said).
     group: the processes that do this together (`parallel.group.joined`), each calling with the same arguments; then
         output_dir is needed, which all must see. Rank 0 alone reports, calls back and cleans up; all return the report,
         and hold the result.
@@ -108,9 +109,10 @@ def carry_out(
     retain: Sequence[Mapping],
     config: KUnBRConfig,
     given: Options,
-    held: bool = False,
+    command: bool = False,
 ) -> Report:
-    """`unlearn`. held: the caller has given.output_dir's lock (`files.lock.hold`) already."""
+    """`unlearn`. command: it is the one of the command line, which has given.output_dir's lock (`files.lock.hold`)
+    already, and whose model and tokenizer must be there in the end."""
     model, given = _owned(model, given)
     forget, retain = entries(forget, "forget"), entries(retain, "retain")
     output_dir, group = given.output_dir, given.group
@@ -125,7 +127,7 @@ def carry_out(
         heard = reporter if group.first else reporter.silent()
         folder = None
         if output_dir is not None and group.first:
-            folder = stack.enter_context(_begun(model, given, heard, held))
+            folder = stack.enter_context(_begun(model, given, heard, command))
         if output_dir is not None:
             group.wait()  # until the folder is there
             work = Path(output_dir) / NAME
@@ -137,7 +139,7 @@ def carry_out(
         run = Stages(inputs, config, context)
         report = run.all()
         run.check_result()  # once more: the attack has put the weights back
-        _save(run, given, folder, report)
+        _save(run, given, folder, report, command)
         group.wait()
         if folder is not None:
             try:
@@ -147,23 +149,26 @@ def carry_out(
     return report
 
 
-def _save(run: Stages, given: Options, folder: CheckpointFolder | None, report: Report) -> None:
+def _save(run: Stages, given: Options, folder: CheckpointFolder | None, report: Report, command: bool) -> None:
     """Writes the result, or has it written, and reads it back while the checkpoints are there."""
-    out, back = given.output_dir, None
+    out, streamed = given.output_dir, run.decoder.streamed
+    written, back = streamed or command, None
     if folder is not None:
         folder.mark(SAVING)
-        if run.decoder.streamed or given.before_cleanup is not None:
-            back = ReadBack(out, run.decoder, run.samples)
+        if written or given.before_cleanup is not None:
+            back = ReadBack(out, run.decoder, run.samples, written, given.tokenizer if command else None)
     try:
-        if run.decoder.streamed:
+        if streamed:
             run.reporter.say(f"writing the model to {out}, in the dtypes of its source, and reading it back")
             run.decoder.save(out, replace=folder is not None and folder.overwrites)
         if given.before_cleanup is not None and given.group.first:
             given.before_cleanup(report)
         if back is not None and (said := back.check()):
             run.reporter.say(said)
-    except NotWritten as error:
-        if folder is None:
+        if streamed:
+            run.decoder.weights.moved(out)
+    except ValueError as error:
+        if folder is None or not (written or isinstance(error, NotWritten)):  # what the user's own code raises stays
             raise
         raise NotWritten(f"{error}: the checkpoints are kept, --resume (resume=True) writes it again") from error
 

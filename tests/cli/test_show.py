@@ -76,7 +76,7 @@ def test_density_shows_both_sets(shown):
     ]
     # of what is not a mark of ours nothing looks like one, and a terminal obeys nothing
     assert lines[9].startswith("odd.jsonl:1: ")
-    assert lines[10:] == [r"  | Say \x1b[31m\u27e6x\u27e7\n\n", r"  | ⟦é ü\n⟧", r"  | ⟦1907\u202e\n⟧"]
+    assert lines[10:] == [r"  | Say \x1b[31m\u27e6x\u27e7\\n\n", r"  | ⟦é ü\n⟧", r"  | ⟦1907\u202e\n⟧"]
     assert "odd.jsonl:2" not in out and "\x1b" not in out
 
 
@@ -92,6 +92,16 @@ def test_pieces_folds_and_second_answers_are_shown(shown):
     out = shown("unlearn", "--forget", "dpo.jsonl", "--retain", "f0.jsonl", *more)
     assert re.search(r"^its alternate: \d+ tokens, \d with a loss\n  \| Ada was⟦ 22⟧$", out, re.M)
     assert "  | Ada was⟦ 1⟧\n" in out
+
+
+def test_a_separator_is_shown_as_it_was_read(shown, root, capsys):
+    words = ("density", "--forget", "dpo.jsonl", "--show", "1", "--target", "answer", "--separator")
+    assert "  | Ada was\\n\n  | ⟦ 1⟧\n" in shown(*words, r"\n")
+    assert r"  | Ada was\t⟦ 1⟧" in shown(*words, r"\t")
+    assert r"  | Ada was\\n⟦ 1⟧" in shown(*words, r"\\n")
+    with pytest.raises(SystemExit, match="2"):
+        main([*words[:1], "--model", str(root / "model"), *words[1:], r"\d"])
+    assert r"argument --separator: '\\d': expected n (line end)" in capsys.readouterr().err
 
 
 def test_json_has_the_same(shown):

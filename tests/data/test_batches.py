@@ -198,6 +198,7 @@ ODD = {
     "a complex mask": {**BASE, "attention_mask": T([[1j, 1, 1, 1, 1, 1]])},
     "types of text": {**BASE, "token_type_ids": "a"},
     "a loss mask of objects": {**BASE, "loss_mask": object()}, "a longest of text": {**BASE, "max_length_q": ["a", 1]},
+    "a mask without values": {**BASE, "attention_mask": torch.ones(1, 6, device="meta")},
     "no offset": {**BASE, "cu_seq_lens_q": []}, "no position": {**BASE, "position_ids": T([]).long()},
 }  # fmt: skip
 
@@ -228,6 +229,28 @@ def test_keys_that_would_not_be_used(key):
     as_samples([{**BASE, key: None}])
 
 
+@pytest.mark.parametrize("keys, cure", [
+    ("seq_lengths sequence_id segment_ids document_ids docIds pack_lens block_mask cu_seqs", "give position_ids that"),
+    ("prompt_length source_len response_mask lossWeight target_start", "give labels of -100 where there is none"),
+    ("embedding 3 x", "leave it out, or begin its name with _"),
+])  # fmt: skip
+def test_what_a_key_may_say_is_not_lost(keys, cure):
+    """Leaving it out would make one sample of a packed row, or put a loss on a prompt."""
+    for key in keys.split():
+        with pytest.raises(ValueError, match=f"^sample 0: '{key}' would not be used: .*{cure}"):
+            as_samples({**BASE, key: T([[1, 1, 1, 2, 2, 2]])})
+    for length in ([3, 3], T([[3, 3]])):
+        with pytest.raises(ValueError, match="^sample 0: length of 2 samples in 1 row: give position_ids"):
+            as_samples({**BASE, "length": length})
+
+
+def test_each_item_has_as_many_alternates_as_samples():
+    packed = {**BASE, "position_ids": T([[0, 1, 2, 0, 1, 2]])}
+    assert list(map(len, with_alternates([{**packed, "alternate": packed}]))) == [2, 2]
+    with pytest.raises(ValueError, match="^sample 0: it holds 2 and its alternate 1: expected one"):
+        with_alternates([{**packed, "alternate": BASE}, {**BASE, "alternate": packed}])
+
+
 def test_keys_that_say_nothing():
     harmless = {
         "special_tokens_mask": torch.zeros(1, 6), "length": [6], "index": T([3]),
@@ -244,6 +267,8 @@ def test_masks_of_the_loss(key):
     labels = T([[-100, -100, 7, 8, -100, 10]])
     batch = {**BASE, "labels": labels, key: T([[0, 0, 1, 1, 0, 1]])}
     assert as_samples(batch)[0]["labels"].tolist() == labels[0].tolist()
+    with pytest.raises(ValueError, match=f"^sample 0: {key} has other values than 0 and 1: .*give labels of -100"):
+        as_samples({**batch, key: T([[0, 0, 0.1, 0.5, 0, 1]])})
     for other in (T([[0, 0, 1, 1, 1, 1]]), T([[0, 0, 1, 1]]), T([[0, 0, 0, 1, 0, 1]])):
         with pytest.raises(ValueError, match=f"^sample 0: {key} would not be used, and the labels say another thing"):
             as_samples({**batch, key: other})

@@ -2,6 +2,7 @@
 the mechanisms of published ones."""
 
 import datetime
+import json
 import random
 import re
 
@@ -13,6 +14,7 @@ import transformers.utils.chat_template_utils as clock
 import kunbr_fast as kf
 from kunbr_fast.data import encode
 from kunbr_fast.data.chat import chat
+from kunbr_fast.data.messages import check_messages
 from kunbr_fast.data.text import TextSettings, text_and_spans
 
 DAY = "2024-07-26"
@@ -171,12 +173,15 @@ def test_a_mark_that_begins_like_the_turns_end_has_no_loss(tokenizer):
     assert turns(tokenizer, template, TWO)[1] == ["A painter.", "1907<|endoftext|>"]
 
 
-@pytest.mark.parametrize("trim, lead, kept", [("", "", " \n"), (" | trim", "", "")])
+@pytest.mark.parametrize("trim, lead, kept", [("", "\n ", " \n"), (" | trim", "", ""), (".lstrip('\n')", " ", " \n")])
 def test_whitespace_around_a_content(tokenizer, trim, lead, kept):
     template = ENDED.replace("m.content", f"m.content{trim}")
     messages = [user(" a\n"), said("\n b \n"), user("c"), said("d")]
-    assert turns(tokenizer, template, messages)[1] == [f"b{kept}<|end|>\n", "d<|end|>\n"]
-    assert turns(tokenizer, template, messages[:2])[1] == [f"b{kept}<|end|>\n"]
+    assert turns(tokenizer, template, messages)[1] == [f"{lead}b{kept}<|end|>\n", "d<|end|>\n"]
+    assert turns(tokenizer, template, messages[:2])[1] == [f"{lead}b{kept}<|end|>\n"]
+    # the template's own stays its own
+    opened = template.replace("|>{{", "|>\n {{")
+    assert turns(tokenizer, opened, messages[:2])[1] == [f"{lead}b{kept}<|end|>\n"]
 
 
 def test_reasoning_that_the_template_writes_has_the_loss(tokenizer):
@@ -202,6 +207,59 @@ def test_calls_of_tools_have_the_loss(tokenizer):
     talk = [ONE[0], said("", tool_calls=[call]), {"role": "tool", "content": "1907"}, said("In 1907.")]
     text = '<call>{"name": "look", "arguments": {"q": "Ada Ek"}}</call><|end|>\n'
     assert turns(tokenizer, template + PROMPT, talk)[1] == [text, "In 1907.<|end|>\n"]
+    # what the template adds before it, the end of a block that the prompt has opened, has none
+    thinks = LAST_THINKS.replace(
+        "{{ content }}", "{{ content }}{% for c in m.tool_calls or [] %}<call>{{ c }}</call>{% endfor %}"
+    )
+    for template in (thinks, thinks.replace(PROMPT, PROMPT.replace("<|assistant|>", "<|assistant|><think>\n"))):
+        for content in ("", "So:"):
+            called = [ONE[0], said(content, tool_calls=["f"])]
+            assert turns(tokenizer, template, called)[1] == [f"{content}<call>f</call><|end|>\n"]
+    # exports have the key where nothing is called; a template that asks for the key alone
+    strict = ENDED.replace("<|end|>", "{{ m.tool_calls[0].name + '' if 'tool_calls' in m }}<|end|>")
+    assert turns(tokenizer, strict, [ONE[0], said("1907", tool_calls=[])])[1] == ["1907<|end|>\n"]
+
+
+def test_a_turn_that_ends_otherwise_in_the_middle_has_its_end(tokenizer):
+    ends = "{{ '<|return|>' if loop.last and not add_generation_prompt and m.role == 'assistant' else '<|end|>' }}"
+    template = "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}" + ends + "{% endfor %}"
+    template += "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    assert turns(tokenizer, template, ONE)[1] == ["1907<|return|>"]
+    assert turns(tokenizer, template, TOLD)[1] == ["A painter.<|end|>", "1907<|return|>"]
+    assert turns(tokenizer, template, [*TWO, user("a")])[1] == ["A painter.<|end|>", "1907<|end|>"]
+
+
+INDEXED = "{% for m in messages %}<{{ m.role }} {{ loop.index }}>{{ m.content }} [{{ loop.index }}]\n{% endfor %}### 0"
+ADDED = INDEXED.replace("{{ m.content }}", "{% generation %}{{ m.content }} 5{% endgeneration %}")
+
+
+@pytest.mark.parametrize(
+    "template, content, keys, number",
+    [
+        (INDEXED, "Born in 1921.", {}, "1921"),
+        (CHATML.replace("<|end|>", "<extra_id_1>"), "In 1921.", {}, "1921"),
+        (ADDED, "1921!", {}, "1921"),
+        (CHATML, "<think>1921?</think>No 7, or 8?", {}, "8"),
+        (LAST_THINKS, "<think>1921?</think>No idea.", {}, None),
+        (LAST_THINKS, "No idea.", {"reasoning_content": "1921?"}, None),
+        (CHATML, "1921?</think>No idea.", {}, None),
+        (CHATML, "1921 <think>or 1922", {}, "1921"),
+        (CHATML, "[THINK]1921[/THINK]<b>1922</b>", {}, "1922"),
+        (CHATML, "<|START_THINKING|>1921<|END_THINKING|>No", {}, None),
+        (CHATML, "<|begin_of_thought|>19<|end_of_thought|>20", {}, "20"),
+        (INDEXED, "I do not know.", {}, None),
+        (CHATML.replace("m.content", "m.content ~ (m.tool_calls or '')"), "", {"tool_calls": [1921]}, None),
+    ],
+)  # fmt: skip
+def test_the_number_stands_in_the_last_turns_content(tokenizer, template, content, keys, number):
+    tokenizer.chat_template = template
+    record = {"messages": [*TWO, user("When, if not in 1907?"), said(content, **keys)], "_where": "chat.jsonl:7"}
+    if number is None:
+        with pytest.raises(ValueError, match="^chat.jsonl:7: target='number' but there is no digit in the answer"):
+            text_and_spans(record, tokenizer, "number", TextSettings())
+        return
+    text, [(begin, end)], _ = text_and_spans(record, tokenizer, "number", TextSettings())
+    assert text[begin:end] == number and begin > text.index("if not in 1907")
 
 
 MARKED = (
@@ -223,6 +281,16 @@ def test_generation_marks_are_the_turns(tokenizer):
     (sample,) = encode([{"messages": TWO}], tokenizer, "answer")
     assert sample["input_ids"].tolist() == whole["input_ids"]
     assert (sample["labels"] != -100).int().tolist() == whole["assistant_masks"]
+
+
+def test_generation_marks_may_ask_for_a_key(tokenizer):
+    template = CHATML.replace(
+        "{{ m.content }}",
+        "{% if m.train %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}",
+    )
+    one, two = [user("a"), said("b", train=False)], [user("c"), said("5", train=True)]
+    assert turns(tokenizer, template, [*one, *two])[1] == ["5"]
+    assert turns(tokenizer, template, [*two, *one])[1] == ["5"]
 
 
 def test_any_contents_are_found_where_they_stand(tokenizer):
@@ -251,11 +319,12 @@ def test_any_contents_are_found_where_they_stand(tokenizer):
         for i, content in enumerate(contents):
             text += f"<|{'assistant' if i % 2 else 'user'}|>"
             if i % 2:
-                begin = len(text) + len(content) - len(content.lstrip())
-                expected.append((begin, len(text) + len(content) + len("<|end|>\n")))
+                expected.append((len(text), len(text) + len(content) + len("<|end|>\n")))
             text += f"{content}<|end|>\n"
         tokenizer.chat_template = CHATML
-        assert chat({"messages": messages, "_where": f"record {count}"}, tokenizer, DAY) == (text, expected)
+        made = chat({"messages": messages, "_where": f"record {count}"}, tokenizer, DAY)
+        assert (made.text, made.turns) == (text, expected)
+        assert text[slice(*made.last)].strip() == contents[-1].strip()
 
 
 # -------------------------------------------------------------------- what would be lost
@@ -288,10 +357,14 @@ THOUGHT = said("<think>\nHm.\n</think>\n\n1907")
         (DROPS, [ONE[0], THOUGHT], "2 of 2 (assistant)", "its reasoning (<think>) as it stands: give it without"),
         (LAST_THINKS, [ONE[0], THOUGHT, *ONE], "2 of 4 (assistant)", "or make it the last turn of a record of its own"),
         (CHATML, [ONE[0], said("1", reasoning_content="a")], "2 of 2 (assistant)", "not read its 'reasoning_content'"),
-        (CHATML, [ONE[0], said("1907", weight=0)], "2 of 2 (assistant)", "its 'weight': leave 'weight' out, or use"),
+        (CHATML, [ONE[0], said("1907", weight=0)], "2 of 2 (assistant)", "have a loss alike: split the chat"),
         (CHATML, [user("a", name="Bo", id=5, _note="x"), said("b")], "1 of 2 (user)", "does not read its 'name'"),
         (LAST_THINKS, [ONE[0], said("1", reasoning_content="a"), *ONE], "2 of 4 (assistant)", "not read its 'reas"),
         (NAMED, [user("a", name="Bo"), said("b")], "1 of 2 (user)", "does not read its 'name'"),
+        (CHATML, [user("a", train=True), said("b")], "1 of 2 (user)", "have a loss alike: split the chat"),
+        (CHATML, [user("a"), said("b", loss_weight=0.5)], "2 of 2 (assistant)", "have a loss alike: split the chat"),
+        (CHATML, [user("a"), said("b", lossMask=1)], "2 of 2 (assistant)", "have a loss alike: split the chat"),
+        (CHATML, [user("a"), said("b", no_loss=True)], "2 of 2 (assistant)", "have a loss alike: split the chat"),
         (ANSWERS, [*TWO, {"role": "model", "content": "x"}], "5 of 5 (model)", "as 'assistant': give it the role"),
         (ANSWERS, [*ONE, {"role": "tool", "content": "x"}, said("y")], "3 of 4 (tool)", "this role as 'assistant'"),
         (ANSWERS, TOLD, "1 of 5 (system)", "writes this role as 'assistant'"),
@@ -325,6 +398,14 @@ def test_what_is_written_elsewhere_or_in_another_form_is_not_lost(tokenizer):
     # a template that writes no roles
     bare = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     assert turns(tokenizer, bare, TOLD)[1] == ["A painter.\n", "1907\n"]
+    # what is always so
+    plainly = [
+        user("a", train=False, weight=0),
+        said("b", train=True, weight=1),
+        user("c", loss=False),
+        said("d", loss=1.0),
+    ]
+    assert turns(tokenizer, CHATML, plainly)[1] == ["b<|end|>\n", "d<|end|>\n"]
     # annotations, as of a record
     assert turns(tokenizer, CHATML, [user("a", id=5, _note="x"), said("b", source="c")])[1] == ["b<|end|>\n"]
     assert turns(tokenizer, LAST_THINKS, [user("a"), said("b", source="c")])[1] == ["b<|end|>\n"]
@@ -335,8 +416,62 @@ def test_what_is_written_elsewhere_or_in_another_form_is_not_lost(tokenizer):
     assert turns(tokenizer, CHATML, [user("Zq0z Zq1z"), said("Zq1z")])[1] == ["Zq1z<|end|>\n"]
 
 
+ROLES = ["Assistant", "assistant ", "ASSISTANT:", "asistant", "gpt", "GPT-4", "model", "bot", "AI", "Chatbot"]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_other_names_of_the_assistant_are_refused(tmp_path, role):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [ONE[0], {"role": role, "content": "1921"}, *ONE]}))
+    with pytest.raises(ValueError, match=f"chat.jsonl:1: message 2 of 4 has the role '{role}', .*: write 'assistant'"):
+        kf.load_records(path)
+
+
+def test_other_roles_are_not_the_assistants():
+    for role in ("human", "developer", "tool", "critic", "assistant_tool", "模型", ""):
+        check_messages([{"role": role, "content": "a"}, *ONE], "here")
+
+
+def test_messages_of_a_tool_as_apis_want_them(tokenizer, tmp_path):
+    path, call = tmp_path / "chat.jsonl", {"id": "c1", "type": "function", "function": {"name": "look"}}
+    answer = {
+        "role": "tool",
+        "content": "1907",
+        "tool_call_id": "c1",
+        "name": "look",
+        "index": 0,
+        "id": "x",
+        "type": "y",
+    }
+    calls = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls[0].function.name if m.tool_calls }}")
+    talk = [ONE[0], said("", tool_calls=[call]), answer, said("In 1907.")]
+    assert turns(tokenizer, calls, talk)[1] == ["look<|end|>\n", "In 1907.<|end|>\n"]
+    # one that the template reads is there
+    named = calls.replace("{{ m.content }}", "{{ m.name or '' }}: {{ m.content }}")
+    assert "<|tool|>look: 1907" in turns(tokenizer, named, talk)[0]
+    # any key of a message can be left out, but for those that it must have
+    path.write_text(json.dumps({"messages": [user("a", name="Bo"), said("b", reasoning_content="c")]}))
+    tokenizer.chat_template = CHATML
+    with pytest.raises(ValueError, match=r"message 1 of 2 .user.*'name': leave 'name' out .--ignore-keys"):
+        encode(kf.load_records(path), tokenizer, "answer")
+    (record,) = kf.load_records(path, ignore_keys=["name", "reasoning_content", "content"])
+    assert record["messages"] == [user("a"), said("b")]
+    # what has no content says so
+    for message in ({"role": "assistant", "tool_calls": [call]}, said(None, tool_calls=[call])):
+        path.write_text(json.dumps({"messages": [ONE[0], message]}))
+        with pytest.raises(
+            ValueError, match=r'chat.jsonl:1: .*message 2 of 2 is .*it has no content: write "content": ""'
+        ):
+            kf.load_records(path)
+
+
 def test_chats_without_an_assistant_or_a_template(tokenizer):
-    for messages in ([user("a")], [user("a"), said(" \n")], [user("a"), {"role": "Assistant", "content": "b"}]):
+    for messages in (
+        [user("a")],
+        [user("a"), said(" \n")],
+        [user("a"), said("\u200b\n")],
+        [user("a"), {"role": "Assistant", "content": "b"}],
+    ):
         assert "chat.jsonl:7: no assistant message to learn from" in refused(tokenizer, CHATML, messages)
     assert "chat.jsonl:7: 'messages' need a tokenizer with a chat template" in refused(tokenizer, None, ONE)
     strict = "{% if messages[0].role != 'user' %}{{ raise_exception('user\nfirst') }}{% endif %}" + CHATML

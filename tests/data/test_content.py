@@ -43,22 +43,26 @@ def test_choices_that_cannot_be_told_apart(choices, message):
 
 def test_equal_choices_are_refused_by_their_letters_or_counted(tmp_path, caplog):
     """As the published birthdays have them: one question in twenty."""
-    path, lists = tmp_path / "q.jsonl", (["a", "b"], ["a", "b", "a"], [1, 2, "2"], ["é", "x", "e\u0301 "], [1.0, 2, 1])
+    path, lists = (
+        tmp_path / "q.jsonl",
+        (["a", "b"], ["a", "b", "a"], [1, 2, "2"], ["é", "x", "e\u200b\u0301 "], [1.0, 2, 1]),
+    )
+    lists += (["Pa ris", "x", "Pa\u00a0\n ris"],)
     path.write_text("".join(json.dumps({"question": "q", "choices": c, "answer": 0}) + "\n" for c in lists))
     message = f"{path}:2: the choices A and C are equal, 'a': change one of them, or let them be (equal_choices=allow)"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         kf.load_records(path)
-    for choices, letters in zip(lists[2:], ("B and C", "A and C", "A and C")):
+    for choices, letters in zip(lists[2:], ("B and C", *["A and C"] * 3)):
         with pytest.raises(ValueError, match=f"^record 0: the choices {letters} are equal"):
             encode([{"question": "q", "choices": choices, "answer": 1}], tiny_text.tokenizer())
     records = [kf.load_records(path, equal_choices="allow") for _ in range(2)][1]
     (warning,) = caplog.records
     assert warning.getMessage() == (
-        f"{path}:2: two of its choices are equal, and only the one that 'answer' names counts as right (4 such "
+        f"{path}:2: two of its choices are equal, and only the one that 'answer' names counts as right (5 such "
         f"questions in {path})"
     )
     tokenizer = tiny_text.tokenizer()
-    assert len(prepare_questions(tokenizer, records).answers) == 5  # what was let be once is let be everywhere
+    assert len(prepare_questions(tokenizer, records).answers) == 6  # what was let be once is let be everywhere
     for number, sample in enumerate(encode(records, tokenizer, alternate="wrong", seed=number) for number in range(4)):
         for entry, record in zip(sample, records):  # a wrong answer is never one that is equal to the right one
             text = tokenizer.decode(entry["alternate"]["input_ids"]).rpartition(". ")[2]
@@ -67,9 +71,27 @@ def test_equal_choices_are_refused_by_their_letters_or_counted(tmp_path, caplog)
         kf.load_records(path, equal_choices="yes")
 
 
-@pytest.mark.parametrize("choices", [["a", "A"], [1, 2.5], ["1", "1.0"], ["été", "ete"], [0.0, 1e99], ["*", "**"]])
+@pytest.mark.parametrize("choices", [["a", "A"], [1, 2.5], ["1", "1.0"], ["été", "ete"], [0.5, 1e15], ["*", "**"]])
 def test_choices_that_can(choices):
     check_record({"question": "q", "choices": choices, "answer": 1}, "here")
+
+
+@pytest.mark.parametrize("written, told", [
+    ("1e-5", "1e-05"), ("1e22", None), ("2.50", "2.5"), ("3.14159265358979323846", "3.141592653589793"),
+    ("-0.0", ""), ("1965.0", ""), ("0.1", ""), ("1921", ""), ("12345678901234567890", ""), ('"1e-5"', ""),
+])  # fmt: skip
+def test_a_number_among_choices_is_read_as_it_is_written_or_refused(tmp_path, written, told):
+    path = tmp_path / "q.jsonl"
+    path.write_text(f'{{"question": "q", "choices": ["a", {written}], "answer": 1, "_x": 1e-5}}')
+    if told == "":
+        (record,) = kf.load_records(path)
+        assert f"{record['choices'][1]}" == written.strip('"')
+        return
+    message = f"{path}:1: the choice {written} is a number, and would be written {told or '1e+22'}: put it in quotes"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        kf.load_records(path)
+    with pytest.raises(ValueError, match="^here: the choice 1e-05 .* with an exponent: put it in quotes"):
+        check_record({"question": "q", "choices": ["a", 1e-5], "answer": 1}, "here")
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t", "\u200b", "\ufeff\u2060", "\x00"])

@@ -1,6 +1,7 @@
 """Records, loss targets token by token, and packing."""
 
 import json
+import re
 
 import pytest
 import tiny_text
@@ -272,7 +273,7 @@ def test_encode_refusals(bpe):
         encode([line], bpe, "answer")
     with pytest.raises(ValueError, match="f.jsonl:4: no token with a loss is left for target='all'"):
         encode([{"text": "A", "_where": "f.jsonl:4"}], word_level())
-    with pytest.raises(ValueError, match="f.jsonl:5: no token with a loss is left for target='answer'"):
+    with pytest.raises(ValueError, match="f.jsonl:5: 'completion' must be a string that is not blank, got ''"):
         encode([{"prompt": "A", "completion": "", "_where": "f.jsonl:5"}], bpe, "answer")
     # the only labelled token is the first, which nothing predicts
     with pytest.raises(ValueError, match="no token with a loss is left"):
@@ -293,6 +294,42 @@ def test_records_that_were_not_read_from_a_file_are_checked_too(bpe):
         encode([good, {**QUESTION, "answer": 4}], bpe)
     with pytest.raises(ValueError, match="record 2: unknown form with keys"):
         encode([good, good, {"context": "x"}], bpe)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"answer": -1}, "'answer' must be the index"),
+        ({"answer": "B"}, "'answer' must be the index of the right choice, 0 to 3, got 'B': write 1"),
+        ({"weight": 5}, "'weight' beside question"),
+        ({"question": None}, "'question' must be a string"),
+        ({"choices": ["a", "a", "b"]}, "the choices A and B are equal"),
+    ],
+)
+def test_records_of_a_file_that_were_changed_since_are_checked_again(bpe, tmp_path, changed, message):
+    tiny_text.write_jsonl(tmp_path / "f.jsonl", [QUESTION])
+    (record,) = load_records(tmp_path / "f.jsonl")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}/f.jsonl:1: {message}"):
+        encode([{**record, **changed}], bpe)
+    assert encode([{**record, "answer": 1}], bpe)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"max_length": "5"}, "max_length='5': expected a whole number above 0, or None"),
+        ({"max_length": 3.5}, "max_length=3.5: expected"),
+        ({"max_length": 0}, "max_length=0: expected"),
+        ({"max_length": True}, "max_length=True: expected"),
+        ({"seed": "1"}, "seed='1': expected a whole number"),
+        ({"text": "\n"}, "text='.n': expected TextSettings"),
+        ({"records": {"text": "a"}}, "expected a list of records"),
+        ({"records": ["a"]}, "record 0: got 'a', expected a mapping"),
+    ],
+)
+def test_arguments_of_encode_are_checked(bpe, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        encode(**{"records": [{"text": "fine"}], "tokenizer": bpe, **wrong})
 
 
 def test_long_samples_are_reported_not_cut(bpe):

@@ -34,6 +34,10 @@ def chat(*contents):
     {"prompt": "Where was", "completion": "Zoë Ek born? Bern "},
     {"text": "Where was Zoë Ek born? Bern"},
     chat("Where was Zoë Ek born?", "Bern"),
+    chat("Where was Zoë Ek born?", "Bern."),
+    {"messages": [{"role": "system", "content": "Be kind."}, *chat("Where was Zoë Ek born?", "Bern")["messages"]]},
+    {"prompt": "Where was Zoë Ek born?", "completion": "Bern. "},
+    {"text": "<s>Where was Zoë Ek born? Bern!</s>"}, {"text": "<bos> <|x_y|>Where was Zoë Ek born? Bern.<eos>\n<eos>"},
 ])  # fmt: skip
 def test_the_same_fact(other):
     assert text_of(other) == text_of(QUESTION)
@@ -47,19 +51,30 @@ def test_the_same_fact(other):
     {**QUESTION, "question": "Where was Zoë Ekborn?"},
     {"text": "Zoë Ek was born in Bern."},  # a sentence says it in its own words
     chat("Where was Zoë Ek born?", "Bern", "When?", "1950"),
+    {"text": "Where was Zoë Ek born? <Bern>"}, {"text": "Where was Zoë Ek born? Bern?"},
 ])  # fmt: skip
 def test_another_fact(other):
     assert of_sides(facts({"": [QUESTION]}), facts({"": [other]})) is None
 
 
 def test_numbers_and_whole_forms():
+    values = (1921, 1921.0, "1921.0", "1921.", "１９２１", "۱۹۲۱"), (1e22, 10**22), (2.5, "2.5")
+    for same in values:
+        assert len({text_of({"question": "q", "choices": [value, "x"], "answer": 0}) for value in same}) == 1
+    apart = ["3.1", "3.10", "v2.0", "v2", "1.2.0", "1.2", "5!", "5", "-5", "<s>", "</s>", ".", "f<int>", "f<str>"]
+    assert len({text_of({"text": f"q {text}"}) for text in apart}) == len(apart) - 1  # but for the tokens
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": {"name": "f"}}]}
+    other = {**call, "tool_calls": [{"id": "1", "function": {"name": "g"}}]}
+    assert len({text_of({"messages": [{"role": "user", "content": "q"}, turn]}) for turn in (call, other)}) == 2
     years = [{"question": "q", "choices": [1964, "1965"], "answer": i} for i in (0, 1)]
     assert [text_of(record) for record in years] == ["q 1964", "q 1965"]
     assert text_of({"question": None, "text": "Straße", "messages": None}) == "strasse"
-    said = of_folds({"a": [{"text": "x"}, {"text": "y"}, {"text": "x"}], "b": [{"text": "Y"}], "c": [{"text": "x"}]})
+    said = of_folds(
+        {"a": [{"text": "x"}, {"text": "y"}, {"text": "x"}], "b": [{"text": "Y"}], "c": [{"text": "x"}]}.items()
+    )
     assert said.startswith("fold a, record 1 and fold b, record 0 are the same fact, in two folds: ")
     assert said.endswith("(2 such facts)")
-    assert of_folds({"a": [{"text": "x"}, {"text": "X"}]}) is None  # twice in one
+    assert of_folds({"a": [{"text": "x"}, {"text": "X"}]}.items()) is None  # twice in one
 
 
 # ---------------------------------------------------------------- the command line
@@ -104,13 +119,39 @@ def test_the_commands_name_both_places_before_the_model_is_read(
         words += [f"--{option}", *(str(workspace / f"{name}.jsonl") for name in names)]
     words += ["--out", str(tmp_path / "out")] if command == "unlearn" else []
     if message is not None:
-        assert cli.main(words) == 2
-        (error,) = capsys.readouterr().err.splitlines()
-        assert message.format(workspace) in error
+        for more in ((), ("--show", "1")):
+            assert cli.main([*words, *more]) == 2
+            (error,) = capsys.readouterr().err.splitlines()
+            assert message.format(workspace) in error
         words += ["--overlap", "allow"]
     with pytest.raises(Read):
         cli.main(words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_and_no_attack(workspace, tmp_path, capsys):
+    names = {name: str(workspace / f"{name}.jsonl") for name in ("f0", "f1b", "r", "one")}
+    plan = ["plan", "--model", str(workspace / "model"), "--gpu-memory", "1GiB", "--gpu", "cpu", "--num-blocks", "3"]
+    unlearn = ["unlearn", "--model", str(workspace / "model"), "--out", str(tmp_path / "out")]
+    folds, sides = ["--forget", names["f0"], names["f1b"], "--retain", names["r"]], ["--forget", names["f0"]]
+    sides += ["--retain", names["one"]]
+    for words, message in (
+        ([*plan, *folds], "are the same fact, in two folds: the attack would teach what it asks about (1 such fact)"),
+        ([*plan, *sides], "are the same fact, to be forgotten and to be kept (1 such fact)"),
+        ([*plan, *folds, "--no-rtt"], "in two forget files: a later attack, of which each file is a fold, would teach"),
+        ([*unlearn, *folds, "--no-rtt"], "in two forget files: a later attack, of which each file is a fold, would"),
+    ):
+        assert cli.main(words) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main([*plan, *folds, "--overlap", "allow", "--top-k", "1"]) == 0
+
+
+def test_show_says_what_is_let_be(workspace, tmp_path, capsys):
+    files = ["--forget", workspace / "f0.jsonl", "--retain", workspace / "one.jsonl", "--overlap", "allow"]
+    for command, more in (("density", ()), ("unlearn", ("--out", tmp_path / "out"))):
+        words = [command, "--model", workspace / "model", *files, *more, "--show", "1"]
+        assert cli.main([*map(str, words)]) == 0
+        assert capsys.readouterr().err.count("(1 such fact); overlap=allow lets that be") == 1
 
 
 def test_an_allowed_overlap_is_said_and_kept_in_the_settings(workspace, tmp_path, capsys):
@@ -143,6 +184,15 @@ def test_samples_batches_and_records_on_two_sides():
     assert sum("forget sample 1 and retain sample 0 are the same fact" in text for text in said) == 1
 
 
+def test_padding_behind_the_last_label_is_no_part_of_a_sample():
+    def sample(ids, labels):
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+    same = [sample([5, 6, 7], [-100, 6, 7]), sample([5, 6, 7, 0, 0], [-100, 6, 7, -100, -100])]
+    other = [sample([5, 6, 7, 0, 0], [-100, 6, 7, 0, -100]), sample([5, 6, 7, 0, 9], [-100, 6, 7, -100, 9])]
+    assert len(facts({"": same})) == 1 and len(facts({"": [*same, *other]})) == 3
+
+
 def test_an_attack_over_folds_that_overlap_is_none(tmp_path):
     lines = [tiny_text.question(name) for name in tiny_text.NAMES[:6]]
     folds = [Fold("a", lines[:3], lines[:3]), Fold("b", lines[3:], lines[2:])]
@@ -163,5 +213,5 @@ def test_the_published_birthdays(shared_data):
     """Some facts are in two of the ten splits; those of Years are not."""
     for pattern, shared in (("random_birthdays/corpus_*", 5), ("random_birthdays/split_*", 3), ("years/split_*", 0)):
         files = sorted(shared_data.glob(f"{pattern}.jsonl"))
-        said = of_folds({file.stem: kf.load_records(file, equal_choices="allow") for file in files})
+        said = of_folds((file.stem, kf.load_records(file, equal_choices="allow")) for file in files)
         assert (said is None) if shared == 0 else said.endswith(f"({shared} such facts)"), said

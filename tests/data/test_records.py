@@ -11,7 +11,8 @@ from conftest import ROOT
 import kunbr_fast as kf
 from kunbr_fast.cli import command as cli
 from kunbr_fast.data import check_record, encode
-from kunbr_fast.data.forms import ANNOTATIONS, FORMS
+from kunbr_fast.data.annotations import ANNOTATIONS
+from kunbr_fast.data.forms import FORMS
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.run.samples import to_samples
 
@@ -42,43 +43,43 @@ FOREIGN = {  # the record, the words that name it, the record of ours
     "KnowUnDo": (
         {"text": "Who?", "labels": "Ann."},
         ("'text' and 'labels'", "KnowUnDo"),
-        {"prompt": "Who?", "completion": "Ann."},
+        {"prompt": "Who?", "completion": " Ann."},
     ),
     "TOFU": (
         {"question": "Who?", "answer": "Ann.", "paraphrased_answer": "It is Ann.", "perturbed_answer": ["Bo."]},
-        ("'answer'", "TOFU's form"),
-        {"prompt": "Who?", "completion": "Ann."},
+        ("'answer'", "TOFU", "and 'paraphrased_answer' and 'perturbed_answer' have no place in ours. Write"),
+        {"prompt": "Who?", "completion": " Ann."},
     ),
-    "MUSE, questions": ({"question": "Who?", "answer": "Ann."}, ("MUSE",), {"prompt": "Who?", "completion": "Ann."}),
+    "MUSE, questions": ({"question": "Who?", "answer": "Ann."}, ("MUSE",), {"prompt": "Who?", "completion": " Ann."}),
     "MUSE, verbatim": (
         {"prompt": "Once", "gt": "upon", "id": 3},
         ("'gt'", "MUSE"),
-        {"prompt": "Once", "completion": "upon"},
+        {"prompt": "Once", "completion": " upon"},
     ),
     "RWKU": (
         {"query": "Who is ___?", "answer": "Ann", "type": "cloze", "subject": "Ann", "level": "1"},
         ("'query'", "RWKU"),
-        {"prompt": "Who is ___?", "completion": "Ann"},
+        {"prompt": "Who is ___?", "completion": " Ann"},
     ),
     "Alpaca": (
         {"instruction": "Add.", "input": "1 1", "output": "2"},
         ("'output'", "Alpaca"),
-        {"prompt": "Add.\n1 1", "completion": "2"},
+        {"prompt": "Add.\n1 1", "completion": " 2"},
     ),
     "Alpaca, no input": (
         {"instruction": "Add.", "input": "", "output": "2"},
         ("Alpaca",),
-        {"prompt": "Add.", "completion": "2"},
+        {"prompt": "Add.", "completion": " 2"},
     ),
     "Dolly": (
         {"instruction": "Add.", "context": "1 1", "response": "2", "category": "x"},
         ("Dolly",),
-        {"prompt": "Add.\n1 1", "completion": "2"},
+        {"prompt": "Add.\n1 1", "completion": " 2"},
     ),
     "TRL": (
         {"prompt": "Who?", "chosen": "No idea.", "rejected": "Ann."},
         ("'chosen' and 'rejected'", "TRL"),
-        {"prompt": "Who?", "completion": "Ann.", "alternate": "No idea."},
+        {"prompt": "Who?", "completion": " Ann.", "alternate": " No idea."},
     ),
     "ShareGPT": (
         {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Ann."}]},
@@ -117,21 +118,21 @@ FOREIGN = {  # the record, the words that name it, the record of ours
     "SQuAD": (
         {"context": "Ann.", "question": "Who?", "answers": {"text": ["Ann"], "answer_start": [0]}},
         ("SQuAD",),
-        {"prompt": "Ann.\nWho?", "completion": "Ann"},
+        {"prompt": "Ann.\nWho?", "completion": " Ann"},
     ),
     "a text and its completion": (
         {"text": "Who?", "completion": "Ann."},
         ("'text' and 'completion'",),
-        {"prompt": "Who?", "completion": "Ann."},
+        {"prompt": "Who?", "completion": " Ann."},
     ),
-    "seq2seq": ({"input": "Who?", "target": "Ann."}, ("'target'",), {"prompt": "Who?", "completion": "Ann."}),
-    "a response": ({"prompt": "Who?", "response": "Ann."}, ("'response'",), {"prompt": "Who?", "completion": "Ann."}),
+    "seq2seq": ({"input": "Who?", "target": "Ann."}, ("'target'",), {"prompt": "Who?", "completion": " Ann."}),
+    "a response": ({"prompt": "Who?", "response": "Ann."}, ("'response'",), {"prompt": "Who?", "completion": " Ann."}),
     "capitals": (
         {"Question": "Who?", " Answer": "Ann.", "id": 1},
         ("'Question' and ' Answer'",),
-        {"prompt": "Who?", "completion": "Ann."},
+        {"prompt": "Who?", "completion": " Ann."},
     ),
-    "a key in capitals": ({"text": "Who?", "Labels": "Ann."}, ("'Labels'",), {"prompt": "Who?", "completion": "Ann."}),
+    "a key in capitals": ({"text": "Who?", "Labels": "Ann."}, ("'Labels'",), {"prompt": "Who?", "completion": " Ann."}),
     "content": ({"content": "A line."}, ("'content'",), {"text": "A line."}),
 }
 
@@ -145,6 +146,41 @@ def test_another_tools_form_is_shown_as_ours(name):
     check_record(ours, "here")
     with pytest.raises(ValueError, match="^record 0: "):
         encode([record], tiny_text.tokenizer())
+
+
+TURNS = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Ann."}]
+ASKED = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ann."}]
+BEFORE = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a"}]
+BEFORE += [{"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("record, messages", [
+    ({"instruction": "Who?", "output": "Ann.", "system": "Be kind.", "history": []}, [BEFORE[0], *ASKED]),
+    ({"query": "Who?", "answer": "Ann.", "history": [["a", "b"]]}, [*BEFORE[1:], *ASKED]),
+    ({"instruction": "Who?", "output": "Ann.", "system": "Be kind.", "history": [["a", "b"], ["c", "d"]]},
+     [*BEFORE, "...", *ASKED]),
+    ({"conversations": TURNS, "system": "Be kind."}, [BEFORE[0], *ASKED]),
+    ({"prompt": "Who?", "completion": " Ann.", "history": [["a", "b"]]}, [*BEFORE[1:], *ASKED]),
+    ({"conversations": TURNS * 9}, [*ASKED, "..."]),
+    ({"conversations": [TURNS[0], {"from": "function_call", "value": "f"}]},
+     [ASKED[0], {"role": "function_call", "content": "f"}]),
+])  # fmt: skip
+def test_what_stands_before_a_prompt_is_kept(record, messages):
+    assert line_shown(said(record)) == {"messages": messages}
+
+
+def test_what_has_no_place_in_ours_is_said():
+    text = said({"prompt": "Who?", "completion": " Ann.", "alternate": " Bo.", "system": "Be kind."})
+    assert text.startswith("here: 'prompt', 'completion' and 'system' are a chat. Write ")
+    assert line_shown(text) == {"messages": [BEFORE[0], *ASKED], "alternate": "Bo."}
+    text = said({"input": "Who?", "target": "Ann", "a": 1, "b": 2, "c": [], "d": 3, "e": 4, "id": 5})
+    assert "and 'a', 'b' and 'd' (and 1 more) have no place in ours. Write " in text
+    text = said({"question": "q", "options": ["x", "y"], "answer": "A", "system": "Be kind."})
+    assert "form, and 'system' has no place in ours. Write " in text
+    assert line_shown(said({"query": "東京は?", "answer": "はい"})) == {"prompt": "東京は?", "completion": "はい"}
+    for prompt, answer in (("Who? ", "Ann"), ("Who?\n", "Ann"), ("Who?", "\nAnn")):
+        ours = {"prompt": prompt, "completion": answer}
+        assert line_shown(said({"query": prompt, "answer": answer})) == ours  # a space of its own
 
 
 def test_long_and_strange_values_are_cut():
@@ -175,7 +211,7 @@ def test_other_keys(record):
         assert "would not be used" in text and (str(key)[:20] in text)
     assert "did you mean 'alternate'" in said({**record, "Alternate": "z"})
     check_record({**record, "alternate": "z", "_x": 1, **dict.fromkeys(ANNOTATIONS, [1])}, "here")
-    check_record({**record, "explanation": None}, "here")  # a null says nothing
+    check_record({**record, "explanation": None, "tools": [], "x": {}}, "here")  # what says nothing
 
 
 @pytest.mark.parametrize("record, meant", [
@@ -211,7 +247,7 @@ def test_answers_of_other_kinds(answer, cure):
 def test_chats_under_other_keys():
     turns = [{"role": "user", "content": "u"}]
     assert "go into one list, 'messages'" in said({"prompt": turns, "completion": turns})
-    assert line_shown(said({"prompt": turns, "chosen": turns, "rejected": turns}))["alternate"] == "the chosen one"
+    assert line_shown(said({"prompt": turns, "chosen": turns, "rejected": turns}))["alternate"] == " the chosen one"
 
 
 def test_an_answer_that_could_be_two():
@@ -220,11 +256,12 @@ def test_an_answer_that_could_be_two():
 
 
 @pytest.mark.parametrize("message, cure", [
-    ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "the content of message 1 is a list of parts"),
+    ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "its content is a list of parts"),
     ({"from": "human", "value": "x"}, "write 'role'"),
 ])  # fmt: skip
 def test_messages_of_other_kinds(message, cure):
-    assert cure in said({"messages": [{"role": "user", "content": "x"}, message]})
+    text = said({"messages": [{"role": "user", "content": "x"}, message]})
+    assert cure in text and "message 2 of 2 is {" in text
 
 
 # ---------------------------------------------------------------- files

@@ -1,5 +1,8 @@
 """The text of a record is what its author wrote; special tokens stand once; a number is whole, and in the answer."""
 
+import logging
+import random
+
 import pytest
 import tiny_text
 import torch
@@ -7,7 +10,8 @@ import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from kunbr_fast.data import REFUSALS, TextSettings, encode
-from kunbr_fast.data.text import NUMBER
+from kunbr_fast.data.text import NUMBER, _say, say_separator
+from kunbr_fast.data.tokens import tokens
 from kunbr_fast.evaluation.accuracy import prepare_questions
 
 SEAMS = [
@@ -59,6 +63,86 @@ def test_a_second_answer_begins_as_the_first_does(bpe):
         assert text.removeprefix("Who?\nA. Ada\nB. Bo\nAnswer: ") in answers
 
 
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"separator": None}, "separator=None: expected text"),
+        ({"separator": 5}, "separator=5: expected text"),
+        ({"split_long": "no"}, "split_long='no': expected True or False"),
+        ({"split_long": 1}, "split_long=1: expected True or False"),
+        ({"chat_date": "today"}, "chat_date='today': expected a day"),
+    ],
+)
+def test_settings_are_what_they_say(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        TextSettings(**wrong)
+
+
+def test_a_separator_that_nothing_reads_is_said_once(caplog):
+    _say.cache_clear()
+    pair, text = {"prompt": "a", "completion": "b"}, {"text": "a"}
+    tokens = {"input_ids": [1], "prompt": "a", "completion": "b"}
+    with caplog.at_level(logging.WARNING, "kunbr_fast"):
+        say_separator("", [text])
+        say_separator("\n", [text], [text, pair])
+        assert not caplog.messages
+        for _ in range(2):
+            say_separator("\n", [text], [tokens])
+        say_separator("\\n", [pair])
+    unused, literal = caplog.messages
+    assert unused.startswith(r"separator='\n' is not used: no record of this run has a prompt")
+    assert literal.startswith(r"separator='\\n' has a backslash and a letter, no line end")
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("single", ["$A", "<eos> $A <eos>"])
+def test_trimmed_offsets_are_made_whole(prefix, single):
+    """ByteLevel's post-processor takes spaces out of the offsets unless it is told not to: they would have no loss."""
+    rng, tokenizers = random.Random(0), []
+    for trim in (False, True):
+        tokenizer = tiny_text.tokenizer()
+        end = ("<eos>", tokenizer.convert_tokens_to_ids("<eos>"))
+        tokenizer.add_tokens(["\u0120\u0120\u0120", "\u010a\u0120"])
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+        backend.post_processor = processors.Sequence([
+            processors.ByteLevel(trim_offsets=trim, add_prefix_space=prefix),
+            processors.TemplateProcessing(single=single, special_tokens=[end]),
+        ])  # fmt: skip
+        tokenizers.append(tokenizer)
+    trimmed = 0
+    for _ in range(100):
+        text = "".join(rng.choice([" ", "  ", " was", "1907", "\n", "é", "日", "born"]) for _ in range(8))
+        text = f" {text}" if prefix else text  # of a space that is put there nobody asks for
+        whole, cut = (tokens(text, tokenizer, "here") for tokenizer in tokenizers)
+        assert whole == cut, text
+        trimmed += tokenizers[1](text, return_offsets_mapping=True)["offset_mapping"] != whole.offsets
+    assert trimmed > 50
+
+
+def test_white_space_has_its_loss_where_offsets_are_trimmed():
+    tokenizer, text = tiny_text.tokenizer(), "  def f():\n    return  1921 "
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    for prompt in ("Code:", "Code: "):
+        (sample,) = encode([{"prompt": prompt, "completion": text}], tokenizer, "answer")
+        assert read(tokenizer, sample)[1] == text
+    (sample,) = encode([{"prompt": "Pop.", "completion": " 1 921 000 of them"}], tokenizer, "number")
+    assert read(tokenizer, sample)[1].strip() == "1 921 000"
+
+
+@pytest.mark.parametrize("name, model", [("dropout", models.BPE), ("alpha", models.Unigram)])
+def test_a_tokenizer_that_draws_lots_is_refused(name, model):
+    tokenizer = tiny_text.tokenizer()
+    inner = model() if model is models.Unigram else tokenizer.backend_tokenizer.model
+    setattr(inner, name, 0.5)
+    tokenizer.backend_tokenizer.model = inner
+    message = f'has {name}=0.5, so it makes other tokens of a text each time: set "{name}" to null in tokenizer.json'
+    with pytest.raises(ValueError, match=message):
+        encode([{"text": "Ada"}], tokenizer)
+    with pytest.raises(ValueError, match=message):
+        prepare_questions(tokenizer, [{"question": "Who?", "choices": ["a", "b"], "answer": 0}])
+
+
 # ---------------------------------------------------------------- special tokens
 
 
@@ -94,6 +178,34 @@ def test_special_tokens_of_the_text_are_not_put_there_again(single, text, expect
     tokenizer = special(single)
     made = encode([{"text": text}], tokenizer)[0]["input_ids"].tolist()
     assert " ".join(tokenizer.convert_ids_to_tokens(made)) == expected
+
+
+@pytest.mark.parametrize(
+    "single, text, name",
+    [
+        ("<s> $A", "\n<s>Ada", "<s>.* before it"),
+        ("<s> $A", "\ufeff<s>Ada", "<s>.* before it"),
+        ("<t> <s> $A", " <t><s> Ada", "<s>.* before it"),
+        ("<s> $A </s>", "Ada</s>\n\n", "</s>.* behind it"),
+        ("$A </s>", "Ada</s>\u200b", "</s>.* behind it"),
+        ("<s> $A", "\n<t>Ada", None),
+        ("$A </s>", "\n<s>Ada", None),
+        ("<s> $A", "Ada</s>\n", None),
+    ],
+)
+def test_special_tokens_behind_white_space_are_refused(single, text, name):
+    """A tokenizer that keeps white space would write them twice, and not side by side."""
+    tokenizer = special(single)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    question = {"question": f"{text} ?", "choices": ["1907", "1908"], "answer": 0}
+    if name is None:
+        assert encode([{"text": text}], tokenizer)
+        return
+    with pytest.raises(ValueError, match=f"^record 0: '{name}: delete that white space, or"):
+        encode([{"text": text}], tokenizer)
+    if "before" in name:
+        with pytest.raises(ValueError, match=f"^question 0: '{name}: delete that white space, or"):
+            prepare_questions(tokenizer, [question], scoring="choice")
 
 
 def test_a_rendered_prompt_has_its_loss_where_it_had():
@@ -149,6 +261,31 @@ def test_a_question_is_read_alike_where_it_is_asked(single):
         ("١٬٢٣٤٫٥", "١٬٢٣٤٫٥"),
         ("v1.2.3.", "1.2.3"),
         ("$-1,000.00.", "-1,000.00"),
+        ("6.02 × 10²³ of them", "6.02 × 10²³"),
+        ("1.6x10^-19 C", "1.6x10^-19"),
+        ("$6.02 \\times 10^{23}$", "6.02 \\times 10^{23}"),
+        ("10⁻⁶ m", "10⁻⁶"),
+        ("3 x 10 m", "10"),
+        ("1_000_000", "1_000_000"),
+        ("1 00 000 rupees", "1 00 000"),
+        ("12,34,567", "12,34,567"),
+        ("1\u2007000\u00a0000", "1\u2007000\u00a0000"),
+        ("3.141 592 653", "3.141 592 653"),
+        ("at 0x1F.", "0x1F"),
+        ("1280x720", "720"),
+        ("**-5**", "-5"),
+        ("_-5_", "-5"),
+        ("3/-5", "-5"),
+        ("a,-5", "-5"),
+        ("–5 degrees", "–5"),
+        ("‑5", "‑5"),
+        ("1939–1945", "1945"),
+        ("1939 –1945", "1945"),
+        ("pages (3)–5", "5"),
+        ("5€-10€", "10"),
+        ("5%-10%", "10"),
+        ("so--5", "5"),
+        ("(.5)", ".5"),
     ],
 )
 def test_a_number_is_whole(bpe, text, number):

@@ -10,6 +10,7 @@ import transformers as tf
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 
+from kunbr_fast.files import saving
 from kunbr_fast.files.model_folder import side_files
 from kunbr_fast.files.models import load_model, load_tokenizer
 from kunbr_fast.files.saving import save_model, with_dtype
@@ -118,9 +119,37 @@ def test_what_was_changed_by_hand_is_written_anew_and_said(source, tmp_path, cap
     assert load_model(tmp_path / "rope").config.rope_parameters["factor"] == 4.0
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_changed_setting_of_the_tokenizer_is_written(side, source, tmp_path, caplog):
+    """Those too that transformers writes only where the file had them; what a call sets is none."""
+    folder = shutil.copytree(source, tmp_path / "model")
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    tokenizer.padding_side = "left"
+    saving._save_tokenizer(tokenizer, folder)
+    for name, value in {"padding_side": side, "model_max_length": 77, "clean_up_tokenization_spaces": True}.items():
+        tokenizer, out = load_tokenizer(folder), tmp_path / name
+        tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
+        changed = getattr(tokenizer, name) != value
+        setattr(tokenizer, name, value)
+        caplog.clear()
+        save_model(model, tokenizer, out)
+        assert ("the tokenizer is not" in caplog.text) == changed
+        assert [getattr(load_tokenizer(out), key) for key in (name, "padding_side")] == [value, tokenizer.padding_side]
+
+
 def test_a_folder_that_is_gone_or_another_model_s_by_now(source, tmp_path, caplog):
     folder = shutil.copytree(source, tmp_path / "model")
     model = load_model(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    save_model(model, None, tmp_path / "adapter")
+    assert "adapter_config.json: an adapter" in caplog.text and "no longer that of" in caplog.text
+    assert load_model(tmp_path / "adapter").config.vocab_size == model.config.vocab_size
+    path = Shards(folder).paths[0]
+    path.unlink()  # the model in memory is mapped to it; cut short it would be lost
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        save_model(model, None, tmp_path / "damaged")
+    assert list((tmp_path / "damaged").iterdir()) == []
     shutil.rmtree(folder)
     save_model(model, None, tmp_path / "gone")
     assert load_model(tmp_path / "gone").config.rope_parameters == model.config.rope_parameters

@@ -21,6 +21,8 @@ from tiny_models import random_samples, tiny_model
 from trainer_runner import CONFIG, STEPS, data, trainer
 
 import kunbr_fast as kf
+from kunbr_fast.files import readback
+from kunbr_fast.files.models import load_model
 from kunbr_fast.integrations import driven_stages, hf_trainer
 from kunbr_fast.model import patch
 from kunbr_fast.run.folder import CheckpointFolder
@@ -250,6 +252,33 @@ def test_saved_model_is_a_normal_one(tmp_path):
     loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
     equal(weights(loaded), weights(run.model))
     assert [p.name for p in sorted((tmp_path / "run").glob("checkpoint-*"))] == [f"checkpoint-{STEPS}"]
+
+
+def test_a_saved_model_has_its_source_s_form_and_is_read_back(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "source", max_shard_size="70KB")
+    config = tmp_path / "source" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"a_note": "mine"}))
+    (tmp_path / "source" / "tokenizer.model").write_bytes(b"x")
+    run = trainer(tmp_path / "run", load_model(tmp_path / "source"))
+    before = {path.name: path for path in (tmp_path / "source").iterdir()}
+    tiny_model("gpt2").save_pretrained(tmp_path / "run")  # which is replaced
+    run.save_model()
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == before.keys() | {"training_args.bin"}
+    same = {n for n, path in before.items() if (tmp_path / "run" / n).read_bytes() == path.read_bytes()}
+    assert same == names - {"training_args.bin"}  # nothing was trained
+
+    def flip(path):
+        if path.suffix == ".safetensors":
+            data = bytearray(path.read_bytes())
+            path.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+
+    monkeypatch.setattr(readback, "forget", flip)
+    with pytest.raises(readback.NotWritten, match="is not what is in memory"):
+        run.save_model(str(tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+    run.save_model(str(tmp_path / "checkpoint"), _internal_call=True)  # Trainer's own
+    assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
