@@ -36,8 +36,10 @@ logger = logging.getLogger(__name__)
 
 NAME = ".kunbr-fast.lock"
 MOUNTS = "/proc/self/mountinfo"
-# what those who hold folders write there, besides models; `run.output` and `merge_folder` have the contents
-REPORTS = frozenset("report.json run.yaml density.png relearning.png merge.json merge.partial.json".split())
+# what those who hold folders write there, besides models; `run.output`, `merge_folder` and `bench` have the contents
+REPORTS = frozenset(
+    "report.json run.yaml density.png relearning.png merge.json merge.partial.json results.json".split()
+)
 BEGINS = b'{"process": '  # a lock file
 PATIENCE = 1.0  # seconds until a process that has just taken a lock has written who it is
 # file systems that several machines may have at once, with locks that only one of them sees
