@@ -293,6 +293,6 @@ def test_alternates_that_are_not_read_are_said_once(tmp_path, caplog):
 
 
 def test_the_docs_list_the_annotations():
-    page = (ROOT / "docs" / "usage.md").read_text()
+    page = (ROOT / "docs" / "data.md").read_text()
     listed = re.search(r"Annotations .*?:\n\n(.*?)\n\n", page, re.DOTALL)[1]
     assert set(re.findall(r"`(\w+)`", listed)) == ANNOTATIONS
