@@ -70,17 +70,33 @@ def packed_attention(
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=scaling, enable_gqa=groups != 1
         )
-    else:  # SDPA has none: the plain formula, softmax in fp32 as the models' own code has it. An fp64 model's is in
-        # fp64: the order of an fp32 sum, and so a sample's result, would depend on the longest sample of the batch.
+    else:  # SDPA has none: the plain formula, softmax in fp32 as the models' own code has it
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
         scores = scores.masked_fill(~allowed, float("-inf"))
-        out = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype) @ value
+        out = _softmax(scores, batch.lengths, kunbr_rows is None).to(query.dtype) @ value
     out = out.transpose(1, 2).flatten(0, 1)  # (B * Lmax, Hq, d)
     if back is not None:
         out = take(out, back)
     return out[None], None
+
+
+def _softmax(scores: torch.Tensor, lengths: list[int], square: bool) -> torch.Tensor:
+    """(B, H, queries, keys) in fp32; square: the queries are the samples' tokens, as the keys are.
+
+    Of an fp64 model each sample by itself: the order of an fp32 sum depends on how many keys there are, so a sample's
+    result would depend on the longest one of its batch, by more than fp64 rounds.
+    """
+    if scores.dtype != torch.float64 or len(lengths) == 1:
+        return scores.softmax(-1, dtype=torch.float32)
+    queries, keys = scores.shape[-2:]
+    found = []
+    for part, n in zip(scores, lengths):
+        rows = n if square else queries  # a padded query may have no key of its sample
+        own = part[:, :rows, :n].softmax(-1, dtype=torch.float32)
+        found.append(F.pad(own, (0, keys - n, 0, queries - rows)))
+    return torch.stack(found)
 
 
 def register() -> None:

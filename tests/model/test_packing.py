@@ -24,6 +24,7 @@ from kunbr_fast.data import pack
 from kunbr_fast.evaluation import accuracy
 from kunbr_fast.evaluation.accuracy import Questions
 from kunbr_fast.files.models import load_model
+from kunbr_fast.model import attention
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.prefix_cache import PrefixCache
 from kunbr_fast.model.streaming import open_streamed
@@ -100,6 +101,7 @@ def _fp64_throughout():
         for name in {"transformers.modeling_rope_utils", *modules}:
             if name.startswith("transformers.") and hasattr(sys.modules[name], "torch"):
                 patch.setattr(sys.modules[name], "torch", Wide())
+        patch.setattr(attention, "torch", Wide())
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         yield
     alone.cache_clear()

@@ -172,7 +172,7 @@ def test_auto_takes_the_file_when_memory_is_short(tmp_path, monkeypatch):
     decoder, samples = Decoder(tiny_model()), random_samples(4)
     need = sum(len(s["input_ids"]) for s in samples) * 32 * 8
     for free, expected in ((4 * need, "host"), (4 * need - 1, "file")):
-        monkeypatch.setattr(memory, "_free_host_bytes", lambda free=free: free)
+        monkeypatch.setattr(memory, "free_host_bytes", lambda free=free: free)
         assert PrefixCache(decoder, samples, "auto", tmp_path).storage == expected
 
 

@@ -332,7 +332,7 @@ def test_where_a_budget_puts_things(tmp_path, monkeypatch):
     assert (make("auto", budget=need - 1).fast, make("auto", budget=need - 1).storage) == ("host", "file")
     assert (make("device", budget=0).fast, make("device", budget=0).storage) == ("device", "host")
     assert make("file", budget=need).storage == "file"
-    monkeypatch.setattr(memory, "_free_host_bytes", lambda: need)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: need)
     assert make("device", budget=need - 1).storage == "file"  # no room in main memory either
     with pytest.raises(ValueError, match="a budget of .* GiB for a prefix cache of .* in a file: there is no slower"):
         make("file", budget=need - 1)
