@@ -13,14 +13,13 @@ import importlib
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from kunbr_fast.cli import process
 from kunbr_fast.cli.outcome import outcome
-from kunbr_fast.cli.terminal import PlainLines
+from kunbr_fast.cli.terminal import PlainLines, with_options
 from kunbr_fast.cli.usage import Parser
 from kunbr_fast.files.shown import plain
 from kunbr_fast.version import __version__
@@ -37,11 +36,6 @@ COMMANDS = {
     "doctor": "versions, devices, and which implementation of each operation can run here",
 }
 TOGETHER = ("unlearn", "density")  # what several processes can run
-# The library's messages name parameters, as `name=` or `name=True`. Those that are options here:
-OPTIONS = {
-    "resume", "overwrite", "unlearned", "stream", "forget", "retain", "gpu_memory", "gpu", "gpus", "overlap",
-    "equal_choices",
-}  # fmt: skip
 
 
 def parser(argv: Sequence[str] = ()) -> Parser:
@@ -120,7 +114,7 @@ def _main(argv: Sequence[str]) -> int:
                 raise
             if text:
                 with contextlib.suppress(OSError):
-                    print(f"{_name(arguments)}: {_one_line(_with_options(text))}", file=sys.stderr, flush=True)
+                    print(f"{_name(arguments)}: {_one_line(with_options(text))}", file=sys.stderr, flush=True)
             return status
     return arguments.status
 
@@ -161,18 +155,6 @@ def _speaks(arguments: argparse.Namespace) -> bool:
 def _name(arguments: argparse.Namespace) -> str:
     group = arguments.group
     return "kunbr-fast" if group is None or group.size == 1 else f"kunbr-fast, rank {group.rank} of {group.size}"
-
-
-def _with_options(text: str) -> str:
-    """A message of the library, with `--gpu x` for `gpu=x` and `--resume` for `resume=True`."""
-
-    def option(found: re.Match) -> str:
-        name, value = found.groups()
-        if name not in OPTIONS:
-            return found[0]
-        return f"--{name.replace('_', '-')}{'' if value == 'True' or not value else ' ' + value}"
-
-    return re.sub(r"\b([a-z_]+)=(True\b|[^\s,;:)]*)", option, text)
 
 
 def _no_progress_bars() -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 
 from kunbr_fast.files.shown import plain
 
 LONGEST = 4000  # characters of a line
+# The library's messages name parameters, as `name=` or `name=True`. Those that are options here:
+OPTIONS = {
+    "resume", "overwrite", "unlearned", "stream", "forget", "retain", "gpu_memory", "gpu", "gpus", "overlap",
+    "equal_choices", "split_long",
+}  # fmt: skip
 
 
 def show(*lines: str) -> None:
@@ -17,11 +23,26 @@ def show(*lines: str) -> None:
 
 def say(text: str) -> None:
     """A line on standard error."""
-    print(plain(text, LONGEST), file=sys.stderr, flush=True)
+    print(plain(with_options(text), LONGEST), file=sys.stderr, flush=True)
+
+
+def with_options(text: str) -> str:
+    """A message of the library, with `--gpu x` for `gpu=x`, `--resume` for `resume=True`, `--no-x` for `x=False`."""
+
+    def option(found: re.Match) -> str:
+        name, value = found.groups()
+        if name not in OPTIONS:
+            return found[0]
+        option = name.replace("_", "-")
+        if value == "False":
+            return f"--no-{option}"
+        return f"--{option}{'' if value == 'True' or not value else ' ' + value}"
+
+    return re.sub(r"\b([a-z_]+)=(True\b|[^\s,;:)]*)", option, text)
 
 
 class PlainLines(logging.Formatter):
     """A warning as such a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return plain(super().format(record), LONGEST)
+        return plain(with_options(super().format(record)), LONGEST)

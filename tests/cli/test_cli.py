@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from kunbr_fast import KUnBRConfig
 from kunbr_fast.cli import command as cli
+from kunbr_fast.cli import terminal
 from kunbr_fast.density.measure import Density
 from kunbr_fast.density.select import pareto_front
 from kunbr_fast.files.checksums import read_sealed, write_sealed
@@ -363,10 +364,13 @@ def test_help(command, capsys):
 
 
 def test_messages_of_the_library_name_options_here():
-    said = cli._with_options(
+    said = terminal.with_options(
         "x: go on (resume=True), or bring it (unlearned=, alpha=1): gpu_memory='24': stream=True, gpus=2"
     )
     assert said == "x: go on (--resume), or bring it (--unlearned, alpha=1): --gpu-memory '24': --stream, --gpus 2"
-    assert cli._with_options("forget= and retain= go together; retain_coeff=2 stays") == (
+    assert (
+        terminal.with_options("cut (split_long=False refuses such lines)") == "cut (--no-split-long refuses such lines)"
+    )
+    assert terminal.with_options("forget= and retain= go together; retain_coeff=2 stays") == (
         "--forget and --retain go together; retain_coeff=2 stays"
     )
