@@ -122,7 +122,7 @@ def live_tensor_bytes():
     gc.collect()
     storages = {}
     for item in gc.get_objects():
-        if type(item) in (torch.Tensor, torch.nn.Parameter):
+        if type(item) in (torch.Tensor, torch.nn.Parameter) and item.layout == torch.strided:
             storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
     return sum(storages.values())
 

@@ -43,7 +43,7 @@ def test_flops_and_bytes_are_counted_ones(active):
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
-@pytest.mark.parametrize("active", [False, True])
+@pytest.mark.parametrize("active", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_gate_lets_ours_pass(active, dtype):
     errors, left_out = tiny(active, dtype=dtype).gate()
     assert set(errors) == {"eager", "torch"} | ({"triton"} if TRITON else set())

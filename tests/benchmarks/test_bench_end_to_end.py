@@ -88,6 +88,7 @@ def test_a_share_of_the_steps_is_extrapolated():
     assert any("reference, layers 1-1" in text for text in told) and any("round 2 of 2" in text for text in told)
 
 
+@pytest.mark.slow
 def test_with_enough_time_a_second_run_takes_all_steps(monkeypatch):
     runs = []
 
@@ -137,6 +138,7 @@ def test_a_step_is_clocked_from_its_samples_on(monkeypatch):
         assert len(clock.first[block]) == 2
 
 
+@pytest.mark.slow
 def test_on_a_gpu_the_best_of_ours_is_run(monkeypatch):
     """Triton's, and torch's where it is named. There is no GPU here: nothing is run."""
     stages = {"total": StageTime(1.0)}

@@ -148,6 +148,7 @@ def test_what_did_not_pass_is_not_measured(machine):
 SOME = ["prove", "density", "tests", "evidence", "memcheck"]
 
 
+@pytest.mark.slow
 def test_every_part_hangs(machine):
     begin, parts = time.monotonic(), [*FIRST[:3], *SOME]
     status, printed = machine.run(

@@ -57,6 +57,7 @@ def test_no_verdict_is_no_success(capsys, fakes):
     assert status == 1 and "no verdict on doubling triton fp32 out of memory" in err
 
 
+@pytest.mark.slow
 def test_lines_for_programs(capsys, fakes):
     fakes[:] = ["right"]
     for words in (["--json", "--quiet"], ["--json", "--again", "--limit", "100", "lion"]):

@@ -86,7 +86,7 @@ def test_checkpointing_gives_the_same_bits_and_nothing_is_left_behind():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("modules", ["mlp", "all"])
+@pytest.mark.parametrize("modules", ["mlp", pytest.param("all", marks=pytest.mark.slow)])
 def test_sampled_experts(modules):
     """Each expert's matrix has its own tiles; all of them give the whole."""
     model, samples = Decoder(tiny_model("mixtral")), random_samples(3)

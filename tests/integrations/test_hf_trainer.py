@@ -320,7 +320,7 @@ def test_resume(arguments, tmp_path):
         assert run.blocks == whole.blocks and run.state.global_step == steps
 
 
-@pytest.mark.parametrize("insertion", ["independent", "cumulative"])
+@pytest.mark.parametrize("insertion", ["independent", pytest.param("cumulative", marks=pytest.mark.slow)])
 def test_rounds_come_in_the_order_of_unlearn(insertion, truth, tmp_path):
     """And any checkpoint can be resumed, though independent blocks keep no file of a former round."""
     config = {"insertion": insertion, "rounds": 2, "block_epochs": 1, "warmup_epochs": 1}

@@ -77,9 +77,9 @@ sys.exit(aot.main())
     "kind, message",
     [
         ("spill", "spills: "),
-        ("shared", "bytes of shared memory, at most 232448 are there"),
-        ("instruction", "matrix instruction none, expected wgmma"),
-        ("broken", "does not compile: "),
+        pytest.param("shared", "bytes of shared memory, at most 232448 are there", marks=pytest.mark.slow),
+        pytest.param("instruction", "matrix instruction none, expected wgmma", marks=pytest.mark.slow),
+        pytest.param("broken", "does not compile: ", marks=pytest.mark.slow),
     ],
 )
 def test_what_must_fail_it(kind, message):

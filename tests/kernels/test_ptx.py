@@ -94,6 +94,7 @@ def check(architecture, tests, kernels, folder, seconds):
     assert set(kernels) <= set(report["launches"]) and report["instructions"] > 1000 * len(kernels), report
 
 
+@pytest.mark.slow  # tests/kernels/test_aot.py compiles them all, Triton's interpreter runs them
 def test_one_launch_of_every_kernel(tmp_path):
     """For sm_90, with density's loads by tensor map and its products in the background; and faults, named."""
     tests = density(90, ["short"])[:1] + [f"tests/kernels/{KINDS[kind][0]}::{FIRST[kind]}" for kind in KINDS]

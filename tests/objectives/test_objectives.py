@@ -400,7 +400,7 @@ def test_every_form_of_batch_gives_the_same_step(models):
     assert Criterion("npo").pack(PAIRS, RETAIN).packed.num_samples == 7  # alternates that nothing asks for are left out
     with pytest.raises(ValueError, match="sample 1 has no alternate, and others have one"):
         with_alternates([PAIRS[0], FORGET[1]])
-    with pytest.raises(ValueError, match="4 samples with 3 alternates"):
+    with pytest.raises(ValueError, match="holds 4 and its alternate 3: expected one alternate"):
         with_alternates({"original": hf(FORGET), "alternate": hf(RETAIN)})
 
 

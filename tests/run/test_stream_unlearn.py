@@ -73,7 +73,9 @@ def same(a, b):
     [
         dict(dtype="float64"),
         dict(insertion="cumulative", rounds=2, optimizer="adamw"),
-        dict(dtype="float64", objective="npo", retain_loss="kl", micro_batch_tokens=30),
+        pytest.param(
+            dict(dtype="float64", objective="npo", retain_loss="kl", micro_batch_tokens=30), marks=pytest.mark.slow
+        ),
         dict(objective="rmu", cache="file"),
         dict(mask="wagle", mask_ratio=0.3),
     ],
