@@ -262,6 +262,7 @@ for path in map(pathlib.Path, sys.argv[1:]):
 """
 
 
+@pytest.mark.slow
 def test_time_and_memory(tmp_path):
     """At most 2 s of the processor (4 here, where other tests run beside it), and 1 GiB beside what torch takes."""
     paths = []

@@ -35,6 +35,7 @@ def quick():
     return found, measured
 
 
+@pytest.mark.slow
 def test_a_quick_run_has_all_stages_and_their_sum(quick, tmp_path):
     found, measured = quick
     assert found.stages == ["warm-up", "density", "prefix cache", "layers 0-0", "layers 1-1", "merge", "rest"]

@@ -80,6 +80,7 @@ def test_bytes_and_standing_bytes_are_those_of_the_tensors(dtype):
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.slow
 def test_the_gate_lets_ours_pass(dtype):
     case = tiny("letter", variants=None, dtype=dtype)
     errors, left_out = case.gate()

@@ -151,7 +151,7 @@ def test_show_says_what_is_let_be(workspace, tmp_path, capsys):
     for command, more in (("density", ()), ("unlearn", ("--out", tmp_path / "out"))):
         words = [command, "--model", workspace / "model", *files, *more, "--show", "1"]
         assert cli.main([*map(str, words)]) == 0
-        assert capsys.readouterr().err.count("(1 such fact); overlap=allow lets that be") == 1
+        assert capsys.readouterr().err.count("(1 such fact); --overlap allow lets that be") == 1
 
 
 def test_an_allowed_overlap_is_said_and_kept_in_the_settings(workspace, tmp_path, capsys):
@@ -159,7 +159,7 @@ def test_an_allowed_overlap_is_said_and_kept_in_the_settings(workspace, tmp_path
     files = ["--forget", workspace / "f0.jsonl", "--retain", workspace / "one.jsonl", "--out", tmp_path / "out"]
     command = ["unlearn", "--model", workspace / "model", *files, *words, "--no-rtt", "--overlap", "allow"]
     assert cli.main([*map(str, command)]) == 0
-    assert capsys.readouterr().err.count("to be kept (1 such fact); overlap=allow lets that be") == 1
+    assert capsys.readouterr().err.count("to be kept (1 such fact); --overlap allow lets that be") == 1
     assert json.loads((tmp_path / "out" / "report.json").read_text())["config"]["overlap"] == "allow"
 
 

@@ -426,6 +426,7 @@ class Steps(tf.TrainerCallback):
 # ---------------------------------------------------------------- processes
 
 
+@pytest.mark.slow
 def test_two_processes(truth, tmp_path):
     """Two gloo processes with half the batch each; the last step of an epoch has fewer samples than parts."""
     runs = []

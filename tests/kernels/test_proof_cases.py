@@ -136,6 +136,7 @@ PER_KIND = [k for k in ALL if k.impl == "triton" and not k.name.endswith(" by ro
 
 
 @pytest.mark.parametrize("kind", PER_KIND, ids=lambda kind: f"{kind.operation}-{kind.name}")
+@pytest.mark.slow
 def test_each_result_of_each_case_counts(kind):
     """The truth, rounded, is right; with one result off by a twentieth it is wrong, in whatever dtype."""
     for case in kind.cases:

@@ -323,6 +323,7 @@ def run_in_little_memory(original, unlearned, out):
     print(json.dumps({"resident": streamed_models.memory("VmHWM") - start, "block": report.blocks[0].start}))
 
 
+@pytest.mark.slow
 def test_a_whole_run_of_a_model_that_does_not_fit(tmp_path):
     """537 MB of weights (and as much for M_u, here the same files), 200 MiB of private memory, from density to the
     files."""
