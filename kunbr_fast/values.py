@@ -118,3 +118,8 @@ def check(name: str, value: Any, kind: Whole | Real | Bytes, null: bool = False)
 def parse_bytes(value: int | str | None, name: str, unit_needed: bool = False) -> int | None:
     """A number of bytes as `Bytes` has it, or None. ValueError "name=value: expected ..."."""
     return check(name, value, Bytes(unit_needed), null=True)
+
+
+def least(*limits: int | None) -> int | None:
+    """The least of some limits; None stands for no limit."""
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -17,7 +17,7 @@ from kunbr_fast.files.model_config import text_of
 from kunbr_fast.files.models import ModelFolder, load_tokenizer
 from kunbr_fast.files.shown import plain
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.values import COUNT
+from kunbr_fast.values import COUNT, least
 
 BRACKETS, COLOUR = ("⟦", "⟧"), ("\x1b[1;4;32m", "\x1b[0m")
 
@@ -46,7 +46,7 @@ def show_samples(arguments: argparse.Namespace, config: KUnBRConfig, sets: Seque
     """The first --show samples of each set, and what all of them come to; printed, unless --json prints it."""
     tokenizer = load_tokenizer(arguments.model)
     positions = getattr(text_of(ModelFolder(arguments.model).configuration()), "max_position_embeddings", None)
-    limit = min((n for n in (config.max_length, positions) if n is not None), default=None)
+    limit = least(config.max_length, positions)
     say_separator(config.separator, *(one.records for one in sets))
     found = []
     for one in sets:

@@ -29,7 +29,7 @@ from kunbr_fast.model.ownership import differentiable, no_adapter
 from kunbr_fast.model.vocabulary import check_tokens
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.full import train_all
-from kunbr_fast.values import ABOVE_ZERO, BATCH, EPOCHS, SEED, check
+from kunbr_fast.values import ABOVE_ZERO, BATCH, EPOCHS, SEED, check, least
 
 NAME = 40  # characters of a fold's name in messages and on the progress bar
 
@@ -205,9 +205,19 @@ def rtt_attack(
 
 
 class Attack:
-    """`rtt_attack` in two steps: all is tokenised at once, so that a bad line does not turn up an hour later."""
+    """`rtt_attack` in two steps: all is tokenised at once, so that a bad line does not turn up an hour later.
 
-    def __init__(self, decoder, tokenizer, folds: Sequence[Fold], config: RTTConfig):
+    say: told of an overlap that config allows.
+    """
+
+    def __init__(
+        self,
+        decoder,
+        tokenizer,
+        folds: Sequence[Fold],
+        config: RTTConfig,
+        say: Callable[[str], None] = lambda text: None,
+    ):
         no_adapter(decoder.model, "the RTT attack")
         differentiable(decoder.model)
         _check_folds(folds)
@@ -215,14 +225,13 @@ class Attack:
         self._questions = [
             prepare_questions(tokenizer, fold.questions, scoring=config.scoring, decoder=decoder) for fold in folds
         ]
-        limit = min((n for n in (config.max_length, decoder.max_positions) if n is not None), default=None)
+        limit = least(config.max_length, decoder.max_positions)
         self._samples = []
         for fold in folds:
             part, names = data.encode_named(fold.train_records, tokenizer, config.target, limit, text=config.text)
             check_tokens(decoder.model, part, [f"fold {plain(fold.name, NAME)}, {name}" for name in names])
             self._samples.append(part)
-        if config.overlap != "allow":
-            settle(overlap_of(folds), config.overlap)
+        settle(overlap_of(folds), config.overlap, say)
         self._before: dict[int, Accuracy] = {}  # each fold's, where it is known
 
     def run(

@@ -32,6 +32,7 @@ from kunbr_fast.files.parameters import (
 )
 from kunbr_fast.files.shards import Shards, instead_of_weights
 from kunbr_fast.files.shown import plain, shown
+from kunbr_fast.files.weight_files import TORCH
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -134,10 +135,9 @@ class ModelFolder:
         found = getattr(config, "dtype", None)
         if isinstance(found, torch.dtype):
             return found
-        names = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
         for tensor in self.shards.tensors.values():
-            if tensor.dtype in names:
-                return DTYPES[names[tensor.dtype]]
+            if tensor.dtype in TORCH:
+                return TORCH[tensor.dtype]
         raise ValueError(f"{plain(self.path)}: it holds no floating-point weights")
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.model import compat
 from kunbr_fast.model.gather import take, to_places
+from kunbr_fast.values import least
 
 ATTENTION = "kunbr_packed"
 MASKS = "kunbr_masks"  # under which a model is asked for its masks, and never run
@@ -46,7 +47,7 @@ def packed_attention(
         raise ValueError(f"attention dropout of {dropout} is active: call model.eval() first")
     batch, longest = kunbr_batch, max(kunbr_batch.lengths)
     softcap = options.get("softcap")
-    window = min((n for n in (options.get("sliding_window"), kunbr_window) if n is not None), default=None)
+    window = least(options.get("sliding_window"), kunbr_window)
 
     place = torch.arange(longest, device=query.device)
     queries = place[None]  # positions within their samples, (1 or B, Lmax or Rmax)

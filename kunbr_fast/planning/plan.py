@@ -23,7 +23,7 @@ from kunbr_fast.planning.lengths import Data
 from kunbr_fast.planning.machines import ARITHMETIC, BUS, HOST, TRAFFIC, Setup
 from kunbr_fast.planning.predict import KINDS, Run, Stage
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.values import parse_bytes
+from kunbr_fast.values import least, parse_bytes
 
 EQUAL = 1.02  # times that differ by less are no reason for other settings
 
@@ -132,7 +132,7 @@ def plan(
     memory = parse_bytes(memory, "gpu_memory", unit_needed=True)
     a, assumed = Architecture.load(model, setup.dtype)
     tokenizer = load_tokenizer(model) if forget and has_tokenizer(model) else None
-    longest = min((n for n in (config.max_length, a.max_positions) if n is not None), default=None)
+    longest = least(config.max_length, a.max_positions)
     data = Data.load(forget, retain, tokenizer, dataclasses.replace(config, max_length=longest), ignore_keys)
     if setup.stream:
         data.folds = []

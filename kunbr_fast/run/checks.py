@@ -10,7 +10,7 @@ from torch import nn
 
 from kunbr_fast.data.overlap import settle
 from kunbr_fast.data.text import say_separator
-from kunbr_fast.evaluation.rtt import Attack, overlap_of
+from kunbr_fast.evaluation.rtt import Attack
 from kunbr_fast.files.models import check_same_architecture
 from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.model.blocks import selectable_blocks
@@ -58,9 +58,7 @@ def _attack(inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, reporter: 
             "`kunbr-fast rtt` attacks the result on a machine that holds it"
         )
         return None
-    attack = Attack(decoder, inputs.tokenizer, inputs.folds, config.attack())
-    settle(overlap_of(inputs.folds), config.overlap, reporter.say)
-    return attack
+    return Attack(decoder, inputs.tokenizer, inputs.folds, config.attack(), reporter.say)
 
 
 def _check_streamed(model: nn.Module, unlearned: Any, group: Group) -> None:

@@ -20,6 +20,7 @@ from kunbr_fast.objectives.original import OriginalValues
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunInputs
+from kunbr_fast.values import least
 
 
 def entries(data: Any, what: str) -> list[Any]:
@@ -54,7 +55,7 @@ def to_samples(
             )
     if alternate is None or (alternate != "given" and is_record(data[0])):
         say_unused_alternates(data, what)
-    limit = min((n for n in (config.max_length, decoder.max_positions) if n is not None), default=None)
+    limit = least(config.max_length, decoder.max_positions)
     if not is_record(data[0]):
         samples = _tokenized(data, limit, what, alternate, config.objective)
         names = [f"{what} sample {i}" for i in range(len(samples))]

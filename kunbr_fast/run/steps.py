@@ -37,7 +37,7 @@ from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.reinserted import reinserted
 from kunbr_fast.training.shared import SharedStep
 from kunbr_fast.training.training import Training
-from kunbr_fast.values import parse_bytes
+from kunbr_fast.values import least, parse_bytes
 
 LOSSES = ("forget_loss", "retain_loss")
 
@@ -218,8 +218,7 @@ class Run:
                 )
             training.load_state(tensors, first)
             # what memory allowed before: other micro-batches would have other bits
-            limits = (extra.pop("micro_batch_tokens", None), training.micro_batch_tokens)
-            training.micro_batch_tokens = min((n for n in limits if n is not None), default=None)
+            training.micro_batch_tokens = least(extra.pop("micro_batch_tokens", None), training.micro_batch_tokens)
             took.before = extra.pop("seconds")
             account = extra
         return first, account
