@@ -63,9 +63,7 @@ class Adversary(abc.ABC):
             return
         self.lr = float(state[f"{PREFIX}lr"])
         self._copy()  # which allocates
-        for name, tensor in self._weights().items():
-            tensor.copy_(state[name])
-        self._loaded()
+        self._load(state)
         params = self._updated()
         self.optimizer = make_optimizer("adamw", params, self.lr, impl=self.impl)
         for key, value in state.items():
@@ -96,8 +94,9 @@ class Adversary(abc.ABC):
     def _weights(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps beside AdamW's state, under the names it has there."""
 
-    def _loaded(self) -> None:
-        """After `_weights` have been written."""
+    @abc.abstractmethod
+    def _load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes up its `_weights` from a state."""
 
 
 class FlatAdversary(Adversary):
@@ -134,8 +133,8 @@ class FlatAdversary(Adversary):
     def _weights(self) -> dict[str, torch.Tensor]:
         return {f"{PREFIX}{name}": value for name, value in self.flat.state().items()}
 
-    def _loaded(self) -> None:
-        self.flat.load({name.removeprefix(PREFIX): value for name, value in self._weights().items()})
+    def _load(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.flat.load({name: state[PREFIX + name] for name in self.flat.state()})
 
 
 class FullAdversary(Adversary):
@@ -175,3 +174,7 @@ class FullAdversary(Adversary):
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {f"{PREFIX}weights.{name}": own.data for name, own in zip(self._parameters, self._own)}
+
+    def _load(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name, weights in self._weights().items():
+            weights.copy_(state[name])

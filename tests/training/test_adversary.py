@@ -163,7 +163,7 @@ def test_everything_of_the_original_is_put_back():
     ("kind", "steps"), [("block", 2), ("block", 3), ("host", 4), ("half", 4), ("full", 3), ("full", 5)]
 )
 def test_a_resumed_training_has_the_same_bits(kind, steps):
-    plan, found = schedule(), []
+    plan, found, kept = schedule(), [], {}
     for first in (0, steps):
         model = tiny_model(dtype=torch.bfloat16 if kind == "half" else torch.float64)
         unlearned = moved(tiny_model(dtype=model.dtype))
@@ -176,7 +176,7 @@ def test_a_resumed_training_has_the_same_bits(kind, steps):
             else:
                 training = stack.enter_context(kf.reinserted(model, unlearned, BLOCK, lr=1e-3, **how, **EVERY))
             if first:
-                training.load_state(kept, first)  # noqa: F821
+                training.load_state(kept, first)
             for number, (forget, retain, relearned) in enumerate(batches(plan)):
                 if number >= first:
                     training.step(forget, retain, relearned=relearned)
