@@ -228,7 +228,7 @@ class Attack:
         limit = least(config.max_length, decoder.max_positions)
         self._samples = []
         for fold in folds:
-            part, names = data.encode_named(fold.train_records, tokenizer, config.target, limit, text=config.text)
+            part, names, _ = data.encode_named(fold.train_records, tokenizer, config.target, limit, text=config.text)
             check_tokens(decoder.model, part, [f"fold {plain(fold.name, NAME)}, {name}" for name in names])
             self._samples.append(part)
         settle(overlap_of(folds), config.overlap, say)

@@ -25,7 +25,7 @@ from kunbr_fast.objectives.original import Parts
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.training.adversary import Adversary
 from kunbr_fast.training.diverged import ASCENT, LOSS, UPDATE, Diverged
-from kunbr_fast.training.micro_batches import kept, micro_batches, one_of, summed
+from kunbr_fast.training.micro_batches import MicroBatch, kept, micro_batches, one_of, summed
 from kunbr_fast.training.settings import Execution, FullSettings
 
 logger = logging.getLogger(__name__)
@@ -103,9 +103,15 @@ class Training(abc.ABC):
         """How many batches the adversary relearns before the next step; 0 without one."""
         return 0 if self.adversary is None else self.adversary.settings.steps_before(self.steps)
 
-    def relearn(self, batches: Sequence[StepBatch | None], group: Group = ALONE) -> None:
+    def relearn(
+        self,
+        batches: Sequence[StepBatch | None],
+        group: Group = ALONE,
+        add: Callable[[StepBatch], PartLoss] | None = None,
+    ) -> None:
         """What the adversary does before a step: starts anew where it is time to, and relearns. batches: of
-        `relearned_batch`, one for each of its steps; of several ranks (group) each has its part, or None."""
+        `relearned_batch`, one for each of its steps; of several ranks (group) each has its part, or None. add: adds a
+        batch's gradient (default: `accumulate`)."""
         if len(batches) != (wanted := self.relearned_before):
             what = "its settings have an adversary" if self.adversary is not None else "there is no adversary"
             raise ValueError(
@@ -117,7 +123,7 @@ class Training(abc.ABC):
             self._fitting(lambda: self.adversary.fork(self.steps))
         for batch in batches:
             if batch is not None:
-                self.accumulate(batch)
+                (add or self.accumulate)(batch)
             if group.size > 1:
                 self.share_gradients(group)
             self._fitting(self.adversary.update)
@@ -238,9 +244,8 @@ class Training(abc.ABC):
         """Adds a batch's gradient, in micro-batches where it does not fit; its loss, detached. An exception leaves no
         gradient. Where memory runs out the batch is begun again, in half the tokens of the micro-batch that failed."""
         before, self.last = self.halvings, None
-        attacked = self.adversary is not None and step.role is Role.TRAINED
         while True:
-            micros, found = micro_batches(step, self.micro_batch_tokens, attacked), []
+            micros, found = self._cut(step, self.micro_batch_tokens), []
             try:
                 for part in self._passes([micro.step for micro in micros]):
                     found.append(kept(part) if len(micros) > 1 else part)
@@ -268,6 +273,20 @@ class Training(abc.ABC):
             )
         self.last = step
         return found[0] if len(micros) == 1 else summed(step.packed, micros, found)
+
+    def add_within(self, step: StepBatch, forward: Callable[[], contextlib.AbstractContextManager]) -> PartLoss:
+        """`accumulate` of a batch that fits; `forward()`: what forward passes run in, such as autocast."""
+        micros, found = self._cut(step, None), []
+        for micro in micros:
+            with self.at(micro.step.role):
+                with forward():
+                    part = self.loss(micro.step)
+                found.append(part.backward())
+        self.last = step
+        return found[0] if len(micros) == 1 else summed(step.packed, micros, found)
+
+    def _cut(self, step: StepBatch, max_tokens: int | None) -> list[MicroBatch]:
+        return micro_batches(step, max_tokens, self.adversary is not None and step.role is Role.TRAINED)
 
     def _passes(self, steps: list[StepBatch]) -> Iterable[PartLoss]:
         """Forward and backward of each micro-batch."""

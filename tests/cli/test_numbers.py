@@ -10,7 +10,8 @@ import tiny_text
 
 from kunbr_fast.cli import arguments as shared
 from kunbr_fast.cli import command as cli
-from kunbr_fast.run.config import NUMBERS, KUnBRConfig
+from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.setting import NUMBERS
 from kunbr_fast.values import FLOAT32, SEED, Bytes, Real, Whole, check, parse_bytes
 
 WORK = {  # what begins in each command once its arguments are read
