@@ -139,7 +139,7 @@ def check_record(record: Mapping, where: str) -> None:
     form = form_of(record, where)
     if isinstance(fact := record.get(FACT, 0), bool) or not isinstance(fact, (str, int)) or fact == "":
         raise ValueError(
-            f"{where}: {FACT!r} must be a name or a number, the same for each line about one fact, got {shown(fact)}"
+            f"{where}: {FACT!r} must be a name or a number, the same in all lines about a fact, got {shown(fact)}"
         )
     for key in form:
         check_read(record.get(key), f"{where}: {key!r}")
