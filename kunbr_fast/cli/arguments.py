@@ -27,7 +27,7 @@ THEMES = {
     "warm-up": "warmup_epochs warmup_objective warmup_objective_options warmup_lr warmup_optimizer",
     "selection": "modules reduction num_blocks top_k skip_last_layers",
     "blocks": "insertion rounds block_epochs block_lr optimizer master_weights mask mask_ratio",
-    "attack": "scoring rtt rtt_lrs rtt_epochs rtt_batch_size rtt_target",
+    "attack": "scoring rtt rtt_lrs rtt_attacks rtt_epochs rtt_batch_size rtt_target",
     "execution": "cache cache_bytes optimizer_device micro_batch_tokens checkpoint_every "
     "gradient_checkpointing cuda_graphs parallel impl",
     "approximations": "cover_precision cache_dtype",
@@ -114,7 +114,8 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
     elif isinstance(default, bool):
         kind |= {"action": argparse.BooleanOptionalAction}
     elif isinstance(default, tuple):
-        kind |= {"nargs": "+", "type": number(NUMBERS[field.name]), "action": Different, "metavar": "LR"}
+        known, metavar = NUMBERS.get(field.name), field.name.rpartition("_")[2].upper().removesuffix("S")
+        kind |= {"nargs": "+", "type": number(known) if known else str, "action": Different, "metavar": metavar}
     else:
         known = NUMBERS.get(field.name)
         words = escaped_text if field.name == "separator" else str

@@ -17,6 +17,7 @@ from kunbr_fast.density import attribution
 from kunbr_fast.density.measure import REDUCTIONS
 from kunbr_fast.density.watch import MODULES
 from kunbr_fast.evaluation.accuracy import SCORINGS
+from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.atomic import atomic_write
 from kunbr_fast.files.documents import read_yaml
@@ -209,6 +210,7 @@ class KUnBRConfig:
     )
     rtt: bool = setting(True, "attack the result (retraining on T)", "none")
     rtt_lrs: tuple[float, ...] = setting((1e-6, 5e-6, 1e-5), "learning rates of the attack", "none")
+    rtt_attacks: tuple[str, ...] = setting(("full",), f"kinds of attack: {', '.join(ATTACKS)}, or all", "none")
     rtt_epochs: int = setting(5, "epochs of each attack", "rtt")
     rtt_batch_size: int = setting(8, "batch size of the attack", "rtt")
     rtt_target: str = setting("all", "tokens the attack trains on", "rtt", TARGETS)
@@ -305,7 +307,8 @@ class KUnBRConfig:
     def attack(self) -> RTTConfig:
         """The RTT attack's settings."""
         how = {
-            "target": self.rtt_target, "text": self.text(), "max_length": self.max_length, "overlap": self.overlap
+            "target": self.rtt_target, "text": self.text(), "max_length": self.max_length, "overlap": self.overlap,
+            "attacks": self.rtt_attacks,
         }  # fmt: skip
         return RTTConfig(
             self.rtt_lrs, self.rtt_epochs, self.rtt_batch_size, scoring=self.scoring, seed=self.seed, **how
@@ -331,6 +334,8 @@ class KUnBRConfig:
         if name == "rtt_lrs":
             listed = value if isinstance(value, tuple) else (value,)
             return tuple(check("rtt_lrs entry", lr, NUMBERS[name]) for lr in listed)
+        if name == "rtt_attacks":
+            return chosen_attacks(value, name)
         if name in NUMBERS:
             return check(name, value, NUMBERS[name], type(None) in kinds)
         if name.endswith("_options"):
