@@ -28,7 +28,8 @@ from kunbr_fast.keywords import nearest
 from kunbr_fast.memory import STORAGES, Place
 from kunbr_fast.model.low_precision import COVER_PRECISIONS
 from kunbr_fast.model.prefix_cache import CACHE_DTYPES
-from kunbr_fast.objectives.criterion import Criterion
+from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
+from kunbr_fast.objectives.hidden_layers import ALL, HiddenLayers
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
 from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
@@ -60,8 +61,9 @@ NUMBERS = {
     "skip_last_layers": Whole(0, LAYERS.most),
     "rounds": Whole(1, VISITS),
     **dict.fromkeys("warmup_lr block_lr weight_decay retain_coeff".split(), NOT_NEGATIVE),
-    **dict.fromkeys("forget_loss_cap max_retain_loss".split(), ABOVE_ZERO),
+    **dict.fromkeys("forget_loss_cap max_retain_loss hidden_coeff".split(), ABOVE_ZERO),
     "mask_ratio": SHARE,
+    "retain_layers": Whole(0, LAYERS.most),
     "rtt_lrs": ABOVE_ZERO,
 }
 # Settings, and values of them, that earlier versions had: what stands for them now.
@@ -117,10 +119,15 @@ class KUnBRConfig:
     objective_options: dict[str, Any] = setting({}, "the objective's own settings, such as beta", "data")
     retain_loss: str = setting(
         "nll",
-        "nll; kl: KL(original || now) over labelled tokens; kl_all: over all; hidden_mse: of the final hidden states",
+        "nll; kl: KL(original || now) over labelled tokens; kl_all: over all; hidden_mse: of the final hidden states; "
+        "hidden_layers: nll, and the layers' outputs near the original's",
         "data",
         tuple(RETAIN_LOSSES),
     )
+    retain_layers: str | tuple[int, ...] = setting(
+        EVERY_LAYER.layers, "of hidden_layers: all, or the numbers of layers", "data"
+    )
+    hidden_coeff: float = setting(EVERY_LAYER.coeff, "of hidden_layers: the states' weight beside the nll", "training")
     retain_coeff: float = setting(1.0, "weight of the retain loss", "training")
     forget_loss_cap: float | None = setting(
         None,
@@ -290,11 +297,14 @@ class KUnBRConfig:
             objective, options = self.warmup_objective, self.warmup_objective_options
         check_options(objective, options)
         found = OBJECTIVES[objective]
+        # of two objectives one may not take a setting that is there for the other
+        retain_loss = self.retain_loss if found.retain and not found.states else "nll"
+        ignored = retain_loss != self.retain_loss
         return Criterion(
             objective,
             options,
-            # of two objectives one may not take a setting that is there for the other
-            retain_loss=self.retain_loss if found.retain and not found.states else "nll",
+            retain_loss=retain_loss,
+            hidden=EVERY_LAYER if ignored else HiddenLayers(self.retain_layers, self.hidden_coeff),
             retain_coeff=self.retain_coeff,
             forget_loss_cap=self.forget_loss_cap if "forget_loss_cap" in found.options else None,
             block=block,
@@ -336,6 +346,13 @@ class KUnBRConfig:
             return tuple(check("rtt_lrs entry", lr, NUMBERS[name]) for lr in listed)
         if name == "rtt_attacks":
             return chosen_attacks(value, name)
+        if name == "retain_layers":
+            listed = list(value) if isinstance(value, (list, tuple)) else [value]
+            if listed == [ALL]:
+                return ALL
+            if not listed or len(set(map(str, listed))) < len(listed):
+                raise ValueError(f"{name}={shown(value)}: expected all, or different numbers of layers")
+            return tuple(check("retain_layers entry", layer, NUMBERS[name]) for layer in listed)
         if name in NUMBERS:
             return check(name, value, NUMBERS[name], type(None) in kinds)
         if name.endswith("_options"):
