@@ -26,6 +26,21 @@ def number(kind: Whole | Real | Bytes) -> Callable[[str], Any]:
     return read
 
 
+def number_or(word: str, kind: Whole | Real | Bytes) -> Callable[[str], Any]:
+    """An argument type: `word`, or a number of `kind`."""
+
+    def read(text: str) -> Any:
+        if text == word:
+            return text
+        try:
+            return kind.parse(text)
+        except ValueError as error:
+            raise _refused(text, f"{word}, or {error}") from None
+
+    read.kind = kind
+    return read
+
+
 def path_name(text: str) -> str:
     """An argument type: a name that a file or a folder can have. "" would be the folder one is in."""
     if not text.strip():

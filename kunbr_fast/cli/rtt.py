@@ -15,18 +15,11 @@ from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import show
 from kunbr_fast.data.overlap import settle
+from kunbr_fast.evaluation.curves import KEYS, Curves, Point, RTTResult
 from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_relearning
-from kunbr_fast.evaluation.rtt import (
-    Curves,
-    Fold,
-    Point,
-    RTTConfig,
-    RTTResult,
-    finished_attacks,
-    overlap_of,
-    rtt_attack,
-)
+from kunbr_fast.evaluation.report import attack_table
+from kunbr_fast.evaluation.rtt import Attack, Fold, RTTConfig, finished_attacks, overlap_of
 from kunbr_fast.files.checksums import read_sealed, write_sealed
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.scratch import scratch
@@ -37,11 +30,13 @@ from kunbr_fast.model.fingerprint import fingerprint
 from kunbr_fast.model.frozen import frozen
 
 SETTINGS = (
-    "max_length separator chat_date split_long overlap equal_choices scoring seed rtt_lrs rtt_epochs rtt_batch_size "
-    "rtt_target"
+    "max_length separator chat_date split_long overlap equal_choices scoring seed rtt_lrs rtt_attacks rtt_epochs "
+    "rtt_batch_size rtt_target"
 )
 
-_SUMMARY = ("accuracy", "calibrated_accuracy", "before", "recovery", "best")  # of a finished one
+_SUMMARY = (  # of a finished one
+    "accuracy standard_error calibrated_accuracy smooth_accuracy before recovery best strongest attacks diverged leak"
+).split()
 _OTHERS = "other_curves"  # finished attacks at learning rates that were not asked for last
 _OURS = json_with("belongs_to", "curves", also=(*_SUMMARY, _OTHERS, "sha256"))
 WRITES = {"out": FileKind("an attack's result", (".json",), _OURS), "plot": PICTURE}
@@ -84,7 +79,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{plain(out)}: no attack to resume, there is no such file: leave --resume out")
     model, tokenizer = open_model(arguments)
     attack = config.attack()
-    belongs = {name: value for name, value in dataclasses.asdict(attack).items() if name not in ("lrs", "overlap")}
+    free = ("lrs", "attacks", "overlap")  # each attack is resumable on its own
+    belongs = {name: value for name, value in dataclasses.asdict(attack).items() if name not in free}
     data = [part for fold in folds for part in (fold.train_records, fold.questions)]
     belongs["run"] = fingerprint(model, *data, tokenizer=tokenizer)
     done = _finished_attacks(out, belongs, folds, attack) if arguments.resume else []
@@ -95,7 +91,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             write_sealed(out, {"belongs_to": belongs, "curves": done})
 
     with scratch("kunbr-fast-") as folder, frozen(model):
-        result = rtt_attack(Decoder(model), tokenizer, folds, attack, folder, not arguments.quiet, list(done), keep)
+        made = Attack(Decoder(model), tokenizer, folds, attack, sayer(arguments))
+        result = made.run(folder, not arguments.quiet, list(done), keep)
     if out is not None:
         others = [row for row in done if row not in result.curves]
         write_sealed(out, {"belongs_to": belongs, **result.to_dict(), **({_OTHERS: others} if others else {})})
@@ -108,14 +105,22 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print(result: RTTResult) -> None:
-    show("learning rate | accuracy after each epoch (0 = before), mean over folds")
-    for lr in result.lrs:
-        for key in ("plain", "calibrated"):
-            if (curve := result.curve(lr, key)) is not None:
-                show(f"{lr:13g} | {'  '.join(f'{value:6.1%}' for value in curve)}  {key}")
-    lr, epoch = result.best
+    show("learning rate | accuracy at each measurement (the first is before), mean over folds")
+    for attack in result.attacks:
+        for lr in result.rates(attack):
+            for key in KEYS:
+                if (curve := result.curve(lr, key, attack)) is not None:
+                    kind = f", {attack}" * (attack != "full")
+                    show(f"{lr:13g} | {'  '.join(f'{value:6.1%}' for value in curve)}  {key}{kind}")
+    show(*attack_table(result).splitlines())
+    attack, lr, epoch = result.strongest
     calibrated = "" if result.calibrated_accuracy is None else f", calibrated {result.calibrated_accuracy:.1%}"
-    show(f"RTT accuracy {result.accuracy:.1%} (lr {lr:g}, epoch {epoch}){calibrated}; before {result.before:.1%}")
+    smooth = "" if result.smooth_accuracy is None else f", smooth {result.smooth_accuracy:.1%}"
+    kind = f"{attack}, " * (attack != "full")
+    show(
+        f"RTT accuracy {result.accuracy:.1%} ({kind}lr {lr:g}, epoch {epoch}){calibrated}{smooth}; before "
+        f"{result.before:.1%}"
+    )
 
 
 class _Begun(Curves):

@@ -26,8 +26,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from kunbr_fast.model.decoder import Head, find_head, find_layers
+from kunbr_fast.model.decoder import Head, find_head
 from kunbr_fast.model.frozen import evaluating
+from kunbr_fast.model.layers import find_layers
 from kunbr_fast.model.ownership import bare_product
 from kunbr_fast.objectives.distributions import linear_nll
 

@@ -32,41 +32,13 @@ from kunbr_fast.memory import Place
 from kunbr_fast.model import attention, compat
 from kunbr_fast.model.frozen import evaluating, frozen
 from kunbr_fast.model.gather import take
+from kunbr_fast.model.layers import find_layers
 from kunbr_fast.model.ownership import bare_product, naming_adapters, uncompiled, whole
 from kunbr_fast.model.rotary import RotaryByLength
 from kunbr_fast.model.weights import DAMAGED, Weights, all_zero, check_finite, weights_of
 
 Turn = Callable[[int, "Stretch", int, torch.Tensor | None], None]  # see `Decoder.passes`
-
-
-def layer_list(model: nn.Module, count: int, name: str) -> tuple[str, nn.ModuleList]:
-    """The path and the list of `count` layers; ValueError, which calls the model `name`, where it is not clear."""
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and any(True for _ in module.parameters())
-    ]
-    if not found:
-        raise ValueError(f"{name} has no nn.ModuleList of num_hidden_layers={count} layers: not a decoder this takes")
-    depth = min(path.count(".") for path, _ in found)
-    found = [item for item in found if item[0].count(".") == depth]
-    if len(found) > 1:
-        raise ValueError(f"{name} has several lists of {count} layers ({', '.join(p for p, _ in found)})")
-    return found[0]
-
-
-def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """`layer_list` of a model; ValueError also for layers of a type that cannot run on packed samples."""
-    config, name = model.config.get_text_config(), type(model).__name__
-    found = layer_list(model, config.num_hidden_layers, name)
-    # Chunks and the like are longer than the self-check's samples, which therefore could not tell.
-    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if odd:
-        raise ValueError(
-            f"{name} has layers of type {', '.join(sorted(odd))}: only full_attention and sliding_attention "
-            "run on packed samples"
-        )
-    return found
+Tap = Callable[[torch.Tensor], torch.Tensor]  # see `Stretch`
 
 
 class _Stop(Exception):
@@ -103,12 +75,14 @@ class Stretch:
     """Where a forward pass begins: at layer `start`, with `hidden` (T, D) at its input.
 
     Without `hidden` it begins at the embeddings, and `start` must be 0. recompute: keep each layer's input only, and
-    run the layer again in the backward pass.
+    run the layer again in the backward pass. taps: of some layers, a function that gets the layer's output (T, D) and
+    returns what goes on in its place.
     """
 
     start: int = 0
     hidden: torch.Tensor | None = None
     recompute: bool = False
+    taps: Mapping[int, Tap] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.hidden is None and self.start != 0:
@@ -411,7 +385,8 @@ class Decoder:
                 layer, (args, kwargs) = self.layers[index], calls[index]
                 if self._windows[index] is not None:
                     kwargs = {**kwargs, "kunbr_window": self._windows[index]}
-                if rows and index == stop - 1 and getattr(layer.__dict__.get("forward"), "takes_rows", False):
+                few = rows and index == stop - 1 and index not in stretch.taps
+                if few and getattr(layer.__dict__.get("forward"), "takes_rows", False):
                     if 2 * len(batch.rows) <= batch.num_tokens:
                         kwargs, rows = {**kwargs, "kunbr_rows": batch.rows}, False  # it gives nothing else
                 if stretch.recompute:
@@ -428,6 +403,8 @@ class Decoder:
                 else:
                     hidden = layer(hidden, *args, **kwargs)
                 hidden = hidden[0] if compat.LAYERS_RETURN_TUPLES else hidden
+                if index in stretch.taps:
+                    hidden = stretch.taps[index](hidden[0])[None]
         return take(hidden[0], batch.rows) if rows else hidden[0]
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:

@@ -39,10 +39,10 @@ from kunbr_fast.kernels.projections import linears
 from kunbr_fast.kernels.rotary.op import apply_rotary
 from kunbr_fast.model import compat
 from kunbr_fast.model.blocks import check_block
-from kunbr_fast.model.decoder import layer_list
 from kunbr_fast.model.families import FAMILIES, Family, identify
 from kunbr_fast.model.frozen import same_modes
 from kunbr_fast.model.gather import take
+from kunbr_fast.model.layers import layer_list
 from kunbr_fast.model.ownership import has_hooks, present
 from kunbr_fast.proofs import ensure_proven
 

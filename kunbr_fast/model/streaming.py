@@ -20,8 +20,8 @@ from kunbr_fast.files.models import DTYPES, ModelFolder, held_back, known_dtype
 from kunbr_fast.files.parameters import Piece, check_all_used
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.model import compat
-from kunbr_fast.model.decoder import find_layers
 from kunbr_fast.model.layer_stream import LayerStream
+from kunbr_fast.model.layers import find_layers
 from kunbr_fast.model.streamed import StreamedDecoder
 
 

@@ -78,6 +78,11 @@ class PartLoss:
     nll: torch.Tensor | None = None
     retain_term: float | None = None
 
+    def plus(self, more: PartLoss) -> PartLoss:
+        """With another loss of the same batch added, which has no rows of its own."""
+        term = None if self.retain_term is None else self.retain_term + more.retain_term
+        return dataclasses.replace(self, loss=self.loss + more.loss, retain_term=term)
+
     def backward(self) -> PartLoss:
         """Accumulates the gradient, and returns the loss detached."""
         self.loss.backward()

@@ -20,9 +20,12 @@ from kunbr_fast.model.gather import take
 from kunbr_fast.objectives import distributions as linear_rows
 from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import WHOLE, PartLoss, Shares, StepBatch
+from kunbr_fast.objectives.hidden_layers import ALL, Distances, HiddenLayers
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options, retain_states
-from kunbr_fast.objectives.original import Needs, OriginalValues, Parts
+from kunbr_fast.objectives.original import EVERY, Needs, OriginalValues, Parts
 from kunbr_fast.objectives.rows import Rows
+
+EVERY_LAYER = HiddenLayers()
 
 
 class Criterion:
@@ -33,7 +36,8 @@ class Criterion:
         step = criterion.pack(forget, retain, values)          # samples or padded batches
         part = criterion(decoder, step).backward(); optimizer.step(); criterion.advance(part.retain_term)
 
-    forget_loss_cap: as the option of that name. block: the layers that are trained, None for all of them.
+    forget_loss_cap: as the option of that name. block: the layers that are trained, None for all of them. hidden: of
+    retain_loss="hidden_layers", which layers and how much (default: all, 1).
 
     Errors: ValueError for names and options that do not exist or do not fit together.
     """
@@ -47,6 +51,7 @@ class Criterion:
         retain_coeff: float = 1.0,
         forget_loss_cap: float | None = None,
         block: range | None = None,
+        hidden: HiddenLayers = EVERY_LAYER,
     ):
         self.options = check_options(objective, options)
         self.objective = OBJECTIVES[objective]
@@ -55,11 +60,15 @@ class Criterion:
         if retain_loss != "nll" and (self.objective.states or not self.objective.retain):
             own = "has its own retain term" if self.objective.states else "has no retain term"
             raise ValueError(f"retain_loss={retain_loss!r}: {objective} {own}: leave retain_loss out")
+        if retain_loss != "hidden_layers" and hidden != EVERY_LAYER:
+            raise ValueError(f"{hidden}: retain_loss={retain_loss!r} has none: leave it out, or take hidden_layers")
         if forget_loss_cap is not None:
             if "forget_loss_cap" not in self.options:
                 raise ValueError(f"forget_loss_cap={forget_loss_cap}: {objective} has none: leave it out")
             self.options["forget_loss_cap"] = forget_loss_cap
         self.retain_loss, self.retain_coeff = retain_loss, retain_coeff if self.objective.retain else 0.0
+        self.hidden = hidden if retain_loss == "hidden_layers" else None
+        self.layers: list[int] | None = None  # those of `hidden` in the model, once `fit` knows it
         self.layer: int | None = None  # that an objective of hidden states is taken at
         if self.objective.states:
             if self.options["layer"] is None and block is None:
@@ -82,6 +91,9 @@ class Criterion:
         kind = f"layer.{self.layer}" if self.objective.states else RETAIN_LOSSES[self.retain_loss][1]
         if kind is not None:
             needs[kind] = [*needs.get(kind, []), "retain"]
+        if self.hidden is not None:
+            layers = self.hidden.layers if self.layers is None else self.layers
+            needs |= {kind: ["retain"] for kind in (map("layer.{}".format, layers) if layers != ALL else [EVERY])}
         return {kind: tuple(parts) for kind, parts in needs.items()}
 
     def copy_of_head(self, head: Head) -> Head | None:
@@ -148,20 +160,45 @@ class Criterion:
         if self.objective.states:
             rows.states = decoder.run(packed, stretch, self.layer + 1)
             return self._total(rows, retain_states)
-        if (known := self.weights(step)) is not None:
+        distances = self.distances(decoder, step)
+        stretch = dataclasses.replace(stretch, taps=distances.taps)
+        if (known := self._nll_weights(step)) is not None:
             loss, nll = losses.weighted_pass(decoder, packed, known, stretch, impl=impl)
-            return PartLoss(_times(loss, step.shares.factor), nll)
-        losses.check_labelled(packed)
-        every = "hidden_all" in self.needs
-        final = decoder.final(decoder.run(packed, stretch, rows=not every))
-        rows.hidden, rows.hidden_all = (take(final, packed.rows), final) if every else (final, None)
-        rows.nll = linear_rows.linear_nll(rows.hidden, decoder.head, packed.targets, impl=impl)
-        return self._total(rows, RETAIN_LOSSES[self.retain_loss][0])
+            part = PartLoss(_times(loss, step.shares.factor), nll)
+        else:
+            losses.check_labelled(packed)
+            every = "hidden_all" in self.needs
+            final = decoder.final(decoder.run(packed, stretch, rows=not every))
+            rows.hidden, rows.hidden_all = (take(final, packed.rows), final) if every else (final, None)
+            rows.nll = linear_rows.linear_nll(rows.hidden, decoder.head, packed.targets, impl=impl)
+            part = self._total(rows, RETAIN_LOSSES[self.retain_loss][0])
+        for layer in sorted(distances.found, reverse=True):  # as a streamed model comes by them
+            part = part.plus(self.layer_part(step, distances.found[layer]))
+        return part
+
+    def distances(self, decoder: Decoder, step: StepBatch) -> Distances:
+        """What compares the layers' outputs with the original's, as the batch goes through them: none unless the
+        retain term is of hidden layers."""
+        if self.hidden is None:
+            return Distances(Rows(step, decoder.head), (), 0.0)
+        layers = self.hidden.chosen(decoder.num_layers) if self.layers is None else self.layers
+        return Distances(Rows(step, decoder.head), layers, self.hidden.coeff)
+
+    def layer_part(self, step: StepBatch, distance: torch.Tensor) -> PartLoss:
+        """What one layer's part of the retain term, of `distances`, adds to the loss."""
+        coeff = self.retain_coeff * step.shares.retain_scale
+        term = None if self.objective.update is None else float(distance.detach())
+        return PartLoss(_times(coeff * distance, step.shares.factor), None, term)
 
     def weights(self, step: StepBatch) -> losses.RowWeights | None:
         """The rows' weights where the loss is a sum of NLLs whose weights are known before the pass, else None. They do
         not hold `step.shares.factor`."""
-        if not self.objective.weighted or self.retain_loss != "nll":
+        return self._nll_weights(step) if self.hidden is None or not step.parts.retain else None
+
+    def _nll_weights(self, step: StepBatch) -> losses.RowWeights | None:
+        """`weights`, of the loss without its layers' part."""
+        of_nll = RETAIN_LOSSES[self.retain_loss][0] is RETAIN_LOSSES["nll"][0] or not step.parts.retain
+        if not (self.objective.weighted and of_nll):
             return None
         coeff = self.retain_coeff * step.shares.retain_scale
         return losses.gradient_difference(step.packed, len(step.parts.forget), coeff, self.options["forget_loss_cap"])
@@ -184,8 +221,10 @@ class Criterion:
             float(retain.detach()) if adapts else None,
         )
 
-    def check_layer(self, num_layers: int, block: range | None = None) -> None:
-        """ValueError if the layer that the objective is taken at does not exist, or lies below the block."""
+    def fit(self, num_layers: int, block: range | None = None) -> None:
+        """Takes up how many layers the model has, and which are trained (None: all). ValueError if a layer that the
+        loss is taken at does not exist, or lies below the block."""
+        self.layers = None if self.hidden is None else self.hidden.chosen(num_layers, block)
         name, layer = self.objective.name, self.layer
         if layer is not None and not 0 <= layer < num_layers:
             raise ValueError(f"{name}: layer={layer}: the model has layers 0 to {num_layers - 1}")

@@ -332,4 +332,5 @@ RETAIN_LOSSES: dict[str, tuple[Callable[[Rows], torch.Tensor], str | None]] = {
     "kl": (_retain_kl, "hidden"),
     "kl_all": (_retain_kl_all, "hidden_all"),
     "hidden_mse": (_retain_hidden, "hidden"),
+    "hidden_layers": (_retain_nll, None),  # and the layers' part, see hidden_layers.py
 }

@@ -5,6 +5,7 @@ data set (`OriginalValues.of`), or for a batch (`measure`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -18,6 +19,7 @@ from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Decoder, Stretch
 from kunbr_fast.objectives import distributions as linear_rows
 
 PARTS = ("forget", "alternate", "retain")
+EVERY = "layer.all"  # each layer's output, a kind for `OriginalValues.of`
 Needs = dict[str, tuple[str, ...]]  # for each kind of value, the PARTS that need it
 
 
@@ -42,10 +44,12 @@ class OriginalValues:
 
     Kinds: `nll` (R_i,), the labelled rows' NLL, fp32 (fp64 of an fp64 model); `hidden` (R_i, D), the labelled rows
     after the final norm; `hidden_all` (T_i, D), all tokens after the final norm; `layer.N` (T_i, D), the output of
-    layer N.
+    layer N. spread: of each `layer.N` the mean over tokens of |h - mean h|^2, of all the samples that were measured
+    together.
     """
 
     values: dict[str, list[torch.Tensor | None]]
+    spread: dict[str, float | torch.Tensor] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -64,6 +68,7 @@ class OriginalValues:
         samples: lists by PARTS; the values follow the order of the mapping. A streamed model reads each layer once for
         all samples; place: where their activations wait between two layers.
         """
+        needs = _each(needs, range(decoder.num_layers))
         sizes = [len(part) for part in samples.values()]
         first = dict(zip(samples, itertools.accumulate(sizes, initial=0)))
         values: dict[str, list[torch.Tensor | None]] = {kind: [None] * sum(sizes) for kind in needs}
@@ -94,12 +99,17 @@ class OriginalValues:
             for number, batch, layers, stretch in decoder.forward_to(map(packed, jobs), stops, place):
                 keep(jobs[number], batch, [kind for layer in layers for kind in stops[layer]], stretch)
                 bar.update(max(stops) in layers)
-        return cls(values)
+        return together([cls(values)])[0]
 
     def batch(self, indices: Iterable[int]) -> OriginalValues:
         """The values of the samples `indices`, in their order."""
         indices = list(indices)
-        return OriginalValues({kind: [tensors[i] for i in indices] for kind, tensors in self.values.items()})
+        values = {kind: [tensors[i] for i in indices] for kind, tensors in self.values.items()}
+        return OriginalValues(values, self.spread)
+
+    def joined(self, more: OriginalValues) -> OriginalValues:
+        """With other kinds of the same samples."""
+        return OriginalValues({**self.values, **more.values}, {**self.spread, **more.spread})
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """As flat tensors, for a file."""
@@ -107,15 +117,44 @@ class OriginalValues:
         for kind, tensors in self.values.items():
             flat[kind] = torch.cat([t for t in tensors if t is not None])
             flat[f"{kind}:rows"] = torch.tensor([0 if t is None else len(t) for t in tensors])
+        flat |= {f"{kind}:spread": torch.tensor(x, dtype=torch.float64) for kind, x in self.spread.items()}
         return flat
 
     @classmethod
     def from_tensors(cls, flat: Mapping[str, torch.Tensor]) -> OriginalValues:
         values = {}
-        for kind in (name for name in flat if not name.endswith(":rows")):
+        for kind in (name for name in flat if ":" not in name):
             rows = flat[f"{kind}:rows"].tolist()
             values[kind] = [part if count else None for part, count in zip(flat[kind].split(rows), rows)]
-        return cls(values)
+        spread = {name.removesuffix(":spread"): float(x) for name, x in flat.items() if name.endswith(":spread")}
+        return cls(values, spread)
+
+
+def _each(needs: Needs, layers: Iterable[int]) -> Needs:
+    """With each layer by its own kind where all are needed."""
+    layers = {f"layer.{i}": needs[EVERY] for i in layers} if EVERY in needs else {}
+    return layers | {kind: parts for kind, parts in needs.items() if kind != EVERY}
+
+
+def together(parts: Sequence[OriginalValues]) -> list[OriginalValues]:
+    """Values that were measured part by part, with the spread of all of them."""
+    spread: dict[str, float | torch.Tensor] = {}
+    for kind in parts[0].values if parts else ():
+        if kind.startswith("layer."):
+            spread[kind] = _spread([x for part in parts for x in part.values[kind] if x is not None])
+    return [dataclasses.replace(part, spread=spread) for part in parts]
+
+
+def _spread(states: list[torch.Tensor]) -> float | torch.Tensor:
+    """The mean over all rows of |h - mean h|^2; on a device as a tensor, so that nobody waits for it."""
+    if not states:
+        return 0.0
+    count = sum(map(len, states))
+    total = sum(x.sum(0, dtype=torch.float64) for x in states)
+    squares = sum(torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in states)
+    found = (squares - total.square().sum() / count) / count
+    wide = torch.promote_types(states[0].dtype, torch.float32)
+    return float(found) if found.device.type == "cpu" else found.to(wide)
 
 
 @torch.no_grad()
@@ -128,7 +167,9 @@ def measure(
     stretch: Stretch = FROM_EMBEDDINGS,
     impl: str = "auto",
 ) -> OriginalValues:
-    """The `OriginalValues` of one packed batch, from the weights that the decoder has now."""
+    """The `OriginalValues` of one packed batch, from the weights that the decoder has now, in one forward pass. The
+    spread is that of the batch."""
+    needs = _each(needs, range(stretch.start, decoder.num_layers))
     values: dict[str, list[torch.Tensor | None]] = {kind: [None] * batch.num_samples for kind in needs}
 
     def keep(kind: str, tensors: Sequence[torch.Tensor]) -> None:
@@ -136,11 +177,16 @@ def measure(
             for i in getattr(parts, part):
                 values[kind][i] = tensors[i]
 
-    for layer in sorted(int(kind.partition(".")[2]) for kind in needs if kind.startswith("layer.")):
-        hidden = decoder.run(batch, stretch, layer + 1)
-        stretch = Stretch(layer + 1, hidden)
-        keep(f"layer.{layer}", hidden.split(batch.lengths))
-    if needs.keys() & {"nll", "hidden", "hidden_all"}:
+    def keep_layer(kind: str, hidden: torch.Tensor) -> torch.Tensor:
+        keep(kind, hidden.split(batch.lengths))
+        return hidden
+
+    kinds = {int(kind.partition(".")[2]): kind for kind in needs if kind.startswith("layer.")}
+    taps = {layer: functools.partial(keep_layer, kind) for layer, kind in kinds.items()}
+    stretch = dataclasses.replace(stretch, taps=taps)
+    if not needs.keys() - kinds.values():
+        decoder.run(batch, stretch, max(kinds) + 1)
+    else:
         every = "hidden_all" in needs
         final = decoder.final(decoder.run(batch, stretch, rows=not every))
         if every:
@@ -150,4 +196,4 @@ def measure(
         if "nll" in needs:
             nll = linear_rows.linear_nll(final, decoder.head, batch.targets, impl=impl)
             keep("nll", nll.split(batch.row_counts))
-    return OriginalValues(values)
+    return together([OriginalValues(values)])[0]

@@ -30,8 +30,9 @@ def _sums(x: torch.Tensor, owner: torch.Tensor, count: int) -> torch.Tensor:
 class Part:
     """The forget, the alternate or the retain samples of a batch: b samples, r labelled rows, t tokens, in order.
 
-    nll (r,): differentiable. original_nll (r,): the original model's. states, original_states (t, D): the output of
-    the objective's layer (of an objective with `states`), and the original's. All in fp32, or fp64 of fp64 models.
+    tokens: where they are in the batch. nll (r,): differentiable. original_nll (r,): the original model's. states,
+    original_states (t, D): the output of the objective's layer (of an objective with `states`), and the original's. All
+    in fp32, or fp64 of fp64 models.
     """
 
     def __init__(self, rows: Rows, samples: range):
@@ -39,7 +40,7 @@ class Part:
         counts, lengths = rows.packed.row_counts, rows.packed.lengths
         self.num_samples, before = len(samples), samples.start
         self._at = slice(sum(counts[:before]), sum(counts[: samples.stop]))
-        self._tokens = slice(sum(lengths[:before]), sum(lengths[: samples.stop]))
+        self.tokens = slice(sum(lengths[:before]), sum(lengths[: samples.stop]))
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """(b,) each sample's sum of x (r,) over its labelled rows."""
@@ -51,7 +52,7 @@ class Part:
 
     def token_mean(self, x: torch.Tensor) -> torch.Tensor:
         """(b,) each sample's mean of x (t,) over its tokens, labelled or not."""
-        owner = self._rows.packed.sample_of_token[self._tokens] - self.samples.start
+        owner = self._rows.packed.sample_of_token[self.tokens] - self.samples.start
         lengths = torch.tensor(self._rows.packed.lengths[self.samples.start : self.samples.stop], dtype=x.dtype)
         return _sums(x, owner, self.num_samples) / send(lengths, x.device)
 
@@ -87,11 +88,16 @@ class Part:
 
     @property
     def states(self) -> torch.Tensor:
-        return _wide(self._rows.states[self._tokens])
+        return _wide(self._rows.states[self.tokens])
 
     @property
     def original_states(self) -> torch.Tensor:
-        return _wide(self._original(f"layer.{self._rows.layer}", self._tokens))
+        return _wide(self._original(f"layer.{self._rows.layer}", self.tokens))
+
+    def original_output(self, layer: int) -> tuple[torch.Tensor, float | torch.Tensor]:
+        """(t, D): the original's output of a layer, and the spread of those measured with it."""
+        kind = f"layer.{layer}"
+        return self._original(kind, self.tokens), self._rows.step.original.spread[kind]
 
     def each(self, function: Callable[..., Any], original: bool = False) -> torch.Tensor:
         """(r,) `function` of each row's distribution, see `linear_rows`, differentiable; with `original` it sees the
@@ -102,8 +108,8 @@ class Part:
 
     def each_token(self, function: Callable[..., Any]) -> torch.Tensor:
         """(t,) `function` of the distribution at every token, and of the original's there."""
-        rows, other = self._rows, self._original("hidden_all", self._tokens)
-        hidden = rows.hidden_all[self._tokens]
+        rows, other = self._rows, self._original("hidden_all", self.tokens)
+        hidden = rows.hidden_all[self.tokens]
         return linear_rows.linear_rows(hidden, rows.head, function, None, other, rows.original_head)
 
     def _original(self, kind: str, entries: slice) -> torch.Tensor:

@@ -97,10 +97,10 @@ def _criteria(decoder: Decoder, config: KUnBRConfig, warm_up: bool) -> list[Crit
     blocks = _blocks(decoder, config)
     criteria = [config.criterion(block) for block in blocks]
     for block, criterion in zip(blocks, criteria):
-        criterion.check_layer(decoder.num_layers, block)
+        criterion.fit(decoder.num_layers, block)
     if warm_up:
         criteria.append(config.criterion(warmup=True))
-        criteria[-1].check_layer(decoder.num_layers)
+        criteria[-1].fit(decoder.num_layers)
     return criteria
 
 

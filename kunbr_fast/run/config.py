@@ -18,6 +18,7 @@ from kunbr_fast.density import attribution
 from kunbr_fast.density.measure import REDUCTIONS
 from kunbr_fast.density.watch import MODULES
 from kunbr_fast.evaluation.accuracy import SCORINGS
+from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.atomic import atomic_write
 from kunbr_fast.files.documents import read_yaml
@@ -28,7 +29,8 @@ from kunbr_fast.keywords import nearest
 from kunbr_fast.memory import STORAGES, Place
 from kunbr_fast.model.low_precision import COVER_PRECISIONS
 from kunbr_fast.model.prefix_cache import CACHE_DTYPES
-from kunbr_fast.objectives.criterion import Criterion
+from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
+from kunbr_fast.objectives.hidden_layers import ALL, HiddenLayers
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
 from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.run.setting import ADVERSARY, NUMBERS, RATES, VISITS, refuse_old, setting
@@ -77,10 +79,15 @@ class KUnBRConfig:
     objective_options: dict[str, Any] = setting({}, "the objective's own settings, such as beta", "data")
     retain_loss: str = setting(
         "nll",
-        "nll; kl: KL(original || now) over labelled tokens; kl_all: over all; hidden_mse: of the final hidden states",
+        "nll; kl: KL(original || now) over labelled tokens; kl_all: over all; hidden_mse: of the final hidden states; "
+        "hidden_layers: nll, and the layers' outputs near the original's",
         "data",
         tuple(RETAIN_LOSSES),
     )
+    retain_layers: str | tuple[int, ...] = setting(
+        EVERY_LAYER.layers, "of hidden_layers: all, or the numbers of layers", "data"
+    )
+    hidden_coeff: float = setting(EVERY_LAYER.coeff, "of hidden_layers: the states' weight beside the nll", "training")
     retain_coeff: float = setting(1.0, "weight of the retain loss", "training")
     forget_loss_cap: float | None = setting(
         None,
@@ -183,6 +190,7 @@ class KUnBRConfig:
     )
     rtt: bool = setting(True, "attack the result (retraining on T)", "none")
     rtt_lrs: tuple[float, ...] = setting((1e-6, 5e-6, 1e-5), "learning rates of the attack", "none")
+    rtt_attacks: tuple[str, ...] = setting(("full",), f"kinds of attack: {', '.join(ATTACKS)}, or all", "none")
     rtt_epochs: int = setting(5, "epochs of each attack", "rtt")
     rtt_batch_size: int = setting(8, "batch size of the attack", "rtt")
     rtt_target: str = setting("all", "tokens the attack trains on", "rtt", TARGETS)
@@ -264,11 +272,14 @@ class KUnBRConfig:
             objective, options = self.warmup_objective, self.warmup_objective_options
         check_options(objective, options)
         found = OBJECTIVES[objective]
+        # of two objectives one may not take a setting that is there for the other
+        retain_loss = self.retain_loss if found.retain and not found.states else "nll"
+        ignored = retain_loss != self.retain_loss
         return Criterion(
             objective,
             options,
-            # of two objectives one may not take a setting that is there for the other
-            retain_loss=self.retain_loss if found.retain and not found.states else "nll",
+            retain_loss=retain_loss,
+            hidden=EVERY_LAYER if ignored else HiddenLayers(self.retain_layers, self.hidden_coeff),
             retain_coeff=self.retain_coeff,
             forget_loss_cap=self.forget_loss_cap if "forget_loss_cap" in found.options else None,
             block=block,
@@ -281,7 +292,8 @@ class KUnBRConfig:
     def attack(self) -> RTTConfig:
         """The RTT attack's settings."""
         how = {
-            "target": self.rtt_target, "text": self.text(), "max_length": self.max_length, "overlap": self.overlap
+            "target": self.rtt_target, "text": self.text(), "max_length": self.max_length, "overlap": self.overlap,
+            "attacks": self.rtt_attacks,
         }  # fmt: skip
         return RTTConfig(
             self.rtt_lrs, self.rtt_epochs, self.rtt_batch_size, scoring=self.scoring, seed=self.seed, **how
@@ -311,6 +323,15 @@ class KUnBRConfig:
         kinds = get_args(hint) or (hint,)
         if name in RATES:
             return rates(value, name)
+        if name == "rtt_attacks":
+            return chosen_attacks(value, name)
+        if name == "retain_layers":
+            listed = list(value) if isinstance(value, (list, tuple)) else [value]
+            if listed == [ALL]:
+                return ALL
+            if not listed or len(set(map(str, listed))) < len(listed):
+                raise ValueError(f"{name}={shown(value)}: expected all, or different numbers of layers")
+            return tuple(check("retain_layers entry", layer, NUMBERS[name]) for layer in listed)
         if name in NUMBERS:
             return check(name, value, NUMBERS[name], type(None) in kinds)
         if name.endswith("_options"):

@@ -12,8 +12,9 @@ import torch
 from kunbr_fast.density.measure import Density, knowledge_density
 from kunbr_fast.density.select import select_blocks
 from kunbr_fast.evaluation.accuracy import choice_accuracy
+from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.evaluation.report import Report
-from kunbr_fast.evaluation.rtt import RTTResult, finished_attacks
+from kunbr_fast.evaluation.rtt import AttackDiverged, finished_attacks
 from kunbr_fast.files.shown import plain
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.memory import Place
@@ -91,7 +92,8 @@ class Stages(Run):
                 self.reporter.say(f"accuracy of the {name} model on {len(asked)} {what} questions")
                 bar = self.reporter.title(f"{what} accuracy")
                 found = choice_accuracy(decoder, tokenizer, asked, scoring=scoring, progress=bar)
-                out[what] = {"plain": found.plain, "calibrated": found.calibrated, "num_questions": found.num_questions}
+                names = "plain calibrated num_questions smooth smooth_error".split()
+                out[what] = {name: getattr(found, name) for name in names}
         return out
 
     @contextlib.contextmanager
@@ -112,9 +114,9 @@ class Stages(Run):
     def attack(self) -> RTTResult | None:
         try:
             return self._attack()
+        except AttackDiverged:
+            raise
         except FloatingPointError as error:
-            if error.__cause__ is not None:
-                raise  # of an attack's own training
             found = self.overflown(MERGED, str(error).partition(": its weights")[0])
             found.resumable("", self.locked(found))
             raise found from error
@@ -124,10 +126,11 @@ class Stages(Run):
         if attack is None:
             return None
         lrs = ", ".join(f"{lr:g}" for lr in self.config.rtt_lrs)
-        with self.reporter.stage(RTT, f"RTT attack: {len(attack.folds)} folds, learning rates {lrs}") as took:
+        kinds = "" if self.config.rtt_attacks == ("full",) else f" ({', '.join(self.config.rtt_attacks)})"
+        with self.reporter.stage(RTT, f"RTT attack{kinds}: {len(attack.folds)} folds, learning rates {lrs}") as took:
 
             def keep(rows: list[dict]) -> None:
-                stage = Stage.attack(rows[0]["fold"], rows[0]["lr"])
+                stage = Stage.attack(rows[0]["fold"], rows[0]["lr"], rows[0]["attack"])
                 self.state.finish(stage, {"rows": rows, "seconds": took.lap()})
 
             def done() -> list[dict]:

@@ -78,7 +78,7 @@ class Run:
                     found = OriginalValues.of(self.decoder, self.samples.parts, needs, place=place, **how)
             self.state.finish(stage, {"seconds": took.seconds}, found.tensors())
         found = OriginalValues.from_tensors(load_tensors(self.state.file(stage)))
-        self.original = OriginalValues({**self.original.values, **found.values})
+        self.original = self.original.joined(found)
 
     def prefix_cache(self, home: list[int] | None = None) -> PrefixCache | CacheShard:
         """Of the samples that blocks train on; of a team's the rank's own, by `home` (as of `Feed`)."""

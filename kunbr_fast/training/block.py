@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from kunbr_fast.model.weights import other_names, owners
 from kunbr_fast.objectives.batch import PartLoss, Role, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.losses import RowWeights, weighted_pass
-from kunbr_fast.objectives.original import measure
+from kunbr_fast.objectives.original import measure, together
 from kunbr_fast.training.adversary import FlatAdversary
 from kunbr_fast.training.flat_buffer import FlatBuffer
 from kunbr_fast.training.graphs import Capture, StepGraphs, capture_cuda
@@ -174,6 +174,13 @@ class BlockTraining(Training):
         self._check_layer(step.packed)
         stretch, criterion = self._stretch(step.packed), self.criterion_of(step.role)
         return criterion(self.decoder, self._measured(step, stretch), stretch, impl=self.execution.impl)
+
+    def _passes(self, steps: list[StepBatch]) -> Iterable[PartLoss]:
+        if len(steps) > 1 and steps[0].original is None and self.criterion_of(steps[0].role).layers is not None:
+            steps = [self._measured(step, self._stretch(step.packed)) for step in steps]
+            found = together([step.original for step in steps])  # the spread is that of the whole batch
+            steps = [dataclasses.replace(step, original=values) for step, values in zip(steps, found)]
+        return super()._passes(steps)
 
     def _measured(self, step: StepBatch, stretch: Stretch) -> StepBatch:
         """The batch with the original's values: its own, or by a forward pass with the block's original weights."""

@@ -46,7 +46,7 @@ class FullTraining(Training):
             changes, "FullTraining", settings or FullSettings(changes.get("lr")), execution or Execution()
         )
         super().__init__(decoder, criterion or Criterion(), settings, execution, "training of all parameters")
-        self.criterion.check_layer(decoder.num_layers)
+        self.criterion.fit(decoder.num_layers)
         self.original_head = self.criterion.copy_of_head(decoder.head)
         self.parameters = dict(decoder.model.named_parameters())  # a tied weight appears once
         for parameter in self.parameters.values():

@@ -78,7 +78,7 @@ def reinserted(
     check_block(block, decoder.num_layers)
     _check_owned(decoder, unlearned, block, settings.insertion == "cumulative")
     criterion = settings.criterion(block, criterion)
-    criterion.check_layer(decoder.num_layers, block)
+    criterion.fit(decoder.num_layers, block)
     execution.check(decoder, block, settings.optimizer)
     ensure_proven(decoder.device, {decoder.dtype}, execution.impl)
     if unlearned is decoder.model or (decoder.streamed and unlearned is decoder.weights):

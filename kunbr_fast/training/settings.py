@@ -14,7 +14,8 @@ from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.low_precision import check_cover
-from kunbr_fast.objectives.criterion import Criterion
+from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
+from kunbr_fast.objectives.hidden_layers import HiddenLayers
 from kunbr_fast.training import flat_buffer
 from kunbr_fast.training.graphs import check_cuda_graphs
 from kunbr_fast.values import COUNT_OR_NONE, FLOAT32, NOT_NEGATIVE, check
@@ -84,7 +85,8 @@ class FullSettings:
 class BlockSettings(FullSettings):
     """What the re-insertion of a block trains.
 
-    objective, objective_options, retain_loss, retain_coeff, forget_loss_cap: what a step minimises, see `Criterion`.
+    objective, objective_options, retain_loss, retain_layers, hidden_coeff, retain_coeff, forget_loss_cap: what a step
+    minimises, see `Criterion`; retain_layers and hidden_coeff are its `HiddenLayers`.
     insertion: "cumulative" leaves the trained block in the original for the next ones, "independent" takes it out.
     master_weights: fp32 copies of half-precision block weights for the optimiser.
     mask: for some of the block's parameters, by name, a bool tensor of its shape: where it is False the weight keeps
@@ -97,6 +99,8 @@ class BlockSettings(FullSettings):
     objective: str = "gradient_difference"
     objective_options: Mapping[str, Any] | None = None
     retain_loss: str = "nll"
+    retain_layers: str | Sequence[int] = EVERY_LAYER.layers
+    hidden_coeff: float = EVERY_LAYER.coeff
     forget_loss_cap: float | None = None
     insertion: str = "independent"
     master_weights: bool = True
@@ -111,12 +115,13 @@ class BlockSettings(FullSettings):
         """What a step of `block` minimises: `given`, or by the settings. ValueError where both name something."""
         mine = dict(objective=self.objective, options=self.objective_options or None, retain_loss=self.retain_loss)
         mine |= dict(retain_coeff=self.retain_coeff, forget_loss_cap=self.forget_loss_cap)
+        mine |= dict(hidden=HiddenLayers(self.retain_layers, self.hidden_coeff))
         if given is None:
             return Criterion(**mine, block=block)
-        if tuple(mine.values()) != ("gradient_difference", None, "nll", 1.0, None):
+        if tuple(mine.values()) != ("gradient_difference", None, "nll", 1.0, None, EVERY_LAYER):
             raise ValueError(
-                "criterion= stands for objective, objective_options, retain_loss, retain_coeff and forget_loss_cap: "
-                "give those or it"
+                "criterion= stands for objective, objective_options, retain_loss, retain_layers, hidden_coeff, "
+                "retain_coeff and forget_loss_cap: give those or it"
             )
         return given
 

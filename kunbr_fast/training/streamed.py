@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Stretch
@@ -38,13 +40,21 @@ class LayerMajorTraining(BlockTraining):
         self._measured(steps[0], FROM_EMBEDDINGS)  # for its error
         decoder, found = self.decoder, []
         criterion = self.criterion_of(steps[0].role)  # of all: what an adversary relearns goes by itself
+        distances = [criterion.distances(decoder, step) for step in steps]
         top = criterion.layer if criterion.objective.states else decoder.num_layers - 1
 
         def turn(number: int, stretch: Stretch, stop: int, dy: torch.Tensor | None) -> None:
-            if dy is not None:
-                decoder.run(steps[number].packed, stretch, stop).backward(dy)
-            else:
+            if dy is None:
                 found.append(criterion(decoder, steps[number], stretch, impl=self.execution.impl).backward())
+                return
+            stretch = dataclasses.replace(stretch, taps=distances[number].taps)
+            out = decoder.run(steps[number].packed, stretch, stop)
+            if (distance := distances[number].found.pop(stop - 1, None)) is None:
+                out.backward(dy)
+                return
+            part = criterion.layer_part(steps[number], distance)
+            torch.autograd.backward([out, part.loss], [dy, None])
+            found[number] = found[number].plus(dataclasses.replace(part, loss=part.loss.detach()))
 
         store, self._store = self._store, None
         batches = [step.packed for step in steps]

@@ -193,7 +193,7 @@ def test_rtt_prints_the_curve_and_resumes(workspace, tmp_path, capsys):
                "--out", str(out)]  # fmt: skip
     assert cli.main([*command, "--plot", str(tmp_path / "r.png")]) == 0
     printed = capsys.readouterr().out
-    assert "RTT accuracy" in printed and printed.count("plain") == 1 and printed.count("calibrated") == 2
+    assert "RTT accuracy" in printed and printed.count("plain") == 1 and printed.count("calibrated") == 3
     first = json.loads(out.read_text())
     assert cli.main(command) == 2 and "--resume" in capsys.readouterr().err
     # one of the two folds is taken away, as if the attack had been interrupted before it

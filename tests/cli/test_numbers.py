@@ -34,6 +34,8 @@ SIZES = ["-1GiB", "1e400GiB", "NaNGiB", "infGiB", "GiB", "1 parsec", "9" * 400 +
 WITH = {  # what an option goes with
     ("unlearn", "--mask-ratio"): ["--mask", "wagle"],
     ("plan", "--mask-ratio"): ["--mask", "wagle"],
+    ("unlearn", "--retain-layers"): ["--retain-loss", "hidden_layers"],
+    ("plan", "--retain-layers"): ["--retain-loss", "hidden_layers"],
     ("unlearn", "--stream-cache"): ["--stream", "--unlearned", "."],
     ("density", "--stream-cache"): ["--stream"],
 }

@@ -22,7 +22,8 @@ from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.files.models import load_model, load_tokenizer
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.tensors import WeightSnapshot, save_tensors
-from kunbr_fast.model.decoder import Decoder, Stretch, find_layers
+from kunbr_fast.model.decoder import Decoder, Stretch
+from kunbr_fast.model.layers import find_layers
 from kunbr_fast.model.prefix_cache import PrefixCache
 from kunbr_fast.model.streamed import LayerMajor
 from kunbr_fast.model.streaming import open_streamed
@@ -398,6 +399,25 @@ def test_micro_batches_add_up_to_the_whole_batchs_gradient(name, folder):
                 assert float((training.flat.grad - truth).norm()) <= 1e-12 * float(truth.norm())
             if name == "rmu":  # of the last layer of the block: nothing above it runs
                 assert set(decoder.weights.loads) <= {0}
+
+
+@pytest.mark.parametrize("dtype, tokens, layers", [("float32", 20, "all"), ("bfloat16", None, [2, 4])])
+def test_hidden_layers_have_the_bits_of_the_resident_training(dtype, tokens, layers, folder):
+    """Each layer's distance enters at its own layer, on the way down."""
+    settings = dict(retain_loss="hidden_layers", retain_layers=layers, objective="pdu", micro_batch_tokens=tokens)
+    found = []
+    for decoder in (Decoder(whole(folder(), dtype)), Decoder(streamed(folder(), dtype))):
+        target = {n: p.detach().clone() for n, p in whole(folder("llama", 1), dtype).named_parameters()}
+        needs = Criterion("pdu", retain_loss="hidden_layers").needs
+        original = OriginalValues.of(decoder, {"forget": FORGET, "retain": RETAIN}, needs, batch_tokens=30)
+        metrics = []
+        with kf.reinserted(decoder, target, BLOCK, lr=1e-3, **settings) as training:
+            for _ in range(3):
+                metrics.append(training.step_packed(training.criterion.step_batch(pack(SAMPLES), 4, original)))
+            metrics.append(training.criterion.retain_coeff)
+        found.append((target, metrics, type(training)))
+    assert equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert [kind for _, _, kind in found] == [BlockTraining, LayerMajorTraining]
 
 
 def test_micro_batches():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from graph_emulator import capture
 from helpers import relative
+from hidden_states import forward, spreads
 from reference_procedure import ReferenceLion, block_names, padded_loss
 from reinsertion_problem import equal, identity, touched_model, weights
 from streamed_models import streamed, whole
@@ -40,7 +41,7 @@ def batches(plan, steps=7):
         yield [FORGET[i] for i in forget], [RETAIN[i] for i in retain], relearned
 
 
-def two_models(model, names, plan, lr=1e-3, forget_loss=lambda model, samples: -padded_loss(model, samples)):
+def two_models(model, names, plan, lr=1e-3, forget_loss=lambda model, samples: -padded_loss(model, samples), kept=0):
     """The method as the literature writes it: a whole second model."""
     adversary = copy.deepcopy(model)
     of = [dict(m.named_parameters()) for m in (model, adversary)]
@@ -61,7 +62,8 @@ def two_models(model, names, plan, lr=1e-3, forget_loss=lambda model, samples: -
             padded_loss(adversary, batch).backward()
             adamw.step()
         forget_grads = torch.autograd.grad(forget_loss(adversary, forget), theirs)
-        retain_grads = torch.autograd.grad(1.5 * padded_loss(model, retain), mine)
+        retain_loss = padded_loss(model, retain) + (kept and 0.7 * kept(model, retain))
+        retain_grads = torch.autograd.grad(1.5 * retain_loss, mine)
         for w, forget_grad, retain_grad in zip(mine, forget_grads, retain_grads):
             w.grad = forget_grad + retain_grad
         lion.step()
@@ -135,6 +137,30 @@ def test_other_objectives_are_taken_at_the_adversary():
             inserted.get_parameter(name).copy_(start[name])
     truth = two_models(inserted, names, plan, forget_loss=npo)
     assert close(reinserted(plan, objective="npo"), truth)
+
+
+def test_hidden_layers_are_kept_at_the_trained_weights():
+    """The whole method: the forget loss at the adversary, the retain term with its hidden states at the model."""
+    model, plan, layers = tiny_model(), schedule(), range(2, 6)
+    original = copy.deepcopy(model)
+    names = block_names(model, "model.layers", BLOCK)
+
+    def kept(model, retain):
+        spread, far = spreads(original, retain), []
+        for sample in retain:
+            with torch.no_grad():
+                then = forward(original, sample)[1]
+            now = forward(model, sample)[1]
+            far.append(torch.stack([(now[i] - then[i]).square().sum(1).mean() / spread[i] for i in layers]).mean())
+        return torch.stack(far).mean()
+
+    start, inserted = dict(moved(tiny_model()).named_parameters()), copy.deepcopy(model)
+    with torch.no_grad():
+        for name in names:
+            inserted.get_parameter(name).copy_(start[name])
+    ours = reinserted(plan, retain_loss="hidden_layers", hidden_coeff=0.7)
+    assert close(ours, two_models(inserted, names, plan, kept=kept))
+    assert not close(ours, reinserted(plan))
 
 
 def test_it_is_not_the_training_without_one():

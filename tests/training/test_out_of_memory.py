@@ -83,7 +83,7 @@ OBJECTIVES = {
     "undial": dict(retain_loss="kl_all"),
     "dpo": {},
     "ceu": {},
-    "pdu": dict(objective_options={"retain_loss_eps": 0.3, "dual_step_size": 0.5}),
+    "pdu": dict(retain_loss="hidden_layers", objective_options={"retain_loss_eps": 0.3, "dual_step_size": 0.5}),
     "rmu": dict(objective_options={"layer": 4}),
 }
 

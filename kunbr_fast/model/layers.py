@@ -1,0 +1,35 @@
+"""Where a model has its layers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def layer_list(model: nn.Module, count: int, name: str) -> tuple[str, nn.ModuleList]:
+    """The path and the list of `count` layers; ValueError, which calls the model `name`, where it is not clear."""
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and any(True for _ in module.parameters())
+    ]
+    if not found:
+        raise ValueError(f"{name} has no nn.ModuleList of num_hidden_layers={count} layers: not a decoder this takes")
+    depth = min(path.count(".") for path, _ in found)
+    found = [item for item in found if item[0].count(".") == depth]
+    if len(found) > 1:
+        raise ValueError(f"{name} has several lists of {count} layers ({', '.join(p for p, _ in found)})")
+    return found[0]
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """`layer_list` of a model; ValueError also for layers of a type that cannot run on packed samples."""
+    config, name = model.config.get_text_config(), type(model).__name__
+    found = layer_list(model, config.num_hidden_layers, name)
+    # Chunks and the like are longer than the self-check's samples, which therefore could not tell.
+    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if odd:
+        raise ValueError(
+            f"{name} has layers of type {', '.join(sorted(odd))}: only full_attention and sliding_attention "
+            "run on packed samples"
+        )
+    return found
