@@ -112,7 +112,8 @@ class Run:
             found.append(self.training("warm-up", None))
         found.append(self._once("density", self.density))
         config = self.config
-        blocks = selectable_blocks(self.a.layers, config.num_blocks, config.top_k, config.skip_last_layers)
+        how = config.num_blocks, config.top_k, config.skip_last_layers
+        blocks = selectable_blocks(self.a.layers, *how) if config.top_k else []
         for block in blocks:
             name = f"re-insertion {block.start}-{block.stop - 1}"
             found.append(self.training(name, block, config.top_k / len(blocks)))
