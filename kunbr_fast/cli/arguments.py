@@ -18,7 +18,8 @@ from kunbr_fast.cli.argument_types import (
     path_name,
 )
 from kunbr_fast.files.models import DTYPES
-from kunbr_fast.run.config import NUMBERS, KUnBRConfig
+from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.setting import NUMBERS
 from kunbr_fast.values import Bytes
 
 # The groups of the help text: theme, and the settings of KUnBRConfig under it.
@@ -26,6 +27,7 @@ THEMES = {
     "data": "target max_length separator chat_date split_long overlap equal_choices seed batch_size retain_batch_size",
     "objective": "objective objective_options retain_loss retain_layers hidden_coeff retain_coeff "
     "forget_loss_cap weight_decay max_retain_loss",
+    "adversary": "adversary_every adversary_steps adversary_lrs adversary_frozen",
     "warm-up": "warmup_epochs warmup_objective warmup_objective_options warmup_lr warmup_optimizer",
     "selection": "modules reduction num_blocks top_k skip_last_layers",
     "blocks": "insertion rounds block_epochs block_lr optimizer master_weights mask mask_ratio",

@@ -69,6 +69,7 @@ class LoraTraining(FullTraining):
 
     def __init__(self, decoder: Decoder, lr: float, seed: int = 0):
         Training.__init__(self, decoder, Criterion(), FullSettings(lr), Execution(), "training of LoRA adapters")
+        self.criterion.fit(decoder.num_layers)
         self.original_head = None
         generator = torch.Generator().manual_seed(seed)
         linears = [module for module in decoder.layers.modules() if type(module) in (nn.Linear, compat.Conv1D)]

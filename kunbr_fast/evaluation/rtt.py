@@ -137,7 +137,7 @@ class Attack:
         limit = least(config.max_length, decoder.max_positions)
 
         def encoded(records: Sequence[Mapping], whose: str) -> list[data.Sample]:
-            part, names = data.encode_named(records, tokenizer, config.target, limit, text=config.text)
+            part, names, _ = data.encode_named(records, tokenizer, config.target, limit, text=config.text)
             check_tokens(decoder.model, part, [f"{whose}, {name}" for name in names])
             return part
 

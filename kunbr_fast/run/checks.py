@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from kunbr_fast.data import is_record
+from kunbr_fast.data.adversary import AdversarySettings
 from kunbr_fast.data.overlap import settle
 from kunbr_fast.data.text import say_separator
 from kunbr_fast.evaluation.rtt import Attack
@@ -24,7 +25,7 @@ from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.identity import check_record, run_identity
 from kunbr_fast.run.reporter import Reporter
-from kunbr_fast.run.samples import Samples, overlap, to_samples
+from kunbr_fast.run.samples import Samples, overlap, to_samples, with_facts
 from kunbr_fast.run.state import RunState
 from kunbr_fast.training.settings import Execution
 
@@ -111,11 +112,15 @@ def _samples(
     inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, criteria: Sequence[Criterion], reporter: Reporter
 ) -> Samples:
     alternate = next((c.alternate for c in criteria if c.alternate is not None), None)
-    forget = to_samples(inputs.forget, inputs.tokenizer, config, decoder, "forget", alternate)
+    forget, facts = with_facts(inputs.forget, inputs.tokenizer, config, decoder, "forget", alternate)
     retain = to_samples(inputs.retain, inputs.tokenizer, config, decoder, "retain")
     say_separator(config.separator, inputs.forget, inputs.retain)
     settle(overlap(inputs, forget, retain), config.overlap, reporter.say)
-    return Samples(forget, retain, [sample["alternate"] for sample in forget] if alternate is not None else [])
+    alternates = [sample["alternate"] for sample in forget] if alternate is not None else []
+    if config.adversary_every == 0:
+        return Samples(forget, retain, alternates)
+    AdversarySettings().halves(facts, 0)  # its error now
+    return Samples(forget, retain, alternates, facts)
 
 
 def _open_state(

@@ -268,7 +268,9 @@ class Stages(Run):
         for visit in order:
             if self.state.result(visit.stage) is None:
                 costs[visit.index] += block_cost(visit.block, self.decoder.num_layers)
-                steps += [[*forget, *(first + i for i in retain)] for forget, retain in self.schedule_of(visit)]
+                schedule = self.schedule_of(visit)
+                for number, (forget, retain) in enumerate(schedule):
+                    steps += [*schedule.relearned(number), [*forget, *(first + i for i in retain)]]
         sizes = [len(sample["input_ids"]) for sample in self.samples.forget + self.samples.retain]
         home = homes(steps, sizes, self.group.size)
         parallel = "samples" if self.config.insertion == "cumulative" else self.config.parallel
@@ -336,11 +338,11 @@ class Stages(Run):
         took: Timer,
     ) -> None:
         schedule, trained = self.schedule_of(visit), {}
-        with self.block_training(source, visit.block, trained) as training:
+        with self.block_training(visit, source, trained) as training:
             feed = self.feed_of(training, cache, home)
             measured = self.measure_approximations(training, cache, feed, schedule)
             if self.config.cache_bytes is not None:
-                cache.expect([feed.places(*step) for step in schedule])
+                cache.expect(feed.reads(schedule))
             result = self.train(visit.stage, training, feed, schedule, took) | measured
         self.state.finish(visit.stage, result, trained)
 

@@ -17,6 +17,7 @@ from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.original import Parts
+from kunbr_fast.training.adversary import FullAdversary
 from kunbr_fast.training.settings import Execution, FullSettings
 from kunbr_fast.training.training import Training
 
@@ -52,10 +53,13 @@ class FullTraining(Training):
             parameter.requires_grad_(True)
         cure = "load the model in float32 (--dtype float32)"
         self.optimizer = settings.make_optimizer(list(self.parameters.values()), execution.impl, cure)
+        if (adversary := settings.adversary) is not None:
+            self.adversary = FullAdversary(adversary, execution.impl, self.parameters)
 
     def loss(self, step: StepBatch) -> PartLoss:
         stretch = Stretch(recompute=self.execution.gradient_checkpointing)
-        return self.criterion(self.decoder, step, stretch, impl=self.execution.impl, original_head=self.original_head)
+        criterion, how = self.criterion_of(step.role), dict(impl=self.execution.impl, original_head=self.original_head)
+        return criterion(self.decoder, step, stretch, **how)
 
     def drop_gradient(self) -> None:
         self.optimizer.zero_grad()
@@ -80,13 +84,15 @@ class FullTraining(Training):
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-        return {**tensors, **self.criterion.state()}
+        return {**tensors, **self.criterion.state(), **({} if self.adversary is None else self.adversary.state())}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(state[name])
         self.criterion.load_state(state)
+        if self.adversary is not None:
+            self.adversary.load_state(state)
         self.optimizer.state.clear()
         self.optimizer.reset_flags()
         for key, value in state.items():
