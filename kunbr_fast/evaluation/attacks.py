@@ -65,6 +65,8 @@ ATTACKS = {
     "wide": Kind("the same, at rates beyond the list", lambda lrs: [min(lrs) / 3, 3 * max(lrs)]),
     "lion": Kind("the same, by Lion, whose rates are lower", _times(1 / 10, 1 / 3), optimizer="lion"),
     "long": Kind("the same, four times as long", passes=4),
+    "lora": Kind("LoRA on every linear layer, at ten times the rates", _times(10), optimizer="adamw", adapters=True),
+    "other_facts": Kind("all weights, on other facts of the same form; asks all folds", others=True),
     "int8": Kind("weights rounded to 8 bits, nothing trained", lambda lrs: [NO_RATE], rounds="int8"),
     "nf4": Kind("weights rounded to 4 bits, nothing trained", lambda lrs: [NO_RATE], rounds="nf4"),
 }  # fmt: skip

@@ -173,7 +173,8 @@ def plot_relearning(
     axes.set_ylim(0, 104)
     axes.set_xlim(-0.03 * epochs, 1.03 * epochs)
     axes.set_xticks(range(0, epochs + 1, max(1, -(-epochs // 16))))
-    axes.set_xlabel("epochs of fine-tuning on the other folds (0 = right after unlearning)")
+    on = "" if columns > 1 else " on the other folds"
+    axes.set_xlabel(f"epochs of fine-tuning{on} (0 = right after unlearning)")
     axes.set_ylabel("held-out accuracy (%)")
     rows = max(-(-len(lines) // columns), len(keys))
     axes.set_title(title, loc="left", fontweight="bold", pad=20 + 17 * rows)

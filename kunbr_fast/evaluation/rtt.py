@@ -10,7 +10,7 @@ Source: Deeb and Roger, "Do Unlearning Methods Remove Information from Language 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from kunbr_fast import data
 from kunbr_fast.data.content import ALLOWANCES
-from kunbr_fast.data.overlap import of_folds, settle
+from kunbr_fast.data.overlap import facts, of_folds, overlap, settle
 from kunbr_fast.data.text import say_separator
 from kunbr_fast.evaluation.accuracy import Accuracy, measure, prepare_questions
 from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks, round_weights
 from kunbr_fast.evaluation.curves import RTTResult, attack_of
+from kunbr_fast.evaluation.lora import train_lora
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.ownership import differentiable, no_adapter
@@ -92,7 +93,8 @@ def rtt_attack(
     done: Sequence[dict] = (),
     on_result: Callable[[list[dict]], None] | None = None,
 ) -> RTTResult:
-    """Fine-tune on all folds but one, ask about that one; for each kind of attack, fold and learning rate.
+    """Fine-tune on all folds but one, ask about that one; for each kind of attack, fold and learning rate. (The attack
+    `other_facts` needs those: see `Attack`.)
 
     decoder: of the unlearned model; its weights are bit for bit the same afterwards, also after an exception.
     snapshot_dir: where a copy of the weights lies meanwhile (the size of the model; removed at the end).
@@ -112,7 +114,8 @@ def rtt_attack(
 class Attack:
     """`rtt_attack` in two steps: all is tokenised at once, so that a bad line does not turn up an hour later.
 
-    say: told of an overlap that config allows, and of attacks that diverged.
+    say: told of an overlap that config allows, and of attacks that diverged. other_facts: records, or samples, of the
+    attack of that name: of the folds' form, with none of their facts.
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class Attack:
         folds: Sequence[Fold],
         config: RTTConfig,
         say: Callable[[str], None] = lambda text: None,
+        other_facts: Sequence[Mapping] = (),
     ):
         no_adapter(decoder.model, "the RTT attack")
         differentiable(decoder.model)
@@ -131,12 +135,19 @@ class Attack:
             prepare_questions(tokenizer, fold.questions, scoring=config.scoring, decoder=decoder) for fold in folds
         ]
         limit = least(config.max_length, decoder.max_positions)
-        self._samples = []
-        for fold in folds:
-            part, names, _ = data.encode_named(fold.train_records, tokenizer, config.target, limit, text=config.text)
-            check_tokens(decoder.model, part, [f"fold {plain(fold.name, NAME)}, {name}" for name in names])
-            self._samples.append(part)
+
+        def encoded(records: Sequence[Mapping], whose: str) -> list[data.Sample]:
+            part, names, _ = data.encode_named(records, tokenizer, config.target, limit, text=config.text)
+            check_tokens(decoder.model, part, [f"{whose}, {name}" for name in names])
+            return part
+
+        self._samples = [encoded(fold.train_records, f"fold {plain(fold.name, NAME)}") for fold in folds]
         settle(overlap_of(folds), config.overlap, say)
+        self._others: Sequence[data.Sample] = ()
+        if any(ATTACKS[attack].others for attack in config.attacks):
+            settle(taught_of(folds, other_facts), config.overlap, say)
+            is_text = data.is_record(other_facts[0])
+            self._others = encoded(other_facts, "other facts") if is_text else data.as_samples(other_facts)
         self._before: dict[int, Accuracy] = {}  # each fold's, where it is known
         self._say = say
 
@@ -224,9 +235,13 @@ class Attack:
             after_epoch(1)
             return
         samples = [sample for k, part in enumerate(self._samples) if k not in job.folds for sample in part]
-        how = dict(epochs=kind.passes * config.epochs, batch_size=config.batch_size, seed=config.seed)
-        optimizer = kind.optimizer or config.optimizer
-        train_all(self.decoder, samples, lr=job.lr, optimizer=optimizer, **how, on_epoch=after_epoch, progress=None)
+        samples = self._others if kind.others else samples
+        how = dict(lr=job.lr, epochs=kind.passes * config.epochs, batch_size=config.batch_size, seed=config.seed)
+        if kind.adapters:
+            train_lora(self.decoder, samples, **how, on_epoch=after_epoch)
+        else:
+            optimizer = kind.optimizer or config.optimizer
+            train_all(self.decoder, samples, optimizer=optimizer, **how, on_epoch=after_epoch, progress=None)
 
 
 class _Job(NamedTuple):
@@ -291,6 +306,18 @@ def _row(job: _Job, fold: Fold, epoch: int, found: Accuracy) -> dict:
 def overlap_of(folds: Sequence[Fold], attack: bool = True) -> str | None:
     """What to tell where folds say something about one another, else None. attack: as of `of_folds`."""
     return of_folds(((fold.name, [*fold.train_records, *fold.questions]) for fold in folds), attack)
+
+
+def taught_of(folds: Sequence[Fold], other_facts: Sequence[Mapping]) -> str | None:
+    """What to tell where a fold's fact is among the other facts, else None. ValueError where there are no others."""
+    if not other_facts:
+        raise ValueError(
+            "the attack other_facts has nothing to teach: give facts of the folds' form that are not in them "
+            "(--other-facts, a retain set), or leave it out of the attacks"
+        )
+    asked = [record for fold in folds for record in (*fold.train_records, *fold.questions)]
+    sides = facts({"fold record": asked}), facts({"other fact": other_facts})
+    return overlap(sides, "in a fold and in the other facts: the attack would teach what it asks about")
 
 
 def _check_folds(folds: Sequence[Fold]) -> None:

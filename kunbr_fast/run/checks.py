@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from kunbr_fast.data import is_record
 from kunbr_fast.data.adversary import AdversarySettings
 from kunbr_fast.data.overlap import settle
 from kunbr_fast.data.text import say_separator
@@ -35,6 +36,11 @@ def prepare(
     """The model's decoder, the samples, the attack, the opened state of a run and the given M_u's fingerprint; all that
     it is given is checked."""
     model, unlearned = inputs.model, inputs.unlearned
+    if config.top_k == 0 and unlearned is not None:
+        raise ValueError(
+            "top_k=0 trains no block, and with an unlearned model (unlearned=, --unlearned) there is no warm-up: "
+            "nothing would be trained. Leave one of them out"
+        )
     _check_streamed(model, unlearned, context.group)
     decoder = Decoder(model)
     criteria = _check_settings(decoder, config, config.execution(context.work), unlearned is None)
@@ -42,14 +48,16 @@ def prepare(
     identity = model_fingerprint(model)
     if inputs.tokenizer is None and (inputs.folds or any(inputs.questions.values())):
         raise ValueError("questions and folds hold text: give tokenizer=")
-    attack = _attack(inputs, config, decoder, context.reporter)
+    attack = _attack(inputs, config, decoder, samples, context.reporter)
     if isinstance(unlearned, nn.Module):
         check_same_architecture(model, unlearned, "unlearned")
     given = None if unlearned is None else model_fingerprint(unlearned, "the unlearned model's ")
     return decoder, samples, attack, _open_state(inputs, samples, config, context, identity, given), given
 
 
-def _attack(inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, reporter: Reporter) -> Attack | None:
+def _attack(
+    inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, samples: Samples, reporter: Reporter
+) -> Attack | None:
     """The attack on the result, if there is to be one and can be."""
     if not config.rtt or not inputs.folds:
         return None
@@ -59,7 +67,8 @@ def _attack(inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, reporter: 
             "`kunbr-fast rtt` attacks the result on a machine that holds it"
         )
         return None
-    return Attack(decoder, inputs.tokenizer, inputs.folds, config.attack(), reporter.say)
+    others = inputs.retain if is_record(inputs.retain[0]) else samples.retain
+    return Attack(decoder, inputs.tokenizer, inputs.folds, config.attack(), reporter.say, others)
 
 
 def _check_streamed(model: nn.Module, unlearned: Any, group: Group) -> None:
@@ -90,7 +99,8 @@ def _check_settings(decoder: Decoder, config: KUnBRConfig, execution: Execution,
 
 
 def _blocks(decoder: Decoder, config: KUnBRConfig) -> list[range]:
-    return selectable_blocks(decoder.num_layers, config.num_blocks, config.top_k, config.skip_last_layers)
+    how = config.num_blocks, config.top_k, config.skip_last_layers
+    return selectable_blocks(decoder.num_layers, *how) if config.top_k else []
 
 
 def _criteria(decoder: Decoder, config: KUnBRConfig, warm_up: bool) -> list[Criterion]:

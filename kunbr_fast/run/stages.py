@@ -150,7 +150,7 @@ class Stages(Run):
         """What the objectives need of M0, which the model must be now: of hidden layers once the blocks are known."""
         config, needs = self.config, {}
         if blocks is None:
-            criteria = [config.criterion(range(self.decoder.num_layers))]
+            criteria = [config.criterion(range(self.decoder.num_layers))] if config.top_k else []
             criteria = [c for c in criteria if not c.objective.states]
             if self.inputs.unlearned is None and self.state.result(WARMUP) is None:
                 criteria.append(config.criterion(warmup=True))
@@ -233,7 +233,8 @@ class Stages(Run):
 
     def select(self, density: Density) -> list[range]:
         config = self.config
-        blocks = select_blocks(density, config.num_blocks, config.top_k, config.skip_last_layers)
+        how = config.num_blocks, config.top_k, config.skip_last_layers
+        blocks = select_blocks(density, *how) if config.top_k else []
         chosen = [[block.start, block.stop] for block in blocks]
         if (found := self.state.result(SELECTION)) is None:
             self.state.finish(SELECTION, {"blocks": chosen})
@@ -242,7 +243,7 @@ class Stages(Run):
                 f"{self.state.path}: it says that blocks {found['blocks']} were selected, its density and the settings "
                 f"select {chosen}: start again in another directory"
             )
-        self.reporter.say("blocks: " + ", ".join(map(layers, blocks)))
+        self.reporter.say("blocks: " + (", ".join(map(layers, blocks)) or "none, the warm-up's result is the model"))
         return blocks
 
     # ------------------------------------------------ re-insertion
@@ -250,7 +251,7 @@ class Stages(Run):
     def reinsert(self, blocks: list[range]) -> dict[range, WeightSnapshot]:
         """Each block's last trained weights, on disk. In cumulative mode the model holds them too, afterwards."""
         order = visits(self.config, blocks)
-        if self.group.size == 1:
+        if self.group.size == 1 or not order:
             return self._visit_all(order)
         mine, together, home = self._spread(blocks, order)
         with self._apart() if len(together) < len(blocks) else contextlib.nullcontext():

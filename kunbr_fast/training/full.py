@@ -115,22 +115,38 @@ def train_all(
     progress: str | None = None,
     **settings: Any,
 ) -> None:
-    """Plain fine-tuning of all parameters in place: minimises the mean over samples of each one's mean NLL.
-
-    settings: fields of `FullSettings` and `Execution`. on_epoch(n) is called after epoch n = 1, 2, ... and may evaluate
-    the model. Raises `Diverged`, also where the last update has destroyed the weights.
-    """
-    schedule = Schedule(len(samples), 0, batch_size, 1, epochs, seed)
+    """Plain fine-tuning of all parameters in place: `fine_tune`. settings: fields of `FullSettings` and `Execution`."""
+    how = dict(epochs=epochs, batch_size=batch_size, seed=seed, on_epoch=on_epoch, on_step=on_step, progress=progress)
     with frozen(decoder.model):
-        training = FullTraining(decoder, **settings)
-        for step in tqdm(range(len(schedule)), desc=progress, unit="step", leave=False, disable=progress is None):
-            indices, _ = schedule[step]
-            packed = pack([samples[i] for i in indices]).to(decoder.device)
-            metrics = training.step_packed(StepBatch(packed, Parts.of(retain=len(indices))))
-            if on_step is not None:
-                on_step(metrics)
-            if (step + 1) % schedule.steps_per_epoch == 0:
-                training.check() if step + 1 == len(schedule) else training.check_update()
-                if on_epoch is not None:
-                    with torch.no_grad():
-                        on_epoch((step + 1) // schedule.steps_per_epoch)
+        fine_tune(FullTraining(decoder, **settings), samples, **how)
+
+
+def fine_tune(
+    training: Training,
+    samples: Sequence[Sample],
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int = 0,
+    on_epoch: Callable[[int], None] | None = None,
+    on_step: Callable[[dict], None] | None = None,
+    progress: str | None = None,
+) -> None:
+    """Minimises the mean over samples of each one's mean NLL.
+
+    on_epoch(n) is called after epoch n = 1, 2, ... and may evaluate the model. Raises `Diverged`, also where the last
+    update has destroyed the weights.
+    """
+    decoder = training.decoder
+    schedule = Schedule(len(samples), 0, batch_size, 1, epochs, seed)
+    for step in tqdm(range(len(schedule)), desc=progress, unit="step", leave=False, disable=progress is None):
+        indices, _ = schedule[step]
+        packed = pack([samples[i] for i in indices]).to(decoder.device)
+        metrics = training.step_packed(StepBatch(packed, Parts.of(retain=len(indices))))
+        if on_step is not None:
+            on_step(metrics)
+        if (step + 1) % schedule.steps_per_epoch == 0:
+            training.check() if step + 1 == len(schedule) else training.check_update()
+            if on_epoch is not None:
+                with torch.no_grad():
+                    on_epoch((step + 1) // schedule.steps_per_epoch)

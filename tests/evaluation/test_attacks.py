@@ -5,12 +5,14 @@ import json
 
 import pytest
 import torch
-from test_rtt import assert_untouched, make_config, make_decoder, make_folds, tokenizer, weights
-from tiny_models import tiny_model
+from test_rtt import assert_untouched, make_config, make_decoder, make_folds, statement, tokenizer, weights
+from tiny_models import random_samples, tiny_model
 
+from kunbr_fast.data import Schedule
 from kunbr_fast.evaluation import rtt
 from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks, round_weights
 from kunbr_fast.evaluation.curves import RTTResult
+from kunbr_fast.evaluation.lora import RANK, SCALE, LoraTraining, train_lora
 from kunbr_fast.evaluation.report import attack_table
 from kunbr_fast.evaluation.rtt import Attack, RTTConfig, finished_attacks
 from kunbr_fast.model.decoder import Decoder
@@ -20,12 +22,19 @@ ALL = tuple(ATTACKS)
 assert tokenizer  # a fixture
 
 
+OTHERS = [statement("Gil", 1962), statement("Hal", 1984), statement("Ida", 1951)]
+
+
+def attack_of(decoder, tokenizer, said=None, others=OTHERS, **change):
+    return Attack(decoder, tokenizer, make_folds(), make_config(**change), (said or []).append, others)
+
+
 @pytest.fixture(scope="module")
 def attacked(tokenizer, tmp_path_factory):
     """(decoder, its weights before, the finished rows in order, the result) of all attacks."""
     decoder, finished, folder = make_decoder(tokenizer), [], tmp_path_factory.mktemp("attacked")
     before = weights(decoder)
-    attack = Attack(decoder, tokenizer, make_folds(), make_config(attacks="all"))
+    attack = attack_of(decoder, tokenizer, attacks="all")
     result = attack.run(folder, False, on_result=finished.append)
     assert_untouched(decoder, before)
     assert list(folder.iterdir()) == []
@@ -39,6 +48,7 @@ def test_each_attack_has_its_own_curve(attacked):
     assert result.rates("wide") == [3.33e-4, 3e-2]
     assert result.rates("lion") == [1e-4, 1e-3, 3.33e-4, 3.33e-3]
     assert result.epochs("long") == [0, 4, 8]
+    assert result.rates("lora") == [1e-2, 1e-1] and result.rates("other_facts") == [1e-3, 1e-2]
     assert result.rates("int8") == result.rates("nf4") == [0.0] and result.epochs("nf4") == [0, 1]
     starts = {result.curve(lr, key, a)[0] for a in ALL for lr in result.rates(a) for key in ("smooth",)}
     assert len(starts) == 1, "all begin at the same model"
@@ -86,7 +96,7 @@ def test_each_is_resumed_on_its_own(attacked, tokenizer, tmp_path, monkeypatch, 
     finished, whole = attacked
     kept = len(finished) - left
     done = json.loads(json.dumps([row for rows in finished[:kept] for row in rows]))
-    attack = Attack(make_decoder(tokenizer), tokenizer, make_folds(), make_config(attacks="all"))
+    attack = attack_of(make_decoder(tokenizer), tokenizer, attacks="all")
     ran, real, later = [], training.train_all, []
     monkeypatch.setattr(rtt, "train_all", lambda *a, **o: (ran.append(o), real(*a, **o)))
     assert attack.run(tmp_path, False, done, later.append) == whole
@@ -130,6 +140,81 @@ def test_a_diverged_attack_is_told_and_the_others_go_on(tokenizer, tmp_path):
     with pytest.raises(rtt.AttackDiverged, match="every attack diverged .lion.: take lower"):
         attack = Attack(decoder, tokenizer, make_folds(2), make_config(lrs=(3e29,), attacks="lion"))
         attack.run(tmp_path, False)
+
+
+# --------------------------------------------------------------------------------------------- other facts
+
+
+def test_other_facts_are_taught_once_and_all_folds_asked(attacked, tokenizer, tmp_path, monkeypatch):
+    finished, whole = attacked
+    ran, real = [], training.train_all
+
+    def watched(decoder, samples, **options):
+        ran.append((options["lr"], [sample["input_ids"].tolist() for sample in samples]))
+        real(decoder, samples, **options)
+
+    monkeypatch.setattr(rtt, "train_all", watched)
+    attack = attack_of(make_decoder(tokenizer), tokenizer, attacks="other_facts")
+    taught = [tokenizer(record["text"])["input_ids"] for record in OTHERS]
+    mine = [rows for rows in finished if rows[0]["attack"] == "other_facts"]
+    assert len(mine) == 2 * 3, "each fold is kept for itself"
+    later = []
+    assert attack.run(tmp_path, False, mine[0], later.append).summary("other_facts") == whole.summary("other_facts")
+    assert ran == [(lr, taught) for lr in (1e-3, 1e-2)]
+    assert later == mine[1:], "one fold was kept, the training is made again for the others"
+
+
+def test_other_facts_must_be_others(tokenizer):
+    def attack(others, **change):
+        return attack_of(make_decoder(tokenizer), tokenizer, others=others, attacks="other_facts", **change)
+
+    with pytest.raises(ValueError, match="the attack other_facts has nothing to teach"):
+        attack([])
+    with pytest.raises(ValueError, match=r"t:Ada and t:Ada are the same fact, in a fold and in the other facts"):
+        attack([statement("Gil", 1962), statement("Ada", 1951)])
+    assert attack([statement("Ada", 1951)], overlap="allow")
+    assert attack([statement("Ada", 1973)]), "another Ada"
+    samples = attack(OTHERS)._others
+    assert torch.equal(attack(samples)._others[1]["input_ids"], samples[1]["input_ids"]), "samples do as well"
+
+
+# ----------------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_lora_is_pefts(architecture):
+    """Three epochs in fp64: the merged weights of PEFT's model, trained by torch's AdamW on the same batches."""
+
+    def model():
+        return tiny_model(architecture, num_hidden_layers=2)
+
+    peft = pytest.importorskip("peft")
+    samples, how = random_samples(7), dict(lr=1e-2, epochs=3, batch_size=3, seed=5)
+    decoder = Decoder(model())
+    first = LoraTraining(decoder, 1e-2, seed=5)
+    names = {id(p): name for name, p in decoder.model.named_parameters()}
+    begun = {names[id(adapter.parameter)]: adapter.a.detach().clone() for adapter in first.adapters}
+    targets = sorted({name.split(".")[-2] for name in begun})
+    settings = dict(r=RANK, lora_alpha=RANK * SCALE, target_modules=targets, fan_in_fan_out=architecture == "gpt2")
+    theirs = peft.get_peft_model(model(), peft.LoraConfig(**settings, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, a in begun.items():
+            theirs.get_submodule(f"base_model.model.{name.removesuffix('.weight')}").lora_A["default"].weight.copy_(a)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
+    for indices, _ in Schedule(len(samples), 0, 3, 1, 3, 5):
+        total = 0.0
+        for sample in (samples[i] for i in indices):
+            logits = theirs(input_ids=sample["input_ids"][None]).logits[0, :-1]
+            total = total + torch.nn.functional.cross_entropy(logits, sample["labels"][1:]) / len(indices)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    merged = dict(theirs.merge_and_unload().named_parameters())
+    train_lora(decoder, samples, **how)
+    for name, weight in decoder.model.named_parameters():
+        torch.testing.assert_close(weight, merged[name], rtol=0, atol=1e-9)
+        assert (name in begun) == (not torch.equal(weight, dict(model().named_parameters())[name]))
 
 
 # ------------------------------------------------------------------------------------------------- rounding

@@ -190,6 +190,18 @@ def test_objectives(config, tmp_path):
         equal(weights(again.model), weights(run.model))
 
 
+def test_a_run_without_blocks(tmp_path):
+    """The warm-up alone, with what `robust` sets: all parameters, an adversary, hidden layers kept."""
+    config = {"method": "robust", **CONFIG, "top_k": 0, "adversary_every": 2, "adversary_lrs": (1e-3, 2e-3)}
+    config = kf.KUnBRConfig.from_dict(config | {"batch_size": 4, "rtt": False}).to_dict()
+    model = tiny_model()
+    report = kf.unlearn(model, *data(), kf.KUnBRConfig(**config), progress=False)
+    run = trainer(tmp_path, config=config)
+    run.train()
+    assert report.blocks == [] and run.blocks in (None, [])
+    close(weights(run.model), weights(model))
+
+
 # ---------------------------------------------------------------- what Trainer's arguments say
 
 
