@@ -20,7 +20,6 @@ from kunbr_fast.benchmarks.forgetting.worlds import World
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.density.measure import knowledge_density
 from kunbr_fast.density.select import select_blocks
-from kunbr_fast.evaluation.report import Report
 from kunbr_fast.model.blocks import partition
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.reporter import Reporter
@@ -151,19 +150,42 @@ def adversary(world: World) -> Setting:
 
 
 def robust(world: World) -> list[Setting]:
-    """An adversary that relearns, and hidden states that are kept; searched on seed 10 before, by a prototype."""
-    last = (world.layers - 1,)
+    """An adversary that relearns, and hidden states kept: of all layers, of the last one, of the upper half."""
+    layers, lr = world.layers, 1.5 * world.lion
     return whole(
         world,
         "gradient_difference",
         [2.0],
-        dict(warmup_lr=world.lion * 1.5),
-        dict(warmup_lr=world.lion * 2.5),
-        dict(warmup_lr=world.lion * 1.5, retain_layers=last),
-        dict(warmup_lr=world.lion * 2.0, adversary_steps=4, adversary_frozen=True),
-        hidden_coeff=2.0,
+        dict(warmup_lr=2 * world.lion, hidden_coeff=40.0),
+        dict(warmup_lr=lr, hidden_coeff=2.5, retain_layers=(layers - 1,)),
+        dict(warmup_lr=lr, hidden_coeff=5.0, retain_layers=(layers - 1,)),
+        dict(warmup_lr=lr, hidden_coeff=2.5, retain_layers=tuple(range(layers // 2, layers))),
+        hidden_coeff=10.0,
         **adversary(world),
     )
+
+
+def robust_blocks(world: World) -> list[Setting]:
+    """The same in re-insertion: all layers as one block, two halves one after the other, a half after a warm-up."""
+    half = dict(num_blocks=2, skip_last_layers=0, top_k=2, insertion="cumulative")
+    one = dict(num_blocks=1, skip_last_layers=0, top_k=1, warmup_epochs=0, block_epochs=world.epochs)
+    last = dict(retain_layers=(world.layers - 1,), hidden_coeff=2.5)
+    warm_up, left = world.epochs // 9, world.epochs - world.epochs // 9
+    halves = dict(half, warmup_epochs=warm_up, block_epochs=left // 2, warmup_lr=2 * world.lion)
+    same = dict(optimizer="lion", hidden_coeff=10.0, **adversary(world))
+    return [
+        {**same, **changes}
+        for changes in (
+            dict(one, block_lr=2 * world.lion),
+            dict(one, block_lr=1.5 * world.lion, **last),
+            dict(halves, block_lr=2.5 * world.lion),
+            dict(halves, block_lr=5 * world.lion),
+            dict(
+                num_blocks=2, top_k=1, warmup_epochs=world.epochs * 2 // 3, warmup_lr=2 * world.lion,
+                block_epochs=world.epochs - world.epochs * 2 // 3, block_lr=2.5 * world.lion,
+            ),
+        )
+    ]  # fmt: skip
 
 
 YARDSTICK, BASELINE = "never", "gradient_difference"
@@ -194,6 +216,7 @@ METHODS: dict[str, Method] = {
     "random_blocks": Method("KUnBR, random blocks", blocks("independent"), random_blocks),
     "no_reinsertion": Method("KUnBR, no re-insertion", blocks("independent"), inside_the_unlearned),
     "robust": Method("robust, whole model", robust, wide=True),
+    "robust_blocks": Method("robust, blocks", robust_blocks, wide=True),
     YARDSTICK: Method("never saw them", train=without_them, wide=True),
 }  # fmt: skip
 

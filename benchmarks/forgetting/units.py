@@ -24,10 +24,10 @@ from kunbr_fast.benchmarks.measure import about
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.attacks import ATTACKS
 from kunbr_fast.evaluation.curves import RTTResult
+from kunbr_fast.evaluation.report import write_report
 from kunbr_fast.evaluation.rtt import Attack, AttackDiverged
 from kunbr_fast.files.documents import read_json
 from kunbr_fast.files.tensors import load_tensors, save_tensors
-from kunbr_fast.evaluation.report import write_report
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.reporter import Reporter
@@ -90,8 +90,7 @@ class Unit:
     @property
     def missing(self) -> list[str]:
         """What is not finished: "trained", kinds of attack."""
-        trained = self.trained
-        if trained is None:
+        if (trained := self.trained) is None:
             return ["trained", *self.kinds]
         if "diverged" in trained:
             return []
@@ -118,8 +117,8 @@ class Unit:
             if part == "trained":
                 total += 2.0 * self.world.epochs
             elif (kind := ATTACKS[part]).rounds is None:
-                each = config.rtt_epochs * kind.passes / 2 if not kind.at_once else config.rtt_epochs
-                total += len(kind.lrs(config.rtt_lrs)) * (each + config.rtt_epochs) * (1 if kind.at_once else 2)
+                times = len(kind.lrs(self.world.lrs_of(part))) * (1 if kind.at_once else len(self.world.folds))
+                total += times * config.rtt_epochs * (kind.passes + 1) / 2  # as much for asking as for training
             else:
                 total += 1.0
         return total
@@ -165,7 +164,7 @@ class Unit:
             found["rows"] += rows
             self._write(f"{kind}.json", {**found, "seconds": before + time.perf_counter() - begin, "whole": whole})
 
-        config = dataclasses.replace(self.config.attack(), attacks=(kind,))
+        config = dataclasses.replace(self.config.attack(), attacks=(kind,), lrs=world.lrs_of(kind))
         attack = Attack(decoder, world.tokenizer, world.folds, config, other_facts=world.other_facts)
         try:
             attack.run(self.folder / "attack", False, list(found["rows"]), write)

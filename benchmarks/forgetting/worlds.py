@@ -52,10 +52,15 @@ class World(abc.ABC):
     questions: dict[str, Records]
     folds: list[Fold]
     other_facts: Records
+    attack_lrs: dict[str, tuple[float, ...]]  # of kinds of attack that have others than config.rtt_lrs
     device: str = "cpu"
 
     def __init__(self, seed: int, folder: Path):
         self.seed, self.folder = seed, folder
+
+    def lrs_of(self, kind: str) -> tuple[float, ...]:
+        """The rates of which a kind of attack makes its own."""
+        return self.attack_lrs.get(kind, self.config.rtt_lrs)
 
     @abc.abstractmethod
     def untaught(self) -> nn.Module:
@@ -96,7 +101,10 @@ class World(abc.ABC):
     def mistaken(self, record: dict[str, Any]) -> dict[str, Any]:
         """The record with a wrong answer: the same for all records of a fact."""
         rng = random.Random(f"{self.seed} {record['fact']}")
-        return {**record, "completion": rng.choice([answer for answer in self.answers if answer != record["completion"]])}
+        return {
+            **record,
+            "completion": rng.choice([answer for answer in self.answers if answer != record["completion"]]),
+        }
 
     @functools.cached_property
     def answers(self) -> list[str]:
@@ -108,6 +116,8 @@ class DemoWorld(World):
 
     name, layers, lion, adamw, block_adamw, epochs = "demo", 8, demo.BASELINE["lr"], 3e-3, 5e-3, demo.BASELINE["epochs"]
     finer = dict(num_blocks=8, top_k=6, block_epochs=1)
+    # what costs most has fewer rates; LoRA's are ten times these
+    attack_lrs = {"lion": (1e-3, 5e-3), "long": (1e-3, 2e-3), "lora": (3e-4, 1e-3, 3e-3), "other_facts": (1e-3, 2e-3)}
 
     def __init__(self, seed: int, folder: Path):
         super().__init__(seed, folder)
