@@ -222,12 +222,18 @@ class Run:
     def _steps(self, epochs: int) -> Steps:
         config, data = self.config, self.data
         sizes = len(data.forget), len(data.retain), config.batch_size, config.retain_size
-        schedule = Schedule(*sizes, max(1, epochs), config.seed * 1000)
-        objective, whole = config.criterion(range(1)).objective, []
-        for forget, retain in (schedule[i] for i in _some(len(schedule))):
-            sizes = [data.forget[i] for i in forget] * (2 if objective.alternate else 1)
-            whole.append(Batch.of(sizes + [data.retain[i] for i in retain if objective.retain]))
-        return Steps(whole, [part for batch in whole for part in self._cut(batch)], schedule.steps_per_epoch * epochs)
+        seed, adversary = config.seed * 1000, config.full_settings().adversary
+        schedule = Schedule(*sizes, max(1, epochs), seed, adversary)
+        objective, whole, passed = config.criterion(range(1)).objective, [], []
+        for number in _some(len(schedule)):
+            forget, retain = schedule[number]
+            sides = [data.forget[i] for i in forget] * (2 if objective.alternate else 1)
+            sides = [sides, [data.retain[i] for i in retain if objective.retain]]
+            whole.append(Batch.of(sides[0] + sides[1]))
+            # with an adversary each side goes by itself, after what it relearns
+            passed += [Batch.of(side) for side in sides if side] if adversary else [whole[-1]]
+            passed += [Batch.of([data.forget[i] for i in batch]) for batch in schedule.relearned(number)]
+        return Steps(whole, [part for batch in passed for part in self._cut(batch)], schedule.steps_per_epoch * epochs)
 
     def _cut(self, batch: Batch) -> list[Batch]:
         """Its micro-batches."""
@@ -263,6 +269,9 @@ class Run:
     def _fixed(self, block: range | None, update: Update) -> tuple[dict[str, int], int]:
         """(bytes by kind, bytes of main memory) that stay for the whole training."""
         fixed, host, cpu = {**self._weights(), "optimiser": update.state}, 0, self.setup.cpu
+        if self.config.adversary_every:  # its weights and AdamW's moments
+            moments = dataclasses.replace(update, states=2).state
+            fixed["adversary"] = update.weights + (update.master_bytes if block is not None else 0) + moments
         if block is None:
             return fixed, host
         fixed |= {"block copy": update.weights, "gradient": update.weights, "master": update.master_bytes}
@@ -273,6 +282,9 @@ class Run:
         host = self._cache_bytes if place == "host" and not cpu else 0
         if update.on_host:
             host += 2 * update.weights + update.master_bytes + update.state
+            if "adversary" in fixed:  # of its weights one copy is on the device
+                host += fixed["adversary"]
+                fixed["adversary"] = update.weights
             fixed |= {"master": 0, "optimiser": 0}
         return fixed, host
 
