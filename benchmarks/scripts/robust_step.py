@@ -3,10 +3,10 @@
     python benchmarks/scripts/robust_step.py [--width 512] [--threads 1] [--csv FILE]
 
 A Llama of 8 layers with random weights, 6 + 6 samples of WMDP's lengths a step, gradient difference with Lion, through
-the prefix cache (a block) or from the embeddings (all parameters). 9 steps of each variant in turn, from one fork of the
-adversary to the next, so that its steps there count with their share. On a CPU it is processor time. Counted beforehand,
-in passes (forward and backward) over half of a step's samples: plain 2, adversary 3 + 1/9, frozen 2 + 4/9; hidden layers
-add traffic alone.
+the prefix cache (a block) or from the embeddings (all parameters). 9 steps of each variant in turn, from one fork of
+the adversary to the next, so that its steps there count with their share. On a CPU it is processor time. Counted
+beforehand, in passes (forward and backward) over half of a step's samples: plain 2, adversary 3 + 1/9, frozen 2 + 4/9;
+hidden layers add traffic alone.
 """
 
 from __future__ import annotations
