@@ -167,8 +167,8 @@ def test_accumulated_gradients(accumulation, batch, truth, tmp_path):
 
 @pytest.mark.parametrize(
     "config",
-    [{"objective": "npo", "retain_loss": "kl"}, {"objective": "pdu"}, {"objective": "ga"}, {"objective": "dpo"},
-     {"objective": "rmu", "warmup_objective": "ga"}],
+    [{"objective": "npo", "retain_loss": "kl"}, {"objective": "pdu", "retain_loss": "hidden_layers"},
+     {"objective": "ga"}, {"objective": "dpo"}, {"objective": "rmu", "warmup_objective": "ga"}],
     ids=lambda config: config["objective"],
 )  # fmt: skip
 def test_objectives(config, tmp_path):
