@@ -183,7 +183,8 @@ class KUnBRConfig:
     )
     cache: str = setting(
         "auto",
-        "where activations lie (the prefix cache; a streamed model's between two layers): device, host, file or auto",
+        "where activations lie (prefix cache, the original's hidden states, a streamed model's between two layers): "
+        "device, host, file or auto",
         "none",
         STORAGES,
     )
