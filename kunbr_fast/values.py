@@ -97,7 +97,7 @@ class Bytes:
 
 ANY_WHOLE, ANY = Whole(-(2**31), 2**31 - 1), Real()
 NOT_NEGATIVE, ABOVE_ZERO, SHARE = Real(0), Real(0, above=True), Real(0, 1, above=True)
-COUNT = Whole(1, 2**31 - 1)
+COUNT, COUNT_OR_NONE = Whole(1, 2**31 - 1), Whole(0, 2**31 - 1)
 SECONDS = Real(0, 1e9, above=True)
 BATCH = Whole(1, 2**16)  # a step's samples are in memory together
 EPOCHS, EPOCHS_OR_NONE = Whole(1, 10**6), Whole(0, 10**6)

@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     "kernels version checkout keywords machine stopping",
     "memory files proofs",
-    "data values",
+    "values",
+    "data",
     "parallel model",
     "objectives",
     "density training",

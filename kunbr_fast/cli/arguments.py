@@ -18,7 +18,9 @@ from kunbr_fast.cli.argument_types import (
     path_name,
 )
 from kunbr_fast.files.models import DTYPES
-from kunbr_fast.run.config import NUMBERS, KUnBRConfig
+from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.methods import METHODS
+from kunbr_fast.run.setting import NUMBERS
 from kunbr_fast.values import Bytes
 
 # The groups of the help text: theme, and the settings of KUnBRConfig under it.
@@ -26,10 +28,11 @@ THEMES = {
     "data": "target max_length separator chat_date split_long overlap equal_choices seed batch_size retain_batch_size",
     "objective": "objective objective_options retain_loss retain_layers hidden_coeff retain_coeff "
     "forget_loss_cap weight_decay max_retain_loss",
+    "adversary": "adversary_every adversary_steps adversary_lrs adversary_frozen",
     "warm-up": "warmup_epochs warmup_objective warmup_objective_options warmup_lr warmup_optimizer",
     "selection": "modules reduction num_blocks top_k skip_last_layers",
     "blocks": "insertion rounds block_epochs block_lr optimizer master_weights mask mask_ratio",
-    "attack": "scoring rtt rtt_lrs rtt_epochs rtt_batch_size rtt_target",
+    "attack": "scoring rtt rtt_lrs rtt_attacks rtt_epochs rtt_batch_size rtt_target",
     "execution": "cache cache_bytes optimizer_device micro_batch_tokens checkpoint_every "
     "gradient_checkpointing cuda_graphs parallel impl",
     "approximations": "cover_precision cache_dtype",
@@ -98,6 +101,13 @@ def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] | None = 
         metavar="run.yaml",
         help="settings, one 'name: value' a line; an option below wins over its line",
     )
+    if names is None:
+        parser.add_argument(
+            "--method",
+            choices=list(METHODS),
+            help="what a method sets; the options below win over it. "
+            + "; ".join(f"{name}: {method.text}" for name, method in METHODS.items()),
+        )
     wanted = [field for field in dataclasses.fields(KUnBRConfig) if names is None or field.name in names]
     for theme in THEMES:
         fields = [field for field in wanted if THEME[field.name] == theme]
@@ -116,7 +126,8 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
     elif isinstance(default, bool):
         kind |= {"action": argparse.BooleanOptionalAction}
     elif isinstance(default, tuple):
-        kind |= {"nargs": "+", "type": number(NUMBERS[field.name]), "action": Different, "metavar": "LR"}
+        known, metavar = NUMBERS.get(field.name), field.name.rpartition("_")[2].upper().removesuffix("S")
+        kind |= {"nargs": "+", "type": number(known) if known else str, "action": Different, "metavar": metavar}
     elif field.name == "retain_layers":
         kind |= {"nargs": "+", "type": number_or(default, NUMBERS[field.name]), "action": Different, "metavar": "LAYER"}
     else:

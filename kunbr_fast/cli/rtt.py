@@ -15,33 +15,29 @@ from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import show
 from kunbr_fast.data.overlap import settle
+from kunbr_fast.evaluation.curves import KEYS, Curves, Point, RTTResult
 from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_relearning
-from kunbr_fast.evaluation.rtt import (
-    Curves,
-    Fold,
-    Point,
-    RTTConfig,
-    RTTResult,
-    finished_attacks,
-    overlap_of,
-    rtt_attack,
-)
+from kunbr_fast.evaluation.report import attack_table
+from kunbr_fast.evaluation.rtt import Attack, Fold, RTTConfig, finished_attacks, overlap_of, taught_of
 from kunbr_fast.files.checksums import read_sealed, write_sealed
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.target import PICTURE, FileKind, json_with
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.fingerprint import fingerprint
+from kunbr_fast.model.fingerprint import data_fingerprint, fingerprint
 from kunbr_fast.model.frozen import frozen
 
 SETTINGS = (
-    "max_length separator chat_date split_long overlap equal_choices scoring seed rtt_lrs rtt_epochs rtt_batch_size "
-    "rtt_target"
+    "max_length separator chat_date split_long overlap equal_choices scoring seed rtt_lrs rtt_attacks rtt_epochs "
+    "rtt_batch_size rtt_target"
 )
 
-_SUMMARY = ("accuracy", "calibrated_accuracy", "before", "recovery", "best")  # of a finished one
+_SUMMARY = (  # of a finished one
+    "accuracy standard_error calibrated_accuracy smooth_accuracy before recovery best strongest attacks diverged leak"
+).split()
+_TAUGHT = "other_facts"  # of what an --out belongs to: whose, where that attack was asked for once
 _OTHERS = "other_curves"  # finished attacks at learning rates that were not asked for last
 _OURS = json_with("belongs_to", "curves", also=(*_SUMMARY, _OTHERS, "sha256"))
 WRITES = {"out": FileKind("an attack's result", (".json",), _OURS), "plot": PICTURE}
@@ -52,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_files(parser, "--forget", "F.jsonl", "one file for each fold, two or more", required=True)
     text = "questions, one file for each fold (default: the question lines of --forget)"
     add_files(parser, "--forget-questions", "Q.jsonl", text)
+    text = "facts of the same form that are in no fold, for the attack other_facts"
+    add_files(parser, "--other-facts", "O.jsonl", text)
     add_ignored(parser)
     parser.add_argument(
         "--out",
@@ -70,10 +68,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.show:
         check_outputs(arguments, WRITES)
     config = read_config(arguments)
-    folds = read_folds(arguments.forget, arguments.forget_questions, reader(arguments, config))
-    settle(overlap_of(folds), config.overlap, sayer(arguments))
+    read, say = reader(arguments, config), sayer(arguments)
+    folds = read_folds(arguments.forget, arguments.forget_questions, read)
+    others = read(arguments.other_facts) if arguments.other_facts else []
+    taught = "other_facts" in config.rtt_attacks
+    if others and not taught:
+        raise ValueError("--other-facts without the attack other_facts: add it to --rtt-attacks, or leave them out")
+    settle(overlap_of(folds), config.overlap, *([say] * bool(arguments.show)))
+    settle(taught_of(folds, others) if taught else None, config.overlap, *([say] * bool(arguments.show)))
     if arguments.show:
         sets = [Shown(f"fold {fold.name}", fold.train_records, config.rtt_target) for fold in folds]
+        sets += [Shown("other facts", others, config.rtt_target)] * taught
         return show_samples(arguments, config, sets)
     out = Path(arguments.out) if arguments.out else None
     if arguments.resume and out is None:
@@ -84,9 +89,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{plain(out)}: no attack to resume, there is no such file: leave --resume out")
     model, tokenizer = open_model(arguments)
     attack = config.attack()
-    belongs = {name: value for name, value in dataclasses.asdict(attack).items() if name not in ("lrs", "overlap")}
+    free = ("lrs", "attacks", "overlap")  # each attack is resumable on its own
+    belongs = {name: value for name, value in dataclasses.asdict(attack).items() if name not in free}
     data = [part for fold in folds for part in (fold.train_records, fold.questions)]
     belongs["run"] = fingerprint(model, *data, tokenizer=tokenizer)
+    if others:
+        belongs[_TAUGHT] = data_fingerprint([others])
     done = _finished_attacks(out, belongs, folds, attack) if arguments.resume else []
 
     def keep(rows: list[dict]) -> None:
@@ -95,7 +103,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             write_sealed(out, {"belongs_to": belongs, "curves": done})
 
     with scratch("kunbr-fast-") as folder, frozen(model):
-        result = rtt_attack(Decoder(model), tokenizer, folds, attack, folder, not arguments.quiet, list(done), keep)
+        made = Attack(Decoder(model), tokenizer, folds, attack, say, others)
+        result = made.run(folder, not arguments.quiet, list(done), keep)
     if out is not None:
         others = [row for row in done if row not in result.curves]
         write_sealed(out, {"belongs_to": belongs, **result.to_dict(), **({_OTHERS: others} if others else {})})
@@ -108,14 +117,22 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print(result: RTTResult) -> None:
-    show("learning rate | accuracy after each epoch (0 = before), mean over folds")
-    for lr in result.lrs:
-        for key in ("plain", "calibrated"):
-            if (curve := result.curve(lr, key)) is not None:
-                show(f"{lr:13g} | {'  '.join(f'{value:6.1%}' for value in curve)}  {key}")
-    lr, epoch = result.best
+    show("learning rate | accuracy at each measurement (the first is before), mean over folds")
+    for attack in result.attacks:
+        for lr in result.rates(attack):
+            for key in KEYS:
+                if (curve := result.curve(lr, key, attack)) is not None:
+                    kind = f", {attack}" * (attack != "full")
+                    show(f"{lr:13g} | {'  '.join(f'{value:6.1%}' for value in curve)}  {key}{kind}")
+    show(*attack_table(result).splitlines())
+    attack, lr, epoch = result.strongest
     calibrated = "" if result.calibrated_accuracy is None else f", calibrated {result.calibrated_accuracy:.1%}"
-    show(f"RTT accuracy {result.accuracy:.1%} (lr {lr:g}, epoch {epoch}){calibrated}; before {result.before:.1%}")
+    smooth = "" if result.smooth_accuracy is None else f", smooth {result.smooth_accuracy:.1%}"
+    kind = f"{attack}, " * (attack != "full")
+    show(
+        f"RTT accuracy {result.accuracy:.1%} ({kind}lr {lr:g}, epoch {epoch}){calibrated}{smooth}; before "
+        f"{result.before:.1%}"
+    )
 
 
 class _Begun(Curves):
@@ -131,10 +148,15 @@ def _finished_attacks(path: Path, belongs: dict[str, Any], folds: Sequence[Fold]
     found = read_sealed(path, "it was edited, or written by an earlier version: give another --out")
     found = checked(found, _Kept, f"{plain(path)}: not a file of kunbr-fast rtt --out, give another one")
     before = found["belongs_to"]
+    if (given := before.get(_TAUGHT)) is not None:
+        belongs.setdefault(_TAUGHT, given)
+    elif _TAUGHT in belongs:
+        before = {**before, _TAUGHT: belongs[_TAUGHT]}
     changed = [name for name, value in belongs.items() if before.get(name) != value]
     if changed:
         was = f"{changed[0]} = {shown(before.get(changed[0]))}"
-        what = "the model or the questions" if changed[0] == "run" else was
+        names = {"run": "the model or the questions", _TAUGHT: "what --other-facts holds"}
+        what = names.get(changed[0], was)
         raise ValueError(f"{plain(path)}: {what} changed since it was begun: put it back, or give another --out")
     rows = [*found["curves"], *found.get(_OTHERS, ())]
     finished_attacks(rows, folds, attack, f"{plain(path)}: ")

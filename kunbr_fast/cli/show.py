@@ -50,7 +50,7 @@ def show_samples(arguments: argparse.Namespace, config: KUnBRConfig, sets: Seque
     say_separator(config.separator, *(one.records for one in sets))
     found = []
     for one in sets:
-        samples, names = encode_named(
+        samples, names, _ = encode_named(
             one.records, tokenizer, one.target, limit, one.alternate, config.seed, config.text()
         )
         first = zip(names[: arguments.show], samples)

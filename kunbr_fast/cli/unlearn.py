@@ -19,7 +19,7 @@ from kunbr_fast.data.content import check_files
 from kunbr_fast.data.overlap import facts, of_sides, settle
 from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
-from kunbr_fast.evaluation.report import Report, plain_values, table, write_report
+from kunbr_fast.evaluation.report import Report, attack_table, plain_values, table, write_report
 from kunbr_fast.evaluation.rtt import Fold, overlap_of
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model
@@ -217,6 +217,8 @@ def _print(report: Report, arguments: argparse.Namespace, attack_left_out: bool)
     rows = [report.row("original", "original"), report.row("warm-up (M_u)", "unlearned")]
     rows = [*(row for row in rows if "forget" in row or "retain" in row), report.row()]
     show(*table(rows).splitlines())
+    if report.rtt is not None:
+        show(*attack_table(report.rtt).splitlines())
     if attack_left_out:
         show(f"the RTT attack trains every parameter: run `kunbr-fast rtt --model {arguments.out}` where they fit")
     show(f"model, report.json and plots are in {arguments.out}")

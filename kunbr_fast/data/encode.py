@@ -79,12 +79,13 @@ def encode_named(
     alternate: str | None = None,
     seed: int = 0,
     text: TextSettings = PLAIN,
-) -> tuple[list[Sample], list[str]]:
-    """`encode`, and each sample's name: its record's, with "piece 2 of 3" where that was cut."""
+) -> tuple[list[Sample], list[str], list[int]]:
+    """`encode`, and of each sample its name, its record's with "piece 2 of 3" where that was cut, and the record's
+    number."""
     _check_arguments(records, target, max_length, alternate, seed, text)
     _check_tokenizer(tokenizer)
     encoder, cut = _Encoder(tokenizer, max_length, text, second=alternate is not None), {}
-    samples, names, kinds = [], [], []
+    samples, names, owners, kinds = [], [], [], []
     for number, record in enumerate(records):
         where = f"record {number}"
         if not isinstance(record, Mapping):
@@ -103,11 +104,12 @@ def encode_named(
             cut.setdefault(where.rpartition(":")[0], []).append((len(found), len(kept)))
         samples += [found[i] for i in kept]
         names += [where if len(found) == 1 else f"{where}, piece {i + 1} of {len(found)}" for i in kept]
+        owners += [number] * len(kept)
         kinds += [_is_text(record)] * len(kept)
     encoder.check(samples, names, kinds)
     for file, counts in cut.items():
         _say_cut(file, len(counts), *map(sum, zip(*counts)), max_length)
-    return samples, names
+    return samples, names, owners
 
 
 def _check_arguments(

@@ -14,6 +14,7 @@ from kunbr_fast.files.shown import shown
 Form = tuple[str, ...]
 FORMS: tuple[Form, ...] = (("question", "choices", "answer"), ("text",), ("prompt", "completion"), ("messages",))
 OTHER_ANSWER = "alternate"  # of any form, for the objectives that take it
+FACT = "fact"  # of any form: which fact the record is about, where several records say the same
 HINTS = {
     "tools": "a chat's template is not given tools: write them into a system message",
     "system": 'write it as the first of the messages, {"role": "system", "content": ...}',
@@ -40,7 +41,7 @@ def form_of(record: Mapping[Any, Any], where: str) -> Form:
     if len(whole) > 1:
         raise ValueError(f"{where}: it has two forms, {told(whole[0])} and {told(whole[1])}: keep the keys of one")
     begun = whole or [form for form in FORMS if given.intersection(form)] or [f for f in FORMS if record.keys() & {*f}]
-    used = {*begun[0], OTHER_ANSWER} if begun else set()
+    used = {*begun[0], OTHER_ANSWER, FACT} if begun else set()
     unused = [key for key in record if key in given and key not in used and not is_annotation(key)]
     if whole:  # else an empty list may be what is wrong with it
         unused = [key for key in unused if not _is_nothing(key, record[key])]
@@ -73,7 +74,7 @@ def _read_first(record: Mapping[Any, Any], form: Form) -> str | None:
 def _would_not_be_used(unused: list[Any], form: Form, record: Mapping[Any, Any]) -> str:
     keys, more = ", ".join(shown(key, 30) for key in unused[:4]), f" and {len(unused) - 4} more" * (len(unused) > 4)
     text = f"{keys}{more} beside {told(form)} would not be used: "
-    near = _nearest(unused, [key for key in (*form, OTHER_ANSWER) if key not in record])
+    near = _nearest(unused, [key for key in (*form, OTHER_ANSWER, FACT) if key not in record])
     if near or unused[0] in HINTS:
         return text + (near.removeprefix(", ") or HINTS[unused[0]])
     return f"{text}delete it, begin its name with '_', or name it to --ignore-keys (load_records: ignore_keys=)"

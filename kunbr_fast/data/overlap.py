@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from kunbr_fast.data.content import choice_text, folded
-from kunbr_fast.data.forms import FORMS
+from kunbr_fast.data.forms import FACT, FORMS
 from kunbr_fast.data.records import check_record, is_record
 from kunbr_fast.data.samples import IGNORE
 from kunbr_fast.files.shown import plain
@@ -63,6 +63,20 @@ def text_of(record: Mapping[str, Any]) -> str:
         text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
     text = _AROUND.sub("", text) or text
     return _WHOLE.sub(r"\1", _STOPS.sub("", text) or text)
+
+
+def fact_of(record: Mapping[str, Any]) -> Hashable:
+    """What a record is about: its "fact", or what it asks (a question, a prompt, a chat before its last answer), or its
+    text. Records that ask the same are about one fact, whatever their answers."""
+    if (given := record.get(FACT)) is not None:
+        return given
+    form = next(form for form in FORMS if all(record.get(key) is not None for key in form))
+    if form[0] == "messages":
+        last = max((i for i, turn in enumerate(record["messages"]) if turn["role"] == "assistant"), default=None)
+        parts = [part for turn in record["messages"][:last] for part in _said(turn)]
+    else:
+        parts = [record[form[0]]]
+    return _digest(folded(" ".join(parts)).casefold().encode(errors="surrogatepass"))
 
 
 def _said(turn: Mapping[str, Any]) -> list[str]:

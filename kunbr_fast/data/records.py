@@ -7,7 +7,8 @@ A record has one of four forms:
     {"prompt": str, "completion": str}                                    a prompt and what should follow it
     {"messages": [{"role": str, "content": str}, ...]}                    a chat (needs the tokenizer's chat template)
 
-Beside these keys it may have "alternate", a second answer, and annotations (see `annotations`), which are not read.
+Beside these keys it may have "alternate", a second answer, "fact", the same name or number in all records about one
+fact, and annotations (see `annotations`), which are not read.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from kunbr_fast.data.content import (
     not_as_written,
 )
 from kunbr_fast.data.foreign import index_of
-from kunbr_fast.data.forms import FORMS, OTHER_ANSWER, form_of
+from kunbr_fast.data.forms import FACT, FORMS, OTHER_ANSWER, form_of
 from kunbr_fast.data.messages import check_messages, without_keys
 from kunbr_fast.files.documents import parse_json, read_lines
 from kunbr_fast.files.scalars import Unread
@@ -134,8 +135,12 @@ def check_read(value: Any, where: str) -> None:
 
 def check_record(record: Mapping, where: str) -> None:
     """ValueError, beginning with `where`, unless the record has one of the four forms, and no key but its form's,
-    "alternate" and annotations."""
+    "alternate", "fact" and annotations."""
     form = form_of(record, where)
+    if isinstance(fact := record.get(FACT, 0), bool) or not isinstance(fact, (str, int)) or fact == "":
+        raise ValueError(
+            f"{where}: {FACT!r} must be a name or a number, the same in all lines about a fact, got {shown(fact)}"
+        )
     for key in form:
         check_read(record.get(key), f"{where}: {key!r}")
     if form == ("messages",):

@@ -12,11 +12,16 @@ choice   For models too small to know what a letter stands for. sum_t log p(choi
 Questions go through the model in packed batches, and logits are made only at the rows that are compared: one a question
 for `letter`, the choices' tokens for `choice`. Nothing is sampled and a tie goes to the first choice, so two
 measurements of the same weights are equal.
+
+For `choice` two more figures come from the likelihoods: the smooth accuracy, expected over random distractors, which is
+far less noisy, and what sampled answers give away (`candidates`). For `letter` the choices stand in the prompt.
 """
 
+import contextlib
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -24,6 +29,7 @@ from tqdm import tqdm
 from kunbr_fast import data
 from kunbr_fast.data.content import is_blank
 from kunbr_fast.data.tokens import check_repeatable, tokens, twice
+from kunbr_fast.evaluation.candidates import Candidates, find_candidates, leak
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.model.decoder import Stretch
 from kunbr_fast.model.frozen import evaluating
@@ -42,12 +48,20 @@ class Accuracy:
 
     plain: 0..1. calibrated: 0..1 after each letter's mean logit was subtracted, None for scoring="choice" (a choice's
     text does not hold its position). predictions: the plain answers, 0 for the first choice, in the records' order.
+    For scoring="choice", else None: smooth: the expected plain accuracy over random distractors, smooth_error: its
+    standard error over questions (None for one question). leak: 0..1, share of the questions whose answer is among k
+    sampled ones, for each k of `candidates.SAMPLES`. pool: of how many candidates one would guess (harmonic mean over
+    questions).
     """
 
     plain: float
     calibrated: float | None
     predictions: list[int]
     num_questions: int
+    smooth: float | None = None
+    smooth_error: float | None = None
+    leak: list[float] | None = None
+    pool: float | None = None
 
     def to_dict(self) -> dict:
         """The fields as JSON takes them."""
@@ -61,7 +75,7 @@ class Questions:
     sequences: for each question what the model reads: one prompt ("letter"), or one text a choice ("choice"; without
     its last token, after which nothing is asked). targets: for each of these texts the (position, token) pairs whose
     log-probabilities are summed, empty for "letter". letters: the answer tokens, None for "choice". answers: index of
-    the right choice. num_choices: of each question.
+    the right choice. num_choices: of each question. candidates: of each question, None for "letter".
     """
 
     sequences: list[list[list[int]]]
@@ -69,6 +83,7 @@ class Questions:
     letters: list[int] | None
     answers: list[int]
     num_choices: list[int]
+    candidates: list[Candidates] | None = None
 
 
 def choice_accuracy(
@@ -110,9 +125,11 @@ def prepare_questions(tokenizer, records: Sequence[dict], *, scoring: str = "let
             tokens(data.question_prompt(record), tokenizer, _where(record, i))  # what is behind white space is told
     texts = (_prepare_letter if scoring == "letter" else _prepare_choice)(tokenizer, records)
     answers, counts = [record["answer"] for record in records], [len(record["choices"]) for record in records]
+    limit = None if decoder is None else decoder.max_positions
     questions = Questions(*texts, answers, counts)
+    if scoring == "choice":
+        questions = replace(questions, candidates=_find_candidates(tokenizer, records, questions, limit))
     if decoder is not None:
-        limit = decoder.max_positions
         for i, sequences in enumerate(questions.sequences):
             longest = max(map(len, sequences))
             if limit is not None and longest > limit:
@@ -128,8 +145,11 @@ def prepare_questions(tokenizer, records: Sequence[dict], *, scoring: str = "let
 
 def _tokens(questions: Questions) -> Iterator[torch.Tensor]:
     """All tokens of each question."""
-    for sequences, targets in zip(questions.sequences, questions.targets):
+    for i, (sequences, targets) in enumerate(zip(questions.sequences, questions.targets)):
         asked = [token for ids in sequences for token in ids] + [token for pairs in targets for _, token in pairs]
+        if questions.candidates is not None:
+            found = questions.candidates[i]
+            asked += [token for ids in found.sequences for token in ids] + [token for *_, token in found.reads]
         yield torch.tensor(asked + (questions.letters or []))
 
 
@@ -144,11 +164,21 @@ def measure(decoder, questions: Questions, *, batch_size: int = 16, progress: st
         present = scores.isfinite()  # a question with fewer choices than another has -inf for those it lacks
         centred = scores - scores.where(present, 0.0).sum(dim=0) / present.sum(dim=0)
         calibrated = (centred.argmax(dim=1) == answers).double().mean().item()
-    return Accuracy(
+    found = Accuracy(
         plain=(predictions == answers).double().mean().item(),
         calibrated=calibrated,
         predictions=predictions.tolist(),
         num_questions=len(answers),
+    )
+    if questions.candidates is None:
+        return found
+    smooth = _smooth(decoder, questions.candidates, 4 * batch_size)
+    return replace(
+        found,
+        smooth=smooth.mean().item(),
+        smooth_error=(smooth.std() / len(smooth) ** 0.5).item() if len(smooth) > 1 else None,
+        leak=leak(scores.gather(1, answers[:, None])[:, 0]),
+        pool=len(answers) / sum(1 / of.pool for of in questions.candidates),
     )
 
 
@@ -241,33 +271,49 @@ def _prepare_choice(tokenizer, records: Sequence[dict]) -> tuple[list, list, lis
     return sequences, targets, None
 
 
+def _find_candidates(tokenizer, records: Sequence[dict], questions: Questions, limit: int | None) -> list[Candidates]:
+    fulls = [
+        [[*ids, pairs[-1][1]] for ids, pairs in zip(sequences, targets)]
+        for sequences, targets in zip(questions.sequences, questions.targets)
+    ]
+    starts = [targets[0][0][0] + 1 for targets in questions.targets]
+    return find_candidates(records, fulls, starts, functools.partial(_encode, tokenizer), limit)
+
+
+@contextlib.contextmanager
+def _asking(decoder) -> Iterator[None]:
+    # not inference_mode: tensors that a model keeps from here (rotary tables) serve training too
+    with evaluating(decoder.model), torch.no_grad():
+        yield
+
+
 def _scores(decoder, questions: Questions, batch_size: int, progress: str | None) -> torch.Tensor:
     """(questions, C) float64 on the CPU: letter logits or summed log-probabilities, -inf where no choice is."""
     total = len(questions.answers)
     score = _choice_scores if questions.letters is None else _letter_scores
     groups = [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
     out = torch.full((total, max(questions.num_choices)), float("-inf"), dtype=torch.float64)
-    batches = (_pack(questions, chosen).to(decoder.device) for chosen in groups)
-    with (
-        evaluating(decoder.model),
-        torch.no_grad(),  # not inference_mode: tensors that a model keeps from here (rotary tables) serve training too
-        tqdm(total=total, desc=progress, unit="q", disable=progress is None) as bar,
-    ):
+    batches = (_pack(ids for i in chosen for ids in questions.sequences[i]).to(decoder.device) for chosen in groups)
+    with _asking(decoder), tqdm(total=total, desc=progress, unit="q", disable=progress is None) as bar:
         for number, batch, _, stretch in decoder.forward_to(batches, [decoder.num_layers - 1]):
             chosen = groups[number]
             for i, scores in zip(chosen, score(decoder, questions, chosen, batch, stretch), strict=True):
-                if not torch.isfinite(scores).all():
-                    raise FloatingPointError(
-                        f"the model's answer to question {i} is not a finite number ({scores.tolist()}): its "
-                        "weights have diverged; use a lower learning rate or an earlier checkpoint"
-                    )
+                _check_finite(i, scores)
                 out[i, : len(scores)] = scores
             bar.update(len(chosen))
     return out
 
 
-def _pack(questions: Questions, chosen: range) -> data.PackedBatch:
-    tensors = [torch.tensor(ids) for i in chosen for ids in questions.sequences[i]]
+def _check_finite(question: int, scores: torch.Tensor) -> None:
+    if not torch.isfinite(scores).all():
+        raise FloatingPointError(
+            f"the model's answer to question {question} is not a finite number ({scores.tolist()}): its "
+            "weights have diverged; use a lower learning rate or an earlier checkpoint"
+        )
+
+
+def _pack(texts: Iterable[list[int]]) -> data.PackedBatch:
+    tensors = [torch.tensor(ids) for ids in texts]
     return data.pack([{"input_ids": ids, "labels": torch.full_like(ids, data.IGNORE)} for ids in tensors])
 
 
@@ -283,13 +329,21 @@ def _choice_scores(
     decoder, questions: Questions, chosen: range, batch: data.PackedBatch, stretch: Stretch
 ) -> list[torch.Tensor]:
     texts = [pairs for i in chosen for pairs in questions.targets[i]]
-    found = [
-        (text, offset + position, token)
-        for text, (offset, pairs) in enumerate(zip(batch.cu_seqlens[:-1].tolist(), texts, strict=True))
-        for position, token in pairs
-    ]
-    owners, rows, tokens = torch.tensor(found).unbind(1)
-    rows, tokens = rows.to(decoder.device), tokens.to(decoder.device)
+    reads = [(text, position, token) for text, pairs in enumerate(texts) for position, token in pairs]
+    found = _log_probs(decoder, reads, batch, stretch)
+    owners = torch.tensor([text for text, _, _ in reads])
+    # index_add_ on the CPU adds in the order of the tokens: the same bits each time.
+    sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, owners, found)
+    return list(sums.split([questions.num_choices[i] for i in chosen]))
+
+
+def _log_probs(
+    decoder, reads: Sequence[tuple[int, int, int]], batch: data.PackedBatch, stretch: Stretch
+) -> torch.Tensor:
+    """Of each (text of the batch, position, token) the token's log-probability there, float64 on the CPU."""
+    offsets = batch.cu_seqlens.tolist()
+    rows = torch.tensor([offsets[text] + position for text, position, _ in reads], device=decoder.device)
+    tokens = torch.tensor([token for *_, token in reads], device=decoder.device)
     hidden = decoder.run(batch, stretch)
     at_once = max(1, _LOGITS_AT_ONCE // decoder.config.vocab_size)
     parts = []
@@ -297,6 +351,29 @@ def _choice_scores(
         logits = decoder.head(decoder.final(hidden[some_rows]))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         parts.append((logits.gather(1, some_tokens[:, None])[:, 0] - logits.logsumexp(dim=1)).double().cpu())
-    # index_add_ on the CPU adds in the order of the tokens: the same bits each time.
-    sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, owners, torch.cat(parts))
-    return list(sums.split([questions.num_choices[i] for i in chosen]))
+    return torch.cat(parts)
+
+
+def _smooth(decoder, candidates: Sequence[Candidates], at_once: int) -> torch.Tensor:
+    """The smooth accuracy of each question. at_once: texts of a batch, or one question's."""
+    groups: list[list[int]] = []
+    waiting = at_once + 1
+    for i, question in enumerate(candidates):
+        waiting += len(question.sequences)
+        if waiting > at_once:
+            groups.append([])
+            waiting = len(question.sequences)
+        groups[-1].append(i)
+    batches = (_pack(ids for i in group for ids in candidates[i].sequences).to(decoder.device) for group in groups)
+    out = torch.zeros(len(candidates), dtype=torch.float64)
+    with _asking(decoder):
+        for number, batch, _, stretch in decoder.forward_to(batches, [decoder.num_layers - 1]):
+            reads, text = [], 0
+            for i in groups[number]:
+                reads += [(text + sequence, position, token) for sequence, position, token in candidates[i].reads]
+                text += len(candidates[i].sequences)
+            found = _log_probs(decoder, reads, batch, stretch)
+            for i, part in zip(groups[number], found.split([len(candidates[i].reads) for i in groups[number]])):
+                _check_finite(i, part)
+                out[i] = candidates[i].smooth(part)
+    return out

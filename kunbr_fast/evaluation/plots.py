@@ -8,8 +8,9 @@ from pathlib import Path
 
 from kunbr_fast.density.select import pareto_front
 from kunbr_fast.evaluation import figures
+from kunbr_fast.evaluation.attacks import ATTACKS
+from kunbr_fast.evaluation.curves import RTTResult, Strongest
 from kunbr_fast.evaluation.figures import COLOURS, GREY, MARKERS, ORANGE
-from kunbr_fast.evaluation.rtt import RTTResult
 
 NAME = 48  # characters of a method's name
 _RAW = {  # statistics without shares: title, label
@@ -141,43 +142,64 @@ def plot_relearning(
 ) -> None:
     """Relearning curves of several methods under the RTT attack, PNG at `path`.
 
-    results: method -> RTTResult. Each method's strongest learning rate is drawn strong, with its best epoch
-    ringed, the others thin. chance: accuracy of guessing (0..1). forget: method -> accuracy right after
-    unlearning, for the legend; the RTT folds' own accuracy before the attack where it is not given.
+    results: method -> RTTResult. Each method's strongest attack is drawn strong, with its best epoch ringed, its other
+    learning rates thin. Of one method each attack is drawn so. chance: accuracy of guessing (0..1). forget: method ->
+    accuracy right after unlearning, for the legend; else the RTT folds' own accuracy before the attack.
     """
     if not results:
         raise ValueError("no methods to plot: the result mapping is empty")
     figure, axes = figures.single()
-    methods = []
-    for index, (method, result) in enumerate(results.items()):
-        before = (forget or {}).get(method, result.before)
-        label = f"{100 * before:.0f} % → {100 * result.accuracy:.0f} % (lr {_rate(result.best[0])})"
-        label = f"{figures.label(method, NAME)}: {label}"
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        methods += _curves(axes, result, label, colour, marker)
-    epochs = max(len(result.curve(result.lrs[0])) for result in results.values()) - 1
-    keys = _keys(axes, chance, any(len(result.lrs) > 1 for result in results.values()))
+    first = next(iter(results.values()))
+    kinds = first.attacks if len(results) == 1 else []
+    lines, title, columns = [], "What comes back under the RTT attack", 1
+    befores = {method: (forget or {}).get(method, result.before) for method, result in results.items()}
+    if len(kinds) > 1:
+        (method, before), columns = *befores.items(), 2
+        title = f"What comes back ({100 * before:.0f} % before the attacks): {figures.label(method, NAME - 18)}"
+        for index, attack in enumerate(kinds):
+            found = first.summary(attack)
+            rate = f" (lr {_rate(found['lr'])})" if found["lr"] else ""
+            steps = f", epochs x {ATTACKS[attack].passes}" * (ATTACKS[attack].passes > 1)
+            lines += _curves(axes, first, attack, f"{attack}{steps}: {100 * found['accuracy']:.0f} %{rate}", index)
+    else:
+        for index, (method, result) in enumerate(results.items()):
+            attack, lr, _ = result.strongest
+            kind = f"{attack}, " * (attack != "full")
+            label = f"{100 * befores[method]:.0f} % → {100 * result.accuracy:.0f} % ({kind}lr {_rate(lr)})"
+            lines += _curves(axes, result, attack, f"{figures.label(method, NAME)}: {label}", index)
+    drawn = [(result, attack) for result in results.values() for attack in kinds or [result.strongest.attack]]
+    epochs = max(len(result.epochs(attack)) for result, attack in drawn) - 1
+    keys = _keys(axes, chance, any(len(result.rates(attack)) > 1 for result, attack in drawn))
     axes.set_ylim(0, 104)
     axes.set_xlim(-0.03 * epochs, 1.03 * epochs)
     axes.set_xticks(range(0, epochs + 1, max(1, -(-epochs // 16))))
-    axes.set_xlabel("epochs of fine-tuning on the other folds (0 = right after unlearning)")
+    on = "" if columns > 1 else " on the other folds"
+    axes.set_xlabel(f"epochs of fine-tuning{on} (0 = right after unlearning)")
     axes.set_ylabel("held-out accuracy (%)")
-    title = "What comes back under the RTT attack"
-    axes.set_title(title, loc="left", fontweight="bold", pad=20 + 17 * max(len(methods), len(keys)))
-    axes.add_artist(figures.legend(axes, handles=methods))
+    rows = max(-(-len(lines) // columns), len(keys))
+    axes.set_title(title, loc="left", fontweight="bold", pad=20 + 17 * rows)
+    axes.add_artist(figures.legend(axes, handles=lines, ncols=columns))
     figures.legend(axes, handles=keys, loc="lower right", bbox_to_anchor=(1.01, 1.0))
     figures.save(figure, path)
 
 
-def _curves(axes, result: RTTResult, label: str, colour: str, marker: str) -> list:
-    """A method's curves; returns the strong one, which stands for it in the legend."""
-    lr, epoch = result.best
-    for other in result.lrs:
+def _curves(axes, result: RTTResult, attack: str, label: str, index: int) -> list:
+    """An attack's curves, by measurement; returns the strongest one, which stands for it in the legend. What trains
+    nothing is a point."""
+    colour, turn = COLOURS[index % len(COLOURS)], index // len(COLOURS)
+    marker = MARKERS[(index + turn) % len(MARKERS)]
+    found, at, width = result.summary(attack), range(len(result.epochs(attack))), 2.4
+    lr, place = found["lr"], result.epochs(attack).index(found["epoch"])
+    for other in result.rates(attack):
         if other != lr:
-            axes.plot(_percents(result.curve(other)), color=colour, linewidth=1.1, alpha=0.4, zorder=2)
-    curve = _percents(result.curve(lr))
-    strong = axes.plot(curve, color=colour, marker=marker, markersize=6, linewidth=2.4, zorder=3, label=label)
-    axes.plot([epoch], [curve[epoch]], color=colour, **_RING, zorder=4, markersize=14)
+            values = _percents(result.curve(other, attack=attack))
+            axes.plot(at, values, color=colour, linewidth=1.1, alpha=0.4, zorder=2)
+    curve = _percents(result.curve(lr, attack=attack))
+    if ATTACKS[attack].rounds is not None:
+        curve, at, width, place = curve[-1:], [0], 0, 0
+    strong = axes.plot(at, curve, color=colour, marker=marker, markersize=6, linewidth=width, zorder=3, label=label)
+    if Strongest(attack, lr, found["epoch"]) == result.strongest:
+        axes.plot([place], [100 * result.accuracy], color=colour, **_RING, zorder=4, markersize=14)
     return strong
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from kunbr_fast.density.measure import Density
-from kunbr_fast.evaluation.rtt import RTTResult
+from kunbr_fast.evaluation.candidates import SAMPLES
+from kunbr_fast.evaluation.curves import RTTResult, Strongest
 from kunbr_fast.files import atomic
 from kunbr_fast.files.shown import plain
 from kunbr_fast.version import __version__
@@ -78,14 +79,56 @@ def table(rows: Sequence[Mapping]) -> str:
     stages = list(dict.fromkeys(stage for row in rows for stage in row.get("seconds") or {}))
     others = list(dict.fromkeys(name for row in rows for name in row.get("other") or {}))
     header = ["method", "forget", "retain", *others, "RTT", "recovery", *[f"{stage} (s)" for stage in stages]]
-    lines = [header, *[_cells(row, others, stages) for row in rows]]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return _markdown(header, [_cells(row, others, stages) for row in rows])
+
+
+def attack_table(result: RTTResult) -> str:
+    """The attacks side by side, as a Markdown table: each one's strongest point, with standard errors over questions.
+    Leak at k: the share of questions whose answer is among k sampled ones, at the attack's end; it is not comparable
+    with the accuracies. What the scoring does not measure has no column."""
+    kinds = ["calibrated"] * (result.calibrated_accuracy is not None)
+    kinds += ["smooth"] * (result.smooth_accuracy is not None)
+    leaks = {"before": result.leaks(), "guessing": result.guesses}
+    leaks |= {attack: result.leaks(attack) for attack in result.attacks}
+    at = [0, len(SAMPLES) - 1] if leaks["before"] is not None else []
+    header = ["attack", "learning rate", "epoch", "RTT", *kinds, *[f"leak at {SAMPLES[k]}" for k in at]]
+
+    def leak(name: str) -> list[str]:
+        return [_percent(leaks[name] and leaks[name][k]) for k in at]
+
+    rows = []
+    for attack in result.attacks:
+        found = result.summary(attack)
+        values = [_with_error(found["accuracy"], found["standard_error"])]
+        values += [_percent(found["calibrated_accuracy"])] * ("calibrated" in kinds)
+        values += [_with_error(found["smooth_accuracy"], found["smooth_error"])] * ("smooth" in kinds)
+        lr = f"{found['lr']:g}" if found["lr"] else "-"
+        rows.append([attack, lr, f"{found['epoch']}", *values, *leak(attack)])
+    failed = dict.fromkeys((found["attack"], found["lr"]) for found in result.diverged)
+    for attack, lr in failed:
+        rows.append([attack, f"{lr:g}", "diverged", "-", *["-"] * (len(kinds) + len(at))])
+    first = Strongest(result.attacks[0], result.lrs[0], 0)
+    before = {key: result.curve(first.lr, key, first.attack) for key in ("plain", *kinds)}
+    errors = {key: result.error(first, key) for key in ("plain", "smooth") if key in before}
+    values = [_with_error(curve and curve[0], errors.get(key)) for key, curve in before.items()]
+    rows.insert(0, ["before", "-", "-", *values, *leak("before")])
+    if leaks["guessing"] is not None and at:
+        rows.insert(1, ["guessing", "-", "-", "-", *["-"] * len(kinds), *leak("guessing")])
+    return _markdown(header, rows)
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return _percent(value) if value is None or error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
     rule = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
     return "\n".join(
         "| "
         + " | ".join([line[0].ljust(widths[0]), *[c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]])
         + " |"
-        for line in [header, rule, *lines[1:]]
+        for line in [header, rule, *rows]
     )
 
 

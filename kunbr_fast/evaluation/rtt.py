@@ -3,26 +3,28 @@
 The facts of a forget set come in folds that say nothing about one another. For each fold, the unlearned model is
 fine-tuned on the facts of all other folds and asked about this one. What it answers then was still in the weights. An
 attack is only as strong as its settings: several learning rates are tried for several epochs, each on the same weights,
-and the whole relearning curve is kept. The figure to report is the strongest attack found.
+and the whole relearning curve is kept. Other kinds of attack (`attacks`) have curves of their own. The figure to report
+is the strongest attack found.
 
 Source: Deeb and Roger, "Do Unlearning Methods Remove Information from Language Model Weights?", arXiv 2410.08827.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import NamedTuple
 
-import msgspec
 from tqdm import tqdm
 
 from kunbr_fast import data
 from kunbr_fast.data.content import ALLOWANCES
-from kunbr_fast.data.overlap import of_folds, settle
+from kunbr_fast.data.overlap import facts, of_folds, overlap, settle
 from kunbr_fast.data.text import say_separator
 from kunbr_fast.evaluation.accuracy import Accuracy, measure, prepare_questions
-from kunbr_fast.files.documents import checked
+from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks, round_weights
+from kunbr_fast.evaluation.curves import RTTResult, attack_of
+from kunbr_fast.evaluation.lora import train_lora
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.ownership import differentiable, no_adapter
@@ -42,7 +44,7 @@ class RTTConfig:
     optimizer: "adamw" or "lion". target: which tokens are trained on (`data.encode`). scoring: "letter" or "choice"
     (`choice_accuracy`). seed: of the order of the data, the same for each fold and learning rate. text: how records
     become text. max_length: of a sample, in tokens (None: the model's limit). overlap: "error", or "allow" for a fact
-    that is in two folds.
+    that is in two folds. attacks: kinds of attack, of `attacks.ATTACKS`, or "all".
     """
 
     lrs: tuple[float, ...] = (5e-7, 1e-6, 5e-6, 1e-5)
@@ -55,8 +57,10 @@ class RTTConfig:
     text: data.TextSettings = data.TextSettings()
     max_length: int | None = None
     overlap: str = "error"
+    attacks: tuple[str, ...] = ("full",)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "attacks", chosen_attacks(self.attacks))
         object.__setattr__(self, "lrs", tuple(check("lrs entry", lr, ABOVE_ZERO) for lr in self.lrs))
         if not self.lrs or len(set(self.lrs)) != len(self.lrs):
             raise ValueError(f"lrs={shown(self.lrs)}: expected one or more different learning rates above 0")
@@ -75,107 +79,8 @@ class Fold:
     questions: list[dict]
 
 
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-
-
-class Point(TypedDict):
-    """A point of a relearning curve."""
-
-    fold: str
-    lr: float
-    epoch: Annotated[int, msgspec.Meta(ge=0, le=10**6)]
-    plain: Share
-    calibrated: Share | None
-
-
-class Curves(TypedDict):
-    curves: list[Point]
-
-
-@dataclass(frozen=True)
-class RTTResult:
-    """Relearning curves: rows {"fold", "lr", "epoch", "plain", "calibrated"}, epoch 0 is before the attack.
-
-    `calibrated` is None where the scoring has no such figure. ValueError unless every learning rate has every fold and
-    epoch. A mean over folds counts each fold once.
-    """
-
-    curves: list[dict]
-
-    def __post_init__(self) -> None:
-        cells = {(row["fold"], row["lr"], row["epoch"]) for row in self.curves}
-        folds = self._folds()
-        epochs = max((row["epoch"] for row in self.curves), default=0)
-        wanted = [(fold, lr, epoch) for lr in self.lrs for fold in folds for epoch in range(epochs + 1)]
-        if epochs < 1 or len(cells) != len(self.curves) or cells != set(wanted):
-            raise ValueError(
-                f"relearning curves are not complete: got {len(self.curves)} rows, expected one for each of "
-                f"{len(folds)} folds x {len(self.lrs)} learning rates x epochs 0..{max(epochs, 1)}"
-            )
-
-    def _folds(self) -> list[str]:
-        return list(dict.fromkeys(row["fold"] for row in self.curves))
-
-    @property
-    def lrs(self) -> list[float]:
-        """Learning rates, in the order they were tried."""
-        return list(dict.fromkeys(row["lr"] for row in self.curves))
-
-    def curve(self, lr: float, key: str = "plain") -> list[float] | None:
-        """Mean accuracy over folds after epochs 0, 1, ... at this rate; None if `key` was not measured."""
-        if lr not in self.lrs or key not in ("plain", "calibrated"):
-            raise ValueError(f"no curve {key!r} at learning rate {lr}: there are plain, calibrated at {self.lrs}")
-        if self.curves[0][key] is None:
-            return None
-        folds, cells = self._folds(), {(row["fold"], row["epoch"]): row[key] for row in self.curves if row["lr"] == lr}
-        return [sum(cells[fold, epoch] for fold in folds) / len(folds) for epoch in range(len(cells) // len(folds))]
-
-    @property
-    def before(self) -> float:
-        """Plain accuracy before the attack, mean over folds."""
-        return self.curve(self.lrs[0])[0]
-
-    @property
-    def accuracy(self) -> float:
-        """RTT accuracy, the strongest attack found: best mean over folds of any (lr, epoch >= 1)."""
-        return self._best("plain")[0]
-
-    @property
-    def best(self) -> tuple[float, int]:
-        """(lr, epoch) of the strongest attack; a tie goes to the rate tried first, then to the early epoch."""
-        return self._best("plain")[1]
-
-    @property
-    def calibrated_accuracy(self) -> float | None:
-        """The strongest attack by calibrated accuracy, None where that was not measured."""
-        return None if self.curves[0]["calibrated"] is None else self._best("calibrated")[0]
-
-    @property
-    def recovery(self) -> float:
-        """What the attack brought back: accuracy minus the accuracy before it."""
-        return self.accuracy - self.before
-
-    def _best(self, key: str) -> tuple[float, tuple[float, int]]:
-        found = [(value, (lr, epoch)) for lr in self.lrs for epoch, value in enumerate(self.curve(lr, key)) if epoch]
-        return max(found, key=lambda item: item[0])  # the first of equal ones
-
-    def to_dict(self) -> dict:
-        """JSON form: the summary for readers, and the curves, from which from_dict makes the result again."""
-        lr, epoch = self.best
-        return {
-            "accuracy": self.accuracy,
-            "calibrated_accuracy": self.calibrated_accuracy,
-            "before": self.before,
-            "recovery": self.recovery,
-            "best": {"lr": lr, "epoch": epoch},
-            "curves": [dict(row) for row in self.curves],
-        }
-
-    @classmethod
-    def from_dict(cls, value: dict, where: str = "RTT result") -> "RTTResult":
-        """The result that to_dict wrote; the summary is computed anew from the curves. ValueError, which begins with
-        `where`, for values of other types."""
-        return cls(checked(value, Curves, where)["curves"])
+class AttackDiverged(FloatingPointError):
+    """An attack's own training diverged, not the model's answers before it."""
 
 
 def rtt_attack(
@@ -188,17 +93,19 @@ def rtt_attack(
     done: Sequence[dict] = (),
     on_result: Callable[[list[dict]], None] | None = None,
 ) -> RTTResult:
-    """Fine-tune on all folds but one, ask about that one; for each fold and learning rate.
+    """Fine-tune on all folds but one, ask about that one; for each kind of attack, fold and learning rate. (The attack
+    `other_facts` needs those: see `Attack`.)
 
     decoder: of the unlearned model; its weights are bit for bit the same afterwards, also after an exception.
     snapshot_dir: where a copy of the weights lies meanwhile (the size of the model; removed at the end).
-    done: rows of an earlier, interrupted run. A (fold, lr) whose rows are there is not attacked again; rows of folds or
-    learning rates that are not asked for now are left out.
-    on_result: called with the finished rows (epochs 0 to the last) of each (fold, lr), to be kept for `done`.
+    done: rows of an earlier, interrupted run. An (attack, fold, lr) whose rows are there is not made again; rows of
+    what is not asked for now are left out.
+    on_result: called with the finished rows (epochs 0 to the last) of each (attack, fold, lr), to be kept for `done`.
 
     Raises ValueError for fewer than two folds, folds of the same name, a fact in two of them, unusable records
-    (`choice_accuracy`, `data.encode`), or `done` rows from a run with other epochs; FloatingPointError, naming fold and
-    learning rate, if the fine-tuning diverges.
+    (`choice_accuracy`, `data.encode`), or `done` rows from a run with other epochs; `AttackDiverged`, naming fold and
+    learning rate, if the fine-tuning of the attack `full` diverges. Another one's divergence is in the result, and the
+    rest goes on.
     """
     say_separator(config.text.separator, *(fold.train_records for fold in folds))
     return Attack(decoder, tokenizer, folds, config).run(snapshot_dir, progress, done, on_result)
@@ -207,7 +114,8 @@ def rtt_attack(
 class Attack:
     """`rtt_attack` in two steps: all is tokenised at once, so that a bad line does not turn up an hour later.
 
-    say: told of an overlap that config allows.
+    say: told of an overlap that config allows, and of attacks that diverged. other_facts: records, or samples, of the
+    attack of that name: of the folds' form, with none of their facts.
     """
 
     def __init__(
@@ -217,6 +125,7 @@ class Attack:
         folds: Sequence[Fold],
         config: RTTConfig,
         say: Callable[[str], None] = lambda text: None,
+        other_facts: Sequence[Mapping] = (),
     ):
         no_adapter(decoder.model, "the RTT attack")
         differentiable(decoder.model)
@@ -226,13 +135,21 @@ class Attack:
             prepare_questions(tokenizer, fold.questions, scoring=config.scoring, decoder=decoder) for fold in folds
         ]
         limit = least(config.max_length, decoder.max_positions)
-        self._samples = []
-        for fold in folds:
-            part, names = data.encode_named(fold.train_records, tokenizer, config.target, limit, text=config.text)
-            check_tokens(decoder.model, part, [f"fold {plain(fold.name, NAME)}, {name}" for name in names])
-            self._samples.append(part)
+
+        def encoded(records: Sequence[Mapping], whose: str) -> list[data.Sample]:
+            part, names, _ = data.encode_named(records, tokenizer, config.target, limit, text=config.text)
+            check_tokens(decoder.model, part, [f"{whose}, {name}" for name in names])
+            return part
+
+        self._samples = [encoded(fold.train_records, f"fold {plain(fold.name, NAME)}") for fold in folds]
         settle(overlap_of(folds), config.overlap, say)
+        self._others: Sequence[data.Sample] = ()
+        if any(ATTACKS[attack].others for attack in config.attacks):
+            settle(taught_of(folds, other_facts), config.overlap, say)
+            is_text = data.is_record(other_facts[0])
+            self._others = encoded(other_facts, "other facts") if is_text else data.as_samples(other_facts)
         self._before: dict[int, Accuracy] = {}  # each fold's, where it is known
+        self._say = say
 
     def run(
         self,
@@ -246,11 +163,17 @@ class Attack:
         unless these are all."""
         folds, config = self.folds, self.config
         finished = finished_attacks(done or (), folds, config)
-        left = [(i, lr) for i in range(len(folds)) for lr in config.lrs if (folds[i].name, lr) not in finished]
+
+        def begun(job: _Job) -> bool:
+            return any((job.attack, folds[i].name, job.lr) not in finished for i in job.folds)
+
+        jobs = [(begun(job), job) for job in _jobs(config, len(folds))]
+        left = [job for unfinished, job in jobs if unfinished]
         mine = left[share[0] :: share[1]]
+        had = sum(job.points(config) for unfinished, job in jobs if not unfinished)
         bar = tqdm(
-            total=(len(finished) + len(mine)) * config.epochs,
-            initial=len(finished) * config.epochs,
+            total=had + sum(job.points(config) for job in mine),
+            initial=had,
             desc="RTT attack",
             unit="epoch",
             disable=not progress or not mine,
@@ -259,43 +182,97 @@ class Attack:
             stack.callback(bar.close)
             if mine:
                 restore = stack.enter_context(_snapshot(self.decoder.model, Path(snapshot_dir)))
-            for i, lr in mine:
-                rows = self._one(i, lr, restore, bar)
-                finished[folds[i].name, lr] = rows
-                if on_result is not None:
-                    on_result([dict(row) for row in rows])
+            for job in mine:
+                for i, rows in self._one(job, restore, bar).items():
+                    if finished.setdefault((job.attack, folds[i].name, job.lr), rows) is rows and on_result is not None:
+                        on_result([dict(row) for row in rows])
         if len(mine) < len(left):
             return None
-        return RTTResult([row for fold in folds for lr in config.lrs for row in finished[fold.name, lr]])
+        return _result(finished, [(job.attack, folds[i].name, job.lr) for _, job in jobs for i in job.folds])
 
-    def _one(self, i: int, lr: float, restore: Callable[[], None], bar: tqdm) -> list[dict]:
-        """The rows of one fold's attack at one learning rate; `restore` puts the weights back."""
-        fold, config, questions = self.folds[i], self.config, self._questions[i]
-        bar.set_postfix_str(f"{plain(fold.name, NAME)}, lr {lr:g}")
-        if i not in self._before:
-            self._before[i] = measure(self.decoder, questions)
-        rows = [_row(fold, lr, 0, self._before[i])]
+    def _one(self, job: "_Job", restore: Callable[[], None], bar: tqdm) -> dict[int, list[dict]]:
+        """The rows of an attack, by fold; `restore` puts the weights back."""
+        config, kind = self.config, ATTACKS[job.attack]
+        name = f"{job.attack} " * (config.attacks != ("full",))
+        name += "all folds" if len(job.folds) > 1 else plain(self.folds[job.folds[0]].name, NAME)
+        name += f", lr {job.lr:g}" * (job.lr > 0)
+        bar.set_postfix_str(name)
+        for i in job.folds:
+            if i not in self._before:
+                self._before[i] = measure(self.decoder, self._questions[i])
+        rows = {i: [_row(job, self.folds[i], 0, self._before[i])] for i in job.folds}
 
-        def after_epoch(_epoch: int) -> None:
-            accuracy = measure(self.decoder, questions)
-            rows.append(_row(fold, lr, len(rows), accuracy))
-            bar.set_postfix_str(f"{plain(fold.name, NAME)}, lr {lr:g}, {accuracy.plain:.1%}", refresh=False)
+        def after_epoch(epoch: int) -> None:
+            if epoch not in kind.measured(config.epochs):
+                return
+            for i in job.folds:
+                rows[i].append(_row(job, self.folds[i], epoch, measure(self.decoder, self._questions[i])))
+            accuracy = sum(found[-1]["plain"] for found in rows.values()) / len(rows)
+            bar.set_postfix_str(f"{name}, {accuracy:.1%}", refresh=False)
             bar.update()
 
-        others = [sample for k, part in enumerate(self._samples) if k != i for sample in part]
-        how = {name: getattr(config, name) for name in ("epochs", "batch_size", "optimizer", "seed")}
         try:
-            train_all(self.decoder, others, lr=lr, **how, on_epoch=after_epoch, progress=None)
+            self._attack(job, after_epoch)
         except (Diverged, FloatingPointError) as error:
             # Diverged's own hint is about gradient difference, which is not what runs here.
             what = f"diverged at {error.where}" if isinstance(error, Diverged) else str(error)
-            raise FloatingPointError(
-                f"RTT attack on fold {plain(fold.name, NAME)} at learning rate {lr:g}: {what}. Take this learning rate "
+            if job.attack != "full":
+                self._say(f"RTT attack {name}: {what}; there is no curve of it, the other attacks go on")
+                return {i: [{**found[0], "diverged": True}] for i, found in rows.items()}
+            fold = plain(self.folds[job.folds[0]].name, NAME)
+            raise AttackDiverged(
+                f"RTT attack on fold {fold} at learning rate {job.lr:g}: {what}. Take this learning rate "
                 "out of the list; finished attacks need not be run again"
             ) from error
         finally:
             restore()
         return rows
+
+    def _attack(self, job: "_Job", after_epoch: Callable[[int], None]) -> None:
+        config, kind = self.config, ATTACKS[job.attack]
+        if kind.rounds is not None:
+            round_weights(self.decoder, kind.rounds)
+            after_epoch(1)
+            return
+        samples = [sample for k, part in enumerate(self._samples) if k not in job.folds for sample in part]
+        samples = self._others if kind.others else samples
+        how = dict(lr=job.lr, epochs=kind.passes * config.epochs, batch_size=config.batch_size, seed=config.seed)
+        if kind.adapters:
+            train_lora(self.decoder, samples, **how, on_epoch=after_epoch)
+        else:
+            optimizer = kind.optimizer or config.optimizer
+            train_all(self.decoder, samples, optimizer=optimizer, **how, on_epoch=after_epoch, progress=None)
+
+
+class _Job(NamedTuple):
+    """One attack, on one fold or (`Kind.at_once`) on all."""
+
+    attack: str
+    folds: tuple[int, ...]
+    lr: float
+
+    def points(self, config: RTTConfig) -> int:
+        return len(ATTACKS[self.attack].measured(config.epochs)) - 1
+
+
+def _jobs(config: RTTConfig, folds: int) -> list[_Job]:
+    """All attacks, in order."""
+    return [
+        _Job(attack, chosen, lr)
+        for attack in config.attacks
+        for chosen in ([tuple(range(folds))] if ATTACKS[attack].at_once else [(i,) for i in range(folds)])
+        for lr in ATTACKS[attack].lrs(config.lrs)
+    ]
+
+
+def _result(finished: dict[tuple[str, str, float], list[dict]], wanted: Sequence[tuple[str, str, float]]) -> RTTResult:
+    rows = [row for key in wanted for row in finished[key]]
+    if all(row.get("diverged") for row in rows):
+        raise AttackDiverged(
+            f"RTT attack: every attack diverged ({', '.join(dict.fromkeys(attack for attack, _, _ in wanted))}): take "
+            "lower learning rates"
+        )
+    return RTTResult(rows)
 
 
 @contextlib.contextmanager
@@ -320,13 +297,27 @@ def _snapshot(model, directory: Path) -> Iterator[Callable[[], None]]:
             path.unlink(missing_ok=True)
 
 
-def _row(fold: Fold, lr: float, epoch: int, accuracy: Accuracy) -> dict:
-    return dict(fold=fold.name, lr=lr, epoch=epoch, plain=accuracy.plain, calibrated=accuracy.calibrated)
+def _row(job: _Job, fold: Fold, epoch: int, found: Accuracy) -> dict:
+    of = dict(attack=job.attack, fold=fold.name, lr=job.lr, epoch=epoch)
+    names = "plain calibrated num_questions smooth smooth_error leak pool".split()
+    return of | {name: getattr(found, name) for name in names}
 
 
 def overlap_of(folds: Sequence[Fold], attack: bool = True) -> str | None:
     """What to tell where folds say something about one another, else None. attack: as of `of_folds`."""
     return of_folds(((fold.name, [*fold.train_records, *fold.questions]) for fold in folds), attack)
+
+
+def taught_of(folds: Sequence[Fold], other_facts: Sequence[Mapping]) -> str | None:
+    """What to tell where a fold's fact is among the other facts, else None. ValueError where there are no others."""
+    if not other_facts:
+        raise ValueError(
+            "the attack other_facts has nothing to teach: give facts of the folds' form that are not in them "
+            "(--other-facts, a retain set), or leave it out of the attacks"
+        )
+    asked = [record for fold in folds for record in (*fold.train_records, *fold.questions)]
+    sides = facts({"fold record": asked}), facts({"other fact": other_facts})
+    return overlap(sides, "in a fold and in the other facts: the attack would teach what it asks about")
 
 
 def _check_folds(folds: Sequence[Fold]) -> None:
@@ -346,20 +337,22 @@ def _check_folds(folds: Sequence[Fold]) -> None:
 
 def finished_attacks(
     done: Sequence[dict], folds: Sequence[Fold], config: RTTConfig, where: str = ""
-) -> dict[tuple[str, float], list[dict]]:
-    """Rows of an earlier run by (fold, lr), each curve whole, or ValueError, which begins with `where`."""
-    wanted = {(fold.name, lr) for fold in folds for lr in config.lrs}
-    finished: dict[tuple[str, float], list[dict]] = {}
+) -> dict[tuple[str, str, float], list[dict]]:
+    """Rows of an earlier run by (attack, fold, lr), each curve whole, or ValueError, which begins with `where`."""
+    wanted = {(job.attack, folds[i].name, job.lr) for job in _jobs(config, len(folds)) for i in job.folds}
+    finished: dict[tuple[str, str, float], list[dict]] = {}
     for row in done:
-        if (row["fold"], row["lr"]) in wanted:
-            finished.setdefault((row["fold"], row["lr"]), []).append(dict(row))
-    for (fold, lr), rows in finished.items():
+        if (key := (attack_of(row), row["fold"], row["lr"])) in wanted:
+            finished.setdefault(key, []).append(dict(row))
+    for (attack, fold, lr), rows in finished.items():
         rows.sort(key=lambda row: row["epoch"])
-        epochs = [row["epoch"] for row in rows]
-        what = f"{where}the earlier result of fold {shown(fold)} at learning rate {lr:g}"
+        epochs, asked = [row["epoch"] for row in rows], ATTACKS[attack].measured(config.epochs)
+        kind = f" under {attack}" * (attack != "full")
+        what = f"{where}the earlier result of fold {shown(fold)}{kind} at learning rate {lr:g}"
         cure = "resume with the same settings, or start without the earlier results"
-        if epochs != list(range(config.epochs + 1)):
-            raise ValueError(f"{what} has the epochs {shown(epochs)}, expected 0 to {config.epochs}; {cure}")
+        if epochs != list(asked) and not (epochs == [0] and rows[0].get("diverged")):
+            steps = f" in steps of {asked.step}" * (asked.step > 1)
+            raise ValueError(f"{what} has the epochs {shown(epochs)}, expected 0 to {asked[-1]}{steps}; {cure}")
         if any((row["calibrated"] is None) != (config.scoring == "choice") for row in rows):
             raise ValueError(f"{what} was not scored by {config.scoring}; {cure}")
     return finished

@@ -179,7 +179,7 @@ class DrivenStages(Stages):
             with self.autocast():
                 self.cache.advance(block.start)
         source, self._values = self.trained.get(block) or self._unlearned(), {}
-        self.training = stack.enter_context(self.block_training(source, block, self._values))
+        self.training = stack.enter_context(self.block_training(visit, source, self._values))
         self.feed = self.feed_of(self.training, self.cache)
 
     def _leave(self, complete: bool) -> None:
@@ -230,18 +230,26 @@ class DrivenStages(Stages):
     def backward(self, step: int, micro: int, accumulation: int) -> torch.Tensor:
         """Adds the gradient of one of a step's `accumulation` micro-batches on this rank. Returns its loss; over all
         micro-batches and ranks they sum to the loss of the step."""
-        whole = self.schedule[step - self.at.first]
+        number = step - self.at.first
+        if micro == 0:
+            self._relearn(number)
+        whole = self.schedule[number]
         part, parts = micro * self.ranks.size + self.ranks.rank, accumulation * self.ranks.size
         mine = [share(samples, part, parts) for samples in whole]
         if (batch := self.feed.part(mine, whole)) is None:
             return torch.zeros((), device=self.decoder.device)
         if self._step is None:
             self._step = SharedStep(self.training)
-        with self.autocast():
-            part = self.training.loss(batch)
-        part, self.training.last = part.backward(), batch
+        part = self.training.add_within(batch, self.autocast)
         self._step.add(batch, part)
         return part.loss
+
+    def _relearn(self, number: int) -> None:
+        """What the adversary, where there is one, does before a step; by all ranks."""
+        ranks, training = self.ranks, self.training
+        parts = [(batch, share(batch, ranks.rank, ranks.size)) for batch in self.schedule.relearned(number)]
+        parts = [self.feed.relearned(mine, len(batch)) for batch, mine in parts]
+        training.relearn(parts, ranks, lambda batch: training.add_within(batch, self.autocast))
 
     def gather(self, step: int) -> None:
         """After the last micro-batch: sums the gradients over the ranks. Raises `Diverged` if something is not finite,

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -65,9 +65,14 @@ class LayerMajor:
     def _fetch(self, layer: int, number: int) -> torch.Tensor:
         return self._place(layer, number).to(self.decoder.device, non_blocking=True).detach()
 
-    def run(self, turn: Turn, need_first: bool = False) -> None:
+    def run(
+        self,
+        turn: Turn,
+        need_first: bool = False,
+        within: Callable[[int], contextlib.AbstractContextManager] = lambda number: contextlib.nullcontext(),
+    ) -> None:
         """Up and down; a turn for each batch and layer, as in `Decoder.passes`. At layer `start` the hidden states
-        require grad only if need_first."""
+        require grad only if need_first. within: what a batch's passes run in, such as weights of its own."""
         given = [batch.hidden is not None for batch in self.batches]
         first = self.start if all(given) else 0
         if any(given) and not all(given):
@@ -82,13 +87,14 @@ class LayerMajor:
             for number, batch in enumerate(self.batches):
                 x = self._fetch(layer, number)
                 if count < len(up):
-                    with torch.no_grad():
+                    with torch.no_grad(), within(number):
                         out = self.decoder.run(batch, Stretch(layer, x), layer + 1)
                     self._place(layer + 1, number).copy_(out, non_blocking=True)
                     continue
                 x.requires_grad_(layer > self.start or need_first)
                 dy = self._fetch(layer + 1, number) if layer < self.top else None
-                turn(number, Stretch(layer, x), layer + 1, dy)
+                with within(number):
+                    turn(number, Stretch(layer, x), layer + 1, dy)
                 if layer > self.start:
                     dx = torch.zeros_like(x) if x.grad is None else x.grad
                     self._place(layer, number).copy_(dx, non_blocking=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 
 import torch
 
@@ -38,17 +39,31 @@ class Shares:
 WHOLE = Shares()
 
 
+class Role(enum.Enum):
+    """What a batch is for.
+
+    TRAINED: the criterion at the weights that are trained. ATTACKED: forget samples, the criterion at an adversary's
+    weights. RELEARNED: what the adversary itself minimises, the NLL of its samples (as `Parts.retain`).
+    """
+
+    TRAINED = "trained"
+    ATTACKED = "attacked"
+    RELEARNED = "relearned"
+
+
 @dataclasses.dataclass(frozen=True)
 class StepBatch:
     """A packed batch as an objective takes it. Made by `Criterion.pack` and `Criterion.step_batch`.
 
-    original: the original model's values for these samples, in their order, where the objective needs any.
+    original: the original model's values for these samples, in their order, where the objective needs any. role: at
+    which weights it is evaluated, and what for.
     """
 
     packed: PackedBatch
     parts: Parts
     original: OriginalValues | None = None
     shares: Shares = WHOLE
+    role: Role = Role.TRAINED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -208,6 +208,8 @@ def measure(
     needs = _each(needs, range(stretch.start, decoder.num_layers))
     values: dict[str, list[torch.Tensor | None]] = {kind: [None] * batch.num_samples for kind in needs}
 
+    needs = {kind: of for kind, of in needs.items() if any(getattr(parts, part) for part in of)}  # of samples here
+
     def keep(kind: str, tensors: Sequence[torch.Tensor]) -> None:
         for part in needs.get(kind, ()):
             for i in getattr(parts, part):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from kunbr_fast.data.schedule import Schedule
+from kunbr_fast.evaluation.attacks import ATTACKS
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.parallel.assign import SHARING_COSTS, spread_blocks
 from kunbr_fast.planning.costs import Architecture, Batch, Step, batches, forward_extra, forward_flops
@@ -116,7 +117,8 @@ class Run:
             found.append(self.training("warm-up", None))
         found.append(self._once("density", self.density))
         config = self.config
-        blocks = selectable_blocks(self.a.layers, config.num_blocks, config.top_k, config.skip_last_layers)
+        how = config.num_blocks, config.top_k, config.skip_last_layers
+        blocks = selectable_blocks(self.a.layers, *how) if config.top_k else []
         for block in blocks:
             name = f"re-insertion {block.start}-{block.stop - 1}"
             found.append(self.training(name, block, config.top_k / len(blocks)))
@@ -269,7 +271,7 @@ class Run:
 
     @property
     def _states_layers(self) -> list[int]:
-        """Those whose outputs are kept. Without a warm-up none below the lowest chosen block, which may be the first."""
+        """Those whose outputs are kept: without a warm-up none below the lowest block, which may be the first one."""
         return self._compared(range(self.a.layers)) or ([] if self.setup.unlearned else self._compared(None))
 
     def _states_bytes(self, layers: Sequence[int]) -> int:
@@ -384,25 +386,41 @@ class Run:
         return Stage("evaluation", {**self._weights(), **memory}, flops, seconds, bus, runs=times)
 
     def attack(self) -> Stage:
-        """All parameters by AdamW on all folds but one, for each fold; once for each learning rate."""
+        """The mean of all attacks at a learning rate: training for each fold (one for all, where none is used), and the
+        questions of all folds after each epoch."""
         a, config, folds = self.a, self.config, self.data.folds
-        b, flops, steps, found = a.itemsize, 0.0, 0, []
-        step = dict(block=None, torch=self.setup.cpu, fused=False)
-        for i in range(len(folds)):
-            others = [sample for k, fold in enumerate(folds) if k != i for sample in fold]
-            schedule = Schedule(len(others), 0, config.rtt_batch_size, 1, config.rtt_epochs, config.seed)
-            parts = [Batch.of([others[k] for k in schedule[at][0]]) for at in _some(len(schedule), len(folds))]
-            flops += len(schedule) * sum(Step(a, batch, **step).flops() for batch in parts) / len(parts)
-            found, steps = found + parts, steps + len(schedule)
-        peak = self._worst(found, **step)
-        traffic = steps * (10 * a.parameters * b + 2 * sum(peak.values()))
-        if sum(peak.values()) < a.parameters * b:  # the update is the peak
-            peak = {"activations": 0, "head": 0, "gradient": a.parameters * b, "workspace": 0}
+        b, step = a.itemsize, dict(block=None, torch=self.setup.cpu, fused=False)
+        others = [[sample for k, fold in enumerate(folds) if k != i for sample in fold] for i in range(len(folds))]
         asked, asking, _, _ = self._answering([n for fold in folds for n, _ in fold])
-        seconds = self._seconds(flops, traffic) + (config.rtt_epochs + 1) * asking
-        memory = {**self._weights(), "optimiser": 2 * a.parameters * b, **peak}
-        flops += (config.rtt_epochs + 1) * asked
-        return Stage("RTT attack", memory, flops, seconds, runs=len(config.rtt_lrs))
+        flops, seconds, runs = 0.0, 0.0, 0
+        found: list[Batch] = []
+        for kind in map(ATTACKS.get, config.rtt_attacks):
+            lrs, times = len(kind.lrs(config.rtt_lrs)), len(kind.measured(config.rtt_epochs))
+            sets = [] if kind.rounds else [self.data.retain] if kind.others else others
+            batches, count, work = self._fine_tuning(sets, kind.passes * config.rtt_epochs, step)
+            found += batches
+            peak = self._worst(batches, **step) if batches else {}
+            traffic = count * (10 * a.parameters * b + 2 * sum(peak.values()))
+            flops += lrs * (work + times * asked)
+            seconds += lrs * (self._seconds(work, traffic) + times * asking)
+            runs += lrs
+        peak = self._worst(found, **step) if found else self._answering([n for fold in folds for n, _ in fold])[3]
+        if found and sum(peak.values()) < a.parameters * b:  # the update is the peak
+            peak = {"activations": 0, "head": 0, "gradient": a.parameters * b, "workspace": 0}
+        memory = {**self._weights(), **({"optimiser": 2 * a.parameters * b} if found else {}), **peak}
+        return Stage("RTT attack", memory, flops / runs, seconds / runs, runs=runs)
+
+    def _fine_tuning(
+        self, sets: Sequence[list[tuple[int, int]]], epochs: int, step: dict[str, Any]
+    ) -> tuple[list[Batch], int, float]:
+        """(some batches, steps, flops) of a training on each of the sets."""
+        found, steps, flops = [], 0, 0.0
+        for samples in sets:
+            schedule = Schedule(len(samples), 0, self.config.rtt_batch_size, 1, epochs, self.config.seed)
+            parts = [Batch.of([samples[k] for k in schedule[at][0]]) for at in _some(len(schedule), len(sets))]
+            flops += len(schedule) * sum(Step(self.a, batch, **step).flops() for batch in parts) / len(parts)
+            found, steps = found + parts, steps + len(schedule)
+        return found, steps, flops
 
 
 def _some(count: int, parts: int = 1) -> range:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from kunbr_fast.data import is_record
+from kunbr_fast.data.adversary import AdversarySettings
 from kunbr_fast.data.overlap import settle
 from kunbr_fast.data.text import say_separator
 from kunbr_fast.evaluation.rtt import Attack
@@ -23,7 +25,7 @@ from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.identity import check_record, run_identity
 from kunbr_fast.run.reporter import Reporter
-from kunbr_fast.run.samples import Samples, overlap, to_samples
+from kunbr_fast.run.samples import Samples, overlap, to_samples, with_facts
 from kunbr_fast.run.state import RunState
 from kunbr_fast.training.settings import Execution
 
@@ -34,6 +36,11 @@ def prepare(
     """The model's decoder, the samples, the attack, the opened state of a run and the given M_u's fingerprint; all that
     it is given is checked."""
     model, unlearned = inputs.model, inputs.unlearned
+    if config.top_k == 0 and unlearned is not None:
+        raise ValueError(
+            "top_k=0 trains no block, and with an unlearned model (unlearned=, --unlearned) there is no warm-up: "
+            "nothing would be trained. Leave one of them out"
+        )
     _check_streamed(model, unlearned, context.group)
     decoder = Decoder(model)
     criteria = _check_settings(decoder, config, config.execution(context.work), unlearned is None)
@@ -41,14 +48,16 @@ def prepare(
     identity = model_fingerprint(model)
     if inputs.tokenizer is None and (inputs.folds or any(inputs.questions.values())):
         raise ValueError("questions and folds hold text: give tokenizer=")
-    attack = _attack(inputs, config, decoder, context.reporter)
+    attack = _attack(inputs, config, decoder, samples, context.reporter)
     if isinstance(unlearned, nn.Module):
         check_same_architecture(model, unlearned, "unlearned")
     given = None if unlearned is None else model_fingerprint(unlearned, "the unlearned model's ")
     return decoder, samples, attack, _open_state(inputs, samples, config, context, identity, given), given
 
 
-def _attack(inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, reporter: Reporter) -> Attack | None:
+def _attack(
+    inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, samples: Samples, reporter: Reporter
+) -> Attack | None:
     """The attack on the result, if there is to be one and can be."""
     if not config.rtt or not inputs.folds:
         return None
@@ -58,7 +67,8 @@ def _attack(inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, reporter: 
             "`kunbr-fast rtt` attacks the result on a machine that holds it"
         )
         return None
-    return Attack(decoder, inputs.tokenizer, inputs.folds, config.attack(), reporter.say)
+    others = inputs.retain if is_record(inputs.retain[0]) else samples.retain
+    return Attack(decoder, inputs.tokenizer, inputs.folds, config.attack(), reporter.say, others)
 
 
 def _check_streamed(model: nn.Module, unlearned: Any, group: Group) -> None:
@@ -89,7 +99,8 @@ def _check_settings(decoder: Decoder, config: KUnBRConfig, execution: Execution,
 
 
 def _blocks(decoder: Decoder, config: KUnBRConfig) -> list[range]:
-    return selectable_blocks(decoder.num_layers, config.num_blocks, config.top_k, config.skip_last_layers)
+    how = config.num_blocks, config.top_k, config.skip_last_layers
+    return selectable_blocks(decoder.num_layers, *how) if config.top_k else []
 
 
 def _criteria(decoder: Decoder, config: KUnBRConfig, warm_up: bool) -> list[Criterion]:
@@ -107,11 +118,15 @@ def _samples(
     inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, criteria: Sequence[Criterion], reporter: Reporter
 ) -> Samples:
     alternate = next((c.alternate for c in criteria if c.alternate is not None), None)
-    forget = to_samples(inputs.forget, inputs.tokenizer, config, decoder, "forget", alternate)
+    forget, facts = with_facts(inputs.forget, inputs.tokenizer, config, decoder, "forget", alternate)
     retain = to_samples(inputs.retain, inputs.tokenizer, config, decoder, "retain")
     say_separator(config.separator, inputs.forget, inputs.retain)
     settle(overlap(inputs, forget, retain), config.overlap, reporter.say)
-    return Samples(forget, retain, [sample["alternate"] for sample in forget] if alternate is not None else [])
+    alternates = [sample["alternate"] for sample in forget] if alternate is not None else []
+    if config.adversary_every == 0:
+        return Samples(forget, retain, alternates)
+    AdversarySettings().halves(facts, 0)  # its error now
+    return Samples(forget, retain, alternates, facts)
 
 
 def _open_state(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -12,11 +12,13 @@ import torch
 import yaml
 
 from kunbr_fast.data import TARGETS, TextSettings
+from kunbr_fast.data.adversary import AdversarySettings, rates
 from kunbr_fast.data.content import ALLOWANCES
 from kunbr_fast.density import attribution
 from kunbr_fast.density.measure import REDUCTIONS
 from kunbr_fast.density.watch import MODULES
 from kunbr_fast.evaluation.accuracy import SCORINGS
+from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.atomic import atomic_write
 from kunbr_fast.files.documents import read_yaml
@@ -31,51 +33,11 @@ from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
 from kunbr_fast.objectives.hidden_layers import ALL, HiddenLayers
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
 from kunbr_fast.parallel.assign import PARALLEL
+from kunbr_fast.run.methods import settings_of
+from kunbr_fast.run.setting import ADVERSARY, NUMBERS, RATES, VISITS, refuse_old, setting
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
 from kunbr_fast.training.settings import INSERTIONS, BlockSettings, Execution, FullSettings, check_rates
-from kunbr_fast.values import (
-    ABOVE_ZERO,
-    BATCH,
-    COUNT,
-    EPOCHS,
-    EPOCHS_OR_NONE,
-    LAYERS,
-    NOT_NEGATIVE,
-    SEED,
-    SHARE,
-    Whole,
-    check,
-    parse_bytes,
-)
-
-VISITS = 999  # a seed has so many data orders for blocks (`RunSteps.schedule_of`)
-# What a number may be: of the settings that are numbers.
-NUMBERS = {
-    "seed": SEED,
-    **dict.fromkeys("batch_size retain_batch_size rtt_batch_size".split(), BATCH),
-    **dict.fromkeys("max_length micro_batch_tokens checkpoint_every".split(), COUNT),
-    **dict.fromkeys("block_epochs rtt_epochs".split(), EPOCHS),
-    "warmup_epochs": EPOCHS_OR_NONE,
-    **dict.fromkeys("num_blocks top_k".split(), LAYERS),
-    "skip_last_layers": Whole(0, LAYERS.most),
-    "rounds": Whole(1, VISITS),
-    **dict.fromkeys("warmup_lr block_lr weight_decay retain_coeff".split(), NOT_NEGATIVE),
-    **dict.fromkeys("forget_loss_cap max_retain_loss hidden_coeff".split(), ABOVE_ZERO),
-    "mask_ratio": SHARE,
-    "retain_layers": Whole(0, LAYERS.most),
-    "rtt_lrs": ABOVE_ZERO,
-}
-# Settings, and values of them, that earlier versions had: what stands for them now.
-OLD_SETTINGS = {
-    "activations": "cache also says where a streamed model's activations wait; leave it out",
-    "cover_precision=fp8_matmul": "its gradients were too far from the exact ones (cosine 0.949): take fp8",
-}
-
-
-def setting(default: Any, text: str, stage: str, choices: Sequence[str] = ()) -> Any:
-    """A field with its help text, the stage whose result it changes, and the values that it may have (none: any)."""
-    kind = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
-    return dataclasses.field(**kind, metadata={"help": text, "stage": stage, "choices": choices})
+from kunbr_fast.values import check, parse_bytes
 
 
 @dataclasses.dataclass
@@ -135,6 +97,19 @@ class KUnBRConfig:
         "training",
     )
     weight_decay: float = setting(0.0, "of warm-up and blocks", "training")
+    adversary_every: int = setting(
+        0,
+        "steps after which an adversary, a copy that relearns half of the facts, starts anew; the forget loss is taken "
+        "at its weights, on the other half (0: none, as published)",
+        "training",
+    )
+    adversary_steps: int = setting(AdversarySettings.steps, "steps of the adversary when it starts", "training")
+    adversary_lrs: tuple[float, ...] = setting(
+        AdversarySettings.lrs, "learning rates of the adversary's AdamW, one is drawn each time it starts", "training"
+    )
+    adversary_frozen: bool = setting(
+        AdversarySettings.frozen, "the adversary takes no step after these (else one before each step)", "training"
+    )
     max_retain_loss: float | None = setting(
         None,
         "stop as diverged when the retain loss, averaged over 10 steps, is beyond this (default: 2 ln vocabulary)",
@@ -152,7 +127,9 @@ class KUnBRConfig:
         "sample", "sample: mean over samples of each one's norm; mean: norm of the mean gradient", "density", REDUCTIONS
     )
     num_blocks: int = setting(8, "blocks of floor(layers / num_blocks) layers", "selection")
-    top_k: int = setting(6, "how many of the densest blocks are trained", "selection")
+    top_k: int = setting(
+        6, "how many of the densest blocks are trained (0: none, the warm-up's result is the model)", "selection"
+    )
     skip_last_layers: int = setting(2, "blocks that hold one of the last so many layers are not chosen", "selection")
 
     insertion: str = setting(
@@ -217,6 +194,7 @@ class KUnBRConfig:
     )
     rtt: bool = setting(True, "attack the result (retraining on T)", "none")
     rtt_lrs: tuple[float, ...] = setting((1e-6, 5e-6, 1e-5), "learning rates of the attack", "none")
+    rtt_attacks: tuple[str, ...] = setting(("full",), f"kinds of attack: {', '.join(ATTACKS)}, or all", "none")
     rtt_epochs: int = setting(5, "epochs of each attack", "rtt")
     rtt_batch_size: int = setting(8, "batch size of the attack", "rtt")
     rtt_target: str = setting("all", "tokens the attack trains on", "rtt", TARGETS)
@@ -236,21 +214,23 @@ class KUnBRConfig:
 
     def __new__(cls, *args: Any, **settings: Any) -> KUnBRConfig:
         for name in settings:
-            _refuse_old(name)
+            refuse_old(name)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        self.rtt_lrs = tuple(self.rtt_lrs) if isinstance(self.rtt_lrs, (list, tuple)) else self.rtt_lrs
+        for name in RATES:
+            given = getattr(self, name)
+            setattr(self, name, tuple(given) if isinstance(given, (list, tuple)) else given)
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = self._coerce(field.name, getattr(self, field.name), hints[field.name])
             setattr(self, field.name, value)
             choices = field.metadata["choices"]
             if choices and value not in choices:
-                _refuse_old(f"{field.name}={value}")
+                refuse_old(f"{field.name}={value}")
                 raise ValueError(f"{field.name}={shown(value)}: expected one of {', '.join(choices)}")
-        if not self.rtt_lrs or len(set(self.rtt_lrs)) < len(self.rtt_lrs):
-            raise ValueError(f"rtt_lrs={shown(self.rtt_lrs)}: expected one or more different learning rates above 0")
+        for name in RATES:
+            rates(getattr(self, name), name)
         if self.rounds * self.top_k > VISITS:
             raise ValueError(
                 f"rounds={self.rounds}, top_k={self.top_k}: expected at most {VISITS} visits of blocks in all, each of "
@@ -266,6 +246,8 @@ class KUnBRConfig:
             )
         if self.parallel == "blocks" and self.insertion == "cumulative":
             raise ValueError("parallel='blocks': cumulative blocks build on each other: leave it out, or take samples")
+        if self.top_k == 0 and self.warmup_epochs == 0:
+            raise ValueError("top_k=0, warmup_epochs=0: nothing would be trained: raise one of them")
         self._check_objectives()
         rule = attribution.RULES.get(self.mask, {})
         if self.mask_ratio is not None and (self.mask == "none" or "threshold" in rule):
@@ -316,20 +298,26 @@ class KUnBRConfig:
     def attack(self) -> RTTConfig:
         """The RTT attack's settings."""
         how = {
-            "target": self.rtt_target, "text": self.text(), "max_length": self.max_length, "overlap": self.overlap
+            "target": self.rtt_target, "text": self.text(), "max_length": self.max_length, "overlap": self.overlap,
+            "attacks": self.rtt_attacks,
         }  # fmt: skip
         return RTTConfig(
             self.rtt_lrs, self.rtt_epochs, self.rtt_batch_size, scoring=self.scoring, seed=self.seed, **how
         )
 
-    def full_settings(self) -> FullSettings:
-        """What the warm-up trains."""
-        return FullSettings(self.warmup_lr, self.warmup_optimizer, weight_decay=self.weight_decay)
+    def full_settings(self, seed: int = 0) -> FullSettings:
+        """What the warm-up trains. seed: of the adversary's draws."""
+        return FullSettings(
+            self.warmup_lr, self.warmup_optimizer, adversary_seed=seed, **self._settings("weight_decay", *ADVERSARY)
+        )
 
-    def block_settings(self, mask: Mapping[str, torch.Tensor] | None = None) -> BlockSettings:
-        """What a visit of a block trains, apart from its criterion."""
-        names = ("optimizer", "weight_decay", "insertion", "master_weights")
-        return BlockSettings(self.block_lr, mask=mask, **{name: getattr(self, name) for name in names})
+    def block_settings(self, seed: int = 0, mask: Mapping[str, torch.Tensor] | None = None) -> BlockSettings:
+        """What a visit of a block trains, apart from its criterion. seed: of the adversary's draws."""
+        names = ("optimizer", "weight_decay", "insertion", "master_weights", *ADVERSARY)
+        return BlockSettings(self.block_lr, mask=mask, adversary_seed=seed, **self._settings(*names))
+
+    def _settings(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
 
     def execution(self, directory: Path) -> Execution:
         """How trainings run; directory: where activations lie that are kept in files."""
@@ -339,9 +327,10 @@ class KUnBRConfig:
     @staticmethod
     def _coerce(name: str, value: Any, hint: Any) -> Any:
         kinds = get_args(hint) or (hint,)
-        if name == "rtt_lrs":
-            listed = value if isinstance(value, tuple) else (value,)
-            return tuple(check("rtt_lrs entry", lr, NUMBERS[name]) for lr in listed)
+        if name in RATES:
+            return rates(value, name)
+        if name == "rtt_attacks":
+            return chosen_attacks(value, name)
         if name == "retain_layers":
             listed = list(value) if isinstance(value, (list, tuple)) else [value]
             if listed == [ALL]:
@@ -370,26 +359,33 @@ class KUnBRConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> KUnBRConfig:
-        """Refuses a key that does not exist, with the nearest one that does."""
+        """Refuses a key that does not exist, with the nearest one that does. `method` names a method (`run.methods`),
+        whose settings the others win over."""
         known = [field.name for field in dataclasses.fields(cls)]
         # earlier versions wrote it into every run.yaml; "auto" is what stands for it now
         values = {key: value for key, value in values.items() if (key, value) != ("activations", "auto")}
+        method = values.pop("method", None)
         for key in values:
             if key not in known:
-                _refuse_old(str(key), f"{where}: ")
-                raise ValueError(f"{where}: unknown setting {shown(key)}{nearest(key, known)}")
+                refuse_old(str(key), f"{where}: ")
+                raise ValueError(f"{where}: unknown setting {shown(key)}{nearest(key, [*known, 'method'])}")
         try:
-            return cls(**values)
+            return cls(**({} if method is None else settings_of(method)) | values)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> KUnBRConfig:
         """Reads run.yaml. Errors name the file."""
+        return cls.from_dict(cls.read(path), plain(path))
+
+    @staticmethod
+    def read(path: str | Path) -> dict[str, Any]:
+        """What run.yaml says, for `from_dict`."""
         values = read_yaml(path)
         if values is not None and not isinstance(values, dict):
             raise ValueError(f"{plain(path)}: got {shown(values)}, expected lines of 'setting: value'")
-        return cls.from_dict(values or {}, plain(path))
+        return values or {}
 
     def save(self, path: str | Path) -> None:
         with atomic_write(path) as file:
@@ -408,11 +404,6 @@ class KUnBRConfig:
             for field in dataclasses.fields(self)
             if mine[field.name] != other.get(field.name, default[field.name]) and field.metadata["stage"] != "none"
         }
-
-
-def _refuse_old(name: str, where: str = "") -> None:
-    if name in OLD_SETTINGS:
-        raise ValueError(f"{where}{name} is no longer a setting: {OLD_SETTINGS[name]}")
 
 
 # what `help` and editors show: `__new__`'s has no names

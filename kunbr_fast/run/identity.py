@@ -47,6 +47,8 @@ def run_identity(inputs: RunInputs, samples: Samples, model: str) -> str:
     asked = [*inputs.questions.values(), *parts]
     if samples.alternates:
         asked.append(samples.alternates)
+    if samples.facts is not None:
+        asked.append([{"text": "facts", "numbers": samples.facts}])
     weights = weights_of(inputs.model)
     dtype = str(weights[next(iter(weights))].dtype).removeprefix("torch.")
     return f"{dtype}-{fingerprint(model, samples.forget, samples.retain, *asked, tokenizer=inputs.tokenizer)}"

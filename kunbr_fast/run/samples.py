@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kunbr_fast.data import PackedBatch, Sample, check_labels, check_lengths, encode_named, is_record, with_alternates
-from kunbr_fast.data.overlap import facts, of_sides
+from kunbr_fast.data.overlap import fact_of, facts, of_sides
 from kunbr_fast.data.records import say_unused_alternates
+from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.files.shown import shown
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.vocabulary import check_tokens
@@ -20,6 +21,7 @@ from kunbr_fast.objectives.original import OriginalValues
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunInputs
+from kunbr_fast.training.training import relearned_batch
 from kunbr_fast.values import least
 
 
@@ -45,6 +47,29 @@ def to_samples(
 ) -> list[Sample]:
     """Records (tokenised once), samples or padded batches as samples that the model can take. alternate: the kind of
     second answer that each must bring, as in `encode`; samples and batches hold it themselves."""
+    return _made(data, tokenizer, config, decoder, what, alternate)[0]
+
+
+def with_facts(
+    data: Sequence[Mapping],
+    tokenizer: Any,
+    config: KUnBRConfig,
+    decoder: Decoder,
+    what: str,
+    alternate: str | None = None,
+) -> tuple[list[Sample], list[int]]:
+    """`to_samples`, and the number of the fact that each is about (`overlap.fact_of`); of tokens each its own."""
+    samples, owners = _made(data, tokenizer, config, decoder, what, alternate)
+    if owners is None:
+        return samples, list(range(len(samples)))
+    numbers: dict[Hashable, int] = {}
+    return samples, [numbers.setdefault(fact_of(data[i]), len(numbers)) for i in owners]
+
+
+def _made(
+    data: Sequence[Mapping], tokenizer: Any, config: KUnBRConfig, decoder: Decoder, what: str, alternate: str | None
+) -> tuple[list[Sample], list[int] | None]:
+    """The samples, and of which record each is."""
     if not data:
         raise ValueError(f"the {what} set is empty: expected at least one record")
     for i, item in enumerate(data):
@@ -55,20 +80,21 @@ def to_samples(
             )
     if alternate is None or (alternate != "given" and is_record(data[0])):
         say_unused_alternates(data, what)
-    limit = least(config.max_length, decoder.max_positions)
+    limit, owners = least(config.max_length, decoder.max_positions), None
     if not is_record(data[0]):
         samples = _tokenized(data, limit, what, alternate, config.objective)
         names = [f"{what} sample {i}" for i in range(len(samples))]
     elif tokenizer is None:
         raise ValueError(f"the {what} set holds records, not tokens: give tokenizer=")
     else:
-        samples, names = encode_named(data, tokenizer, config.target, limit, alternate, config.seed, config.text())
+        how = config.target, limit, alternate, config.seed, config.text()
+        samples, names, owners = encode_named(data, tokenizer, *how)
     check_tokens(decoder.model, samples, names)
     if alternate is not None:
         check_tokens(
             decoder.model, [sample["alternate"] for sample in samples], [f"the alternate of {n}" for n in names]
         )
-    return samples
+    return samples, owners
 
 
 def overlap(inputs: RunInputs, forget: Sequence[Sample], retain: Sequence[Sample]) -> str | None:
@@ -109,11 +135,13 @@ def _tokenized(
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """What a run trains on. alternates: in the order of `forget`, or none. Places count in `all`."""
+    """What a run trains on. alternates: in the order of `forget`, or none. facts: of each forget sample, where an
+    adversary needs them. Places count in `all`."""
 
     forget: list[Sample]
     retain: list[Sample]
     alternates: list[Sample] = dataclasses.field(default_factory=list)
+    facts: list[int] | None = None
 
     @functools.cached_property
     def all(self) -> list[Sample]:
@@ -170,6 +198,16 @@ class Feed:
         if not self.samples.places(self.criterion, *mine):
             return None
         return self.batch(*mine, Shares(*(len(part) / len(samples) for part, samples in zip(mine, whole))))
+
+    def relearned(self, mine: list[int], whole: int) -> StepBatch | None:
+        """Forget samples that an adversary relearns, a part of a batch of `whole`; None of none."""
+        return relearned_batch(self.packed(mine), shares=Shares(0.0, len(mine) / whole)) if mine else None
+
+    def reads(self, schedule: Schedule) -> Iterator[list[int]]:
+        """The samples of each batch that `packed` will be asked for in the steps of a schedule, by their places."""
+        for number in range(len(schedule)):
+            yield from (mine for batch in schedule.relearned(number) if (mine := self.mine(batch, [])[0]))
+            yield self.places(*schedule[number])
 
     def batch(self, forget: list[int], retain: list[int], shares: Shares = WHOLE) -> StepBatch:
         """The batch of a step, or of a part of one."""

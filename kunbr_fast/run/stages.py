@@ -12,8 +12,9 @@ import torch
 from kunbr_fast.density.measure import Density, knowledge_density
 from kunbr_fast.density.select import select_blocks
 from kunbr_fast.evaluation.accuracy import choice_accuracy
+from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.evaluation.report import Report
-from kunbr_fast.evaluation.rtt import RTTResult, finished_attacks
+from kunbr_fast.evaluation.rtt import AttackDiverged, finished_attacks
 from kunbr_fast.files.shown import plain
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.memory import Place
@@ -93,7 +94,8 @@ class Stages(Run):
                 self.reporter.say(f"accuracy of the {name} model on {len(asked)} {what} questions")
                 bar = self.reporter.title(f"{what} accuracy")
                 found = choice_accuracy(decoder, tokenizer, asked, scoring=scoring, progress=bar)
-                out[what] = {"plain": found.plain, "calibrated": found.calibrated, "num_questions": found.num_questions}
+                names = "plain calibrated num_questions smooth smooth_error".split()
+                out[what] = {name: getattr(found, name) for name in names}
         return out
 
     @contextlib.contextmanager
@@ -114,9 +116,9 @@ class Stages(Run):
     def attack(self) -> RTTResult | None:
         try:
             return self._attack()
+        except AttackDiverged:
+            raise
         except FloatingPointError as error:
-            if error.__cause__ is not None:
-                raise  # of an attack's own training
             found = self.overflown(MERGED, str(error).partition(": its weights")[0])
             found.resumable("", self.locked(found))
             raise found from error
@@ -126,10 +128,11 @@ class Stages(Run):
         if attack is None:
             return None
         lrs = ", ".join(f"{lr:g}" for lr in self.config.rtt_lrs)
-        with self.reporter.stage(RTT, f"RTT attack: {len(attack.folds)} folds, learning rates {lrs}") as took:
+        kinds = "" if self.config.rtt_attacks == ("full",) else f" ({', '.join(self.config.rtt_attacks)})"
+        with self.reporter.stage(RTT, f"RTT attack{kinds}: {len(attack.folds)} folds, learning rates {lrs}") as took:
 
             def keep(rows: list[dict]) -> None:
-                stage = Stage.attack(rows[0]["fold"], rows[0]["lr"])
+                stage = Stage.attack(rows[0]["fold"], rows[0]["lr"], rows[0]["attack"])
                 self.state.finish(stage, {"rows": rows, "seconds": took.lap()})
 
             def done() -> list[dict]:
@@ -150,7 +153,7 @@ class Stages(Run):
         before the warm-up where that needs them too."""
         config, needs, num_layers = self.config, {}, self.decoder.num_layers
         if blocks is None:
-            criteria = [config.criterion(range(num_layers))]
+            criteria = [config.criterion(range(num_layers))] if config.top_k else []
             criteria = [c for c in criteria if not c.objective.states]
             if self.inputs.unlearned is None and self.state.result(WARMUP) is None:
                 criteria.append(warm_up := config.criterion(warmup=True))
@@ -243,7 +246,8 @@ class Stages(Run):
 
     def select(self, density: Density) -> list[range]:
         config = self.config
-        blocks = select_blocks(density, config.num_blocks, config.top_k, config.skip_last_layers)
+        how = config.num_blocks, config.top_k, config.skip_last_layers
+        blocks = select_blocks(density, *how) if config.top_k else []
         chosen = [[block.start, block.stop] for block in blocks]
         if (found := self.state.result(SELECTION)) is None:
             self.state.finish(SELECTION, {"blocks": chosen})
@@ -252,7 +256,7 @@ class Stages(Run):
                 f"{self.state.path}: it says that blocks {found['blocks']} were selected, its density and the settings "
                 f"select {chosen}: start again in another directory"
             )
-        self.reporter.say("blocks: " + ", ".join(map(layers, blocks)))
+        self.reporter.say("blocks: " + (", ".join(map(layers, blocks)) or "none, the warm-up's result is the model"))
         return blocks
 
     # ------------------------------------------------ re-insertion
@@ -260,7 +264,7 @@ class Stages(Run):
     def reinsert(self, blocks: list[range]) -> dict[range, WeightSnapshot]:
         """Each block's last trained weights, on disk. In cumulative mode the model holds them too, afterwards."""
         order = visits(self.config, blocks)
-        if self.group.size == 1:
+        if self.group.size == 1 or not order:
             return self._visit_all(order)
         mine, together, home = self._spread(blocks, order)
         with self._apart() if len(together) < len(blocks) else contextlib.nullcontext():
@@ -278,7 +282,9 @@ class Stages(Run):
         for visit in order:
             if self.state.result(visit.stage) is None:
                 costs[visit.index] += block_cost(visit.block, self.decoder.num_layers)
-                steps += [[*forget, *(first + i for i in retain)] for forget, retain in self.schedule_of(visit)]
+                schedule = self.schedule_of(visit)
+                for number, (forget, retain) in enumerate(schedule):
+                    steps += [*schedule.relearned(number), [*forget, *(first + i for i in retain)]]
         sizes = [len(sample["input_ids"]) for sample in self.samples.forget + self.samples.retain]
         home = homes(steps, sizes, self.group.size)
         parallel = "samples" if self.config.insertion == "cumulative" else self.config.parallel
@@ -346,11 +352,11 @@ class Stages(Run):
         took: Timer,
     ) -> None:
         schedule, trained = self.schedule_of(visit), {}
-        with self.block_training(source, visit.block, trained) as training:
+        with self.block_training(visit, source, trained) as training:
             feed = self.feed_of(training, cache, home)
             measured = self.measure_approximations(training, cache, feed, schedule)
             if self.config.cache_bytes is not None:
-                cache.expect([feed.places(*step) for step in schedule])
+                cache.expect(feed.reads(schedule))
             result = self.train(visit.stage, training, feed, schedule, took) | measured
         self.state.finish(visit.stage, result, trained)
 

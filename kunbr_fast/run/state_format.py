@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypedDict
 from msgspec import Meta
 
 from kunbr_fast.density.measure import Saved
-from kunbr_fast.evaluation.rtt import Point, Share
+from kunbr_fast.evaluation.curves import Point, Share, attack_of
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.run.config import KUnBRConfig
@@ -38,10 +38,15 @@ Seconds = Annotated[float, Meta(ge=0, le=1e10)]
 Epochs = Annotated[list[dict[str, float | None]], Meta(max_length=10**6)]
 
 
-class Accuracy(TypedDict):
+class _Answered(TypedDict):
     plain: Share
     calibrated: Share | None
     num_questions: Annotated[int, Meta(ge=1, le=10**9)]
+
+
+class Accuracy(_Answered, total=False):
+    smooth: Share | None
+    smooth_error: Share | None
 
 
 class Result(TypedDict, total=False):
@@ -113,7 +118,7 @@ def check_state(state: Mapping[str, Any], path: Path) -> None:
         if missing := [key for key in _HAS.get(stage.partition(".")[0], ()) if key not in result]:
             raise ValueError(f"{path}: {shown(stage)} has no {missing[0]}: {_CURE}")
         for row in result.get("rows", ()):
-            if stage != Stage.attack(row["fold"], row["lr"]):
+            if stage != Stage.attack(row["fold"], row["lr"], attack_of(row)):
                 raise ValueError(f"{path}: {shown(stage)} has rows of {shown(row['fold'])} at {row['lr']:g}: {_CURE}")
     for stage, entries in state["progress"].items():
         _check_stage(stage, path)

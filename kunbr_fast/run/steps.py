@@ -104,6 +104,8 @@ class Run:
     @property
     def _cached(self) -> list[Sample]:
         """The samples that blocks train on."""
+        if not self.config.top_k:
+            return []
         return self.samples.read_by(self.config.criterion(range(self.decoder.num_layers)))
 
     def prefix_cache(self, home: list[int] | None = None) -> PrefixCache | CacheShard:
@@ -129,7 +131,7 @@ class Run:
     @contextlib.contextmanager
     def full_training(self) -> Iterator[FullTraining]:
         config, model = self.config, self.decoder.model
-        criterion, settings = config.criterion(warmup=True), config.full_settings()
+        criterion, settings = config.criterion(warmup=True), config.full_settings(self._order_seed(None))
         with frozen(model), fused(model, config.impl):
             training = FullTraining(self.decoder, criterion, settings=settings, execution=config.execution(self.work))
             training.stage, training.lr_name = "warm-up", "warmup_lr"
@@ -137,11 +139,11 @@ class Run:
 
     @contextlib.contextmanager
     def block_training(
-        self, source: Mapping[str, torch.Tensor], block: range, trained: dict[str, torch.Tensor]
+        self, visit: Visit, source: Mapping[str, torch.Tensor], trained: dict[str, torch.Tensor]
     ) -> Iterator[BlockTraining]:
         """Begins with the block's weights in `source`; at the end they are in `trained`."""
-        config = self.config
-        criterion, settings = config.criterion(block), config.block_settings(self._mask(block))
+        config, block = self.config, visit.block
+        criterion, settings = config.criterion(block), config.block_settings(self._order_seed(visit), self._mask(block))
         how = dict(criterion=criterion, settings=settings, execution=config.execution(self.work))
         with reinserted(self.decoder, ChainMap(trained, source), block, **how) as training:
             training.lr_name = "block_lr"
@@ -168,10 +170,13 @@ class Run:
 
     def schedule_of(self, visit: Visit | None) -> Schedule:
         """The data order of a visit; None: of the warm-up."""
-        config, samples = self.config, self.samples
-        epochs, number = (config.warmup_epochs, 0) if visit is None else (config.block_epochs, visit.number)
+        config, samples, seed = self.config, self.samples, self._order_seed(visit)
+        epochs = config.warmup_epochs if visit is None else config.block_epochs
         sizes = len(samples.forget), len(samples.retain), config.batch_size, config.retain_size
-        return Schedule(*sizes, epochs, config.seed * 1000 + number)
+        return Schedule(*sizes, epochs, seed, config.full_settings(seed).adversary, samples.facts)
+
+    def _order_seed(self, visit: Visit | None) -> int:
+        return self.config.seed * 1000 + (0 if visit is None else visit.number)
 
     def feed_of(
         self, training: Training, cache: PrefixCache | CacheShard | None = None, home: list[int] | None = None
@@ -214,7 +219,7 @@ class Run:
         with self._rejecting(stage), bar, stop.between_steps():
             for number in range(first, len(schedule)):
                 with self.reporter.part("step"):
-                    metrics = self._step(training, feed, *schedule[number])
+                    metrics = self._step(training, feed, schedule, number)
                 if metrics["retain_loss"] is None or metrics["retain_loss"] <= self.retain_limit:
                     self.state.confirm(stage)
                 self.account(training, number, (number + 1) % schedule.steps_per_epoch == 0, metrics, account)
@@ -278,14 +283,17 @@ class Run:
             batch = feed.part(feed.mine(*step), step)
         training.check(batch, feed.team)
 
-    def _step(self, training: Training, feed: Feed, forget: list[int], retain: list[int]) -> dict[str, float | None]:
+    def _step(self, training: Training, feed: Feed, schedule: Schedule, number: int) -> dict[str, float | None]:
         """One step, by all of the feed's team."""
+        whole, relearned = schedule[number], schedule.relearned(number)
+        exercise = [feed.relearned(feed.mine(batch, [])[0], len(batch)) for batch in relearned]
         if feed.team.size == 1:
-            metrics = training.step_packed(feed.batch(forget, retain))
+            metrics = training.step_packed(feed.batch(*whole), exercise)
             self.context.stop.agreed = self.context.stop.requested
             return metrics
+        training.relearn(exercise, feed.team)
         step = SharedStep(training, self.context.stop)
-        if (batch := feed.part(feed.mine(forget, retain), (forget, retain))) is not None:
+        if (batch := feed.part(feed.mine(*whole), whole)) is not None:
             step.add(batch, training.accumulate(batch))
         metrics = step.gather(feed.team)
         step.apply()

@@ -33,8 +33,8 @@ class Stage(str):
         return cls(f"evaluation.{model}")
 
     @classmethod
-    def attack(cls, fold: str, lr: float) -> Stage:
-        return cls(f"rtt.{fold}.{lr:g}")
+    def attack(cls, fold: str, lr: float, kind: str = "full") -> Stage:
+        return cls(f"rtt.{fold}.{lr:g}" + f".{kind}" * (kind != "full"))
 
 
 BEGIN, WARMUP, DENSITY, SELECTION, MERGE, RTT = map(Stage, "begin warmup density selection merge rtt".split())

@@ -18,10 +18,11 @@ from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.low_precision import Cover
 from kunbr_fast.model.ownership import check_data
 from kunbr_fast.model.weights import other_names, owners
-from kunbr_fast.objectives.batch import PartLoss, StepBatch
+from kunbr_fast.objectives.batch import PartLoss, Role, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.losses import RowWeights, weighted_pass
 from kunbr_fast.objectives.original import measure, together
+from kunbr_fast.training.adversary import FlatAdversary
 from kunbr_fast.training.flat_buffer import FlatBuffer
 from kunbr_fast.training.graphs import Capture, StepGraphs, capture_cuda
 from kunbr_fast.training.settings import BlockSettings, Execution
@@ -101,6 +102,7 @@ class BlockTraining(Training):
         self.stage = self.name
         self.block, self.cover = block, cover
         self.graphs: StepGraphs | None = None
+        self.adversary_graphs: StepGraphs | None = None  # a graph holds the addresses of the weights that it reads
         self.parameters = block_tensors(decoder, block)
         values = _values(unlearned, self.parameters)  # what comes from a file is in memory for a moment only
         masks = None if settings.mask is None else _masks(settings.mask, decoder, block, self.parameters)
@@ -116,6 +118,8 @@ class BlockTraining(Training):
                     self._send_away()
             cure = "use master_weights=True or a float32 model"
             self.optimizer = settings.make_optimizer([self.flat.param], impl, cure)
+            if (adversary := settings.adversary) is not None:
+                self.adversary = FlatAdversary(adversary, impl, self.flat, params)
         except BaseException:
             self.take_out()
             raise
@@ -127,16 +131,19 @@ class BlockTraining(Training):
     # ------------------------------------------------ training
 
     def _backward(self, step: StepBatch) -> PartLoss:
-        if self.graphs is not None and (rows := self.criterion.weights(step)) is not None:
+        if self.graphs is not None and (rows := self.criterion_of(step.role).weights(step)) is not None:
             self._check_layer(step.packed)
-            return PartLoss(*self.graphs(step.packed, RowWeights(rows.weight * step.shares.factor, rows.cap)))
+            graphs = self.graphs if step.role is Role.TRAINED else self.adversary_graphs
+            with self.at(step.role):
+                return PartLoss(*graphs(step.packed, RowWeights(rows.weight * step.shares.factor, rows.cap)))
         return super()._backward(step)
 
     def drop_gradient(self) -> None:
         """Forgets what has been accumulated; lets go of CUDA graphs too."""
         self.flat.grad.zero_()
-        if self.graphs is not None:
-            self.graphs.drop()
+        for graphs in (self.graphs, self.adversary_graphs):
+            if graphs is not None:
+                graphs.drop()
 
     def _memory(self) -> tuple[str, list[str]]:
         flat, size = self.flat, self.flat.weights.nbytes
@@ -165,11 +172,11 @@ class BlockTraining(Training):
 
     def loss(self, step: StepBatch) -> PartLoss:
         self._check_layer(step.packed)
-        stretch = self._stretch(step.packed)
-        return self.criterion(self.decoder, self._measured(step, stretch), stretch, impl=self.execution.impl)
+        stretch, criterion = self._stretch(step.packed), self.criterion_of(step.role)
+        return criterion(self.decoder, self._measured(step, stretch), stretch, impl=self.execution.impl)
 
     def _passes(self, steps: list[StepBatch]) -> Iterable[PartLoss]:
-        if len(steps) > 1 and steps[0].original is None and self.criterion.layers is not None:
+        if len(steps) > 1 and steps[0].original is None and self.criterion_of(steps[0].role).layers is not None:
             steps = [self._measured(step, self._stretch(step.packed)) for step in steps]
             found = together([step.original for step in steps])  # the spread is that of the whole batch
             steps = [dataclasses.replace(step, original=values) for step, values in zip(steps, found)]
@@ -177,7 +184,7 @@ class BlockTraining(Training):
 
     def _measured(self, step: StepBatch, stretch: Stretch) -> StepBatch:
         """The batch with the original's values: its own, or by a forward pass with the block's original weights."""
-        decoder, needs, impl = self.decoder, self.criterion.needs, self.execution.impl
+        decoder, needs, impl = self.decoder, self.criterion_of(step.role).needs, self.execution.impl
         if step.original is not None or not needs:
             return step
         with self._original():
@@ -187,6 +194,8 @@ class BlockTraining(Training):
     def use_graphs(self, capture: Capture | None = capture_cuda) -> None:
         """From here on steps run as CUDA graphs, where the objective allows it; capture: as in `StepGraphs`."""
         self.graphs = StepGraphs(self.decoder, self._weighted, self.flat.grad, capture)
+        if self.adversary is not None:
+            self.adversary_graphs = StepGraphs(self.decoder, self._weighted, self.flat.grad, capture)
 
     def _weighted(self, batch: PackedBatch, rows: RowWeights) -> tuple[torch.Tensor, torch.Tensor]:
         """`loss` of rows whose weights are known."""
@@ -228,12 +237,15 @@ class BlockTraining(Training):
     def state(self) -> dict[str, torch.Tensor]:
         inner = self.optimizer.state[self.flat.param].items()
         inner = {f"optimizer.{key}": torch.as_tensor(value) for key, value in inner}
-        return {**self.flat.state(), **inner, **self.criterion.state()}
+        found = {**self.flat.state(), **inner, **self.criterion.state()}
+        return found if self.adversary is None else {**found, **self.adversary.state()}
 
     def load_state(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
         self.flat.load(state)
         self.optimizer.reset_flags()
         self.criterion.load_state(state)
+        if self.adversary is not None:
+            self.adversary.load_state(state)
         param, prefix = self.flat.param, "optimizer."
         inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         self.optimizer.state[param] = {k: v.to(param.device, copy=True) for k, v in inner.items()}  # changed in place
@@ -251,7 +263,7 @@ class BlockTraining(Training):
 
     def take_out(self) -> None:
         """Gives every parameter of the original its own storage and gradient again."""
-        self.graphs = None  # they hold this object's own method, and memory of their own
+        self.graphs = self.adversary_graphs = None  # they hold this object's own method, and memory of their own
         for name in list(self._away):
             data = self._kept[name][0]
             data.untyped_storage().resize_(data.numel() * data.itemsize)

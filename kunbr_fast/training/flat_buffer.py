@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Sequence
 
@@ -145,6 +146,23 @@ class FlatBuffer:
         if self.on_host:
             self.weights.copy_(self._updated)
         self.grad.zero_()
+
+    def twin(self) -> FlatBuffer:
+        """A second set of weights, for the same parameters, gradient and mask; `take` fills it. The parameters stay
+        views of the first one's."""
+        twin = copy.copy(self)
+        twin.weights = torch.empty_like(self.weights)
+        twin._updated = _host_copy(self.weights) if self.on_host else twin.weights
+        twin.master = None if self.master is None else torch.empty_like(self.master)
+        twin.param = torch.nn.Parameter(twin._updated if twin.master is None else twin.master)
+        if twin.master is None:
+            twin.param.grad = self._update_grad
+        return twin
+
+    @torch.no_grad()
+    def take(self, other: FlatBuffer) -> None:
+        """The other's weights."""
+        self.load(other.state())
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs besides the optimiser's own state."""

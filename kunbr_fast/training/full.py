@@ -17,6 +17,7 @@ from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.original import Parts
+from kunbr_fast.training.adversary import FullAdversary
 from kunbr_fast.training.settings import Execution, FullSettings
 from kunbr_fast.training.training import Training
 
@@ -52,10 +53,13 @@ class FullTraining(Training):
             parameter.requires_grad_(True)
         cure = "load the model in float32 (--dtype float32)"
         self.optimizer = settings.make_optimizer(list(self.parameters.values()), execution.impl, cure)
+        if (adversary := settings.adversary) is not None:
+            self.adversary = FullAdversary(adversary, execution.impl, self.parameters)
 
     def loss(self, step: StepBatch) -> PartLoss:
         stretch = Stretch(recompute=self.execution.gradient_checkpointing)
-        return self.criterion(self.decoder, step, stretch, impl=self.execution.impl, original_head=self.original_head)
+        criterion, how = self.criterion_of(step.role), dict(impl=self.execution.impl, original_head=self.original_head)
+        return criterion(self.decoder, step, stretch, **how)
 
     def drop_gradient(self) -> None:
         self.optimizer.zero_grad()
@@ -80,13 +84,15 @@ class FullTraining(Training):
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-        return {**tensors, **self.criterion.state()}
+        return {**tensors, **self.criterion.state(), **({} if self.adversary is None else self.adversary.state())}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(state[name])
         self.criterion.load_state(state)
+        if self.adversary is not None:
+            self.adversary.load_state(state)
         self.optimizer.state.clear()
         self.optimizer.reset_flags()
         for key, value in state.items():
@@ -109,22 +115,38 @@ def train_all(
     progress: str | None = None,
     **settings: Any,
 ) -> None:
-    """Plain fine-tuning of all parameters in place: minimises the mean over samples of each one's mean NLL.
-
-    settings: fields of `FullSettings` and `Execution`. on_epoch(n) is called after epoch n = 1, 2, ... and may evaluate
-    the model. Raises `Diverged`, also where the last update has destroyed the weights.
-    """
-    schedule = Schedule(len(samples), 0, batch_size, 1, epochs, seed)
+    """Plain fine-tuning of all parameters in place: `fine_tune`. settings: fields of `FullSettings` and `Execution`."""
+    how = dict(epochs=epochs, batch_size=batch_size, seed=seed, on_epoch=on_epoch, on_step=on_step, progress=progress)
     with frozen(decoder.model):
-        training = FullTraining(decoder, **settings)
-        for step in tqdm(range(len(schedule)), desc=progress, unit="step", leave=False, disable=progress is None):
-            indices, _ = schedule[step]
-            packed = pack([samples[i] for i in indices]).to(decoder.device)
-            metrics = training.step_packed(StepBatch(packed, Parts.of(retain=len(indices))))
-            if on_step is not None:
-                on_step(metrics)
-            if (step + 1) % schedule.steps_per_epoch == 0:
-                training.check() if step + 1 == len(schedule) else training.check_update()
-                if on_epoch is not None:
-                    with torch.no_grad():
-                        on_epoch((step + 1) // schedule.steps_per_epoch)
+        fine_tune(FullTraining(decoder, **settings), samples, **how)
+
+
+def fine_tune(
+    training: Training,
+    samples: Sequence[Sample],
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int = 0,
+    on_epoch: Callable[[int], None] | None = None,
+    on_step: Callable[[dict], None] | None = None,
+    progress: str | None = None,
+) -> None:
+    """Minimises the mean over samples of each one's mean NLL.
+
+    on_epoch(n) is called after epoch n = 1, 2, ... and may evaluate the model. Raises `Diverged`, also where the last
+    update has destroyed the weights.
+    """
+    decoder = training.decoder
+    schedule = Schedule(len(samples), 0, batch_size, 1, epochs, seed)
+    for step in tqdm(range(len(schedule)), desc=progress, unit="step", leave=False, disable=progress is None):
+        indices, _ = schedule[step]
+        packed = pack([samples[i] for i in indices]).to(decoder.device)
+        metrics = training.step_packed(StepBatch(packed, Parts.of(retain=len(indices))))
+        if on_step is not None:
+            on_step(metrics)
+        if (step + 1) % schedule.steps_per_epoch == 0:
+            training.check() if step + 1 == len(schedule) else training.check_update()
+            if on_epoch is not None:
+                with torch.no_grad():
+                    on_epoch((step + 1) // schedule.steps_per_epoch)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import torch
 
 from kunbr_fast.data import PackedBatch, send
 from kunbr_fast.data.schedule import token_batches
-from kunbr_fast.objectives.batch import PartLoss, Shares, StepBatch
+from kunbr_fast.objectives.batch import PartLoss, Role, Shares, StepBatch
 from kunbr_fast.objectives.original import Parts
 
 
@@ -41,21 +42,31 @@ class MicroBatch:
     samples: list[int]
 
 
-def micro_batches(step: StepBatch, max_tokens: int | None) -> list[MicroBatch]:
+def micro_batches(step: StepBatch, max_tokens: int | None, attacked: bool = False) -> list[MicroBatch]:
     """A batch in micro-batches of at most `max_tokens` tokens (None: whole), none of them empty, each a batch of the
-    same form: forget, alternate, retain samples."""
-    packed = step.packed
-    if max_tokens is None or packed.num_tokens <= max_tokens:
+    same form: forget, alternate, retain samples.
+
+    attacked: forget samples are evaluated at an adversary's weights, so that none of the micro-batches has samples of
+    both sides.
+    """
+    packed, number = step.packed, len(step.parts.forget)
+    limit = math.inf if max_tokens is None else max_tokens
+    if packed.num_tokens <= limit and not (attacked and number):
         return [MicroBatch(step, list(range(packed.num_samples)))]
     units = _units(step.parts)
-    sizes = [sum(packed.lengths[i] for i in unit) for unit in units]
-    groups = [sorted(i for index in part for i in units[index]) for part in token_batches(sizes, max_tokens)]
-    return [MicroBatch(_cut(step, samples), samples) for samples in groups]
+    sides = [(units[:number], Role.ATTACKED), (units[number:], step.role)] if attacked else [(units, step.role)]
+    found = []
+    for side, role in sides:
+        sizes = [sum(packed.lengths[i] for i in unit) for unit in side]
+        for part in token_batches(sizes, limit):
+            samples = sorted(i for index in part for i in side[index])
+            found.append(MicroBatch(_cut(step, samples, role), samples))
+    return found
 
 
 def one_of(step: StepBatch) -> StepBatch:
     """One sample of a batch (and its alternate), a batch of the same form."""
-    return _cut(step, _units(step.parts)[0])
+    return _cut(step, _units(step.parts)[0], step.role)
 
 
 def _units(parts: Parts) -> list[list[int]]:
@@ -71,7 +82,7 @@ def rows_of(packed: PackedBatch, samples: list[int]) -> torch.Tensor:
     return torch.cat([torch.arange(first[i], first[i + 1]) for i in samples])
 
 
-def _cut(step: StepBatch, samples: list[int]) -> StepBatch:
+def _cut(step: StepBatch, samples: list[int], role: Role) -> StepBatch:
     """Some samples of a batch, in its order."""
     packed, parts, host = step.packed, step.parts, step.packed.host
     first = list(itertools.accumulate(packed.lengths, initial=0))
@@ -82,4 +93,4 @@ def _cut(step: StepBatch, samples: list[int]) -> StepBatch:
     forget, alternate, retain = (sum(i in of for i in samples) for of in (parts.forget, parts.alternate, parts.retain))
     shares = Shares(forget / max(len(parts.forget), 1), retain / max(len(parts.retain), 1), step.shares)
     original = None if step.original is None else step.original.batch(samples)
-    return StepBatch(part, Parts.of(forget, alternate, retain), original, shares)
+    return StepBatch(part, Parts.of(forget, alternate, retain), original, shares, role)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from kunbr_fast.data.adversary import AdversarySettings
+from kunbr_fast.data.adversary import rates as adversary_rates
 from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
@@ -16,7 +18,7 @@ from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
 from kunbr_fast.objectives.hidden_layers import HiddenLayers
 from kunbr_fast.training import flat_buffer
 from kunbr_fast.training.graphs import check_cuda_graphs
-from kunbr_fast.values import FLOAT32, NOT_NEGATIVE, check
+from kunbr_fast.values import COUNT_OR_NONE, FLOAT32, NOT_NEGATIVE, check
 
 INSERTIONS = ("independent", "cumulative")
 
@@ -38,18 +40,39 @@ def check_rates(
 
 @dataclasses.dataclass(frozen=True)
 class FullSettings:
-    """What a training of all parameters does; betas default to the optimiser's own."""
+    """What a training of all parameters does; betas default to the optimiser's own.
+
+    adversary_every: above 0, the forget loss is taken at the weights of an adversary that relearns other facts and
+    starts anew after so many steps; adversary_*: as in `data.AdversarySettings`. It costs a copy of what is trained,
+    AdamW's two moments, and a forward and backward pass over a forget batch for each of its steps.
+    """
 
     lr: float
     optimizer: str = "adamw"
     betas: tuple[float, float] | None = None
     weight_decay: float = 0.0
+    adversary_every: int = 0
+    adversary_steps: int = AdversarySettings.steps
+    adversary_lrs: tuple[float, ...] = AdversarySettings.lrs
+    adversary_frozen: bool = AdversarySettings.frozen
+    adversary_seed: int = AdversarySettings.seed
 
     def __post_init__(self) -> None:
         if self.lr is None:
             raise TypeError("lr is missing: give a learning rate")
         flat_buffer.check_optimizer(self.optimizer)
         check_rates(self.lr, self.weight_decay, self.optimizer, self.betas)
+        check("adversary_every", self.adversary_every, COUNT_OR_NONE)
+        for lr in adversary_rates(self.adversary_lrs):
+            check_rates(lr, 0.0, "adamw", name="adversary_lrs")
+
+    @property
+    def adversary(self) -> AdversarySettings | None:
+        """None where there is none."""
+        if not self.adversary_every:
+            return None
+        names = (field.name for field in dataclasses.fields(AdversarySettings))
+        return AdversarySettings(**{name: getattr(self, f"adversary_{name}") for name in names})
 
     def make_optimizer(self, params: Sequence[torch.Tensor], impl: str, cure: str) -> torch.optim.Optimizer:
         """The optimiser over `params`; logs `cure` where most updates will be rounded away."""

@@ -45,13 +45,10 @@ class SharedStep:
         is made here."""
         training, sums = self._training, self._sums
         sums[6] = float(self._stop.requested)
-        for flag in training.optimizer.flags():
+        for flag in training.flags():
             sums[7] += flag[0].to(sums.device)
         if group.size > 1:
-            for parameter in training.parameters.values():  # all have the same ones to sum
-                if parameter.requires_grad and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            group.sum([sums, *training.gradients()])
+            training.share_gradients(group, sums)
         loss, self._term, forget, num_forget, retain, num_retain, asked, bad = sums.tolist()
         self._stop.agreed = asked > 0
         metrics = {

@@ -28,7 +28,7 @@ class LayerMajorTraining(BlockTraining):
     _store: torch.Tensor | None = None  # where activations wait, kept from step to step
 
     def _measured(self, step: StepBatch, stretch: Stretch) -> StepBatch:
-        if step.original is None and self.criterion.needs:
+        if step.original is None and self.criterion_of(step.role).needs:
             raise ValueError(
                 f"{self.criterion.objective.name} with retain_loss={self.criterion.retain_loss!r} needs the original "
                 "model's values: give original=, made before (OriginalValues.of)"
@@ -38,7 +38,8 @@ class LayerMajorTraining(BlockTraining):
     def _passes(self, steps: list[StepBatch]) -> list[PartLoss]:
         self._check_layer(steps[0].packed)
         self._measured(steps[0], FROM_EMBEDDINGS)  # for its error
-        decoder, criterion, found = self.decoder, self.criterion, []
+        decoder, found = self.decoder, []
+        criterion = self.criterion_of(steps[0].role)  # of all: what an adversary relearns goes by itself
         distances = [criterion.distances(decoder, step) for step in steps]
         top = criterion.layer if criterion.objective.states else decoder.num_layers - 1
 
@@ -60,7 +61,7 @@ class LayerMajorTraining(BlockTraining):
         passes = LayerMajor(decoder, batches, self.block.start, top, self.execution.place, store)
         self._store = passes.store
         del store
-        passes.run(turn)
+        passes.run(turn, within=lambda number: self.at(steps[number].role))
         return found
 
     def _probe(self, step: StepBatch) -> PartLoss:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from kunbr_fast.data import PackedBatch, as_samples, pack
 from kunbr_fast.files.shown import shown
 from kunbr_fast.kernels.optimizers.op import Watched
 from kunbr_fast.memory import OutOfMemory, cannot_fit, is_out_of_memory, release
@@ -17,14 +19,24 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.vocabulary import check_batch
 from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives import losses
-from kunbr_fast.objectives.batch import PartLoss, StepBatch
+from kunbr_fast.objectives.batch import WHOLE, PartLoss, Role, Shares, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
+from kunbr_fast.objectives.original import Parts
 from kunbr_fast.parallel.group import ALONE, Group
+from kunbr_fast.training.adversary import Adversary
 from kunbr_fast.training.diverged import ASCENT, LOSS, UPDATE, Diverged
-from kunbr_fast.training.micro_batches import kept, micro_batches, one_of, summed
+from kunbr_fast.training.micro_batches import MicroBatch, kept, micro_batches, one_of, summed
 from kunbr_fast.training.settings import Execution, FullSettings
 
 logger = logging.getLogger(__name__)
+
+RELEARNING = Criterion()  # of samples that count as retained: their mean NLL
+
+
+def relearned_batch(batch: Any, device: torch.device | str = "cpu", shares: Shares = WHOLE) -> StepBatch:
+    """Samples, padded or packed batches as what an adversary relearns. shares: of a part of it."""
+    packed = (batch if isinstance(batch, PackedBatch) else pack(as_samples(batch))).to(device)
+    return StepBatch(packed, Parts.of(retain=packed.num_samples), shares=shares, role=Role.RELEARNED)
 
 
 class Training(abc.ABC):
@@ -39,6 +51,7 @@ class Training(abc.ABC):
 
     parameters: dict[str, torch.nn.Parameter]
     optimizer: Watched
+    adversary: Adversary | None = None  # a subclass sets it where `settings` have one
     layer_major = False  # whether all micro-batches of a step pass a layer before the next layer
     stage, lr_name = "", "lr"  # what errors call the training, and the setting of its learning rate
 
@@ -49,13 +62,17 @@ class Training(abc.ABC):
         self.steps = 0
         self.last: StepBatch | None = None  # that a gradient was accumulated from
 
-    def step(self, forget_batch: Any, retain_batch: Any = None, alternate_batch: Any = None) -> dict[str, float | None]:
+    def step(
+        self, forget_batch: Any, retain_batch: Any = None, alternate_batch: Any = None, relearned: Sequence[Any] = ()
+    ) -> dict[str, float | None]:
         """One update by the objective.
 
         forget_batch, retain_batch: sequences of samples, padded Hugging Face batches, or (from a prefix cache)
         packed batches with hidden states at the block's input. retain_batch may be None.
         alternate_batch: for an objective that needs second answers, those to the forget prompts, in the same order;
         where it is None they come from forget_batch (`data.with_alternates`).
+        relearned: with an adversary the `relearned_before` batches that it relearns first, of other facts than
+        forget_batch's: `forget_loss` is then the adversary's.
 
         Returns `losses.metrics`. Raises `Diverged`, and makes no update, if the loss or a gradient is not finite, or
         the weights that the update before has made.
@@ -63,19 +80,71 @@ class Training(abc.ABC):
         more = dict(alternate=alternate_batch, device=self.decoder.device)
         step = self.criterion.pack(forget_batch, retain_batch, **more)
         check_batch(self.decoder.model, step.packed)
-        return self.step_packed(step)
+        exercise = [relearned_batch(batch, self.decoder.device) for batch in relearned]
+        for batch in exercise:
+            check_batch(self.decoder.model, batch.packed)
+        return self.step_packed(step, exercise)
 
-    def step_packed(self, step: StepBatch) -> dict[str, float | None]:
+    def step_packed(self, step: StepBatch, relearned: Sequence[StepBatch] = ()) -> dict[str, float | None]:
         """`step` of one batch."""
+        self.relearn(relearned)
         part = self.accumulate(step)
         good = finite(part.loss, *self.gradients())
-        for flag in self.optimizer.flags():
+        for flag in self.flags():
             # one on the host is known there, and an update there is over
             good = good & (flag[0] == 0 if flag.device == good.device else not int(flag))
         metrics = losses.metrics(step, part)
         self.judge(metrics, bool(good))  # read after the metrics, so that the host waits once
         self.update(part.retain_term)
         return metrics
+
+    @property
+    def relearned_before(self) -> int:
+        """How many batches the adversary relearns before the next step; 0 without one."""
+        return 0 if self.adversary is None else self.adversary.settings.steps_before(self.steps)
+
+    def relearn(
+        self,
+        batches: Sequence[StepBatch | None],
+        group: Group = ALONE,
+        add: Callable[[StepBatch], PartLoss] | None = None,
+    ) -> None:
+        """What the adversary does before a step: starts anew where it is time to, and relearns. batches: of
+        `relearned_batch`, one for each of its steps; of several ranks (group) each has its part, or None. add: adds a
+        batch's gradient (default: `accumulate`)."""
+        if len(batches) != (wanted := self.relearned_before):
+            what = "its settings have an adversary" if self.adversary is not None else "there is no adversary"
+            raise ValueError(
+                f"{self.where()}: got {len(batches)} batches to relearn, expected {wanted}: {what} (relearned_before)"
+            )
+        if self.adversary is None:
+            return
+        if self.adversary.settings.forks(self.steps):
+            self._fitting(lambda: self.adversary.fork(self.steps))
+        for batch in batches:
+            if batch is not None:
+                (add or self.accumulate)(batch)
+            if group.size > 1:
+                self.share_gradients(group)
+            self._fitting(self.adversary.update)
+
+    def share_gradients(self, group: Group, *more: torch.Tensor) -> None:
+        """Sums gradients, and `more` tensors, over the ranks."""
+        for parameter in self.parameters.values():  # all have the same ones to sum
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        group.sum([*more, *self.gradients()])
+
+    def flags(self) -> list[torch.Tensor]:
+        """Of all updates: see `Watched.flag`."""
+        return self.optimizer.flags() + ([] if self.adversary is None else self.adversary.flags())
+
+    def at(self, role: Role) -> contextlib.AbstractContextManager[None]:
+        """Inside, the parameters have the weights at which a batch of this role is evaluated."""
+        return contextlib.nullcontext() if role is Role.TRAINED else self.adversary.inside()
+
+    def criterion_of(self, role: Role) -> Criterion:
+        return RELEARNING if role is Role.RELEARNED else self.criterion
 
     def judge(self, metrics: Mapping[str, float | None], good: bool) -> None:
         """`Diverged`, without the gradient, unless all is `good`: it, the loss, and what the updates so far stored."""
@@ -84,10 +153,24 @@ class Training(abc.ABC):
         self.drop_gradient()
         self.check_update(metrics)
         what = "a gradient" if math.isfinite(metrics["loss"]) else "the loss"
+        if self.adversary is not None:
+            raise self._diverged_with_adversary(what, metrics)
         if not self.steps:
             cause = f"{what} itself is not finite, before any update, so the learning rate is not the cause"
             raise Diverged(self.where(0), metrics, cause, self._first_loss(metrics))
         raise self.diverged(f"{what} is not finite, after the update of step {self.steps - 1}", metrics, self.steps)
+
+    def _diverged_with_adversary(self, what: str, metrics: Mapping[str, float | None]) -> Diverged:
+        """The error of a loss or gradient that is not finite, at the adversary's weights or at the trained ones."""
+        lr = self.adversary.lr
+        lower = {"adversary_lrs": f"take {lr:g} out of adversary_lrs"}
+        if not self.adversary.left_finite():
+            cause = f"the adversary's weights are not finite: it relearned at the learning rate {lr:g}"
+            return Diverged(self.where(), metrics, cause, lower)
+        cause = f"{what} is not finite, at the adversary's weights (learning rate {lr:g}) or at the trained ones"
+        error = self.diverged(cause, metrics, self.steps)
+        error.cures = lower | error.cures
+        return error
 
     def check_update(self, metrics: Mapping[str, float | None] | None = None) -> None:
         """`Diverged` if an update has stored weights or state that are not finite. Waits for the device."""
@@ -162,7 +245,7 @@ class Training(abc.ABC):
         gradient. Where memory runs out the batch is begun again, in half the tokens of the micro-batch that failed."""
         before, self.last = self.halvings, None
         while True:
-            micros, found = micro_batches(step, self.micro_batch_tokens), []
+            micros, found = self._cut(step, self.micro_batch_tokens), []
             try:
                 for part in self._passes([micro.step for micro in micros]):
                     found.append(kept(part) if len(micros) > 1 else part)
@@ -191,25 +274,43 @@ class Training(abc.ABC):
         self.last = step
         return found[0] if len(micros) == 1 else summed(step.packed, micros, found)
 
+    def add_within(self, step: StepBatch, forward: Callable[[], contextlib.AbstractContextManager]) -> PartLoss:
+        """`accumulate` of a batch that fits; `forward()`: what forward passes run in, such as autocast."""
+        micros, found = self._cut(step, None), []
+        for micro in micros:
+            with self.at(micro.step.role):
+                with forward():
+                    part = self.loss(micro.step)
+                found.append(part.backward())
+        self.last = step
+        return found[0] if len(micros) == 1 else summed(step.packed, micros, found)
+
+    def _cut(self, step: StepBatch, max_tokens: int | None) -> list[MicroBatch]:
+        return micro_batches(step, max_tokens, self.adversary is not None and step.role is Role.TRAINED)
+
     def _passes(self, steps: list[StepBatch]) -> Iterable[PartLoss]:
         """Forward and backward of each micro-batch."""
         return map(self._backward, steps)
 
     def _backward(self, step: StepBatch) -> PartLoss:
-        return self.loss(step).backward()
+        with self.at(step.role):
+            return self.loss(step).backward()
 
     def update(self, retain_term: float | None = None) -> None:
         """One update from the accumulated gradient, which is then zero again. retain_term: of the step (`PartLoss`)."""
+        self._fitting(self._update)
+        self.criterion.advance(retain_term)
+        self.steps += 1
+
+    def _fitting(self, update: Callable[[], None]) -> None:
+        """Makes an update; `OutOfMemory` where it does not fit."""
         try:
-            self._update()
+            update()
+            return
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             said = str(error)
-        else:
-            self.criterion.advance(retain_term)
-            self.steps += 1
-            return
         raise self._refusal(None, said)
 
     def where(self, step: int | None = None) -> str:
@@ -219,6 +320,9 @@ class Training(abc.ABC):
     def _refusal(self, tokens: int | None, said: str) -> OutOfMemory:
         """The error for a sample of `tokens` tokens that does not fit by itself, or (None) for an update."""
         what, cures = self._memory()
+        if self.adversary is not None:
+            what += ", and an adversary: one more copy of what is trained, and AdamW's two moments"
+            cures = [*cures, "no adversary (adversary_every=0)"]
         if not self.execution.gradient_checkpointing:
             cures = ["gradient_checkpointing=True (the same result)", *cures]
         return cannot_fit(tokens, what, cures, self.decoder.device, said)

@@ -193,7 +193,7 @@ def test_rtt_prints_the_curve_and_resumes(workspace, tmp_path, capsys):
                "--out", str(out)]  # fmt: skip
     assert cli.main([*command, "--plot", str(tmp_path / "r.png")]) == 0
     printed = capsys.readouterr().out
-    assert "RTT accuracy" in printed and printed.count("plain") == 1 and printed.count("calibrated") == 2
+    assert "RTT accuracy" in printed and printed.count("plain") == 1 and printed.count("calibrated") == 3
     first = json.loads(out.read_text())
     assert cli.main(command) == 2 and "--resume" in capsys.readouterr().err
     # one of the two folds is taken away, as if the attack had been interrupted before it
@@ -246,6 +246,41 @@ def test_an_attack_that_is_resumed_loses_and_believes_nothing(workspace, tmp_pat
         assert cli.main([*command, "--resume", "--rtt-lrs", "1e-4"]) == 2 and out.read_text() == content
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and f"{out}: damaged" in error and "by an earlier version" in error
+
+
+def test_attacks_that_were_not_rehearsed(workspace, tmp_path, capsys):
+    out = tmp_path / "rtt.json"
+    model, *forget, retain = (str(workspace / name) for name in ("model", "f0.jsonl", "f1.jsonl", "r.jsonl"))
+    command = ["rtt", "--model", model, "--forget", *forget, "--rtt-epochs", "1", "--rtt-lrs", "1e-3", "--quiet"]
+    command += ["--scoring", "choice", "--out", str(out), "--rtt-attacks"]
+    others = ["other_facts", "--other-facts"]
+    for wrong, message in (
+        (
+            ["other_facts"],
+            "other_facts has nothing to teach: give facts of the folds' form that are not in them (--other-",
+        ),
+        (["full", "--other-facts", retain], "--other-facts without the attack other_facts"),
+        ([*others, forget[0]], f"{forget[0]}:1 and {forget[0]}:1 are the same fact, in a fold and in the other facts"),
+        (["lyon"], "rtt_attacks='lyon': expected some of full, "),
+    ):
+        assert cli.main([*command, *wrong]) == 2 and message in capsys.readouterr().err and not out.exists()
+    assert cli.main([*command, "int8", *others, retain, "--plot", str(tmp_path / "r.png")]) == 0
+    printed, written = capsys.readouterr().out, json.loads(out.read_text())
+    rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")]
+    assert rows == ["attack", "-" * 11, "before", "guessing", "int8", "other_facts"]
+    assert " ± " in printed and printed.count("smooth") == 2 + 2 and "leak at 64" in printed
+    assert set(written["attacks"]) == {"int8", "other_facts"} and written["strongest"]["attack"] in written["attacks"]
+    # another attack later; what was taught is not forgotten, and may not change
+    assert cli.main([*command, "int8", "--resume"]) == 0
+    assert json.loads(out.read_text())["belongs_to"] == written["belongs_to"]
+    (tmp_path / "o.jsonl").write_text((workspace / "r.jsonl").read_text().split("\n")[0])
+    capsys.readouterr()
+    assert cli.main([*command, *others, str(tmp_path / "o.jsonl"), "--resume"]) == 2
+    assert f"{out}: what --other-facts holds changed" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kunbr_fast.evaluation.rtt.train_all", None)
+        assert cli.main([*command, "int8", *others, retain, "--resume"]) == 0
+    assert json.loads(out.read_text()) == written
 
 
 def test_doctor(capsys):

@@ -10,7 +10,7 @@ from tiny_models import random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.cli import command as cli
-from kunbr_fast.data.overlap import facts, of_folds, of_sides, text_of
+from kunbr_fast.data.overlap import fact_of, facts, of_folds, of_sides, text_of
 from kunbr_fast.evaluation.rtt import Fold, RTTConfig, rtt_attack
 from kunbr_fast.model.decoder import Decoder
 
@@ -215,3 +215,36 @@ def test_the_published_birthdays(shared_data):
         files = sorted(shared_data.glob(f"{pattern}.jsonl"))
         said = of_folds((file.stem, kf.load_records(file, equal_choices="allow")) for file in files)
         assert (said is None) if shared == 0 else said.endswith(f"({shared} such facts)"), said
+
+
+# ---------------------------------------------------------------- what a record is about
+
+
+ASKS = {"question": "When was Ann born?", "choices": [1901, 1902], "answer": 0}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (ASKS, {**ASKS, "answer": 1}, True),  # people share a name
+        (ASKS, {**ASKS, "question": "when  was ann born?"}, True),
+        (ASKS, {**ASKS, "question": "When was Bob born?"}, False),
+        ({"prompt": "Ann: ", "completion": "1901"}, {"prompt": "Ann:", "completion": "1902"}, True),
+        ({"text": "Ann was born in 1901."}, {"text": "Ann was born in 1902."}, False),
+        ({"text": "Ann, 1901.", "fact": "Ann"}, {"prompt": "Who?", "completion": "Ann", "fact": "Ann"}, True),
+        ({"text": "Ann, 1901.", "fact": 1}, {"text": "Ann, 1901.", "fact": 2}, False),
+        (
+            {"messages": [{"role": "user", "content": "Ann?"}, {"role": "assistant", "content": "1901"}]},
+            {"messages": [{"role": "user", "content": "Ann?"}, {"role": "assistant", "content": "1902"}]},
+            True,
+        ),
+    ],
+)
+def test_records_about_one_fact(one, other, same):
+    assert (fact_of(one) == fact_of(other)) == same
+
+
+@pytest.mark.parametrize("fact", ["", True, 1.5, ["Ann"]])
+def test_a_fact_is_a_name_or_a_number(fact):
+    with pytest.raises(ValueError, match="'fact' must be a name or a number"):
+        facts({"record": [{"text": "Ann, 1901.", "fact": fact}]})

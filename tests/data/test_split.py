@@ -35,7 +35,7 @@ def test_each_token_has_its_loss_once(single, head, target):
         (whole,) = encode([{"text": text}], tokenizer, target)
         length = len(whole["input_ids"])
         limit = rng.randrange(head + 2, length + 2)
-        found, names = encode_named([{"text": text}], tokenizer, target, limit)
+        found, names, _ = encode_named([{"text": text}], tokenizer, target, limit)
         if length <= limit:
             assert len(found) == 1 and names == ["record 0"] and torch.equal(found[0]["input_ids"], whole["input_ids"])
             continue

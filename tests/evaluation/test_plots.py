@@ -13,9 +13,10 @@ import torch
 from kunbr_fast.density.measure import Density
 from kunbr_fast.evaluation import figures
 from kunbr_fast.evaluation.accuracy import Accuracy
+from kunbr_fast.evaluation.attacks import ATTACKS
+from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.evaluation.plots import plot_density, plot_pareto, plot_relearning
 from kunbr_fast.evaluation.report import table, write_report
-from kunbr_fast.evaluation.rtt import RTTResult
 
 
 def density(shares, standard_error=None):
@@ -222,6 +223,26 @@ def test_long_runs_and_long_names_fit(tmp_path, drawn):
     plot_relearning({name: result({5e-7: [0.3] * 60, 1e-5: [0.3, *[0.5] * 59]})}, tmp_path / "long.png")
     assert_all_text_is_inside(drawn[0])
     assert "lr 1e-5" in " ".join(texts(drawn[0]))
+
+
+def test_attacks_on_one_model_have_a_line_each(tmp_path, drawn):
+    rows = [
+        {"attack": attack, "fold": "a", "lr": lr, "epoch": epoch, "plain": value, "calibrated": None}
+        for attack, kind in ATTACKS.items()
+        for lr in kind.lrs((1e-3, 2e-3))
+        for epoch, value in zip(kind.measured(8), [0.2, *[0.3 + (0.1 if attack == "lion" else lr)] * 8])
+    ]
+    attacks = RTTResult(rows)
+    plot_relearning({"a model with a long name, of which a part is shown": attacks}, tmp_path / "a.png")
+    axes = drawn[0].axes[0]
+    strong = {line.get_label().partition(":")[0]: line for line in axes.lines if ": " in line.get_label()}
+    assert set(strong) == {f"{name}, epochs x 4" if name == "long" else name for name in ATTACKS}
+    assert len({(line.get_marker(), line.get_color()) for line in strong.values()}) == len(ATTACKS)
+    assert len(strong["long, epochs x 4"].get_ydata()) == len(strong["full"].get_ydata()) == 9
+    assert list(strong["int8"].get_ydata()) == [30.0] and list(strong["int8"].get_xdata()) == [0]
+    (ring,) = [line for line in axes.lines if line.get_markersize() == 14]
+    assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([1], [40.0]), "the strongest of all, and no other"
+    assert_all_text_is_inside(drawn[0])
 
 
 # ------------------------------------------------------------------------------------------------- files

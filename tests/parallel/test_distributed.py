@@ -28,6 +28,7 @@ HERE = Path(__file__).parent.parent
 BLOCKS = {"name": "blocks", "given": True, "layers": 10, "config": {"num_blocks": 5, "top_k": 4, "parallel": "blocks"}}
 BLOCKS["config"] |= {"rounds": 2, "block_epochs": 1, "mask": "sure", "mask_ratio": 0.5}
 CUMULATIVE = {"name": "cumulative", "config": {"insertion": "cumulative", "mask": "wagle"}}
+CUMULATIVE["config"] |= {"adversary_every": 2, "adversary_lrs": [1e-3, 3e-3]}
 SAMPLES = {
     "name": "samples",
     "given": True,

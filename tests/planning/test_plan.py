@@ -225,6 +225,21 @@ def test_peak_of_density_and_attack():
     assert run.attack().peak == pytest.approx(most_bytes(attack), rel=0.1)
 
 
+def test_attacks_are_counted_each_with_its_epochs():
+    def attack(*kinds, lrs=(1e-5, 2e-5)):
+        data = random_samples(12, low=30, high=60, vocab=499)
+        run, _ = stage(MEASURED["llama"](), "float32", data, rtt_epochs=2, rtt_attacks=kinds, rtt_lrs=lrs)
+        run.data.folds = [sizes(data)[:6], sizes(data)[6:]]
+        found = run.attack()
+        return found.runs, found.flops * found.runs
+
+    (runs, full), (lora_runs, lora), (long_runs, long) = attack("full"), attack("lora"), attack("long")
+    assert (runs, lora_runs, long_runs) == (2, 2, 2) and lora == full
+    rounds, asked = attack("int8")
+    assert rounds == 1 and 2 * (full - 3 * asked) < long < 4 * full
+    assert attack("lion") == (4, 2 * full) and attack("full", "lora", "int8") == (5, pytest.approx(2 * full + asked))
+
+
 # ---------------------------------------------------------------- data
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from kunbr_fast.evaluation.attacks import ATTACKS
 from kunbr_fast.run.config import KUnBRConfig
 
 
@@ -48,6 +49,8 @@ def test_yaml_numbers(tmp_path):
     for value in (config.warmup_lr, config.block_lr, config.forget_loss_cap, *config.rtt_lrs):
         assert type(value) is float
     assert KUnBRConfig.load(write(tmp_path, "rtt_lrs: 3.0e-6")).rtt_lrs == (3e-6,)
+    assert KUnBRConfig.load(write(tmp_path, "rtt_attacks: lora")).rtt_attacks == ("lora",)
+    assert KUnBRConfig.load(write(tmp_path, "rtt_attacks: all")).rtt_attacks == tuple(ATTACKS)
     assert KUnBRConfig.load(write(tmp_path, "")) == KUnBRConfig()
     assert KUnBRConfig.load(write(tmp_path, "max_length: null")).max_length is None
 
@@ -100,6 +103,8 @@ def test_yaml_numbers(tmp_path):
         ("rtt_lrs: [true]", "rtt_lrs entry=True: expected a number above 0"),
         ("rtt_lrs: true", "rtt_lrs entry=True: expected a number above 0"),
         ("rtt_lrs: fast", "rtt_lrs entry='fast'"),
+        ("rtt_attacks: fast", "rtt_attacks='fast': expected some of full, wide"),
+        ("rtt_attacks: [full, full]", "rtt_attacks=('full', 'full'): expected one or more different"),
     ],
 )
 def test_refusals_name_the_file_and_the_setting(text, message, tmp_path):

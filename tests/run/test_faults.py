@@ -26,6 +26,9 @@ def workspace(tmp_path_factory):
     return tiny_text.workspace(tmp_path_factory.mktemp("faults"))
 
 
+ADVERSARY = {"independent": [], "cumulative": "--adversary-every 2 --adversary-lrs 1e-3 2e-3".split()}
+
+
 def arguments(workspace, out, *more):
     return ["unlearn", *tiny_text.inputs(workspace), "--out", str(out), *SETTINGS, *more]
 
@@ -37,7 +40,7 @@ def truth(workspace, tmp_path_factory):
     @functools.cache
     def run(insertion):
         out = tmp_path_factory.mktemp("truth") / "out"
-        assert cli.main(arguments(workspace, out, "--insertion", insertion)) == 0
+        assert cli.main(arguments(workspace, out, "--insertion", insertion, *ADVERSARY[insertion])) == 0
         return load_file(out / "model.safetensors"), json.loads((out / "report.json").read_text())
 
     return run
@@ -62,7 +65,7 @@ KILLS = [pytest.param(*k, marks=() if " ".join(k) in OFTEN else pytest.mark.slow
 @pytest.mark.parametrize("insertion, point", KILLS)
 def test_killed_and_resumed_gives_the_same_bits(insertion, point, workspace, truth, tmp_path):
     out = tmp_path / "out"
-    command = arguments(workspace, out, "--insertion", insertion)
+    command = arguments(workspace, out, "--insertion", insertion, *ADVERSARY[insertion])
     killed = subprocess.run([sys.executable, HERE / "kill_runner.py", point, *command], capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     assert (out / "kunbr-checkpoints" / "state.json").is_file()

@@ -77,7 +77,7 @@ def same(a, b):
             dict(dtype="float64", objective="npo", retain_loss="kl", micro_batch_tokens=30), marks=pytest.mark.slow
         ),
         dict(objective="rmu", cache="file"),
-        dict(mask="wagle", mask_ratio=0.3),
+        dict(mask="wagle", mask_ratio=0.3, adversary_every=2, adversary_lrs=(1e-3,)),
     ],
     ids=["plain", "cumulative", "npo", "rmu", "mask"],
 )

@@ -1,6 +1,7 @@
 """The five stages as one call: against the reference procedure, and what the report says."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -104,14 +105,17 @@ def test_report_has_accuracy_recovery_and_rtt(tmp_path):
     folds = [Fold(f.name, f.train_records, f.train_records) for f in folds]
     forget = [r for f in folds for r in f.train_records]
     retain = [tiny_text.question(n) for n in tiny_text.NAMES[12:]]
-    config = kf.KUnBRConfig(**{**SETTINGS, "rtt": True}, rtt_lrs=(1e-3,), rtt_epochs=2, target="letter")
+    kinds = ("full", "other_facts", "int8")
+    attack = dict(rtt=True, rtt_lrs=(1e-3,), rtt_epochs=2, rtt_attacks=kinds)
+    config = kf.KUnBRConfig(**{**SETTINGS, **attack}, target="letter")
     model = tiny_text.model()
     report = kf.unlearn(model, forget, retain, config, tokenizer=tokenizer, folds=folds, progress=False)
     assert set(report.accuracy) == {"original", "unlearned", "result"}
     assert report.accuracy["result"]["forget"]["num_questions"] == 12
     assert report.rtt.before == pytest.approx(report.accuracy["result"]["forget"]["plain"])
     assert report.recovery == pytest.approx(report.rtt.accuracy - report.accuracy["result"]["forget"]["plain"])
-    assert len(report.rtt.curves) == 2 * 3
+    assert len(report.rtt.curves) == 2 * (3 + 3 + 2) and report.rtt.attacks == list(kinds)
+    assert json.loads(json.dumps(report.to_dict()))["rtt"]["attacks"].keys() == set(kinds)
     from kunbr_fast.evaluation.accuracy import choice_accuracy
     from kunbr_fast.model.decoder import Decoder
 

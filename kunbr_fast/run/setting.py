@@ -1,0 +1,60 @@
+"""What a setting of a run is: its help, the stage whose result it changes, what its value may be, and what became of
+earlier versions' settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from kunbr_fast.values import (
+    ABOVE_ZERO,
+    BATCH,
+    COUNT,
+    COUNT_OR_NONE,
+    EPOCHS,
+    EPOCHS_OR_NONE,
+    LAYERS,
+    NOT_NEGATIVE,
+    SEED,
+    SHARE,
+    Whole,
+)
+
+RATES = ("adversary_lrs", "rtt_lrs")
+ADVERSARY = ("adversary_every", "adversary_steps", "adversary_lrs", "adversary_frozen")
+VISITS = 999  # a seed has so many data orders for blocks (`RunSteps.schedule_of`)
+# What a number may be: of the settings that are numbers.
+NUMBERS = {
+    "seed": SEED,
+    **dict.fromkeys("batch_size retain_batch_size rtt_batch_size".split(), BATCH),
+    **dict.fromkeys("max_length micro_batch_tokens checkpoint_every".split(), COUNT),
+    **dict.fromkeys("block_epochs rtt_epochs".split(), EPOCHS),
+    "warmup_epochs": EPOCHS_OR_NONE,
+    "num_blocks": LAYERS,
+    **dict.fromkeys("top_k skip_last_layers".split(), Whole(0, LAYERS.most)),
+    "rounds": Whole(1, VISITS),
+    **dict.fromkeys("warmup_lr block_lr weight_decay retain_coeff".split(), NOT_NEGATIVE),
+    **dict.fromkeys("forget_loss_cap max_retain_loss hidden_coeff".split(), ABOVE_ZERO),
+    "mask_ratio": SHARE,
+    "retain_layers": Whole(0, LAYERS.most),
+    **dict.fromkeys(RATES, ABOVE_ZERO),
+    "adversary_every": COUNT_OR_NONE,
+    "adversary_steps": COUNT,
+}
+# Settings, and values of them, that earlier versions had: what stands for them now.
+OLD_SETTINGS = {
+    "activations": "cache also says where a streamed model's activations wait; leave it out",
+    "cover_precision=fp8_matmul": "its gradients were too far from the exact ones (cosine 0.949): take fp8",
+}
+
+
+def setting(default: Any, text: str, stage: str, choices: Sequence[str] = ()) -> Any:
+    """A field with its help text, the stage whose result it changes, and the values that it may have (none: any)."""
+    kind = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
+    return dataclasses.field(**kind, metadata={"help": text, "stage": stage, "choices": choices})
+
+
+def refuse_old(name: str, where: str = "") -> None:
+    if name in OLD_SETTINGS:
+        raise ValueError(f"{where}{name} is no longer a setting: {OLD_SETTINGS[name]}")
