@@ -228,14 +228,20 @@ class Run:
     def _steps(self, epochs: int) -> Steps:
         config, data = self.config, self.data
         sizes = len(data.forget), len(data.retain), config.batch_size, config.retain_size
-        schedule = Schedule(*sizes, max(1, epochs), config.seed * 1000)
-        objective, whole, most = config.criterion(range(1)).objective, [], 0
-        for forget, retain in (schedule[i] for i in _some(len(schedule))):
-            sizes = [data.forget[i] for i in forget] * (2 if objective.alternate else 1)
-            kept = [data.retain[i] for i in retain if objective.retain]
-            whole.append(Batch.of(sizes + kept))
-            most = max(most, _tokens(kept))
-        parts = [part for batch in whole for part in self._cut(batch)]
+        seed, adversary = config.seed * 1000, config.full_settings().adversary
+        schedule = Schedule(*sizes, max(1, epochs), seed, adversary)
+        objective, whole, passed = config.criterion(range(1)).objective, [], []
+        most = 0
+        for number in _some(len(schedule)):
+            forget, retain = schedule[number]
+            sides = [data.forget[i] for i in forget] * (2 if objective.alternate else 1)
+            sides = [sides, [data.retain[i] for i in retain if objective.retain]]
+            whole.append(Batch.of(sides[0] + sides[1]))
+            most = max(most, _tokens(sides[1]))
+            # with an adversary each side goes by itself, after what it relearns
+            passed += [Batch.of(side) for side in sides if side] if adversary else [whole[-1]]
+            passed += [Batch.of([data.forget[i] for i in batch]) for batch in schedule.relearned(number)]
+        parts = [part for batch in passed for part in self._cut(batch)]
         return Steps(whole, parts, schedule.steps_per_epoch * epochs, most)
 
     def _cut(self, batch: Batch) -> list[Batch]:
@@ -293,6 +299,9 @@ class Run:
         """(bytes by kind, bytes of main memory) that stay for the whole training."""
         fixed, cpu = {**self._weights(), "optimiser": update.state}, self.setup.cpu
         fixed["hidden states"], host = self._placed(self._states_bytes(self._states_layers))
+        if self.config.adversary_every:  # its weights and AdamW's moments
+            moments = dataclasses.replace(update, states=2).state
+            fixed["adversary"] = update.weights + (update.master_bytes if block is not None else 0) + moments
         if block is None:
             return fixed, host
         fixed |= {"block copy": update.weights, "gradient": update.weights, "master": update.master_bytes}
@@ -302,6 +311,9 @@ class Run:
         host += beside
         if update.on_host:
             host += 2 * update.weights + update.master_bytes + update.state
+            if "adversary" in fixed:  # of its weights one copy is on the device
+                host += fixed["adversary"]
+                fixed["adversary"] = update.weights
             fixed |= {"master": 0, "optimiser": 0}
         return fixed, host
 

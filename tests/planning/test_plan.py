@@ -30,6 +30,7 @@ from kunbr_fast.planning.machines import Setup
 from kunbr_fast.planning.plan import duration, plan
 from kunbr_fast.planning.predict import ACCURACY_BATCH, Run
 from kunbr_fast.training.full import FullTraining
+from kunbr_fast.training.training import relearned_batch
 from kunbr_fast.values import parse_bytes
 
 SHAPE = dict(vocab_size=499, hidden_size=128, intermediate_size=344, num_hidden_layers=6, num_attention_heads=4)
@@ -144,7 +145,8 @@ def measured_block(make, data, block, checkpoint, **settings):
         ) as training:
             for _ in range(2):
                 values = original.batch(range(12)) if original.states else None
-                training.step_packed(training.criterion.step_batch(cache.batch(range(12)), 6, values))
+                relearned = [relearned_batch(cache.batch(range(3)))] * training.relearned_before
+                training.step_packed(training.criterion.step_batch(cache.batch(range(12)), 6, values), relearned)
 
     return most_bytes(run)
 
@@ -168,6 +170,7 @@ def test_peak_of_a_block_without_master_weights_and_with_adamw():
         dict(master_weights=False),
         dict(optimizer="adamw"),
         dict(optimizer="adamw", master_weights=False),
+        dict(adversary_every=4),
     ):
         run, make = stage(MEASURED["llama"](), "bfloat16", data, **settings)
         predicted = run.training("", range(1, 3)).peak
@@ -190,19 +193,22 @@ def test_the_originals_hidden_states_and_the_differences_count():
     assert few.training("", range(1, 3)).memory["hidden states"] == tokens * 128 * 4
 
 
-@pytest.mark.parametrize("name, checkpoint", [("llama", False), ("tied", True), ("gpt2", False)])
-def test_peak_of_the_warm_up(name, checkpoint):
-    data = random_samples(12, low=30, high=60, vocab=499)
-    run, make = stage(MEASURED[name](), "float32", data, checkpoint)
+@pytest.mark.parametrize(
+    "name, checkpoint, every", [("llama", False, 0), ("tied", True, 0), ("gpt2", False, 0), ("llama", False, 4)]
+)
+def test_peak_of_the_warm_up(name, checkpoint, every):
+    data, adversary = random_samples(12, low=30, high=60, vocab=499), {"adversary_every": every}
+    run, make = stage(MEASURED[name](), "float32", data, checkpoint, **adversary)
 
     def warm_up():
         model = make()
         with frozen(model), fused(model, "torch"):
             training = FullTraining(
-                Decoder(model), lr=1e-5, optimizer="lion", gradient_checkpointing=checkpoint, impl="torch"
+                Decoder(model), lr=1e-5, optimizer="lion", gradient_checkpointing=checkpoint, impl="torch", **adversary
             )
             for _ in range(2):
-                training.step_packed(training.criterion.step_batch(pack(data), 6))
+                relearned = [relearned_batch(pack(data[:3]))] * training.relearned_before
+                training.step_packed(training.criterion.step_batch(pack(data), 6), relearned)
 
     assert run.training("warm-up", None).peak == pytest.approx(most_bytes(warm_up), rel=0.1)
 
