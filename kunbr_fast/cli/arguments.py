@@ -19,6 +19,7 @@ from kunbr_fast.cli.argument_types import (
 )
 from kunbr_fast.files.models import DTYPES
 from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.methods import METHODS
 from kunbr_fast.run.setting import NUMBERS
 from kunbr_fast.values import Bytes
 
@@ -100,6 +101,13 @@ def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] | None = 
         metavar="run.yaml",
         help="settings, one 'name: value' a line; an option below wins over its line",
     )
+    if names is None:
+        parser.add_argument(
+            "--method",
+            choices=list(METHODS),
+            help="what a method sets; the options below win over it. "
+            + "; ".join(f"{name}: {method.text}" for name, method in METHODS.items()),
+        )
     wanted = [field for field in dataclasses.fields(KUnBRConfig) if names is None or field.name in names]
     for theme in THEMES:
         fields = [field for field in wanted if THEME[field.name] == theme]

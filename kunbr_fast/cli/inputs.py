@@ -14,17 +14,29 @@ from kunbr_fast.cli.terminal import say
 from kunbr_fast.data import is_question, load_records
 from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.files.models import load_model, load_tokenizer
-from kunbr_fast.files.shown import plain
+from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.parallel.group import local_device, num_processes
 from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.methods import METHODS, settings_of
 
 
 def read_config(arguments: argparse.Namespace) -> KUnBRConfig:
-    """The settings of --config, and of the options, which win."""
+    """The settings of --method and of --config, and of the options, which win."""
     values: dict[str, Any] = {}
+    method = getattr(arguments, "method", None)
     if arguments.config:
-        values = KUnBRConfig.load(arguments.config).to_dict()
+        values, found = KUnBRConfig.read(arguments.config), KUnBRConfig.load(arguments.config)
+        mine = KUnBRConfig.from_dict({"method": method})
+        for name in settings_of(method) if method else ():
+            if name in values and f"set_{name}" not in arguments and getattr(found, name) != getattr(mine, name):
+                raise ValueError(
+                    f"{plain(arguments.config)}: {name}: {shown(values[name])}, and --method {method} sets "
+                    f"{shown(getattr(mine, name))}: leave one of them out, or give --{name.replace('_', '-')} too"
+                )
+    if method:
+        values["method"] = method
+        sayer(arguments)(f"{method}: {METHODS[method].text}")
     for name, value in vars(arguments).items():
         if name.startswith("set_"):
             name = name[4:]

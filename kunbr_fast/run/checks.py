@@ -36,6 +36,11 @@ def prepare(
     """The model's decoder, the samples, the attack, the opened state of a run and the given M_u's fingerprint; all that
     it is given is checked."""
     model, unlearned = inputs.model, inputs.unlearned
+    if config.top_k == 0 and unlearned is not None:
+        raise ValueError(
+            "top_k=0 trains no block, and with an unlearned model (unlearned=, --unlearned) there is no warm-up: "
+            "nothing would be trained. Leave one of them out"
+        )
     _check_streamed(model, unlearned, context.group)
     decoder = Decoder(model)
     criteria = _check_settings(decoder, config, config.execution(context.work), unlearned is None)
@@ -94,7 +99,8 @@ def _check_settings(decoder: Decoder, config: KUnBRConfig, execution: Execution,
 
 
 def _blocks(decoder: Decoder, config: KUnBRConfig) -> list[range]:
-    return selectable_blocks(decoder.num_layers, config.num_blocks, config.top_k, config.skip_last_layers)
+    how = config.num_blocks, config.top_k, config.skip_last_layers
+    return selectable_blocks(decoder.num_layers, *how) if config.top_k else []
 
 
 def _criteria(decoder: Decoder, config: KUnBRConfig, warm_up: bool) -> list[Criterion]:

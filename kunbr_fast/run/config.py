@@ -28,11 +28,12 @@ from kunbr_fast.kernels.dispatch import IMPLEMENTATIONS
 from kunbr_fast.keywords import nearest
 from kunbr_fast.memory import STORAGES, Place
 from kunbr_fast.model.low_precision import COVER_PRECISIONS
-from kunbr_fast.model.prefix_cache import CACHE_DTYPES
+from kunbr_fast.model.sample_rows import CACHE_DTYPES
 from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
 from kunbr_fast.objectives.hidden_layers import ALL, HiddenLayers
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
 from kunbr_fast.parallel.assign import PARALLEL
+from kunbr_fast.run.methods import settings_of
 from kunbr_fast.run.setting import ADVERSARY, NUMBERS, RATES, VISITS, refuse_old, setting
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
 from kunbr_fast.training.settings import INSERTIONS, BlockSettings, Execution, FullSettings, check_rates
@@ -126,7 +127,9 @@ class KUnBRConfig:
         "sample", "sample: mean over samples of each one's norm; mean: norm of the mean gradient", "density", REDUCTIONS
     )
     num_blocks: int = setting(8, "blocks of floor(layers / num_blocks) layers", "selection")
-    top_k: int = setting(6, "how many of the densest blocks are trained", "selection")
+    top_k: int = setting(
+        6, "how many of the densest blocks are trained (0: none, the warm-up's result is the model)", "selection"
+    )
     skip_last_layers: int = setting(2, "blocks that hold one of the last so many layers are not chosen", "selection")
 
     insertion: str = setting(
@@ -157,7 +160,8 @@ class KUnBRConfig:
     )
     cache: str = setting(
         "auto",
-        "where activations lie (the prefix cache; a streamed model's between two layers): device, host, file or auto",
+        "where activations lie (prefix cache, the original's hidden states, a streamed model's between two layers): "
+        "device, host, file or auto",
         "none",
         STORAGES,
     )
@@ -242,6 +246,8 @@ class KUnBRConfig:
             )
         if self.parallel == "blocks" and self.insertion == "cumulative":
             raise ValueError("parallel='blocks': cumulative blocks build on each other: leave it out, or take samples")
+        if self.top_k == 0 and self.warmup_epochs == 0:
+            raise ValueError("top_k=0, warmup_epochs=0: nothing would be trained: raise one of them")
         self._check_objectives()
         rule = attribution.RULES.get(self.mask, {})
         if self.mask_ratio is not None and (self.mask == "none" or "threshold" in rule):
@@ -353,26 +359,33 @@ class KUnBRConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> KUnBRConfig:
-        """Refuses a key that does not exist, with the nearest one that does."""
+        """Refuses a key that does not exist, with the nearest one that does. `method` names a method (`run.methods`),
+        whose settings the others win over."""
         known = [field.name for field in dataclasses.fields(cls)]
         # earlier versions wrote it into every run.yaml; "auto" is what stands for it now
         values = {key: value for key, value in values.items() if (key, value) != ("activations", "auto")}
+        method = values.pop("method", None)
         for key in values:
             if key not in known:
                 refuse_old(str(key), f"{where}: ")
-                raise ValueError(f"{where}: unknown setting {shown(key)}{nearest(key, known)}")
+                raise ValueError(f"{where}: unknown setting {shown(key)}{nearest(key, [*known, 'method'])}")
         try:
-            return cls(**values)
+            return cls(**({} if method is None else settings_of(method)) | values)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> KUnBRConfig:
         """Reads run.yaml. Errors name the file."""
+        return cls.from_dict(cls.read(path), plain(path))
+
+    @staticmethod
+    def read(path: str | Path) -> dict[str, Any]:
+        """What run.yaml says, for `from_dict`."""
         values = read_yaml(path)
         if values is not None and not isinstance(values, dict):
             raise ValueError(f"{plain(path)}: got {shown(values)}, expected lines of 'setting: value'")
-        return cls.from_dict(values or {}, plain(path))
+        return values or {}
 
     def save(self, path: str | Path) -> None:
         with atomic_write(path) as file:

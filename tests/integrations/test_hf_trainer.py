@@ -168,7 +168,7 @@ def test_accumulated_gradients(accumulation, batch, truth, tmp_path):
 @pytest.mark.parametrize(
     "config",
     [{"objective": "npo", "retain_loss": "kl", "adversary_every": 3, "adversary_lrs": (1e-3, 2e-3)},
-     {"objective": "pdu"}, {"objective": "ga"}, {"objective": "dpo"},
+     {"objective": "pdu", "retain_loss": "hidden_layers"}, {"objective": "ga"}, {"objective": "dpo"},
      {"objective": "rmu", "warmup_objective": "ga"}],
     ids=lambda config: config["objective"],
 )  # fmt: skip
@@ -188,6 +188,18 @@ def test_objectives(config, tmp_path):
         again = trainer(tmp_path, config=config, arguments=arguments, forget_dataset=forget)
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         equal(weights(again.model), weights(run.model))
+
+
+def test_a_run_without_blocks(tmp_path):
+    """The warm-up alone, with what `robust` sets: all parameters, an adversary, hidden layers kept."""
+    config = {"method": "robust", **CONFIG, "top_k": 0, "adversary_every": 2, "adversary_lrs": (1e-3, 2e-3)}
+    config = kf.KUnBRConfig.from_dict(config | {"batch_size": 4, "rtt": False}).to_dict()
+    model = tiny_model()
+    report = kf.unlearn(model, *data(), kf.KUnBRConfig(**config), progress=False)
+    run = trainer(tmp_path, config=config)
+    run.train()
+    assert report.blocks == [] and run.blocks in (None, [])
+    close(weights(run.model), weights(model))
 
 
 # ---------------------------------------------------------------- what Trainer's arguments say
