@@ -139,6 +139,9 @@ class DrivenStages(Stages):
             self.measure_original(self.blocks)
         return visits(self.config, self.blocks)
 
+    def left(self, order: list[Visit]) -> list[Visit]:
+        return order  # a checkpoint may be older than the results
+
     def _take_unlearned(self) -> None:
         """M_u's weights to warmup.safetensors, where no stage has made them."""
         own = dict(self.decoder.model.named_parameters())

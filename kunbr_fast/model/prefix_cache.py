@@ -5,21 +5,14 @@ computed once, kept (T_total, D), and read back by sample. `advance` rolls it fo
 place, so going through the blocks from low to high costs one forward pass of each layer for each sample, in all.
 The cache is exact: it stores the layers' output in their own dtype. Half or a quarter of the bytes are opt-in (`dtype`)
 and not exact: each advance starts from rounded values; `relative_error` measures the effect.
-
-With a budget there are two places. All samples lie in the slower one; the fast one has copies of those whose next use,
-known beforehand (`expect`), is soonest. The sample with the latest next use is dropped first (Belady, IBM Systems
-Journal 5, 1966); one whose next use is later than every cached sample's is not cached.
 """
 
 from __future__ import annotations
 
-import bisect
 import collections
-import heapq
-import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,52 +21,17 @@ from tqdm import tqdm
 
 from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.data.schedule import token_batches
-from kunbr_fast.memory import OutOfMemory, Place, cannot_fit, choose_storage, gibibytes, is_out_of_memory, release
+from kunbr_fast.memory import OutOfMemory, Place, cannot_fit, gibibytes, is_out_of_memory, release
 from kunbr_fast.model.decoder import Decoder, Stretch
+from kunbr_fast.model.sample_rows import RowFormat, SampleRows
 
 logger = logging.getLogger(__name__)
-CACHE_DTYPES = ("none", "bf16", "fp8")
-FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max
 
 
-class Rows:
-    """How rows of activations are kept: `none` in the model's dtype, `bf16`, or `fp8`: e4m3 with a scale for each row
-    (its largest value becomes 448), both in one row of bytes."""
-
-    def __init__(self, kind: str, hidden_size: int, dtype: torch.dtype):
-        if kind not in CACHE_DTYPES:
-            raise ValueError(f"cache dtype {kind!r}: expected one of {', '.join(CACHE_DTYPES)}")
-        self.kind, self._size, self._dtype = kind, hidden_size, dtype
-        self._scale_at = -(-hidden_size // 4) * 4
-        self.dtype = {"none": dtype, "bf16": torch.bfloat16, "fp8": torch.uint8}[kind]
-        self.width = self._scale_at + 4 if kind == "fp8" else hidden_size
-        self.exact = self.dtype == dtype
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, D) -> (T, width)"""
-        if self.kind != "fp8":
-            return x.to(self.dtype)
-        scale = x.abs().amax(1, keepdim=True).float() / FP8_MAX
-        scale = torch.where(scale == 0, 1.0, scale)
-        rows = torch.zeros(len(x), self.width, dtype=torch.uint8, device=x.device)
-        rows[:, : self._size] = (x.float() / scale).to(FP8).view(torch.uint8)
-        rows[:, self._scale_at :] = scale.view(torch.uint8)
-        return rows
-
-    def decode(self, rows: torch.Tensor) -> torch.Tensor:
-        if self.kind != "fp8":
-            return rows.to(self._dtype)
-        scale = rows[:, self._scale_at :].contiguous().view(torch.float32)
-        return (rows[:, : self._size].view(FP8).float() * scale).to(self._dtype)
-
-
-class PrefixCache:
+class PrefixCache(SampleRows):
     """Activations at the input of layer `layer` for `samples`, with random access by sample.
 
-    storage, directory: as in `memory.Place`. dtype: how a row is kept, as in `Rows`. budget: the most bytes in
-    `storage` ("auto": on the device, without a GPU in main memory). A larger cache lies in the next slower place, which
-    is then `storage`, and `fast` the one asked for.
+    storage, directory: as in `memory.Place`. dtype: how a row is kept, as in `RowFormat`. budget: as of `SampleRows`.
 
     The cache trusts that layers below `layer` stay as they are; `reset` starts again at the embeddings.
     """
@@ -90,49 +48,15 @@ class PrefixCache:
         dtype: str = "none",
         budget: int | None = None,
     ):
-        Place(storage)
+        place = Place(storage, directory)
         self.decoder, self.samples, self.progress = decoder, list(samples), progress
         if not self.samples:
             raise ValueError("no samples: expected at least one")
         lengths = [len(sample["input_ids"]) for sample in self.samples]
-        self._offsets = list(itertools.accumulate(lengths, initial=0))
         self._batches = token_batches(lengths, batch_tokens)
-        self.rows = Rows(dtype, decoder.hidden_size, decoder.dtype)
-        shape = (self._offsets[-1], self.rows.width)
-        self.nbytes = math.prod(shape) * self.rows.dtype.itemsize
-        self.budget, self.fast = budget, None
-        if storage == "auto":
-            fastest = "device" if decoder.device.type == "cuda" else "host"
-            storage = choose_storage(self.nbytes, decoder.device) if budget is None else fastest
-        if budget is not None and self.nbytes > budget:
-            if storage == "file":
-                raise ValueError(
-                    f"a budget of {gibibytes(budget)} for a prefix cache of {gibibytes(self.nbytes)} in a file: there "
-                    "is no slower place for the rest; leave the budget out, or name a faster storage"
-                )
-            self.fast = storage
-            storage = "file" if storage == "host" else choose_storage(self.nbytes, torch.device("cpu"))
-        self.storage = storage
-        self._buffer = Place(storage, directory).allocate(shape, self.rows.dtype, decoder.device, "prefix cache")
-        self.hits = self.misses = 0  # samples that were in the fast place, or not
-        self.expect([])
+        rows = RowFormat(dtype, decoder.hidden_size, decoder.dtype)
+        super().__init__(lengths, rows, decoder.device, "prefix cache", place, budget)
         self.reset()
-
-    def expect(self, batches: Iterable[Sequence[int]]) -> None:
-        """The batches that will be asked for, in order; some may be left out. They decide what the fast place holds,
-        not what `batch` returns."""
-        self._expected = [tuple(indices) for indices in batches]
-        self._now = -1  # which of them was asked for last
-        self._uses: dict[int, list[int]] = {}
-        for number, indices in enumerate(self._expected):
-            for i in indices:
-                self._uses.setdefault(i, []).append(number)
-        self._drop_held()
-
-    def _drop_held(self) -> None:
-        self._held: dict[int, torch.Tensor] = {}  # samples in the fast place
-        self._held_bytes = 0
-        self._last: list[tuple[float, int]] = []  # heap of (-next use, sample); entries may be out of date
 
     @property
     def layer(self) -> int | None:
@@ -201,7 +125,7 @@ class PrefixCache:
         self._batches = done  # as small as they had to be
 
     def _roll(self, indices: Sequence[int], start: int, stop: int) -> None:
-        held = self._buffer[self._offsets[indices[0]] : self._offsets[indices[-1] + 1]]
+        held = self.span(indices[0], indices[-1])
         hidden = None if stop == 0 else self.rows.decode(held.to(self.decoder.device))
         held.copy_(self.rows.encode(self.decoder.run(self._pack(indices), Stretch(start, hidden), stop)))
 
@@ -222,18 +146,8 @@ class PrefixCache:
             raise IndexError(f"sample index {min(indices)}: expected 0 to {len(self.samples) - 1}")
         if self._layer is None:
             raise ValueError("the prefix cache was interrupted half-way: call advance or reset first")
-        if self.fast is not None:
-            before, after = self._now, range(self._now + 1, len(self._expected))
-            self._now = next((n for n in after if self._expected[n] == tuple(indices)), before)
-            if self._now > before + 1:  # what was left out will not be used
-                self._last = [(-self._next_use(i), i) for i in self._held]
-                heapq.heapify(self._last)
-        parts = [self._part(i) for i in indices]
-        lengths = [len(part) for part in parts]
-        rows = self._buffer.new_empty((sum(lengths), self._buffer.shape[1]), device=self.decoder.device)
-        for part, into in zip(parts, rows.split(lengths)):  # one by one: a concatenation would not be pinned
-            into.copy_(part, non_blocking=True)
-        return self._pack(indices, self.rows.decode(rows), self._layer)
+        hidden = self.rows.gathered(self.parts(indices), self.decoder.device)
+        return self._pack(indices, hidden, self._layer)
 
     @property
     def is_exact(self) -> bool:
@@ -248,53 +162,6 @@ class PrefixCache:
         """|held - exact|_2 / |exact|_2 over all of the samples' activations."""
         exact = self.exact(indices).double()
         return float((self.batch(indices).hidden.double() - exact).norm() / exact.norm())
-
-    # ------------------------------------------------ the fast place
-
-    def _part(self, i: int) -> torch.Tensor:
-        """Sample i's rows, in the fast place if they are or can be there."""
-        rows = self._buffer[self._offsets[i] : self._offsets[i + 1]]
-        if self.fast is None:
-            return rows
-        if i in self._held:
-            self.hits += 1
-        else:
-            self.misses += 1
-            if not self._make_room(rows.nbytes, self._next_use(i)):
-                return rows
-            fast = Place(self.fast).allocate(rows.shape, rows.dtype, self.decoder.device, "prefix cache")
-            self._held[i] = fast.copy_(rows)
-            self._held_bytes += rows.nbytes
-        heapq.heappush(self._last, (-self._next_use(i), i))
-        return self._held[i]
-
-    def _next_use(self, i: int) -> float:
-        uses = self._uses.get(i, ())
-        place = bisect.bisect_right(uses, self._now)
-        return uses[place] if place < len(uses) else math.inf
-
-    def _make_room(self, nbytes: int, use: float) -> bool:
-        """Whether `nbytes` for a sample whose next use is `use` fit; drops samples that are used later than that."""
-        if self._expected and use == math.inf:
-            return False
-        going: list[tuple[float, int]] = []
-        room = self.budget - self._held_bytes
-        while room < nbytes and self._last:
-            entry = heapq.heappop(self._last)
-            negative, i = entry
-            if i not in self._held or -negative != self._next_use(i) or entry in going:
-                continue
-            going.append(entry)
-            if -negative <= use:
-                break
-            room += self._held[i].nbytes
-        fits = room >= nbytes
-        for entry in going:
-            if fits:
-                self._held_bytes -= self._held.pop(entry[1]).nbytes
-            else:
-                heapq.heappush(self._last, entry)
-        return fits
 
 
 class CacheShard:

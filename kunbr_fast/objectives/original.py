@@ -16,7 +16,9 @@ from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.data.schedule import token_batches
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Decoder, Stretch
+from kunbr_fast.model.sample_rows import RowFormat
 from kunbr_fast.objectives import distributions as linear_rows
+from kunbr_fast.objectives.layer_states import LayerStates, Spread
 
 PARTS = ("forget", "alternate", "retain")
 EVERY = "layer.all"  # each layer's output, a kind for `OriginalValues.of`
@@ -45,11 +47,14 @@ class OriginalValues:
     Kinds: `nll` (R_i,), the labelled rows' NLL, fp32 (fp64 of an fp64 model); `hidden` (R_i, D), the labelled rows
     after the final norm; `hidden_all` (T_i, D), all tokens after the final norm; `layer.N` (T_i, D), the output of
     layer N. spread: of each `layer.N` the mean over tokens of |h - mean h|^2, of all the samples that were measured
-    together.
+    together. states: `layer.N` of the samples from `first` on, which are many bytes; rows: how they are kept.
     """
 
     values: dict[str, list[torch.Tensor | None]]
     spread: dict[str, float | torch.Tensor] = dataclasses.field(default_factory=dict)
+    states: LayerStates | None = None
+    first: int = 0
+    rows: RowFormat | None = None
 
     @classmethod
     def of(
@@ -105,11 +110,43 @@ class OriginalValues:
         """The values of the samples `indices`, in their order."""
         indices = list(indices)
         values = {kind: [tensors[i] for i in indices] for kind, tensors in self.values.items()}
-        return OriginalValues(values, self.spread)
+        if self.states is None:
+            return dataclasses.replace(self, values=values)
+        mine = [i for i, place in enumerate(indices) if place in self._places]
+        for layer, parts in (self.states.batch([indices[i] - self.first for i in mine]) if mine else {}).items():
+            rows = dict(zip(mine, parts))
+            values.setdefault(f"layer.{layer}", [rows.get(i) for i in range(len(indices))])
+        return OriginalValues(values, self.spread, rows=self.states.rows)
+
+    def gathered(self, kind: str, samples: Iterable[int], device: torch.device) -> torch.Tensor:
+        """The values of some samples as one tensor on `device`. ValueError where one of them is not there."""
+        found = [self.values[kind][i] for i in samples] if kind in self.values else [None]
+        if any(tensor is None for tensor in found):
+            raise ValueError(f"the original model's {kind} of these samples is needed: give original=")
+        if self.rows is not None and found[0].dtype == self.rows.dtype and kind.startswith("layer."):
+            return self.rows.gathered(found, device)
+        return torch.cat(found).to(device, non_blocking=True)
 
     def joined(self, more: OriginalValues) -> OriginalValues:
         """With other kinds of the same samples."""
-        return OriginalValues({**self.values, **more.values}, {**self.spread, **more.spread})
+        values, spread = {**self.values, **more.values}, {**self.spread, **more.spread}
+        return dataclasses.replace(self, values=values, spread=spread)
+
+    def with_states(self, states: LayerStates | None, first: int) -> OriginalValues:
+        """With the layers' outputs of the samples from `first` on; None: without those that were there."""
+        spread = self.spread | ({} if states is None else {f"layer.{i}": x for i, x in states.spread.items()})
+        return dataclasses.replace(self, states=states, first=first, spread=spread)
+
+    def expect(self, batches: Iterable[Sequence[int]]) -> None:
+        """The samples that will be asked for, by `batch`, as of `SampleRows.expect`."""
+        if self.states is not None:
+            mine = ([i - self.first for i in indices if i in self._places] for indices in batches)
+            self.states.expect([indices for indices in mine if indices])
+
+    @property
+    def _places(self) -> range:
+        """Of the samples that `states` has."""
+        return range(self.first, self.first + len(self.states))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """As flat tensors, for a file."""
@@ -146,15 +183,14 @@ def together(parts: Sequence[OriginalValues]) -> list[OriginalValues]:
 
 
 def _spread(states: list[torch.Tensor]) -> float | torch.Tensor:
-    """The mean over all rows of |h - mean h|^2; on a device as a tensor, so that nobody waits for it."""
+    """Of all these; on a device as a tensor, so that nobody waits for it."""
     if not states:
         return 0.0
-    count = sum(map(len, states))
-    total = sum(x.sum(0, dtype=torch.float64) for x in states)
-    squares = sum(torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in states)
-    found = (squares - total.square().sum() / count) / count
+    spread = Spread()
+    for part in states:
+        spread.add(part)
     wide = torch.promote_types(states[0].dtype, torch.float32)
-    return float(found) if found.device.type == "cpu" else found.to(wide)
+    return float(spread.value()) if states[0].device.type == "cpu" else spread.value().to(wide)
 
 
 @torch.no_grad()
@@ -172,6 +208,8 @@ def measure(
     needs = _each(needs, range(stretch.start, decoder.num_layers))
     values: dict[str, list[torch.Tensor | None]] = {kind: [None] * batch.num_samples for kind in needs}
 
+    needs = {kind: of for kind, of in needs.items() if any(getattr(parts, part) for part in of)}  # of samples here
+
     def keep(kind: str, tensors: Sequence[torch.Tensor]) -> None:
         for part in needs.get(kind, ()):
             for i in getattr(parts, part):
@@ -184,9 +222,7 @@ def measure(
     kinds = {int(kind.partition(".")[2]): kind for kind in needs if kind.startswith("layer.")}
     taps = {layer: functools.partial(keep_layer, kind) for layer, kind in kinds.items()}
     stretch = dataclasses.replace(stretch, taps=taps)
-    if not needs.keys() - kinds.values():
-        decoder.run(batch, stretch, max(kinds) + 1)
-    else:
+    if needs.keys() & {"nll", "hidden", "hidden_all"}:
         every = "hidden_all" in needs
         final = decoder.final(decoder.run(batch, stretch, rows=not every))
         if every:
@@ -196,4 +232,6 @@ def measure(
         if "nll" in needs:
             nll = linear_rows.linear_nll(final, decoder.head, batch.targets, impl=impl)
             keep("nll", nll.split(batch.row_counts))
+    elif kinds:
+        decoder.run(batch, stretch, max(kinds) + 1)
     return together([OriginalValues(values)])[0]

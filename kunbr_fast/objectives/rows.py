@@ -17,7 +17,7 @@ from kunbr_fast.data import send
 from kunbr_fast.model.decoder import Head
 from kunbr_fast.objectives import distributions as linear_rows
 from kunbr_fast.objectives.batch import StepBatch
-from kunbr_fast.objectives.original import PARTS
+from kunbr_fast.objectives.original import PARTS, OriginalValues
 
 
 def _sums(x: torch.Tensor, owner: torch.Tensor, count: int) -> torch.Tensor:
@@ -113,19 +113,15 @@ class Part:
         return linear_rows.linear_rows(hidden, rows.head, function, None, other, rows.original_head)
 
     def _original(self, kind: str, entries: slice) -> torch.Tensor:
-        original = self._rows.step.original
-        values = {} if original is None else original.values
-        found = [values[kind][i] for i in self.samples] if kind in values else [None]
-        if any(tensor is None for tensor in found):
-            raise ValueError(f"the original model's {kind} of these samples is needed: give original=")
-        found = torch.cat(found)
+        original = self._rows.step.original or OriginalValues({})
+        found = original.gathered(kind, self.samples, self._rows.packed.labels.device)
         if len(found) != entries.stop - entries.start:
             raise ValueError(
                 f"the original values have {len(found)} rows of {kind} for samples that have "
                 f"{entries.stop - entries.start}: give those of this batch's samples, in its order "
                 "(OriginalValues.batch)"
             )
-        return found.to(self._rows.packed.labels.device, non_blocking=True)
+        return found
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from kunbr_fast.planning.predict import KINDS, Run, Stage
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.values import least, parse_bytes
 
+COUNTED = ("nll", "hidden_layers")  # retain losses whose costs are known
 EQUAL = 1.02  # times that differ by less are no reason for other settings
 
 
@@ -189,7 +190,7 @@ def _assumed(setup: Setup, config: KUnBRConfig, data: Data) -> list[str]:
     names = ("cover_precision", "cache_dtype", "cache_bytes", "cuda_graphs")
     left = [name for name in names if getattr(config, name, None) not in (None, "none", False)]
     found += [f"{', '.join(left)}: not counted"] if left else []
-    if config.mask != "none" or config.objective != "gradient_difference" or config.retain_loss != "nll":
+    if config.mask != "none" or config.objective != "gradient_difference" or config.retain_loss not in COUNTED:
         found.append(
             "objective, retain loss and mask cost what gradient difference costs "
             "(what they need besides is not counted)"

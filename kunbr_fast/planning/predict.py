@@ -25,8 +25,8 @@ LOOKED_AT = 200  # steps of a stage whose batches are looked at one by one
 # defaults of choice_accuracy, PrefixCache and knowledge_density
 ACCURACY_BATCH, CACHE_TOKENS, DENSITY_TOKENS = 16, 4096, 2048
 KINDS = (
-    "weights", "layer buffers", "block copy", "gradient", "master", "optimiser", "prefix cache", "activations", "head",
-    "workspace",
+    "weights", "layer buffers", "block copy", "gradient", "master", "optimiser", "prefix cache", "hidden states",
+    "activations", "head", "workspace",
 )  # fmt: skip
 
 
@@ -55,11 +55,13 @@ class Stage:
 
 
 class Steps(NamedTuple):
-    """whole: the batches of some of a training's steps; parts: their micro-batches; count: of all its steps."""
+    """whole: the batches of some of a training's steps; parts: their micro-batches; count: of all its steps; retain:
+    the most tokens of a step that are retained."""
 
     whole: list[Batch]
     parts: list[Batch]
     count: int
+    retain: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +111,8 @@ class Run:
 
     def stages(self) -> list[Stage]:
         found = [self._once("evaluation", lambda: self.evaluation(3))] if self.data.questions else []
+        if self._states_bytes(self._states_layers):
+            found.append(self.states())
         if not self.setup.unlearned:
             found.append(self.training("warm-up", None))
         found.append(self._once("density", self.density))
@@ -131,7 +135,7 @@ class Run:
         longest = max(sum(costs[i] for i in part) for part in alone)
         longest += sum(costs[i] for i in together) * SHARING_COSTS / gpus
         block = longest / sum(costs)
-        shares = {"warm-up": SHARING_COSTS / gpus, "density": 1 / gpus, "evaluation": 1}
+        shares = {"warm-up": SHARING_COSTS / gpus, "density": 1 / gpus, "evaluation": 1, "hidden states": 1}
         return [dataclasses.replace(s, runs=s.runs * (block if s.of_block else shares[s.name])) for s in stages]
 
     def enough_blocks(self, memory: int) -> int | None:
@@ -197,6 +201,8 @@ class Run:
             peak |= {"gradient": update.weights, "workspace": peak["workspace"] + a.vocabulary * a.hidden * b}
         longest = max(batch.tokens for batch in steps.whole)
         fixed, host = self._fixed(block, update)
+        compared = 1 if self.setup.stream else len(self._compared(block))  # differences that wait for the backward
+        peak["activations"] += compared * min(steps.retain, max(p.tokens for p in steps.parts)) * a.hidden * b
         start = 0 if block is None else block.start
         if self.setup.stream:  # one layer's activations at a time; the others' inputs wait in main memory
             inputs = (a.layers - start) * a.hidden * b
@@ -222,12 +228,21 @@ class Run:
     def _steps(self, epochs: int) -> Steps:
         config, data = self.config, self.data
         sizes = len(data.forget), len(data.retain), config.batch_size, config.retain_size
-        schedule = Schedule(*sizes, max(1, epochs), config.seed * 1000)
-        objective, whole = config.criterion(range(1)).objective, []
-        for forget, retain in (schedule[i] for i in _some(len(schedule))):
-            sizes = [data.forget[i] for i in forget] * (2 if objective.alternate else 1)
-            whole.append(Batch.of(sizes + [data.retain[i] for i in retain if objective.retain]))
-        return Steps(whole, [part for batch in whole for part in self._cut(batch)], schedule.steps_per_epoch * epochs)
+        seed, adversary = config.seed * 1000, config.full_settings().adversary
+        schedule = Schedule(*sizes, max(1, epochs), seed, adversary)
+        objective, whole, passed = config.criterion(range(1)).objective, [], []
+        most = 0
+        for number in _some(len(schedule)):
+            forget, retain = schedule[number]
+            sides = [data.forget[i] for i in forget] * (2 if objective.alternate else 1)
+            sides = [sides, [data.retain[i] for i in retain if objective.retain]]
+            whole.append(Batch.of(sides[0] + sides[1]))
+            most = max(most, _tokens(sides[1]))
+            # with an adversary each side goes by itself, after what it relearns
+            passed += [Batch.of(side) for side in sides if side] if adversary else [whole[-1]]
+            passed += [Batch.of([data.forget[i] for i in batch]) for batch in schedule.relearned(number)]
+        parts = [part for batch in passed for part in self._cut(batch)]
+        return Steps(whole, parts, schedule.steps_per_epoch * epochs, most)
 
     def _cut(self, batch: Batch) -> list[Batch]:
         """Its micro-batches."""
@@ -236,7 +251,8 @@ class Run:
     def _passes(self, block: range | None, steps: Steps) -> tuple[dict[str, int], float]:
         """(memory of the largest pass, FLOPs of a step)"""
         start = 0 if block is None else block.start
-        step = dict(block=block, start=start, torch=self.setup.cpu, recompute=self._recompute)
+        last = self.a.layers - 1 in self._compared(block)  # its output is then needed whole
+        step = dict(block=block, start=start, torch=self.setup.cpu, recompute=self._recompute, rows_last=not last)
         flops = sum(Step(self.a, part, **step).flops() for part in steps.parts)
         return self._worst(steps.parts, **step), flops / len(steps.whole)
 
@@ -252,7 +268,26 @@ class Run:
 
     @property
     def _cache_bytes(self) -> int:
-        return sum(n for n, _ in self.data.forget + self.data.retain) * self.a.hidden * self.a.itemsize
+        return _tokens(self.data.forget + self.data.retain) * self.a.hidden * self.a.itemsize
+
+    def _compared(self, block: range | None) -> list[int]:
+        """The layers whose outputs a training compares with the original's."""
+        hidden = self.config.criterion(block, warmup=block is None).hidden
+        return [] if hidden is None else hidden.chosen(self.a.layers, block)
+
+    @property
+    def _states_layers(self) -> list[int]:
+        """Those whose outputs are kept: without a warm-up none below the lowest block, which may be the first one."""
+        return self._compared(range(self.a.layers)) or ([] if self.setup.unlearned else self._compared(None))
+
+    def _states_bytes(self, layers: Sequence[int]) -> int:
+        return len(layers) * _tokens(self.data.retain) * self.a.hidden * self.a.itemsize
+
+    def _placed(self, nbytes: int) -> tuple[int, int]:
+        """(bytes of the device, of main memory beside a GPU) of what lies where the prefix cache does."""
+        place, cpu = self._cache_place, self.setup.cpu
+        here = place == "device" or (cpu and place == "host")
+        return nbytes if here else 0, nbytes if place == "host" and not cpu else 0
 
     @property
     def _cache_place(self) -> str:
@@ -262,17 +297,23 @@ class Run:
 
     def _fixed(self, block: range | None, update: Update) -> tuple[dict[str, int], int]:
         """(bytes by kind, bytes of main memory) that stay for the whole training."""
-        fixed, host, cpu = {**self._weights(), "optimiser": update.state}, 0, self.setup.cpu
+        fixed, cpu = {**self._weights(), "optimiser": update.state}, self.setup.cpu
+        fixed["hidden states"], host = self._placed(self._states_bytes(self._states_layers))
+        if self.config.adversary_every:  # its weights and AdamW's moments
+            moments = dataclasses.replace(update, states=2).state
+            fixed["adversary"] = update.weights + (update.master_bytes if block is not None else 0) + moments
         if block is None:
             return fixed, host
         fixed |= {"block copy": update.weights, "gradient": update.weights, "master": update.master_bytes}
         if cpu and update.master and update.states == 2:
             fixed["gradient"] += 4 * update.entries  # torch's AdamW reads an fp32 one, which stays
-        place = self._cache_place
-        fixed["prefix cache"] = self._cache_bytes if place == "device" or (cpu and place == "host") else 0
-        host = self._cache_bytes if place == "host" and not cpu else 0
+        fixed["prefix cache"], beside = self._placed(self._cache_bytes)
+        host += beside
         if update.on_host:
             host += 2 * update.weights + update.master_bytes + update.state
+            if "adversary" in fixed:  # of its weights one copy is on the device
+                host += fixed["adversary"]
+                fixed["adversary"] = update.weights
             fixed |= {"master": 0, "optimiser": 0}
         return fixed, host
 
@@ -307,6 +348,17 @@ class Run:
         stage.seconds += self._seconds(flops, traffic, bus) + self._over_bus(copied) + (place == "file") * read / DISK
 
     # ------------------------------------------------ the other stages
+
+    def states(self) -> Stage:
+        """One forward pass of the original over the retain set."""
+        layers, cut = max(self._states_layers) + 1, list(batches(self.data.retain, CACHE_TOKENS))
+        here, host = self._placed(self._states_bytes(self._states_layers))
+        memory = {"hidden states": here, "activations": max(forward_extra(self.a, part) for part in cut)}
+        flops = sum(forward_flops(self.a, part, layers) for part in cut)
+        traffic, _ = self._bytes(layers, len(cut))
+        bus = self._bytes(layers, 1)[1] + host
+        seconds = self._seconds(flops, traffic, bus)
+        return Stage("hidden states", {**self._weights(), **memory}, flops, seconds, bus, host)
 
     def density(self) -> Stage:
         a, config = self.a, self.config
@@ -386,3 +438,7 @@ class Run:
 def _some(count: int, parts: int = 1) -> range:
     """Evenly spread numbers below count, LOOKED_AT / parts at most."""
     return range(0, count, -(-count * parts // LOOKED_AT))
+
+
+def _tokens(samples: Sequence[tuple[int, int]]) -> int:
+    return sum(length for length, _ in samples)

@@ -28,7 +28,7 @@ from kunbr_fast.kernels.dispatch import IMPLEMENTATIONS
 from kunbr_fast.keywords import nearest
 from kunbr_fast.memory import STORAGES, Place
 from kunbr_fast.model.low_precision import COVER_PRECISIONS
-from kunbr_fast.model.prefix_cache import CACHE_DTYPES
+from kunbr_fast.model.sample_rows import CACHE_DTYPES
 from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
 from kunbr_fast.objectives.hidden_layers import ALL, HiddenLayers
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
@@ -160,7 +160,8 @@ class KUnBRConfig:
     )
     cache: str = setting(
         "auto",
-        "where activations lie (the prefix cache; a streamed model's between two layers): device, host, file or auto",
+        "where activations lie (prefix cache, the original's hidden states, a streamed model's between two layers): "
+        "device, host, file or auto",
         "none",
         STORAGES,
     )

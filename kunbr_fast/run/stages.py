@@ -21,6 +21,7 @@ from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
 from kunbr_fast.model.weights import finite, weights_of
+from kunbr_fast.objectives.original import OriginalValues
 from kunbr_fast.parallel.assign import block_cost, busiest_share, homes, spread_blocks
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.probe import overflowing, tried
@@ -57,6 +58,7 @@ class Stages(Run):
         blocks = self.select(density)
         self.measure_original(blocks)
         trained = self.reinsert(blocks)
+        self.original = OriginalValues({})  # no training reads it any more
         with self._judged():
             self.merge(trained)
             accuracy["result"] = self.evaluate("result")
@@ -147,20 +149,31 @@ class Stages(Run):
     # ------------------------------------------------ warm-up
 
     def measure_original(self, blocks: Sequence[range] | None = None) -> None:
-        """What the objectives need of M0, which the model must be now: of hidden layers once the blocks are known."""
-        config, needs = self.config, {}
+        """What the objectives need of M0, which the model must be now: of hidden layers once the blocks are known, or
+        before the warm-up where that needs them too."""
+        config, needs, num_layers = self.config, {}, self.decoder.num_layers
         if blocks is None:
-            criteria = [config.criterion(range(self.decoder.num_layers))] if config.top_k else []
+            criteria = [config.criterion(range(num_layers))] if config.top_k else []
             criteria = [c for c in criteria if not c.objective.states]
             if self.inputs.unlearned is None and self.state.result(WARMUP) is None:
-                criteria.append(config.criterion(warmup=True))
+                criteria.append(warm_up := config.criterion(warmup=True))
+                if warm_up.hidden is not None:
+                    self.keep_states(warm_up.hidden.chosen(num_layers))
         else:
             criteria = [c for c in map(config.criterion, blocks) if c.objective.states]
+            hidden, left = config.criterion(range(num_layers)).hidden, self.left(visits(config, blocks))
+            if hidden is not None and left:
+                self.keep_states(hidden.chosen(num_layers, min((v.block for v in left), key=lambda block: block.start)))
         for criterion in criteria:
             for kind, parts in criterion.needs.items():
-                needs[kind] = tuple(dict.fromkeys((*needs.get(kind, ()), *parts)))
+                if criterion.hidden is None or not kind.startswith("layer."):
+                    needs[kind] = tuple(dict.fromkeys((*needs.get(kind, ()), *parts)))
         if needs:
             self.measure(ORIGINAL if blocks is None else ORIGINAL_HIDDEN, needs)
+
+    def left(self, order: list[Visit]) -> list[Visit]:
+        """The visits that are still to be made."""
+        return [visit for visit in order if self.state.result(visit.stage) is None]
 
     def warm_up(self) -> None:
         """M_u's weights to warmup.safetensors; the model is M0 again afterwards."""

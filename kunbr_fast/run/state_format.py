@@ -19,7 +19,7 @@ from kunbr_fast.run.visits import Stage
 
 FORMAT = 2
 _STAGES = re.compile(
-    r"begin|warmup|density|selection|merge|reference(\.blocks)?|evaluation\.(original|result)|rtt\..+"
+    r"begin|warmup|density|selection|merge|states|reference(\.blocks)?|evaluation\.(original|result)|rtt\..+"
     r"|blocks\.[0-9]{1,9}\.[0-9]{1,9}-[0-9]{1,9}",
     re.DOTALL,
 )
@@ -29,6 +29,7 @@ _HAS = {
     "density": ["density", "seconds"],
     "selection": ["blocks"],
     "reference": ["file", "seconds"],
+    "states": ["seconds"],
     "blocks": ["file", "epochs"],
     "evaluation": ["accuracy", "seconds"],
     "rtt": ["rows", "seconds"],

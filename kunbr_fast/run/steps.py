@@ -6,12 +6,12 @@ import contextlib
 import copy
 import math
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from kunbr_fast.data import PackedBatch, pack
+from kunbr_fast.data import PackedBatch, Sample, pack
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.density.attribution import COMPARING, attribute
 from kunbr_fast.files.shown import plain
@@ -20,6 +20,7 @@ from kunbr_fast.memory import Place
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
+from kunbr_fast.objectives.layer_states import LayerStates
 from kunbr_fast.objectives.original import Needs, OriginalValues
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.proofs import ensure_proven
@@ -28,7 +29,7 @@ from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.reporter import Timer
 from kunbr_fast.run.samples import Feed
-from kunbr_fast.run.visits import Stage, Visit, layers
+from kunbr_fast.run.visits import STATES, Stage, Visit, layers
 from kunbr_fast.stopping import Stopped
 from kunbr_fast.training.approximation import cache_error, gradient_cosine
 from kunbr_fast.training.block import BlockTraining
@@ -80,11 +81,39 @@ class Run:
         found = OriginalValues.from_tensors(load_tensors(self.state.file(stage)))
         self.original = self.original.joined(found)
 
+    def keep_states(self, layers: Sequence[int]) -> None:
+        """Keeps the outputs of these layers for the retain set, where they are not yet kept. The model must be the
+        original: no file has them, a resumed run makes them again."""
+        if self.original.states is not None:
+            return
+        config, retain = self.config, self.samples.retain
+        says = f"the original model's hidden states at {len(layers)} layers"
+        with self.reporter.stage(STATES, says) as took, fused(self.decoder.model, config.impl):
+            took.before = (self.state.result(STATES) or {"seconds": 0.0})["seconds"]
+            how = dict(dtype=config.cache_dtype, progress=self.reporter.progress)
+            how["budget"] = self._share_of_budget(len(layers) * _tokens(retain), _tokens(self._cached))
+            states = LayerStates(self.decoder, retain, layers, Place(config.cache, self.work), **how)
+        self.original = self.original.with_states(states, len(self.samples.forget))
+        self.state.finish(STATES, {"seconds": took.seconds})
+
+    def _share_of_budget(self, rows: int, others: int) -> int | None:
+        """Of cache_bytes, which the prefix cache and the original's hidden states divide by their rows."""
+        budget = parse_bytes(self.config.cache_bytes, "cache_bytes")
+        return budget if budget is None or not others else budget * rows // (rows + others)
+
+    @property
+    def _cached(self) -> list[Sample]:
+        """The samples that blocks train on."""
+        if not self.config.top_k:
+            return []
+        return self.samples.read_by(self.config.criterion(range(self.decoder.num_layers)))
+
     def prefix_cache(self, home: list[int] | None = None) -> PrefixCache | CacheShard:
         """Of the samples that blocks train on; of a team's the rank's own, by `home` (as of `Feed`)."""
-        config = self.config
+        config, cached, states = self.config, self._cached, self.original.states
+        others = 0 if states is None else len(states.layers) * _tokens(self.samples.retain)
 
-        def of(samples: list) -> PrefixCache:
+        def of(samples: list[Sample]) -> PrefixCache:
             return PrefixCache(
                 self.decoder,
                 samples,
@@ -92,11 +121,10 @@ class Run:
                 self.work,
                 progress=self.reporter.progress,
                 dtype=config.cache_dtype,
-                budget=parse_bytes(config.cache_bytes, "cache_bytes"),
+                budget=self._share_of_budget(_tokens(cached), others),
             )
 
-        samples = self.samples.read_by(config.criterion(range(self.decoder.num_layers)))
-        return of(samples) if self.team.size == 1 else CacheShard(of, samples, home, self.team.rank)
+        return of(cached) if self.team.size == 1 else CacheShard(of, cached, home, self.team.rank)
 
     # ------------------------------------------------ trainings
 
@@ -176,6 +204,8 @@ class Run:
 
         A checkpoint counts once a later step's forward pass was finite, and its retain loss within the limit."""
         first, account = self._taken_up(stage, training, schedule, took)
+        if self.config.cache_bytes is not None:
+            self.original.expect([feed.places(*step) for step in schedule])
         every, stop = self.config.checkpoint_every or schedule.steps_per_epoch, self.context.stop
 
         def save(done: int) -> None:
@@ -309,6 +339,8 @@ class Run:
             )
         if not cache.is_exact:
             error = found["cache_error"] = cache_error(training, feed.batch(*step), cache.exact(places))
+            if (states := self.original.states) is not None:
+                error["original_states"] = states.relative_error
             self.reporter.say(
                 f"prefix cache in {self.config.cache_dtype}: a relative error of {error['relative_error']:.2g}; the "
                 f"block's gradient has a cosine of {error['gradient_cosine']:.6f} to the exact one"
@@ -325,3 +357,7 @@ def _shown(metrics: Mapping[str, float | None]) -> str:
     """A step's losses for the progress bar: the NLLs, or the objective's own value where there are none."""
     shown = [f"{n} {metrics[f'{n}_loss']:.3f}" for n in ("forget", "retain") if metrics[f"{n}_loss"] is not None]
     return " ".join(shown) or f"loss {metrics['loss']:.4g}"
+
+
+def _tokens(samples: Sequence[Sample]) -> int:
+    return sum(len(sample["input_ids"]) for sample in samples)

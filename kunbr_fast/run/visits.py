@@ -39,6 +39,7 @@ class Stage(str):
 
 BEGIN, WARMUP, DENSITY, SELECTION, MERGE, RTT = map(Stage, "begin warmup density selection merge rtt".split())
 ORIGINAL, ORIGINAL_HIDDEN = Stage("reference"), Stage("reference.blocks")  # the original's values
+STATES = Stage("states")  # its hidden states, which no file has: a resumed run makes them again
 
 
 @dataclasses.dataclass(frozen=True)

@@ -168,7 +168,7 @@ def test_accumulated_gradients(accumulation, batch, truth, tmp_path):
 @pytest.mark.parametrize(
     "config",
     [{"objective": "npo", "retain_loss": "kl", "adversary_every": 3, "adversary_lrs": (1e-3, 2e-3)},
-     {"objective": "pdu"}, {"objective": "ga"}, {"objective": "dpo"},
+     {"objective": "pdu", "retain_loss": "hidden_layers"}, {"objective": "ga"}, {"objective": "dpo"},
      {"objective": "rmu", "warmup_objective": "ga"}],
     ids=lambda config: config["objective"],
 )  # fmt: skip

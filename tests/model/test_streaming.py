@@ -31,6 +31,7 @@ from kunbr_fast.model.weights import check_finite, weights_of
 from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import StepBatch
 from kunbr_fast.objectives.criterion import Criterion
+from kunbr_fast.objectives.layer_states import LayerStates
 from kunbr_fast.objectives.methods import OBJECTIVES
 from kunbr_fast.objectives.original import OriginalValues, Parts
 from kunbr_fast.training.block import BlockTraining
@@ -409,8 +410,16 @@ def test_hidden_layers_have_the_bits_of_the_resident_training(dtype, tokens, lay
     for decoder in (Decoder(whole(folder(), dtype)), Decoder(streamed(folder(), dtype))):
         target = {n: p.detach().clone() for n, p in whole(folder("llama", 1), dtype).named_parameters()}
         needs = Criterion("pdu", retain_loss="hidden_layers").needs
-        original = OriginalValues.of(decoder, {"forget": FORGET, "retain": RETAIN}, needs, batch_tokens=30)
-        metrics = []
+        original, metrics = OriginalValues({}), []
+        if tokens is None:
+            original = OriginalValues.of(decoder, {"forget": FORGET, "retain": RETAIN}, needs, batch_tokens=30)
+        else:
+            if decoder.streamed:
+                decoder.weights.release()
+                decoder.weights.loads.clear()
+            original = original.with_states(LayerStates(decoder, RETAIN, range(6), batch_tokens=30), first=4)
+            assert not decoder.streamed or decoder.weights.loads == {i: 1 for i in range(6)}
+        original = original.batch(range(9))
         with kf.reinserted(decoder, target, BLOCK, lr=1e-3, **settings) as training:
             for _ in range(3):
                 metrics.append(training.step_packed(training.criterion.step_batch(pack(SAMPLES), 4, original)))

@@ -10,9 +10,12 @@ from tiny_models import moved, random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.data import pack
+from kunbr_fast.data.schedule import Schedule
+from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.hidden_layers import HiddenLayers
+from kunbr_fast.objectives.layer_states import LayerStates
 from kunbr_fast.objectives.original import OriginalValues
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.training.full import FullTraining
@@ -44,11 +47,11 @@ def plain_loss(model, original, forget, retain, layers, spread):
     return loss + COEFF * torch.stack(terms).mean()
 
 
-def plain_training(model, original, layers, spread, names=None):
+def plain_training(model, original, layers, spread, names=None, steps=STEPS):
     """Trained in place; spread: of the layers, or None: of each step's retain samples. Returns the losses."""
     found, parameters = [], [p for n, p in model.named_parameters() if names is None or n in names]
     optimizer = torch.optim.AdamW(parameters, LR, weight_decay=0.0)
-    for f, r in STEPS:
+    for f, r in steps:
         forget, retain = [FORGET[i] for i in f], [RETAIN[i] for i in r]
         of_step = spreads(original, retain) if spread is None else spread
         loss = plain_loss(model, original, forget, retain, layers, of_step)
@@ -120,6 +123,70 @@ def test_a_block(layers, measured, models):
         assert found == pytest.approx(losses, rel=1e-9)
         same(target, wanted)
     assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())
+
+
+@pytest.mark.parametrize("form", ["exact", "budget", "fp8"])
+def test_a_whole_run(form, tmp_path):
+    """Warm-up and cumulative blocks, against plain trainings; the original's states computed once, wherever they are
+    kept. fp8 is an approximation, which the report tells."""
+    original = tiny_model(num_hidden_layers=4)
+    kept = {"exact": {}, "budget": dict(cache="host", cache_bytes=20_000), "fp8": dict(cache_dtype="fp8")}[form]
+    config = KUnBRConfig(
+        retain_loss="hidden_layers", retain_layers=[0, 2, 3], hidden_coeff=WEIGHT, retain_coeff=COEFF, batch_size=2,
+        retain_batch_size=3, warmup_epochs=1, warmup_lr=LR, warmup_optimizer="adamw", num_blocks=4, top_k=2, rtt=False,
+        block_epochs=1, block_lr=LR, optimizer="adamw", insertion="cumulative", skip_last_layers=1, **kept,
+    )  # fmt: skip
+    model = copy.deepcopy(original)
+    report = kf.unlearn(model, FORGET, RETAIN, config, output_dir=tmp_path, progress=False)
+    assert report.seconds["states"] > 0 and "reference" not in report.seconds
+    error = {e["original_states"] for e in report.cache_errors.values()}
+    assert len(error) == (form == "fp8") and all(0.005 < e < 0.05 for e in error)
+
+    def steps(number):
+        schedule = Schedule(len(FORGET), len(RETAIN), 2, 3, 1, config.seed * 1000 + number)
+        return [schedule[i] for i in range(len(schedule))]
+
+    spread, unlearned, m0 = spreads(original, RETAIN), copy.deepcopy(original), copy.deepcopy(original)
+    plain_training(unlearned, original, [0, 2, 3], spread, steps=steps(0))
+    for number, block in enumerate(report.blocks):
+        m0.model.layers[block.start].load_state_dict(unlearned.model.layers[block.start].state_dict())
+        names = {n for n, _ in m0.named_parameters() if n.startswith(f"model.layers.{block.start}.")}
+        plain_training(m0, original, [i for i in (0, 2, 3) if i >= block.start], spread, names, steps(1 + number))
+        unlearned.model.layers[block.start].load_state_dict(m0.model.layers[block.start].state_dict())
+    truth = dict(unlearned.named_parameters())
+    if form != "fp8":
+        same(dict(model.named_parameters()), truth)
+    else:
+        for name, value in model.named_parameters():
+            assert float((value - truth[name]).detach().norm()) <= 0.05 * float(truth[name].detach().norm()), name
+
+
+@pytest.mark.parametrize("dtype", ["none", "bf16", "fp8"])
+@pytest.mark.parametrize("storage, budget", [("device", None), ("host", 4000), ("file", None)])
+def test_states_are_kept_like_the_prefix_cache(dtype, storage, budget, models, tmp_path):
+    decoder = Decoder(models[0])
+    states = LayerStates(decoder, RETAIN, [3, 0], Place(storage, tmp_path), dtype=dtype, budget=budget, batch_tokens=20)
+    tokens, row = sum(len(s["input_ids"]) for s in RETAIN), states.rows.width * states.rows.dtype.itemsize
+    assert states.nbytes == 2 * tokens * row
+    assert (states.fast, states.storage) == ((None, storage) if budget is None or dtype == "fp8" else ("host", "file"))
+    values = OriginalValues({"nll": [None] * 10}).with_states(states, first=4)
+    values.expect([[1, 5, 4], [0], [7, 5]])
+    truth = OriginalValues.of(decoder, {"retain": RETAIN}, {"layer.0": ("retain",), "layer.3": ("retain",)})
+    for indices in ([1, 5, 4], [0], [7, 5], [9, 2, 3, 9]):
+        found = values.batch(indices)
+        mine = [i for i, place in enumerate(indices) if place >= 4]
+        for kind in ("layer.0", "layer.3") if mine else ():
+            ours, exact = (
+                found.gathered(kind, mine, decoder.device),
+                torch.cat([truth.values[kind][indices[i] - 4] for i in mine]),
+            )
+            error = float((ours - exact).norm() / exact.norm())
+            assert error <= (1e-14 if dtype == "none" else 0.004 if dtype == "bf16" else 0.05)
+            assert (found.values[kind][0] is None) == (0 not in mine) and found.spread == values.spread
+        assert found.batch([0]).values.keys() == found.values.keys()
+    assert values.spread == pytest.approx(truth.spread, rel=1e-12)
+    assert (states.relative_error == 0) == (dtype == "none") and states.relative_error < 0.05
+    assert budget is None or dtype == "fp8" or states.hits >= 1
 
 
 def test_parts_of_a_batch(models):

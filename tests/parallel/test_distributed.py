@@ -34,10 +34,8 @@ SAMPLES = {
     "given": True,
     "config": {"optimizer": "adamw", "parallel": "samples", "objective": "dpo", "retain_loss": "kl"},
 }
-PDU = {
-    "name": "pdu",
-    "config": {"insertion": "cumulative", "objective": "pdu", "retain_loss": "hidden_mse", "warmup_optimizer": "adamw"},
-}
+PDU = {"name": "pdu", "config": {"insertion": "cumulative", "objective": "pdu", "warmup_optimizer": "adamw"}}
+PDU["config"] |= {"retain_loss": "hidden_layers", "cache": "host", "cache_bytes": 20_000}
 MIXED = {"name": "mixed", "given": True, "layers": 10, "config": {"num_blocks": 5, "top_k": 3, "optimizer": "adamw"}}
 GA = {"name": "ga", "given": True, "config": {"parallel": "samples", "objective": "ga", "batch_size": 3}}
 DENSITY = {"name": "density", "density": MEASURES}

@@ -18,15 +18,19 @@ from kunbr_fast.data import encode, load_records, pack
 from kunbr_fast.density.measure import knowledge_density
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.models import load_tokenizer
+from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.patch import fused
+from kunbr_fast.objectives.layer_states import LayerStates
+from kunbr_fast.objectives.original import OriginalValues
 from kunbr_fast.planning.costs import KINDS, Architecture, Batch, Step
 from kunbr_fast.planning.lengths import Data, assumed_lengths
 from kunbr_fast.planning.machines import Setup
 from kunbr_fast.planning.plan import duration, plan
 from kunbr_fast.planning.predict import ACCURACY_BATCH, Run
 from kunbr_fast.training.full import FullTraining
+from kunbr_fast.training.training import relearned_batch
 from kunbr_fast.values import parse_bytes
 
 SHAPE = dict(vocab_size=499, hidden_size=128, intermediate_size=344, num_hidden_layers=6, num_attention_heads=4)
@@ -133,11 +137,16 @@ def measured_block(make, data, block, checkpoint, **settings):
         decoder, values = Decoder(model), {name: p.detach() for name, p in model.named_parameters()}
         cache = PrefixCache(decoder, data, "host")
         cache.advance(block.start)
+        original = OriginalValues({})
+        if settings.get("retain_loss") == "hidden_layers":
+            original = original.with_states(LayerStates(decoder, data[6:], range(6), Place("host")), 6)
         with reinserted(
             decoder, values, block, 1e-3, gradient_checkpointing=checkpoint, impl="torch", **settings
         ) as training:
             for _ in range(2):
-                training.step_packed(training.criterion.step_batch(cache.batch(range(12)), 6))
+                values = original.batch(range(12)) if original.states else None
+                relearned = [relearned_batch(cache.batch(range(3)))] * training.relearned_before
+                training.step_packed(training.criterion.step_batch(cache.batch(range(12)), 6, values), relearned)
 
     return most_bytes(run)
 
@@ -161,25 +170,45 @@ def test_peak_of_a_block_without_master_weights_and_with_adamw():
         dict(master_weights=False),
         dict(optimizer="adamw"),
         dict(optimizer="adamw", master_weights=False),
+        dict(adversary_every=4),
     ):
         run, make = stage(MEASURED["llama"](), "bfloat16", data, **settings)
         predicted = run.training("", range(1, 3)).peak
         assert predicted == pytest.approx(measured_block(make, data, range(1, 3), False, **settings), rel=0.1), settings
 
 
-@pytest.mark.parametrize("name, checkpoint", [("llama", False), ("tied", True), ("gpt2", False)])
-def test_peak_of_the_warm_up(name, checkpoint):
-    data = random_samples(12, low=30, high=60, vocab=499)
-    run, make = stage(MEASURED[name](), "float32", data, checkpoint)
+def test_the_originals_hidden_states_and_the_differences_count():
+    """The last layer's output is needed at all tokens."""
+    data, how = random_samples(12, low=20, high=40, vocab=499), dict(retain_loss="hidden_layers", num_blocks=6, top_k=2)
+    run, make = stage(MEASURED["llama"](), "float32", data, True, **how)
+    plain, _ = stage(MEASURED["llama"](), "float32", data, True)
+    tokens, predicted = sum(len(s["input_ids"]) for s in data[6:]), run.training("", range(1, 3))
+    assert predicted.memory["hidden states"] == 6 * tokens * 128 * 4
+    assert predicted.peak - plain.training("", range(1, 3)).peak >= (6 + 5) * tokens * 128 * 4
+    measured = measured_block(make, data, range(1, 3), True, retain_loss="hidden_layers")
+    assert predicted.peak == pytest.approx(measured, rel=0.1)
+    (states,) = (s for s in run.stages() if s.name == "hidden states")
+    assert states.flops > 0 and states.memory["hidden states"] == predicted.memory["hidden states"]
+    few, _ = stage(MEASURED["llama"](), "float32", data, True, **how, retain_layers=[4])
+    assert few.training("", range(1, 3)).memory["hidden states"] == tokens * 128 * 4
+
+
+@pytest.mark.parametrize(
+    "name, checkpoint, every", [("llama", False, 0), ("tied", True, 0), ("gpt2", False, 0), ("llama", False, 4)]
+)
+def test_peak_of_the_warm_up(name, checkpoint, every):
+    data, adversary = random_samples(12, low=30, high=60, vocab=499), {"adversary_every": every}
+    run, make = stage(MEASURED[name](), "float32", data, checkpoint, **adversary)
 
     def warm_up():
         model = make()
         with frozen(model), fused(model, "torch"):
             training = FullTraining(
-                Decoder(model), lr=1e-5, optimizer="lion", gradient_checkpointing=checkpoint, impl="torch"
+                Decoder(model), lr=1e-5, optimizer="lion", gradient_checkpointing=checkpoint, impl="torch", **adversary
             )
             for _ in range(2):
-                training.step_packed(training.criterion.step_batch(pack(data), 6))
+                relearned = [relearned_batch(pack(data[:3]))] * training.relearned_before
+                training.step_packed(training.criterion.step_batch(pack(data), 6), relearned)
 
     assert run.training("warm-up", None).peak == pytest.approx(most_bytes(warm_up), rel=0.1)
 

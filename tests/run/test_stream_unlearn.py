@@ -72,7 +72,7 @@ def same(a, b):
     "settings",
     [
         dict(dtype="float64"),
-        dict(insertion="cumulative", rounds=2, optimizer="adamw"),
+        dict(insertion="cumulative", rounds=2, optimizer="adamw", retain_loss="hidden_layers"),
         pytest.param(
             dict(dtype="float64", objective="npo", retain_loss="kl", micro_batch_tokens=30), marks=pytest.mark.slow
         ),

@@ -16,7 +16,8 @@ import kunbr_fast as kf
 from kunbr_fast import memory
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.prefix_cache import PrefixCache, Rows
+from kunbr_fast.model.prefix_cache import PrefixCache
+from kunbr_fast.model.sample_rows import RowFormat
 from kunbr_fast.training.approximation import cosine
 from kunbr_fast.values import parse_bytes
 
@@ -183,7 +184,7 @@ def test_rows_in_fp8(size, dtype):
     x[31] = 0
     x[32] = 1e-45
     x = x.to(dtype)
-    rows = Rows("fp8", size, dtype)
+    rows = RowFormat("fp8", size, dtype)
     assert not rows.exact and rows.width == -(-size // 4) * 4 + 4
     held = rows.encode(x)
     assert held.dtype == torch.uint8 and held.shape == (50, rows.width)
