@@ -284,7 +284,7 @@ for name in "${PARTS[@]}"; do
         ;;
     density) suite density --tokens 32 64 128 512 2048 ragged --seconds 0.5 ;;
     tests) part tests 25 tests $((limit / 2)) ;;
-    evidence) part evidence 30 "$PYTHON" benchmarks/scripts/evidence.py --out "$OUT/evidence.json" --limit $((limit - 10)) ;;
+    evidence) part evidence 30 "$PYTHON" benchmarks/scripts/wide_demo.py --out "$OUT/evidence.json" --limit $((limit - 10)) ;;
     memcheck)
         if command -v compute-sanitizer >/dev/null; then
             part memcheck 8 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" benchmarks/scripts/launch_each.py

@@ -38,7 +38,7 @@ def part(arguments):
         return "environment"
     if text.startswith("-m kunbr_fast"):
         return arguments[3] if arguments[2] == "bench" else arguments[2]
-    known = {"csrc/build.py": "build", "-m pip": "install", "-m pytest": "tests", "evidence.py": "evidence"}
+    known = {"csrc/build.py": "build", "-m pip": "install", "-m pytest": "tests", "wide_demo.py": "evidence"}
     known["launch_each.py"] = "memcheck"
     return next((name for key, name in known.items() if key in text), None)
 

@@ -87,10 +87,10 @@ def test_every_module_is_installed(installed, tmp_path):
             "scripts/count_step",
             "scripts/cover_precision",
             "scripts/demo_seeds",
-            "scripts/evidence",
             "scripts/host_cost",
             "scripts/launch_each",
             "scripts/proven",
+            "scripts/wide_demo",
             "test_regression",
         }
         expected = expected & found | {"kunbr_fast/benchmarks/reference_procedure.py"}

@@ -342,16 +342,19 @@ def _log_probs(
 ) -> torch.Tensor:
     """Of each (text of the batch, position, token) the token's log-probability there, float64 on the CPU."""
     offsets = batch.cu_seqlens.tolist()
-    rows = torch.tensor([offsets[text] + position for text, position, _ in reads], device=decoder.device)
+    places = torch.tensor([offsets[text] + position for text, position, _ in reads], device=decoder.device)
     tokens = torch.tensor([token for *_, token in reads], device=decoder.device)
+    rows, row_of = places.unique(return_inverse=True)  # in order; logits are made once a row
     hidden = decoder.run(batch, stretch)
     at_once = max(1, _LOGITS_AT_ONCE // decoder.config.vocab_size)
-    parts = []
-    for some_rows, some_tokens in zip(rows.split(at_once), tokens.split(at_once), strict=True):
-        logits = decoder.head(decoder.final(hidden[some_rows]))
+    out = torch.empty(len(reads), dtype=torch.float64)
+    for first in range(0, len(rows), at_once):
+        logits = decoder.head(decoder.final(hidden[rows[first : first + at_once]]))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        parts.append((logits.gather(1, some_tokens[:, None])[:, 0] - logits.logsumexp(dim=1)).double().cpu())
-    return torch.cat(parts)
+        mine = ((row_of >= first) & (row_of < first + at_once)).nonzero()[:, 0]
+        at = row_of[mine] - first
+        out[mine.cpu()] = (logits[at, tokens[mine]] - logits.logsumexp(dim=1)[at]).double().cpu()
+    return out
 
 
 def _smooth(decoder, candidates: Sequence[Candidates], at_once: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ digits from a dozen. What would be expensive is a sample, in one seeded order fo
 tokens are others, or that are longer than the model reads, are left out.
 """
 
+import functools
 import math
 import random
 import re
@@ -52,11 +53,16 @@ class Candidates:
 
     def smooth(self, log_probs: torch.Tensor) -> float:
         """Of the log-probabilities of `reads`."""
-        owners = torch.tensor([owner for owner, path in enumerate(self.paths) for _ in path])
-        read = torch.tensor([index for path in self.paths for index in path])
+        owners, read = self._flat
         sums = torch.zeros(len(self.paths), dtype=torch.float64).index_add_(0, owners, log_probs[read])
         right, wrong = sums[0], sums[1:]
         return expected_accuracy(int((wrong < right).sum()), int((wrong == right).sum()), len(wrong), self.choices)
+
+    @functools.cached_property
+    def _flat(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Candidate and read of each step of all paths."""
+        owners = [owner for owner, path in enumerate(self.paths) for _ in path]
+        return torch.tensor(owners), torch.tensor([index for path in self.paths for index in path])
 
 
 def expected_accuracy(less: int, equal: int, wrong: int, choices: int) -> float:

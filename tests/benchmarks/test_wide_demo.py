@@ -1,4 +1,4 @@
-"""scripts/evidence.py, the small whole run of device_suite.sh, with fewer people and epochs."""
+"""scripts/wide_demo.py, the small whole run of device_suite.sh, with fewer people and epochs."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from kunbr_fast.benchmarks.scripts import evidence
+from kunbr_fast.benchmarks.scripts import wide_demo
 from kunbr_fast.run import demo
 from kunbr_fast.run.reporter import Reporter
 
@@ -18,13 +18,13 @@ def world(monkeypatch):
     monkeypatch.setattr(demo, "TEACHING", {**demo.TEACHING, "batch_size": 10, "epochs": 14})
     config = dataclasses.replace(demo.CONFIG, batch_size=12, rtt_epochs=1, rtt_lrs=1e-3)
     monkeypatch.setattr(demo, "CONFIG", config)
-    return evidence.Wide(2, torch.device("cpu"), 0, Reporter())
+    return wide_demo.Wide(2, torch.device("cpu"), 0, Reporter())
 
 
 @pytest.mark.slow  # tests/run/test_demo.py runs the same parts
 def test_a_wider_world_is_taught_and_made_to_forget(world, tmp_path, capsys):
     out = tmp_path / "evidence.json"
-    assert evidence.run(world, out, float("inf"))
+    assert wide_demo.run(world, out, float("inf"))
     found = json.loads(out.read_text())
     rows = {row["method"]: row for row in found["rows"]}
     assert list(rows) == ["taught", "warm-up (M_u)", "KUnBR", "gradient difference", "never saw them"]
@@ -44,7 +44,7 @@ def test_learning_rates_go_down_as_the_width_goes_up(world):
 
 def test_what_is_there_is_kept_and_no_method_begins_late(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "TEACHING", {**demo.TEACHING, "epochs": 1})
-    assert not evidence.run(world, tmp_path / "evidence.json", 0.01)  # KUnBR's row is missing
+    assert not wide_demo.run(world, tmp_path / "evidence.json", 0.01)  # KUnBR's row is missing
     (row,) = json.loads((tmp_path / "evidence.json").read_text())["rows"]
     assert row["method"] == "taught" and "warm-up (M_u): left out after" in capsys.readouterr().out
 

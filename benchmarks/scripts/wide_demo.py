@@ -1,6 +1,6 @@
 """A small whole run on the device at hand: teach, make forget, attack, table.
 
-    python benchmarks/scripts/evidence.py --out evidence.json --limit 120
+    python benchmarks/scripts/wide_demo.py --out evidence.json --limit 120
 
 The demo's world at ten times its width (43 million parameters; --width). Density and re-insertion run in bf16; the
 block's master weights, teaching and attack are fp32. On a GPU steps are CUDA graphs, of what `impl="auto"` takes there.
