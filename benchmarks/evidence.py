@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from kunbr_fast.benchmarks.forgetting import pictures, summary
+from kunbr_fast.benchmarks.forgetting import birthdays, pictures, summary
 from kunbr_fast.benchmarks.forgetting.methods import METHODS, YARDSTICK
 from kunbr_fast.benchmarks.forgetting.units import REHEARSED, WORLDS, Place, Unit, world_of
 from kunbr_fast.evaluation.attacks import ATTACKS
@@ -38,9 +37,11 @@ ABLATIONS = {"random_blocks": "kunbr", "no_reinsertion": "kunbr"}  # with the se
 class Evidence:
     """The phases of a run, each a list of units that need not be made in order."""
 
-    def __init__(self, place: Place, methods: Sequence[str], seeds: Sequence[int], settings: int):
+    def __init__(
+        self, place: Place, methods: Sequence[str], seeds: Sequence[int], settings: int, attacks: Sequence[str]
+    ):
         self.place, self.methods, self.seeds, self.settings = place, methods, seeds, settings
-        self.wide = [kind for kind in ATTACKS]
+        self.wide = [kind for kind in ATTACKS if kind in {REHEARSED, *attacks}]
 
     def search(self, attacked: bool = False) -> dict[str, list[Unit]]:
         """All settings, on the seed of the search."""
@@ -80,6 +81,18 @@ class Evidence:
         yield "search, attacks", [u for units in search.values() for u in summary.candidates(units)]
         yield "seeds", sorted(_flat(self.tested()), key=lambda unit: unit.seed)
         yield "other attacks", sorted(_flat(self.tested(True)), key=lambda unit: unit.seed)
+
+    def seconds(self, sample: float, question: float) -> float:
+        """What all of it takes at most, where training on a sample and asking a question take so long."""
+        known = self.search(True)
+        units = [(unit, [REHEARSED]) for unit in _flat(known)]
+        for method in self.methods:
+            kinds = self.wide if METHODS[method].wide else [REHEARSED]
+            units += [(Unit(self.place, method, 0, seed), kinds) for seed in self.seeds]
+        work = [unit.work(["trained", *kinds]) for unit, kinds in units]
+        world = world_of(self.place, SEARCH_SEED)
+        taught = sum(map(len, world.records.values())) * world.teaching["epochs"] * (1 + len(self.seeds))
+        return sample * (taught + sum(samples for samples, _ in work)) + question * sum(asked for _, asked in work)
 
     # ------------------------------------------------ what is said
 
@@ -127,7 +140,7 @@ class Runner:
     def run(self, phase: str, units: Sequence[Unit]) -> bool:
         """Whether all are finished afterwards."""
         left = [unit for unit in units if unit.missing]
-        costs = {unit: unit.cost() for unit in left}
+        costs = {unit: sum(unit.work()) for unit in left}
         begin, total, done = time.monotonic(), sum(costs.values()), 0.0
         for number, (unit, error) in enumerate(self._finished(left), start=1):
             done += costs[unit]
@@ -179,41 +192,79 @@ def _said(unit: Unit) -> str:
 
 # ---------------------------------------------------------------- the command
 
+NIGHT = dict(  # what is asked of SmolLM2 on a CPU
+    seeds=[1],
+    settings=3,
+    methods="gradient_difference npo kunbr kunbr_cumulative robust robust_blocks never".split(),
+    attacks="full lora other_facts nf4".split(),
+)
+WHOLE = dict(seeds=[1, 2, 3, 4, 5], settings=5, methods=list(METHODS), attacks=list(ATTACKS))
+
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--world", choices=list(WORLDS), default="demo")
-    made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help=f"none is {SEARCH_SEED} [1 to 5]")
-    made.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME",
-                      help=f"[all: {', '.join(METHODS)}]")  # fmt: skip
-    made.add_argument("--settings", type=int, default=5, metavar="N", help="that are tried of each method [5]")
-    made.add_argument("--attacks", nargs="+", choices=list(ATTACKS), default=list(ATTACKS), metavar="KIND",
-                      help=f"kinds that the main methods meet [all: {', '.join(ATTACKS)}]")  # fmt: skip
-    made.add_argument("--out", type=Path, default=Path("runs/evidence"), help="what is measured [runs/evidence]")
-    made.add_argument("--csv", type=Path, help="rows of all that is finished [OUT/evidence.csv]")
-    made.add_argument("--jobs", type=int, default=1, metavar="N", help="processes of one thread each [1]")
-    made.add_argument("--limit", type=float, default=float("inf"), metavar="S", help="begin nothing after so many s")
+    add = made.add_argument
+    add("--world", choices=list(WORLDS), default="demo")
+    add("--seeds", type=int, nargs="+", help=f"other than {SEARCH_SEED} [1 to 5; smollm2 on a CPU: 1]")
+    add("--methods", nargs="+", choices=list(METHODS), metavar="NAME", help=f"of {', '.join(METHODS)} [all]")
+    add("--settings", type=int, metavar="N", help="that are tried of each method [5; smollm2 on a CPU: 3]")
+    add("--attacks", nargs="+", choices=list(ATTACKS), metavar="KIND", help="kinds that the main methods meet [all]")
+    add("--out", type=Path, default=Path("runs/evidence"), help="what is measured [runs/evidence]")
+    add("--csv", type=Path, help="rows of all that is finished [OUT/evidence.csv]")
+    add("--jobs", type=int, default=1, metavar="N", help="processes, of one thread each where there are several [1]")
+    add("--limit", type=float, default=float("inf"), metavar="S", help="begin nothing after so many seconds")
+    add("--data", type=Path, help="smollm2: the folder of Random Birthdays")
+    add("--model", type=Path, help="smollm2: its directory [OUT/smollm2, from PyPI]")
+    add("--hours", type=float, default=10.0, help="smollm2 on a CPU: decides how many people [10]")
+    add("--people", type=int, help="smollm2: of each split, in place of --hours")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="smollm2")
     return made
+
+
+def begun(arguments: argparse.Namespace) -> Evidence:
+    """What the arguments ask for; of SmolLM2 as many people as there is time for."""
+    night = arguments.world == "smollm2" and arguments.device == "cpu"
+    asked = {
+        name: usual if getattr(arguments, name) is None else getattr(arguments, name)
+        for name, usual in (NIGHT if night else WHOLE).items()
+    }
+    if SEARCH_SEED in asked["seeds"]:
+        raise ValueError(f"--seeds: {SEARCH_SEED} is the seed of the search: leave it out")
+    if arguments.world == "demo":
+        return Evidence(Place("demo", arguments.out), **asked)
+    if arguments.data is None or not (arguments.data / "split_0.jsonl").is_file():
+        raise ValueError(f"--data: {arguments.data} has no split_0.jsonl: give the folder of Random Birthdays")
+    model = birthdays.fetch(arguments.model or arguments.out / "smollm2")
+    options = dict(data=str(arguments.data), model=str(model), device=arguments.device, folds=2 if night else 5)
+    people = arguments.people
+    if people is None:
+        people = birthdays.PEOPLE
+        if night:
+            one = Evidence(Place("smollm2", arguments.out, (*options.items(), ("people", 8))), **asked)
+            people = birthdays.affordable(
+                one.seconds(*birthdays.probe(world_of(one.place, SEARCH_SEED))) / 8, arguments.hours
+            )
+    print(f"{people} people of each split", flush=True)
+    return Evidence(Place("smollm2", arguments.out, (*options.items(), ("people", people))), **asked)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    if SEARCH_SEED in arguments.seeds:
-        print(f"error: --seeds: {SEARCH_SEED} is the seed of the search: leave it out", file=sys.stderr)
-        return 2
-    torch.set_num_threads(1 if arguments.world == "demo" else torch.get_num_threads())
-    place = Place(arguments.world, arguments.out)
-    evidence = Evidence(place, arguments.methods, arguments.seeds, arguments.settings)
-    evidence.wide = [kind for kind in ATTACKS if kind in {REHEARSED, *arguments.attacks}]
+    if arguments.world == "demo" or arguments.jobs > 1:
+        torch.set_num_threads(1)
     runner = Runner(arguments.jobs, arguments.limit)
-    with hold(arguments.out):
-        for phase, units in evidence.phases():
-            if not runner.run(phase, units):
-                break
-        print(evidence.report(arguments.csv or arguments.out / "evidence.csv"))
+    try:
+        with hold(arguments.out):
+            evidence = begun(arguments)
+            for phase, units in evidence.phases():
+                if not runner.run(phase, units):
+                    break
+            print(evidence.report(arguments.csv or arguments.out / "evidence.csv"))
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 1 if runner.failed else 0
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     raise SystemExit(main())

@@ -50,12 +50,14 @@ class Method:
 def by_package(
     world: World, config: KUnBRConfig, folder: Path, reporter: Reporter, keep: Callable[[nn.Module], None]
 ) -> None:
-    """`kf.unlearn`; goes on where it was. keep: before its checkpoints are removed."""
+    """`kf.unlearn`; goes on where it was."""
     forget, retain = world.data(config)
     model, out = world.model(), folder / "run"
     resume = (out / "kunbr-checkpoints").is_dir()
-    how = dict(tokenizer=world.tokenizer, output_dir=out, resume=resume, reporter=reporter)
-    kf.unlearn(model, forget, retain, config, **how, before_cleanup=lambda report: keep(model))
+    kf.unlearn(
+        model, forget, retain, config, tokenizer=world.tokenizer, output_dir=out, resume=resume, reporter=reporter
+    )
+    keep(model)
 
 
 def by_hand(

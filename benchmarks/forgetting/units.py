@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kunbr_fast.benchmarks.forgetting.birthdays import BirthdayWorld
 from kunbr_fast.benchmarks.forgetting.methods import METHODS, Setting, training_of
 from kunbr_fast.benchmarks.forgetting.worlds import DemoWorld, World
 from kunbr_fast.benchmarks.measure import about
@@ -46,7 +47,7 @@ class Place:
     options: tuple[tuple[str, Any], ...] = ()
 
 
-WORLDS: dict[str, Callable[..., World]] = {"demo": DemoWorld}
+WORLDS: dict[str, Callable[..., World]] = {"demo": DemoWorld, "smollm2": BirthdayWorld}
 
 
 @functools.lru_cache(maxsize=2)
@@ -83,7 +84,9 @@ class Unit:
     @functools.cached_property
     def folder(self) -> Path:
         """Of what is measured: another setting, or another world, is another folder."""
-        known = [self.world.facts, self.world.teaching, self.config.to_dict(), self.method]
+        usual = KUnBRConfig().to_dict()
+        config = {name: value for name, value in self.config.to_dict().items() if value != usual[name]}
+        known = [self.world.facts, self.world.teaching, config, self.method]
         digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:10]
         return self.place.out / "units" / f"{self.method}-{self.seed}-{digest}"
 
@@ -110,18 +113,24 @@ class Unit:
         path = self.folder / f"{kind}.json"
         return read_json(path) if path.exists() else {"rows": [], "seconds": 0.0, "whole": False}
 
-    def cost(self) -> float:
-        """Of what is missing, in passes over the forget set or so."""
-        config, total = self.config, 0.0
-        for part in self.missing:
+    def work(self, parts: Sequence[str] | None = None) -> tuple[int, int]:
+        """Of parts (what is missing): samples that are trained on, and questions that are asked."""
+        world, config = self.world, self.config
+        facts, lines = len(world.records["forget"]), len(world.questions["forget"])
+        samples = questions = 0
+        for part in self.missing if parts is None else parts:
             if part == "trained":
-                total += 2.0 * self.world.epochs
-            elif (kind := ATTACKS[part]).rounds is None:
-                times = len(kind.lrs(self.world.lrs_of(part))) * (1 if kind.at_once else len(self.world.folds))
-                total += times * config.rtt_epochs * (kind.passes + 1) / 2  # as much for asking as for training
-            else:
-                total += 1.0
-        return total
+                rounds = world.epochs * (2 + bool(config.adversary_every))
+                samples += facts * rounds
+                questions += sum(map(len, world.questions.values()))
+                continue
+            kind, folds = ATTACKS[part], len(world.folds)
+            rates, taught = len(kind.lrs(world.lrs_of(part))), facts * (folds - 1)
+            if kind.others:
+                taught = len(world.other_facts)
+            samples += 0 if kind.rounds else rates * taught * config.rtt_epochs * kind.passes
+            questions += rates * lines * len(kind.measured(config.rtt_epochs))
+        return samples, questions
 
     # ------------------------------------------------ the work
 
@@ -145,11 +154,9 @@ class Unit:
 
         def keep(model: nn.Module) -> None:
             found = {"seconds": time.perf_counter() - begin[0], "cpu_seconds": time.process_time() - begin[1]}
-            found["accuracy"] = {
-                group: _asked(model, self.world, lines) for group, lines in self.world.questions.items()
-            }
             save_tensors(self.folder / WEIGHTS, dict(model.named_parameters()))
-            self._write(TRAINED, found)
+            asked = {group: _asked(model, self.world, lines) for group, lines in self.world.questions.items()}
+            self._write(TRAINED, found | {"accuracy": asked})
 
         try:
             training_of(METHODS[self.method])(self.world, self.config, self.folder, Reporter(), keep)
@@ -174,7 +181,10 @@ class Unit:
 
     def _write(self, name: str, found: dict[str, Any]) -> None:
         of = {"method": self.method, "setting": self.setting, "seed": self.seed, "config": self.config.to_dict()}
-        write_report(self.folder / name, of | found | {"about": about(self.world.device)})
+        write_report(self.folder / name, of | found | {"about": _about(self.world.device)})
+
+
+_about = functools.cache(about)
 
 
 def _asked(model: nn.Module, world: World, lines: list[dict]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class _Compared(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         difference = hidden[at] - original
         ctx.save_for_backward(difference, weights)
-        ctx.at, ctx.shape = at, hidden.shape
+        ctx.at, ctx.shape, ctx.dtype = at, hidden.shape, hidden.dtype
         ctx.set_materialize_grads(False)
         squares = torch.linalg.vector_norm(difference, dim=1, dtype=weights.dtype).square()
         return hidden.view_as(hidden), (squares * weights).sum()
@@ -101,6 +101,6 @@ class _Compared(torch.autograd.Function):
         if slope is None:
             return above, None, None, None
         difference, weights = ctx.saved_tensors
-        total = difference.new_zeros(ctx.shape) if above is None else above.clone()
+        total = difference.new_zeros(ctx.shape, dtype=ctx.dtype) if above is None else above.clone()
         total[ctx.at] += difference * (2 * slope * weights)[:, None]
         return total, None, None, None

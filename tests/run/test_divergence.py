@@ -10,6 +10,7 @@ import torch
 from tiny_models import random_samples, tiny_model
 
 import kunbr_fast as kf
+from kunbr_fast.evaluation.rtt import AttackDiverged
 from kunbr_fast.kernels.optimizers.op import Watched
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.streaming import open_streamed
@@ -250,11 +251,11 @@ def test_an_answer_that_is_not_finite_is_a_divergence_of_what_has_made_the_model
 @pytest.mark.parametrize("own", [True, False])
 def test_an_answer_before_the_attack_is_the_result_s_and_one_in_it_the_attack_s(own, monkeypatch, tmp_path):
     def bad(self):
-        error = FloatingPointError("the model's answer to question 3 is not a finite number ([nan]): its weights")
-        raise error from (ValueError() if own else None)
+        kind = AttackDiverged if own else FloatingPointError
+        raise kind("the model's answer to question 3 is not a finite number ([nan]): its weights")
 
     monkeypatch.setattr(Stages, "_attack", bad)
-    with pytest.raises(FloatingPointError if own else kf.Diverged) as error:
+    with pytest.raises(AttackDiverged if own else kf.Diverged) as error:
         run(tmp_path, {})
     if not own:
         said = "Nothing that a resumed run may change cures it: in a new run (another output directory) lower block_lr"
