@@ -118,8 +118,8 @@ def attack_table(result: RTTResult) -> str:
 
 
 def attacks_table(results: Mapping[str, RTTResult]) -> str:
-    """Methods under each kind of attack, as a Markdown table: the strongest point's plain accuracy, and the smooth one of
-    the strongest of all. A kind that a method was not put under is "-"."""
+    """Methods under each kind of attack, as a Markdown table: the strongest point's plain accuracy, and the smooth
+    accuracy of the strongest of all. A kind that a method was not put under is "-"."""
     kinds = list(dict.fromkeys(attack for result in results.values() for attack in result.attacks))
     smooth = ["strongest, smooth"] if all(r.smooth_accuracy is not None for r in results.values()) else []
     rows = []
