@@ -18,6 +18,7 @@ from kunbr_fast.cli.argument_types import (
     path_name,
 )
 from kunbr_fast.files.models import DTYPES
+from kunbr_fast.objectives.hidden_layers import WORDS
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.methods import METHODS
 from kunbr_fast.run.setting import NUMBERS
@@ -129,7 +130,7 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
         known, metavar = NUMBERS.get(field.name), field.name.rpartition("_")[2].upper().removesuffix("S")
         kind |= {"nargs": "+", "type": number(known) if known else str, "action": Different, "metavar": metavar}
     elif field.name == "retain_layers":
-        kind |= {"nargs": "+", "type": number_or(default, NUMBERS[field.name]), "action": Different, "metavar": "LAYER"}
+        kind |= {"nargs": "+", "type": number_or(WORDS, NUMBERS[field.name]), "action": Different, "metavar": "LAYER"}
     else:
         known = NUMBERS.get(field.name)
         words = escaped_text if field.name == "separator" else str

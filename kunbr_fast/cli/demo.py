@@ -21,8 +21,9 @@ attacker gets on one half of the forget set by teaching the other half again (ch
 KINDS = """\
 full: all weights at the rates that robust has rehearsed against; lora, int8 and nf4 nobody has rehearsed."""
 
+NEWER = ("robust", "attacks")  # which earlier versions did not have
 KEYS = "kunbr_fast seed people config baseline blocks density losses rows rtt table".split()
-REPORT = FileKind("a report of the demo", (".json",), json_with(*KEYS))
+REPORT = FileKind("a report of the demo", (".json",), json_with(*KEYS, also=NEWER))
 WRITES = {"out": FolderKind({r"report\.json": REPORT, r"(density|relearning)\.png": PICTURE})}
 
 

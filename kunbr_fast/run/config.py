@@ -30,7 +30,7 @@ from kunbr_fast.memory import STORAGES, Place
 from kunbr_fast.model.low_precision import COVER_PRECISIONS
 from kunbr_fast.model.sample_rows import CACHE_DTYPES
 from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
-from kunbr_fast.objectives.hidden_layers import ALL, HiddenLayers
+from kunbr_fast.objectives.hidden_layers import WORDS, HiddenLayers
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
 from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.run.methods import settings_of
@@ -86,7 +86,7 @@ class KUnBRConfig:
         tuple(RETAIN_LOSSES),
     )
     retain_layers: str | tuple[int, ...] = setting(
-        EVERY_LAYER.layers, "of hidden_layers: all, or the numbers of layers", "data"
+        EVERY_LAYER.layers, "of hidden_layers: all, last, or the numbers of layers", "data"
     )
     hidden_coeff: float = setting(EVERY_LAYER.coeff, "of hidden_layers: the states' weight beside the nll", "training")
     retain_coeff: float = setting(1.0, "weight of the retain loss", "training")
@@ -344,10 +344,10 @@ class KUnBRConfig:
             return chosen_attacks(value, name)
         if name == "retain_layers":
             listed = list(value) if isinstance(value, (list, tuple)) else [value]
-            if listed == [ALL]:
-                return ALL
+            if len(listed) == 1 and listed[0] in WORDS:
+                return listed[0]
             if not listed or len(set(map(str, listed))) < len(listed):
-                raise ValueError(f"{name}={shown(value)}: expected all, or different numbers of layers")
+                raise ValueError(f"{name}={shown(value)}: expected {', '.join(WORDS)}, or different numbers of layers")
             return tuple(check("retain_layers entry", layer, NUMBERS[name]) for layer in listed)
         if name in NUMBERS:
             return check(name, value, NUMBERS[name], type(None) in kinds)

@@ -130,7 +130,7 @@ BASELINE = dict(lr=4e-4, optimizer="lion", epochs=9)
 ROBUST = KUnBRConfig.from_dict(
     dict(
         method="robust", target="answer", scoring="choice", batch_size=50, retain_coeff=3.0, warmup_epochs=9,
-        warmup_lr=8e-4, adversary_lrs=RATES, rtt_target="answer", rtt=False,
+        warmup_lr=6e-4, adversary_lrs=RATES, rtt_target="answer", rtt=False,
     )
 )  # fmt: skip
 # those that nobody rehearsed; the others take longer than a demo may (benchmarks/evidence.py)
