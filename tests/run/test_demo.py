@@ -14,6 +14,7 @@ from kunbr_fast.run import demo
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(demo, "GROUPS", {"forget": 24, "retain": 24, "bystanders": 12})
+    monkeypatch.setattr(demo, "ATTACKS", ("full", "nf4"))
     monkeypatch.setattr(demo, "TEACHING", {**demo.TEACHING, "batch_size": 20, "epochs": 14})
     monkeypatch.setattr(
         demo, "CONFIG", demo.dataclasses.replace(demo.CONFIG, batch_size=12, rtt_epochs=2, rtt_lrs=1e-3)
