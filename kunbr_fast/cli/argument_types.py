@@ -6,7 +6,7 @@ import argparse
 import errno
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kunbr_fast.files.shown import shown
@@ -26,16 +26,16 @@ def number(kind: Whole | Real | Bytes) -> Callable[[str], Any]:
     return read
 
 
-def number_or(word: str, kind: Whole | Real | Bytes) -> Callable[[str], Any]:
-    """An argument type: `word`, or a number of `kind`."""
+def number_or(words: Sequence[str], kind: Whole | Real | Bytes) -> Callable[[str], Any]:
+    """An argument type: one of some words, or a number of `kind`."""
 
     def read(text: str) -> Any:
-        if text == word:
+        if text in words:
             return text
         try:
             return kind.parse(text)
         except ValueError as error:
-            raise _refused(text, f"{word}, or {error}") from None
+            raise _refused(text, f"{', '.join(words)}, or {error}") from None
 
     read.kind = kind
     return read

@@ -18,6 +18,7 @@ from kunbr_fast.cli.argument_types import (
     path_name,
 )
 from kunbr_fast.files.models import DTYPES
+from kunbr_fast.objectives.hidden_layers import WORDS
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.methods import METHODS
 from kunbr_fast.run.setting import NUMBERS
@@ -28,10 +29,10 @@ THEMES = {
     "data": "target max_length separator chat_date split_long overlap equal_choices seed batch_size retain_batch_size",
     "objective": "objective objective_options retain_loss retain_layers hidden_coeff retain_coeff "
     "forget_loss_cap weight_decay max_retain_loss",
-    "adversary": "adversary_every adversary_steps adversary_lrs adversary_frozen",
+    "adversary": "adversary_every adversary_steps adversary_lrs adversary_frozen adversary_reach",
     "warm-up": "warmup_epochs warmup_objective warmup_objective_options warmup_lr warmup_optimizer",
     "selection": "modules reduction num_blocks top_k skip_last_layers",
-    "blocks": "insertion rounds block_epochs block_lr optimizer master_weights mask mask_ratio",
+    "blocks": "insertion rounds block_epochs block_lr block_hidden_coeff optimizer master_weights mask mask_ratio",
     "attack": "scoring rtt rtt_lrs rtt_attacks rtt_epochs rtt_batch_size rtt_target",
     "execution": "cache cache_bytes optimizer_device micro_batch_tokens checkpoint_every "
     "gradient_checkpointing cuda_graphs parallel impl",
@@ -129,7 +130,7 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
         known, metavar = NUMBERS.get(field.name), field.name.rpartition("_")[2].upper().removesuffix("S")
         kind |= {"nargs": "+", "type": number(known) if known else str, "action": Different, "metavar": metavar}
     elif field.name == "retain_layers":
-        kind |= {"nargs": "+", "type": number_or(default, NUMBERS[field.name]), "action": Different, "metavar": "LAYER"}
+        kind |= {"nargs": "+", "type": number_or(WORDS, NUMBERS[field.name]), "action": Different, "metavar": "LAYER"}
     else:
         known = NUMBERS.get(field.name)
         words = escaped_text if field.name == "separator" else str

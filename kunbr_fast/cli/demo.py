@@ -18,8 +18,12 @@ LEGEND = """\
 retain: people rehearsed during unlearning; bystanders: known, and never seen by it; RTT: the best that an
 attacker gets on one half of the forget set by teaching the other half again (chance is 25 %)."""
 
+KINDS = """\
+full: all weights at the rates that robust has rehearsed against; lora, int8 and nf4 nobody has rehearsed."""
+
+NEWER = ("robust", "attacks")  # which earlier versions did not have
 KEYS = "kunbr_fast seed people config baseline blocks density losses rows rtt table".split()
-REPORT = FileKind("a report of the demo", (".json",), json_with(*KEYS))
+REPORT = FileKind("a report of the demo", (".json",), json_with(*KEYS, also=NEWER))
 WRITES = {"out": FolderKind({r"report\.json": REPORT, r"(density|relearning)\.png": PICTURE})}
 
 
@@ -35,6 +39,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     check_outputs(arguments, WRITES)
     result = demo(arguments.out, arguments.seed, progress=not arguments.quiet, say=sayer(arguments))
     if not arguments.json:
-        show(*result["table"].splitlines(), *LEGEND.splitlines())
+        show(
+            *result["table"].splitlines(),
+            *LEGEND.splitlines(),
+            "",
+            *result["attacks"].splitlines(),
+            *KINDS.splitlines(),
+        )
         show(f"report.json, density.png and relearning.png are in {arguments.out}")
     return result

@@ -117,6 +117,18 @@ def attack_table(result: RTTResult) -> str:
     return _markdown(header, rows)
 
 
+def attacks_table(results: Mapping[str, RTTResult]) -> str:
+    """Methods under each kind of attack, as a Markdown table: the strongest point's plain accuracy, and the smooth
+    accuracy of the strongest of all. A kind that a method was not put under is "-"."""
+    kinds = list(dict.fromkeys(attack for result in results.values() for attack in result.attacks))
+    smooth = ["strongest, smooth"] if all(r.smooth_accuracy is not None for r in results.values()) else []
+    rows = []
+    for method, result in results.items():
+        found = [_percent(result.summary(k)["accuracy"] if k in result.attacks else None) for k in kinds]
+        rows.append([plain(method, 60), *found, *[_percent(result.smooth_accuracy) for _ in smooth]])
+    return _markdown(["method", *kinds, *smooth], rows)
+
+
 def _with_error(value: float | None, error: float | None) -> str:
     return _percent(value) if value is None or error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
 

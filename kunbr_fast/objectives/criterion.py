@@ -20,7 +20,7 @@ from kunbr_fast.model.gather import take
 from kunbr_fast.objectives import distributions as linear_rows
 from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import WHOLE, PartLoss, Shares, StepBatch
-from kunbr_fast.objectives.hidden_layers import ALL, Distances, HiddenLayers
+from kunbr_fast.objectives.hidden_layers import WORDS, Distances, HiddenLayers
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options, retain_states
 from kunbr_fast.objectives.original import EVERY, Needs, OriginalValues, Parts
 from kunbr_fast.objectives.rows import Rows
@@ -93,7 +93,7 @@ class Criterion:
             needs[kind] = [*needs.get(kind, []), "retain"]
         if self.hidden is not None:
             layers = self.hidden.layers if self.layers is None else self.layers
-            needs |= {kind: ["retain"] for kind in (map("layer.{}".format, layers) if layers != ALL else [EVERY])}
+            needs |= {kind: ["retain"] for kind in (map("layer.{}".format, layers) if layers not in WORDS else [EVERY])}
         return {kind: tuple(parts) for kind, parts in needs.items()}
 
     def copy_of_head(self, head: Head) -> Head | None:

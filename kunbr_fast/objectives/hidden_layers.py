@@ -21,12 +21,12 @@ from kunbr_fast.files.shown import shown
 from kunbr_fast.model.decoder import Tap
 from kunbr_fast.objectives.rows import Rows
 
-ALL = "all"
+ALL, LAST = WORDS = ("all", "last")
 
 
 @dataclasses.dataclass(frozen=True)
 class HiddenLayers:
-    """At which layers' outputs states are kept, ALL or some, and the weight of that beside the NLL."""
+    """At which layers' outputs states are kept, ALL, the LAST or some, and the weight of that beside the NLL."""
 
     layers: str | Sequence[int] = ALL
     coeff: float = 1.0
@@ -40,8 +40,8 @@ class HiddenLayers:
         """The layers that count: those below a block that is trained never differ. ValueError where none is left, or
         for one that the model has not."""
         first = 0 if block is None else block.start
-        if self.layers == ALL:
-            return list(range(first, num_layers))
+        if self.layers in WORDS:
+            return list(range(first if self.layers == ALL else num_layers - 1, num_layers))
         for layer in self.layers:
             if not 0 <= layer < num_layers:
                 raise ValueError(f"{self}: {layer}: the model has layers 0 to {num_layers - 1}: leave it out")
@@ -90,7 +90,7 @@ class _Compared(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         difference = hidden[at] - original
         ctx.save_for_backward(difference, weights)
-        ctx.at, ctx.shape = at, hidden.shape
+        ctx.at, ctx.shape, ctx.dtype = at, hidden.shape, hidden.dtype
         ctx.set_materialize_grads(False)
         squares = torch.linalg.vector_norm(difference, dim=1, dtype=weights.dtype).square()
         return hidden.view_as(hidden), (squares * weights).sum()
@@ -101,6 +101,6 @@ class _Compared(torch.autograd.Function):
         if slope is None:
             return above, None, None, None
         difference, weights = ctx.saved_tensors
-        total = difference.new_zeros(ctx.shape) if above is None else above.clone()
+        total = difference.new_zeros(ctx.shape, dtype=ctx.dtype) if above is None else above.clone()
         total[ctx.at] += difference * (2 * slope * weights)[:, None]
         return total, None, None, None

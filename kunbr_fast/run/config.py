@@ -30,13 +30,13 @@ from kunbr_fast.memory import STORAGES, Place
 from kunbr_fast.model.low_precision import COVER_PRECISIONS
 from kunbr_fast.model.sample_rows import CACHE_DTYPES
 from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
-from kunbr_fast.objectives.hidden_layers import ALL, HiddenLayers
+from kunbr_fast.objectives.hidden_layers import WORDS, HiddenLayers
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
 from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.run.methods import settings_of
 from kunbr_fast.run.setting import ADVERSARY, NUMBERS, RATES, VISITS, refuse_old, setting
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
-from kunbr_fast.training.settings import INSERTIONS, BlockSettings, Execution, FullSettings, check_rates
+from kunbr_fast.training.settings import INSERTIONS, REACHES, BlockSettings, Execution, FullSettings, check_rates
 from kunbr_fast.values import check, parse_bytes
 
 
@@ -86,7 +86,7 @@ class KUnBRConfig:
         tuple(RETAIN_LOSSES),
     )
     retain_layers: str | tuple[int, ...] = setting(
-        EVERY_LAYER.layers, "of hidden_layers: all, or the numbers of layers", "data"
+        EVERY_LAYER.layers, "of hidden_layers: all, last, or the numbers of layers", "data"
     )
     hidden_coeff: float = setting(EVERY_LAYER.coeff, "of hidden_layers: the states' weight beside the nll", "training")
     retain_coeff: float = setting(1.0, "weight of the retain loss", "training")
@@ -116,6 +116,13 @@ class KUnBRConfig:
         "none",
     )
 
+    adversary_reach: str = setting(
+        "block",
+        "what the adversary of a block relearns with: block, or model, all parameters, as an attacker would (no prefix "
+        "cache for it, memory for a copy of the model and its AdamW)",
+        "blocks",
+        REACHES,
+    )
     warmup_epochs: int = setting(3, "epochs of the full-parameter warm-up", "warmup")
     warmup_objective: str | None = setting(None, "objective of the warm-up (default: objective)", "data")
     warmup_objective_options: dict[str, Any] = setting({}, "options of warmup_objective", "data")
@@ -141,6 +148,9 @@ class KUnBRConfig:
     rounds: int = setting(1, "how often all chosen blocks are visited, from low to high", "blocks")
     block_epochs: int = setting(3, "epochs of each visit", "blocks")
     block_lr: float = setting(2e-7, "learning rate of the block", "blocks")
+    block_hidden_coeff: float | None = setting(
+        None, "of hidden_layers, while a block is trained (default: hidden_coeff)", "blocks"
+    )
     optimizer: str = setting("lion", "lion or adamw, started anew at each visit", "blocks", OPTIMIZERS)
     master_weights: bool = setting(True, "fp32 copies of half-precision block weights for the optimiser", "blocks")
     cover_precision: str = setting(
@@ -281,11 +291,12 @@ class KUnBRConfig:
         # of two objectives one may not take a setting that is there for the other
         retain_loss = self.retain_loss if found.retain and not found.states else "nll"
         ignored = retain_loss != self.retain_loss
+        coeff = self.hidden_coeff if warmup or self.block_hidden_coeff is None else self.block_hidden_coeff
         return Criterion(
             objective,
             options,
             retain_loss=retain_loss,
-            hidden=EVERY_LAYER if ignored else HiddenLayers(self.retain_layers, self.hidden_coeff),
+            hidden=EVERY_LAYER if ignored else HiddenLayers(self.retain_layers, coeff),
             retain_coeff=self.retain_coeff,
             forget_loss_cap=self.forget_loss_cap if "forget_loss_cap" in found.options else None,
             block=block,
@@ -313,7 +324,7 @@ class KUnBRConfig:
 
     def block_settings(self, seed: int = 0, mask: Mapping[str, torch.Tensor] | None = None) -> BlockSettings:
         """What a visit of a block trains, apart from its criterion. seed: of the adversary's draws."""
-        names = ("optimizer", "weight_decay", "insertion", "master_weights", *ADVERSARY)
+        names = ("optimizer", "weight_decay", "insertion", "master_weights", "adversary_reach", *ADVERSARY)
         return BlockSettings(self.block_lr, mask=mask, adversary_seed=seed, **self._settings(*names))
 
     def _settings(self, *names: str) -> dict[str, Any]:
@@ -333,10 +344,10 @@ class KUnBRConfig:
             return chosen_attacks(value, name)
         if name == "retain_layers":
             listed = list(value) if isinstance(value, (list, tuple)) else [value]
-            if listed == [ALL]:
-                return ALL
+            if len(listed) == 1 and listed[0] in WORDS:
+                return listed[0]
             if not listed or len(set(map(str, listed))) < len(listed):
-                raise ValueError(f"{name}={shown(value)}: expected all, or different numbers of layers")
+                raise ValueError(f"{name}={shown(value)}: expected {', '.join(WORDS)}, or different numbers of layers")
             return tuple(check("retain_layers entry", layer, NUMBERS[name]) for layer in listed)
         if name in NUMBERS:
             return check(name, value, NUMBERS[name], type(None) in kinds)

@@ -7,7 +7,8 @@ but unlearning never sees (what it loses of them is damage). The rows of the tab
     taught                knows everybody
     warm-up               M_u: a short gradient difference
     KUnBR                 the same warm-up, then re-insertion of the densest blocks
-    gradient difference   all parameters, with as many steps as KUnBR has in all
+    robust                the package's own method: all parameters, a relearning adversary, hidden states kept
+    gradient difference   all parameters; all methods have as many steps as KUnBR has in all
     never saw them        a new model taught without the people to be forgotten: what no unlearning can beat
 
 Settings were searched in the same way for both methods: the lowest RTT accuracy with a forget accuracy of at most
@@ -33,7 +34,7 @@ from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
-from kunbr_fast.evaluation.report import Report, table, write_report
+from kunbr_fast.evaluation.report import Report, attacks_table, table, write_report
 from kunbr_fast.evaluation.rtt import Fold, RTTResult, rtt_attack
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.scratch import scratch
@@ -73,7 +74,11 @@ def people(seed: int) -> dict[str, list[tuple[str, int]]]:
 
 def facts(group: list[tuple[str, int]]) -> list[dict]:
     """Each birthday in three wordings; the year is the completion, and alone has a loss."""
-    return [{"prompt": text.format(name) + " ", "completion": str(year)} for name, year in group for text in TEMPLATES]
+    return [
+        {"prompt": text.format(name) + " ", "completion": str(year), "fact": name}
+        for name, year in group
+        for text in TEMPLATES
+    ]
 
 
 def questions(group: list[tuple[str, int]], seed: int) -> list[dict]:
@@ -112,15 +117,25 @@ def new_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
 
 # ---------------------------------------------------------------- settings
 
+RATES = (1e-3, 2e-3, 5e-3)  # of the attack
 TEACHING = dict(lr=3e-3, epochs=12, batch_size=120, optimizer="adamw")
 CONFIG = KUnBRConfig(
     target="answer", scoring="choice", batch_size=50, retain_coeff=3.0,
     forget_loss_cap=5.0,  # ln(120 years) is 4.79: beyond it the model would know which year it was not
     warmup_epochs=3, warmup_lr=6e-4, warmup_optimizer="lion",
     num_blocks=4, top_k=2, insertion="cumulative", block_epochs=3, block_lr=5e-3, optimizer="adamw",
-    rtt_target="answer", rtt_lrs=(1e-3, 2e-3), rtt_epochs=8, rtt_batch_size=50, rtt=False,
+    rtt_target="answer", rtt_lrs=RATES, rtt_epochs=8, rtt_batch_size=50, rtt=False,
 )  # fmt: skip
 BASELINE = dict(lr=4e-4, optimizer="lion", epochs=9)
+ROBUST = KUnBRConfig.from_dict(
+    dict(
+        method="robust", target="answer", scoring="choice", batch_size=50, retain_coeff=3.0, warmup_epochs=9,
+        warmup_lr=6e-4, adversary_lrs=RATES, rtt_target="answer", rtt=False,
+    )
+)  # fmt: skip
+# those that nobody rehearsed; the others take longer than a demo may (benchmarks/evidence.py)
+ATTACKS = ("full", "lora", "int8", "nf4")
+ATTACKED = ("KUnBR", "robust", "gradient difference")  # by all of them; the others by the first
 
 
 def gradient_difference(
@@ -181,9 +196,9 @@ class Demo:
                 self.reporter.stage(f"{method}, attack", f"{method}: RTT attack") as took,
                 scratch("kunbr-fast-") as folder,
             ):
-                found = rtt_attack(
-                    decoder, self.tokenizer, self.folds, self.config.attack(), folder, self.reporter.progress
-                )
+                kinds = ATTACKS if method in ATTACKED else ATTACKS[:1]
+                how = dataclasses.replace(self.config.attack(), attacks=kinds)
+                found = rtt_attack(decoder, self.tokenizer, self.folds, how, folder, self.reporter.progress)
             self.attacks[method] = found
             row["rtt"], row["seconds"]["RTT"] = found.accuracy, took.seconds
         self.rows.append(row)
@@ -195,7 +210,7 @@ class Demo:
         with stage("taught", says) as took:
             taught = self.teach(tuple(GROUPS))
         self.measure("taught", taught, took.seconds, attack=False)
-        unlearned, baseline = copy.deepcopy(taught), copy.deepcopy(taught)
+        unlearned, robust, baseline = (copy.deepcopy(taught) for _ in range(3))
         with stage("warm-up (M_u)") as warm_up:
             settings = dict(lr=config.warmup_lr, optimizer=config.warmup_optimizer, epochs=config.warmup_epochs)
             self.unlearn_plainly(unlearned, **settings)
@@ -204,6 +219,10 @@ class Demo:
             data = self.samples["forget"], self.samples["retain"]
             report = unlearn(taught, *data, config, unlearned=unlearned, reporter=self.reporter)
         self.measure("KUnBR", taught, warm_up.seconds + took.seconds)
+        with stage("robust") as took:
+            data, how = (self.facts["forget"], self.facts["retain"]), dataclasses.replace(ROBUST, seed=self.seed)
+            unlearn(robust, *data, how, tokenizer=self.tokenizer, reporter=self.reporter)
+        self.measure("robust", robust, took.seconds)
         with stage("gradient difference") as took:
             self.unlearn_plainly(baseline, **BASELINE)
         self.measure("gradient difference", baseline, took.seconds)
@@ -235,7 +254,7 @@ def _demo(out: Path, seed: int, reporter: Reporter) -> dict[str, Any]:
         torch.set_num_threads(threads)
     path, curves = out / "density.png", out / "relearning.png"
     drawn(path, lambda: plot_density(report.density, report.blocks, path, run.config.skip_last_layers))
-    shown = ("KUnBR", "gradient difference", "warm-up (M_u)", "never saw them")
+    shown = ("robust", "KUnBR", "gradient difference", "warm-up (M_u)", "never saw them")
     forget = {row["method"]: row["forget"] for row in run.rows}
     attacks, before = ({method: found[method] for method in shown} for found in (run.attacks, forget))
     drawn(curves, lambda: plot_relearning(attacks, curves, forget=before))
@@ -245,12 +264,14 @@ def _demo(out: Path, seed: int, reporter: Reporter) -> dict[str, Any]:
         "people": GROUPS,
         "config": run.config.to_dict(),
         "baseline": BASELINE,
+        "robust": ROBUST.to_dict(),
         "blocks": [[block.start, block.stop] for block in report.blocks],
         "density": report.density.to_dict(),
         "losses": report.losses,
         "rows": run.rows,
         "rtt": {method: attack.to_dict() for method, attack in run.attacks.items()},
         "table": table(run.rows),
+        "attacks": attacks_table({method: run.attacks[method] for method in ATTACKED}),
     }
     write_report(out / "report.json", result)
     return result

@@ -22,7 +22,7 @@ from kunbr_fast.values import (
 )
 
 RATES = ("adversary_lrs", "rtt_lrs")
-ADVERSARY = ("adversary_every", "adversary_steps", "adversary_lrs", "adversary_frozen")
+ADVERSARY = ("adversary_every", "adversary_steps", "adversary_lrs", "adversary_frozen")  # of warm-up and blocks
 VISITS = 999  # a seed has so many data orders for blocks (`RunSteps.schedule_of`)
 # What a number may be: of the settings that are numbers.
 NUMBERS = {
@@ -35,7 +35,7 @@ NUMBERS = {
     **dict.fromkeys("top_k skip_last_layers".split(), Whole(0, LAYERS.most)),
     "rounds": Whole(1, VISITS),
     **dict.fromkeys("warmup_lr block_lr weight_decay retain_coeff".split(), NOT_NEGATIVE),
-    **dict.fromkeys("forget_loss_cap max_retain_loss hidden_coeff".split(), ABOVE_ZERO),
+    **dict.fromkeys("forget_loss_cap max_retain_loss hidden_coeff block_hidden_coeff".split(), ABOVE_ZERO),
     "mask_ratio": SHARE,
     "retain_layers": Whole(0, LAYERS.most),
     **dict.fromkeys(RATES, ABOVE_ZERO),

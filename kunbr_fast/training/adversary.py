@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -78,6 +78,14 @@ class Adversary(abc.ABC):
     def inside(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model's parameters have the adversary's weights."""
 
+    def relearning(self) -> contextlib.AbstractContextManager[None]:
+        """`inside`, and what AdamW updates requires grad."""
+        return self.inside()
+
+    @abc.abstractmethod
+    def gradients(self) -> list[torch.Tensor]:
+        """What AdamW's next step reads, on each rank the same tensors to sum."""
+
     @abc.abstractmethod
     def update(self) -> None:
         """One step of AdamW by the accumulated gradient, which is then zero again. Not `inside`."""
@@ -119,6 +127,9 @@ class FlatAdversary(Adversary):
             for parameter, view in zip(self._parameters, self._trained.views(self._trained.weights)):
                 parameter.data = view
 
+    def gradients(self) -> list[torch.Tensor]:
+        return [self.flat.grad]
+
     def update(self) -> None:
         self.flat.step(self.optimizer)
 
@@ -138,12 +149,37 @@ class FlatAdversary(Adversary):
 
 
 class FullAdversary(Adversary):
-    """Of all parameters, by name."""
+    """Of all parameters, by name, also where only a block of them is trained. drop: forgets the gradients that the
+    training itself does not hold as it holds its own."""
 
-    def __init__(self, settings: AdversarySettings, impl: str, parameters: Mapping[str, torch.nn.Parameter]):
+    def __init__(
+        self,
+        settings: AdversarySettings,
+        impl: str,
+        parameters: Mapping[str, torch.nn.Parameter],
+        drop: Callable[[], None],
+    ):
         super().__init__(settings, impl)
-        self._parameters = parameters
+        self._parameters, self._drop = parameters, drop
         self._own: list[torch.nn.Parameter] = []
+
+    @contextlib.contextmanager
+    def relearning(self) -> Iterator[None]:
+        flags = [parameter.requires_grad for parameter in self._parameters.values()]
+        try:
+            for parameter in self._parameters.values():
+                parameter.requires_grad_(True)
+            with self.inside():
+                yield
+        finally:
+            for parameter, flag in zip(self._parameters.values(), flags):
+                parameter.requires_grad_(flag)
+
+    def gradients(self) -> list[torch.Tensor]:
+        for parameter in self._parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self._parameters.values()]
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
@@ -158,10 +194,11 @@ class FullAdversary(Adversary):
 
     def update(self) -> None:
         for parameter, own in zip(self._parameters.values(), self._own):
-            own.grad, parameter.grad = parameter.grad, None
+            own.grad = parameter.grad
         self.optimizer.step()
         for own in self._own:
             own.grad = None
+        self._drop()
 
     def _copy(self) -> None:
         if not self._own:

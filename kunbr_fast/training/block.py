@@ -14,7 +14,7 @@ from torch import nn
 from kunbr_fast.data import PackedBatch
 from kunbr_fast.memory import gibibytes
 from kunbr_fast.model.blocks import check_block
-from kunbr_fast.model.decoder import Decoder, Stretch
+from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Decoder, Stretch
 from kunbr_fast.model.low_precision import Cover
 from kunbr_fast.model.ownership import check_data
 from kunbr_fast.model.weights import other_names, owners
@@ -22,7 +22,7 @@ from kunbr_fast.objectives.batch import PartLoss, Role, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.losses import RowWeights, weighted_pass
 from kunbr_fast.objectives.original import measure, together
-from kunbr_fast.training.adversary import FlatAdversary
+from kunbr_fast.training.adversary import FlatAdversary, FullAdversary
 from kunbr_fast.training.flat_buffer import FlatBuffer
 from kunbr_fast.training.graphs import Capture, StepGraphs, capture_cuda
 from kunbr_fast.training.settings import BlockSettings, Execution
@@ -107,6 +107,7 @@ class BlockTraining(Training):
         values = _values(unlearned, self.parameters)  # what comes from a file is in memory for a moment only
         masks = None if settings.mask is None else _masks(settings.mask, decoder, block, self.parameters)
         self._kept = {name: (p.data, p.grad) for name, p in self.parameters.items()}
+        self._all: dict[str, nn.Parameter] = {}  # the model's, where an adversary changes them
         self._away: dict[str, torch.Tensor] = {}  # values whose storage is freed meanwhile
         params, impl = list(self.parameters.values()), execution.impl
         try:
@@ -118,8 +119,11 @@ class BlockTraining(Training):
                     self._send_away()
             cure = "use master_weights=True or a float32 model"
             self.optimizer = settings.make_optimizer([self.flat.param], impl, cure)
-            if (adversary := settings.adversary) is not None:
-                self.adversary = FlatAdversary(adversary, impl, self.flat, params)
+            if settings.reaches_model:
+                self._all = dict(decoder.model.named_parameters())
+                self.adversary = FullAdversary(settings.adversary, execution.impl, self._all, self._zero)
+            elif settings.adversary is not None:
+                self.adversary = FlatAdversary(settings.adversary, impl, self.flat, params)
         except BaseException:
             self.take_out()
             raise
@@ -131,19 +135,29 @@ class BlockTraining(Training):
     # ------------------------------------------------ training
 
     def _backward(self, step: StepBatch) -> PartLoss:
-        if self.graphs is not None and (rows := self.criterion_of(step.role).weights(step)) is not None:
+        own = step.role is Role.TRAINED
+        if self.settings.reaches_model and not own:
+            step = self._measured(step, FROM_EMBEDDINGS)  # of the original, whose weights `at` takes away
+        elif self.graphs is not None and (rows := self.criterion_of(step.role).weights(step)) is not None:
             self._check_layer(step.packed)
-            graphs = self.graphs if step.role is Role.TRAINED else self.adversary_graphs
+            graphs = self.graphs if own else self.adversary_graphs
             with self.at(step.role):
                 return PartLoss(*graphs(step.packed, RowWeights(rows.weight * step.shares.factor, rows.cap)))
         return super()._backward(step)
 
     def drop_gradient(self) -> None:
         """Forgets what has been accumulated; lets go of CUDA graphs too."""
-        self.flat.grad.zero_()
+        self._zero()
         for graphs in (self.graphs, self.adversary_graphs):
             if graphs is not None:
                 graphs.drop()
+
+    def _zero(self) -> None:
+        """No gradient in the block, none at all elsewhere."""
+        self.flat.grad.zero_()
+        for name, parameter in self._all.items():
+            if name not in self.parameters:
+                parameter.grad = None
 
     def _memory(self) -> tuple[str, list[str]]:
         flat, size = self.flat, self.flat.weights.nbytes
@@ -172,7 +186,12 @@ class BlockTraining(Training):
 
     def loss(self, step: StepBatch) -> PartLoss:
         self._check_layer(step.packed)
-        stretch, criterion = self._stretch(step.packed), self.criterion_of(step.role)
+        criterion = self.criterion_of(step.role)
+        if self.settings.reaches_model and step.role is not Role.TRAINED:  # no layer is the original's
+            everything = Stretch(recompute=self.execution.gradient_checkpointing)
+            stretch = everything if step.role is Role.RELEARNED else self._stretch(step.packed, cached=False)
+            return criterion(self.decoder, step, stretch, impl=self.execution.impl)
+        stretch = self._stretch(step.packed)
         return criterion(self.decoder, self._measured(step, stretch), stretch, impl=self.execution.impl)
 
     def _passes(self, steps: list[StepBatch]) -> Iterable[PartLoss]:
@@ -194,16 +213,16 @@ class BlockTraining(Training):
     def use_graphs(self, capture: Capture | None = capture_cuda) -> None:
         """From here on steps run as CUDA graphs, where the objective allows it; capture: as in `StepGraphs`."""
         self.graphs = StepGraphs(self.decoder, self._weighted, self.flat.grad, capture)
-        if self.adversary is not None:
+        if self.adversary is not None and not self.settings.reaches_model:
             self.adversary_graphs = StepGraphs(self.decoder, self._weighted, self.flat.grad, capture)
 
     def _weighted(self, batch: PackedBatch, rows: RowWeights) -> tuple[torch.Tensor, torch.Tensor]:
         """`loss` of rows whose weights are known."""
         return weighted_pass(self.decoder, batch, rows, self._stretch(batch), impl=self.execution.impl)
 
-    def _stretch(self, batch: PackedBatch) -> Stretch:
+    def _stretch(self, batch: PackedBatch, cached: bool = True) -> Stretch:
         """The layers from the block on."""
-        hidden = batch.hidden
+        hidden = batch.hidden if cached else None
         if hidden is None:
             with torch.no_grad():
                 hidden = self.decoder.run(batch, stop=self.block.start)

@@ -54,7 +54,7 @@ class FullTraining(Training):
         cure = "load the model in float32 (--dtype float32)"
         self.optimizer = settings.make_optimizer(list(self.parameters.values()), execution.impl, cure)
         if (adversary := settings.adversary) is not None:
-            self.adversary = FullAdversary(adversary, execution.impl, self.parameters)
+            self.adversary = FullAdversary(adversary, execution.impl, self.parameters, self.drop_gradient)
 
     def loss(self, step: StepBatch) -> PartLoss:
         stretch = Stretch(recompute=self.execution.gradient_checkpointing)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from kunbr_fast.data.adversary import AdversarySettings
-from kunbr_fast.data.adversary import rates as adversary_rates
 from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
@@ -21,6 +20,7 @@ from kunbr_fast.training.graphs import check_cuda_graphs
 from kunbr_fast.values import COUNT_OR_NONE, FLOAT32, NOT_NEGATIVE, check
 
 INSERTIONS = ("independent", "cumulative")
+REACHES = ("block", "model")
 
 
 def check_rates(
@@ -63,16 +63,17 @@ class FullSettings:
         flat_buffer.check_optimizer(self.optimizer)
         check_rates(self.lr, self.weight_decay, self.optimizer, self.betas)
         check("adversary_every", self.adversary_every, COUNT_OR_NONE)
-        for lr in adversary_rates(self.adversary_lrs):
+        for lr in self._adversary(self.adversary_every or 1).lrs:
             check_rates(lr, 0.0, "adamw", name="adversary_lrs")
 
     @property
     def adversary(self) -> AdversarySettings | None:
         """None where there is none."""
-        if not self.adversary_every:
-            return None
-        names = (field.name for field in dataclasses.fields(AdversarySettings))
-        return AdversarySettings(**{name: getattr(self, f"adversary_{name}") for name in names})
+        return self._adversary(self.adversary_every) if self.adversary_every else None
+
+    def _adversary(self, every: int) -> AdversarySettings:
+        names = [field.name for field in dataclasses.fields(AdversarySettings) if field.name != "every"]
+        return AdversarySettings(every, **{name: getattr(self, f"adversary_{name}") for name in names})
 
     def make_optimizer(self, params: Sequence[torch.Tensor], impl: str, cure: str) -> torch.optim.Optimizer:
         """The optimiser over `params`; logs `cure` where most updates will be rounded away."""
@@ -92,6 +93,9 @@ class BlockSettings(FullSettings):
     mask: for some of the block's parameters, by name, a bool tensor of its shape: where it is False the weight keeps
     its bits (M_u's), whatever optimiser and weight decay. `attribute(...).mask()` makes them. Names outside the block
     have no effect, and what has no mask may change everywhere.
+    adversary_reach: what the adversary relearns with: "block", what is trained, or "model", all parameters of the model
+    that the block is in, as an attacker would. That costs a copy of the model and AdamW's moments of it, and passes of
+    the adversary through all layers, without the prefix cache.
     """
 
     optimizer: str = "lion"
@@ -105,11 +109,19 @@ class BlockSettings(FullSettings):
     insertion: str = "independent"
     master_weights: bool = True
     mask: Mapping[str, torch.Tensor] | None = None
+    adversary_reach: str = "block"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.insertion not in INSERTIONS:
             raise ValueError(f"insertion={self.insertion!r}: expected one of {', '.join(INSERTIONS)}")
+        if self.adversary_reach not in REACHES:
+            raise ValueError(f"adversary_reach={self.adversary_reach!r}: expected one of {', '.join(REACHES)}")
+
+    @property
+    def reaches_model(self) -> bool:
+        """Whether there is an adversary, of all parameters."""
+        return bool(self.adversary_every) and self.adversary_reach == "model"
 
     def criterion(self, block: range, given: Criterion | None = None) -> Criterion:
         """What a step of `block` minimises: `given`, or by the settings. ValueError where both name something."""

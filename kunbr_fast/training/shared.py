@@ -48,7 +48,10 @@ class SharedStep:
         for flag in training.flags():
             sums[7] += flag[0].to(sums.device)
         if group.size > 1:
-            training.share_gradients(group, sums)
+            for parameter in training.parameters.values():  # all have the same ones to sum
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            group.sum([sums, *training.gradients()])
         loss, self._term, forget, num_forget, retain, num_retain, asked, bad = sums.tolist()
         self._stop.agreed = asked > 0
         metrics = {

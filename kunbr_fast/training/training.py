@@ -125,15 +125,8 @@ class Training(abc.ABC):
             if batch is not None:
                 (add or self.accumulate)(batch)
             if group.size > 1:
-                self.share_gradients(group)
+                group.sum(self.adversary.gradients())
             self._fitting(self.adversary.update)
-
-    def share_gradients(self, group: Group, *more: torch.Tensor) -> None:
-        """Sums gradients, and `more` tensors, over the ranks."""
-        for parameter in self.parameters.values():  # all have the same ones to sum
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        group.sum([*more, *self.gradients()])
 
     def flags(self) -> list[torch.Tensor]:
         """Of all updates: see `Watched.flag`."""
@@ -141,7 +134,9 @@ class Training(abc.ABC):
 
     def at(self, role: Role) -> contextlib.AbstractContextManager[None]:
         """Inside, the parameters have the weights at which a batch of this role is evaluated."""
-        return contextlib.nullcontext() if role is Role.TRAINED else self.adversary.inside()
+        if role is Role.TRAINED:
+            return contextlib.nullcontext()
+        return self.adversary.relearning() if role is Role.RELEARNED else self.adversary.inside()
 
     def criterion_of(self, role: Role) -> Criterion:
         return RELEARNING if role is Role.RELEARNED else self.criterion
@@ -321,8 +316,9 @@ class Training(abc.ABC):
         """The error for a sample of `tokens` tokens that does not fit by itself, or (None) for an update."""
         what, cures = self._memory()
         if self.adversary is not None:
-            what += ", and an adversary: one more copy of what is trained, and AdamW's two moments"
-            cures = [*cures, "no adversary (adversary_every=0)"]
+            what += ", and an adversary: a copy of its weights and AdamW's two moments"
+            reaches = getattr(self.settings, "reaches_model", False)
+            cures = [*cures, *["adversary_reach='block'"] * reaches, "no adversary (adversary_every=0)"]
         if not self.execution.gradient_checkpointing:
             cures = ["gradient_checkpointing=True (the same result)", *cures]
         return cannot_fit(tokens, what, cures, self.decoder.device, said)

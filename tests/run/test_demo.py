@@ -14,6 +14,7 @@ from kunbr_fast.run import demo
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(demo, "GROUPS", {"forget": 24, "retain": 24, "bystanders": 12})
+    monkeypatch.setattr(demo, "ATTACKS", ("full", "nf4"))
     monkeypatch.setattr(demo, "TEACHING", {**demo.TEACHING, "batch_size": 20, "epochs": 14})
     monkeypatch.setattr(
         demo, "CONFIG", demo.dataclasses.replace(demo.CONFIG, batch_size=12, rtt_epochs=2, rtt_lrs=1e-3)
@@ -27,10 +28,12 @@ def test_demo_writes_a_table_a_report_and_plots(small, tmp_path, capsys):
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     rows = {row["method"]: row for row in report["rows"]}
-    assert list(rows) == ["taught", "warm-up (M_u)", "KUnBR", "gradient difference", "never saw them"]
+    assert list(rows) == ["taught", "warm-up (M_u)", "KUnBR", "robust", "gradient difference", "never saw them"]
     assert all(f"| {method} " in printed for method in rows)
     assert rows["taught"]["forget"] >= 0.9 and rows["taught"]["retain"] >= 0.9
     assert rows["KUnBR"]["forget"] <= rows["taught"]["forget"] - 0.3
+    assert set(report["rtt"]["robust"]["attacks"]) == set(demo.ATTACKS) and " nf4 |" in report["attacks"]
+    assert report["robust"]["adversary_every"] == 9 and report["attacks"] in printed
     assert rows["never saw them"]["forget"] <= 0.6 and rows["never saw them"]["retain"] >= 0.9
     for method, row in rows.items():
         if method != "taught":
@@ -60,7 +63,9 @@ def test_every_word_of_the_demo_is_in_its_vocabulary():
         assert len(set(question["choices"])) == 4
 
 
-def test_both_methods_take_as_many_steps():
+def test_all_methods_take_as_many_steps():
     """The baseline is not handicapped: its epochs are the warm-up's and the blocks' together."""
     config = demo.CONFIG
     assert demo.BASELINE["epochs"] == config.warmup_epochs + config.top_k * config.block_epochs * config.rounds
+    assert demo.ROBUST.warmup_epochs == demo.BASELINE["epochs"] and demo.ROBUST.top_k == 0
+    assert (demo.ROBUST.batch_size, demo.ROBUST.retain_coeff) == (config.batch_size, config.retain_coeff)

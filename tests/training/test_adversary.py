@@ -22,6 +22,7 @@ from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.full import FullTraining
+from kunbr_fast.training.settings import BlockSettings
 
 BLOCK = range(2, 4)
 FORGET, RETAIN = random_samples(8, seed=1, low=5), random_samples(5, seed=2, low=5)
@@ -41,22 +42,27 @@ def batches(plan, steps=7):
         yield [FORGET[i] for i in forget], [RETAIN[i] for i in retain], relearned
 
 
-def two_models(model, names, plan, lr=1e-3, forget_loss=lambda model, samples: -padded_loss(model, samples), kept=0):
-    """The method as the literature writes it: a whole second model."""
+def minus_nll(model, samples):
+    return -padded_loss(model, samples)
+
+
+def two_models(model, names, plan, lr=1e-3, forget_loss=minus_nll, kept=0, reach=None):
+    """The method as the literature writes it: a whole second model. reach: what the adversary changes."""
     adversary = copy.deepcopy(model)
     of = [dict(m.named_parameters()) for m in (model, adversary)]
     mine, theirs = ([of[which][name] for name in names] for which in (0, 1))
+    reach = {name: of[1][name] for name in reach or names}
     for parameter in [*of[0].values(), *of[1].values()]:
         parameter.requires_grad_(False)
-    for parameter in [*mine, *theirs]:
+    for parameter in [*mine, *reach.values()]:
         parameter.requires_grad_(True)
     lion = ReferenceLion(mine, lr)
     for number, (forget, retain, relearned) in enumerate(batches(plan)):
         if plan.adversary.forks(number):
             with torch.no_grad():
-                for a, w in zip(theirs, mine):
-                    a.copy_(w)
-            adamw = torch.optim.AdamW(theirs, plan.adversary.lr(number), weight_decay=0.0)
+                for name, a in reach.items():
+                    a.copy_(of[0][name])
+            adamw = torch.optim.AdamW(reach.values(), plan.adversary.lr(number), weight_decay=0.0)
         for batch in relearned:
             adamw.zero_grad()
             padded_loss(adversary, batch).backward()
@@ -68,6 +74,22 @@ def two_models(model, names, plan, lr=1e-3, forget_loss=lambda model, samples: -
             w.grad = forget_grad + retain_grad
         lion.step()
     return {name: of[0][name].detach() for name in names}
+
+
+def npo_of(original):
+    original = copy.deepcopy(original)
+
+    def npo(model, samples):
+        total = 0
+        for sample in samples:
+            rows = int((sample["labels"][1:] != -100).sum())
+            with torch.no_grad():
+                before = padded_loss(original, [sample])
+            ratio = rows * (before - padded_loss(model, [sample]))
+            total = total - 2 / 0.1 * torch.nn.functional.logsigmoid(-0.1 * ratio)
+        return total / len(samples)
+
+    return npo
 
 
 def full(model, plan, steps=7, **changes):
@@ -118,24 +140,12 @@ def test_a_block_is_trained_as_with_two_models(changes):
 def test_other_objectives_are_taken_at_the_adversary():
     """NPO, whose original values are M0's wherever the loss is taken."""
     model, plan = tiny_model(), schedule()
-    original = copy.deepcopy(model)
-
-    def npo(model, samples):
-        total = 0
-        for sample in samples:
-            rows = int((sample["labels"][1:] != -100).sum())
-            with torch.no_grad():
-                before = padded_loss(original, [sample])
-            ratio = rows * (before - padded_loss(model, [sample]))
-            total = total - 2 / 0.1 * torch.nn.functional.logsigmoid(-0.1 * ratio)
-        return total / len(samples)
-
     names = block_names(model, "model.layers", BLOCK)
     start, inserted = dict(moved(tiny_model()).named_parameters()), copy.deepcopy(model)
     with torch.no_grad():
         for name in names:
             inserted.get_parameter(name).copy_(start[name])
-    truth = two_models(inserted, names, plan, forget_loss=npo)
+    truth = two_models(inserted, names, plan, forget_loss=npo_of(model))
     assert close(reinserted(plan, objective="npo"), truth)
 
 
@@ -163,6 +173,39 @@ def test_hidden_layers_are_kept_at_the_trained_weights():
     assert not close(ours, reinserted(plan))
 
 
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_tokens": 12, "objective": "npo"}])
+def test_an_adversary_of_the_whole_model(changes):
+    model, plan = tiny_model(), schedule()
+    original, names = copy.deepcopy(model), block_names(model, "model.layers", BLOCK)
+    start, inserted = dict(moved(tiny_model()).named_parameters()), copy.deepcopy(model)
+    with torch.no_grad():
+        for name in names:
+            inserted.get_parameter(name).copy_(start[name])
+    before = identity(model)
+    trained = reinserted(plan, model, adversary_reach="model", **changes)
+    assert identity(model) == before
+    more = {"forget_loss": npo_of(original)} if changes else {}
+    truth = two_models(inserted, names, plan, reach=[name for name, _ in model.named_parameters()], **more)
+    assert close(trained, truth) and not close(trained, reinserted(plan, **changes))
+
+
+def test_batches_of_a_prefix_cache_serve_an_adversary_of_either_reach():
+    """The adversary of the whole model changes the layers below the block too, so it takes the tokens alone."""
+    plan = schedule()
+    for reach in ("block", "model"):
+        model, unlearned = tiny_model(), moved(tiny_model())
+        cache = kf.PrefixCache(Decoder(model), FORGET + RETAIN)
+        cache.advance(BLOCK.start)
+        how = dict(lr=1e-3, retain_coeff=1.5, adversary_reach=reach)
+        with kf.reinserted(model, unlearned, BLOCK, **how, **EVERY) as training:
+            for number in range(7):
+                forget, retain = plan[number]
+                relearned = [cache.batch(batch) for batch in plan.relearned(number)]
+                training.step(cache.batch(forget), cache.batch([8 + i for i in retain]), relearned=relearned)
+            found = {name: tensor.clone() for name, tensor in training.tensors().items()}
+        assert close(found, reinserted(plan, adversary_reach=reach))
+
+
 def test_it_is_not_the_training_without_one():
     plan = schedule()
     without = Schedule(8, 5, 3, 2, 7, seed=3)
@@ -186,7 +229,7 @@ def test_everything_of_the_original_is_put_back():
 
 
 @pytest.mark.parametrize(
-    ("kind", "steps"), [("block", 2), ("block", 3), ("host", 4), ("half", 4), ("full", 3), ("full", 5)]
+    ("kind", "steps"), [("model", 4), ("block", 2), ("block", 3), ("host", 4), ("half", 4), ("full", 3), ("full", 5)]
 )
 def test_a_resumed_training_has_the_same_bits(kind, steps):
     plan, found, kept = schedule(), [], {}
@@ -194,6 +237,7 @@ def test_a_resumed_training_has_the_same_bits(kind, steps):
         model = tiny_model(dtype=torch.bfloat16 if kind == "half" else torch.float64)
         unlearned = moved(tiny_model(dtype=model.dtype))
         how = dict(retain_coeff=1.5, optimizer_device="host" if kind == "host" else "device")
+        how |= {"adversary_reach": "model"} if kind == "model" else {}
         with contextlib.ExitStack() as stack:
             if kind == "full":
                 stack.enter_context(frozen(model))
@@ -340,9 +384,10 @@ def test_a_single_fact_cannot_be_halved():
         ({"adversary_lrs": ()}, "adversary_lrs=.*one or more different learning rates"),
         ({"adversary_lrs": (1e-3, 1e-3)}, "adversary_lrs=.*one or more different learning rates"),
         ({"adversary_lrs": (0.0,)}, "adversary_lrs entry=0.*above 0"),
+        ({"adversary_reach": "all"}, "adversary_reach='all': expected one of block, model"),
         ({"adversary_frozen": 1}, "adversary_frozen=1: expected True or False"),
     ],
 )
 def test_settings_are_checked(changes, said):
-    with pytest.raises(ValueError, match=said), frozen(model := tiny_model()):
-        FullTraining(Decoder(model), lr=1e-3, **{**EVERY, **changes})
+    with pytest.raises(ValueError, match=said):
+        BlockSettings(1e-3, **{**EVERY, **changes})
