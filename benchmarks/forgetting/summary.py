@@ -78,12 +78,16 @@ def said(setting: Setting) -> str:
     """A setting in a few words."""
     words = []
     for name, value in setting.items():
-        if name in _SAME or name.startswith("adversary"):
+        if name in _SAME or (name.startswith("adversary") and name != "adversary_reach"):
+            continue
+        if name in ("top_k", "warmup_epochs") and setting.get("top_k") == 0:
             continue
         if name == "forget_loss_cap" and value is None:
             continue
         if name == "objective_options":
             words += [f"{option} {number:g}" for option, number in value.items()]
+        elif name == "adversary_reach":
+            words.append(f"adversary of the {value}")
         elif name in ("warmup_optimizer", "optimizer"):
             words.append({"lion": "Lion", "adamw": "AdamW"}[value])
         elif isinstance(value, tuple):
