@@ -78,12 +78,16 @@ def said(setting: Setting) -> str:
     """A setting in a few words."""
     words = []
     for name, value in setting.items():
-        if name in _SAME or name.startswith("adversary"):
+        if name in _SAME or (name.startswith("adversary") and name != "adversary_reach"):
+            continue
+        if name in ("top_k", "warmup_epochs") and setting.get("top_k") == 0:
             continue
         if name == "forget_loss_cap" and value is None:
             continue
         if name == "objective_options":
             words += [f"{option} {number:g}" for option, number in value.items()]
+        elif name == "adversary_reach":
+            words.append(f"adversary of the {value}")
         elif name in ("warmup_optimizer", "optimizer"):
             words.append({"lion": "Lion", "adamw": "AdamW"}[value])
         elif isinstance(value, tuple):
@@ -95,6 +99,10 @@ def said(setting: Setting) -> str:
     return ", ".join(words)
 
 
+def both(plain: Sequence[float], smooth: Sequence[float]) -> str:
+    return f"{statistics.mean(plain):.1f} / {spread(smooth)}"
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -104,7 +112,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def main_table(units: Mapping[str, Sequence[Unit]], wide: Sequence[str]) -> str:
-    """A line a method, plain / smooth, over the seeds that are finished; differences are paired by seed."""
+    """A line a method, plain / smooth ± its standard error, over the seeds that are finished."""
     header = ["method", "forget", "retain", "bystanders", f"attack {REHEARSED}", "strongest attack", "which",
               "against gradient difference", "training, CPU s"]  # fmt: skip
     rows = []
@@ -113,13 +121,13 @@ def main_table(units: Mapping[str, Sequence[Unit]], wide: Sequence[str]) -> str:
         if not done:
             continue
         cells = [
-            f"{spread([damage(u, group, 'plain') for u in done])} / {spread([damage(u, group) for u in done])}"
+            both(*([damage(u, group, key) for u in done] for key in ("plain", "smooth")))
             for group in ("forget", "retain", "bystanders")
         ]
         kinds = wide if METHODS[method].wide and all(strength(u, wide) for u in done) else [REHEARSED]
         for asked in ([REHEARSED], kinds):
-            both = [[strength(u, asked, key)[0] for u in done] for key in ("plain", "smooth")]
-            cells.append(f"{spread(both[0])} / {spread(both[1])}" if asked is not kinds or len(kinds) > 1 else "-")
+            values = [[strength(u, asked, key)[0] for u in done] for key in ("plain", "smooth")]
+            cells.append(both(*values) if asked is not kinds or len(kinds) > 1 else "-")
         names = [strength(u, kinds)[1] for u in done]
         cells.append(statistics.mode(names) if len(kinds) > 1 else "-")
         cells.append(paired(done, units.get(BASELINE, ()), kinds))
