@@ -415,8 +415,8 @@ def test_settings_that_a_run_would_not_use(settings, said):
 
 def test_a_streamed_model_is_not_relearned_as_a_whole(tmp_path):
     """Said before the first stage."""
-    tiny_model().save_pretrained(tmp_path)
-    model, unlearned = streamed(tmp_path), streamed(tmp_path)
+    tiny_model().save_pretrained(tmp_path / "m")
+    model, unlearned = streamed(tmp_path / "m"), streamed(tmp_path / "m")
     config = kf.KUnBRConfig(num_blocks=2, top_k=1, skip_last_layers=0, adversary_every=2, adversary_reach="model")
     with pytest.raises(ValueError, match="adversary_reach='model': a streamed model's weights"):
         more = dict(unlearned=unlearned, output_dir=tmp_path / "out", on_stage=pytest.fail)
