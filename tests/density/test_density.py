@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from density_loops import loop, mean_of, sample_gradients, trace, wanted
+from helpers import rarely
 from reference_procedure import left_padded, padded, padded_loss
 from tiny_models import ARCHITECTURES, MIXTURES, ROTARY, live_tensor_bytes, peak_bytes, random_samples, tiny_model
 from torch import nn
@@ -382,7 +383,7 @@ def test_all_tiles_give_the_whole():
                 assert ours.per_module.keys() == whole.per_module.keys()
 
 
-@pytest.mark.parametrize("statistic", SAMPLED)
+@pytest.mark.parametrize("statistic", rarely(SAMPLED, ["grad_l1"]))
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_the_estimate_is_unbiased_and_knows_its_error(statistic, reduction):
     """Over 100 seeds: the mean lies within 4 of its standard errors of the truth. The reported variance is unbiased

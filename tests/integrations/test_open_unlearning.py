@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 import yaml
-from helpers import relative
+from helpers import rarely, relative
 from tiny_models import VOCAB, random_samples, tiny_model
 
 from kunbr_fast.integrations import labelled_rows, open_unlearning
@@ -272,7 +272,7 @@ def train(trainer, folder, name, options, model=None, method_args=None, **args):
     return made
 
 
-@pytest.mark.parametrize("clipping", [1.0, 0.0])
+@pytest.mark.parametrize("clipping", rarely([1.0, 0.0], [1.0]))
 @pytest.mark.parametrize("name", ["GradDiff", "NPO", "RMU"])
 def test_patched_trainers_give_the_same_weights(trainer, tmp_path, name, clipping):
     start = dict(tiny_model().named_parameters())
