@@ -409,7 +409,14 @@ def empty_checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_outside_a_checkout(tmp_path):
+def test_outside_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refused, match=r"is no checkout of OpenUnlearning \(src/train.py is not there\)"):
+        open_unlearning.main(["trainer=KUnBR"])
+
+
+@pytest.mark.slow
+def test_its_command_outside_a_checkout(tmp_path):
     command = [sys.executable, "-m", "kunbr_fast.integrations.open_unlearning", "trainer=KUnBR"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

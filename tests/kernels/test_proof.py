@@ -78,6 +78,7 @@ WHY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_way_of_being_wrong_is_seen():
     told, parts = [], []
     found, none = prover(on_verdict=told.append, progress=lambda *now: parts.append(now)).prove(

@@ -31,7 +31,9 @@ def freeze_all_but(model, block):
 # ---------------------------------------------------------------- generation
 
 
-@pytest.mark.parametrize("how", ["greedy", "sampled", "beams", "static cache", "no cache"])
+@pytest.mark.parametrize(
+    "how", rarely(["greedy", "sampled", "beams", "static cache", "no cache"], ["beams", "static cache"])
+)
 @pytest.mark.parametrize("architecture", FUSED)
 def test_generate(architecture, how):
     model = tiny_model(architecture, torch.float32)

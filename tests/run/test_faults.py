@@ -59,7 +59,7 @@ def same(out, truth):
 
 
 KILLS = [("independent", p) for p in POINTS] + [("cumulative", p) for p in POINTS if "block" in p]
-OFTEN = ["independent the model is half saved", "cumulative in the second block"]
+OFTEN = ["cumulative in the second block"]
 KILLS = [pytest.param(*k, marks=() if " ".join(k) in OFTEN else pytest.mark.slow) for k in KILLS]  # also: test_folder
 
 
