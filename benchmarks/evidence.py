@@ -108,9 +108,7 @@ class Evidence:
             f"Search, seed {SEARCH_SEED}, smooth accuracies. Chosen: {summary.RULE}.\n\n{summary.search_table(search)}"
         )
         if any(unit.result(REHEARSED) for unit in _flat(tested)):
-            text += (
-                f"\n\nSeeds {', '.join(map(str, self.seeds))}, plain / smooth, mean ± standard error over seeds.\n\n"
-            )
+            text += f"\n\nSeeds {', '.join(map(str, self.seeds))}, plain / smooth ± standard error over seeds.\n\n"
             text += summary.main_table(tested, self.wide)
             text += f"\n\nEach kind of attack, smooth.\n\n{summary.attack_table(tested, self.wide)}"
             pictures.draw(tested, self.wide, self.place.out)

@@ -168,26 +168,26 @@ def robust(world: World) -> list[Setting]:
 
 
 def robust_blocks(world: World) -> list[Setting]:
-    """The same in re-insertion: all layers as one block, two halves one after the other, a half after a warm-up."""
-    half = dict(num_blocks=2, skip_last_layers=0, top_k=2, insertion="cumulative")
-    one = dict(num_blocks=1, skip_last_layers=0, top_k=1, warmup_epochs=0, block_epochs=world.epochs)
-    last = dict(retain_layers=(world.layers - 1,), hidden_coeff=2.5)
-    warm_up, left = world.epochs // 9, world.epochs - world.epochs // 9
-    halves = dict(half, warmup_epochs=warm_up, block_epochs=left // 2, warmup_lr=2 * world.lion)
-    same = dict(optimizer="lion", hidden_coeff=10.0, **adversary(world))
+    """The same in re-insertion: a robust warm-up, then the lower half as a block, under an adversary of the whole model
+    or of the block; both halves; all layers as one block."""
+    layers, epochs = world.layers, world.epochs
+    same = dict(optimizer="lion", hidden_coeff=2.5, retain_layers=tuple(range(layers // 2, layers)), **adversary(world))
+    same |= dict(num_blocks=2, insertion="cumulative", warmup_lr=2 * world.lion, adversary_reach="model")
+
+    def lower(blocks_from: int, **more: Any) -> Setting:
+        found = dict(same, top_k=1, warmup_epochs=blocks_from, block_epochs=epochs - blocks_from)
+        return dict(found, block_lr=2.5 * world.lion, block_hidden_coeff=0.5, **more)
+
+    begin = 1 if epochs % 2 else 2
+    halves = dict(top_k=2, skip_last_layers=0, warmup_epochs=begin, block_epochs=(epochs - begin) // 2)
+    one = dict(num_blocks=1, top_k=1, skip_last_layers=0, warmup_epochs=0, block_epochs=epochs)
     return [
-        {**same, **changes}
-        for changes in (
-            dict(one, block_lr=2 * world.lion),
-            dict(one, block_lr=1.5 * world.lion, **last),
-            dict(halves, block_lr=2.5 * world.lion),
-            dict(halves, block_lr=5 * world.lion),
-            dict(
-                num_blocks=2, top_k=1, warmup_epochs=world.epochs * 2 // 3, warmup_lr=2 * world.lion,
-                block_epochs=world.epochs - world.epochs * 2 // 3, block_lr=2.5 * world.lion,
-            ),
-        )
-    ]  # fmt: skip
+        lower(epochs * 2 // 3),
+        dict(lower(epochs * 2 // 3), adversary_reach="block"),
+        lower(epochs // 3),
+        dict(same, **halves, block_lr=5 * world.lion, block_hidden_coeff=1.0),
+        dict(same, **one, block_lr=1.5 * world.lion, retain_layers=(layers - 1,)),
+    ]
 
 
 YARDSTICK, BASELINE = "never", "gradient_difference"

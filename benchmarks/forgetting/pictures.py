@@ -35,8 +35,8 @@ def finished(units: Units, wide: Sequence[str]) -> dict[str, tuple[list[Unit], S
     for method, of in units.items():
         done = [unit for unit in of if strength(unit, [REHEARSED])]
         if done:
-            whole = METHODS[method].wide and all(strength(unit, wide) for unit in done)
-            found[method] = done, wide if whole else [REHEARSED]
+            whole = [unit for unit in done if METHODS[method].wide and strength(unit, wide)]
+            found[method] = (whole, wide) if whole else (done, [REHEARSED])
     return found
 
 

@@ -78,12 +78,16 @@ def said(setting: Setting) -> str:
     """A setting in a few words."""
     words = []
     for name, value in setting.items():
-        if name in _SAME or name.startswith("adversary"):
+        if name in _SAME or (name.startswith("adversary") and name != "adversary_reach"):
+            continue
+        if name in ("top_k", "warmup_epochs") and setting.get("top_k") == 0:
             continue
         if name == "forget_loss_cap" and value is None:
             continue
         if name == "objective_options":
             words += [f"{option} {number:g}" for option, number in value.items()]
+        elif name == "adversary_reach":
+            words.append(f"adversary of the {value}")
         elif name in ("warmup_optimizer", "optimizer"):
             words.append({"lion": "Lion", "adamw": "AdamW"}[value])
         elif isinstance(value, tuple):
@@ -95,6 +99,10 @@ def said(setting: Setting) -> str:
     return ", ".join(words)
 
 
+def both(plain: Sequence[float], smooth: Sequence[float]) -> str:
+    return f"{statistics.mean(plain):.1f} / {spread(smooth)}"
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -104,37 +112,41 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def main_table(units: Mapping[str, Sequence[Unit]], wide: Sequence[str]) -> str:
-    """A line a method, plain / smooth, over the seeds that are finished; differences are paired by seed."""
-    header = ["method", "forget", "retain", "bystanders", f"attack {REHEARSED}", "strongest attack", "which",
-              "against gradient difference", "training, CPU s"]  # fmt: skip
+    """A line a method, plain / smooth ± its standard error, over the seeds that are finished. The strongest attack is
+    of those seeds (their number, where it is another) that met every kind. Differences are paired by seed."""
+    header = ["method", "forget", "retain", "bystanders", f"attack {REHEARSED}", "against gradient difference",
+              "strongest attack", "which", "against gradient difference"]  # fmt: skip
     rows = []
     for method, found in units.items():
         done = [unit for unit in found if strength(unit, [REHEARSED])]
         if not done:
             continue
         cells = [
-            f"{spread([damage(u, group, 'plain') for u in done])} / {spread([damage(u, group) for u in done])}"
+            both(*([damage(u, group, key) for u in done] for key in ("plain", "smooth")))
             for group in ("forget", "retain", "bystanders")
         ]
-        kinds = wide if METHODS[method].wide and all(strength(u, wide) for u in done) else [REHEARSED]
-        for asked in ([REHEARSED], kinds):
-            both = [[strength(u, asked, key)[0] for u in done] for key in ("plain", "smooth")]
-            cells.append(f"{spread(both[0])} / {spread(both[1])}" if asked is not kinds or len(kinds) > 1 else "-")
-        names = [strength(u, kinds)[1] for u in done]
-        cells.append(statistics.mode(names) if len(kinds) > 1 else "-")
-        cells.append(paired(done, units.get(BASELINE, ()), kinds))
-        cells.append(f"{statistics.mean(u.trained['cpu_seconds'] for u in done):.1f}")
+        baseline = units.get(BASELINE, ())
+        cells += [attacked(done, [REHEARSED]), paired(done, baseline, [REHEARSED])]
+        whole = [u for u in done if METHODS[method].wide and strength(u, wide)]
+        if whole and len(wide) > 1:
+            seeds = f" ({len(whole)})" if len(whole) < len(done) else ""
+            which = ", ".join(dict.fromkeys(strength(u, wide)[1] for u in whole))
+            cells += [attacked(whole, wide) + seeds, which, paired(whole, baseline, wide)]
+        else:
+            cells += ["-", "-", "-"]
         rows.append([METHODS[method].title, *cells])
     return markdown(header, rows)
+
+
+def attacked(units: Sequence[Unit], kinds: Sequence[str]) -> str:
+    return both(*([strength(unit, kinds, key)[0] for unit in units] for key in ("plain", "smooth")))
 
 
 def paired(units: Sequence[Unit], baseline: Sequence[Unit], kinds: Sequence[str]) -> str:
     """The mean difference in smooth accuracy under the strongest of `kinds`, seed by seed."""
     other = {unit.seed: found for unit in baseline if (found := strength(unit, kinds))}
-    if units and units[0].method == BASELINE:
-        return "0"
     differences = [strength(u, kinds)[0] - other[u.seed][0] for u in units if u.seed in other]
-    if not differences:
+    if units[0].method == BASELINE or not differences:
         return "-"
     text = spread(differences)
     return text if text.startswith("-") else f"+{text}"

@@ -121,8 +121,7 @@ class DemoWorld(World):
 
     def __init__(self, seed: int, folder: Path):
         super().__init__(seed, folder)
-        lrs = (*demo.CONFIG.rtt_lrs, 5e-3)
-        self.config = dataclasses.replace(demo.CONFIG, seed=seed, rtt_lrs=lrs, checkpoint_every=10**6)
+        self.config = dataclasses.replace(demo.CONFIG, seed=seed, checkpoint_every=10**6)
         people, self.tokenizer, self.teaching = demo.people(seed), demo.tokenizer(), demo.TEACHING
         self.records = {group: _taught(members) for group, members in people.items()}
         self.questions = {group: demo.questions(members, seed) for group, members in people.items()}

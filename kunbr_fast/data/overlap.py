@@ -3,7 +3,8 @@
 A record's fact is its text: a question and its right answer, a text line, a prompt and its completion, the contents of
 a chat but for system messages. Facts are the same where these differ in form, in the order of choices, in letter case,
 white space, full stops, special tokens around them, or in how Unicode composes a letter; numbers are the same by value.
-A question with another right answer is another fact (people share a name). What is given as tokens is the same where
+A question with another right answer is another fact (people share a name). Records with the same "fact" are about one
+fact too, whatever their texts. What is given as tokens is the same where
 all tokens are, but for padding behind the last label.
 """
 
@@ -44,6 +45,8 @@ def facts(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[Hashable, st
             else:
                 check_record(item, where)
                 key = _digest(text_of(item).encode(errors="surrogatepass"))
+                if (name_of_fact := item.get(FACT)) is not None:
+                    found.setdefault((FACT, name_of_fact), where)
             found.setdefault(key, where)
     return found
 
@@ -109,7 +112,7 @@ def overlap(sides: Sequence[Facts], why: str) -> str | None:
             other = owner.setdefault(fact, number)
             if other != number:
                 first = first or f"{sides[other][fact]} and {place} are the same fact"
-                several.add(fact)
+                several.add(sides[other][fact])  # known by its text and by its name, it counts once
     return f"{first}, {why} ({len(several)} such fact{'s' * (len(several) > 1)})" if several else None
 
 

@@ -135,6 +135,7 @@ def plan(
     tokenizer = load_tokenizer(model) if forget and has_tokenizer(model) else None
     longest = least(config.max_length, a.max_positions)
     data = Data.load(forget, retain, tokenizer, dataclasses.replace(config, max_length=longest), ignore_keys)
+    config.block_settings().check_reach(setup.stream, config.cover_precision)
     if setup.stream:
         data.folds = []
     assumed += _assumed(setup, config, data)

@@ -55,11 +55,12 @@ class Stage:
 
 
 class Steps(NamedTuple):
-    """whole: the batches of some of a training's steps; parts: their micro-batches; count: of all its steps; retain:
-    the most tokens of a step that are retained."""
+    """whole: the batches of some of a training's steps; parts: their micro-batches; relearned: those of an adversary;
+    count: of all its steps; retain: the most tokens of a step that are retained."""
 
     whole: list[Batch]
     parts: list[Batch]
+    relearned: list[Batch]
     count: int
     retain: int
 
@@ -230,7 +231,7 @@ class Run:
         sizes = len(data.forget), len(data.retain), config.batch_size, config.retain_size
         seed, adversary = config.seed * 1000, config.full_settings().adversary
         schedule = Schedule(*sizes, max(1, epochs), seed, adversary)
-        objective, whole, passed = config.criterion(range(1)).objective, [], []
+        objective, whole, passed, relearned = config.criterion(range(1)).objective, [], [], []
         most = 0
         for number in _some(len(schedule)):
             forget, retain = schedule[number]
@@ -240,9 +241,9 @@ class Run:
             most = max(most, _tokens(sides[1]))
             # with an adversary each side goes by itself, after what it relearns
             passed += [Batch.of(side) for side in sides if side] if adversary else [whole[-1]]
-            passed += [Batch.of([data.forget[i] for i in batch]) for batch in schedule.relearned(number)]
-        parts = [part for batch in passed for part in self._cut(batch)]
-        return Steps(whole, parts, schedule.steps_per_epoch * epochs, most)
+            relearned += [Batch.of([data.forget[i] for i in batch]) for batch in schedule.relearned(number)]
+        parts, relearned = ([part for batch in found for part in self._cut(batch)] for found in (passed, relearned))
+        return Steps(whole, parts, relearned, schedule.steps_per_epoch * epochs, most)
 
     def _cut(self, batch: Batch) -> list[Batch]:
         """Its micro-batches."""
@@ -254,7 +255,16 @@ class Run:
         last = self.a.layers - 1 in self._compared(block)  # its output is then needed whole
         step = dict(block=block, start=start, torch=self.setup.cpu, recompute=self._recompute, rows_last=not last)
         flops = sum(Step(self.a, part, **step).flops() for part in steps.parts)
-        return self._worst(steps.parts, **step), flops / len(steps.whole)
+        again = step | {"block": None, "start": 0} if block is not None and self._reaches_model else step
+        flops += sum(Step(self.a, part, **again).flops() for part in steps.relearned)
+        found = [self._worst(steps.parts, **step)]
+        if steps.relearned:
+            found.append(self._worst(steps.relearned, **again))
+        return max(found, key=lambda memory: sum(memory.values())), flops / len(steps.whole)
+
+    @property
+    def _reaches_model(self) -> bool:
+        return self.config.block_settings().reaches_model
 
     def _update(self, block: range | None) -> Update:
         a, config = self.a, self.config
@@ -302,6 +312,8 @@ class Run:
         if self.config.adversary_every:  # its weights and AdamW's moments
             moments = dataclasses.replace(update, states=2).state
             fixed["adversary"] = update.weights + (update.master_bytes if block is not None else 0) + moments
+            if block is not None and self._reaches_model:
+                fixed["adversary"] = 3 * self.a.parameters * self.a.itemsize
         if block is None:
             return fixed, host
         fixed |= {"block copy": update.weights, "gradient": update.weights, "master": update.master_bytes}
@@ -311,7 +323,7 @@ class Run:
         host += beside
         if update.on_host:
             host += 2 * update.weights + update.master_bytes + update.state
-            if "adversary" in fixed:  # of its weights one copy is on the device
+            if "adversary" in fixed and not self._reaches_model:  # of its weights one copy is on the device
                 host += fixed["adversary"]
                 fixed["adversary"] = update.weights
             fixed |= {"master": 0, "optimiser": 0}

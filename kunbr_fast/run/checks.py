@@ -95,6 +95,7 @@ def _check_settings(decoder: Decoder, config: KUnBRConfig, execution: Execution,
         resolve(operation, config.impl, decoder.device)
     for block in _blocks(decoder, config):
         execution.check(decoder, block, config.optimizer)
+        config.block_settings().check_reach(decoder.streamed, execution.cover_precision)
     return _criteria(decoder, config, warm_up)
 
 

@@ -36,7 +36,15 @@ from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.run.methods import settings_of
 from kunbr_fast.run.setting import ADVERSARY, NUMBERS, RATES, VISITS, refuse_old, setting
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
-from kunbr_fast.training.settings import INSERTIONS, REACHES, BlockSettings, Execution, FullSettings, check_rates
+from kunbr_fast.training.settings import (
+    INSERTIONS,
+    REACHES,
+    BlockSettings,
+    Execution,
+    FullSettings,
+    check_rates,
+    check_unused,
+)
 from kunbr_fast.values import check, parse_bytes
 
 
@@ -258,6 +266,8 @@ class KUnBRConfig:
             raise ValueError("parallel='blocks': cumulative blocks build on each other: leave it out, or take samples")
         if self.top_k == 0 and self.warmup_epochs == 0:
             raise ValueError("top_k=0, warmup_epochs=0: nothing would be trained: raise one of them")
+        check_unused(self)
+        self.block_settings().check_reach(False, self.cover_precision)
         self._check_objectives()
         rule = attribution.RULES.get(self.mask, {})
         if self.mask_ratio is not None and (self.mask == "none" or "threshold" in rule):
@@ -266,6 +276,11 @@ class KUnBRConfig:
             raise ValueError(f"mask {self.mask} has no published ratio: give mask_ratio")
 
     def _check_objectives(self) -> None:
+        if self.block_hidden_coeff is not None and self.retain_loss != "hidden_layers":
+            raise ValueError(
+                f"block_hidden_coeff={self.block_hidden_coeff:g}: retain_loss={self.retain_loss!r} has none: leave it "
+                "out, or take hidden_layers"
+            )
         both = self.criterion(range(1)), self.criterion(range(1), warmup=True)  # which layers there are the model says
         if self.warmup_objective is None and self.warmup_objective_options:
             raise ValueError("warmup_objective_options without a warmup_objective: give objective_options, or both")

@@ -49,7 +49,7 @@ METHODS = {
 
 def settings_of(name: Any) -> dict[str, Any]:
     """What the method sets. ValueError for one that does not exist."""
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         near = nearest(name, METHODS) if isinstance(name, str) else ""
         raise ValueError(f"method={shown(name)}{near}: expected one of {', '.join(METHODS)}")
     return dict(METHODS[name].settings)

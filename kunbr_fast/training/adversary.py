@@ -38,6 +38,11 @@ class Adversary(abc.ABC):
         self._copy()
         self.optimizer = make_optimizer("adamw", self._updated(), self.lr, impl=self.impl)
 
+    @property
+    def forked(self) -> bool:
+        """Whether it has weights of its own."""
+        return self.optimizer is not None
+
     def left_finite(self) -> bool:
         """Whether the updates since the fork have stored finite values alone. Waits for the device."""
         return self.optimizer is None or self.optimizer.left_finite()

@@ -80,9 +80,7 @@ def reinserted(
     criterion = settings.criterion(block, criterion)
     criterion.fit(decoder.num_layers, block)
     execution.check(decoder, block, settings.optimizer)
-    if settings.reaches_model and (decoder.streamed or execution.cover_precision != "none"):
-        why = "a streamed model's weights are" if decoder.streamed else "a cover in low precision is"
-        raise ValueError(f"adversary_reach='model': {why} not there to relearn with: take 'block'")
+    settings.check_reach(decoder.streamed, execution.cover_precision)
     ensure_proven(decoder.device, {decoder.dtype}, execution.impl)
     if unlearned is decoder.model or (decoder.streamed and unlearned is decoder.weights):
         raise ValueError("the unlearned model is the original itself: give a copy, or a mapping with its own weights")

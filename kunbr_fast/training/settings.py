@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kunbr_fast.data.adversary import AdversarySettings
+from kunbr_fast.files.shown import shown
 from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
@@ -19,6 +20,7 @@ from kunbr_fast.training import flat_buffer
 from kunbr_fast.training.graphs import check_cuda_graphs
 from kunbr_fast.values import COUNT_OR_NONE, FLOAT32, NOT_NEGATIVE, check
 
+ADVERSARY = ("adversary_steps", "adversary_lrs", "adversary_frozen", "adversary_reach")  # of one that is there
 INSERTIONS = ("independent", "cumulative")
 REACHES = ("block", "model")
 
@@ -36,6 +38,17 @@ def check_rates(
     first = lr / (1 - (betas or flat_buffer.BETAS[optimizer])[0]) if optimizer == "adamw" else lr
     if first > FLOAT32[0]:
         raise ValueError(f"{name}={lr:g}: AdamW's first step is {first:g}, more than fp32 holds: lower it")
+
+
+def check_unused(settings: Any) -> None:
+    """ValueError for a setting of an adversary where there is none. settings: a dataclass that has some of `ADVERSARY`,
+    checked."""
+    for field in dataclasses.fields(settings) if not settings.adversary_every else ():
+        if field.name in ADVERSARY and (value := getattr(settings, field.name)) != field.default:
+            raise ValueError(
+                f"{field.name}={shown(value)}: there is no adversary (adversary_every=0): leave it out, or set "
+                "adversary_every"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +78,7 @@ class FullSettings:
         check("adversary_every", self.adversary_every, COUNT_OR_NONE)
         for lr in self._adversary(self.adversary_every or 1).lrs:
             check_rates(lr, 0.0, "adamw", name="adversary_lrs")
+        check_unused(self)
 
     @property
     def adversary(self) -> AdversarySettings | None:
@@ -122,6 +136,12 @@ class BlockSettings(FullSettings):
     def reaches_model(self) -> bool:
         """Whether there is an adversary, of all parameters."""
         return bool(self.adversary_every) and self.adversary_reach == "model"
+
+    def check_reach(self, streamed: bool, cover_precision: str) -> None:
+        """ValueError where not all of the model is there to relearn with."""
+        if self.reaches_model and (streamed or cover_precision != "none"):
+            why = "a streamed model's weights are" if streamed else "a cover in low precision is"
+            raise ValueError(f"adversary_reach='model': {why} not there to relearn with: take 'block'")
 
     def criterion(self, block: range, given: Criterion | None = None) -> Criterion:
         """What a step of `block` minimises: `given`, or by the settings. ValueError where both name something."""

@@ -133,8 +133,9 @@ class Training(abc.ABC):
         return self.optimizer.flags() + ([] if self.adversary is None else self.adversary.flags())
 
     def at(self, role: Role) -> contextlib.AbstractContextManager[None]:
-        """Inside, the parameters have the weights at which a batch of this role is evaluated."""
-        if role is Role.TRAINED:
+        """Inside, the parameters have the weights at which a batch of this role is evaluated. An adversary that has not
+        forked yet, as where an approximation is measured before the first step, is what is trained."""
+        if role is Role.TRAINED or not self.adversary.forked:
             return contextlib.nullcontext()
         return self.adversary.relearning() if role is Role.RELEARNED else self.adversary.inside()
 

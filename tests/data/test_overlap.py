@@ -244,6 +244,13 @@ def test_records_about_one_fact(one, other, same):
     assert (fact_of(one) == fact_of(other)) == same
 
 
+def test_a_name_tells_that_other_words_are_about_the_same_fact():
+    one, other = {"text": "Ann, 1901.", "fact": "Ann"}, {"text": "In 1901 came Ann.", "fact": "Ann"}
+    said = of_sides(facts({"forget": [one]}), facts({"retain": [other, one]}))
+    assert said == "forget 0 and retain 0 are the same fact, to be forgotten and to be kept (1 such fact)"
+    assert of_sides(facts({"forget": [one]}), facts({"retain": [other | {"fact": "Bob"}]})) is None
+
+
 @pytest.mark.parametrize("fact", ["", True, 1.5, ["Ann"]])
 def test_a_fact_is_a_name_or_a_number(fact):
     with pytest.raises(ValueError, match="'fact' must be a name or a number"):

@@ -174,6 +174,7 @@ def test_peak_of_a_block_without_master_weights_and_with_adamw():
         dict(optimizer="adamw"),
         dict(optimizer="adamw", master_weights=False),
         dict(adversary_every=4),
+        dict(adversary_every=4, adversary_reach="model"),
     ):
         run, make = stage(MEASURED["llama"](), "bfloat16", data, **settings)
         predicted = run.training("", range(1, 3)).peak

@@ -53,11 +53,14 @@ def test_a_line_that_says_otherwise_than_the_method_is_an_error(tmp_path):
     path.write_text("method: robbust\n")
     with pytest.raises(ValueError, match="robbust.*did you mean 'robust'"):
         configured("--config", path)
+    path.write_text("method: [robust]\n")
+    with pytest.raises(ValueError, match="run.yaml: method=.*expected one of kunbr, robust"):
+        configured("--config", path)
 
 
 @pytest.mark.parametrize("method", ["robust", "gradient_difference"])
 def test_without_blocks_the_result_is_the_warm_up(method, tmp_path):
-    settings = {"method": method, **SMALL, "adversary_lrs": (1e-3,)}
+    settings = {"method": method, **SMALL} | ({"adversary_lrs": (1e-3,)} if method == "robust" else {})
     model, killed = tiny_model(), tiny_model()
     config = kf.KUnBRConfig.from_dict(settings)
     report = kf.unlearn(model, FORGET, RETAIN, config, progress=False)

@@ -20,6 +20,7 @@ from kunbr_fast.memory import OutOfMemory, is_out_of_memory
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives.criterion import Criterion
+from kunbr_fast.training.approximation import gradient_cosine
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.settings import BlockSettings
@@ -386,8 +387,46 @@ def test_a_single_fact_cannot_be_halved():
         ({"adversary_lrs": (0.0,)}, "adversary_lrs entry=0.*above 0"),
         ({"adversary_reach": "all"}, "adversary_reach='all': expected one of block, model"),
         ({"adversary_frozen": 1}, "adversary_frozen=1: expected True or False"),
+        ({"adversary_every": 0}, r"adversary_lrs=\(0.001, 0.003\): there is no adversary \(adversary_every=0\)"),
     ],
 )
 def test_settings_are_checked(changes, said):
     with pytest.raises(ValueError, match=said):
         BlockSettings(1e-3, **{**EVERY, **changes})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"adversary_lrs": 1e-3}, r"adversary_lrs=\(0.001,\): there is no adversary"),
+        ({"adversary_frozen": True}, "adversary_frozen=True: there is no adversary"),
+        ({"adversary_reach": "model"}, "adversary_reach='model': there is no adversary"),
+        (
+            {"adversary_every": 2, "adversary_reach": "model", "cover_precision": "int8"},
+            "a cover in low precision is not",
+        ),
+        ({"block_hidden_coeff": 2.0}, "block_hidden_coeff=2: retain_loss='nll' has none"),
+    ],
+)
+def test_settings_that_a_run_would_not_use(settings, said):
+    with pytest.raises(ValueError, match=said):
+        kf.KUnBRConfig(**settings)
+
+
+def test_a_streamed_model_is_not_relearned_as_a_whole(tmp_path):
+    """Said before the first stage."""
+    tiny_model().save_pretrained(tmp_path / "m")
+    model, unlearned = streamed(tmp_path / "m"), streamed(tmp_path / "m")
+    config = kf.KUnBRConfig(num_blocks=2, top_k=1, skip_last_layers=0, adversary_every=2, adversary_reach="model")
+    with pytest.raises(ValueError, match="adversary_reach='model': a streamed model's weights"):
+        more = dict(unlearned=unlearned, output_dir=tmp_path / "out", on_stage=pytest.fail)
+        kf.unlearn(model, FORGET, RETAIN, config, progress=False, **more)
+
+
+def test_approximations_are_measured_before_the_adversary_is_there():
+    found = []
+    for settings in ({}, EVERY):
+        how = dict(lr=1e-3, cover_precision="int8", **settings)
+        with kf.reinserted(tiny_model(), moved(tiny_model()), BLOCK, **how) as training:
+            found.append(gradient_cosine(training, training.criterion.pack(FORGET, RETAIN)))
+    assert 0.9 < found[0] < 1 and found[1] == pytest.approx(found[0], abs=1e-5)  # summed in another order
