@@ -46,8 +46,8 @@ def quick(target, case):
 
 def marks(target, case):
     """What takes the interpreter longest, of what other cases and test_grad_density_triton have."""
-    dear = target.kind == "short" and ("K=648" in case.name or "|600 tokens" in case.name) or target.kind == "fp32"
-    return pytest.mark.slow if DEVICE.type == "cpu" and dear and case.name.startswith("grad_l1") else ()
+    dear = target.kind in ("short", "fp32") and case.name.startswith("grad_l1")
+    return pytest.mark.slow if DEVICE.type == "cpu" and dear else ()
 
 
 @pytest.mark.parametrize("target, case", [pytest.param(*one, id=label(*one), marks=marks(*one)) for one in judged()])
