@@ -186,9 +186,8 @@ def _finished(
         for name in ("rtt_attacks", "rtt_lrs") if config.rtt and before.get("rtt") else ():
             was = before.get(name, [*getattr(KUnBRConfig, name)])
             if not {*getattr(config, name)} <= {*was}:
-                show(
-                    f"it was attacked with {name} = {shown(was)}: kunbr-fast rtt --model {arguments.out} makes other ones"
-                )
+                more = f"kunbr-fast rtt --model {arguments.out} makes others"
+                show(f"it was attacked with {name} = {shown(was)}: {more}")
     return report
 
 
