@@ -20,6 +20,11 @@ def relative(ours, truth):
     return float((ours - truth).norm() / truth.norm())
 
 
+def rarely(values, often):
+    """Parameters of a test: those in `often` run each time, the others, which show the same, with `make test-slow`."""
+    return [value if value in often else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def environment(**more):
     """For a process that imports this checkout and what lies in tests/, and is none of a group's."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

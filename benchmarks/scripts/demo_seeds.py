@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kunbr_fast.benchmarks.measure import add_rows, script_parser
 from kunbr_fast.files.documents import read_json
+from kunbr_fast.run.demo import ATTACKS
 
 
 def main():
@@ -19,6 +20,10 @@ def main():
     for report in map(read_json, arguments.reports):
         for row in report["rows"]:
             values = {"forget": row["forget"], "retain": row["retain"], **row["other"], "rtt": row.get("rtt")}
+            found = report["rtt"].get(row["method"], {})
+            values["smooth"] = found.get("smooth_accuracy")
+            of = {attack: summary["accuracy"] for attack, summary in found.get("attacks", {}).items()}
+            values |= {attack: of.get(attack) for attack in ATTACKS}
             values = {name: None if value is None else round(100 * value, 1) for name, value in values.items()}
             seconds = {f"{name.lower()}_s": round(value, 1) for name, value in row["seconds"].items()}
             rows.append({"benchmark": "demo", "seed": report["seed"], "method": row["method"], **values,

@@ -72,7 +72,7 @@ class Steps:
             whole = self.batch(self.needed[: 2 * BATCH]).to(training.decoder.device)
             step = training.criterion.step_batch(whole, BATCH, self.original)
             relearned = [
-                relearned_batch(self.batch(self.needed[2 * BATCH :]), training.decoder.device)
+                relearned_batch(self.batch(self.needed[:BATCH]), training.decoder.device)
                 for _ in range(training.relearned_before)
             ]
             training.step_packed(step, relearned)
@@ -93,7 +93,8 @@ def main() -> None:
     )  # fmt: skip
     # a step ends with a read of its loss; processor time on a CPU, which others on the machine do not lengthen
     clock = time.perf_counter if device == "cuda" else time.process_time
-    data, rows = questions(3 * BATCH, config.vocab_size), []
+    forget, rows = questions(BATCH, config.vocab_size), []
+    data = forget + [{name: x.flip(0) for name, x in sample.items()} for sample in forget]  # to retain: as long
     for where in ("block", "all parameters"):
         seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
         with contextlib.ExitStack() as stack:

@@ -182,6 +182,12 @@ def _finished(
     CheckpointFolder(arguments.out).end_again(sayer(arguments))
     if not arguments.json:
         show(f"this run is finished: model, report.json and plots are in {arguments.out}")
+        before = report["config"]
+        for name in ("rtt_attacks", "rtt_lrs") if config.rtt and before.get("rtt") else ():
+            was = before.get(name, [*getattr(KUnBRConfig, name)])
+            if not {*getattr(config, name)} <= {*was}:
+                more = f"kunbr-fast rtt --model {arguments.out} makes others"
+                show(f"it was attacked with {name} = {shown(was)}: {more}")
     return report
 
 

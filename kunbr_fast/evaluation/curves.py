@@ -192,15 +192,17 @@ class RTTResult:
         return None if None in errors else sum(error**2 for error in errors) ** 0.5 / len(rows)
 
     def _best(self, key: str, attack: str | None = None) -> tuple[float | None, Strongest | None]:
-        """The highest value of any attack, or of one; (None, None) where it was not measured."""
+        """The highest value of any attack, or of one; (None, None) where one of them has no such values."""
+        curves = {(name, lr): self._means(name, lr, key) for name, lr in self._rows if attack in (None, name)}
+        if None in curves.values():
+            return None, None
         found = [
             (value, Strongest(name, lr, epoch))
-            for name, lr in self._rows
-            if attack in (None, name)
-            for epoch, value in zip(self._epochs[name], self._means(name, lr, key) or ())
+            for (name, lr), values in curves.items()
+            for epoch, value in zip(self._epochs[name], values)
             if epoch
         ]
-        return max(found, key=lambda item: item[0], default=(None, None))  # the first of equal ones
+        return max(found, key=lambda item: item[0])  # the first of equal ones
 
     def leaks(self, attack: str | None = None) -> list[float] | None:
         """The share of questions whose answer is among k sampled ones, for each k of `SAMPLES`, mean over folds: after

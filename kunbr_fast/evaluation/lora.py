@@ -1,8 +1,8 @@
 """Fine-tuning by LoRA (arXiv 2106.09685) on any decoder of ours, with no PEFT.
 
-Each linear layer of the decoder has W = W0 + s B A with A (r, K) and B (N, r), of which A and B are trained. The model
-runs on W itself, one dense matrix, so every forward and backward pass is what it is without LoRA. From the gradient of
-W come those of A and B, exactly:
+Each linear layer of the decoder (of a mixture neither router nor experts, which are no linear layers) has W = W0 +
+s B A with A (r, K) and B (N, r), of which A and B are trained. The model runs on W itself, one dense matrix, so every
+forward and backward pass is what it is without LoRA. From the gradient of W come those of A and B, exactly:
 
     dA = s B^T dW,    dB = s dW A^T
 

@@ -21,12 +21,12 @@ from kunbr_fast.files.shown import shown
 from kunbr_fast.model.decoder import Tap
 from kunbr_fast.objectives.rows import Rows
 
-ALL, LAST = WORDS = ("all", "last")
+ALL, UPPER, LAST = WORDS = ("all", "upper", "last")
 
 
 @dataclasses.dataclass(frozen=True)
 class HiddenLayers:
-    """At which layers' outputs states are kept, ALL, the LAST or some, and the weight of that beside the NLL."""
+    """At which layers outputs are kept: ALL, the UPPER half, the LAST or some; and their weight beside the NLL."""
 
     layers: str | Sequence[int] = ALL
     coeff: float = 1.0
@@ -41,7 +41,8 @@ class HiddenLayers:
         for one that the model has not."""
         first = 0 if block is None else block.start
         if self.layers in WORDS:
-            return list(range(first if self.layers == ALL else num_layers - 1, num_layers))
+            begin = {ALL: 0, UPPER: num_layers // 2, LAST: num_layers - 1}[self.layers]
+            return list(range(max(first, begin), num_layers))
         for layer in self.layers:
             if not 0 <= layer < num_layers:
                 raise ValueError(f"{self}: {layer}: the model has layers 0 to {num_layers - 1}: leave it out")

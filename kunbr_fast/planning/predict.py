@@ -16,7 +16,7 @@ from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.evaluation.attacks import ATTACKS
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.parallel.assign import SHARING_COSTS, spread_blocks
-from kunbr_fast.planning.costs import Architecture, Batch, Step, batches, forward_extra, forward_flops
+from kunbr_fast.planning.costs import Architecture, Batch, Step, Update, batches, forward_extra, forward_flops
 from kunbr_fast.planning.lengths import Data
 from kunbr_fast.planning.machines import ARITHMETIC, BUS, DISK, HOST, TRAFFIC, Setup
 from kunbr_fast.run.config import KUnBRConfig
@@ -63,41 +63,6 @@ class Steps(NamedTuple):
     relearned: list[Batch]
     count: int
     retain: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """What an optimiser updates. entries: of the weights; states: of the optimiser for each entry; master: in fp32
-    beside a half-precision weight; on_host: the host updates a block that a GPU trains."""
-
-    entries: int
-    states: int
-    itemsize: int
-    master: bool
-    on_host: bool
-
-    @property
-    def weights(self) -> int:
-        """Bytes."""
-        return self.entries * self.itemsize
-
-    @property
-    def master_bytes(self) -> int:
-        return 4 * self.entries * self.master
-
-    @property
-    def state(self) -> int:
-        """Bytes."""
-        return self.states * self.entries * self._wide
-
-    @property
-    def traffic(self) -> int:
-        """Bytes that one update reads and writes."""
-        return self.entries * (2 * self.itemsize + self._wide * (2 * self.states + 2))
-
-    @property
-    def _wide(self) -> int:
-        return 4 if self.master else self.itemsize
 
 
 @dataclasses.dataclass

@@ -127,6 +127,8 @@ def _samples(
     if config.adversary_every == 0:
         return Samples(forget, retain, alternates)
     AdversarySettings().halves(facts, 0)  # its error now
+    if not is_record(inputs.forget[0]):
+        reporter.say("the forget set holds tokens: the adversary takes each sample for a fact (records can say more)")
     return Samples(forget, retain, alternates, facts)
 
 

@@ -94,7 +94,7 @@ class KUnBRConfig:
         tuple(RETAIN_LOSSES),
     )
     retain_layers: str | tuple[int, ...] = setting(
-        EVERY_LAYER.layers, "of hidden_layers: all, last, or the numbers of layers", "data"
+        EVERY_LAYER.layers, "of hidden_layers: all, upper (the upper half), last, or the numbers of layers", "data"
     )
     hidden_coeff: float = setting(EVERY_LAYER.coeff, "of hidden_layers: the states' weight beside the nll", "training")
     retain_coeff: float = setting(1.0, "weight of the retain loss", "training")

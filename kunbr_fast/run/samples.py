@@ -58,12 +58,15 @@ def with_facts(
     what: str,
     alternate: str | None = None,
 ) -> tuple[list[Sample], list[int]]:
-    """`to_samples`, and the number of the fact that each is about (`overlap.fact_of`); of tokens each its own."""
+    """`to_samples`, and the number of the fact that each is about (`overlap.fact_of`); of tokens that differ each its
+    own."""
     samples, owners = _made(data, tokenizer, config, decoder, what, alternate)
     if owners is None:
-        return samples, list(range(len(samples)))
+        known: list[Hashable] = [tuple(sample["input_ids"].tolist()) for sample in samples]
+    else:
+        known = [fact_of(data[i]) for i in owners]
     numbers: dict[Hashable, int] = {}
-    return samples, [numbers.setdefault(fact_of(data[i]), len(numbers)) for i in owners]
+    return samples, [numbers.setdefault(fact, len(numbers)) for fact in known]
 
 
 def _made(

@@ -77,6 +77,7 @@ def test_the_limit_of_ours_is_twice_the_error_of_plain_torch_and_a_few_roundings
         case(ours={"mine": 2 * (1 + 6 * eps)}).gate()
 
 
+@pytest.mark.slow
 def test_one_of_ours_that_is_wrong_costs_itself_alone():
     rows = {row["variant"]: row for row in case(ours={"mine": 2.0, "other": 2.00002}).rows()}
     assert rows["mine"]["ms"] and rows["eager"]["ms"] and rows["other"]["ms"] == ""
@@ -84,6 +85,7 @@ def test_one_of_ours_that_is_wrong_costs_itself_alone():
     assert [name for name, row in rows.items() if is_wrong(row)] == ["other"]
 
 
+@pytest.mark.slow
 def test_a_wrong_baseline_costs_itself_alone():
     rows = {row["variant"]: row for row in case({"mine": 2.0}, {"theirs": 2.0, "plain": 3.0}, baseline="plain").rows()}
     assert rows["plain"]["note"] == "not run: wrong: 5.0e-01 from fp64" and not is_wrong(rows["plain"])
@@ -156,6 +158,7 @@ def test_the_proof_s_own_table_is_asked_as_it_wants_to_be(monkeypatch):
     assert set(asked[2:]) == {("grad_density", "triton")} and {dtype for _, dtype in judged} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_a_kernel_that_the_table_finds_wrong_is_left_out(monkeypatch):
     asked, device = [], torch.device("cpu")
 
@@ -214,6 +217,7 @@ def later(ours=None, rivals=None):
     return Later(**{**parts, "ours": ours or {}, "rivals": rivals or {}})
 
 
+@pytest.mark.slow
 def test_a_rival_that_breaks_at_the_timed_shape_is_left_out():
     rows = {row["variant"]: row for row in later({"mine": 2.0}, {"theirs": RuntimeError("too large")}).rows()}
     assert rows["theirs"]["note"] == "not run: too large" and rows["mine"]["ms"] and rows["eager"]["ms"]
@@ -251,6 +255,7 @@ def test_rivals_that_are_wrong_or_missing_are_rows_that_say_why():
         assert (row["ms"] == "") == (name not in ("eager", "mine"))
 
 
+@pytest.mark.slow
 def test_two_of_ours_that_differ_at_the_timed_shape_give_no_numbers():
     with pytest.raises(harness.Wrong, match="two and those before it are .* apart"):
         later({"one": 2.0, "two": 2.001}).rows()
@@ -376,6 +381,7 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys, compil
     assert "was measured with commit" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rows_of_other_suites_stay_as_they_are(tmp_path, capsys, compiled_kernels):
     """device_suite.sh runs one suite after the other into one folder, each with settings of its own."""
     assert cli.main([*QUICK, "--out", str(tmp_path)]) == 0

@@ -206,6 +206,7 @@ def test_table_is_at_most_120_columns_wide():
     assert max(map(len, comparing.table(compare(before, after)).splitlines())) <= 120
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_runs_the_cases():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers import rarely
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama import modeling_llama
 
@@ -51,7 +52,7 @@ def test_the_gate_lets_ours_pass(active, dtype):
     assert set(left_out) == {"torch.compile", "liger"} | (set() if TRITON else {"triton"})
 
 
-@pytest.mark.parametrize("wrong", ["swiglu", "rms_norm", "apply_rotary", "linears"])
+@pytest.mark.parametrize("wrong", rarely(["swiglu", "rms_norm", "apply_rotary", "linears"], ["linears"]))
 def test_the_gate_refuses_a_wrong_layer(wrong, monkeypatch):
     right = getattr(patch, wrong)
 

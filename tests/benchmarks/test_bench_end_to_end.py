@@ -70,6 +70,7 @@ def test_the_gate_is_exact(quick):
     assert errors["torch"] <= end_to_end.SAME < errors["reference"] < 0.02  # fp64, and fp32
 
 
+@pytest.mark.slow
 def test_a_share_of_the_steps_is_extrapolated():
     told = []
     few = case(dataclasses.replace(QUICK, say=told.append), questions=27)
@@ -182,7 +183,7 @@ def test_shares_of_the_questions_have_their_lengths():
     "side, stages",
     [
         ("ours", {"warm-up", "prefix cache", "layers 0-0", "layers 1-1"}),
-        ("reference", {"warm-up", "density", "layers 0-0"}),
+        pytest.param("reference", {"warm-up", "density", "layers 0-0"}, marks=pytest.mark.slow),
     ],
 )
 def test_needed_flops_are_those_that_torch_counts(side, stages):

@@ -66,6 +66,7 @@ def test_saved_bytes_and_flops_of_one_product():
     assert found["saved_bytes"] == 4 * (3 * 5 + 3 * 7)  # x, and the product for its square; w is known
 
 
+@pytest.mark.slow
 def test_ours_needs_less_and_less_the_higher_the_block():
     ratios = []
     for start in (0, 2):

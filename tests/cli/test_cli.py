@@ -80,6 +80,17 @@ def test_a_finished_run_is_neither_overwritten_nor_resumed(workspace, tmp_path, 
     assert "holds a finished run with seed = 0" in capsys.readouterr().err
 
 
+def test_attacks_that_a_finished_run_has_not_made_are_named(workspace, tmp_path, capsys):
+    command = unlearn(workspace, tmp_path / "out", "--top-k", "0", "--rtt-attacks")
+    assert cli.main([*command, "int8", "nf4"]) == 0
+    capsys.readouterr()
+    assert cli.main([*command, "int8", "--resume"]) == 0
+    assert "it was attacked" not in capsys.readouterr().out
+    assert cli.main([*command, "int8", "lora", "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "attacked with rtt_attacks = ['int8', 'nf4']: kunbr-fast rtt --model" in said and "lrs" not in said
+
+
 def test_corpus_lines_with_questions_in_files_of_their_own(workspace, tmp_path):
     for i in range(3):
         names = tiny_text.NAMES[6 * i : 6 * i + 6]

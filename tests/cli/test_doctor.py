@@ -92,7 +92,12 @@ def test_doctor_describes_this_machine():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch is asked about the devices")
 @pytest.mark.parametrize(
     "environment",
-    [{}, {"OMP_NUM_THREADS": "3"}, {"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "1"}, {"TRITON_INTERPRET": "1"}],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"OMP_NUM_THREADS": "3"}, marks=pytest.mark.slow),
+        {"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "1"},
+        {"TRITON_INTERPRET": "1"},
+    ],
     ids=str,
 )
 def test_doctor_says_the_same_without_torch(environment):

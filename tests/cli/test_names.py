@@ -7,6 +7,7 @@ import unicodedata
 
 import pytest
 import tiny_text
+from helpers import rarely
 
 from kunbr_fast.benchmarks import report as bench_report
 from kunbr_fast.benchmarks.rows import COLUMNS
@@ -57,7 +58,10 @@ def test_a_name_in_a_picture(name, tmp_path, monkeypatch):
         assert not text.get_text() or not text._preprocess_math(text.get_text())[1]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "\x00" not in name and "\ud800" not in name])
+DRAWN = [name for name in NAMES if "\x00" not in name and "\ud800" not in name]
+
+
+@pytest.mark.parametrize("name", rarely(DRAWN, DRAWN[::3]))
 def test_a_name_in_the_charts_of_bench(name, tmp_path):
     """A CSV of any origin: `bench --report FILE.csv`."""
     rows = []

@@ -36,6 +36,12 @@ WITH = {  # what an option goes with
     ("plan", "--mask-ratio"): ["--mask", "wagle"],
     ("unlearn", "--retain-layers"): ["--retain-loss", "hidden_layers"],
     ("plan", "--retain-layers"): ["--retain-loss", "hidden_layers"],
+    **{
+        (command, option): ["--adversary-every", "3"]
+        for command in ("unlearn", "plan")
+        for option in ("--adversary-steps", "--adversary-lrs")
+    },
+    **{(command, "--block-hidden-coeff"): ["--retain-loss", "hidden_layers"] for command in ("unlearn", "plan")},
     ("unlearn", "--stream-cache"): ["--stream", "--unlearned", "."],
     ("density", "--stream-cache"): ["--stream"],
 }
@@ -164,6 +170,9 @@ def test_numbers_of_the_config_file(run, tmp_path):
         for text in values:
             (tmp_path / "run.yaml").write_text(f"{name}: {text}\n")
             status, error = run("unlearn", "--config", str(tmp_path / "run.yaml"))
+            if name == "adversary_lrs" and text == "[1]":
+                assert status == 2 and "there is no adversary" in error
+                continue
             if name in RATES and text == "[1]":
                 assert status == "begun"
                 continue

@@ -83,7 +83,7 @@ sys.exit(main())
     "kind, module, command",
     [
         ("SIGINT", "kunbr_fast.cli.command", "plan"),
-        ("SIGINT", "argparse", "unlearn"),
+        pytest.param("SIGINT", "argparse", "unlearn", marks=pytest.mark.slow),
         pytest.param("SIGTERM", "json", "demo", marks=pytest.mark.slow),
         ("SIGINT", "torch", "unlearn"),
         ("SIGTERM", "torch.nn", "density"),
@@ -173,7 +173,7 @@ def checkpoints(out):
         pytest.param("SIGTERM", "rename", 9, None, marks=pytest.mark.slow),
         pytest.param("SIGINT", "block", 2, None, marks=pytest.mark.slow),
         pytest.param("SIGINT", "density", 1, None, marks=pytest.mark.slow),
-        ("SIGINT", "rename", 6, None),
+        pytest.param("SIGINT", "rename", 6, None, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_gets_a_signal(kind, point, count, step, workspace, truth, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import rarely
 from torch.testing import assert_close
 
 from kunbr_fast.kernels.grad_density import reference as density
@@ -272,7 +273,7 @@ def test_the_portable_kernel_walks_over_strips(emulator):
     check(emulator, [33, 150], 128 * 8 + 40, (24,), None, names=("grad_l1", "grad_linf"), strip=3)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", rarely([0, 1], [1]))
 @pytest.mark.parametrize(
     "lengths, K, sizes, blocks",
     [
@@ -288,6 +289,7 @@ def test_the_kernel_for_sm_90a(emulator, lengths, K, sizes, blocks, seed):
     check(emulator, lengths, K, sizes, "row" if seed else None, names, blocks=blocks, strip=32, seed=seed)
 
 
+@pytest.mark.slow
 def test_equal_bits_whatever_the_timing(emulator):
     x, dys, cu = batch([40, 70], 264, (136,))
     for blocks in (0, 1):

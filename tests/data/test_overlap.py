@@ -247,7 +247,7 @@ def test_records_about_one_fact(one, other, same):
 def test_a_name_tells_that_other_words_are_about_the_same_fact():
     one, other = {"text": "Ann, 1901.", "fact": "Ann"}, {"text": "In 1901 came Ann.", "fact": "Ann"}
     said = of_sides(facts({"forget": [one]}), facts({"retain": [other, one]}))
-    assert said == "forget 0 and retain 1 are the same fact, to be forgotten and to be kept (1 such fact)"
+    assert said == "forget 0 and retain 0 are the same fact, to be forgotten and to be kept (1 such fact)"
     assert of_sides(facts({"forget": [one]}), facts({"retain": [other | {"fact": "Bob"}]})) is None
 
 

@@ -63,8 +63,12 @@ def truth_scores(model, name, method, of_forget, of_retain, mu=1e-6, max_cosine=
     return ((-f).sign() == r.sign()).double() - (f.sign() == r.sign()).double() * (f != 0)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "qwen2_moe"])
-@pytest.mark.parametrize("modules", ["mlp", "all"])
+@pytest.mark.parametrize(
+    "modules, architecture",
+    [("all", "llama"), ("mlp", "gpt2"), ("mlp", "mixtral"), ("all", "qwen2_moe")]
+    + [pytest.param(*both, marks=pytest.mark.slow)
+       for both in (("mlp", "llama"), ("all", "gpt2"), ("all", "mixtral"), ("mlp", "qwen2_moe"))],
+)  # fmt: skip
 def test_scores_equal_the_formulas(architecture, modules):
     model = tiny_model(architecture)
     decoder = Decoder(model)

@@ -111,6 +111,9 @@ def test_rows_of_an_earlier_version_are_of_the_full_attack(attacked, tokenizer, 
     result = Attack(make_decoder(tokenizer), tokenizer, make_folds(), make_config()).run(tmp_path, False, done)
     assert result.accuracy == whole.summary("full")["accuracy"]
     assert result.smooth_accuracy is None and result.leaks() is None and result.standard_error is None
+    newer = [row for rows in finished for row in rows if row["attack"] == "int8"]
+    mixed = RTTResult(done + newer)
+    assert mixed.smooth_accuracy is None and mixed.summary("int8")["smooth_accuracy"] is not None
 
 
 def test_attacks_are_shared_by_ranks(attacked, tokenizer, tmp_path):

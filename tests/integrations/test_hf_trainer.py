@@ -12,7 +12,7 @@ from pathlib import Path
 import fuzz
 import pytest
 import torch
-from helpers import environment, python
+from helpers import environment, python, rarely
 
 pytest.importorskip("accelerate")
 import transformers as tf
@@ -70,9 +70,9 @@ def truth():
     [
         {},
         {"insertion": "cumulative", "rounds": 2, "block_epochs": 1},
-        {"rounds": 2, "block_epochs": 1},
+        pytest.param({"rounds": 2, "block_epochs": 1}, marks=pytest.mark.slow),
         {"optimizer": "adamw", "warmup_optimizer": "adamw", "weight_decay": 0.1},
-        {"warmup_epochs": 0},
+        pytest.param({"warmup_epochs": 0}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -155,7 +155,7 @@ def test_forget_and_retain_in_one_data_set(truth, tmp_path):
         equal(weights(run.model), truth())
 
 
-@pytest.mark.parametrize("accumulation, batch", [(2, 2), (4, 1)])
+@pytest.mark.parametrize("accumulation, batch", [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_accumulated_gradients(accumulation, batch, truth, tmp_path):
     """Also where a step's samples do not divide evenly: the last of an epoch has 2, in up to 4 parts."""
     run = trainer(
@@ -168,8 +168,10 @@ def test_accumulated_gradients(accumulation, batch, truth, tmp_path):
 @pytest.mark.parametrize(
     "config",
     [{"objective": "npo", "retain_loss": "kl", "adversary_every": 3, "adversary_lrs": (1e-3, 2e-3)},
-     {"objective": "pdu", "retain_loss": "hidden_layers"}, {"objective": "ga"}, {"objective": "dpo"},
-     {"objective": "rmu", "warmup_objective": "ga"}],
+     {"objective": "dpo"},
+     pytest.param({"objective": "pdu", "retain_loss": "hidden_layers"}, marks=pytest.mark.slow),
+     pytest.param({"objective": "ga"}, marks=pytest.mark.slow),
+     pytest.param({"objective": "rmu", "warmup_objective": "ga"}, marks=pytest.mark.slow)],
     ids=lambda config: config["objective"],
 )  # fmt: skip
 def test_objectives(config, tmp_path):
@@ -316,7 +318,10 @@ def test_bf16(dtype, autocast, truth, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"save_steps": 2}, {"save_steps": 2, "lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2}],
+    [
+        pytest.param({"save_steps": 2}, marks=pytest.mark.slow),
+        {"save_steps": 2, "lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2},
+    ],
     ids=str,
 )
 def test_resume(arguments, tmp_path):
@@ -497,7 +502,7 @@ def test_an_exception_leaves_the_original(truth, tmp_path):
         equal(weights(model), truth(insertion="cumulative"))
 
 
-@pytest.mark.parametrize("where", ["on_train_end", "on_log", "merge"])
+@pytest.mark.parametrize("where", rarely(["on_train_end", "on_log", "merge"], ["merge"]))
 def test_an_exception_at_the_end_leaves_the_original(where, truth, tmp_path, monkeypatch):
     """In a callback before or after the merge, or half way through it."""
     run = trainer(tmp_path)
@@ -584,7 +589,11 @@ def test_divergence(tmp_path):
 
 @pytest.mark.parametrize(
     "config, stage",
-    [({"warmup_lr": 1e30}, "warm-up"), ({"block_lr": 1e30}, "block"), ({"block_lr": 1e30, "rounds": 2}, "block")],
+    [
+        ({"warmup_lr": 1e30}, "warm-up"),
+        ({"block_lr": 1e30}, "block"),
+        pytest.param({"block_lr": 1e30, "rounds": 2}, "block", marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_the_last_update_of_a_stage_is_looked_at(config, stage, tmp_path):
@@ -623,6 +632,7 @@ def test_what_is_not_supported_is_refused(tmp_path):
             trainer(tmp_path, **more).train()
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_trainer():
     code = (
         "import sys, kunbr_fast, kunbr_fast.integrations; "

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import poisoned
+from helpers import poisoned, rarely
 from tiny_models import random_samples, tiny_model
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
@@ -83,7 +83,7 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("dtype", LAUNCHES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", rarely(LAUNCHES, [torch.bfloat16, torch.float32]), ids=lambda d: str(d)[6:])
 def test_every_tile_of_the_table(tile, dtype):
     """Samples for each way through the kernel: none, one token, up to 32, 64 and 128, and longer. A tile and a part of
     the next, both ways."""
@@ -104,7 +104,7 @@ def test_odd_shapes(dtype, along):
     check(launch(x, dys, cu.long(), along), x, dys, lengths, along)
 
 
-@pytest.mark.parametrize("projections", [1, 2, 3, 5])
+@pytest.mark.parametrize("projections", rarely([1, 2, 3, 5], [1, 5]))
 def test_projections_equal_one_at_a_time(projections):
     x, dys, cu = batch([9, 20], 64, range(16, 16 + 8 * projections, 8), torch.bfloat16)
     for along in DIMS:
@@ -233,11 +233,11 @@ def small(short, **options):
 @pytest.mark.parametrize(
     "short, K, along, statistic",
     [
-        (0, 197, "row", "grad_l1"),
+        pytest.param(0, 197, "row", "grad_l1", marks=pytest.mark.slow),
         (32, 200, None, "grad_l2sq"),
-        (64, 197, None, "grad_l1"),
+        pytest.param(64, 197, None, "grad_l1", marks=pytest.mark.slow),
         (128, 200, "row", "grad_linf"),
-        (128, 197, None, "grad_l1"),
+        pytest.param(128, 197, None, "grad_l1", marks=pytest.mark.slow),
     ],
 )
 def test_several_tiles_a_program(short, K, along, statistic):
@@ -405,7 +405,11 @@ def test_the_gram_form_is_chosen_by_flops_for_triton_too(monkeypatch):
 
 @pytest.mark.parametrize(
     "architecture, statistic",
-    [("llama", "grad_l1"), ("gpt2", "grad_linf"), *itertools.product(("llama", "gpt2"), ("grad_l2", "grad_l2sq"))],
+    [
+        ("llama", "grad_l1"),
+        pytest.param("gpt2", "grad_linf", marks=pytest.mark.slow),
+        *itertools.product(("llama", "gpt2"), ("grad_l2", "grad_l2sq")),
+    ],
 )
 def test_knowledge_density(architecture, statistic):
     model = tiny_model(architecture, dtype=torch.float32).to(DEVICE)

@@ -78,6 +78,7 @@ WHY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_way_of_being_wrong_is_seen():
     told, parts = [], []
     found, none = prover(on_verdict=told.append, progress=lambda *now: parts.append(now)).prove(
@@ -108,6 +109,7 @@ def test_what_hangs_is_ended_with_its_group():
     assert not _processes("fake_kernels.py")
 
 
+@pytest.mark.slow
 def test_what_takes_long_is_no_hang():
     """Three cases of three seconds: each is a sign of life."""
     found, none = prover(limit=7.0).prove(targets("long"))
@@ -166,6 +168,7 @@ def test_a_command_that_cannot_start_is_no_verdict():
     assert none[target()] == "its process did not start: crashed: exit code 1, no such module"
 
 
+@pytest.mark.slow
 def test_the_real_kernels_through_it():
     """In Triton's interpreter, without the shapes of a model."""
     pytest.importorskip("triton", reason="triton is made for Linux only")
@@ -229,6 +232,7 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     assert len(said) == 1 and "could not be kept" in said[0] and "set KUNBR_CACHE" in said[0]
 
 
+@pytest.mark.slow
 def test_nobody_has_a_home(monkeypatch):
     """An id that no user has, as containers give."""
 
@@ -546,6 +550,7 @@ def test_wrong_kernels_are_said(gpu, ensured, monkeypatch):
     assert any('could not be proven: out of memory; impl="auto" takes torch' in text for text in said)
 
 
+@pytest.mark.slow
 def test_a_killed_proof_keeps_what_it_found():
     code = (
         f"import sys, torch; sys.path.insert(0, {str(HERE)!r})\n"

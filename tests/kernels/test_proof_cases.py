@@ -44,7 +44,13 @@ def quick(target, case):
     return target.dtype in (("bf16", "fp32") if both else ("bf16",))
 
 
-@pytest.mark.parametrize("target, case", [pytest.param(*one, id=label(*one)) for one in judged()])
+def marks(target, case):
+    """What takes the interpreter longest, of what other cases and test_grad_density_triton have."""
+    dear = target.kind in ("short", "fp32") and case.name.startswith("grad_l1")
+    return pytest.mark.slow if DEVICE.type == "cpu" and dear else ()
+
+
+@pytest.mark.parametrize("target, case", [pytest.param(*one, id=label(*one), marks=marks(*one)) for one in judged()])
 def test_every_case(target, case):
     found = gate.judge_case(case, target.impl, cases.DTYPES[target.dtype], DEVICE)
     assert found.why is None and 0 <= found.error <= found.bound < float("inf")

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 import transformers as tf
-from helpers import relative
+from helpers import rarely, relative
 from patch_problem import FUSED, batch_of_ids, block_parameters, own_loss, results
 from tiny_models import VOCAB, random_samples, tiny_model
 
@@ -31,7 +31,9 @@ def freeze_all_but(model, block):
 # ---------------------------------------------------------------- generation
 
 
-@pytest.mark.parametrize("how", ["greedy", "sampled", "beams", "static cache", "no cache"])
+@pytest.mark.parametrize(
+    "how", rarely(["greedy", "sampled", "beams", "static cache", "no cache"], ["beams", "static cache"])
+)
 @pytest.mark.parametrize("architecture", FUSED)
 def test_generate(architecture, how):
     model = tiny_model(architecture, torch.float32)
@@ -192,7 +194,12 @@ def test_autocast(architecture):
 
 @pytest.mark.parametrize(
     "architecture, backend",
-    [("llama", "aot_eager"), ("gemma3", "eager"), ("phi3", "eager"), ("olmo2", "eager")],
+    [
+        pytest.param("llama", "aot_eager", marks=pytest.mark.slow),
+        ("gemma3", "eager"),
+        pytest.param("phi3", "eager", marks=pytest.mark.slow),
+        ("olmo2", "eager"),
+    ],
 )
 def test_compiled(architecture, backend):
     """The outer model, as one graph; what was compiled inside is not what runs afterwards."""
@@ -225,7 +232,7 @@ def steps(model, tmp_path, **arguments):
     return model
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", rarely([False, True], [True]))
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "olmo2"])
 def test_trainer(architecture, checkpointing, tmp_path):
     pytest.importorskip("accelerate")

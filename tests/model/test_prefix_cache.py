@@ -33,8 +33,15 @@ def truth(decoder, sample, layer):
         return decoder.run(pack([sample]), stop=layer)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(
+    "storage, architecture",
+    [("file", architecture) for architecture in ARCHITECTURES]
+    + [
+        pytest.param(storage, architecture, marks=() if architecture == "llama" else pytest.mark.slow)
+        for storage in ("device", "host")
+        for architecture in ARCHITECTURES
+    ],
+)
 def test_exact_with_random_access(architecture, storage, tmp_path):
     decoder, samples = Decoder(tiny_model(architecture)), random_samples(9, low=2, high=14)
     cache = PrefixCache(decoder, samples, storage, tmp_path, batch_tokens=30)

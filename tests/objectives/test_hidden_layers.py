@@ -96,7 +96,7 @@ def test_all_parameters(layers, models):
 
 @pytest.mark.parametrize(
     ("layers", "measured"),
-    [("all", "with the step"), ("all", "before"), ((1, 3), "with the step"), ("last", "before")],
+    [("all", "with the step"), ("all", "before"), ((1, 3), "with the step"), ("last", "before"), ("upper", "before")],
 )
 def test_a_block(layers, measured, models):
     """Layers below the block do not count; what is measured with a step has that step's spread."""
@@ -105,7 +105,8 @@ def test_a_block(layers, measured, models):
     truth.model.layers[2:4].load_state_dict(unlearned.model.layers[2:4].state_dict())
     names = {n for n, _ in truth.named_parameters() if n.startswith(("model.layers.2.", "model.layers.3."))}
     spread = None if measured == "with the step" else spreads(original, RETAIN)
-    losses = plain_training(truth, original, {"all": [2, 3, 4], "last": [4]}.get(layers, [3]), spread, names)
+    which = {"all": [2, 3, 4], "upper": [2, 3, 4], "last": [4]}.get(layers, [3])
+    losses = plain_training(truth, original, which, spread, names)
     wanted = {n: p for n, p in truth.named_parameters() if n in names}
     settings = dict(retain_loss="hidden_layers", retain_layers=layers, hidden_coeff=WEIGHT, retain_coeff=COEFF)
     decoder, before = Decoder(original), copy.deepcopy(original.state_dict())
@@ -246,8 +247,14 @@ def test_settings(tmp_path):
         (dict(hidden_coeff=2.0), "hidden_coeff=2.0: retain_loss='nll' has none"),
         (dict(hidden_coeff=0), "hidden_coeff=0: expected a number above 0"),
         (dict(retain_layers=[1], objective="ga"), "retain_layers=.*: retain_loss='nll' has none"),
-        (dict(retain_layers=[1, 1], retain_loss="hidden_layers"), "expected all, last, or different numbers of layers"),
-        (dict(retain_layers=[], retain_loss="hidden_layers"), "expected all, last, or different numbers of layers"),
+        (
+            dict(retain_layers=[1, 1], retain_loss="hidden_layers"),
+            "all, upper, last, or different numbers of layers",
+        ),
+        (
+            dict(retain_layers=[], retain_loss="hidden_layers"),
+            "all, upper, last, or different numbers of layers",
+        ),
         (dict(retain_layers="some", retain_loss="hidden_layers"), "retain_layers entry='some': expected a whole"),
         (dict(retain_layers=[-1], retain_loss="hidden_layers"), "retain_layers entry=-1: expected a whole number"),
     ):

@@ -153,8 +153,11 @@ def measured_block(make, data, block, checkpoint, **settings):
 
 @pytest.mark.parametrize(
     "name, dtype, checkpoint, length",
-    [("llama", "float32", False, 40), ("qwen3", "float32", True, 40), ("gpt2", "float32", False, 40)]
-    + [("gpt2", "float32", True, 40), ("tied", "bfloat16", False, 40), ("llama", "bfloat16", False, 4)],
+    [("llama", "float32", False, 40), ("gpt2", "float32", True, 40), ("tied", "bfloat16", False, 40)]
+    + [
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in (("qwen3", "float32", True, 40), ("gpt2", "float32", False, 40), ("llama", "bfloat16", False, 4))
+    ],
 )
 def test_peak_of_a_block(name, dtype, checkpoint, length):
     data = random_samples(12, low=length // 2, high=length, vocab=499)  # of short samples the update is the peak

@@ -86,8 +86,8 @@ def killed_at_events(workspace, root, first, stride, limit):
 
 
 def test_killed_at_any_change_on_the_disk_it_resumes_to_the_same_bits(workspace, tmp_path):
-    """At every 53rd unlink, rename, fsync, mkdir and rmdir; `make test-slow` has them all."""
-    found = killed_at_events(workspace, tmp_path, 4, 53, 24)
+    """At every 60th unlink, rename, fsync, mkdir and rmdir; `make test-slow` has them all."""
+    found = killed_at_events(workspace, tmp_path, 4, 60, 24)
     assert found["events"] > 200 and found["tried"] > 4
 
 

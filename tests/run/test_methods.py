@@ -39,7 +39,7 @@ def test_each_sets_what_it_says_and_options_win(method):
 def test_a_file_names_a_method_and_its_lines_win(tmp_path):
     (path := tmp_path / "run.yaml").write_text("method: robust\nadversary_every: 5\n")
     config = configured("--config", path)
-    assert (config.adversary_every, config.retain_loss, config.top_k) == (5, "hidden_layers", 0)
+    assert (config.adversary_every, config.retain_layers, config.top_k) == (5, "upper", 0)
     config.save(tmp_path / "whole.yaml")
     assert configured("--config", tmp_path / "whole.yaml") == config
     assert configured("--config", path, "--method", "kunbr", "--adversary-every", 7).retain_loss == "nll"

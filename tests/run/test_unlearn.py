@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_text
 import torch
+from helpers import rarely
 from reference_procedure import ReferenceLion, padded_loss, reference_block
 from tiny_models import random_samples, tiny_model
 
@@ -49,7 +50,13 @@ def reference_run(model, forget, retain, config, blocks, rounds=1):
 
 
 @pytest.mark.parametrize(
-    "insertion, rounds", [("independent", 1), ("independent", 2), ("cumulative", 1), ("cumulative", 2)]
+    "insertion, rounds",
+    [
+        pytest.param("independent", 1, marks=pytest.mark.slow),
+        ("independent", 2),
+        pytest.param("cumulative", 1, marks=pytest.mark.slow),
+        ("cumulative", 2),
+    ],
 )
 def test_a_whole_run_equals_the_reference_procedure(insertion, rounds, tmp_path):
     forget, retain = random_samples(10, seed=1), random_samples(12, seed=2)
@@ -247,7 +254,7 @@ def test_a_line_that_changes_sides_is_another_run(tmp_path):
         )
 
 
-@pytest.mark.parametrize("insertion", ["independent", "cumulative"])
+@pytest.mark.parametrize("insertion", rarely(["independent", "cumulative"], ["cumulative"]))
 def test_a_block_keeps_the_file_of_its_last_round_alone_and_resumes_from_it(insertion, tmp_path):
     forget, retain = random_samples(6, seed=1), random_samples(6, seed=2)
     config = kf.KUnBRConfig(**SETTINGS, insertion=insertion, rounds=3)

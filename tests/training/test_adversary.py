@@ -20,6 +20,7 @@ from kunbr_fast.memory import OutOfMemory, is_out_of_memory
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives.criterion import Criterion
+from kunbr_fast.run.samples import with_facts
 from kunbr_fast.training.approximation import gradient_cosine
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.full import FullTraining
@@ -371,6 +372,16 @@ def test_a_fork_sees_every_sample_of_its_halves():
     assert {i for step in range(8) for batch in plan.relearned(step) for i in batch} == set(relearned)
 
 
+def test_of_tokens_each_sample_is_a_fact_and_equal_ones_are_one():
+    said, config = [], kf.KUnBRConfig(num_blocks=3, top_k=0, warmup_epochs=1, adversary_every=2)
+    twice = [FORGET[0], FORGET[1], {name: tensor.clone() for name, tensor in FORGET[0].items()}]
+    assert with_facts(twice, None, config, Decoder(tiny_model()), "forget")[1] == [0, 1, 0]
+    kf.unlearn(tiny_model(), FORGET[:3], RETAIN, config, progress=False, on_stage=said.append)
+    assert sum("takes each sample for a fact" in text for text in said) == 1
+    with pytest.raises(ValueError, match="2 forget samples about 1 fact"):
+        kf.unlearn(tiny_model(), [twice[0], twice[2]], RETAIN, config, progress=False)
+
+
 def test_a_single_fact_cannot_be_halved():
     plan = Schedule(3, 0, 2, 1, 4, seed=3, adversary=AdversarySettings(), facts=[0, 0, 0])
     with pytest.raises(ValueError, match="3 forget samples about 1 fact, expected two"):
@@ -415,8 +426,8 @@ def test_settings_that_a_run_would_not_use(settings, said):
 
 def test_a_streamed_model_is_not_relearned_as_a_whole(tmp_path):
     """Said before the first stage."""
-    tiny_model().save_pretrained(tmp_path)
-    model, unlearned = streamed(tmp_path), streamed(tmp_path)
+    tiny_model().save_pretrained(tmp_path / "m")
+    model, unlearned = streamed(tmp_path / "m"), streamed(tmp_path / "m")
     config = kf.KUnBRConfig(num_blocks=2, top_k=1, skip_last_layers=0, adversary_every=2, adversary_reach="model")
     with pytest.raises(ValueError, match="adversary_reach='model': a streamed model's weights"):
         more = dict(unlearned=unlearned, output_dir=tmp_path / "out", on_stage=pytest.fail)

@@ -29,8 +29,10 @@ def random_mask(model, share=0.4, seed=3, leave_out=("norm",)):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
 @pytest.mark.parametrize("optimizer", ["lion", "adamw"])
 @pytest.mark.parametrize(
-    "dtype, master", [(torch.float64, True), (torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)]
-)
+    "dtype, master",
+    [(torch.float64, True), pytest.param(torch.float32, True, marks=pytest.mark.slow), (torch.bfloat16, True),
+     pytest.param(torch.bfloat16, False, marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_what_lies_outside_keeps_its_bits(dtype, master, optimizer, weight_decay):
     original = tiny_model(dtype=dtype)
     start, mask = weights(moved(original)), random_mask(original)

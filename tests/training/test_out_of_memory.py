@@ -1,12 +1,12 @@
 """Memory runs out: the step goes on in smaller parts with the same result, or the error says what to change."""
 
 import contextlib
-import gc
 import math
 
 import pytest
 import torch
 from graph_emulator import capture
+from helpers import rarely
 from reinsertion_problem import BLOCK, FORGET, RETAIN, equal, weights
 from tiny_models import moved, random_samples, tiny_model
 
@@ -25,16 +25,6 @@ from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.original import OriginalValues
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.full import FullTraining
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage():
-    """`release` collects garbage: what was there before this module need not be looked through each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
 
 SAYS = "CUDA out of memory. Tried to allocate 1.00 GiB"
 
@@ -88,7 +78,7 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", rarely([False, True], [True]))
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_blocks_steps_in_parts_are_the_steps_of_the_whole(objective, backward, caplog):
     """The optimiser is AdamW: Lion's signs would hide what is wrong by a factor."""
@@ -165,7 +155,7 @@ def test_parts_that_were_asked_for(limit):
         kf.KUnBRConfig(micro_batch_tokens=0)
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", rarely([False, True], [True]))
 @pytest.mark.parametrize("form", ["capped", "gradient_difference", "npo"])
 def test_full_training(form, backward, caplog):
     found = []
@@ -190,7 +180,7 @@ def test_full_training(form, backward, caplog):
     assert len([r for r in caplog.records if "training of all parameters: memory ran out" in r.getMessage()]) == 1
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", rarely([False, True], [True]))
 @pytest.mark.parametrize("objective", ["gradient_difference", "dpo"])
 def test_one_sample_that_does_not_fit_says_what_to_change(objective, backward):
     original = tiny_model(dtype=torch.bfloat16)
@@ -294,7 +284,7 @@ def test_graphs_are_dropped(caplog):
 
 
 @pytest.mark.parametrize("reduction, statistic", [("sample", "grad_l1"), ("mean", "grad_l1"), ("mean", "cosine")])
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", rarely([False, True], [True]))
 @pytest.mark.parametrize("batch_tokens", [1000, 60])
 def test_density_goes_on_in_smaller_batches(reduction, statistic, backward, batch_tokens, caplog):
     samples, retain = random_samples(12), random_samples(7, seed=4) if statistic == "cosine" else None
