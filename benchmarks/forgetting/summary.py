@@ -153,15 +153,16 @@ def paired(units: Sequence[Unit], baseline: Sequence[Unit], kinds: Sequence[str]
 
 
 def attack_table(units: Mapping[str, Sequence[Unit]], kinds: Sequence[str]) -> str:
-    """Smooth accuracy under each kind, and what 64 sampled answers tell before and after the rehearsed one."""
+    """Smooth accuracy under each kind over the seeds that met it, and what 64 sampled answers tell before and after the
+    rehearsed one."""
     header = ["method", *kinds, f"leak at {SAMPLES[-1]}, before", "after"]
     rows = []
     for method, found in units.items():
-        done = [unit for unit in found if METHODS[method].wide and strength(unit, kinds)]
+        done = [unit for unit in found if METHODS[method].wide and strength(unit, [REHEARSED])]
         if done:
-            cells = [spread([strength(u, [kind])[0] for u in done]) for kind in kinds]
+            each = [[met[0] for u in done if (met := strength(u, [kind]))] for kind in kinds]
             leaks = [[100 * u.result(REHEARSED).leaks(attack)[-1] for u in done] for attack in (None, REHEARSED)]
-            rows.append([METHODS[method].title, *cells, *map(spread, leaks)])
+            rows.append([METHODS[method].title, *(spread(values) if values else "-" for values in (*each, *leaks))])
     return markdown(header, rows)
 
 
