@@ -128,11 +128,8 @@ def _print(result: RTTResult) -> None:
     attack, lr, epoch = result.strongest
     calibrated = "" if result.calibrated_accuracy is None else f", calibrated {result.calibrated_accuracy:.1%}"
     smooth = "" if result.smooth_accuracy is None else f", smooth {result.smooth_accuracy:.1%}"
-    kind = f"{attack}, " * (attack != "full")
-    show(
-        f"RTT accuracy {result.accuracy:.1%} ({kind}lr {lr:g}, epoch {epoch}){calibrated}{smooth}; before "
-        f"{result.before:.1%}"
-    )
+    kind = f"{attack}, " * (attack != "full") + f"lr {lr:g}, epoch {epoch}" if lr else attack  # a rounding has no rate
+    show(f"RTT accuracy {result.accuracy:.1%} ({kind}){calibrated}{smooth}; before {result.before:.1%}")
 
 
 class _Begun(Curves):

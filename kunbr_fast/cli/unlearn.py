@@ -211,16 +211,16 @@ def _write(report: Report, config: KUnBRConfig, arguments: argparse.Namespace) -
     path = out / "density.png"
     drawn(path, lambda: plot_density(report.density, report.blocks, path, config.skip_last_layers))
     if report.rtt is not None:
-        forget_accuracy = {"KUnBR": report.accuracy["result"]["forget"]["plain"]}
+        forget_accuracy = {report.method: report.accuracy["result"]["forget"]["plain"]}
         curves = out / "relearning.png"
-        drawn(curves, lambda: plot_relearning({"KUnBR": report.rtt}, curves, forget=forget_accuracy))
+        drawn(curves, lambda: plot_relearning({report.method: report.rtt}, curves, forget=forget_accuracy))
     config.save(out / "run.yaml")
     values = plain_values(report.to_dict() | {"model": str(arguments.model)})
     write_report(out / "report.json", values | {"result": record(out, values)})
 
 
 def _print(report: Report, arguments: argparse.Namespace, attack_left_out: bool) -> None:
-    rows = [report.row("original", "original"), report.row("warm-up (M_u)", "unlearned")]
+    rows = [report.row("original", "original"), *[report.row("warm-up (M_u)", "unlearned")] * bool(report.blocks)]
     rows = [*(row for row in rows if "forget" in row or "retain" in row), report.row()]
     show(*table(rows).splitlines())
     if report.rtt is not None:

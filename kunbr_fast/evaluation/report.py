@@ -44,8 +44,15 @@ class Report:
             return None
         return self.rtt.accuracy - self.accuracy["result"]["forget"]["plain"]
 
-    def row(self, method: str = "KUnBR", model: str = "result") -> dict[str, Any]:
-        """One line of `table`."""
+    @property
+    def method(self) -> str:
+        """What made the result, for people."""
+        name = "KUnBR" if self.blocks else self.config["objective"].replace("_", " ")
+        return name + ", adversary" * bool(self.config["adversary_every"])
+
+    def row(self, method: str | None = None, model: str = "result") -> dict[str, Any]:
+        """One line of `table`; method: its name (default: the report's)."""
+        method = method or self.method
         accuracy = self.accuracy.get(model, {})
         of = {name: accuracy[name]["plain"] for name in ("forget", "retain") if name in accuracy}
         rtt = self.rtt.accuracy if self.rtt is not None and model == "result" else None

@@ -88,7 +88,7 @@ def test_a_killed_attack_goes_on_and_one_that_fails_does_not_hold_up_the_others(
     first = unit._attack("full")["rows"]
     made.append(None)
     unit.run()
-    assert unit.missing == [] and len(made) == 5 and unit._attack("full")["rows"][:2] == first  # 2 folds, 2 rates
+    assert unit.missing == [] and len(made) == 3 and unit._attack("full")["rows"][:2] == first  # 2 folds, 1 rate
     other = Unit(unit.place, "npo", 0, 1)
     monkeypatch.setattr(Unit, "_train", lambda self: 1 / 0)
     runner = evidence.Runner(1, float("inf"))
