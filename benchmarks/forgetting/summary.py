@@ -12,7 +12,6 @@ from typing import Any
 
 from kunbr_fast.benchmarks.forgetting.methods import BASELINE, METHODS, Setting
 from kunbr_fast.benchmarks.forgetting.units import REHEARSED, Unit
-from kunbr_fast.evaluation.attacks import ATTACKS
 from kunbr_fast.evaluation.candidates import SAMPLES
 from kunbr_fast.files.atomic import atomic_write
 
@@ -188,8 +187,10 @@ def search_table(search: Mapping[str, Sequence[Unit]]) -> str:
 # ---------------------------------------------------------------- CSV
 
 
-def csv_rows(phase: str, units: Iterable[Unit], picked: set[tuple[str, int]]) -> list[dict[str, Any]]:
-    """A row for each unit and kind of attack (one without an attack where there was none)."""
+def csv_rows(
+    phase: str, units: Iterable[Unit], picked: set[tuple[str, int]], kinds: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A row for each unit and each of these kinds of attack (one without an attack where there was none)."""
     rows = []
     for unit in units:
         if (trained := unit.trained) is None:
@@ -204,7 +205,7 @@ def csv_rows(phase: str, units: Iterable[Unit], picked: set[tuple[str, int]]) ->
                 value = None if row["diverged"] else damage(unit, group, key)
                 row[f"{group}_{key}"] = value if value is None else round(value, 2)
         row |= {name: trained.get(name) and round(trained[name], 1) for name in ("seconds", "cpu_seconds")}
-        found = [(kind, result) for kind in ATTACKS if (result := unit.result(kind)) is not None]
+        found = [(kind, result) for kind in kinds if (result := unit.result(kind)) is not None]
         for kind, result in found or [(None, None)]:
             rows.append({**row, **_attack_cells(kind, result), **trained["about"]})
     return rows
