@@ -113,7 +113,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main_table(units: Mapping[str, Sequence[Unit]], wide: Sequence[str]) -> str:
     """A line a method, plain / smooth ± its standard error, over the seeds that are finished. The strongest attack is
     of those seeds (their number, where it is another) that met every kind. Differences are paired by seed."""
-    header = ["method", "forget", "retain", "bystanders", f"attack {REHEARSED}", "against gradient difference",
+    header = ["method", "seeds", "forget", "retain", "bystanders", f"attack {REHEARSED}", "against gradient difference",
               "strongest attack", "which", "against gradient difference"]  # fmt: skip
     rows = []
     for method, found in units.items():
@@ -133,7 +133,7 @@ def main_table(units: Mapping[str, Sequence[Unit]], wide: Sequence[str]) -> str:
             cells += [attacked(whole, wide) + seeds, which, paired(whole, baseline, wide)]
         else:
             cells += ["-", "-", "-"]
-        rows.append([METHODS[method].title, *cells])
+        rows.append([METHODS[method].title, f"{len(done)}", *cells])
     return markdown(header, rows)
 
 
