@@ -223,7 +223,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence.md"
 def test_the_page_says_what_the_rows_say():
     lines = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     first = next(i for i, line in enumerate(lines) if "strongest attack" in line)
-    table = {line[0]: line for line in lines[first + 2 :] if len(line) == len(lines[first])}
+    last = next(i for i, line in enumerate(lines) if i > first and line[0] == "method")
+    table = {line[0]: line for line in lines[first + 2 : last]}
     rows = [row for row in rows_of(PAGE.parents[1] / "benchmarks/results/evidence_demo_cpu.csv") if row["attack"]]
     names = {method.title: name for name, method in METHODS.items()}
     kinds = {row["attack"] for row in rows if row["method"] == "robust" and row["phase"] == "seeds"}
