@@ -100,7 +100,8 @@ class Evidence:
         """Writes table, CSV and pictures of what is finished; returns the tables."""
         search, tested = self.search(True), self.tested(True)
         picked = set(self.picked().items())
-        rows = summary.csv_rows("search", _flat(search), picked) + summary.csv_rows("seeds", _flat(tested), picked)
+        rows = summary.csv_rows("search", _flat(search), picked, self.wide)
+        rows += summary.csv_rows("seeds", _flat(tested), picked, self.wide)
         if not rows:
             return "nothing is finished yet"
         summary.write_csv(csv, rows)

@@ -130,6 +130,21 @@ def adamw(world: World) -> Setting:
     return dict(warmup_optimizer="adamw", warmup_lr=world.adamw)
 
 
+def rmu(world: World) -> list[Setting]:
+    """At the middle layer, or at three quarters of the depth."""
+    middle, upper = world.layers // 2, world.layers * 3 // 4
+    at = {"layer": middle, "steering_coeff": 20.0}
+    return whole(
+        world,
+        "rmu",
+        [1.0, 2.0],
+        dict(warmup_lr=2 * world.lion, retain_coeff=1.0),
+        dict(warmup_lr=2 * world.lion, objective_options={**at, "steering_coeff": 60.0}),
+        dict(warmup_lr=2 * world.lion, objective_options={**at, "layer": upper}),
+        objective_options=at,
+    )
+
+
 def blocks(insertion: str) -> Callable[[World], list[Setting]]:
     """A short warm-up, then the densest blocks, as published (independent) or staying in place."""
 
@@ -203,15 +218,13 @@ METHODS: dict[str, Method] = {
     ),
     "npo": Method("NPO", lambda w: whole(w, "npo", [0.75, 1.0, 1.5, 2.5], {"objective_options": {"beta": 0.5}})),
     "simnpo": Method(
-        "SimNPO", lambda w: whole(w, "simnpo", [0.75, 1.0, 1.5, 2.5], {"objective_options": {"delta": 4.0}})
-    ),
-    "rmu": Method(
-        "RMU",
+        "SimNPO",
         lambda w: whole(
-            w, "rmu", [0.75, 1.5, 2.5], dict(retain_coeff=300.0), dict(objective_options={"layer": w.layers // 4}),
-            objective_options={"layer": w.layers // 2}, retain_coeff=30.0,
+            w, "simnpo", [0.5, 0.75, 1.0], {"objective_options": {"delta": 0.0}},
+            {"objective_options": {"beta": 1.0}}, objective_options={"delta": 4.0},
         ),
     ),
+    "rmu": Method("RMU", rmu),
     "ria": Method("wrong answers (RIA)", lambda w: whole(w, "ria", [0.5, 1.0, 1.5, 2.5], adamw(w))),
     "kunbr": Method("KUnBR, as published", blocks("independent"), wide=True),
     "kunbr_cumulative": Method("KUnBR, cumulative", blocks("cumulative"), wide=True),

@@ -67,8 +67,8 @@ def plot_attacks(units: Units, wide: Sequence[str], path: Path) -> None:
     axes.set_xlabel("smooth accuracy on what was forgotten, under the strongest attack (%)")
     axes.set_title("What the strongest attack brings back", loc="left", fontweight="bold", pad=30)
     handles = [
-        axes.barh([], [], color=BLUE, label="all kinds of attack"),
-        axes.barh([], [], color=BLUE, alpha=0.45, label="full fine-tuning alone"),
+        *axes.plot([], color=BLUE, linewidth=9, label="all kinds of attack"),
+        *axes.plot([], color=BLUE, linewidth=9, alpha=0.45, label="full fine-tuning alone"),
         *axes.plot([], color=GREY, linestyle="--", linewidth=1.4, label="chance"),
     ]
     figures.legend(axes, handles=handles, ncols=3)
@@ -78,7 +78,8 @@ def plot_attacks(units: Units, wide: Sequence[str], path: Path) -> None:
 def plot_damage(units: Units, wide: Sequence[str], path: Path) -> None:
     """A point a method: what it kept of bystanders, and what the strongest attack brings back."""
     found = finished(units, wide)
-    figure, axes = figures.single((9.0, 5.4), grid="both")
+    figure, axes = figures.single((9.0, 5.8), grid="both")
+    points: dict[str, tuple[float, float]] = {}
     for method, (done, kinds) in found.items():
         kept = [damage(unit, "bystanders") for unit in done]
         across = statistics.stdev(kept) / len(kept) ** 0.5 if len(kept) > 1 else 0.0
@@ -86,9 +87,9 @@ def plot_damage(units: Units, wide: Sequence[str], path: Path) -> None:
         style = dict(color=colour(method), marker="o" if len(kinds) > 1 else "s", markersize=8)
         fill = {} if len(kinds) > 1 else dict(markerfacecolor="white")
         axes.errorbar(statistics.mean(kept), mean, xerr=across, yerr=error, capsize=2.5, linewidth=1.1, **style, **fill)
-        axes.annotate(METHODS[method].title, (statistics.mean(kept), mean), xytext=(7, 6), textcoords="offset points",
-                      fontsize=10)  # fmt: skip
+        points[METHODS[method].title] = statistics.mean(kept), mean
     axes.axhline(25, color=GREY, linestyle="--", linewidth=1.4)
+    axes.margins(x=0.14, y=0.08)
     axes.set_xlabel("bystanders, smooth accuracy (%): what unlearning has left alone")
     axes.set_ylabel("strongest attack (%)")
     axes.set_title("Damage and what comes back: right and low is good", loc="left", fontweight="bold", pad=30)
@@ -96,9 +97,31 @@ def plot_damage(units: Units, wide: Sequence[str], path: Path) -> None:
     handles = [
         *axes.plot([], marker="o", label="all kinds of attack", **dot),
         *axes.plot([], marker="s", markerfacecolor="white", label="full fine-tuning alone", **dot),
+        *axes.plot([], color=GREY, linestyle="--", linewidth=1.4, label="chance"),
     ]
-    figures.legend(axes, handles=handles, ncols=2)
+    figures.legend(axes, handles=handles, ncols=3)
+    _name(figure, axes, points)
     figures.save(figure, path)
+
+
+def _name(figure, axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Writes each point's name beside it, where no other name and no point is."""
+    from matplotlib.transforms import Bbox
+
+    figure.canvas.draw()
+    at = {name: axes.transData.transform(point) for name, point in points.items()}
+    taken = [Bbox.from_bounds(x - 12, y - 12, 24, 24) for x, y in at.values()]
+    places = [(9, 5, "left"), (-9, 5, "right"), (9, -14, "left"), (-9, -14, "right"), (9, 18, "left"), (9, -27, "left"),
+              (-9, 18, "right"), (-9, -27, "right")]  # fmt: skip
+    for name in sorted(points, key=lambda name: -points[name][1]):
+        for x, y, side in places:
+            text = axes.annotate(name, points[name], xytext=(x, y), textcoords="offset points", ha=side, fontsize=10)
+            box = text.get_window_extent()
+            free = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and not any(map(box.overlaps, taken))
+            if free or (x, y, side) == places[-1]:
+                taken.append(box)
+                break
+            text.remove()
 
 
 def plot_curves(units: Units, path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 from kunbr_fast.benchmarks.forgetting.methods import BASELINE, METHODS, Setting
 from kunbr_fast.benchmarks.forgetting.units import REHEARSED, Unit
-from kunbr_fast.evaluation.attacks import ATTACKS
 from kunbr_fast.evaluation.candidates import SAMPLES
 from kunbr_fast.files.atomic import atomic_write
 
@@ -114,7 +113,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main_table(units: Mapping[str, Sequence[Unit]], wide: Sequence[str]) -> str:
     """A line a method, plain / smooth ± its standard error, over the seeds that are finished. The strongest attack is
     of those seeds (their number, where it is another) that met every kind. Differences are paired by seed."""
-    header = ["method", "forget", "retain", "bystanders", f"attack {REHEARSED}", "against gradient difference",
+    header = ["method", "seeds", "forget", "retain", "bystanders", f"attack {REHEARSED}", "against gradient difference",
               "strongest attack", "which", "against gradient difference"]  # fmt: skip
     rows = []
     for method, found in units.items():
@@ -134,7 +133,7 @@ def main_table(units: Mapping[str, Sequence[Unit]], wide: Sequence[str]) -> str:
             cells += [attacked(whole, wide) + seeds, which, paired(whole, baseline, wide)]
         else:
             cells += ["-", "-", "-"]
-        rows.append([METHODS[method].title, *cells])
+        rows.append([METHODS[method].title, f"{len(done)}", *cells])
     return markdown(header, rows)
 
 
@@ -153,15 +152,16 @@ def paired(units: Sequence[Unit], baseline: Sequence[Unit], kinds: Sequence[str]
 
 
 def attack_table(units: Mapping[str, Sequence[Unit]], kinds: Sequence[str]) -> str:
-    """Smooth accuracy under each kind, and what 64 sampled answers tell before and after the rehearsed one."""
+    """Smooth accuracy under each kind over the seeds that met it, and what 64 sampled answers tell before and after the
+    rehearsed one."""
     header = ["method", *kinds, f"leak at {SAMPLES[-1]}, before", "after"]
     rows = []
     for method, found in units.items():
-        done = [unit for unit in found if METHODS[method].wide and strength(unit, kinds)]
+        done = [unit for unit in found if METHODS[method].wide and strength(unit, [REHEARSED])]
         if done:
-            cells = [spread([strength(u, [kind])[0] for u in done]) for kind in kinds]
+            each = [[met[0] for u in done if (met := strength(u, [kind]))] for kind in kinds]
             leaks = [[100 * u.result(REHEARSED).leaks(attack)[-1] for u in done] for attack in (None, REHEARSED)]
-            rows.append([METHODS[method].title, *cells, *map(spread, leaks)])
+            rows.append([METHODS[method].title, *(spread(values) if values else "-" for values in (*each, *leaks))])
     return markdown(header, rows)
 
 
@@ -187,8 +187,10 @@ def search_table(search: Mapping[str, Sequence[Unit]]) -> str:
 # ---------------------------------------------------------------- CSV
 
 
-def csv_rows(phase: str, units: Iterable[Unit], picked: set[tuple[str, int]]) -> list[dict[str, Any]]:
-    """A row for each unit and kind of attack (one without an attack where there was none)."""
+def csv_rows(
+    phase: str, units: Iterable[Unit], picked: set[tuple[str, int]], kinds: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A row for each unit and each of these kinds of attack (one without an attack where there was none)."""
     rows = []
     for unit in units:
         if (trained := unit.trained) is None:
@@ -203,7 +205,7 @@ def csv_rows(phase: str, units: Iterable[Unit], picked: set[tuple[str, int]]) ->
                 value = None if row["diverged"] else damage(unit, group, key)
                 row[f"{group}_{key}"] = value if value is None else round(value, 2)
         row |= {name: trained.get(name) and round(trained[name], 1) for name in ("seconds", "cpu_seconds")}
-        found = [(kind, result) for kind in ATTACKS if (result := unit.result(kind)) is not None]
+        found = [(kind, result) for kind in kinds if (result := unit.result(kind)) is not None]
         for kind, result in found or [(None, None)]:
             rows.append({**row, **_attack_cells(kind, result), **trained["about"]})
     return rows

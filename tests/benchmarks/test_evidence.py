@@ -3,7 +3,9 @@
 import csv
 import dataclasses
 import json
+import statistics
 import types
+from pathlib import Path
 
 import pytest
 import tiny_text
@@ -213,3 +215,32 @@ def test_what_is_kept_of_a_unit(small, tmp_path):
     records = done.world.records["forget"]
     wrong = [done.world.mistaken(record)["completion"] for record in records]
     assert all(a != b["completion"] for a, b in zip(wrong, records)) and wrong[0] == wrong[1] == wrong[2]
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence.md"
+
+
+def test_the_page_says_what_the_rows_say():
+    lines = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    first = next(i for i, line in enumerate(lines) if "strongest attack" in line)
+    last = next(i for i, line in enumerate(lines) if i > first and line[0] == "method")
+    table = {line[0]: line for line in lines[first + 2 : last]}
+    rows = [row for row in rows_of(PAGE.parents[1] / "benchmarks/results/evidence_demo_cpu.csv") if row["attack"]]
+    names = {method.title: name for name, method in METHODS.items()}
+    kinds = {row["attack"] for row in rows if row["method"] == "robust" and row["phase"] == "seeds"}
+    assert len(table) >= 8 and {"full", "lora", "other_facts", "int8", "nf4"} <= kinds
+    for title, cells in table.items():
+        found = {}  # of each seed
+        for row in rows:
+            if row["phase"] == "seeds" and row["method"] == names[title]:
+                found.setdefault(row["seed"], {})[row["attack"]] = float(row["smooth"])
+        assert len(found) == int(cells[1]) >= 3
+        full = statistics.mean(of["full"] for of in found.values())
+        assert abs(full - smooth_of(cells[5])) < 0.06
+        if cells[7] != "-":
+            whole = [max(of.values()) for of in found.values() if of.keys() >= kinds]
+            assert abs(statistics.mean(whole) - smooth_of(cells[7])) < 0.06
+
+
+def smooth_of(cell):
+    return float(cell.split(" / ")[1].split()[0])
