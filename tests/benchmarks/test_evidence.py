@@ -151,24 +151,30 @@ def stand_in(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_smollm2_with_as_many_people_as_there_is_time_for(stand_in, monkeypatch, capsys):
-    command = ["--world", "smollm2", "--data", str(stand_in), "--out", str(stand_in / "out"), "--device", "cpu"]
+def on_smollm2(folder, *more):
+    command = ["--world", "smollm2", "--data", str(folder), "--out", str(folder / "out"), "--device", "cpu", *more]
+    return evidence.main(command)
+
+
+def test_smollm2_in_too_little_time_and_nobody_twice(stand_in, monkeypatch, capsys):
     monkeypatch.setattr(birthdays, "probe", lambda world: (1.0, 1.0))
-    assert evidence.main([*command, "--hours", "0.1"]) == 2
+    assert on_smollm2(stand_in, "--hours", "0.1") == 2
     assert "got time for 0 people of each split" in capsys.readouterr().err
+    options = (("data", str(stand_in)), ("model", str(stand_in / "model")))
+    world = world_of(Place("smollm2", stand_in / "out", options), 1)
+    asked = [line["question"] for group in world.questions.values() for line in group]
+    assert len(set(asked)) == len(asked) == 19 and [len(fold.questions) for fold in world.folds] == [3, 2, 2, 2, 2]
+
+
+@pytest.mark.slow  # the demo's world goes through the same phases
+def test_a_run_on_smollm2(stand_in, monkeypatch):
     monkeypatch.setattr(birthdays.BirthdayWorld, "teaching", dict(lr=1e-3, epochs=1, batch_size=8))
     monkeypatch.setattr(birthdays.BirthdayWorld, "epochs", 1)
     some = ["--methods", "gradient_difference", "--settings", "1", "--attacks", "full", "--people", "2"]
-    assert evidence.main([*command, *some]) == 0
+    assert on_smollm2(stand_in, *some) == 0
     rows = rows_of(stand_in / "out" / "evidence.csv")
-    assert [(row["method"], row["phase"]) for row in rows] == [
-        ("gradient_difference", "search"), ("gradient_difference", "seeds"),
-    ]  # fmt: skip
-    world = world_of(
-        Place("smollm2", stand_in / "out", (("data", str(stand_in)), ("model", str(stand_in / "model")))), 1
-    )
-    asked = [line["question"] for group in world.questions.values() for line in group]
-    assert len(set(asked)) == len(asked) == 19 and [len(fold.questions) for fold in world.folds] == [3, 2, 2, 2, 2]
+    found = [(row["method"], row["phase"]) for row in rows]
+    assert found == [("gradient_difference", "search"), ("gradient_difference", "seeds")]
 
 
 def test_the_number_of_people_is_in_proportion_to_the_hours():
