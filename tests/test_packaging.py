@@ -87,9 +87,11 @@ def test_every_module_is_installed(installed, tmp_path):
             "scripts/count_step",
             "scripts/cover_precision",
             "scripts/demo_seeds",
+            "scripts/hidden_layers",
             "scripts/host_cost",
             "scripts/launch_each",
             "scripts/proven",
+            "scripts/robust_step",
             "scripts/wide_demo",
             "test_regression",
         }

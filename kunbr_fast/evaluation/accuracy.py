@@ -17,10 +17,9 @@ For `choice` two more figures come from the likelihoods: the smooth accuracy, ex
 far less noisy, and what sampled answers give away (`candidates`). For `letter` the choices stand in the prompt.
 """
 
-import contextlib
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -156,7 +155,7 @@ def _tokens(questions: Questions) -> Iterator[torch.Tensor]:
 def measure(decoder, questions: Questions, *, batch_size: int = 16, progress: str | None = None) -> Accuracy:
     """`choice_accuracy` of prepared questions."""
     check("batch_size", batch_size, BATCH)
-    scores = _scores(decoder, questions, batch_size, progress)
+    scores, smooth = _measured(decoder, questions, batch_size, progress)
     answers = torch.tensor(questions.answers)
     predictions = scores.argmax(dim=1)
     calibrated = None
@@ -172,7 +171,6 @@ def measure(decoder, questions: Questions, *, batch_size: int = 16, progress: st
     )
     if questions.candidates is None:
         return found
-    smooth = _smooth(decoder, questions.candidates, 4 * batch_size)
     return replace(
         found,
         smooth=smooth.mean().item(),
@@ -280,28 +278,48 @@ def _find_candidates(tokenizer, records: Sequence[dict], questions: Questions, l
     return find_candidates(records, fulls, starts, functools.partial(_encode, tokenizer), limit)
 
 
-@contextlib.contextmanager
-def _asking(decoder) -> Iterator[None]:
-    # not inference_mode: tensors that a model keeps from here (rotary tables) serve training too
-    with evaluating(decoder.model), torch.no_grad():
-        yield
-
-
-def _scores(decoder, questions: Questions, batch_size: int, progress: str | None) -> torch.Tensor:
-    """(questions, C) float64 on the CPU: letter logits or summed log-probabilities, -inf where no choice is."""
+def _measured(
+    decoder, questions: Questions, batch_size: int, progress: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """((questions, C) letter logits or summed log-probabilities, -inf where no choice is; (questions,) smooth accuracy,
+    where there are candidates), float64 on the CPU."""
     total = len(questions.answers)
-    score = _choice_scores if questions.letters is None else _letter_scores
-    groups = [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
-    out = torch.full((total, max(questions.num_choices)), float("-inf"), dtype=torch.float64)
-    batches = (_pack(ids for i in chosen for ids in questions.sequences[i]).to(decoder.device) for chosen in groups)
-    with _asking(decoder), tqdm(total=total, desc=progress, unit="q", disable=progress is None) as bar:
+    scores = torch.full((total, max(questions.num_choices)), float("-inf"), dtype=torch.float64)
+    smooth = torch.zeros(total, dtype=torch.float64)
+    asked = _scored(decoder, questions, batch_size, scores)
+    if questions.candidates is not None:
+        asked += _smoothed(decoder, questions.candidates, 4 * batch_size, smooth)
+    _answer(decoder, asked, tqdm(total=total, desc=progress, unit="q", disable=progress is None))
+    return scores, smooth
+
+
+# Texts that are read together, and what is made of their packed batch on its way: how many questions are then done.
+Ask = tuple[list[list[int]], Callable[[data.PackedBatch, Stretch], int]]
+
+
+def _answer(decoder, asked: Sequence[Ask], bar: tqdm) -> None:
+    """All in one go, so that a streamed model reads each layer once."""
+    batches = (_pack(texts).to(decoder.device) for texts, _ in asked)
+    # not inference_mode: tensors that a model keeps from here (rotary tables) serve training too
+    with evaluating(decoder.model), torch.no_grad(), bar:
         for number, batch, _, stretch in decoder.forward_to(batches, [decoder.num_layers - 1]):
-            chosen = groups[number]
+            bar.update(asked[number][1](batch, stretch))
+
+
+def _scored(decoder, questions: Questions, batch_size: int, out: torch.Tensor) -> list[Ask]:
+    """Fill `out` (questions, C): letter logits or summed log-probabilities."""
+    score, total = _choice_scores if questions.letters is None else _letter_scores, len(questions.answers)
+
+    def ask(chosen: range) -> Ask:
+        def read(batch: data.PackedBatch, stretch: Stretch) -> int:
             for i, scores in zip(chosen, score(decoder, questions, chosen, batch, stretch), strict=True):
                 _check_finite(i, scores)
                 out[i, : len(scores)] = scores
-            bar.update(len(chosen))
-    return out
+            return len(chosen)
+
+        return [ids for i in chosen for ids in questions.sequences[i]], read
+
+    return [ask(range(first, min(first + batch_size, total))) for first in range(0, total, batch_size)]
 
 
 def _check_finite(question: int, scores: torch.Tensor) -> None:
@@ -357,8 +375,23 @@ def _log_probs(
     return out
 
 
-def _smooth(decoder, candidates: Sequence[Candidates], at_once: int) -> torch.Tensor:
-    """The smooth accuracy of each question. at_once: texts of a batch, or one question's."""
+def _smoothed(decoder, candidates: Sequence[Candidates], at_once: int, out: torch.Tensor) -> list[Ask]:
+    """Fill `out` (questions,): the smooth accuracy of each. at_once: texts of a batch, or one question's."""
+
+    def ask(chosen: list[int]) -> Ask:
+        def read(batch: data.PackedBatch, stretch: Stretch) -> int:
+            reads, text = [], 0
+            for i in chosen:
+                reads += [(text + sequence, position, token) for sequence, position, token in candidates[i].reads]
+                text += len(candidates[i].sequences)
+            found = _log_probs(decoder, reads, batch, stretch)
+            for i, part in zip(chosen, found.split([len(candidates[i].reads) for i in chosen])):
+                _check_finite(i, part)
+                out[i] = candidates[i].smooth(part)
+            return 0
+
+        return [ids for i in chosen for ids in candidates[i].sequences], read
+
     groups: list[list[int]] = []
     waiting = at_once + 1
     for i, question in enumerate(candidates):
@@ -367,16 +400,4 @@ def _smooth(decoder, candidates: Sequence[Candidates], at_once: int) -> torch.Te
             groups.append([])
             waiting = len(question.sequences)
         groups[-1].append(i)
-    batches = (_pack(ids for i in group for ids in candidates[i].sequences).to(decoder.device) for group in groups)
-    out = torch.zeros(len(candidates), dtype=torch.float64)
-    with _asking(decoder):
-        for number, batch, _, stretch in decoder.forward_to(batches, [decoder.num_layers - 1]):
-            reads, text = [], 0
-            for i in groups[number]:
-                reads += [(text + sequence, position, token) for sequence, position, token in candidates[i].reads]
-                text += len(candidates[i].sequences)
-            found = _log_probs(decoder, reads, batch, stretch)
-            for i, part in zip(groups[number], found.split([len(candidates[i].reads) for i in groups[number]])):
-                _check_finite(i, part)
-                out[i] = candidates[i].smooth(part)
-    return out
+    return [ask(group) for group in groups]

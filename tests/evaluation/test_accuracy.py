@@ -15,6 +15,10 @@ from kunbr_fast.evaluation.accuracy import choice_accuracy, letter_tokens, measu
 from kunbr_fast.model.decoder import Decoder
 
 
+def scores_of(*arguments):
+    return accuracy._measured(*arguments)[0]
+
+
 def make_records(number=12, seed=0, choices=4):
     rng = random.Random(seed)
     records = []
@@ -129,7 +133,7 @@ def share(predictions, records):
 def test_letter_scoring_equals_a_plain_loop(tokenizer, batch_size):
     model, records = make_model(len(tokenizer)), make_records(13)
     truth = plain_letters(model, tokenizer, records)
-    scores = accuracy._scores(Decoder(model), prepare_questions(tokenizer, records), batch_size, None)
+    scores = scores_of(Decoder(model), prepare_questions(tokenizer, records), batch_size, None)
     torch.testing.assert_close(scores, truth, rtol=1e-10, atol=1e-10)
 
     result = choice_accuracy(Decoder(model), tokenizer, records, batch_size=batch_size)
@@ -145,7 +149,7 @@ def test_letter_scoring_equals_a_plain_loop(tokenizer, batch_size):
 def test_choice_scoring_equals_a_plain_loop(tokenizer, batch_size):
     model, records = make_model(len(tokenizer)), make_records(13)
     truth = plain_choices(model, tokenizer, records)
-    scores = accuracy._scores(Decoder(model), prepare_questions(tokenizer, records, scoring="choice"), batch_size, None)
+    scores = scores_of(Decoder(model), prepare_questions(tokenizer, records, scoring="choice"), batch_size, None)
     torch.testing.assert_close(scores, truth, rtol=1e-10, atol=1e-10)
 
     result = choice_accuracy(Decoder(model), tokenizer, records, scoring="choice", batch_size=batch_size)
@@ -159,9 +163,9 @@ def test_logits_in_small_pieces_are_the_same(monkeypatch):
     tokenizer = byte_level_bpe()
     decoder = Decoder(make_model(len(tokenizer)))
     questions = prepare_questions(tokenizer, make_records(), scoring="choice")
-    whole = accuracy._scores(decoder, questions, 16, None)
+    whole = scores_of(decoder, questions, 16, None)
     monkeypatch.setattr(accuracy, "_LOGITS_AT_ONCE", 3 * len(tokenizer))
-    torch.testing.assert_close(accuracy._scores(decoder, questions, 16, None), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scores_of(decoder, questions, 16, None), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_questions_with_different_numbers_of_choices():
@@ -188,7 +192,7 @@ def test_twice_the_same():
     decoder = Decoder(make_model(len(tokenizer), dtype=torch.float32))
     for scoring in accuracy.SCORINGS:
         questions = prepare_questions(tokenizer, make_records(), scoring=scoring)
-        assert torch.equal(accuracy._scores(decoder, questions, 4, None), accuracy._scores(decoder, questions, 4, None))
+        assert torch.equal(scores_of(decoder, questions, 4, None), scores_of(decoder, questions, 4, None))
 
 
 # --------------------------------------------------------------------------------------- planted truths
