@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kunbr_fast.benchmarks.measure import add_rows, script_parser
 from kunbr_fast.files.documents import read_json
-from kunbr_fast.run.demo import ATTACKS
+from kunbr_fast.run.demo import UNREHEARSED
 
 
 def main():
@@ -23,7 +23,7 @@ def main():
             found = report["rtt"].get(row["method"], {})
             values["smooth"] = found.get("smooth_accuracy")
             of = {attack: summary["accuracy"] for attack, summary in found.get("attacks", {}).items()}
-            values |= {attack: of.get(attack) for attack in ATTACKS}
+            values |= {attack: of.get(attack) for attack in ("full", *UNREHEARSED)}
             values = {name: None if value is None else round(100 * value, 1) for name, value in values.items()}
             seconds = {f"{name.lower()}_s": round(value, 1) for name, value in row["seconds"].items()}
             rows.append({"benchmark": "demo", "seed": report["seed"], "method": row["method"], **values,

@@ -14,7 +14,7 @@ from kunbr_fast.run import demo
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(demo, "GROUPS", {"forget": 24, "retain": 24, "bystanders": 12})
-    monkeypatch.setattr(demo, "ATTACKS", ("full", "nf4"))
+    monkeypatch.setattr(demo, "UNREHEARSED", ("nf4",))
     monkeypatch.setattr(demo, "TEACHING", {**demo.TEACHING, "batch_size": 20, "epochs": 14})
     monkeypatch.setattr(
         demo, "CONFIG", demo.dataclasses.replace(demo.CONFIG, batch_size=12, rtt_epochs=2, rtt_lrs=1e-3)
@@ -32,7 +32,7 @@ def test_demo_writes_a_table_a_report_and_plots(small, tmp_path, capsys):
     assert all(f"| {method} " in printed for method in rows)
     assert rows["taught"]["forget"] >= 0.9 and rows["taught"]["retain"] >= 0.9
     assert rows["KUnBR"]["forget"] <= rows["taught"]["forget"] - 0.3
-    assert set(report["rtt"]["robust"]["attacks"]) == set(demo.ATTACKS) and " nf4 |" in report["attacks"]
+    assert set(report["rtt"]["robust"]["attacks"]) == {"full", "nf4"} and " nf4 |" in report["attacks"]
     assert report["robust"]["adversary_every"] == 9 and report["attacks"] in printed
     assert rows["never saw them"]["forget"] <= 0.6 and rows["never saw them"]["retain"] >= 0.9
     for method, row in rows.items():
