@@ -19,7 +19,7 @@ retain: people rehearsed during unlearning; bystanders: known, and never seen by
 attacker gets on one half of the forget set by teaching the other half again (chance is 25 %)."""
 
 KINDS = """\
-full: all weights at the rates that robust has rehearsed against; lora (at one rate), int8 and nf4 nobody has rehearsed."""
+full: all weights at the rates that robust has rehearsed against. Nobody has rehearsed lora (at one rate), int8, nf4."""
 
 NEWER = ("robust", "attacks")  # which earlier versions did not have
 KEYS = "kunbr_fast seed people config baseline blocks density losses rows rtt table".split()

@@ -133,8 +133,8 @@ ROBUST = KUnBRConfig.from_dict(
         warmup_lr=6e-4, adversary_lrs=RATES, rtt_target="answer", rtt=False,
     )
 )  # fmt: skip
-# Those that nobody rehearsed, of a rate that is often the strongest. The others, and other rates, take longer than a demo
-# may (benchmarks/evidence.py).
+# Those that nobody rehearsed, at a rate that is often the strongest. The others, and other rates, take longer than a
+# demo may (benchmarks/evidence.py).
 UNREHEARSED, THEIR_RATES = ("lora", "int8", "nf4"), (2e-3,)
 ATTACKED = ("KUnBR", "robust", "gradient difference")  # by these too
 
