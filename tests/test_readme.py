@@ -124,6 +124,17 @@ def test_the_demos_table_quotes_committed_rows():
         assert [cell.strip() for cell in cells.split("|")] == wanted
 
 
+def test_what_a_robust_step_costs_is_quoted_from_committed_rows():
+    measured = {(row["trained"], row["variant"]): row for row in rows("robust_step_cpu")}
+    names = ("hidden layers", "adversary", "robust", "robust, frozen")
+    found = table(page("robust"), "## What it costs")
+    assert len(found) == len(names)
+    for name, (_, *values) in zip(names, found):
+        block, every = (measured[trained, name] for trained in ("block", "all parameters"))
+        wanted = block["ratio"], every["ratio"], block["counted"]
+        assert [float(value) for value in values] == pytest.approx([float(value) for value in wanted], abs=0.0051)
+
+
 def test_smollm2s_table_quotes_committed_rows():
     text, measured = page("smollm2"), {row["method"]: row for row in rows("smollm2_cpu") if row["forget"]}
     found = re.findall(r"^\| ([a-zA-Z].*?) +\|(.*)\|$", text.split("| method", 1)[1], re.M)
