@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from kunbr_fast.files.shown import shown
@@ -123,3 +124,12 @@ def parse_bytes(value: int | str | None, name: str, unit_needed: bool = False) -
 def least(*limits: int | None) -> int | None:
     """The least of some limits; None stands for no limit."""
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def rates(lrs: float | Sequence[float], name: str) -> tuple[float, ...]:
+    """ValueError unless it is one learning rate above 0, or several different ones."""
+    found = tuple(lrs) if isinstance(lrs, (list, tuple)) else (lrs,)
+    found = tuple(check(f"{name} entry", lr, ABOVE_ZERO) for lr in found)
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"{name}={shown(lrs)}: expected one or more different learning rates above 0")
+    return found

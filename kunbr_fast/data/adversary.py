@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from kunbr_fast.files.shown import shown
-from kunbr_fast.values import ABOVE_ZERO, COUNT, check
+from kunbr_fast.values import COUNT, check, rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class AdversarySettings:
     def __post_init__(self) -> None:
         check("adversary_every", self.every, COUNT)
         check("adversary_steps", self.steps, COUNT)
-        object.__setattr__(self, "lrs", rates(self.lrs))
+        object.__setattr__(self, "lrs", rates(self.lrs, "adversary_lrs"))
         if not isinstance(self.frozen, bool):
             raise ValueError(f"adversary_frozen={shown(self.frozen)}: expected True or False")
 
@@ -68,15 +68,6 @@ class AdversarySettings:
         since = step % self.every
         first = 0 if since == 0 else self.steps + (0 if self.frozen else since - 1)
         return range(first, first + self.steps_before(step))
-
-
-def rates(lrs: float | Sequence[float], name: str = "adversary_lrs") -> tuple[float, ...]:
-    """ValueError unless it is one learning rate above 0, or several different ones."""
-    found = tuple(lrs) if isinstance(lrs, (list, tuple)) else (lrs,)
-    found = tuple(check(f"{name} entry", lr, ABOVE_ZERO) for lr in found)
-    if not found or len(set(found)) < len(found):
-        raise ValueError(f"{name}={shown(lrs)}: expected one or more different learning rates above 0")
-    return found
 
 
 def order(count: int, seed: int, *what: str | int) -> list[int]:

@@ -31,7 +31,7 @@ from kunbr_fast.model.ownership import differentiable, no_adapter
 from kunbr_fast.model.vocabulary import check_tokens
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.full import train_all
-from kunbr_fast.values import ABOVE_ZERO, BATCH, EPOCHS, SEED, check, least
+from kunbr_fast.values import BATCH, EPOCHS, SEED, check, least, rates
 
 NAME = 40  # characters of a fold's name in messages and on the progress bar
 
@@ -61,9 +61,7 @@ class RTTConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attacks", chosen_attacks(self.attacks))
-        object.__setattr__(self, "lrs", tuple(check("lrs entry", lr, ABOVE_ZERO) for lr in self.lrs))
-        if not self.lrs or len(set(self.lrs)) != len(self.lrs):
-            raise ValueError(f"lrs={shown(self.lrs)}: expected one or more different learning rates above 0")
+        object.__setattr__(self, "lrs", rates(tuple(self.lrs), "lrs"))
         for name, kind in (("epochs", EPOCHS), ("batch_size", BATCH), ("seed", SEED)):
             check(name, getattr(self, name), kind)
         if self.overlap not in ALLOWANCES:

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from kunbr_fast.data import TARGETS, TextSettings
-from kunbr_fast.data.adversary import AdversarySettings, rates
+from kunbr_fast.data.adversary import AdversarySettings
 from kunbr_fast.data.content import ALLOWANCES
 from kunbr_fast.density import attribution
 from kunbr_fast.density.measure import REDUCTIONS
@@ -45,7 +45,7 @@ from kunbr_fast.training.settings import (
     check_rates,
     check_unused,
 )
-from kunbr_fast.values import check, parse_bytes
+from kunbr_fast.values import check, parse_bytes, rates
 
 
 @dataclasses.dataclass
