@@ -278,17 +278,19 @@ class LayerStream(Weights):
         ones, as far as there are buffers."""
         wanted: list[int] = []
         for number in (layer, *then):
-            if len(wanted) == len(self._slots):
+            if len(wanted) == self._buffers:
                 break
             if number not in self._held and number not in wanted:
                 wanted.append(number)
+        self._last = layer
+        if not wanted:  # all held: no buffer is made for them
+            return
         slots = {slot.layer: slot for slot in self._slots}
         free = [slot for slot in self._slots if slot.layer not in wanted]
         for number in wanted:
             if number not in slots:
                 slots[number] = free.pop(0)
                 self._start(slots[number], number)
-        self._last = layer
         if layer not in self._held and slots[layer].loading is not None:
             self._arrive(slots[layer])
 
@@ -306,7 +308,7 @@ class LayerStream(Weights):
     def held(self, layers: range) -> Iterator[None]:
         """Inside, these layers' parameters are the caller's: they are not loaded and not touched. They must be as they
         were on entry, placeholders, when this is left."""
-        for slot in self._slots:
+        for slot in self.__dict__.get("_slots", ()):
             if slot.layer in layers:
                 self._leave(slot)
         before = set(self._held)
