@@ -94,7 +94,8 @@ class Header:
             file.close()
             what = f"{now[0]} bytes, {self.mark[0]} before" if now[0] != self.mark[0] else "it has been written to"
             raise ValueError(
-                f"{plain(self.file)}: changed while it was in use ({what}): put it back, and start again (a run: --resume)"
+                f"{plain(self.file)}: changed while it was in use ({what}): put it back and start again (a run: "
+                "--resume)"
             )
         return file
 

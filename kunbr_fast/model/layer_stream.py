@@ -145,17 +145,19 @@ class LayerStream(LayerFiles):
         ones, as far as there are buffers."""
         wanted: list[int] = []
         for number in (layer, *then):
-            if len(wanted) == len(self._slots):
+            if len(wanted) == self._buffers:
                 break
             if number not in self._held and number not in wanted:
                 wanted.append(number)
+        self._last = layer
+        if not wanted:  # all held: no buffer is made for them
+            return
         slots = {slot.layer: slot for slot in (*self._slots, *self._own_slots.values())}
         free = [slot for slot in self._slots if slot.layer not in wanted]
         for number in wanted:
             if number not in slots:
                 slots[number] = self._own_slots[number] if number in self.resident else free.pop(0)
                 self._start(slots[number], number)
-        self._last = layer
         if layer not in self._held and slots[layer].loading is not None:
             self._arrive(slots[layer])
 

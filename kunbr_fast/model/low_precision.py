@@ -19,6 +19,10 @@ run at all (a prefix cache has their output). The cover's exact weights go to ma
 come once a block); `Cover.exact` runs on them, to compare gradients. On a CPU nothing is saved, but the results are
 those of a GPU. Every block quantises its own cover from exact weights, so none is rounded twice.
 
+Of a streamed model each layer of the cover is read once, and is on the device until the block is trained: quantised
+weights, and the other parameters as they are. Steps read nothing of it. `Cover.exact` reads it again, as it is in the
+files; the layers below come from the files as without a cover.
+
 Why not the libraries' own linear layers: under torchao 0.18.0's Int8WeightOnlyConfig and Float8WeightOnlyConfig
 autograd saves each dense weight for dX, so training holds more than without them; bitsandbytes' Linear8bitLt rounds x
 to int8 as well. For 4 bits bitsandbytes' kernels pack and unpack.
@@ -104,7 +108,25 @@ class Nf4:
         return dequantize_4bit(self.values, self.state).view(-1)[: self.shape.numel()].view(self.shape).to(dtype)
 
 
-Weight = Exact | RowWise | Nf4
+class Streamed:
+    """The weight itself, where its layer's stream has put it for the moment."""
+
+    nbytes = 0
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return _matrix(self.module).to(dtype)
+
+
+Weight = Exact | Streamed | RowWise | Nf4
+
+
+def _matrix(module: nn.Module) -> torch.Tensor:
+    """(N, K), as nn.Linear has it."""
+    weight = module.weight.detach()
+    return weight.t() if isinstance(module, compat.Conv1D) else weight
 
 
 def quantize(weight: torch.Tensor, precision: str) -> Weight:
@@ -137,7 +159,7 @@ class _Linear:
     """A linear layer of the cover, or of what lies below the block, and what it runs on."""
 
     module: nn.Module
-    exact: Exact
+    exact: Exact | Streamed
     weight: Weight
     use_exact: bool = False
 
@@ -172,6 +194,66 @@ class Cover:
             for linear in self.linears:
                 linear.use_exact = False
 
+    def take_out(self) -> None:
+        """All as it was before."""
+        while self.linears:
+            _restore(self.linears.pop())
+
+
+class StreamedCover(Cover):
+    """The cover of a streamed model: all of it on the device, and nothing of it read until `exact`."""
+
+    def __init__(self, decoder: Decoder, layers: range, linears: Iterable[nn.Module], precision: str):
+        """linears: the modules of `layers` that are rounded."""
+        super().__init__(precision)
+        self.decoder, self.layers = decoder, layers
+        self._others: list[tuple[nn.Parameter, torch.Tensor]] = []  # norms and biases
+        self._resident = contextlib.ExitStack()
+        of = {id(module.weight): module for module in linears}
+        for index in decoder.visit(layers):
+            for parameter in decoder.layers[index].parameters():
+                if (module := of.get(id(parameter))) is None:
+                    self._others.append((parameter, parameter.detach().clone()))
+                else:
+                    weight = quantize(_matrix(module).contiguous(), precision)
+                    self.linears.append(_Linear(module, Streamed(module), weight))
+        self._put_in()
+        for linear in self.linears:
+            linear.module.forward = linear
+
+    def _put_in(self) -> None:
+        self.decoder.weights.release()  # the buffers: steps need none
+        self._resident.enter_context(self._held())
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """Inside, the stream leaves the cover alone."""
+        with self.decoder.held(self.layers):
+            absent = [parameter.data for parameter, _ in self._others]
+            for parameter, value in self._others:
+                parameter.data = value
+            try:
+                yield
+            finally:
+                for (parameter, _), value in zip(self._others, absent):
+                    parameter.data = value
+
+    @contextlib.contextmanager
+    def exact(self) -> Iterator[None]:
+        """As of `Cover`; the layers of the cover come from the files, as they do without it."""
+        self._resident.close()
+        try:
+            with super().exact():
+                yield
+        finally:
+            self._put_in()
+
+    def take_out(self) -> None:
+        for linear in self.linears:
+            linear.module.__dict__.pop("forward", None)
+        self._resident.close()
+        self.linears, self._others = [], []
+
 
 def check_available(precision: str) -> None:
     """ValueError for an unknown precision, `dispatch.Unavailable` for one whose library is missing."""
@@ -191,10 +273,6 @@ def check_cover(decoder: Decoder, block: range, precision: str) -> dict[str, nn.
     check_exact(decoder, "re-insertion")
     if precision == "none":
         return {}
-    if decoder.streamed:
-        raise ValueError(
-            f"{decoder.name} is streamed: its layers come as they are in the files; set cover_precision none"
-        )
     return dict(_linears(decoder, range(block.stop, decoder.num_layers), strict=True))
 
 
@@ -209,8 +287,8 @@ def check_exact(decoder: Decoder, what: str) -> None:
 
 @contextlib.contextmanager
 def low_precision_cover(decoder: Decoder, block: range, precision: str) -> Iterator[Cover | None]:
-    """Inside, the linear layers above `block` run on weights in `precision`, and those below lie in main memory. Yields
-    the `Cover`, None for "none", which changes nothing.
+    """Inside, the linear layers above `block` run on weights in `precision`, and those below lie in main memory (of a
+    streamed model: in its files). Yields the `Cover`, None for "none", which changes nothing.
 
     The modules stay what they are; their `forward` is replaced, and their weight is a placeholder until the end, when
     it is what it was. Fused layers (`patched`), gradient checkpointing and autocast work as without. state_dict, and
@@ -218,14 +296,13 @@ def low_precision_cover(decoder: Decoder, block: range, precision: str) -> Itera
 
     Errors: RuntimeError if it is in use on this model already; ValueError with the module's path for weights above the
     block that it cannot take: of modules other than nn.Linear and transformers' Conv1D (experts that are stacked into
-    one tensor, layers that are quantised already), with a forward of their own, tied, or that require grad; and for a
-    streamed model. `dispatch.Unavailable` where bitsandbytes is missing.
+    one tensor, layers that are quantised already), with a forward of their own, tied, or that require grad.
+    `dispatch.Unavailable` where bitsandbytes is missing.
     """
     above = check_cover(decoder, block, precision)
     if precision == "none":
         yield None
         return
-    below = dict(_linears(decoder, range(block.start), strict=False))
     for path, module in above.items():
         if any(parameter.requires_grad for parameter in module.parameters()):
             raise ValueError(f"{path} requires grad, but cover layers are frozen: requires_grad_(False) before")
@@ -233,14 +310,16 @@ def low_precision_cover(decoder: Decoder, block: range, precision: str) -> Itera
     layers.__dict__[MARK] = precision
     hook = layers.register_state_dict_pre_hook(_refuse_state)
     try:
-        for module in below.values():
-            _install(cover, module, None)
-        for module in above.values():
-            _install(cover, module, precision)
+        if decoder.streamed:
+            cover = StreamedCover(decoder, range(block.stop, decoder.num_layers), above.values(), precision)
+        else:
+            for _, module in _linears(decoder, range(block.start), strict=False):
+                _install(cover, module, None)
+            for module in above.values():
+                _install(cover, module, precision)
         yield cover
     finally:
-        while cover.linears:
-            _restore(cover.linears.pop())
+        cover.take_out()
         hook.remove()
         layers.__dict__.pop(MARK, None)
 
@@ -249,7 +328,7 @@ def low_precision_cover(decoder: Decoder, block: range, precision: str) -> Itera
 def _install(cover: Cover, module: nn.Module, precision: str | None) -> None:
     weight, transposed = module.weight, isinstance(module, compat.Conv1D)
     exact = Exact(weight.data.cpu(), transposed, weight.device)  # on a CPU the weight's own storage
-    quantized = None if precision is None else quantize(weight.t().contiguous() if transposed else weight, precision)
+    quantized = None if precision is None else quantize(_matrix(module).contiguous(), precision)
     cover.linears.append(_Linear(module, exact, quantized or exact))
     weight.data = placeholder(weight.shape, weight.dtype, weight.device)
     module.forward = cover.linears[-1]

@@ -174,7 +174,8 @@ class Execution:
     update runs (by torch), and the original's own block as long as M_u's is in its place (nothing else may look at
     those weights meanwhile). The same bits on a CPU; a GPU's kernels round otherwise than the host.
     cover_precision: fp8, int8 or nf4 keep the weights of the linear layers above the block in so many bits; the
-    exact ones wait in main memory. An approximation, see `model.low_precision`; `gradient_cosine` tells how good.
+    exact ones wait in main memory, a streamed model's in its files. An approximation, see `model.low_precision`;
+    `gradient_cosine` tells how good.
     place: where the activations of a streamed model's step wait between two layers.
     """
 

@@ -78,8 +78,9 @@ class LayerMajorTraining(LayerMajorSteps, BlockTraining):
     """`BlockTraining` of a streamed model. Made by `reinserted`.
 
     Each layer above the block is read once on the way up and once on the way down of a step, and with batches from a
-    prefix cache none below it. Of the block, weights, gradient and optimiser state are in memory. The bits are those of
-    `BlockTraining` with the same micro_batch_tokens.
+    prefix cache none below it; with a cover in low precision, which is on the device, none at all. Of the block,
+    weights, gradient and optimiser state are in memory. The bits are those of `BlockTraining` with the same
+    micro_batch_tokens.
 
     What the objective needs of the original model must come with the batch (`StepBatch.original`), since the block's
     original weights are not in memory.

@@ -545,10 +545,6 @@ def test_what_a_step_by_layers_refuses(folder):
         ({"micro_batch_tokens": 0}, "micro_batch_tokens=0: expected at least 1"),
         ({"activations": "disk"}, "storage='disk': expected one of auto, device, host, file"),
         ({"insertion": "both"}, "insertion='both'"),
-        (
-            {"cover_precision": "int8"},
-            "is streamed: its layers come as they are in the files; set cover_precision none",
-        ),
     ):
         with pytest.raises(ValueError, match=message):
             with kf.reinserted(decoder, values, BLOCK, lr=1e-3, **settings):

@@ -66,6 +66,7 @@ def run(opening, folders, out, dtype=None, **settings):
 def same(a, b):
     assert torch.equal(a.density.per_layer, b.density.per_layer)
     assert (a.blocks, a.losses, a.accuracy) == (b.blocks, b.losses, b.accuracy)
+    assert a.gradient_cosines == b.gradient_cosines
 
 
 @pytest.mark.parametrize(
@@ -78,8 +79,9 @@ def same(a, b):
         ),
         dict(objective="rmu", cache="file"),
         dict(mask="wagle", mask_ratio=0.3, adversary_every=2, adversary_lrs=(1e-3,)),
+        dict(cover_precision="int8", retain_loss="kl", rounds=2),
     ],
-    ids=["plain", "cumulative", "npo", "rmu", "mask"],
+    ids=["plain", "cumulative", "npo", "rmu", "mask", "cover"],
 )
 def test_a_streamed_run_has_the_resident_bits(settings, folders, tmp_path):
     truth, weights = run(streamed_models.whole, folders, tmp_path / "whole", **settings)
@@ -180,7 +182,6 @@ def test_what_a_streamed_model_cannot_do(folders, tmp_path):
     refused("give output_dir=", model, other, out=None)
     refused("the model is read from there", model, other, out=folders[1])
     refused("cuda_graphs=True: a streamed model", model, other, cuda_graphs=True)
-    refused("set cover_precision none", model, other, cover_precision="int8")
     with pytest.raises(ValueError, match="is not in memory: this model is streamed"):
         WeightSnapshot.save(model, tmp_path / "weights")
 
@@ -246,6 +247,15 @@ def test_the_command(text, resident, tmp_path, capsys):
     as_resident(out, resident)
     assert not (out / "pytorch_model.bin").exists() and (out / "density.png").is_file() and (out / "run.yaml").is_file()
     assert not (out / "relearning.png").exists()
+
+
+def test_the_command_with_a_cover_in_low_precision(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(command(text, out, "--stream", "--no-rtt", "--cover-precision", "int8")) == 0
+    report = json.loads((out / "report.json").read_text())
+    cosines = report["gradient_cosines"]
+    assert len(cosines) == 2 and all(0.999 < found <= 1 for found in cosines.values())
+    assert capsys.readouterr().out and (out / "model.safetensors").is_file()
 
 
 KILLED = {
