@@ -1,11 +1,12 @@
 """kunbr-fast plan of a streamed run: what crosses the bus is what is counted, and the goals for large models hold."""
 
+import gc
 import json
 
 import pytest
 import torch
 import transformers as tf
-from tiny_models import random_samples
+from tiny_models import peak_bytes, random_samples
 
 from kunbr_fast import KUnBRConfig, PrefixCache, knowledge_density, reinserted
 from kunbr_fast.cli import command as cli
@@ -48,11 +49,14 @@ def folder(tmp_path_factory):
     return path
 
 
+def sizes(samples):
+    return [(len(s["input_ids"]), int((s["labels"][1:] != -100).sum())) for s in samples]
+
+
 def tiny_run(**settings):
     """Of six forget and six retain samples, two steps of all."""
-    sizes = [(len(s["input_ids"]), int((s["labels"][1:] != -100).sum())) for s in SAMPLES]
     config = KUnBRConfig(batch_size=3, warmup_epochs=1, block_epochs=1, num_blocks=4, top_k=1, **settings)
-    data = Data(sizes[:6], sizes[6:], [], [n for n, _ in sizes])
+    data = Data(sizes(SAMPLES)[:6], sizes(SAMPLES)[6:], [], [n for n, _ in sizes(SAMPLES)])
     return Run(Architecture.of(tf.LlamaConfig(**TINY), "llama", "float32"), data, config, Setup("cpu", stream=True))
 
 
@@ -85,6 +89,29 @@ def test_layers_that_density_loads(folder):
     decoder, counted = opened(folder)
     knowledge_density(decoder, SAMPLES[:6])
     assert tiny_run().density().traffic == Traffic(weights_in=counted.total() * tiny_run().layer)
+
+
+@pytest.mark.parametrize("dtype, micro", [("float32", None), ("float32", 100), ("bfloat16", None)])
+def test_peak_of_a_streamed_block(dtype, micro, tmp_path):
+    data, block = random_samples(12, low=20, high=40, vocab=199), range(2, 4)
+    config = tf.LlamaConfig(**TINY | dict(hidden_size=128, intermediate_size=344))
+    tf.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(tmp_path)
+    how = KUnBRConfig(batch_size=6, num_blocks=4, top_k=1, block_epochs=1, micro_batch_tokens=micro)
+    given = Data(sizes(data)[:6], sizes(data)[6:], [], [])
+    setup = Setup("cpu", stream=True, unlearned=True)
+    run = Run(Architecture.of(config, "llama", dtype), given, how, setup)
+
+    def measured():
+        decoder, other = Decoder(open_streamed(tmp_path)), weights_of(open_streamed(tmp_path))
+        cache = PrefixCache(decoder, data, "host")
+        cache.advance(block.start)
+        more = dict(impl="torch", micro_batch_tokens=micro, activations="host")
+        with reinserted(decoder, other, block, 1e-3, **more) as training:
+            for _ in range(2):
+                training.step_packed(training.criterion.step_batch(cache.batch(range(12)), 6))
+
+    gc.collect()
+    assert run.stage("", run.block(block)).peak == pytest.approx(peak_bytes(measured), rel=0.1)
 
 
 def test_resident_layers_have_no_traffic():
