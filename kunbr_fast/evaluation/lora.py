@@ -23,7 +23,8 @@ from kunbr_fast.model import compat
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives.criterion import Criterion
-from kunbr_fast.training.full import FullTraining, fine_tune
+from kunbr_fast.training.fine_tune import fine_tune
+from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.settings import Execution, FullSettings
 from kunbr_fast.training.training import Training
 

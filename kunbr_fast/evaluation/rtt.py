@@ -30,7 +30,7 @@ from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.ownership import differentiable, no_adapter
 from kunbr_fast.model.vocabulary import check_tokens
 from kunbr_fast.training.diverged import Diverged
-from kunbr_fast.training.full import train_all
+from kunbr_fast.training.fine_tune import train_all
 from kunbr_fast.values import BATCH, EPOCHS, SEED, check, least, rates
 
 NAME = 40  # characters of a fold's name in messages and on the progress bar

@@ -21,7 +21,7 @@ import torch
 
 from kunbr_fast.files.checksums import check_file, checksum, read_sealed, write_sealed
 from kunbr_fast.files.shown import plain, shown
-from kunbr_fast.files.tensors import WeightSnapshot, load_tensors, save_tensors
+from kunbr_fast.files.tensors import WeightSnapshot, save_tensors
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.folder import STATE, stage_file, sweep
 from kunbr_fast.run.identity import difference
@@ -244,11 +244,12 @@ class RunState:
         if entries:
             self.state["progress"][stage] = entries
 
-    def progress(self, stage: str) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
+    def progress(self, stage: str) -> tuple[int, WeightSnapshot, dict[str, Any]] | None:
         """(steps done, tensors, extra) of `stage` if it was interrupted, as it was saved last, confirmed or not."""
         if not (entries := self._entries(stage)):
             return None
-        return entries[-1]["step"], load_tensors(self._checked(entries[-1])), entries[-1]["extra"]
+        entry = entries[-1]
+        return entry["step"], WeightSnapshot(self._checked(entry), entry["sha256"]), entry["extra"]
 
     @contextlib.contextmanager
     def apart(self, rank: int) -> Iterator[PartState]:
