@@ -19,6 +19,7 @@ from kunbr_fast.density.measure import REDUCTIONS
 from kunbr_fast.density.watch import MODULES
 from kunbr_fast.evaluation.accuracy import SCORINGS
 from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks
+from kunbr_fast.evaluation.lora import Lora, chosen_targets
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.atomic import atomic_write
 from kunbr_fast.files.documents import read_yaml
@@ -214,6 +215,10 @@ class KUnBRConfig:
     rtt: bool = setting(True, "attack the result (retraining on T)", "none")
     rtt_lrs: tuple[float, ...] = setting((1e-6, 5e-6, 1e-5), "learning rates of the attack", "none")
     rtt_attacks: tuple[str, ...] = setting(("full",), f"kinds of attack: {', '.join(ATTACKS)}, or all", "none")
+    rtt_lora_rank: int = setting(Lora.rank, "rank of the attack lora (its alpha is twice that)", "rtt")
+    rtt_lora_targets: tuple[str, ...] = setting(
+        Lora.targets, "linear layers of the attack lora: all, attention, mlp, or names such as q_proj", "rtt"
+    )
     rtt_epochs: int = setting(5, "epochs of each attack", "rtt")
     rtt_batch_size: int = setting(8, "batch size of the attack", "rtt")
     rtt_target: str = setting("all", "tokens the attack trains on", "rtt", TARGETS)
@@ -326,7 +331,7 @@ class KUnBRConfig:
         """The RTT attack's settings."""
         how = {
             "target": self.rtt_target, "text": self.text(), "max_length": self.max_length, "overlap": self.overlap,
-            "attacks": self.rtt_attacks,
+            "attacks": self.rtt_attacks, "lora_rank": self.rtt_lora_rank, "lora_targets": self.rtt_lora_targets,
         }  # fmt: skip
         return RTTConfig(
             self.rtt_lrs, self.rtt_epochs, self.rtt_batch_size, scoring=self.scoring, seed=self.seed, **how
@@ -358,6 +363,8 @@ class KUnBRConfig:
             return rates(value, name)
         if name == "rtt_attacks":
             return chosen_attacks(value, name)
+        if name == "rtt_lora_targets":
+            return chosen_targets(value, name)
         if name == "retain_layers":
             listed = list(value) if isinstance(value, (list, tuple)) else [value]
             if len(listed) == 1 and listed[0] in WORDS:

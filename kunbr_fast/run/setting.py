@@ -28,7 +28,7 @@ VISITS = 999  # a seed has so many data orders for blocks (`RunSteps.schedule_of
 NUMBERS = {
     "seed": SEED,
     **dict.fromkeys("batch_size retain_batch_size rtt_batch_size".split(), BATCH),
-    **dict.fromkeys("max_length micro_batch_tokens checkpoint_every".split(), COUNT),
+    **dict.fromkeys("max_length micro_batch_tokens checkpoint_every rtt_lora_rank".split(), COUNT),
     **dict.fromkeys("block_epochs rtt_epochs".split(), EPOCHS),
     "warmup_epochs": EPOCHS_OR_NONE,
     "num_blocks": LAYERS,
