@@ -15,6 +15,7 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
+from kunbr_fast.parallel.group import ProcessGone
 from kunbr_fast.parallel.sharded import Shards
 from kunbr_fast.training.full import FullTraining, fine_tune
 from kunbr_fast.training.micro_batches import dealt, one_of, summed
@@ -74,7 +75,7 @@ class ShardedTraining(FullTraining):
                     self._pass(one_of(step), True)
         except BaseException as error:
             self.drop_gradient()
-            if not is_out_of_memory(error):
+            if isinstance(error, ProcessGone) or not is_out_of_memory(error):  # another's memory may have run out
                 raise
             said = str(error)
         else:
