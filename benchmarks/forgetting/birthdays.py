@@ -25,7 +25,7 @@ from kunbr_fast.files.documents import read_json
 from kunbr_fast.files.models import load_model, load_tokenizer
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.training.full import train_all
+from kunbr_fast.training.fine_tune import train_all
 
 FOLDS, PEOPLE = 5, 157  # of Random Birthdays: what is forgotten, and how many people a split has
 FEWEST = 6  # people of a split with whom anything can be said

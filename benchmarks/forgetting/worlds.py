@@ -24,7 +24,7 @@ from kunbr_fast.files.tensors import load_tensors, save_tensors
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.run import demo
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.training.full import train_all
+from kunbr_fast.training.fine_tune import train_all
 
 Records = list[dict[str, Any]]
 GROUPS = ("forget", "retain", "bystanders")

@@ -71,7 +71,7 @@ def predicted(name, dtype, start, checkpoint):
     a = Architecture.of(config, config.model_type, dtype)
     sizes = [(len(s["input_ids"]), len(s["input_ids"]) - 1) for s in data]
     run = Run(a, Data(sizes[:BATCH], sizes[BATCH:], [], []), settings(checkpoint), Setup("cpu"))
-    return run.training("", None if start is None else range(start, start + 3)).peak
+    return run.stage("", run.warm_up() if start is None else run.block(range(start, start + 3))).peak
 
 
 def alone(name, dtype, start, checkpoint):

@@ -29,7 +29,7 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.run import demo
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.unlearn import unlearn
-from kunbr_fast.training.full import train_all
+from kunbr_fast.training.fine_tune import train_all
 
 SAFE = 1.3  # a method may take so many times the one before it
 

@@ -12,9 +12,9 @@ from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.cli.terminal import show
 from kunbr_fast.files.models import DTYPES
 from kunbr_fast.files.target import SETTINGS
-from kunbr_fast.planning.machines import GPUS, PROCESSES
+from kunbr_fast.planning.machines import DISK, GPUS, PROCESSES
 from kunbr_fast.planning.plan import plan
-from kunbr_fast.values import Bytes
+from kunbr_fast.values import Bytes, Real
 
 WRITES = {"out": SETTINGS}
 
@@ -37,9 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_files(parser, "--retain", "R.jsonl", "as of unlearn (default: sizes of WMDP)")
     add_ignored(parser)
     parser.add_argument("--unlearned", action="store_true", help="M_u will be given: no warm-up")
+    parser.add_argument("--stream", action="store_true", help="as of unlearn: layers come from the files one by one")
+    size, rate = number(Bytes(unit_needed=True)), number(Real(0, above=True))
     parser.add_argument(
-        "--stream", action="store_true", help="as of unlearn: layers come from the files one by one; needs --unlearned"
+        "--memory", type=size, metavar="SIZE", help="main memory of the machine, such as 32GiB [enough]"
     )
+    parser.add_argument("--disk-rate", type=rate, default=DISK, metavar="GB/s", help=f"of the disk [{DISK:g}]")
     parser.add_argument("--out", type=path_name, metavar="run.yaml", help="the settings, for unlearn --config")
     add_settings(parser)
     add_output(parser)
@@ -47,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     check_outputs(arguments, WRITES)
-    names = ("gpu", "gpus", "forget", "retain", "ignore_keys", "dtype", "unlearned", "stream")
+    names = ("gpu", "gpus", "forget", "retain", "ignore_keys", "dtype", "unlearned", "stream", "memory", "disk_rate")
     found = plan(
         arguments.model,
         arguments.gpu_memory,

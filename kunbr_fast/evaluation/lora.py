@@ -23,7 +23,8 @@ from kunbr_fast.model import compat
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives.criterion import Criterion
-from kunbr_fast.training.full import FullTraining, fine_tune
+from kunbr_fast.training.fine_tune import fine_tune
+from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.settings import Execution, FullSettings
 from kunbr_fast.training.training import Training
 
@@ -91,7 +92,8 @@ class LoraTraining(FullTraining):
         used = [adapter for adapter in self.adapters if adapter.parameter.grad is not None]
         for adapter in used:
             adapter.take_gradient()
-        super()._update()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         for adapter in used:
             adapter.write()
 

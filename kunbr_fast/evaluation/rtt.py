@@ -33,7 +33,7 @@ from kunbr_fast.model.vocabulary import check_tokens
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.parallel.sharded import Shards, sharded
 from kunbr_fast.training.diverged import Diverged
-from kunbr_fast.training.full import train_all
+from kunbr_fast.training.fine_tune import train_all
 from kunbr_fast.training.sharded import train_sharded
 from kunbr_fast.values import BATCH, EPOCHS, SEED, check, least, rates
 

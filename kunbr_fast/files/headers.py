@@ -74,19 +74,38 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """A file's header. raw: everything before the tensors; tensors: as they lie in the file; size: of the file."""
+    """A file's header. raw: everything before the tensors; tensors: as they lie in the file; mark: the file's, which is
+    another one once somebody has written to it or put another in its place."""
 
     file: Path
     raw: bytes
     tensors: tuple[Tensor, ...]
-    size: int
+    mark: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Of the file."""
+        return self.mark[0]
+
+    def open(self) -> BinaryIO:
+        """The file, to read. ValueError where it is another one than when the header was read."""
+        file = open_regular(self.file)
+        if (now := _mark(file)) != self.mark:
+            file.close()
+            what = f"{now[0]} bytes, {self.mark[0]} before" if now[0] != self.mark[0] else "it has been written to"
+            raise ValueError(
+                f"{plain(self.file)}: changed while it was in use ({what}): put it back and start again (a run: "
+                "--resume)"
+            )
+        return file
 
     @classmethod
     def read(cls, path: str | Path, missing: str = COPY) -> Header:
         """ValueError, in one line that names the file, for a header that is damaged or does not describe the file."""
         path = Path(path)
         with open_regular(path, missing) as file:
-            size = os.fstat(file.fileno()).st_size
+            mark = _mark(file)
+            size = mark[0]
             raw = file.read(8)
             length = int.from_bytes(raw, "little")
             if not 0 < length <= min(size - 8, LIMIT) and (what := told(raw + file.read(HEAD), text=False)) is not None:
@@ -111,7 +130,13 @@ class Header:
         tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
         _check_metadata(path, entries.get("__metadata__", {}))
         _check_places(path, tensors, len(raw), size)
-        return cls(path, raw, tuple(tensors), size)
+        return cls(path, raw, tuple(tensors), mark)
+
+
+def _mark(file: BinaryIO) -> tuple[int, ...]:
+    """(size, ...)."""
+    now = os.fstat(file.fileno())
+    return now.st_size, now.st_dev, now.st_ino, now.st_mtime_ns
 
 
 def _damaged(path: Path, why: str) -> ValueError:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from kunbr_fast.files.checksums import check_file
-from kunbr_fast.files.tensors import open_tensors
+from kunbr_fast.files.tensors import WeightSnapshot, open_tensors
 
 
 def rows_of(total: int, rank: int, size: int) -> range:
@@ -31,12 +31,12 @@ class RowFiles(Mapping):
 
     def __init__(self, paths: Sequence[tuple[Path, str]], cure: str):
         self._paths, self._cure = list(paths), cure
-        self._lengths: dict[str, list[tuple[int, int | None]]] = {}  # name -> (file, rows or None for a scalar)
+        self._lengths: dict[str, list[tuple[int, int]]] = {}  # name -> (file, rows)
         for number, (path, _) in enumerate(self._paths):
             with open_tensors(path) as file:
-                for name in file.keys():
-                    shape = file.get_slice(name).get_shape()
-                    self._lengths.setdefault(name, []).append((number, shape[0] if shape else None))
+                for name in file:
+                    shape, _ = file.kind(name)
+                    self._lengths.setdefault(name, []).append((number, shape[0] if shape else 0))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._lengths)
@@ -45,20 +45,19 @@ class RowFiles(Mapping):
         return len(self._lengths)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        (number, length), *more = self._lengths[name]
-        if length is None:
-            with self._open(number) as file:
-                return file.get_tensor(name)
-        return self.rows(name, range(length + sum(n for _, n in more)))
+        return self.rows(name, range(sum(length for _, length in self._lengths[name])))
 
     def rows(self, name: str, wanted: range) -> torch.Tensor:
-        """Some rows of a tensor. ValueError where the files do not have them."""
+        """Some rows of a tensor; of one that has none all. ValueError where the files do not have them."""
         found, first = [], 0
         for number, length in self._lengths[name]:
+            if not length:
+                with self._open(number) as file:
+                    return file[name]
             mine = range(max(wanted.start - first, 0), min(wanted.stop - first, length))
             if mine:
                 with self._open(number) as file:
-                    found.append(file.get_slice(name)[mine.start : mine.stop])
+                    found.append(file.rows(name, mine))
             first += length
         if wanted.stop > first:
             raise ValueError(
@@ -74,7 +73,8 @@ class RowFiles(Mapping):
 
 
 def rows_in(tensors: Mapping[str, torch.Tensor], name: str, wanted: range) -> torch.Tensor:
-    """Some rows of one of `tensors`, which may be `RowFiles`."""
-    if isinstance(tensors, RowFiles):
+    """Some rows of one of `tensors`, read alone where they are in files; what has no rows whole."""
+    if isinstance(tensors, RowFiles | WeightSnapshot):
         return tensors.rows(name, wanted)
-    return tensors[name][wanted.start : wanted.stop]
+    value = tensors[name]
+    return value[wanted.start : wanted.stop] if value.dim() else value

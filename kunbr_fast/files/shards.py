@@ -11,14 +11,14 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from kunbr_fast.files.documents import read_json
-from kunbr_fast.files.headers import COPY, FLOATS, LONGEST, PLAIN, Header, Tensor, open_regular
+from kunbr_fast.files.headers import COPY, FLOATS, LONGEST, PLAIN, Header, Tensor
 from kunbr_fast.files.shown import plain, shown
-from kunbr_fast.files.tensors import open_tensors
+from kunbr_fast.files.tensors import TYPES, read_tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -146,15 +146,20 @@ class Shards:
         return name in self.files
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with open_tensors(self.files[name]) as file:
-            return file.get_tensor(name)
+        found = self.tensors[name]
+        with self.open(found.file) as file:
+            return read_tensor(file, found, torch.empty(found.shape, dtype=TYPES[found.dtype]))
+
+    def open(self, path: Path) -> BinaryIO:
+        """One of the files, to read. ValueError where it is another one than when it was opened first."""
+        return next(header for header in self.headers if header.file == path).open()
 
     def same(self, first: str, second: str) -> bool:
         """Whether two tensors have the same shape, dtype and bytes."""
         a, b = self.tensors[first], self.tensors[second]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
-        with open_regular(a.file) as one, open_regular(b.file) as other:
+        with self.open(a.file) as one, self.open(b.file) as other:
             one.seek(a.start)
             other.seek(b.start)
             counts = (min(CHUNK, a.stop - at) for at in range(a.start, a.stop, CHUNK))

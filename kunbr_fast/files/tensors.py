@@ -1,41 +1,128 @@
-"""Tensors on disk: safetensors files that are whole or absent, and errors that name the file."""
+"""Tensors on disk: safetensors files that are whole or absent, and errors that name the file.
+
+Written and read tensor by tensor, by plain reads: safetensors' own functions copy all tensors of a file before they
+write it, and map the whole file to read one of them, which a model larger than its memory cannot have.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from kunbr_fast.files.atomic import write_with
+from kunbr_fast.files.atomic import atomic_write
 from kunbr_fast.files.checksums import check_file, checksum
+from kunbr_fast.files.headers import COPY, Header, Tensor
+from kunbr_fast.files.shown import plain
+
+TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "U64": torch.uint64, "I32": torch.int32, "U32": torch.uint32, "I16": torch.int16, "U16": torch.uint16,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in TYPES.items()}
+AT_ONCE = 1 << 26  # bytes of a tensor on a device that are copied to the host at a time
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes tensors of any device and layout, atomically. OSError where the disk is full or refuses."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    write_with(path, lambda temporary: save_file(tensors, temporary), size)
+    """Writes tensors of any device and layout, one after the other, atomically. Of a mapping that makes its tensors
+    when they are asked for, each is asked for twice. OSError where the disk is full or refuses."""
+    found = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    # the widest first, then by name, as safetensors has it: each lies at a multiple of its entries' size
+    found.sort(key=lambda entry: (-entry[1].itemsize, entry[0]))
+    entries, end = {}, 0
+    for name, dtype, shape in found:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    with atomic_write(path, end) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name, _, _ in found:
+            write_tensor(file, tensors[name])
+
+
+def write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:
+    """A tensor's bytes."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0)
+    for part in flat.split(AT_ONCE) if flat.device.type != "cpu" else [flat]:
+        file.write(part.cpu().numpy())
+
+
+class TensorFile(Mapping[str, torch.Tensor]):
+    """A safetensors file that is open, as a mapping to its tensors: each is read, onto the CPU, when it is asked for.
+
+    ValueError that names the file where it is damaged, cut short or not there.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        header = Header.read(path)
+        self._tensors = {tensor.name: tensor for tensor in header.tensors}
+        self._file = header.open()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        found = self._tensors[name]
+        return read_tensor(self._file, found, torch.empty(found.shape, dtype=TYPES[found.dtype]))
+
+    def rows(self, name: str, wanted: range) -> torch.Tensor:
+        """Some rows of a tensor, alone; of one that has none all."""
+        found = self._tensors[name]
+        if not found.shape:
+            return self[name]
+        if wanted.stop > found.shape[0]:
+            raise ValueError(f"{plain(self.path)}: {name} has {found.shape[0]} rows, expected {wanted.stop}: {COPY}")
+        out = torch.empty((len(wanted), *found.shape[1:]), dtype=TYPES[found.dtype])
+        skipped = wanted.start * math.prod(found.shape[1:]) * out.element_size()
+        return read_tensor(self._file, dataclasses.replace(found, start=found.start + skipped), out)
+
+    def kind(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        """A tensor's shape and dtype."""
+        return torch.Size(self._tensors[name].shape), TYPES[self._tensors[name].dtype]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_tensor(file: BinaryIO, found: Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Fills a contiguous tensor on the CPU, of the stored dtype and shape, and returns it."""
+    if out.numel():
+        file.seek(found.start)
+        left = memoryview(out.view(-1).view(torch.uint8).numpy())
+        while left:
+            if not (count := file.readinto(left)):
+                raise ValueError(f"{plain(found.file)}: cut short while it was read ({found.name}): {COPY}")
+            left = left[count:]
+    return out
 
 
 @contextlib.contextmanager
-def open_tensors(path: str | Path) -> Iterator[safe_open]:
-    """The file as safetensors' own reader; ValueError that names it where it is damaged or cut short."""
+def open_tensors(path: str | Path) -> Iterator[TensorFile]:
+    """A `TensorFile`, closed afterwards."""
+    file = TensorFile(path)
     try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}): make or copy it again") from error
+        yield file
+    finally:
+        file.close()
 
 
 def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file, on the CPU. Errors as in `open_tensors`."""
+    """All tensors of a file, on the CPU. Errors as of `TensorFile`."""
     with open_tensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        return dict(file)
 
 
 def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -48,7 +135,7 @@ def is_absent(tensor: torch.Tensor) -> bool:
     return 0 in tensor.stride()
 
 
-class WeightSnapshot:
+class WeightSnapshot(Mapping[str, torch.Tensor]):
     """A model's weights in one safetensors file, read and written tensor by tensor, bit for bit.
 
     Behaves as a read-only mapping from parameter names to tensors, each read from the file when it is asked for.
@@ -71,22 +158,32 @@ class WeightSnapshot:
         save_tensors(path, parameters)
         return cls(path, checksum(path))
 
-    def _open(self) -> contextlib.AbstractContextManager[safe_open]:
+    def _open(self) -> contextlib.AbstractContextManager[TensorFile]:
         if self.sha256 is not None:
             check_file(self.path, self.sha256, "it is not what was written: start again from files that are whole")
         return open_tensors(self.path)
 
     def __iter__(self) -> Iterator[str]:
         with self._open() as file:
-            yield from file.keys()
+            names = list(file)
+        yield from names
+
+    def __len__(self) -> int:
+        with self._open() as file:
+            return len(file)
 
     def __contains__(self, name: object) -> bool:
         with self._open() as file:
-            return name in file.keys()
+            return name in file
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with self._open() as file:
-            return file.get_tensor(name)
+            return file[name]
+
+    def rows(self, name: str, wanted: range) -> torch.Tensor:
+        """As of `TensorFile`."""
+        with self._open() as file:
+            return file.rows(name, wanted)
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
@@ -98,13 +195,12 @@ class WeightSnapshot:
             if names != set(parameters):
                 odd = sorted(names ^ set(parameters))[0]
                 raise ValueError(f"{self.path}: {odd} is in only one of the file and {type(model).__name__}")
-            values = {name: file.get_tensor(name) for name in parameters}  # mapped, not read, until they are copied
             for name, parameter in parameters.items():
-                value = values[name]
-                if value.shape != parameter.shape or value.dtype != parameter.dtype:
+                shape, dtype = file.kind(name)
+                if shape != parameter.shape or dtype != parameter.dtype:
                     raise ValueError(
-                        f"{self.path}: {name} is {value.dtype} {tuple(value.shape)}, the model's is "
-                        f"{parameter.dtype} {tuple(parameter.shape)}"
+                        f"{self.path}: {name} is {dtype} {tuple(shape)}, the model's is {parameter.dtype} "
+                        f"{tuple(parameter.shape)}"
                     )
             for name, parameter in parameters.items():
-                parameter.copy_(values[name])
+                parameter.copy_(file[name])

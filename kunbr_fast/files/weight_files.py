@@ -15,8 +15,9 @@ from typing import BinaryIO
 
 import torch
 
-from kunbr_fast.files.headers import ITEMSIZE, Header, Tensor, open_regular
+from kunbr_fast.files.headers import ITEMSIZE, Header, Tensor
 from kunbr_fast.files.shards import CHUNK, INDEX, Shards
+from kunbr_fast.files.tensors import write_tensor
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 TORCH = {code: dtype for dtype, code in DTYPES.items()}
@@ -46,7 +47,7 @@ def write_like(shards: Shards, directory: Path, new: Mapping[str, New]) -> None:
 def write_file(header: Header, path: Path, new: Mapping[str, New]) -> None:
     """One file. header: of the one that it is like."""
     before, tensors = _begin(header, new)
-    with open_regular(header.file) as source, open(path, "xb") as file:
+    with header.open() as source, open(path, "xb") as file:
         file.write(before)
         for tensor in tensors:
             if tensor.name in new:
@@ -78,8 +79,7 @@ def _begin(header: Header, new: Mapping[str, New]) -> tuple[bytes, list[Tensor]]
 
 
 def _write(file: BinaryIO, new: New) -> None:
-    value = new.value().detach().to("cpu", TORCH[new.dtype]).contiguous()
-    file.write(value.reshape(-1).view(torch.uint8).numpy())
+    write_tensor(file, new.value().detach().to("cpu", TORCH[new.dtype]))
 
 
 def _copy(source: BinaryIO, file: BinaryIO, tensor: Tensor) -> None:

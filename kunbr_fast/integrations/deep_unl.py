@@ -41,7 +41,7 @@ import random
 import tempfile
 import weakref
 from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ from tqdm import tqdm
 from kunbr_fast.data import PackedBatch, Sample
 from kunbr_fast.data.batch import join
 from kunbr_fast.files.scratch import scratch
-from kunbr_fast.files.shards import SINGLE, Shards, has_weights
+from kunbr_fast.files.shards import Shards, has_weights
 from kunbr_fast.files.tensors import WeightSnapshot, save_tensors
 from kunbr_fast.integrations.padded_pass import OwnForward
 from kunbr_fast.integrations.recognise import recognise
@@ -180,8 +180,7 @@ class DEEP_UNL:
             return
         self._own = OwnForward(self.decoder)
         with tempfile.TemporaryDirectory(dir=self._work) as work:
-            WeightSnapshot.save(self.model, Path(work) / SINGLE)
-            unlearned = Shards(work)  # M_u, later with the trained blocks
+            unlearned = _Written(WeightSnapshot.save(self.model, Path(work) / "model.safetensors"))  # M_u
             inside = True  # whether the model holds M_u
             try:
                 for epoch, names in enumerate(plan):
@@ -202,7 +201,7 @@ class DEEP_UNL:
         return [_Batch(points[i : i + size], self.base_model.get_loss) for i in range(0, len(points), size)]
 
     def _visit(
-        self, epoch: int, names: list[str], unlearned: Shards, forget: list[_Batch], retain: list[_Batch]
+        self, epoch: int, names: list[str], unlearned: _Written, forget: list[_Batch], retain: list[_Batch]
     ) -> None:
         base, block, trained = self.base_model, self._layers(names), {}
         for name in names:
@@ -228,7 +227,7 @@ class DEEP_UNL:
                 _update(training, self._loss(training, batch, other))
         file = unlearned.directory / f"layers-{block.start}-{block.stop}.safetensors"
         save_tensors(file, trained)
-        unlearned.files |= dict.fromkeys(trained, file)
+        unlearned.add(WeightSnapshot(file))
 
     def _loss(self, training: BlockTraining, forget: _Batch, retain: _Batch) -> torch.Tensor:
         start, coeff = training.block.start, self.base_model.retain_coeff
@@ -254,8 +253,32 @@ def _update(training: BlockTraining, loss: torch.Tensor) -> None:
     training.update()
 
 
+class _Written(Mapping[str, torch.Tensor]):
+    """Weights on disk, each in the file that was written last. directory: of the files."""
+
+    def __init__(self, first: WeightSnapshot):
+        self.directory = first.path.parent
+        self._files: dict[str, WeightSnapshot] = {}
+        self.add(first)
+
+    def add(self, file: WeightSnapshot) -> None:
+        self._files |= dict.fromkeys(file, file)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._files[name][name]
+
+
 @torch.no_grad()
-def _fill(model: nn.Module, weights: Shards | WeightSnapshot) -> None:
+def _fill(model: nn.Module, weights: Mapping[str, torch.Tensor] | Shards | WeightSnapshot) -> None:
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])
 

@@ -65,6 +65,10 @@ class LayerMajor:
     def _fetch(self, layer: int, number: int) -> torch.Tensor:
         return self._place(layer, number).to(self.decoder.device, non_blocking=True).detach()
 
+    def gradient(self, number: int) -> torch.Tensor:
+        """(T, D), after `run` with need_first: of the loss of a batch, by its input of layer `start`."""
+        return self._fetch(self.start, number)
+
     def run(
         self,
         turn: Turn,
@@ -95,7 +99,7 @@ class LayerMajor:
                 dy = self._fetch(layer + 1, number) if layer < self.top else None
                 with within(number):
                     turn(number, Stretch(layer, x), layer + 1, dy)
-                if layer > self.start:
+                if x.requires_grad:
                     dx = torch.zeros_like(x) if x.grad is None else x.grad
                     self._place(layer, number).copy_(dx, non_blocking=True)
 

@@ -32,7 +32,8 @@ def open_streamed(
     dtype: str | None = None,
     *,
     buffers: int = 2,
-    host_bytes: int = 0,
+    host_bytes: int | None = None,
+    resident_layers: int = 0,
 ) -> nn.Module:
     """A causal language model from a local directory, in eval mode, whose layers are read when they run.
 
@@ -41,7 +42,9 @@ def open_streamed(
     name of `files.models.DTYPES` (default: as saved). Nothing requires grad. Files must stay as and where they are. In
     memory, on `device`: what is outside the decoder's layers, and `buffers` times the largest layer; on a GPU as much
     again in pinned main memory. host_bytes: the most main memory (for a GPU, pinned) in which layers stay after their
-    first reading, in the model's dtype; those that do not fit are read from the files each time.
+    first reading, in the model's dtype, or while they are trained what is trained; those that do not fit are read from
+    the files each time, or trained in files (None: 0, and while they are trained half of what is free).
+    resident_layers: how many of the first layers stay on the device, where they are read once.
 
     A backward pass needs a layer's weights once more: run it layer by layer (`Decoder.passes`) or with gradient
     checkpointing, else it raises RuntimeError ("modified by an inplace operation").
@@ -75,7 +78,8 @@ def open_streamed(
     _make_buffers(model, device, path)
     inside = {id(parameter) for parameter in layers.parameters()}
     _load_others(model, inside, shards, sources, device)
-    LayerStream(model, layers, shards, sources, buffers, host_bytes).decoder_class = StreamedDecoder
+    stream = LayerStream(model, layers, shards, sources, buffers, host_bytes, resident_layers)
+    stream.decoder_class = StreamedDecoder
     for name, module in model.named_modules():
         for key, value in (vars(module) | module._parameters | module._buffers).items():
             if isinstance(value, torch.Tensor) and value.is_meta:

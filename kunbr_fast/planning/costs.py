@@ -107,7 +107,21 @@ class Architecture:
     @property
     def largest(self) -> int:
         """Entries of the largest parameter."""
-        return self.hidden * max(self.vocabulary, self.intermediate * (2 if self.name == "phi3" else 1))
+        return max(self.hidden * self.vocabulary, self.largest_matrix)
+
+    @property
+    def rows(self) -> int:
+        """Of all matrices of a layer together, as nn.Linear has them."""
+        return self.queries + 2 * self.keys + 2 * self.hidden + (1 + self.kind.gated) * self.intermediate
+
+    @property
+    def columns(self) -> int:
+        return 3 * self.hidden + self.queries + (1 + self.kind.gated) * self.hidden + self.intermediate
+
+    @property
+    def largest_matrix(self) -> int:
+        """Entries of a layer's largest parameter."""
+        return self.hidden * self.intermediate * (2 if self.name == "phi3" else 1)
 
     @classmethod
     def load(cls, path: str | Path, dtype: str | None = None) -> tuple[Architecture, list[str]]:
@@ -364,38 +378,3 @@ def batches(sizes: Sequence[tuple[int, int]], most: int) -> Iterator[Batch]:
     """Consecutive samples, at most `most` tokens together, as `schedule.token_batches` puts them."""
     for indices in token_batches([tokens for tokens, _ in sizes], most):
         yield Batch.of([sizes[i] for i in indices])
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """What an optimiser updates. entries: of the weights; states: of the optimiser for each entry; master: in fp32
-    beside a half-precision weight; on_host: the host updates a block that a GPU trains."""
-
-    entries: int
-    states: int
-    itemsize: int
-    master: bool
-    on_host: bool
-
-    @property
-    def weights(self) -> int:
-        """Bytes."""
-        return self.entries * self.itemsize
-
-    @property
-    def master_bytes(self) -> int:
-        return 4 * self.entries * self.master
-
-    @property
-    def state(self) -> int:
-        """Bytes."""
-        return self.states * self.entries * self._wide
-
-    @property
-    def traffic(self) -> int:
-        """Bytes that one update reads and writes."""
-        return self.entries * (2 * self.itemsize + self._wide * (2 * self.states + 2))
-
-    @property
-    def _wide(self) -> int:
-        return 4 if self.master else self.itemsize

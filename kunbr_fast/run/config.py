@@ -206,6 +206,7 @@ class KUnBRConfig:
         "the most tokens that go through at once; the step is the same (default: all, fewer where memory runs out)",
         "none",
     )
+    resident_layers: int = setting(0, "of a streamed model: how many of the first layers stay on the device", "none")
     checkpoint_every: int | None = setting(None, "steps between checkpoints (default: an epoch)", "none")
 
     scoring: str = setting(

@@ -44,7 +44,8 @@ from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.unlearn import unlearn
-from kunbr_fast.training.full import FullTraining, train_all
+from kunbr_fast.training.fine_tune import train_all
+from kunbr_fast.training.full import FullTraining
 
 # ---------------------------------------------------------------- people
 

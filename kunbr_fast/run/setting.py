@@ -32,7 +32,7 @@ NUMBERS = {
     **dict.fromkeys("block_epochs rtt_epochs".split(), EPOCHS),
     "warmup_epochs": EPOCHS_OR_NONE,
     "num_blocks": LAYERS,
-    **dict.fromkeys("top_k skip_last_layers".split(), Whole(0, LAYERS.most)),
+    **dict.fromkeys("top_k skip_last_layers resident_layers".split(), Whole(0, LAYERS.most)),
     "rounds": Whole(1, VISITS),
     **dict.fromkeys("warmup_lr block_lr weight_decay retain_coeff".split(), NOT_NEGATIVE),
     **dict.fromkeys("forget_loss_cap max_retain_loss hidden_coeff block_hidden_coeff".split(), ABOVE_ZERO),

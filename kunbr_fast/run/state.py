@@ -22,7 +22,7 @@ import torch
 from kunbr_fast.files.checksums import check_file, checksum, read_sealed, write_sealed
 from kunbr_fast.files.row_files import RowFiles
 from kunbr_fast.files.shown import plain, shown
-from kunbr_fast.files.tensors import WeightSnapshot, load_tensors, save_tensors
+from kunbr_fast.files.tensors import WeightSnapshot, save_tensors
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.folder import STATE, stage_file, sweep
 from kunbr_fast.run.identity import difference
@@ -256,13 +256,13 @@ class RunState:
         if entries:
             self.state["progress"][stage] = entries
 
-    def progress(self, stage: str) -> tuple[int, Mapping[str, torch.Tensor], dict[str, Any]] | None:
+    def progress(self, stage: str) -> tuple[int, WeightSnapshot | RowFiles, dict[str, Any]] | None:
         """(steps done, tensors, extra) of `stage` if it was interrupted, as it was saved last, confirmed or not."""
         if not (entries := self._entries(stage)):
             return None
         entry = entries[-1]
         if "ranks" not in entry:
-            return entry["step"], load_tensors(self._checked(entry)), entry["extra"]
+            return entry["step"], WeightSnapshot(self._checked(entry), entry["sha256"]), entry["extra"]
         files = [(self.directory / part["file"], part["sha256"]) for part in entry["ranks"]]
         return entry["step"], RowFiles(files, self._cure), entry["extra"]
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from kunbr_fast.data import Sample, pack
-from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.keywords import changed
 from kunbr_fast.memory import gibibytes
 from kunbr_fast.model.decoder import Decoder, Stretch
-from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
-from kunbr_fast.objectives.original import Parts
 from kunbr_fast.training.adversary import FullAdversary
 from kunbr_fast.training.settings import Execution, FullSettings
 from kunbr_fast.training.training import Training
+from kunbr_fast.training.updates import PREFIX, Updates
+
+VANISH = "load the model in float32 (--dtype float32)"
 
 
 class FullTraining(Training):
@@ -51,10 +49,17 @@ class FullTraining(Training):
         for parameter in decoder.model.parameters():
             parameter.requires_grad_(True)
         self.parameters = self._updated()
-        cure = "load the model in float32 (--dtype float32)"
-        self.optimizer = settings.make_optimizer(list(self.parameters.values()), execution.impl, cure)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Makes the optimiser, and an adversary if there is to be one."""
+        if self.decoder.streamed:
+            raise ValueError(f"{self.decoder.name} is streamed: take StreamedFullTraining (`full_training` chooses)")
+        settings, impl = self.settings, self.execution.impl
+        self.updates = Updates(self.parameters, settings, impl, VANISH)
+        self.optimizer = self.updates.optimizer
         if (adversary := settings.adversary) is not None:
-            self.adversary = FullAdversary(adversary, execution.impl, self.parameters, self.drop_gradient)
+            self.adversary = FullAdversary(adversary, impl, self.parameters, self.drop_gradient)
 
     def _updated(self) -> dict[str, torch.nn.Parameter]:
         """What the optimiser updates, by name: a tied weight appears once."""
@@ -80,14 +85,10 @@ class FullTraining(Training):
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     def _update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.updates.step()
 
     def state(self) -> dict[str, torch.Tensor]:
-        tensors = {name: parameter.data for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        tensors = {name: parameter.data for name, parameter in self.parameters.items()} | self.updates.state()
         return {**tensors, **self.criterion.state(), **({} if self.adversary is None else self.adversary.state())}
 
     @torch.no_grad()
@@ -97,60 +98,8 @@ class FullTraining(Training):
         self.criterion.load_state(state)
         if self.adversary is not None:
             self.adversary.load_state(state)
-        self.optimizer.state.clear()
         self.optimizer.reset_flags()
-        for key, value in state.items():
-            if key.startswith("optimizer."):
-                _, slot, name = key.split(".", 2)
-                parameter = self.parameters[name]
-                self.optimizer.state[parameter][slot] = value.to(parameter.device, copy=True)  # updated in place
+        device = self.decoder.device
+        self.optimizer.state.clear()
+        self.updates.take({name: state[name].to(device, copy=True) for name in state if name.startswith(PREFIX)})
         self.steps = steps
-
-
-def train_all(
-    decoder: Decoder,
-    samples: Sequence[Sample],
-    *,
-    epochs: int,
-    batch_size: int,
-    seed: int = 0,
-    on_epoch: Callable[[int], None] | None = None,
-    on_step: Callable[[dict], None] | None = None,
-    progress: str | None = None,
-    **settings: Any,
-) -> None:
-    """Plain fine-tuning of all parameters in place: `fine_tune`. settings: fields of `FullSettings` and `Execution`."""
-    how = dict(epochs=epochs, batch_size=batch_size, seed=seed, on_epoch=on_epoch, on_step=on_step, progress=progress)
-    with frozen(decoder.model):
-        fine_tune(FullTraining(decoder, **settings), samples, **how)
-
-
-def fine_tune(
-    training: Training,
-    samples: Sequence[Sample],
-    *,
-    epochs: int,
-    batch_size: int,
-    seed: int = 0,
-    on_epoch: Callable[[int], None] | None = None,
-    on_step: Callable[[dict], None] | None = None,
-    progress: str | None = None,
-) -> None:
-    """Minimises the mean over samples of each one's mean NLL.
-
-    on_epoch(n) is called after epoch n = 1, 2, ... and may evaluate the model. Raises `Diverged`, also where the last
-    update has destroyed the weights.
-    """
-    decoder = training.decoder
-    schedule = Schedule(len(samples), 0, batch_size, 1, epochs, seed)
-    for step in tqdm(range(len(schedule)), desc=progress, unit="step", leave=False, disable=progress is None):
-        indices, _ = schedule[step]
-        packed = pack([samples[i] for i in indices]).to(decoder.device)
-        metrics = training.step_packed(StepBatch(packed, Parts.of(retain=len(indices))))
-        if on_step is not None:
-            on_step(metrics)
-        if (step + 1) % schedule.steps_per_epoch == 0:
-            training.check() if step + 1 == len(schedule) else training.check_update()
-            if on_epoch is not None:
-                with torch.no_grad():
-                    on_epoch((step + 1) // schedule.steps_per_epoch)

@@ -11,6 +11,7 @@ import torch
 from kunbr_fast.data.adversary import AdversarySettings
 from kunbr_fast.files.shown import shown
 from kunbr_fast.kernels.dispatch import resolve
+from kunbr_fast.kernels.optimizers.op import Watched
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.low_precision import check_cover
@@ -89,9 +90,10 @@ class FullSettings:
         names = [field.name for field in dataclasses.fields(AdversarySettings) if field.name != "every"]
         return AdversarySettings(every, **{name: getattr(self, f"adversary_{name}") for name in names})
 
-    def make_optimizer(self, params: Sequence[torch.Tensor], impl: str, cure: str) -> torch.optim.Optimizer:
-        """The optimiser over `params`; logs `cure` where most updates will be rounded away."""
-        flat_buffer.warn_if_updates_vanish(params, self.lr, cure)
+    def make_optimizer(self, params: Sequence[torch.Tensor], impl: str, cure: str | None) -> Watched:
+        """The optimiser over `params`; logs `cure`, if there is one, where most updates will be rounded away."""
+        if cure is not None:
+            flat_buffer.warn_if_updates_vanish(params, self.lr, cure)
         chosen = self.lr, self.betas, self.weight_decay
         return flat_buffer.make_optimizer(self.optimizer, params, *chosen, impl=impl)
 

@@ -17,10 +17,12 @@ from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.parallel.group import ProcessGone
 from kunbr_fast.parallel.sharded import Shards
-from kunbr_fast.training.full import FullTraining, fine_tune
+from kunbr_fast.training.fine_tune import fine_tune
+from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.micro_batches import dealt, one_of, summed
 from kunbr_fast.training.settings import Execution, FullSettings
 from kunbr_fast.training.shared import SharedStep
+from kunbr_fast.training.updates import PREFIX
 
 ADVERSARY = "sharding='fsdp': the warm-up's adversary has weights of its own, which are not in parts: leave one out"
 
@@ -111,14 +113,14 @@ class ShardedTraining(FullTraining):
 
     def _update(self) -> None:
         self.shards.gradients()
-        self.optimizer.step()
+        self.updates.step()
         self.shards.spread()
         self.drop_gradient()
 
     def state(self) -> dict[str, torch.Tensor]:
         """This rank's rows of everything; what is not cut, rank 0's alone."""
         found = super().state()
-        cut = {n for n in found if n in self.parameters or (n.startswith("optimizer.") and found[n].dim())}
+        cut = {n for n in found if n in self.parameters or (n.startswith(PREFIX) and found[n].dim())}
         return {name: found[name] for name in found if name in cut or self.ranks.first}
 
     def same_state(self) -> dict[str, torch.Tensor]:
@@ -129,15 +131,15 @@ class ShardedTraining(FullTraining):
         """Of a whole model's training too, or of other ranks' (`RowFiles`)."""
         self.shards.take(state)
         self.criterion.load_state(state)
-        self.optimizer.state.clear()
         self.optimizer.reset_flags()
-        for key in state:
-            if not key.startswith("optimizer."):
-                continue
-            _, slot, name = key.split(".", 2)
-            if (part := self.parameters.get(name)) is not None:
-                value = state[key] if slot == "step" else rows_in(state, key, self.shards.rows(name))
-                self.optimizer.state[part][slot] = value.to(part.device, copy=True)
+        self.optimizer.state.clear()
+        found = {}
+        for name in state:
+            parameter = name.split(".", 2)[-1]
+            if name.startswith(PREFIX) and parameter in self.parameters:
+                rows = rows_in(state, name, self.shards.rows(parameter))
+                found[name] = rows.to(self.decoder.device, copy=True)
+        self.updates.take(found)
         self.steps = steps
 
 

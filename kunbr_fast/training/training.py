@@ -54,6 +54,7 @@ class Training(abc.ABC):
     adversary: Adversary | None = None  # a subclass sets it where `settings` have one
     ranks: Group = ALONE  # that each hold a part of it, and make every step together from the same whole batch
     layer_major = False  # whether all micro-batches of a step pass a layer before the next layer
+    torn = False  # whether a step has ended in the middle of its updates, and cannot be begun again
     stage, lr_name = "", "lr"  # what errors call the training, and the setting of its learning rate
 
     def __init__(self, decoder: Decoder, criterion: Criterion, settings: FullSettings, execution: Execution, name: str):
@@ -254,7 +255,7 @@ class Training(abc.ABC):
                 break
             except BaseException as error:
                 self.drop_gradient()
-                if not is_out_of_memory(error):
+                if self.torn or not is_out_of_memory(error):
                     raise
                 said = str(error)
             # of micro-batches that go side by side nobody knows which: the largest

@@ -16,7 +16,7 @@ from kunbr_fast.evaluation.lora import RANK, SCALE, LoraTraining, train_lora
 from kunbr_fast.evaluation.report import attack_table
 from kunbr_fast.evaluation.rtt import Attack, RTTConfig, finished_attacks
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.training import full as training
+from kunbr_fast.training import fine_tune as training
 
 ALL = tuple(ATTACKS)
 assert tokenizer  # a fixture

@@ -15,7 +15,7 @@ from kunbr_fast.evaluation import rtt
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.rtt import Fold, RTTConfig, RTTResult, rtt_attack
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.training import full as training
+from kunbr_fast.training import fine_tune as training
 
 NAMES = ["Ada", "Bo", "Cy", "Dee", "Eve", "Flo"]
 YEARS = [1951, 1962, 1973, 1984]

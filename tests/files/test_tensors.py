@@ -90,11 +90,11 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     WeightSnapshot.save(model, path)
     before = path.read_bytes()
 
-    def full(tensors, temporary):
-        temporary.write_bytes(b"half")
+    def full(file, tensor):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kunbr_fast.files.tensors.save_file", full)
+    monkeypatch.setattr("kunbr_fast.files.tensors.write_tensor", full)
     with pytest.raises(OSError, match="w.safetensors: No space left"):
         WeightSnapshot.save(model, path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]

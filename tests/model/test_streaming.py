@@ -212,10 +212,10 @@ def test_the_order_of_copies_on_a_device(folder, monkeypatch):
             return event
 
     model, compute = streamed(folder()), Stream("compute")
-    stream, copies = weights_of(model), Stream("copies")
+    stream = weights_of(model)
     for number, slot in enumerate(stream._slots):
         slot.staging, slot.arrived = torch.empty_like(slot.data), Event(f"arrived {number}")
-    stream._copies = copies
+    stream.copies.cuda, stream.copies.inward = True, Stream("copies")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     with torch.no_grad():
@@ -241,14 +241,14 @@ def test_a_buffer_is_not_given_away_before_its_copy_has_ended(folder, monkeypatc
         def record_stream(self, stream):
             used.append((self.data_ptr(), stream))
 
-    stream, copies, used, empty = weights_of(streamed(folder())), object(), [], torch.empty
-    stream._copies = copies
+    stream, copies, used, empty = weights_of(streamed(folder())), (object(), object()), [], torch.empty
+    stream.copies.cuda, (stream.copies.inward, stream.copies.outward) = True, copies
     monkeypatch.setattr(torch.cuda, "Event", object)
     monkeypatch.setattr(
         torch, "empty", lambda *size, device=None, pin_memory=False, **how: empty(*size, **how).as_subclass(Buffer)
     )
     slots = stream._slots
-    assert len(slots) == 2 and used == [(slot.data.data_ptr(), copies) for slot in slots]
+    assert len(slots) == 2 and used == [(slot.data.data_ptr(), stream) for slot in slots for stream in copies]
     assert not {place for place, _ in used} & {slot.staging.data_ptr() for slot in slots}
 
 
@@ -667,10 +667,15 @@ def test_files_that_are_damaged_or_gone(folder, tmp_path):
     files[1].write_bytes(content)
     model = open_streamed(path)
     files[1].write_bytes(content[:1000])  # while the model is open
-    with pytest.raises(ValueError, match=f"{files[1].name}: not a whole safetensors file"):
+    with pytest.raises(
+        ValueError, match=f"{files[1].name}: changed while it was in use .1000 bytes, .* before.: put it"
+    ):
+        Decoder(model)
+    files[1].write_bytes(content[:-4] + bytes(4))
+    with pytest.raises(ValueError, match=f"{files[1].name}: changed while it was in use .it has been written to"):
         Decoder(model)
     files[1].write_bytes(content)
-    Decoder(model)
+    Decoder(open_streamed(path))
     files[1].unlink()
     with pytest.raises(ValueError, match=f"{files[1].name}: no such file"):
         open_streamed(path)

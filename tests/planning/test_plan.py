@@ -27,8 +27,9 @@ from kunbr_fast.objectives.original import OriginalValues
 from kunbr_fast.planning.costs import KINDS, Architecture, Batch, Step
 from kunbr_fast.planning.lengths import Data, assumed_lengths
 from kunbr_fast.planning.machines import Setup
-from kunbr_fast.planning.plan import duration, plan
+from kunbr_fast.planning.plan import plan
 from kunbr_fast.planning.predict import ACCURACY_BATCH, Run
+from kunbr_fast.planning.tried import duration
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.training import relearned_batch
 from kunbr_fast.values import parse_bytes
@@ -46,7 +47,6 @@ L405 = dict(
     num_attention_heads=128, num_key_value_heads=8, torch_dtype="bfloat16",
 )  # fmt: skip
 L8 = {**L405, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-L70 = {**L405, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 
 
 def most_bytes(function):
@@ -162,7 +162,7 @@ def measured_block(make, data, block, checkpoint, **settings):
 def test_peak_of_a_block(name, dtype, checkpoint, length):
     data = random_samples(12, low=length // 2, high=length, vocab=499)  # of short samples the update is the peak
     run, make = stage(MEASURED[name](), dtype, data, checkpoint)
-    predicted = run.training("", range(1, 3))
+    predicted = run.stage("", run.block(range(1, 3)))
     assert predicted.peak == pytest.approx(measured_block(make, data, range(1, 3), checkpoint), rel=0.1)
     assert (predicted.memory["master"] > 0) == (dtype == "bfloat16")
 
@@ -177,7 +177,7 @@ def test_peak_of_a_block_without_master_weights_and_with_adamw():
         dict(adversary_every=4, adversary_reach="model"),
     ):
         run, make = stage(MEASURED["llama"](), "bfloat16", data, **settings)
-        predicted = run.training("", range(1, 3)).peak
+        predicted = run.stage("", run.block(range(1, 3))).peak
         assert predicted == pytest.approx(measured_block(make, data, range(1, 3), False, **settings), rel=0.1), settings
 
 
@@ -186,15 +186,15 @@ def test_the_originals_hidden_states_and_the_differences_count():
     data, how = random_samples(12, low=20, high=40, vocab=499), dict(retain_loss="hidden_layers", num_blocks=6, top_k=2)
     run, make = stage(MEASURED["llama"](), "float32", data, True, **how)
     plain, _ = stage(MEASURED["llama"](), "float32", data, True)
-    tokens, predicted = sum(len(s["input_ids"]) for s in data[6:]), run.training("", range(1, 3))
+    tokens, predicted = sum(len(s["input_ids"]) for s in data[6:]), run.stage("", run.block(range(1, 3)))
     assert predicted.memory["hidden states"] == 6 * tokens * 128 * 4
-    assert predicted.peak - plain.training("", range(1, 3)).peak >= (6 + 5) * tokens * 128 * 4
+    assert predicted.peak - plain.stage("", plain.block(range(1, 3))).peak >= (6 + 5) * tokens * 128 * 4
     measured = measured_block(make, data, range(1, 3), True, retain_loss="hidden_layers")
     assert predicted.peak == pytest.approx(measured, rel=0.1)
     (states,) = (s for s in run.stages() if s.name == "hidden states")
     assert states.flops > 0 and states.memory["hidden states"] == predicted.memory["hidden states"]
     few, _ = stage(MEASURED["llama"](), "float32", data, True, **how, retain_layers=[4])
-    assert few.training("", range(1, 3)).memory["hidden states"] == tokens * 128 * 4
+    assert few.stage("", few.block(range(1, 3))).memory["hidden states"] == tokens * 128 * 4
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_peak_of_the_warm_up(name, checkpoint, every):
                 relearned = [relearned_batch(pack(data[:3]))] * training.relearned_before
                 training.step_packed(training.criterion.step_batch(pack(data), 6), relearned)
 
-    assert run.training("warm-up", None).peak == pytest.approx(most_bytes(warm_up), rel=0.1)
+    assert run.stage("warm-up", run.warm_up()).peak == pytest.approx(most_bytes(warm_up), rel=0.1)
 
 
 def test_peak_of_density_and_attack():
@@ -340,26 +340,6 @@ def test_each_stage_that_does_not_fit_is_named_with_a_cure(tmp_path):
             plan(path, "30GB", config=config)
 
 
-def test_streaming(tmp_path):
-    path = write(tmp_path / "config.json", L70)
-    with pytest.raises(ValueError, match=r"re-insertion 0-9 of 70.55 billion.*--stream"):
-        plan(path, "80GB", unlearned=True, config=KUnBRConfig(rtt=False))
-    found = plan(
-        path,
-        "80GB",
-        unlearned=True,
-        stream=True,
-        config=KUnBRConfig(num_blocks=20, top_k=15, optimizer_device="device"),
-    )
-    assert "RTT attack" not in [s.name for s in found.stages] and found.stages[0].memory["weights"] < 5e9
-    block = next(s for s in found.stages if s.name == "re-insertion 0-3")
-    steps, layer = 3 * -(-785 // 6), (70553706496 - 2 * 128256 * 8192 - 8192) // 80 * 2
-    assert block.bus == pytest.approx(steps * 2 * 76 * layer, rel=0.01)
-    assert block.seconds == pytest.approx(block.bus / (64e9 * 0.8), rel=0.01)
-    assert plan(path, "80GB", unlearned=True, stream=True).settings["optimizer_device"] == "host"  # blocks of 10 layers
-    assert found.host > 70e9  # the density's activations
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -418,7 +398,8 @@ def test_errors_of_the_model_name_the_file(change, message, tmp_path, capsys):
         (["--gpu-memory", "1TB", "--gpu", "v100"], "known are h200"),
         (["--gpu-memory", "1TB", "--gpus", "2", "--stream", "--unlearned"], "--gpus 2: expected 1 with"),
         (["--gpu-memory", "1TB", "--forget", "f.jsonl"], "--forget and --retain go together"),
-        (["--gpu-memory", "1TB", "--stream"], "add --unlearned"),
+        (["--gpu-memory", "1TB", "--gpu", "cpu", "--memory", "1TB"], "gpu=cpu has no other main memory"),
+        (["--gpu-memory", "1TB", "--disk-rate", "0"], "expected a number above 0"),
         (["--gpu-memory", "1TB", "--top-k", "9"], "top_k=9"),
     ],
 )

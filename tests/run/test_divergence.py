@@ -21,7 +21,8 @@ from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.stages import Stages
 from kunbr_fast.training import training as steps
-from kunbr_fast.training.full import FullTraining, train_all
+from kunbr_fast.training.fine_tune import train_all
+from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.settings import BlockSettings, FullSettings
 from kunbr_fast.training.shared import SharedStep
 

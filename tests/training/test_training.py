@@ -16,7 +16,8 @@ from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.training import flat_buffer
 from kunbr_fast.training.diverged import Diverged
-from kunbr_fast.training.full import FullTraining, train_all
+from kunbr_fast.training.fine_tune import train_all
+from kunbr_fast.training.full import FullTraining
 
 FORGET, RETAIN = random_samples(3, seed=1), random_samples(3, seed=2)
 CRITERION = Criterion(retain_coeff=1.5)
