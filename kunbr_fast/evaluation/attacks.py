@@ -45,14 +45,14 @@ class Kind:
     rounds: str | None = None
 
     @property
-    def writes(self) -> bool:
-        """Whether weights of a streamed model are written: all but adapters and rounding do."""
-        return not self.adapters and self.rounds is None
-
-    @property
     def at_once(self) -> bool:
         """Whether one attack is for all folds, as it uses none of them."""
         return self.others or self.rounds is not None
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether it trains the weights themselves."""
+        return not self.adapters and self.rounds is None
 
     def lrs(self, given: Rates) -> Rates:
         """Different ones, in three digits."""

@@ -162,7 +162,7 @@ class LoraTraining(FullTraining):
         for adapter in self.adapters:
             if adapter.parameter.grad is not None:
                 adapter.take_gradient()
-        super()._update()
+        self.updates.step()
         for adapter, base in zip(self.adapters, self._bases):
             adapter.merge(base)
 

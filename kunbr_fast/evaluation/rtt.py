@@ -26,14 +26,17 @@ from kunbr_fast.evaluation.accuracy import Accuracy, measure_all, prepare_questi
 from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks, rounded
 from kunbr_fast.evaluation.curves import RTTResult, attack_of
 from kunbr_fast.evaluation.lora import Lora, chosen_targets, train_lora
+from kunbr_fast.files.checksums import checksum
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.memory import Place
-from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.ownership import differentiable, no_adapter
 from kunbr_fast.model.vocabulary import check_tokens
+from kunbr_fast.parallel.group import ALONE, Group
+from kunbr_fast.parallel.sharded import Shards, sharded
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.fine_tune import train_all
+from kunbr_fast.training.sharded import train_sharded
 from kunbr_fast.values import BATCH, COUNT, EPOCHS, SEED, check, least, rates
 
 NAME = 40  # characters of a fold's name in messages and on the progress bar
@@ -159,6 +162,7 @@ class Attack:
             is_text = data.is_record(other_facts[0])
             self._others = encoded(other_facts, "other facts") if is_text else data.as_samples(other_facts)
         self._before: dict[int, Accuracy] = {}  # each fold's, where it is known
+        self._shards: Shards | None = None  # where the model is in parts
         self._place, self._say = Place(), say
 
     def run(
@@ -168,11 +172,13 @@ class Attack:
         done: Sequence[dict] = (),
         on_result: Callable[[list[dict]], None] | None = None,
         share: tuple[int, int] = (0, 1),
+        ranks: Group = ALONE,
         place: Place | None = None,
     ) -> RTTResult | None:
         """As `rtt_attack`. share: (i, n), only every n-th of the unfinished attacks, from the i-th on; then None,
-        unless these are all. place: where a streamed model's activations wait between two layers (default: main memory,
-        or a file in snapshot_dir)."""
+        unless these are all. ranks: make each attack that trains all weights together, with the model in parts
+        (`parallel.sharded`); the others are left. place: where a streamed model's activations wait between two layers
+        (default: main memory, or a file in snapshot_dir)."""
         folds, config, directory = self.folds, self.config, Path(snapshot_dir)
         finished = finished_attacks(done or (), folds, config)
 
@@ -182,13 +188,15 @@ class Attack:
         jobs = [(begun(job), job) for job in _jobs(config, len(folds))]
         left = [job for unfinished, job in jobs if unfinished]
         mine = left[share[0] :: share[1]]
+        if ranks.size > 1:
+            mine = [job for job in mine if ATTACKS[job.attack].trains_all]
         had = sum(job.points(config) for unfinished, job in jobs if not unfinished)
         self._place = place or Place(directory=directory)
         total = had + sum(job.points(config) for job in mine)
         with _bar(total, had, progress and bool(mine)) as bar:
             self._measure_before(mine)
             for changes, some in itertools.groupby(mine, self._changes_weights):
-                with _restorable(self.decoder, directory, changes) as restore:
+                with self._restorable(changes, directory, ranks) as restore:
                     for job in some:
                         for i, rows in self._one(job, restore, bar).items():
                             key = job.attack, folds[i].name, job.lr
@@ -201,7 +209,27 @@ class Attack:
     def _changes_weights(self, job: "_Job") -> bool:
         """Whether an attack leaves other weights behind. A streamed model has adapters, and rounded weights, only as
         long as the attack goes on."""
-        return not self.decoder.streamed or ATTACKS[job.attack].writes
+        return not self.decoder.streamed or ATTACKS[job.attack].trains_all
+
+    @contextlib.contextmanager
+    def _restorable(self, changes: bool, directory: Path, ranks: Group) -> Iterator[Callable[[], None]]:
+        """Inside, attacks may change the weights (if they do). Yields a function that puts them back, as does
+        leaving."""
+        if not changes:
+            yield lambda: None
+        elif ranks.size > 1:
+            with _in_parts(self.decoder, directory, ranks) as (self._shards, restore):
+                try:
+                    yield restore
+                finally:
+                    self._shards = None
+        elif self.decoder.streamed:
+            directory.mkdir(parents=True, exist_ok=True)
+            with self.decoder.weights.writable(directory) as restore:
+                yield restore
+        else:
+            with _snapshot(self.decoder.model, directory) as restore:
+                yield restore
 
     def _measure(self, folds: Iterable[int]) -> dict[int, Accuracy]:
         """A streamed model reads each layer once for all of the folds."""
@@ -268,7 +296,11 @@ class Attack:
         if kind.adapters:
             train_lora(self.decoder, samples, lora=self._lora, **how)
         else:
-            train_all(self.decoder, samples, optimizer=kind.optimizer or config.optimizer, **how)
+            how |= dict(optimizer=kind.optimizer or config.optimizer)
+            if self._shards is None:
+                train_all(self.decoder, samples, **how)
+            else:
+                train_sharded(self.decoder, self._shards, samples, **how)
 
 
 class _Job(NamedTuple):
@@ -309,32 +341,40 @@ def _bar(total: int, had: int, shown: bool) -> tqdm:
 
 
 @contextlib.contextmanager
-def _restorable(decoder: Decoder, directory: Path, changes: bool) -> Iterator[Callable[[], None]]:
-    """Inside, weights may be trained, if an attack changes them. Yields a function that puts them back, as does
-    leaving."""
-    if not changes:
-        yield lambda: None
-        return
+def _snapshot(model, directory: Path) -> Iterator[Callable[[], None]]:
+    """A copy of the weights on disk. Yields a function that puts them back; if it fails the file stays, the only good
+    copy."""
     directory.mkdir(parents=True, exist_ok=True)
-    if decoder.streamed:
-        with decoder.weights.writable(directory) as restore:
-            yield restore
-        return
     path = directory / "rtt-weights.safetensors"
-    snapshot = WeightSnapshot.save(decoder.model, path)
+    snapshot = WeightSnapshot.save(model, path)
     intact = True
 
     def restore() -> None:
         nonlocal intact
         intact = False
-        snapshot.restore(decoder.model)
+        snapshot.restore(model)
         intact = True
 
     try:
         yield restore
     finally:
-        if intact:  # else the file is the only good copy
+        if intact:
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _in_parts(decoder, directory: Path, ranks: Group) -> Iterator[tuple[Shards, Callable[[], None]]]:
+    """`_snapshot`, by rank 0 for all, and the model in parts of which each is put back; afterwards it is whole."""
+    path = directory / "rtt-weights.safetensors"
+    if ranks.first:
+        directory.mkdir(parents=True, exist_ok=True)
+        WeightSnapshot.save(decoder.model, path)
+    ranks.wait()
+    snapshot = WeightSnapshot(path, ranks.gather(checksum(path) if ranks.first else None)[0])
+    with sharded(decoder.model, decoder.layers, ranks, snapshot) as shards:
+        yield shards, lambda: shards.take(snapshot)
+    if ranks.first:
+        path.unlink(missing_ok=True)
 
 
 def _row(job: _Job, fold: Fold, epoch: int, found: Accuracy) -> dict:

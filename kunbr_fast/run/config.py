@@ -18,8 +18,8 @@ from kunbr_fast.density import attribution
 from kunbr_fast.density.measure import REDUCTIONS
 from kunbr_fast.density.watch import MODULES
 from kunbr_fast.evaluation.accuracy import SCORINGS
-from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks
-from kunbr_fast.evaluation.lora import Lora, chosen_targets
+from kunbr_fast.evaluation.attacks import ATTACKS
+from kunbr_fast.evaluation.lora import Lora
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.atomic import atomic_write
 from kunbr_fast.files.documents import read_yaml
@@ -31,11 +31,12 @@ from kunbr_fast.memory import STORAGES, Place
 from kunbr_fast.model.low_precision import COVER_PRECISIONS
 from kunbr_fast.model.sample_rows import CACHE_DTYPES
 from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
-from kunbr_fast.objectives.hidden_layers import WORDS, HiddenLayers
+from kunbr_fast.objectives.hidden_layers import HiddenLayers
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
 from kunbr_fast.parallel.assign import PARALLEL
+from kunbr_fast.parallel.sharded import SHARDING
 from kunbr_fast.run.methods import settings_of
-from kunbr_fast.run.setting import ADVERSARY, NUMBERS, RATES, VISITS, refuse_old, setting
+from kunbr_fast.run.setting import ADVERSARY, CHOSEN, NUMBERS, RATES, VISITS, refuse_old, setting
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
 from kunbr_fast.training.settings import (
     INSERTIONS,
@@ -234,6 +235,12 @@ class KUnBRConfig:
         "none",
         PARALLEL,
     )
+    sharding: str = setting(
+        "none",
+        "with several processes: none, each holds all of what warm-up and attack train; fsdp, a part of it",
+        "none",
+        SHARDING,
+    )
     impl: str = setting("auto", "auto, cuda, triton or torch", "none", ("auto", *IMPLEMENTATIONS))
 
     def __new__(cls, *args: Any, **settings: Any) -> KUnBRConfig:
@@ -361,17 +368,8 @@ class KUnBRConfig:
         kinds = get_args(hint) or (hint,)
         if name in RATES:
             return rates(value, name)
-        if name == "rtt_attacks":
-            return chosen_attacks(value, name)
-        if name == "rtt_lora_targets":
-            return chosen_targets(value, name)
-        if name == "retain_layers":
-            listed = list(value) if isinstance(value, (list, tuple)) else [value]
-            if len(listed) == 1 and listed[0] in WORDS:
-                return listed[0]
-            if not listed or len(set(map(str, listed))) < len(listed):
-                raise ValueError(f"{name}={shown(value)}: expected {', '.join(WORDS)}, or different numbers of layers")
-            return tuple(check("retain_layers entry", layer, NUMBERS[name]) for layer in listed)
+        if name in CHOSEN:
+            return CHOSEN[name](value, name)
         if name in NUMBERS:
             return check(name, value, NUMBERS[name], type(None) in kinds)
         if name.endswith("_options"):

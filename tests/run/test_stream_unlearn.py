@@ -19,7 +19,6 @@ from tiny_models import random_samples, tiny_model
 import kunbr_fast as kf
 from kunbr_fast.cli import command as cli
 from kunbr_fast.evaluation.accuracy import choice_accuracy
-from kunbr_fast.evaluation.rtt import Fold, RTTConfig, rtt_attack
 from kunbr_fast.files.models import load_model, load_tokenizer
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.tensors import WeightSnapshot
@@ -199,14 +198,6 @@ def test_an_unlearned_model_that_is_not_finite(folders, tmp_path):
             open_streamed(folders[0]), FORGET, RETAIN, kf.KUnBRConfig(**SETTINGS), unlearned=broken, progress=False,
             output_dir=tmp_path / "out",
         )  # fmt: skip
-
-
-def test_the_attack_refuses_a_streamed_model(text, tmp_path):
-    records = [tiny_text.question(name) for name in tiny_text.NAMES[:6]]
-    folds = [Fold(name, records, records) for name in "ab"]
-    with pytest.raises(ValueError, match="this model is streamed; load it whole"):
-        decoder, config = Decoder(open_streamed(text / "model")), RTTConfig(overlap="allow")
-        rtt_attack(decoder, tiny_text.tokenizer(), folds, config, tmp_path, False)
 
 
 # ---------------------------------------------------------------- the command line
