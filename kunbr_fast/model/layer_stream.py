@@ -67,10 +67,7 @@ class LayerStream(LayerFiles):
     ):
         if buffers < 2:
             raise ValueError(f"buffers={buffers}: expected at least 2, one to compute with and one to fill")
-        if not 0 <= resident <= len(layers):
-            raise ValueError(f"resident_layers={resident}: expected 0 to {len(layers)}, the model's layers")
         self.loads, self.traffic = Counter(), Counter()
-        self.resident = range(resident)
         self.store: LayerStore | None = None
         self._transforms: list[Callable[[int], None]] = []
         self._dirty: set[int] = set()  # of the resident ones, what a training has changed
@@ -91,6 +88,7 @@ class LayerStream(LayerFiles):
             layer.register_forward_pre_hook(functools.partial(self._before_forward, number))
         layers.register_state_dict_pre_hook(_refuse_state)
         layers.__dict__[CARRIED] = self
+        self.reside(resident)
 
     def _lay_out(self, path: str, layer: nn.Module, number: int) -> list[Entry]:
         """The layer's parameters one after the other; they become placeholders."""
@@ -123,6 +121,13 @@ class LayerStream(LayerFiles):
     def _all_slots(self) -> list[_Slot]:
         """That there are."""
         return [*self.__dict__.get("_slots", ()), *self.__dict__.get("_own_slots", {}).values()]
+
+    def reside(self, count: int) -> None:
+        """From now on the first `count` layers stay on the device."""
+        if not 0 <= count <= len(self._entries):
+            raise ValueError(f"resident_layers={count}: expected 0 to {len(self._entries)}, the model's layers")
+        self.release()
+        self.resident = range(count)
 
     @property
     def nbytes(self) -> int:

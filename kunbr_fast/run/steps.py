@@ -34,6 +34,7 @@ from kunbr_fast.stopping import Stopped
 from kunbr_fast.training.approximation import cache_error, gradient_cosine
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.diverged import Diverged
+from kunbr_fast.training.fine_tune import full_training
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.reinserted import reinserted
 from kunbr_fast.training.shared import SharedStep
@@ -133,7 +134,7 @@ class Run:
         config, model = self.config, self.decoder.model
         criterion, settings = config.criterion(warmup=True), config.full_settings(self._order_seed(None))
         with frozen(model), fused(model, config.impl):
-            training = FullTraining(self.decoder, criterion, settings=settings, execution=config.execution(self.work))
+            training = full_training(self.decoder, criterion, settings=settings, execution=config.execution(self.work))
             training.stage, training.lr_name = "warm-up", "warmup_lr"
             yield training
 
@@ -190,9 +191,24 @@ class Run:
 
     # ------------------------------------------------ the original, while its weights change
 
+    @contextlib.contextmanager
+    def changing_original(self) -> Iterator[None]:
+        """Inside, the model's weights may change; afterwards they are the original's, which wait in a file of the
+        state, or of a streamed model are its own files'."""
+        if self.decoder.streamed:
+            with self.decoder.weights.writable(self.work):
+                yield
+            return
+        original = self.keep_original()
+        try:
+            yield
+        finally:
+            original.restore(self.decoder.model)
+        self.drop_original()
+
     def keep_original(self) -> WeightSnapshot:
         """The model's weights, in a file until `drop_original`."""
-        return self.state.keep("original", dict(self.decoder.model.named_parameters()))
+        return self.state.keep("original", self.decoder.weights)
 
     def drop_original(self) -> None:
         self.state.drop("original")
