@@ -85,6 +85,7 @@ class Context:
         total, host = sum(taken.work, Work()), taken.host
         if self.setup.stream and not self.setup.cpu:
             host += 2 * self.layer * (self.stays < self.a.layers)  # pinned, on the way
+            host += self.a.outside * self.a.itemsize * self.setup.unlearned  # M_u's
         return Stage(
             name, taken.memory, total.flops, bound.total(), max(bound, key=bound.get),
             bus=total.bus_in + total.bus_out, traffic=taken.traffic, disk=total.disk, host=host,
@@ -133,7 +134,11 @@ class Context:
     def weights(self) -> dict[str, int]:
         if not self.setup.stream:
             return {"weights": self.a.parameters * self.a.itemsize}
-        found = {"weights": self.a.outside * self.a.itemsize, "resident": self.stays * self.layer}
+        outside = self.a.outside * self.a.itemsize
+        found = {
+            "weights": outside * (1 + (self.setup.cpu and self.setup.unlearned)),
+            "resident": self.stays * self.layer,
+        }
         return found | {"layer buffers": 2 * self.layer * (self.stays < self.a.layers)}
 
     def in_files(self, size: int) -> float:

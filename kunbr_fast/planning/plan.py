@@ -154,6 +154,11 @@ def plan(
     longest = least(config.max_length, a.max_positions)
     data = Data.load(forget, retain, tokenizer, dataclasses.replace(config, max_length=longest), ignore_keys)
     config.block_settings().check_reach(setup.stream, config.cover_precision)
+    if setup.stream and not setup.unlearned and config.adversary_every:
+        raise ValueError(
+            f"adversary_every={config.adversary_every}: a streamed warm-up holds no second model to relearn with: take "
+            "0, or bring M_u (unlearned=True)"
+        )
     assumed += _assumed(setup, config, data)
     run = Run(a, data, config, setup)
     found = [Try.of(run, choice, memory) for choice in choices(run)]

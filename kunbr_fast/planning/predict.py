@@ -92,10 +92,9 @@ class Run(Trainings):
         them, for which `memory` has room then."""
         if not self.setup.stream:
             return Work(), Traffic()
-        count = self.streamed(0, layers)
         waiting = tokens * self.a.hidden * self.a.itemsize
         memory["activations"] += self.placed(waiting)[0]
-        read, traffic = self.read(count, anew=count)
+        read, traffic = self.read(layers, anew=layers)
         return read + self.moved(layers * waiting, layers * waiting), traffic
 
     def density(self) -> Stage:
@@ -111,7 +110,7 @@ class Run(Trainings):
                 ),
             )
             count = self.streamed(0, a.layers)
-            work, traffic = self.read(loads(count), anew=min(count, loads(count)))
+            work, traffic = self.read(loads(count) + self.stays, anew=count + self.stays)
             waiting = a.layers * a.hidden * a.itemsize * sum(part.tokens for part in found)
             here, host = self.placed(waiting)
             work += self.moved(2 * waiting, 3 * waiting)
@@ -182,11 +181,7 @@ class Run(Trainings):
         if kind.adapters and self.setup.stream:
             return self.adapters((*key, "adapters"), steps, RANK)
         update = self._attacker(kind.optimizer or RTTConfig().optimizer)
-        taken = self.full((*key, "passes"), steps, update, fused=False)
-        if self.setup.stream:  # each training reads the unlearned model anew
-            anew = (len(sets) - 1) * self.streamed(0, self.a.layers) * self.layer
-            taken.work.append(Work(disk=anew))
-        return taken
+        return self.full((*key, "passes"), steps, update, fused=False)
 
     def _attacker(self, optimizer: str) -> Update:
         return Update(self.a.parameters, STATES[optimizer], self.a.itemsize)
@@ -198,4 +193,4 @@ class Run(Trainings):
             schedule = Schedule(len(samples), 0, config.rtt_batch_size, 1, passes * config.rtt_epochs, config.seed)
             found += [Batch.of([samples[k] for k in schedule[at][0]]) for at in some(len(schedule), len(sets))]
             count += len(schedule)
-        return Steps(found, found, [], count, 0)
+        return Steps(found, found, [], count, 0, len(sets))

@@ -398,8 +398,8 @@ def test_errors_of_the_model_name_the_file(change, message, tmp_path, capsys):
         (["--gpu-memory", "1TB", "--gpu", "v100"], "known are h200"),
         (["--gpu-memory", "1TB", "--gpus", "2", "--stream", "--unlearned"], "--gpus 2: expected 1 with"),
         (["--gpu-memory", "1TB", "--forget", "f.jsonl"], "--forget and --retain go together"),
-        (["--gpu-memory", "1TB", "--gpu", "cpu", "--memory", "1TB"], "gpu=cpu has no other main memory"),
-        (["--gpu-memory", "1TB", "--disk-rate", "0"], "expected a number above 0"),
+        (["--gpu-memory", "1TB", "--gpu", "cpu", "--memory", "1TB"], "--gpu cpu has no other main memory"),
+        (["--gpu-memory", "1TB", "--stream", "--adversary-every", "4"], "holds no second model"),
         (["--gpu-memory", "1TB", "--top-k", "9"], "top_k=9"),
     ],
 )

@@ -27,6 +27,7 @@ from kunbr_fast.model.fingerprint import fingerprint
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives.original import OriginalValues
+from kunbr_fast.training.streamed import LayerMajorTraining
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = dict(
@@ -318,6 +319,31 @@ def test_all_five_stages_killed_in_the_warm_up_and_in_the_attack(text, tmp_path,
     assert cli.main([*mine, "--resume"]) == 0
     capsys.readouterr()
     as_resident(out, whole)
+
+
+def test_a_file_that_changes_under_the_run(text, resident, tmp_path, monkeypatch, capsys):
+    """Another model's file, of the same size, in the second block: one line; with the file back the resident bits."""
+    model, out, steps = tmp_path / "model", tmp_path / "out", []
+    shutil.copytree(text / "model", model)
+    real = LayerMajorTraining.step_packed
+
+    def step(training, *args, **kwargs):
+        steps.append(training)
+        if training is not steps[0]:
+            shutil.copyfile(text / "mu/model.safetensors", model / "model.safetensors")
+        return real(training, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerMajorTraining, "step_packed", step)
+        assert cli.main(command(text, out, "--stream", "--checkpoint-every", "1", model=model)) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and f"{model / 'model.safetensors'}: changed while it was in use" in said[0]
+    assert not (out / "config.json").exists()
+    assert cli.main(command(text, out, "--stream", "--resume", model=model)) == 2  # it is another model
+    assert "its model is not the one given now" in capsys.readouterr().err
+    shutil.copyfile(text / "model/model.safetensors", model / "model.safetensors")
+    assert cli.main(command(text, out, "--stream", "--resume", model=model)) == 0
+    as_resident(out, resident)
 
 
 def test_resuming_with_another_unlearned_model(text, tmp_path, monkeypatch, capsys):
