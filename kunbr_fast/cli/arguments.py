@@ -35,7 +35,7 @@ THEMES = {
     "blocks": "insertion rounds block_epochs block_lr block_hidden_coeff optimizer master_weights mask mask_ratio",
     "attack": "scoring rtt rtt_lrs rtt_attacks rtt_epochs rtt_batch_size rtt_target",
     "execution": "cache cache_bytes optimizer_device resident_layers micro_batch_tokens checkpoint_every "
-    "gradient_checkpointing cuda_graphs parallel impl",
+    "gradient_checkpointing cuda_graphs parallel sharding impl",
     "approximations": "cover_precision cache_dtype",
 }
 THEME = {name: theme for theme, names in THEMES.items() for name in names.split()}

@@ -92,7 +92,8 @@ class LoraTraining(FullTraining):
         used = [adapter for adapter in self.adapters if adapter.parameter.grad is not None]
         for adapter in used:
             adapter.take_gradient()
-        super()._update()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         for adapter in used:
             adapter.write()
 

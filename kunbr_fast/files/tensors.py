@@ -7,6 +7,7 @@ write it, and map the whole file to read one of them, which a model larger than 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,6 +77,17 @@ class TensorFile(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         found = self._tensors[name]
         return read_tensor(self._file, found, torch.empty(found.shape, dtype=TYPES[found.dtype]))
+
+    def rows(self, name: str, wanted: range) -> torch.Tensor:
+        """Some rows of a tensor, alone; of one that has none all."""
+        found = self._tensors[name]
+        if not found.shape:
+            return self[name]
+        if wanted.stop > found.shape[0]:
+            raise ValueError(f"{plain(self.path)}: {name} has {found.shape[0]} rows, expected {wanted.stop}: {COPY}")
+        out = torch.empty((len(wanted), *found.shape[1:]), dtype=TYPES[found.dtype])
+        skipped = wanted.start * math.prod(found.shape[1:]) * out.element_size()
+        return read_tensor(self._file, dataclasses.replace(found, start=found.start + skipped), out)
 
     def kind(self, name: str) -> tuple[torch.Size, torch.dtype]:
         """A tensor's shape and dtype."""
@@ -167,6 +179,11 @@ class WeightSnapshot(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         with self._open() as file:
             return file[name]
+
+    def rows(self, name: str, wanted: range) -> torch.Tensor:
+        """As of `TensorFile`."""
+        with self._open() as file:
+            return file.rows(name, wanted)
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:

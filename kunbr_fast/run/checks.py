@@ -21,6 +21,7 @@ from kunbr_fast.model.fingerprint import model_fingerprint
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.parallel.group import Group
+from kunbr_fast.parallel.sharded import check_shardable
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.identity import check_record, run_identity
@@ -28,6 +29,7 @@ from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.samples import Samples, overlap, to_samples, with_facts
 from kunbr_fast.run.state import RunState
 from kunbr_fast.training.settings import Execution
+from kunbr_fast.training.sharded import ADVERSARY
 
 
 def prepare(
@@ -43,6 +45,7 @@ def prepare(
         )
     _check_streamed(inputs, config, context.group)
     decoder = Decoder(model)
+    _check_sharding(decoder, config, context, unlearned is None)
     criteria = _check_settings(decoder, config, config.execution(context.work), unlearned is None)
     samples = _samples(inputs, config, decoder, criteria, context.reporter)
     identity = model_fingerprint(model)
@@ -91,6 +94,17 @@ def _check_streamed(inputs: RunInputs, config: KUnBRConfig, group: Group) -> Non
         raise ValueError("a streamed model is for one process: run it without torchrun")
     if config.resident_layers:
         weights_of(model).reside(config.resident_layers)
+
+
+def _check_sharding(decoder: Decoder, config: KUnBRConfig, context: RunContext, warm_up: bool) -> None:
+    if config.sharding == "none":
+        return
+    if context.group.size == 1:
+        context.reporter.say("sharding='fsdp' changes nothing: this is one process (torchrun starts several)")
+        return
+    check_shardable(decoder.model, decoder.layers)
+    if warm_up and config.adversary_every:
+        raise ValueError(ADVERSARY)
 
 
 def _check_settings(decoder: Decoder, config: KUnBRConfig, execution: Execution, warm_up: bool) -> list[Criterion]:

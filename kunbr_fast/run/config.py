@@ -33,6 +33,7 @@ from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
 from kunbr_fast.objectives.hidden_layers import WORDS, HiddenLayers
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
 from kunbr_fast.parallel.assign import PARALLEL
+from kunbr_fast.parallel.sharded import SHARDING
 from kunbr_fast.run.methods import settings_of
 from kunbr_fast.run.setting import ADVERSARY, NUMBERS, RATES, VISITS, refuse_old, setting
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
@@ -228,6 +229,12 @@ class KUnBRConfig:
         "with several processes (torchrun): blocks, each trained by one; samples, each step's spread over all; auto",
         "none",
         PARALLEL,
+    )
+    sharding: str = setting(
+        "none",
+        "with several processes: none, each holds all of what warm-up and attack train; fsdp, a part of it",
+        "none",
+        SHARDING,
     )
     impl: str = setting("auto", "auto, cuda, triton or torch", "none", ("auto", *IMPLEMENTATIONS))
 

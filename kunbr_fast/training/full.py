@@ -46,9 +46,9 @@ class FullTraining(Training):
         super().__init__(decoder, criterion or Criterion(), settings, execution, "training of all parameters")
         self.criterion.fit(decoder.num_layers)
         self.original_head = self.criterion.copy_of_head(decoder.head)
-        self.parameters = dict(decoder.model.named_parameters())  # a tied weight appears once
-        for parameter in self.parameters.values():
+        for parameter in decoder.model.parameters():
             parameter.requires_grad_(True)
+        self.parameters = self._updated()
         self._begin()
 
     def _begin(self) -> None:
@@ -60,6 +60,10 @@ class FullTraining(Training):
         self.optimizer = self.updates.optimizer
         if (adversary := settings.adversary) is not None:
             self.adversary = FullAdversary(adversary, impl, self.parameters, self.drop_gradient)
+
+    def _updated(self) -> dict[str, torch.nn.Parameter]:
+        """What the optimiser updates, by name: a tied weight appears once."""
+        return dict(self.decoder.model.named_parameters())
 
     def loss(self, step: StepBatch) -> PartLoss:
         stretch = Stretch(recompute=self.execution.gradient_checkpointing)
