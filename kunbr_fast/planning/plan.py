@@ -188,7 +188,7 @@ def _assumed(setup: Setup, config: KUnBRConfig, data: Data) -> list[str]:
     found = []
     if setup.stream:
         enough = "" if setup.memory else "; main memory for all layers, trained weights and optimiser state"
-        found.append(f"a disk at {setup.disk_rate:g} GB/s, no page cache{enough}")
+        found.append(f"a disk at {setup.disk_rate:g} GB/s, no page cache{enough}; both ways of the bus at a time")
     if setup.gpus > 1:
         found.append(f"{setup.gpus} GPUs: blocks, samples and attacks divided, evaluation not")
     names = ("cache_dtype", "cache_bytes", "cuda_graphs", *["cover_precision"] * (not setup.stream))

@@ -85,7 +85,8 @@ class Run(Trainings):
         flops = sum(forward_flops(self.a, part, layers) for part in cut)
         read, traffic = self._forward(layers, sum(part.tokens for part in cut), memory)
         work = Work(flops, layers * len(cut) * self.layer) + read + self.moved(kept, 0)
-        return self.stage("hidden states", Taken({**self.weights(), **memory}, [work], traffic, host))
+        taken = Taken({**self.weights(), **memory}, [work], traffic, host, resident=self.layer)
+        return self.stage("hidden states", taken)
 
     def _forward(self, layers: int, tokens: int, memory: dict[str, int]) -> tuple[Work, Traffic]:
         """What a streamed model's one pass up moves: layers that nothing has read before, and what waits between two of
@@ -110,12 +111,11 @@ class Run(Trainings):
                 ),
             )
             count = self.streamed(0, a.layers)
-            work, traffic = self.read(loads(count) + self.stays, anew=count + self.stays)
+            work, traffic = self.read(loads(count) + self.stays, anew=count + self.stays)  # all from the files once
             waiting = a.layers * a.hidden * a.itemsize * sum(part.tokens for part in found)
             here, host = self.placed(waiting)
             work += self.moved(2 * waiting, 3 * waiting)
             peak = peak | {"activations": peak["activations"] + here}
-            host += 2 * self.layer * (not cpu)
         else:
             peak = dict(self.once("density", lambda: self.pass_memory(found, **step)))
         if config.reduction == "mean":
@@ -123,7 +123,8 @@ class Run(Trainings):
         flops = self.once("density flops", lambda: sum(Step(a, batch, **step).flops() for batch in found))
         work += Work(flops, 2 * len(found) * a.layers * self.layer)
         kept = self.streamed(0, a.layers) * self.layer
-        return self.stage("density", Taken({**self.weights(), **peak}, [work], traffic, host, kept, self.layer))
+        work = self.phases(work, traffic, 1.0, 1 / 4, 0.0)
+        return self.stage("density", Taken({**self.weights(), **peak}, work, traffic, host, kept, self.layer))
 
     # ------------------------------------------------ accuracy
 

@@ -132,18 +132,20 @@ class Trainings(Context):
         memory["activations"] = peak.get("activations", 0) + here
         memory["resident"] += self.stays * one.kept
         memory["layer buffers"] += BUFFERS * one.kept * (n > 0)
+        files = self.in_files(one.weights + one.kept)
         first = (loads(n) + self.stays) * steps.trainings * self.layer  # from the model's files
         resident = Traffic(weights_in=self.stays * steps.trainings * self.layer)
         traffic = update_traffic(n, one.weights, one.kept, steps.count, steps.trainings) + resident
         work = Work(
             flops, self._passed(steps, a.layers, peak) + steps.count * update.traffic,
             traffic.weights_in + traffic.state_in, traffic.weights_out + traffic.state_out,
-            first + self.in_files(one.weights + one.kept) * (traffic.total - first),
+            files * (traffic.total - first),
         )  # fmt: skip
         if not cpu:
             host += BUFFERS * one.kept * (n > 0)  # pinned, on the way
             host += a.tied * steps.many * table * round(len(steps.parts) / len(steps.whole))  # the head's gradients
-        return Taken(memory, [work + moved], traffic, host, n * (one.weights + one.kept), one.weights + one.kept)
+        work = [Work(disk=first), *self.phases(work + moved, traffic, n / a.layers, 1 / 4, files)]
+        return Taken(memory, work, traffic, host, n * (one.weights + one.kept), one.weights + one.kept)
 
     def _streamed_passes(
         self, key: Any, steps: Steps, block: range | None, many: bool, fused: bool
@@ -176,10 +178,11 @@ class Trainings(Context):
         here, host, moved = self._waiting(a.layers, steps)
         memory = {**self.weights(), **peak, "activations": peak["activations"] + here, "gradient": self.layer}
         memory["optimiser"] = 16 * rank * a.layers * (a.rows + a.columns)
-        first = self.stays * steps.trainings
-        read, traffic = self.read(loads(n, steps.count, steps.trainings) + first, anew=n + first)
+        read, traffic = self.read(loads(n, steps.count, steps.trainings))
+        anew, more = self.read(self.stays * steps.trainings, anew=self.stays * steps.trainings)
         work = Work(flops, self._passed(steps, a.layers, peak)) + read + moved
-        return Taken(memory, [work], traffic, host, n * self.layer, self.layer)
+        work = [anew, *self.phases(work, traffic, n / a.layers, 1 / 4, self.in_files(self.layer))]
+        return Taken(memory, work, traffic + more, host, n * self.layer, self.layer)
 
     def warm_up(self) -> Taken:
         a, config = self.a, self.config
@@ -241,7 +244,8 @@ class Trainings(Context):
             top["activations"] += here
             host += beside
             moved, traffic = self._cover(block, steps, fixed)
-            work = [work[0] + moved + waiting]
+            part = 6 * self.streamed(block.stop, a.layers) / (6 * (a.layers - block.stop) + 8 * len(block))
+            work = self.phases(work[0] + moved + waiting, traffic, part, 1 / 3, self.in_files(self.layer))
         if update.on_host:  # gradient down, update, weights up, one after the other
             moved = steps.count * update.weights
             work += [Work(bus_out=moved), Work(host=steps.count * update.traffic), Work(bus_in=moved)]
