@@ -57,13 +57,12 @@ def choose_device(arguments: argparse.Namespace) -> str:
     return local_device() if device == "cuda" and num_processes() > 1 else device
 
 
-def open_model(arguments: argparse.Namespace, resident_layers: int = 0) -> tuple[torch.nn.Module, Any]:
-    """(model, tokenizer) of --model: in memory, or with --stream read layer by layer, all but `resident_layers`."""
-    device, kept = choose_device(arguments), getattr(arguments, "stream_cache", 0)
+def open_model(arguments: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
+    """(model, tokenizer) of --model: in memory, or with --stream read layer by layer."""
+    device, kept = choose_device(arguments), getattr(arguments, "stream_cache", None)
     if getattr(arguments, "stream", False):
-        how = dict(host_bytes=kept, resident_layers=resident_layers)
-        model = open_streamed(arguments.model, device, arguments.dtype, **how)
-    elif kept:
+        model = open_streamed(arguments.model, device, arguments.dtype, host_bytes=kept)
+    elif kept is not None:
         raise ValueError("--stream-cache without --stream: the model is in memory whole: leave it out")
     else:
         model = load_model(arguments.model, arguments.dtype, device)

@@ -28,6 +28,7 @@ from kunbr_fast.files.target import PICTURE, FileKind, json_with
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.fingerprint import data_fingerprint, fingerprint
 from kunbr_fast.model.frozen import frozen
+from kunbr_fast.run.checks import keep_resident
 
 SETTINGS = (
     "max_length separator chat_date split_long overlap equal_choices scoring seed rtt_lrs rtt_attacks rtt_lora_rank "
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the curves; an interrupted attack goes on from there with --resume",
     )
     parser.add_argument("--plot", type=path_name, metavar="FILE.png", help="relearning curve")
-    add_stream(parser, "; what does not fit --stream-cache lies in a folder for temporary files (TMPDIR)")
+    add_stream(parser, "; files of what is trained lie in a folder for temporary ones (TMPDIR)")
     parser.add_argument("--resume", action="store_true", help="keep the finished attacks in --out")
     add_show(parser)
     add_settings(parser, SETTINGS.split())
@@ -88,7 +89,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{out} exists: give another --out, or --resume to go on with it")
     if arguments.resume and not out.exists():
         raise ValueError(f"{plain(out)}: no attack to resume, there is no such file: leave --resume out")
-    model, tokenizer = open_model(arguments, config.resident_layers)
+    model, tokenizer = open_model(arguments)
+    keep_resident(model, config.resident_layers)
     attack = config.attack()
     belongs = _settings(attack)
     data = [part for fold in folds for part in (fold.train_records, fold.questions)]

@@ -32,6 +32,7 @@ from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.memory import Place
 from kunbr_fast.model.ownership import differentiable, no_adapter
 from kunbr_fast.model.vocabulary import check_tokens
+from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.parallel.sharded import Shards, sharded
 from kunbr_fast.training.diverged import Diverged
@@ -223,10 +224,6 @@ class Attack:
                     yield restore
                 finally:
                     self._shards = None
-        elif self.decoder.streamed:
-            directory.mkdir(parents=True, exist_ok=True)
-            with self.decoder.weights.writable(directory) as restore:
-                yield restore
         else:
             with _snapshot(self.decoder.model, directory) as restore:
                 yield restore
@@ -342,9 +339,13 @@ def _bar(total: int, had: int, shown: bool) -> tqdm:
 
 @contextlib.contextmanager
 def _snapshot(model, directory: Path) -> Iterator[Callable[[], None]]:
-    """A copy of the weights on disk. Yields a function that puts them back; if it fails the file stays, the only good
-    copy."""
+    """A copy of the weights on disk, of a streamed model what changes alone. Yields a function that puts them back; if
+    it fails the file stays, the only good copy."""
     directory.mkdir(parents=True, exist_ok=True)
+    if (weights := weights_of(model)).streamed:
+        with weights.writable(directory) as restore:
+            yield restore
+        return
     path = directory / "rtt-weights.safetensors"
     snapshot = WeightSnapshot.save(model, path)
     intact = True
