@@ -82,9 +82,9 @@ def add_stream(parser: argparse.ArgumentParser, text: str = "") -> None:
     parser.add_argument(
         "--stream-cache",
         type=number(Bytes()),
-        default=0,
         metavar="SIZE",
-        help="with --stream, main memory in which layers may stay once they were read, such as 64GiB [none]",
+        help="with --stream, main memory in which layers may stay once they were read, and lie while they are trained, "
+        "such as 64GiB; the rest is in files [none; for what is trained half of what is free]",
     )
 
 

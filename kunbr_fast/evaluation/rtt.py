@@ -30,6 +30,7 @@ from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.ownership import differentiable, no_adapter
 from kunbr_fast.model.vocabulary import check_tokens
+from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.parallel.sharded import Shards, sharded
 from kunbr_fast.training.diverged import Diverged
@@ -291,9 +292,13 @@ def _result(finished: dict[tuple[str, str, float], list[dict]], wanted: Sequence
 
 @contextlib.contextmanager
 def _snapshot(model, directory: Path) -> Iterator[Callable[[], None]]:
-    """A copy of the weights on disk. Yields a function that puts them back; if it fails the file stays, the only good
-    copy."""
+    """A copy of the weights on disk, of a streamed model what changes alone. Yields a function that puts them back; if
+    it fails the file stays, the only good copy."""
     directory.mkdir(parents=True, exist_ok=True)
+    if (weights := weights_of(model)).streamed:
+        with weights.writable(directory) as restore:
+            yield restore
+        return
     path = directory / "rtt-weights.safetensors"
     snapshot = WeightSnapshot.save(model, path)
     intact = True

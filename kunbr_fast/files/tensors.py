@@ -34,7 +34,7 @@ AT_ONCE = 1 << 26  # bytes of a tensor on a device that are copied to the host a
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes tensors of any device and layout, one after the other, atomically. Of a mapping that makes its tensors
     when they are asked for, each is asked for twice. OSError where the disk is full or refuses."""
-    found = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    found = [(name, tensor.dtype, tuple(tensor.shape)) for name in tensors for tensor in [tensors[name]]]
     # the widest first, then by name, as safetensors has it: each lies at a multiple of its entries' size
     found.sort(key=lambda entry: (-entry[1].itemsize, entry[0]))
     entries, end = {}, 0

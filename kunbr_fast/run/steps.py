@@ -35,6 +35,7 @@ from kunbr_fast.stopping import Stopped
 from kunbr_fast.training.approximation import cache_error, gradient_cosine
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.diverged import Diverged
+from kunbr_fast.training.fine_tune import full_training
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.reinserted import reinserted
 from kunbr_fast.training.sharded import ShardedTraining
@@ -149,7 +150,7 @@ class Run:
                 training = ShardedTraining(decoder, shards, **how)
                 stack.callback(training.optimizer.state.clear)  # before the model is whole again
             else:
-                training = FullTraining(decoder, **how)
+                training = full_training(decoder, **how)
             training.stage, training.lr_name = "warm-up", "warmup_lr"
             yield training
 
@@ -207,9 +208,24 @@ class Run:
 
     # ------------------------------------------------ the original, while its weights change
 
+    @contextlib.contextmanager
+    def changing_original(self) -> Iterator[WeightSnapshot | None]:
+        """Inside, the model's weights may change; afterwards they are the original's, which wait in a file of the
+        state. Yields it, or None: a streamed model's are in its own files."""
+        if self.decoder.streamed:
+            with self.decoder.weights.writable(self.work):
+                yield None
+            return
+        original = self.keep_original()
+        try:
+            yield original
+        finally:
+            original.restore(self.decoder.model)
+        self.drop_original()
+
     def keep_original(self) -> WeightSnapshot:
         """The model's weights, in a file until `drop_original`."""
-        return self.state.keep("original", dict(self.decoder.model.named_parameters()))
+        return self.state.keep("original", self.decoder.weights)
 
     def drop_original(self) -> None:
         self.state.drop("original")
