@@ -27,6 +27,7 @@ from kunbr_fast.training.fine_tune import fine_tune
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.settings import Execution, FullSettings
 from kunbr_fast.training.training import Training
+from kunbr_fast.training.updates import Updates
 
 RANK, SCALE = 8, 2.0  # s = alpha / r, of alpha = 16
 
@@ -81,12 +82,10 @@ class LoraTraining(FullTraining):
         self.parameters = {f"{number}": adapter.parameter for number, adapter in enumerate(self.adapters)}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        trained = [matrix for adapter in self.adapters for matrix in (adapter.a, adapter.b)]
-        self.optimizer = self.settings.make_optimizer(trained, self.execution.impl, "")
-
-    def drop_gradient(self) -> None:
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        matrices = [matrix for adapter in self.adapters for matrix in (adapter.a, adapter.b)]
+        trained = {f"{number}": matrix for number, matrix in enumerate(matrices)}
+        self.updates = Updates(trained, self.settings, self.execution.impl)
+        self.optimizer = self.updates.optimizer
 
     def _update(self) -> None:
         used = [adapter for adapter in self.adapters if adapter.parameter.grad is not None]
