@@ -7,20 +7,25 @@ what happens
 on a rank before one of its updates: "kill" (SIGKILL) or "fail" (OSError).
 {"density": [arguments of knowledge_density, ...], "attribute": [...], "name"} measures.
 
-Writes DIR/NAME.safetensors (the weights) or DIR/NAME.RANK.json: {"updates", "error"} or what was measured.
+Writes DIR/NAME.safetensors (the weights) or DIR/NAME.RANK.json: {"updates", "error", ...} or what was measured.
 """
 
 import json
+import operator
 import os
 import signal
 import sys
 from pathlib import Path
 
+import tiny_text
 import torch
 from safetensors.torch import save_file
 from tiny_models import random_samples, tiny_model
 
 import kunbr_fast as kf
+from kunbr_fast.evaluation.rtt import Fold
+from kunbr_fast.memory import OutOfMemory
+from kunbr_fast.model.ownership import has_hooks
 from kunbr_fast.parallel.group import ALONE, ProcessGone, joined
 from kunbr_fast.training import block as reinsertion
 from kunbr_fast.training import full as training
@@ -39,11 +44,25 @@ def data(alternates=False):
     return forget, retain
 
 
+def text(config):
+    """(model, data and keywords of `unlearn`) of questions."""
+    folds = [[tiny_text.question(n) for n in tiny_text.NAMES[i : i + 4]] for i in (0, 4)]
+    retain = [tiny_text.question(n) for n in tiny_text.NAMES[12:18]]
+    given = {"tokenizer": tiny_text.tokenizer(), "folds": [Fold(f"fold {i}", f, f) for i, f in enumerate(folds)]}
+    return tiny_text.model(dtype=torch.float64), (sum(folds, []), retain), given
+
+
 def run(job, out, group=ALONE):
     """(the model, how many updates this process has made of each stage)"""
-    updates = []
+    model, found = carry_out(job, out, group)
+    return model, found["updates"]
+
+
+def carry_out(job, out, group=ALONE):
+    """(the model, what this process has seen)"""
+    updates, held, stop = [], [], kf.Stop()
     owners = {training.FullTraining: lambda t: "warmup", reinsertion.BlockTraining: lambda t: t.block.start}
-    real = {owner: owner.update for owner in owners}
+    real, real_loss = {owner: owner.update for owner in owners}, training.FullTraining.loss
     at = job.get("at", {"rank": -1})
 
     def update(self, *args):
@@ -51,29 +70,51 @@ def run(job, out, group=ALONE):
         if at["rank"] == group.rank and at["step"] == len(updates):
             if at["does"] == "fail":
                 raise OSError("the disk of this machine is full")
-            os.kill(os.getpid(), signal.SIGKILL)
+            if at["does"] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            stop.requested = at["does"] == "stop"
         real[next(owner for owner in owners if isinstance(self, owner))](self, *args)
+        state = [x for values in self.optimizer.state.values() for x in values.values()]
+        held.append(sum(x.numel() for x in state if torch.is_tensor(x) and x.dim()))
+
+    def loss(self, step):
+        if at["rank"] == group.rank and at["does"] == "memory" and at["step"] == len(updates):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real_loss(self, step)
 
     config = CONFIG | job["config"] | (job.get("differs", {}) if group.rank == 1 else {})
-    layers = {"num_hidden_layers": job.get("layers", 6)}
-    model = tiny_model(**layers)
+    layers, more = {"num_hidden_layers": job.get("layers", 6)}, {}
+    if job.get("text"):
+        model, sets, more = text(config)
+    else:
+        model, sets = tiny_model(**layers), data(config.get("objective") == "dpo")
+    parameters = list(model.parameters())
     try:
         for owner in owners:
             owner.update = update
-        kf.unlearn(
+        training.FullTraining.loss = loss
+        report = kf.unlearn(
             model,
-            *data(config.get("objective") == "dpo"),
+            *sets,
             kf.KUnBRConfig(**config),
             unlearned=tiny_model(seed=1, **layers) if job.get("given") else None,
             output_dir=Path(out) / job["name"],
             resume=job.get("resume", False),
             progress=False,
             group=group,
+            stop=stop,
+            **more,
         )
+    except kf.Stopped:  # in the warm-up
+        assert all(map(torch.equal, model.parameters(), tiny_model(**layers).parameters()))
+        raise
     finally:
         for owner in owners:
             owner.update = real[owner]
-    return model, updates
+        training.FullTraining.loss = real_loss
+        assert all(map(operator.is_, model.parameters(), parameters)) and not any(map(has_hooks, model.modules()))
+    rows = report.rtt.curves if report.rtt else None
+    return model, {"updates": updates, "held": held, "rtt": rows, "accuracy": report.accuracy}
 
 
 def measure(job, group=ALONE):
@@ -106,14 +147,14 @@ def main():
                     results[-1]["density"], results[-1]["attribute"] = measure(job, group)
                     continue
                 try:
-                    model, results[-1]["updates"] = run(job, out, group)
-                except ValueError as error:
-                    results[-1]["error"] = str(error)
+                    model, results[-1] = carry_out(job, out, group)
+                except (ValueError, kf.Stopped) as error:
+                    results[-1]["error"] = str(error) or type(error).__name__
                     continue
                 if group.first:
                     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
                     save_file(weights, f"{out}/{job['name']}.safetensors")
-    except (ProcessGone, OSError) as error:
+    except (ProcessGone, OSError, OutOfMemory) as error:
         results[-1]["error"] = f"{type(error).__name__}: {error}"
     keep()
 

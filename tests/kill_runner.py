@@ -16,6 +16,7 @@ from kunbr_fast.files import weight_files
 from kunbr_fast.run import state as checkpoint
 from kunbr_fast.training import block as reinsertion
 from kunbr_fast.training import full as training
+from kunbr_fast.training import streamed_full
 
 # point: (where, name of the function, how many calls pass)
 POINTS = {
@@ -28,7 +29,10 @@ POINTS = {
     "the model is half saved": (loading.os, "replace", None),
 }
 # points that only a streamed run, or one of several processes, comes to
-STREAMED = {"a shard of the result is written": (weight_files, "_write", 1)}
+STREAMED = {
+    "a shard of the result is written": (weight_files, "_write", 1),
+    "in the warm-up, half of the layers updated": (streamed_full.StreamedFullTraining, "_leave", 20),
+}
 RANKED = {"rank 1, in its block": (reinsertion.BlockTraining, "step_packed", 2)}
 OF_RANK = {"rank 1, in its block": "1"}
 

@@ -36,7 +36,7 @@ THEMES = {
     "blocks": "insertion rounds block_epochs block_lr block_hidden_coeff optimizer master_weights mask mask_ratio",
     "attack": "scoring rtt rtt_lrs rtt_attacks rtt_epochs rtt_batch_size rtt_target",
     "execution": "cache cache_bytes optimizer_device resident_layers micro_batch_tokens checkpoint_every "
-    "gradient_checkpointing cuda_graphs parallel impl",
+    "gradient_checkpointing cuda_graphs parallel sharding impl",
     "approximations": "cover_precision cache_dtype",
 }
 THEME = {name: theme for theme, names in THEMES.items() for name in names.split()}
@@ -83,9 +83,9 @@ def add_stream(parser: argparse.ArgumentParser, text: str = "") -> None:
     parser.add_argument(
         "--stream-cache",
         type=number(Bytes()),
-        default=0,
         metavar="SIZE",
-        help="with --stream, main memory in which layers may stay once they were read, such as 64GiB [none]",
+        help="with --stream, main memory in which layers may stay once they were read, and lie while they are trained, "
+        "such as 64GiB; the rest is in files [none; for what is trained half of what is free]",
     )
 
 

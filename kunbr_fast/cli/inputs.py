@@ -59,10 +59,10 @@ def choose_device(arguments: argparse.Namespace) -> str:
 
 def open_model(arguments: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
     """(model, tokenizer) of --model: in memory, or with --stream read layer by layer."""
-    device, kept = choose_device(arguments), getattr(arguments, "stream_cache", 0)
+    device, kept = choose_device(arguments), getattr(arguments, "stream_cache", None)
     if getattr(arguments, "stream", False):
         model = open_streamed(arguments.model, device, arguments.dtype, host_bytes=kept)
-    elif kept:
+    elif kept is not None:
         raise ValueError("--stream-cache without --stream: the model is in memory whole: leave it out")
     else:
         model = load_model(arguments.model, arguments.dtype, device)

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unlearned", type=path_name, metavar="DIR", help="your own M_u (made by any method): no warm-up"
     )
-    add_stream(parser, "; needs --unlearned, and there is no attack")
+    add_stream(parser)
     parser.add_argument("--resume", action="store_true", help="go on with the run that was interrupted in --out")
     add_show(parser)
     add_settings(parser)
@@ -77,7 +77,7 @@ def _read(arguments: argparse.Namespace, config: KUnBRConfig) -> tuple[list[Fold
     asked = [record for record in asked if is_question(record)]
     # --show ends here: nothing else says what is let be
     settings = (config.overlap, *([sayer(arguments)] if arguments.show else []))
-    attack = config.rtt and not arguments.stream and any(fold.questions for fold in folds)
+    attack = config.rtt and any(fold.questions for fold in folds)
     settle(overlap_of(folds, attack), *settings)
     forget = [record for fold in folds for record in (*fold.train_records, *fold.questions)]
     settle(of_sides(facts({"": forget}), facts({"": [*retain, *asked]})), *settings)
@@ -114,11 +114,6 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
         say("no question lines about the forget set: accuracy is not measured and there is no RTT attack")
     elif len(folds) < 2 and config.rtt:
         say("one forget file: the RTT attack needs two or more (each is a fold), so there is none")
-    if arguments.stream and not arguments.unlearned:
-        raise ValueError(
-            "--stream: the warm-up trains every parameter, which are never in memory together: make M_u elsewhere, "
-            "by any method, and give it with --unlearned DIR"
-        )
     model, tokenizer = open_model(arguments)
 
     def save(report: Report) -> None:
@@ -151,7 +146,7 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
     )
     report = carry_out(model, forget, retain, config, options, command=True)
     if not arguments.json:
-        _print(report, arguments, attack_left_out=arguments.stream and config.rtt and bool(questions))
+        _print(report, arguments)
     return report.to_dict() | {"model": str(arguments.model)}
 
 
@@ -219,12 +214,10 @@ def _write(report: Report, config: KUnBRConfig, arguments: argparse.Namespace) -
     write_report(out / "report.json", values | {"result": record(out, values)})
 
 
-def _print(report: Report, arguments: argparse.Namespace, attack_left_out: bool) -> None:
+def _print(report: Report, arguments: argparse.Namespace) -> None:
     rows = [report.row("original", "original"), *[report.row("warm-up (M_u)", "unlearned")] * bool(report.blocks)]
     rows = [*(row for row in rows if "forget" in row or "retain" in row), report.row()]
     show(*table(rows).splitlines())
     if report.rtt is not None:
         show(*attack_table(report.rtt).splitlines())
-    if attack_left_out:
-        show(f"the RTT attack trains every parameter: run `kunbr-fast rtt --model {arguments.out}` where they fit")
     show(f"model, report.json and plots are in {arguments.out}")

@@ -47,6 +47,11 @@ class Kind:
         """Whether one attack is for all folds, as it uses none of them."""
         return self.others or self.rounds is not None
 
+    @property
+    def trains_all(self) -> bool:
+        """Whether it trains the weights themselves."""
+        return not self.adapters and self.rounds is None
+
     def lrs(self, given: Rates) -> Rates:
         """Different ones, in three digits."""
         return (

@@ -25,12 +25,17 @@ from kunbr_fast.evaluation.accuracy import Accuracy, measure, prepare_questions
 from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks, round_weights
 from kunbr_fast.evaluation.curves import RTTResult, attack_of
 from kunbr_fast.evaluation.lora import train_lora
+from kunbr_fast.files.checksums import checksum
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.ownership import differentiable, no_adapter
 from kunbr_fast.model.vocabulary import check_tokens
+from kunbr_fast.model.weights import weights_of
+from kunbr_fast.parallel.group import ALONE, Group
+from kunbr_fast.parallel.sharded import Shards, sharded
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.fine_tune import train_all
+from kunbr_fast.training.sharded import train_sharded
 from kunbr_fast.values import BATCH, EPOCHS, SEED, check, least, rates
 
 NAME = 40  # characters of a fold's name in messages and on the progress bar
@@ -147,6 +152,7 @@ class Attack:
             is_text = data.is_record(other_facts[0])
             self._others = encoded(other_facts, "other facts") if is_text else data.as_samples(other_facts)
         self._before: dict[int, Accuracy] = {}  # each fold's, where it is known
+        self._shards: Shards | None = None  # where the model is in parts
         self._say = say
 
     def run(
@@ -156,9 +162,11 @@ class Attack:
         done: Sequence[dict] = (),
         on_result: Callable[[list[dict]], None] | None = None,
         share: tuple[int, int] = (0, 1),
+        ranks: Group = ALONE,
     ) -> RTTResult | None:
         """As `rtt_attack`. share: (i, n), only every n-th of the unfinished attacks, from the i-th on; then None,
-        unless these are all."""
+        unless these are all. ranks: make each attack that trains all weights together, with the model in parts
+        (`parallel.sharded`); the others are left."""
         folds, config = self.folds, self.config
         finished = finished_attacks(done or (), folds, config)
 
@@ -168,6 +176,8 @@ class Attack:
         jobs = [(begun(job), job) for job in _jobs(config, len(folds))]
         left = [job for unfinished, job in jobs if unfinished]
         mine = left[share[0] :: share[1]]
+        if ranks.size > 1:
+            mine = [job for job in mine if ATTACKS[job.attack].trains_all]
         had = sum(job.points(config) for unfinished, job in jobs if not unfinished)
         bar = tqdm(
             total=had + sum(job.points(config) for job in mine),
@@ -178,7 +188,10 @@ class Attack:
         )
         with contextlib.ExitStack() as stack:
             stack.callback(bar.close)
-            if mine:
+            if mine and ranks.size > 1:
+                self._shards, restore = stack.enter_context(_in_parts(self.decoder, Path(snapshot_dir), ranks))
+                stack.callback(setattr, self, "_shards", None)
+            elif mine:
                 restore = stack.enter_context(_snapshot(self.decoder.model, Path(snapshot_dir)))
             for job in mine:
                 for i, rows in self._one(job, restore, bar).items():
@@ -239,7 +252,11 @@ class Attack:
             train_lora(self.decoder, samples, **how, on_epoch=after_epoch)
         else:
             optimizer = kind.optimizer or config.optimizer
-            train_all(self.decoder, samples, optimizer=optimizer, **how, on_epoch=after_epoch, progress=None)
+            how |= dict(optimizer=optimizer, on_epoch=after_epoch, progress=None)
+            if self._shards is None:
+                train_all(self.decoder, samples, **how)
+            else:
+                train_sharded(self.decoder, self._shards, samples, **how)
 
 
 class _Job(NamedTuple):
@@ -275,9 +292,13 @@ def _result(finished: dict[tuple[str, str, float], list[dict]], wanted: Sequence
 
 @contextlib.contextmanager
 def _snapshot(model, directory: Path) -> Iterator[Callable[[], None]]:
-    """A copy of the weights on disk. Yields a function that puts them back; if it fails the file stays, the only good
-    copy."""
+    """A copy of the weights on disk, of a streamed model what changes alone. Yields a function that puts them back; if
+    it fails the file stays, the only good copy."""
     directory.mkdir(parents=True, exist_ok=True)
+    if (weights := weights_of(model)).streamed:
+        with weights.writable(directory) as restore:
+            yield restore
+        return
     path = directory / "rtt-weights.safetensors"
     snapshot = WeightSnapshot.save(model, path)
     intact = True
@@ -293,6 +314,21 @@ def _snapshot(model, directory: Path) -> Iterator[Callable[[], None]]:
     finally:
         if intact:
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _in_parts(decoder, directory: Path, ranks: Group) -> Iterator[tuple[Shards, Callable[[], None]]]:
+    """`_snapshot`, by rank 0 for all, and the model in parts of which each is put back; afterwards it is whole."""
+    path = directory / "rtt-weights.safetensors"
+    if ranks.first:
+        directory.mkdir(parents=True, exist_ok=True)
+        WeightSnapshot.save(decoder.model, path)
+    ranks.wait()
+    snapshot = WeightSnapshot(path, ranks.gather(checksum(path) if ranks.first else None)[0])
+    with sharded(decoder.model, decoder.layers, ranks, snapshot) as shards:
+        yield shards, lambda: shards.take(snapshot)
+    if ranks.first:
+        path.unlink(missing_ok=True)
 
 
 def _row(job: _Job, fold: Fold, epoch: int, found: Accuracy) -> dict:

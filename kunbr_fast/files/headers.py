@@ -9,13 +9,15 @@ link is made by whoever owns the disk. What a stranger can write, the names in a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import math
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from kunbr_fast.files.documents import LIMIT, parse_json
 from kunbr_fast.files.kinds import HEAD, told
@@ -72,40 +74,72 @@ class Tensor:
         return math.prod(self.shape)
 
 
+class Mark(NamedTuple):
+    """Tells a file from one that somebody has written to, and from another in its place."""
+
+    size: int
+    modified: int
+    place: tuple[int, int]  # device and inode
+    changed: int  # ctime, which no program can set
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> Mark:
+        now = os.fstat(file.fileno())
+        return cls(now.st_size, now.st_mtime_ns, (now.st_dev, now.st_ino), now.st_ctime_ns)
+
+    def is_of(self, other: Mark) -> bool:
+        """Whether both are of one file. A change of permissions and a link move ctime alone; some network drives give
+        inodes new numbers, with the same ctime."""
+        return self[:2] == other[:2] and (self.place == other.place or self.changed == other.changed)
+
+
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """A file's header. raw: everything before the tensors; tensors: as they lie in the file; mark: the file's, which is
-    another one once somebody has written to it or put another in its place."""
+    """A file's header. raw: everything before the tensors; tensors: as they lie in the file; mark: the file's."""
 
     file: Path
     raw: bytes
     tensors: tuple[Tensor, ...]
-    mark: tuple[int, ...]
+    mark: Mark
 
     @property
     def size(self) -> int:
         """Of the file."""
-        return self.mark[0]
+        return self.mark.size
 
     def open(self) -> BinaryIO:
         """The file, to read. ValueError where it is another one than when the header was read."""
         file = open_regular(self.file)
-        if (now := _mark(file)) != self.mark:
+        try:
+            self._check(file)
+        except ValueError:
             file.close()
-            what = f"{now[0]} bytes, {self.mark[0]} before" if now[0] != self.mark[0] else "it has been written to"
+            raise
+        return file
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[BinaryIO]:
+        """`open`, closed afterwards. ValueError too where the file was changed inside."""
+        with self.open() as file:
+            yield file
+            self._check(file)
+
+    def _check(self, file: BinaryIO) -> None:
+        now, size = Mark.of(file), self.mark.size
+        if not now.is_of(self.mark):
+            what = f"{now.size} bytes, {size} before" if now.size != size else "it has been written to"
             raise ValueError(
                 f"{plain(self.file)}: changed while it was in use ({what}): put it back and start again (a run: "
                 "--resume)"
             )
-        return file
 
     @classmethod
     def read(cls, path: str | Path, missing: str = COPY) -> Header:
         """ValueError, in one line that names the file, for a header that is damaged or does not describe the file."""
         path = Path(path)
         with open_regular(path, missing) as file:
-            mark = _mark(file)
-            size = mark[0]
+            mark = Mark.of(file)
+            size = mark.size
             raw = file.read(8)
             length = int.from_bytes(raw, "little")
             if not 0 < length <= min(size - 8, LIMIT) and (what := told(raw + file.read(HEAD), text=False)) is not None:
@@ -131,12 +165,6 @@ class Header:
         _check_metadata(path, entries.get("__metadata__", {}))
         _check_places(path, tensors, len(raw), size)
         return cls(path, raw, tuple(tensors), mark)
-
-
-def _mark(file: BinaryIO) -> tuple[int, ...]:
-    """(size, ...)."""
-    now = os.fstat(file.fileno())
-    return now.st_size, now.st_dev, now.st_ino, now.st_mtime_ns
 
 
 def _damaged(path: Path, why: str) -> ValueError:

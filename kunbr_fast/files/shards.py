@@ -6,6 +6,7 @@ neither is there, the error says what is, and what makes weights of it. Other we
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -150,9 +151,9 @@ class Shards:
         with self.open(found.file) as file:
             return read_tensor(file, found, torch.empty(found.shape, dtype=TYPES[found.dtype]))
 
-    def open(self, path: Path) -> BinaryIO:
+    def open(self, path: Path) -> contextlib.AbstractContextManager[BinaryIO]:
         """One of the files, to read. ValueError where it is another one than when it was opened first."""
-        return next(header for header in self.headers if header.file == path).open()
+        return next(header for header in self.headers if header.file == path).reading()
 
     def same(self, first: str, second: str) -> bool:
         """Whether two tensors have the same shape, dtype and bytes."""

@@ -7,6 +7,7 @@ write it, and map the whole file to read one of them, which a model larger than 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ AT_ONCE = 1 << 26  # bytes of a tensor on a device that are copied to the host a
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes tensors of any device and layout, one after the other, atomically. Of a mapping that makes its tensors
     when they are asked for, each is asked for twice. OSError where the disk is full or refuses."""
-    found = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    found = [(name, tensor.dtype, tuple(tensor.shape)) for name in tensors for tensor in [tensors[name]]]
     # the widest first, then by name, as safetensors has it: each lies at a multiple of its entries' size
     found.sort(key=lambda entry: (-entry[1].itemsize, entry[0]))
     entries, end = {}, 0
@@ -76,6 +77,17 @@ class TensorFile(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         found = self._tensors[name]
         return read_tensor(self._file, found, torch.empty(found.shape, dtype=TYPES[found.dtype]))
+
+    def rows(self, name: str, wanted: range) -> torch.Tensor:
+        """Some rows of a tensor, alone; of one that has none all."""
+        found = self._tensors[name]
+        if not found.shape:
+            return self[name]
+        if wanted.stop > found.shape[0]:
+            raise ValueError(f"{plain(self.path)}: {name} has {found.shape[0]} rows, expected {wanted.stop}: {COPY}")
+        out = torch.empty((len(wanted), *found.shape[1:]), dtype=TYPES[found.dtype])
+        skipped = wanted.start * math.prod(found.shape[1:]) * out.element_size()
+        return read_tensor(self._file, dataclasses.replace(found, start=found.start + skipped), out)
 
     def kind(self, name: str) -> tuple[torch.Size, torch.dtype]:
         """A tensor's shape and dtype."""
@@ -167,6 +179,11 @@ class WeightSnapshot(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         with self._open() as file:
             return file[name]
+
+    def rows(self, name: str, wanted: range) -> torch.Tensor:
+        """As of `TensorFile`."""
+        with self._open() as file:
+            return file.rows(name, wanted)
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:

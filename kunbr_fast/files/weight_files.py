@@ -47,7 +47,7 @@ def write_like(shards: Shards, directory: Path, new: Mapping[str, New]) -> None:
 def write_file(header: Header, path: Path, new: Mapping[str, New]) -> None:
     """One file. header: of the one that it is like."""
     before, tensors = _begin(header, new)
-    with header.open() as source, open(path, "xb") as file:
+    with header.reading() as source, open(path, "xb") as file:
         file.write(before)
         for tensor in tensors:
             if tensor.name in new:

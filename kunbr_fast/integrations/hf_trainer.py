@@ -188,6 +188,8 @@ class KUnBRMixin:
                 f"micro_batch_tokens={self.config.micro_batch_tokens}: here per_device_train_batch_size is what goes "
                 "through at once, gradient_accumulation_steps times in a step: leave it out"
             )
+        if self.config.sharding != "none":
+            raise ValueError(f"sharding={self.config.sharding!r}: the Trainer's processes hold all of it: leave it out")
         self.forget_dataset, self.retain_dataset, self.unlearned = forget_dataset, retain_dataset, unlearned
         self.density: Density | None = None
         self.blocks: list[range] | None = None

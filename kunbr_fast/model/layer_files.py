@@ -170,10 +170,14 @@ class LayerFiles(Weights, abc.ABC):
         return [self.shards[piece.stored] for piece in self._sources.get(name, ())]
 
     def moved(self, directory: str | Path) -> None:
-        """From now on all is read from `directory`, where `save` has written the model."""
+        """From now on all is read from `directory`, where `save` has written the model, in the files' dtypes."""
         shards = Shards(directory)
         self._read_anew(self._stored)
-        self.shards, self._replaced, self._changed = shards, {}, set()
+        self.shards, self._replaced = shards, {}
+        for name in self._changed:
+            for piece in self._sources[name]:
+                self._others[name].detach()[piece.index].copy_(shards[piece.stored])
+        self._changed = set()
 
     def changed_others(self) -> None:
         """What is outside of the layers was changed in place."""

@@ -67,12 +67,10 @@ class LayerStream(LayerFiles):
     ):
         if buffers < 2:
             raise ValueError(f"buffers={buffers}: expected at least 2, one to compute with and one to fill")
-        if not 0 <= resident <= len(layers):
-            raise ValueError(f"resident_layers={resident}: expected 0 to {len(layers)}, the model's layers")
         self.loads, self.traffic = Counter(), Counter()
-        self.resident = range(resident)
         self.store: LayerStore | None = None
         self._transforms: list[Callable[[int], None]] = []
+        self._own: dict[int, _Slot] = {}  # of resident layers
         self._dirty: set[int] = set()  # of the resident ones, what a training has changed
         self.host: dict[int, torch.Tensor] = {}
         self._host_bytes = host_bytes
@@ -91,6 +89,7 @@ class LayerStream(LayerFiles):
             layer.register_forward_pre_hook(functools.partial(self._before_forward, number))
         layers.register_state_dict_pre_hook(_refuse_state)
         layers.__dict__[CARRIED] = self
+        self.reside(resident)
 
     def _lay_out(self, path: str, layer: nn.Module, number: int) -> list[Entry]:
         """The layer's parameters one after the other; they become placeholders."""
@@ -115,14 +114,22 @@ class LayerStream(LayerFiles):
         """Made when the first layer is loaded: a model that is only read from has none."""
         return [_Slot(max(self._sizes), self.copies) for _ in range(self._buffers)]
 
-    @functools.cached_property
-    def _own_slots(self) -> dict[int, _Slot]:
-        """Of the resident layers."""
-        return {layer: _Slot(self._sizes[layer], self.copies) for layer in self.resident}
+    def _own_slot(self, layer: int) -> _Slot:
+        """Of a resident layer."""
+        if layer not in self._own:
+            self._own[layer] = _Slot(self._sizes[layer], self.copies)
+        return self._own[layer]
 
     def _all_slots(self) -> list[_Slot]:
         """That there are."""
-        return [*self.__dict__.get("_slots", ()), *self.__dict__.get("_own_slots", {}).values()]
+        return [*self.__dict__.get("_slots", ()), *self._own.values()]
+
+    def reside(self, count: int) -> None:
+        """From now on the first `count` layers stay on the device."""
+        if not 0 <= count <= len(self._entries):
+            raise ValueError(f"resident_layers={count}: expected 0 to {len(self._entries)}, the model's layers")
+        self.release()
+        self.resident = range(count)
 
     @property
     def nbytes(self) -> int:
@@ -152,11 +159,11 @@ class LayerStream(LayerFiles):
         self._last = layer
         if not wanted:  # all held: no buffer is made for them
             return
-        slots = {slot.layer: slot for slot in (*self._slots, *self._own_slots.values())}
+        slots = {slot.layer: slot for slot in (*self._slots, *self._own.values())}
         free = [slot for slot in self._slots if slot.layer not in wanted]
         for number in wanted:
             if number not in slots:
-                slots[number] = self._own_slots[number] if number in self.resident else free.pop(0)
+                slots[number] = self._own_slot(number) if number in self.resident else free.pop(0)
                 self._start(slots[number], number)
         if layer not in self._held and slots[layer].loading is not None:
             self._arrive(slots[layer])
@@ -202,8 +209,7 @@ class LayerStream(LayerFiles):
             if slot.layer not in self._dirty:
                 self._leave(slot)
         self.__dict__.pop("_slots", None)
-        if not self._dirty:
-            self.__dict__.pop("_own_slots", None)
+        self._own = {layer: slot for layer, slot in self._own.items() if layer in self._dirty}
 
     # ------------------------------------------------ other weights, for a while
 
@@ -244,7 +250,7 @@ class LayerStream(LayerFiles):
 
     def _trained_layer(self, layer: int) -> torch.Tensor | None:
         if layer in self._dirty:
-            return self._own_slots[layer].data
+            return self._own[layer].data
         return self.store.weights(layer) if self.store is not None and layer in self.store else None
 
     @torch.no_grad()

@@ -39,11 +39,12 @@ def open_streamed(
 
     Equals `load_model(path, dtype, device)`: the same outputs, bit for bit (but a CPU's matrix products may round fp64
     differently for weights at other alignments, and those that transformers maps from a file lie anywhere). dtype: a
-    name of `files.models.DTYPES` (default: as saved). Nothing requires grad. Files must stay as and where they are. In
-    memory, on `device`: what is outside the decoder's layers, and `buffers` times the largest layer; on a GPU as much
-    again in pinned main memory. host_bytes: the most main memory (for a GPU, pinned) in which layers stay after their
-    first reading, in the model's dtype, or while they are trained what is trained; those that do not fit are read from
-    the files each time, or trained in files (None: 0, and while they are trained half of what is free).
+    name of `files.models.DTYPES` (default: as saved). Nothing requires grad. Files must stay as and where they are: a
+    change is an error at the next reading. In memory, on `device`: what is outside the decoder's layers, and `buffers`
+    times the largest layer; on a GPU as much again in pinned main memory. host_bytes: the most main memory (for a GPU,
+    pinned) in which layers stay after their first reading, in the model's dtype, or while they are trained what is
+    trained; those that do not fit are read from the files each time, or trained in files (None: 0, and while they are
+    trained half of what is free).
     resident_layers: how many of the first layers stay on the device, where they are read once.
 
     A backward pass needs a layer's weights once more: run it layer by layer (`Decoder.passes`) or with gradient

@@ -93,6 +93,13 @@ class Group:
                 if not tensor.is_contiguous():
                     tensor.copy_(flat.view(tensor.shape))
 
+    def send(self, parts: Sequence[torch.Tensor]) -> None:
+        """Each rank's own of `parts`, one for each rank, becomes everybody's."""
+        with self._communicating():
+            for rank, part in enumerate(parts):
+                if part.numel():
+                    dist.broadcast(part, rank)
+
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, in order: what JSON makes of it, as nothing that ranks send is unpickled."""
         if self.size == 1:
@@ -141,11 +148,24 @@ class Group:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # gloo's, nccl's or the store's
-            if (told := self._failure(wait=2.0)) is not None:
-                raise ProcessGone(f"stopped, since {told}", True) from error
-            text = " ".join(str(error).split())
-            gone = "another process of this run has gone (killed, perhaps for its memory; torchrun says which)"
-            raise ProcessGone(f"stopped, since {gone}: {text}", False) from error
+            raise self._gone(error) from error
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside, torch communicates by itself, between computations (FSDP): a rank that is lost is told as here."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, ProcessGone) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise self._gone(error) from error
+
+    def _gone(self, error: RuntimeError) -> ProcessGone:
+        if (told := self._failure(wait=2.0)) is not None:
+            return ProcessGone(f"stopped, since {told}", True)
+        text = " ".join(str(error).split())
+        gone = "another process of this run has gone (killed, perhaps for its memory; torchrun says which)"
+        return ProcessGone(f"stopped, since {gone}: {text}", False)
 
     def tell(self, error: BaseException) -> bool:
         """Tells the other ranks that this one has failed. False if one before it has told the same error."""

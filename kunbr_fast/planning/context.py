@@ -73,7 +73,6 @@ class Context:
     config: KUnBRConfig
     setup: Setup
     room: float = float("inf")
-    sharding: str = "none"
     made: dict[Any, Any] = dataclasses.field(default_factory=dict)  # what settings that are tried have in common
 
     def stage(self, name: str, taken: Taken) -> Stage:
@@ -85,6 +84,7 @@ class Context:
         total, host = sum(taken.work, Work()), taken.host
         if self.setup.stream and not self.setup.cpu:
             host += 2 * self.layer * (self.stays < self.a.layers)  # pinned, on the way
+            host += self.a.outside * self.a.itemsize * self.setup.unlearned  # M_u's
         return Stage(
             name, taken.memory, total.flops, bound.total(), max(bound, key=bound.get),
             bus=total.bus_in + total.bus_out, traffic=taken.traffic, disk=total.disk, host=host,
@@ -100,7 +100,7 @@ class Context:
 
     @property
     def sharded(self) -> bool:
-        return self.sharding == "fsdp" and self.setup.gpus > 1
+        return self.config.sharding == "fsdp" and self.setup.gpus > 1
 
     @property
     def recompute(self) -> bool:
@@ -133,7 +133,11 @@ class Context:
     def weights(self) -> dict[str, int]:
         if not self.setup.stream:
             return {"weights": self.a.parameters * self.a.itemsize}
-        found = {"weights": self.a.outside * self.a.itemsize, "resident": self.stays * self.layer}
+        outside = self.a.outside * self.a.itemsize
+        found = {
+            "weights": outside * (1 + (self.setup.cpu and self.setup.unlearned)),
+            "resident": self.stays * self.layer,
+        }
         return found | {"layer buffers": 2 * self.layer * (self.stays < self.a.layers)}
 
     def in_files(self, size: int) -> float:
@@ -148,6 +152,25 @@ class Context:
         nbytes = loads * self.layer
         disk = self.layer * (anew + (loads - anew) * self.in_files(self.layer + beside))
         return Work(bus_in=nbytes, disk=disk), Traffic(weights_in=nbytes)
+
+    def phases(self, work: Work, traffic: Traffic, streamed: float, up: float, files: float) -> list[Work]:
+        """The parts of steps whose layers are streamed, one after the other, since two buffers look ahead by one layer:
+        with layers that stay, with those that come on the way up and on the way down; and of these with those from main
+        memory, and from files. States come on the way down, where all goes too.
+
+        streamed: the part of the arithmetic that is of layers that come; up: the part of that on the way up; files: the
+        part of the layers that lie in files."""
+        if not self.setup.stream:
+            return [work]
+        stay = Work((1 - streamed) * work.flops, (1 - streamed) * work.memory)
+        come, comes = work.minus(stay), traffic.weights_in / 2
+        disk = come.disk * comes / traffic.total if traffic.total else 0.0
+        first = Work(up * come.flops, up * come.memory, comes, 0.0, disk)
+        found = [stay]
+        for way in (first, come.minus(first)):
+            slow = dataclasses.replace(way.times(files), disk=way.disk)
+            found += [way.minus(slow), slow]
+        return found
 
     # ------------------------------------------------ where things lie
 

@@ -1,8 +1,8 @@
 """Passes in which all micro-batches pass a layer before the next one: memory of one, and what crosses the bus.
 
 H layers, of which n are streamed, through two buffers. A pass up and down leaves two layers in place where it turns
-around, so it loads 2 n - 2, and the next one finds the lowest two: 2 n - 4 (`steps`). Where layers are trained, each
-comes once more than its update goes back, but the top one (`updates`).
+around, so it loads 2 n - 2, and the next one finds the lowest two: 2 n - 4. Where layers are trained their state comes
+once, from the second step on, and weights and state go once.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class Traffic:
         return sum(dataclasses.astuple(self))
 
 
-def loads(streamed: int, steps: float = 1) -> float:
-    """How many layers steps load that train none of the streamed ones."""
+def loads(streamed: int, steps: float = 1, trainings: int = 1) -> float:
+    """How many layers the steps of so many trainings bring to the device."""
     again = max(0, 2 * (streamed - BUFFERS))
-    return again * steps + min(streamed, BUFFERS)
+    return again * steps + min(streamed, BUFFERS) * trainings
 
 
-def update_traffic(streamed: int, weights: int, state: int, steps: int) -> Traffic:
+def update_traffic(streamed: int, weights: int, state: int, steps: int, trainings: int = 1) -> Traffic:
     """Of steps that train every layer. weights, state: bytes of a layer."""
-    comes = max(0, 2 * streamed - 1) * weights
-    return Traffic(steps * comes, steps * streamed * weights, (steps - 1) * streamed * state, steps * streamed * state)
+    comes, goes = (steps - trainings) * streamed * state, steps * streamed * state
+    return Traffic(loads(streamed, steps, trainings) * weights, steps * streamed * weights, comes, goes)
 
 
 def pass_memory(
@@ -62,21 +62,25 @@ def pass_memory(
     of what is outside the layers add up meanwhile; taps, fused: as of `Step`.
     """
     b, T, full = a.itemsize, batch.tokens, block is None and not taps
-    between = T * a.hidden * b
-    shared = 2 * T * (a.queries // a.heads) * b if a.name != "gpt2" else 0  # cos, sin
-    table = a.vocabulary * a.hidden * b * full
+    between, shared = T * a.hidden * b, 2 * T * (a.queries // a.heads) * b if a.name != "gpt2" else 0  # cos, sin
+    table, layer = full * a.vocabulary * a.hidden * b, full * a.layer * b
+    tied, untied = table * a.tied, table * (not a.tied)
     keeps, extra = head(a, batch.rows, torch=torch, train=full)
+    # of micro-batches before this one; those of tied weights wait in main memory
+    before = (layer + untied) * many
     step = Step(a, batch, block, torch=torch, start=a.layers - 1, fused=fused, taps=taps)
-    top, before = shared + between + step.saved(a.layers - 1), table * many
+    top = shared + between + step.saved(a.layers - 1)
     points = [dict(activations=top, head=keeps + extra, gradient=before, workspace=0)]
-    if full:  # the head's gradient is scaled into a new tensor
-        points.append(dict(activations=top, head=keeps, gradient=before + table, workspace=0))
-    for active in {full, full or block is not None and len(block) > 0} - {None}:
-        saved = kept(a, batch, active=active, fused=fused, taps=taps)
-        made = table + full * a.layer * b
-        made_too = backward_extra(a, batch, active=active, fused=False, torch=torch)
-        points.append(dict(activations=shared + between + saved, head=0, gradient=made, workspace=made_too))
     if full:
-        gradient = (a.outside + a.layer) * b
-        points.append(dict(activations=shared + between, head=0, gradient=gradient, workspace=table))
+        # the head's gradient is scaled into a new tensor; from the top layer on down it is gone, unless it is tied
+        points.append(dict(activations=top, head=keeps, gradient=before + table, workspace=0))
+        extra = backward_extra(a, batch, active=True, fused=False, torch=torch)
+        points.append(dict(activations=top, head=0, gradient=layer + table + untied * many, workspace=extra))
+    for active in {full, full or bool(block)}:
+        saved = kept(a, batch, active=active, fused=fused, taps=taps)
+        extra = backward_extra(a, batch, active=active, fused=False, torch=torch)
+        gradient = layer + tied * (not many)
+        points.append(dict(activations=shared + between + saved, head=0, gradient=gradient, workspace=extra))
+    if full:  # embeddings
+        points.append(dict(activations=shared + between, head=0, gradient=table * (1 + many), workspace=table))
     return max(points, key=lambda point: sum(point.values()))

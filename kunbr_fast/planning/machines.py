@@ -60,6 +60,9 @@ class Work:
     def times(self, factor: float) -> Work:
         return Work(*(factor * amount for amount in dataclasses.astuple(self)))
 
+    def minus(self, other: Work) -> Work:
+        return self + other.times(-1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup:

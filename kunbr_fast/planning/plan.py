@@ -154,6 +154,11 @@ def plan(
     longest = least(config.max_length, a.max_positions)
     data = Data.load(forget, retain, tokenizer, dataclasses.replace(config, max_length=longest), ignore_keys)
     config.block_settings().check_reach(setup.stream, config.cover_precision)
+    if setup.stream and not setup.unlearned and config.adversary_every:
+        raise ValueError(
+            f"adversary_every={config.adversary_every}: a streamed warm-up holds no second model to relearn with: take "
+            "0, or bring M_u (unlearned=True)"
+        )
     assumed += _assumed(setup, config, data)
     run = Run(a, data, config, setup)
     found = [Try.of(run, choice, memory) for choice in choices(run)]
@@ -183,7 +188,7 @@ def _assumed(setup: Setup, config: KUnBRConfig, data: Data) -> list[str]:
     found = []
     if setup.stream:
         enough = "" if setup.memory else "; main memory for all layers, trained weights and optimiser state"
-        found.append(f"a disk at {setup.disk_rate:g} GB/s, no page cache{enough}")
+        found.append(f"a disk at {setup.disk_rate:g} GB/s, no page cache{enough}; both ways of the bus at a time")
     if setup.gpus > 1:
         found.append(f"{setup.gpus} GPUs: blocks, samples and attacks divided, evaluation not")
     names = ("cache_dtype", "cache_bytes", "cuda_graphs", *["cover_precision"] * (not setup.stream))

@@ -85,18 +85,18 @@ class Run(Trainings):
         flops = sum(forward_flops(self.a, part, layers) for part in cut)
         read, traffic = self._forward(layers, sum(part.tokens for part in cut), memory)
         work = Work(flops, layers * len(cut) * self.layer) + read + self.moved(kept, 0)
-        return self.stage("hidden states", Taken({**self.weights(), **memory}, [work], traffic, host))
+        taken = Taken({**self.weights(), **memory}, [work], traffic, host, resident=self.layer)
+        return self.stage("hidden states", taken)
 
     def _forward(self, layers: int, tokens: int, memory: dict[str, int]) -> tuple[Work, Traffic]:
         """What a streamed model's one pass up moves: layers that nothing has read before, and what waits between two of
         them, for which `memory` has room then."""
         if not self.setup.stream:
             return Work(), Traffic()
-        count = self.streamed(0, layers)
         waiting = tokens * self.a.hidden * self.a.itemsize
         memory["activations"] += self.placed(waiting)[0]
-        read, traffic = self.read(count, anew=count)
-        return read + self.moved(layers * waiting, layers * waiting), traffic
+        read, traffic = self.read(layers, anew=layers)
+        return read + self.moved(layers * waiting, 2 * layers * waiting), traffic
 
     def density(self) -> Stage:
         a, config, cpu = self.a, self.config, self.setup.cpu
@@ -111,12 +111,11 @@ class Run(Trainings):
                 ),
             )
             count = self.streamed(0, a.layers)
-            work, traffic = self.read(loads(count), anew=min(count, loads(count)))
+            work, traffic = self.read(loads(count) + self.stays, anew=count + self.stays)  # all from the files once
             waiting = a.layers * a.hidden * a.itemsize * sum(part.tokens for part in found)
             here, host = self.placed(waiting)
             work += self.moved(2 * waiting, 3 * waiting)
             peak = peak | {"activations": peak["activations"] + here}
-            host += 2 * self.layer * (not cpu)
         else:
             peak = dict(self.once("density", lambda: self.pass_memory(found, **step)))
         if config.reduction == "mean":
@@ -124,7 +123,8 @@ class Run(Trainings):
         flops = self.once("density flops", lambda: sum(Step(a, batch, **step).flops() for batch in found))
         work += Work(flops, 2 * len(found) * a.layers * self.layer)
         kept = self.streamed(0, a.layers) * self.layer
-        return self.stage("density", Taken({**self.weights(), **peak}, [work], traffic, host, kept, self.layer))
+        work = self.phases(work, traffic, 1.0, 1 / 4, 0.0)
+        return self.stage("density", Taken({**self.weights(), **peak}, work, traffic, host, kept, self.layer))
 
     # ------------------------------------------------ accuracy
 
@@ -156,24 +156,32 @@ class Run(Trainings):
         questions of all folds after each epoch."""
         config, folds = self.config, self.data.folds
         others = [[sample for k, fold in enumerate(folds) if k != i for sample in fold] for i in range(len(folds))]
-        asked = self.answering("attacked", [n for fold in folds for n, _ in fold])
-        if self.setup.stream:  # each fold by itself, from where its training has left the weights
-            count = len(folds) * self.streamed(0, self.a.layers)
-            read, asked.traffic = self.read(count, beside=self._attacker("adamw").of(self.a.layer).kept)
-            asked.work = [dataclasses.replace(asked.work[0], bus_in=read.bus_in, disk=read.disk)]
-        found, work, traffic, runs = [asked], [], Traffic(), 0
+        before = self.answering("attacked", [n for fold in folds for n, _ in fold])
+        found, work, traffic, runs = [before], [*before.work], before.traffic, 0
         for kind in map(ATTACKS.get, config.rtt_attacks):
-            lrs, times = len(kind.lrs(config.rtt_lrs)), len(kind.measured(config.rtt_epochs))
+            lrs, times = len(kind.lrs(config.rtt_lrs)), len(kind.measured(config.rtt_epochs)) - 1
             sets = [] if kind.rounds else [self.data.retain] if kind.others else others
             taken = self._attacked(kind, sets) if sets else Taken({}, [])
+            asked, moved = self._asked_again(kind, before)
             found.append(taken)
-            work += [part.times(lrs) for part in (*taken.work, asked.work[0].times(times))]
-            traffic += taken.traffic.times(lrs) + asked.traffic.times(lrs * times)
+            work += [part.times(lrs) for part in (*taken.work, asked.times(times))]
+            traffic += taken.traffic.times(lrs) + moved.times(lrs * times)
             runs += lrs
         worst = max(found, key=lambda taken: sum(taken.memory.values()))
         most = {name: max(getattr(taken, name) for taken in found) for name in ("host", "store", "resident")}
         taken = Taken(worst.memory, [part.times(1 / runs) for part in work], traffic.times(1 / runs), **most)
         return dataclasses.replace(self.stage("RTT attack", taken), runs=runs)
+
+    def _asked_again(self, kind: Kind, before: Taken) -> tuple[Work, Traffic]:
+        """The questions of all folds after an epoch: each fold after its own training, or all after one."""
+        if not self.setup.stream:
+            return before.work[0], Traffic()
+        trains = not (kind.adapters or kind.rounds)  # else every layer is changed anew, those that stay too
+        count = self.streamed(0, self.a.layers) if trains else self.a.layers
+        count *= 1 if kind.at_once else len(self.data.folds)
+        beside = self._attacker(kind.optimizer or RTTConfig().optimizer).of(self.a.layer).kept * trains
+        read, traffic = self.read(count, beside=beside)
+        return dataclasses.replace(before.work[0], bus_in=read.bus_in, disk=read.disk), traffic
 
     def _attacked(self, kind: Kind, sets: Sequence[list[tuple[int, int]]]) -> Taken:
         """An attack at a learning rate, on each of the sets."""
@@ -182,11 +190,7 @@ class Run(Trainings):
         if kind.adapters and self.setup.stream:
             return self.adapters((*key, "adapters"), steps, RANK)
         update = self._attacker(kind.optimizer or RTTConfig().optimizer)
-        taken = self.full((*key, "passes"), steps, update, fused=False)
-        if self.setup.stream:  # each training reads the unlearned model anew
-            anew = (len(sets) - 1) * self.streamed(0, self.a.layers) * self.layer
-            taken.work.append(Work(disk=anew))
-        return taken
+        return self.full((*key, "passes"), steps, update, fused=False)
 
     def _attacker(self, optimizer: str) -> Update:
         return Update(self.a.parameters, STATES[optimizer], self.a.itemsize)
@@ -198,4 +202,4 @@ class Run(Trainings):
             schedule = Schedule(len(samples), 0, config.rtt_batch_size, 1, passes * config.rtt_epochs, config.seed)
             found += [Batch.of([samples[k] for k in schedule[at][0]]) for at in some(len(schedule), len(sets))]
             count += len(schedule)
-        return Steps(found, found, [], count, 0)
+        return Steps(found, found, [], count, 0, len(sets))

@@ -19,13 +19,14 @@ CACHE_TOKENS = 4096  # default of PrefixCache
 
 class Steps(NamedTuple):
     """whole: the batches of some of a training's steps; parts: their micro-batches; relearned: those of an adversary;
-    count: of all its steps; retain: the most tokens of a step that are retained."""
+    count: of all its steps; retain: the most tokens of a step that are retained. trainings: of which they are."""
 
     whole: list[Batch]
     parts: list[Batch]
     relearned: list[Batch]
     count: int
     retain: int
+    trainings: int = 1
 
     @property
     def longest(self) -> int:
@@ -100,80 +101,92 @@ class Trainings(Context):
         points = [peak, {"gradient": update.weights, "workspace": self._temporary(update, a.largest)}]
         top = max(points, key=lambda point: sum(point.values()))
         memory = {"weights": update.weights, "optimiser": update.state, "master": update.master_bytes, **top}
-        traffic = steps.passes * (2 * a.layers * self.layer + 2 * sum(peak.values())) + steps.count * update.traffic
+        traffic = self._passed(steps, a.layers, peak) + steps.count * update.traffic
         if gpus == 1:
             return Taken(memory, [Work(flops, traffic)])
         return self._sharded(Taken(memory, [Work(flops, traffic)]), steps, gpus)
 
     def _sharded(self, taken: Taken, steps: Steps, gpus: int) -> Taken:
-        """By `fully_shard`, layer by layer: each GPU has its part of the layers' weights, gradient and optimiser state,
-        two layers' weights as a whole, and one's gradient. What is outside the layers all have."""
-        a, memory = self.a, dict(taken.memory)
-        inside = a.layers * a.layer / a.parameters
-        for kind in ("weights", "optimiser", "master", "gradient"):
-            memory[kind] = round(memory[kind] * (1 - inside + inside / gpus))
-        memory["layer buffers"] = 3 * self.layer
-        others = (gpus - 1) / gpus
-        layers, outside = a.layers * self.layer * others, a.outside * a.itemsize * others
-        link = steps.passes * 2 * layers + steps.passes * layers + steps.count * 2 * outside
+        """By `fully_shard`, layer by layer: each GPU has its part of the layers' weights and gradient, and of all
+        optimiser state; two layers' weights and one's gradient as a whole, and that in fp32 to be summed."""
+        a, memory, others = self.a, dict(taken.memory), (gpus - 1) / gpus
+        inside, wide = a.layers * a.layer / a.parameters, max(4, a.itemsize)
+        for kind, part in dict(weights=inside, gradient=inside, optimiser=1.0, master=1.0).items():
+            memory[kind] = round(memory[kind] * (1 - part * others))
+        memory["layer buffers"] = 3 * self.layer + a.layer * wide
+        summed = steps.passes * a.layers * a.layer * wide + 2 * steps.count * a.outside * wide
+        link = others * (2 * steps.passes * a.layers * self.layer + summed + steps.count * a.outside * a.itemsize)
         return dataclasses.replace(taken, memory=memory, work=[dataclasses.replace(taken.work[0], link=link)])
 
     def _full_streamed(self, key: Any, steps: Steps, update: Update, fused: bool) -> Taken:
         """Up and down for all micro-batches; on the way down each layer is updated, and goes back."""
         a, cpu, n = self.a, self.setup.cpu, self.streamed(0, self.a.layers)
-        one, outside = update.of(a.layer), update.of(a.outside)
-        step = dict(block=None, torch=cpu, fused=fused, recompute=True)
-        peak, flops = self.once(
-            key,
-            lambda: (
-                self.worst(
-                    steps.parts, lambda part: pass_memory(a, part, None, torch=cpu, many=steps.many, fused=fused)
-                ),
-                self._flops(steps, **step),
-            ),
-        )
-        waiting = (a.layers + 1) * steps.longest * a.hidden * a.itemsize
-        here, host = self.placed(waiting)
-        memory = {
-            **self.weights(), "optimiser": outside.state, "master": outside.master_bytes, **peak,
-            "activations": peak["activations"] + here,
-            "workspace": peak["workspace"] + self._temporary(update, a.largest),
-        }  # fmt: skip
+        one, outside, table = update.of(a.layer), update.of(a.outside), a.vocabulary * a.hidden * a.itemsize
+        peak, flops = self._streamed_passes(key, steps, None, many=steps.many, fused=fused)
+        # a state is made beside the buffers, in the first step
+        points = [peak, {"gradient": one.weights + table * a.tied, "workspace": one.kept}]
+        points[-1]["workspace"] += self._temporary(update, a.largest_matrix)
+        peak = max(points, key=lambda point: sum(point.values()))
+        here, host, moved = self._waiting(a.layers, steps)
+        memory = {**self.weights(), "optimiser": outside.state, "master": outside.master_bytes, **peak}
+        memory["activations"] = peak.get("activations", 0) + here
         memory["resident"] += self.stays * one.kept
         memory["layer buffers"] += BUFFERS * one.kept * (n > 0)
-        traffic = update_traffic(n, one.weights, one.kept, steps.count)
-        lie_in_files = self.in_files(one.weights + one.kept)
-        moved = self.moved(2 * waiting, 3 * waiting).times(steps.count)
-        memory_traffic = steps.passes * (2 * a.layers * self.layer + 2 * sum(peak.values()))
+        files = self.in_files(one.weights + one.kept)
+        first = (loads(n) + self.stays) * steps.trainings * self.layer  # from the model's files
+        resident = Traffic(weights_in=self.stays * steps.trainings * self.layer)
+        traffic = update_traffic(n, one.weights, one.kept, steps.count, steps.trainings) + resident
         work = Work(
-            flops, memory_traffic + steps.count * update.traffic, traffic.weights_in + traffic.state_in,
-            traffic.weights_out + traffic.state_out, lie_in_files * traffic.total + n * self.layer,
+            flops, self._passed(steps, a.layers, peak) + steps.count * update.traffic,
+            traffic.weights_in + traffic.state_in, traffic.weights_out + traffic.state_out,
+            files * (traffic.total - first),
         )  # fmt: skip
         if not cpu:
             host += BUFFERS * one.kept * (n > 0)  # pinned, on the way
-        return Taken(memory, [work + moved], traffic, host, n * (one.weights + one.kept), one.weights + one.kept)
+            host += a.tied * steps.many * table * round(len(steps.parts) / len(steps.whole))  # the head's gradients
+        work = [Work(disk=first), *self.phases(work + moved, traffic, n / a.layers, 1 / 4, files)]
+        return Taken(memory, work, traffic, host, n * (one.weights + one.kept), one.weights + one.kept)
+
+    def _streamed_passes(
+        self, key: Any, steps: Steps, block: range | None, many: bool, fused: bool
+    ) -> tuple[dict[str, int], float]:
+        """(memory of the largest pass, FLOPs of all steps)"""
+        how = dict(torch=self.setup.cpu, fused=fused)
+
+        def memory(part: Batch) -> dict[str, int]:
+            return pass_memory(self.a, part, block, many=many, **how)
+
+        found = [*steps.parts, *steps.relearned]
+        return self.once(
+            key, lambda: (self.worst(found, memory), self._flops(steps, block=block, recompute=True, **how))
+        )
+
+    def _waiting(self, layers: int, steps: Steps) -> tuple[int, int, Work]:
+        """(bytes of the device, of main memory, what is moved) of the activations that wait between two layers."""
+        waiting = layers * steps.longest * self.a.hidden * self.a.itemsize
+        return *self.placed(waiting), self.moved(2 * waiting, 3 * waiting).times(steps.count)
+
+    def _passed(self, steps: Steps, layers: int, peak: dict[str, int]) -> float:
+        """Bytes of the device's memory that all passes read and write."""
+        return steps.passes * (2 * layers * self.layer + 2 * sum(peak.values()))
 
     def adapters(self, key: Any, steps: Steps, rank: int) -> Taken:
-        """LoRA's, in fp32 with gradients and AdamW's moments, on every matrix of a streamed model: its layers are read
-        as a block's cover is, and the gradient of one layer's weights is there at a time."""
-        a, cpu, n = self.a, self.setup.cpu, self.streamed(0, self.a.layers)
-        every = range(a.layers)
-        step = dict(block=every, torch=cpu, fused=False, recompute=True)
-        peak, flops = self.once(
-            key,
-            lambda: (
-                self.worst(steps.parts, lambda part: pass_memory(a, part, every, torch=cpu, many=False, fused=False)),
-                self._flops(steps, **step),
-            ),
-        )
-        waiting = (a.layers + 1) * steps.longest * a.hidden * a.itemsize
-        here, host = self.placed(waiting)
-        memory = {**self.weights(), **peak, "activations": peak["activations"] + here, "gradient": self.layer}
+        """LoRA's, in fp32 with gradients and AdamW's moments, on every matrix of a streamed model. Each step all layers
+        come anew, those that stay too, to be merged with the adapters; one layer's gradient is there at a time."""
+        a, n = self.a, self.streamed(0, self.a.layers)
+        peak, flops = self._streamed_passes(key, steps, range(a.layers), many=False, fused=False)
+        peak = peak | {"gradient": self.layer}
+        points = [peak, {"gradient": self.layer, "workspace": 16 * a.largest_matrix}]  # a merge in fp32
+        peak = max(points, key=lambda point: sum(point.values()))
+        here, host, moved = self._waiting(a.layers, steps)
+        memory = {**self.weights(), **peak, "activations": peak.get("activations", 0) + here}
         memory["optimiser"] = 16 * rank * a.layers * (a.rows + a.columns)
-        read, traffic = self.read(loads(n, steps.count), anew=n)
-        memory_traffic = steps.passes * (2 * a.layers * self.layer + 2 * sum(peak.values()))
-        work = Work(flops, memory_traffic) + read + self.moved(2 * waiting, 3 * waiting).times(steps.count)
-        return Taken(memory, [work], traffic, host, n * self.layer, self.layer)
+        files = self.in_files(self.layer)
+        anew, more = self.read(self.stays * steps.count, anew=self.stays * steps.trainings)
+        read, traffic = self.read(loads(n) * steps.count)
+        work = Work(flops, self._passed(steps, a.layers, peak)) + read + moved
+        work = [anew, Work(disk=n * self.layer), *self.phases(work, traffic, n / a.layers, 1 / 4, files)]
+        return Taken(memory, work, traffic + more, host, a.layers * self.layer, self.layer)
 
     def warm_up(self) -> Taken:
         a, config = self.a, self.config
@@ -228,16 +241,15 @@ class Trainings(Context):
         points.append({"workspace": update.weights, "activations": given})  # the trained block as it leaves
         top = max(points, key=lambda point: sum(point.values()))
         above = a.layers - (block.stop if setup.stream else block.start)
-        memory_traffic = steps.passes * (2 * above * self.layer + 2 * sum(peak.values()))
-        work = [Work(flops, memory_traffic + steps.count * update.traffic * (not update.on_host))]
+        work = [Work(flops, self._passed(steps, above, peak) + steps.count * update.traffic * (not update.on_host))]
         traffic = Traffic()
         if setup.stream:
-            waiting = (a.layers - block.start) * given
-            here, beside = self.placed(waiting)
+            here, beside, waiting = self._waiting(a.layers - block.start, steps)
             top["activations"] += here
             host += beside
             moved, traffic = self._cover(block, steps, fixed)
-            work = [work[0] + moved + self.moved(2 * waiting, 3 * waiting).times(steps.count)]
+            part = 6 * self.streamed(block.stop, a.layers) / (6 * (a.layers - block.stop) + 8 * len(block))
+            work = self.phases(work[0] + moved + waiting, traffic, part, 1 / 3, self.in_files(self.layer))
         if update.on_host:  # gradient down, update, weights up, one after the other
             moved = steps.count * update.weights
             work += [Work(bus_out=moved), Work(host=steps.count * update.traffic), Work(bus_in=moved)]

@@ -100,15 +100,14 @@ def choices(run: Run) -> list[dict[str, Any]]:
         "optimizer_device": ("device",) if setup.cpu else ("device", "host"),
         "micro_batch_tokens": (None, 1024, 256),
     }
-    if setup.gpus > 1 and trains_all:
+    # an adversary of a warm-up in parts would be a second model
+    if setup.gpus > 1 and trains_all and (setup.unlearned or not run.config.adversary_every):
         options["sharding"] = ("none", "fsdp")
     return [dict(zip(options, values)) for values in itertools.product(*options.values())]
 
 
 def _with(run: Run, settings: Mapping[str, Any]) -> Run:
-    config = {name: value for name, value in settings.items() if name != "sharding"}
-    sharding = settings.get("sharding", run.sharding)
-    return dataclasses.replace(run, config=dataclasses.replace(run.config, **config), sharding=sharding)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, **settings))
 
 
 def in_words(settings: Mapping[str, Any]) -> str:

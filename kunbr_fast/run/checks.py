@@ -21,6 +21,7 @@ from kunbr_fast.model.fingerprint import model_fingerprint
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.parallel.group import Group
+from kunbr_fast.parallel.sharded import check_shardable
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.identity import check_record, run_identity
@@ -28,6 +29,7 @@ from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.samples import Samples, overlap, to_samples, with_facts
 from kunbr_fast.run.state import RunState
 from kunbr_fast.training.settings import Execution, check_master_weights
+from kunbr_fast.training.sharded import ADVERSARY
 
 
 def prepare(
@@ -41,8 +43,9 @@ def prepare(
             "top_k=0 trains no block, and with an unlearned model (unlearned=, --unlearned) there is no warm-up: "
             "nothing would be trained. Leave one of them out"
         )
-    _check_streamed(model, unlearned, context.group)
+    _check_streamed(inputs, config, context.group)
     decoder = Decoder(model)
+    _check_sharding(decoder, config, context, unlearned is None)
     criteria = _check_settings(decoder, config, config.execution(context.work), unlearned is None)
     samples = _samples(inputs, config, decoder, criteria, context.reporter)
     identity = model_fingerprint(model)
@@ -58,35 +61,50 @@ def prepare(
 def _attack(
     inputs: RunInputs, config: KUnBRConfig, decoder: Decoder, samples: Samples, reporter: Reporter
 ) -> Attack | None:
-    """The attack on the result, if there is to be one and can be."""
+    """The attack on the result, if there is to be one."""
     if not config.rtt or not inputs.folds:
-        return None
-    if decoder.streamed:
-        reporter.say(
-            "no RTT attack: it trains every parameter, and of a streamed model they are never in memory together. "
-            "`kunbr-fast rtt` attacks the result on a machine that holds it"
-        )
         return None
     others = inputs.retain if is_record(inputs.retain[0]) else samples.retain
     return Attack(decoder, inputs.tokenizer, inputs.folds, config.attack(), reporter.say, others)
 
 
-def _check_streamed(model: nn.Module, unlearned: Any, group: Group) -> None:
-    """ValueError for what cannot be done with a streamed model."""
+def _check_streamed(inputs: RunInputs, config: KUnBRConfig, group: Group) -> None:
+    """ValueError for what cannot be done with a streamed model, or with one that is not. Tells a streamed one how many
+    layers are to stay on the device."""
+    model, unlearned = inputs.model, inputs.unlearned
     unlearned_streamed = isinstance(unlearned, nn.Module) and weights_of(unlearned).streamed
     if not weights_of(model).streamed:
         if unlearned_streamed:
             raise ValueError("the unlearned model is streamed and the original is not: open both with open_streamed")
+        if config.resident_layers:
+            raise ValueError(
+                f"resident_layers={config.resident_layers}: the model is in memory whole: leave it out, or stream it "
+                "(open_streamed, --stream)"
+            )
         return
-    if unlearned is None:
+    if unlearned is None and config.adversary_every:
         raise ValueError(
-            "the warm-up trains every parameter, and of a streamed model they are never in memory together: give an "
-            "unlearned model made elsewhere, by any method (unlearned=, --unlearned DIR)"
+            f"adversary_every={config.adversary_every}: the warm-up's adversary is a second model in memory, which a "
+            "streamed one's training does not hold: give an unlearned model made elsewhere (unlearned=, --unlearned "
+            "DIR; its adversary is then the blocks'), or take 0"
         )
-    if not unlearned_streamed or unlearned is model:
+    if unlearned is not None and (not unlearned_streamed or unlearned is model):
         raise ValueError("the original is streamed: open the unlearned model with open_streamed too, as another one")
     if group.size > 1:
         raise ValueError("a streamed model is for one process: run it without torchrun")
+    if config.resident_layers:
+        weights_of(model).reside(config.resident_layers)
+
+
+def _check_sharding(decoder: Decoder, config: KUnBRConfig, context: RunContext, warm_up: bool) -> None:
+    if config.sharding == "none":
+        return
+    if context.group.size == 1:
+        context.reporter.say("sharding='fsdp' changes nothing: this is one process (torchrun starts several)")
+        return
+    check_shardable(decoder.model, decoder.layers)
+    if warm_up and config.adversary_every:
+        raise ValueError(ADVERSARY)
 
 
 def _check_settings(decoder: Decoder, config: KUnBRConfig, execution: Execution, warm_up: bool) -> list[Criterion]:

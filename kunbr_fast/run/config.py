@@ -33,6 +33,7 @@ from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
 from kunbr_fast.objectives.hidden_layers import WORDS, HiddenLayers
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
 from kunbr_fast.parallel.assign import PARALLEL
+from kunbr_fast.parallel.sharded import SHARDING
 from kunbr_fast.run.methods import settings_of
 from kunbr_fast.run.setting import ADVERSARY, NUMBERS, RATES, VISITS, refuse_old, setting
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
@@ -163,11 +164,7 @@ class KUnBRConfig:
     )
     optimizer: str = setting("lion", "lion or adamw, started anew at each visit", "blocks", OPTIMIZERS)
     master_weights: str = setting(
-        "fp32",
-        "how half-precision weights of a block take small updates: fp32, copies that the optimiser updates; stochastic "
-        "rounding, of bf16; none, most are rounded away",
-        "blocks",
-        MASTER_WEIGHTS,
+        "fp32", "half precision and small updates: fp32 copies, none, stochastic rounding", "blocks", MASTER_WEIGHTS
     )
     cover_precision: str = setting(
         "none",
@@ -236,6 +233,12 @@ class KUnBRConfig:
         "with several processes (torchrun): blocks, each trained by one; samples, each step's spread over all; auto",
         "none",
         PARALLEL,
+    )
+    sharding: str = setting(
+        "none",
+        "with several processes: none, each holds all of what warm-up and attack train; fsdp, a part of it",
+        "none",
+        SHARDING,
     )
     impl: str = setting("auto", "auto, cuda, triton or torch", "none", ("auto", *IMPLEMENTATIONS))
 
@@ -341,13 +344,12 @@ class KUnBRConfig:
         )
 
     def full_settings(self, seed: int = 0) -> FullSettings:
-        """What the warm-up trains. seed: of the adversary's draws and of stochastic rounding."""
+        """What the warm-up trains. seed: of what it draws."""
         given = self._settings("weight_decay", *ADVERSARY) | {"master_weights": self.warmup_master_weights}
         return FullSettings(self.warmup_lr, self.warmup_optimizer, adversary_seed=seed, rounding_seed=seed, **given)
 
     def block_settings(self, seed: int = 0, mask: Mapping[str, torch.Tensor] | None = None) -> BlockSettings:
-        """What a visit of a block trains, apart from its criterion. seed: of the adversary's draws and of stochastic
-        rounding."""
+        """What a visit of a block trains, apart from its criterion. seed: of what it draws."""
         names = ("optimizer", "weight_decay", "insertion", "master_weights", "adversary_reach", *ADVERSARY)
         seeds = dict(adversary_seed=seed, rounding_seed=seed)
         return BlockSettings(self.block_lr, mask=mask, **seeds, **self._settings(*names))

@@ -29,17 +29,19 @@ RUNNING, SAVING, FINISHED = "running", "saving", "finished"
 
 _WITH_FILE = r"warmup|reference|reference\.blocks|blocks\.[0-9]+\.[0-9]+-[0-9]+"  # stages, see `run.visits`
 _OURS = re.compile(
-    rf"state\.json|state\.rank-[0-9]+\.json|({_WITH_FILE})(-step-[0-9]+)?\.safetensors|original\.safetensors"
+    rf"state\.json|state\.rank-[0-9]+\.json|({_WITH_FILE})(-step-[0-9]+(\.rank-[0-9]+)?)?\.safetensors|original\.safetensors"
     r"|rtt-weights\.safetensors|(prefix-cache|activation-store)-[a-z0-9_]{8}"  # the last: mapped, see `memory.Place`
 )
 _SCRATCH = re.compile("rank-[0-9]+")  # folders, of the attack on each rank
 
 
-def stage_file(stage: str, step: int | None = None) -> str:
-    """The name of a stage's file, or of its progress's. ValueError for a stage that has none."""
+def stage_file(stage: str, step: int | None = None, rank: int | None = None) -> str:
+    """The name of a stage's file, or of its progress's, or of a rank's part of that. ValueError for a stage that has
+    none."""
     if not re.fullmatch(_WITH_FILE, stage):
         raise ValueError(f"{stage!r} is no stage that keeps a file")
-    return f"{stage}.safetensors" if step is None else f"{stage}-step-{step}.safetensors"
+    part = "" if rank is None else f".rank-{rank}"
+    return f"{stage}.safetensors" if step is None else f"{stage}-step-{step}{part}.safetensors"
 
 
 class CheckpointFolder:

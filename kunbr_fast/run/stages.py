@@ -140,6 +140,8 @@ class Stages(Run):
                 finished_attacks(rows, attack.folds, attack.config, f"{plain(self.state.path)}: ")
                 return rows
 
+            if self.in_parts:
+                attack.run(self.work, progress, done(), keep, ranks=self.group)
             if self.group.size > 1:  # each makes its share of the attacks, on its own copy of the weights
                 rows = done()
                 with self._apart():
@@ -201,18 +203,14 @@ class Stages(Run):
         self.state.finish(WARMUP, {"accuracy": accuracy, "given": given}, values)
 
     def _warm_up(self) -> None:
-        model, original = self.decoder.model, self.keep_original()
         name = self.config.criterion(warmup=True).objective.name.replace("_", " ")
         says = f"warm-up: {name} on all parameters, {self.config.warmup_epochs} epochs"
-        try:
-            with self.reporter.stage(WARMUP, says) as took, self.full_training() as training:
+        with self.changing_original() as original:
+            with self.reporter.stage(WARMUP, says) as took, self.full_training(original) as training:
                 result = self.train(WARMUP, training, self.feed_of(training), self.schedule_of(None), took)
             with self._rejecting(WARMUP), self._answering(WARM_UP):
                 result["accuracy"] = self._accuracy(self.decoder, "unlearned")
-            self.state.finish(WARMUP, result, dict(model.named_parameters()))
-        finally:
-            original.restore(model)
-        self.drop_original()
+            self.state.finish(WARMUP, result, self.decoder.weights)
 
     # ------------------------------------------------ density, selection
 

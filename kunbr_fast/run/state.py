@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kunbr_fast.files.checksums import check_file, checksum, read_sealed, write_sealed
+from kunbr_fast.files.row_files import RowFiles
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot, save_tensors
-from kunbr_fast.parallel.group import ALONE
+from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.folder import STATE, stage_file, sweep
 from kunbr_fast.run.identity import difference
 from kunbr_fast.run.state_format import FORMAT, check_state
@@ -84,7 +85,7 @@ class RunState:
         """The names of all files that belong to the state."""
         entries = [*self.state["stages"].values(), *self.state["kept"].values()]
         entries += [entry for entries in self.state["progress"].values() for entry in entries]
-        return {entry["file"] for entry in entries if "file" in entry}
+        return {part["file"] for entry in entries for part in _parts(entry) if "file" in part}
 
     def _drop_damaged(self) -> None:
         """Of progress whose file is damaged, falls back to the one before it, or to the beginning of the stage."""
@@ -94,9 +95,8 @@ class RunState:
                     break
                 entries.remove(entry)
                 goes_on = f"step {entries[-1]['step']}" if entries else "its beginning"
-                self._say(
-                    f"{plain(self.directory / entry['file'])} is damaged or missing: {stage} goes on from {goes_on}"
-                )
+                names = " or ".join(plain(self.directory / part["file"]) for part in _parts(entry))
+                self._say(f"{names} is damaged or missing: {stage} goes on from {goes_on}")
             if not entries:
                 del self.state["progress"][stage]
 
@@ -201,15 +201,26 @@ class RunState:
 
     # ------------------------------------------------ progress within a stage
 
-    def save_progress(self, stage: str, step: int, tensors: Mapping[str, torch.Tensor], extra: dict[str, Any]) -> None:
+    def save_progress(
+        self,
+        stage: str,
+        step: int,
+        tensors: Mapping[str, torch.Tensor],
+        extra: dict[str, Any],
+        ranks: Group = ALONE,
+    ) -> None:
         """Keeps a stage's progress beside the one that was confirmed last: `step` steps are done, `tensors` is the
-        training's state. It is not known yet whether a forward pass from it is finite: `confirm`, or `reject`."""
-        entries = self._entries(stage)
-        if not self._writes or (entries and entries[-1]["step"] == step):  # the same, and its file is in use
+        training's state. It is not known yet whether a forward pass from it is finite: `confirm`, or `reject`.
+        ranks: each has a part of the tensors (`RowFiles`), and writes that."""
+        entries, parts = self._entries(stage), ranks.size > 1
+        there = ranks.gather(bool(entries) and entries[-1]["step"] == step)[0]  # the same, and its file is in use
+        if there or not (self._writes or parts):
             return
-        name = stage_file(stage, step)
+        name = stage_file(stage, step, ranks.rank if parts else None)
         saved = {"file": name, "sha256": self._save(name, tensors)}
-        self._replace(stage, [*_confirmed(entries), {"step": step, "extra": extra, "confirmed": False, **saved}])
+        saved = {"ranks": ranks.gather(saved)} if parts else saved
+        if self._writes:
+            self._replace(stage, [*_confirmed(entries), {"step": step, "extra": extra, "confirmed": False, **saved}])
 
     def confirm(self, stage: str) -> None:
         """The progress saved last is good: the one before it goes. Does nothing where there is none to confirm."""
@@ -233,8 +244,9 @@ class RunState:
 
     def _replace(self, stage: str, entries: list[dict[str, Any]]) -> None:
         """Records what `entries` are in place of a stage's progress; then the files that no entry names go."""
-        kept = {entry["file"] for entry in entries}
-        old = [self.directory / entry["file"] for entry in self._entries(stage) if entry["file"] not in kept]
+        kept = {part["file"] for entry in entries for part in _parts(entry)}
+        now = [part["file"] for entry in self._entries(stage) for part in _parts(entry)]
+        old = [self.directory / name for name in now if name not in kept]
         self._record(stage, entries)
         self._write()
         _remove(old)
@@ -244,12 +256,15 @@ class RunState:
         if entries:
             self.state["progress"][stage] = entries
 
-    def progress(self, stage: str) -> tuple[int, WeightSnapshot, dict[str, Any]] | None:
+    def progress(self, stage: str) -> tuple[int, WeightSnapshot | RowFiles, dict[str, Any]] | None:
         """(steps done, tensors, extra) of `stage` if it was interrupted, as it was saved last, confirmed or not."""
         if not (entries := self._entries(stage)):
             return None
         entry = entries[-1]
-        return entry["step"], WeightSnapshot(self._checked(entry), entry["sha256"]), entry["extra"]
+        if "ranks" not in entry:
+            return entry["step"], WeightSnapshot(self._checked(entry), entry["sha256"]), entry["extra"]
+        files = [(self.directory / part["file"], part["sha256"]) for part in entry["ranks"]]
+        return entry["step"], RowFiles(files, self._cure), entry["extra"]
 
     @contextlib.contextmanager
     def apart(self, rank: int) -> Iterator[PartState]:
@@ -290,15 +305,20 @@ class RunState:
 
     def _is_whole(self, entry: Mapping[str, Any]) -> bool:
         try:
-            self._checked(entry)
+            for part in _parts(entry):
+                self._checked(part)
         except (ValueError, OSError):
             return False
         return True
 
     def _checked(self, entry: Mapping[str, Any]) -> Path:
         path = self.directory / entry["file"]
-        check_file(path, entry["sha256"], f"{self.path} names it: start again in another directory")
+        check_file(path, entry["sha256"], self._cure)
         return path
+
+    @property
+    def _cure(self) -> str:
+        return f"{self.path} names it: start again in another directory"
 
 
 class PartState(RunState):
@@ -328,6 +348,11 @@ class PartState(RunState):
 
 def _fresh(identity: str, config: dict[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, "identity": identity, "config": config, "stages": {}, "progress": {}, "kept": {}}
+
+
+def _parts(entry: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The files of a result or of progress: one, or one for each rank."""
+    return entry.get("ranks") or [entry]
 
 
 def _confirmed(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

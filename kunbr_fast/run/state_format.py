@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
 
@@ -89,7 +89,12 @@ class Kept(TypedDict):
     sha256: str
 
 
-class Progress(Kept):
+class Progress(TypedDict):
+    """In one file, or of a training that is in parts in one for each rank, in order."""
+
+    file: NotRequired[str]
+    sha256: NotRequired[str]
+    ranks: NotRequired[Annotated[list[Kept], Meta(min_length=1, max_length=10**5)]]
     step: Annotated[int, Meta(ge=0, le=10**12)]
     extra: Account
     confirmed: bool
@@ -123,7 +128,11 @@ def check_state(state: Mapping[str, Any], path: Path) -> None:
     for stage, entries in state["progress"].items():
         _check_stage(stage, path)
         for entry in entries:
+            if ("file" in entry) == ("ranks" in entry):
+                raise ValueError(f"{path}: {plain(stage)} has progress in no file, or in two forms: {_CURE}")
             _check_name(entry, stage, entry["step"], path)
+            for rank, part in enumerate(entry.get("ranks", ())):
+                _check_name(part, stage, entry["step"], path, rank)
             _check_account(entry["extra"], entry["step"], f"{path}: {plain(stage)}")
     for name, entry in state["kept"].items():
         if name != "original" or entry["file"] != "original.safetensors":
@@ -138,16 +147,16 @@ def _check_stage(stage: str, path: Path) -> None:
         raise ValueError(f"{path}: {shown(stage)} is no stage of a run: {_CURE}")
 
 
-def _check_name(entry: Mapping[str, Any], stage: str, step: int | None, path: Path) -> None:
+def _check_name(entry: Mapping[str, Any], stage: str, step: int | None, path: Path, rank: int | None = None) -> None:
     if ("file" in entry) != ("sha256" in entry):
         raise ValueError(f"{path}: {plain(stage)} has a file without a checksum, or the other way round: {_CURE}")
-    if "file" in entry and entry["file"] != _file_of(stage, step):
+    if "file" in entry and entry["file"] != _file_of(stage, step, rank):
         raise ValueError(f"{path}: {plain(stage)} names the file {shown(entry['file'])}: {_CURE}")
 
 
-def _file_of(stage: str, step: int | None) -> str | None:
+def _file_of(stage: str, step: int | None, rank: int | None) -> str | None:
     try:
-        return stage_file(stage, step)
+        return stage_file(stage, step, rank)
     except ValueError:  # it keeps none
         return None
 

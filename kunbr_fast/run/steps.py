@@ -22,7 +22,8 @@ from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import CacheShard, PrefixCache
 from kunbr_fast.objectives.layer_states import LayerStates
 from kunbr_fast.objectives.original import Needs, OriginalValues
-from kunbr_fast.parallel.group import Group
+from kunbr_fast.parallel.group import ALONE, Group
+from kunbr_fast.parallel.sharded import sharded
 from kunbr_fast.proofs import ensure_proven
 from kunbr_fast.run.checks import prepare
 from kunbr_fast.run.config import KUnBRConfig
@@ -34,8 +35,10 @@ from kunbr_fast.stopping import Stopped
 from kunbr_fast.training.approximation import cache_error, gradient_cosine
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.diverged import Diverged
+from kunbr_fast.training.fine_tune import full_training
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.reinserted import reinserted
+from kunbr_fast.training.sharded import ShardedTraining
 from kunbr_fast.training.shared import SharedStep
 from kunbr_fast.training.training import Training
 from kunbr_fast.values import least, parse_bytes
@@ -128,12 +131,26 @@ class Run:
 
     # ------------------------------------------------ trainings
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether what trains all parameters holds them in parts on all ranks."""
+        return self.config.sharding == "fsdp" and self.group.size > 1
+
     @contextlib.contextmanager
-    def full_training(self) -> Iterator[FullTraining]:
-        config, model = self.config, self.decoder.model
-        criterion, settings = config.criterion(warmup=True), config.full_settings(self._order_seed(None))
-        with frozen(model), fused(model, config.impl):
-            training = FullTraining(self.decoder, criterion, settings=settings, execution=config.execution(self.work))
+    def full_training(self, original: WeightSnapshot | None = None) -> Iterator[FullTraining]:
+        """original: the model's weights, kept, where it may be in parts."""
+        config, decoder = self.config, self.decoder
+        how = dict(criterion=config.criterion(warmup=True), settings=config.full_settings(self._order_seed(None)))
+        how |= dict(execution=config.execution(self.work))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(frozen(decoder.model))
+            stack.enter_context(fused(decoder.model, config.impl))
+            if self.in_parts and original is not None:
+                shards = stack.enter_context(sharded(decoder.model, decoder.layers, self.group, original))
+                training = ShardedTraining(decoder, shards, **how)
+                stack.callback(training.updates.forget)  # before the model is whole again
+            else:
+                training = full_training(decoder, **how)
             training.stage, training.lr_name = "warm-up", "warmup_lr"
             yield training
 
@@ -183,16 +200,32 @@ class Run:
     ) -> Feed:
         """From the prefix cache, or without one from the embeddings on. home: as of `Feed`."""
         packed = self._pack if cache is None else cache.batch
-        return Feed(self.samples, training.criterion, packed, self.original, self.team, home)
+        team = self.team if training.ranks.size == 1 else ALONE  # all of them take the whole step
+        return Feed(self.samples, training.criterion, packed, self.original, team, home)
 
     def _pack(self, places: list[int]) -> PackedBatch:
         return pack([self.samples.all[i] for i in places]).to(self.decoder.device)
 
     # ------------------------------------------------ the original, while its weights change
 
+    @contextlib.contextmanager
+    def changing_original(self) -> Iterator[WeightSnapshot | None]:
+        """Inside, the model's weights may change; afterwards they are the original's, which wait in a file of the
+        state. Yields it, or None: a streamed model's are in its own files."""
+        if self.decoder.streamed:
+            with self.decoder.weights.writable(self.work):
+                yield None
+            return
+        original = self.keep_original()
+        try:
+            yield original
+        finally:
+            original.restore(self.decoder.model)
+        self.drop_original()
+
     def keep_original(self) -> WeightSnapshot:
         """The model's weights, in a file until `drop_original`."""
-        return self.state.keep("original", dict(self.decoder.model.named_parameters()))
+        return self.state.keep("original", self.decoder.weights)
 
     def drop_original(self) -> None:
         self.state.drop("original")
@@ -207,12 +240,13 @@ class Run:
         if self.config.cache_bytes is not None:
             self.original.expect([feed.places(*step) for step in schedule])
         every, stop = self.config.checkpoint_every or schedule.steps_per_epoch, self.context.stop
+        team = feed.team if training.ranks.size == 1 else training.ranks
 
         def save(done: int) -> None:
             training.check_update()
             also = {"seconds": took.seconds, "micro_batch_tokens": training.micro_batch_tokens}
             # a copy: later confirmations write it again
-            self.state.save_progress(stage, done, training.state(), copy.deepcopy(account) | also)
+            self.state.save_progress(stage, done, training.state(), copy.deepcopy(account) | also, training.ranks)
 
         title = "warm-up" if stage.block is None else f"layers {layers(stage.block)}"
         bar = self.reporter.bar(len(schedule), title, done=first)
@@ -229,11 +263,11 @@ class Run:
                     save(number + 1)
                     if stop.agreed:
                         raise Stopped
-            if any(feed.team.gather(stop.requested)):  # in the last step
+            if any(team.gather(stop.requested)):  # in the last step
                 save(len(schedule))
                 raise Stopped
             self._check_end(training, feed, schedule)
-        feed.team.check_same_bits(stage, training.state())
+        team.check_same_bits(stage, training.same_state())
         return {"epochs": account["epochs"], "seconds": took.seconds}
 
     def _taken_up(
@@ -289,7 +323,7 @@ class Run:
         exercise = [feed.relearned(feed.mine(batch, [])[0], len(batch)) for batch in relearned]
         if feed.team.size == 1:
             metrics = training.step_packed(feed.batch(*whole), exercise)
-            self.context.stop.agreed = self.context.stop.requested
+            self.context.stop.agreed = any(training.ranks.gather(self.context.stop.requested))
             return metrics
         training.relearn(exercise, feed.team)
         step = SharedStep(training, self.context.stop)

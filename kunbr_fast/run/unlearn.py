@@ -88,9 +88,9 @@ def unlearn(
         and hold the result.
     stop: a `Stop`, by which a signal's handler or another thread ends the run after a step, with a checkpoint.
 
-    model may be streamed (`open_streamed`), with an `unlearned` that is too. Neither is ever in memory whole, M_u is
-    not copied, there is no attack (it trains all parameters), and the result is written to output_dir, from where the
-    model is read afterwards. Weights and report are, in fp64 and fp32 bit for bit, those of the model in memory.
+    model may be streamed (`open_streamed`), with an `unlearned` that is too. Neither is ever in memory whole: warm-up
+    and attack train it layer by layer, a given M_u is not copied, and the result is written to output_dir, from where
+    the model is read afterwards. Weights and report are those of the model in memory, bit for bit.
 
     Returns the `Report`. One model is in memory: M0 waits on disk during the warm-up, M_u during re-insertion.
 

@@ -49,9 +49,9 @@ class FullTraining(Training):
         super().__init__(decoder, criterion or Criterion(), settings, execution, "training of all parameters")
         self.criterion.fit(decoder.num_layers)
         self.original_head = self.criterion.copy_of_head(decoder.head)
-        self.parameters = dict(decoder.model.named_parameters())  # a tied weight appears once
-        for parameter in self.parameters.values():
+        for parameter in decoder.model.parameters():
             parameter.requires_grad_(True)
+        self.parameters = self._updated()
         self._begin()
 
     def _begin(self) -> None:
@@ -60,10 +60,18 @@ class FullTraining(Training):
             raise ValueError(f"{self.decoder.name} is streamed: take StreamedFullTraining (`full_training` chooses)")
         settings, impl = self.settings, self.execution.impl
         settings.warn_if_updates_vanish(list(self.parameters.values()), VANISH)
-        self.updates = Updates(self.parameters, settings, impl)
+        self.updates = Updates(self.parameters, settings, impl, self._numbers())
         self.optimizer = self.updates.optimizer
         if (adversary := settings.adversary) is not None:
             self.adversary = FullAdversary(adversary, impl, self.parameters, self.drop_gradient)
+
+    def _updated(self) -> dict[str, torch.nn.Parameter]:
+        """What the optimiser updates, by name: a tied weight appears once."""
+        return dict(self.decoder.model.named_parameters())
+
+    def _numbers(self) -> dict[str, int]:
+        """By which each parameter has random bits of its own."""
+        return {name: number for number, name in enumerate(self.parameters)}
 
     def loss(self, step: StepBatch) -> PartLoss:
         stretch = Stretch(recompute=self.execution.gradient_checkpointing)

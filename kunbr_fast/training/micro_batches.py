@@ -16,6 +16,7 @@ from kunbr_fast.data import PackedBatch, send
 from kunbr_fast.data.schedule import token_batches
 from kunbr_fast.objectives.batch import PartLoss, Role, Shares, StepBatch
 from kunbr_fast.objectives.original import Parts
+from kunbr_fast.parallel.assign import homes
 
 
 def kept(part: PartLoss) -> PartLoss:
@@ -67,6 +68,15 @@ def micro_batches(step: StepBatch, max_tokens: int | None, attacked: bool = Fals
 def one_of(step: StepBatch) -> StepBatch:
     """One sample of a batch (and its alternate), a batch of the same form."""
     return _cut(step, _units(step.parts)[0], step.role)
+
+
+def dealt(step: StepBatch, ranks: int, rank: int) -> StepBatch | None:
+    """A rank's part of a batch, by tokens about as much as the others'; None where there is none for it."""
+    units = _units(step.parts)
+    sizes = [sum(step.packed.lengths[i] for i in unit) for unit in units]
+    home = homes([range(len(units))], sizes, ranks)
+    samples = sorted(i for unit, its in zip(units, home) if its == rank for i in unit)
+    return _cut(step, samples, step.role) if samples else None
 
 
 def _units(parts: Parts) -> list[list[int]]:

@@ -48,10 +48,7 @@ class SharedStep:
         for flag in training.flags():
             sums[7] += flag[0].to(sums.device)
         if group.size > 1:
-            for parameter in training.parameters.values():  # all have the same ones to sum
-                if parameter.requires_grad and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            group.sum([sums, *training.gradients()])
+            group.sum([sums, *training.unsummed()])
         loss, self._term, forget, num_forget, retain, num_retain, asked, bad = sums.tolist()
         self._stop.agreed = asked > 0
         metrics = {
@@ -59,7 +56,7 @@ class SharedStep:
             "forget_loss": forget / num_forget if num_forget else None,
             "retain_loss": retain / num_retain if num_retain else None,
         }
-        training.judge(metrics, bad == 0 and bool(finite(sums, *training.gradients())))
+        training.judge(metrics, training.agreed(bad == 0 and bool(finite(sums, *training.gradients()))))
         return metrics
 
     def apply(self) -> None:

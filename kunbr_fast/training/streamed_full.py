@@ -72,8 +72,7 @@ class StreamedFullTraining(LayerMajorSteps, FullTraining):
         self._good = torch.tensor(True)
 
     def _updates(self, parameters: Mapping[str, nn.Parameter]) -> Updates:
-        numbers = {name: number for number, name in enumerate(self.parameters)}
-        return Updates(parameters, self.settings, self.execution.impl, numbers)
+        return Updates(parameters, self.settings, self.execution.impl, self._numbers())
 
     def _outside(self) -> list[Updates]:
         return [updates for updates in (self.below, self.above) if updates is not None]

@@ -52,6 +52,7 @@ class Training(abc.ABC):
     parameters: dict[str, torch.nn.Parameter]
     optimizer: Watched
     adversary: Adversary | None = None  # a subclass sets it where `settings` have one
+    ranks: Group = ALONE  # that each hold a part of it, and make every step together from the same whole batch
     layer_major = False  # whether all micro-batches of a step pass a layer before the next layer
     torn = False  # whether a step has ended in the middle of its updates, and cannot be begun again
     stage, lr_name = "", "lr"  # what errors call the training, and the setting of its learning rate
@@ -143,6 +144,10 @@ class Training(abc.ABC):
     def criterion_of(self, role: Role) -> Criterion:
         return RELEARNING if role is Role.RELEARNED else self.criterion
 
+    def agreed(self, good: bool) -> bool:
+        """Whether all `ranks` find so."""
+        return all(self.ranks.gather(good))
+
     def judge(self, metrics: Mapping[str, float | None], good: bool) -> None:
         """`Diverged`, without the gradient, unless all is `good`: it, the loss, and what the updates so far stored."""
         if good:
@@ -171,7 +176,7 @@ class Training(abc.ABC):
 
     def check_update(self, metrics: Mapping[str, float | None] | None = None) -> None:
         """`Diverged` if an update has stored weights or state that are not finite. Waits for the device."""
-        if not self.optimizer.left_finite():
+        if not self.agreed(self.optimizer.left_finite()):
             raise self.diverged(UPDATE, metrics)
 
     def check(self, batch: StepBatch | None = None, group: Group = ALONE) -> None:
@@ -179,13 +184,14 @@ class Training(abc.ABC):
         are now give a sample a loss or a gradient that is not finite, as the next step would find. The sample is of
         `batch`, or of the last step's. group: the ranks that share the steps, of which all raise if one does."""
         cause, metrics, batch = None, {}, self.last if batch is None else batch
-        if not self.optimizer.left_finite():
+        if not self.agreed(self.optimizer.left_finite()):
             cause = UPDATE
         elif batch is not None:
             loss = self._probe(one_of(batch)).loss
             if not finite(loss, *self.gradients()):
                 cause, metrics = LOSS, {"loss": float(loss)}
             self.drop_gradient()
+        group = group if group.size > 1 else self.ranks
         cause = next((found for found in group.gather(cause) if found is not None), None)
         if cause is not None:
             raise self.diverged(cause, metrics)
@@ -335,6 +341,13 @@ class Training(abc.ABC):
     def gradients(self) -> list[torch.Tensor]:
         """What has been accumulated."""
 
+    def unsummed(self) -> list[torch.Tensor]:
+        """What has been accumulated and is to be summed over the ranks that share a step: of each the same tensors."""
+        for parameter in self.parameters.values():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return self.gradients()
+
     @abc.abstractmethod
     def drop_gradient(self) -> None:
         """Forgets what has been accumulated."""
@@ -343,6 +356,10 @@ class Training(abc.ABC):
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that training needs to go on: weights, optimiser state, the criterion's. The tensors themselves:
         later steps change them."""
+
+    def same_state(self) -> dict[str, torch.Tensor]:
+        """What of the state must be the same on all ranks."""
+        return self.state()
 
     @abc.abstractmethod
     def load_state(self, state: Mapping[str, torch.Tensor], steps: int) -> None:

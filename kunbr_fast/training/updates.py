@@ -117,11 +117,15 @@ class Updates:
             else:
                 self.optimizer.state[self._updated[name]][key] = value
 
+    def forget(self) -> None:
+        """Nothing was updated yet."""
+        self.let_go()
+        self.optimizer.state.clear()
+
     def begin(self, state: Mapping[str, torch.Tensor]) -> list[str]:
         """Forgets everything, and takes up the numbers of a training's state, on the host. The names of what there is
         for `take`."""
-        self.let_go()
-        self.optimizer.state.clear()
+        self.forget()
         found = []
         for entry in state:
             key, name = _parts(entry)
@@ -132,6 +136,11 @@ class Updates:
             else:
                 found.append(entry)
         return found
+
+
+def of_parameter(entry: str) -> str:
+    """The parameter that an entry is of."""
+    return _parts(entry)[1]
 
 
 def _parts(entry: str) -> tuple[str | None, str]:

@@ -618,6 +618,7 @@ def test_what_is_not_supported_is_refused(tmp_path):
         ({"arguments": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor"),
         ({"optimizers": (torch.optim.SGD([torch.zeros(1)], 1.0), None)}, "optimizers"),
         ({"compute_loss_func": lambda *_: 0}, "compute_loss_func"),
+        ({"config": {"sharding": "fsdp"}}, "sharding='fsdp': the Trainer's processes hold all of it"),
         ({"retain_dataset": None}, "both forget_dataset and retain_dataset"),
         ({"forget_dataset": None, "retain_dataset": None}, "no data"),
     ):  # fmt: skip

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny_text
 import torch
-from distributed_runner import MEASURES, measure, run
+from distributed_runner import MEASURES, carry_out, measure, run
 from helpers import environment, python
 from safetensors.torch import load_file
 
@@ -38,6 +38,11 @@ PDU = {"name": "pdu", "config": {"insertion": "cumulative", "objective": "pdu", 
 PDU["config"] |= {"retain_loss": "hidden_layers", "cache": "host", "cache_bytes": 20_000}
 MIXED = {"name": "mixed", "given": True, "layers": 10, "config": {"num_blocks": 5, "top_k": 3, "optimizer": "adamw"}}
 GA = {"name": "ga", "given": True, "config": {"parallel": "samples", "objective": "ga", "batch_size": 3}}
+PARTS = {"sharding": "fsdp", "insertion": "cumulative", "top_k": 1, "warmup_optimizer": "adamw"}
+SHARDED = {"name": "sharded", "config": PARTS | {"gradient_checkpointing": True, "micro_batch_tokens": 20}}
+STEPS = {"name": "steps", "config": PARTS | {"objective": "pdu", "warmup_epochs": 2, "weight_decay": 0.1}}
+TEXT = {"name": "text", "text": True, "config": PARTS | {"rtt": True, "scoring": "choice", "rtt_lrs": [1e-3]}}
+TEXT["config"] |= {"rtt_epochs": 1, "rtt_attacks": ["full", "lora"], "rtt_batch_size": 3}
 DENSITY = {"name": "density", "density": MEASURES}
 
 
@@ -103,33 +108,83 @@ def same_measures(found, one):
     assert found["attribute"] == pytest.approx(one[1], rel=1e-9)
 
 
+def same_answers(found, one):
+    """Of nested numbers and names."""
+    assert type(found) is type(one)
+    if isinstance(one, dict | list):
+        pairs = [(found[k], one[k]) for k in one] if isinstance(one, dict) else zip(found, one, strict=True)
+        for mine, other in pairs:
+            same_answers(mine, other)
+    else:
+        assert found == (pytest.approx(one, rel=1e-9) if isinstance(one, float) else one)
+
+
 # ---------------------------------------------------------------- processes
 
 
-def test_two_processes(truth, tmp_path):
-    """Blocks apart, steps shared, a density; a setting that differs; a process that fails, and the cure."""
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes left of all these."""
+    out = tmp_path_factory.mktemp("two")
     differs = {"name": "differs", "given": True, "config": {}, "differs": {"block_lr": 2e-3}}
+    refused = {"name": "refused", "config": PARTS | {"adversary_every": 2}}
+    stopped = STEPS | {"at": {"rank": 1, "step": 3, "does": "stop"}}
     fails = CUMULATIVE | {"name": "fails", "at": {"rank": 1, "step": 5, "does": "fail"}}  # in the second block
-    jobs = [BLOCKS, CUMULATIVE, SAMPLES, PDU, DENSITY, differs, fails]
-    with processes(2, tmp_path, jobs) as (codes, said):
+    jobs = [BLOCKS, CUMULATIVE, SAMPLES, PDU, DENSITY, SHARDED, TEXT, stopped, refused, differs, fails]
+    with processes(2, out, jobs) as (codes, said):
         assert codes == [0, 0], said
-    equal(load_file(tmp_path / "blocks.safetensors"), truth(BLOCKS))
+    return out
+
+
+def test_two_processes(truth, two):
+    """Blocks apart, steps shared, a density; a setting that differs; a process that fails, and the cure."""
+    equal(load_file(two / "blocks.safetensors"), truth(BLOCKS))
     for job in (CUMULATIVE, SAMPLES, PDU):
-        close(load_file(tmp_path / f"{job['name']}.safetensors"), truth(job))
+        close(load_file(two / f"{job['name']}.safetensors"), truth(job))
     # 4 blocks, 2 rounds of 2 steps: of the 16 steps each process has made its 8, and none of the other's blocks
-    updates = [set(found["updates"]) for found in results(tmp_path, "blocks", 2)]
-    assert [len(found["updates"]) for found in results(tmp_path, "blocks", 2)] == [8, 8]
+    updates = [set(found["updates"]) for found in results(two, "blocks", 2)]
+    assert [len(found["updates"]) for found in results(two, "blocks", 2)] == [8, 8]
     assert updates[0] | updates[1] == {0, 2, 4, 6} and not updates[0] & updates[1]
-    for found in results(tmp_path, "density", 2):
+    for found in results(two, "density", 2):
         same_measures(found, measure(DENSITY))
-    for found in results(tmp_path, "differs", 2):
+    for found in results(two, "differs", 2):
         assert found["error"].startswith("block_lr: rank 1 has 0.002, rank 0 0.001: start all processes with the same")
-    others, failed = (found["error"] for found in results(tmp_path, "fails", 2))
+    others, failed = (found["error"] for found in results(two, "fails", 2))
     assert failed == "OSError: the disk of this machine is full"
     assert others == "ProcessGone: stopped, since rank 1 failed: the disk of this machine is full"
-    model, updates = run(CUMULATIVE | {"name": "fails", "resume": True}, tmp_path)  # by one process
+    model, updates = run(CUMULATIVE | {"name": "fails", "resume": True}, two)  # by one process
     assert len(updates) <= 6  # of 10: 4 were made, the last of them is kept or not
     close({n: p.detach() for n, p in model.named_parameters()}, truth(CUMULATIVE))
+
+
+def test_two_processes_with_the_model_in_parts(truth, two, tmp_path):
+    """Warm-up and attack; stopped in between, and gone on with by one process, also from a damaged file."""
+    close(load_file(two / "sharded.safetensors"), truth(SHARDED))
+    model, one = carry_out(TEXT, tmp_path)
+    close(load_file(two / "text.safetensors"), {n: p.detach() for n, p in model.named_parameters()})
+    both = results(two, "text", 2)
+    for found in both:
+        assert [row["attack"] for row in found["rtt"]] == ["full"] * 4 + ["lora"] * 4
+        same_answers([found["accuracy"], found["rtt"]], [one["accuracy"], one["rtt"]])
+    # AdamW's moments, in the warm-up and in both folds of the full attack
+    full = [i for i, number in enumerate(one["held"]) if number == one["held"][0]]
+    assert len(full) > 4 and all(sum(found["held"][i] for found in both) == one["held"][i] for i in full)
+    assert max(found["held"][i] for found in both for i in full) <= 0.51 * one["held"][0]
+    for found in results(two, "refused", 2):
+        assert found["error"].startswith("sharding='fsdp': the warm-up's adversary has weights of its own")
+
+    assert [found["error"] for found in results(two, "steps", 2)] == ["Stopped", "Stopped"]
+    kept = two / "steps" / "kunbr-checkpoints"
+    names = [f"warmup-step-{step}.rank-{rank}.safetensors" for step in (2, 3) for rank in (0, 1)]
+    assert sorted(path.name for path in kept.glob("warmup*")) == names
+    shutil.copytree(two / "steps", tmp_path / "steps")
+    damaged = bytearray((kept / names[3]).read_bytes())
+    damaged[-1] ^= 1
+    (kept / names[3]).write_bytes(damaged)
+    for out, left in ((tmp_path, 1), (two, 2)):  # steps of the warm-up
+        model, updates = run(STEPS | {"resume": True}, out)
+        assert updates.count("warmup") == left
+        close({n: p.detach() for n, p in model.named_parameters()}, truth(STEPS))
 
 
 @pytest.mark.slow  # two and three of them are run always
@@ -151,6 +206,27 @@ def test_four_processes(truth, tmp_path):
     model, updates = run(CUMULATIVE | {"name": "killed", "resume": True}, tmp_path)
     assert len(updates) <= 7
     close({n: p.detach() for n, p in model.named_parameters()}, truth(CUMULATIVE))
+
+
+@pytest.mark.slow  # two processes, and one that goes on, are run always
+def test_parts_on_other_numbers_of_processes(truth, tmp_path):
+    """Two processes, of which one runs out of memory; four, of which one is killed; four again."""
+    few = SHARDED | {"name": "few", "config": PARTS | {"batch_size": 2, "retain_batch_size": 1}}
+    lacks = STEPS | {"at": {"rank": 1, "step": 1, "does": "memory"}}
+    with processes(2, tmp_path, [lacks]) as (codes, said):
+        assert codes == [0, 0], said
+    other, failed = (found["error"] for found in results(tmp_path, "steps", 2))
+    assert failed.startswith("OutOfMemory: out of memory with one sample of") and "(micro_batch_tokens)" in failed
+    assert other.startswith("ProcessGone: stopped, since rank 1 failed: out of memory")
+    killed = STEPS | {"resume": True, "at": {"rank": 2, "step": 2, "does": "kill"}}
+    with processes(4, tmp_path, [killed]) as (codes, said):
+        assert codes == [0, 0, -9, 0], said
+    assert (tmp_path / "steps" / "kunbr-checkpoints" / "warmup-step-2.rank-3.safetensors").is_file()
+    with processes(4, tmp_path, [STEPS | {"resume": True}, SHARDED, few, TEXT]) as (codes, said):
+        assert codes == [0, 0, 0, 0], said
+    assert results(tmp_path, "steps", 4)[3]["updates"].count("warmup") == 2
+    for job in (STEPS, SHARDED, few, TEXT):
+        close(load_file(tmp_path / f"{job['name']}.safetensors"), truth(job))
 
 
 # ---------------------------------------------------------------- the command line

@@ -246,8 +246,10 @@ def test_attacks_are_counted_each_with_its_epochs():
     (runs, full), (lora_runs, lora), (long_runs, long) = attack("full"), attack("lora"), attack("long")
     assert (runs, lora_runs, long_runs) == (2, 2, 2) and lora == full
     rounds, asked = attack("int8")
-    assert rounds == 1 and 2 * (full - 3 * asked) < long < 4 * full
-    assert attack("lion") == (4, 2 * full) and attack("full", "lora", "int8") == (5, pytest.approx(2 * full + asked))
+    asked /= 2  # before all, and after the rounding
+    assert rounds == 1 and 2 * (full - 5 * asked) < long < 4 * full
+    assert attack("lion") == (4, pytest.approx(2 * full - asked))
+    assert attack("full", "lora", "int8") == (5, pytest.approx(2 * full))
 
 
 # ---------------------------------------------------------------- data
@@ -398,8 +400,8 @@ def test_errors_of_the_model_name_the_file(change, message, tmp_path, capsys):
         (["--gpu-memory", "1TB", "--gpu", "v100"], "known are h200"),
         (["--gpu-memory", "1TB", "--gpus", "2", "--stream", "--unlearned"], "--gpus 2: expected 1 with"),
         (["--gpu-memory", "1TB", "--forget", "f.jsonl"], "--forget and --retain go together"),
-        (["--gpu-memory", "1TB", "--gpu", "cpu", "--memory", "1TB"], "gpu=cpu has no other main memory"),
-        (["--gpu-memory", "1TB", "--disk-rate", "0"], "expected a number above 0"),
+        (["--gpu-memory", "1TB", "--gpu", "cpu", "--memory", "1TB"], "--gpu cpu has no other main memory"),
+        (["--gpu-memory", "1TB", "--stream", "--adversary-every", "4"], "holds no second model"),
         (["--gpu-memory", "1TB", "--top-k", "9"], "top_k=9"),
     ],
 )

@@ -1,24 +1,30 @@
 """kunbr-fast plan of a streamed run: what crosses the bus is what is counted, and the goals for large models hold."""
 
+import dataclasses
+import gc
 import json
 
 import pytest
 import torch
 import transformers as tf
-from tiny_models import random_samples
+from tiny_models import peak_bytes, random_samples
 
 from kunbr_fast import KUnBRConfig, PrefixCache, knowledge_density, reinserted
 from kunbr_fast.cli import command as cli
+from kunbr_fast.evaluation.accuracy import Questions, measure
+from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.planning.context import Taken
 from kunbr_fast.planning.costs import Architecture
-from kunbr_fast.planning.layer_major import Traffic, update_traffic
+from kunbr_fast.planning.layer_major import Traffic
 from kunbr_fast.planning.lengths import Data
 from kunbr_fast.planning.machines import Setup, Work
 from kunbr_fast.planning.plan import plan
 from kunbr_fast.planning.predict import Run
+from kunbr_fast.training.fine_tune import full_training
 
 LLAMA = dict(model_type="llama", vocab_size=128256, num_key_value_heads=8, torch_dtype="bfloat16")
 L8 = LLAMA | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
@@ -48,19 +54,25 @@ def folder(tmp_path_factory):
     return path
 
 
+def sizes(samples):
+    return [(len(s["input_ids"]), int((s["labels"][1:] != -100).sum())) for s in samples]
+
+
 def tiny_run(**settings):
     """Of six forget and six retain samples, two steps of all."""
-    sizes = [(len(s["input_ids"]), int((s["labels"][1:] != -100).sum())) for s in SAMPLES]
     config = KUnBRConfig(batch_size=3, warmup_epochs=1, block_epochs=1, num_blocks=4, top_k=1, **settings)
-    data = Data(sizes[:6], sizes[6:], [], [n for n, _ in sizes])
+    data = Data(sizes(SAMPLES)[:6], sizes(SAMPLES)[6:], [], [n for n, _ in sizes(SAMPLES)])
     return Run(Architecture.of(tf.LlamaConfig(**TINY), "llama", "float32"), data, config, Setup("cpu", stream=True))
 
 
-def opened(folder):
-    """A streamed model's decoder, with counts from here on."""
-    decoder = Decoder(open_streamed(folder))
-    weights_of(decoder.model).loads.clear()
-    return decoder, weights_of(decoder.model).loads
+def opened(folder, resident=0):
+    """A streamed model's decoder, and its stream, with counts from here on."""
+    decoder = Decoder(open_streamed(folder, resident_layers=resident))
+    stream = weights_of(decoder.model)
+    stream.release()
+    stream.loads.clear()
+    stream.traffic.clear()
+    return decoder, stream
 
 
 # ---------------------------------------------------------------- predicted, and counted
@@ -69,7 +81,8 @@ def opened(folder):
 @pytest.mark.parametrize("block", [range(0, 2), range(3, 5), range(5, 7), range(6, 8)])
 def test_layers_that_a_blocks_steps_load(folder, block):
     run = tiny_run()
-    decoder, counted = opened(folder)
+    decoder, stream = opened(folder)
+    counted = stream.loads
     cache = PrefixCache(decoder, SAMPLES, "host")
     cache.advance(block.start)
     assert counted.total() == block.start
@@ -82,32 +95,95 @@ def test_layers_that_a_blocks_steps_load(folder, block):
 
 
 def test_layers_that_density_loads(folder):
-    decoder, counted = opened(folder)
+    decoder, stream = opened(folder)
     knowledge_density(decoder, SAMPLES[:6])
-    assert tiny_run().density().traffic == Traffic(weights_in=counted.total() * tiny_run().layer)
+    assert tiny_run().density().traffic == Traffic(**stream.traffic)
 
 
-def test_resident_layers_have_no_traffic():
-    some, all_of_them = tiny_run(resident_layers=3), tiny_run(resident_layers=8)
-    steps, layer = 2, some.layer
-    warm_up = some.warm_up()
-    assert warm_up.traffic == update_traffic(5, layer, layer, steps)  # fp32, Lion: as many bytes of state
-    assert warm_up.traffic == Traffic(2 * 9 * layer, 2 * 5 * layer, 5 * layer, 2 * 5 * layer)
-    assert warm_up.memory["resident"] == 3 * 2 * layer and warm_up.store == 5 * 2 * layer
-    for run, reads in ((some, 5), (all_of_them, 0)):
-        assert run.evaluation(1).traffic == Traffic(weights_in=reads * layer)
-    assert all_of_them.warm_up().traffic.total == 0 and all_of_them.warm_up().memory["layer buffers"] == 0
+def wide(tmp_path, dtype="float32", tied=False, **settings):
+    """(a wider model's plan, its samples); the model is in tmp_path."""
+    config = tf.LlamaConfig(**TINY | dict(hidden_size=128, intermediate_size=344), tie_word_embeddings=tied)
+    tf.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(tmp_path)
+    data = random_samples(12, low=20, high=40, vocab=199)
+    how = KUnBRConfig(batch_size=6, num_blocks=4, top_k=1, block_epochs=1, warmup_epochs=1, **settings)
+    given, a = Data(sizes(data)[:6], sizes(data)[6:], [], []), Architecture.of(config, "llama", dtype)
+    return Run(a, given, how, Setup("cpu", stream=True, unlearned=True)), data
+
+
+@pytest.mark.parametrize("dtype, micro", [("float32", 100), ("bfloat16", None)])
+def test_peak_of_a_streamed_block(dtype, micro, tmp_path):
+    (run, data), block = wide(tmp_path, dtype, micro_batch_tokens=micro), range(2, 4)
+
+    def measured():
+        decoder, other = Decoder(open_streamed(tmp_path)), weights_of(open_streamed(tmp_path))
+        cache = PrefixCache(decoder, data, "host")
+        cache.advance(block.start)
+        more = dict(impl="torch", micro_batch_tokens=micro, activations="host")
+        with reinserted(decoder, other, block, 1e-3, **more) as training:
+            for _ in range(2):
+                training.step_packed(training.criterion.step_batch(cache.batch(range(12)), 6))
+
+    gc.collect()
+    assert run.stage("", run.block(block)).peak == pytest.approx(peak_bytes(measured), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "dtype, micro, resident, optimizer, tied",
+    [("float32", None, 2, "adamw", False), ("float32", 100, 0, "lion", False), ("bfloat16", 100, 2, "lion", True)],
+)
+def test_peak_of_a_streamed_warm_up(dtype, micro, resident, optimizer, tied, tmp_path):
+    """The allocator's log has the mapped files too, in which all layers that are not resident lie."""
+    how = dict(micro_batch_tokens=micro, resident_layers=resident, warmup_optimizer=optimizer)
+    run, data = wide(tmp_path, dtype, tied, **how)
+    run.setup = dataclasses.replace(run.setup, unlearned=False)
+
+    def measured():
+        decoder = Decoder(open_streamed(tmp_path, resident_layers=resident, host_bytes=0))
+        with decoder.weights.writable(tmp_path), frozen(decoder.model):
+            more = dict(impl="torch", micro_batch_tokens=micro, place=Place("host"))
+            training = full_training(decoder, lr=1e-4, optimizer=optimizer, **more)
+            for _ in range(2):
+                training.step(data[:6], data[6:])
+
+    gc.collect()
+    predicted = run.stage("", run.warm_up())
+    assert predicted.peak + predicted.store == pytest.approx(peak_bytes(measured), rel=0.1)
+
+
+@pytest.mark.parametrize("resident", [0, 3, 8])
+def test_bytes_of_a_streamed_warm_up(folder, resident, tmp_path):
+    """Of a warm-up's steps, and of an evaluation, as `LayerStream.traffic` counts them."""
+    run = tiny_run(resident_layers=resident)
+    decoder, stream = opened(folder, resident)
+    with stream.writable(tmp_path), frozen(decoder.model):
+        training = full_training(decoder, settings=run.config.full_settings(), lr=1e-4)
+        for _ in range(2):
+            training.step_packed(training.criterion.pack(SAMPLES[:3], SAMPLES[6:9]))
+    assert run.warm_up().traffic == Traffic(**{**dataclasses.asdict(Traffic()), **stream.traffic})
+    stream.traffic.clear()
+    asked, count = [[sample["input_ids"].tolist()] for sample in SAMPLES], len(SAMPLES)
+    measure(decoder, Questions(asked, [[[]]] * count, [5, 6, 7, 8], [0] * count, [4] * count), batch_size=5)
+    assert run.evaluation(1).traffic == Traffic(**stream.traffic) == Traffic(weights_in=8 * run.layer)
+
+
+def test_resident_layers_take_memory():
+    run, layer = tiny_run(resident_layers=3), tiny_run().layer
+    taken = run.warm_up()
+    assert taken.memory["resident"] == 3 * 2 * layer and taken.store == 5 * 2 * layer  # fp32 Lion: as much state
+    assert tiny_run(resident_layers=8).warm_up().memory["layer buffers"] == 0
 
 
 def test_what_finds_no_room_in_main_memory_goes_through_the_disk():
     run = tiny_run(cache="host")
     run.room = 4 * 2 * run.layer  # of eight layers' weights and state
     taken = run.warm_up()
-    assert taken.work[0].disk == pytest.approx(taken.traffic.total / 2 + 8 * run.layer)
-    stages = [
-        run.stage("", Taken({}, [Work(**{name: 1e15})])) for name in ("flops", "memory", "bus_in", "disk", "host")
-    ]
-    assert [stage.bound for stage in stages] == ["arithmetic", "memory", "bus", "disk", "host"]
+    first = 14 * run.layer  # from the model's files
+    assert sum(part.disk for part in taken.work) == pytest.approx(first + (taken.traffic.total - first) / 2)
+    bounds = dict(
+        flops="arithmetic", memory="memory", bus_in="bus", bus_out="bus", disk="disk", host="host", link="link"
+    )
+    for name, bound in bounds.items():
+        assert run.stage("", Taken({}, [Work(**{name: 1e15})])).bound == bound
 
 
 # ---------------------------------------------------------------- goals
@@ -122,9 +198,7 @@ def test_llama_3_8b_on_24_gib(configs, memory):
     assert max(stage.peak for stage in found.stages) + found.best.run.setup.reserve <= 24 << 30
     assert found.host + (4 << 30) <= found.best.run.setup.memory
     assert found.best.files == 0 if memory == "64GiB" else found.best.stream_cache < 28 << 30
-    evaluation = found.stages[0]
-    streamed = 32 - found.settings["resident_layers"]
-    assert evaluation.traffic.total == streamed * found.best.run.layer  # each layer once for all questions
+    assert found.stages[0].traffic.total == 32 * found.best.run.layer  # each layer once for all questions
 
 
 def test_llama_3_70b_on_one_gpu(configs):

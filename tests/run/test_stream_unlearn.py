@@ -19,7 +19,6 @@ from tiny_models import random_samples, tiny_model
 import kunbr_fast as kf
 from kunbr_fast.cli import command as cli
 from kunbr_fast.evaluation.accuracy import choice_accuracy
-from kunbr_fast.evaluation.rtt import Fold, RTTConfig, rtt_attack
 from kunbr_fast.files.models import load_model, load_tokenizer
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.tensors import WeightSnapshot
@@ -28,6 +27,7 @@ from kunbr_fast.model.fingerprint import fingerprint
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives.original import OriginalValues
+from kunbr_fast.training.streamed import LayerMajorTraining
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = dict(
@@ -55,8 +55,10 @@ def text(tmp_path_factory):
 
 
 def run(opening, folders, out, dtype=None, **settings):
-    """(report, the result's weights) of a whole run; opening: streamed_models's `whole` or `streamed`."""
-    model, other = (opening(path, dtype) for path in folders)
+    """(report, the result's weights) of a whole run; opening: streamed_models's `whole` or `streamed`. folders: M0's,
+    and M_u's if it is given."""
+    model, *others = (opening(path, dtype) for path in folders)
+    other = others[0] if others else None
     config = kf.KUnBRConfig(**{**SETTINGS, **settings})
     report = kf.unlearn(model, FORGET, RETAIN, config, unlearned=other, output_dir=out, progress=False)
     weights = weights_of(model)
@@ -97,6 +99,29 @@ def test_a_streamed_run_has_the_resident_bits(settings, folders, tmp_path):
     for name, parameter in saved.named_parameters():
         assert torch.equal(parameter, weights[name].float()), name
     assert len(list((tmp_path / "streamed").glob("*.safetensors"))) == len(list(folders[0].glob("*.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(dtype="float64", warmup_optimizer="adamw", micro_batch_tokens=30),
+        dict(insertion="cumulative", retain_loss="hidden_layers", resident_layers=2),
+        dict(dtype="bfloat16", objective="npo", retain_loss="kl", cache="file"),
+        dict(objective="rmu", objective_options={"layer": 3}, top_k=0, num_blocks=6),
+    ],
+    ids=["adamw", "hidden", "npo", "rmu"],
+)
+def test_the_warm_up_of_a_streamed_run_has_the_resident_bits(settings, folders, tmp_path):
+    settings = dict(warmup_epochs=2, warmup_lr=1e-3) | settings
+    alone = {name: value for name, value in settings.items() if name != "resident_layers"}
+    truth, weights = run(streamed_models.whole, folders[:1], tmp_path / "whole", **alone)
+    ours, streamed = run(streamed_models.streamed, folders[:1], tmp_path / "streamed", **settings)
+    same(ours, truth)
+    assert truth.losses["warmup"] and not (tmp_path / "streamed/kunbr-checkpoints").exists()
+    for name in weights:
+        assert torch.equal(streamed[name], weights[name].to(torch.float32).to(weights[name].dtype)), name
+    given = Shards(folders[0])
+    assert any(not torch.equal(weights[name].float(), given[name]) for name in weights)
 
 
 def test_no_more_than_the_buffers_and_a_block_in_memory(folders, tmp_path, monkeypatch):
@@ -175,7 +200,9 @@ def test_what_a_streamed_model_cannot_do(folders, tmp_path):
             )  # fmt: skip
         assert not stages
 
-    refused("the warm-up trains every parameter.*--unlearned DIR", model, None)
+    refused("adversary_every=3: the warm-up's adversary is a second model", model, None, adversary_every=3)
+    refused("resident_layers=7: expected 0 to 6", model, other, resident_layers=7)
+    refused("resident_layers=2: the model is in memory whole", resident, None, resident_layers=2)
     refused("open the unlearned model with open_streamed too", model, resident)
     refused("open the unlearned model with open_streamed too", model, model)
     refused("the unlearned model is streamed and the original is not", resident, other)
@@ -200,17 +227,12 @@ def test_an_unlearned_model_that_is_not_finite(folders, tmp_path):
         )  # fmt: skip
 
 
-def test_the_attack_refuses_a_streamed_model(text, tmp_path):
-    records = [tiny_text.question(name) for name in tiny_text.NAMES[:6]]
-    folds = [Fold(name, records, records) for name in "ab"]
-    with pytest.raises(ValueError, match="this model is streamed; load it whole"):
-        decoder, config = Decoder(open_streamed(text / "model")), RTTConfig(overlap="allow")
-        rtt_attack(decoder, tiny_text.tokenizer(), folds, config, tmp_path, False)
-
-
 # ---------------------------------------------------------------- the command line
 
-QUICK = "--num-blocks 3 --top-k 2 --block-epochs 2 --target letter --block-lr 1e-3 --quiet".split()
+QUICK = [
+    *"--num-blocks 3 --top-k 2 --block-epochs 2 --target letter --block-lr 1e-3 --quiet".split(),
+    *"--rtt-lrs 1e-3 --rtt-epochs 1".split(),
+]
 
 
 def command(root, out, *more, unlearned="mu", model="model"):
@@ -222,7 +244,7 @@ def command(root, out, *more, unlearned="mu", model="model"):
 @pytest.fixture(scope="module")
 def resident(text, tmp_path_factory):
     out = tmp_path_factory.mktemp("resident") / "out"
-    assert cli.main(command(text, out, "--no-rtt")) == 0
+    assert cli.main(command(text, out)) == 0
     return out
 
 
@@ -230,7 +252,7 @@ def as_resident(out, resident):
     ours, truth = (load_file(path / "model.safetensors") for path in (out, resident))
     assert set(ours) == set(truth) and all(torch.equal(ours[name], truth[name]) for name in truth)
     a, b = (json.loads((path / "report.json").read_text()) for path in (out, resident))
-    for key in ("accuracy", "blocks", "density", "losses"):
+    for key in ("accuracy", "blocks", "density", "losses", "rtt"):
         assert a[key] == b[key]
     assert load_model(out) is not None and load_tokenizer(out) is not None and not (out / "kunbr-checkpoints").exists()
 
@@ -243,10 +265,10 @@ def test_the_command(text, resident, tmp_path, capsys):
     finally:
         (text / "model" / "pytorch_model.bin").unlink()
     printed = capsys.readouterr().out
-    assert "| KUnBR " in printed and f"`kunbr-fast rtt --model {out}`" in printed
+    assert "| KUnBR " in printed
     as_resident(out, resident)
     assert not (out / "pytorch_model.bin").exists() and (out / "density.png").is_file() and (out / "run.yaml").is_file()
-    assert not (out / "relearning.png").exists()
+    assert (out / "relearning.png").is_file()
 
 
 def test_the_command_with_a_cover_in_low_precision(text, tmp_path, capsys):
@@ -273,7 +295,54 @@ def test_killed_and_resumed(point, text, resident, tmp_path):
     assert cli.main(command(text, out, *more, "--resume")) == 0
     if KILLED[point]:
         resident = tmp_path / "resident"
-        assert cli.main(command(text, resident, "--no-rtt", *KILLED[point])) == 0
+        assert cli.main(command(text, resident, *KILLED[point])) == 0
+    as_resident(out, resident)
+
+
+def test_all_five_stages_killed_in_the_warm_up_and_in_the_attack(text, tmp_path, monkeypatch, capsys):
+    """No M_u is given. The first process is killed in the warm-up, the second one ends in the attack."""
+    more = ["--warmup-epochs", "2", "--warmup-lr", "1e-3", "--checkpoint-every", "1", "--resident-layers", "1"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert cli.main(command(text, whole, *more[:-2], unlearned=None)) == 0
+    mine = [*command(text, out, *more, unlearned=None), "--stream", "--stream-cache", "30 kB"]
+    done = python(HERE.parent / "kill_runner.py", "in the warm-up, half of the layers updated", *mine)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    state = json.loads((out / "kunbr-checkpoints/state.json").read_text())
+    assert state["progress"]["warmup"] and "blocks" not in str(list(state["stages"]))
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kunbr_fast.evaluation.rtt.train_all", stop)
+        assert cli.main([*mine, "--resume"]) == 130
+    assert cli.main([*mine, "--resume"]) == 0
+    capsys.readouterr()
+    as_resident(out, whole)
+
+
+def test_a_file_that_changes_under_the_run(text, resident, tmp_path, monkeypatch, capsys):
+    """Another model's file, of the same size, in the second block: one line; with the file back the resident bits."""
+    model, out, steps = tmp_path / "model", tmp_path / "out", []
+    shutil.copytree(text / "model", model)
+    real = LayerMajorTraining.step_packed
+
+    def step(training, *args, **kwargs):
+        steps.append(training)
+        if training is not steps[0]:
+            shutil.copyfile(text / "mu/model.safetensors", model / "model.safetensors")
+        return real(training, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerMajorTraining, "step_packed", step)
+        assert cli.main(command(text, out, "--stream", "--checkpoint-every", "1", model=model)) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and f"{model / 'model.safetensors'}: changed while it was in use" in said[0]
+    assert not (out / "config.json").exists()
+    assert cli.main(command(text, out, "--stream", "--resume", model=model)) == 2  # it is another model
+    assert "its model is not the one given now" in capsys.readouterr().err
+    shutil.copyfile(text / "model/model.safetensors", model / "model.safetensors")
+    assert cli.main(command(text, out, "--stream", "--resume", model=model)) == 0
     as_resident(out, resident)
 
 
@@ -303,7 +372,6 @@ def test_wrong_options(text, tmp_path, capsys):
     shutil.copytree(text / "model", pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     for arguments, message in (
-        (command(text, tmp_path / "out", "--stream", unlearned=None), "give it with --unlearned DIR"),
         (command(text, tmp_path / "out", "--stream-cache", "1GiB"), "--stream-cache without --stream"),
         (
             command(text, tmp_path / "out", "--stream", model=pickled),

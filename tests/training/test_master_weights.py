@@ -14,11 +14,16 @@ from kunbr_fast.files.tensors import WeightSnapshot, save_tensors
 from kunbr_fast.kernels.optimizers.op import Fused
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
+from kunbr_fast.parallel.group import Group
+from kunbr_fast.parallel.sharded import sharded
 from kunbr_fast.training import flat_buffer
 from kunbr_fast.training.fine_tune import fine_tune, full_training
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.settings import FullSettings
+from kunbr_fast.training.sharded import ShardedTraining
 from kunbr_fast.training.updates import Updates
+
+KEPT = ["fp32", "stochastic"]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,30 @@ def test_a_streamed_training_has_the_bits_of_the_one_in_memory(
         training.load_state(WeightSnapshot(tmp_path / "two.safetensors"), 2)
         assert host_numbers(training) == [2.0] * counted * len(training.parameters)
         assert equal(training.state(), two) and equal(steps(training, 2), four)
+
+
+@pytest.mark.parametrize("master", KEPT)
+def test_a_model_in_parts_keeps_its_state(master, folder, tmp_path):
+    """Here all parts are in one process."""
+    how = dict(lr=1e-4, optimizer="adamw", master_weights=master, impl="torch")
+    memory, model = Decoder(whole(folder)), whole(folder)
+    with frozen(memory.model):
+        training = full_training(memory, **how)
+        two, four = steps(training, 2), steps(training, 2)
+    save_tensors(tmp_path / "two.safetensors", two)
+    decoder, snapshot = Decoder(model), WeightSnapshot.save(model, tmp_path / "model.safetensors")
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        with frozen(model), sharded(model, decoder.layers, Group(0, 1), snapshot) as shards:
+            training = ShardedTraining(decoder, shards, **how)
+            assert equal(steps(training, 2), two)
+            training.step(FORGET, RETAIN)
+            training.load_state(WeightSnapshot(tmp_path / "two.safetensors"), 2)
+            assert equal(training.state(), two) and equal(steps(training, 2), four)
+            training.updates.forget()
+            assert training.state().keys() == dict(model.named_parameters()).keys()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_what_goes_over_the_bus_with_masters(folder, tmp_path):
