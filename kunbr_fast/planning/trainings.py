@@ -171,18 +171,22 @@ class Trainings(Context):
         return steps.passes * (2 * layers * self.layer + 2 * sum(peak.values()))
 
     def adapters(self, key: Any, steps: Steps, rank: int) -> Taken:
-        """LoRA's, in fp32 with gradients and AdamW's moments, on every matrix of a streamed model: its layers are read
-        as a block's cover is, and the gradient of one layer's weights is there at a time."""
+        """LoRA's, in fp32 with gradients and AdamW's moments, on every matrix of a streamed model. Each step all layers
+        come anew, those that stay too, to be merged with the adapters; one layer's gradient is there at a time."""
         a, n = self.a, self.streamed(0, self.a.layers)
         peak, flops = self._streamed_passes(key, steps, range(a.layers), many=False, fused=False)
+        peak = peak | {"gradient": self.layer}
+        points = [peak, {"gradient": self.layer, "workspace": 16 * a.largest_matrix}]  # a merge in fp32
+        peak = max(points, key=lambda point: sum(point.values()))
         here, host, moved = self._waiting(a.layers, steps)
-        memory = {**self.weights(), **peak, "activations": peak["activations"] + here, "gradient": self.layer}
+        memory = {**self.weights(), **peak, "activations": peak.get("activations", 0) + here}
         memory["optimiser"] = 16 * rank * a.layers * (a.rows + a.columns)
-        read, traffic = self.read(loads(n, steps.count, steps.trainings))
-        anew, more = self.read(self.stays * steps.trainings, anew=self.stays * steps.trainings)
+        files = self.in_files(self.layer)
+        anew, more = self.read(self.stays * steps.count, anew=self.stays * steps.trainings)
+        read, traffic = self.read(loads(n) * steps.count)
         work = Work(flops, self._passed(steps, a.layers, peak)) + read + moved
-        work = [anew, *self.phases(work, traffic, n / a.layers, 1 / 4, self.in_files(self.layer))]
-        return Taken(memory, work, traffic + more, host, n * self.layer, self.layer)
+        work = [anew, Work(disk=n * self.layer), *self.phases(work, traffic, n / a.layers, 1 / 4, files)]
+        return Taken(memory, work, traffic + more, host, a.layers * self.layer, self.layer)
 
     def warm_up(self) -> Taken:
         a, config = self.a, self.config

@@ -246,8 +246,10 @@ def test_attacks_are_counted_each_with_its_epochs():
     (runs, full), (lora_runs, lora), (long_runs, long) = attack("full"), attack("lora"), attack("long")
     assert (runs, lora_runs, long_runs) == (2, 2, 2) and lora == full
     rounds, asked = attack("int8")
-    assert rounds == 1 and 2 * (full - 3 * asked) < long < 4 * full
-    assert attack("lion") == (4, 2 * full) and attack("full", "lora", "int8") == (5, pytest.approx(2 * full + asked))
+    asked /= 2  # before all, and after the rounding
+    assert rounds == 1 and 2 * (full - 5 * asked) < long < 4 * full
+    assert attack("lion") == (4, pytest.approx(2 * full - asked))
+    assert attack("full", "lora", "int8") == (5, pytest.approx(2 * full))
 
 
 # ---------------------------------------------------------------- data
