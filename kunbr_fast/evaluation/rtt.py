@@ -32,10 +32,9 @@ from kunbr_fast.model.ownership import differentiable, no_adapter
 from kunbr_fast.model.vocabulary import check_tokens
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.group import ALONE, Group
-from kunbr_fast.parallel.sharded import Shards, sharded
+from kunbr_fast.parallel.sharded import sharded
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.fine_tune import train_all
-from kunbr_fast.training.sharded import train_sharded
 from kunbr_fast.values import BATCH, EPOCHS, SEED, check, least, rates
 
 NAME = 40  # characters of a fold's name in messages and on the progress bar
@@ -152,7 +151,6 @@ class Attack:
             is_text = data.is_record(other_facts[0])
             self._others = encoded(other_facts, "other facts") if is_text else data.as_samples(other_facts)
         self._before: dict[int, Accuracy] = {}  # each fold's, where it is known
-        self._shards: Shards | None = None  # where the model is in parts
         self._say = say
 
     def run(
@@ -189,8 +187,7 @@ class Attack:
         with contextlib.ExitStack() as stack:
             stack.callback(bar.close)
             if mine and ranks.size > 1:
-                self._shards, restore = stack.enter_context(_in_parts(self.decoder, Path(snapshot_dir), ranks))
-                stack.callback(setattr, self, "_shards", None)
+                restore = stack.enter_context(_in_parts(self.decoder, Path(snapshot_dir), ranks))
             elif mine:
                 restore = stack.enter_context(_snapshot(self.decoder.model, Path(snapshot_dir)))
             for job in mine:
@@ -252,11 +249,7 @@ class Attack:
             train_lora(self.decoder, samples, **how, on_epoch=after_epoch)
         else:
             optimizer = kind.optimizer or config.optimizer
-            how |= dict(optimizer=optimizer, on_epoch=after_epoch, progress=None)
-            if self._shards is None:
-                train_all(self.decoder, samples, **how)
-            else:
-                train_sharded(self.decoder, self._shards, samples, **how)
+            train_all(self.decoder, samples, optimizer=optimizer, **how, on_epoch=after_epoch, progress=None)
 
 
 class _Job(NamedTuple):
@@ -317,8 +310,8 @@ def _snapshot(model, directory: Path) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def _in_parts(decoder, directory: Path, ranks: Group) -> Iterator[tuple[Shards, Callable[[], None]]]:
-    """`_snapshot`, by rank 0 for all, and the model in parts of which each is put back; afterwards it is whole."""
+def _in_parts(decoder, directory: Path, ranks: Group) -> Iterator[Callable[[], None]]:
+    """`_snapshot`, by rank 0 for all, with the model in parts, of which each rank puts back its own."""
     path = directory / "rtt-weights.safetensors"
     if ranks.first:
         directory.mkdir(parents=True, exist_ok=True)
@@ -326,7 +319,7 @@ def _in_parts(decoder, directory: Path, ranks: Group) -> Iterator[tuple[Shards, 
     ranks.wait()
     snapshot = WeightSnapshot(path, ranks.gather(checksum(path) if ranks.first else None)[0])
     with sharded(decoder.model, decoder.layers, ranks, snapshot) as shards:
-        yield shards, lambda: shards.take(snapshot)
+        yield lambda: shards.take(snapshot)
     if ranks.first:
         path.unlink(missing_ok=True)
 
