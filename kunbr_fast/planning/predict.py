@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.evaluation.attacks import ATTACKS, Kind
-from kunbr_fast.evaluation.lora import RANK
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.parallel.assign import SHARING_COSTS, spread_blocks
@@ -96,7 +95,7 @@ class Run(Trainings):
         waiting = tokens * self.a.hidden * self.a.itemsize
         memory["activations"] += self.placed(waiting)[0]
         read, traffic = self.read(layers, anew=layers)
-        return read + self.moved(layers * waiting, layers * waiting), traffic
+        return read + self.moved(layers * waiting, 2 * layers * waiting), traffic
 
     def density(self) -> Stage:
         a, config, cpu = self.a, self.config, self.setup.cpu
@@ -156,31 +155,39 @@ class Run(Trainings):
         questions of all folds after each epoch."""
         config, folds = self.config, self.data.folds
         others = [[sample for k, fold in enumerate(folds) if k != i for sample in fold] for i in range(len(folds))]
-        asked = self.answering("attacked", [n for fold in folds for n, _ in fold])
-        if self.setup.stream:  # each fold by itself, from where its training has left the weights
-            count = len(folds) * self.streamed(0, self.a.layers)
-            read, asked.traffic = self.read(count, beside=self._attacker("adamw").of(self.a.layer).kept)
-            asked.work = [dataclasses.replace(asked.work[0], bus_in=read.bus_in, disk=read.disk)]
-        found, work, traffic, runs = [asked], [], Traffic(), 0
+        before = self.answering("attacked", [n for fold in folds for n, _ in fold])
+        found, work, traffic, runs = [before], [*before.work], before.traffic, 0
         for kind in map(ATTACKS.get, config.rtt_attacks):
-            lrs, times = len(kind.lrs(config.rtt_lrs)), len(kind.measured(config.rtt_epochs))
+            lrs, times = len(kind.lrs(config.rtt_lrs)), len(kind.measured(config.rtt_epochs)) - 1
             sets = [] if kind.rounds else [self.data.retain] if kind.others else others
             taken = self._attacked(kind, sets) if sets else Taken({}, [])
+            asked, moved = self._asked_again(kind, before)
             found.append(taken)
-            work += [part.times(lrs) for part in (*taken.work, asked.work[0].times(times))]
-            traffic += taken.traffic.times(lrs) + asked.traffic.times(lrs * times)
+            work += [part.times(lrs) for part in (*taken.work, asked.times(times))]
+            traffic += taken.traffic.times(lrs) + moved.times(lrs * times)
             runs += lrs
         worst = max(found, key=lambda taken: sum(taken.memory.values()))
         most = {name: max(getattr(taken, name) for taken in found) for name in ("host", "store", "resident")}
         taken = Taken(worst.memory, [part.times(1 / runs) for part in work], traffic.times(1 / runs), **most)
         return dataclasses.replace(self.stage("RTT attack", taken), runs=runs)
 
+    def _asked_again(self, kind: Kind, before: Taken) -> tuple[Work, Traffic]:
+        """The questions of all folds after an epoch: each fold after its own training, or all after one."""
+        if not self.setup.stream:
+            return before.work[0], Traffic()
+        trains = not (kind.adapters or kind.rounds)  # else every layer is changed anew, those that stay too
+        count = self.streamed(0, self.a.layers) if trains else self.a.layers
+        count *= 1 if kind.at_once else len(self.data.folds)
+        beside = self._attacker(kind.optimizer or RTTConfig().optimizer).of(self.a.layer).kept * trains
+        read, traffic = self.read(count, beside=beside)
+        return dataclasses.replace(before.work[0], bus_in=read.bus_in, disk=read.disk), traffic
+
     def _attacked(self, kind: Kind, sets: Sequence[list[tuple[int, int]]]) -> Taken:
         """An attack at a learning rate, on each of the sets."""
         key = "attack", kind.passes, kind.others
         steps = self.once(key, lambda: self._fine_tuning(sets, kind.passes))
         if kind.adapters and self.setup.stream:
-            return self.adapters((*key, "adapters"), steps, RANK)
+            return self.adapters((*key, "adapters"), steps, self.config.rtt_lora_rank)
         update = self._attacker(kind.optimizer or RTTConfig().optimizer)
         return self.full((*key, "passes"), steps, update, fused=False)
 

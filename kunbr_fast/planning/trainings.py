@@ -11,7 +11,7 @@ from kunbr_fast.planning.context import Context, Taken, tokens_of
 from kunbr_fast.planning.costs import Batch, Step, batches, forward_flops
 from kunbr_fast.planning.layer_major import BUFFERS, Traffic, loads, pass_memory, update_traffic
 from kunbr_fast.planning.machines import Work
-from kunbr_fast.planning.updates import STATES, Update, block_master, warmup_master
+from kunbr_fast.planning.updates import STATES, Update
 
 LOOKED_AT = 200  # steps of a stage whose batches are looked at one by one
 CACHE_TOKENS = 4096  # default of PrefixCache
@@ -171,24 +171,28 @@ class Trainings(Context):
         return steps.passes * (2 * layers * self.layer + 2 * sum(peak.values()))
 
     def adapters(self, key: Any, steps: Steps, rank: int) -> Taken:
-        """LoRA's, in fp32 with gradients and AdamW's moments, on every matrix of a streamed model: its layers are read
-        as a block's cover is, and the gradient of one layer's weights is there at a time."""
+        """LoRA's, in fp32 with gradients and AdamW's moments, on every matrix of a streamed model. Each step all layers
+        come anew, those that stay too, to be merged with the adapters; one layer's gradient is there at a time."""
         a, n = self.a, self.streamed(0, self.a.layers)
         peak, flops = self._streamed_passes(key, steps, range(a.layers), many=False, fused=False)
+        peak = peak | {"gradient": self.layer}
+        points = [peak, {"gradient": self.layer, "workspace": 16 * a.largest_matrix}]  # a merge in fp32
+        peak = max(points, key=lambda point: sum(point.values()))
         here, host, moved = self._waiting(a.layers, steps)
-        memory = {**self.weights(), **peak, "activations": peak["activations"] + here, "gradient": self.layer}
+        memory = {**self.weights(), **peak, "activations": peak.get("activations", 0) + here}
         memory["optimiser"] = 16 * rank * a.layers * (a.rows + a.columns)
-        read, traffic = self.read(loads(n, steps.count, steps.trainings))
-        anew, more = self.read(self.stays * steps.trainings, anew=self.stays * steps.trainings)
+        files = self.in_files(self.layer)
+        anew, more = self.read(self.stays * steps.count, anew=self.stays * steps.trainings)
+        read, traffic = self.read(loads(n) * steps.count)
         work = Work(flops, self._passed(steps, a.layers, peak)) + read + moved
-        work = [anew, *self.phases(work, traffic, n / a.layers, 1 / 4, self.in_files(self.layer))]
-        return Taken(memory, work, traffic + more, host, n * self.layer, self.layer)
+        work = [anew, Work(disk=n * self.layer), *self.phases(work, traffic, n / a.layers, 1 / 4, files)]
+        return Taken(memory, work, traffic + more, host, a.layers * self.layer, self.layer)
 
     def warm_up(self) -> Taken:
         a, config = self.a, self.config
         epochs = config.warmup_epochs
         steps = self.once(("steps", epochs), lambda: self.steps_of(epochs))
-        update = Update(a.parameters, STATES[config.warmup_optimizer], a.itemsize, warmup_master(config))
+        update = Update(a.parameters, STATES[config.warmup_optimizer], a.itemsize, config.warmup_master_weights)
         taken = self.full(("warm-up", epochs), steps, update)
         kept, host = self.placed(self.states_bytes(self.states_layers))
         taken.memory["hidden states"], taken.host = kept, taken.host + host
@@ -226,7 +230,7 @@ class Trainings(Context):
         epochs = config.block_epochs
         steps = self.once(("steps", epochs), lambda: self.steps_of(epochs))
         update = Update(
-            len(block) * a.layer, STATES[config.optimizer], a.itemsize, block_master(config),
+            len(block) * a.layer, STATES[config.optimizer], a.itemsize, config.master_weights,
             config.optimizer_device == "host" and not setup.cpu,
         )  # fmt: skip
         peak, flops = self.once(("passes", block, epochs), lambda: self._block_passes(block, steps))

@@ -28,7 +28,7 @@ from kunbr_fast.run.identity import check_record, run_identity
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.samples import Samples, overlap, to_samples, with_facts
 from kunbr_fast.run.state import RunState
-from kunbr_fast.training.settings import Execution
+from kunbr_fast.training.settings import Execution, check_master_weights
 from kunbr_fast.training.sharded import ADVERSARY
 
 
@@ -76,11 +76,7 @@ def _check_streamed(inputs: RunInputs, config: KUnBRConfig, group: Group) -> Non
     if not weights_of(model).streamed:
         if unlearned_streamed:
             raise ValueError("the unlearned model is streamed and the original is not: open both with open_streamed")
-        if config.resident_layers:
-            raise ValueError(
-                f"resident_layers={config.resident_layers}: the model is in memory whole: leave it out, or stream it "
-                "(open_streamed, --stream)"
-            )
+        keep_resident(model, config.resident_layers)
         return
     if unlearned is None and config.adversary_every:
         raise ValueError(
@@ -92,8 +88,19 @@ def _check_streamed(inputs: RunInputs, config: KUnBRConfig, group: Group) -> Non
         raise ValueError("the original is streamed: open the unlearned model with open_streamed too, as another one")
     if group.size > 1:
         raise ValueError("a streamed model is for one process: run it without torchrun")
-    if config.resident_layers:
-        weights_of(model).reside(config.resident_layers)
+    keep_resident(model, config.resident_layers)
+
+
+def keep_resident(model: nn.Module, layers: int) -> None:
+    """Tells a streamed model how many of its layers are to stay on the device. ValueError for a model in memory."""
+    if not layers:
+        return
+    if not weights_of(model).streamed:
+        raise ValueError(
+            f"resident_layers={layers}: the model is in memory whole: leave it out, or stream it (open_streamed, "
+            "--stream)"
+        )
+    weights_of(model).reside(layers)
 
 
 def check_sharding(decoder: Decoder, config: KUnBRConfig, context: RunContext, warm_up: bool) -> None:
@@ -121,6 +128,8 @@ def _check_settings(decoder: Decoder, config: KUnBRConfig, execution: Execution,
     for block in _blocks(decoder, config):
         execution.check(decoder, block, config.optimizer)
         config.block_settings().check_reach(decoder.streamed, execution.cover_precision)
+    for name, used in (("master_weights", config.top_k > 0), ("warmup_master_weights", warm_up)):
+        check_master_weights(getattr(config, name), decoder.dtype if used else None, name)
     return _criteria(decoder, config, warm_up)
 
 

@@ -18,7 +18,8 @@ from kunbr_fast.density import attribution
 from kunbr_fast.density.measure import REDUCTIONS
 from kunbr_fast.density.watch import MODULES
 from kunbr_fast.evaluation.accuracy import SCORINGS
-from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks
+from kunbr_fast.evaluation.attacks import ATTACKS
+from kunbr_fast.evaluation.lora import Lora
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.atomic import atomic_write
 from kunbr_fast.files.documents import read_yaml
@@ -30,15 +31,16 @@ from kunbr_fast.memory import STORAGES, Place
 from kunbr_fast.model.low_precision import COVER_PRECISIONS
 from kunbr_fast.model.sample_rows import CACHE_DTYPES
 from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
-from kunbr_fast.objectives.hidden_layers import WORDS, HiddenLayers
+from kunbr_fast.objectives.hidden_layers import HiddenLayers
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
 from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.parallel.sharded import SHARDING
 from kunbr_fast.run.methods import settings_of
-from kunbr_fast.run.setting import ADVERSARY, NUMBERS, RATES, VISITS, refuse_old, setting
+from kunbr_fast.run.setting import ADVERSARY, CHOSEN, NUMBERS, RATES, VISITS, refuse_old, setting
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
 from kunbr_fast.training.settings import (
     INSERTIONS,
+    MASTER_WEIGHTS,
     REACHES,
     BlockSettings,
     Execution,
@@ -137,6 +139,7 @@ class KUnBRConfig:
     warmup_objective_options: dict[str, Any] = setting({}, "options of warmup_objective", "data")
     warmup_lr: float = setting(2e-7, "learning rate of the warm-up", "warmup")
     warmup_optimizer: str = setting("lion", "lion or adamw", "warmup", OPTIMIZERS)
+    warmup_master_weights: str = setting("none", "as master_weights, of all parameters", "warmup", MASTER_WEIGHTS)
 
     modules: str = setting("mlp", "whose gradients make the density: mlp, attention, norms or all", "density", MODULES)
     reduction: str = setting(
@@ -161,7 +164,9 @@ class KUnBRConfig:
         None, "of hidden_layers, while a block is trained (default: hidden_coeff)", "blocks"
     )
     optimizer: str = setting("lion", "lion or adamw, started anew at each visit", "blocks", OPTIMIZERS)
-    master_weights: bool = setting(True, "fp32 copies of half-precision block weights for the optimiser", "blocks")
+    master_weights: str = setting(
+        "fp32", "half precision and small updates: fp32 copies, none, stochastic rounding", "blocks", MASTER_WEIGHTS
+    )
     cover_precision: str = setting(
         "none",
         "frozen weights above the block: none (exact), fp8, int8 or nf4, an approximation that the report measures",
@@ -215,6 +220,10 @@ class KUnBRConfig:
     rtt: bool = setting(True, "attack the result (retraining on T)", "none")
     rtt_lrs: tuple[float, ...] = setting((1e-6, 5e-6, 1e-5), "learning rates of the attack", "none")
     rtt_attacks: tuple[str, ...] = setting(("full",), f"kinds of attack: {', '.join(ATTACKS)}, or all", "none")
+    rtt_lora_rank: int = setting(Lora.rank, "rank of the attack lora (its alpha is twice that)", "rtt")
+    rtt_lora_targets: tuple[str, ...] = setting(
+        Lora.targets, "linear layers of the attack lora: all, attention, mlp, or names such as q_proj", "rtt"
+    )
     rtt_epochs: int = setting(5, "epochs of each attack", "rtt")
     rtt_batch_size: int = setting(8, "batch size of the attack", "rtt")
     rtt_target: str = setting("all", "tokens the attack trains on", "rtt", TARGETS)
@@ -250,11 +259,11 @@ class KUnBRConfig:
             setattr(self, name, tuple(given) if isinstance(given, (list, tuple)) else given)
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
+            refuse_old(f"{field.name}={getattr(self, field.name)}")
             value = self._coerce(field.name, getattr(self, field.name), hints[field.name])
             setattr(self, field.name, value)
             choices = field.metadata["choices"]
             if choices and value not in choices:
-                refuse_old(f"{field.name}={value}")
                 raise ValueError(f"{field.name}={shown(value)}: expected one of {', '.join(choices)}")
         for name in RATES:
             rates(getattr(self, name), name)
@@ -334,22 +343,22 @@ class KUnBRConfig:
         """The RTT attack's settings."""
         how = {
             "target": self.rtt_target, "text": self.text(), "max_length": self.max_length, "overlap": self.overlap,
-            "attacks": self.rtt_attacks,
+            "attacks": self.rtt_attacks, "lora_rank": self.rtt_lora_rank, "lora_targets": self.rtt_lora_targets,
         }  # fmt: skip
         return RTTConfig(
             self.rtt_lrs, self.rtt_epochs, self.rtt_batch_size, scoring=self.scoring, seed=self.seed, **how
         )
 
     def full_settings(self, seed: int = 0) -> FullSettings:
-        """What the warm-up trains. seed: of the adversary's draws."""
-        return FullSettings(
-            self.warmup_lr, self.warmup_optimizer, adversary_seed=seed, **self._settings("weight_decay", *ADVERSARY)
-        )
+        """What the warm-up trains. seed: of what it draws."""
+        given = self._settings("weight_decay", *ADVERSARY) | {"master_weights": self.warmup_master_weights}
+        return FullSettings(self.warmup_lr, self.warmup_optimizer, adversary_seed=seed, rounding_seed=seed, **given)
 
     def block_settings(self, seed: int = 0, mask: Mapping[str, torch.Tensor] | None = None) -> BlockSettings:
-        """What a visit of a block trains, apart from its criterion. seed: of the adversary's draws."""
+        """What a visit of a block trains, apart from its criterion. seed: of what it draws."""
         names = ("optimizer", "weight_decay", "insertion", "master_weights", "adversary_reach", *ADVERSARY)
-        return BlockSettings(self.block_lr, mask=mask, adversary_seed=seed, **self._settings(*names))
+        seeds = dict(adversary_seed=seed, rounding_seed=seed)
+        return BlockSettings(self.block_lr, mask=mask, **seeds, **self._settings(*names))
 
     def _settings(self, *names: str) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names}
@@ -364,15 +373,8 @@ class KUnBRConfig:
         kinds = get_args(hint) or (hint,)
         if name in RATES:
             return rates(value, name)
-        if name == "rtt_attacks":
-            return chosen_attacks(value, name)
-        if name == "retain_layers":
-            listed = list(value) if isinstance(value, (list, tuple)) else [value]
-            if len(listed) == 1 and listed[0] in WORDS:
-                return listed[0]
-            if not listed or len(set(map(str, listed))) < len(listed):
-                raise ValueError(f"{name}={shown(value)}: expected {', '.join(WORDS)}, or different numbers of layers")
-            return tuple(check("retain_layers entry", layer, NUMBERS[name]) for layer in listed)
+        if name in CHOSEN:
+            return CHOSEN[name](value, name)
         if name in NUMBERS:
             return check(name, value, NUMBERS[name], type(None) in kinds)
         if name.endswith("_options"):

@@ -155,7 +155,7 @@ class Run:
                 stack.enter_context(sharded(decoder.model, decoder.layers, self.group, original))
             training = full_training(decoder, **how)
             if training.ranks.size > 1:
-                stack.callback(training.optimizer.state.clear)  # before the model is whole again
+                stack.callback(training.updates.forget)  # before the model is whole again
             training.stage, training.lr_name = "warm-up", "warmup_lr"
             yield training
 
