@@ -18,8 +18,8 @@ from kunbr_fast.training.training import Training
 from kunbr_fast.training.updates import Updates
 
 VANISH = (
-    "take master_weights fp32 (or, in bf16, stochastic; in a run warmup_master_weights), or load the model in float32 "
-    "(--dtype float32)"
+    "load the model in float32 (--dtype float32), or take master_weights (of a warm-up warmup_master_weights) fp32 or, "
+    "in bf16, stochastic"
 )
 
 
