@@ -16,8 +16,10 @@ from kunbr_fast.evaluation.accuracy import choice_accuracy, measure, measure_all
 from kunbr_fast.evaluation.attacks import ATTACKS, rounded
 from kunbr_fast.evaluation.lora import Lora, train_lora
 from kunbr_fast.evaluation.rtt import Attack, AttackDiverged
+from kunbr_fast.files.models import load_model
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.streaming import open_streamed
 
 assert tokenizer  # a fixture
 LAYERS = 4
@@ -156,6 +158,19 @@ def test_a_diverged_attack(path, tokenizer, tmp_path):
         assert all(torch.equal(value, before[name]) for name, value in values(decoder).items())
     assert found[0] == found[1]
     assert {row["attack"] for row in found[0][0].diverged} == {"lion", "lora"} and len(found[0][1]) == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("budget, resident", [(0, 0), (1 << 20, 2)])
+def test_on_a_gpu(path, tokenizer, tmp_path, budget, resident):
+    """Layers that are changed as they come into place, on the stream that computes."""
+    how = dict(attacks="all", lrs=(1e-2,), epochs=2)
+    truth = attack_of(Decoder(load_model(path, "float32", "cuda")), tokenizer, **how).run(tmp_path, False)
+    decoder = Decoder(open_streamed(path, "cuda", "float32", host_bytes=budget, resident_layers=resident))
+    before = values(decoder)
+    assert attack_of(decoder, tokenizer, **how).run(tmp_path, False) == truth
+    assert_untouched(decoder, before)
 
 
 def test_the_bar_tells_parts_of_an_epoch(path, tokenizer, tmp_path, monkeypatch, capsys):
