@@ -7,6 +7,7 @@ import gc
 import math
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,6 +58,16 @@ STORAGES = ("auto", "device", "host", "file")
 
 def free_host_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def pinned_bytes(size: int) -> torch.Tensor:
+    """(size,) uint8 in pinned main memory, as long as this tensor itself, and not a view of it, is kept. torch's own
+    pinned memory comes in powers of two."""
+    flat = torch.empty(size, dtype=torch.uint8)
+    cuda = torch.cuda.cudart()
+    torch.cuda.check_error(int(cuda.cudaHostRegister(flat.data_ptr(), size, 0)))
+    weakref.finalize(flat, cuda.cudaHostUnregister, flat.data_ptr())
+    return flat
 
 
 def choose_storage(nbytes: int, device: torch.device) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kunbr_fast.cli.argument_types import path_name
-from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings
+from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds, reader, sayer
 from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.cli.show import Shown, add_show, show_samples
@@ -28,10 +28,11 @@ from kunbr_fast.files.target import PICTURE, FileKind, json_with
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.fingerprint import data_fingerprint, fingerprint
 from kunbr_fast.model.frozen import frozen
+from kunbr_fast.run.checks import keep_resident
 
 SETTINGS = (
-    "max_length separator chat_date split_long overlap equal_choices scoring seed rtt_lrs rtt_attacks rtt_epochs "
-    "rtt_batch_size rtt_target"
+    "max_length separator chat_date split_long overlap equal_choices scoring seed rtt_lrs rtt_attacks rtt_lora_rank "
+    "rtt_lora_targets rtt_epochs rtt_batch_size rtt_target resident_layers"
 )
 
 _SUMMARY = (  # of a finished one
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the curves; an interrupted attack goes on from there with --resume",
     )
     parser.add_argument("--plot", type=path_name, metavar="FILE.png", help="relearning curve")
+    add_stream(parser, "; files of what is trained lie in a folder for temporary ones (TMPDIR)")
     parser.add_argument("--resume", action="store_true", help="keep the finished attacks in --out")
     add_show(parser)
     add_settings(parser, SETTINGS.split())
@@ -88,9 +90,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.resume and not out.exists():
         raise ValueError(f"{plain(out)}: no attack to resume, there is no such file: leave --resume out")
     model, tokenizer = open_model(arguments)
+    keep_resident(model, config.resident_layers)
     attack = config.attack()
-    free = ("lrs", "attacks", "overlap")  # each attack is resumable on its own
-    belongs = {name: value for name, value in dataclasses.asdict(attack).items() if name not in free}
+    belongs = _settings(attack)
     data = [part for fold in folds for part in (fold.train_records, fold.questions)]
     belongs["run"] = fingerprint(model, *data, tokenizer=tokenizer)
     if others:
@@ -132,6 +134,13 @@ def _print(result: RTTResult) -> None:
     show(f"RTT accuracy {result.accuracy:.1%} ({kind}){calibrated}{smooth}; before {result.before:.1%}")
 
 
+def _settings(attack: RTTConfig) -> dict[str, Any]:
+    """Those that finished attacks depend on, as JSON has them: each attack is resumable on its own."""
+    free, values = ("lrs", "attacks", "overlap"), dataclasses.asdict(attack)
+    values["lora_targets"] = list(attack.lora_targets)
+    return {name: value for name, value in values.items() if name not in free}
+
+
 class _Begun(Curves):
     belongs_to: dict[str, Any]
 
@@ -144,7 +153,7 @@ def _finished_attacks(path: Path, belongs: dict[str, Any], folds: Sequence[Fold]
     """The curves in an earlier --out, if they are of this model, these questions and these settings."""
     found = read_sealed(path, "it was edited, or written by an earlier version: give another --out")
     found = checked(found, _Kept, f"{plain(path)}: not a file of kunbr-fast rtt --out, give another one")
-    before = found["belongs_to"]
+    before = _settings(RTTConfig()) | found["belongs_to"]  # of an earlier version, which had fewer settings
     if (given := before.get(_TAUGHT)) is not None:
         belongs.setdefault(_TAUGHT, given)
     elif _TAUGHT in belongs:

@@ -17,7 +17,7 @@ MODULES = ("mlp", "attention", "norms", "all")
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 
 
-def _wanted(modules: str, inner_path: str, parameter: nn.Parameter) -> bool:
+def wanted(modules: str, inner_path: str, parameter: nn.Parameter) -> bool:
     """Whether `modules` names the parameter at `inner_path` (relative to its layer)."""
     if modules == "all":
         return True
@@ -44,7 +44,7 @@ def watch_list(decoder: Decoder, modules: str) -> list[Watched]:
             own = {
                 name: p
                 for name, p in module.named_parameters(recurse=False)
-                if _wanted(modules, f"{inner}.{name}".lstrip("."), p)
+                if wanted(modules, f"{inner}.{name}".lstrip("."), p)
             }
             if not own:
                 continue

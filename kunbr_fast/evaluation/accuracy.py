@@ -19,7 +19,7 @@ far less noisy, and what sampled answers give away (`candidates`). For `letter` 
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -30,6 +30,7 @@ from kunbr_fast.data.content import is_blank
 from kunbr_fast.data.tokens import check_repeatable, tokens, twice
 from kunbr_fast.evaluation.candidates import Candidates, find_candidates, leak
 from kunbr_fast.files.shown import plain, shown
+from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Stretch
 from kunbr_fast.model.frozen import evaluating
 from kunbr_fast.model.vocabulary import check_vocabulary
@@ -92,12 +93,14 @@ def choice_accuracy(
     *,
     scoring: str = "letter",
     batch_size: int = 16,
+    place: Place | None = None,
     progress: str | None = None,
 ) -> Accuracy:
     """Multiple-choice accuracy of decoder.model on question records.
 
     decoder: a Decoder. records: question lines from data.load_records. scoring: "letter" or "choice", as above.
-    batch_size: questions a packed batch. progress: label of a progress bar, None for no bar.
+    batch_size: questions a packed batch. place: where a streamed model's activations wait between two layers.
+    progress: label of a progress bar, None for no bar.
     The model is in eval mode meanwhile; no gradients are recorded.
 
     Raises ValueError for an empty set, a record that is not a question, a tokenizer without letter tokens, or a prompt
@@ -105,7 +108,7 @@ def choice_accuracy(
     answers are not finite.
     """
     questions = prepare_questions(tokenizer, records, scoring=scoring, decoder=decoder)
-    return measure(decoder, questions, batch_size=batch_size, progress=progress)
+    return measure(decoder, questions, batch_size=batch_size, place=place, progress=progress)
 
 
 def prepare_questions(tokenizer, records: Sequence[dict], *, scoring: str = "letter", decoder=None) -> Questions:
@@ -152,10 +155,31 @@ def _tokens(questions: Questions) -> Iterator[torch.Tensor]:
         yield torch.tensor(asked + (questions.letters or []))
 
 
-def measure(decoder, questions: Questions, *, batch_size: int = 16, progress: str | None = None) -> Accuracy:
+def measure(
+    decoder, questions: Questions, *, batch_size: int = 16, place: Place | None = None, progress: str | None = None
+) -> Accuracy:
     """`choice_accuracy` of prepared questions."""
+    return measure_all(decoder, {"": questions}, batch_size=batch_size, place=place, progress=progress)[""]
+
+
+def measure_all(
+    decoder,
+    asked: Mapping[str, Questions],
+    *,
+    batch_size: int = 16,
+    place: Place | None = None,
+    progress: str | None = None,
+) -> dict[str, Accuracy]:
+    """`measure` of several sets by name, with the same bits. A streamed model reads each layer once for all of them."""
     check("batch_size", batch_size, BATCH)
-    scores, smooth = _measured(decoder, questions, batch_size, progress)
+    found = {name: _Scores.of(name, questions) for name, questions in asked.items()}
+    asks = [ask for scores in found.values() for ask in scores.asks(decoder, batch_size)]
+    if asks:
+        _answer(decoder, asks, place, progress)
+    return {name: _accuracy(asked[name], scores.plain, scores.smooth) for name, scores in found.items()}
+
+
+def _accuracy(questions: Questions, scores: torch.Tensor, smooth: torch.Tensor) -> Accuracy:
     answers = torch.tensor(questions.answers)
     predictions = scores.argmax(dim=1)
     calibrated = None
@@ -278,56 +302,93 @@ def _find_candidates(tokenizer, records: Sequence[dict], questions: Questions, l
     return find_candidates(records, fulls, starts, functools.partial(_encode, tokenizer), limit)
 
 
-def _measured(
-    decoder, questions: Questions, batch_size: int, progress: str | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """((questions, C) letter logits or summed log-probabilities, -inf where no choice is; (questions,) smooth accuracy,
-    where there are candidates), float64 on the CPU."""
-    total = len(questions.answers)
-    scores = torch.full((total, max(questions.num_choices)), float("-inf"), dtype=torch.float64)
-    smooth = torch.zeros(total, dtype=torch.float64)
-    asked = _scored(decoder, questions, batch_size, scores)
-    if questions.candidates is not None:
-        asked += _smoothed(decoder, questions.candidates, 4 * batch_size, smooth)
-    _answer(decoder, asked, tqdm(total=total, desc=progress, unit="q", disable=progress is None))
-    return scores, smooth
+# Texts that are read together, and what is made of their packed batch on its way.
+Ask = tuple[list[list[int]], Callable[[data.PackedBatch, Stretch], None]]
 
 
-# Texts that are read together, and what is made of their packed batch on its way: how many questions are then done.
-Ask = tuple[list[list[int]], Callable[[data.PackedBatch, Stretch], int]]
+@dataclass(frozen=True)
+class _Scores:
+    """What is measured of a set of questions, float64 on the CPU: plain (questions, C), letter logits or summed
+    log-probabilities, -inf where no choice is; smooth (questions,), accuracies, where there are candidates."""
+
+    name: str
+    questions: Questions
+    plain: torch.Tensor
+    smooth: torch.Tensor
+
+    @classmethod
+    def of(cls, name: str, questions: Questions) -> "_Scores":
+        shape = len(questions.answers), max(questions.num_choices)
+        plain = torch.full(shape, float("-inf"), dtype=torch.float64)
+        return cls(name, questions, plain, torch.zeros(shape[0], dtype=torch.float64))
+
+    def asks(self, decoder, batch_size: int) -> list[Ask]:
+        """What fills them in."""
+        total = len(self.questions.answers)
+        chosen = [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
+        found = [self._scored(decoder, part) for part in chosen]
+        if self.questions.candidates is not None:
+            found += [self._smoothed(decoder, part) for part in _groups(self.questions.candidates, 4 * batch_size)]
+        return found
+
+    def _scored(self, decoder, chosen: range) -> Ask:
+        score = _choice_scores if self.questions.letters is None else _letter_scores
+
+        def read(batch: data.PackedBatch, stretch: Stretch) -> None:
+            for i, scores in zip(chosen, score(decoder, self.questions, chosen, batch, stretch), strict=True):
+                self._check_finite(i, scores)
+                self.plain[i, : len(scores)] = scores
+
+        return [ids for i in chosen for ids in self.questions.sequences[i]], read
+
+    def _smoothed(self, decoder, chosen: Sequence[int]) -> Ask:
+        candidates = self.questions.candidates
+
+        def read(batch: data.PackedBatch, stretch: Stretch) -> None:
+            reads, text = [], 0
+            for i in chosen:
+                reads += [(text + sequence, position, token) for sequence, position, token in candidates[i].reads]
+                text += len(candidates[i].sequences)
+            found = _log_probs(decoder, reads, batch, stretch)
+            for i, part in zip(chosen, found.split([len(candidates[i].reads) for i in chosen])):
+                self._check_finite(i, part)
+                self.smooth[i] = candidates[i].smooth(part)
+
+        return [ids for i in chosen for ids in candidates[i].sequences], read
+
+    def _check_finite(self, question: int, scores: torch.Tensor) -> None:
+        if not torch.isfinite(scores).all():
+            which = f"question {question}" + f" of {plain(self.name)}" * bool(self.name)
+            raise FloatingPointError(
+                f"the model's answer to {which} is not a finite number ({scores.tolist()}): its weights have diverged; "
+                "use a lower learning rate or an earlier checkpoint"
+            )
 
 
-def _answer(decoder, asked: Sequence[Ask], bar: tqdm) -> None:
-    """All in one go, so that a streamed model reads each layer once."""
+def _groups(candidates: Sequence[Candidates], at_once: int) -> list[list[int]]:
+    """Questions whose texts are read together: up to `at_once` texts, or one question's."""
+    groups: list[list[int]] = []
+    waiting = at_once + 1
+    for i, question in enumerate(candidates):
+        waiting += len(question.sequences)
+        if waiting > at_once:
+            groups.append([])
+            waiting = len(question.sequences)
+        groups[-1].append(i)
+    return groups
+
+
+def _answer(decoder, asked: Sequence[Ask], place: Place | None, progress: str | None) -> None:
+    """All in one go, so that a streamed model reads each layer once. The bar's tokens are those of all layers."""
+    counts, layers = [sum(map(len, texts)) for texts, _ in asked], range(decoder.num_layers)
+    bar = tqdm(total=sum(counts), desc=progress, unit="token", unit_scale=True, disable=progress is None)
     batches = (_pack(texts).to(decoder.device) for texts, _ in asked)
     # not inference_mode: tensors that a model keeps from here (rotary tables) serve training too
     with evaluating(decoder.model), torch.no_grad(), bar:
-        for number, batch, _, stretch in decoder.forward_to(batches, [decoder.num_layers - 1]):
-            bar.update(asked[number][1](batch, stretch))
-
-
-def _scored(decoder, questions: Questions, batch_size: int, out: torch.Tensor) -> list[Ask]:
-    """Fill `out` (questions, C): letter logits or summed log-probabilities."""
-    score, total = _choice_scores if questions.letters is None else _letter_scores, len(questions.answers)
-
-    def ask(chosen: range) -> Ask:
-        def read(batch: data.PackedBatch, stretch: Stretch) -> int:
-            for i, scores in zip(chosen, score(decoder, questions, chosen, batch, stretch), strict=True):
-                _check_finite(i, scores)
-                out[i, : len(scores)] = scores
-            return len(chosen)
-
-        return [ids for i in chosen for ids in questions.sequences[i]], read
-
-    return [ask(range(first, min(first + batch_size, total))) for first in range(0, total, batch_size)]
-
-
-def _check_finite(question: int, scores: torch.Tensor) -> None:
-    if not torch.isfinite(scores).all():
-        raise FloatingPointError(
-            f"the model's answer to question {question} is not a finite number ({scores.tolist()}): its "
-            "weights have diverged; use a lower learning rate or an earlier checkpoint"
-        )
+        for number, batch, arrived, stretch in decoder.forward_to(batches, layers, place):
+            if layers[-1] in arrived:
+                asked[number][1](batch, stretch)
+            bar.update(counts[number] * len(arrived) / len(layers))
 
 
 def _pack(texts: Iterable[list[int]]) -> data.PackedBatch:
@@ -373,31 +434,3 @@ def _log_probs(
         at = row_of[mine] - first
         out[mine.cpu()] = (logits[at, tokens[mine]] - logits.logsumexp(dim=1)[at]).double().cpu()
     return out
-
-
-def _smoothed(decoder, candidates: Sequence[Candidates], at_once: int, out: torch.Tensor) -> list[Ask]:
-    """Fill `out` (questions,): the smooth accuracy of each. at_once: texts of a batch, or one question's."""
-
-    def ask(chosen: list[int]) -> Ask:
-        def read(batch: data.PackedBatch, stretch: Stretch) -> int:
-            reads, text = [], 0
-            for i in chosen:
-                reads += [(text + sequence, position, token) for sequence, position, token in candidates[i].reads]
-                text += len(candidates[i].sequences)
-            found = _log_probs(decoder, reads, batch, stretch)
-            for i, part in zip(chosen, found.split([len(candidates[i].reads) for i in chosen])):
-                _check_finite(i, part)
-                out[i] = candidates[i].smooth(part)
-            return 0
-
-        return [ids for i in chosen for ids in candidates[i].sequences], read
-
-    groups: list[list[int]] = []
-    waiting = at_once + 1
-    for i, question in enumerate(candidates):
-        waiting += len(question.sequences)
-        if waiting > at_once:
-            groups.append([])
-            waiting = len(question.sequences)
-        groups[-1].append(i)
-    return [ask(group) for group in groups]

@@ -6,12 +6,14 @@ has looked. Each has its own learning rates, made of those that are given (`lrs`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from kunbr_fast.files.shown import shown
 from kunbr_fast.model import compat
@@ -70,7 +72,7 @@ ATTACKS = {
     "wide": Kind("the same, at rates beyond the list", lambda lrs: [min(lrs) / 3, 3 * max(lrs)]),
     "lion": Kind("the same, by Lion, whose rates are lower", _times(1 / 10, 1 / 3), optimizer="lion"),
     "long": Kind("the same, four times as long", passes=4),
-    "lora": Kind("LoRA on every linear layer, at ten times the rates", _times(10), optimizer="adamw", adapters=True),
+    "lora": Kind("LoRA on linear layers, at ten times the rates", _times(10), optimizer="adamw", adapters=True),
     "other_facts": Kind("all weights, on other facts of the same form; asks all folds", others=True),
     "int8": Kind("weights rounded to 8 bits, nothing trained", lambda lrs: [NO_RATE], rounds="int8"),
     "nf4": Kind("weights rounded to 4 bits, nothing trained", lambda lrs: [NO_RATE], rounds="nf4"),
@@ -98,16 +100,32 @@ NF4 = (
 )  # fmt: skip
 
 
+@contextlib.contextmanager
+def rounded(decoder: Decoder, precision: str) -> Iterator[None]:
+    """Inside, each matrix of the decoder's layers is what it is after quantisation to `precision` and back: "int8" with
+    a scale for each row, "nf4" with one for 64 neighbours (arXiv 2410.16454). Embeddings and head stay. A model in
+    memory keeps it so, a streamed one's weights are as before."""
+
+    def change(number: int) -> None:
+        _round(decoder.layers[number], precision)
+
+    if decoder.streamed:
+        with decoder.weights.transformed(change):
+            yield
+        return
+    for number in range(decoder.num_layers):
+        change(number)
+    yield
+
+
 @torch.no_grad()
-def round_weights(decoder: Decoder, precision: str) -> None:
-    """Each matrix of the decoder's layers becomes what it is after quantisation to `precision` and back: "int8" with a
-    scale for each row, "nf4" with one for 64 neighbours (arXiv 2410.16454). Embeddings and head stay."""
-    rounded = {"int8": lambda weight: quantize(weight, "int8").dense(weight.dtype), "nf4": _nf4}[precision]
-    for module in decoder.layers.modules():
+def _round(layer: nn.Module, precision: str) -> None:
+    to_grid = {"int8": lambda weight: quantize(weight, "int8").dense(weight.dtype), "nf4": _nf4}[precision]
+    for module in layer.modules():
         for weight in module.parameters(recurse=False):
             if weight.dim() >= 2:
                 own = weight.t() if isinstance(module, compat.Conv1D) else weight
-                own.copy_(rounded(own.contiguous()))
+                own.copy_(to_grid(own.contiguous()))
 
 
 def _nf4(weight: torch.Tensor) -> torch.Tensor:

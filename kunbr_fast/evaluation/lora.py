@@ -1,57 +1,122 @@
 """Fine-tuning by LoRA (arXiv 2106.09685) on any decoder of ours, with no PEFT.
 
-Each linear layer of the decoder (of a mixture neither router nor experts, which are no linear layers) has W = W0 +
-s B A with A (r, K) and B (N, r), of which A and B are trained. The model runs on W itself, one dense matrix, so every
-forward and backward pass is what it is without LoRA. From the gradient of W come those of A and B, exactly:
+A linear layer of the decoder (of a mixture neither router nor experts, which are no linear layers) has W = W0 + s B A
+with A (r, K) and B (N, r), of which A and B are trained. The model runs on W itself, one dense matrix, so every forward
+and backward pass is what it is without LoRA. From the gradient of W come those of A and B, exactly:
 
     dA = s B^T dW,    dB = s dW A^T
 
 That costs the memory of dW, which LoRA elsewhere saves, and leaves every kernel and every kind of layer as it is. A and
 B begin as in PEFT: A uniform in +-1 / sqrt(K), B 0; no dropout. In half precision W0 + s B A is rounded to W's dtype at
 each step; A, B and their gradients are in fp32.
+
+Of a streamed model W is made of W0 each time that a layer has come into place, and dW of one layer at a time is there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from kunbr_fast.density.watch import wanted
+from kunbr_fast.files.shown import shown
+from kunbr_fast.memory import Place, gibibytes
 from kunbr_fast.model import compat
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
+from kunbr_fast.model.weights import finite
+from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.training.fine_tune import fine_tune
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.settings import Execution, FullSettings
+from kunbr_fast.training.streamed import LayerMajorSteps
 from kunbr_fast.training.training import Training
+from kunbr_fast.training.updates import Updates
 
-RANK, SCALE = 8, 2.0  # s = alpha / r, of alpha = 16
+SCALE = 2.0  # s = alpha / r, of alpha = 2 r
+GROUPS = ("all", "attention", "mlp")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """rank: r. targets: which linear layers have an adapter: of GROUPS, or names such as q_proj."""
+
+    rank: int = 8
+    targets: tuple[str, ...] = ("all",)
+
+    def linears(self, decoder: Decoder) -> list[tuple[int, nn.Module]]:
+        """Those of the decoder that are meant, with the number of their layer. ValueError for a target that is none."""
+        known = [
+            (number, path, module)
+            for number, layer in enumerate(decoder.layers)
+            for path, module in layer.named_modules()
+            if type(module) in (nn.Linear, compat.Conv1D)
+        ]
+        if not known:
+            raise ValueError(f"{decoder.name}: LoRA takes nn.Linear and Conv1D, and its layers have none")
+        found: dict[int, tuple[int, nn.Module]] = {}  # a tied weight has one adapter
+        for number, path, module in known:
+            if any(_names(target, path, module) for target in self.targets):
+                found.setdefault(id(module.weight), (number, module))
+        for target in self.targets:
+            if not any(_names(target, path, module) for _, path, module in known):
+                names = dict.fromkeys(path.rpartition(".")[2] for _, path, _ in known)
+                raise ValueError(
+                    f"lora_targets={shown(target)}: {decoder.name}'s layers have no linear layer of that name: "
+                    f"expected some of {', '.join((*GROUPS, *names))}"
+                )
+        return list(found.values())
+
+
+def _names(target: str, path: str, module: nn.Module) -> bool:
+    """Whether a target means the linear layer at `path` in its decoder layer."""
+    if target in GROUPS:
+        return target == "all" or wanted(target, f"{path}.weight", module.weight)
+    return f".{path}".endswith(f".{target}")
+
+
+def chosen_targets(value: Any, name: str = "lora_targets") -> tuple[str, ...]:
+    """Of a setting called `name`: one target or several. ValueError for others; which names there are a model says."""
+    found = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not found or not all(isinstance(one, str) and one for one in found) or len(set(found)) < len(found):
+        raise ValueError(
+            f"{name}={shown(value)}: expected one or more different ones of {', '.join(GROUPS)}, or names of linear "
+            "layers such as q_proj"
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
 class Adapter:
-    """Of a linear layer's parameter. weight, base: (N, K), of the parameter a view, and a copy of what it was."""
+    """Of a linear layer's parameter, in the decoder layer of that number."""
 
+    layer: int
     parameter: nn.Parameter
     transposed: bool
-    weight: torch.Tensor
-    base: torch.Tensor
     a: nn.Parameter
     b: nn.Parameter
 
     @classmethod
-    def of(cls, module: nn.Module, generator: torch.Generator) -> Adapter:
-        transposed = isinstance(module, compat.Conv1D)
-        weight = module.weight.detach()
-        weight = weight.t() if transposed else weight
+    def of(cls, layer: int, module: nn.Module, rank: int, generator: torch.Generator) -> Adapter:
+        transposed, weight = isinstance(module, compat.Conv1D), module.weight
         (rows, columns), dtype = weight.shape, torch.promote_types(weight.dtype, torch.float32)
-        a = torch.rand(RANK, columns, generator=generator, dtype=dtype).mul_(2).sub_(1).div_(columns**0.5)
-        b = torch.zeros(rows, RANK, dtype=dtype, device=weight.device)
-        trained = nn.Parameter(a.to(weight.device)), nn.Parameter(b)
-        return cls(module.weight, transposed, weight, weight.clone(), *trained)
+        if transposed:
+            rows, columns = columns, rows
+        a = torch.rand(rank, columns, generator=generator, dtype=dtype).mul_(2).sub_(1).div_(columns**0.5)
+        b = torch.zeros(rows, rank, dtype=dtype, device=weight.device)
+        return cls(layer, weight, transposed, nn.Parameter(a.to(weight.device)), nn.Parameter(b))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(N, K), of the parameter as it is now a view."""
+        weight = self.parameter.detach()
+        return weight.t() if self.transposed else weight
 
     @torch.no_grad()
     def take_gradient(self) -> None:
@@ -61,47 +126,112 @@ class Adapter:
         self.a.grad, self.b.grad = SCALE * (self.b.t() @ grad), SCALE * (grad @ self.a.t())
 
     @torch.no_grad()
-    def write(self) -> None:
-        self.weight.copy_(self.base.to(self.a.dtype) + SCALE * (self.b @ self.a))
+    def merge(self, base: torch.Tensor) -> None:
+        """The parameter becomes `base`, W0, with the adapter."""
+        self.weight.copy_(base.to(self.a.dtype) + SCALE * (self.b @ self.a))
 
 
 class LoraTraining(FullTraining):
-    """AdamW on adapters of every linear layer. The weights have them merged in, at any time."""
+    """AdamW on adapters. The weights have them merged in, at any time."""
 
-    def __init__(self, decoder: Decoder, lr: float, seed: int = 0):
-        Training.__init__(self, decoder, Criterion(), FullSettings(lr), Execution(), "training of LoRA adapters")
+    def __init__(self, decoder: Decoder, lr: float, seed: int = 0, lora: Lora = Lora(), place: Place | None = None):
+        execution = Execution(place=place or Place())
+        Training.__init__(self, decoder, Criterion(), FullSettings(lr), execution, "training of LoRA adapters")
         self.criterion.fit(decoder.num_layers)
         self.original_head = None
         generator = torch.Generator().manual_seed(seed)
-        linears = [module for module in decoder.layers.modules() if type(module) in (nn.Linear, compat.Conv1D)]
-        if not linears:
-            raise ValueError(f"{decoder.name}: LoRA takes nn.Linear and Conv1D, and its layers have none")
-        different = {id(module.weight): module for module in linears}.values()  # a tied weight has one adapter
-        self.adapters = [Adapter.of(module, generator) for module in different]
+        self.adapters = [Adapter.of(*at, lora.rank, generator) for at in lora.linears(decoder)]
         self.parameters = {f"{number}": adapter.parameter for number, adapter in enumerate(self.adapters)}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        trained = [matrix for adapter in self.adapters for matrix in (adapter.a, adapter.b)]
-        self.optimizer = self.settings.make_optimizer(trained, self.execution.impl, "")
+        matrices = {
+            f"{number}.{k}": x for number, each in enumerate(self.adapters) for k, x in enumerate((each.a, each.b))
+        }
+        self.updates = Updates(matrices, self.settings, self.execution.impl, None)
+        self.optimizer = self.updates.optimizer
+        self._begin()
+
+    def _begin(self) -> None:
+        self._bases = [adapter.weight.clone() for adapter in self.adapters]
 
     def drop_gradient(self) -> None:
-        for parameter in self.parameters.values():
+        for parameter in (*self.parameters.values(), *self.updates.parameters.values()):
             parameter.grad = None
 
     def _update(self) -> None:
-        used = [adapter for adapter in self.adapters if adapter.parameter.grad is not None]
-        for adapter in used:
-            adapter.take_gradient()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        for adapter in used:
-            adapter.write()
+        for adapter in self.adapters:
+            if adapter.parameter.grad is not None:
+                adapter.take_gradient()
+        self.updates.step()
+        for adapter, base in zip(self.adapters, self._bases):
+            adapter.merge(base)
+
+    def _memory(self) -> tuple[str, list[str]]:
+        adapters = sum(x.nbytes for x in self.updates.parameters.values())
+        what = f"LoRA adapters {gibibytes(adapters)}, their optimiser state, and the gradients of the weights"
+        return what, ["shorter samples (max_length)", "a lower rank"]
 
     def state(self) -> dict[str, torch.Tensor]:
         raise NotImplementedError("an attack is made again, not resumed")
 
 
-def train_lora(decoder: Decoder, samples: Any, *, lr: float, **how: Any) -> None:
-    """`train_all` by LoRA. how: of `fine_tune`."""
-    with frozen(decoder.model):
-        fine_tune(LoraTraining(decoder, lr, how.get("seed", 0)), samples, **how)
+class StreamedLora(LayerMajorSteps, LoraTraining):
+    """`LoraTraining` of a streamed model, layer by layer: W0 comes twice a step, nothing goes. The same bits.
+
+    changed: to be called when the adapters are others (of `transformed`).
+    """
+
+    changed: Callable[[], None]
+
+    def _begin(self) -> None:
+        self._good = torch.tensor(True, device=self.decoder.device)
+
+    def merge(self, layer: int) -> None:
+        """Into the weights of a layer that have come into place."""
+        for adapter in self._of(layer):
+            adapter.merge(adapter.weight)
+
+    def _of(self, layer: int) -> list[Adapter]:
+        return [adapter for adapter in self.adapters if adapter.layer == layer]
+
+    def _passes(self, steps: list[StepBatch]) -> list[PartLoss]:
+        self._begin()
+        lowest = min(adapter.layer for adapter in self.adapters)
+        return self._layer_by_layer(steps, lowest, leave=self._leave)[0]
+
+    def _probe(self, step: StepBatch) -> PartLoss:
+        return self._passes([step])[0]
+
+    def _leave(self, layer: int) -> None:
+        """The gradients of this layer's weights are whole."""
+        for adapter in self._of(layer):
+            if adapter.parameter.grad is not None:
+                self._good = self._good & finite(adapter.parameter.grad).to(self._good.device)
+                adapter.take_gradient()
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Of the weights none is left: a number that is finite if all were."""
+        return [torch.zeros(1, device=self._good.device).masked_fill_(~self._good, torch.nan)]
+
+    def _update(self) -> None:
+        self.updates.step()
+        self.changed()
+
+
+@contextlib.contextmanager
+def _training(decoder: Decoder, *how: Any) -> Iterator[LoraTraining]:
+    if not decoder.streamed:
+        yield LoraTraining(decoder, *how)
+        return
+    training = StreamedLora(decoder, *how)
+    with decoder.weights.transformed(training.merge) as training.changed:
+        yield training
+
+
+def train_lora(
+    decoder: Decoder, samples: Sequence[Any], *, lr: float, lora: Lora = Lora(), place: Place | None = None, **how: Any
+) -> None:
+    """`train_all` by LoRA. how: of `fine_tune`. A streamed model has the adapters until this returns, one in memory
+    keeps them."""
+    with frozen(decoder.model), _training(decoder, lr, how.get("seed", 0), lora, place) as training:
+        fine_tune(training, samples, **how)

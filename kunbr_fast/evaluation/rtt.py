@@ -10,7 +10,8 @@ Source: Deeb and Roger, "Do Unlearning Methods Remove Information from Language 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,13 +22,14 @@ from kunbr_fast import data
 from kunbr_fast.data.content import ALLOWANCES
 from kunbr_fast.data.overlap import facts, of_folds, overlap, settle
 from kunbr_fast.data.text import say_separator
-from kunbr_fast.evaluation.accuracy import Accuracy, measure, prepare_questions
-from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks, round_weights
+from kunbr_fast.evaluation.accuracy import Accuracy, measure_all, prepare_questions
+from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks, rounded
 from kunbr_fast.evaluation.curves import RTTResult, attack_of
-from kunbr_fast.evaluation.lora import train_lora
+from kunbr_fast.evaluation.lora import Lora, chosen_targets, train_lora
 from kunbr_fast.files.checksums import checksum
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot
+from kunbr_fast.memory import Place
 from kunbr_fast.model.ownership import differentiable, no_adapter
 from kunbr_fast.model.vocabulary import check_tokens
 from kunbr_fast.model.weights import weights_of
@@ -36,9 +38,10 @@ from kunbr_fast.parallel.sharded import Shards, sharded
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.fine_tune import train_all
 from kunbr_fast.training.sharded import train_sharded
-from kunbr_fast.values import BATCH, EPOCHS, SEED, check, least, rates
+from kunbr_fast.values import BATCH, COUNT, EPOCHS, SEED, check, least, rates
 
 NAME = 40  # characters of a fold's name in messages and on the progress bar
+BAR = "{l_bar}{bar}| {n:.4g}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # parts of an epoch count
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class RTTConfig:
     optimizer: "adamw" or "lion". target: which tokens are trained on (`data.encode`). scoring: "letter" or "choice"
     (`choice_accuracy`). seed: of the order of the data, the same for each fold and learning rate. text: how records
     become text. max_length: of a sample, in tokens (None: the model's limit). overlap: "error", or "allow" for a fact
-    that is in two folds. attacks: kinds of attack, of `attacks.ATTACKS`, or "all".
+    that is in two folds. attacks: kinds of attack, of `attacks.ATTACKS`, or "all". lora_rank, lora_targets: of the
+    attack `lora`, see `lora.Lora`; PEFT's alpha is twice the rank.
     """
 
     lrs: tuple[float, ...] = (5e-7, 1e-6, 5e-6, 1e-5)
@@ -63,11 +67,14 @@ class RTTConfig:
     max_length: int | None = None
     overlap: str = "error"
     attacks: tuple[str, ...] = ("full",)
+    lora_rank: int = Lora.rank
+    lora_targets: tuple[str, ...] = Lora.targets
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attacks", chosen_attacks(self.attacks))
+        object.__setattr__(self, "lora_targets", chosen_targets(self.lora_targets))
         object.__setattr__(self, "lrs", rates(tuple(self.lrs), "lrs"))
-        for name, kind in (("epochs", EPOCHS), ("batch_size", BATCH), ("seed", SEED)):
+        for name, kind in (("epochs", EPOCHS), ("batch_size", BATCH), ("seed", SEED), ("lora_rank", COUNT)):
             check(name, getattr(self, name), kind)
         if self.overlap not in ALLOWANCES:
             raise ValueError(f"overlap={shown(self.overlap)}: expected one of {', '.join(ALLOWANCES)}")
@@ -100,7 +107,8 @@ def rtt_attack(
     `other_facts` needs those: see `Attack`.)
 
     decoder: of the unlearned model; its weights are bit for bit the same afterwards, also after an exception.
-    snapshot_dir: where a copy of the weights lies meanwhile (the size of the model; removed at the end).
+    snapshot_dir: where a copy of the weights lies meanwhile (the size of the model; removed at the end). Of a streamed
+    model there is no copy: what was trained lies there, weights and optimiser state, where it does not fit main memory.
     done: rows of an earlier, interrupted run. An (attack, fold, lr) whose rows are there is not made again; rows of
     what is not asked for now are left out.
     on_result: called with the finished rows (epochs 0 to the last) of each (attack, fold, lr), to be kept for `done`.
@@ -134,6 +142,7 @@ class Attack:
         differentiable(decoder.model)
         _check_folds(folds)
         self.decoder, self.folds, self.config = decoder, folds, config
+        self._lora = Lora(config.lora_rank, config.lora_targets)
         self._questions = [
             prepare_questions(tokenizer, fold.questions, scoring=config.scoring, decoder=decoder) for fold in folds
         ]
@@ -144,6 +153,8 @@ class Attack:
             check_tokens(decoder.model, part, [f"{whose}, {name}" for name in names])
             return part
 
+        if any(ATTACKS[attack].adapters for attack in config.attacks):
+            self._lora.linears(decoder)  # for its error
         self._samples = [encoded(fold.train_records, f"fold {plain(fold.name, NAME)}") for fold in folds]
         settle(overlap_of(folds), config.overlap, say)
         self._others: Sequence[data.Sample] = ()
@@ -153,7 +164,7 @@ class Attack:
             self._others = encoded(other_facts, "other facts") if is_text else data.as_samples(other_facts)
         self._before: dict[int, Accuracy] = {}  # each fold's, where it is known
         self._shards: Shards | None = None  # where the model is in parts
-        self._say = say
+        self._place, self._say = Place(), say
 
     def run(
         self,
@@ -163,11 +174,13 @@ class Attack:
         on_result: Callable[[list[dict]], None] | None = None,
         share: tuple[int, int] = (0, 1),
         ranks: Group = ALONE,
+        place: Place | None = None,
     ) -> RTTResult | None:
         """As `rtt_attack`. share: (i, n), only every n-th of the unfinished attacks, from the i-th on; then None,
         unless these are all. ranks: make each attack that trains all weights together, with the model in parts
-        (`parallel.sharded`); the others are left."""
-        folds, config = self.folds, self.config
+        (`parallel.sharded`); the others are left. place: where a streamed model's activations wait between two layers
+        (default: main memory, or a file in snapshot_dir)."""
+        folds, config, directory = self.folds, self.config, Path(snapshot_dir)
         finished = finished_attacks(done or (), folds, config)
 
         def begun(job: _Job) -> bool:
@@ -179,56 +192,82 @@ class Attack:
         if ranks.size > 1:
             mine = [job for job in mine if ATTACKS[job.attack].trains_all]
         had = sum(job.points(config) for unfinished, job in jobs if not unfinished)
-        bar = tqdm(
-            total=had + sum(job.points(config) for job in mine),
-            initial=had,
-            desc="RTT attack",
-            unit="epoch",
-            disable=not progress or not mine,
-        )
-        with contextlib.ExitStack() as stack:
-            stack.callback(bar.close)
-            if mine and ranks.size > 1:
-                self._shards, restore = stack.enter_context(_in_parts(self.decoder, Path(snapshot_dir), ranks))
-                stack.callback(setattr, self, "_shards", None)
-            elif mine:
-                restore = stack.enter_context(_snapshot(self.decoder.model, Path(snapshot_dir)))
-            for job in mine:
-                for i, rows in self._one(job, restore, bar).items():
-                    if finished.setdefault((job.attack, folds[i].name, job.lr), rows) is rows and on_result is not None:
-                        on_result([dict(row) for row in rows])
+        self._place = place or Place(directory=directory)
+        total = had + sum(job.points(config) for job in mine)
+        with _bar(total, had, progress and bool(mine)) as bar:
+            self._measure_before(mine)
+            for changes, some in itertools.groupby(mine, self._changes_weights):
+                with self._restorable(changes, directory, ranks) as restore:
+                    for job in some:
+                        for i, rows in self._one(job, restore, bar).items():
+                            key = job.attack, folds[i].name, job.lr
+                            if finished.setdefault(key, rows) is rows and on_result is not None:
+                                on_result([dict(row) for row in rows])
         if len(mine) < len(left):
             return None
         return _result(finished, [(job.attack, folds[i].name, job.lr) for _, job in jobs for i in job.folds])
 
+    def _changes_weights(self, job: "_Job") -> bool:
+        """Whether an attack leaves other weights behind. A streamed model has adapters, and rounded weights, only as
+        long as the attack goes on."""
+        return not self.decoder.streamed or ATTACKS[job.attack].trains_all
+
+    @contextlib.contextmanager
+    def _restorable(self, changes: bool, directory: Path, ranks: Group) -> Iterator[Callable[[], None]]:
+        """Inside, attacks may change the weights (if they do). Yields a function that puts them back, as does
+        leaving."""
+        if not changes:
+            yield lambda: None
+        elif ranks.size > 1:
+            with _in_parts(self.decoder, directory, ranks) as (self._shards, restore):
+                try:
+                    yield restore
+                finally:
+                    self._shards = None
+        else:
+            with _snapshot(self.decoder.model, directory) as restore:
+                yield restore
+
+    def _measure(self, folds: Iterable[int]) -> dict[int, Accuracy]:
+        """A streamed model reads each layer once for all of the folds."""
+        names = {i: self.folds[i].name for i in folds}
+        asked = {name: self._questions[i] for i, name in names.items()}
+        found = measure_all(self.decoder, asked, place=self._place)
+        return {i: found[name] for i, name in names.items()}
+
+    def _measure_before(self, jobs: Sequence["_Job"]) -> None:
+        self._before |= self._measure(sorted({i for job in jobs for i in job.folds} - self._before.keys()))
+
     def _one(self, job: "_Job", restore: Callable[[], None], bar: tqdm) -> dict[int, list[dict]]:
-        """The rows of an attack, by fold; `restore` puts the weights back."""
+        """The rows of an attack, by fold; `restore` puts the weights back. The bar counts parts of an epoch."""
         config, kind = self.config, ATTACKS[job.attack]
         name = f"{job.attack} " * (config.attacks != ("full",))
         name += "all folds" if len(job.folds) > 1 else plain(self.folds[job.folds[0]].name, NAME)
         name += f", lr {job.lr:g}" * (job.lr > 0)
         bar.set_postfix_str(name)
-        for i in job.folds:
-            if i not in self._before:
-                self._before[i] = measure(self.decoder, self._questions[i])
         rows = {i: [_row(job, self.folds[i], 0, self._before[i])] for i in job.folds}
+        begun = round(bar.n)
+
+        def up_to(point: float) -> None:
+            bar.update(begun + point - bar.n)
 
         def after_epoch(epoch: int) -> None:
             if epoch not in kind.measured(config.epochs):
                 return
-            for i in job.folds:
-                rows[i].append(_row(job, self.folds[i], epoch, measure(self.decoder, self._questions[i])))
+            for i, found in self._measure(job.folds).items():
+                rows[i].append(_row(job, self.folds[i], epoch, found))
             accuracy = sum(found[-1]["plain"] for found in rows.values()) / len(rows)
             bar.set_postfix_str(f"{name}, {accuracy:.1%}", refresh=False)
-            bar.update()
+            up_to(epoch / kind.passes)
 
         try:
-            self._attack(job, after_epoch)
+            self._attack(job, after_epoch, up_to)
         except (Diverged, FloatingPointError) as error:
             # Diverged's own hint is about gradient difference, which is not what runs here.
             what = f"diverged at {error.where}" if isinstance(error, Diverged) else str(error)
             if job.attack != "full":
                 self._say(f"RTT attack {name}: {what}; there is no curve of it, the other attacks go on")
+                up_to(job.points(config))
                 return {i: [{**found[0], "diverged": True}] for i, found in rows.items()}
             fold = plain(self.folds[job.folds[0]].name, NAME)
             raise AttackDiverged(
@@ -239,20 +278,22 @@ class Attack:
             restore()
         return rows
 
-    def _attack(self, job: "_Job", after_epoch: Callable[[int], None]) -> None:
+    def _attack(self, job: "_Job", after_epoch: Callable[[int], None], up_to: Callable[[float], None]) -> None:
+        """up_to: is told how much is done, in epochs that are given."""
         config, kind = self.config, ATTACKS[job.attack]
         if kind.rounds is not None:
-            round_weights(self.decoder, kind.rounds)
-            after_epoch(1)
+            with rounded(self.decoder, kind.rounds):
+                after_epoch(1)
             return
         samples = [sample for k, part in enumerate(self._samples) if k not in job.folds for sample in part]
         samples = self._others if kind.others else samples
         how = dict(lr=job.lr, epochs=kind.passes * config.epochs, batch_size=config.batch_size, seed=config.seed)
+        steps, count = kind.passes * -(-len(samples) // config.batch_size), itertools.count(1)
+        how |= dict(place=self._place, on_epoch=after_epoch, on_step=lambda metrics: up_to(next(count) / steps))
         if kind.adapters:
-            train_lora(self.decoder, samples, **how, on_epoch=after_epoch)
+            train_lora(self.decoder, samples, lora=self._lora, **how)
         else:
-            optimizer = kind.optimizer or config.optimizer
-            how |= dict(optimizer=optimizer, on_epoch=after_epoch, progress=None)
+            how |= dict(optimizer=kind.optimizer or config.optimizer)
             if self._shards is None:
                 train_all(self.decoder, samples, **how)
             else:
@@ -288,6 +329,12 @@ def _result(finished: dict[tuple[str, str, float], list[dict]], wanted: Sequence
             "lower learning rates"
         )
     return RTTResult(rows)
+
+
+def _bar(total: int, had: int, shown: bool) -> tqdm:
+    """smoothing: epochs differ by attack, and questions are between them: the mean tells when it ends."""
+    how = dict(unit="epoch", bar_format=BAR, smoothing=0, disable=not shown)
+    return tqdm(total=total, initial=had, desc="RTT attack", **how)
 
 
 @contextlib.contextmanager

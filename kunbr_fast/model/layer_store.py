@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from kunbr_fast.memory import Place, free_host_bytes
+from kunbr_fast.memory import Place, free_host_bytes, pinned_bytes
 from kunbr_fast.model.layer_buffers import Buffer, Copies
 
+CPU = torch.device("cpu")
 ALIGNMENT = 256  # of a tensor in its buffer, in bytes
 
 
@@ -84,8 +85,12 @@ class LayerStore:
         if key not in self._made or self._made[key].numel() < size:
             on_host = size <= self._left
             self._left -= size if on_host else 0
-            place = Place("host" if on_host else "file", self._directory)
-            self._made[key] = place.allocate((size,), torch.uint8, self._copies.device, f"{what} of layer {layer}")
+            self._made.pop(key, None)
+            if on_host and self._copies.cuda:
+                self._made[key] = pinned_bytes(size)
+            else:
+                place = Place("host" if on_host else "file", self._directory)
+                self._made[key] = place.allocate((size,), torch.uint8, CPU, f"{what} of layer {layer}")
         return self._made[key]
 
     # ------------------------------------------------ weights

@@ -32,6 +32,7 @@ from torch.autograd.graph import increment_version
 from kunbr_fast.files.parameters import Piece
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.tensors import placeholder
+from kunbr_fast.memory import pinned_bytes
 from kunbr_fast.model.layer_buffers import Buffer, Copies
 from kunbr_fast.model.layer_files import Entry, LayerFiles
 from kunbr_fast.model.layer_store import ALIGNMENT, LayerStore
@@ -320,7 +321,8 @@ class LayerStream(LayerFiles):
         if sum(kept.numel() for kept in self.host.values()) + self._sizes[layer] > budget:
             self._read(layer, buffer)
             return buffer
-        kept = torch.empty(self._sizes[layer], dtype=torch.uint8, pin_memory=self.copies.cuda)
+        size = self._sizes[layer]
+        kept = pinned_bytes(size) if self.copies.cuda else torch.empty(size, dtype=torch.uint8)
         self._read(layer, kept)
         self.host[layer] = kept
         return kept

@@ -139,12 +139,17 @@ class StreamedDecoder(Decoder):
         store = (place or Place()).allocate(shape, self.dtype, self.device, "activation store").split(lengths)
         for batch, waiting in zip(batches, store):
             waiting.copy_(self.embed(batch))
-        for start, stop in itertools.pairwise([0, *sorted(set(layers))]):
-            for layer in self.visit(range(start, stop)):
-                for batch, waiting in zip(batches, store):
-                    waiting.copy_(self.run(batch, Stretch(layer, waiting.to(self.device)), layer + 1))
-            for number, waiting in enumerate(store):
-                yield Arrival(number, batches[number], [stop], Stretch(stop, waiting.to(self.device, copy=True)))
+        wanted = sorted(set(layers))
+
+        def arrived(layer: int) -> Iterator[Arrival]:
+            for number, waiting in enumerate(store if layer in wanted else ()):
+                yield Arrival(number, batches[number], [layer], Stretch(layer, waiting.to(self.device, copy=True)))
+
+        yield from arrived(0)
+        for layer in self.visit(range(max(wanted, default=0))):  # one order: the next layer is read at each of them
+            for batch, waiting in zip(batches, store):
+                waiting.copy_(self.run(batch, Stretch(layer, waiting.to(self.device)), layer + 1))
+            yield from arrived(layer + 1)
 
     def groups(self, batches: Sequence[PackedBatch]) -> Sequence[Sequence[PackedBatch]]:
         return [batches] if batches else []

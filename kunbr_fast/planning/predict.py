@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.evaluation.attacks import ATTACKS, Kind
-from kunbr_fast.evaluation.lora import RANK
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.parallel.assign import SHARING_COSTS, spread_blocks
@@ -188,7 +187,7 @@ class Run(Trainings):
         key = "attack", kind.passes, kind.others
         steps = self.once(key, lambda: self._fine_tuning(sets, kind.passes))
         if kind.adapters and self.setup.stream:
-            return self.adapters((*key, "adapters"), steps, RANK)
+            return self.adapters((*key, "adapters"), steps, self.config.rtt_lora_rank)
         update = self._attacker(kind.optimizer or RTTConfig().optimizer)
         return self.full((*key, "passes"), steps, update, fused=False)
 

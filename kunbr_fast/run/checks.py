@@ -76,11 +76,7 @@ def _check_streamed(inputs: RunInputs, config: KUnBRConfig, group: Group) -> Non
     if not weights_of(model).streamed:
         if unlearned_streamed:
             raise ValueError("the unlearned model is streamed and the original is not: open both with open_streamed")
-        if config.resident_layers:
-            raise ValueError(
-                f"resident_layers={config.resident_layers}: the model is in memory whole: leave it out, or stream it "
-                "(open_streamed, --stream)"
-            )
+        keep_resident(model, config.resident_layers)
         return
     if unlearned is None and config.adversary_every:
         raise ValueError(
@@ -92,8 +88,19 @@ def _check_streamed(inputs: RunInputs, config: KUnBRConfig, group: Group) -> Non
         raise ValueError("the original is streamed: open the unlearned model with open_streamed too, as another one")
     if group.size > 1:
         raise ValueError("a streamed model is for one process: run it without torchrun")
-    if config.resident_layers:
-        weights_of(model).reside(config.resident_layers)
+    keep_resident(model, config.resident_layers)
+
+
+def keep_resident(model: nn.Module, layers: int) -> None:
+    """Tells a streamed model how many of its layers are to stay on the device. ValueError for a model in memory."""
+    if not layers:
+        return
+    if not weights_of(model).streamed:
+        raise ValueError(
+            f"resident_layers={layers}: the model is in memory whole: leave it out, or stream it (open_streamed, "
+            "--stream)"
+        )
+    weights_of(model).reside(layers)
 
 
 def _check_sharding(decoder: Decoder, config: KUnBRConfig, context: RunContext, warm_up: bool) -> None:

@@ -18,7 +18,8 @@ from kunbr_fast.density import attribution
 from kunbr_fast.density.measure import REDUCTIONS
 from kunbr_fast.density.watch import MODULES
 from kunbr_fast.evaluation.accuracy import SCORINGS
-from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks
+from kunbr_fast.evaluation.attacks import ATTACKS
+from kunbr_fast.evaluation.lora import Lora
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.atomic import atomic_write
 from kunbr_fast.files.documents import read_yaml
@@ -30,12 +31,12 @@ from kunbr_fast.memory import STORAGES, Place
 from kunbr_fast.model.low_precision import COVER_PRECISIONS
 from kunbr_fast.model.sample_rows import CACHE_DTYPES
 from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
-from kunbr_fast.objectives.hidden_layers import WORDS, HiddenLayers
+from kunbr_fast.objectives.hidden_layers import HiddenLayers
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
 from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.parallel.sharded import SHARDING
 from kunbr_fast.run.methods import settings_of
-from kunbr_fast.run.setting import ADVERSARY, NUMBERS, RATES, VISITS, refuse_old, setting
+from kunbr_fast.run.setting import ADVERSARY, CHOSEN, NUMBERS, RATES, VISITS, refuse_old, setting
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
 from kunbr_fast.training.settings import (
     INSERTIONS,
@@ -215,6 +216,10 @@ class KUnBRConfig:
     rtt: bool = setting(True, "attack the result (retraining on T)", "none")
     rtt_lrs: tuple[float, ...] = setting((1e-6, 5e-6, 1e-5), "learning rates of the attack", "none")
     rtt_attacks: tuple[str, ...] = setting(("full",), f"kinds of attack: {', '.join(ATTACKS)}, or all", "none")
+    rtt_lora_rank: int = setting(Lora.rank, "rank of the attack lora (its alpha is twice that)", "rtt")
+    rtt_lora_targets: tuple[str, ...] = setting(
+        Lora.targets, "linear layers of the attack lora: all, attention, mlp, or names such as q_proj", "rtt"
+    )
     rtt_epochs: int = setting(5, "epochs of each attack", "rtt")
     rtt_batch_size: int = setting(8, "batch size of the attack", "rtt")
     rtt_target: str = setting("all", "tokens the attack trains on", "rtt", TARGETS)
@@ -333,7 +338,7 @@ class KUnBRConfig:
         """The RTT attack's settings."""
         how = {
             "target": self.rtt_target, "text": self.text(), "max_length": self.max_length, "overlap": self.overlap,
-            "attacks": self.rtt_attacks,
+            "attacks": self.rtt_attacks, "lora_rank": self.rtt_lora_rank, "lora_targets": self.rtt_lora_targets,
         }  # fmt: skip
         return RTTConfig(
             self.rtt_lrs, self.rtt_epochs, self.rtt_batch_size, scoring=self.scoring, seed=self.seed, **how
@@ -363,15 +368,8 @@ class KUnBRConfig:
         kinds = get_args(hint) or (hint,)
         if name in RATES:
             return rates(value, name)
-        if name == "rtt_attacks":
-            return chosen_attacks(value, name)
-        if name == "retain_layers":
-            listed = list(value) if isinstance(value, (list, tuple)) else [value]
-            if len(listed) == 1 and listed[0] in WORDS:
-                return listed[0]
-            if not listed or len(set(map(str, listed))) < len(listed):
-                raise ValueError(f"{name}={shown(value)}: expected {', '.join(WORDS)}, or different numbers of layers")
-            return tuple(check("retain_layers entry", layer, NUMBERS[name]) for layer in listed)
+        if name in CHOSEN:
+            return CHOSEN[name](value, name)
         if name in NUMBERS:
             return check(name, value, NUMBERS[name], type(None) in kinds)
         if name.endswith("_options"):

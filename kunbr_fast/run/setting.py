@@ -7,6 +7,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from kunbr_fast.evaluation.attacks import chosen_attacks
+from kunbr_fast.evaluation.lora import chosen_targets
+from kunbr_fast.files.shown import shown
+from kunbr_fast.objectives.hidden_layers import WORDS
 from kunbr_fast.values import (
     ABOVE_ZERO,
     BATCH,
@@ -19,6 +23,7 @@ from kunbr_fast.values import (
     SEED,
     SHARE,
     Whole,
+    check,
 )
 
 RATES = ("adversary_lrs", "rtt_lrs")
@@ -28,7 +33,7 @@ VISITS = 999  # a seed has so many data orders for blocks (`RunSteps.schedule_of
 NUMBERS = {
     "seed": SEED,
     **dict.fromkeys("batch_size retain_batch_size rtt_batch_size".split(), BATCH),
-    **dict.fromkeys("max_length micro_batch_tokens checkpoint_every".split(), COUNT),
+    **dict.fromkeys("max_length micro_batch_tokens checkpoint_every rtt_lora_rank".split(), COUNT),
     **dict.fromkeys("block_epochs rtt_epochs".split(), EPOCHS),
     "warmup_epochs": EPOCHS_OR_NONE,
     "num_blocks": LAYERS,
@@ -42,6 +47,19 @@ NUMBERS = {
     "adversary_every": COUNT_OR_NONE,
     "adversary_steps": COUNT,
 }
+
+
+def chosen_layers(value: Any, name: str) -> str | tuple[int, ...]:
+    listed = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(listed) == 1 and listed[0] in WORDS:
+        return listed[0]
+    if not listed or len(set(map(str, listed))) < len(listed):
+        raise ValueError(f"{name}={shown(value)}: expected {', '.join(WORDS)}, or different numbers of layers")
+    return tuple(check(f"{name} entry", layer, NUMBERS[name]) for layer in listed)
+
+
+# What is one word or several: of the settings that are, a function of value and name.
+CHOSEN = {"rtt_attacks": chosen_attacks, "rtt_lora_targets": chosen_targets, "retain_layers": chosen_layers}
 # Settings, and values of them, that earlier versions had: what stands for them now.
 OLD_SETTINGS = {
     "activations": "cache also says where a streamed model's activations wait; leave it out",

@@ -11,7 +11,7 @@ import torch
 
 from kunbr_fast.density.measure import Density, knowledge_density
 from kunbr_fast.density.select import select_blocks
-from kunbr_fast.evaluation.accuracy import choice_accuracy
+from kunbr_fast.evaluation.accuracy import measure_all, prepare_questions
 from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import AttackDiverged, finished_attacks
@@ -88,15 +88,17 @@ class Stages(Run):
 
     def _accuracy(self, decoder: Decoder, name: str) -> dict[str, Any]:
         """Measured by rank 0; the others wait for the state that it writes."""
-        out, tokenizer, scoring = {}, self.inputs.tokenizer, self.config.scoring
-        for what, asked in self.inputs.questions.items() if self.group.first else ():
-            if asked:
-                self.reporter.say(f"accuracy of the {name} model on {len(asked)} {what} questions")
-                bar = self.reporter.title(f"{what} accuracy")
-                found = choice_accuracy(decoder, tokenizer, asked, scoring=scoring, progress=bar)
-                names = "plain calibrated num_questions smooth smooth_error".split()
-                out[what] = {name: getattr(found, name) for name in names}
-        return out
+        asked = {what: part for what, part in self.inputs.questions.items() if part and self.group.first}
+        if not asked:
+            return {}
+        counts = " and ".join(f"{len(part)} {what}" for what, part in asked.items())
+        self.reporter.say(f"accuracy of the {name} model on {counts} questions")
+        how = dict(scoring=self.config.scoring, decoder=decoder)
+        prepared = {what: prepare_questions(self.inputs.tokenizer, part, **how) for what, part in asked.items()}
+        place, bar = Place(self.config.cache, self.work), self.reporter.title("accuracy")
+        found = measure_all(decoder, prepared, place=place, progress=bar)
+        names = "plain calibrated num_questions smooth smooth_error".split()
+        return {what: {name: getattr(each, name) for name in names} for what, each in found.items()}
 
     @contextlib.contextmanager
     def _answering(self, made_by: str | None) -> Iterator[None]:

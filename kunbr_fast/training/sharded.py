@@ -145,6 +145,7 @@ class ShardedTraining(FullTraining):
 
 def train_sharded(decoder: Decoder, shards: Shards, samples: Sequence[Sample], **how: Any) -> None:
     """`train_all` inside `sharded`, by all its ranks."""
-    loop = {name: how.pop(name) for name in ("epochs", "batch_size", "seed", "on_epoch", "progress") if name in how}
+    names = ("epochs", "batch_size", "seed", "on_epoch", "on_step", "progress")
+    loop = {name: how.pop(name) for name in names if name in how}
     with frozen(decoder.model):
         fine_tune(ShardedTraining(decoder, shards, **how), samples, **loop)

@@ -81,5 +81,5 @@ def test_help_has_a_group_for_each_theme(command, capsys):
         parser([command]).parse_args([command, "--help"])
     text = capsys.readouterr().out
     themes = {theme for theme in THEMES if f"\n{theme}:\n" in text}
-    expected = {"density": {"data", "selection", "execution"}, "rtt": {"data", "attack"}}
+    expected = {"density": {"data", "selection", "execution"}, "rtt": {"data", "attack", "execution"}}
     assert themes == expected.get(command, set(THEMES))

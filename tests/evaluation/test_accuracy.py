@@ -15,8 +15,10 @@ from kunbr_fast.evaluation.accuracy import choice_accuracy, letter_tokens, measu
 from kunbr_fast.model.decoder import Decoder
 
 
-def scores_of(*arguments):
-    return accuracy._measured(*arguments)[0]
+def scores_of(decoder, questions, batch_size):
+    scores = accuracy._Scores.of("", questions)
+    accuracy._answer(decoder, scores.asks(decoder, batch_size), None, None)
+    return scores.plain
 
 
 def make_records(number=12, seed=0, choices=4):
@@ -133,7 +135,7 @@ def share(predictions, records):
 def test_letter_scoring_equals_a_plain_loop(tokenizer, batch_size):
     model, records = make_model(len(tokenizer)), make_records(13)
     truth = plain_letters(model, tokenizer, records)
-    scores = scores_of(Decoder(model), prepare_questions(tokenizer, records), batch_size, None)
+    scores = scores_of(Decoder(model), prepare_questions(tokenizer, records), batch_size)
     torch.testing.assert_close(scores, truth, rtol=1e-10, atol=1e-10)
 
     result = choice_accuracy(Decoder(model), tokenizer, records, batch_size=batch_size)
@@ -149,7 +151,7 @@ def test_letter_scoring_equals_a_plain_loop(tokenizer, batch_size):
 def test_choice_scoring_equals_a_plain_loop(tokenizer, batch_size):
     model, records = make_model(len(tokenizer)), make_records(13)
     truth = plain_choices(model, tokenizer, records)
-    scores = scores_of(Decoder(model), prepare_questions(tokenizer, records, scoring="choice"), batch_size, None)
+    scores = scores_of(Decoder(model), prepare_questions(tokenizer, records, scoring="choice"), batch_size)
     torch.testing.assert_close(scores, truth, rtol=1e-10, atol=1e-10)
 
     result = choice_accuracy(Decoder(model), tokenizer, records, scoring="choice", batch_size=batch_size)
@@ -163,9 +165,9 @@ def test_logits_in_small_pieces_are_the_same(monkeypatch):
     tokenizer = byte_level_bpe()
     decoder = Decoder(make_model(len(tokenizer)))
     questions = prepare_questions(tokenizer, make_records(), scoring="choice")
-    whole = scores_of(decoder, questions, 16, None)
+    whole = scores_of(decoder, questions, 16)
     monkeypatch.setattr(accuracy, "_LOGITS_AT_ONCE", 3 * len(tokenizer))
-    torch.testing.assert_close(scores_of(decoder, questions, 16, None), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scores_of(decoder, questions, 16), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_questions_with_different_numbers_of_choices():
@@ -192,7 +194,7 @@ def test_twice_the_same():
     decoder = Decoder(make_model(len(tokenizer), dtype=torch.float32))
     for scoring in accuracy.SCORINGS:
         questions = prepare_questions(tokenizer, make_records(), scoring=scoring)
-        assert torch.equal(scores_of(decoder, questions, 4, None), scores_of(decoder, questions, 4, None))
+        assert torch.equal(scores_of(decoder, questions, 4), scores_of(decoder, questions, 4))
 
 
 # --------------------------------------------------------------------------------------- planted truths

@@ -10,9 +10,9 @@ from tiny_models import random_samples, tiny_model
 
 from kunbr_fast.data import Schedule
 from kunbr_fast.evaluation import rtt
-from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks, round_weights
+from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks, rounded
 from kunbr_fast.evaluation.curves import RTTResult
-from kunbr_fast.evaluation.lora import RANK, SCALE, LoraTraining, train_lora
+from kunbr_fast.evaluation.lora import SCALE, Lora, LoraTraining, chosen_targets, train_lora
 from kunbr_fast.evaluation.report import attack_table
 from kunbr_fast.evaluation.rtt import Attack, RTTConfig, finished_attacks
 from kunbr_fast.model.decoder import Decoder
@@ -184,8 +184,20 @@ def test_other_facts_must_be_others(tokenizer):
 # ----------------------------------------------------------------------------------------------------- LoRA
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_lora_is_pefts(architecture):
+MLP = {"gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    "architecture, lora, theirs",
+    [
+        ("llama", Lora(), "all"),
+        ("gpt2", Lora(), "all"),
+        ("llama", Lora(3, ("down_proj", "self_attn.q_proj")), {"down_proj", "q_proj"}),
+        ("llama", Lora(8, ("mlp",)), MLP),
+        ("gpt2", Lora(2, ("attention",)), {"c_attn", "attn.c_proj"}),
+    ],
+)
+def test_lora_is_pefts(architecture, lora, theirs):
     """Three epochs in fp64: the merged weights of PEFT's model, trained by torch's AdamW on the same batches."""
 
     def model():
@@ -194,16 +206,18 @@ def test_lora_is_pefts(architecture):
     peft = pytest.importorskip("peft")
     samples, how = random_samples(7), dict(lr=1e-2, epochs=3, batch_size=3, seed=5)
     decoder = Decoder(model())
-    first = LoraTraining(decoder, 1e-2, seed=5)
+    first = LoraTraining(decoder, 1e-2, 5, lora)
     names = {id(p): name for name, p in decoder.model.named_parameters()}
     begun = {names[id(adapter.parameter)]: adapter.a.detach().clone() for adapter in first.adapters}
-    targets = sorted({name.split(".")[-2] for name in begun})
-    settings = dict(r=RANK, lora_alpha=RANK * SCALE, target_modules=targets, fan_in_fan_out=architecture == "gpt2")
+    targets = sorted({name.split(".")[-2] for name in begun} if theirs == "all" else theirs)
+    alpha, conv = lora.rank * SCALE, architecture == "gpt2"
+    settings = dict(r=lora.rank, lora_alpha=alpha, target_modules=targets, fan_in_fan_out=conv)
     theirs = peft.get_peft_model(model(), peft.LoraConfig(**settings, task_type="CAUSAL_LM"))
     with torch.no_grad():
         for name, a in begun.items():
             theirs.get_submodule(f"base_model.model.{name.removesuffix('.weight')}").lora_A["default"].weight.copy_(a)
     trained = [p for p in theirs.parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(begun)
     optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
     for indices, _ in Schedule(len(samples), 0, 3, 1, 3, 5):
         total = 0.0
@@ -214,10 +228,25 @@ def test_lora_is_pefts(architecture):
         total.backward()
         optimizer.step()
     merged = dict(theirs.merge_and_unload().named_parameters())
-    train_lora(decoder, samples, **how)
+    train_lora(decoder, samples, lora=lora, **how)
     for name, weight in decoder.model.named_parameters():
         torch.testing.assert_close(weight, merged[name], rtol=0, atol=1e-9)
         assert (name in begun) == (not torch.equal(weight, dict(model().named_parameters())[name]))
+
+
+def test_which_linear_layers_have_adapters():
+    decoder = Decoder(tiny_model("llama", num_hidden_layers=2))
+    assert len(Lora(8, ("attention", "mlp")).linears(decoder)) == len(Lora().linears(decoder)) == 2 * 7
+    assert [number for number, _ in Lora(8, ("o_proj", "attention")).linears(decoder)] == [0] * 4 + [1] * 4
+    known = "all, attention, mlp, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj$"
+    with pytest.raises(ValueError, match=f"lora_targets='proj': LlamaForCausalLM's layers .*expected some of {known}"):
+        Lora(8, ("q_proj", "proj")).linears(decoder)
+    for wrong in ((), ("all", "all"), 3, "", ("q_proj", None)):
+        with pytest.raises(ValueError, match="rtt_lora_targets=.*expected one or more different ones of all, "):
+            chosen_targets(wrong, "rtt_lora_targets")
+    assert RTTConfig(lora_targets="mlp").lora_targets == ("mlp",)
+    with pytest.raises(ValueError, match="lora_rank=0: expected a whole number from 1"):
+        RTTConfig(lora_rank=0)
 
 
 # ------------------------------------------------------------------------------------------------- rounding
@@ -227,7 +256,8 @@ def test_lora_is_pefts(architecture):
 def test_rounding_moves_each_matrix_to_the_nearest(architecture):
     model = tiny_model(architecture, torch.float32)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    round_weights(Decoder(model), "int8")
+    with rounded(Decoder(model), "int8"):
+        pass
     for name, weight in model.named_parameters():
         if weight.dim() < 2 or "layers." not in name and ".h." not in name:
             assert torch.equal(weight, before[name]), name
@@ -241,7 +271,8 @@ def test_rounding_moves_each_matrix_to_the_nearest(architecture):
 def test_nf4_takes_the_nearest_of_16_values():
     model = tiny_model("llama")
     before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
-    round_weights(Decoder(model), "nf4")
+    with rounded(Decoder(model), "nf4"):
+        pass
     after = model.model.layers[0].mlp.up_proj.weight.detach()
     blocks, found = before.view(-1, 64), after.view(-1, 64)
     largest = blocks.abs().amax(1, keepdim=True)

@@ -143,7 +143,7 @@ def test_weights_come_back_after_an_exception(tokenizer, tmp_path, monkeypatch, 
     """The when-th measurement fails; 2 is inside the first attack, 5 inside the second."""
     decoder = make_decoder(tokenizer)
     before, measured, finished = weights(decoder), [], []
-    real = rtt.measure
+    real = rtt.measure_all
 
     def failing(*args, **options):
         measured.append(1)
@@ -152,7 +152,7 @@ def test_weights_come_back_after_an_exception(tokenizer, tmp_path, monkeypatch, 
             raise error
         return real(*args, **options)
 
-    monkeypatch.setattr(rtt, "measure", failing)
+    monkeypatch.setattr(rtt, "measure_all", failing)
     with pytest.raises(type(error)):
         rtt_attack(
             decoder,

@@ -225,8 +225,9 @@ def test_accuracy_of_a_question(name):
         nats = [alone(name)[i][0].log_softmax(-1) for i in pair]
         truth.append(torch.stack([nats[0][1, 9] + nats[0][2, 7], nats[1][1, 9] + nats[1][2, 8]]))
     for batch_size in (1, 2, 3):
-        found, _ = accuracy._measured(Decoder(fresh(name)), questions, batch_size, None)
-        assert relative(found, torch.stack(truth)) < LIMIT
+        decoder, scores = Decoder(fresh(name)), accuracy._Scores.of("", questions)
+        accuracy._answer(decoder, scores.asks(decoder, batch_size), None, None)
+        assert relative(scores.plain, torch.stack(truth)) < LIMIT
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
