@@ -5,13 +5,17 @@ import gc
 import json
 
 import pytest
+import tiny_text
 import torch
 import transformers as tf
 from tiny_models import peak_bytes, random_samples
 
 from kunbr_fast import KUnBRConfig, PrefixCache, knowledge_density, reinserted
 from kunbr_fast.cli import command as cli
+from kunbr_fast.data import load_records
 from kunbr_fast.evaluation.accuracy import Questions, measure
+from kunbr_fast.evaluation.rtt import Fold, rtt_attack
+from kunbr_fast.files.models import load_tokenizer
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
@@ -90,8 +94,8 @@ def test_layers_that_a_blocks_steps_load(folder, block):
     with reinserted(decoder, weights_of(open_streamed(folder)), block, 1e-3) as training:
         for _ in range(2):
             training.step_packed(training.criterion.step_batch(cache.batch(range(6)), 3))
-        predicted = run.block(block).traffic.weights_in / run.layer
-        assert predicted == counted.total() + min(block.start, len(block))
+    predicted = run.block(block).traffic.weights_in / run.layer
+    assert predicted == counted.total() + min(block.start, len(block))
 
 
 def test_layers_that_density_loads(folder):
@@ -159,11 +163,28 @@ def test_bytes_of_a_streamed_warm_up(folder, resident, tmp_path):
         training = full_training(decoder, settings=run.config.full_settings(), lr=1e-4)
         for _ in range(2):
             training.step_packed(training.criterion.pack(SAMPLES[:3], SAMPLES[6:9]))
+        training.check()
     assert run.warm_up().traffic == Traffic(**{**dataclasses.asdict(Traffic()), **stream.traffic})
     stream.traffic.clear()
     asked, count = [[sample["input_ids"].tolist()] for sample in SAMPLES], len(SAMPLES)
     measure(decoder, Questions(asked, [[[]]] * count, [5, 6, 7, 8], [0] * count, [4] * count), batch_size=5)
     assert run.evaluation(1).traffic == Traffic(**stream.traffic) == Traffic(weights_in=8 * run.layer)
+
+
+def test_bytes_of_a_streamed_attack(tmp_path):
+    """AdamW keeps a counter for each parameter too, which the plan leaves out."""
+    root = tiny_text.workspace(tmp_path)
+    tokenizer, files = load_tokenizer(root / "model"), [root / "f0.jsonl", root / "f1.jsonl"]
+    config = KUnBRConfig(rtt_attacks=("full", "lora", "int8"), rtt_lrs=(1e-4,), rtt_epochs=2, rtt_batch_size=4)
+    data = Data.load([str(path) for path in files], [str(root / "r.jsonl")], tokenizer, config)
+    run = Run(Architecture.load(root / "model")[0], data, config, Setup("cpu", stream=True))
+    decoder, stream = opened(root / "model")
+    folds = [Fold(path.stem, *[load_records([str(path)])] * 2) for path in files]
+    rtt_attack(decoder, tokenizer, folds, config.attack(), tmp_path, progress=False)
+    predicted = dataclasses.asdict(run.attack().traffic.times(3))
+    assert predicted == pytest.approx(dict(stream.traffic), rel=0.01)
+    for name in ("weights_in", "weights_out"):
+        assert predicted[name] == pytest.approx(stream.traffic[name])
 
 
 def test_resident_layers_take_memory():
