@@ -30,7 +30,8 @@ THEMES = {
     "objective": "objective objective_options retain_loss retain_layers hidden_coeff retain_coeff "
     "forget_loss_cap weight_decay max_retain_loss",
     "adversary": "adversary_every adversary_steps adversary_lrs adversary_frozen adversary_reach",
-    "warm-up": "warmup_epochs warmup_objective warmup_objective_options warmup_lr warmup_optimizer",
+    "warm-up": "warmup_epochs warmup_objective warmup_objective_options warmup_lr warmup_optimizer "
+    "warmup_master_weights",
     "selection": "modules reduction num_blocks top_k skip_last_layers",
     "blocks": "insertion rounds block_epochs block_lr block_hidden_coeff optimizer master_weights mask mask_ratio",
     "attack": "scoring rtt rtt_lrs rtt_attacks rtt_lora_rank rtt_lora_targets rtt_epochs rtt_batch_size rtt_target",

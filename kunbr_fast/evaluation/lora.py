@@ -147,7 +147,7 @@ class LoraTraining(FullTraining):
         matrices = {
             f"{number}.{k}": x for number, each in enumerate(self.adapters) for k, x in enumerate((each.a, each.b))
         }
-        self.updates = Updates(matrices, self.settings, self.execution.impl, None)
+        self.updates = Updates(matrices, self.settings, self.execution.impl)
         self.optimizer = self.updates.optimizer
         self._begin()
 

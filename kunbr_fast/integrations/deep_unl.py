@@ -65,6 +65,7 @@ from kunbr_fast.objectives import losses
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.reinserted import reinserted
+from kunbr_fast.training.settings import check_master_weights
 
 logger = logging.getLogger(__name__)
 
@@ -73,15 +74,18 @@ logger = logging.getLogger(__name__)
 class Options:
     """What `DEEP_UNL` takes beside the arguments of the authors' class.
 
-    num_layers: what their script has built in. master_weights: fp32 copies of half-precision weights for the optimiser,
-    which theirs has not: at its learning rate of 2e-7 most fp16 updates are rounded away. impl: as in `reinserted`.
+    num_layers: what their script has built in. master_weights: as in `BlockSettings`; theirs has none: at its learning
+    rate of 2e-7 most fp16 updates are rounded away. impl: as in `reinserted`.
     work_dir: where files of the size of the model go meanwhile (default: the system's temporary directory).
     """
 
     num_layers: int = 32
-    master_weights: bool = False
+    master_weights: str = "none"
     impl: str = "auto"
     work_dir: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        check_master_weights(self.master_weights)
 
 
 class DEEP_UNL:
@@ -116,6 +120,7 @@ class DEEP_UNL:
         self.history_cache = {f"block{i}": 0 for i in range(block_num)}  # visits
         trainable(self.model, "DEEP_UNL")
         self.decoder = Decoder(self.model)
+        check_master_weights(self.options.master_weights, self.decoder.dtype)
         stack = contextlib.ExitStack()
         self._work = stack.enter_context(scratch("kunbr-fast-", self.options.work_dir))
         weakref.finalize(self, stack.close)

@@ -415,8 +415,9 @@ class KUnBRTrainer(KUnBRMixin, Trainer):
     original model, the same data and settings, and `output_dir/kunbr-checkpoints` with the results of earlier stages,
     which is kept unless save_strategy="no". A new training removes what another one has left there.
 
-    Precision: a bf16 model keeps fp32 copies of the active block (config.master_weights); its warm-up has none. An fp32
-    model with bf16=True keeps fp32 weights and computes under autocast. fp16, DeepSpeed and FSDP are refused.
+    Precision: a bf16 model keeps fp32 copies of the active block (config.master_weights), not of all parameters in its
+    warm-up (config.warmup_master_weights). An fp32 model with bf16=True keeps fp32 weights and computes under autocast.
+    fp16, DeepSpeed and FSDP are refused.
 
     Errors: ValueError for what is not supported, here, a model that is not all to be trained among it (PEFT, frozen
     parameters, offloaded weights, DistributedDataParallel); for data and settings that do not fit, from `train`.

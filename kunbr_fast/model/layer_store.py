@@ -139,8 +139,10 @@ class LayerStore:
         had any."""
         if not tensors:
             return 0
-        layout = self.layouts.setdefault(layer, Layout(tensors))
-        buffer = self._loading.pop(layer, None)
+        layout, buffer = self.layouts.get(layer), self._loading.pop(layer, None)
+        if layout is None or layout.keys() != tensors.keys():  # a parameter's first gradient may come late
+            layout, buffer = Layout(tensors), None
+            self.layouts[layer] = layout
         if buffer is None:
             buffer = self._free(layout.size)
             buffer.wait()

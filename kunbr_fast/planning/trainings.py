@@ -11,7 +11,7 @@ from kunbr_fast.planning.context import Context, Taken, tokens_of
 from kunbr_fast.planning.costs import Batch, Step, batches, forward_flops
 from kunbr_fast.planning.layer_major import BUFFERS, Traffic, loads, one_pass, pass_memory, update_traffic
 from kunbr_fast.planning.machines import Work
-from kunbr_fast.planning.updates import STATES, Update, block_master, warmup_master
+from kunbr_fast.planning.updates import STATES, Update
 
 LOOKED_AT = 200  # steps of a stage whose batches are looked at one by one
 CACHE_TOKENS = 4096  # default of PrefixCache
@@ -193,7 +193,7 @@ class Trainings(Context):
         a, config = self.a, self.config
         epochs = config.warmup_epochs
         steps = self.once(("steps", epochs), lambda: self.steps_of(epochs))
-        update = Update(a.parameters, STATES[config.warmup_optimizer], a.itemsize, warmup_master(config))
+        update = Update(a.parameters, STATES[config.warmup_optimizer], a.itemsize, config.warmup_master_weights)
         taken = self.full(("warm-up", epochs), steps, update)
         kept, host = self.placed(self.states_bytes(self.states_layers))
         taken.memory["hidden states"], taken.host = kept, taken.host + host
@@ -231,7 +231,7 @@ class Trainings(Context):
         epochs = config.block_epochs
         steps = self.once(("steps", epochs), lambda: self.steps_of(epochs))
         update = Update(
-            len(block) * a.layer, STATES[config.optimizer], a.itemsize, block_master(config),
+            len(block) * a.layer, STATES[config.optimizer], a.itemsize, config.master_weights,
             config.optimizer_device == "host" and not setup.cpu,
         )  # fmt: skip
         peak, flops = self.once(("passes", block, epochs), lambda: self._block_passes(block, steps))

@@ -4,17 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from kunbr_fast.run.config import KUnBRConfig
-
 STATES = {"lion": 1, "adamw": 2}
-
-
-def block_master(config: KUnBRConfig) -> str:
-    return {True: "fp32", False: "none"}.get(config.master_weights, config.master_weights)
-
-
-def warmup_master(config: KUnBRConfig) -> str:
-    return getattr(config, "warmup_master_weights", "none")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from kunbr_fast.run.identity import check_record, run_identity
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.samples import Samples, overlap, to_samples, with_facts
 from kunbr_fast.run.state import RunState
-from kunbr_fast.training.settings import Execution
+from kunbr_fast.training.settings import Execution, check_master_weights
 from kunbr_fast.training.sharded import ADVERSARY
 
 
@@ -121,6 +121,8 @@ def _check_settings(decoder: Decoder, config: KUnBRConfig, execution: Execution,
     for block in _blocks(decoder, config):
         execution.check(decoder, block, config.optimizer)
         config.block_settings().check_reach(decoder.streamed, execution.cover_precision)
+    for name, used in (("master_weights", config.top_k > 0), ("warmup_master_weights", warm_up)):
+        check_master_weights(getattr(config, name), decoder.dtype if used else None, name)
     return _criteria(decoder, config, warm_up)
 
 

@@ -40,6 +40,7 @@ from kunbr_fast.run.setting import ADVERSARY, CHOSEN, NUMBERS, RATES, VISITS, re
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
 from kunbr_fast.training.settings import (
     INSERTIONS,
+    MASTER_WEIGHTS,
     REACHES,
     BlockSettings,
     Execution,
@@ -138,6 +139,7 @@ class KUnBRConfig:
     warmup_objective_options: dict[str, Any] = setting({}, "options of warmup_objective", "data")
     warmup_lr: float = setting(2e-7, "learning rate of the warm-up", "warmup")
     warmup_optimizer: str = setting("lion", "lion or adamw", "warmup", OPTIMIZERS)
+    warmup_master_weights: str = setting("none", "as master_weights, of all parameters", "warmup", MASTER_WEIGHTS)
 
     modules: str = setting("mlp", "whose gradients make the density: mlp, attention, norms or all", "density", MODULES)
     reduction: str = setting(
@@ -162,7 +164,9 @@ class KUnBRConfig:
         None, "of hidden_layers, while a block is trained (default: hidden_coeff)", "blocks"
     )
     optimizer: str = setting("lion", "lion or adamw, started anew at each visit", "blocks", OPTIMIZERS)
-    master_weights: bool = setting(True, "fp32 copies of half-precision block weights for the optimiser", "blocks")
+    master_weights: str = setting(
+        "fp32", "half precision and small updates: fp32 copies, none, stochastic rounding", "blocks", MASTER_WEIGHTS
+    )
     cover_precision: str = setting(
         "none",
         "frozen weights above the block: none (exact), fp8, int8 or nf4, an approximation that the report measures",
@@ -254,11 +258,11 @@ class KUnBRConfig:
             setattr(self, name, tuple(given) if isinstance(given, (list, tuple)) else given)
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
+            refuse_old(f"{field.name}={getattr(self, field.name)}")
             value = self._coerce(field.name, getattr(self, field.name), hints[field.name])
             setattr(self, field.name, value)
             choices = field.metadata["choices"]
             if choices and value not in choices:
-                refuse_old(f"{field.name}={value}")
                 raise ValueError(f"{field.name}={shown(value)}: expected one of {', '.join(choices)}")
         for name in RATES:
             rates(getattr(self, name), name)
@@ -345,15 +349,15 @@ class KUnBRConfig:
         )
 
     def full_settings(self, seed: int = 0) -> FullSettings:
-        """What the warm-up trains. seed: of the adversary's draws."""
-        return FullSettings(
-            self.warmup_lr, self.warmup_optimizer, adversary_seed=seed, **self._settings("weight_decay", *ADVERSARY)
-        )
+        """What the warm-up trains. seed: of what it draws."""
+        given = self._settings("weight_decay", *ADVERSARY) | {"master_weights": self.warmup_master_weights}
+        return FullSettings(self.warmup_lr, self.warmup_optimizer, adversary_seed=seed, rounding_seed=seed, **given)
 
     def block_settings(self, seed: int = 0, mask: Mapping[str, torch.Tensor] | None = None) -> BlockSettings:
-        """What a visit of a block trains, apart from its criterion. seed: of the adversary's draws."""
+        """What a visit of a block trains, apart from its criterion. seed: of what it draws."""
         names = ("optimizer", "weight_decay", "insertion", "master_weights", "adversary_reach", *ADVERSARY)
-        return BlockSettings(self.block_lr, mask=mask, adversary_seed=seed, **self._settings(*names))
+        seeds = dict(adversary_seed=seed, rounding_seed=seed)
+        return BlockSettings(self.block_lr, mask=mask, **seeds, **self._settings(*names))
 
     def _settings(self, *names: str) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names}

@@ -64,6 +64,8 @@ CHOSEN = {"rtt_attacks": chosen_attacks, "rtt_lora_targets": chosen_targets, "re
 OLD_SETTINGS = {
     "activations": "cache also says where a streamed model's activations wait; leave it out",
     "cover_precision=fp8_matmul": "its gradients were too far from the exact ones (cosine 0.949): take fp8",
+    "master_weights=True": "expected fp32, none or stochastic: take fp32, which it was",
+    "master_weights=False": "expected fp32, none or stochastic: take none, which it was",
 }
 
 

@@ -148,7 +148,7 @@ class Run:
             if self.in_parts and original is not None:
                 shards = stack.enter_context(sharded(decoder.model, decoder.layers, self.group, original))
                 training = ShardedTraining(decoder, shards, **how)
-                stack.callback(training.optimizer.state.clear)  # before the model is whole again
+                stack.callback(training.updates.forget)  # before the model is whole again
             else:
                 training = full_training(decoder, **how)
             training.stage, training.lr_name = "warm-up", "warmup_lr"

@@ -28,6 +28,8 @@ from kunbr_fast.training.graphs import Capture, StepGraphs, capture_cuda
 from kunbr_fast.training.settings import BlockSettings, Execution
 from kunbr_fast.training.training import Training
 
+VANISH = "take master_weights fp32 (or, in bf16, stochastic), or a float32 model"
+
 
 def block_tensors(decoder: Decoder, block: range) -> dict[str, nn.Parameter]:
     """The block's parameters by their names in the whole model; refuses parameters shared with other modules."""
@@ -109,16 +111,16 @@ class BlockTraining(Training):
         self._kept = {name: (p.data, p.grad) for name, p in self.parameters.items()}
         self._all: dict[str, nn.Parameter] = {}  # the model's, where an adversary changes them
         self._away: dict[str, torch.Tensor] = {}  # values whose storage is freed meanwhile
-        params, impl = list(self.parameters.values()), execution.impl
+        params, impl, master = list(self.parameters.values()), execution.impl, settings.master_weights == "fp32"
         try:
             with torch.no_grad():
-                self.flat = FlatBuffer(params, values, settings.master_weights, masks, execution.optimizer_device)
+                self.flat = FlatBuffer(params, values, master, masks, execution.optimizer_device)
                 del values
                 if self.flat.on_host:
                     impl = "torch"  # the update's: kernels are for the model's device
                     self._send_away()
-            cure = "use master_weights=True or a float32 model"
-            self.optimizer = settings.make_optimizer([self.flat.param], impl, cure)
+            settings.warn_if_updates_vanish([self.flat.param], VANISH)
+            self.optimizer = settings.make_optimizer([self.flat.param], impl)
             if settings.reaches_model:
                 self._all = dict(decoder.model.named_parameters())
                 self.adversary = FullAdversary(settings.adversary, execution.impl, self._all, self._zero)
@@ -174,7 +176,9 @@ class BlockTraining(Training):
         if self.graphs is not None:
             cures.append("cuda_graphs=False")
         if flat.master is not None:
-            cures.append("master_weights=False (small updates are rounded away)")
+            bf16 = flat.weights.dtype == torch.bfloat16
+            cures += ['master_weights="stochastic" (no copies of bf16 weights)'] * bf16
+            cures.append('master_weights="none" (small updates are rounded away)')
         cures += ["smaller blocks (num_blocks)", "shorter samples (max_length)", "a streamed model (open_streamed)"]
         return what, cures
 

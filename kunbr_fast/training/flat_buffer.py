@@ -16,6 +16,7 @@ _warned: set[str] = set()
 
 OPTIMIZERS = ("lion", "adamw")
 OPTIMIZER_DEVICES = ("device", "host")
+HALF = (torch.float16, torch.bfloat16)
 
 
 def make_optimizer(
@@ -26,14 +27,19 @@ def make_optimizer(
     weight_decay: float = 0.0,
     *,
     impl: str = "auto",
+    seed: int | None = None,
 ) -> Watched:
-    """`lion` or `adamw` over `params`; betas default to (0.9, 0.99) and (0.9, 0.999).
+    """`lion` or `adamw` over `params`; betas default to (0.9, 0.99) and (0.9, 0.999). seed: of stochastic rounding of
+    bf16 parameters, whose state is then in fp32.
 
-    Where impl comes to torch, AdamW is `torch.optim.AdamW(fused=True)`, one pass too.
+    Where impl comes to torch, AdamW is `torch.optim.AdamW(fused=True)`, one pass too; it rounds to nearest alone.
     """
     check_optimizer(name)
     params = list(params)
     betas = tuple(betas) if betas is not None else BETAS[name]
+    if seed is not None:
+        kind = Lion if name == "lion" else AdamW
+        return kind(params, lr, betas, weight_decay, state_dtype=torch.float32, seed=seed, impl=impl)
     if name == "lion":
         return Lion(params, lr, betas, weight_decay, impl=impl)
     if impl not in ("cuda", "triton") and all(
@@ -51,7 +57,7 @@ def warn_if_updates_vanish(params: Sequence[torch.Tensor], lr: float, cure: str)
     is below eps/4 of a weight (2^-9 in bf16) never changes it. Judged by the median weight.
     """
     dtype = params[0].dtype
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in HALF:
         return
     stride = 1 + sum(p.numel() for p in params) // 2**20  # a million weights tell the median
     median = float(torch.cat([p.detach().flatten()[::stride] for p in params]).float().abs().median())
@@ -110,7 +116,7 @@ class FlatBuffer:
         self.on_host = optimizer_device == "host"
         if self.on_host:
             self._updated, self._update_grad = _host_copy(self.weights), _host_copy(self.grad)
-        self.master = self._updated.float() if master and first.dtype in (torch.float16, torch.bfloat16) else None
+        self.master = self._updated.float() if master and first.dtype in HALF else None
         self.param = torch.nn.Parameter(self._updated if self.master is None else self.master)
         if self.master is None:
             self.param.grad = self._update_grad

@@ -15,9 +15,12 @@ from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.training.adversary import FullAdversary
 from kunbr_fast.training.settings import Execution, FullSettings
 from kunbr_fast.training.training import Training
-from kunbr_fast.training.updates import PREFIX, Updates
+from kunbr_fast.training.updates import Updates
 
-VANISH = "load the model in float32 (--dtype float32)"
+VANISH = (
+    "take master_weights fp32 (or, in bf16, stochastic; in a run warmup_master_weights), or load the model in float32 "
+    "(--dtype float32)"
+)
 
 
 class FullTraining(Training):
@@ -56,7 +59,8 @@ class FullTraining(Training):
         if self.decoder.streamed:
             raise ValueError(f"{self.decoder.name} is streamed: take StreamedFullTraining (`full_training` chooses)")
         settings, impl = self.settings, self.execution.impl
-        self.updates = Updates(self.parameters, settings, impl, VANISH)
+        settings.warn_if_updates_vanish(list(self.parameters.values()), VANISH)
+        self.updates = Updates(self.parameters, settings, impl, self._numbers())
         self.optimizer = self.updates.optimizer
         if (adversary := settings.adversary) is not None:
             self.adversary = FullAdversary(adversary, impl, self.parameters, self.drop_gradient)
@@ -65,19 +69,27 @@ class FullTraining(Training):
         """What the optimiser updates, by name: a tied weight appears once."""
         return dict(self.decoder.model.named_parameters())
 
+    def _numbers(self) -> dict[str, int]:
+        """By which each parameter has random bits of its own."""
+        return {name: number for number, name in enumerate(self.parameters)}
+
     def loss(self, step: StepBatch) -> PartLoss:
         stretch = Stretch(recompute=self.execution.gradient_checkpointing)
         criterion, how = self.criterion_of(step.role), dict(impl=self.execution.impl, original_head=self.original_head)
         return criterion(self.decoder, step, stretch, **how)
 
     def drop_gradient(self) -> None:
-        self.optimizer.zero_grad()
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def _memory(self) -> tuple[str, list[str]]:
         weights = sum(p.nbytes for p in self.parameters.values())
-        state = [x for values in self.optimizer.state.values() for x in values.values()]
-        state = sum(x.nbytes for x in state if isinstance(x, torch.Tensor))
-        what = f"all parameters: weights {gibibytes(weights)}, gradient as much, optimiser state {gibibytes(state)}"
+        state = sum(x.nbytes for x in self.updates.tensors().values())
+        master = "master weights and " * (self.settings.master_weights == "fp32")
+        what = (
+            f"all parameters: weights {gibibytes(weights)}, gradient as much, {master}optimiser state "
+            f"{gibibytes(state)}"
+        )
         return what, ["shorter samples (max_length)", "an M_u made on a larger machine (unlearned=)"]
 
     def gradients(self) -> list[torch.Tensor]:
@@ -100,6 +112,5 @@ class FullTraining(Training):
             self.adversary.load_state(state)
         self.optimizer.reset_flags()
         device = self.decoder.device
-        self.optimizer.state.clear()
-        self.updates.take({name: state[name].to(device, copy=True) for name in state if name.startswith(PREFIX)})
+        self.updates.take({name: state[name].to(device, copy=True) for name in self.updates.begin(state)})
         self.steps = steps

@@ -19,11 +19,14 @@ from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
 from kunbr_fast.objectives.hidden_layers import HiddenLayers
 from kunbr_fast.training import flat_buffer
 from kunbr_fast.training.graphs import check_cuda_graphs
-from kunbr_fast.values import COUNT_OR_NONE, FLOAT32, NOT_NEGATIVE, check
+from kunbr_fast.values import COUNT_OR_NONE, FLOAT32, NOT_NEGATIVE, Whole, check
 
 ADVERSARY = ("adversary_steps", "adversary_lrs", "adversary_frozen", "adversary_reach")  # of one that is there
 INSERTIONS = ("independent", "cumulative")
 REACHES = ("block", "model")
+MASTER_WEIGHTS = ("fp32", "none", "stochastic")
+PARAMETERS = 2**20  # that have random bits of their own, for each seed
+ROUNDING_SEED = Whole(0, 2**42 - 1)  # times PARAMETERS, what the optimisers take
 
 
 def check_rates(
@@ -52,10 +55,25 @@ def check_unused(settings: Any) -> None:
             )
 
 
+def check_master_weights(value: Any, dtype: torch.dtype | None = None, name: str = "master_weights") -> None:
+    """ValueError that names the setting unless it is one of `MASTER_WEIGHTS`, and (dtype: of the model) can be."""
+    if value not in MASTER_WEIGHTS:
+        raise ValueError(f"{name}={shown(value)}: expected one of {', '.join(MASTER_WEIGHTS)}")
+    if value == "stochastic" and dtype == torch.float16:
+        raise ValueError(
+            f"{name}='stochastic': the model is in float16, and rounding is for bfloat16: take fp32, or load the model "
+            "in bfloat16 (--dtype bfloat16)"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class FullSettings:
     """What a training of all parameters does; betas default to the optimiser's own.
 
+    master_weights: for half-precision parameters, where small updates would be rounded away: "fp32", copies that the
+    optimiser updates; "stochastic", of bf16 parameters: the optimiser's state is in fp32, and an updated value is
+    rounded to one of its two neighbours, on average itself; "none".
+    rounding_seed: of "stochastic", whose bits depend on it, the parameter, the step and the place in it alone.
     adversary_every: above 0, the forget loss is taken at the weights of an adversary that relearns other facts and
     starts anew after so many steps; adversary_*: as in `data.AdversarySettings`. It costs a copy of what is trained,
     AdamW's two moments, and a forward and backward pass over a forget batch for each of its steps.
@@ -65,6 +83,8 @@ class FullSettings:
     optimizer: str = "adamw"
     betas: tuple[float, float] | None = None
     weight_decay: float = 0.0
+    master_weights: str = "none"
+    rounding_seed: int = 0
     adversary_every: int = 0
     adversary_steps: int = AdversarySettings.steps
     adversary_lrs: tuple[float, ...] = AdversarySettings.lrs
@@ -76,6 +96,8 @@ class FullSettings:
             raise TypeError("lr is missing: give a learning rate")
         flat_buffer.check_optimizer(self.optimizer)
         check_rates(self.lr, self.weight_decay, self.optimizer, self.betas)
+        check_master_weights(self.master_weights)
+        check("rounding_seed", self.rounding_seed, ROUNDING_SEED)
         check("adversary_every", self.adversary_every, COUNT_OR_NONE)
         for lr in self._adversary(self.adversary_every or 1).lrs:
             check_rates(lr, 0.0, "adamw", name="adversary_lrs")
@@ -90,12 +112,18 @@ class FullSettings:
         names = [field.name for field in dataclasses.fields(AdversarySettings) if field.name != "every"]
         return AdversarySettings(every, **{name: getattr(self, f"adversary_{name}") for name in names})
 
-    def make_optimizer(self, params: Sequence[torch.Tensor], impl: str, cure: str | None) -> Watched:
-        """The optimiser over `params`; logs `cure`, if there is one, where most updates will be rounded away."""
-        if cure is not None:
+    def make_optimizer(self, params: Sequence[torch.Tensor], impl: str, number: int = 0) -> Watched:
+        """The optimiser over `params`, which are of one dtype. number: among those with random bits of their own."""
+        chosen, seed = (self.lr, self.betas, self.weight_decay), None
+        if self.master_weights == "stochastic" and params[0].dtype in flat_buffer.HALF:
+            check_master_weights(self.master_weights, params[0].dtype)
+            seed = self.rounding_seed * PARAMETERS + number
+        return flat_buffer.make_optimizer(self.optimizer, params, *chosen, impl=impl, seed=seed)
+
+    def warn_if_updates_vanish(self, params: Sequence[torch.Tensor], cure: str) -> None:
+        """Logs `cure` where most updates of half-precision weights will be rounded away."""
+        if self.master_weights == "none":
             flat_buffer.warn_if_updates_vanish(params, self.lr, cure)
-        chosen = self.lr, self.betas, self.weight_decay
-        return flat_buffer.make_optimizer(self.optimizer, params, *chosen, impl=impl)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +133,6 @@ class BlockSettings(FullSettings):
     objective, objective_options, retain_loss, retain_layers, hidden_coeff, retain_coeff, forget_loss_cap: what a step
     minimises, see `Criterion`; retain_layers and hidden_coeff are its `HiddenLayers`.
     insertion: "cumulative" leaves the trained block in the original for the next ones, "independent" takes it out.
-    master_weights: fp32 copies of half-precision block weights for the optimiser.
     mask: for some of the block's parameters, by name, a bool tensor of its shape: where it is False the weight keeps
     its bits (M_u's), whatever optimiser and weight decay. `attribute(...).mask()` makes them. Names outside the block
     have no effect, and what has no mask may change everywhere.
@@ -123,7 +150,7 @@ class BlockSettings(FullSettings):
     hidden_coeff: float = EVERY_LAYER.coeff
     forget_loss_cap: float | None = None
     insertion: str = "independent"
-    master_weights: bool = True
+    master_weights: str = "fp32"
     mask: Mapping[str, torch.Tensor] | None = None
     adversary_reach: str = "block"
 

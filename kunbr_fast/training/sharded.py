@@ -22,7 +22,7 @@ from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.micro_batches import dealt, one_of, summed
 from kunbr_fast.training.settings import Execution, FullSettings
 from kunbr_fast.training.shared import SharedStep
-from kunbr_fast.training.updates import PREFIX
+from kunbr_fast.training.updates import MASTER, PREFIX, of_parameter
 
 ADVERSARY = "sharding='fsdp': the warm-up's adversary has weights of its own, which are not in parts: leave one out"
 
@@ -31,7 +31,8 @@ class ShardedTraining(FullTraining):
     """`FullTraining` inside `sharded`: each rank updates its rows of every parameter, and has their optimiser state.
 
     All ranks give `step` and `step_packed` the same whole batch, and deal its samples out. A rank without any runs one
-    of the others' with weight 0, as each layer is put together by all ranks at once.
+    of the others' with weight 0, as each layer is put together by all ranks at once. Stochastic rounding has other
+    random bits than in one process.
     """
 
     def __init__(
@@ -52,6 +53,10 @@ class ShardedTraining(FullTraining):
     def _updated(self) -> dict[str, torch.nn.Parameter]:
         """A part without rows has nothing to update."""
         return {name: part for name, part in self.shards.parts.items() if part.numel()}
+
+    def _numbers(self) -> dict[str, int]:
+        size, rank = self.ranks.size, self.ranks.rank
+        return {name: number * size + rank for number, name in enumerate(self.shards.parts)}
 
     def step_packed(self, step: StepBatch, relearned: Sequence[StepBatch] = ()) -> dict[str, float | None]:
         self.relearn(relearned)
@@ -120,7 +125,7 @@ class ShardedTraining(FullTraining):
     def state(self) -> dict[str, torch.Tensor]:
         """This rank's rows of everything; what is not cut, rank 0's alone."""
         found = super().state()
-        cut = {n for n in found if n in self.parameters or (n.startswith(PREFIX) and found[n].dim())}
+        cut = {n for n in found if n in self.parameters or (n.startswith((PREFIX, MASTER)) and found[n].dim())}
         return {name: found[name] for name in found if name in cut or self.ranks.first}
 
     def same_state(self) -> dict[str, torch.Tensor]:
@@ -132,14 +137,9 @@ class ShardedTraining(FullTraining):
         self.shards.take(state)
         self.criterion.load_state(state)
         self.optimizer.reset_flags()
-        self.optimizer.state.clear()
-        found = {}
-        for name in state:
-            parameter = name.split(".", 2)[-1]
-            if name.startswith(PREFIX) and parameter in self.parameters:
-                rows = rows_in(state, name, self.shards.rows(parameter))
-                found[name] = rows.to(self.decoder.device, copy=True)
-        self.updates.take(found)
+        found = {name: self.shards.rows(of_parameter(name)) for name in self.updates.begin(state)}
+        device = self.decoder.device
+        self.updates.take({name: rows_in(state, name, rows).to(device, copy=True) for name, rows in found.items()})
         self.steps = steps
 
 

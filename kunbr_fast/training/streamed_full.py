@@ -19,10 +19,9 @@ from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.training.diverged import UPDATE
-from kunbr_fast.training.flat_buffer import warn_if_updates_vanish
 from kunbr_fast.training.full import VANISH, FullTraining
 from kunbr_fast.training.streamed import LayerMajorSteps
-from kunbr_fast.training.updates import PREFIX, Updates
+from kunbr_fast.training.updates import Updates
 
 
 class StreamedFullTraining(LayerMajorSteps, FullTraining):
@@ -68,11 +67,12 @@ class StreamedFullTraining(LayerMajorSteps, FullTraining):
         self.optimizer = self.layers[0].optimizer
         for updates in (*self.layers, *self._outside()):
             updates.share_flags(self.layers[0])
-        warn_if_updates_vanish([self.weights[name] for name in inside[0]], settings.lr, VANISH)
+        if settings.master_weights == "none":
+            settings.warn_if_updates_vanish([self.weights[name] for name in inside[0]], VANISH)
         self._good = torch.tensor(True)
 
     def _updates(self, parameters: Mapping[str, nn.Parameter]) -> Updates:
-        return Updates(parameters, self.settings, self.execution.impl, None)
+        return Updates(parameters, self.settings, self.execution.impl, self._numbers())
 
     def _outside(self) -> list[Updates]:
         return [updates for updates in (self.below, self.above) if updates is not None]
@@ -179,10 +179,6 @@ class StreamedFullTraining(LayerMajorSteps, FullTraining):
         """None is left: a number that is finite if all were."""
         return [torch.zeros(1, device=self._good.device).masked_fill_(~self._good, torch.nan)]
 
-    def drop_gradient(self) -> None:
-        for parameter in self.parameters.values():
-            parameter.grad = None
-
     def _memory(self) -> tuple[str, list[str]]:
         outside = sum(p.nbytes for updates in self._outside() for p in updates.parameters.values())
         what = (
@@ -205,11 +201,9 @@ class StreamedFullTraining(LayerMajorSteps, FullTraining):
         weights, store, device = self.weights, self.weights.store, self.decoder.device
         store.wait()
         store.forget_loading()
-        names = [name for name in state if name.startswith(PREFIX)]
         for layer, updates in enumerate(self.layers):
-            mine = [name for name in names if name.split(".", 2)[2] in updates.parameters]
+            mine = updates.begin(state)
             weights.put(layer, state)
-            updates.optimizer.state.clear()
             if layer in weights.resident:
                 updates.take({name: state[name].to(device, copy=True) for name in mine})
             elif mine:
@@ -217,9 +211,7 @@ class StreamedFullTraining(LayerMajorSteps, FullTraining):
         for updates in self._outside():
             for name, parameter in updates.parameters.items():
                 parameter.copy_(state[name])
-            mine = [name for name in names if name.split(".", 2)[2] in updates.parameters]
-            updates.optimizer.state.clear()
-            updates.take({name: state[name].to(device, copy=True) for name in mine})
+            updates.take({name: state[name].to(device, copy=True) for name in updates.begin(state)})
         weights.changed_others()
         self.criterion.load_state(state)
         self.optimizer.reset_flags()

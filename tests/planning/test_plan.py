@@ -170,9 +170,9 @@ def test_peak_of_a_block(name, dtype, checkpoint, length):
 def test_peak_of_a_block_without_master_weights_and_with_adamw():
     data = random_samples(12, low=10, high=20, vocab=499)
     for settings in (
-        dict(master_weights=False),
+        dict(master_weights="none"),
         dict(optimizer="adamw"),
-        dict(optimizer="adamw", master_weights=False),
+        dict(optimizer="adamw", master_weights="none"),
         dict(adversary_every=4),
         dict(adversary_every=4, adversary_reach="model"),
     ):

@@ -23,7 +23,7 @@ def test_round_trip(tmp_path):
         forget_loss_cap=1e-5,
         rtt_lrs=(3e-7, 1 / 3),
         max_length=17,
-        master_weights=False,
+        master_weights="stochastic",
         warmup_lr=1e-30,
     )
     config.save(tmp_path / "run.yaml")
@@ -77,7 +77,13 @@ def test_yaml_numbers(tmp_path):
         ("max_length: 3.5", "max_length=3.5: expected a whole number from 1 to 2147483647 or null"),
         ("rtt: 1", "rtt=1: expected bool"),
         ("rtt: 'false'", "rtt='false': expected bool"),
-        ("master_weights: 0", "master_weights=0: expected bool"),
+        ("master_weights: 0", "master_weights=0: expected str"),
+        ("master_weights: bf16", "master_weights='bf16': expected one of fp32, none, stochastic"),
+        (
+            "master_weights: true",
+            "master_weights=True is no longer a setting: expected fp32, none or stochastic: take fp32",
+        ),
+        ("warmup_master_weights: fp16", "warmup_master_weights='fp16': expected one of fp32, none, stochastic"),
         ("warmup_lr: true", "warmup_lr=True: expected a number of at least 0"),
         ("warmup_lr: fast", "warmup_lr='fast': expected a number of at least 0"),
         ("warmup_lr: [1]", "warmup_lr=[1]: expected a number of at least 0"),
@@ -122,6 +128,8 @@ def test_an_old_file_is_read(tmp_path):
 def test_old_settings_as_keywords_name_the_new_way():
     with pytest.raises(ValueError, match="^activations is no longer a setting: cache also says where"):
         KUnBRConfig(activations="file")
+    with pytest.raises(ValueError, match="expected fp32, none or stochastic: take none, which it was"):
+        KUnBRConfig(master_weights=False)
     with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
         KUnBRConfig(nonsense=1)
 

@@ -69,7 +69,7 @@ DIVERGING = {
     "AdamW in a block": (dict(block_lr=1e30, optimizer="adamw") | ONE_STEP, None, "block", dict(block_lr=1e-3)),
     "only the fp16 copy overflows": (dict(block_lr=1e5) | ONE_STEP, FP16, "block", dict(block_lr=1e-3)),
     "fp16 without master weights": (
-        dict(block_lr=1e5, master_weights=False) | ONE_STEP, FP16, "block", dict(block_lr=1e-3)),
+        dict(block_lr=1e5, master_weights="none") | ONE_STEP, FP16, "block", dict(block_lr=1e-3)),
     "fp16, the update on the host": (
         dict(block_lr=1e5, optimizer_device="host") | ONE_STEP, FP16, "block", dict(block_lr=1e-3)),
     "the warm-up, one step": (dict(warmup_lr=1e30) | ONE_STEP, None, "warm-up", dict(warmup_lr=1e-3)),

@@ -37,8 +37,8 @@ def copied(state):
 @pytest.mark.parametrize("optimizer", ["lion", "adamw"])
 @pytest.mark.parametrize(
     "dtype, master",
-    [(torch.bfloat16, True), (torch.bfloat16, False)]
-    + [pytest.param(dtype, True, marks=pytest.mark.slow) for dtype in (torch.float64, torch.float32)],
+    [(torch.bfloat16, "fp32"), (torch.bfloat16, "stochastic"), (torch.bfloat16, "none")]
+    + [pytest.param(dtype, "fp32", marks=pytest.mark.slow) for dtype in (torch.float64, torch.float32)],
 )
 def test_same_bits_as_on_the_device(dtype, master, optimizer, masked):
     """Also across: what one writes down, the other goes on from."""

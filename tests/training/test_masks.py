@@ -30,8 +30,8 @@ def random_mask(model, share=0.4, seed=3, leave_out=("norm",)):
 @pytest.mark.parametrize("optimizer", ["lion", "adamw"])
 @pytest.mark.parametrize(
     "dtype, master",
-    [(torch.float64, True), pytest.param(torch.float32, True, marks=pytest.mark.slow), (torch.bfloat16, True),
-     pytest.param(torch.bfloat16, False, marks=pytest.mark.slow)],
+    [(torch.float64, "fp32"), pytest.param(torch.float32, "fp32", marks=pytest.mark.slow), (torch.bfloat16, "fp32"),
+     (torch.bfloat16, "stochastic"), pytest.param(torch.bfloat16, "none", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_what_lies_outside_keeps_its_bits(dtype, master, optimizer, weight_decay):
     original = tiny_model(dtype=dtype)
@@ -198,7 +198,7 @@ def test_settings_of_a_mask():
 @pytest.mark.parametrize("kind", [Lion, AdamW])
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_stochastic_rounding(kind, impl):
-    """Not among `reinserted`'s settings; an optimiser over a flat buffer has it."""
+    """By the kernels too."""
     if impl == "triton":
         pytest.importorskip("triton", reason="triton is made for Linux only")
     device = "cuda" if torch.cuda.is_available() else "cpu"

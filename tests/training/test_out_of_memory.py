@@ -197,9 +197,9 @@ def test_one_sample_that_does_not_fit_says_what_to_change(objective, backward):
     assert isinstance(error.value, torch.OutOfMemoryError) and SAYS in text
     for part in ("one sample of", "tokens alone", "weights 0.00 GiB", "gradient_checkpointing=True (the same result)"):
         assert part in text, part
-    for part in ('optimizer_device="host"', "master_weights=False", "max_length", "open_streamed"):
+    for part in ('optimizer_device="host"', 'master_weights="none"', "max_length", "open_streamed"):
         assert part in text, part
-    settings = dict(lr=1e-3, gradient_checkpointing=True, optimizer_device="host", master_weights=False)
+    settings = dict(lr=1e-3, gradient_checkpointing=True, optimizer_device="host", master_weights="none")
     with kf.reinserted(decoder, weights(moved(original)), BLOCK, **settings) as training:
         with memory_for(1, decoder, BLOCK.start), pytest.raises(OutOfMemory) as error:
             training.step(FORGET, RETAIN)

@@ -468,19 +468,21 @@ def test_master_weights_keep_small_updates(caplog, monkeypatch):
     monkeypatch.setattr(flat_buffer, "_warned", set())
     original = tiny_model(dtype=torch.bfloat16)
     moves = {}
-    for master in (True, False):
+    for master in ("fp32", "stochastic", "none"):
+        caplog.clear()
         unlearned = moved(original)
         start = weights(unlearned)
         with kf.reinserted(original, unlearned, BLOCK, lr=2e-6, master_weights=master) as training:
             for _ in range(60):
                 training.step(FORGET, RETAIN)
-        assert ("master_weights=True" in caplog.text) == (not master)
+        assert ("take master_weights fp32 (or, in bf16, stochastic)" in caplog.text) == (master == "none")
         name = "model.layers.2.input_layernorm.weight"  # values near 1, where bf16 steps are 8e-3
         moves[master] = int((weights(unlearned)[name] != start[name]).sum())
         total = sum(int((v != start[n]).sum()) for n, v in weights(unlearned).items())
         moves[master, "all"] = total
-    assert moves[False] == 0
-    assert moves[True, "all"] > moves[False, "all"]
+    assert moves["none"] == 0
+    for master in ("fp32", "stochastic"):
+        assert moves[master, "all"] > moves["none", "all"]
 
 
 def test_two_visits_are_the_reference_procedures():
