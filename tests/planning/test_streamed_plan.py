@@ -62,16 +62,16 @@ def sizes(samples):
     return [(len(s["input_ids"]), int((s["labels"][1:] != -100).sum())) for s in samples]
 
 
-def tiny_run(**settings):
+def tiny_run(dtype="float32", **settings):
     """Of six forget and six retain samples, two steps of all."""
     config = KUnBRConfig(batch_size=3, warmup_epochs=1, block_epochs=1, num_blocks=4, top_k=1, **settings)
     data = Data(sizes(SAMPLES)[:6], sizes(SAMPLES)[6:], [], [n for n, _ in sizes(SAMPLES)])
-    return Run(Architecture.of(tf.LlamaConfig(**TINY), "llama", "float32"), data, config, Setup("cpu", stream=True))
+    return Run(Architecture.of(tf.LlamaConfig(**TINY), "llama", dtype), data, config, Setup("cpu", stream=True))
 
 
-def opened(folder, resident=0):
+def opened(folder, resident=0, dtype=None):
     """A streamed model's decoder, and its stream, with counts from here on."""
-    decoder = Decoder(open_streamed(folder, resident_layers=resident))
+    decoder = Decoder(open_streamed(folder, dtype=dtype, resident_layers=resident))
     stream = weights_of(decoder.model)
     stream.release()
     stream.loads.clear()
@@ -154,11 +154,15 @@ def test_peak_of_a_streamed_warm_up(dtype, micro, resident, optimizer, tied, tmp
     assert predicted.peak + predicted.store == pytest.approx(peak_bytes(measured), rel=0.1)
 
 
-@pytest.mark.parametrize("resident", [0, 3, 8])
-def test_bytes_of_a_streamed_warm_up(folder, resident, tmp_path):
+@pytest.mark.parametrize(
+    "resident, dtype, masters",
+    [(0, "float32", "none"), (3, "float32", "none"), (8, "float32", "none")]
+    + [(0, "bfloat16", "fp32"), (3, "bfloat16", "stochastic")],
+)
+def test_bytes_of_a_streamed_warm_up(folder, resident, dtype, masters, tmp_path):
     """Of a warm-up's steps, and of an evaluation, as `LayerStream.traffic` counts them."""
-    run = tiny_run(resident_layers=resident)
-    decoder, stream = opened(folder, resident)
+    run = tiny_run(dtype, resident_layers=resident, warmup_master_weights=masters)
+    decoder, stream = opened(folder, resident, dtype)
     with stream.writable(tmp_path), frozen(decoder.model):
         training = full_training(decoder, settings=run.config.full_settings(), lr=1e-4)
         for _ in range(2):
@@ -210,9 +214,11 @@ def test_what_finds_no_room_in_main_memory_goes_through_the_disk():
 # ---------------------------------------------------------------- goals
 
 
-@pytest.mark.parametrize("memory", ["32GiB", "64GiB"])
-def test_llama_3_8b_on_24_gib(configs, memory):
-    found = plan(configs["8B"], "24GiB", gpu="4090", stream=True, memory=memory, disk_rate=3)
+@pytest.mark.parametrize("memory, masters", [("32GiB", "none"), ("32GiB", "stochastic"), ("64GiB", "stochastic")])
+def test_llama_3_8b_on_24_gib(configs, memory, masters):
+    """Stochastic rounding: half-precision weights that train at small learning rates."""
+    how = dict(config=KUnBRConfig(warmup_master_weights=masters), memory=memory, disk_rate=3)
+    found = plan(configs["8B"], "24GiB", gpu="4090", stream=True, **how)
     attack = [stage for stage in found.stages if stage.name == "RTT attack"]
     assert [stage.name for stage in found.stages][:3] == ["evaluation", "warm-up", "density"] and len(attack) == 1
     assert found.seconds - sum(stage.runs * stage.seconds for stage in attack) < 90 * 60
