@@ -63,7 +63,9 @@ class FullTraining(Training):
         self.updates = Updates(self.parameters, settings, impl, self._numbers())
         self.optimizer = self.updates.optimizer
         if (adversary := settings.adversary) is not None:
-            self.adversary = FullAdversary(adversary, impl, self.parameters, self.drop_gradient)
+            self.adversary = FullAdversary(
+                adversary, impl, settings.adversary_rounding, self.parameters, self.drop_gradient
+            )
 
     def _updated(self) -> dict[str, torch.nn.Parameter]:
         """What the optimiser updates, by name: a tied weight appears once."""

@@ -227,6 +227,25 @@ def test_rtt_prints_the_curve_and_resumes(workspace, tmp_path, capsys):
         assert f"--out {out}: exists and is not an attack's result of kunbr-fast" in capsys.readouterr().err
 
 
+def test_rtt_of_a_model_that_is_streamed(workspace, tmp_path, capsys):
+    files = [str(workspace / name) for name in ("f0.jsonl", "f1.jsonl")]
+    command = ["rtt", "--model", str(workspace / "model"), "--forget", *files, "--rtt-lrs", "1e-3", "--rtt-epochs", "1"]
+    command += ["--rtt-attacks", "full", "lora", "--quiet"]
+    found, mlp = [], ["--rtt-lora-targets", "mlp"]
+    for more in ((), ("--stream", "--stream-cache", "50kB", "--resident-layers", "1")):
+        out = tmp_path / f"{len(more)}.json"
+        assert cli.main([*command, *mlp, "--rtt-lora-rank", "2", *more, "--out", str(out), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+        assert json.loads(out.read_text())["belongs_to"]["lora_targets"] == ["mlp"]
+    assert found[0] == found[1] and found[0]["attacks"].keys() == {"full", "lora"}
+    for more, message in (
+        (["--resident-layers", "1"], "resident_layers=1: the model is in memory whole: leave it out"),
+        (["--stream", "--rtt-lora-targets", "gate"], "lora_targets='gate': LlamaForCausalLM's layers have no linear"),
+        ([*mlp, "--resume", "--out", str(out)], "lora_rank = 2 changed since it was begun"),
+    ):
+        assert cli.main([*command, *more]) == 2 and message in capsys.readouterr().err
+
+
 def test_an_attack_that_is_resumed_loses_and_believes_nothing(workspace, tmp_path, capsys):
     out = tmp_path / "rtt.json"
     files = [str(workspace / name) for name in ("model", "f0.jsonl", "f1.jsonl")]

@@ -202,6 +202,13 @@ def test_masters_are_an_fp32_training_by_the_same_gradients(dtype, optimizer):
         assert torch.equal(found.get(f"master.{name}", parameter.data), wide[name].data)
         assert torch.equal(parameter.data, wide[name].data.to(parameter.dtype))
     assert equal({name: value for name, value in found.items() if not name.startswith("master.")}, truth.state())
+    for group in updates.optimizer.param_groups:  # as a scheduler does
+        group["lr"] = 0.0
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    updates.step()
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter.data, wide[name].data.to(parameter.dtype))
 
 
 def test_each_parameter_has_bits_of_its_own_wherever_it_is():
