@@ -163,6 +163,7 @@ class Attack:
             self._others = encoded(other_facts, "other facts") if is_text else data.as_samples(other_facts)
         self._before: dict[int, Accuracy] = {}  # each fold's, where it is known
         self._place, self._say = Place(), say
+        self._asking: str | None = None  # title of the questions' own bar
 
     def run(
         self,
@@ -191,6 +192,7 @@ class Attack:
             mine = [job for job in mine if ATTACKS[job.attack].trains_all]
         had = sum(job.points(config) for unfinished, job in jobs if not unfinished)
         self._place = place or Place(directory=directory)
+        self._asking = "questions" if progress and self.decoder.streamed else None
         total = had + sum(job.points(config) for job in mine)
         with _bar(total, had, progress and bool(mine)) as bar:
             self._measure_before(mine)
@@ -227,7 +229,7 @@ class Attack:
         """A streamed model reads each layer once for all of the folds."""
         names = {i: self.folds[i].name for i in folds}
         asked = {name: self._questions[i] for i, name in names.items()}
-        found = measure_all(self.decoder, asked, place=self._place)
+        found = measure_all(self.decoder, asked, place=self._place, progress=self._asking)
         return {i: found[name] for i, name in names.items()}
 
     def _measure_before(self, jobs: Sequence["_Job"]) -> None:

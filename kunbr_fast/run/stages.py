@@ -148,7 +148,7 @@ class Stages(Run):
                 rows = done()
                 with self._apart():
                     attack.run(self.work / f"rank-{rank}", progress, rows, keep, (rank, self.group.size))
-            return attack.run(self.work, progress, done(), keep)
+            return attack.run(self.work, progress, done(), keep, place=Place(self.config.cache, self.work))
 
     # ------------------------------------------------ warm-up
 
