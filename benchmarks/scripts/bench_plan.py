@@ -5,6 +5,7 @@
 Three models of random weights on a CPU, each stage in a process of its own: the most that is resident during two steps
 (VmHWM), less what was resident once the same had been done with a tiny model (VmRSS): Python, its libraries, the
 samples. The stage's whole memory, so: weights, block, gradient, optimiser state, prefix cache, activations, logits.
+Of a streamed warm-up the files in which trained layers lie are mapped, and counted as resident, so predicted too.
 Then Llama-3-8B in bf16 on torch's meta device, as count_step.py counts it: the transient part alone, of blocks at the
 bottom, in the middle and at the top. The last column is predicted over measured; the goal is 0.9 to 1.1.
 """
@@ -26,15 +27,18 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from kunbr_fast.benchmarks.measure import add_rows, resident, script_parser
 from kunbr_fast.benchmarks.scripts import count_step
 from kunbr_fast.files.tensors import WeightSnapshot
+from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.prefix_cache import PrefixCache
+from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.planning.costs import Architecture, Batch, Step
 from kunbr_fast.planning.lengths import Data
 from kunbr_fast.planning.machines import Setup
 from kunbr_fast.planning.predict import Run
 from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.training.fine_tune import full_training
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.reinserted import reinserted
 
@@ -50,8 +54,8 @@ MODELS = {
     "GPT-2-124M": lambda: GPT2Config(),
 }
 BATCH = 6
-# block start (None: the warm-up), gradient checkpointing
-STAGES = [(0, False), (0, True), (None, False)]
+# block start (None: the warm-up), gradient checkpointing, streamed
+STAGES = [(0, False, False), (0, True, False), (None, False, False), (None, False, True)]
 # glibc by itself keeps freed pieces of up to 32 MiB in its heap, where they lie in each other's way
 HEAPS = {"VmHWM, pages given back": {"MALLOC_MMAP_THRESHOLD_": "262144"}, "VmHWM": {}}
 
@@ -66,15 +70,16 @@ def settings(checkpoint):
     )
 
 
-def predicted(name, dtype, start, checkpoint):
+def predicted(name, dtype, start, checkpoint, streamed):
     config, data = MODELS[name](), samples(name)
     a = Architecture.of(config, config.model_type, dtype)
     sizes = [(len(s["input_ids"]), len(s["input_ids"]) - 1) for s in data]
-    run = Run(a, Data(sizes[:BATCH], sizes[BATCH:], [], []), settings(checkpoint), Setup("cpu"))
-    return run.stage("", run.warm_up() if start is None else run.block(range(start, start + 3))).peak
+    run = Run(a, Data(sizes[:BATCH], sizes[BATCH:], [], []), settings(checkpoint), Setup("cpu", stream=streamed))
+    found = run.stage("", run.warm_up() if start is None else run.block(range(start, start + 3)))
+    return found.peak + found.store
 
 
-def alone(name, dtype, start, checkpoint):
+def alone(name, dtype, start, checkpoint, streamed):
     """Runs in a process of its own; prints bytes."""
     data = samples(name)
     small = MODELS[name]()
@@ -84,16 +89,18 @@ def alone(name, dtype, start, checkpoint):
         small.num_key_value_heads, small.intermediate_size, small.head_dim = 2, 128, 16
     few = [{key: value[:8] % 64 for key, value in sample.items()} for sample in data]
     for _ in range(2):  # libraries load parts of themselves when they are first used
-        run(small, few, dtype, None if start is None else 0, checkpoint)
+        run(small, few, dtype, None if start is None else 0, checkpoint, streamed)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
-    print(json.dumps(run(MODELS[name](), data, dtype, start, checkpoint) - before))
+    print(json.dumps(run(MODELS[name](), data, dtype, start, checkpoint, streamed) - before))
 
 
-def run(config, data, dtype, start, checkpoint):
+def run(config, data, dtype, start, checkpoint, streamed):
     """The most resident bytes of this process in two steps of a stage."""
     torch.manual_seed(0)
+    if streamed:
+        return streamed_warm_up(config, data, dtype)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
     decoder = Decoder(model)
     if start is None:
@@ -110,6 +117,16 @@ def run(config, data, dtype, start, checkpoint):
             return steps(lambda: training.step_packed(batch(cache.batch(range(2 * BATCH)), BATCH)))
 
 
+def streamed_warm_up(config, data, dtype):
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+        gc.collect()
+        decoder = Decoder(open_streamed(folder))
+        with frozen(decoder.model), decoder.weights.writable(folder):
+            training = full_training(decoder, lr=1e-5, optimizer="lion", impl="torch", place=Place("host"))
+            return steps(lambda: training.step_packed(training.criterion.step_batch(count_step.pack(data), BATCH)))
+
+
 def steps(step):
     step()
     ctypes.CDLL(None).malloc_trim(0)
@@ -120,11 +137,11 @@ def steps(step):
 
 
 def on_cpu(name, dtype, heaps):
-    for start, checkpoint in STAGES:
+    for start, checkpoint, streamed in STAGES:
         command = [sys.executable, __file__, "--alone", name, "--dtype", dtype, "--checkpoint", str(int(checkpoint))]
-        command += [] if start is None else ["--start", str(start)]
-        stage = "warm-up" if start is None else f"re-insertion {start}-{start + 2}"
-        ours = predicted(name, dtype, start, checkpoint)
+        command += ([] if start is None else ["--start", str(start)]) + ["--streamed"] * streamed
+        stage = "warm-up" + ", streamed" * streamed if start is None else f"re-insertion {start}-{start + 2}"
+        ours = predicted(name, dtype, start, checkpoint, streamed)
         for by, heap in ((by, HEAPS[by]) for by in heaps):
             out = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **heap}).stdout
             yield row(name, dtype, stage, checkpoint, by, ours, json.loads(out.splitlines()[-1]))
@@ -151,7 +168,7 @@ def row(name, dtype, stage, checkpoint, by, ours, measured):
         predicted_over_measured=round(ours / measured, 3),
     )  # fmt: skip
     print(
-        f"{name:>12} {dtype:>8} {stage:>16} {'checkpointed' if checkpoint else '':>12} "
+        f"{name:>12} {dtype:>8} {stage:>18} {'checkpointed' if checkpoint else '':>12} "
         f"{found['predicted_mib']:6d} MiB predicted, {found['measured_mib']:6d} measured, "
         f"{found['predicted_over_measured']:.3f} ({by})",
         flush=True,
@@ -167,10 +184,12 @@ def main():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="on the CPU [float32]")
     parser.add_argument("--alone", choices=list(MODELS), help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--streamed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
-        return alone(arguments.alone, arguments.dtype, arguments.start, bool(arguments.checkpoint))
+        how = bool(arguments.checkpoint), arguments.streamed
+        return alone(arguments.alone, arguments.dtype, arguments.start, *how)
     rows = [found for name in arguments.model for found in on_cpu(name, arguments.dtype, arguments.heap)]
     rows += [] if arguments.no_meta else list(on_meta())
     add_rows(arguments.csv, rows)

@@ -381,7 +381,8 @@ def _groups(candidates: Sequence[Candidates], at_once: int) -> list[list[int]]:
 def _answer(decoder, asked: Sequence[Ask], place: Place | None, progress: str | None) -> None:
     """All in one go, so that a streamed model reads each layer once. The bar's tokens are those of all layers."""
     counts, layers = [sum(map(len, texts)) for texts, _ in asked], range(decoder.num_layers)
-    bar = tqdm(total=sum(counts), desc=progress, unit="token", unit_scale=True, disable=progress is None)
+    how = dict(unit="token", unit_scale=True, leave=False, disable=progress is None)
+    bar = tqdm(total=sum(counts), desc=progress, **how)
     batches = (_pack(texts).to(decoder.device) for texts, _ in asked)
     # not inference_mode: tensors that a model keeps from here (rotary tables) serve training too
     with evaluating(decoder.model), torch.no_grad(), bar:

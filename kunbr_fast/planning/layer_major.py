@@ -34,10 +34,15 @@ class Traffic:
         return sum(dataclasses.astuple(self))
 
 
-def loads(streamed: int, steps: float = 1, trainings: int = 1) -> float:
-    """How many layers the steps of so many trainings bring to the device."""
-    again = max(0, 2 * (streamed - BUFFERS))
-    return again * steps + min(streamed, BUFFERS) * trainings
+def one_pass(streamed: int) -> int:
+    """How many layers come to the device in a pass up and down, where none is there."""
+    return max(0, 2 * (streamed - BUFFERS)) + min(streamed, BUFFERS)
+
+
+def loads(streamed: int, steps: float, trainings: int = 1) -> float:
+    """How many layers the steps of so many trainings bring to the device, each with a look at what its last step has
+    left (`Training.check`)."""
+    return max(0, 2 * (streamed - BUFFERS)) * (steps + trainings) + min(streamed, BUFFERS) * trainings
 
 
 def update_traffic(streamed: int, weights: int, state: int, steps: int, trainings: int = 1) -> Traffic:

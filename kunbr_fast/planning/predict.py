@@ -18,7 +18,7 @@ from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.parallel.assign import SHARING_COSTS, spread_blocks
 from kunbr_fast.planning.context import Stage, Taken
 from kunbr_fast.planning.costs import Batch, Step, batches, forward_extra, forward_flops
-from kunbr_fast.planning.layer_major import Traffic, loads, pass_memory
+from kunbr_fast.planning.layer_major import BUFFERS, Traffic, one_pass, pass_memory
 from kunbr_fast.planning.machines import Work
 from kunbr_fast.planning.trainings import CACHE_TOKENS, Steps, Trainings, some
 from kunbr_fast.planning.updates import STATES, Update
@@ -110,7 +110,7 @@ class Run(Trainings):
                 ),
             )
             count = self.streamed(0, a.layers)
-            work, traffic = self.read(loads(count) + self.stays, anew=count + self.stays)  # all from the files once
+            work, traffic = self.read(one_pass(count) + self.stays, anew=count + self.stays)  # all from the files once
             waiting = a.layers * a.hidden * a.itemsize * sum(part.tokens for part in found)
             here, host = self.placed(waiting)
             work += self.moved(2 * waiting, 3 * waiting)
@@ -161,26 +161,29 @@ class Run(Trainings):
             lrs, times = len(kind.lrs(config.rtt_lrs)), len(kind.measured(config.rtt_epochs)) - 1
             sets = [] if kind.rounds else [self.data.retain] if kind.others else others
             taken = self._attacked(kind, sets) if sets else Taken({}, [])
-            asked, moved = self._asked_again(kind, before)
+            asked, moved = self._asked_again(kind, before.work[0], times)
             found.append(taken)
-            work += [part.times(lrs) for part in (*taken.work, asked.times(times))]
-            traffic += taken.traffic.times(lrs) + moved.times(lrs * times)
+            work += [part.times(lrs) for part in (*taken.work, asked)]
+            traffic += (taken.traffic + moved).times(lrs)
             runs += lrs
         worst = max(found, key=lambda taken: sum(taken.memory.values()))
         most = {name: max(getattr(taken, name) for taken in found) for name in ("host", "store", "resident")}
         taken = Taken(worst.memory, [part.times(1 / runs) for part in work], traffic.times(1 / runs), **most)
         return dataclasses.replace(self.stage("RTT attack", taken), runs=runs)
 
-    def _asked_again(self, kind: Kind, before: Taken) -> tuple[Work, Traffic]:
-        """The questions of all folds after an epoch: each fold after its own training, or all after one."""
+    def _asked_again(self, kind: Kind, before: Work, times: int) -> tuple[Work, Traffic]:
+        """The questions of all folds, so many times after an epoch: each fold after its own training, or all after one.
+        before: what they take all together."""
+        work = before.times(times)
         if not self.setup.stream:
-            return before.work[0], Traffic()
-        trains = not (kind.adapters or kind.rounds)  # else every layer is changed anew, those that stay too
-        count = self.streamed(0, self.a.layers) if trains else self.a.layers
+            return work, Traffic()
+        streamed, trains = self.streamed(0, self.a.layers), kind.trains_all
+        # rounding changes every layer anew; of a training's last step the lowest layers are in place
+        count = self.a.layers if kind.rounds else streamed * times - min(streamed, BUFFERS)
         count *= 1 if kind.at_once else len(self.data.folds)
         beside = self._attacker(kind.optimizer or RTTConfig().optimizer).of(self.a.layer).kept * trains
         read, traffic = self.read(count, beside=beside)
-        return dataclasses.replace(before.work[0], bus_in=read.bus_in, disk=read.disk), traffic
+        return dataclasses.replace(work, bus_in=read.bus_in, disk=read.disk), traffic
 
     def _attacked(self, kind: Kind, sets: Sequence[list[tuple[int, int]]]) -> Taken:
         """An attack at a learning rate, on each of the sets."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.planning.context import Context, Taken, tokens_of
 from kunbr_fast.planning.costs import Batch, Step, batches, forward_flops
-from kunbr_fast.planning.layer_major import BUFFERS, Traffic, loads, pass_memory, update_traffic
+from kunbr_fast.planning.layer_major import BUFFERS, Traffic, loads, one_pass, pass_memory, update_traffic
 from kunbr_fast.planning.machines import Work
 from kunbr_fast.planning.updates import STATES, Update
 
@@ -133,7 +133,7 @@ class Trainings(Context):
         memory["resident"] += self.stays * one.kept
         memory["layer buffers"] += BUFFERS * one.kept * (n > 0)
         files = self.in_files(one.weights + one.kept)
-        first = (loads(n) + self.stays) * steps.trainings * self.layer  # from the model's files
+        first = (one_pass(n) + self.stays) * steps.trainings * self.layer  # from the model's files
         resident = Traffic(weights_in=self.stays * steps.trainings * self.layer)
         traffic = update_traffic(n, one.weights, one.kept, steps.count, steps.trainings) + resident
         work = Work(
@@ -182,8 +182,9 @@ class Trainings(Context):
         memory = {**self.weights(), **peak, "activations": peak.get("activations", 0) + here}
         memory["optimiser"] = 16 * rank * a.layers * (a.rows + a.columns)
         files = self.in_files(self.layer)
-        anew, more = self.read(self.stays * steps.count, anew=self.stays * steps.trainings)
-        read, traffic = self.read(loads(n) * steps.count)
+        passes = steps.count + steps.trainings  # one looks at what the last step has left
+        anew, more = self.read(self.stays * passes, anew=self.stays * steps.trainings)
+        read, traffic = self.read(one_pass(n) * passes)
         work = Work(flops, self._passed(steps, a.layers, peak)) + read + moved
         work = [anew, Work(disk=n * self.layer), *self.phases(work, traffic, n / a.layers, 1 / 4, files)]
         return Taken(memory, work, traffic + more, host, a.layers * self.layer, self.layer)
@@ -268,7 +269,7 @@ class Trainings(Context):
         weights = a.matrices // 2 + a.matrices // 16 if precision == "nf4" else a.matrices + 4 * a.rows
         fixed["cover"] = (a.layers - block.stop) * (weights + (a.layer - a.matrices) * a.itemsize)
         fixed["cover"] += a.largest_matrix * a.itemsize  # one weight, written out
-        return self.read(n + loads(n))
+        return self.read(n + one_pass(n))
 
     def _block_passes(self, block: range, steps: Steps) -> tuple[dict[str, int], float]:
         """(memory of the largest pass, FLOPs of all steps)"""

@@ -24,10 +24,11 @@ PREFIX = "adversary."  # of its entries in a training's state
 
 
 class Adversary(abc.ABC):
-    """settings: when it forks and how it relearns; impl: of its AdamW. Nothing is allocated before the first fork."""
+    """settings: when it forks and how it relearns; impl: of its AdamW; seed: of stochastic rounding of what is in bf16,
+    None for none. Nothing is allocated before the first fork."""
 
-    def __init__(self, settings: AdversarySettings, impl: str):
-        self.settings, self.impl, self.lr = settings, impl, 0.0
+    def __init__(self, settings: AdversarySettings, impl: str, seed: int | None):
+        self.settings, self.impl, self.seed, self.lr = settings, impl, seed, 0.0
         self.optimizer: Watched | None = None
 
     @torch.no_grad()
@@ -36,7 +37,12 @@ class Adversary(abc.ABC):
         self.optimizer = None  # before the new one's moments
         self.lr = self.settings.lr(step)
         self._copy()
-        self.optimizer = make_optimizer("adamw", self._updated(), self.lr, impl=self.impl)
+        self.optimizer = self._made()
+
+    def _made(self) -> Watched:
+        params = self._updated()
+        seed = self.seed if all(param.dtype == torch.bfloat16 for param in params) else None
+        return make_optimizer("adamw", params, self.lr, impl=self.impl, seed=seed)
 
     @property
     def forked(self) -> bool:
@@ -70,7 +76,7 @@ class Adversary(abc.ABC):
         self._copy()  # which allocates
         self._load(state)
         params = self._updated()
-        self.optimizer = make_optimizer("adamw", params, self.lr, impl=self.impl)
+        self.optimizer = self._made()
         for key, value in state.items():
             slot, _, number = key.removeprefix(PREFIX).rpartition(".")
             if key.startswith(PREFIX) and slot in ("step", "exp_avg", "exp_avg_sq"):
@@ -116,9 +122,14 @@ class FlatAdversary(Adversary):
     """Of a block: a second `FlatBuffer` for the same parameters, which shares the first one's gradient."""
 
     def __init__(
-        self, settings: AdversarySettings, impl: str, flat: FlatBuffer, parameters: Sequence[torch.nn.Parameter]
+        self,
+        settings: AdversarySettings,
+        impl: str,
+        seed: int | None,
+        flat: FlatBuffer,
+        parameters: Sequence[torch.nn.Parameter],
     ):
-        super().__init__(settings, impl)
+        super().__init__(settings, impl, seed)
         self._trained, self._parameters = flat, list(parameters)
         self.flat: FlatBuffer | None = None
 
@@ -161,10 +172,11 @@ class FullAdversary(Adversary):
         self,
         settings: AdversarySettings,
         impl: str,
+        seed: int | None,
         parameters: Mapping[str, torch.nn.Parameter],
         drop: Callable[[], None],
     ):
-        super().__init__(settings, impl)
+        super().__init__(settings, impl, seed)
         self._parameters, self._drop = parameters, drop
         self._own: list[torch.nn.Parameter] = []
 

@@ -121,11 +121,12 @@ class BlockTraining(Training):
                     self._send_away()
             settings.warn_if_updates_vanish([self.flat.param], VANISH)
             self.optimizer = settings.make_optimizer([self.flat.param], impl)
+            adversary, seed = settings.adversary, settings.adversary_rounding
             if settings.reaches_model:
                 self._all = dict(decoder.model.named_parameters())
-                self.adversary = FullAdversary(settings.adversary, execution.impl, self._all, self._zero)
-            elif settings.adversary is not None:
-                self.adversary = FlatAdversary(settings.adversary, impl, self.flat, params)
+                self.adversary = FullAdversary(adversary, execution.impl, seed, self._all, self._zero)
+            elif adversary is not None:
+                self.adversary = FlatAdversary(adversary, impl, seed, self.flat, params)
         except BaseException:
             self.take_out()
             raise

@@ -18,8 +18,8 @@ from kunbr_fast.training.training import Training
 from kunbr_fast.training.updates import Updates
 
 VANISH = (
-    "take master_weights fp32 (or, in bf16, stochastic; in a run warmup_master_weights), or load the model in float32 "
-    "(--dtype float32)"
+    "load the model in float32 (--dtype float32), or take master_weights (of a warm-up warmup_master_weights) fp32 or, "
+    "in bf16, stochastic"
 )
 
 
@@ -63,7 +63,9 @@ class FullTraining(Training):
         self.updates = Updates(self.parameters, settings, impl, self._numbers())
         self.optimizer = self.updates.optimizer
         if (adversary := settings.adversary) is not None:
-            self.adversary = FullAdversary(adversary, impl, self.parameters, self.drop_gradient)
+            self.adversary = FullAdversary(
+                adversary, impl, settings.adversary_rounding, self.parameters, self.drop_gradient
+            )
 
     def _updated(self) -> dict[str, torch.nn.Parameter]:
         """What the optimiser updates, by name: a tied weight appears once."""

@@ -74,6 +74,7 @@ class FullSettings:
     optimiser updates; "stochastic", of bf16 parameters: the optimiser's state is in fp32, and an updated value is
     rounded to one of its two neighbours, on average itself; "none".
     rounding_seed: of "stochastic", whose bits depend on it, the parameter, the step and the place in it alone.
+    An adversary rounds as what is trained, and of a block has masters too; of all parameters it has none.
     adversary_every: above 0, the forget loss is taken at the weights of an adversary that relearns other facts and
     starts anew after so many steps; adversary_*: as in `data.AdversarySettings`. It costs a copy of what is trained,
     AdamW's two moments, and a forward and backward pass over a forget batch for each of its steps.
@@ -115,10 +116,19 @@ class FullSettings:
     def make_optimizer(self, params: Sequence[torch.Tensor], impl: str, number: int = 0) -> Watched:
         """The optimiser over `params`, which are of one dtype. number: among those with random bits of their own."""
         chosen, seed = (self.lr, self.betas, self.weight_decay), None
-        if self.master_weights == "stochastic" and params[0].dtype in flat_buffer.HALF:
+        if params[0].dtype in flat_buffer.HALF:
             check_master_weights(self.master_weights, params[0].dtype)
-            seed = self.rounding_seed * PARAMETERS + number
+            seed = self.rounding(number)
         return flat_buffer.make_optimizer(self.optimizer, params, *chosen, impl=impl, seed=seed)
+
+    def rounding(self, number: int) -> int | None:
+        """The seed of a parameter's random bits; None where rounding is to nearest."""
+        return self.rounding_seed * PARAMETERS + number if self.master_weights == "stochastic" else None
+
+    @property
+    def adversary_rounding(self) -> int | None:
+        """`rounding` of its first parameter."""
+        return self.rounding(PARAMETERS // 2)
 
     def warn_if_updates_vanish(self, params: Sequence[torch.Tensor], cure: str) -> None:
         """Logs `cure` where most updates of half-precision weights will be rounded away."""

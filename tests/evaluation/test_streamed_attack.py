@@ -1,5 +1,6 @@
 """Evaluation and attack of a streamed model: the bits of the model in memory, and what is read for them."""
 
+import functools
 import re
 
 import pytest
@@ -15,8 +16,10 @@ from kunbr_fast.evaluation.accuracy import choice_accuracy, measure, measure_all
 from kunbr_fast.evaluation.attacks import ATTACKS, rounded
 from kunbr_fast.evaluation.lora import Lora, train_lora
 from kunbr_fast.evaluation.rtt import Attack, AttackDiverged
+from kunbr_fast.files.models import load_model
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.streaming import open_streamed
 
 assert tokenizer  # a fixture
 LAYERS = 4
@@ -49,8 +52,7 @@ def assert_untouched(decoder, before):
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
-@pytest.mark.parametrize("storage", ["host", "file"])
-@pytest.mark.parametrize("scoring", ["letter", "choice"])
+@pytest.mark.parametrize("scoring, storage", [("letter", "host"), ("choice", "file")])
 def test_all_questions_with_one_read_of_each_layer(path, tokenizer, tmp_path, scoring, storage):
     memory, decoder = Decoder(whole(path)), Decoder(streamed(path))
     sets = {
@@ -158,10 +160,26 @@ def test_a_diverged_attack(path, tokenizer, tmp_path):
     assert {row["attack"] for row in found[0][0].diverged} == {"lion", "lora"} and len(found[0][1]) == 6
 
 
-def test_the_bar_tells_parts_of_an_epoch(path, tokenizer, tmp_path, capsys):
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("budget, resident", [(0, 0), (1 << 20, 2)])
+def test_on_a_gpu(path, tokenizer, tmp_path, budget, resident):
+    """Layers that are changed as they come into place, on the stream that computes."""
+    how = dict(attacks="all", lrs=(1e-2,), epochs=2)
+    truth = attack_of(Decoder(load_model(path, "float32", "cuda")), tokenizer, **how).run(tmp_path, False)
+    decoder = Decoder(open_streamed(path, "cuda", "float32", host_bytes=budget, resident_layers=resident))
+    before = values(decoder)
+    assert attack_of(decoder, tokenizer, **how).run(tmp_path, False) == truth
+    assert_untouched(decoder, before)
+
+
+def test_the_bar_tells_parts_of_an_epoch(path, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rtt, "tqdm", functools.partial(rtt.tqdm, mininterval=0, miniters=0))
     attack_of(Decoder(streamed(path)), tokenizer, batch_size=1).run(tmp_path, True)
     shown = capsys.readouterr().err
-    assert "2/2 [" in shown and re.search(r"\| (0\.5|1|1\.5)/2 \[\d\d:\d\d<(\d\d:\d\d|\?), ", shown)
+    for done in ("0.5", "1.5"):
+        assert re.search(rf"\| {done}/2 \[\d\d:\d\d<\d\d:\d\d, +[0-9.]+(s/epoch|epoch/s), split_", shown)
+    assert " 2/2 [" in shown and "questions: " in shown and "token" in shown
 
 
 # ----------------------------------------------------------------------------------------------------- LoRA
@@ -183,7 +201,6 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     "architecture, dtype, lora",
     [
-        ("llama", "float32", Lora()),
         ("llama", "bfloat16", Lora()),
         ("gpt2", "float64", Lora(2)),
         ("gpt2", "float32", Lora(8, ("mlp",))),

@@ -365,11 +365,19 @@ def test_gradient_checkpointing(truth, tmp_path):
     close(weights(run.model), truth())
 
 
-def test_bf16_block_resumes_with_its_wide_weights(tmp_path):
-    arguments = {"save_strategy": "steps", "save_steps": 5, "bf16": True}
+@pytest.mark.parametrize(
+    "step, config",
+    [
+        (10, {"block_lr": 1e-5}),
+        (2, {"warmup_lr": 1e-5, "warmup_master_weights": "fp32", "top_k": 1, "block_epochs": 1}),
+    ],
+    ids=("block", "warm-up"),
+)
+def test_bf16_resumes_with_its_wide_weights(step, config, tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": step, "bf16": True, "lr_scheduler_type": "cosine"}
     models = []
-    for resume in (None, str(tmp_path / "checkpoint-10")):
-        run = trainer(tmp_path, tiny_model(dtype=torch.bfloat16), arguments=arguments, config={"block_lr": 1e-5})
+    for resume in (None, str(tmp_path / f"checkpoint-{step}")):
+        run = trainer(tmp_path, tiny_model(dtype=torch.bfloat16), arguments=arguments, config=config)
         run.train(resume_from_checkpoint=resume)
         models.append(weights(run.model))
     equal(*models)

@@ -1,6 +1,8 @@
 """A run that is asked to stop: it ends after its step, with a checkpoint, and goes on to the same bits."""
 
 import contextlib
+import dataclasses
+import functools
 import signal
 
 import pytest
@@ -18,7 +20,7 @@ CONFIG = kf.KUnBRConfig(
 STEPS = 4 + 2 * 4  # of the warm-up and of two blocks
 
 
-def run(out, stop_at=None, resume=False):
+def run(out, stop_at=None, resume=False, config=CONFIG, dtype=torch.float64):
     """(the weights or None, how many steps were made); asked to stop within step number `stop_at`."""
     steps, stop = [], kf.Stop()
 
@@ -30,10 +32,10 @@ def run(out, stop_at=None, resume=False):
             if len(steps) == stop_at:
                 stop.request()
 
-    model = tiny_model()
+    model = tiny_model(dtype=dtype)
     data = random_samples(10, seed=1), random_samples(12, seed=2)
     try:
-        kf.unlearn(model, *data, CONFIG, output_dir=out, resume=resume, reporter=Reporter(around=around), stop=stop)
+        kf.unlearn(model, *data, config, output_dir=out, resume=resume, reporter=Reporter(around=around), stop=stop)
     except kf.Stopped:
         return None, len(steps)
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}, len(steps)
@@ -56,6 +58,16 @@ def test_it_stops_after_its_step_and_goes_on_to_the_same_bits(stop_at, truth, tm
     weights, more = run(tmp_path, resume=True)
     assert made + more == STEPS
     assert [name for name, value in weights.items() if not torch.equal(value, truth[name])] == []
+
+
+def test_stochastic_rounding_goes_on_with_the_same_bits(tmp_path):
+    how = dict(master_weights="stochastic", warmup_master_weights="stochastic", warmup_epochs=1, top_k=1)
+    config = dataclasses.replace(CONFIG, **how, block_epochs=1)
+    rounded = functools.partial(run, config=config, dtype=torch.bfloat16)
+    truth, steps = rounded(tmp_path / "truth")
+    assert steps == 4 and rounded(tmp_path, 1)[0] is None
+    found = rounded(tmp_path, resume=True)[0]
+    assert all(torch.equal(value, truth[name]) for name, value in found.items())
 
 
 def test_a_request_from_before_the_run_stops_its_first_step(tmp_path):

@@ -11,6 +11,7 @@ from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.training.fine_tune import full_training
+from kunbr_fast.training.updates import Updates
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,6 +54,44 @@ def test_the_bits_of_the_model_in_memory(optimizer, micro, dtype, folder, tmp_pa
         for name, value in truth[1].items():
             assert torch.equal(state[name], value), (name, budget, resident, buffers)
         assert torch.equal(logits, truth[2])
+
+
+@pytest.mark.parametrize("master", ["fp32", "stochastic"])
+@pytest.mark.parametrize("optimizer", ["lion", "adamw"])
+def test_masters_and_rounding(optimizer, master, folder, tmp_path, monkeypatch):
+    """After a checkpoint too; an update waits for no number from the device."""
+    update = Updates.step
+
+    def unwaiting(self):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            update(self)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def steps(decoder, state, done, count):
+        with frozen(decoder.model), fused(decoder.model, "auto"):
+            training = full_training(decoder, lr=1e-5, optimizer=optimizer, master_weights=master, rounding_seed=3)
+            if state is not None:
+                training.load_state(state, done)
+                monkeypatch.setattr(Updates, "step", unwaiting)  # from here on: kernels are compiled
+            for _ in range(count):
+                training.step(FORGET, RETAIN)
+            training.check()
+            return {name: value.detach().cpu().clone() for name, value in training.state().items()}
+
+    memory = Decoder(load_model(folder, "bfloat16", "cuda"))
+    two, four = steps(memory, None, 0, 2), steps(Decoder(load_model(folder, "bfloat16", "cuda")), None, 0, 4)
+    taken_up = steps(memory, two, 2, 2)
+    decoder = Decoder(open_streamed(folder, "cuda", "bfloat16", resident_layers=3))
+    with decoder.weights.writable(tmp_path) as reset:
+        mine = steps(decoder, None, 0, 2)
+        reset()
+        ours = steps(decoder, two, 2, 2)
+    for truth, found in ((two, mine), (four, taken_up), (four, ours)):
+        assert truth.keys() == found.keys()
+        for name, value in truth.items():
+            assert torch.equal(found[name], value), name
 
 
 def test_what_is_on_the_device(folder, tmp_path):
