@@ -130,8 +130,8 @@ class LayerStore:
         return layout.nbytes
 
     def state(self, layer: int) -> dict[str, torch.Tensor]:
-        """The state that was expected, on the device: to be updated in place, and given to `write_state`. On a CPU it is
-        where it lies."""
+        """The state that was expected, on the device (on a CPU where it lies): to be updated in place, and given to
+        `write_state`."""
         if not self._copies.cuda:
             return self.stored_state(layer)
         if layer not in self._loading:
