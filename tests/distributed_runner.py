@@ -60,7 +60,7 @@ def run(job, out, group=ALONE):
 
 def carry_out(job, out, group=ALONE):
     """(the model, what this process has seen)"""
-    updates, held, stop = [], [], kf.Stop()
+    updates, held, weights, stop = [], [], [], kf.Stop()
     owners = {training.FullTraining: lambda t: "warmup", reinsertion.BlockTraining: lambda t: t.block.start}
     real, real_loss = {owner: owner.update for owner in owners}, training.FullTraining.loss
     at = job.get("at", {"rank": -1})
@@ -76,6 +76,7 @@ def carry_out(job, out, group=ALONE):
         real[next(owner for owner in owners if isinstance(self, owner))](self, *args)
         state = [x for values in self.optimizer.state.values() for x in values.values()]
         held.append(sum(x.numel() for x in state if torch.is_tensor(x) and x.dim()))
+        weights.append(sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters()))
 
     def loss(self, step):
         if at["rank"] == group.rank and at["does"] == "memory" and at["step"] == len(updates):
@@ -105,7 +106,7 @@ def carry_out(job, out, group=ALONE):
             stop=stop,
             **more,
         )
-    except kf.Stopped:  # in the warm-up
+    except kf.Stopped:  # before any block is in place
         assert all(map(torch.equal, model.parameters(), tiny_model(**layers).parameters()))
         raise
     finally:
@@ -114,7 +115,7 @@ def carry_out(job, out, group=ALONE):
         training.FullTraining.loss = real_loss
         assert all(map(operator.is_, model.parameters(), parameters)) and not any(map(has_hooks, model.modules()))
     rows = report.rtt.curves if report.rtt else None
-    return model, {"updates": updates, "held": held, "rtt": rows, "accuracy": report.accuracy}
+    return model, {"updates": updates, "held": held, "weights": weights, "rtt": rows, "accuracy": report.accuracy}
 
 
 def measure(job, group=ALONE):

@@ -34,10 +34,9 @@ from kunbr_fast.model.ownership import differentiable, no_adapter
 from kunbr_fast.model.vocabulary import check_tokens
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.group import ALONE, Group
-from kunbr_fast.parallel.sharded import Shards, sharded
+from kunbr_fast.parallel.sharded import sharded
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.fine_tune import train_all
-from kunbr_fast.training.sharded import train_sharded
 from kunbr_fast.values import BATCH, COUNT, EPOCHS, SEED, check, least, rates
 
 NAME = 40  # characters of a fold's name in messages and on the progress bar
@@ -163,7 +162,6 @@ class Attack:
             is_text = data.is_record(other_facts[0])
             self._others = encoded(other_facts, "other facts") if is_text else data.as_samples(other_facts)
         self._before: dict[int, Accuracy] = {}  # each fold's, where it is known
-        self._shards: Shards | None = None  # where the model is in parts
         self._place, self._say = Place(), say
         self._asking: str | None = None  # title of the questions' own bar
 
@@ -221,11 +219,8 @@ class Attack:
         if not changes:
             yield lambda: None
         elif ranks.size > 1:
-            with _in_parts(self.decoder, directory, ranks) as (self._shards, restore):
-                try:
-                    yield restore
-                finally:
-                    self._shards = None
+            with _in_parts(self.decoder, directory, ranks) as restore:
+                yield restore
         else:
             with _snapshot(self.decoder.model, directory) as restore:
                 yield restore
@@ -295,11 +290,7 @@ class Attack:
         if kind.adapters:
             train_lora(self.decoder, samples, lora=self._lora, **how)
         else:
-            how |= dict(optimizer=kind.optimizer or config.optimizer)
-            if self._shards is None:
-                train_all(self.decoder, samples, **how)
-            else:
-                train_sharded(self.decoder, self._shards, samples, **how)
+            train_all(self.decoder, samples, optimizer=kind.optimizer or config.optimizer, **how)
 
 
 class _Job(NamedTuple):
@@ -366,8 +357,8 @@ def _snapshot(model, directory: Path) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def _in_parts(decoder, directory: Path, ranks: Group) -> Iterator[tuple[Shards, Callable[[], None]]]:
-    """`_snapshot`, by rank 0 for all, and the model in parts of which each is put back; afterwards it is whole."""
+def _in_parts(decoder, directory: Path, ranks: Group) -> Iterator[Callable[[], None]]:
+    """`_snapshot`, by rank 0 for all, with the model in parts, of which each rank puts back its own."""
     path = directory / "rtt-weights.safetensors"
     if ranks.first:
         directory.mkdir(parents=True, exist_ok=True)
@@ -375,7 +366,7 @@ def _in_parts(decoder, directory: Path, ranks: Group) -> Iterator[tuple[Shards, 
     ranks.wait()
     snapshot = WeightSnapshot(path, ranks.gather(checksum(path) if ranks.first else None)[0])
     with sharded(decoder.model, decoder.layers, ranks, snapshot) as shards:
-        yield shards, lambda: shards.take(snapshot)
+        yield lambda: shards.take(snapshot)
     if ranks.first:
         path.unlink(missing_ok=True)
 

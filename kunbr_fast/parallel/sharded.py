@@ -22,12 +22,22 @@ from kunbr_fast.files.row_files import rows_in, rows_of
 from kunbr_fast.files.tensors import WeightSnapshot, placeholder
 from kunbr_fast.parallel.group import Group
 
-SHARDING = ("none", "fsdp")
+SHARDING = ("none", "fsdp", "fsdp_cover")
+MARK = "_kunbr_shards"  # on a model: its `Shards`
+UNUSED = "set_reduce_scatter_unused_params"
 HALF = (torch.float16, torch.bfloat16)
 
 
 def check_shardable(model: nn.Module, layers: Sequence[nn.Module]) -> None:
     """ValueError, naming the parameter, where the layers' parameters, or all of them, cannot be divided by rows."""
+    from torch.distributed.fsdp import FSDPModule
+
+    listed = [layer for layer in layers if any(isinstance(module, nn.ModuleList) for module in layer.modules())]
+    if listed and not hasattr(FSDPModule, UNUSED):
+        raise ValueError(
+            f"sharding='fsdp': {type(listed[0]).__name__} has a list of modules, such as experts, of which a rank may "
+            f"use none, and FSDP in torch {torch.__version__} has no {UNUSED}: take a later torch"
+        )
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -67,8 +77,9 @@ class _All(nn.Module):
 class Shards:
     """This rank's parts of a model in which `layers` are sharded.
 
-    parts: by the model's names, this rank's rows of every parameter, of those that stay whole too; plain parameters on
-    the storage that the model uses. A part may be empty. `spread` tells the other ranks the rows of what stays whole.
+    parts: where it is trained, by the model's names this rank's rows of every parameter, of those that stay whole too;
+    plain parameters on the storage that the model uses. A part may be empty. `spread` tells the other ranks the rows of
+    what stays whole.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], group: Group, trained: bool):
@@ -87,8 +98,11 @@ class Shards:
         self._whole = {name: p for name, p in self._originals.items() if id(p) not in inside}
         self._all = self._divide()
         self._held = dict(model.named_parameters())  # FSDP's, of the layers
-        with torch.no_grad():
-            self.parts = {name: nn.Parameter(self._mine(name, p.data)) for name, p in self._held.items()}
+        self.parts: dict[str, nn.Parameter] = {}
+        if trained:
+            with torch.no_grad():
+                self.parts = {name: nn.Parameter(self._mine(name, p.data)) for name, p in self._held.items()}
+        setattr(model, MARK, self)
 
     def _divide(self) -> _All:
         from torch.distributed.device_mesh import init_device_mesh
@@ -111,8 +125,8 @@ class Shards:
         for module in around:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
-            if hasattr(module, "set_reduce_scatter_unused_params"):  # an expert without tokens on one rank
-                module.set_reduce_scatter_unused_params(True)
+            if hasattr(module, UNUSED):  # an expert without tokens on one rank
+                getattr(module, UNUSED)(True)
         found(lambda: None)  # makes it the root of all
         return found
 
@@ -198,6 +212,12 @@ class Shards:
             if forward is not None:
                 layer.forward = forward
         self.parts, self._held, self._all = {}, {}, None
+        delattr(self._model, MARK)
+
+
+def shards_of(model: nn.Module) -> Shards | None:
+    """Of a model inside `sharded`."""
+    return vars(model).get(MARK)
 
 
 def _calling(around: _Around) -> Callable[..., Any]:

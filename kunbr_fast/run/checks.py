@@ -45,7 +45,7 @@ def prepare(
         )
     _check_streamed(inputs, config, context.group)
     decoder = Decoder(model)
-    _check_sharding(decoder, config, context, unlearned is None)
+    check_sharding(decoder, config, context, unlearned is None)
     criteria = _check_settings(decoder, config, config.execution(context.work), unlearned is None)
     samples = _samples(inputs, config, decoder, criteria, context.reporter)
     identity = model_fingerprint(model)
@@ -103,15 +103,22 @@ def keep_resident(model: nn.Module, layers: int) -> None:
     weights_of(model).reside(layers)
 
 
-def _check_sharding(decoder: Decoder, config: KUnBRConfig, context: RunContext, warm_up: bool) -> None:
+def check_sharding(decoder: Decoder, config: KUnBRConfig, context: RunContext, warm_up: bool) -> None:
+    """ValueError for what cannot be in parts. warm_up: whether there is to be one."""
     if config.sharding == "none":
         return
     if context.group.size == 1:
         context.reporter.say("sharding='fsdp' changes nothing: this is one process (torchrun starts several)")
         return
     check_shardable(decoder.model, decoder.layers)
-    if warm_up and config.adversary_every:
-        raise ValueError(ADVERSARY)
+    cover = config.sharding == "fsdp_cover"
+    if config.adversary_every and (warm_up or cover):
+        raise ValueError(ADVERSARY.format(config.sharding))
+    for name in ("cover_precision", "cache_dtype", "cache_bytes", "cuda_graphs") if cover else ():
+        if (value := getattr(config, name)) != (default := getattr(KUnBRConfig, name)):
+            raise ValueError(f"sharding='fsdp_cover', {name}={value!r}: expected {default!r}: leave one of them out")
+    if cover and config.parallel == "blocks":
+        raise ValueError("sharding='fsdp_cover', parallel='blocks': all ranks train each block: leave one of them out")
 
 
 def _check_settings(decoder: Decoder, config: KUnBRConfig, execution: Execution, warm_up: bool) -> list[Criterion]:

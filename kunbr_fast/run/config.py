@@ -241,7 +241,8 @@ class KUnBRConfig:
     )
     sharding: str = setting(
         "none",
-        "with several processes: none, each holds all of what warm-up and attack train; fsdp, a part of it",
+        "with several processes: fsdp, each holds a part of what warm-up and attack train; fsdp_cover, of the layers "
+        "around a block too, which all train together; none, all",
         "none",
         SHARDING,
     )

@@ -202,6 +202,11 @@ class Feed:
             return None
         return self.batch(*mine, Shares(*(len(part) / len(samples) for part, samples in zip(mine, whole))))
 
+    def stand_in(self) -> StepBatch:
+        """A sample of this rank's, which has one that the criterion reads, for a pass that counts nothing."""
+        first, own = len(self.samples.forget), self.home.index(self.team.rank)
+        return self.batch(*(([own], []) if own < first else ([], [own - first])))
+
     def relearned(self, mine: list[int], whole: int) -> StepBatch | None:
         """Forget samples that an adversary relearns, a part of a batch of `whole`; None of none."""
         return relearned_batch(self.packed(mine), shares=Shares(0.0, len(mine) / whole)) if mine else None

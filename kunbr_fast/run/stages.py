@@ -267,9 +267,13 @@ class Stages(Run):
         if self.group.size == 1 or not order:
             return self._visit_all(order)
         mine, together, home = self._spread(blocks, order)
+        if self.cover_in_parts:
+            self.keep_original()
         with self._apart() if len(together) < len(blocks) else contextlib.nullcontext():
             self._visit_all([visit for visit in order if visit.index in mine])
         self._visit_all([visit for visit in order if visit.index in together], home)
+        if self.cover_in_parts:
+            self.drop_original()
         last = [visit for visit in order if visit.round == self.config.rounds - 1]
         return {visit.block: self.state.weights(visit.stage) for visit in last}
 
@@ -287,7 +291,13 @@ class Stages(Run):
                     steps += [*schedule.relearned(number), [*forget, *(first + i for i in retain)]]
         sizes = [len(sample["input_ids"]) for sample in self.samples.forget + self.samples.retain]
         home = homes(steps, sizes, self.group.size)
-        parallel = "samples" if self.config.insertion == "cumulative" else self.config.parallel
+        read = len(home) if self.config.criterion(blocks[0]).objective.retain else first
+        if self.cover_in_parts and len(set(home[:read])) < self.group.size:
+            raise ValueError(
+                f"sharding='fsdp_cover': {read} samples do not reach each of {self.group.size} processes: take fewer"
+            )
+        together = self.config.insertion == "cumulative" or self.cover_in_parts
+        parallel = "samples" if together else self.config.parallel
         share = busiest_share(steps, sizes, home, self.group.size) if steps else 1.0
         alone, together = spread_blocks(costs, self.group.size, share, parallel)
 

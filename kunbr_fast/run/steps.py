@@ -38,7 +38,7 @@ from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.fine_tune import full_training
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.reinserted import reinserted
-from kunbr_fast.training.sharded import ShardedTraining
+from kunbr_fast.training.sharded import LockStep
 from kunbr_fast.training.shared import SharedStep
 from kunbr_fast.training.training import Training
 from kunbr_fast.values import least, parse_bytes
@@ -60,6 +60,7 @@ class Run:
         self.decoder, self.samples, self.rtt, self.state, self.given = prepare(inputs, config, context)
         self.prove_kernels()
         self.original = OriginalValues({})
+        self._kept: WeightSnapshot | None = None
         self.retain_limit = config.max_retain_loss or 2 * math.log(self.decoder.config.vocab_size)
 
     def prove_kernels(self, group: Group | None = None) -> None:
@@ -134,7 +135,12 @@ class Run:
     @property
     def in_parts(self) -> bool:
         """Whether what trains all parameters holds them in parts on all ranks."""
-        return self.config.sharding == "fsdp" and self.group.size > 1
+        return self.config.sharding != "none" and self.group.size > 1
+
+    @property
+    def cover_in_parts(self) -> bool:
+        """Whether the layers around a block are in parts too, while all ranks train it together."""
+        return self.config.sharding == "fsdp_cover" and self.group.size > 1
 
     @contextlib.contextmanager
     def full_training(self, original: WeightSnapshot | None = None) -> Iterator[FullTraining]:
@@ -146,11 +152,10 @@ class Run:
             stack.enter_context(frozen(decoder.model))
             stack.enter_context(fused(decoder.model, config.impl))
             if self.in_parts and original is not None:
-                shards = stack.enter_context(sharded(decoder.model, decoder.layers, self.group, original))
-                training = ShardedTraining(decoder, shards, **how)
+                stack.enter_context(sharded(decoder.model, decoder.layers, self.group, original))
+            training = full_training(decoder, **how)
+            if training.ranks.size > 1:
                 stack.callback(training.updates.forget)  # before the model is whole again
-            else:
-                training = full_training(decoder, **how)
             training.stage, training.lr_name = "warm-up", "warmup_lr"
             yield training
 
@@ -162,7 +167,12 @@ class Run:
         config, block = self.config, visit.block
         criterion, settings = config.criterion(block), config.block_settings(self._order_seed(visit), self._mask(block))
         how = dict(criterion=criterion, settings=settings, execution=config.execution(self.work))
-        with reinserted(self.decoder, ChainMap(trained, source), block, **how) as training:
+        with contextlib.ExitStack() as stack:
+            if self.cover_in_parts:
+                stack.enter_context(fused(self.decoder.model, config.impl))  # whose forwards FSDP is around
+                around = [layer for i, layer in enumerate(self.decoder.layers) if i not in block]
+                stack.enter_context(sharded(self.decoder.model, around, self.team, self._kept, trained=False))
+            training = stack.enter_context(reinserted(self.decoder, ChainMap(trained, source), block, **how))
             training.lr_name = "block_lr"
             yield training
 
@@ -225,7 +235,8 @@ class Run:
 
     def keep_original(self) -> WeightSnapshot:
         """The model's weights, in a file until `drop_original`."""
-        return self.state.keep("original", self.decoder.weights)
+        self._kept = self.state.keep("original", self.decoder.weights)
+        return self._kept
 
     def drop_original(self) -> None:
         self.state.drop("original")
@@ -315,6 +326,7 @@ class Run:
         if training.last is None and schedule:  # resumed after the last step
             step = schedule[len(schedule) - 1]
             batch = feed.part(feed.mine(*step), step)
+            batch = feed.stand_in() if batch is None and isinstance(training, LockStep) else batch
         training.check(batch, feed.team)
 
     def _step(self, training: Training, feed: Feed, schedule: Schedule, number: int) -> dict[str, float | None]:
@@ -329,6 +341,8 @@ class Run:
         step = SharedStep(training, self.context.stop)
         if (batch := feed.part(feed.mine(*whole), whole)) is not None:
             step.add(batch, training.accumulate(batch))
+        elif isinstance(training, LockStep):
+            training.accumulate(feed.stand_in(), idle=True)
         metrics = step.gather(feed.team)
         step.apply()
         return metrics

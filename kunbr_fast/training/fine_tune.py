@@ -14,14 +14,18 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives.batch import StepBatch
 from kunbr_fast.objectives.original import Parts
+from kunbr_fast.parallel.sharded import shards_of
 from kunbr_fast.training.full import FullTraining
+from kunbr_fast.training.sharded import ShardedTraining
 from kunbr_fast.training.streamed_full import StreamedFullTraining
 from kunbr_fast.training.training import Training
 
 
 def full_training(decoder: Decoder, *args: Any, **how: Any) -> FullTraining:
-    """`FullTraining` of the decoder's model; of a streamed one, which must be `writable`, a `StreamedFullTraining`."""
-    return (StreamedFullTraining if decoder.streamed else FullTraining)(decoder, *args, **how)
+    """`FullTraining` of the decoder's model; of a streamed one, which must be `writable`, a `StreamedFullTraining`; of
+    one that is in parts (`sharded`) a `ShardedTraining`, by all its ranks."""
+    kind = FullTraining if shards_of(decoder.model) is None else ShardedTraining
+    return (StreamedFullTraining if decoder.streamed else kind)(decoder, *args, **how)
 
 
 def train_all(

@@ -20,9 +20,11 @@ from kunbr_fast.model.ownership import differentiable, no_adapter, not_frozen, u
 from kunbr_fast.model.patch import fused
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.objectives.criterion import Criterion
+from kunbr_fast.parallel.sharded import shards_of
 from kunbr_fast.proofs import ensure_proven
 from kunbr_fast.training.block import BlockTraining, block_tensors
 from kunbr_fast.training.settings import BlockSettings, Execution
+from kunbr_fast.training.sharded import ShardedBlockTraining
 from kunbr_fast.training.streamed import LayerMajorTraining
 
 
@@ -86,7 +88,7 @@ def reinserted(
         raise ValueError("the unlearned model is the original itself: give a copy, or a mapping with its own weights")
     if isinstance(unlearned, nn.Module):
         unlearned = weights_of(unlearned)
-    kind = BlockTraining
+    kind = BlockTraining if shards_of(decoder.model) is None else ShardedBlockTraining
     if decoder.streamed:  # a backward pass runs layers again, which are not kept
         kind, execution = LayerMajorTraining, dataclasses.replace(execution, gradient_checkpointing=True)
     with (

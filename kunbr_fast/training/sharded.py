@@ -1,4 +1,8 @@
-"""Full-parameter training of a model whose layers are in parts on several processes (`parallel.sharded`)."""
+"""Trainings of a model whose layers are in parts on several processes (`parallel.sharded`).
+
+A layer is put together by all ranks at once, so all of them make the same passes: a rank without samples, or with fewer
+micro-batches than another, runs a sample with weight 0.
+"""
 
 from __future__ import annotations
 
@@ -8,47 +12,105 @@ from typing import Any
 
 import torch
 
-from kunbr_fast.data import Sample
 from kunbr_fast.files.row_files import rows_in
 from kunbr_fast.memory import is_out_of_memory
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.frozen import frozen
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.parallel.group import ProcessGone
-from kunbr_fast.parallel.sharded import Shards
-from kunbr_fast.training.fine_tune import fine_tune
+from kunbr_fast.parallel.sharded import shards_of
+from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.micro_batches import dealt, one_of, summed
-from kunbr_fast.training.settings import Execution, FullSettings
+from kunbr_fast.training.settings import BlockSettings, Execution, FullSettings
 from kunbr_fast.training.shared import SharedStep
+from kunbr_fast.training.training import Training
 from kunbr_fast.training.updates import MASTER, PREFIX, of_parameter
 
-ADVERSARY = "sharding='fsdp': the warm-up's adversary has weights of its own, which are not in parts: leave one out"
+ADVERSARY = "sharding={!r}: an adversary has weights of its own, which are not in parts: leave one of them out"
 
 
-class ShardedTraining(FullTraining):
-    """`FullTraining` inside `sharded`: each rank updates its rows of every parameter, and has their optimiser state.
+class LockStep(Training):
+    """Accumulates in step with the other ranks."""
 
-    All ranks give `step` and `step_packed` the same whole batch, and deal its samples out. A rank without any runs one
-    of the others' with weight 0, as each layer is put together by all ranks at once. Stochastic rounding has other
-    random bits than in one process.
+    def __init__(self, decoder: Decoder, *arguments: Any, **settings: Any):
+        self.shards = shards_of(decoder.model)
+        super().__init__(decoder, *arguments, **settings)
+
+    def accumulate(self, step: StepBatch, idle: bool = False) -> PartLoss:
+        """Of this rank's part of a step. idle: it has none, `step` is any sample, and counts nothing."""
+        micros, found = self._cut(step, self.micro_batch_tokens), []
+        passes = len(micros) if self.micro_batch_tokens is None else max(self.shards.group.gather(len(micros)))
+        try:
+            for number in range(passes):
+                if number < len(micros):
+                    found.append(self._pass(micros[number].step, idle))
+                else:
+                    self._pass(one_of(step), True)
+        except BaseException as error:
+            self.drop_gradient()
+            if isinstance(error, ProcessGone) or not is_out_of_memory(error):  # another's memory may have run out
+                raise
+            said = str(error)
+        else:
+            self.last = step
+            return found[0] if len(micros) == 1 else summed(step.packed, micros, found)
+        raise self._refusal(max(step.packed.lengths), said)  # halves would leave the other ranks behind
+
+    def _pass(self, step: StepBatch, idle: bool) -> PartLoss:
+        part = self.shards.run(lambda: self.loss(step))
+        if idle:
+            part = dataclasses.replace(part, loss=part.loss * 0.0)
+        with self.shards.group.computing():
+            return part.backward()
+
+    def _probe(self, step: StepBatch) -> PartLoss:
+        return self._pass(step, False)
+
+    def _memory(self) -> tuple[str, list[str]]:
+        what, cures = super()._memory()
+        limit, size = self.micro_batch_tokens, self.shards.group.size
+        tokens = "a step in parts (micro_batch_tokens)" if limit is None else f"a lower micro_batch_tokens ({limit})"
+        return f"on each of {size} processes a part of the model, and {what}", [tokens, "more processes", *cures]
+
+
+class ShardedBlockTraining(LockStep, BlockTraining):
+    """`BlockTraining` where the layers around the block are in parts. The block is whole on each rank."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        block: range,
+        unlearned: Mapping[str, torch.Tensor],
+        criterion: Criterion,
+        settings: BlockSettings,
+        execution: Execution,
+        cover: None = None,
+    ):
+        super().__init__(decoder, block, unlearned, criterion, settings, execution, cover)
+
+
+class ShardedTraining(LockStep, FullTraining):
+    """`FullTraining` where all layers are in parts: each rank updates its rows of every parameter, and has their
+    optimiser state.
+
+    All ranks give `step` and `step_packed` the same whole batch, and deal its samples out. Stochastic rounding has
+    other random bits than in one process.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        shards: Shards,
         criterion: Criterion | None = None,
         *,
         settings: FullSettings | None = None,
         execution: Execution | None = None,
         **changes: Any,
     ):
-        self.shards, self.ranks = shards, shards.group
-        if settings is not None and settings.adversary is not None:
-            raise ValueError(ADVERSARY)
+        self.ranks = shards_of(decoder.model).group
         super().__init__(decoder, criterion, settings=settings, execution=execution, **changes)
+        if self.adversary is not None:
+            raise ValueError(ADVERSARY.format("fsdp"))
 
     def _updated(self) -> dict[str, torch.nn.Parameter]:
         """A part without rows has nothing to update."""
@@ -65,45 +127,10 @@ class ShardedTraining(FullTraining):
         part = self.accumulate(one_of(step) if mine is None else mine, idle=mine is None)
         if mine is not None:
             shared.add(mine, part)
-        self.last = step
+        self.last = step  # that all ranks have
         metrics = shared.gather(self.ranks)
         shared.apply()
         return metrics
-
-    def accumulate(self, step: StepBatch, idle: bool = False) -> PartLoss:
-        """Of this rank's part of a step. idle: with weight 0. All ranks make as many passes."""
-        micros, found = self._cut(step, self.micro_batch_tokens), []
-        passes = len(micros) if self.micro_batch_tokens is None else max(self.ranks.gather(len(micros)))
-        try:
-            for number in range(passes):
-                if number < len(micros):
-                    found.append(self._pass(micros[number].step, idle))
-                else:
-                    self._pass(one_of(step), True)
-        except BaseException as error:
-            self.drop_gradient()
-            if isinstance(error, ProcessGone) or not is_out_of_memory(error):  # another's memory may have run out
-                raise
-            said = str(error)
-        else:
-            return found[0] if len(micros) == 1 else summed(step.packed, micros, found)
-        raise self._refusal(max(step.packed.lengths), said)
-
-    def _pass(self, step: StepBatch, idle: bool) -> PartLoss:
-        part = self.shards.run(lambda: self.loss(step))
-        if idle:
-            part = dataclasses.replace(part, loss=part.loss * 0.0)
-        with self.ranks.computing():
-            return part.backward()
-
-    def _probe(self, step: StepBatch) -> PartLoss:
-        return self._pass(step, False)
-
-    def _memory(self) -> tuple[str, list[str]]:
-        what, cures = super()._memory()
-        limit = self.micro_batch_tokens
-        tokens = "a step in parts (micro_batch_tokens)" if limit is None else f"a lower micro_batch_tokens ({limit})"
-        return f"on each of {self.ranks.size} processes a part of {what}", [tokens, "more processes", *cures]
 
     # ------------------------------------------------ of the parts
 
@@ -141,11 +168,3 @@ class ShardedTraining(FullTraining):
         device = self.decoder.device
         self.updates.take({name: rows_in(state, name, rows).to(device, copy=True) for name, rows in found.items()})
         self.steps = steps
-
-
-def train_sharded(decoder: Decoder, shards: Shards, samples: Sequence[Sample], **how: Any) -> None:
-    """`train_all` inside `sharded`, by all its ranks."""
-    names = ("epochs", "batch_size", "seed", "on_epoch", "on_step", "progress")
-    loop = {name: how.pop(name) for name in names if name in how}
-    with frozen(decoder.model):
-        fine_tune(ShardedTraining(decoder, shards, **how), samples, **loop)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_text
@@ -17,11 +18,15 @@ import torch
 from distributed_runner import MEASURES, carry_out, measure, run
 from helpers import environment, python
 from safetensors.torch import load_file
+from tiny_models import tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.cli import command as cli
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.parallel.assign import block_cost, busiest_share, homes, spread_blocks
+from kunbr_fast.parallel.group import Group
+from kunbr_fast.parallel.sharded import check_shardable
+from kunbr_fast.run.checks import check_sharding
 from kunbr_fast.run.state import PartState, RunState
 
 HERE = Path(__file__).parent.parent
@@ -43,6 +48,9 @@ SHARDED = {"name": "sharded", "config": PARTS | {"gradient_checkpointing": True,
 STEPS = {"name": "steps", "config": PARTS | {"objective": "pdu", "warmup_epochs": 2, "weight_decay": 0.1}}
 TEXT = {"name": "text", "text": True, "config": PARTS | {"rtt": True, "scoring": "choice", "rtt_lrs": [1e-3]}}
 TEXT["config"] |= {"rtt_epochs": 1, "rtt_attacks": ["full", "lora"], "rtt_batch_size": 3}
+COVER = {"sharding": "fsdp_cover", "batch_size": 1, "retain_batch_size": 1, "optimizer": "adamw", "top_k": 1}
+COVER = {"name": "cover", "given": True, "config": COVER | {"block_epochs": 1, "mask": "sure", "mask_ratio": 0.5}}
+COVER["config"] |= {"micro_batch_tokens": 9}
 DENSITY = {"name": "density", "density": MEASURES}
 
 
@@ -128,9 +136,10 @@ def two(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     differs = {"name": "differs", "given": True, "config": {}, "differs": {"block_lr": 2e-3}}
     refused = {"name": "refused", "config": PARTS | {"adversary_every": 2}}
-    stopped = STEPS | {"at": {"rank": 1, "step": 3, "does": "stop"}}
+    stop = {"at": {"rank": 1, "step": 3, "does": "stop"}}
+    stopped = [STEPS | stop, COVER | {"name": "held"} | stop]
     fails = CUMULATIVE | {"name": "fails", "at": {"rank": 1, "step": 5, "does": "fail"}}  # in the second block
-    jobs = [BLOCKS, CUMULATIVE, SAMPLES, PDU, DENSITY, SHARDED, TEXT, stopped, refused, differs, fails]
+    jobs = [BLOCKS, CUMULATIVE, SAMPLES, PDU, DENSITY, SHARDED, TEXT, COVER, *stopped, refused, differs, fails]
     with processes(2, out, jobs) as (codes, said):
         assert codes == [0, 0], said
     return out
@@ -171,7 +180,7 @@ def test_two_processes_with_the_model_in_parts(truth, two, tmp_path):
     assert len(full) > 4 and all(sum(found["held"][i] for found in both) == one["held"][i] for i in full)
     assert max(found["held"][i] for found in both for i in full) <= 0.51 * one["held"][0]
     for found in results(two, "refused", 2):
-        assert found["error"].startswith("sharding='fsdp': the warm-up's adversary has weights of its own")
+        assert found["error"].startswith("sharding='fsdp': an adversary has weights of its own")
 
     assert [found["error"] for found in results(two, "steps", 2)] == ["Stopped", "Stopped"]
     kept = two / "steps" / "kunbr-checkpoints"
@@ -208,10 +217,58 @@ def test_four_processes(truth, tmp_path):
     close({n: p.detach() for n, p in model.named_parameters()}, truth(CUMULATIVE))
 
 
+def test_two_processes_with_the_cover_in_parts(truth, two):
+    """Steps of one forget and one retain sample; stopped in a block, and gone on with by one process."""
+    close(load_file(two / "cover.safetensors"), truth(COVER))
+    model, one = carry_out(COVER | {"name": "held", "resume": True}, two)
+    assert (
+        len(one["updates"]) == len(results(two, "cover", 2)[0]["updates"]) - 4
+    )  # asked in the third step, all know in the fourth
+    close({n: p.detach() for n, p in model.named_parameters()}, truth(COVER))
+    for found in results(two, "cover", 2):  # the block's two layers, embedding and head are whole
+        assert max(found["weights"]) < 0.71 * one["weights"][0]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"cache_dtype": "bf16"}, "sharding='fsdp_cover', cache_dtype='bf16': expected 'none'"),
+        ({"cover_precision": "int8"}, "cover_precision='int8': expected 'none'"),
+        ({"cache_bytes": 99}, "cache_bytes=99: expected None"),
+        ({"parallel": "blocks"}, "parallel='blocks': all ranks train each block"),
+        ({"adversary_every": 2}, "sharding='fsdp_cover': an adversary has weights of its own"),
+    ],
+)
+def test_what_the_cover_cannot_be_beside(settings, message):
+    said, config = [], kf.KUnBRConfig(sharding="fsdp_cover", **settings)
+    decoder = SimpleNamespace(model=torch.nn.Linear(1, 1), layers=[])
+    for size in (2, 1):
+        context = SimpleNamespace(group=Group(0, size), reporter=SimpleNamespace(say=said.append))
+        with pytest.raises(ValueError, match=re.escape(message)) if size > 1 else contextlib.nullcontext():
+            check_sharding(decoder, config, context, warm_up=False)
+    assert len(said) == 1 and "this is one process" in said[0]
+
+
+def test_layers_that_cannot_be_in_parts_are_named():
+    model = tiny_model()
+    check_shardable(model, model.model.layers)
+    model.model.layers[1].mlp.scale = torch.nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(
+        ValueError, match=re.escape("model.layers.1.mlp.scale cannot be in parts, since it is a single")
+    ):
+        check_shardable(model, model.model.layers)
+    del model.model.layers[1].mlp.scale
+    model.model.layers[2].mlp.up_proj = model.model.layers[1].mlp.up_proj
+    with pytest.raises(ValueError, match=re.escape("it is model.layers.2.mlp.up_proj.weight too")):
+        check_shardable(model, model.model.layers)
+
+
 @pytest.mark.slow  # two processes, and one that goes on, are run always
 def test_parts_on_other_numbers_of_processes(truth, tmp_path):
     """Two processes, of which one runs out of memory; four, of which one is killed; four again."""
     few = SHARDED | {"name": "few", "config": PARTS | {"batch_size": 2, "retain_batch_size": 1}}
+    built = {"name": "built", "config": PARTS | {"sharding": "fsdp_cover", "top_k": 2, "objective": "pdu"}}
+    jobs = [SHARDED, few, TEXT, COVER, built]
     lacks = STEPS | {"at": {"rank": 1, "step": 1, "does": "memory"}}
     with processes(2, tmp_path, [lacks]) as (codes, said):
         assert codes == [0, 0], said
@@ -222,10 +279,10 @@ def test_parts_on_other_numbers_of_processes(truth, tmp_path):
     with processes(4, tmp_path, [killed]) as (codes, said):
         assert codes == [0, 0, -9, 0], said
     assert (tmp_path / "steps" / "kunbr-checkpoints" / "warmup-step-2.rank-3.safetensors").is_file()
-    with processes(4, tmp_path, [STEPS | {"resume": True}, SHARDED, few, TEXT]) as (codes, said):
+    with processes(4, tmp_path, [STEPS | {"resume": True}, *jobs]) as (codes, said):
         assert codes == [0, 0, 0, 0], said
     assert results(tmp_path, "steps", 4)[3]["updates"].count("warmup") == 2
-    for job in (STEPS, SHARDED, few, TEXT):
+    for job in (STEPS, *jobs):
         close(load_file(tmp_path / f"{job['name']}.safetensors"), truth(job))
 
 
