@@ -104,8 +104,9 @@ def test_a_model_in_parts_keeps_its_state(master, folder, tmp_path):
     decoder, snapshot = Decoder(model), WeightSnapshot.save(model, tmp_path / "model.safetensors")
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:
-        with frozen(model), sharded(model, decoder.layers, Group(0, 1), snapshot) as shards:
-            training = ShardedTraining(decoder, shards, **how)
+        with frozen(model), sharded(model, decoder.layers, Group(0, 1), snapshot):
+            training = full_training(decoder, **how)
+            assert isinstance(training, ShardedTraining)
             assert equal(steps(training, 2), two)
             training.step(FORGET, RETAIN)
             training.load_state(WeightSnapshot(tmp_path / "two.safetensors"), 2)
