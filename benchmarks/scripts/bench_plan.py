@@ -6,6 +6,7 @@ Three models of random weights on a CPU, each stage in a process of its own: the
 (VmHWM), less what was resident once the same had been done with a tiny model (VmRSS): Python, its libraries, the
 samples. The stage's whole memory, so: weights, block, gradient, optimiser state, prefix cache, activations, logits.
 Of a streamed warm-up the files in which trained layers lie are mapped, and counted as resident, so predicted too.
+With --gpu instead, on a GPU: a streamed warm-up of eight of Llama-3-8B's layers, the most that torch allocates there.
 Then Llama-3-8B in bf16 on torch's meta device, as count_step.py counts it: the transient part alone, of blocks at the
 bottom, in the middle and at the top. The last column is predicted over measured; the goal is 0.9 to 1.1.
 """
@@ -161,6 +162,46 @@ def on_meta():
         print(f"{'':12} FLOPs predicted / counted {step.flops() / found['flops']:.4f}")
 
 
+# how many layers stay on the device, and how half-precision weights take small updates
+STREAMED = [(0, "none"), (0, "stochastic"), (2, "fp32")]
+
+
+def on_gpu(device="cuda", **shape):
+    """Streamed warm-ups of a model with random weights, two steps each."""
+    name, sizes = "8 layers of Llama-3-8B", count_step.MODELS["Llama-3-8B"]
+    shape = dict(
+        hidden_size=sizes.hidden, intermediate_size=sizes.intermediate, num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.key_value_heads, vocab_size=sizes.vocabulary, num_hidden_layers=8,
+    ) | shape  # fmt: skip
+    config, data = LlamaConfig(**shape), count_step.questions(2 * BATCH, shape["vocab_size"], "all")
+    a = Architecture.of(config, "llama", "bfloat16")
+    lengths = [(len(s["input_ids"]), len(s["input_ids"]) - 1) for s in data]
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.device(device):
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        gc.collect()
+        for resident, masters in STREAMED:
+            how = dict(cache="device", resident_layers=resident, warmup_master_weights=masters)
+            how = KUnBRConfig(batch_size=BATCH, rtt=False, warmup_epochs=1, **how)
+            run = Run(a, Data(lengths[:BATCH], lengths[BATCH:], [], []), how, Setup("h100", stream=True))
+            measured = on_device(folder, device, data, how)
+            stage = f"warm-up, streamed, {resident} resident, masters {masters}"
+            yield row(name, "bfloat16", stage, False, "allocated", run.stage("", run.warm_up()).peak, measured)
+
+
+def on_device(folder, device, data, how):
+    """The most bytes that are allocated on the device."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    decoder = Decoder(open_streamed(folder, device, host_bytes=1 << 40, resident_layers=how.resident_layers))
+    with frozen(decoder.model), fused(decoder.model, "auto"), decoder.weights.writable(folder):
+        training = full_training(decoder, settings=how.full_settings(), place=Place("device"))
+        for _ in range(2):
+            training.step_packed(training.criterion.step_batch(count_step.pack(data).to(device), BATCH))
+    return torch.cuda.max_memory_allocated() if device == "cuda" else 1
+
+
 def row(name, dtype, stage, checkpoint, by, ours, measured):
     found = dict(
         benchmark="plan", model=name, dtype=dtype, stage=stage, checkpointing=checkpoint, measured_by=by,
@@ -181,6 +222,7 @@ def main():
     parser.add_argument("--model", choices=list(MODELS), nargs="+", default=list(MODELS), help="[all]")
     parser.add_argument("--heap", choices=list(HEAPS), nargs="+", default=list(HEAPS), help="[both]")
     parser.add_argument("--no-meta", action="store_true", help="leave Llama-3-8B out")
+    parser.add_argument("--gpu", action="store_true", help="on a GPU, and nothing on the CPU")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="on the CPU [float32]")
     parser.add_argument("--alone", choices=list(MODELS), help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, help=argparse.SUPPRESS)
@@ -190,6 +232,8 @@ def main():
     if arguments.alone:
         how = bool(arguments.checkpoint), arguments.streamed
         return alone(arguments.alone, arguments.dtype, arguments.start, *how)
+    if arguments.gpu:
+        return add_rows(arguments.csv, list(on_gpu()))
     rows = [found for name in arguments.model for found in on_cpu(name, arguments.dtype, arguments.heap)]
     rows += [] if arguments.no_meta else list(on_meta())
     add_rows(arguments.csv, rows)

@@ -176,10 +176,7 @@ class BlockTraining(Training):
             cures.append(f'optimizer_device="host" (the same result, {gibibytes(state + size)} less on the device)')
         if self.graphs is not None:
             cures.append("cuda_graphs=False")
-        if flat.master is not None:
-            bf16 = flat.weights.dtype == torch.bfloat16
-            cures += ['master_weights="stochastic" (no copies of bf16 weights)'] * bf16
-            cures.append('master_weights="none" (small updates are rounded away)')
+        cures += self.settings.instead_of_masters(flat.weights.dtype)
         cures += ["smaller blocks (num_blocks)", "shorter samples (max_length)", "a streamed model (open_streamed)"]
         return what, cures
 

@@ -87,12 +87,11 @@ class FullTraining(Training):
     def _memory(self) -> tuple[str, list[str]]:
         weights = sum(p.nbytes for p in self.parameters.values())
         state = sum(x.nbytes for x in self.updates.tensors().values())
-        master = "master weights and " * (self.settings.master_weights == "fp32")
-        what = (
-            f"all parameters: weights {gibibytes(weights)}, gradient as much, {master}optimiser state "
-            f"{gibibytes(state)}"
-        )
-        return what, ["shorter samples (max_length)", "an M_u made on a larger machine (unlearned=)"]
+        cures = self.settings.instead_of_masters(self.decoder.dtype, self.lr_name.replace("lr", "master_weights"))
+        master = "master weights and " * bool(cures)
+        what = f"all parameters: weights {gibibytes(weights)}, gradient as much, {master}"
+        what += f"optimiser state {gibibytes(state)}"
+        return what, [*cures, "shorter samples (max_length)", "an M_u made on a larger machine (unlearned=)"]
 
     def gradients(self) -> list[torch.Tensor]:
         """What has been accumulated; none of a parameter that no loss has depended on."""

@@ -125,6 +125,13 @@ class FullSettings:
         """The seed of a parameter's random bits; None where rounding is to nearest."""
         return self.rounding_seed * PARAMETERS + number if self.master_weights == "stochastic" else None
 
+    def instead_of_masters(self, dtype: torch.dtype, name: str = "master_weights") -> list[str]:
+        """What needs less memory than the masters of a model in `dtype`, where it has any. name: of the setting."""
+        if self.master_weights != "fp32" or dtype not in flat_buffer.HALF:
+            return []
+        stochastic = [f'{name}="stochastic" (no copies of bf16 weights)'] * (dtype == torch.bfloat16)
+        return [*stochastic, f'{name}="none" (small updates are rounded away)']
+
     @property
     def adversary_rounding(self) -> int | None:
         """`rounding` of its first parameter."""

@@ -365,12 +365,19 @@ ELSEWHERE = "../../victim.txt ../victim.txt /etc/hostname thesis . state.json a/
     "",
     "x\0y",
 ]
+EXTRA = {"epochs": [], "sums": None, "recent": [], "seconds": 0.0, "micro_batch_tokens": None}
+PROGRESS, SHA = {"step": 1, "extra": EXTRA, "confirmed": True}, {"sha256": "0" * 64}
+MINE = {"file": "blocks.0.0-2-step-1.safetensors"} | SHA
 PLACES = {
     "stages/warmup/file": ELSEWHERE,
     "stages/blocks.0.0-2/file": [*ELSEWHERE, "warmup.safetensors"],
     "progress": [
-        {"blocks.0.0-2": [{"file": file, "sha256": "0" * 64, "step": 1, "extra": {}, "confirmed": True}]}
-        for file in ELSEWHERE
+        {"blocks.0.0-2": [PROGRESS | files]}
+        for files in (
+            *({"file": file} | SHA for file in ELSEWHERE),
+            *({"ranks": [{"file": file} | SHA]} for file in (*ELSEWHERE[:4], "blocks.0.0-2-step-1.rank-1.safetensors")),
+            *({"ranks": []}, {"ranks": [MINE]}, {}, SHA, MINE | {"ranks": [MINE]}),
+        )
     ],
     "kept": [{"original": {"file": file, "sha256": "0" * 64}} for file in ELSEWHERE]
     + [{"thesis": {"file": "thesis", "sha256": "0" * 64}}, {"..": {"file": "...safetensors", "sha256": ""}}],

@@ -12,6 +12,7 @@ from torch import nn
 import kunbr_fast as kf
 from kunbr_fast.files.tensors import WeightSnapshot, save_tensors
 from kunbr_fast.kernels.optimizers.op import Fused
+from kunbr_fast.memory import OutOfMemory
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.parallel.group import Group
@@ -103,8 +104,9 @@ def test_a_model_in_parts_keeps_its_state(master, folder, tmp_path):
     decoder, snapshot = Decoder(model), WeightSnapshot.save(model, tmp_path / "model.safetensors")
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:
-        with frozen(model), sharded(model, decoder.layers, Group(0, 1), snapshot) as shards:
-            training = ShardedTraining(decoder, shards, **how)
+        with frozen(model), sharded(model, decoder.layers, Group(0, 1), snapshot):
+            training = full_training(decoder, **how)
+            assert isinstance(training, ShardedTraining)
             assert equal(steps(training, 2), two)
             training.step(FORGET, RETAIN)
             training.load_state(WeightSnapshot(tmp_path / "two.safetensors"), 2)
@@ -169,6 +171,23 @@ def test_small_updates_train(caplog, monkeypatch):
     fell = {master: curve[0] - sum(curve[-10:]) / 10 for master, curve in curves.items()}
     assert abs(fell["none"]) < 1e-5 and fell["fp32"] > 0.1
     assert fell["stochastic"] == pytest.approx(fell["fp32"], rel=0.1)
+
+
+@pytest.mark.parametrize("master", ["fp32", "stochastic"])
+def test_an_update_that_does_not_fit_says_what_to_change(master):
+    model = tiny_model(dtype=torch.bfloat16, num_hidden_layers=1)
+    training = FullTraining(Decoder(model), lr=1e-3, master_weights=master, impl="torch")
+    training.lr_name = "warmup_lr"  # as in a run
+
+    def short_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    training.updates._each["lm_head.weight"].update = short_of_memory
+    with pytest.raises(OutOfMemory) as error:
+        training.step(FORGET, RETAIN)
+    said = ("master weights and optimiser state", 'warmup_master_weights="stochastic" (no copies of bf16 weights)')
+    for text in said:
+        assert (text in str(error.value)) == (master == "fp32"), text
 
 
 # ---------------------------------------------------------------- a parameter, and its master or its bits
