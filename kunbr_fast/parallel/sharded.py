@@ -41,15 +41,17 @@ def check_shardable(model: nn.Module, layers: Sequence[nn.Module]) -> None:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    inside = {id(parameter): layer for layer in layers for parameter in layer.parameters()}
     for parameter in model.parameters():
         name, *others = names[id(parameter)]
-        why = "it is a single number, without rows" if parameter.dim() == 0 else None
+        whys = ["it is a single number, without rows"] * (parameter.dim() == 0)
         if id(parameter) in inside:
-            why = f"it is {others[0]} too" if others else why
-            why = why if parameter.is_contiguous() else "it is not contiguous"
-        if why is not None:
-            raise ValueError(f"sharding='fsdp': {name} cannot be in parts, since {why}: leave sharding out")
+            dtype = next(inside[id(parameter)].parameters()).dtype
+            whys += [f"it is {others[0]} too"] if others else []
+            whys += ["it is not contiguous"] * (not parameter.is_contiguous())
+            whys += [f"it is {parameter.dtype}, others of its layer {dtype}"] * (parameter.dtype != dtype)
+        if whys:
+            raise ValueError(f"sharding='fsdp': {name} cannot be in parts, since {whys[0]}: leave sharding out")
 
 
 class _Around(nn.Module):
@@ -120,7 +122,7 @@ class Shards:
             fully_shard(around[-1], mesh=mesh, mp_policy=policy, reshard_after_forward=True)
             for parameter in own:  # the same objects come back in `restore`
                 parameter.data = placeholder(parameter.shape, parameter.dtype, parameter.device)
-            layer.forward = _calling(around[-1])
+            layer.forward = self._calling(around[-1])
         found = fully_shard(_All(around), mesh=mesh, mp_policy=policy)
         for module in around:
             module.set_gradient_divide_factor(1.0)
@@ -130,10 +132,17 @@ class Shards:
         found(lambda: None)  # makes it the root of all
         return found
 
+    def _calling(self, around: _Around) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self.group.computing():
+                return around(*args, **kwargs)
+
+        forward.takes_rows = getattr(around._forward, "takes_rows", False)  # see Decoder.run
+        return forward
+
     def run(self, call: Callable[[], Any]) -> Any:
         """`call()`, a forward pass."""
-        with self.group.computing():
-            return self._all(call)
+        return self._all(call)
 
     def _mine(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """This rank's rows of what is stored or accumulated of a parameter."""
@@ -218,14 +227,6 @@ class Shards:
 def shards_of(model: nn.Module) -> Shards | None:
     """Of a model inside `sharded`."""
     return vars(model).get(MARK)
-
-
-def _calling(around: _Around) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return around(*args, **kwargs)
-
-    forward.takes_rows = getattr(around._forward, "takes_rows", False)  # see Decoder.run
-    return forward
 
 
 @contextlib.contextmanager

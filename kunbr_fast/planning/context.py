@@ -140,17 +140,19 @@ class Context:
         }
         return found | {"layer buffers": 2 * self.layer * (self.stays < self.a.layers)}
 
-    def in_files(self, size: int) -> float:
-        """The part of `size` bytes of all streamed layers that does not lie in main memory."""
-        whole = size * self.streamed(0, self.a.layers)
-        return max(0.0, 1 - self.room / whole) if whole else 0.0
+    def in_files(self, state: int = 0) -> float:
+        """The part of the streamed layers that does not lie in main memory. state: bytes of a layer's optimiser state,
+        where they are trained; else those that stay on the device are kept in main memory too."""
+        whole = (self.layer + state) * self.streamed(0, self.a.layers)
+        room = self.room if state else self.room - self.stays * self.layer
+        return min(1.0, max(0.0, 1 - room / whole)) if whole else 0.0
 
     def read(self, loads: float, anew: float = 0.0, beside: int = 0) -> tuple[Work, Traffic]:
         """Of weights alone. loads: how many layers come to the device; anew: how many of them come from the files
         wherever they lie afterwards, since they were never read; beside: bytes of a layer's optimiser state, which
         lies where its weights do."""
         nbytes = loads * self.layer
-        disk = self.layer * (anew + (loads - anew) * self.in_files(self.layer + beside))
+        disk = self.layer * (anew + (loads - anew) * self.in_files(beside))
         return Work(bus_in=nbytes, disk=disk), Traffic(weights_in=nbytes)
 
     def phases(self, work: Work, traffic: Traffic, streamed: float, up: float, files: float) -> list[Work]:

@@ -121,7 +121,7 @@ class Run(Trainings):
             peak = peak | {"gradient": peak["gradient"] + 4 * a.layers * 3 * a.hidden * a.intermediate}
         flops = self.once("density flops", lambda: sum(Step(a, batch, **step).flops() for batch in found))
         work += Work(flops, 2 * len(found) * a.layers * self.layer)
-        kept = self.streamed(0, a.layers) * self.layer
+        kept = a.layers * self.layer * self.setup.stream
         work = self.phases(work, traffic, 1.0, 1 / 4, 0.0)
         return self.stage("density", Taken({**self.weights(), **peak}, work, traffic, host, kept, self.layer))
 

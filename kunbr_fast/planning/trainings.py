@@ -132,7 +132,7 @@ class Trainings(Context):
         memory["activations"] = peak.get("activations", 0) + here
         memory["resident"] += self.stays * one.kept
         memory["layer buffers"] += BUFFERS * one.kept * (n > 0 and not cpu)  # a CPU updates a state where it lies
-        files = self.in_files(one.weights + one.kept)
+        files = self.in_files(one.kept)
         first = (one_pass(n) + self.stays) * steps.trainings * self.layer  # from the model's files
         resident = Traffic(weights_in=self.stays * steps.trainings * self.layer)
         traffic = update_traffic(n, one.weights, one.kept, steps.count, steps.trainings) + resident
@@ -181,7 +181,7 @@ class Trainings(Context):
         here, host, moved = self._waiting(a.layers, steps)
         memory = {**self.weights(), **peak, "activations": peak.get("activations", 0) + here}
         memory["optimiser"] = 16 * rank * a.layers * (a.rows + a.columns)
-        files = self.in_files(self.layer)
+        files = self.in_files()
         passes = steps.count + steps.trainings  # one looks at what the last step has left
         anew, more = self.read(self.stays * passes, anew=self.stays * steps.trainings)
         read, traffic = self.read(one_pass(n) * passes)
@@ -247,17 +247,17 @@ class Trainings(Context):
         if setup.stream:
             here, beside, waiting = self._waiting(a.layers - block.start, steps)
             top["activations"] += here
-            host += beside
+            host += beside + update.weights * (not setup.cpu)  # the trained block, when it is taken out
             moved, traffic = self._cover(block, steps, fixed)
             part = 6 * self.streamed(block.stop, a.layers) / (6 * (a.layers - block.stop) + 8 * len(block))
-            work = self.phases(work[0] + moved + waiting, traffic, part, 1 / 3, self.in_files(self.layer))
+            work = self.phases(work[0] + moved + waiting, traffic, part, 1 / 3, self.in_files())
         if update.on_host:  # gradient down, update, weights up, one after the other
             moved = steps.count * update.weights
             work += [Work(bus_out=moved), Work(host=steps.count * update.traffic), Work(bus_in=moved)]
         memory = {kind: fixed.get(kind, 0) + top.get(kind, 0) for kind in dict.fromkeys((*fixed, *top))}
         prefix, prefix_traffic = self._prefix(min(block.start, len(block)) / chance, epochs)
-        streamed = self.streamed(0, a.layers)
-        return Taken(memory, work + prefix, traffic + prefix_traffic, host, streamed * self.layer, self.layer)
+        kept = a.layers * self.layer * setup.stream
+        return Taken(memory, work + prefix, traffic + prefix_traffic, host, kept, self.layer)
 
     def _cover(self, block: range, steps: Steps, fixed: dict[str, int]) -> tuple[Work, Traffic]:
         """What streaming the layers above the block moves. One in low precision is read once, and twice more to be

@@ -28,15 +28,18 @@ class Try:
         if not run.setup.stream:
             return cls(settings, run, run.stages(), memory)
         run = _with(run, {"resident_layers": 0})
-        stages, resident = run.stages(), 0
-        if run.setup.cpu:
-            room = memory - max(stage.peak for stage in stages)
-        else:
+        stages, resident, left = run.stages(), 0, memory
+        if not run.setup.cpu:
             free = [(memory - run.setup.reserve - stage.peak) // stage.resident for stage in stages]
             resident = min(max(0, min(free)), run.a.layers)
-            room = run.setup.memory - HOST_RESERVE - max(s.host for s in stages) if run.setup.memory else float("inf")
+            left = run.setup.memory - HOST_RESERVE if run.setup.memory else float("inf")
         settings = settings | {"resident_layers": resident}
-        run = dataclasses.replace(_with(run, settings), room=max(room, 0))
+        run, room = _with(run, settings), float("inf")
+        for stage in run.stages():  # of those that want more than there is
+            needed = stage.peak if run.setup.cpu else stage.host
+            if needed + stage.store > left:
+                room = min(room, max(0, left - needed))
+        run = dataclasses.replace(run, room=room)
         return cls(settings, run, run.stages(), memory)
 
     @property
@@ -66,7 +69,7 @@ class Try:
         """Bytes of main memory that it takes."""
         setup, a = self.run.setup, self.run.a
         if setup.stream:
-            return max(stage.host for stage in self.stages) + self.stream_cache
+            return max(stage.host + min(self.stream_cache, stage.store) for stage in self.stages)
         return max(0 if setup.cpu else a.parameters * a.itemsize, *(stage.host for stage in self.stages))
 
     @property

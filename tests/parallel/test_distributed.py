@@ -257,6 +257,12 @@ def test_layers_that_cannot_be_in_parts_are_named():
         ValueError, match=re.escape("model.layers.1.mlp.scale cannot be in parts, since it is a single")
     ):
         check_shardable(model, model.model.layers)
+    model.model.layers[1].mlp.scale = torch.nn.Parameter(torch.ones(2, 3).t())
+    with pytest.raises(ValueError, match="mlp.scale cannot be in parts, since it is not contiguous"):
+        check_shardable(model, model.model.layers)
+    model.model.layers[1].mlp.scale = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="since it is torch.float32, others of its layer torch.float64"):
+        check_shardable(model, model.model.layers)
     del model.model.layers[1].mlp.scale
     model.model.layers[2].mlp.up_proj = model.model.layers[1].mlp.up_proj
     with pytest.raises(ValueError, match=re.escape("it is model.layers.2.mlp.up_proj.weight too")):
