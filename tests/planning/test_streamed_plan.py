@@ -2,7 +2,9 @@
 
 import dataclasses
 import gc
+import itertools
 import json
+from collections import Counter
 
 import pytest
 import tiny_text
@@ -10,6 +12,7 @@ import torch
 import transformers as tf
 from tiny_models import peak_bytes, random_samples
 
+import kunbr_fast as kf
 from kunbr_fast import KUnBRConfig, PrefixCache, knowledge_density, reinserted
 from kunbr_fast.cli import command as cli
 from kunbr_fast.data import load_records
@@ -189,6 +192,32 @@ def test_bytes_of_a_streamed_attack(tmp_path):
     assert predicted == pytest.approx(dict(stream.traffic), rel=0.01)
     for name in ("weights_in", "weights_out"):
         assert predicted[name] == pytest.approx(stream.traffic[name])
+
+
+def test_bytes_of_a_whole_streamed_run(tmp_path):
+    """Each stage of a run, by what `LayerStream.traffic` has when the next one begins."""
+    root = tiny_text.workspace(tmp_path)
+    tokenizer, files = load_tokenizer(root / "model"), [root / "f0.jsonl", root / "f1.jsonl"]
+    how = dict(num_blocks=3, top_k=1, skip_last_layers=4, batch_size=4, block_epochs=2, warmup_epochs=2)
+    config = KUnBRConfig(**how, rtt_epochs=2, rtt_lrs=(1e-4,))
+    data = Data.load([str(path) for path in files], [str(root / "r.jsonl")], tokenizer, config)
+    run = Run(Architecture.load(root / "model")[0], data, config, Setup("cpu", stream=True))
+    decoder, stream = opened(root / "model")
+    records, retain = [load_records([str(path)]) for path in files], load_records([str(root / "r.jsonl")])
+    folds, marks = [Fold(path.stem, part, part) for path, part in zip(files, records)], []
+
+    def mark(text):
+        marks.append((str(text), Counter(stream.traffic)))
+
+    more = dict(tokenizer=tokenizer, folds=folds, output_dir=tmp_path / "out", progress=False)
+    kf.unlearn(decoder.model, sum(records, []), retain, config, on_stage=mark, before_cleanup=mark, **more)
+    counted = [(text, after - before) for (text, before), (_, after) in itertools.pairwise(marks)]
+    for stage in run.stages():
+        begun = dict(evaluation="accuracy", density="knowledge density").get(stage.name, stage.name.split(" 0")[0])
+        found = next(count for text, count in counted if text.startswith(begun))
+        back = Traffic(weights_in=6 * run.layer * (stage.name == "RTT attack"))  # what was written answers once more
+        predicted = {what: n for what, n in dataclasses.asdict(stage.traffic + back).items() if n}
+        assert predicted == pytest.approx(found, rel=0.001), stage.name
 
 
 def test_resident_layers_take_memory():
