@@ -6,6 +6,8 @@ import dataclasses
 import gc
 import math
 import os
+import re
+import resource
 import tempfile
 import weakref
 from collections.abc import Sequence
@@ -57,7 +59,26 @@ STORAGES = ("auto", "device", "host", "file")
 
 
 def free_host_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Main memory that this process may still take: what is free, within its limit (RLIMIT_DATA) and its cgroup's."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    if limit != resource.RLIM_INFINITY:
+        taken = re.search(r"VmData:\s+(\d+) kB", _read("/proc/self/status"))
+        free = min(free, limit - (int(taken[1]) << 10 if taken else 0))
+    path = re.search(r"^0::(.*)$", _read("/proc/self/cgroup"), re.MULTILINE)
+    group = Path(f"/sys/fs/cgroup{path[1] if path else ''}")
+    most, now = (_read(group / f"memory.{what}").strip() for what in ("max", "current"))
+    if most.isdigit() and now.isdigit():
+        free = min(free, int(most) - int(now))
+    return max(free, 0)
+
+
+def _read(path: str | Path) -> str:
+    """A file of the kernel's; empty where there is none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 def pinned_bytes(size: int) -> torch.Tensor:

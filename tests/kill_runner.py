@@ -25,7 +25,7 @@ POINTS = {
     "in the first block": (reinsertion.BlockTraining, "step_packed", 3),
     "in the second block": (reinsertion.BlockTraining, "step_packed", 7),
     "a block is trained, nothing of it is recorded": (checkpoint.RunState, "finish", 5),
-    "in the attack": (rtt, "measure", 3),
+    "in the attack": (rtt, "measure_all", 2),
     "the model is half saved": (loading.os, "replace", None),
 }
 # points that only a streamed run, or one of several processes, comes to

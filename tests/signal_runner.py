@@ -23,7 +23,7 @@ POINTS = {
     "warm-up": (FullTraining, "update"),
     "block": (BlockTraining, "update"),
     "density": (Measurement, "_pass"),
-    "attack": (rtt, "measure"),
+    "attack": (rtt, "measure_all"),
     "rename": (atomic.os, "replace"),
     "checkpoint": (RunState, "save_progress"),
     "none": (rtt, "no such function"),

@@ -11,8 +11,8 @@ from kunbr_fast.files.models import load_model
 from kunbr_fast.model.streaming import open_streamed
 
 LARGE = dict(
-    vocab_size=128, hidden_size=512, intermediate_size=2048, num_hidden_layers=32, num_attention_heads=8,
-    num_key_value_heads=8, max_position_embeddings=64, tie_word_embeddings=False,
+    vocab_size=400, hidden_size=512, intermediate_size=2048, num_hidden_layers=32, num_attention_heads=8,
+    num_key_value_heads=8, max_position_embeddings=128, tie_word_embeddings=False,
 )  # fmt: skip
 HEADROOM = 200 << 20
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from kunbr_fast.memory import Place, free_host_bytes, pinned_bytes
+from kunbr_fast.memory import Place, pinned_bytes
 from kunbr_fast.model.layer_buffers import Buffer, Copies
 
 CPU = torch.device("cpu")
@@ -51,12 +51,12 @@ class Layout(dict[str, tuple[slice, torch.dtype, torch.Size]]):
 
 
 class LayerStore:
-    """weights, state: by layer, what was written since the last `reset`. budget: bytes of main memory (None: half of
-    what is free now); directory: of the files."""
+    """copies: of the weights; the state has its own, as neither is to wait behind the other. budget: bytes of main
+    memory; directory: of the files."""
 
-    def __init__(self, copies: Copies, budget: int | None, directory: str | Path | None):
-        self._copies, self._directory = copies, directory
-        self._left = free_host_bytes() // 2 if budget is None else budget
+    def __init__(self, copies: Copies, budget: int, directory: str | Path | None):
+        self._copies, self._state_copies, self._directory = copies, Copies(copies.device), directory
+        self._left = budget
         self._made: dict[tuple[str, int], torch.Tensor] = {}
         self._written: dict[tuple[str, int], Future] = {}
         self.layouts: dict[int, Layout] = {}  # of the state
@@ -68,8 +68,9 @@ class LayerStore:
         return ("weights", layer) in self._written
 
     def reset(self) -> None:
-        """Nothing was written."""
-        self.wait()
+        """Nothing was written; of a copy that failed nobody hears."""
+        for job in self._written.values():
+            job.exception()
         self._written.clear()
         self.layouts.clear()
         self.forget_loading()
@@ -116,6 +117,8 @@ class LayerStore:
         if ("state", layer) not in self._written:
             return 0
         layout, written = self.layouts[layer], self._written["state", layer]
+        if not self._copies.cuda:
+            return layout.nbytes
         buffer = self._free(layout.size)
         self._loading[layer] = buffer
 
@@ -123,11 +126,14 @@ class LayerStore:
             written.result()
             return self._made["state", layer]
 
-        self._copies.fill(buffer, layout.size, source)
+        self._state_copies.fill(buffer, layout.size, source)
         return layout.nbytes
 
     def state(self, layer: int) -> dict[str, torch.Tensor]:
-        """The state that was expected, on the device: to be updated in place, and given to `write_state`."""
+        """The state that was expected, on the device (on a CPU where it lies): to be updated in place, and given to
+        `write_state`."""
+        if not self._copies.cuda:
+            return self.stored_state(layer)
         if layer not in self._loading:
             return {}
         buffer = self._loading[layer]
@@ -143,14 +149,15 @@ class LayerStore:
         if layout is None or layout.keys() != tensors.keys():  # a parameter's first gradient may come late
             layout, buffer = Layout(tensors), None
             self.layouts[layer] = layout
-        if buffer is None:
+        target = self._of("state", layer, layout.size)
+        if self._copies.cuda and buffer is None:
             buffer = self._free(layout.size)
             buffer.wait()
-        for name, view in layout.views(buffer.data).items():
+        for name, view in layout.views(buffer.data if self._copies.cuda else target).items():
             if view.data_ptr() != tensors[name].data_ptr():
                 view.copy_(tensors[name])
-        target = self._of("state", layer, layout.size)
-        self._written["state", layer] = self._copies.drain(buffer, layout.size, target)
+        drain = self._state_copies.drain
+        self._written["state", layer] = drain(buffer, layout.size, target) if self._copies.cuda else _done()
         return layout.nbytes
 
     def stored_state(self, layer: int) -> dict[str, torch.Tensor]:
@@ -181,7 +188,7 @@ class LayerStore:
                 buffer.wait()
             self._buffers.clear()
         while len(self._buffers) < 2:
-            self._buffers.append(Buffer(size, self._copies))
+            self._buffers.append(Buffer(size, self._state_copies))
         used = {id(buffer) for buffer in self._loading.values()}
         found = next(buffer for buffer in self._buffers if id(buffer) not in used)
         self._buffers.remove(found)

@@ -32,7 +32,7 @@ from torch.autograd.graph import increment_version
 from kunbr_fast.files.parameters import Piece
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.tensors import placeholder
-from kunbr_fast.memory import pinned_bytes
+from kunbr_fast.memory import free_host_bytes, pinned_bytes
 from kunbr_fast.model.layer_buffers import Buffer, Copies
 from kunbr_fast.model.layer_files import Entry, LayerFiles
 from kunbr_fast.model.layer_store import ALIGNMENT, LayerStore
@@ -222,7 +222,10 @@ class LayerStream(LayerFiles):
         others = {id(own): (own, own.to("cpu", copy=True)) for own in self._others.values()}
         changed = set(self._changed)
         self.host.clear()
-        self.store = LayerStore(self.copies, self._host_bytes, directory)
+        budget = self._host_bytes
+        if budget is None:  # half of what is free, less some layers: buffers, a gradient, what an update makes
+            budget = max(0, free_host_bytes() // 2 - 8 * max(self._sizes))
+        self.store = LayerStore(self.copies, budget, directory)
 
         @torch.no_grad()
         def reset() -> None:

@@ -131,7 +131,7 @@ class Trainings(Context):
         memory = {**self.weights(), "optimiser": outside.state, "master": outside.master_bytes, **peak}
         memory["activations"] = peak.get("activations", 0) + here
         memory["resident"] += self.stays * one.kept
-        memory["layer buffers"] += BUFFERS * one.kept * (n > 0)
+        memory["layer buffers"] += BUFFERS * one.kept * (n > 0 and not cpu)  # a CPU updates a state where it lies
         files = self.in_files(one.kept)
         first = (one_pass(n) + self.stays) * steps.trainings * self.layer  # from the model's files
         resident = Traffic(weights_in=self.stays * steps.trainings * self.layer)

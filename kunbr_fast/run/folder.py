@@ -30,7 +30,8 @@ RUNNING, SAVING, FINISHED = "running", "saving", "finished"
 _WITH_FILE = r"warmup|reference|reference\.blocks|blocks\.[0-9]+\.[0-9]+-[0-9]+"  # stages, see `run.visits`
 _OURS = re.compile(
     rf"state\.json|state\.rank-[0-9]+\.json|({_WITH_FILE})(-step-[0-9]+(\.rank-[0-9]+)?)?\.safetensors|original\.safetensors"
-    r"|rtt-weights\.safetensors|(prefix-cache|activation-store)-[a-z0-9_]{8}"  # the last: mapped, see `memory.Place`
+    r"|rtt-weights\.safetensors"
+    r"|(prefix-cache|activation-store|(weights|state)-of-layer-[0-9]+)-[a-z0-9_]{8}"  # mapped, see `memory.Place`
 )
 _SCRATCH = re.compile("rank-[0-9]+")  # folders, of the attack on each rank
 

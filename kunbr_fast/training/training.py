@@ -327,7 +327,7 @@ class Training(abc.ABC):
             what += ", and an adversary: a copy of its weights and AdamW's two moments"
             reaches = getattr(self.settings, "reaches_model", False)
             cures = [*cures, *["adversary_reach='block'"] * reaches, "no adversary (adversary_every=0)"]
-        if not self.execution.gradient_checkpointing:
+        if not (self.execution.gradient_checkpointing or self.layer_major):
             cures = ["gradient_checkpointing=True (the same result)", *cures]
         return cannot_fit(tokens, what, cures, self.decoder.device, said)
 

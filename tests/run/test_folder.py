@@ -490,7 +490,7 @@ def test_a_file_that_changes_while_the_run_is_on_is_not_read_back(name, when, wo
     elif when == "in the warm-up":
         before(FullTraining, "step_packed")
     else:
-        before(rtt, "measure")
+        before(rtt, "measure_all")
     error = refusal(capsys, arguments(workspace, "--out", out, "--quiet"))
     assert done and str(done[0]) in error and "damaged (SHA-256" in error
     assert not (out / "config.json").exists()

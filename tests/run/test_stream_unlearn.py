@@ -19,7 +19,9 @@ from tiny_models import random_samples, tiny_model
 import kunbr_fast as kf
 from kunbr_fast.cli import command as cli
 from kunbr_fast.evaluation.accuracy import choice_accuracy
+from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.files.models import load_model, load_tokenizer
+from kunbr_fast.files.saving import save_model
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.tensors import WeightSnapshot
 from kunbr_fast.model.decoder import Decoder
@@ -425,3 +427,52 @@ def test_a_whole_run_of_a_model_that_does_not_fit(tmp_path):
     for name in before.files:
         if ".layers." not in name or name.split(".")[2] in (str(found["block"]), "0", "31"):
             assert torch.equal(before[name], after[name]) != name.startswith(inside), name
+
+
+def five_stages(opening, path, out, private=None):
+    """A whole run, from the warm-up to the attack, of `write_large`'s model. private: the most bytes of private memory
+    above what the imports take."""
+    import kunbr_fast.run.unlearn  # noqa: F401 -- as above
+
+    torch.set_num_threads(1)
+    if private is not None:
+        limit = streamed_models.memory("VmData") + private
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            torch.empty(private + (8 << 20), dtype=torch.uint8)
+    folds = [Fold(name, found, found) for name, found in zip("ab", LARGE_RECORDS)]
+    config = kf.KUnBRConfig(
+        batch_size=4, num_blocks=32, top_k=1, skip_last_layers=8, warmup_epochs=2, warmup_lr=1e-4, block_epochs=1,
+        block_lr=1e-4, rtt_lrs=(1e-4,), rtt_epochs=1, checkpoint_every=1,
+    )  # fmt: skip
+    model = opening(path)
+    report = kf.unlearn(
+        model, LARGE_RECORDS[0] + LARGE_RECORDS[1], LARGE_RECORDS[2], config, tokenizer=tiny_text.tokenizer(),
+        folds=folds, output_dir=out, progress=False,
+    )  # fmt: skip
+    if private is None:
+        save_model(model, None, out)
+    found = report.to_dict()
+    return {name: found[name] for name in ("accuracy", "blocks", "density", "losses", "rtt")}
+
+
+LARGE_RECORDS = [[tiny_text.question(name) for name in tiny_text.NAMES[i : i + 2]] for i in (0, 2, 4)]
+
+
+@pytest.mark.slow
+def test_five_stages_of_a_model_that_does_not_fit(tmp_path):
+    """540 MB of weights, as much of momentum, 200 MiB of private memory: the bits of the run in memory."""
+    original = tmp_path / "original"
+    original.mkdir()
+    streamed_models.write_large(original)
+    code = "import json, sys; sys.path.append({!r}); import test_stream_unlearn as t; from pathlib import Path; "
+    code += "print(json.dumps(t.five_stages(t.open_streamed, Path({!r}), {!r}, t.streamed_models.HEADROOM)))"
+    code = code.format(str(HERE), str(original), str(tmp_path / "ours"))
+    done = python("-c", code, MALLOC_ARENA_MAX="2", MALLOC_MMAP_THRESHOLD_="1000000")
+    assert done.returncode == 0, done.stderr[-3000:]
+    truth = five_stages(streamed_models.whole, original, tmp_path / "truth")
+    assert json.loads(done.stdout.splitlines()[-1]) == json.loads(json.dumps(truth))
+    before, ours, resident = (Shards(path) for path in (original, tmp_path / "ours", tmp_path / "truth"))
+    for name in before.files:
+        assert torch.equal(ours[name], resident[name]), name
+        assert not torch.equal(ours[name], before[name]), name
