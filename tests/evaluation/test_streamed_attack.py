@@ -129,7 +129,7 @@ def test_an_attack_at_a_rate_that_bf16_rounds_away(path, tokenizer, tmp_path, mo
             patch.setattr(
                 rtt, "measure_all", lambda d, *a, **h: seen.append(d.weights[name].clone()) or real(d, *a, **h)
             )
-            attack_of(decoder, tokenizer, lrs=(1e-6,), epochs=2, master_weights=master).run(tmp_path, False)
+            attack_of(decoder, tokenizer, lrs=(1e-3,), epochs=6, master_weights=master).run(tmp_path, False)
         return seen
 
     for master in ("none", "fp32", "stochastic"):
