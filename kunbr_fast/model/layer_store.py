@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from kunbr_fast.memory import Place, pinned_bytes
+from kunbr_fast.memory import LESS, OutOfMemory, Place, free_host_bytes, gibibytes, pinned_bytes
 from kunbr_fast.model.layer_buffers import Buffer, Copies
 
 CPU = torch.device("cpu")
@@ -90,6 +90,9 @@ class LayerStore:
                 self._left += smaller.numel()
             del smaller
             on_host = size <= self._left
+            if on_host and size > (free := free_host_bytes()):
+                needs = f"the {what} of layer {layer} take {gibibytes(size)}, {gibibytes(free)} are free"
+                raise OutOfMemory(f"main memory: {needs}: {LESS}")
             if on_host and self._copies.cuda:
                 self._made[key] = pinned_bytes(size)
             else:

@@ -220,6 +220,7 @@ class KUnBRConfig:
     rtt: bool = setting(True, "attack the result (retraining on T)", "none")
     rtt_lrs: tuple[float, ...] = setting((1e-6, 5e-6, 1e-5), "learning rates of the attack", "none")
     rtt_attacks: tuple[str, ...] = setting(("full",), f"kinds of attack: {', '.join(ATTACKS)}, or all", "none")
+    rtt_master_weights: str = setting("none", "as master_weights, of attacks on all weights", "rtt", MASTER_WEIGHTS)
     rtt_lora_rank: int = setting(Lora.rank, "rank of the attack lora (its alpha is twice that)", "rtt")
     rtt_lora_targets: tuple[str, ...] = setting(
         Lora.targets, "linear layers of the attack lora: all, attention, mlp, or names such as q_proj", "rtt"
@@ -344,6 +345,7 @@ class KUnBRConfig:
         how = {
             "target": self.rtt_target, "text": self.text(), "max_length": self.max_length, "overlap": self.overlap,
             "attacks": self.rtt_attacks, "lora_rank": self.rtt_lora_rank, "lora_targets": self.rtt_lora_targets,
+            "master_weights": self.rtt_master_weights,
         }  # fmt: skip
         return RTTConfig(
             self.rtt_lrs, self.rtt_epochs, self.rtt_batch_size, scoring=self.scoring, seed=self.seed, **how

@@ -9,6 +9,7 @@ from kunbr_fast.data import pack
 from kunbr_fast.files.models import load_model
 from kunbr_fast.files.tensors import WeightSnapshot, save_tensors
 from kunbr_fast.memory import OutOfMemory, Place
+from kunbr_fast.model import layer_store
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.layer_buffers import Copies
@@ -288,3 +289,18 @@ def test_divergence_and_memory_in_the_middle_of_a_step(folder, tmp_path, monkeyp
         training.step(FORGET, RETAIN)
         now = training.state()
         assert all(torch.equal(now[name], truth[name]) for name in truth)
+
+
+def test_less_main_memory_than_was_said(folder, tmp_path, monkeypatch):
+    """An error that names the cure, not the system's killer; the training goes on from a checkpoint, in files."""
+    decoder = Decoder(streamed(folder(), host_bytes=1 << 40))
+    monkeypatch.setattr(layer_store, "free_host_bytes", lambda: 20_000)
+    with decoder.weights.writable(tmp_path) as reset:
+        with pytest.raises(
+            OutOfMemory, match="the weights of layer 5 take .* GiB, .* are free: keep less there .stream_c"
+        ):
+            trained(decoder, tmp_path)
+        reset()
+    decoder = Decoder(streamed(folder(), host_bytes=0))
+    with decoder.weights.writable(tmp_path):
+        trained(decoder, tmp_path)
