@@ -36,7 +36,7 @@ from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_optio
 from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.parallel.sharded import SHARDING
 from kunbr_fast.run.methods import settings_of
-from kunbr_fast.run.setting import ADVERSARY, CHOSEN, NUMBERS, RATES, VISITS, refuse_old, setting
+from kunbr_fast.run.setting import ADVERSARY, CHOSEN, NUMBERS, RATES, VISITS, check_used, refuse_old, setting
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
 from kunbr_fast.training.settings import (
     INSERTIONS,
@@ -288,11 +288,7 @@ class KUnBRConfig:
         check_unused(self)
         self.block_settings().check_reach(False, self.cover_precision)
         self._check_objectives()
-        rule = attribution.RULES.get(self.mask, {})
-        if self.mask_ratio is not None and (self.mask == "none" or "threshold" in rule):
-            raise ValueError(f"mask_ratio={self.mask_ratio}: mask {self.mask} takes none: leave it out")
-        if self.mask != "none" and self.mask_ratio is None and not rule:
-            raise ValueError(f"mask {self.mask} has no published ratio: give mask_ratio")
+        check_used(self)
 
     def _check_objectives(self) -> None:
         if self.block_hidden_coeff is not None and self.retain_loss != "hidden_layers":

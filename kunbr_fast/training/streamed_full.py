@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from kunbr_fast.memory import gibibytes, is_out_of_memory
+from kunbr_fast.memory import LESS, gibibytes, is_out_of_memory
 from kunbr_fast.model.layer_store import Layout
 from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives import losses
@@ -184,7 +184,7 @@ class StreamedFullTraining(LayerMajorSteps, FullTraining):
             f"all parameters, layer by layer: outside of the layers {gibibytes(outside)}, gradient as much, and in "
             f"buffers for layers {gibibytes(self.weights.nbytes)}"
         )
-        cures = ["shorter samples (max_length)", "micro_batch_tokens", "less main memory for layers (--stream-cache)"]
+        cures = ["shorter samples (max_length)", "micro_batch_tokens", LESS]
         return what, cures + ["fewer resident layers (resident_layers)"] * bool(self.weights.resident)
 
     def state(self) -> Mapping[str, torch.Tensor]:
