@@ -218,7 +218,12 @@ class LayerStream(LayerFiles):
     def writable(self, directory: str | Path | None = None) -> Iterator[Callable[[], None]]:
         """Inside, `store` is there for a training, which writes layers to it (`write`) and changes what is outside of
         the layers in place. Yields a function that makes the weights what they were on entry, as does leaving.
-        directory: of what does not fit main memory."""
+        directory: of what does not fit main memory. ValueError inside another one: there is one `store`."""
+        if self.store is not None:
+            raise ValueError(
+                f"{self.directory}: the streamed model is being trained already: leave the `with ... .writable(...)` "
+                "around this, or open the model once more"
+            )
         others = {id(own): (own, own.to("cpu", copy=True)) for own in self._others.values()}
         changed = set(self._changed)
         self.host.clear()
