@@ -57,12 +57,15 @@ def cannot_fit(tokens: int | None, what: str, cures: Sequence[str], device: torc
     return OutOfMemory(f"out of memory {when} ({what}{there}). Cures: {'; '.join(cures)}. What was said: {said[:300]}")
 
 
+LESS = "keep less there (stream_cache, --stream-cache): the rest goes to files"
 STORAGES = ("auto", "device", "host", "file")
 
 
 def free_host_bytes() -> int:
-    """Main memory that this process may still take: what is free, within its limit (RLIMIT_DATA) and its cgroup's."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Main memory that this process may still take, with what the page cache would give back: within its own limit
+    (RLIMIT_DATA) and its cgroup's."""
+    available = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
+    free = int(available[1]) << 10 if available else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     if limit != resource.RLIM_INFINITY:
         taken = re.search(r"VmData:\s+(\d+) kB", _read("/proc/self/status"))
@@ -71,7 +74,8 @@ def free_host_bytes() -> int:
     group = Path(f"/sys/fs/cgroup{path[1] if path else ''}")
     most, now = (_read(group / f"memory.{what}").strip() for what in ("max", "current"))
     if most.isdigit() and now.isdigit():
-        free = min(free, int(most) - int(now))
+        cached = re.search(r"^inactive_file (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
+        free = min(free, int(most) - int(now) + (int(cached[1]) if cached else 0))
     return max(free, 0)
 
 
@@ -85,10 +89,13 @@ def _read(path: str | Path) -> str:
 
 def pinned_bytes(size: int) -> torch.Tensor:
     """(size,) uint8 in pinned main memory, as long as this tensor itself, and not a view of it, is kept. torch's own
-    pinned memory comes in powers of two."""
+    pinned memory comes in powers of two. `OutOfMemory` where the system does not pin so much."""
     flat = torch.empty(size, dtype=torch.uint8)
     cuda = torch.cuda.cudart()
-    torch.cuda.check_error(int(cuda.cudaHostRegister(flat.data_ptr(), size, 0)))
+    try:
+        torch.cuda.check_error(int(cuda.cudaHostRegister(flat.data_ptr(), size, 0)))
+    except RuntimeError as error:
+        raise OutOfMemory(f"{gibibytes(size)} of main memory could not be pinned ({error}): {LESS}") from error
     weakref.finalize(flat, cuda.cudaHostUnregister, flat.data_ptr())
     return flat
 

@@ -34,7 +34,8 @@ THEMES = {
     "warmup_master_weights",
     "selection": "modules reduction num_blocks top_k skip_last_layers",
     "blocks": "insertion rounds block_epochs block_lr block_hidden_coeff optimizer master_weights mask mask_ratio",
-    "attack": "scoring rtt rtt_lrs rtt_attacks rtt_lora_rank rtt_lora_targets rtt_epochs rtt_batch_size rtt_target",
+    "attack": "scoring rtt rtt_lrs rtt_attacks rtt_master_weights rtt_lora_rank rtt_lora_targets rtt_epochs "
+    "rtt_batch_size rtt_target",
     "execution": "cache cache_bytes optimizer_device resident_layers micro_batch_tokens checkpoint_every "
     "gradient_checkpointing cuda_graphs parallel sharding impl",
     "approximations": "cover_precision cache_dtype",

@@ -31,8 +31,8 @@ from kunbr_fast.model.frozen import frozen
 from kunbr_fast.run.checks import keep_resident
 
 SETTINGS = (
-    "max_length separator chat_date split_long overlap equal_choices scoring seed rtt_lrs rtt_attacks rtt_lora_rank "
-    "rtt_lora_targets rtt_epochs rtt_batch_size rtt_target resident_layers"
+    "max_length separator chat_date split_long overlap equal_choices scoring seed rtt_lrs rtt_attacks "
+    "rtt_master_weights rtt_lora_rank rtt_lora_targets rtt_epochs rtt_batch_size rtt_target resident_layers"
 )
 
 _SUMMARY = (  # of a finished one

@@ -37,6 +37,7 @@ from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.parallel.sharded import sharded
 from kunbr_fast.training.diverged import Diverged
 from kunbr_fast.training.fine_tune import train_all
+from kunbr_fast.training.settings import check_master_weights
 from kunbr_fast.values import BATCH, COUNT, EPOCHS, SEED, check, least, rates
 
 NAME = 40  # characters of a fold's name in messages and on the progress bar
@@ -52,7 +53,9 @@ class RTTConfig:
     (`choice_accuracy`). seed: of the order of the data, the same for each fold and learning rate. text: how records
     become text. max_length: of a sample, in tokens (None: the model's limit). overlap: "error", or "allow" for a fact
     that is in two folds. attacks: kinds of attack, of `attacks.ATTACKS`, or "all". lora_rank, lora_targets: of the
-    attack `lora`, see `lora.Lora`; PEFT's alpha is twice the rank.
+    attack `lora`, see `lora.Lora`; PEFT's alpha is twice the rank. master_weights: of attacks that train all weights,
+    as of `FullSettings`: of a half-precision model "none" rounds most updates of a low rate away, and such an attack
+    finds nothing.
     """
 
     lrs: tuple[float, ...] = (5e-7, 1e-6, 5e-6, 1e-5)
@@ -68,10 +71,12 @@ class RTTConfig:
     attacks: tuple[str, ...] = ("full",)
     lora_rank: int = Lora.rank
     lora_targets: tuple[str, ...] = Lora.targets
+    master_weights: str = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attacks", chosen_attacks(self.attacks))
         object.__setattr__(self, "lora_targets", chosen_targets(self.lora_targets))
+        check_master_weights(self.master_weights, name="master_weights")
         object.__setattr__(self, "lrs", rates(tuple(self.lrs), "lrs"))
         for name, kind in (("epochs", EPOCHS), ("batch_size", BATCH), ("seed", SEED), ("lora_rank", COUNT)):
             check(name, getattr(self, name), kind)
@@ -138,6 +143,7 @@ class Attack:
         other_facts: Sequence[Mapping] = (),
     ):
         no_adapter(decoder.model, "the RTT attack")
+        check_master_weights(config.master_weights, decoder.dtype, "rtt_master_weights")
         differentiable(decoder.model)
         _check_folds(folds)
         self.decoder, self.folds, self.config = decoder, folds, config
@@ -290,6 +296,7 @@ class Attack:
         if kind.adapters:
             train_lora(self.decoder, samples, lora=self._lora, **how)
         else:
+            how |= dict(master_weights=config.master_weights, rounding_seed=config.seed)
             train_all(self.decoder, samples, optimizer=kind.optimizer or config.optimizer, **how)
 
 

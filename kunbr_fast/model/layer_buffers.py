@@ -96,7 +96,10 @@ class Buffer:
             torch.cuda.current_stream(self._copies.device).wait_event(self.arrived)
 
     def wait(self) -> None:
-        """Until no thread uses it; of a load that failed nobody hears."""
+        """Until no thread and no copy uses it, nor the memory that it is filled from; of a load that failed nobody
+        hears."""
         for job in (self.loading, self.leaving):
             if job is not None:
                 job.exception()
+        if self._copies.cuda:
+            self.arrived.synchronize()  # the thread has launched the copy, and does not wait for it

@@ -84,7 +84,9 @@ class LayerFiles(Weights, abc.ABC):
     @torch.no_grad()
     def replace(self, values: Mapping[str, torch.Tensor]) -> None:
         """From now on these tensors, by parameter name, stand for the stored ones. Those of layers are not copied: the
-        mapping is kept and read at each load, so it may be a `WeightSnapshot`, or another model's weights."""
+        mapping is kept and read at each load, so it may be a `WeightSnapshot`, or another model's weights. RuntimeError
+        where a training has written layers, which would be read all the same."""
+        self._refuse_trained("replace")
         names = list(values)
         odd = [name for name in names if name not in self]
         if odd:
@@ -148,7 +150,7 @@ class LayerFiles(Weights, abc.ABC):
 
         return {
             piece.stored: New(self.shards.tensors[piece.stored].dtype, functools.partial(part, name, piece.index))
-            for name in dict.fromkeys((*self._replaced, *self._changed, *self._written()))
+            for name in dict.fromkeys((*self._replaced, *self._changed, *self.trained()))
             for piece in self._sources[name]
         }
 
@@ -203,13 +205,14 @@ class LayerFiles(Weights, abc.ABC):
             return None
         return flat[entry.place].view(entry.parameter.dtype).view(entry.parameter.shape)
 
-    def _written(self) -> list[str]:
-        return [name for name, entry in self._stored.items() if self._trained(entry) is not None]
+    def trained(self) -> dict[str, torch.Tensor]:
+        """What a training has written, by name: the tensors themselves, which its later steps change."""
+        found = {name: self._trained(entry) for name, entry in self._stored.items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def present(self, name: str) -> torch.Tensor:
-        """As the mapping has it; of what a training has written the tensor itself, which its later steps change."""
-        trained = self._trained(self._stored[name]) if name in self._stored else None
-        return self[name] if trained is None else trained
+    def _refuse_trained(self, what: str) -> None:
+        if self.trained():
+            raise RuntimeError(f"{what}: layers of this streamed model are being trained: leave `writable` first")
 
     # ------------------------------------------------ a layer
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from kunbr_fast.memory import Place, pinned_bytes
+from kunbr_fast.memory import LESS, OutOfMemory, Place, free_host_bytes, gibibytes, pinned_bytes
 from kunbr_fast.model.layer_buffers import Buffer, Copies
 
 CPU = torch.device("cpu")
@@ -58,6 +58,7 @@ class LayerStore:
         self._copies, self._state_copies, self._directory = copies, Copies(copies.device), directory
         self._left = budget
         self._made: dict[tuple[str, int], torch.Tensor] = {}
+        self._on_host: set[tuple[str, int]] = set()  # of these, what counts against the budget
         self._written: dict[tuple[str, int], Future] = {}
         self.layouts: dict[int, Layout] = {}  # of the state
         self._buffers: list[Buffer] = []
@@ -79,14 +80,22 @@ class LayerStore:
         """A buffer to write to."""
         key = what, layer
         if key not in self._made or self._made[key].numel() < size:
+            if (smaller := self._made.pop(key, None)) is not None and key in self._on_host:
+                self._on_host.remove(key)
+                self._left += smaller.numel()
+            del smaller
             on_host = size <= self._left
-            self._left -= size if on_host else 0
-            self._made.pop(key, None)
+            if on_host and size > (free := free_host_bytes()):
+                needs = f"the {what} of layer {layer} take {gibibytes(size)}, {gibibytes(free)} are free"
+                raise OutOfMemory(f"main memory: {needs}: {LESS}")
             if on_host and self._copies.cuda:
                 self._made[key] = pinned_bytes(size)
             else:
                 place = Place("host" if on_host else "file", self._directory)
                 self._made[key] = place.allocate((size,), torch.uint8, CPU, f"{what} of layer {layer}")
+            if on_host:
+                self._on_host.add(key)
+                self._left -= size
         return self._made[key]
 
     # ------------------------------------------------ weights
@@ -102,8 +111,9 @@ class LayerStore:
 
     def put_weights(self, layer: int, size: int) -> torch.Tensor:
         """Where a layer's flat weights are to be filled in, from main memory."""
+        flat = self._of("weights", layer, size)
         self._written["weights", layer] = _done()
-        return self._of("weights", layer, size)
+        return flat
 
     # ------------------------------------------------ optimiser state
 
@@ -142,6 +152,10 @@ class LayerStore:
             return 0
         layout, buffer = self.layouts.get(layer), self._loading.pop(layer, None)
         if layout is None or layout.keys() != tensors.keys():  # a parameter's first gradient may come late
+            if layout is not None:  # some lie where others of them are going to
+                tensors = {name: value.clone() for name, value in tensors.items()}
+            if buffer is not None:
+                buffer.wait()
             layout, buffer = Layout(tensors), None
             self.layouts[layer] = layout
         target = self._of("state", layer, layout.size)

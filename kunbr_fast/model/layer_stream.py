@@ -13,7 +13,7 @@ Inside `writable` a training may change the layers: what it has written comes ba
 The parameters of a layer in no buffer are placeholders: one NaN, expanded to the parameter's shape, so that shapes,
 dtypes and devices are right and nothing computed from it can be mistaken for a result.
 
-No GPU has run the CUDA part.
+An H200 has run the CUDA part (`tests/training/test_streamed_gpu.py`).
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class _Slot(Buffer):
 class LayerStream(LayerFiles):
     """The weights of a model whose layers are in files. Made by `open_streamed`.
 
-    buffers: how many layers are in place at a time, the next one's load
-    included. host_bytes: the most main memory that `host` takes, or what is written inside `writable` (None: nothing,
-    and half of what is free). resident: how many of the first layers stay on the device.
+    buffers: how many layers are in place at a time, the next one's load included. host_bytes: the most main memory that
+    `host` takes, or what is written inside `writable` (None: nothing, and half of what is free). resident: how many of
+    the first layers stay on the device.
     loads: how often each layer has been put into a buffer; reads: how often it came from the files (and not from
     `host`, the layers kept in main memory, or from `store`); nbytes: what the buffers take, on the device.
     traffic: bytes to the device and from it: weights_in, weights_out, state_in, state_out.
@@ -184,6 +184,7 @@ class LayerStream(LayerFiles):
         """Inside, these layers' parameters are the caller's: they are not loaded and not touched. They must be as they
         were on entry, placeholders, when this is left."""
         for slot in self._all_slots():
+            slot.wait()  # no thread reads these layers meanwhile
             if slot.layer in layers:
                 self._leave(slot)
         before = set(self._held)
@@ -218,14 +219,13 @@ class LayerStream(LayerFiles):
     def writable(self, directory: str | Path | None = None) -> Iterator[Callable[[], None]]:
         """Inside, `store` is there for a training, which writes layers to it (`write`) and changes what is outside of
         the layers in place. Yields a function that makes the weights what they were on entry, as does leaving.
-        directory: of what does not fit main memory. ValueError inside another one: there is one `store`."""
+        directory: of what does not fit main memory."""
         if self.store is not None:
-            raise ValueError(
-                f"{self.directory}: the streamed model is being trained already: leave the `with ... .writable(...)` "
-                "around this, or open the model once more"
-            )
+            raise RuntimeError("writable: this streamed model is being trained already: leave that `with` first")
         others = {id(own): (own, own.to("cpu", copy=True)) for own in self._others.values()}
         changed = set(self._changed)
+        for slot in self._all_slots():
+            slot.wait()  # it may be reading from `host`
         self.host.clear()
         budget = self._host_bytes
         if budget is None:  # half of what is free, less some layers: buffers, a gradient, what an update makes
@@ -280,6 +280,7 @@ class LayerStream(LayerFiles):
     def transformed(self, change: Callable[[int], None]) -> Iterator[Callable[[], None]]:
         """Inside, `change(layer)` changes a layer's weights in place each time they have come into place; what the
         mapping reads stays as it is. Yields a function that says that `change` is another one now."""
+        self._refuse_trained("transformed")
 
         def anew() -> None:
             for slot in self._all_slots():

@@ -23,7 +23,7 @@ from kunbr_fast.files.tensors import WeightSnapshot, placeholder
 from kunbr_fast.parallel.group import Group
 
 SHARDING = ("none", "fsdp", "fsdp_cover")
-MARK = "_kunbr_shards"  # on a model: its `Shards`
+MARK = "_kunbr_shards"  # on a model: its `RankShards`
 UNUSED = "set_reduce_scatter_unused_params"
 HALF = (torch.float16, torch.bfloat16)
 
@@ -76,7 +76,7 @@ class _All(nn.Module):
         return call()
 
 
-class Shards:
+class RankShards:
     """This rank's parts of a model in which `layers` are sharded.
 
     parts: where it is trained, by the model's names this rank's rows of every parameter, of those that stay whole too;
@@ -224,7 +224,7 @@ class Shards:
         delattr(self._model, MARK)
 
 
-def shards_of(model: nn.Module) -> Shards | None:
+def shards_of(model: nn.Module) -> RankShards | None:
     """Of a model inside `sharded`."""
     return vars(model).get(MARK)
 
@@ -232,14 +232,14 @@ def shards_of(model: nn.Module) -> Shards | None:
 @contextlib.contextmanager
 def sharded(
     model: nn.Module, layers: Sequence[nn.Module], group: Group, snapshot: WeightSnapshot, trained: bool = True
-) -> Iterator[Shards]:
+) -> Iterator[RankShards]:
     """Inside, these layers of the model are in parts on the group's ranks; afterwards they are whole, with the weights
     that they have then, or after an exception with those in `snapshot`, which needs no other rank.
 
     trained: whether the layers' parameters require grad inside.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    shards = Shards(model, layers, group, trained)
+    shards = RankShards(model, layers, group, trained)
     try:
         yield shards
         shards.end(True)

@@ -195,7 +195,7 @@ class Run(Trainings):
         return self.full((*key, "passes"), steps, update, fused=False)
 
     def _attacker(self, optimizer: str) -> Update:
-        return Update(self.a.parameters, STATES[optimizer], self.a.itemsize)
+        return Update(self.a.parameters, STATES[optimizer], self.a.itemsize, self.config.rtt_master_weights)
 
     def _fine_tuning(self, sets: Sequence[list[tuple[int, int]]], passes: int) -> Steps:
         """Of a training on each of the sets."""

@@ -141,8 +141,10 @@ class Trainings(Context):
             traffic.weights_in + traffic.state_in, traffic.weights_out + traffic.state_out,
             files * (traffic.total - first),
         )  # fmt: skip
-        if not cpu:
-            host += BUFFERS * one.kept * (n > 0)  # pinned, on the way
+        if cpu:  # what is outside, as it was before
+            memory["weights"] += outside.weights
+        else:
+            host += outside.weights + BUFFERS * one.kept * (n > 0)  # these pinned, on the way
             host += a.tied * steps.many * table * round(len(steps.parts) / len(steps.whole))  # the head's gradients
         work = [Work(disk=first), *self.phases(work + moved, traffic, n / a.layers, 1 / 4, files)]
         return Taken(memory, work, traffic, host, n * (one.weights + one.kept), one.weights + one.kept)

@@ -145,7 +145,8 @@ def does_not_fit(least: Try, memory: int) -> str:
         if stage == "density":
             cures.append("shorter samples (max_length)")
     if not run.setup.stream:
-        cures.append("layers streamed from the files (--stream says what that takes)")
+        alone = ", for one GPU," * (run.setup.gpus > 1)
+        cures.append(f"layers streamed from the files (--stream{alone} says what that takes)")
         cures += _more_gpus(least, memory) if stage in ("warm-up", "RTT attack") else []
     return (
         f"does not fit: the least that the {stage} of {run.a.parameters / 1e9:.2f} billion parameters needs is "

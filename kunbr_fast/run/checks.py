@@ -29,7 +29,7 @@ from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.samples import Samples, overlap, to_samples, with_facts
 from kunbr_fast.run.state import RunState
 from kunbr_fast.training.settings import Execution, check_master_weights
-from kunbr_fast.training.sharded import ADVERSARY
+from kunbr_fast.training.sharded import NO_ADVERSARY
 
 
 def prepare(
@@ -108,12 +108,13 @@ def check_sharding(decoder: Decoder, config: KUnBRConfig, context: RunContext, w
     if config.sharding == "none":
         return
     if context.group.size == 1:
-        context.reporter.say("sharding='fsdp' changes nothing: this is one process (torchrun starts several)")
+        one = "this is one process (torchrun starts several)"
+        context.reporter.say(f"sharding={config.sharding!r} changes nothing: {one}")
         return
     check_shardable(decoder.model, decoder.layers)
     cover = config.sharding == "fsdp_cover"
     if config.adversary_every and (warm_up or cover):
-        raise ValueError(ADVERSARY.format(config.sharding))
+        raise ValueError(NO_ADVERSARY.format(config.sharding))
     for name in ("cover_precision", "cache_dtype", "cache_bytes", "cuda_graphs") if cover else ():
         if (value := getattr(config, name)) != (default := getattr(KUnBRConfig, name)):
             raise ValueError(f"sharding='fsdp_cover', {name}={value!r}: expected {default!r}: leave one of them out")

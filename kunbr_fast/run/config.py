@@ -36,7 +36,7 @@ from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_optio
 from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.parallel.sharded import SHARDING
 from kunbr_fast.run.methods import settings_of
-from kunbr_fast.run.setting import ADVERSARY, CHOSEN, NUMBERS, RATES, VISITS, refuse_old, setting
+from kunbr_fast.run.setting import ADVERSARY, CHOSEN, NUMBERS, RATES, VISITS, check_used, refuse_old, setting
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
 from kunbr_fast.training.settings import (
     INSERTIONS,
@@ -220,6 +220,7 @@ class KUnBRConfig:
     rtt: bool = setting(True, "attack the result (retraining on T)", "none")
     rtt_lrs: tuple[float, ...] = setting((1e-6, 5e-6, 1e-5), "learning rates of the attack", "none")
     rtt_attacks: tuple[str, ...] = setting(("full",), f"kinds of attack: {', '.join(ATTACKS)}, or all", "none")
+    rtt_master_weights: str = setting("none", "as master_weights, of attacks on all weights", "rtt", MASTER_WEIGHTS)
     rtt_lora_rank: int = setting(Lora.rank, "rank of the attack lora (its alpha is twice that)", "rtt")
     rtt_lora_targets: tuple[str, ...] = setting(
         Lora.targets, "linear layers of the attack lora: all, attention, mlp, or names such as q_proj", "rtt"
@@ -287,11 +288,7 @@ class KUnBRConfig:
         check_unused(self)
         self.block_settings().check_reach(False, self.cover_precision)
         self._check_objectives()
-        rule = attribution.RULES.get(self.mask, {})
-        if self.mask_ratio is not None and (self.mask == "none" or "threshold" in rule):
-            raise ValueError(f"mask_ratio={self.mask_ratio}: mask {self.mask} takes none: leave it out")
-        if self.mask != "none" and self.mask_ratio is None and not rule:
-            raise ValueError(f"mask {self.mask} has no published ratio: give mask_ratio")
+        check_used(self)
 
     def _check_objectives(self) -> None:
         if self.block_hidden_coeff is not None and self.retain_loss != "hidden_layers":
@@ -344,6 +341,7 @@ class KUnBRConfig:
         how = {
             "target": self.rtt_target, "text": self.text(), "max_length": self.max_length, "overlap": self.overlap,
             "attacks": self.rtt_attacks, "lora_rank": self.rtt_lora_rank, "lora_targets": self.rtt_lora_targets,
+            "master_weights": self.rtt_master_weights,
         }  # fmt: skip
         return RTTConfig(
             self.rtt_lrs, self.rtt_epochs, self.rtt_batch_size, scoring=self.scoring, seed=self.seed, **how

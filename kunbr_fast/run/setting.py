@@ -7,7 +7,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from kunbr_fast.evaluation.attacks import chosen_attacks
+from kunbr_fast.density import attribution
+from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks
 from kunbr_fast.evaluation.lora import chosen_targets
 from kunbr_fast.files.shown import shown
 from kunbr_fast.objectives.hidden_layers import WORDS
@@ -56,6 +57,25 @@ def chosen_layers(value: Any, name: str) -> str | tuple[int, ...]:
     if not listed or len(set(map(str, listed))) < len(listed):
         raise ValueError(f"{name}={shown(value)}: expected {', '.join(WORDS)}, or different numbers of layers")
     return tuple(check(f"{name} entry", layer, NUMBERS[name]) for layer in listed)
+
+
+def check_used(config: Any) -> None:
+    """ValueError for a setting of a mask, or of attacks, that are not asked for."""
+    rule = attribution.RULES.get(config.mask, {})
+    if config.mask_ratio is not None and (config.mask == "none" or "threshold" in rule):
+        raise ValueError(f"mask_ratio={config.mask_ratio}: mask {config.mask} takes none: leave it out")
+    if config.mask != "none" and config.mask_ratio is None and not rule:
+        raise ValueError(f"mask {config.mask} has no published ratio: give mask_ratio")
+    kinds = [ATTACKS[name] for name in config.rtt_attacks]
+    adapters, all_weights = any(kind.adapters for kind in kinds), any(kind.trains_all for kind in kinds)
+    used = {"rtt_lora_rank": adapters, "rtt_lora_targets": adapters, "rtt_master_weights": all_weights}
+    for name, is_used in used.items():
+        if not is_used and (value := getattr(config, name)) != getattr(type(config), name):
+            which = "the attack lora is" if "lora" in name else "an attack on all weights, such as full, is"
+            raise ValueError(
+                f"{name}={shown(value)}: {which} not among rtt_attacks ({', '.join(config.rtt_attacks)}): leave it "
+                "out, or add it there"
+            )
 
 
 # What is one word or several: of the settings that are, a function of value and name.

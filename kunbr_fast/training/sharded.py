@@ -22,12 +22,12 @@ from kunbr_fast.parallel.sharded import shards_of
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.micro_batches import dealt, one_of, summed
-from kunbr_fast.training.settings import BlockSettings, Execution, FullSettings
+from kunbr_fast.training.settings import Execution, FullSettings
 from kunbr_fast.training.shared import SharedStep
 from kunbr_fast.training.training import Training
 from kunbr_fast.training.updates import MASTER, PREFIX, of_parameter
 
-ADVERSARY = "sharding={!r}: an adversary has weights of its own, which are not in parts: leave one of them out"
+NO_ADVERSARY = "sharding={!r}: an adversary has weights of its own, which are not in parts: leave one of them out"
 
 
 class LockStep(Training):
@@ -77,18 +77,6 @@ class LockStep(Training):
 class ShardedBlockTraining(LockStep, BlockTraining):
     """`BlockTraining` where the layers around the block are in parts. The block is whole on each rank."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        block: range,
-        unlearned: Mapping[str, torch.Tensor],
-        criterion: Criterion,
-        settings: BlockSettings,
-        execution: Execution,
-        cover: None = None,
-    ):
-        super().__init__(decoder, block, unlearned, criterion, settings, execution, cover)
-
 
 class ShardedTraining(LockStep, FullTraining):
     """`FullTraining` where all layers are in parts: each rank updates its rows of every parameter, and has their
@@ -110,7 +98,7 @@ class ShardedTraining(LockStep, FullTraining):
         self.ranks = shards_of(decoder.model).group
         super().__init__(decoder, criterion, settings=settings, execution=execution, **changes)
         if self.adversary is not None:
-            raise ValueError(ADVERSARY.format("fsdp"))
+            raise ValueError(NO_ADVERSARY.format("fsdp"))
 
     def _updated(self) -> dict[str, torch.nn.Parameter]:
         """A part without rows has nothing to update."""

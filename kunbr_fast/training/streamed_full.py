@@ -8,12 +8,13 @@ down    for each layer: weights and optimiser state come, all micro-batches pass
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from kunbr_fast.memory import gibibytes, is_out_of_memory
+from kunbr_fast.memory import LESS, gibibytes, is_out_of_memory
 from kunbr_fast.model.layer_store import Layout
 from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives import losses
@@ -38,8 +39,6 @@ class StreamedFullTraining(LayerMajorSteps, FullTraining):
 
     ValueError for an adversary: it would need a second model, and AdamW's moments of it.
     """
-
-    torn = False  # whether a step has ended in the middle of its updates
 
     def _begin(self) -> None:
         decoder, settings = self.decoder, self.settings
@@ -185,16 +184,18 @@ class StreamedFullTraining(LayerMajorSteps, FullTraining):
             f"all parameters, layer by layer: outside of the layers {gibibytes(outside)}, gradient as much, and in "
             f"buffers for layers {gibibytes(self.weights.nbytes)}"
         )
-        cures = ["shorter samples (max_length)", "micro_batch_tokens"]
+        cures = ["shorter samples (max_length)", "micro_batch_tokens", LESS]
         return what, cures + ["fewer resident layers (resident_layers)"] * bool(self.weights.resident)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        found = {name: self.weights.present(name) for name in self.parameters}
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """Of a layer that no step has reached, as above a criterion's layer, each tensor is read when it is asked
+        for."""
+        found = self.weights.trained()
         for layer, updates in enumerate(self.layers):
             found |= updates.state() | self.weights.store.stored_state(layer)
         for updates in self._outside():
             found |= updates.state()
-        return found | self.criterion.state()
+        return ChainMap(found | self.criterion.state(), self.weights)
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor], steps: int) -> None:

@@ -353,11 +353,11 @@ class Training(abc.ABC):
         """Forgets what has been accumulated."""
 
     @abc.abstractmethod
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> Mapping[str, torch.Tensor]:
         """Everything that training needs to go on: weights, optimiser state, the criterion's. The tensors themselves:
         later steps change them."""
 
-    def same_state(self) -> dict[str, torch.Tensor]:
+    def same_state(self) -> Mapping[str, torch.Tensor]:
         """What of the state must be the same on all ranks."""
         return self.state()
 

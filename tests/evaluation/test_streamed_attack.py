@@ -119,6 +119,30 @@ def test_every_kind_of_attack_has_the_bits_of_the_model_in_memory(
     assert max(map(max, loads)) == 1, "each layer once for all questions"
 
 
+def test_an_attack_at_a_rate_that_bf16_rounds_away(path, tokenizer, tmp_path, monkeypatch):
+    """Of a weight that is 1: without masters it stands still, with them it trains. Streamed or not."""
+    name = "model.layers.1.input_layernorm.weight"
+
+    def attacked(decoder, master):
+        seen, real = [], rtt.measure_all
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                rtt, "measure_all", lambda d, *a, **h: seen.append(d.weights[name].clone()) or real(d, *a, **h)
+            )
+            attack_of(decoder, tokenizer, lrs=(1e-3,), epochs=6, master_weights=master).run(tmp_path, False)
+        return seen
+
+    for master in ("none", "fp32", "stochastic"):
+        truth = attacked(Decoder(whole(path, "bfloat16")), master)
+        assert torch.equal(truth[0], truth[6]) == (master == "none") and len(truth) == 13
+        ours = attacked(Decoder(streamed(path, "bfloat16")), master)
+        assert all(map(torch.equal, ours, truth))
+    with pytest.raises(ValueError, match="rtt_master_weights='stochastic': the model is in float16"):
+        attack_of(Decoder(whole(path, "float16")), tokenizer, master_weights="stochastic")
+    with pytest.raises(ValueError, match="master_weights='half': expected one of fp32, none, stochastic"):
+        make_config(master_weights="half")
+
+
 @pytest.mark.parametrize("attack", ["full", "lora", "nf4"])
 def test_the_weights_come_back_after_an_exception(path, tokenizer, tmp_path, monkeypatch, attack):
     decoder = Decoder(streamed(path))

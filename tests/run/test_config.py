@@ -83,6 +83,11 @@ def test_yaml_numbers(tmp_path):
             "master_weights: true",
             "master_weights=True is no longer a setting: expected fp32, none or stochastic: take fp32",
         ),
+        ("rtt_lora_rank: 4", "rtt_lora_rank=4: the attack lora is not among rtt_attacks (full): leave it out"),
+        (
+            "rtt_attacks: [lora, nf4]\nrtt_master_weights: fp32",
+            "rtt_master_weights='fp32': an attack on all weights, such as full, is not among rtt_attacks (lora, nf4)",
+        ),
         ("warmup_master_weights: fp16", "warmup_master_weights='fp16': expected one of fp32, none, stochastic"),
         ("warmup_lr: true", "warmup_lr=True: expected a number of at least 0"),
         ("warmup_lr: fast", "warmup_lr='fast': expected a number of at least 0"),

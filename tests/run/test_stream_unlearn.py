@@ -443,7 +443,7 @@ def five_stages(opening, path, out, private=None):
     folds = [Fold(name, found, found) for name, found in zip("ab", LARGE_RECORDS)]
     config = kf.KUnBRConfig(
         batch_size=4, num_blocks=32, top_k=1, skip_last_layers=8, warmup_epochs=2, warmup_lr=1e-4, block_epochs=1,
-        block_lr=1e-4, rtt_lrs=(1e-4,), rtt_epochs=1, checkpoint_every=1,
+        block_lr=1e-4, rtt_lrs=(1e-4,), rtt_epochs=1, checkpoint_every=1, cache="file",
     )  # fmt: skip
     model = opening(path)
     report = kf.unlearn(

@@ -232,7 +232,7 @@ def test_other_errors_are_not_taken_for_it_and_leave_no_gradient(error):
         assert not training.flat.grad.any() and training.halvings == 0 and len(set(tried)) <= 3
 
 
-UNKNOWN = RuntimeError("could not create a primitive descriptor for a matmul primitive")
+NOT_OFFERED = RuntimeError("could not create a primitive descriptor for a matmul primitive")
 
 
 def test_what_is_out_of_memory():

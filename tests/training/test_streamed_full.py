@@ -9,8 +9,12 @@ from kunbr_fast.data import pack
 from kunbr_fast.files.models import load_model
 from kunbr_fast.files.tensors import WeightSnapshot, save_tensors
 from kunbr_fast.memory import OutOfMemory, Place
+from kunbr_fast.model import layer_store
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
+from kunbr_fast.model.layer_buffers import Copies
+from kunbr_fast.model.layer_files import LayerFiles
+from kunbr_fast.model.layer_store import LayerStore
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.objectives.original import OriginalValues
@@ -198,18 +202,58 @@ def test_where_trained_layers_lie(folder, tmp_path, monkeypatch):
         assert not list(tmp_path.iterdir())
 
 
+def test_a_state_that_grows(tmp_path, monkeypatch):
+    """A parameter's first gradient may come late: its state goes between the others', in a buffer that an earlier
+    training has made large enough, or in a larger one, for which the smaller one's bytes are free again."""
+    a, b, c = (torch.full((60,), float(number)) for number in range(3))
+    made, allocate = [], Place.allocate
+    monkeypatch.setattr(Place, "allocate", lambda p, *a: made.append(p.storage) or allocate(p, *a))
+    for earlier, places in ((True, ["host"]), (False, ["host", "host"])):
+        made.clear()
+        store = LayerStore(Copies(torch.device("cpu")), 1000, tmp_path)
+        if earlier:
+            store.write_state(0, {"a": b, "b": b, "c": b})
+            store.reset()
+        store.write_state(0, {"a": a, "c": c})
+        now = store.state(0)
+        store.write_state(0, {"a": now["a"], "b": b, "c": now["c"]})
+        assert made == places
+        for name, value in store.state(0).items():
+            assert torch.equal(value, {"a": a, "b": b, "c": c}[name]), (name, earlier)
+
+
+def test_a_checkpoint_reads_what_was_not_trained_when_it_is_written(folder, tmp_path, monkeypatch):
+    """Else most of the model would be in memory together."""
+    decoder, read = Decoder(streamed(folder())), []
+    get = LayerFiles.__getitem__
+    monkeypatch.setattr(LayerFiles, "__getitem__", lambda self, name: read.append(name) or get(self, name))
+    with decoder.weights.writable(tmp_path), frozen(decoder.model):
+        training = full_training(decoder, Criterion("rmu", {"layer": 3}), lr=1e-3, impl="torch")
+        step = training.criterion.pack(
+            FORGET, RETAIN, OriginalValues.of(decoder, {"forget": FORGET, "retain": RETAIN}, training.criterion.needs)
+        )
+        training.step_packed(step)
+        read.clear()
+        state = training.state()
+        assert not read
+        save_tensors(tmp_path / "state.safetensors", state)
+        assert {int(name.split(".")[2]) for name in read if ".layers." in name} == {4, 5}
+    kept = WeightSnapshot(tmp_path / "state.safetensors")
+    assert all(torch.equal(kept[name], decoder.weights[name]) for name in kept if ".layers.5." in name)
+
+
 def test_what_is_refused(folder, tmp_path):
     decoder = Decoder(streamed(folder()))
     with pytest.raises(ValueError, match=r"streamed: train it inside `with decoder.weights.writable\(directory\):`"):
         full_training(decoder, lr=1e-3)
     with decoder.weights.writable(tmp_path):
+        with pytest.raises(RuntimeError, match="this streamed model is being trained already"):
+            with decoder.weights.writable(tmp_path):
+                pass
         with pytest.raises(ValueError, match="adversary_every=5: an adversary of all parameters is a second model"):
             full_training(decoder, lr=1e-3, adversary_every=5)
         with pytest.raises(ValueError, match="is streamed: take StreamedFullTraining"):
             FullTraining(decoder, lr=1e-3)
-        with pytest.raises(ValueError, match="being trained already"), decoder.weights.writable(tmp_path):
-            pass
-        full_training(decoder, lr=1e-3)  # the outer one goes on
     with pytest.raises(ValueError, match="is not streamed: take FullTraining"):
         StreamedFullTraining(Decoder(whole(folder())), lr=1e-3)
     with pytest.raises(ValueError, match="resident_layers=7: expected 0 to 6"):
@@ -238,6 +282,9 @@ def test_divergence_and_memory_in_the_middle_of_a_step(folder, tmp_path, monkeyp
         training = full_training(decoder, lr=1e-3, impl="torch")
         training.step(FORGET, RETAIN)
         state = {name: value.clone() for name, value in training.state().items()}
+        for refused in (decoder.place, lambda values: decoder.weights.transformed(print).__enter__()):
+            with pytest.raises(RuntimeError, match="layers of this streamed model are being trained"):
+                refused({})
         training.step(FORGET, RETAIN)
         truth = {name: value.clone() for name, value in training.state().items()}
         training.load_state(state, 1)
@@ -257,3 +304,18 @@ def test_divergence_and_memory_in_the_middle_of_a_step(folder, tmp_path, monkeyp
         training.step(FORGET, RETAIN)
         now = training.state()
         assert all(torch.equal(now[name], truth[name]) for name in truth)
+
+
+def test_less_main_memory_than_was_said(folder, tmp_path, monkeypatch):
+    """An error that names the cure, not the system's killer; the training goes on from a checkpoint, in files."""
+    decoder = Decoder(streamed(folder(), host_bytes=1 << 40))
+    monkeypatch.setattr(layer_store, "free_host_bytes", lambda: 20_000)
+    with decoder.weights.writable(tmp_path) as reset:
+        with pytest.raises(
+            OutOfMemory, match="the weights of layer 5 take .* GiB, .* are free: keep less there .stream_c"
+        ):
+            trained(decoder, tmp_path)
+        reset()
+    decoder = Decoder(streamed(folder(), host_bytes=0))
+    with decoder.weights.writable(tmp_path):
+        trained(decoder, tmp_path)
