@@ -248,7 +248,7 @@ def test_what_is_out_of_memory():
     for error in (
         ValueError("out of memory"),
         RuntimeError("shape"),
-        UNKNOWN,
+        NOT_OFFERED,
         KeyboardInterrupt(),
         OSError(28, "no space"),
     ):
