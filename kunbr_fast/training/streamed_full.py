@@ -194,8 +194,7 @@ class StreamedFullTraining(GradientsOnTheWay, FullTraining):
     @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
         weights, store, device = self.weights, self.weights.store, self.decoder.device
-        store.wait()
-        store.forget_loading()
+        store.reset()  # of a layer that the state says nothing of, nothing is left
         for layer, updates in enumerate(self.layers):
             mine = updates.begin(state)
             weights.put(layer, state)
