@@ -17,6 +17,7 @@ import torch
 
 # what backends say in a RuntimeError of no type of its own
 _SAYS = ("out of memory", "can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
+_ONEDNN = "could not create a primitive"  # the whole of it: with more words it is an operation that is not offered
 
 
 class OutOfMemory(torch.OutOfMemoryError):
@@ -27,7 +28,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error says that a device's or the host's memory ran out, or was caused by one that does (such as a
     CUDA graph's capture that ends early)."""
     while isinstance(error, RuntimeError):
-        if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _SAYS):
+        said = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or said == _ONEDNN or any(text in said for text in _SAYS):
             return True
         error = error.__cause__ or error.__context__
     return isinstance(error, MemoryError)

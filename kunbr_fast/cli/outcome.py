@@ -77,7 +77,8 @@ def _of_training(
     if isinstance(error, Unavailable):
         return 2, str(error)
     if is_out_of_memory(error):
-        cure = "smaller batches or samples (--batch-size, --max-length), --stream, or a device with more memory"
+        stream = "" if getattr(arguments, "stream", True) else "--stream, "
+        cure = f"smaller batches or samples (--batch-size, --max-length), {stream}or a device with more memory"
         return 2, f"out of memory: {_first_line(error)}{_where(error)}. Cures: {cure}{and_kept}"
     return None
 

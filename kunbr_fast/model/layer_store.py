@@ -76,11 +76,6 @@ class LayerStore:
         self.layouts.clear()
         self.forget_loading()
 
-    def wait(self) -> None:
-        """Until all that was written is here. Raises the error of a copy that failed."""
-        for job in self._written.values():
-            job.result()
-
     def _of(self, what: str, layer: int, size: int) -> torch.Tensor:
         """A buffer to write to."""
         key = what, layer

@@ -232,6 +232,9 @@ def test_other_errors_are_not_taken_for_it_and_leave_no_gradient(error):
         assert not training.flat.grad.any() and training.halvings == 0 and len(set(tried)) <= 3
 
 
+NOT_OFFERED = RuntimeError("could not create a primitive descriptor for a matmul primitive")
+
+
 def test_what_is_out_of_memory():
     for error in (
         torch.OutOfMemoryError("x"),
@@ -239,9 +242,16 @@ def test_what_is_out_of_memory():
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        RuntimeError("could not create a primitive"),
     ):
         assert is_out_of_memory(error)
-    for error in (ValueError("out of memory"), RuntimeError("shape"), KeyboardInterrupt(), OSError(28, "no space")):
+    for error in (
+        ValueError("out of memory"),
+        RuntimeError("shape"),
+        NOT_OFFERED,
+        KeyboardInterrupt(),
+        OSError(28, "no space"),
+    ):
         assert not is_out_of_memory(error)
     try:  # a real one
         torch.empty(2**60)

@@ -150,6 +150,21 @@ def test_a_checkpoint_is_the_one_of_the_model_in_memory(folder, tmp_path):
         assert all(torch.equal(four[name], taken_up[name]) for name in four)
 
 
+def test_a_state_of_the_beginning_has_no_optimiser_state(folder, tmp_path):
+    """What a training has made before it takes up such a state is gone."""
+    decoder = Decoder(streamed(folder(), resident_layers=1))
+    with decoder.weights.writable(tmp_path), frozen(decoder.model):
+        training = full_training(decoder, lr=1e-3, optimizer="adamw", impl="torch")
+        begun = {name: tensor.clone() for name, tensor in training.state().items()}
+        training.step(FORGET, RETAIN)
+        once = {name: tensor.clone() for name, tensor in training.state().items()}
+        training.load_state(begun, 0)
+        assert training.state().keys() == begun.keys() != once.keys()
+        training.step(FORGET, RETAIN)
+        again = training.state()
+        assert once.keys() == again.keys() and all(torch.equal(once[name], again[name]) for name in once)
+
+
 @pytest.mark.parametrize("resident", [0, 2])
 def test_the_model_is_as_before_after_it(resident, folder, tmp_path):
     decoder = Decoder(streamed(folder("gemma2"), resident_layers=resident))
