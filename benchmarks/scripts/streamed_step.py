@@ -75,7 +75,7 @@ class Steps:
 
     def _settle(self) -> None:
         if self.stream is not None:
-            self.stream.store.wait()
+            self.training.state()  # which waits until all that was written is there
         if self.device == "cuda":
             torch.cuda.synchronize()
 
