@@ -35,7 +35,7 @@ class StreamedFullTraining(GradientsOnTheWay, FullTraining):
 
     The bits are those of `FullTraining` with the same micro_batch_tokens, and so are a checkpoint's tensors. But where
     a loss or a gradient is not finite, or memory runs out on the way down, layers above have been updated: the error
-    leaves a training that goes on from a checkpoint alone.
+    leaves a training that goes on from a checkpoint alone. Where the weights begin anew (`writable`), make another one.
 
     ValueError for an adversary: it would need a second model, and AdamW's moments of it.
     """
