@@ -92,6 +92,7 @@ def test_every_module_is_installed(installed, tmp_path):
             "scripts/launch_each",
             "scripts/proven",
             "scripts/robust_step",
+            "scripts/streamed_step",
             "scripts/wide_demo",
             "test_regression",
         }

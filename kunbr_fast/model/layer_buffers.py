@@ -101,5 +101,6 @@ class Buffer:
         for job in (self.loading, self.leaving):
             if job is not None:
                 job.exception()
+        self.leaving = None
         if self._copies.cuda:
             self.arrived.synchronize()  # the thread has launched the copy, and does not wait for it

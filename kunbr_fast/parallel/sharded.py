@@ -28,15 +28,15 @@ UNUSED = "set_reduce_scatter_unused_params"
 HALF = (torch.float16, torch.bfloat16)
 
 
-def check_shardable(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+def check_shardable(model: nn.Module, layers: Sequence[nn.Module], sharding: str = "fsdp") -> None:
     """ValueError, naming the parameter, where the layers' parameters, or all of them, cannot be divided by rows."""
     from torch.distributed.fsdp import FSDPModule
 
     listed = [layer for layer in layers if any(isinstance(module, nn.ModuleList) for module in layer.modules())]
     if listed and not hasattr(FSDPModule, UNUSED):
         raise ValueError(
-            f"sharding='fsdp': {type(listed[0]).__name__} has a list of modules, such as experts, of which a rank may "
-            f"use none, and FSDP in torch {torch.__version__} has no {UNUSED}: take a later torch"
+            f"sharding={sharding!r}: {type(listed[0]).__name__} has a list of modules, such as experts, of which a rank "
+            f"may use none, and FSDP in torch {torch.__version__} has no {UNUSED}: take a later torch"
         )
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -51,7 +51,7 @@ def check_shardable(model: nn.Module, layers: Sequence[nn.Module]) -> None:
             whys += ["it is not contiguous"] * (not parameter.is_contiguous())
             whys += [f"it is {parameter.dtype}, others of its layer {dtype}"] * (parameter.dtype != dtype)
         if whys:
-            raise ValueError(f"sharding='fsdp': {name} cannot be in parts, since {whys[0]}: leave sharding out")
+            raise ValueError(f"sharding={sharding!r}: {name} cannot be in parts, since {whys[0]}: leave sharding out")
 
 
 class _Around(nn.Module):

@@ -45,7 +45,7 @@ def prepare(
         )
     _check_streamed(inputs, config, context.group)
     decoder = Decoder(model)
-    check_sharding(decoder, config, context, unlearned is None)
+    check_sharding(decoder, config, context, unlearned is None, config.rtt and bool(inputs.folds))
     criteria = _check_settings(decoder, config, config.execution(context.work), unlearned is None)
     samples = _samples(inputs, config, decoder, criteria, context.reporter)
     identity = model_fingerprint(model)
@@ -103,15 +103,17 @@ def keep_resident(model: nn.Module, layers: int) -> None:
     weights_of(model).reside(layers)
 
 
-def check_sharding(decoder: Decoder, config: KUnBRConfig, context: RunContext, warm_up: bool) -> None:
-    """ValueError for what cannot be in parts. warm_up: whether there is to be one."""
+def check_sharding(decoder: Decoder, config: KUnBRConfig, context: RunContext, warm_up: bool, attacked: bool) -> None:
+    """ValueError for what cannot be in parts. warm_up, attacked: whether there is to be one, and an attack."""
     if config.sharding == "none":
         return
     if context.group.size == 1:
         one = "this is one process (torchrun starts several)"
         context.reporter.say(f"sharding={config.sharding!r} changes nothing: {one}")
         return
-    check_shardable(decoder.model, decoder.layers)
+    if config.sharding == "fsdp" and not warm_up and not attacked:
+        context.reporter.say("sharding='fsdp' changes nothing: there is no warm-up and no attack, which it is for")
+    check_shardable(decoder.model, decoder.layers, config.sharding)
     cover = config.sharding == "fsdp_cover"
     if config.adversary_every and (warm_up or cover):
         raise ValueError(NO_ADVERSARY.format(config.sharding))

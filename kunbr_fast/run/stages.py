@@ -210,6 +210,7 @@ class Stages(Run):
         with self.changing_original() as original:
             with self.reporter.stage(WARMUP, says) as took, self.full_training(original) as training:
                 result = self.train(WARMUP, training, self.feed_of(training), self.schedule_of(None), took)
+            del training  # what it has on the device
             with self._rejecting(WARMUP), self._answering(WARM_UP):
                 result["accuracy"] = self._accuracy(self.decoder, "unlearned")
             self.state.finish(WARMUP, result, self.decoder.weights)
