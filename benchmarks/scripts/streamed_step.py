@@ -39,14 +39,14 @@ VARIANTS = {
 class Steps:
     """The steps of one variant."""
 
-    def __init__(self, name: str, path: Path, device: str, data: tuple, stack: contextlib.ExitStack):
+    def __init__(self, name: str, path: Path, device: str, buffers: int, data: tuple, stack: contextlib.ExitStack):
         how = dict(VARIANTS[name] or {})
         if VARIANTS[name] is None:
             model = load_model(path, None, device)
         else:
             layers = LlamaConfig.from_pretrained(path).num_hidden_layers
             how["resident_layers"] = int(how.get("resident_layers", 0) * layers)
-            model = open_streamed(path, device, buffers=3, **how)
+            model = open_streamed(path, device, buffers=buffers, **how)
         decoder = Decoder(model)
         self.stream = decoder.weights if decoder.streamed else None
         if self.stream is not None:
@@ -75,7 +75,7 @@ class Steps:
 
     def _settle(self) -> None:
         if self.stream is not None:
-            self.stream.store.wait()
+            self.training.state()  # which waits until all that was written is there
         if self.device == "cuda":
             torch.cuda.synchronize()
 
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--buffers", type=int, default=2, help="of layers, as of open_streamed")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     arguments = parser.parse_args()
@@ -106,7 +107,9 @@ def main() -> None:
         torch.manual_seed(0)
         with torch.device(device):
             LlamaForCausalLM(config).to(getattr(torch, arguments.dtype)).save_pretrained(folder)
-        made = {n: Steps(n, Path(folder), device, (forget, retain), stack) for n in arguments.variants}
+        made = {
+            n: Steps(n, Path(folder), device, arguments.buffers, (forget, retain), stack) for n in arguments.variants
+        }
         for _ in range(arguments.rounds + 1):
             for steps in made.values():
                 steps.step()
@@ -117,7 +120,7 @@ def main() -> None:
         ratios = [x / y for x, y in zip(found, first.seconds[1:])]
         seconds, moved = percentile(found, 0.5), steps.moved
         row = {"benchmark": "streamed_step", "variant": name, "hidden": D, "intermediate": I, "layers": H}
-        row |= {"dtype": arguments.dtype, "tokens": tokens, "ms": round(1e3 * seconds, 2)}
+        row |= {"buffers": arguments.buffers, "dtype": arguments.dtype, "tokens": tokens, "ms": round(1e3 * seconds, 2)}
         row |= {"ratio": round(percentile(ratios, 0.5), 3), "ratio_p20": round(percentile(ratios, 0.2), 3)}
         row |= {"ratio_p80": round(percentile(ratios, 0.8), 3), "tflops": round(flops / seconds / 1e12, 3)}
         row |= {what: moved.get(what, 0) for what in ("weights_in", "weights_out", "state_in", "state_out")}

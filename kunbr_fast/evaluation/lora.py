@@ -29,13 +29,12 @@ from kunbr_fast.memory import Place, gibibytes
 from kunbr_fast.model import compat
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.frozen import frozen
-from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.training.fine_tune import fine_tune
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.settings import Execution, FullSettings
-from kunbr_fast.training.streamed import LayerMajorSteps
+from kunbr_fast.training.streamed import GradientsOnTheWay
 from kunbr_fast.training.training import Training
 from kunbr_fast.training.updates import Updates
 
@@ -175,7 +174,7 @@ class LoraTraining(FullTraining):
         raise NotImplementedError("an attack is made again, not resumed")
 
 
-class StreamedLora(LayerMajorSteps, LoraTraining):
+class StreamedLora(GradientsOnTheWay, LoraTraining):
     """`LoraTraining` of a streamed model, layer by layer: W0 comes twice a step, nothing goes. The same bits.
 
     changed: to be called when the adapters are others (of `transformed`).
@@ -184,7 +183,7 @@ class StreamedLora(LayerMajorSteps, LoraTraining):
     changed: Callable[[], None]
 
     def _begin(self) -> None:
-        self._good = torch.tensor(True, device=self.decoder.device)
+        """A layer's W0 comes with it."""
 
     def merge(self, layer: int) -> None:
         """Into the weights of a layer that have come into place."""
@@ -195,7 +194,6 @@ class StreamedLora(LayerMajorSteps, LoraTraining):
         return [adapter for adapter in self.adapters if adapter.layer == layer]
 
     def _passes(self, steps: list[StepBatch]) -> list[PartLoss]:
-        self._begin()
         lowest = min(adapter.layer for adapter in self.adapters)
         return self._layer_by_layer(steps, lowest, leave=self._leave)[0]
 
@@ -206,12 +204,8 @@ class StreamedLora(LayerMajorSteps, LoraTraining):
         """The gradients of this layer's weights are whole."""
         for adapter in self._of(layer):
             if adapter.parameter.grad is not None:
-                self._good = self._good & finite(adapter.parameter.grad).to(self._good.device)
+                self._look([adapter.parameter.grad])
                 adapter.take_gradient()
-
-    def gradients(self) -> list[torch.Tensor]:
-        """Of the weights none is left: a number that is finite if all were."""
-        return [torch.zeros(1, device=self._good.device).masked_fill_(~self._good, torch.nan)]
 
     def _update(self) -> None:
         self.updates.step()

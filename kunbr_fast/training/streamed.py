@@ -1,14 +1,16 @@
-"""Re-insertion whose steps go layer by layer: for models that are streamed."""
+"""Steps that go layer by layer, and re-insertion by them: for models that are streamed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
 from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Head, Stretch
 from kunbr_fast.model.streamed import LayerMajor
+from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.training import Training
@@ -72,6 +74,23 @@ class LayerMajorSteps(Training):
         del store
         passes.run(turn, need_first=need_first, within=lambda number: self.at(steps[number].role))
         return found, passes
+
+
+class GradientsOnTheWay(LayerMajorSteps):
+    """Takes a layer's gradients when the pass leaves the layer: none is there at its end."""
+
+    _good: torch.Tensor  # whether all that were taken are finite
+
+    def _layer_by_layer(self, *args: Any, **how: Any) -> tuple[list[PartLoss], LayerMajor]:
+        self._good = torch.tensor(True, device=self.decoder.device)
+        return super()._layer_by_layer(*args, **how)
+
+    def _look(self, gradients: Iterable[torch.Tensor]) -> None:
+        self._good = self._good & finite(*gradients).to(self._good.device)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """A number that is finite if all of them were."""
+        return [torch.zeros(1, device=self._good.device).masked_fill_(~self._good, torch.nan)]
 
 
 class LayerMajorTraining(LayerMajorSteps, BlockTraining):

@@ -21,11 +21,11 @@ from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.training.diverged import UPDATE
 from kunbr_fast.training.full import VANISH, FullTraining
-from kunbr_fast.training.streamed import LayerMajorSteps
+from kunbr_fast.training.streamed import GradientsOnTheWay
 from kunbr_fast.training.updates import Updates
 
 
-class StreamedFullTraining(LayerMajorSteps, FullTraining):
+class StreamedFullTraining(GradientsOnTheWay, FullTraining):
     """`FullTraining` of a streamed model, inside `writable` of its weights. Made by `full_training`.
 
     A layer's gradient is whole when all micro-batches have left the layer on their way down; there and then the layer
@@ -35,7 +35,7 @@ class StreamedFullTraining(LayerMajorSteps, FullTraining):
 
     The bits are those of `FullTraining` with the same micro_batch_tokens, and so are a checkpoint's tensors. But where
     a loss or a gradient is not finite, or memory runs out on the way down, layers above have been updated: the error
-    leaves a training that goes on from a checkpoint alone.
+    leaves a training that goes on from a checkpoint alone. Where the weights begin anew (`writable`), make another one.
 
     ValueError for an adversary: it would need a second model, and AdamW's moments of it.
     """
@@ -68,7 +68,6 @@ class StreamedFullTraining(LayerMajorSteps, FullTraining):
             updates.share_flags(self.layers[0])
         if settings.master_weights == "none":
             settings.warn_if_updates_vanish([self.weights[name] for name in inside[0]], VANISH)
-        self._good = torch.tensor(True)
 
     def _updates(self, parameters: Mapping[str, nn.Parameter]) -> Updates:
         return Updates(parameters, self.settings, self.execution.impl, self._numbers())
@@ -122,7 +121,6 @@ class StreamedFullTraining(LayerMajorSteps, FullTraining):
 
     def _through(self, steps: list[StepBatch], update: bool) -> list[PartLoss]:
         """Up, and down to the embeddings, with each parameter updated when its gradient is whole, or else looked at."""
-        self._good = torch.tensor(True, device=self.decoder.device)
         top = self.decoder.num_layers - 1 if self.criterion.layer is None else self.criterion.layer
         tied = self._kept_apart(steps)
 
@@ -154,7 +152,7 @@ class StreamedFullTraining(LayerMajorSteps, FullTraining):
         """The gradients of these parameters are whole. layer: whose they are, None outside of the layers."""
         parameters, weights = updates.parameters.values(), self.weights
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        self._good = self._good & finite(*gradients).to(self._good.device)
+        self._look(gradients)
         if not update:
             for parameter in parameters:
                 parameter.grad = None
@@ -173,10 +171,6 @@ class StreamedFullTraining(LayerMajorSteps, FullTraining):
             updates.let_go()
 
     # ------------------------------------------------ of each kind of training
-
-    def gradients(self) -> list[torch.Tensor]:
-        """None is left: a number that is finite if all were."""
-        return [torch.zeros(1, device=self._good.device).masked_fill_(~self._good, torch.nan)]
 
     def _memory(self) -> tuple[str, list[str]]:
         outside = sum(p.nbytes for updates in self._outside() for p in updates.parameters.values())

@@ -232,6 +232,9 @@ def test_the_order_of_copies_on_a_device(folder, monkeypatch):
         assert log.index(("compute", "records", free)) < log.index(("copies", "waits", free))
     used = ("compute", "waits", "arrived 0")  # the second time layer 2's buffer is filled, layer 0 has been launched
     assert log.index(used) < [i for i, entry in enumerate(log) if entry == ("copies", "records", "arrived 0")][1]
+    log.clear()
+    stream.release()  # afterwards the memory that a copy comes from may be given away
+    assert log == [("host waits", "arrived 0"), ("host waits", "arrived 1")]
 
 
 def test_a_buffer_is_not_given_away_before_its_copy_has_ended(folder, monkeypatch):

@@ -165,7 +165,7 @@ def test_small_updates_train(caplog, monkeypatch):
         training = FullTraining(Decoder(model), lr=2e-5, optimizer="lion", master_weights=master, impl="torch")
         fine_tune(training, RETAIN, epochs=100, batch_size=len(RETAIN), on_step=found.append)
         same[master] = equal(weights(model), weights(start))
-        said[master] = "or take master_weights (of a warm-up warmup_master_weights) fp32 or" in caplog.text
+        said[master] = "or take master_weights (warmup_master_weights, rtt_master_weights) fp32 or" in caplog.text
     assert same == said == {"none": True, "fp32": False, "stochastic": False}
     curves = {master: [metrics["retain_loss"] for metrics in found] for master, found in losses.items()}
     fell = {master: curve[0] - sum(curve[-10:]) / 10 for master, curve in curves.items()}
