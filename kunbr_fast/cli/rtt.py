@@ -15,7 +15,7 @@ from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import show
 from kunbr_fast.data.overlap import settle
-from kunbr_fast.evaluation.curves import KEYS, Curves, Point, RTTResult
+from kunbr_fast.evaluation.curves import KEYS, Curves, Point, RTTResult, attack_of
 from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_relearning
 from kunbr_fast.evaluation.report import attack_table
@@ -158,12 +158,14 @@ def _finished_attacks(path: Path, belongs: dict[str, Any], folds: Sequence[Fold]
         belongs.setdefault(_TAUGHT, given)
     elif _TAUGHT in belongs:
         before = {**before, _TAUGHT: belongs[_TAUGHT]}
+    rows = [*found["curves"], *found.get(_OTHERS, ())]
+    if not any(attack_of(row) == "lora" for row in rows):  # nothing depends on these yet
+        before |= {name: belongs[name] for name in ("lora_rank", "lora_targets")}
     changed = [name for name, value in belongs.items() if before.get(name) != value]
     if changed:
         was = f"{changed[0]} = {shown(before.get(changed[0]))}"
         names = {"run": "the model or the questions", _TAUGHT: "what --other-facts holds"}
         what = names.get(changed[0], was)
         raise ValueError(f"{plain(path)}: {what} changed since it was begun: put it back, or give another --out")
-    rows = [*found["curves"], *found.get(_OTHERS, ())]
     finished_attacks(rows, folds, attack, f"{plain(path)}: ")
     return rows

@@ -47,7 +47,7 @@ from kunbr_fast.keywords import named_by, taken
 METHODS = ("sum", "mean", "consensus")
 MODES = ("negate", "add")
 LARGEST = 2.0**128  # from here on fp32 has no number
-AGAIN = "--resume (resume=True) writes it again"
+AGAIN = "resume (resume=True) writes it again"
 CHUNK = 2**20  # entries: 4 MiB of fp32, of which a dozen are in memory
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -56,6 +56,7 @@ class PrefixCache(SampleRows):
         self._batches = token_batches(lengths, batch_tokens)
         rows = RowFormat(dtype, decoder.hidden_size, decoder.dtype)
         super().__init__(lengths, rows, decoder.device, "prefix cache", place, budget)
+        self._between = Place(self.storage, directory)
         self.reset()
 
     @property
@@ -87,14 +88,23 @@ class PrefixCache(SampleRows):
         )
         self._layer = None  # until all samples are there
         self._drop_held()
+        exact = self._unrounded(stop - start)
         with bar:
             for first, last in self.decoder.stretches(start, stop):
-                self._run(first, last, bar)
+                # rounded where a model in memory rounds: at the end, whatever comes layer by layer
+                self._run(first, last, bar, exact if first > start else None, exact if last < stop else None)
         self._layer = stop
 
-    def _run(self, start: int, stop: int, bar: tqdm) -> None:
-        """Rolls all samples through some layers. Where memory runs out a batch is done again in halves, and later ones
-        are cut to what fits."""
+    def _unrounded(self, layers: int) -> torch.Tensor | None:
+        """(T, D): where activations wait between a streamed model's layers, if the cache itself would round them."""
+        if self.rows.exact or not self.decoder.streamed or layers < 2:
+            return None
+        shape = self._offsets[-1], self.decoder.hidden_size
+        return self._between.allocate(shape, self.decoder.dtype, self.decoder.device, "activation store")
+
+    def _run(self, start: int, stop: int, bar: tqdm, source: torch.Tensor | None, target: torch.Tensor | None) -> None:
+        """Rolls all samples through some layers, from `source` to `target` (None: the cache). Where memory runs out a
+        batch is done again in halves, and later ones are cut to what fits."""
         queue, done, limit = collections.deque(self._batches), [], math.inf
         while queue:
             indices = queue.popleft()
@@ -103,7 +113,7 @@ class PrefixCache(SampleRows):
                 queue.extendleft((indices[half:], indices[:half]))
                 continue
             try:
-                self._roll(indices, start, stop)
+                self._roll(indices, start, stop, source, target)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -124,10 +134,20 @@ class PrefixCache(SampleRows):
             queue.appendleft(indices)
         self._batches = done  # as small as they had to be
 
-    def _roll(self, indices: Sequence[int], start: int, stop: int) -> None:
-        held = self.span(indices[0], indices[-1])
-        hidden = None if stop == 0 else self.rows.decode(held.to(self.decoder.device))
-        held.copy_(self.rows.encode(self.decoder.run(self._pack(indices), Stretch(start, hidden), stop)))
+    def _roll(
+        self, indices: Sequence[int], start: int, stop: int, source: torch.Tensor | None, target: torch.Tensor | None
+    ) -> None:
+        held, device = self.span(indices[0], indices[-1]), self.decoder.device
+        own = slice(self._offsets[indices[0]], self._offsets[indices[-1] + 1])
+        if stop == 0:
+            hidden = None
+        else:
+            hidden = self.rows.decode(held.to(device)) if source is None else source[own].to(device)
+        out = self.decoder.run(self._pack(indices), Stretch(start, hidden), stop)
+        if target is None:
+            held.copy_(self.rows.encode(out))
+        else:
+            target[own].copy_(out)
 
     def _pack(self, indices: Sequence[int], *more: Any) -> PackedBatch:
         return pack([self.samples[i] for i in indices], *more).to(self.decoder.device)

@@ -170,7 +170,7 @@ def _save(run: Stages, given: Options, folder: CheckpointFolder | None, report: 
     except ValueError as error:
         if folder is None or not (written or isinstance(error, NotWritten)):  # what the user's own code raises stays
             raise
-        raise NotWritten(f"{error}: the checkpoints are kept, --resume (resume=True) writes it again") from error
+        raise NotWritten(f"{error}: the checkpoints are kept, resume (resume=True) writes it again") from error
 
 
 @contextlib.contextmanager

@@ -246,6 +246,17 @@ def test_rtt_of_a_model_that_is_streamed(workspace, tmp_path, capsys):
         assert cli.main([*command, *more]) == 2 and message in capsys.readouterr().err
 
 
+def test_adapters_of_another_rank_beside_finished_attacks(workspace, tmp_path, capsys):
+    """Their settings are free until there is a curve that they have made."""
+    files, out = [str(workspace / name) for name in ("f0.jsonl", "f1.jsonl")], str(tmp_path / "rtt.json")
+    command = ["rtt", "--model", str(workspace / "model"), "--forget", *files, "--rtt-lrs", "1e-3", "--rtt-epochs", "1"]
+    command += ["--quiet", "--out", out, "--rtt-attacks", "int8"]
+    assert cli.main(command) == 0
+    lora = [*command, "lora", "--resume", "--rtt-lora-rank"]
+    assert cli.main([*lora, "2"]) == 0 and cli.main([*lora, "3"]) == 2
+    assert "lora_rank = 2 changed since it was begun" in capsys.readouterr().err
+
+
 def test_an_attack_that_is_resumed_loses_and_believes_nothing(workspace, tmp_path, capsys):
     out = tmp_path / "rtt.json"
     files = [str(workspace / name) for name in ("model", "f0.jsonl", "f1.jsonl")]

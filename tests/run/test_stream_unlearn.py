@@ -70,7 +70,7 @@ def run(opening, folders, out, dtype=None, **settings):
 def same(a, b):
     assert torch.equal(a.density.per_layer, b.density.per_layer)
     assert (a.blocks, a.losses, a.accuracy) == (b.blocks, b.losses, b.accuracy)
-    assert a.gradient_cosines == b.gradient_cosines
+    assert (a.gradient_cosines, a.cache_errors) == (b.gradient_cosines, b.cache_errors)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,9 @@ def same(a, b):
         dict(objective="rmu", cache="file"),
         dict(mask="wagle", mask_ratio=0.3, adversary_every=2, adversary_lrs=(1e-3,)),
         dict(cover_precision="int8", retain_loss="kl", rounds=2),
+        dict(cache_dtype="fp8", num_blocks=2, top_k=2, skip_last_layers=0),
     ],
-    ids=["plain", "cumulative", "npo", "rmu", "mask", "cover"],
+    ids=["plain", "cumulative", "npo", "rmu", "mask", "cover", "cache"],
 )
 def test_a_streamed_run_has_the_resident_bits(settings, folders, tmp_path):
     truth, weights = run(streamed_models.whole, folders, tmp_path / "whole", **settings)
