@@ -35,8 +35,8 @@ def check_shardable(model: nn.Module, layers: Sequence[nn.Module], sharding: str
     listed = [layer for layer in layers if any(isinstance(module, nn.ModuleList) for module in layer.modules())]
     if listed and not hasattr(FSDPModule, UNUSED):
         raise ValueError(
-            f"sharding={sharding!r}: {type(listed[0]).__name__} has a list of modules, such as experts, of which a rank "
-            f"may use none, and FSDP in torch {torch.__version__} has no {UNUSED}: take a later torch"
+            f"sharding={sharding!r}: {type(listed[0]).__name__} has a list of modules, such as experts, of which a "
+            f"rank may use none, and FSDP in torch {torch.__version__} has no {UNUSED}: take a later torch"
         )
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

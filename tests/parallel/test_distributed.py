@@ -245,7 +245,7 @@ def test_what_the_cover_cannot_be_beside(settings, message):
     for size in (2, 1):
         context = SimpleNamespace(group=Group(0, size), reporter=SimpleNamespace(say=said.append))
         with pytest.raises(ValueError, match=re.escape(message)) if size > 1 else contextlib.nullcontext():
-            check_sharding(decoder, config, context, warm_up=False)
+            check_sharding(decoder, config, context, warm_up=False, attacked=True)
     assert len(said) == 1 and "this is one process" in said[0]
 
 
