@@ -112,7 +112,7 @@ class LayerStore:
     def put_weights(self, layer: int, size: int) -> torch.Tensor:
         """Where a layer's flat weights are to be filled in, from main memory."""
         flat = self._of("weights", layer, size)
-        self._written["weights", layer] = _done()
+        self._written["weights", layer] = done()
         return flat
 
     # ------------------------------------------------ optimiser state
@@ -166,7 +166,7 @@ class LayerStore:
             if view.data_ptr() != tensors[name].data_ptr():
                 view.copy_(tensors[name])
         drain = self._state_copies.drain
-        self._written["state", layer] = drain(buffer, layout.size, target) if self._copies.cuda else _done()
+        self._written["state", layer] = drain(buffer, layout.size, target) if self._copies.cuda else done()
         return layout.nbytes
 
     def stored_state(self, layer: int) -> dict[str, torch.Tensor]:
@@ -182,7 +182,7 @@ class LayerStore:
         target = self._of("state", layer, layout.size)
         for name, view in layout.views(target).items():
             view.copy_(values[name])
-        self._written["state", layer] = _done()
+        self._written["state", layer] = done()
 
     def forget_loading(self) -> None:
         """What was expected, by a step that ended in the middle, is not going to be asked for."""
@@ -205,7 +205,7 @@ class LayerStore:
         return found
 
 
-def _done() -> Future:
+def done() -> Future:
     """A copy that has ended."""
     job: Future = Future()
     job.set_result(None)

@@ -35,14 +35,16 @@ from kunbr_fast.files.tensors import placeholder
 from kunbr_fast.memory import free_host_bytes, pinned_bytes
 from kunbr_fast.model.layer_buffers import Buffer, Copies
 from kunbr_fast.model.layer_files import Entry, LayerFiles
-from kunbr_fast.model.layer_store import ALIGNMENT, LayerStore
+from kunbr_fast.model.layer_store import ALIGNMENT, LayerStore, done
 from kunbr_fast.model.weights import CARRIED
 
 
 class _Slot(Buffer):
-    """A buffer for one layer. layer: whose weights it holds or is loading."""
+    """A buffer for one layer. layer: whose weights it holds or is loading; elsewhere: where they lie and are used, in
+    place of the buffer."""
 
     layer: int | None = None
+    elsewhere: torch.Tensor | None = None
 
 
 class LayerStream(LayerFiles):
@@ -254,7 +256,8 @@ class LayerStream(LayerFiles):
         if layer in self.resident:
             self._dirty.add(layer)
             return
-        self.store.write(layer, slot, self._sizes[layer])
+        if slot.elsewhere is None:
+            self.store.write(layer, slot, self._sizes[layer])
         self.traffic["weights_out"] += self._weights[layer]
 
     def _trained_layer(self, layer: int) -> torch.Tensor | None:
@@ -307,11 +310,17 @@ class LayerStream(LayerFiles):
                 # a graph that has kept this weight for its backward pass must fail, not read the next layer's
                 increment_version(entry.parameter)
                 entry.parameter.data = self._placeholder(entry.parameter)
-        slot.layer = slot.loading = None  # what is still being read into it comes to its end before the next
+        slot.layer = slot.loading = slot.elsewhere = (
+            None  # what is still being read into it comes to its end before the next
+        )
 
     def _start(self, slot: _Slot, layer: int) -> None:
         self._leave(slot)
         slot.layer = layer
+        if not self.copies.cuda and self.store is not None and layer in self.store:  # trained where it lies
+            slot.elsewhere = self._source(layer, slot.data)
+            slot.loading = done()
+            return
         self.copies.fill(slot, self._sizes[layer], functools.partial(self._source, layer))
 
     def _source(self, layer: int, buffer: torch.Tensor) -> torch.Tensor:
@@ -342,7 +351,8 @@ class LayerStream(LayerFiles):
         except BaseException:
             slot.layer = None
             raise
-        for entry, view in zip(self._entries[slot.layer], self._views(slot.layer, slot.data)):
+        flat = slot.data if slot.elsewhere is None else slot.elsewhere
+        for entry, view in zip(self._entries[slot.layer], self._views(slot.layer, flat)):
             entry.parameter.data = view
         for transform in self._transforms:
             transform(slot.layer)
