@@ -249,14 +249,14 @@ def script_parser(description):
     return parser
 
 
-def add_rows(path, rows):
-    """Appends `rows` (mappings of one shape) to the CSV at `path`, each with `about()`; a new file gets a header.
+def add_rows(path, rows, device="cpu"):
+    """Appends `rows` (mappings of one shape) to the CSV at `path`, each with `about(device)`; a new file gets a header.
 
     Without a path nothing. ValueError for a file whose columns are others.
     """
     if path is None:
         return
-    path, rows = Path(path), [{**row, **about()} for row in rows]
+    path, rows = Path(path), [{**row, **about(device)} for row in rows]
     columns, new = list(rows[0]), not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     if not new:

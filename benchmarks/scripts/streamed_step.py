@@ -127,7 +127,7 @@ def main() -> None:
         row |= {"gb_s": round(sum(moved.values()) / seconds / 1e9, 2), "peak_mib": round(steps.peak / 2**20)}
         rows.append(row)
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    add_rows(arguments.csv, rows)
+    add_rows(arguments.csv, rows, device)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ def open_streamed(
             f"streaming needs transformers >= 5 (this is {compat.VERSION}): install it, or load the model whole"
         )
     known_dtype(dtype)
+    if host_bytes is not None and host_bytes < 0:
+        raise ValueError(f"host_bytes={host_bytes}: expected 0 or more bytes, or None")
     folder = ModelFolder(path)
     path, shards, config = folder.path, folder.shards, folder.configuration()
     wanted = DTYPES[dtype] if dtype else folder.saved_dtype(config)

@@ -258,6 +258,8 @@ def test_what_is_refused(folder, tmp_path):
         StreamedFullTraining(Decoder(whole(folder())), lr=1e-3)
     with pytest.raises(ValueError, match="resident_layers=7: expected 0 to 6"):
         open_streamed(folder(), resident_layers=7)
+    with pytest.raises(ValueError, match="host_bytes=-1: expected 0 or more bytes, or None"):
+        open_streamed(folder(), host_bytes=-1)
 
 
 def test_divergence_and_memory_in_the_middle_of_a_step(folder, tmp_path, monkeypatch):
