@@ -29,6 +29,7 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.fingerprint import data_fingerprint, fingerprint
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.run.checks import keep_resident
+from kunbr_fast.run.setting import OF_SOME_ATTACKS, counts_for
 
 SETTINGS = (
     "max_length separator chat_date split_long overlap equal_choices scoring seed rtt_lrs rtt_attacks "
@@ -159,8 +160,10 @@ def _finished_attacks(path: Path, belongs: dict[str, Any], folds: Sequence[Fold]
     elif _TAUGHT in belongs:
         before = {**before, _TAUGHT: belongs[_TAUGHT]}
     rows = [*found["curves"], *found.get(_OTHERS, ())]
-    if not any(attack_of(row) == "lora" for row in rows):  # nothing depends on these yet
-        before |= {name: belongs[name] for name in ("lora_rank", "lora_targets")}
+    made = {attack_of(row) for row in rows}
+    for name in OF_SOME_ATTACKS:  # nothing may depend on these yet
+        if not any(counts_for(attack, name) for attack in made):
+            before[name.removeprefix("rtt_")] = belongs[name.removeprefix("rtt_")]
     changed = [name for name, value in belongs.items() if before.get(name) != value]
     if changed:
         was = f"{changed[0]} = {shown(before.get(changed[0]))}"

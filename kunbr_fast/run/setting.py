@@ -59,6 +59,15 @@ def chosen_layers(value: Any, name: str) -> str | tuple[int, ...]:
     return tuple(check(f"{name} entry", layer, NUMBERS[name]) for layer in listed)
 
 
+OF_SOME_ATTACKS = ("rtt_lora_rank", "rtt_lora_targets", "rtt_master_weights")
+
+
+def counts_for(attack: str, name: str) -> bool:
+    """Whether a kind of attack depends on a setting of attacks."""
+    kind = ATTACKS[attack]
+    return name not in OF_SOME_ATTACKS or (kind.adapters if "lora" in name else kind.trains_all)
+
+
 def check_used(config: Any) -> None:
     """ValueError for a setting of a mask, or of attacks, that are not asked for."""
     rule = attribution.RULES.get(config.mask, {})
@@ -66,10 +75,8 @@ def check_used(config: Any) -> None:
         raise ValueError(f"mask_ratio={config.mask_ratio}: mask {config.mask} takes none: leave it out")
     if config.mask != "none" and config.mask_ratio is None and not rule:
         raise ValueError(f"mask {config.mask} has no published ratio: give mask_ratio")
-    kinds = [ATTACKS[name] for name in config.rtt_attacks]
-    adapters, all_weights = any(kind.adapters for kind in kinds), any(kind.trains_all for kind in kinds)
-    used = {"rtt_lora_rank": adapters, "rtt_lora_targets": adapters, "rtt_master_weights": all_weights}
-    for name, is_used in used.items():
+    for name in OF_SOME_ATTACKS:
+        is_used = any(counts_for(attack, name) for attack in config.rtt_attacks)
         if not is_used and (value := getattr(config, name)) != getattr(type(config), name):
             which = "the attack lora is" if "lora" in name else "an attack on all weights, such as full, is"
             raise ValueError(

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from kunbr_fast.evaluation.curves import attack_of
 from kunbr_fast.files.checksums import check_file, checksum, read_sealed, write_sealed
 from kunbr_fast.files.row_files import RowFiles
 from kunbr_fast.files.shown import plain, shown
@@ -26,8 +27,9 @@ from kunbr_fast.files.tensors import WeightSnapshot, save_tensors
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.folder import STATE, stage_file, sweep
 from kunbr_fast.run.identity import difference
+from kunbr_fast.run.setting import counts_for
 from kunbr_fast.run.state_format import FORMAT, check_state
-from kunbr_fast.run.visits import WARMUP, Stage
+from kunbr_fast.run.visits import RTT, WARMUP, Stage
 
 # What may be changed on resuming in the middle of a stage, which is how a diverged run is rescued.
 FREE_WHILE_TRAINING = ("warmup_lr", "warmup_epochs", "block_lr", "block_epochs")
@@ -128,6 +130,9 @@ class RunState:
     def is_locked(self, name: str, stage: str) -> bool:
         """Whether something that is done depends on the setting `name`, of `stage` (as `KUnBRConfig.stage_of`)."""
         results = self.results()
+        if stage == RTT:
+            made = [attack_of(result["rows"][0]) for result in self.results(RTT).values() if "rows" in result]
+            return any(counts_for(attack, name) for attack in made)
         finished = {found.group for found in results}
         current = {Stage(found).group for found, entries in self.state["progress"].items() if entries}
         if "given" in results.get(WARMUP, {}):  # an unlearned model that another program has made

@@ -129,3 +129,21 @@ def test_an_account_fits_the_schedule(changed, tmp_path):
     state.state["progress"][stage][0]["extra"] = {**good, **changed}
     with pytest.raises(ValueError, match="state.json: blocks.0.2-4: extra.epochs, .* 1 and 3: start"):
         Run._taken_up(SimpleNamespace(state=state), stage, training, schedule, took)
+
+
+def test_settings_of_attacks_are_free_until_an_attack_depends_on_them(tmp_path):
+    state = opened(tmp_path)
+
+    def locked():
+        names = ("rtt_epochs", "rtt_master_weights", "rtt_lora_rank", "rtt_lora_targets")
+        return [name for name in names if state.is_locked(name, kf.KUnBRConfig.stage_of(name))]
+
+    assert locked() == []
+    for attack, expected in (
+        ("int8", ["rtt_epochs"]),
+        ("full", ["rtt_epochs", "rtt_master_weights"]),
+        ("lora", ["rtt_epochs", "rtt_master_weights", "rtt_lora_rank", "rtt_lora_targets"]),
+    ):
+        rows = [{"attack": attack, "fold": "a", "lr": 1e-3}]
+        state.finish(Stage.attack("a", 1e-3, attack), {"rows": rows, "seconds": 1.0})
+        assert locked() == expected
