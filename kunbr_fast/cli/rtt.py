@@ -163,7 +163,7 @@ def _finished_attacks(path: Path, belongs: dict[str, Any], folds: Sequence[Fold]
     made = {attack_of(row) for row in rows}
     for name in OF_SOME_ATTACKS:  # nothing may depend on these yet
         if not any(counts_for(attack, name) for attack in made):
-            before[name.removeprefix("rtt_")] = belongs[name.removeprefix("rtt_")]
+            before |= {key: value for key, value in belongs.items() if name == f"rtt_{key}"}
     changed = [name for name, value in belongs.items() if before.get(name) != value]
     if changed:
         was = f"{changed[0]} = {shown(before.get(changed[0]))}"

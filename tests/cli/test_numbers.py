@@ -31,7 +31,10 @@ BEYOND = [
     "9223372036854775808", "18446744073709551616", "1000000000", "1.5", "1e9", "9" * 25 + ".5", "-1e-5", "-inf",
 ]  # fmt: skip
 SIZES = ["-1GiB", "1e400GiB", "NaNGiB", "infGiB", "GiB", "1 parsec", "9" * 400 + "GiB", "1_0GiB", "１GiB", "8388608TiB"]
-WITH = {  # what an option goes with
+WITH = {
+    **{
+        (command, "--rtt-lora-rank"): ["--rtt-attacks", "lora"] for command in ("unlearn", "rtt", "plan")
+    },  # what an option goes with
     ("unlearn", "--mask-ratio"): ["--mask", "wagle"],
     ("plan", "--mask-ratio"): ["--mask", "wagle"],
     ("unlearn", "--retain-layers"): ["--retain-loss", "hidden_layers"],
