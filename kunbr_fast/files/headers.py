@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -165,6 +166,18 @@ class Header:
         _check_metadata(path, entries.get("__metadata__", {}))
         _check_places(path, tensors, len(raw), size)
         return cls(path, raw, tuple(tensors), mark)
+
+
+def header_of(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None = None) -> bytes:
+    """All that lies before the tensors in a file that holds them one after the other: each its name, dtype and shape.
+    Those of the widest entries must come first: each then lies at a multiple of its entries' size."""
+    entries, end = {} if metadata is None else {"__metadata__": metadata}, 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + math.prod(shape) * ITEMSIZE[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _damaged(path: Path, why: str) -> ValueError:

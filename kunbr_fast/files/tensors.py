@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 
 from kunbr_fast.files.atomic import atomic_write
 from kunbr_fast.files.checksums import check_file, checksum
-from kunbr_fast.files.headers import COPY, Header, Tensor
+from kunbr_fast.files.headers import COPY, ITEMSIZE, Header, Tensor, header_of
 from kunbr_fast.files.shown import plain
 
 TYPES = {
@@ -34,17 +33,11 @@ AT_ONCE = 1 << 26  # bytes of a tensor on a device that are copied to the host a
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes tensors of any device and layout, one after the other, atomically. Of a mapping that makes its tensors
     when they are asked for, each is asked for twice. OSError where the disk is full or refuses."""
-    found = [(name, tensor.dtype, tuple(tensor.shape)) for name in tensors for tensor in [tensors[name]]]
-    # the widest first, then by name, as safetensors has it: each lies at a multiple of its entries' size
-    found.sort(key=lambda entry: (-entry[1].itemsize, entry[0]))
-    entries, end = {}, 0
-    for name, dtype, shape in found:
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
-    with atomic_write(path, end) as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+    found = [(name, CODES[tensor.dtype], tuple(tensor.shape)) for name in tensors for tensor in [tensors[name]]]
+    found.sort(key=lambda entry: (-ITEMSIZE[entry[1]], entry[0]))  # within a width by name, as safetensors has it
+    size = sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in found)
+    with atomic_write(path, size) as file:
+        file.write(header_of(found))
         for name, _, _ in found:
             write_tensor(file, tensors[name])
 

@@ -15,12 +15,12 @@ from typing import BinaryIO
 
 import torch
 
-from kunbr_fast.files.headers import ITEMSIZE, Header, Tensor
+from kunbr_fast.files.headers import FLOATS, ITEMSIZE, Header, Tensor, header_of
 from kunbr_fast.files.shards import CHUNK, INDEX, Shards
-from kunbr_fast.files.tensors import write_tensor
+from kunbr_fast.files.tensors import TYPES, write_tensor
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-TORCH = {code: dtype for dtype, code in DTYPES.items()}
+TORCH = {code: TYPES[code] for code in FLOATS}
+DTYPES = {dtype: code for code, dtype in TORCH.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,18 +64,9 @@ def _begin(header: Header, new: Mapping[str, New]) -> tuple[bytes, list[Tensor]]
     """(the new file's header, the tensors in its order)."""
     if all(_dtype(tensor, new) == tensor.dtype for tensor in header.tensors):
         return header.raw, list(header.tensors)
-    # the widest first, as safetensors does: each tensor then lies at a multiple of its entries' size
     tensors = sorted(header.tensors, key=lambda tensor: -ITEMSIZE[_dtype(tensor, new)])
     metadata = json.loads(header.raw[8:]).get("__metadata__")
-    entries, end = {} if metadata is None else {"__metadata__": metadata}, 0
-    for tensor in tensors:
-        start, end = end, end + tensor.entries * ITEMSIZE[_dtype(tensor, new)]
-        entries[tensor.name] = {
-            "dtype": _dtype(tensor, new), "shape": list(tensor.shape), "data_offsets": [start, end]
-        }  # fmt: skip
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, tensors
+    return header_of(((tensor.name, _dtype(tensor, new), tensor.shape) for tensor in tensors), metadata), tensors
 
 
 def _write(file: BinaryIO, new: New) -> None:

@@ -10,7 +10,7 @@ import abc
 import contextlib
 import dataclasses
 import functools
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -209,6 +209,9 @@ class LayerFiles(Weights, abc.ABC):
         """What a training has written, by name: the tensors themselves, which its later steps change."""
         found = {name: self._trained(entry) for name, entry in self._stored.items()}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def views(self) -> Mapping[str, torch.Tensor]:
+        return ChainMap(self.trained(), self)
 
     def _refuse_trained(self, what: str) -> None:
         if self.trained():

@@ -176,9 +176,9 @@ class LayerStore:
         self._written["state", layer].result()
         return self.layouts[layer].views(self._made["state", layer])
 
-    def put_state(self, layer: int, layout: Layout, values: Mapping[str, torch.Tensor]) -> None:
-        """Takes a layer's state from main memory: a checkpoint's. values: of more names, too."""
-        self.layouts[layer] = layout
+    def put_state(self, layer: int, values: Mapping[str, torch.Tensor]) -> None:
+        """Takes a layer's state from main memory: a checkpoint's."""
+        layout = self.layouts[layer] = Layout(values)
         target = self._of("state", layer, layout.size)
         for name, view in layout.views(target).items():
             view.copy_(values[name])

@@ -35,7 +35,7 @@ from kunbr_fast.files.tensors import placeholder
 from kunbr_fast.memory import free_host_bytes, pinned_bytes
 from kunbr_fast.model.layer_buffers import Buffer, Copies
 from kunbr_fast.model.layer_files import Entry, LayerFiles
-from kunbr_fast.model.layer_store import ALIGNMENT, LayerStore, done
+from kunbr_fast.model.layer_store import LayerStore, Layout, done
 from kunbr_fast.model.weights import CARRIED
 
 
@@ -96,16 +96,14 @@ class LayerStream(LayerFiles):
 
     def _lay_out(self, path: str, layer: nn.Module, number: int) -> list[Entry]:
         """The layer's parameters one after the other; they become placeholders."""
-        entries, end = [], 0
+        metas, made = {}, {}
         for module_name, module in layer.named_modules():
             for key, meta in module.named_parameters(recurse=False):
                 name = ".".join(part for part in (path, module_name, key) if part)
-                size = meta.numel() * meta.element_size()
-                parameter = nn.Parameter(self._placeholder(meta), requires_grad=False)
-                setattr(module, key, parameter)
-                entries.append(Entry(name, parameter, number, slice(end, end + size)))
-                end += -(-size // ALIGNMENT) * ALIGNMENT
-        return entries
+                metas[name] = meta
+                made[name] = nn.Parameter(self._placeholder(meta), requires_grad=False)
+                setattr(module, key, made[name])
+        return [Entry(name, made[name], number, place) for name, (place, _, _) in Layout(metas).items()]
 
     def _placeholder(self, like: torch.Tensor) -> torch.Tensor:
         if like.dtype not in self._nothing:
@@ -310,9 +308,8 @@ class LayerStream(LayerFiles):
                 # a graph that has kept this weight for its backward pass must fail, not read the next layer's
                 increment_version(entry.parameter)
                 entry.parameter.data = self._placeholder(entry.parameter)
-        slot.layer = slot.loading = slot.elsewhere = (
-            None  # what is still being read into it comes to its end before the next
-        )
+        # what is still being read into it comes to its end before the next
+        slot.layer = slot.loading = slot.elsewhere = None
 
     def _start(self, slot: _Slot, layer: int) -> None:
         self._leave(slot)

@@ -112,6 +112,10 @@ class Weights:
     def __setitem__(self, name: str, value: torch.Tensor) -> None:
         self.replace({name: value})
 
+    def views(self) -> Mapping[str, torch.Tensor]:
+        """The same, without a copy of what is in memory: the tensors themselves, which a later training changes."""
+        return self
+
     @torch.no_grad()
     def replace(self, values: Mapping[str, torch.Tensor]) -> None:
         """These tensors, by parameter name, become the model's weights."""

@@ -213,7 +213,7 @@ class Stages(Run):
             del training  # what it has on the device
             with self._rejecting(WARMUP), self._answering(WARM_UP):
                 result["accuracy"] = self._accuracy(self.decoder, "unlearned")
-            self.state.finish(WARMUP, result, self.decoder.weights)
+            self.state.finish(WARMUP, result, self.decoder.weights.views())
 
     # ------------------------------------------------ density, selection
 

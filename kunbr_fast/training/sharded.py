@@ -16,13 +16,11 @@ from kunbr_fast.files.row_files import rows_in
 from kunbr_fast.memory import is_out_of_memory
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
-from kunbr_fast.objectives.criterion import Criterion
-from kunbr_fast.parallel.group import ProcessGone
+from kunbr_fast.parallel.group import Group, ProcessGone
 from kunbr_fast.parallel.sharded import shards_of
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.micro_batches import dealt, one_of, summed
-from kunbr_fast.training.settings import Execution, FullSettings
 from kunbr_fast.training.shared import SharedStep
 from kunbr_fast.training.training import Training
 from kunbr_fast.training.updates import MASTER, PREFIX, of_parameter
@@ -86,19 +84,14 @@ class ShardedTraining(LockStep, FullTraining):
     other random bits than in one process.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        criterion: Criterion | None = None,
-        *,
-        settings: FullSettings | None = None,
-        execution: Execution | None = None,
-        **changes: Any,
-    ):
-        self.ranks = shards_of(decoder.model).group
-        super().__init__(decoder, criterion, settings=settings, execution=execution, **changes)
+    def _begin(self) -> None:
+        super()._begin()
         if self.adversary is not None:
             raise ValueError(NO_ADVERSARY.format("fsdp"))
+
+    @property
+    def ranks(self) -> Group:
+        return self.shards.group
 
     def _updated(self) -> dict[str, torch.nn.Parameter]:
         """A part without rows has nothing to update."""

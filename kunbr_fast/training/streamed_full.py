@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from kunbr_fast.memory import LESS, gibibytes, is_out_of_memory
-from kunbr_fast.model.layer_store import Layout
 from kunbr_fast.model.weights import finite
 from kunbr_fast.objectives import losses
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
@@ -184,12 +183,12 @@ class StreamedFullTraining(GradientsOnTheWay, FullTraining):
     def state(self) -> Mapping[str, torch.Tensor]:
         """Of a layer that no step has reached, as above a criterion's layer, each tensor is read when it is asked
         for."""
-        found = self.weights.trained()
+        found: dict[str, torch.Tensor] = {}
         for layer, updates in enumerate(self.layers):
             found |= updates.state() | self.weights.store.stored_state(layer)
         for updates in self._outside():
             found |= updates.state()
-        return ChainMap(found | self.criterion.state(), self.weights)
+        return ChainMap(found | self.criterion.state(), self.weights.views())
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
@@ -201,7 +200,7 @@ class StreamedFullTraining(GradientsOnTheWay, FullTraining):
             if layer in weights.resident:
                 updates.take({name: state[name].to(device, copy=True) for name in mine})
             elif mine:
-                store.put_state(layer, Layout({name: state[name] for name in mine}), state)
+                store.put_state(layer, {name: state[name] for name in mine})
         for updates in self._outside():
             for name, parameter in updates.parameters.items():
                 parameter.copy_(state[name])
