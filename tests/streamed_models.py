@@ -6,6 +6,7 @@ import shutil
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 
 from kunbr_fast.files.models import load_model
 from kunbr_fast.model.streaming import open_streamed
@@ -24,6 +25,19 @@ def whole(path, dtype=None):
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     return eager_experts(model)
+
+
+def folders_of_models(tmp_path_factory):
+    """make(architecture): a directory with that random model, fp32, in several files; each is made once."""
+    made = {}
+
+    def make(architecture="llama"):
+        if architecture not in made:
+            made[architecture] = tmp_path_factory.mktemp(architecture)
+            tiny_model(architecture, torch.float32).save_pretrained(made[architecture], max_shard_size="70KB")
+        return made[architecture]
+
+    return make
 
 
 def streamed(path, dtype=None, **options):

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from streamed_models import streamed, whole
+from streamed_models import folders_of_models, streamed, whole
 from tiny_models import random_samples, tiny_model
 
 import kunbr_fast as kf
@@ -25,16 +25,7 @@ HOW = dict(lr=1e-3, optimizer="adamw", micro_batch_tokens=40)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """folder(architecture): that random model in a few files."""
-    made = {}
-
-    def make(architecture="llama"):
-        if architecture not in made:
-            made[architecture] = tmp_path_factory.mktemp(architecture)
-            tiny_model(architecture, torch.float32).save_pretrained(made[architecture], max_shard_size="70KB")
-        return made[architecture]
-
-    return make
+    return folders_of_models(tmp_path_factory)
 
 
 def values_of(architecture="llama"):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from streamed_models import streamed, whole
-from tiny_models import random_samples, tiny_model
+from streamed_models import folders_of_models, streamed, whole
+from tiny_models import random_samples
 
 from kunbr_fast.data import pack
 from kunbr_fast.files.models import load_model
@@ -28,15 +28,7 @@ FORGET, RETAIN = random_samples(4, seed=1), random_samples(5, seed=2)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = {}
-
-    def make(architecture="llama"):
-        if architecture not in made:
-            made[architecture] = tmp_path_factory.mktemp(architecture)
-            tiny_model(architecture, torch.float32, 0).save_pretrained(made[architecture], max_shard_size="70KB")
-        return made[architecture]
-
-    return make
+    return folders_of_models(tmp_path_factory)
 
 
 def trained(decoder, tmp_path, criterion=None, steps=3, **how):
