@@ -36,7 +36,7 @@ THEMES = {
     "blocks": "insertion rounds block_epochs block_lr block_hidden_coeff optimizer master_weights mask mask_ratio",
     "attack": "scoring rtt rtt_lrs rtt_attacks rtt_master_weights rtt_lora_rank rtt_lora_targets rtt_epochs "
     "rtt_batch_size rtt_target",
-    "execution": "cache cache_bytes optimizer_device resident_layers micro_batch_tokens checkpoint_every "
+    "execution": "cache cache_bytes optimizer_device resident_layers micro_batch_tokens checkpoint_every log_to "
     "gradient_checkpointing cuda_graphs parallel sharding impl",
     "approximations": "cover_precision cache_dtype",
 }
@@ -138,5 +138,5 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
         words = escaped_text if field.name == "separator" else str
         kind |= {"type": words if known is None else number(known), "metavar": field.name.rpartition("_")[2].upper()}
     if default not in (None, "") and not isinstance(default, dict):
-        text += f" [{' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
+        text += f" [{' '.join(map(str, default)) or 'none' if isinstance(default, tuple) else default}]"
     group.add_argument(option, help=text.replace("%", "%%"), **kind)

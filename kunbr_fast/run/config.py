@@ -35,6 +35,7 @@ from kunbr_fast.objectives.hidden_layers import HiddenLayers
 from kunbr_fast.objectives.methods import OBJECTIVES, RETAIN_LOSSES, check_options
 from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.parallel.sharded import SHARDING
+from kunbr_fast.run.log import LOGS
 from kunbr_fast.run.methods import settings_of
 from kunbr_fast.run.setting import ADVERSARY, CHOSEN, NUMBERS, RATES, VISITS, check_used, refuse_old, setting
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
@@ -213,6 +214,9 @@ class KUnBRConfig:
     )
     resident_layers: int = setting(0, "of a streamed model: how many of the first layers stay on the device", "none")
     checkpoint_every: int | None = setting(None, "steps between checkpoints (default: an epoch)", "none")
+    log_to: tuple[str, ...] = setting(
+        (), f"write each step's losses, and the result's figures, to OUT/logs: {', '.join(LOGS)}", "none"
+    )
 
     scoring: str = setting(
         "letter", "letter: A/B/C/D after the question; choice: likelihood of the choice", "evaluation", SCORINGS

@@ -13,6 +13,7 @@ from torch import nn
 from kunbr_fast.data.content import EQUAL
 from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.parallel.group import ALONE, Group
+from kunbr_fast.run.log import RunLog
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.stopping import Stop
 
@@ -46,6 +47,7 @@ class RunContext:
     """Where a run keeps its state, which processes share it, and what it tells.
 
     group: the ranks that divide the work. writes, wait: of the state, see `RunState`. stop: a request to end early.
+    log: of the steps.
     """
 
     work: Path
@@ -55,3 +57,4 @@ class RunContext:
     writes: bool = True
     wait: Callable[[], None] = ALONE.wait
     stop: Stop = dataclasses.field(default_factory=Stop)
+    log: RunLog = dataclasses.field(default_factory=RunLog)

@@ -12,6 +12,7 @@ from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks
 from kunbr_fast.evaluation.lora import chosen_targets
 from kunbr_fast.files.shown import shown
 from kunbr_fast.objectives.hidden_layers import WORDS
+from kunbr_fast.run.log import chosen_logs
 from kunbr_fast.values import (
     ABOVE_ZERO,
     BATCH,
@@ -86,7 +87,12 @@ def check_used(config: Any) -> None:
 
 
 # What is one word or several: of the settings that are, a function of value and name.
-CHOSEN = {"rtt_attacks": chosen_attacks, "rtt_lora_targets": chosen_targets, "retain_layers": chosen_layers}
+CHOSEN = {
+    "rtt_attacks": chosen_attacks,
+    "rtt_lora_targets": chosen_targets,
+    "retain_layers": chosen_layers,
+    "log_to": chosen_logs,
+}
 # Settings, and values of them, that earlier versions had: what stands for them now.
 OLD_SETTINGS = {
     "activations": "cache also says where a streamed model's activations wait; leave it out",

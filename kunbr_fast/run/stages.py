@@ -268,6 +268,8 @@ class Stages(Run):
         if self.group.size == 1 or not order:
             return self._visit_all(order)
         mine, together, home = self._spread(blocks, order)
+        if self.context.log and len(together) < len(blocks):
+            self.reporter.say("log_to: steps of blocks that other processes train are not in the log")
         if self.cover_in_parts:
             self.keep_original()
         with self._apart() if len(together) < len(blocks) else contextlib.nullcontext():

@@ -30,7 +30,7 @@ from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.reporter import Timer
 from kunbr_fast.run.samples import Feed
-from kunbr_fast.run.visits import STATES, Stage, Visit, layers
+from kunbr_fast.run.visits import SELECTION, STATES, WARMUP, Stage, Visit, layers, visits
 from kunbr_fast.stopping import Stopped
 from kunbr_fast.training.approximation import cache_error, gradient_cosine
 from kunbr_fast.training.block import BlockTraining
@@ -259,7 +259,7 @@ class Run:
             # a copy: later confirmations write it again
             self.state.save_progress(stage, done, training.state(), copy.deepcopy(account) | also, training.ranks)
 
-        title = "warm-up" if stage.block is None else f"layers {layers(stage.block)}"
+        title, before = "warm-up" if stage.block is None else f"layers {layers(stage.block)}", self.steps_before(stage)
         bar = self.reporter.bar(len(schedule), title, done=first)
         with self._rejecting(stage), bar, stop.between_steps():
             for number in range(first, len(schedule)):
@@ -268,6 +268,7 @@ class Run:
                 if metrics["retain_loss"] is None or metrics["retain_loss"] <= self.retain_limit:
                     self.state.confirm(stage)
                 self.account(training, number, (number + 1) % schedule.steps_per_epoch == 0, metrics, account)
+                self.context.log.add(before + number + 1, stage, {n: metrics[n] for n in ("loss", *LOSSES)})
                 bar.set_postfix_str(_shown(metrics), refresh=False)
                 bar.update()
                 if number + 1 < len(schedule) and (stop.agreed or (number + 1) % every == 0):
@@ -280,6 +281,15 @@ class Run:
             self._check_end(training, feed, schedule)
         team.check_same_bits(stage, training.same_state())
         return {"epochs": account["epochs"], "seconds": took.seconds}
+
+    def steps_before(self, stage: Stage | None = None) -> int:
+        """Steps of the whole run before those of a stage; None: of all stages that have some."""
+        if stage == WARMUP:
+            return 0
+        first = 0 if self.given is not None else len(self.schedule_of(None))
+        order = visits(self.config, [range(*block) for block in self.state.result(SELECTION)["blocks"]])
+        before = order if stage is None else order[: [visit.stage for visit in order].index(stage)]
+        return first + sum(len(self.schedule_of(visit)) for visit in before)
 
     def _taken_up(
         self, stage: Stage, training: Training, schedule: Schedule, took: Timer

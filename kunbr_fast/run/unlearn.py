@@ -25,6 +25,7 @@ from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.folder import NAME, SAVING, CheckpointFolder, former_folder
+from kunbr_fast.run.log import opened
 from kunbr_fast.run.output import check_not_read, check_output, check_place
 from kunbr_fast.run.readback import ReadBack
 from kunbr_fast.run.reporter import Reporter
@@ -135,10 +136,14 @@ def carry_out(
             work = stack.enter_context(scratch("kunbr-fast-"))
         else:
             raise ValueError("several processes need an output_dir that all of them see")
-        context = RunContext(work, group, heard, given.resume, group.first, group.wait, given.stop or Stop())
+        kinds = config.log_to if group.first else ()
+        log = stack.enter_context(opened(kinds, output_dir, given.resume, config.to_dict()))
+        context = RunContext(work, group, heard, given.resume, group.first, group.wait, given.stop or Stop(), log)
         run = Stages(inputs, config, context)
         report = run.all()
         run.check_result()  # once more: the attack has put the weights back
+        row = {name: report.row().get(name) for name in ("forget", "retain", "rtt")}
+        log.add(run.steps_before(), "result", row | {"recovery": report.recovery})
         _save(run, given, folder, report, command)
         group.wait()
         if folder is not None:
