@@ -126,11 +126,10 @@ def _name(figure, axes, points: Mapping[str, tuple[float, float]]) -> None:
 
 def plot_curves(units: Units, path: Path) -> None:
     """Relearning under the rehearsed kind of attack; of each seed the folds are folds of one curve."""
-    results, forget = {}, {}
+    results = {}
     for method, of in units.items():
         done = [unit for unit in of if METHODS[method].wide and unit.result(REHEARSED)]
         if done:
             rows = [{**row, "fold": f"{u.seed} {row['fold']}"} for u in done for row in u.result(REHEARSED).curves]
             results[METHODS[method].title] = RTTResult(rows)
-            forget[METHODS[method].title] = statistics.mean(damage(unit, "forget", "plain") for unit in done) / 100
-    plot_relearning(results, path, forget=forget)
+    plot_relearning(results, path)

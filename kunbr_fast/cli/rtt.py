@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print(result: RTTResult) -> None:
-    show("learning rate | accuracy at each measurement (the first is before), mean over folds")
+    show("learning rate | accuracy at each measurement (the first is before), over all questions")
     for attack in result.attacks:
         for lr in result.rates(attack):
             for key in KEYS:

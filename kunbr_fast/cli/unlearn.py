@@ -206,9 +206,8 @@ def _write(report: Report, config: KUnBRConfig, arguments: argparse.Namespace) -
     path = out / "density.png"
     drawn(path, lambda: plot_density(report.density, report.blocks, path, config.skip_last_layers))
     if report.rtt is not None:
-        forget_accuracy = {report.method: report.accuracy["result"]["forget"]["plain"]}
         curves = out / "relearning.png"
-        drawn(curves, lambda: plot_relearning({report.method: report.rtt}, curves, forget=forget_accuracy))
+        drawn(curves, lambda: plot_relearning({report.method: report.rtt}, curves))
     config.save(out / "run.yaml")
     values = plain_values(report.to_dict() | {"model": str(arguments.model)})
     write_report(out / "report.json", values | {"result": record(out, values)})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 import msgspec
 
 from kunbr_fast.evaluation.candidates import SAMPLES, guessing
 from kunbr_fast.files.documents import checked
+from kunbr_fast.files.shown import shown
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 KEYS = ("plain", "calibrated", "smooth")
@@ -53,9 +56,12 @@ def attack_of(row: Point) -> str:
 class RTTResult:
     """Relearning curves: rows as of `Point`, epoch 0 is before the attack.
 
-    `calibrated` is None where the scoring has no such figure. ValueError unless every learning rate of an attack has
-    every fold and epoch. A mean over folds counts each fold once. A (attack, learning rate) that diverged on a fold has
-    no curve, see `diverged`.
+    `calibrated` is None where the scoring has no such figure. A (attack, learning rate) that diverged on a fold has no
+    curve, see `diverged`. ValueError unless every learning rate of an attack has every fold and epoch, and the rows of
+    a fold the same number of questions.
+
+    Each question counts once in every figure: a fold weighs as much as it has questions. Rows of earlier versions may
+    not say how many; where that is unknown of a fold, each fold counts once, as those versions had it.
     """
 
     def __init__(self, curves: list[dict]):
@@ -84,6 +90,7 @@ class RTTResult:
                 f"{len(self._folds)} folds x {max(len(self._rows), 1)} attacks and learning rates x epochs "
                 f"0..{max(last, 1)}"
             )
+        self._weights = _weights(curves, self._folds)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RTTResult) and self.curves == other.curves
@@ -111,7 +118,7 @@ class RTTResult:
         return self._epochs[attack]
 
     def curve(self, lr: float, key: str = "plain", attack: str = "full") -> list[float] | None:
-        """Mean over folds at each of `epochs(attack)`; None if `key` was not measured."""
+        """Mean over all questions at each of `epochs(attack)`; None if `key` was not measured."""
         if (attack, lr) not in self._rows or key not in KEYS:
             known = "; ".join(f"{name} at {self.rates(name)}" for name in self.attacks)
             raise ValueError(
@@ -123,9 +130,12 @@ class RTTResult:
         cells = self._rows[attack, lr]
         if any(row.get(key) is None for row in cells.values()):
             return None
-        return [
-            sum(cells[fold, epoch][key] for fold in self._folds) / len(self._folds) for epoch in self._epochs[attack]
-        ]
+        return [self._mean([cells[fold, epoch][key] for fold in self._folds]) for epoch in self._epochs[attack]]
+
+    def _mean(self, values: Sequence[float]) -> float:
+        """Over questions, of each fold's value, in the folds' order."""
+        weights = self._weights
+        return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
 
     @property
     def diverged(self) -> list[dict[str, Any]]:
@@ -140,12 +150,12 @@ class RTTResult:
 
     @property
     def before(self) -> float:
-        """Plain accuracy before the attack, mean over folds."""
+        """Plain accuracy before the attack, over all questions."""
         return self._means(self.attacks[0], self.lrs[0], "plain")[0]
 
     @property
     def accuracy(self) -> float:
-        """RTT accuracy, the strongest attack found: best mean over folds of any (attack, lr, epoch >= 1)."""
+        """RTT accuracy, the strongest attack found: the highest of any (attack, lr, epoch >= 1)."""
         return self._best("plain")[0]
 
     @property
@@ -170,7 +180,7 @@ class RTTResult:
 
     @property
     def recovery(self) -> float:
-        """What the attack brought back: accuracy minus the accuracy before it."""
+        """What the attack brought back: accuracy minus the accuracy before it, of the same questions."""
         return self.accuracy - self.before
 
     @property
@@ -179,17 +189,19 @@ class RTTResult:
         return self.error(self.strongest)
 
     def error(self, at: Strongest, key: str = "plain") -> float | None:
-        """The standard error of a mean over folds, from the questions: sqrt(sum over folds of p (1 - p) / n) / folds,
-        for `smooth` from its spread over questions. (Two folds alone would tell little.) It says how far another set of
-        as many questions would be; not how far another training would, which takes several seeds. None where an earlier
-        version has not kept the number of questions."""
+        """The standard error of a mean over questions, each fold's its own: sqrt(sum of n p (1 - p) over folds) / all
+        questions, for `smooth` from its spread over questions. (Two folds alone would tell little.) It says how far
+        another set of as many questions would be; not how far another training would, which takes several seeds. None
+        where an earlier version has not kept the number of questions."""
         rows = [self._rows[at.attack, at.lr][fold, at.epoch] for fold in self._folds]
         if key == "smooth":
             errors = [row.get("smooth_error") for row in rows]
         else:
             numbers = [row.get("num_questions") for row in rows]
             errors = [n and (row[key] * (1 - row[key]) / n) ** 0.5 for row, n in zip(rows, numbers)]
-        return None if None in errors else sum(error**2 for error in errors) ** 0.5 / len(rows)
+        if None in errors:
+            return None
+        return sum((w * error) ** 2 for w, error in zip(self._weights, errors)) ** 0.5 / sum(self._weights)
 
     def _best(self, key: str, attack: str | None = None) -> tuple[float | None, Strongest | None]:
         """The highest value of any attack, or of one; (None, None) where one of them has no such values."""
@@ -205,15 +217,15 @@ class RTTResult:
         return max(found, key=lambda item: item[0])  # the first of equal ones
 
     def leaks(self, attack: str | None = None) -> list[float] | None:
-        """The share of questions whose answer is among k sampled ones, for each k of `SAMPLES`, mean over folds: after
-        an attack, at the rate where it is the most, or (None) before all. None where it was not measured."""
+        """The share of all questions whose answer is among k sampled ones, for each k of `SAMPLES`: after an attack, at
+        the rate where it is the most, or (None) before all. None where it was not measured."""
         epoch = 0 if attack is None else self._epochs[attack][-1]
         found = []
         for lr in self.rates(attack or self.attacks[0]):
             curves = [self._rows[attack or self.attacks[0], lr][fold, epoch].get("leak") for fold in self._folds]
             if None in curves:
                 return None
-            found.append([sum(values) / len(curves) for values in zip(*curves)])
+            found.append([self._mean(values) for values in zip(*curves)])
         return max(found, key=lambda curve: curve[-1])
 
     @property
@@ -223,7 +235,7 @@ class RTTResult:
         pools = [first[fold, 0].get("pool") for fold in self._folds]
         if None in pools:
             return None
-        return [sum(values) / len(pools) for values in zip(*map(guessing, pools))]
+        return [self._mean(values) for values in zip(*map(guessing, pools))]
 
     # ------------------------------------------------ for readers
 
@@ -265,3 +277,18 @@ class RTTResult:
         """The result that to_dict wrote; the summary is computed anew from the curves. ValueError, which begins with
         `where`, for values of other types."""
         return cls(checked(value, Curves, where)["curves"])
+
+
+def _weights(curves: list[Point], folds: list[str]) -> list[int]:
+    """Of each fold, in proportion to its questions; 1 of folds of one size, and where one's is not known."""
+    numbers: dict[str, int] = {}
+    for row in curves:
+        if (number := row.get("num_questions")) and numbers.setdefault(row["fold"], number) != number:
+            raise ValueError(
+                f"relearning curves of fold {shown(row['fold'])} have {numbers[row['fold']]} questions and {number}: "
+                "expected the same questions in all rows of a fold"
+            )
+    if numbers.keys() != {*folds}:
+        return [1] * len(folds)
+    common = math.gcd(*numbers.values())
+    return [numbers[fold] // common for fold in folds]

@@ -137,14 +137,11 @@ def plot_pareto(density, path: str | Path) -> None:
     figures.save(figure, path)
 
 
-def plot_relearning(
-    results: Mapping[str, RTTResult], path: str | Path, chance: float = 0.25, forget: Mapping[str, float] | None = None
-) -> None:
+def plot_relearning(results: Mapping[str, RTTResult], path: str | Path, chance: float = 0.25) -> None:
     """Relearning curves of several methods under the RTT attack, PNG at `path`.
 
     results: method -> RTTResult. Each method's strongest attack is drawn strong, with its best epoch ringed, its other
-    learning rates thin. Of one method each attack is drawn so. chance: accuracy of guessing (0..1). forget: method ->
-    accuracy right after unlearning, for the legend; else the RTT folds' own accuracy before the attack.
+    learning rates thin. Of one method each attack is drawn so. chance: accuracy of guessing (0..1).
     """
     if not results:
         raise ValueError("no methods to plot: the result mapping is empty")
@@ -152,9 +149,8 @@ def plot_relearning(
     first = next(iter(results.values()))
     kinds = first.attacks if len(results) == 1 else []
     lines, title, columns = [], "What comes back under the RTT attack", 1
-    befores = {method: (forget or {}).get(method, result.before) for method, result in results.items()}
     if len(kinds) > 1:
-        (method, before), columns = *befores.items(), 2
+        (method, columns), before = (*results, 2), first.before
         title = f"What comes back ({100 * before:.0f} % before the attacks): {figures.label(method, NAME - 18)}"
         for index, attack in enumerate(kinds):
             found = first.summary(attack)
@@ -165,7 +161,7 @@ def plot_relearning(
         for index, (method, result) in enumerate(results.items()):
             attack, lr, _ = result.strongest
             kind = f"{attack}, " * (attack != "full")
-            label = f"{100 * befores[method]:.0f} % → {100 * result.accuracy:.0f} % ({kind}lr {_rate(lr)})"
+            label = f"{100 * result.before:.0f} % → {100 * result.accuracy:.0f} % ({kind}lr {_rate(lr)})"
             lines += _curves(axes, result, attack, f"{figures.label(method, NAME)}: {label}", index)
     drawn = [(result, attack) for result in results.values() for attack in kinds or [result.strongest.attack]]
     epochs = max(len(result.epochs(attack)) for result, attack in drawn) - 1

@@ -39,10 +39,8 @@ class Report:
 
     @property
     def recovery(self) -> float | None:
-        """RTT accuracy minus the result's forget accuracy."""
-        if self.rtt is None or "forget" not in self.accuracy.get("result", {}):
-            return None
-        return self.rtt.accuracy - self.accuracy["result"]["forget"]["plain"]
+        """RTT accuracy minus the accuracy before the attack, of the folds' questions (`RTTResult.recovery`)."""
+        return None if self.rtt is None else self.rtt.recovery
 
     @property
     def method(self) -> str:
@@ -55,8 +53,10 @@ class Report:
         method = method or self.method
         accuracy = self.accuracy.get(model, {})
         of = {name: accuracy[name]["plain"] for name in ("forget", "retain") if name in accuracy}
-        rtt = self.rtt.accuracy if self.rtt is not None and model == "result" else None
-        return {"method": method, **of, "rtt": rtt, "seconds": self.seconds if model == "result" else {}}
+        if model != "result":
+            return {"method": method, **of}
+        rtt = None if self.rtt is None else self.rtt.accuracy
+        return {"method": method, **of, "rtt": rtt, "recovery": self.recovery, "seconds": self.seconds}
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -77,9 +77,9 @@ class Report:
 def table(rows: Sequence[Mapping]) -> str:
     """Methods side by side, as a Markdown table.
 
-    rows: {"method": str, "forget": accuracy, "retain": accuracy, "rtt": accuracy, "other": {name: accuracy},
-    "seconds": {stage: seconds}}, each accuracy 0..1. What a method does not have may be missing or None and is shown as
-    "-". Recovery is rtt - forget, in points.
+    rows: {"method": str, "forget": accuracy, "retain": accuracy, "rtt": accuracy, "recovery": difference, "other":
+    {name: accuracy}, "seconds": {stage: seconds}}, each accuracy 0..1. What a method does not have may be missing or
+    None and is shown as "-". Recovery is in points, without one given rtt - forget.
     """
     if not rows:
         raise ValueError("no methods to show: the row list is empty")
@@ -162,14 +162,16 @@ def write_report(path: str | Path, report: Mapping) -> None:
 
 def _cells(row: Mapping, others: list[str], stages: list[str]) -> list[str]:
     forget, rtt = row.get("forget"), row.get("rtt")
-    recovery = None if forget is None or rtt is None else 100 * (rtt - forget)
+    recovery = row.get("recovery")
+    if recovery is None and None not in (forget, rtt):
+        recovery = rtt - forget
     seconds = row.get("seconds") or {}
     return [
         plain(row["method"], 60),
         *[_percent(row.get(key)) for key in ("forget", "retain")],
         *[_percent((row.get("other") or {}).get(name)) for name in others],
         _percent(rtt),
-        "-" if recovery is None else f"{recovery:+.1f}",
+        "-" if recovery is None else f"{100 * recovery:+.1f}",
         *["-" if seconds.get(stage) is None else f"{seconds[stage]:.1f}" for stage in stages],
     ]
 

@@ -257,9 +257,11 @@ class Attack:
         def after_epoch(epoch: int) -> None:
             if epoch not in kind.measured(config.epochs):
                 return
-            for i, found in self._measure(job.folds).items():
+            measured = self._measure(job.folds)
+            for i, found in measured.items():
                 rows[i].append(_row(job, self.folds[i], epoch, found))
-            accuracy = sum(found[-1]["plain"] for found in rows.values()) / len(rows)
+            right = sum(found.plain * found.num_questions for found in measured.values())
+            accuracy = right / sum(found.num_questions for found in measured.values())
             bar.set_postfix_str(f"{name}, {accuracy:.1%}", refresh=False)
             up_to(epoch / kind.passes)
 

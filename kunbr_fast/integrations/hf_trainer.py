@@ -31,13 +31,13 @@ if not is_accelerate_available():
     raise ImportError("KUnBRTrainer needs accelerate, as every Trainer does: pip install 'kunbr-fast[trainer]'")
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from kunbr_fast.data.samples import READ, check_keys
 from kunbr_fast.density.measure import Density
 from kunbr_fast.files.documents import checked, read_text
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.saving import save_model
 from kunbr_fast.files.shown import plain
 from kunbr_fast.integrations.driven_stages import DrivenStages, StageOptimizer
+from kunbr_fast.integrations.trainer_data import forget_and_retain
 from kunbr_fast.model.ownership import check_data, no_adapter, trainable, uncompiled
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
@@ -84,43 +84,6 @@ def _owned(args: tuple, kwargs: dict[str, Any], name: str) -> tuple[tuple, dict[
     model = uncompiled(model)
     trainable(model, name)
     return ((model, *args[1:]), kwargs) if args else (args, {**kwargs, "model": model})
-
-
-def _items(data: Any) -> list[Any]:
-    """A data set as a list; where an item has two answers, its own is on top and the other under "alternate"."""
-    items = [data[i] for i in range(len(data))] if hasattr(data, "__len__") else list(data)
-    pairs = [isinstance(item, Mapping) and "original" in item for item in items]
-    for number, item in enumerate(items):
-        if pairs[number]:
-            check_keys(item, ("original", "alternate"), f"sample {number}")
-    return [{**item["original"], "alternate": item["alternate"]} if pair else item for item, pair in zip(items, pairs)]
-
-
-def _apart(data: Any, collator: Callable[[list], Any] | None) -> tuple[list[Any], list[Any]]:
-    """The forget and retain samples of a data set of pairs, each different one once."""
-    found: dict[str, dict[tuple, Any]] = {"forget": {}, "retain": {}}
-    for number, item in enumerate(_items(data)):
-        whole = isinstance(item, Mapping) and {"forget", "retain"} <= set(item)
-        pair = item if whole or collator is None else collator([item])
-        if not isinstance(pair, Mapping) or not {"forget", "retain"} <= set(pair):
-            raise ValueError(
-                f'train_dataset[{number}]: expected {{"forget": ..., "retain": ...}}, from the item itself or from '
-                "data_collator([item]); or give forget_dataset= and retain_dataset="
-            )
-        check_keys(pair, tuple(found), f"train_dataset[{number}]")
-        for name, samples in found.items():
-            (sample,) = _items([pair[name]])
-            samples.setdefault(_content(sample), sample)
-    return list(found["forget"].values()), list(found["retain"].values())
-
-
-def _content(sample: Any) -> tuple:
-    """What tells a sample from another: all that is read of it."""
-    given = [(key, sample[key]) for key in READ if sample.get(key) is not None]
-    return tuple(
-        (key, _content(value) if isinstance(value, Mapping) else torch.as_tensor(value).cpu().numpy().tobytes())
-        for key, value in given
-    )
 
 
 def _global_step(checkpoint: Path) -> int:
@@ -260,12 +223,9 @@ class KUnBRMixin:
 
     def _open(self, resume: bool) -> DrivenStages:
         args, accelerator = self.args, self.accelerator
-        if self.forget_dataset is not None:
-            forget, retain = _items(self.forget_dataset), _items(self.retain_dataset)
-        elif hasattr(self.train_dataset, "forget") and hasattr(self.train_dataset, "retain"):
-            forget, retain = (_items(part or []) for part in (self.train_dataset.forget, self.train_dataset.retain))
-        else:
-            forget, retain = _apart(self.train_dataset, self.data_collator)
+        forget, retain = forget_and_retain(
+            self.forget_dataset, self.retain_dataset, self.train_dataset, self.data_collator
+        )
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         config = dataclasses.replace(
             self.config,

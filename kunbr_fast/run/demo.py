@@ -260,9 +260,7 @@ def _demo(out: Path, seed: int, reporter: Reporter) -> dict[str, Any]:
     path, curves = out / "density.png", out / "relearning.png"
     drawn(path, lambda: plot_density(report.density, report.blocks, path, run.config.skip_last_layers))
     shown = ("robust", "KUnBR", "gradient difference", "warm-up (M_u)", "never saw them")
-    forget = {row["method"]: row["forget"] for row in run.rows}
-    attacks, before = ({method: found[method] for method in shown} for found in (run.attacks, forget))
-    drawn(curves, lambda: plot_relearning(attacks, curves, forget=before))
+    drawn(curves, lambda: plot_relearning({method: run.attacks[method] for method in shown}, curves))
     result = {
         "kunbr_fast": report.version,
         "seed": seed,

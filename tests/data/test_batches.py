@@ -10,7 +10,7 @@ import transformers as tf
 
 import kunbr_fast as kf
 from kunbr_fast.data import as_samples, pack, with_alternates
-from kunbr_fast.integrations import labelled_rows, recognise
+from kunbr_fast.integrations import labelled_rows, recognise, trainer_data
 from kunbr_fast.run.samples import entries
 
 LENGTHS = (9, 7, 1, 12, 5)
@@ -356,18 +356,15 @@ def test_what_a_set_may_be():
 
 def test_one_of_each_different_sample():
     """Of a data set of pairs: the same tokens with another mask, or another alternate, are another sample."""
-    pytest.importorskip("accelerate")
-    from kunbr_fast.integrations import hf_trainer
-
     masked = {**BASE, "attention_mask": T([[0, 1, 1, 1, 1, 1]])}
     pairs = [{"forget": BASE, "retain": BASE}, {"forget": masked, "retain": BASE}]
     pairs += [{"forget": {"original": BASE, "alternate": other}, "retain": masked} for other in (BASE, masked)] * 2
-    forget, retain = hf_trainer._apart(pairs, None)
+    forget, retain = trainer_data._apart(pairs, None)
     assert [len(forget), len(retain)] == [4, 2]
     with pytest.raises(ValueError, match=r"^train_dataset\[1\]: 'weights' would not be used"):
-        hf_trainer._apart([pairs[0], {**pairs[1], "weights": 1}], None)
+        trainer_data._apart([pairs[0], {**pairs[1], "weights": 1}], None)
     with pytest.raises(ValueError, match="^sample 0: 'weights' would not be used"):
-        hf_trainer._apart([{"forget": {"original": BASE, "alternate": BASE, "weights": 1}, "retain": BASE}], None)
+        trainer_data._apart([{"forget": {"original": BASE, "alternate": BASE, "weights": 1}, "retain": BASE}], None)
 
 
 def test_a_reference_model_is_asked_again_where_anything_differs():

@@ -84,7 +84,7 @@ def test_standard_error_is_the_binomial_one_of_folds_of_unlike_size():
     result = RTTResult(rows)
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.rand(20_000, n, generator=generator).lt(p).double().mean(1) for p, n in ((0.5, 100), (0.2, 40))]
-    assert result.standard_error == pytest.approx(float(((drawn[0] + drawn[1]) / 2).std()), rel=0.02)
+    assert result.standard_error == pytest.approx(float(((100 * drawn[0] + 40 * drawn[1]) / 140).std()), rel=0.02)
     for row in rows:
         del row["num_questions"]
     assert RTTResult(rows).standard_error is None, "earlier versions have not kept it"
