@@ -30,6 +30,9 @@ Values = Mapping[str, float | None]
 
 
 class _Log(Protocol):
+    def open(self) -> None:
+        """Before anything is computed: ValueError where it cannot be had."""
+
     def begin(self, step: int) -> None:
         """Before the first `add`: `step` is the first that this process will add, those from there on are void."""
 
@@ -54,6 +57,9 @@ class RunLog:
     def __bool__(self) -> bool:
         return bool(self._logs)
 
+    def open(self) -> None:
+        self._each(lambda log: log.open())
+
     def add(self, step: int, stage: str, values: Values) -> None:
         begun, self._begun = self._begun, True
         if not begun:
@@ -62,7 +68,7 @@ class RunLog:
         self._each(lambda log: log.add(step, stage, kept))
 
     def close(self) -> None:
-        self._each(lambda log: log.close() if self._begun else None)
+        self._each(lambda log: log.close())
 
     def _each(self, do: Callable[[_Log], None]) -> None:
         for kind, log in list(self._logs.items()):
@@ -104,6 +110,9 @@ class _Table:
         if os.path.lexists(self.path) and not (self.path.is_file() and self._head() == ",".join(COLUMNS)):
             raise ValueError(f"{plain(self.path)} is not a log of kunbr-fast: it is left alone; move it elsewhere")
 
+    def open(self) -> None:
+        pass
+
     def _head(self) -> str:
         with open(self.path, "rb") as file:
             return file.readline(2**12).decode(errors="replace").strip()
@@ -141,6 +150,9 @@ class _TensorBoard:
         self.folder = folder
         self._writer: Any = None
 
+    def open(self) -> None:
+        pass
+
     def begin(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -167,7 +179,7 @@ class _WandB:
         self.wandb, self.folder, self.config = _needed("wandb", "wandb"), folder, dict(config)
         self._run: Any = None
 
-    def begin(self, step: int) -> None:
+    def open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         place = self.folder / WANDB_ID
         if not place.is_file():
@@ -177,8 +189,11 @@ class _WandB:
         try:
             self._run = self.wandb.init(config=self.config, **how)
         except self.wandb.errors.Error as error:
-            cure = "`wandb login`, or WANDB_MODE=offline"
-            raise ValueError(f"log_to=wandb: {' '.join(str(error).split())}: {cure}") from error
+            said = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(f"log_to=wandb: {said}: or set WANDB_MODE=offline") from error
+
+    def begin(self, step: int) -> None:
+        pass
 
     def add(self, step: int, stage: str, values: Values) -> None:
         self._run.log(dict(values), step=step)

@@ -140,6 +140,7 @@ def carry_out(
         log = stack.enter_context(opened(kinds, output_dir, given.resume, config.to_dict()))
         context = RunContext(work, group, heard, given.resume, group.first, group.wait, given.stop or Stop(), log)
         run = Stages(inputs, config, context)
+        log.open()
         report = run.all()
         run.check_result()  # once more: the attack has put the weights back
         row = {name: report.row().get(name) for name in ("forget", "retain", "rtt")}
