@@ -61,8 +61,8 @@ def two_passes(batch, model):
     return padded_loss(model, batch[:1]) + (padded_loss(model, batch[1:]) if len(batch) > 1 else 0)
 
 
-SUMS = [ours, letter, wrong_answer]
-OTHERS = [every_place, bent, capped, smoothed, two_passes]
+SUMS = [ours, letter, wrong_answer, every_place]
+OTHERS = [bent, capped, smoothed, two_passes]
 
 
 # ---------------------------------------------------------------- the stand-in, and the truth
@@ -194,7 +194,7 @@ def test_left_padding_without_positions(architecture, relative):
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_weights_of_a_recognised_loss(architecture, dtype):
     model, points = tiny_model(architecture, dtype), random_samples(5, 4)
-    samples, weights = recognise(Decoder(model), lambda m: padded_loss(m, points))
+    samples, weights = recognise(Decoder(model), lambda m: padded_loss(m, points)).samples(Decoder(model))
     rows = [int((p["labels"][1:] != -100).sum()) for p in points]
     assert torch.allclose(weights, torch.cat([torch.full((n,), 1 / n / 5) for n in rows]), rtol=1e-5)
     for sample, point in zip(samples, points):
