@@ -269,10 +269,8 @@ class DEEP_UNL:
 
         with forwards([self.decoder.head.linear], lambda *_: kept):
             self.model(**given.inputs)
-        rows, weights = hidden[0][given.live], given.weights[given.live]
-        return losses.linear_loss(rows, self.decoder.head, given.targets[given.live], weights, impl=self.options.impl)[
-            0
-        ]
+        rows, targets, weights = (x[given.live] for x in (hidden[0], given.targets, given.weights))
+        return losses.linear_loss(rows, self.decoder.head, targets, weights, impl=self.options.impl)[0]
 
     def _say(self, text: str) -> None:
         if not self._own.kept:  # once

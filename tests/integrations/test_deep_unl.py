@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from authors_class import LR, RETAIN_COEFF, StandIn, letter, published
+from authors_class import LR, RETAIN_COEFF, StandIn, every_place, letter, published
 from helpers import rarely
 from reference_procedure import left_padded, padded, padded_loss, reference_block
 from tiny_models import moved, peak_bytes, random_samples, tiny_model
@@ -31,13 +31,6 @@ def wrong_answer(batch, model):
     ids, mask, labels = padded(batch)
     wrong = torch.where(labels == -100, labels, (labels + 7) % 97)
     return model(input_ids=ids, attention_mask=mask, labels=wrong).loss  # the model's own: a mean over all tokens
-
-
-def every_place(batch, model):
-    """A mean over the whole left-padded grid, padding too."""
-    ids, mask, _ = left_padded(batch)
-    logits = model(input_ids=ids, attention_mask=mask).logits
-    return -logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).mean()
 
 
 def bent(batch, model):
