@@ -21,9 +21,10 @@ import tempfile
 import torch
 import transformers as tf
 
-from kunbr_fast.benchmarks.measure import add_rows, flop_counter, script_parser
+from kunbr_fast.benchmarks.measure import add_rows, script_parser
 from kunbr_fast.benchmarks.shapes import MODELS
 from kunbr_fast.checkout import ROOT
+from kunbr_fast.model.flops import flop_counter
 
 sys.path.insert(0, str(ROOT / "tests"))
 

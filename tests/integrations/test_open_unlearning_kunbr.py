@@ -67,7 +67,7 @@ def test_each_evaluation_is_of_its_weights(package, tmp_path, caplog):
         f"checkpoint-{last}/evals": score(made.model),
     }
     assert final == {"TOFU_score": score(made.model), "LMEval_score": score(made.model)}
-    assert len(set(found.values())) == 4 and results(tmp_path, "LMEval").values() == found.values()
+    assert len(set(found.values())) == 4 and results(tmp_path, "LMEval") == found
     block = f"the original with layers {made.blocks[0].start}-{made.blocks[0].stop - 1} inserted, visit 1 of 1"
     for said in ("step 0 is of the original;", "step 2 is of M_u;", f"step {last} is of {block}", "of the unlearned"):
         assert said in caplog.text
