@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 import kunbr_fast as kf
 from kunbr_fast.files import readback
 from kunbr_fast.files.models import load_model
-from kunbr_fast.integrations import driven_stages, trainer_checkpoints
+from kunbr_fast.integrations import driven_stages, hf_trainer, trainer_checkpoints
 from kunbr_fast.model import patch
 from kunbr_fast.run.folder import CheckpointFolder
 
