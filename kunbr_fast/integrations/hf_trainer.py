@@ -17,7 +17,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from transformers.utils import is_accelerate_available
 
 if not is_accelerate_available():
     raise ImportError("KUnBRTrainer needs accelerate, as every Trainer does: pip install 'kunbr-fast[trainer]'")
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 
 from kunbr_fast.density.measure import Density
 from kunbr_fast.evaluation.report import Report
@@ -51,8 +51,9 @@ from kunbr_fast.integrations.trainer_checkpoints import (
     in_arguments,
     last_checkpoint,
 )
-from kunbr_fast.integrations.trainer_data import Asked, Records, forget_and_retain
+from kunbr_fast.integrations.trainer_data import Asked, Records, as_named_here, check_tokenizer, forget_and_retain
 from kunbr_fast.integrations.trainer_figures import figures
+from kunbr_fast.integrations.trainer_loop import AsItIs, Epoch, First, Last
 from kunbr_fast.model.ownership import check_data, no_adapter, trainable, uncompiled
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
@@ -63,72 +64,15 @@ from kunbr_fast.run.reporter import Reporter
 logger = logging.getLogger(__name__)
 
 
-class _AsItIs(nn.Module):
-    """Makes Trainer believe that the model is already wrapped, so that it skips DDP."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.module = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing, as in `StageOptimizer`."""
-
-
-class _First(TrainerCallback):
-    """The first of the callbacks, so that all others see how many steps there are, and at the end the result."""
-
-    def __init__(self, begin: Callable[[Any], None], end: Callable[[], None]):
-        self._begin, self._end = begin, end
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begin(state)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._end()
-
-
-class _Last(TrainerCallback):
-    """The last of the callbacks, while it trains: who stops between two micro-batches does so after their step."""
-
-    _stop = False
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stop |= control.should_training_stop
-        control.should_training_stop = control.should_epoch_stop = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= self._stop
-        self._stop = False
-
-
-# ---------------------------------------------------------------- the trainer
-
-
 def _owned(args: tuple, kwargs: dict[str, Any], name: str) -> tuple[tuple, dict[str, Any]]:
     """A Trainer's arguments, its model `trainable` and without torch.compile's wrapper, whose names of the weights
     would be those of the saved file."""
     model = args[0] if args else kwargs.get("model")
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, (nn.Module, str, Path)):
         return args, kwargs
     model = uncompiled(model)
     trainable(model, name)
     return ((model, *args[1:]), kwargs) if args else (args, {**kwargs, "model": model})
-
-
-class _Epoch(torch.utils.data.Dataset):
-    """Each micro-batch's number in its epoch; which samples that means is the schedule's business."""
-
-    def __init__(self, num_samples: int):
-        self.num_samples = num_samples
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, number: int) -> dict[str, int]:
-        return {"number": number}
 
 
 class KUnBRMixin:
@@ -150,10 +94,12 @@ class KUnBRMixin:
     ):
         self._stages: DrivenStages | None = None
         self._folder: CheckpointFolder | None = None
-        args, kwargs = _owned(args, kwargs, type(self).__name__)
+        args, kwargs = _owned(args, as_named_here(kwargs), type(self).__name__)
         super().__init__(*args, **kwargs)
         if (forget_dataset is None) != (retain_dataset is None):
             raise ValueError("give both forget_dataset and retain_dataset, or a train_dataset that holds both")
+        if forget_dataset is not None and self.train_dataset is not None:
+            raise ValueError("train_dataset beside forget_dataset and retain_dataset would not be read: leave it out")
         if forget_dataset is None and self.train_dataset is None:
             raise ValueError("no data: give forget_dataset= and retain_dataset=, or train_dataset=")
         refuse(self, KUnBRMixin)
@@ -173,7 +119,7 @@ class KUnBRMixin:
         self.forget_dataset, self.retain_dataset, self.unlearned = forget_dataset, retain_dataset, unlearned
         explicit = isinstance(config, Mapping) and "rtt" in config
         self.asked = Asked.of(folds, forget_questions, retain_questions, self.config, explicit)
-        self.asked.check_tokenizer(self.processing_class)
+        check_tokenizer(self.processing_class, self.asked.texts)
         self.report: Report | None = None
         self.density: Density | None = None
         self.blocks: list[range] | None = None
@@ -182,7 +128,7 @@ class KUnBRMixin:
         self.args = copy.copy(self.args)
         self.args.num_train_epochs = epochs(self.config, unlearned is None)
         self.args.ignore_data_skip = False
-        self.callback_handler.callbacks.insert(0, _First(self._begun, self._merge))
+        self.callback_handler.callbacks.insert(0, First(self._begun, self._merge))
 
     def _warn(self, text: str | None) -> None:
         if text and text not in self._told and self.is_world_process_zero():
@@ -224,7 +170,7 @@ class KUnBRMixin:
     @contextlib.contextmanager
     def _stepping(self, done: int) -> Iterator[None]:
         """Inside, Trainer's loop has as many steps as the stages, of which so many are done."""
-        stages, args, last = self._stages, self.args, _Last()
+        stages, args, last = self._stages, self.args, Last()
         self._warn(stages.shared)
         self._warn(unreached(args, sum(stages.planned.values())))
         if args.save_only_model and args.save_strategy != "no":
@@ -259,6 +205,7 @@ class KUnBRMixin:
         check_target(self.config, forget, retain)
         if args.bf16_full_eval or args.fp16_full_eval:  # Trainer then moves no model before it trains
             self._move_model_to_device(self.model, args.device)
+        check_tokenizer(self.processing_class, {"the forget set": forget, "the retain set": retain})
         asked = self.asked.questions(forget, retain, self.config)
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         config = dataclasses.replace(
@@ -329,7 +276,7 @@ class KUnBRMixin:
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         count = self._stages.steps_per_epoch * self.args.gradient_accumulation_steps
         return torch.utils.data.DataLoader(
-            _Epoch(len(self._stages.samples.forget)),
+            Epoch(len(self._stages.samples.forget)),
             batch_sampler=[[i] for i in range(count)],
             collate_fn=lambda items: items[0],
         )
@@ -349,7 +296,7 @@ class KUnBRMixin:
             self.args = own
 
     def _wrap_model(self, model: nn.Module, training: bool = True, **kwargs: Any) -> nn.Module:
-        return _AsItIs(self.model) if training else super()._wrap_model(model, training=False, **kwargs)
+        return AsItIs(self.model) if training else super()._wrap_model(model, training=False, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, int], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one micro-batch; at the first of a stage, the change of stages before it."""
@@ -421,9 +368,10 @@ class KUnBRTrainer(KUnBRMixin, Trainer):
     weights are those of `kunbr_fast.unlearn`.
 
     forget_dataset, retain_dataset: data sets of {"input_ids", "labels"}, or records and a tokenizer as
-    processing_class. Or train_dataset: one with both as attributes `forget` and `retain` (OpenUnlearning's), else its
-    items are read once, as {"forget": ..., "retain": ...} or after data_collator has made that of each; different
-    samples count once. Batches are made from these in kunbr_fast's own order, so that the prefix cache holds what
+    processing_class (or by its old name, tokenizer). Or train_dataset: a mapping with both as `forget` and `retain` (a
+    DatasetDict), or with both as attributes (OpenUnlearning's), else its items are read once, as {"forget": ...,
+    "retain": ...} or after data_collator has made that of each; different samples count once. Streams (IterableDataset)
+    are read to their end. Batches are made from these in kunbr_fast's own order, so that the prefix cache holds what
     every step needs.
     unlearned: an M_u of any method, a model or a state dict; then there is no warm-up.
     folds: of the RTT attack on the result (config.rtt), two or more: `evaluation.rtt.Fold`s, or paths of files of
