@@ -39,7 +39,7 @@ from kunbr_fast.files.lock import hold
 from kunbr_fast.files.saving import save_model
 from kunbr_fast.files.shown import plain
 from kunbr_fast.integrations.driven_stages import DrivenStages, StageOptimizer
-from kunbr_fast.integrations.trainer_data import Asked, Records, forget_and_retain
+from kunbr_fast.integrations.trainer_data import Asked, Records, as_named_here, check_tokenizer, forget_and_retain
 from kunbr_fast.integrations.trainer_figures import figures
 from kunbr_fast.model.ownership import check_data, no_adapter, trainable, uncompiled
 from kunbr_fast.parallel.group import Group
@@ -82,7 +82,7 @@ def _owned(args: tuple, kwargs: dict[str, Any], name: str) -> tuple[tuple, dict[
     """A Trainer's arguments, its model `trainable` and without torch.compile's wrapper, whose names of the weights
     would be those of the saved file."""
     model = args[0] if args else kwargs.get("model")
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, (nn.Module, str, Path)):
         return args, kwargs
     model = uncompiled(model)
     trainable(model, name)
@@ -144,10 +144,12 @@ class KUnBRMixin:
     ):
         self._stages: DrivenStages | None = None
         self._folder: CheckpointFolder | None = None
-        args, kwargs = _owned(args, kwargs, type(self).__name__)
+        args, kwargs = _owned(args, as_named_here(kwargs), type(self).__name__)
         super().__init__(*args, **kwargs)
         if (forget_dataset is None) != (retain_dataset is None):
             raise ValueError("give both forget_dataset and retain_dataset, or a train_dataset that holds both")
+        if forget_dataset is not None and self.train_dataset is not None:
+            raise ValueError("train_dataset beside forget_dataset and retain_dataset would not be read: leave it out")
         if forget_dataset is None and self.train_dataset is None:
             raise ValueError("no data: give forget_dataset= and retain_dataset=, or train_dataset=")
         self._refuse()
@@ -167,7 +169,7 @@ class KUnBRMixin:
         self.forget_dataset, self.retain_dataset, self.unlearned = forget_dataset, retain_dataset, unlearned
         explicit = isinstance(config, Mapping) and "rtt" in config
         self.asked = Asked.of(folds, forget_questions, retain_questions, self.config, explicit)
-        self.asked.check_tokenizer(self.processing_class)
+        check_tokenizer(self.processing_class, self.asked.texts)
         self.report: Report | None = None
         self.density: Density | None = None
         self.blocks: list[range] | None = None
@@ -242,6 +244,7 @@ class KUnBRMixin:
         forget, retain = forget_and_retain(
             self.forget_dataset, self.retain_dataset, self.train_dataset, self.data_collator
         )
+        check_tokenizer(self.processing_class, {"the forget set": forget, "the retain set": retain})
         asked = self.asked.questions(forget, retain, self.config)
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         config = dataclasses.replace(
@@ -380,9 +383,10 @@ class KUnBRTrainer(KUnBRMixin, Trainer):
     weights are those of `kunbr_fast.unlearn`.
 
     forget_dataset, retain_dataset: data sets of {"input_ids", "labels"}, or records and a tokenizer as
-    processing_class. Or train_dataset: one with both as attributes `forget` and `retain` (OpenUnlearning's), else its
-    items are read once, as {"forget": ..., "retain": ...} or after data_collator has made that of each; different
-    samples count once. Batches are made from these in kunbr_fast's own order, so that the prefix cache holds what
+    processing_class (or by its old name, tokenizer). Or train_dataset: a mapping with both as `forget` and `retain` (a
+    DatasetDict), or with both as attributes (OpenUnlearning's), else its items are read once, as {"forget": ...,
+    "retain": ...} or after data_collator has made that of each; different samples count once. Streams (IterableDataset)
+    are read to their end. Batches are made from these in kunbr_fast's own order, so that the prefix cache holds what
     every step needs.
     unlearned: an M_u of any method, a model or a state dict; then there is no warm-up.
     folds: of the RTT attack on the result (config.rtt), two or more: `evaluation.rtt.Fold`s, or paths of files of
