@@ -1,4 +1,4 @@
-"""What stands in Trainer's loop for a wrapped model and for batches, and the callbacks that lead it through the stages."""
+"""What stands in the loop of Trainer for a wrapped model and for batches; callbacks that lead it through the stages."""
 
 from __future__ import annotations
 
