@@ -157,6 +157,11 @@ class KUnBRMixin:
                 f"micro_batch_tokens={self.config.micro_batch_tokens}: here per_device_train_batch_size is what goes "
                 "through at once, gradient_accumulation_steps times in a step: leave it out"
             )
+        if self.config.rule != "top_k":
+            raise ValueError(
+                f"rule={self.config.rule!r}: the Trainer's number of steps is fixed before the density says how many "
+                "blocks there are: take rule='top_k', or kf.unlearn"
+            )
         if self.config.sharding != "none":
             raise ValueError(f"sharding={self.config.sharding!r}: the Trainer's processes hold all of it: leave it out")
         self.forget_dataset, self.retain_dataset, self.unlearned = forget_dataset, retain_dataset, unlearned
