@@ -46,6 +46,7 @@ from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.folder import NAME, CheckpointFolder
+from kunbr_fast.run.output import write_reports
 from kunbr_fast.run.reporter import Reporter
 
 logger = logging.getLogger(__name__)
@@ -344,12 +345,16 @@ class KUnBRMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's `save_model`, by `files.saving.save_model`: in the form of the model's own folder, and read back
-        before it takes its place. A ValueError leaves what is there as it was, and the model in memory."""
+        before it takes its place, and beside it `report`, as `kunbr-fast unlearn` writes it. A ValueError leaves what
+        is there as it was, and the model in memory."""
         self._for_checkpoint = _internal_call
         try:
             super().save_model(output_dir, _internal_call)
         finally:
             self._for_checkpoint = False
+        if self.report is not None and self.args.should_save and not _internal_call:
+            name = getattr(self.model.config, "name_or_path", "") or type(self.model).__name__
+            write_reports(output_dir or self.args.output_dir, self.report, name)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What Trainer's `_save` writes. Checkpoints of a training are its own, and so is what is no plain model."""
