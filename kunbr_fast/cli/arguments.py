@@ -20,7 +20,7 @@ from kunbr_fast.cli.argument_types import (
 from kunbr_fast.files.models import DTYPES
 from kunbr_fast.objectives.hidden_layers import WORDS
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.run.methods import METHODS
+from kunbr_fast.run.methods import methods
 from kunbr_fast.run.setting import NUMBERS
 from kunbr_fast.values import Bytes
 
@@ -32,7 +32,7 @@ THEMES = {
     "adversary": "adversary_every adversary_steps adversary_lrs adversary_frozen adversary_reach",
     "warm-up": "warmup_epochs warmup_objective warmup_objective_options warmup_lr warmup_optimizer "
     "warmup_master_weights",
-    "selection": "modules reduction num_blocks top_k skip_last_layers",
+    "selection": "modules statistic reduction num_blocks rule top_k threshold skip_last_layers",
     "blocks": "insertion rounds block_epochs block_lr block_hidden_coeff optimizer master_weights mask mask_ratio",
     "attack": "scoring rtt rtt_lrs rtt_attacks rtt_master_weights rtt_lora_rank rtt_lora_targets rtt_epochs "
     "rtt_batch_size rtt_target",
@@ -107,9 +107,9 @@ def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] | None = 
     if names is None:
         parser.add_argument(
             "--method",
-            choices=list(METHODS),
+            choices=list(known := methods()),
             help="what a method sets; the options below win over it. "
-            + "; ".join(f"{name}: {method.text}" for name, method in METHODS.items()),
+            + "; ".join(f"{name}: {method.text}" for name, method in known.items()),
         )
     wanted = [field for field in dataclasses.fields(KUnBRConfig) if names is None or field.name in names]
     for theme in THEMES:

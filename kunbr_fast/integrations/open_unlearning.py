@@ -27,7 +27,6 @@ docs/integrations.md says with which versions this was run. Several processes, D
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -47,51 +46,13 @@ import torch
 import transformers
 from torch import nn
 
-from kunbr_fast.integrations import labelled_rows
-from kunbr_fast.kernels.dispatch import IMPLEMENTATIONS
+from kunbr_fast.integrations.open_unlearning_options import Options, Refused
+from kunbr_fast.integrations.open_unlearning_patched import READ_LOSSES_ONLY, _batch_nll, _Patched
 from kunbr_fast.model import compat
-from kunbr_fast.model.patch import fused
+from kunbr_fast.model.flops import flop_counter
 
 logger = logging.getLogger(__name__)
 CONFIGS = "pkg://kunbr_fast.integrations.open_unlearning_configs"
-# Its trainers whose losses are made of outputs.loss, compute_batch_nll and hidden states alone.
-READ_LOSSES_ONLY = ("GradAscent", "GradDiff", "NPO", "SimNPO", "DPO", "RMU")
-
-
-class Refused(SystemExit):
-    """A run that cannot begin; the message says what is missing and the cure."""
-
-    def __init__(self, message: str):
-        super().__init__(f"kunbr_fast.integrations.open_unlearning: {message}")
-
-
-# ---------------------------------------------------------------- settings
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What stands under `kunbr_fast` in the config."""
-
-    patch: bool = False
-    impl: str = "auto"
-    measure: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("patch", "measure"):
-            if not isinstance(getattr(self, name), bool):
-                raise Refused(f"kunbr_fast.{name}={getattr(self, name)!r}: expected true or false")
-        if self.impl not in ("auto", *IMPLEMENTATIONS):
-            raise Refused(f"kunbr_fast.impl={self.impl!r}: expected one of auto, {', '.join(IMPLEMENTATIONS)}")
-
-    @classmethod
-    def of(cls, values: Any) -> Options:
-        """From the config's node (a mapping, or None where there is none)."""
-        values = dict(values or {})
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [str(name) for name in values if name not in known]
-        if unknown:
-            raise Refused(f"unknown setting kunbr_fast.{unknown[0]}: known are {', '.join(known)}")
-        return cls(**values)
 
 
 def arguments(given: Sequence[str]) -> list[str]:
@@ -155,91 +116,6 @@ def _get_tokenizer(own: Callable) -> Callable:
     return get
 
 
-# ---------------------------------------------------------------- its trainers, faster
-
-
-class _Patched:
-    """Before one of its trainers: the same training, on fused layers and, if `reads_losses_only`, labelled rows."""
-
-    options = Options()
-    reads_losses_only = False
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        model = kwargs["model"]
-        rows = labelled_rows.install(model, self.options.impl) if self.reads_losses_only else None
-        super().__init__(*args, **kwargs)
-        reference = getattr(self, "ref_model", None)  # a deep copy of the model, with rows of its own
-        if rows is not None and reference is not None:
-            labelled_rows.of(reference).known = {}
-            if hasattr(self, "model_module"):  # RMU
-                rows.stop = labelled_rows.of(reference).stop = self._layers_needed()
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._frozen: list[nn.Parameter] = []
-        try:
-            with fused(self.model, self.options.impl):
-                return super().train(*args, **kwargs)
-        finally:
-            for parameter in self._frozen:
-                parameter.requires_grad_(True)
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As its own. Where nothing clips their norm, gradients that the optimiser does not take are not made."""
-        out = super().create_optimizer(*args, **kwargs)
-        taken = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        spare = [p for p in self.model.parameters() if p.requires_grad and id(p) not in taken]
-        if spare and self.args.max_grad_norm:
-            logger.warning(
-                "%d parameters are not trained, but their gradients are made, as they count in the norm that is "
-                "clipped: trainer.args.max_grad_norm=0 saves them",
-                len(spare),
-            )
-        elif self.accelerator.num_processes == 1:
-            self._frozen = spare
-            for parameter in spare:
-                parameter.requires_grad_(False)
-        return out
-
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any):
-        rows = labelled_rows.of(model) if model.training and not return_outputs else None
-        with contextlib.nullcontext() if rows is None else rows.want("loss"):
-            return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
-
-    def compute_retain_loss(self, model: nn.Module, retain_inputs: Any) -> Any:
-        """As its own; but with KL, which wants logits, its own also runs the model once for nothing."""
-        rows = labelled_rows.of(model)
-        if rows is None or rows.wanted is None or self.retain_loss_type != "KL":
-            return super().compute_retain_loss(model, retain_inputs)
-        with rows.want(None):
-            utils = importlib.import_module("trainer.utils")
-            return utils.compute_kl_divergence(self.model, self.ref_model, retain_inputs)[0]
-
-    def forward_with_cache(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """RMU's: the layers above the one it reads are not run."""
-        ours, its = labelled_rows.of(self.model), labelled_rows.of(model)
-        runs = ours is not None and ours.wanted is not None and its is not None and its.stop is not None
-        with its.want("layers") if runs else contextlib.nullcontext():
-            return super().forward_with_cache(model, *args, **kwargs)
-
-    def _layers_needed(self) -> int | None:
-        holds = [self.model_module in layer.modules() for layer in labelled_rows.layers(self.model)]
-        return holds.index(True) + 1 if True in holds else None
-
-
-def _batch_nll(own: Callable) -> Callable:
-    """`trainer.utils.compute_batch_nll`, by labelled rows for a model whose trainer has asked for them."""
-
-    @functools.wraps(own)
-    def compute(model: nn.Module, inputs: Any) -> Any:
-        rows = labelled_rows.of(model)
-        # A model in training whose trainer wants no outputs, or its reference model, which is never in training.
-        if rows is None or (model.training and rows.wanted is None) or (not model.training and rows.known is None):
-            return own(model, inputs)
-        return labelled_rows.sequence_nll(model, inputs), None
-
-    return compute
-
-
 # ---------------------------------------------------------------- what a step costs
 
 
@@ -255,8 +131,6 @@ class _Measured:
         return step() if "peak_bytes" in found else self._peak(found, step)
 
     def _kept(self, found: dict, step: Callable) -> Any:
-        from torch.utils.flop_counter import FlopCounterMode
-
         weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         kept: dict[int, int] = {}
 
@@ -266,7 +140,7 @@ class _Measured:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with flop_counter() as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             out = step()
         found.update(flops=counter.get_total_flops(), saved_bytes=sum(kept.values()))
         return out

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 import yaml
@@ -15,7 +15,8 @@ from kunbr_fast.data import TARGETS, TextSettings
 from kunbr_fast.data.adversary import AdversarySettings
 from kunbr_fast.data.content import ALLOWANCES
 from kunbr_fast.density import attribution
-from kunbr_fast.density.measure import REDUCTIONS
+from kunbr_fast.density.measure import REDUCTIONS, STATISTICS, Density
+from kunbr_fast.density.select import RULES, check_order, select_blocks
 from kunbr_fast.density.watch import MODULES
 from kunbr_fast.evaluation.accuracy import SCORINGS
 from kunbr_fast.evaluation.attacks import ATTACKS
@@ -28,6 +29,7 @@ from kunbr_fast.files.target import signed
 from kunbr_fast.kernels.dispatch import IMPLEMENTATIONS
 from kunbr_fast.keywords import nearest
 from kunbr_fast.memory import STORAGES, Place
+from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.low_precision import COVER_PRECISIONS
 from kunbr_fast.model.sample_rows import CACHE_DTYPES
 from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
@@ -37,7 +39,8 @@ from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.parallel.sharded import SHARDING
 from kunbr_fast.run.log import LOGS
 from kunbr_fast.run.methods import settings_of
-from kunbr_fast.run.setting import ADVERSARY, CHOSEN, NUMBERS, RATES, VISITS, check_used, refuse_old, setting
+from kunbr_fast.run.setting import ADVERSARY, refuse_old, setting
+from kunbr_fast.run.validity import check_blocks_used, check_each, check_together
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
 from kunbr_fast.training.settings import (
     INSERTIONS,
@@ -46,10 +49,7 @@ from kunbr_fast.training.settings import (
     BlockSettings,
     Execution,
     FullSettings,
-    check_rates,
-    check_unused,
 )
-from kunbr_fast.values import check, parse_bytes, rates
 
 
 @dataclasses.dataclass
@@ -143,12 +143,34 @@ class KUnBRConfig:
     warmup_master_weights: str = setting("none", "as master_weights, of all parameters", "warmup", MASTER_WEIGHTS)
 
     modules: str = setting("mlp", "whose gradients make the density: mlp, attention, norms or all", "density", MODULES)
-    reduction: str = setting(
-        "sample", "sample: mean over samples of each one's norm; mean: norm of the mean gradient", "density", REDUCTIONS
+    statistic: str = setting(
+        "grad_l1",
+        "of each layer's gradient g: grad_l1 sum|g|, grad_mean_abs mean|g|, grad_l2sq sum g^2, grad_l2 its root, "
+        "grad_linf max|g|, fisher E g^2, fisher_ratio forget/retain, cosine of forget and retain (chooses no blocks), "
+        "slug |g|/|w|",
+        "density",
+        STATISTICS,
+    )
+    reduction: str | None = setting(
+        None,
+        "sample: mean over samples of each one's norm; mean: norm of the mean gradient (default: the statistic's own, "
+        "else sample)",
+        "density",
+        REDUCTIONS,
     )
     num_blocks: int = setting(8, "blocks of floor(layers / num_blocks) layers", "selection")
     top_k: int = setting(
         6, "how many of the densest blocks are trained (0: none, the warm-up's result is the model)", "selection"
+    )
+    rule: str = setting(
+        "top_k",
+        "which blocks: top_k, the densest; threshold, all that are denser; pareto, of slug, the front of much density "
+        "and little alignment with the retain set",
+        "selection",
+        RULES,
+    )
+    threshold: float | None = setting(
+        None, "of rule threshold: what a block's density, the sum of its layers' values, is above", "selection"
     )
     skip_last_layers: int = setting(2, "blocks that hold one of the last so many layers are not chosen", "selection")
 
@@ -259,61 +281,26 @@ class KUnBRConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in RATES:
-            given = getattr(self, name)
-            setattr(self, name, tuple(given) if isinstance(given, (list, tuple)) else given)
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            refuse_old(f"{field.name}={getattr(self, field.name)}")
-            value = self._coerce(field.name, getattr(self, field.name), hints[field.name])
-            setattr(self, field.name, value)
-            choices = field.metadata["choices"]
-            if choices and value not in choices:
-                raise ValueError(f"{field.name}={shown(value)}: expected one of {', '.join(choices)}")
-        for name in RATES:
-            rates(getattr(self, name), name)
-        if self.rounds * self.top_k > VISITS:
-            raise ValueError(
-                f"rounds={self.rounds}, top_k={self.top_k}: expected at most {VISITS} visits of blocks in all, each of "
-                "which has a data order of its own"
-            )
-        self.text()  # which looks at the day
-        check_rates(self.warmup_lr, self.weight_decay, self.warmup_optimizer, name="warmup_lr")
-        check_rates(self.block_lr, self.weight_decay, self.optimizer, name="block_lr")
-        parse_bytes(self.cache_bytes, "cache_bytes")
-        if self.cache_bytes is not None and self.cache == "file":
-            raise ValueError(
-                f"cache_bytes={self.cache_bytes}: no place is slower than cache=file: leave one of them out"
-            )
-        if self.parallel == "blocks" and self.insertion == "cumulative":
-            raise ValueError("parallel='blocks': cumulative blocks build on each other: leave it out, or take samples")
-        if self.top_k == 0 and self.warmup_epochs == 0:
-            raise ValueError("top_k=0, warmup_epochs=0: nothing would be trained: raise one of them")
-        check_unused(self)
-        self.block_settings().check_reach(False, self.cover_precision)
-        self._check_objectives()
-        check_used(self)
+        check_each(self)
+        check_together(self)
 
-    def _check_objectives(self) -> None:
-        if self.block_hidden_coeff is not None and self.retain_loss != "hidden_layers":
-            raise ValueError(
-                f"block_hidden_coeff={self.block_hidden_coeff:g}: retain_loss={self.retain_loss!r} has none: leave it "
-                "out, or take hidden_layers"
-            )
-        both = self.criterion(range(1)), self.criterion(range(1), warmup=True)  # which layers there are the model says
-        if self.warmup_objective is None and self.warmup_objective_options:
-            raise ValueError("warmup_objective_options without a warmup_objective: give objective_options, or both")
-        if self.forget_loss_cap is not None and not any("forget_loss_cap" in c.options for c in both):
-            raise ValueError(f"forget_loss_cap={self.forget_loss_cap}: {self.objective} has none: leave it out")
-        if self.retain_loss not in {c.retain_loss for c in both}:
-            own = "has its own retain term" if both[0].objective.states else "has no retain term"
-            raise ValueError(f"retain_loss={self.retain_loss!r}: {self.objective} {own}: leave it out")
-        kinds = {c.alternate for c in both if c.alternate is not None}
-        if len(kinds) > 1:
-            raise ValueError(
-                f"{self.objective} and {self.warmup_objective} need different second answers "
-                f"({', '.join(sorted(kinds))}): a run has one alternate for each forget record"
-            )
+    @property
+    def _wanted(self) -> int | None:
+        """How many blocks are chosen; None where the density says it."""
+        return self.top_k if self.rule == "top_k" else None
+
+    def selectable(self, num_layers: int) -> list[range]:
+        """The blocks that may be chosen, where any are to be. ValueError where they are too few, and for a statistic
+        that chooses none."""
+        if self.top_k == 0:
+            return []
+        check_order(self.statistic)
+        return selectable_blocks(num_layers, self.num_blocks, self._wanted, self.skip_last_layers)
+
+    def select(self, density: Density) -> list[range]:
+        """The blocks that are trained."""
+        how = {"rule": self.rule, "threshold": self.threshold}
+        return select_blocks(density, self.num_blocks, self._wanted, self.skip_last_layers, **how) if self.top_k else []
 
     def criterion(self, block: range | None = None, warmup: bool = False) -> Criterion:
         """What the steps on `block` minimise, or those of the warm-up (block None: all layers are trained)."""
@@ -370,25 +357,6 @@ class KUnBRConfig:
         names = {field.name for field in dataclasses.fields(Execution)} - {"place"}
         return Execution(place=Place(self.cache, directory), **{name: getattr(self, name) for name in names})
 
-    @staticmethod
-    def _coerce(name: str, value: Any, hint: Any) -> Any:
-        kinds = get_args(hint) or (hint,)
-        if name in RATES:
-            return rates(value, name)
-        if name in CHOSEN:
-            return CHOSEN[name](value, name)
-        if name in NUMBERS:
-            return check(name, value, NUMBERS[name], type(None) in kinds)
-        if name.endswith("_options"):
-            if not isinstance(value, dict):
-                raise ValueError(f"{name}={shown(value)}: expected a mapping such as {{beta: 0.1}}")
-            return dict(value)
-        if isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds):
-            return value
-        words = {type(None): "null"}
-        wanted = " or ".join(words.get(k) or getattr(k, "__name__", str(k)) for k in kinds)
-        raise ValueError(f"{name}={shown(value)}: expected {wanted}")
-
     @property
     def retain_size(self) -> int:
         return self.retain_batch_size or self.batch_size
@@ -397,9 +365,10 @@ class KUnBRConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "config") -> KUnBRConfig:
+    def from_dict(cls, values: dict[str, Any], where: str = "config", of_a_run: bool = False) -> KUnBRConfig:
         """Refuses a key that does not exist, with the nearest one that does. `method` names a method (`run.methods`),
-        whose settings the others win over."""
+        whose settings the others win over. Without blocks what is for these alone is refused too, but in the record
+        of_a_run, which Python may have begun so."""
         known = [field.name for field in dataclasses.fields(cls)]
         # earlier versions wrote it into every run.yaml; "auto" is what stands for it now
         values = {key: value for key, value in values.items() if (key, value) != ("activations", "auto")}
@@ -409,7 +378,10 @@ class KUnBRConfig:
                 refuse_old(str(key), f"{where}: ")
                 raise ValueError(f"{where}: unknown setting {shown(key)}{nearest(key, [*known, 'method'])}")
         try:
-            return cls(**({} if method is None else settings_of(method)) | values)
+            found = cls(**({} if method is None else settings_of(method, values)) | values)
+            if not of_a_run:
+                check_blocks_used(found)
+            return found
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 

@@ -29,6 +29,10 @@ class Proof:
         told = self.tokenizer is not None
         self.records = {what: part for what, part in self.records.items() if part and told and what not in self.asked}
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to measure."""
+        return bool(self.asked or self.records)
+
     @functools.cached_property
     def _questions(self) -> dict[str, Questions]:
         how = dict(scoring=self.config.scoring, decoder=self.decoder)

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from kunbr_fast.density.measure import Density, knowledge_density
-from kunbr_fast.density.select import select_blocks
+from kunbr_fast.density.measure import COMPARING, Density, knowledge_density
 from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.evaluation.folds import metric_of
 from kunbr_fast.evaluation.report import Report
@@ -53,16 +52,21 @@ class Stages(Run):
     def all(self) -> Report:
         self.evaluate("original")
         self.measure_original()
+        # a threshold may leave no block: that is known before the hours of the warm-up
+        blocks = self.select(self.density()) if self.config.rule == "threshold" else None
         self.warm_up()
         density = self.density()
-        blocks = self.select(density)
+        blocks = self.select(density) if blocks is None else blocks
         self.measure_original(blocks)
         trained = self.reinsert(blocks)
         self.original = OriginalValues({})  # no training reads it any more
         with self._judged():
             self.merge(trained)
             self.evaluate("result")
-        rtt = self.attack()
+        return self.report(density, blocks, self.attack())
+
+    def report(self, density: Density, blocks: list[range], rtt: RTTResult | None) -> Report:
+        """Of a run whose stages are done."""
         results = self.state.results()
         seconds: dict[str, float] = {}
         for stage, result in results.items():
@@ -99,9 +103,9 @@ class Stages(Run):
 
     def _measured(self, decoder: Decoder, name: str) -> dict[str, Any]:
         """By rank 0; the others wait for the state that it writes."""
-        if not self.group.first or not (lines := self._proof.says(name)):
+        if not self.group.first or not self._proof:
             return {"accuracy": {}}
-        for line in lines:
+        for line in self._proof.says(name):
             self.reporter.say(line)
         original = None if name == "original" else self.state.result(Stage.evaluation("original")) or {}
         place, bar = Place(self.config.cache, self.work), self.reporter.title("evaluation")
@@ -153,9 +157,14 @@ class Stages(Run):
             if self.in_parts:
                 attack.run(self.work, progress, done(), keep, ranks=self.group)
             if self.group.size > 1:  # each makes its share of the attacks, on its own copy of the weights
-                rows = done()
+                rows, said = done(), None
                 with self._apart():
-                    attack.run(self.work / f"rank-{rank}", progress, rows, keep, (rank, self.group.size))
+                    try:
+                        attack.run(self.work / f"rank-{rank}", progress, rows, keep, (rank, self.group.size))
+                    except AttackDiverged as error:
+                        said = str(error)
+                if said := next((found for found in self.group.gather(said) if found is not None), None):
+                    raise AttackDiverged(said)
             return attack.run(self.work, progress, done(), keep, place=Place(self.config.cache, self.work))
 
     # ------------------------------------------------ warm-up
@@ -228,13 +237,18 @@ class Stages(Run):
     def density(self) -> Density:
         if (found := self.state.result(DENSITY)) is not None:
             return self._recorded(Density.from_dict(found["density"], f"{plain(self.state.path)}: density"))
-        says = f"knowledge density of {self.decoder.num_layers} layers over {len(self.samples.forget)} forget samples"
+        samples = f"{len(self.samples.forget)} forget samples"
+        if self.config.statistic in COMPARING:
+            samples += f" and {len(self.samples.retain)} retain samples"
+        says = f"knowledge density of {self.decoder.num_layers} layers over {samples}"
         with self.reporter.stage(DENSITY, says) as took:
             density = knowledge_density(
                 self.decoder,
                 self.samples.forget,
                 self.config.modules,
-                reduction=self.config.reduction,
+                self.config.statistic,
+                self.config.reduction,
+                retain=self.samples.retain if self.config.statistic in COMPARING else None,
                 gradient_checkpointing=self.config.gradient_checkpointing or None,
                 activations=self.config.cache,
                 directory=self.work,
@@ -254,9 +268,7 @@ class Stages(Run):
         return density
 
     def select(self, density: Density) -> list[range]:
-        config = self.config
-        how = config.num_blocks, config.top_k, config.skip_last_layers
-        blocks = select_blocks(density, *how) if config.top_k else []
+        blocks = self.config.select(density)
         chosen = [[block.start, block.stop] for block in blocks]
         if (found := self.state.result(SELECTION)) is None:
             self.state.finish(SELECTION, {"blocks": chosen})
@@ -400,7 +412,8 @@ class Stages(Run):
     def _check_forward(self) -> None:
         """`Diverged` where the result, each of whose blocks was finite inside the original, is not in use."""
         config, samples = self.config, self.samples
-        epochs = config.warmup_epochs + config.rounds * config.top_k * config.block_epochs
+        blocks = config.top_k if config.rule == "top_k" else len(self.state.result(SELECTION)["blocks"])
+        epochs = config.warmup_epochs + config.rounds * blocks * config.block_epochs
         named = tried({"forget": samples.forget, "retain": samples.retain}, epochs * len(samples.forget))
         found = overflowing(self.decoder, named, Place(self.config.cache, self.work))
         found = next((what for what in self.group.gather(found) if what is not None), None)

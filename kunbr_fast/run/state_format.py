@@ -73,6 +73,7 @@ class Result(TypedDict, total=False):
     accuracy: dict[str, Accuracy]
     probability: dict[str, Probability]
     given: str
+    model: str
     density: Saved
     blocks: list[tuple[int, int]]
     rows: Annotated[list[Point], Meta(min_length=1)]
@@ -131,7 +132,7 @@ def check_state(state: Mapping[str, Any], path: Path) -> None:
             f"{path}: format {shown(found)}, this version reads {FORMAT}: start again in another directory"
         )
     checked(state, State, plain(path))
-    KUnBRConfig.from_dict(state["config"], f"{plain(path)}: config")
+    KUnBRConfig.from_dict(state["config"], f"{plain(path)}: config", of_a_run=True)
     for stage, result in state["stages"].items():
         _check_stage(stage, path)
         _check_name(result, stage, None, path)

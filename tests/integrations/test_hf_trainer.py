@@ -18,7 +18,8 @@ pytest.importorskip("accelerate")
 import transformers as tf
 from safetensors.torch import load_file
 from tiny_models import random_samples, tiny_model
-from trainer_runner import CONFIG, STEPS, data, trainer
+from trainer_runner import ARGUMENTS, CONFIG, STEPS, data, trainer
+from transformers import TrainingArguments
 
 import kunbr_fast as kf
 from kunbr_fast.files import readback
@@ -192,9 +193,40 @@ def test_objectives(config, tmp_path):
         equal(weights(again.model), weights(run.model))
 
 
+WITHOUT_BLOCKS = {name: CONFIG[name] for name in ("warmup_lr", "warmup_epochs", "retain_batch_size", "max_retain_loss")}
+
+
+@pytest.mark.parametrize("method", ["npo", "rmu"])
+def test_an_objective_alone_by_its_name(method, tmp_path):
+    config = {"method": method, **WITHOUT_BLOCKS, "warmup_epochs": 1}
+    config |= {"objective_options": {"layer": 2}} if method == "rmu" else {}
+    model = tiny_model()
+    settings = kf.KUnBRConfig.from_dict(config | {"batch_size": 4})
+    assert kf.unlearn(model, *data(), settings, progress=False).method == method
+    forget, retain = data()
+    arguments = TrainingArguments(output_dir=str(tmp_path), **ARGUMENTS)
+    run = hf_trainer.KUnBRTrainer(tiny_model(), arguments, config=config, forget_dataset=forget, retain_dataset=retain)
+    run.train()
+    close(weights(run.model), weights(model))
+
+
+def test_a_rule_that_does_not_say_how_many_blocks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="rule='pareto': .* number of steps .* take rule='top_k', or kf.unlearn"):
+        trainer(tmp_path, config={"rule": "pareto", "statistic": "slug", "top_k": 6})
+
+
+def test_another_statistic_chooses_the_blocks(tmp_path):
+    config = {"statistic": "slug", "top_k": 1, "warmup_epochs": 1, "block_epochs": 1}
+    truth = kf.knowledge_density(tiny_model(), data()[0], statistic="slug", retain=data()[1])
+    run = trainer(tmp_path, config=config)
+    run.train()
+    torch.testing.assert_close(run.density.per_layer, truth.per_layer)
+    assert run.blocks == kf.select_blocks(truth, 3, 1, 1)
+
+
 def test_a_run_without_blocks(tmp_path):
     """The warm-up alone, with what `robust` sets: all parameters, an adversary, hidden layers kept."""
-    config = {"method": "robust", **CONFIG, "top_k": 0, "adversary_every": 2, "adversary_lrs": (1e-3, 2e-3)}
+    config = {"method": "robust", **WITHOUT_BLOCKS, "adversary_every": 2, "adversary_lrs": (1e-3, 2e-3)}
     config = kf.KUnBRConfig.from_dict(config | {"batch_size": 4, "rtt": False}).to_dict()
     model = tiny_model()
     report = kf.unlearn(model, *data(), kf.KUnBRConfig(**config), progress=False)
