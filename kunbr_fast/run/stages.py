@@ -223,7 +223,7 @@ class Stages(Run):
 
     def _warm_up(self) -> None:
         name = self.config.criterion(warmup=True).objective.name.replace("_", " ")
-        says = f"warm-up: {name} on all parameters, {self.config.warmup_epochs} epochs"
+        says = "warm-up: " * bool(self.config.top_k) + f"{name} on all parameters, {self.config.warmup_epochs} epochs"
         with self.changing_original() as original:
             with self.reporter.stage(WARMUP, says) as took, self.full_training(original) as training:
                 result = self.train(WARMUP, training, self.feed_of(training), self.schedule_of(None), took)
