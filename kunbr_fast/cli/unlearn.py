@@ -35,6 +35,16 @@ from kunbr_fast.run.unlearn import Options, carry_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument(
+        "--unlearned", type=path_name, metavar="DIR", help="your own M_u (made by any method): no warm-up"
+    )
+    add_settings(parser)
+    add_output(parser)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """All but the settings."""
     add_model(parser)
     lines = "(default: the question lines among them)"
     text = "what to forget; each file is a fold of the RTT attack"
@@ -53,14 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "a model or a finished run in --out goes when the result is written; never one that is read"
     parser.add_argument("--overwrite", action="store_true", help=text)
-    parser.add_argument(
-        "--unlearned", type=path_name, metavar="DIR", help="your own M_u (made by any method): no warm-up"
-    )
     add_stream(parser)
     parser.add_argument("--resume", action="store_true", help="go on with the run that was interrupted in --out")
     add_show(parser)
-    add_settings(parser)
-    add_output(parser)
 
 
 def _read(arguments: argparse.Namespace, config: KUnBRConfig) -> tuple[list[Fold], list[dict], list[dict]]:
@@ -75,8 +80,7 @@ def _read(arguments: argparse.Namespace, config: KUnBRConfig) -> tuple[list[Fold
     asked = [record for record in asked if is_question(record)]
     # --show ends here: nothing else says what is let be
     settings = (config.overlap, *([sayer(arguments)] if arguments.show else []))
-    attack = config.rtt and any(fold.questions for fold in folds)
-    settle(overlap_of(folds, attack), *settings)
+    settle(overlap_of(folds, config.rtt), *settings)
     forget = [record for fold in folds for record in (*fold.train_records, *fold.questions)]
     settle(of_sides(facts({"": forget}), facts({"": [*retain, *asked]})), *settings)
     return folds, retain, asked
@@ -92,7 +96,11 @@ def _show(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    config, first = read_config(arguments), (arguments.group or ALONE).first
+    return run_with(read_config(arguments), arguments)
+
+
+def run_with(config: KUnBRConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    first = (arguments.group or ALONE).first
     if arguments.show:
         return _show(arguments, config)
     if first:
@@ -109,8 +117,8 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
     folds, retain, asked = _read(arguments, config)
     questions = [record for fold in folds for record in fold.questions]
     if not questions:
-        say("no question lines about the forget set: accuracy is not measured and there is no RTT attack")
-    elif len(folds) < 2 and config.rtt:
+        say("no question lines about the forget set: its figure is the probability of its records' answers")
+    if len(folds) < 2 and config.rtt:
         say("one forget file: the RTT attack needs two or more (each is a fold), so there is none")
     model, tokenizer = open_model(arguments)
 
@@ -123,7 +131,7 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
 
     forget = [record for fold in folds for record in fold.train_records]
     unlearned = _open_unlearned(arguments, model)
-    used = folds if questions and len(folds) > 1 else []
+    used = folds if len(folds) > 1 else []
     if finished is not None:
         inputs = RunInputs(model, forget, retain, tokenizer, unlearned, {"forget": questions, "retain": asked}, used)
         return _finished(finished, inputs, config, arguments)
@@ -203,4 +211,6 @@ def _print(report: Report, arguments: argparse.Namespace) -> None:
     show(*table(rows).splitlines())
     if report.rtt is not None:
         show(*attack_table(report.rtt).splitlines())
+    for caution in report.cautions:
+        show(f"caution: {caution}")
     show(f"model, report.json and plots are in {arguments.out}")

@@ -26,7 +26,7 @@ from kunbr_fast.run.folder import FINISHED, SAVING, CheckpointFolder
 logger = logging.getLogger(__name__)
 _KEYS = "kunbr_fast config blocks density seconds losses accuracy rtt recovery model".split()
 _FINISHED = json_with(*_KEYS, also=None)
-_REPORT = json_with(*_KEYS, also=("gradient_cosines", "cache_errors", "result"))
+_REPORT = json_with(*_KEYS, also=("gradient_cosines", "cache_errors", "probability", "cautions", "result"))
 # what a run writes besides the model, and whether a file of that name is one that a run has written
 REPORTS = {"report.json": _REPORT, "run.yaml": is_signed, "density.png": is_picture, "relearning.png": is_picture}
 
@@ -124,7 +124,8 @@ def write_reports(
     if density.name not in taken:
         drawn(density, lambda: plot_density(report.density, report.blocks, density, config.skip_last_layers))
     if report.rtt is not None and curves.name not in taken:
-        drawn(curves, lambda: plot_relearning({report.method: report.rtt}, curves))
+        chance = report.accuracy.get("result", {}).get("forget", {}).get("chance", 0.25)
+        drawn(curves, lambda: plot_relearning({report.method: report.rtt}, curves, chance))
     if "run.yaml" not in taken:
         config.save(out / "run.yaml")
     if "report.json" not in taken:
