@@ -17,25 +17,16 @@ from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from kunbr_fast.checkout import ROOT
 from kunbr_fast.machine import cpu_name, usable_cpus
+from kunbr_fast.model.flops import flop_counter
 from kunbr_fast.version import __version__
 
 FLUSH = 256 << 20  # bytes written between two runs on a GPU: more than any L2 cache
 
 
 # ---------------------------------------------------------------- time and memory
-
-
-# torch counts addmm and not its in-place form, in which input gradients of several projections are summed
-COUNTED = {torch.ops.aten.addmm_: lambda out, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1]}
-
-
-def flop_counter():
-    """torch's FlopCounterMode, with what it leaves out."""
-    return FlopCounterMode(display=False, custom_mapping=COUNTED)
 
 
 def spent_flops(run):

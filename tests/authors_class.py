@@ -26,6 +26,13 @@ def letter(batch, model):
     return loss
 
 
+def every_place(batch, model):
+    """A mean over the whole left-padded grid, padding too."""
+    ids, mask, _ = left_padded(batch)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    return -logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+
+
 class StandIn:
     """The surface of the authors' Base_model that their class uses."""
 

@@ -90,6 +90,7 @@ def test_every_module_is_installed(installed, tmp_path):
             "scripts/hidden_layers",
             "scripts/host_cost",
             "scripts/launch_each",
+            "scripts/patched_trainers",
             "scripts/proven",
             "scripts/robust_step",
             "scripts/streamed_step",

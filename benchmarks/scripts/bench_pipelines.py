@@ -1,7 +1,7 @@
 """Pipelines that people have, before and after: the same training as they write it, and on this engine. FLOPs are
 counted by torch, and the trained weights are compared; nothing is timed.
 
-    python benchmarks/scripts/bench_pipelines.py             # both, SmolLM2-135M's shapes, minutes on a CPU
+    python benchmarks/scripts/bench_pipelines.py             # all, SmolLM2-135M's shapes, minutes on a CPU
     python benchmarks/scripts/bench_pipelines.py --only trainer --csv benchmarks/results/pipelines_cpu.csv
 
 trainer: re-insertion of the two densest blocks of three layers. Before: a Hugging Face Trainer for each block, whose
@@ -9,10 +9,11 @@ compute_loss is -model(**forget).loss + model(**retain).loss, all else frozen. A
 given the blocks that the second one measured; that measurement is in the second one's FLOPs.
 authors: the authors' DEEP_UNL, which trains two whole models in turn (tests/authors_class.py tells it
 plainly), and ours, over a stand-in for the Base_model that they did not publish; six visits of layers 0 to 23, a
-letter's loss.
+letter's loss. corpus: the same with a mean over the whole padded grid, as RTT's authors have for text lines.
 """
 
 import copy
+import functools
 import random
 import sys
 import tempfile
@@ -20,9 +21,10 @@ import tempfile
 import torch
 import transformers as tf
 
-from kunbr_fast.benchmarks.measure import add_rows, flop_counter, script_parser
+from kunbr_fast.benchmarks.measure import add_rows, script_parser
 from kunbr_fast.benchmarks.shapes import MODELS
 from kunbr_fast.checkout import ROOT
+from kunbr_fast.model.flops import flop_counter
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -156,14 +158,14 @@ def trainer(folder):
 # ---------------------------------------------------------------- the authors' script
 
 
-def authors(folder):
+def authors(folder, get_loss=plain.letter):
     original = build(24)
     start = {name: p + 1e-3 * torch.randn_like(p) for name, p in original.state_dict().items()}
     bases = []
     for _ in range(2):
         model = copy.deepcopy(original)
         model.load_state_dict(start)
-        base = plain.StandIn(model, original, plain.letter, batch_size=BATCH, eval_every=100)
+        base = plain.StandIn(model, original, get_loss, batch_size=BATCH, eval_every=100)
         base.lr, base.retain_coeff = LR, 1.0
         base.val_forget_dataset, base.val_retain_dataset = samples(COUNT, 1), samples(COUNT, 2)
         base.eval = base.eval_on_RTV = lambda *args, **kwargs: None  # equal on both sides, and no part of the training
@@ -177,12 +179,16 @@ def authors(folder):
     return dict(blocks=where, before=before, after=after, **compare(*found, start))
 
 
-PIPELINES = {"trainer": trainer, "authors": authors}
+PIPELINES = {
+    "trainer": trainer,
+    "authors": authors,
+    "corpus": functools.partial(authors, get_loss=plain.every_place),
+}
 
 
 def main():
     parser = script_parser(__doc__)
-    parser.add_argument("--only", choices=list(PIPELINES), help="one of them [both]")
+    parser.add_argument("--only", choices=list(PIPELINES), help="one of them [all]")
     arguments = parser.parse_args()
     tf.utils.logging.set_verbosity_error()
     rows = []

@@ -22,13 +22,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import register_flop_formula
 
-from kunbr_fast.benchmarks.measure import add_rows, flop_counter, kept_bytes, script_parser
+from kunbr_fast.benchmarks.measure import add_rows, kept_bytes, script_parser
 from kunbr_fast.benchmarks.models import build
 from kunbr_fast.benchmarks.reference import procedure
 from kunbr_fast.benchmarks.shapes import MODELS, questions
 from kunbr_fast.data import pack
 from kunbr_fast.kernels.linear_loss.triton_kernel import CHUNK_BYTES
 from kunbr_fast.model.decoder import Decoder, Stretch
+from kunbr_fast.model.flops import flop_counter
 from kunbr_fast.model.patch import fused
 from kunbr_fast.objectives import losses
 

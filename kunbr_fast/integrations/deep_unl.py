@@ -21,8 +21,9 @@ Same result, less work:
 - `get_loss` stays the judge of what is trained, and is asked once for each batch, with made-up logits: if its answer is
   a weighted sum of negative log-likelihoods of tokens (it is judged by its gradient at one point and its value at two),
   then these weights go to the packed pass and the fused loss, and `get_loss` is not called again for that batch.
-- Any other loss, and one that counts padded places (a mean over the whole padded grid does), is trained by `get_loss`
-  itself on the model's own padded forward pass, with the layers below the block left out.
+- Such a sum that counts padded places (a mean over the whole padded grid) goes to the fused loss behind the model's own
+  padded forward pass: no logits are kept. Any other loss is trained by `get_loss` itself on that pass. In both the
+  layers below the block are left out where they have run; every place has a loss, so there is little more to save.
 
 Kept as they are: 32 layers are taken for granted (`num_layers`), so 32 // block_num layers make a block; once every
 block has had its visits, a further epoch trains all visited blocks at once; the learning rate is constant; the retain
@@ -54,8 +55,8 @@ from kunbr_fast.data.batch import join
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.files.shards import Shards, has_weights
 from kunbr_fast.files.tensors import WeightSnapshot, save_tensors
-from kunbr_fast.integrations.padded_pass import OwnForward
-from kunbr_fast.integrations.recognise import recognise
+from kunbr_fast.integrations.padded_pass import OwnForward, forwards
+from kunbr_fast.integrations.recognise import TokenSum, recognise
 from kunbr_fast.keywords import taken
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.ownership import trainable
@@ -236,19 +237,44 @@ class DEEP_UNL:
 
     def _loss(self, training: BlockTraining, forget: _Batch, retain: _Batch) -> torch.Tensor:
         start, coeff = training.block.start, self.base_model.retain_coeff
-        if not all([batch.look(self.decoder) for batch in (forget, retain)]):
-            if not self._own.kept:
-                logger.warning(
-                    "get_loss is no weighted sum of token losses, or counts padding: it trains on the model's own "
-                    "padded pass, with full logits, and what is saved are the layers below the block"
-                )
+        for batch in (forget, retain):
+            batch.look(self.decoder)
+        if forget.sum is None or retain.sum is None:
+            self._say(
+                "get_loss is no weighted sum of token losses: it trains on the model's own padded pass, with full "
+                "logits, and what is saved are the layers below the block"
+            )
             with self._own.above(start):
                 return -forget.get_loss(self.model) + coeff * retain.get_loss(self.model)
+        if not (forget.packs and retain.packs):
+            self._say(
+                "get_loss counts padding: it trains on the model's own padded pass, with the fused loss, and what is "
+                "saved are the layers below the block and the logits"
+            )
+            with self._own.above(start):
+                return -self._on_grid(forget.sum) + coeff * self._on_grid(retain.sum)
         batch = join(forget.packed(start), retain.packed(start))
         hidden = self.decoder.run(batch, Stretch(start, batch.hidden), rows=True)
         weights = torch.cat([-forget.weights, coeff * retain.weights])
         hidden = self.decoder.final(hidden)
         return losses.linear_loss(hidden, self.decoder.head, batch.targets, weights, impl=self.options.impl)[0]
+
+    def _on_grid(self, given: TokenSum) -> torch.Tensor:
+        """The loss, from the model's own forward pass up to its head."""
+        hidden = []
+
+        def kept(x: torch.Tensor, *args: Any) -> torch.Tensor:
+            hidden.append(x)
+            return x[..., :1]  # logits, which nobody reads
+
+        with forwards([self.decoder.head.linear], lambda *_: kept):
+            self.model(**given.inputs)
+        rows, targets, weights = (x[given.live] for x in (hidden[0], given.targets, given.weights))
+        return losses.linear_loss(rows, self.decoder.head, targets, weights, impl=self.options.impl)[0]
+
+    def _say(self, text: str) -> None:
+        if not self._own.kept:  # once
+            logger.warning(text)
 
 
 def _update(training: BlockTraining, loss: torch.Tensor) -> None:
@@ -296,6 +322,7 @@ class _Batch:
 
     def __init__(self, points: Any, get_loss: Callable[..., torch.Tensor]):
         self._points, self._get_loss = points, get_loss
+        self.sum: TokenSum | None = None
         self.samples: list[Sample] | None = None
         self.weights: torch.Tensor | None = None
         self._looked, self._cache = False, None
@@ -303,21 +330,23 @@ class _Batch:
     def get_loss(self, model: nn.Module) -> torch.Tensor:
         return self._get_loss(batch=self._points, model=model)
 
+    @property
+    def packs(self) -> bool:
+        """Whether the loss is a weighted sum over tokens that are no padding."""
+        return self._cache is not None
+
     def look(self, decoder: Decoder) -> bool:
-        """Whether the loss is a weighted sum over tokens; its samples and weights are then known."""
+        """`packs`, once the loss was asked; what it is a sum of is then known."""
         if not self._looked:
             self._looked, state = True, random.getstate()
             with torch.random.fork_rng(devices=[]):
-                found = recognise(decoder, self.get_loss)
+                self.sum = recognise(decoder, self.get_loss)
             random.setstate(state)
+            found = None if self.sum is None else self.sum.samples(decoder)
             if found is not None:
                 self.samples, self.weights = found
                 self._cache = PrefixCache(decoder, self.samples)
-            else:
-                logger.info(
-                    "get_loss is no weighted sum over unpadded tokens: it trains on the model's own padded pass"
-                )
-        return self._cache is not None
+        return self.packs
 
     def packed(self, start: int) -> PackedBatch:
         self._cache.advance(start)

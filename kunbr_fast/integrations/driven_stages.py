@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,19 +15,25 @@ from typing import Any
 import torch
 
 from kunbr_fast.density.measure import Density
+from kunbr_fast.evaluation.report import Report
+from kunbr_fast.evaluation.rtt import AttackDiverged
 from kunbr_fast.files.tensors import WeightSnapshot
+from kunbr_fast.model.fingerprint import model_fingerprint
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.prefix_cache import PrefixCache
-from kunbr_fast.parallel.group import Group
+from kunbr_fast.objectives.original import OriginalValues
+from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.samples import share
 from kunbr_fast.run.stages import Stages
 from kunbr_fast.run.steps import LOSSES, new_account
-from kunbr_fast.run.visits import BEGIN, ORIGINAL, WARMUP, Visit, layers, visits
+from kunbr_fast.run.visits import BEGIN, MERGE, ORIGINAL, RTT, WARMUP, Stage, Visit, layers, visits
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.shared import SharedStep
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +112,8 @@ class DrivenStages(Stages):
             raise ValueError(f"a checkpoint of step {steps}, in a run of {self.spans[-1].stop} steps")
         present = next(span for span in self.spans if steps <= span.stop)
         if present.number == 0:  # what a run that had come further has left is made again
-            self.state.keep_only((BEGIN, ORIGINAL))
+            self.state.keep_only((BEGIN, ORIGINAL, Stage.evaluation("original")))
+        self.evaluate("original")
         with self.autocast():
             self.measure_original()
         if present.number:
@@ -151,7 +159,12 @@ class DrivenStages(Stages):
             values = own
         else:
             raise ValueError(f"{self.work}: the warm-up's result is missing: resume from a checkpoint of the warm-up")
-        self.state.finish(WARMUP, {}, values)
+        accuracy = {}
+        if any(self.inputs.questions.values()):
+            self.decoder.place(values)
+            accuracy = self._accuracy(self.decoder, "unlearned")
+            self._original.restore(self.decoder.model)
+        self.state.finish(WARMUP, {"accuracy": accuracy}, values)
 
     def _enter(self, span: Span) -> None:
         self.visit = self.order[span.number - 1] if span.number else None
@@ -187,14 +200,13 @@ class DrivenStages(Stages):
         self.check()
         visit, self.at, self.training = self.visit, None, None
         result = {"epochs": self.losses["epochs"]}
+        self._inner.close()
         if visit is None:
             if complete:
+                result["accuracy"] = self._accuracy(self.decoder, "unlearned")
                 self.state.finish(WARMUP, result, dict(self.decoder.model.named_parameters()))
-            self._inner.close()
-            if complete:
                 self._original.restore(self.decoder.model)
             return
-        self._inner.close()
         self.trained[visit.block] = self._values
         if complete:
             self.state.finish(visit.stage, result, self._values)
@@ -209,8 +221,32 @@ class DrivenStages(Stages):
         warming, complete = self.visit is None, steps == self.at.stop
         self._leave(complete)
         if complete or not warming:
+            _ = self.order  # of a run without blocks the density is not yet measured
             self.merge(self.trained)
         self._outer.close()
+        self.cache, self.original = None, OriginalValues({})  # no training reads them any more
+
+    def prove(self) -> Report | None:
+        """After `end`: what the result is by its figures, and what was done; None where the warm-up was not finished.
+
+        An attack that diverges is said; then there are no figures of it."""
+        if self.measured is None:
+            return None
+        found = model_fingerprint(self.decoder.model)
+        if (self.state.result(MERGE) or {}).get("model") != self.ranks.gather(found)[0]:  # figures of another result
+            self.state.forget((RTT, Stage.evaluation("result")))
+            self.state.finish(MERGE, {"model": found})
+        unlearned = self.state.result(WARMUP).get("accuracy")
+        accuracy = {"original": self.evaluate("original"), "unlearned": unlearned, "result": self.evaluate("result")}
+        rtt = None
+        try:
+            self.group = self.ranks  # which share the attacks
+            rtt = self.attack()
+        except AttackDiverged as error:
+            logger.warning("%s (rtt_lrs; this result has no figures of an attack)", error)
+        finally:
+            self.group = self.team = ALONE
+        return self.report(self.measured, self.blocks, accuracy, rtt)
 
     def close(self) -> None:
         """The training is over: the original goes."""

@@ -18,7 +18,7 @@ import copy
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -32,12 +32,15 @@ if not is_accelerate_available():
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from kunbr_fast.density.measure import Density
+from kunbr_fast.evaluation.report import Report
+from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.files.documents import checked, read_text
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.saving import save_model
 from kunbr_fast.files.shown import plain
 from kunbr_fast.integrations.driven_stages import DrivenStages, StageOptimizer
-from kunbr_fast.integrations.trainer_data import forget_and_retain
+from kunbr_fast.integrations.trainer_data import Asked, Records, forget_and_retain
+from kunbr_fast.integrations.trainer_figures import figures
 from kunbr_fast.model.ownership import check_data, no_adapter, trainable, uncompiled
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
@@ -134,6 +137,9 @@ class KUnBRMixin:
         forget_dataset: Any = None,
         retain_dataset: Any = None,
         unlearned: nn.Module | Mapping[str, torch.Tensor] | None = None,
+        folds: Sequence[Fold | str | Path] | None = None,
+        forget_questions: Records | None = None,
+        retain_questions: Records | None = None,
         **kwargs: Any,
     ):
         self._stages: DrivenStages | None = None
@@ -154,6 +160,10 @@ class KUnBRMixin:
         if self.config.sharding != "none":
             raise ValueError(f"sharding={self.config.sharding!r}: the Trainer's processes hold all of it: leave it out")
         self.forget_dataset, self.retain_dataset, self.unlearned = forget_dataset, retain_dataset, unlearned
+        explicit = isinstance(config, Mapping) and "rtt" in config
+        self.asked = Asked.of(folds, forget_questions, retain_questions, self.config, explicit)
+        self.asked.check_tokenizer(self.processing_class)
+        self.report: Report | None = None
         self.density: Density | None = None
         self.blocks: list[range] | None = None
         epochs = self.config.rounds * self.config.top_k * self.config.block_epochs
@@ -190,7 +200,7 @@ class KUnBRMixin:
         callback at the end, it is the original.
 
         Errors: ValueError for data or settings that do not fit, before anything is computed; `Diverged`."""
-        checkpoint, steps = None, 0
+        checkpoint, steps, self.report = None, 0, None
         if resume_from_checkpoint:
             if resume_from_checkpoint is True:
                 checkpoint = _last_checkpoint(self.args.output_dir)
@@ -209,6 +219,7 @@ class KUnBRMixin:
             finally:
                 self._stages, self.model_wrapped, self.is_in_train = None, self.model, False
             self._clean(stages)
+        output.metrics.update(figures(self.report))
         return output
 
     @contextlib.contextmanager
@@ -226,6 +237,7 @@ class KUnBRMixin:
         forget, retain = forget_and_retain(
             self.forget_dataset, self.retain_dataset, self.train_dataset, self.data_collator
         )
+        asked = self.asked.questions(forget, retain, self.config)
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         config = dataclasses.replace(
             self.config,
@@ -237,7 +249,8 @@ class KUnBRMixin:
         # an evaluation may have put a wrapper on
         model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         trainable(model, type(self).__name__)
-        inputs = RunInputs(model, forget, retain, self.processing_class, self._checked_unlearned())
+        given = self.processing_class, self._checked_unlearned(), asked, self.asked.folds
+        inputs = RunInputs(model, forget, retain, *given)
         sharing = {"writes": args.should_save, "wait": accelerator.wait_for_everyone}
         context = RunContext(Path(args.output_dir) / NAME, reporter=reporter, resume=resume, **sharing)
         ranks = Group(args.process_index, args.world_size)
@@ -267,6 +280,9 @@ class KUnBRMixin:
     def _merge(self) -> None:
         self._stages.end(self.state.global_step)
         self.density, self.blocks = self._stages.measured, self._stages.blocks
+        self.report = self._stages.prove()
+        if found := figures(self.report):
+            self.log(found)
 
     def _clean(self, stages: DrivenStages) -> None:
         """What is left to remove when the result is there; files that stay are no reason to lose it."""
@@ -364,8 +380,15 @@ class KUnBRTrainer(KUnBRMixin, Trainer):
     samples count once. Batches are made from these in kunbr_fast's own order, so that the prefix cache holds what
     every step needs.
     unlearned: an M_u of any method, a model or a state dict; then there is no warm-up.
+    folds: of the RTT attack on the result (config.rtt), two or more: `evaluation.rtt.Fold`s, or paths of files of
+    records, each a fold with the questions in it. None: no attack.
+    forget_questions, retain_questions: records, or paths of files of them, to measure accuracy on, of the original, the
+    unlearned model and the result (default: the folds' questions, else those among the data; []: none).
 
-    After `train()` the model is M_u with its trained blocks, `density` and `blocks` hold what was measured and chosen.
+    After `train()` the model is M_u with its trained blocks, `density` and `blocks` hold what was measured and chosen,
+    `report` is the `Report` that `kunbr_fast.unlearn` returns (None where the warm-up was not finished), and its
+    figures are logged and in TrainOutput.metrics: forget_accuracy, retain_accuracy, rtt_accuracy, recovery, and those
+    of the other models, original_... and unlearned_....
     While it trains the model is what the stage has: M_u in the making, or the original with the active block; so are
     the checkpoints, and what evaluations and callbacks see. Logs have `stage` (0: the warm-up, n: the n-th visit of a
     block: an independent block has all its rounds before the next block begins, cumulative ones go round by round),

@@ -49,6 +49,7 @@ from torch import nn
 from kunbr_fast.integrations.open_unlearning_options import Options, Refused
 from kunbr_fast.integrations.open_unlearning_patched import READ_LOSSES_ONLY, _batch_nll, _Patched
 from kunbr_fast.model import compat
+from kunbr_fast.model.flops import flop_counter
 
 logger = logging.getLogger(__name__)
 CONFIGS = "pkg://kunbr_fast.integrations.open_unlearning_configs"
@@ -130,8 +131,6 @@ class _Measured:
         return step() if "peak_bytes" in found else self._peak(found, step)
 
     def _kept(self, found: dict, step: Callable) -> Any:
-        from torch.utils.flop_counter import FlopCounterMode
-
         weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         kept: dict[int, int] = {}
 
@@ -141,7 +140,7 @@ class _Measured:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with flop_counter() as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             out = step()
         found.update(flops=counter.get_total_flops(), saved_bytes=sum(kept.values()))
         return out

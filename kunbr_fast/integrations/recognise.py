@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +15,26 @@ from kunbr_fast.integrations.padded_pass import forwards
 from kunbr_fast.model.decoder import Decoder
 
 
-def recognise(
-    decoder: Decoder, get_loss: Callable[[nn.Module], torch.Tensor]
-) -> tuple[list[Sample], torch.Tensor] | None:
-    """`get_loss(model)` as sum over labelled rows of weight * NLL: the samples (padding dropped) and the (R,) weights
-    in the order of their packed batch's rows; None where it is anything else.
+@dataclasses.dataclass(frozen=True)
+class TokenSum:
+    """A loss on a padded grid that is a sum over rows of weight * NLL.
+
+    inputs: of the model's call, by name. live (B, L) bool: the rows with a weight; targets (B, L), weights (B, L).
+    """
+
+    inputs: dict[str, Any]
+    live: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+
+    def samples(self, decoder: Decoder) -> tuple[list[Sample], torch.Tensor] | None:
+        """The samples (padding dropped) and the (R,) weights in the order of their packed batch's rows; None where a
+        place in the padding has a weight, or its position counts."""
+        return _samples(decoder, *_inputs((), self.inputs), self.live, self.targets, self.weights)
+
+
+def recognise(decoder: Decoder, get_loss: Callable[[nn.Module], torch.Tensor]) -> TokenSum | None:
+    """`get_loss(model)` as a sum over rows of weight * NLL; None where it is anything else.
 
     The model runs without its layers, and its head gives made-up logits z (B, L, V). At z = 0 the gradient of such a
     sum is weight * (1/V - onehot(target)) in each row, which tells weights and targets. At a second z, with likely and
@@ -82,7 +98,9 @@ def recognise(
     terms = weights[live][:, 0] * nll
     if not bool((second.detach() - terms.sum()).abs() <= tolerance * terms.abs().sum()):
         return None
-    return _samples(decoder, *inputs, live, targets[..., 0], weights[..., 0])
+    args, kwargs = calls[0]
+    given = {**kwargs, **({"input_ids": args[0]} if args else {})}
+    return TokenSum({k: v for k, v in given.items() if k != "labels"}, live, targets[..., 0], weights[..., 0])
 
 
 def _inputs(args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:

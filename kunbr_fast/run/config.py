@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 import yaml
@@ -37,7 +37,8 @@ from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.parallel.sharded import SHARDING
 from kunbr_fast.run.log import LOGS
 from kunbr_fast.run.methods import settings_of
-from kunbr_fast.run.setting import ADVERSARY, CHOSEN, NUMBERS, RATES, VISITS, check_used, refuse_old, setting
+from kunbr_fast.run.setting import ADVERSARY, refuse_old, setting
+from kunbr_fast.run.validity import check_each, check_together
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
 from kunbr_fast.training.settings import (
     INSERTIONS,
@@ -46,10 +47,7 @@ from kunbr_fast.training.settings import (
     BlockSettings,
     Execution,
     FullSettings,
-    check_rates,
-    check_unused,
 )
-from kunbr_fast.values import check, parse_bytes, rates
 
 
 @dataclasses.dataclass
@@ -259,61 +257,8 @@ class KUnBRConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in RATES:
-            given = getattr(self, name)
-            setattr(self, name, tuple(given) if isinstance(given, (list, tuple)) else given)
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            refuse_old(f"{field.name}={getattr(self, field.name)}")
-            value = self._coerce(field.name, getattr(self, field.name), hints[field.name])
-            setattr(self, field.name, value)
-            choices = field.metadata["choices"]
-            if choices and value not in choices:
-                raise ValueError(f"{field.name}={shown(value)}: expected one of {', '.join(choices)}")
-        for name in RATES:
-            rates(getattr(self, name), name)
-        if self.rounds * self.top_k > VISITS:
-            raise ValueError(
-                f"rounds={self.rounds}, top_k={self.top_k}: expected at most {VISITS} visits of blocks in all, each of "
-                "which has a data order of its own"
-            )
-        self.text()  # which looks at the day
-        check_rates(self.warmup_lr, self.weight_decay, self.warmup_optimizer, name="warmup_lr")
-        check_rates(self.block_lr, self.weight_decay, self.optimizer, name="block_lr")
-        parse_bytes(self.cache_bytes, "cache_bytes")
-        if self.cache_bytes is not None and self.cache == "file":
-            raise ValueError(
-                f"cache_bytes={self.cache_bytes}: no place is slower than cache=file: leave one of them out"
-            )
-        if self.parallel == "blocks" and self.insertion == "cumulative":
-            raise ValueError("parallel='blocks': cumulative blocks build on each other: leave it out, or take samples")
-        if self.top_k == 0 and self.warmup_epochs == 0:
-            raise ValueError("top_k=0, warmup_epochs=0: nothing would be trained: raise one of them")
-        check_unused(self)
-        self.block_settings().check_reach(False, self.cover_precision)
-        self._check_objectives()
-        check_used(self)
-
-    def _check_objectives(self) -> None:
-        if self.block_hidden_coeff is not None and self.retain_loss != "hidden_layers":
-            raise ValueError(
-                f"block_hidden_coeff={self.block_hidden_coeff:g}: retain_loss={self.retain_loss!r} has none: leave it "
-                "out, or take hidden_layers"
-            )
-        both = self.criterion(range(1)), self.criterion(range(1), warmup=True)  # which layers there are the model says
-        if self.warmup_objective is None and self.warmup_objective_options:
-            raise ValueError("warmup_objective_options without a warmup_objective: give objective_options, or both")
-        if self.forget_loss_cap is not None and not any("forget_loss_cap" in c.options for c in both):
-            raise ValueError(f"forget_loss_cap={self.forget_loss_cap}: {self.objective} has none: leave it out")
-        if self.retain_loss not in {c.retain_loss for c in both}:
-            own = "has its own retain term" if both[0].objective.states else "has no retain term"
-            raise ValueError(f"retain_loss={self.retain_loss!r}: {self.objective} {own}: leave it out")
-        kinds = {c.alternate for c in both if c.alternate is not None}
-        if len(kinds) > 1:
-            raise ValueError(
-                f"{self.objective} and {self.warmup_objective} need different second answers "
-                f"({', '.join(sorted(kinds))}): a run has one alternate for each forget record"
-            )
+        check_each(self)
+        check_together(self)
 
     def criterion(self, block: range | None = None, warmup: bool = False) -> Criterion:
         """What the steps on `block` minimise, or those of the warm-up (block None: all layers are trained)."""
@@ -369,25 +314,6 @@ class KUnBRConfig:
         """How trainings run; directory: where activations lie that are kept in files."""
         names = {field.name for field in dataclasses.fields(Execution)} - {"place"}
         return Execution(place=Place(self.cache, directory), **{name: getattr(self, name) for name in names})
-
-    @staticmethod
-    def _coerce(name: str, value: Any, hint: Any) -> Any:
-        kinds = get_args(hint) or (hint,)
-        if name in RATES:
-            return rates(value, name)
-        if name in CHOSEN:
-            return CHOSEN[name](value, name)
-        if name in NUMBERS:
-            return check(name, value, NUMBERS[name], type(None) in kinds)
-        if name.endswith("_options"):
-            if not isinstance(value, dict):
-                raise ValueError(f"{name}={shown(value)}: expected a mapping such as {{beta: 0.1}}")
-            return dict(value)
-        if isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds):
-            return value
-        words = {type(None): "null"}
-        wanted = " or ".join(words.get(k) or getattr(k, "__name__", str(k)) for k in kinds)
-        raise ValueError(f"{name}={shown(value)}: expected {wanted}")
 
     @property
     def retain_size(self) -> int:

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from kunbr_fast.density import attribution
 from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks
 from kunbr_fast.evaluation.lora import chosen_targets
 from kunbr_fast.files.shown import shown
@@ -67,23 +66,6 @@ def counts_for(attack: str, name: str) -> bool:
     """Whether a kind of attack depends on a setting of attacks."""
     kind = ATTACKS[attack]
     return name not in OF_SOME_ATTACKS or (kind.adapters if "lora" in name else kind.trains_all)
-
-
-def check_used(config: Any) -> None:
-    """ValueError for a setting of a mask, or of attacks, that are not asked for."""
-    rule = attribution.RULES.get(config.mask, {})
-    if config.mask_ratio is not None and (config.mask == "none" or "threshold" in rule):
-        raise ValueError(f"mask_ratio={config.mask_ratio}: mask {config.mask} takes none: leave it out")
-    if config.mask != "none" and config.mask_ratio is None and not rule:
-        raise ValueError(f"mask {config.mask} has no published ratio: give mask_ratio")
-    for name in OF_SOME_ATTACKS:
-        is_used = any(counts_for(attack, name) for attack in config.rtt_attacks)
-        if not is_used and (value := getattr(config, name)) != getattr(type(config), name):
-            which = "the attack lora is" if "lora" in name else "an attack on all weights, such as full, is"
-            raise ValueError(
-                f"{name}={shown(value)}: {which} not among rtt_attacks ({', '.join(config.rtt_attacks)}): leave it "
-                "out, or add it there"
-            )
 
 
 # What is one word or several: of the settings that are, a function of value and name.

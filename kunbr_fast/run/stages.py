@@ -62,7 +62,12 @@ class Stages(Run):
         with self._judged():
             self.merge(trained)
             accuracy["result"] = self.evaluate("result")
-        rtt = self.attack()
+        return self.report(density, blocks, accuracy, self.attack())
+
+    def report(
+        self, density: Density, blocks: list[range], accuracy: Mapping[str, Any], rtt: RTTResult | None
+    ) -> Report:
+        """Of a run whose stages are done. accuracy: of each model, empty where nothing was asked."""
         results = self.state.results()
         seconds: dict[str, float] = {}
         for stage, result in results.items():
@@ -145,9 +150,14 @@ class Stages(Run):
             if self.in_parts:
                 attack.run(self.work, progress, done(), keep, ranks=self.group)
             if self.group.size > 1:  # each makes its share of the attacks, on its own copy of the weights
-                rows = done()
+                rows, said = done(), None
                 with self._apart():
-                    attack.run(self.work / f"rank-{rank}", progress, rows, keep, (rank, self.group.size))
+                    try:
+                        attack.run(self.work / f"rank-{rank}", progress, rows, keep, (rank, self.group.size))
+                    except AttackDiverged as error:
+                        said = str(error)
+                if said := next((found for found in self.group.gather(said) if found is not None), None):
+                    raise AttackDiverged(said)
             return attack.run(self.work, progress, done(), keep, place=Place(self.config.cache, self.work))
 
     # ------------------------------------------------ warm-up

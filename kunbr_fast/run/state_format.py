@@ -58,6 +58,7 @@ class Result(TypedDict, total=False):
     epochs: Epochs
     accuracy: dict[str, Accuracy]
     given: str
+    model: str
     density: Saved
     blocks: list[tuple[int, int]]
     rows: Annotated[list[Point], Meta(min_length=1)]

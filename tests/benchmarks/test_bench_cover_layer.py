@@ -9,11 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama import modeling_llama
 
 from kunbr_fast.benchmarks import harness, models
-from kunbr_fast.benchmarks.measure import flop_counter
 from kunbr_fast.benchmarks.shapes import Shape
 from kunbr_fast.benchmarks.suites import cover_layer
 from kunbr_fast.kernels import dispatch
 from kunbr_fast.model import patch
+from kunbr_fast.model.flops import flop_counter
 
 TRITON = dispatch.why_not("rms_norm", "triton", "cpu") is None  # the interpreter
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from authors_class import LR, RETAIN_COEFF, StandIn, letter, published
+from authors_class import LR, RETAIN_COEFF, StandIn, every_place, letter, published
 from helpers import rarely
 from reference_procedure import left_padded, padded, padded_loss, reference_block
 from tiny_models import moved, peak_bytes, random_samples, tiny_model
@@ -33,13 +33,6 @@ def wrong_answer(batch, model):
     return model(input_ids=ids, attention_mask=mask, labels=wrong).loss  # the model's own: a mean over all tokens
 
 
-def every_place(batch, model):
-    """A mean over the whole left-padded grid, padding too."""
-    ids, mask, _ = left_padded(batch)
-    logits = model(input_ids=ids, attention_mask=mask).logits
-    return -logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).mean()
-
-
 def bent(batch, model):
     return -2 * F.logsigmoid(padded_loss(model, batch) / 2)
 
@@ -61,8 +54,8 @@ def two_passes(batch, model):
     return padded_loss(model, batch[:1]) + (padded_loss(model, batch[1:]) if len(batch) > 1 else 0)
 
 
-SUMS = [ours, letter, wrong_answer]
-OTHERS = [every_place, bent, capped, smoothed, two_passes]
+SUMS = [ours, letter, wrong_answer, every_place]
+OTHERS = [bent, capped, smoothed, two_passes]
 
 
 # ---------------------------------------------------------------- the stand-in, and the truth
@@ -194,7 +187,7 @@ def test_left_padding_without_positions(architecture, relative):
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_weights_of_a_recognised_loss(architecture, dtype):
     model, points = tiny_model(architecture, dtype), random_samples(5, 4)
-    samples, weights = recognise(Decoder(model), lambda m: padded_loss(m, points))
+    samples, weights = recognise(Decoder(model), lambda m: padded_loss(m, points)).samples(Decoder(model))
     rows = [int((p["labels"][1:] != -100).sum()) for p in points]
     assert torch.allclose(weights, torch.cat([torch.full((n,), 1 / n / 5) for n in rows]), rtol=1e-5)
     for sample, point in zip(samples, points):
