@@ -43,7 +43,7 @@ from kunbr_fast.objectives.distributions import linear_nll, linear_rows
 
 STATE = "_kunbr_rows"
 OTHER_LOSSES = {"num_items_in_batch", "shift_labels", "logits_to_keep"}  # inputs that change what the own loss is
-LIMIT = 2 << 30
+LIMIT = 2 << 30  # bytes of hidden states that a reference model's `known` may hold
 
 
 class Unfit(ValueError):
@@ -52,7 +52,7 @@ class Unfit(ValueError):
 
 @dataclasses.dataclass
 class Known:
-    """What a model that is not trained has said. Hidden states lie in the host's memory, `LIMIT` bytes at most."""
+    """What a model that is not trained has said. Hidden states lie in the host's memory."""
 
     nll: dict[bytes, torch.Tensor] = dataclasses.field(default_factory=dict)
     hidden: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)  # ids (T,), (T, D)
@@ -136,8 +136,7 @@ def _forward(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
     inputs["use_cache"] = False
     if wanted == "layers":
         _count(model, rows, inputs, head=0, stop=rows.stop)
-        with _first_layers(model, rows.stop):
-            return CausalLMOutputWithPast(hidden_states=(model.base_model(**inputs)[0],))
+        return CausalLMOutputWithPast(hidden_states=(_first_layers(model, rows.stop, inputs),))
     if wanted == "logits":
         return CausalLMOutputWithPast(logits=_known_logits(model, rows, inputs))
     if wanted == "nll" and _known(rows, inputs):
@@ -177,16 +176,15 @@ def _count(model: PreTrainedModel, rows: Rows, inputs: dict[str, Any], **call: A
         rows.tally.call(model, inputs["input_ids"].shape, **call)
 
 
-@contextlib.contextmanager
-def _first_layers(model: PreTrainedModel, stop: int) -> Iterator[None]:
-    """The model with no more than its first `stop` layers: the very modules, so hooks on them see what they always
-    do."""
+@torch.compiler.disable  # a hook that is put in for one call would not run in compiled code
+def _first_layers(model: PreTrainedModel, stop: int, inputs: dict[str, Any]) -> torch.Tensor:
+    """The model's layers up to `stop`: the very modules, so hooks on them see what they always do."""
     path, whole = find_layers(model)
     owner, _, name = path.rpartition(".")
     modules = model.get_submodule(owner)._modules
     modules[name] = whole[:stop]
     try:
-        yield
+        return model.base_model(**inputs)[0]
     finally:
         modules[name] = whole
 
@@ -260,14 +258,15 @@ def _known_logits(model: PreTrainedModel, rows: Rows, inputs: dict[str, Any]) ->
     """The model's own logits; the layers are not run again for a sequence that was seen before.
 
     A causal model's hidden states depend on nothing to their right, so a batch with less padding takes the first of
-    those that are known.
+    those that are known. Not with a sliding window: padding further than that from all tokens attends to the whole row.
     """
-    ids, keys, known = inputs["input_ids"], _keys(inputs), rows.known
+    head, ids, keys, known = find_head(model), inputs["input_ids"], _keys(inputs), rows.known
     on_host, width = ids.cpu(), ids.shape[1]
+    windows = getattr(model.config.get_text_config(), "sliding_window", None) is not None
 
     def seen(number: int) -> bool:
         before = known.hidden.get(keys[number])
-        return before is not None and torch.equal(before[0][:width], on_host[number])
+        return before is not None and torch.equal(before[0][: None if windows else width], on_host[number])
 
     new = [number for number in range(len(ids)) if not seen(number)]
     found = {}
@@ -280,14 +279,14 @@ def _known_logits(model: PreTrainedModel, rows: Rows, inputs: dict[str, Any]) ->
             known.bytes += hidden.nbytes - (0 if before is None else before[1].nbytes)
             known.hidden[keys[number]] = on_host[number], hidden.cpu()
     rest = [n for n in range(len(ids)) if n not in found]
-    found |= {n: known.hidden[keys[n]][1][:width].to(ids.device) for n in rest}
+    found |= {n: known.hidden[keys[n]][1][:width].to(head.linear.weight.device) for n in rest}
     _count(model, rows, inputs, ran=len(new))
-    return find_head(model)(torch.stack([found[number] for number in range(len(ids))]))
+    return head(torch.stack([found[number] for number in range(len(ids))]))
 
 
 def _known(rows: Rows, inputs: dict[str, Any]) -> bool:
     """Whether what is known of a sequence can be told from the inputs: a batch of rows, with nothing but a mask."""
-    tensors = {name for name, x in inputs.items() if torch.is_tensor(x) and x.dim() == 2}
+    tensors = {name for name, x in inputs.items() if torch.is_tensor(x) and x.dim() == 2} - {"labels"}
     return (
         rows.known is not None
         and not torch.is_grad_enabled()

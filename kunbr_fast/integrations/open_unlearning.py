@@ -47,7 +47,7 @@ import transformers
 from torch import nn
 
 from kunbr_fast.integrations.open_unlearning_options import Options, Refused
-from kunbr_fast.integrations.open_unlearning_patched import READ_LOSSES_ONLY, _batch_nll, _Patched
+from kunbr_fast.integrations.open_unlearning_patched import READ_LOSSES_ONLY, _Patched, put_in
 from kunbr_fast.model import compat
 from kunbr_fast.model.flops import flop_counter
 
@@ -228,10 +228,7 @@ def register(trainer: ModuleType) -> None:
 
     trainer.load_trainer = load_trainer
     trainer.TrainingArguments = _training_arguments(trainer.TrainingArguments)
-    own, ours = trainer.utils.compute_batch_nll, _batch_nll(trainer.utils.compute_batch_nll)
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == trainer.__name__ and getattr(module, "compute_batch_nll", None) is own:
-            module.compute_batch_nll = ours
+    put_in(trainer.__name__)
 
 
 # ---------------------------------------------------------------- the command

@@ -49,7 +49,7 @@ def flops(model: nn.Module, call: Call, also: frozenset[int] = frozenset()) -> f
     total += product
     if not call.backward:
         return total
-    if getattr(model, "is_gradient_checkpointing", False) and model.training:
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         total += sum(2 * tokens * count + attention for count in weights[: call.reached])
     below = trained(model.get_input_embeddings().weight)  # whether something before a layer's input is trained
     for count, mine in list(zip(weights, own))[: call.reached]:
@@ -95,18 +95,19 @@ class Tally:
         self, model: nn.Module, shape: torch.Size, *, head: int | None = None, stop: int | None = None,
         ran: int | None = None,
     ) -> None:  # fmt: skip
-        """head: rows of the head that ran (None: all); stop: layers that ran; ran: sequences, of those asked for."""
+        """head: rows of the head that ran (None: all); stop: layers that ran; ran: sequences that were
+        not known, of a reference model."""
         if not self._open:
             return
         asked, length = shape
         backward, hooked = torch.is_grad_enabled(), stop is not None
+        if ran is not None:
+            self.sequences += asked
+            self.known += asked - ran
         ran, rows = asked if ran is None else ran, asked * length if head is None else head
         if head is not None and not hooked:
             self.positions += asked * length
             self.rows += rows
-        if not model.training:
-            self.sequences += asked
-            self.known += asked - ran
         ours = Call(ran, length, rows, stop, stop, backward, head_backward=not hooked, again=head is not None)
         theirs = Call(
             asked, length, asked * length, None, stop, backward or self._without_gradients, head_backward=not hooked
