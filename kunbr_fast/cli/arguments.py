@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from kunbr_fast.cli.argument_types import (
@@ -20,7 +21,7 @@ from kunbr_fast.cli.argument_types import (
 from kunbr_fast.files.models import DTYPES
 from kunbr_fast.objectives.hidden_layers import WORDS
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.run.methods import METHODS
+from kunbr_fast.run.methods import methods
 from kunbr_fast.run.setting import NUMBERS
 from kunbr_fast.values import Bytes
 
@@ -32,7 +33,7 @@ THEMES = {
     "adversary": "adversary_every adversary_steps adversary_lrs adversary_frozen adversary_reach",
     "warm-up": "warmup_epochs warmup_objective warmup_objective_options warmup_lr warmup_optimizer "
     "warmup_master_weights",
-    "selection": "modules reduction num_blocks top_k skip_last_layers",
+    "selection": "modules statistic reduction num_blocks rule top_k threshold skip_last_layers",
     "blocks": "insertion rounds block_epochs block_lr block_hidden_coeff optimizer master_weights mask mask_ratio",
     "attack": "scoring rtt rtt_lrs rtt_attacks rtt_master_weights rtt_lora_rank rtt_lora_targets rtt_epochs "
     "rtt_batch_size rtt_target",
@@ -96,8 +97,13 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", action="store_true", help="no progress bars, no stage lines")
 
 
-def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
-    """One option for each setting of KUnBRConfig, or for `names` alone: --block-lr 1e-5."""
+def add_settings(
+    parser: argparse.ArgumentParser,
+    names: Sequence[str] | None = None,
+    called: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+) -> None:
+    """One option for each setting of KUnBRConfig, or for `names` alone: --block-lr 1e-5. called: the option of a
+    setting that has a shorter name too, or the same, and its help."""
     parser.add_argument(
         "--config",
         type=path_name,
@@ -107,20 +113,20 @@ def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] | None = 
     if names is None:
         parser.add_argument(
             "--method",
-            choices=list(METHODS),
+            choices=list(known := methods()),
             help="what a method sets; the options below win over it. "
-            + "; ".join(f"{name}: {method.text}" for name, method in METHODS.items()),
+            + "; ".join(f"{name}: {method.text}" for name, method in known.items()),
         )
     wanted = [field for field in dataclasses.fields(KUnBRConfig) if names is None or field.name in names]
     for theme in THEMES:
         fields = [field for field in wanted if THEME[field.name] == theme]
         group = parser.add_argument_group(theme) if fields else None
         for field in fields:
-            _add_setting(group, field)
+            _add_setting(group, field, *called.get(field.name, ("", field.metadata["help"])))
 
 
-def _add_setting(group: Any, field: dataclasses.Field) -> None:
-    option, text = f"--{field.name.replace('_', '-')}", field.metadata["help"]
+def _add_setting(group: Any, field: dataclasses.Field, short: str, text: str) -> None:
+    option = f"--{field.name.replace('_', '-')}"
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     kind = {"default": argparse.SUPPRESS, "dest": f"set_{field.name}"}
     if isinstance(default, dict):
@@ -139,4 +145,4 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
         kind |= {"type": words if known is None else number(known), "metavar": field.name.rpartition("_")[2].upper()}
     if default not in (None, "") and not isinstance(default, dict):
         text += f" [{' '.join(map(str, default)) or 'none' if isinstance(default, tuple) else default}]"
-    group.add_argument(option, help=text.replace("%", "%%"), **kind)
+    group.add_argument(*dict.fromkeys([short or option, option]), help=text.replace("%", "%%"), **kind)

@@ -16,12 +16,11 @@ from kunbr_fast.cli.terminal import say, show
 from kunbr_fast.data.content import check_files
 from kunbr_fast.data.overlap import facts, of_sides, settle
 from kunbr_fast.data.text import say_separator
-from kunbr_fast.density.measure import NO_SHARES, NORMS, STATISTICS, Density, knowledge_density
-from kunbr_fast.density.select import pareto_front, select_blocks
+from kunbr_fast.density.measure import NO_SHARES, Density, knowledge_density
+from kunbr_fast.density.select import pareto_front
 from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.plots import plot_density, plot_pareto
 from kunbr_fast.files.target import PICTURE, FileKind, json_with
-from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.config import KUnBRConfig
@@ -29,8 +28,8 @@ from kunbr_fast.run.samples import to_samples
 from kunbr_fast.values import SHARE
 
 SETTINGS = (
-    "target max_length separator chat_date split_long overlap equal_choices modules reduction num_blocks top_k "
-    "skip_last_layers gradient_checkpointing cache impl"
+    "target max_length separator chat_date split_long overlap equal_choices modules statistic reduction num_blocks "
+    "rule top_k threshold skip_last_layers gradient_checkpointing cache impl"
 )
 
 _FIELDS = [field.name for field in dataclasses.fields(Density)]
@@ -53,14 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path_name,
         metavar="FILE.png",
         help="bars per layer, the chosen blocks marked; slug with --retain: importance against alignment",
-    )
-    parser.add_argument(
-        "--statistic",
-        choices=STATISTICS,
-        default="grad_l1",
-        help="of each layer's gradient g: grad_l1 sum|g|, grad_mean_abs mean|g|, grad_l2sq sum g^2, grad_l2 its root, "
-        "grad_linf max|g|, fisher E g^2, fisher_ratio forget/retain, cosine of forget and retain, slug |g|/|w| "
-        "[grad_l1]",
     )
     parser.add_argument(
         "--sample-fraction",
@@ -88,7 +79,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         sets += [Shown("retain", retain, config.target)] if retain else []
         return show_samples(arguments, config, sets)
     density = _measure(config, arguments, records, retain)
-    blocks = [] if density.statistic == "cosine" else select_blocks(density, *_choice(config))
+    blocks = [] if density.statistic == "cosine" else config.select(density)
     result = density.to_dict() | {
         "normalized": None if density.statistic in NO_SHARES else density.normalized.tolist(),
         "blocks": [[block.start, block.stop] for block in blocks],
@@ -102,7 +93,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.plot and not drawn(arguments.plot, lambda: _plot(density, blocks, arguments.plot, config)):
         arguments.status = 1
     if not arguments.json:
-        _print(density, blocks, result.get("pareto_front"))
+        _print(density, blocks, result.get("pareto_front") if config.rule == "top_k" else None)
     return result
 
 
@@ -113,17 +104,15 @@ def _plot(density: Density, blocks: Sequence[range], path: str, config: KUnBRCon
         plot_density(density, blocks, path, config.skip_last_layers)
 
 
-def _choice(config: KUnBRConfig) -> tuple[int, int, int]:
-    return config.num_blocks, config.top_k, config.skip_last_layers
-
-
 def _measure(
     config: KUnBRConfig, arguments: argparse.Namespace, records: Sequence[dict], retain: Sequence[dict] | None
 ) -> Density:
+    if config.rule == "pareto" and retain is None:
+        raise ValueError("--rule pareto: what is aligned with the retain set is known with --retain R.jsonl: give it")
     model, tokenizer = open_model(arguments)
     decoder = Decoder(model)
-    if arguments.statistic != "cosine":
-        selectable_blocks(decoder.num_layers, *_choice(config))  # fails now or never
+    if config.statistic != "cosine":
+        config.selectable(decoder.num_layers)  # fails now or never
     forget = to_samples(records, tokenizer, config, decoder, "forget")
     kept = None if retain is None else to_samples(retain, tokenizer, config, decoder, "retain")
     say_separator(config.separator, records, retain or ())
@@ -131,9 +120,8 @@ def _measure(
         decoder,
         forget,
         config.modules,
-        arguments.statistic,
-        # some statistics have a reduction of their own, which only an option of the command contradicts
-        None if arguments.statistic not in NORMS and not hasattr(arguments, "set_reduction") else config.reduction,
+        config.statistic,
+        config.reduction,
         retain=kept,
         gradient_checkpointing=config.gradient_checkpointing or None,
         sample_fraction=arguments.sample_fraction,

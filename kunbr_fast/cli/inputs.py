@@ -18,7 +18,7 @@ from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.parallel.group import local_device, num_processes
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.run.methods import METHODS, settings_of
+from kunbr_fast.run.methods import methods, settings_of
 
 
 def read_config(arguments: argparse.Namespace) -> KUnBRConfig:
@@ -36,7 +36,7 @@ def read_config(arguments: argparse.Namespace) -> KUnBRConfig:
                 )
     if method:
         values["method"] = method
-        sayer(arguments)(f"{method}: {METHODS[method].text}")
+        sayer(arguments)(f"{method}: {methods()[method].text}")
     for name, value in vars(arguments).items():
         if name.startswith("set_"):
             name = name[4:]

@@ -37,6 +37,16 @@ from kunbr_fast.run.unlearn import Options, carry_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument(
+        "--unlearned", type=path_name, metavar="DIR", help="your own M_u (made by any method): no warm-up"
+    )
+    add_settings(parser)
+    add_output(parser)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """All but the settings."""
     add_model(parser)
     lines = "(default: the question lines among them)"
     text = "what to forget; each file is a fold of the RTT attack"
@@ -55,14 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "a model or a finished run in --out goes when the result is written; never one that is read"
     parser.add_argument("--overwrite", action="store_true", help=text)
-    parser.add_argument(
-        "--unlearned", type=path_name, metavar="DIR", help="your own M_u (made by any method): no warm-up"
-    )
     add_stream(parser)
     parser.add_argument("--resume", action="store_true", help="go on with the run that was interrupted in --out")
     add_show(parser)
-    add_settings(parser)
-    add_output(parser)
 
 
 def _read(arguments: argparse.Namespace, config: KUnBRConfig) -> tuple[list[Fold], list[dict], list[dict]]:
@@ -94,7 +99,11 @@ def _show(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    config, first = read_config(arguments), (arguments.group or ALONE).first
+    return run_with(read_config(arguments), arguments)
+
+
+def run_with(config: KUnBRConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    first = (arguments.group or ALONE).first
     if arguments.show:
         return _show(arguments, config)
     if first:

@@ -41,6 +41,7 @@ NO_SHARES = ("fisher_ratio", "cosine", "slug")  # no sums over weights: a layer 
 _OWN_REDUCTION = {"fisher": "sample", "fisher_ratio": "sample", "cosine": "mean", "slug": "mean"}
 _MEASURED_AS = {"grad_mean_abs": "grad_l1", "fisher": "grad_l2sq", "fisher_ratio": "grad_l2sq", "slug": "grad_l2"}
 _RETAIN = {"fisher_ratio": "needed", "cosine": "needed", "slug": "taken"}
+COMPARING = tuple(_RETAIN)  # take a retain set
 
 
 # ---------------------------------------------------------------- result
@@ -226,26 +227,33 @@ def knowledge_density(
     return dataclasses.replace(density, statistic=statistic)
 
 
+def reduction_of(statistic: str, reduction: str | None) -> str:
+    """`reduction`, or the statistic's own where that is None. ValueError where it has another one."""
+    own = _OWN_REDUCTION.get(statistic)
+    if reduction is None:
+        return own or "sample"
+    if own not in (None, reduction):
+        what = "the mean gradient" if own == "mean" else "each sample's gradient"
+        raise ValueError(f"reduction={reduction!r}: {statistic} is of {what}; leave reduction out, or set {own!r}")
+    return reduction
+
+
 def _check_settings(
     modules: str, statistic: str, reduction: str | None, retain: Any, sample_fraction: float | None
 ) -> str:
     """The reduction; ValueError for settings that are unknown or do not go together."""
-    own = _OWN_REDUCTION.get(statistic)
-    reduction = own or "sample" if reduction is None else reduction
     for name, value, known in (
         ("modules", modules, MODULES),
         ("statistic", statistic, STATISTICS),
-        ("reduction", reduction, REDUCTIONS),
+        ("reduction", reduction, (None, *REDUCTIONS)),
     ):
         if value not in known:
-            raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
-    if own not in (None, reduction):
-        what = "the mean gradient" if own == "mean" else "each sample's gradient"
-        raise ValueError(f"reduction={reduction!r}: {statistic} is of {what}; leave reduction out, or set {own!r}")
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(filter(None, known))}")
+    reduction = reduction_of(statistic, reduction)
     if retain is None and _RETAIN.get(statistic) == "needed":
         raise ValueError(f"statistic={statistic!r} compares with a retain set: give retain=samples to keep")
-    if retain is not None and statistic not in _RETAIN:
-        raise ValueError(f"statistic={statistic!r} takes no retain set (only {', '.join(_RETAIN)} do): leave it out")
+    if retain is not None and statistic not in COMPARING:
+        raise ValueError(f"statistic={statistic!r} takes no retain set (only {', '.join(COMPARING)} do): leave it out")
     if sample_fraction is not None:
         check("sample_fraction", sample_fraction, SHARE)
         if statistic not in SAMPLED_STATISTICS:

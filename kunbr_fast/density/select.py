@@ -41,6 +41,15 @@ def pareto_front(importance: Sequence[float], alignment: Sequence[float]) -> lis
     return [i for i, point in enumerate(points) if not beaten(point)]
 
 
+def check_order(statistic: str) -> None:
+    """ValueError for a statistic of which more is not more knowledge."""
+    if statistic == "cosine":
+        raise ValueError(
+            'statistic="cosine" says how alike two gradients are, not how much a layer holds: measure "slug" with a '
+            'retain set, and choose with rule="pareto"'
+        )
+
+
 def select_blocks(
     density: Density,
     num_blocks: int,
@@ -65,12 +74,8 @@ def select_blocks(
     for name, value, own in (("top_k", top_k, "top_k"), ("threshold", threshold, "threshold")):
         if (value is not None) != (rule == own):
             raise ValueError(f"{name}={value} with rule={rule!r}: rule={own!r} needs {name}, the others do not take it")
-    if density.statistic == "cosine":
-        raise ValueError(
-            'statistic="cosine" says how alike two gradients are, not how much a layer holds: measure "slug" with a '
-            'retain set, and choose with rule="pareto"'
-        )
-    free = selectable_blocks(len(density.per_layer), num_blocks, 1 if top_k is None else top_k, skip_last_layers)
+    check_order(density.statistic)
+    free = selectable_blocks(len(density.per_layer), num_blocks, top_k, skip_last_layers)
     scores = [float(density.per_layer[block.start : block.stop].sum()) for block in free]
     if rule == "top_k":
         chosen = highest(scores, top_k)

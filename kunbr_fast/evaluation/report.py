@@ -45,7 +45,8 @@ class Report:
     @property
     def method(self) -> str:
         """What made the result, for people."""
-        name = "KUnBR" if self.blocks else self.config["objective"].replace("_", " ")
+        objective = self.config.get("warmup_objective") or self.config["objective"]
+        name = "KUnBR" if self.blocks else objective.replace("_", " ")
         return name + ", adversary" * bool(self.config["adversary_every"])
 
     def row(self, method: str | None = None, model: str = "result") -> dict[str, Any]:

@@ -20,11 +20,16 @@ def check_block(block: range, num_layers: int) -> range:
     return block
 
 
-def selectable_blocks(num_layers: int, num_blocks: int, top_k: int, skip_last_layers: int = 2) -> list[range]:
-    """The blocks that `select_blocks` chooses from; ValueError where they are fewer than `top_k`."""
+def selectable_blocks(num_layers: int, num_blocks: int, top_k: int | None, skip_last_layers: int = 2) -> list[range]:
+    """The blocks that `select_blocks` chooses from; ValueError where they are fewer than `top_k`, or than one."""
     blocks = partition(num_layers, num_blocks)
     free = [block for block in blocks if block.stop <= num_layers - skip_last_layers]
-    if not 1 <= top_k <= len(free):
+    if top_k is None and not free:
+        raise ValueError(
+            f"num_blocks={num_blocks}: each of the {len(blocks)} blocks of {num_layers} layers holds one of the last "
+            f"{skip_last_layers} layers. Change num_blocks or skip_last_layers"
+        )
+    if top_k is not None and not 1 <= top_k <= len(free):
         raise ValueError(
             f"top_k={top_k}: expected 1 to {len(free)}; {num_layers} layers in {len(blocks)} blocks leave {len(free)} "
             f"that hold none of the last {skip_last_layers} layers. Change num_blocks, top_k or skip_last_layers"

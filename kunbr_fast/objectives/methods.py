@@ -113,29 +113,30 @@ def ga(rows: Rows, *, forget_loss_cap: float | None = None) -> torch.Tensor:
 
 @objective(weighted=True)
 def gradient_difference(rows: Rows, *, forget_loss_cap: float | None = None) -> torch.Tensor:
-    """`ga` with a retain term: KUnBR's own objective. arXiv 2203.12817; OpenUnlearning GradDiff."""
+    """Gradient difference: `ga` with a retain term, KUnBR's own objective. arXiv 2203.12817; OpenUnlearning
+    GradDiff."""
     return ga(rows, forget_loss_cap=forget_loss_cap)
 
 
 @objective(original="nll")
 def npo(rows: Rows, *, beta: AboveZero = 0.1) -> torch.Tensor:
-    """Negative preference optimisation: mean over samples of -2/beta log sigmoid(-beta (log pi - log pi_ref)), where
-    log pi is a sum over the sample's labelled tokens. arXiv 2404.05868; OpenUnlearning NPO."""
+    """Negative preference optimisation (NPO): mean over samples of -2/beta log sigmoid(-beta (log pi - log pi_ref)),
+    where log pi is a sum over the sample's labelled tokens. arXiv 2404.05868; OpenUnlearning NPO."""
     ratio = rows.forget.sum(rows.forget.original_nll - rows.forget.nll)
     return -2 / beta * F.logsigmoid(-beta * ratio).mean()
 
 
 @objective(original="nll")
 def npo_token(rows: Rows, *, beta: AboveZero = 0.1) -> torch.Tensor:
-    """`npo` for each labelled token by itself (TNPO): house mean of -2/beta log sigmoid(-beta (log p - log p_ref)).
-    arXiv 2502.19301."""
+    """Token-wise negative preference optimisation (TNPO): `npo` for each labelled token by itself, house mean of
+    -2/beta log sigmoid(-beta (log p - log p_ref)). arXiv 2502.19301."""
     ratio = rows.forget.original_nll - rows.forget.nll
     return rows.forget.mean(-2 / beta * F.logsigmoid(-beta * ratio)).mean()
 
 
 @objective(original="nll", alternate="given")
 def dpo(rows: Rows, *, beta: AboveZero = 0.1) -> torch.Tensor:
-    """Direct preference optimisation, the alternate preferred to the forget answer: mean over samples of
+    """Direct preference optimisation: the alternate preferred to the forget answer, mean over samples of
     -2/beta log sigmoid(beta (log pi/pi_ref of the alternate - log pi/pi_ref of the answer)), sums over labelled tokens.
     arXiv 2305.18290, with the factor 2/beta of NPO; OpenUnlearning DPO (QAwithAlternateDataset)."""
     wins = rows.alternate.sum(rows.alternate.original_nll - rows.alternate.nll)
@@ -145,15 +146,15 @@ def dpo(rows: Rows, *, beta: AboveZero = 0.1) -> torch.Tensor:
 
 @objective(original="nll", alternate="refusal")
 def idk_dpo(rows: Rows, *, beta: AboveZero = 0.1) -> torch.Tensor:
-    """`dpo` whose alternate is a refusal ("I do not know."). arXiv 2404.05868; OpenUnlearning DPO
-    (QAwithIdkDataset)."""
+    """Direct preference optimisation on refusals: `dpo` whose alternate is a refusal ("I do not know.").
+    arXiv 2404.05868; OpenUnlearning DPO (QAwithIdkDataset)."""
     return dpo(rows, beta=beta)
 
 
 @objective()
 def simnpo(rows: Rows, *, beta: AboveZero = 4.5, delta: float = 0.0) -> torch.Tensor:
-    """NPO without a reference, by mean NLL: mean over samples of -2/beta log sigmoid(beta (mean NLL - delta)). The
-    paper's gamma is beta * delta. arXiv 2410.07163; OpenUnlearning SimNPO."""
+    """SimNPO: NPO without a reference, by mean NLL, mean over samples of -2/beta log sigmoid(beta (mean NLL - delta)).
+    The paper's gamma is beta * delta. arXiv 2410.07163; OpenUnlearning SimNPO."""
     nll = rows.forget.mean(rows.forget.nll)
     return -2 / beta * F.logsigmoid(beta * (nll - delta)).mean()
 
@@ -168,7 +169,7 @@ def wga(rows: Rows, *, beta: float = 1.0) -> torch.Tensor:
 
 @objective()
 def satimp(rows: Rows, *, beta1: float = 5.0, beta2: float = 1.0) -> torch.Tensor:
-    """Saturation and importance: -house mean of p^beta1 (1 - p)^beta2 NLL, the weight without gradient.
+    """Saturation and importance (SatImp): -house mean of p^beta1 (1 - p)^beta2 NLL, the weight without gradient.
     arXiv 2505.11953; OpenUnlearning SatImp."""
     nll = rows.forget.nll
     p = (-nll.detach()).exp()
@@ -198,26 +199,26 @@ def _flat(
 
 @objective(alternate="refusal")
 def flat_kl(rows: Rows) -> torch.Tensor:
-    """`_flat` by the KL divergence: g(P) = P, f*(u) = exp(u - 1). arXiv 2410.11143."""
+    """FLAT by the KL divergence: `_flat` with g(P) = P, f*(u) = exp(u - 1). arXiv 2410.11143."""
     return _flat(rows, lambda p: p, lambda p: (p - 1).exp())
 
 
 @objective(alternate="refusal")
 def flat_tv(rows: Rows) -> torch.Tensor:
-    """`_flat` by total variation: g(P) = tanh(P) / 2, f*(u) = u. arXiv 2410.11143."""
+    """FLAT by total variation: `_flat` with g(P) = tanh(P) / 2, f*(u) = u. arXiv 2410.11143."""
     return _flat(rows, lambda p: p.tanh() / 2, lambda p: p.tanh() / 2)
 
 
 @objective(alternate="refusal")
 def flat_js(rows: Rows) -> torch.Tensor:
-    """`_flat` by the Jensen-Shannon divergence: g(P) = log 2 - log(1 + exp(-P)), f*(u) = -log(2 - exp(u)).
-    arXiv 2410.11143."""
+    """FLAT by the Jensen-Shannon divergence: `_flat` with g(P) = log 2 - log(1 + exp(-P)),
+    f*(u) = -log(2 - exp(u)). arXiv 2410.11143."""
     return _flat(rows, lambda p: math.log(2) - F.softplus(-p), lambda p: p + F.softplus(-p) - math.log(2))
 
 
 @objective(alternate="refusal")
 def flat_pearson(rows: Rows) -> torch.Tensor:
-    """`_flat` by the Pearson divergence: g(P) = P, f*(u) = u^2 / 4 + u. arXiv 2410.11143."""
+    """FLAT by the Pearson divergence: `_flat` with g(P) = P, f*(u) = u^2 / 4 + u. arXiv 2410.11143."""
     return _flat(rows, lambda p: p, lambda p: p**2 / 4 + p)
 
 
@@ -226,16 +227,17 @@ def flat_pearson(rows: Rows) -> torch.Tensor:
 
 @objective(original="hidden")
 def undial(rows: Rows, *, beta: float = 10.0) -> torch.Tensor:
-    """Self-distillation on adjusted logits: house mean of the cross entropy with softmax(original's logits - beta at
-    the label). arXiv 2402.10052; OpenUnlearning UNDIAL (which averages over all positions, prompt and padding too)."""
+    """Self-distillation on adjusted logits (UNDIAL): house mean of the cross entropy with softmax(original's logits -
+    beta at the label). arXiv 2402.10052; OpenUnlearning UNDIAL (which averages over all positions, prompt and padding
+    too)."""
     function = functools.partial(linear_rows.undial, beta=beta)
     return rows.forget.mean(rows.forget.each(function, original=True)).mean()
 
 
 @objective()
 def ceu(rows: Rows, *, skip_first: int = 1) -> torch.Tensor:
-    """Cross entropy unlearning: house mean of the cross entropy with the model's own distribution, the label taken out
-    of it. A sample's first `skip_first` labelled tokens are left out of the mean, but never its last one.
+    """Cross entropy unlearning (CE-U): house mean of the cross entropy with the model's own distribution, the label
+    taken out of it. A sample's first `skip_first` labelled tokens are left out of the mean, but never its last one.
     arXiv 2503.01224; OpenUnlearning CEU (ignore_first_n_answer_tokens)."""
     forget = rows.forget
     counts = (forget.place >= skip_first) | (forget.place == forget.count - 1)
@@ -251,13 +253,14 @@ def inverted_hinge(rows: Rows) -> torch.Tensor:
 
 @objective()
 def negative_entropy(rows: Rows) -> torch.Tensor:
-    """House mean of sum p log p, which is least for a uniform distribution. arXiv 2408.00761 (TAR), 2506.12484."""
+    """Negative entropy: house mean of sum p log p, which is least for a uniform distribution. arXiv 2408.00761 (TAR),
+    2506.12484."""
     return rows.forget.mean(rows.forget.each(linear_rows.negative_entropy)).mean()
 
 
 @objective()
 def logit_margin(rows: Rows) -> torch.Tensor:
-    """House mean of max(0, the label's logit - the mean logit). arXiv 2506.12484 (MUDMAN)."""
+    """Logit margin: house mean of max(0, the label's logit - the mean logit). arXiv 2506.12484 (MUDMAN)."""
     return rows.forget.mean(rows.forget.each(linear_rows.logit_margin)).mean()
 
 
@@ -267,7 +270,7 @@ def _dual_update(retain_coeff: float, retain_term: float, *, retain_loss_eps: fl
 
 @objective(update=_dual_update)
 def pdu(rows: Rows, *, retain_loss_eps: float = 0.0, dual_step_size: float = 1.0) -> torch.Tensor:
-    """Primal-dual unlearning: flatten the forget samples' logits subject to retain term <= retain_loss_eps.
+    """Primal-dual unlearning (PDU): flatten the forget samples' logits subject to retain term <= retain_loss_eps.
 
     House mean of (largest logit - mean logit)^2, plus lambda * (retain term - retain_loss_eps). lambda begins at
     retain_coeff (anew at each block) and after every step becomes
@@ -284,8 +287,8 @@ def pdu(rows: Rows, *, retain_loss_eps: float = 0.0, dual_step_size: float = 1.0
 
 @objective(states=True)
 def rmu(rows: Rows, *, layer: int | None = None, steering_coeff: float = 6.5, seed: int = 0) -> torch.Tensor:
-    """Representation misdirection: mean squared error of layer `layer`'s output to steering_coeff * u, where u is a
-    fixed random direction of length 1 (entries uniform in [0, 1), from `seed`).
+    """Representation misdirection (RMU): mean squared error of layer `layer`'s output to steering_coeff * u, where u is
+    a fixed random direction of length 1 (entries uniform in [0, 1), from `seed`).
 
     Mean over the D entries, over all tokens of a sample, over samples; so is its retain term, see `retain_states`.
     layer: a block's last one where none is given. Nothing above it runs, so there is no NLL to report.

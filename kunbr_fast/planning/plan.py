@@ -203,7 +203,12 @@ def _assumed(setup: Setup, config: KUnBRConfig, data: Data) -> list[str]:
     found.append(f"{ARITHMETIC:.0%} of the peak arithmetic, {TRAFFIC:.0%} of the memory's rate, {BUS:.0%} of the bus'")
     found.append(f"{setup.gpu}: {setup.machine.source}")
     if config.top_k:
-        found.append(f"any {config.top_k} of the blocks: each counts with its chance to be chosen")
+        some = f"any {config.top_k} of the blocks: each counts with its chance to be chosen"
+        found.append(
+            some
+            if config.rule == "top_k"
+            else f"all blocks are trained: how many {config.rule} chooses, the density says"
+        )
     if setup.cpu:
         found.append("freed memory goes back (MALLOC_MMAP_THRESHOLD_=262144): glibc keeps up to a third more by itself")
     else:

@@ -12,9 +12,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from kunbr_fast.data.schedule import Schedule
+from kunbr_fast.density.measure import COMPARING
 from kunbr_fast.evaluation.attacks import ATTACKS, Kind
 from kunbr_fast.evaluation.rtt import RTTConfig
-from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.parallel.assign import SHARING_COSTS, spread_blocks
 from kunbr_fast.planning.context import Stage, Taken
 from kunbr_fast.planning.costs import Batch, Step, batches, forward_extra, forward_flops
@@ -38,10 +38,9 @@ class Run(Trainings):
             found.append(self.stage("warm-up", self.warm_up()))
         found.append(self.density())
         config = self.config
-        how = config.num_blocks, config.top_k, config.skip_last_layers
-        blocks = selectable_blocks(self.a.layers, *how) if config.top_k else []
+        blocks = config.selectable(self.a.layers)
         for block in blocks:
-            chance = config.top_k / len(blocks)
+            chance = config.top_k / len(blocks) if config.rule == "top_k" else 1.0
             stage = self.stage(f"re-insertion {block.start}-{block.stop - 1}", self.block(block, chance))
             found.append(dataclasses.replace(stage, runs=config.rounds * chance))
         found += [self.attack()] if self.data.folds else []
@@ -99,7 +98,9 @@ class Run(Trainings):
 
     def density(self) -> Stage:
         a, config, cpu = self.a, self.config, self.setup.cpu
-        found = self.once("density batches", lambda: list(batches(self.data.forget, DENSITY_TOKENS)))
+        sets = [self.data.forget, *[self.data.retain] * (config.statistic in COMPARING)]
+        parts = self.once("density batches", lambda: [list(batches(data, DENSITY_TOKENS)) for data in sets])
+        found = [batch for part in parts for batch in part]
         step = dict(block=None, torch=cpu, fused=False, taps=True, rows_last=False, recompute=self.recompute)
         work, traffic, host = Work(), Traffic(), 0
         if self.setup.stream:
@@ -110,15 +111,18 @@ class Run(Trainings):
                 ),
             )
             count = self.streamed(0, a.layers)
-            work, traffic = self.read(one_pass(count) + self.stays, anew=count + self.stays)  # all from the files once
-            waiting = a.layers * a.hidden * a.itemsize * sum(part.tokens for part in found)
+            # all from the files once; of each set a pass, and slug looks at the weights themselves
+            loads = len(sets) * one_pass(count) + count * (config.statistic == "slug")
+            work, traffic = self.read(loads + self.stays, anew=count + self.stays)
+            waiting = a.layers * a.hidden * a.itemsize * max(sum(batch.tokens for batch in part) for part in parts)
             here, host = self.placed(waiting)
-            work += self.moved(2 * waiting, 3 * waiting)
+            work += self.moved(2 * len(sets) * waiting, 3 * len(sets) * waiting)
             peak = peak | {"activations": peak["activations"] + here}
         else:
             peak = dict(self.once("density", lambda: self.pass_memory(found, **step)))
         if config.reduction == "mean":
-            peak = peak | {"gradient": peak["gradient"] + 4 * a.layers * 3 * a.hidden * a.intermediate}
+            held = 1 + (len(sets) > 1 and len(parts[-1]) > 1)  # the mean gradients of the sets
+            peak = peak | {"gradient": peak["gradient"] + 4 * held * a.layers * 3 * a.hidden * a.intermediate}
         flops = self.once("density flops", lambda: sum(Step(a, batch, **step).flops() for batch in found))
         work += Work(flops, 2 * len(found) * a.layers * self.layer)
         kept = a.layers * self.layer * self.setup.stream

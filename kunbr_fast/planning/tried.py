@@ -100,7 +100,7 @@ def choices(run: Run) -> list[dict[str, Any]]:
     options = {
         "gradient_checkpointing": (False, True)[setup.stream :],  # a streamed step keeps nothing but inputs anyway
         "cache": ("host", "file") if setup.cpu else ("device", "host", "file"),
-        "optimizer_device": ("device",) if setup.cpu else ("device", "host"),
+        "optimizer_device": ("device",) if setup.cpu or not run.config.top_k else ("device", "host"),
         "micro_batch_tokens": (None, 1024, 256),
     }
     # an adversary of a warm-up in parts would be a second model

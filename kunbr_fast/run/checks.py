@@ -15,7 +15,6 @@ from kunbr_fast.data.text import say_separator
 from kunbr_fast.evaluation.rtt import Attack
 from kunbr_fast.files.models import check_same_architecture
 from kunbr_fast.kernels.dispatch import resolve
-from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.fingerprint import model_fingerprint
 from kunbr_fast.model.weights import weights_of
@@ -28,6 +27,7 @@ from kunbr_fast.run.identity import check_record, run_identity
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.samples import Samples, overlap, to_samples, with_facts
 from kunbr_fast.run.state import RunState
+from kunbr_fast.run.validity import without_effect
 from kunbr_fast.training.settings import Execution, check_master_weights
 from kunbr_fast.training.sharded import NO_ADVERSARY
 
@@ -43,6 +43,8 @@ def prepare(
             "top_k=0 trains no block, and with an unlearned model (unlearned=, --unlearned) there is no warm-up: "
             "nothing would be trained. Leave one of them out"
         )
+    if idle := without_effect(config):
+        context.reporter.say(f"{', '.join(idle)}: no effect, no block is trained (top_k=0)")
     _check_streamed(inputs, config, context.group)
     decoder = Decoder(model)
     check_sharding(decoder, config, context, unlearned is None, config.rtt and bool(inputs.folds))
@@ -128,7 +130,7 @@ def _check_settings(decoder: Decoder, config: KUnBRConfig, execution: Execution,
     """What the run will minimise, on each block that may be chosen and in the warm-up."""
     for operation in ("grad_density", config.warmup_optimizer):
         resolve(operation, config.impl, decoder.device)
-    for block in _blocks(decoder, config):
+    for block in config.selectable(decoder.num_layers):
         execution.check(decoder, block, config.optimizer)
         config.block_settings().check_reach(decoder.streamed, execution.cover_precision)
     for name, used in (("master_weights", config.top_k > 0), ("warmup_master_weights", warm_up)):
@@ -136,13 +138,8 @@ def _check_settings(decoder: Decoder, config: KUnBRConfig, execution: Execution,
     return _criteria(decoder, config, warm_up)
 
 
-def _blocks(decoder: Decoder, config: KUnBRConfig) -> list[range]:
-    how = config.num_blocks, config.top_k, config.skip_last_layers
-    return selectable_blocks(decoder.num_layers, *how) if config.top_k else []
-
-
 def _criteria(decoder: Decoder, config: KUnBRConfig, warm_up: bool) -> list[Criterion]:
-    blocks = _blocks(decoder, config)
+    blocks = config.selectable(decoder.num_layers)
     criteria = [config.criterion(block) for block in blocks]
     for block, criterion in zip(blocks, criteria):
         criterion.fit(decoder.num_layers, block)

@@ -15,7 +15,8 @@ from kunbr_fast.data import TARGETS, TextSettings
 from kunbr_fast.data.adversary import AdversarySettings
 from kunbr_fast.data.content import ALLOWANCES
 from kunbr_fast.density import attribution
-from kunbr_fast.density.measure import REDUCTIONS
+from kunbr_fast.density.measure import REDUCTIONS, STATISTICS, Density
+from kunbr_fast.density.select import RULES, check_order, select_blocks
 from kunbr_fast.density.watch import MODULES
 from kunbr_fast.evaluation.accuracy import SCORINGS
 from kunbr_fast.evaluation.attacks import ATTACKS
@@ -28,6 +29,7 @@ from kunbr_fast.files.target import signed
 from kunbr_fast.kernels.dispatch import IMPLEMENTATIONS
 from kunbr_fast.keywords import nearest
 from kunbr_fast.memory import STORAGES, Place
+from kunbr_fast.model.blocks import selectable_blocks
 from kunbr_fast.model.low_precision import COVER_PRECISIONS
 from kunbr_fast.model.sample_rows import CACHE_DTYPES
 from kunbr_fast.objectives.criterion import EVERY_LAYER, Criterion
@@ -38,7 +40,7 @@ from kunbr_fast.parallel.sharded import SHARDING
 from kunbr_fast.run.log import LOGS
 from kunbr_fast.run.methods import settings_of
 from kunbr_fast.run.setting import ADVERSARY, refuse_old, setting
-from kunbr_fast.run.validity import check_each, check_together
+from kunbr_fast.run.validity import check_blocks_used, check_each, check_together
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
 from kunbr_fast.training.settings import (
     INSERTIONS,
@@ -141,12 +143,34 @@ class KUnBRConfig:
     warmup_master_weights: str = setting("none", "as master_weights, of all parameters", "warmup", MASTER_WEIGHTS)
 
     modules: str = setting("mlp", "whose gradients make the density: mlp, attention, norms or all", "density", MODULES)
-    reduction: str = setting(
-        "sample", "sample: mean over samples of each one's norm; mean: norm of the mean gradient", "density", REDUCTIONS
+    statistic: str = setting(
+        "grad_l1",
+        "of each layer's gradient g: grad_l1 sum|g|, grad_mean_abs mean|g|, grad_l2sq sum g^2, grad_l2 its root, "
+        "grad_linf max|g|, fisher E g^2, fisher_ratio forget/retain, cosine of forget and retain (chooses no blocks), "
+        "slug |g|/|w|",
+        "density",
+        STATISTICS,
+    )
+    reduction: str | None = setting(
+        None,
+        "sample: mean over samples of each one's norm; mean: norm of the mean gradient (default: the statistic's own, "
+        "else sample)",
+        "density",
+        REDUCTIONS,
     )
     num_blocks: int = setting(8, "blocks of floor(layers / num_blocks) layers", "selection")
     top_k: int = setting(
         6, "how many of the densest blocks are trained (0: none, the warm-up's result is the model)", "selection"
+    )
+    rule: str = setting(
+        "top_k",
+        "which blocks: top_k, the densest; threshold, all that are denser; pareto, of slug, the front of much density "
+        "and little alignment with the retain set",
+        "selection",
+        RULES,
+    )
+    threshold: float | None = setting(
+        None, "of rule threshold: what a block's density, the sum of its layers' values, is above", "selection"
     )
     skip_last_layers: int = setting(2, "blocks that hold one of the last so many layers are not chosen", "selection")
 
@@ -260,6 +284,24 @@ class KUnBRConfig:
         check_each(self)
         check_together(self)
 
+    @property
+    def _wanted(self) -> int | None:
+        """How many blocks are chosen; None where the density says it."""
+        return self.top_k if self.rule == "top_k" else None
+
+    def selectable(self, num_layers: int) -> list[range]:
+        """The blocks that may be chosen, where any are to be. ValueError where they are too few, and for a statistic
+        that chooses none."""
+        if self.top_k == 0:
+            return []
+        check_order(self.statistic)
+        return selectable_blocks(num_layers, self.num_blocks, self._wanted, self.skip_last_layers)
+
+    def select(self, density: Density) -> list[range]:
+        """The blocks that are trained."""
+        how = {"rule": self.rule, "threshold": self.threshold}
+        return select_blocks(density, self.num_blocks, self._wanted, self.skip_last_layers, **how) if self.top_k else []
+
     def criterion(self, block: range | None = None, warmup: bool = False) -> Criterion:
         """What the steps on `block` minimise, or those of the warm-up (block None: all layers are trained)."""
         objective, options = self.objective, self.objective_options
@@ -323,9 +365,10 @@ class KUnBRConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "config") -> KUnBRConfig:
+    def from_dict(cls, values: dict[str, Any], where: str = "config", of_a_run: bool = False) -> KUnBRConfig:
         """Refuses a key that does not exist, with the nearest one that does. `method` names a method (`run.methods`),
-        whose settings the others win over."""
+        whose settings the others win over. Without blocks what is for these alone is refused too, but in the record
+        of_a_run, which Python may have begun so."""
         known = [field.name for field in dataclasses.fields(cls)]
         # earlier versions wrote it into every run.yaml; "auto" is what stands for it now
         values = {key: value for key, value in values.items() if (key, value) != ("activations", "auto")}
@@ -335,7 +378,10 @@ class KUnBRConfig:
                 refuse_old(str(key), f"{where}: ")
                 raise ValueError(f"{where}: unknown setting {shown(key)}{nearest(key, [*known, 'method'])}")
         try:
-            return cls(**({} if method is None else settings_of(method)) | values)
+            found = cls(**({} if method is None else settings_of(method, values)) | values)
+            if not of_a_run:
+                check_blocks_used(found)
+            return found
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 

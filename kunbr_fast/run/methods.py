@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from kunbr_fast.files.shown import shown
 from kunbr_fast.keywords import nearest
+from kunbr_fast.objectives.methods import OBJECTIVES, Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,7 @@ _ROBUST = {
     "rtt_attacks": ("all",),
 }
 _MEASURED = "measured on small models alone (docs/evidence.md)"
-METHODS = {
+NAMED = {
     "kunbr": Method(
         "KUnBR as published (arXiv 2511.11667): warm-up, then re-insertion of the densest blocks, each by itself",
         {**_PLAIN, "num_blocks": 8, "top_k": 6, "insertion": "independent", "optimizer": "lion"},
@@ -45,16 +49,33 @@ METHODS = {
         f"the same, then re-insertion of half of the layers under an adversary of the block; {_MEASURED}",
         {**_ROBUST, "num_blocks": 2, "top_k": 1, "block_hidden_coeff": 0.5, "optimizer": "lion"},
     ),
-    "gradient_difference": Method(
-        "gradient difference on all parameters, without blocks: the baseline to compare with",
-        {**_PLAIN, "warmup_optimizer": "lion", "top_k": 0},
-    ),
 }
 
 
-def settings_of(name: Any) -> dict[str, Any]:
-    """What the method sets. ValueError for one that does not exist."""
-    if not isinstance(name, str) or name not in METHODS:
-        near = nearest(name, METHODS) if isinstance(name, str) else ""
-        raise ValueError(f"method={shown(name)}{near}: expected one of {', '.join(METHODS)}")
-    return dict(METHODS[name].settings)
+def called(objective: Objective) -> str:
+    """An objective's name and source, with which its function's docstring begins."""
+    doc = " ".join((inspect.getdoc(objective.function) or objective.name).split())
+    sources = re.findall(r"arXiv \d{4}\.\d{5}", doc)
+    return ", ".join([doc.partition(":")[0].replace("`", ""), *sources[:1]])
+
+
+def _alone(objective: Objective) -> Method:
+    text = f"{called(objective)}, on all parameters"
+    return Method(text, {**_PLAIN, "objective": objective.name, "warmup_optimizer": "lion", "top_k": 0})
+
+
+def methods() -> dict[str, Method]:
+    """All methods: those above, and each objective alone, your own ones too."""
+    return NAMED | {name: _alone(objective) for name, objective in OBJECTIVES.items()}
+
+
+def settings_of(name: Any, beside: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """What the method sets, for a run with the settings `beside`. ValueError for one that does not exist."""
+    known = methods()
+    if not isinstance(name, str) or name not in known:
+        near = nearest(name, known) if isinstance(name, str) else ""
+        raise ValueError(f"method={shown(name)}{near}: expected one of {', '.join(known)}")
+    found = dict(known[name].settings)
+    if beside.get("rule", "top_k") != "top_k" and found.get("top_k"):
+        del found["top_k"]  # which that rule does not take
+    return found

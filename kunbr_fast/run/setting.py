@@ -41,6 +41,7 @@ NUMBERS = {
     **dict.fromkeys("top_k skip_last_layers resident_layers".split(), Whole(0, LAYERS.most)),
     "rounds": Whole(1, VISITS),
     **dict.fromkeys("warmup_lr block_lr weight_decay retain_coeff".split(), NOT_NEGATIVE),
+    "threshold": NOT_NEGATIVE,
     **dict.fromkeys("forget_loss_cap max_retain_loss hidden_coeff block_hidden_coeff".split(), ABOVE_ZERO),
     "mask_ratio": SHARE,
     "retain_layers": Whole(0, LAYERS.most),

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from kunbr_fast.density.measure import Density, knowledge_density
-from kunbr_fast.density.select import select_blocks
+from kunbr_fast.density.measure import COMPARING, Density, knowledge_density
 from kunbr_fast.evaluation.accuracy import measure_all, prepare_questions
 from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.evaluation.report import Report
@@ -51,11 +50,13 @@ class Stages(Run):
     def all(self) -> Report:
         accuracy = {"original": self.evaluate("original")}
         self.measure_original()
+        # a threshold may leave no block: that is known before the hours of the warm-up
+        blocks = self.select(self.density()) if self.config.rule == "threshold" else None
         self.warm_up()
         if any(self.inputs.questions.values()):
             accuracy["unlearned"] = self.state.result(WARMUP)["accuracy"]
         density = self.density()
-        blocks = self.select(density)
+        blocks = self.select(density) if blocks is None else blocks
         self.measure_original(blocks)
         trained = self.reinsert(blocks)
         self.original = OriginalValues({})  # no training reads it any more
@@ -216,7 +217,7 @@ class Stages(Run):
 
     def _warm_up(self) -> None:
         name = self.config.criterion(warmup=True).objective.name.replace("_", " ")
-        says = f"warm-up: {name} on all parameters, {self.config.warmup_epochs} epochs"
+        says = "warm-up: " * bool(self.config.top_k) + f"{name} on all parameters, {self.config.warmup_epochs} epochs"
         with self.changing_original() as original:
             with self.reporter.stage(WARMUP, says) as took, self.full_training(original) as training:
                 result = self.train(WARMUP, training, self.feed_of(training), self.schedule_of(None), took)
@@ -230,13 +231,18 @@ class Stages(Run):
     def density(self) -> Density:
         if (found := self.state.result(DENSITY)) is not None:
             return self._recorded(Density.from_dict(found["density"], f"{plain(self.state.path)}: density"))
-        says = f"knowledge density of {self.decoder.num_layers} layers over {len(self.samples.forget)} forget samples"
+        samples = f"{len(self.samples.forget)} forget samples"
+        if self.config.statistic in COMPARING:
+            samples += f" and {len(self.samples.retain)} retain samples"
+        says = f"knowledge density of {self.decoder.num_layers} layers over {samples}"
         with self.reporter.stage(DENSITY, says) as took:
             density = knowledge_density(
                 self.decoder,
                 self.samples.forget,
                 self.config.modules,
-                reduction=self.config.reduction,
+                self.config.statistic,
+                self.config.reduction,
+                retain=self.samples.retain if self.config.statistic in COMPARING else None,
                 gradient_checkpointing=self.config.gradient_checkpointing or None,
                 activations=self.config.cache,
                 directory=self.work,
@@ -256,9 +262,7 @@ class Stages(Run):
         return density
 
     def select(self, density: Density) -> list[range]:
-        config = self.config
-        how = config.num_blocks, config.top_k, config.skip_last_layers
-        blocks = select_blocks(density, *how) if config.top_k else []
+        blocks = self.config.select(density)
         chosen = [[block.start, block.stop] for block in blocks]
         if (found := self.state.result(SELECTION)) is None:
             self.state.finish(SELECTION, {"blocks": chosen})
@@ -402,7 +406,8 @@ class Stages(Run):
     def _check_forward(self) -> None:
         """`Diverged` where the result, each of whose blocks was finite inside the original, is not in use."""
         config, samples = self.config, self.samples
-        epochs = config.warmup_epochs + config.rounds * config.top_k * config.block_epochs
+        blocks = config.top_k if config.rule == "top_k" else len(self.state.result(SELECTION)["blocks"])
+        epochs = config.warmup_epochs + config.rounds * blocks * config.block_epochs
         named = tried({"forget": samples.forget, "retain": samples.retain}, epochs * len(samples.forget))
         found = overflowing(self.decoder, named, Place(self.config.cache, self.work))
         found = next((what for what in self.group.gather(found) if what is not None), None)

@@ -65,6 +65,8 @@ class Result(TypedDict, total=False):
     gradient_cosine: float
     cache_error: dict[str, float]
     unlearned_given: bool
+    max_steps: Annotated[int, Meta(ge=1, le=10**12)]  # that the stages share
+    ends: dict[str, Annotated[int, Meta(ge=1, le=10**12)]]  # of stages that were ended early, by their numbers
 
 
 class Sums(TypedDict):
@@ -117,7 +119,7 @@ def check_state(state: Mapping[str, Any], path: Path) -> None:
             f"{path}: format {shown(found)}, this version reads {FORMAT}: start again in another directory"
         )
     checked(state, State, plain(path))
-    KUnBRConfig.from_dict(state["config"], f"{plain(path)}: config")
+    KUnBRConfig.from_dict(state["config"], f"{plain(path)}: config", of_a_run=True)
     for stage, result in state["stages"].items():
         _check_stage(stage, path)
         _check_name(result, stage, None, path)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, get_args, get_type_hints
 
 from kunbr_fast.density import attribution
+from kunbr_fast.density.measure import reduction_of
 from kunbr_fast.files.shown import shown
 from kunbr_fast.run.setting import CHOSEN, NUMBERS, OF_SOME_ATTACKS, RATES, VISITS, counts_for, refuse_old
 from kunbr_fast.training.settings import check_rates, check_unused
@@ -23,8 +24,9 @@ def check_each(config: Any) -> None:
         value = _coerced(field.name, getattr(config, field.name), hints[field.name])
         setattr(config, field.name, value)
         choices = field.metadata["choices"]
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise ValueError(f"{field.name}={shown(value)}: expected one of {', '.join(choices)}")
+    config.reduction = reduction_of(config.statistic, config.reduction)
 
 
 def _coerced(name: str, value: Any, hint: Any) -> Any:
@@ -48,11 +50,7 @@ def _coerced(name: str, value: Any, hint: Any) -> Any:
 
 def check_together(config: Any) -> None:
     """ValueError for settings, each checked, that do not go together, or of which one has no effect."""
-    if config.rounds * config.top_k > VISITS:
-        raise ValueError(
-            f"rounds={config.rounds}, top_k={config.top_k}: expected at most {VISITS} visits of blocks in all, each "
-            "of which has a data order of its own"
-        )
+    _check_selection(config)
     config.text()  # which looks at the day
     check_rates(config.warmup_lr, config.weight_decay, config.warmup_optimizer, name="warmup_lr")
     check_rates(config.block_lr, config.weight_decay, config.optimizer, name="block_lr")
@@ -67,6 +65,60 @@ def check_together(config: Any) -> None:
     config.block_settings().check_reach(False, config.cover_precision)
     _check_objectives(config)
     _check_used(config)
+
+
+def _check_selection(config: Any) -> None:
+    rule, threshold = config.rule, config.threshold
+    if (threshold is not None) != (rule == "threshold"):
+        cure = "give threshold too (`kunbr-fast density` shows the layers' values)" if threshold is None else "take "
+        cure += "" if threshold is None else "rule='threshold', or leave it out"
+        raise ValueError(f"threshold={threshold}, rule={rule!r}: {cure}")
+    if rule == "pareto" and config.statistic != "slug":
+        raise ValueError(
+            f"rule='pareto', statistic={config.statistic!r}: the front is of slug's importance and alignment: take "
+            "statistic='slug', or another rule"
+        )
+    if rule != "top_k" and config.top_k not in (0, type(config).top_k):
+        raise ValueError(
+            f"top_k={config.top_k}, rule={rule!r}: the density says how many blocks there are: leave one of them out"
+        )
+    number, most = ("top_k", config.top_k) if rule == "top_k" else ("num_blocks", config.num_blocks + 1)
+    if config.rounds * most > VISITS:
+        raise ValueError(
+            f"rounds={config.rounds}, {number}={getattr(config, number)}: expected at most {VISITS} visits of blocks "
+            "in all, each of which has a data order of its own"
+        )
+
+
+OF_HIDDEN_LAYERS_TOO = ("cache_dtype", "cache_bytes")  # where the original's hidden states lie
+
+
+def names_of_blocks(config: Any, hidden_layers: bool = False) -> list[str]:
+    """The settings, of a `KUnBRConfig` or its type, that have no effect without blocks; hidden_layers: of a run with
+    that retain loss."""
+    fields = dataclasses.fields(config)
+    names = {field.name for field in fields if field.metadata["stage"] in ("selection", "blocks")}
+    names |= {"optimizer_device", "cuda_graphs", "parallel", "cache_bytes"}
+    names -= {"top_k", *(OF_HIDDEN_LAYERS_TOO if hidden_layers else ())}
+    return [field.name for field in fields if field.name in names]
+
+
+def without_effect(config: Any) -> list[str]:
+    """Those of them, of a run without blocks, that are not at their defaults."""
+    names = names_of_blocks(config, config.retain_loss == "hidden_layers") if config.top_k == 0 else []
+    return [name for name in names if getattr(config, name) != getattr(type(config), name)]
+
+
+def check_blocks_used(config: Any) -> None:
+    """ValueError for a setting of blocks where none is trained."""
+    for name in without_effect(config):
+        value = shown(getattr(config, name))
+        raise ValueError(f"{name}={value}: no block is trained (top_k=0): leave it out, or take a top_k above 0")
+    if config.top_k == 0 and config.warmup_objective is not None:
+        raise ValueError(
+            f"warmup_objective={shown(config.warmup_objective)}: no block is trained (top_k=0), so objective is of the "
+            "warm-up: set that alone"
+        )
 
 
 def _check_objectives(config: Any) -> None:

@@ -81,7 +81,7 @@ def test_a_finished_run_is_neither_overwritten_nor_resumed(workspace, tmp_path, 
 
 
 def test_attacks_that_a_finished_run_has_not_made_are_named(workspace, tmp_path, capsys):
-    command = unlearn(workspace, tmp_path / "out", "--top-k", "0", "--rtt-attacks")
+    command = unlearn(workspace, tmp_path / "out", "--warmup-epochs", "0", "--rtt-attacks")
     assert cli.main([*command, "int8", "nf4"]) == 0
     capsys.readouterr()
     assert cli.main([*command, "int8", "--resume"]) == 0

@@ -18,12 +18,13 @@ pytest.importorskip("accelerate")
 import transformers as tf
 from safetensors.torch import load_file
 from tiny_models import random_samples, tiny_model
-from trainer_runner import CONFIG, STEPS, data, trainer
+from trainer_runner import ARGUMENTS, CONFIG, STEPS, data, trainer
+from transformers import TrainingArguments
 
 import kunbr_fast as kf
 from kunbr_fast.files import readback
 from kunbr_fast.files.models import load_model
-from kunbr_fast.integrations import driven_stages, hf_trainer
+from kunbr_fast.integrations import driven_stages, hf_trainer, trainer_checkpoints
 from kunbr_fast.model import patch
 from kunbr_fast.run.folder import CheckpointFolder
 
@@ -192,9 +193,40 @@ def test_objectives(config, tmp_path):
         equal(weights(again.model), weights(run.model))
 
 
+WITHOUT_BLOCKS = {name: CONFIG[name] for name in ("warmup_lr", "warmup_epochs", "retain_batch_size", "max_retain_loss")}
+
+
+@pytest.mark.parametrize("method", ["npo", "rmu"])
+def test_an_objective_alone_by_its_name(method, tmp_path):
+    config = {"method": method, **WITHOUT_BLOCKS, "warmup_epochs": 1}
+    config |= {"objective_options": {"layer": 2}} if method == "rmu" else {}
+    model = tiny_model()
+    settings = kf.KUnBRConfig.from_dict(config | {"batch_size": 4})
+    assert kf.unlearn(model, *data(), settings, progress=False).method == method
+    forget, retain = data()
+    arguments = TrainingArguments(output_dir=str(tmp_path), **ARGUMENTS)
+    run = hf_trainer.KUnBRTrainer(tiny_model(), arguments, config=config, forget_dataset=forget, retain_dataset=retain)
+    run.train()
+    close(weights(run.model), weights(model))
+
+
+def test_a_rule_that_does_not_say_how_many_blocks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="rule='pareto': .* number of steps .* take rule='top_k', or kf.unlearn"):
+        trainer(tmp_path, config={"rule": "pareto", "statistic": "slug", "top_k": 6})
+
+
+def test_another_statistic_chooses_the_blocks(tmp_path):
+    config = {"statistic": "slug", "top_k": 1, "warmup_epochs": 1, "block_epochs": 1}
+    truth = kf.knowledge_density(tiny_model(), data()[0], statistic="slug", retain=data()[1])
+    run = trainer(tmp_path, config=config)
+    run.train()
+    torch.testing.assert_close(run.density.per_layer, truth.per_layer)
+    assert run.blocks == kf.select_blocks(truth, 3, 1, 1)
+
+
 def test_a_run_without_blocks(tmp_path):
     """The warm-up alone, with what `robust` sets: all parameters, an adversary, hidden layers kept."""
-    config = {"method": "robust", **CONFIG, "top_k": 0, "adversary_every": 2, "adversary_lrs": (1e-3, 2e-3)}
+    config = {"method": "robust", **WITHOUT_BLOCKS, "adversary_every": 2, "adversary_lrs": (1e-3, 2e-3)}
     config = kf.KUnBRConfig.from_dict(config | {"batch_size": 4, "rtt": False}).to_dict()
     model = tiny_model()
     report = kf.unlearn(model, *data(), kf.KUnBRConfig(**config), progress=False)
@@ -209,14 +241,16 @@ def test_a_run_without_blocks(tmp_path):
 
 def test_clipping_and_the_schedule_of_the_learning_rate(tmp_path):
     """Of each stage by itself; both have their effect."""
-    arguments = {"lr_scheduler_type": "linear", "warmup_steps": 2, "max_grad_norm": 1e-3}
+    arguments = {"lr_scheduler_type": "linear", "warmup_steps": 5, "max_grad_norm": 1e-3}
     run = trainer(tmp_path, arguments=arguments, config={"optimizer": "adamw", "warmup_epochs": 1})
     run.train()
     logs = [row for row in run.state.log_history if "loss" in row]
     rates = [[row["learning_rate"] for row in logs if row["stage"] == stage] for stage in range(3)]
     assert [len(r) for r in rates] == [3, 6, 6]
-    for r in rates:  # each up for two steps, and then down
-        assert r[:3] == rates[0] and r[0] < r[1] <= max(r) == 1e-3 and r[-1] < 1e-3 or r is rates[0]
+    for r in rates:  # each up for a third of its steps, and then down
+        top = len(r) // 3
+        assert r[: top + 1] == sorted(r[: top + 1]) and r[top:] == sorted(r[top:], reverse=True)
+        assert r[0] == 0.0 and r[top] == 1e-3 and r[-1] < 1e-3
     assert all(row["grad_norm"] > 1e-3 for row in logs)
 
 
@@ -390,7 +424,7 @@ def test_resume_is_refused_for_other_data_and_settings(tmp_path):
         ({"model": tiny_model(seed=4)}, "belongs to another run"),
         ({"forget_dataset": random_samples(10, seed=9, low=6)}, "belongs to another run"),
         ({"config": {"block_lr": 1e-2}}, "block_lr was 0.001"),
-        ({"arguments": {"per_device_train_batch_size": 3}}, "batch_size was 4"),
+        ({"arguments": {"per_device_train_batch_size": 3}}, r"processes\) was 4"),
         ({"unlearned": tiny_model(seed=3)}, "was begun without unlearned="),
     ):
         with pytest.raises(ValueError, match=message):
@@ -410,14 +444,14 @@ def test_resume_is_refused_for_another_unlearned_model(tmp_path):
 def test_a_damaged_trainer_state_is_named(tmp_path):
     path = tmp_path / "trainer_state.json"
     path.write_text('{"global_step": 7, "log_history": [{"loss": NaN}]}')  # as Trainer writes it
-    assert hf_trainer._global_step(tmp_path) == 7
+    assert trainer_checkpoints.global_step(tmp_path) == 7
     changed = [
         fuzz.as_json({"global_step": value}) for value in fuzz.VALUES if type(value) is not int or value >= 2**63
     ]
     for text in (*fuzz.HOSTILE_JSON.values(), *changed):
         path.write_bytes(text)
         with pytest.raises(ValueError) as error:
-            hf_trainer._global_step(tmp_path)
+            trainer_checkpoints.global_step(tmp_path)
         fuzz.one_line(error.value, path)
 
 
@@ -571,20 +605,6 @@ def test_the_folder_of_checkpoints_is_known_by_its_marker_not_by_its_name(tmp_pa
         with pytest.raises(ValueError, match="was not made by kunbr-fast"):
             trainer(tmp_path, arguments=arguments).train(resume_from_checkpoint=resume)
     assert sorted(folder.iterdir()) == before and (tmp_path / "kunbr" / "thesis").read_text() == "mine"
-
-
-def test_stopped_early(tmp_path):
-    """What is trained so far counts; max_steps does the same."""
-    run = trainer(tmp_path, arguments={"max_steps": 8})
-    run.train()
-    assert run.state.global_step == 8
-    short = weights(run.model)
-    warm = trainer(tmp_path, arguments={"max_steps": 6})
-    warm.train()
-    changed = {name for name, value in weights(warm.model).items() if not torch.equal(value, short[name])}
-    assert changed and all(name.startswith(tuple(f"model.layers.{i}." for i in run.blocks[0])) for name in changed)
-    with pytest.raises(ValueError, match="max_steps=99: all stages have 18 steps"):
-        trainer(tmp_path, arguments={"max_steps": 99}).train()
 
 
 def test_divergence(tmp_path):

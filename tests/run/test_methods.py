@@ -9,10 +9,10 @@ from tiny_models import random_samples, tiny_model
 import kunbr_fast as kf
 from kunbr_fast.cli.arguments import add_settings
 from kunbr_fast.cli.inputs import read_config
-from kunbr_fast.run.methods import METHODS
+from kunbr_fast.run.methods import methods
 
 FORGET, RETAIN = random_samples(6, seed=1, low=6), random_samples(5, seed=2, low=6)
-SMALL = dict(batch_size=3, warmup_epochs=2, warmup_lr=1e-3, block_lr=1e-3, num_blocks=3, block_epochs=1)
+SMALL = dict(batch_size=3, warmup_epochs=2, warmup_lr=1e-3)
 
 
 def configured(*words):
@@ -26,14 +26,14 @@ def test_kunbr_is_what_is_published_which_is_the_default():
     assert configured("--method", "kunbr") == kf.KUnBRConfig() == kf.KUnBRConfig.from_dict({"method": "kunbr"})
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods())
 def test_each_sets_what_it_says_and_options_win(method):
-    config, text = configured("--method", method, "--weight-decay", "0.5", "--batch-size", 3), METHODS[method].text
+    config, text = configured("--method", method, "--weight-decay", "0.5", "--batch-size", 3), methods()[method].text
     assert config.weight_decay == 0.5 and config.batch_size == 3 and text.isprintable()
-    for name, value in METHODS[method].settings.items():
+    for name, value in methods()[method].settings.items():
         assert name == "rtt_attacks" or getattr(config, name) == value
     assert configured("--method", method, "--top-k", 1).top_k == 1
-    assert not {name for name in METHODS[method].settings if name.endswith("_lr")}
+    assert not {name for name in methods()[method].settings if name.endswith("_lr")}
 
 
 def test_a_file_names_a_method_and_its_lines_win(tmp_path):
