@@ -36,10 +36,10 @@ def data():
     return random_samples(10, seed=1, low=6), random_samples(12, seed=2, low=6)
 
 
-def trainer(out, model=None, config=None, arguments=None, **more):
+def trainer(out, model=None, config=None, arguments=None, kind=KUnBRTrainer, **more):
     forget, retain = data()
     more = {"forget_dataset": forget, "retain_dataset": retain} | more
-    return KUnBRTrainer(
+    return kind(
         model=tiny_model() if model is None else model,
         args=TrainingArguments(output_dir=str(out), **ARGUMENTS | (arguments or {})),
         config=kf.KUnBRConfig(**CONFIG | (config or {})),

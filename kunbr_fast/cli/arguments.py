@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from kunbr_fast.cli.argument_types import (
@@ -96,8 +97,13 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", action="store_true", help="no progress bars, no stage lines")
 
 
-def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
-    """One option for each setting of KUnBRConfig, or for `names` alone: --block-lr 1e-5."""
+def add_settings(
+    parser: argparse.ArgumentParser,
+    names: Sequence[str] | None = None,
+    called: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+) -> None:
+    """One option for each setting of KUnBRConfig, or for `names` alone: --block-lr 1e-5. called: the option of a
+    setting that has a shorter name too, or the same, and its help."""
     parser.add_argument(
         "--config",
         type=path_name,
@@ -116,11 +122,11 @@ def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] | None = 
         fields = [field for field in wanted if THEME[field.name] == theme]
         group = parser.add_argument_group(theme) if fields else None
         for field in fields:
-            _add_setting(group, field)
+            _add_setting(group, field, *called.get(field.name, ("", field.metadata["help"])))
 
 
-def _add_setting(group: Any, field: dataclasses.Field) -> None:
-    option, text = f"--{field.name.replace('_', '-')}", field.metadata["help"]
+def _add_setting(group: Any, field: dataclasses.Field, short: str, text: str) -> None:
+    option = f"--{field.name.replace('_', '-')}"
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     kind = {"default": argparse.SUPPRESS, "dest": f"set_{field.name}"}
     if isinstance(default, dict):
@@ -139,4 +145,4 @@ def _add_setting(group: Any, field: dataclasses.Field) -> None:
         kind |= {"type": words if known is None else number(known), "metavar": field.name.rpartition("_")[2].upper()}
     if default not in (None, "") and not isinstance(default, dict):
         text += f" [{' '.join(map(str, default)) or 'none' if isinstance(default, tuple) else default}]"
-    group.add_argument(option, help=text.replace("%", "%%"), **kind)
+    group.add_argument(*dict.fromkeys([short or option, option]), help=text.replace("%", "%%"), **kind)

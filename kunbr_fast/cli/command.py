@@ -27,6 +27,7 @@ from kunbr_fast.version import __version__
 COMMANDS = {
     "demo": "teach a small model invented birthdays and make it forget them (minutes, CPU)",
     "unlearn": "make a model forget: warm-up, density, selection, re-insertion, proof",
+    "baseline": "the same by an objective on all parameters (NPO, SimNPO, RMU, ...), without blocks: to compare with",
     "density": "knowledge density of each layer for a forget set; changes nothing",
     "rtt": "the RTT attack: how much comes back when a part of the forget set is taught again",
     "merge": "one model from several: task vectors negated or added, by sum, mean or agreement of their signs",
@@ -35,7 +36,7 @@ COMMANDS = {
     "prove": 'prove the kernels on this machine\'s GPU: right, and faster than torch; impl="auto" goes by that',
     "doctor": "versions, devices, and which implementation of each operation can run here",
 }
-TOGETHER = ("unlearn", "density")  # what several processes can run
+TOGETHER = ("unlearn", "baseline", "density")  # what several processes can run
 
 
 def parser(argv: Sequence[str] = ()) -> Parser:
@@ -138,7 +139,7 @@ def _together(arguments: argparse.Namespace) -> Iterator[None]:
     with joined(device) as arguments.group:
         if arguments.group.size > 1 and arguments.command not in TOGETHER:
             raise ValueError(
-                f"{arguments.command} runs in one process (unlearn and density in several): start it without torchrun"
+                f"{arguments.command} runs in one process ({', '.join(TOGETHER)} in several): start it without torchrun"
             )
         if not _speaks(arguments):
             arguments.quiet = arguments.json = True  # of json `main` prints nothing

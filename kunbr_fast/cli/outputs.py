@@ -20,7 +20,7 @@ INPUTS = (
 )  # fmt: skip
 # What there is in --out of a command that was interrupted, once something of it is kept.
 KEPT = {
-    "unlearn": f"{NAME}/{STATE}", "merge": PARTIAL, "rtt": "", "bench": "results.csv",
+    "unlearn": f"{NAME}/{STATE}", "baseline": f"{NAME}/{STATE}", "merge": PARTIAL, "rtt": "", "bench": "results.csv",
 }  # fmt: skip
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 

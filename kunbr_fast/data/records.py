@@ -180,7 +180,9 @@ def say_unused_alternates(entries: Sequence[Mapping], what: str) -> None:
 
 
 def is_question(record: Mapping) -> bool:
-    return "question" in record
+    """Tokens may have the question that they were made of beside them, and are none; in a table of several forms it may
+    be null."""
+    return is_record(record) and record.get("question") is not None
 
 
 def question_prompt(record: Mapping) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -27,7 +26,7 @@ from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.samples import share
 from kunbr_fast.run.stages import Stages
-from kunbr_fast.run.steps import LOSSES, new_account
+from kunbr_fast.run.steps import LOSSES, means, new_account
 from kunbr_fast.run.visits import BEGIN, MERGE, ORIGINAL, RTT, WARMUP, Stage, Visit, layers, visits
 from kunbr_fast.training.block import BlockTraining
 from kunbr_fast.training.full import FullTraining
@@ -39,17 +38,30 @@ logger = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class Span:
     """The driver's steps `first` to `stop` (exclusive) of a stage. Number 0 is the warm-up, n the n-th visit of a
-    block."""
+    block. steps: as many were planned, for which the learning rate has its schedule; something may end it earlier."""
 
     number: int
     first: int
     stop: int
+    steps: int
+
+
+def share_steps(max_steps: int, steps: Mapping[int, int]) -> dict[int, int]:
+    """`max_steps` shared over stages of `steps`, by their numbers: each has one at least, and of the rest its part."""
+    rest, whole = max_steps - len(steps), sum(steps.values()) - len(steps)
+    found = {number: 1 + (rest * (n - 1) // whole if whole else 0) for number, n in steps.items()}
+    # what rounding down has left goes to those that it took most from
+    lost = sorted(steps, key=lambda number: -(rest * (steps[number] - 1) % max(whole, 1)))
+    for number in lost[: max_steps - sum(found.values())]:
+        found[number] += 1
+    return found
 
 
 class DrivenStages(Stages):
     """The stages, entered and left one by one; the driver calls `backward`, `gather` and the training's optimiser.
 
-    ranks: the driver's, which share each step; autocast: what a forward pass runs in.
+    ranks: the driver's, which share each step; autocast: what a forward pass runs in; max_steps: what all stages share,
+    each then has the first ones of its own.
     spans: of the stages that have steps; at: the present one; visit: the present one, None in the warm-up.
     """
 
@@ -60,19 +72,14 @@ class DrivenStages(Stages):
         context: RunContext,
         ranks: Group,
         autocast: Callable[[], contextlib.AbstractContextManager],
+        max_steps: int | None = None,
     ):
         self.ranks, self.autocast = ranks, autocast
         super().__init__(inputs, config, context)
-        begun: dict[str, Any] = {"unlearned_given": inputs.unlearned is not None}
-        if self.given is not None:
-            begun["given"] = self.given
-        if (found := self.state.result(BEGIN)) is None:
-            self.state.finish(BEGIN, begun)  # from here on the settings of the data are fixed
-        elif found != begun:
-            how = "without" if inputs.unlearned is not None else "with"
-            how = "with another" if found["unlearned_given"] == begun["unlearned_given"] else how
-            raise ValueError(f"{self.work}: this run was begun {how} unlearned=")
         self.steps_per_epoch = self.schedule_of(None).steps_per_epoch
+        self.shared: str | None = None  # what to tell of max_steps
+        self.planned = self._planned(max_steps)
+        self._begin_state(max_steps)
         self.spans = self._spans()
         self.at: Span | None = None
         self.visit: Visit | None = None
@@ -91,16 +98,75 @@ class DrivenStages(Stages):
         with self.autocast():
             super().prove_kernels(self.ranks)
 
-    def _spans(self) -> list[Span]:
-        config, found, first = self.config, [], 0
+    def _planned(self, max_steps: int | None) -> dict[int, int]:
+        """The steps of each stage that has some, by its number."""
+        config = self.config
         epochs = [0 if self.inputs.unlearned is not None else config.warmup_epochs]
         epochs += [config.block_epochs] * config.rounds * config.top_k
-        for number, stop in enumerate(itertools.accumulate(epochs)):
-            stop *= self.steps_per_epoch
-            if stop > first:
-                found.append(Span(number, first, stop))
+        steps = {number: n * self.steps_per_epoch for number, n in enumerate(epochs) if n}
+        if max_steps is None:
+            return steps
+        if max_steps > (whole := sum(steps.values())):
+            raise ValueError(
+                f"max_steps={max_steps}: all stages have {whole} steps; leave it out, or lower it, and they share it"
+            )
+        if max_steps < len(steps):
+            raise ValueError(
+                f"max_steps={max_steps}: {len(steps)} stages (the warm-up, if there is one, and each visit of a block) "
+                f"have one step at least: raise it to {len(steps)}, or lower rounds or top_k, or leave it out"
+            )
+        shared = share_steps(max_steps, steps)
+        parts = [(shared[number], steps[number]) for number in steps if number]
+        said = [f"{shared[0]} of {steps[0]} steps of the warm-up"] if 0 in steps else []
+        said += [f"{' or '.join(map(str, sorted({n for n, _ in parts})))} of {parts[0][1]} of each of {len(parts)} "
+                 "visits of blocks"] if parts else []  # fmt: skip
+        self.shared = f"max_steps={max_steps} of {whole}, shared over the stages: {', '.join(said)}"
+        return shared
+
+    def _begin_state(self, max_steps: int | None) -> None:
+        """From here on the settings of the data are fixed, and what else the run was begun with."""
+        begun: dict[str, Any] = {"unlearned_given": self.inputs.unlearned is not None}
+        if self.given is not None:
+            begun["given"] = self.given
+        if max_steps is not None:
+            begun["max_steps"] = max_steps
+        if (found := self.state.result(BEGIN)) is None:
+            self.state.finish(BEGIN, begun)
+            return
+        if found.get("max_steps") != max_steps:
+            was, now = (f"max_steps={n}" if n else "without max_steps" for n in (found.get("max_steps"), max_steps))
+            raise ValueError(f"{self.work}: this run was begun {was}, and is {now} now: put it back")
+        if found["unlearned_given"] != begun["unlearned_given"] or found.get("given") != self.given:
+            how = "without" if begun["unlearned_given"] else "with"
+            how = "with another" if found["unlearned_given"] == begun["unlearned_given"] else how
+            raise ValueError(f"{self.work}: this run was begun {how} unlearned=")
+
+    def _spans(self) -> list[Span]:
+        ends, found, first = self.state.result(BEGIN).get("ends", {}), [], 0
+        for number, steps in self.planned.items():
+            stop = ends.get(str(number), first + steps)
+            if not first < stop <= first + steps:
+                raise ValueError(
+                    f"{self.state.path}: begin: ends: got {stop}, expected {first + 1} to {first + steps}: start again "
+                    "in another directory"
+                )
+            found.append(Span(number, first, stop, steps))
             first = stop
         return found
+
+    def end_stage(self, step: int) -> str:
+        """The present stage ends after `step` steps of all stages. The state keeps that, so that a resumed run ends it
+        there too. Returns what to tell."""
+        at, begun = self.at, self.state.result(BEGIN)
+        ends = {number: stop for number, stop in begun.get("ends", {}).items() if int(number) < at.number}
+        self.state.finish(BEGIN, begun | {"ends": ends | {str(at.number): step}})
+        self.spans = self._spans()
+        self.at = next(span for span in self.spans if span.number == at.number)
+        name = "the warm-up"
+        if self.visit is not None:
+            name = f"visit {at.number} of {len(self.order)} (layers {layers(self.visit.block)})"
+        then = "the next stage begins" if self.at is not self.spans[-1] else "it was the last stage"
+        return f"a callback has ended {name} after {step - at.first} of {at.steps} steps: {then}"
 
     # ------------------------------------------------ from stage to stage
 
@@ -133,7 +199,7 @@ class DrivenStages(Stages):
     def advance(self) -> None:
         """From a stage whose steps are all done to the next one."""
         following = self.spans[self.spans.index(self.at) + 1]
-        self._leave(complete=True)
+        self._leave()
         self._enter(following)
 
     @functools.cached_property
@@ -159,25 +225,25 @@ class DrivenStages(Stages):
             values = own
         else:
             raise ValueError(f"{self.work}: the warm-up's result is missing: resume from a checkpoint of the warm-up")
-        accuracy = {}
-        if any(self.inputs.questions.values()):
+        found = {}
+        if self._proof:
             self.decoder.place(values)
-            accuracy = self._accuracy(self.decoder, "unlearned")
+            found = self._measured(self.decoder, "unlearned")
             self._original.restore(self.decoder.model)
-        self.state.finish(WARMUP, {"accuracy": accuracy}, values)
+        self.state.finish(WARMUP, found, values)
 
     def _enter(self, span: Span) -> None:
         self.visit = self.order[span.number - 1] if span.number else None
         with contextlib.ExitStack() as stack:
             if self.visit is None:
-                self._enter_warm_up(stack)
+                self._enter_warm_up(stack, span.steps)
             else:
                 self._enter_visit(stack, self.visit)
             self._inner = stack.pop_all()
         self.at, self.losses, self.schedule = span, new_account(), self.schedule_of(self.visit)
 
-    def _enter_warm_up(self, stack: contextlib.ExitStack) -> None:
-        says = f"warm-up on all parameters, {self.config.warmup_epochs} epochs"
+    def _enter_warm_up(self, stack: contextlib.ExitStack, steps: int) -> None:
+        says = f"warm-up on all parameters, {steps} steps"
         stack.enter_context(self.reporter.stage(WARMUP, says))
         self.training = stack.enter_context(self.full_training())
         self.feed = self.feed_of(self.training)
@@ -195,49 +261,43 @@ class DrivenStages(Stages):
         self.training = stack.enter_context(self.block_training(visit, source, self._values))
         self.feed = self.feed_of(self.training, self.cache)
 
-    def _leave(self, complete: bool) -> None:
-        """Out of the present stage; with complete=False its result is used, but not recorded as the stage's."""
+    def _leave(self) -> None:
+        """Out of the present stage, which is done."""
         self.check()
         visit, self.at, self.training = self.visit, None, None
-        result = {"epochs": self.losses["epochs"]}
+        result = {"epochs": [*self.losses["epochs"], *filter(None, [means(self.losses["sums"])])]}
         self._inner.close()
         if visit is None:
-            if complete:
-                result["accuracy"] = self._accuracy(self.decoder, "unlearned")
-                self.state.finish(WARMUP, result, dict(self.decoder.model.named_parameters()))
-                self._original.restore(self.decoder.model)
+            result |= self._measured(self.decoder, "unlearned")
+            self.state.finish(WARMUP, result, dict(self.decoder.model.named_parameters()))
+            self._original.restore(self.decoder.model)
             return
-        self.trained[visit.block] = self._values
-        if complete:
-            self.state.finish(visit.stage, result, self._values)
-            self.trained[visit.block] = self.state.weights(visit.stage)
-            # of cumulative blocks any checkpoint needs the round before its own
-            if visit.round > 0 and self.config.insertion == "independent":
-                self.state.drop_file(visit.in_round(visit.round - 1).stage)
+        self.state.finish(visit.stage, result, self._values)
+        self.trained[visit.block] = self.state.weights(visit.stage)
+        # of cumulative blocks any checkpoint needs the round before its own
+        if visit.round > 0 and self.config.insertion == "independent":
+            self.state.drop_file(visit.in_round(visit.round - 1).stage)
 
     def end(self, steps: int) -> None:
-        """The model becomes M_u with the blocks trained so far; after a part of the warm-up it stays as it is. Until
-        `close` it can be the original again."""
-        warming, complete = self.visit is None, steps == self.at.stop
-        self._leave(complete)
-        if complete or not warming:
-            _ = self.order  # of a run without blocks the density is not yet measured
-            self.merge(self.trained)
+        """After the last stage the model becomes M_u with the trained blocks. Until `close` it can be the original
+        again."""
+        if steps != (whole := self.spans[-1].stop):
+            raise RuntimeError(f"the training ended after {steps} of {whole} steps: its blocks are not merged: resume")
+        self._leave()
+        _ = self.order  # of a run without blocks the density is not yet measured
+        self.merge(self.trained)
         self._outer.close()
         self.cache, self.original = None, OriginalValues({})  # no training reads them any more
 
-    def prove(self) -> Report | None:
-        """After `end`: what the result is by its figures, and what was done; None where the warm-up was not finished.
+    def prove(self) -> Report:
+        """After `end`: what the result is by its figures, and what was done.
 
         An attack that diverges is said; then there are no figures of it."""
-        if self.measured is None:
-            return None
         found = model_fingerprint(self.decoder.model)
         if (self.state.result(MERGE) or {}).get("model") != self.ranks.gather(found)[0]:  # figures of another result
             self.state.forget((RTT, Stage.evaluation("result")))
             self.state.finish(MERGE, {"model": found})
-        unlearned = self.state.result(WARMUP).get("accuracy")
-        accuracy = {"original": self.evaluate("original"), "unlearned": unlearned, "result": self.evaluate("result")}
+        self.evaluate("result")
         rtt = None
         try:
             self.group = self.ranks  # which share the attacks
@@ -246,7 +306,7 @@ class DrivenStages(Stages):
             logger.warning("%s (rtt_lrs; this result has no figures of an attack)", error)
         finally:
             self.group = self.team = ALONE
-        return self.report(self.measured, self.blocks, accuracy, rtt)
+        return self.report(self.measured, self.blocks, rtt)
 
     def close(self) -> None:
         """The training is over: the original goes."""

@@ -16,113 +16,64 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
-import msgspec
 import torch
 from torch import nn
 from transformers.utils import is_accelerate_available
 
 if not is_accelerate_available():
     raise ImportError("KUnBRTrainer needs accelerate, as every Trainer does: pip install 'kunbr-fast[trainer]'")
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 
 from kunbr_fast.density.measure import Density
 from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import Fold
-from kunbr_fast.files.documents import checked, read_text
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.saving import save_model
-from kunbr_fast.files.shown import plain
 from kunbr_fast.integrations.driven_stages import DrivenStages, StageOptimizer
-from kunbr_fast.integrations.trainer_data import Asked, Records, forget_and_retain
+from kunbr_fast.integrations.trainer_arguments import (
+    begin_anew,
+    check_target,
+    epochs,
+    for_stage,
+    not_read,
+    refuse,
+    unreached,
+)
+from kunbr_fast.integrations.trainer_checkpoints import (
+    Result,
+    check_resumable,
+    global_step,
+    in_arguments,
+    last_checkpoint,
+)
+from kunbr_fast.integrations.trainer_data import Asked, Records, as_named_here, check_tokenizer, forget_and_retain
 from kunbr_fast.integrations.trainer_figures import figures
+from kunbr_fast.integrations.trainer_loop import AsItIs, Epoch, First, Last
 from kunbr_fast.model.ownership import check_data, no_adapter, trainable, uncompiled
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.folder import NAME, CheckpointFolder
+from kunbr_fast.run.output import write_reports
 from kunbr_fast.run.reporter import Reporter
 
 logger = logging.getLogger(__name__)
-
-
-class _AsItIs(nn.Module):
-    """Makes Trainer believe that the model is already wrapped, so that it skips DDP."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.module = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing, as in `StageOptimizer`."""
-
-
-class _MergeAtEnd(TrainerCallback):
-    """The first of the callbacks, so that all others see the result when the training ends."""
-
-    def __init__(self, end: Callable[[], None]):
-        self._end = end
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._end()
-
-
-# ---------------------------------------------------------------- the trainer
 
 
 def _owned(args: tuple, kwargs: dict[str, Any], name: str) -> tuple[tuple, dict[str, Any]]:
     """A Trainer's arguments, its model `trainable` and without torch.compile's wrapper, whose names of the weights
     would be those of the saved file."""
     model = args[0] if args else kwargs.get("model")
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, (nn.Module, str, Path)):
         return args, kwargs
     model = uncompiled(model)
     trainable(model, name)
     return ((model, *args[1:]), kwargs) if args else (args, {**kwargs, "model": model})
-
-
-def _global_step(checkpoint: Path) -> int:
-    path = checkpoint / "trainer_state.json"
-    try:
-        found = json.loads(read_text(path, 2**28))  # the Trainer's own file, in which a loss may be NaN
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{plain(path)}: not a whole checkpoint ({plain(error)}): give another one") from error
-    return checked(found, _TrainerState, plain(path))["global_step"]
-
-
-class _TrainerState(TypedDict):
-    global_step: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-
-
-def _last_checkpoint(directory: str) -> Path:
-    """The last one that was written to its end."""
-    numbered = [(folder.name.rpartition("-")[2], folder) for folder in Path(directory).glob("checkpoint-*")]
-    for _, folder in sorted(((int(n), f) for n, f in numbered if n.isascii() and n.isdigit()), reverse=True):
-        with contextlib.suppress(ValueError):
-            _global_step(folder)
-            return folder
-    raise ValueError(f"{directory} holds no whole checkpoint to resume from: leave resume_from_checkpoint out")
-
-
-class _Epoch(torch.utils.data.Dataset):
-    """Each micro-batch's number in its epoch; which samples that means is the schedule's business."""
-
-    def __init__(self, num_samples: int):
-        self.num_samples = num_samples
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, number: int) -> dict[str, int]:
-        return {"number": number}
 
 
 class KUnBRMixin:
@@ -144,13 +95,15 @@ class KUnBRMixin:
     ):
         self._stages: DrivenStages | None = None
         self._folder: CheckpointFolder | None = None
-        args, kwargs = _owned(args, kwargs, type(self).__name__)
+        args, kwargs = _owned(args, as_named_here(kwargs), type(self).__name__)
         super().__init__(*args, **kwargs)
         if (forget_dataset is None) != (retain_dataset is None):
             raise ValueError("give both forget_dataset and retain_dataset, or a train_dataset that holds both")
+        if forget_dataset is not None and self.train_dataset is not None:
+            raise ValueError("train_dataset beside forget_dataset and retain_dataset would not be read: leave it out")
         if forget_dataset is None and self.train_dataset is None:
             raise ValueError("no data: give forget_dataset= and retain_dataset=, or train_dataset=")
-        self._refuse()
+        refuse(self, KUnBRMixin)
         self.config = KUnBRConfig.from_dict(dict(config)) if isinstance(config, Mapping) else config or KUnBRConfig()
         if self.config.micro_batch_tokens is not None:
             raise ValueError(
@@ -167,36 +120,21 @@ class KUnBRMixin:
         self.forget_dataset, self.retain_dataset, self.unlearned = forget_dataset, retain_dataset, unlearned
         explicit = isinstance(config, Mapping) and "rtt" in config
         self.asked = Asked.of(folds, forget_questions, retain_questions, self.config, explicit)
-        self.asked.check_tokenizer(self.processing_class)
+        check_tokenizer(self.processing_class, self.asked.texts)
         self.report: Report | None = None
         self.density: Density | None = None
         self.blocks: list[range] | None = None
-        epochs = self.config.rounds * self.config.top_k * self.config.block_epochs
+        self._result, self._told = Result(), set()
+        self._warn(not_read(self.args, self.config, unlearned is None))
         self.args = copy.copy(self.args)
-        self.args.num_train_epochs = epochs + (self.config.warmup_epochs if unlearned is None else 0)
+        self.args.num_train_epochs = epochs(self.config, unlearned is None)
         self.args.ignore_data_skip = False
-        self.callback_handler.callbacks.insert(0, _MergeAtEnd(self._merge))
+        self.callback_handler.callbacks.insert(0, First(self._begun, self._merge))
 
-    def _refuse(self) -> None:
-        """What Trainer can do and this cannot: an error, so that nobody takes it for done."""
-        args = self.args
-        for given, what in (
-            (args.fp16, "fp16: use bf16"),
-            (self.is_deepspeed_enabled or self.is_fsdp_enabled, "DeepSpeed and FSDP: every process holds the model"),
-            (args.n_gpu > 1, "several GPUs in one process: use accelerate launch, or set CUDA_VISIBLE_DEVICES"),
-            (args.load_best_model_at_end, "load_best_model_at_end: a checkpoint holds a stage, not a result"),
-            (args.label_smoothing_factor, "label_smoothing_factor"),
-            (args.neftune_noise_alpha, "neftune_noise_alpha"),
-            (args.auto_find_batch_size, "auto_find_batch_size"),
-            (self.model_init is not None, "model_init: give the model"),
-            (self.compute_loss_func is not None, "compute_loss_func: config.objective names the loss"),
-            (
-                self.optimizer is not None or self.optimizer_cls_and_kwargs is not None,
-                "optimizers: config.warmup_optimizer and config.optimizer name them",
-            ),
-        ):
-            if given:
-                raise ValueError(f"{type(self).__name__} does not support {what}")
+    def _warn(self, text: str | None) -> None:
+        if text and text not in self._told and self.is_world_process_zero():
+            self._told.add(text)
+            logger.warning("%s: %s", type(self).__name__, text)
 
     # ------------------------------------------------ Trainer's hooks
 
@@ -208,16 +146,19 @@ class KUnBRMixin:
         checkpoint, steps, self.report = None, 0, None
         if resume_from_checkpoint:
             if resume_from_checkpoint is True:
-                checkpoint = _last_checkpoint(self.args.output_dir)
+                checkpoint = last_checkpoint(self.args.output_dir)
             else:
                 checkpoint = Path(resume_from_checkpoint)
-            steps = _global_step(checkpoint)
+            steps = global_step(checkpoint)
+            check_resumable(checkpoint)
         resume = checkpoint is not None
         with self._checkpoint_folder(resume) as self._folder:
-            self._stages = stages = self._open(resume)
+            with in_arguments():
+                self._stages = stages = self._open(resume)
             try:
-                stages.begin(steps)
-                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+                with self._result.awaited(lambda: self.state.global_step), self._stepping(steps):
+                    stages.begin(steps)
+                    output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             except BaseException:
                 stages.abort()
                 raise
@@ -228,13 +169,33 @@ class KUnBRMixin:
         return output
 
     @contextlib.contextmanager
+    def _stepping(self, done: int) -> Iterator[None]:
+        """Inside, Trainer's loop has as many steps as the stages, of which so many are done."""
+        stages, args, last = self._stages, self.args, Last()
+        self._warn(stages.shared)
+        self._warn(unreached(args, sum(stages.planned.values())))
+        if args.save_only_model and args.save_strategy != "no":
+            self._warn("save_only_model=True: no checkpoint of this training can be resumed")
+        steps, each, asked = stages.spans[-1].stop, stages.steps_per_epoch, (args.max_steps, args.num_train_epochs)
+        # max_steps would make a loop of one more epoch, in which a training whose steps are all done makes another one
+        args.max_steps = steps if steps % each and done < steps else -1
+        args.num_train_epochs = steps // each + (args.max_steps > 0)
+        self.callback_handler.callbacks.append(last)
+        try:
+            yield
+        finally:
+            self.callback_handler.callbacks.remove(last)
+            args.max_steps, args.num_train_epochs = asked
+
+    @contextlib.contextmanager
     def _checkpoint_folder(self, resume: bool) -> Iterator[CheckpointFolder | None]:
         """Of the process that writes."""
         if not self.args.should_save:
             yield None
             return
         with hold(self.args.output_dir, logger.info), CheckpointFolder(self.args.output_dir) as folder:
-            folder.begin(resume, forget=not resume)
+            with in_arguments():
+                folder.begin(resume, forget=not resume)
             yield folder
 
     def _open(self, resume: bool) -> DrivenStages:
@@ -242,6 +203,10 @@ class KUnBRMixin:
         forget, retain = forget_and_retain(
             self.forget_dataset, self.retain_dataset, self.train_dataset, self.data_collator
         )
+        check_target(self.config, forget, retain)
+        if args.bf16_full_eval or args.fp16_full_eval:  # Trainer then moves no model before it trains
+            self._move_model_to_device(self.model, args.device)
+        check_tokenizer(self.processing_class, {"the forget set": forget, "the retain set": retain})
         asked = self.asked.questions(forget, retain, self.config)
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         config = dataclasses.replace(
@@ -259,13 +224,8 @@ class KUnBRMixin:
         sharing = {"writes": args.should_save, "wait": accelerator.wait_for_everyone}
         context = RunContext(Path(args.output_dir) / NAME, reporter=reporter, resume=resume, **sharing)
         ranks = Group(args.process_index, args.world_size)
-        stages = DrivenStages(inputs, config, context, ranks, accelerator.autocast)
-        steps = stages.spans[-1].stop
-        if args.max_steps > steps:
-            raise ValueError(
-                f"max_steps={args.max_steps}: all stages have {steps} steps; leave it out, or lower it to stop earlier"
-            )
-        return stages
+        shared = None if args.max_steps < 0 else args.max_steps
+        return DrivenStages(inputs, config, context, ranks, accelerator.autocast, shared)
 
     def _checked_unlearned(self) -> Mapping[str, torch.Tensor] | None:
         given = self.unlearned
@@ -282,12 +242,28 @@ class KUnBRMixin:
                 raise ValueError(f"unlearned: {name} holds NaN or infinite values; its training diverged")
         return given
 
+    def _begun(self, state: Any) -> None:
+        state.max_steps = self._stages.spans[-1].stop  # of one that is resumed, too
+
     def _merge(self) -> None:
         self._stages.end(self.state.global_step)
         self.density, self.blocks = self._stages.measured, self._stages.blocks
         self.report = self._stages.prove()
+        self._result.there()
         if found := figures(self.report):
             self.log(found)
+
+    def _take_stop(self) -> None:
+        """Who stops the training ends its present stage."""
+        control, stages, step = self.control, self._stages, self.state.global_step
+        if control.should_epoch_stop:
+            control.should_epoch_stop = False
+            self._warn("a callback stops the epoch, which changes nothing: should_training_stop ends a stage")
+        if control.should_training_stop:
+            if stages.at.first < step < stages.at.stop:
+                self._warn(stages.end_stage(step))
+                self._begun(self.state)
+            control.should_training_stop = step >= self.state.max_steps
 
     def _clean(self, stages: DrivenStages) -> None:
         """What is left to remove when the result is there; files that stay are no reason to lose it."""
@@ -301,7 +277,7 @@ class KUnBRMixin:
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         count = self._stages.steps_per_epoch * self.args.gradient_accumulation_steps
         return torch.utils.data.DataLoader(
-            _Epoch(len(self._stages.samples.forget)),
+            Epoch(len(self._stages.samples.forget)),
             batch_sampler=[[i] for i in range(count)],
             collate_fn=lambda items: items[0],
         )
@@ -312,19 +288,24 @@ class KUnBRMixin:
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """A new one for each stage, over that stage's steps; args.lr_scheduler_type says which."""
-        self.lr_scheduler = None
-        span = self._stages.at
-        return super().create_scheduler(span.stop - span.first, optimizer)
+        self.lr_scheduler, own = None, self.args
+        steps, whole = self._stages.at.steps, sum(self._stages.planned.values())
+        self.args = for_stage(own, steps, whole)
+        try:
+            return super().create_scheduler(steps, optimizer)
+        finally:
+            self.args = own
 
     def _wrap_model(self, model: nn.Module, training: bool = True, **kwargs: Any) -> nn.Module:
-        return _AsItIs(self.model) if training else super()._wrap_model(model, training=False, **kwargs)
+        return AsItIs(self.model) if training else super()._wrap_model(model, training=False, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, int], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one micro-batch; at the first of a stage, the change of stages before it."""
         stages, step, accumulation = self._stages, self.state.global_step, self.args.gradient_accumulation_steps
         if step == stages.at.stop:
             stages.advance()
-            self.create_scheduler(0)
+            begin_anew(self)
+            self.create_scheduler(stages.at.steps)
             self.callback_handler.lr_scheduler = self.lr_scheduler
         if self.model.training:
             self.model.eval()  # no dropout, so that runs can be repeated
@@ -336,17 +317,29 @@ class KUnBRMixin:
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if self._stages is not None:
+            self._take_stop()  # so that the state knows of it before the checkpoint is there
             self._stages.check()
         super()._save_checkpoint(*args, **kwargs)
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._take_stop()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's `save_model`, by `files.saving.save_model`: in the form of the model's own folder, and read back
-        before it takes its place. A ValueError leaves what is there as it was, and the model in memory."""
-        self._for_checkpoint = _internal_call
+        before it takes its place, and beside it `report`, as `kunbr-fast unlearn` writes it. A ValueError leaves what
+        is there as it was, and the model in memory; so does one for a model that is no result: of a training that did
+        not come to its end."""
+        self._for_checkpoint = _internal_call and output_dir is not None
+        if not self._for_checkpoint:
+            self._result.check(self.args.output_dir if output_dir is None else output_dir)
         try:
             super().save_model(output_dir, _internal_call)
         finally:
             self._for_checkpoint = False
+        if self.report is not None and self.args.should_save and not _internal_call:
+            name = getattr(self.model.config, "name_or_path", "") or type(self.model).__name__
+            write_reports(output_dir or self.args.output_dir, self.report, name)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What Trainer's `_save` writes. Checkpoints of a training are its own, and so is what is no plain model."""
@@ -380,9 +373,10 @@ class KUnBRTrainer(KUnBRMixin, Trainer):
     weights are those of `kunbr_fast.unlearn`.
 
     forget_dataset, retain_dataset: data sets of {"input_ids", "labels"}, or records and a tokenizer as
-    processing_class. Or train_dataset: one with both as attributes `forget` and `retain` (OpenUnlearning's), else its
-    items are read once, as {"forget": ..., "retain": ...} or after data_collator has made that of each; different
-    samples count once. Batches are made from these in kunbr_fast's own order, so that the prefix cache holds what
+    processing_class (or by its old name, tokenizer). Or train_dataset: a mapping with both as `forget` and `retain` (a
+    DatasetDict), or with both as attributes (OpenUnlearning's), else its items are read once, as {"forget": ...,
+    "retain": ...} or after data_collator has made that of each; different samples count once. Streams (IterableDataset)
+    are read to their end. Batches are made from these in kunbr_fast's own order, so that the prefix cache holds what
     every step needs.
     unlearned: an M_u of any method, a model or a state dict; then there is no warm-up.
     folds: of the RTT attack on the result (config.rtt), two or more: `evaluation.rtt.Fold`s, or paths of files of
@@ -393,7 +387,7 @@ class KUnBRTrainer(KUnBRMixin, Trainer):
     After `train()` the model is M_u with its trained blocks, `density` and `blocks` hold what was measured and chosen,
     `report` is the `Report` that `kunbr_fast.unlearn` returns (None where the warm-up was not finished), and its
     figures are logged and in TrainOutput.metrics: forget_accuracy, retain_accuracy, rtt_accuracy, recovery, and those
-    of the other models, original_... and unlearned_....
+    of the other models, original_... and unlearned_...; of text without questions forget_probability and its like.
     While it trains the model is what the stage has: M_u in the making, or the original with the active block; so are
     the checkpoints, and what evaluations and callbacks see. Logs have `stage` (0: the warm-up, n: the n-th visit of a
     block: an independent block has all its rounds before the next block begins, cumulative ones go round by round),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,44 +12,103 @@ from typing import Any
 
 import torch
 
-from kunbr_fast.data import is_question, load_records
+from kunbr_fast.data import is_question, is_record, load_records
 from kunbr_fast.data.samples import READ, check_keys
 from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.samples import entries
 
 logger = logging.getLogger(__name__)
 
+SETS = ("forget", "retain")
 Records = Sequence[Mapping] | str | Path | Sequence[str | Path]  # or files of them
+
+
+def as_named_here(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A Trainer's keywords: tokenizer by its present name, and a stream of data, of which Trainer wants to know the
+    length, as a list."""
+    given = dict(given)
+    if "tokenizer" in given:
+        if given.get("processing_class") is not None:
+            raise ValueError("tokenizer and processing_class are the same: give processing_class alone")
+        logger.warning("tokenizer= is taken as processing_class=, its present name")
+        given["processing_class"] = given.pop("tokenizer")
+    data = given.get("train_dataset")
+    if data is not None and not hasattr(data, "__len__") and not _has_both(data):
+        given["train_dataset"] = entries(data, "train_dataset")
+    return given
 
 
 def forget_and_retain(
     forget: Any, retain: Any, train: Any, collator: Callable[[list], Any] | None
 ) -> tuple[list[Any], list[Any]]:
     """The samples of the two data sets, or of the one that holds both."""
-    if forget is not None:
-        return _items(forget), _items(retain)
-    if hasattr(train, "forget") and hasattr(train, "retain"):
-        return _items(train.forget or []), _items(train.retain or [])
-    return _apart(train, collator)
+    if forget is None and isinstance(train, Mapping):
+        forget, retain = _splits(train)
+    elif forget is None and _has_both(train):
+        forget, retain = train.forget or [], train.retain or []
+    if forget is None:
+        return _apart(train, collator)
+    return _items(forget, "forget"), _items(retain, "retain")
 
 
-def _items(data: Any) -> list[Any]:
+def _has_both(data: Any) -> bool:
+    return hasattr(data, "forget") and hasattr(data, "retain")
+
+
+def _splits(data: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The two of a mapping, a DatasetDict say."""
+    got = f"train_dataset: got {' and '.join(map(plain, data)) or 'nothing'}, expected forget and retain"
+    if missing := [name for name in SETS if name not in data]:
+        names = ", ".join(f"{name!r}: data[...]" for name in SETS)
+        raise ValueError(f"{got}: {' and '.join(missing)} missing: name its parts, {{{names}}}")
+    if others := [name for name in data if name not in SETS]:
+        both = ", ".join(f"{name!r}: data[{name!r}]" for name in SETS)
+        raise ValueError(f"{got}: {', '.join(map(plain, others))} would not be read: give {{{both}}}")
+    return data["forget"], data["retain"]
+
+
+def check_tokenizer(tokenizer: Any, given: Mapping[str, Sequence[Any]]) -> None:
+    """ValueError where data hold text and there is no tokenizer. given: by name."""
+    for name, data in given.items():
+        if tokenizer is None and data and isinstance(data[0], Mapping) and is_record(data[0]):
+            raise ValueError(
+                f"{name}: records, not tokens ({shown(dict(data[0]))}): give a tokenizer as processing_class="
+            )
+
+
+def _items(data: Any, name: str = "train") -> list[Any]:
     """A data set as a list; where an item has two answers, its own is on top and the other under "alternate"."""
-    items = [data[i] for i in range(len(data))] if hasattr(data, "__len__") else list(data)
+    if isinstance(data, Mapping) and not {"input_ids", "original"} & data.keys():
+        parts = ", ".join(plain(key) for key in data)
+        raise ValueError(f"{name}_dataset: got a mapping of {parts}, expected one data set: give one of its parts")
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, (Mapping, str)):
+        items = [data[i] for i in range(len(data))]  # not all of these are iterables that end
+    else:
+        items = entries(data, name)
     pairs = [isinstance(item, Mapping) and "original" in item for item in items]
     for number, item in enumerate(items):
         if pairs[number]:
             check_keys(item, ("original", "alternate"), f"sample {number}")
-    return [{**item["original"], "alternate": item["alternate"]} if pair else item for item, pair in zip(items, pairs)]
+    items = [{**item["original"], "alternate": item["alternate"]} if pair else item for item, pair in zip(items, pairs)]
+    return [_present(item) if isinstance(item, Mapping) and is_record(item) else item for item in items]
+
+
+def _present(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without the keys that are null: a table has them for records of other forms."""
+    return {key: value for key, value in record.items() if value is not None} or record
 
 
 def _apart(data: Any, collator: Callable[[list], Any] | None) -> tuple[list[Any], list[Any]]:
     """The forget and retain samples of a data set of pairs, each different one once."""
-    found: dict[str, dict[tuple, Any]] = {"forget": {}, "retain": {}}
+    found: dict[str, dict[tuple, Any]] = {name: {} for name in SETS}
     for number, item in enumerate(_items(data)):
         whole = isinstance(item, Mapping) and {"forget", "retain"} <= set(item)
-        pair = item if whole or collator is None else collator([item])
+        pair = item
+        if not whole and collator is not None:
+            with contextlib.suppress(Exception):  # Trainer's own makes batches of tokens alone
+                pair = collator([item])
         if not isinstance(pair, Mapping) or not {"forget", "retain"} <= set(pair):
             raise ValueError(
                 f'train_dataset[{number}]: expected {{"forget": ..., "retain": ...}}, from the item itself or from '
@@ -61,7 +122,9 @@ def _apart(data: Any, collator: Callable[[list], Any] | None) -> tuple[list[Any]
 
 
 def _content(sample: Any) -> tuple:
-    """What tells a sample from another: all that is read of it."""
+    """What tells a sample from another: all that is read of it, and of a record all of it."""
+    if is_record(sample):
+        return (json.dumps(sample, sort_keys=True, default=str),)
     given = [(key, sample[key]) for key in READ if sample.get(key) is not None]
     return tuple(
         (key, _content(value) if isinstance(value, Mapping) else torch.as_tensor(value).cpu().numpy().tobytes())
@@ -111,9 +174,11 @@ class Asked:
             )
         return found
 
-    def check_tokenizer(self, tokenizer: Any) -> None:
-        if tokenizer is None and (self.folds or self.forget or self.retain):
-            raise ValueError("folds and questions hold text: give a tokenizer as processing_class=")
+    @property
+    def texts(self) -> dict[str, Sequence[Mapping]]:
+        """All of it, by names for errors."""
+        of_folds = {f"fold {plain(fold.name)}": fold.train_records for fold in self.folds}
+        return {**of_folds, "forget_questions": self.forget or (), "retain_questions": self.retain or ()}
 
     def questions(self, forget: Sequence[Any], retain: Sequence[Any], config: KUnBRConfig) -> dict[str, list[Mapping]]:
         """Those about each set, as `RunInputs` has them. forget, retain: the data."""

@@ -114,7 +114,7 @@ class Decoder:
     """
 
     def __new__(cls, model: nn.Module) -> Decoder:
-        return super().__new__(weights_of(model).decoder_class or cls)
+        return super().__new__(weights_of(uncompiled(model)).decoder_class or cls)
 
     def __init__(self, model: nn.Module):
         self.model = model = uncompiled(model)

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from kunbr_fast.files.shards import PACKED
+from kunbr_fast.files.shown import shown
 from kunbr_fast.model.frozen import owners_flag
 from kunbr_fast.model.weights import weights_of
 
@@ -47,8 +49,13 @@ def _is_from(thing: object, packages: Sequence[str]) -> bool:
     return any(kind.startswith(f"{package}.") for kind in kinds for package in packages)
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's wrapper, which has the same parameters under other names; else the model."""
+def uncompiled(model: nn.Module, what: str = "the model") -> nn.Module:
+    """The model inside torch.compile's wrapper, which has the same parameters under other names; else the model.
+    ValueError for what is none; what: its name there."""
+    if not isinstance(model, nn.Module):
+        load = f"AutoModelForCausalLM.from_pretrained({shown(str(model))})"
+        cure = f"load it first: {load}" if isinstance(model, (str, Path)) else "a model of transformers, say"
+        raise ValueError(f"{what}: got {shown(model)}, expected a torch.nn.Module: {cure}")
     return model._orig_mod if _is(model, COMPILED) else model
 
 

@@ -43,7 +43,7 @@ from kunbr_fast.model.families import FAMILIES, Family, identify
 from kunbr_fast.model.frozen import same_modes
 from kunbr_fast.model.gather import take
 from kunbr_fast.model.layers import layer_list
-from kunbr_fast.model.ownership import has_hooks, present
+from kunbr_fast.model.ownership import has_hooks, present, uncompiled
 from kunbr_fast.proofs import ensure_proven
 
 logger = logging.getLogger(__name__)
@@ -259,9 +259,8 @@ def _say_once(message: str) -> None:
 
 def _layers(model: nn.Module) -> nn.ModuleList:
     """The decoder's layers, found as `Decoder` finds them, but without its demands on what they are."""
-    owner = next(
-        (module for module in model.modules() if hasattr(getattr(module, "config", None), "get_text_config")), None
-    )
+    modules = uncompiled(model).modules()
+    owner = next((module for module in modules if hasattr(getattr(module, "config", None), "get_text_config")), None)
     if owner is None:
         raise ValueError(f"{type(model).__name__} holds no Hugging Face model: no module in it has a model's config")
     return layer_list(model, owner.config.get_text_config().num_hidden_layers, type(owner).__name__)[1]

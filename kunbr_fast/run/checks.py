@@ -27,7 +27,7 @@ from kunbr_fast.run.identity import check_record, run_identity
 from kunbr_fast.run.reporter import Reporter
 from kunbr_fast.run.samples import Samples, overlap, to_samples, with_facts
 from kunbr_fast.run.state import RunState
-from kunbr_fast.run.validity import of_blocks_alone
+from kunbr_fast.run.validity import without_effect
 from kunbr_fast.training.settings import Execution, check_master_weights
 from kunbr_fast.training.sharded import NO_ADVERSARY
 
@@ -43,7 +43,7 @@ def prepare(
             "top_k=0 trains no block, and with an unlearned model (unlearned=, --unlearned) there is no warm-up: "
             "nothing would be trained. Leave one of them out"
         )
-    if idle := of_blocks_alone(config):
+    if idle := without_effect(config):
         context.reporter.say(f"{', '.join(idle)}: no effect, no block is trained (top_k=0)")
     _check_streamed(inputs, config, context.group)
     decoder = Decoder(model)

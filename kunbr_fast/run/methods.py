@@ -52,11 +52,15 @@ NAMED = {
 }
 
 
-def _alone(objective: Objective) -> Method:
-    """An objective on all parameters; its name and source begin its function's docstring."""
+def called(objective: Objective) -> str:
+    """An objective's name and source, with which its function's docstring begins."""
     doc = " ".join((inspect.getdoc(objective.function) or objective.name).split())
     sources = re.findall(r"arXiv \d{4}\.\d{5}", doc)
-    text = ", ".join([doc.partition(":")[0].replace("`", ""), *sources[:1], "on all parameters"])
+    return ", ".join([doc.partition(":")[0].replace("`", ""), *sources[:1]])
+
+
+def _alone(objective: Objective) -> Method:
+    text = f"{called(objective)}, on all parameters"
     return Method(text, {**_PLAIN, "objective": objective.name, "warmup_optimizer": "lion", "top_k": 0})
 
 

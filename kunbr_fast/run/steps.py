@@ -368,7 +368,7 @@ class Run:
         sums["steps"] += 1
         account["sums"] = sums
         if ends_epoch:
-            account["epochs"].append({n: None if sums[n] is None else sums[n] / sums["steps"] for n in LOSSES})
+            account["epochs"].append(means(sums))
             account["sums"] = None
         if metrics["retain_loss"] is None:
             return
@@ -409,6 +409,11 @@ class Run:
 def new_account() -> dict[str, Any]:
     """Of a stage's losses: means of its epochs, sums of the present one, the last retain losses."""
     return {"epochs": [], "sums": None, "recent": []}
+
+
+def means(sums: Mapping[str, Any] | None) -> dict[str, float | None] | None:
+    """Of an account's sums: the mean losses of the steps in them. None where there are none."""
+    return sums and {name: None if sums[name] is None else sums[name] / sums["steps"] for name in LOSSES}
 
 
 def _shown(metrics: Mapping[str, float | None]) -> str:

@@ -204,7 +204,7 @@ def _owned(model: nn.Module, given: Options) -> tuple[nn.Module, Options]:
     model = uncompiled(model)
     trainable(model, "kf.unlearn")
     if given.unlearned is not None:
-        given = dataclasses.replace(given, unlearned=uncompiled(given.unlearned))
+        given = dataclasses.replace(given, unlearned=uncompiled(given.unlearned, "the unlearned model"))
         whole(given.unlearned, "the unlearned model's ")
         no_adapter(given.unlearned, "kf.unlearn", "the unlearned model")
     return model, given

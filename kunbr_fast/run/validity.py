@@ -90,21 +90,28 @@ def _check_selection(config: Any) -> None:
         )
 
 
-def of_blocks_alone(config: Any) -> list[str]:
-    """The settings of a run without blocks that have no effect, and are not at their defaults."""
-    if config.top_k:
-        return []
+OF_HIDDEN_LAYERS_TOO = ("cache_dtype", "cache_bytes")  # where the original's hidden states lie
+
+
+def names_of_blocks(config: Any, hidden_layers: bool = False) -> list[str]:
+    """The settings, of a `KUnBRConfig` or its type, that have no effect without blocks; hidden_layers: of a run with
+    that retain loss."""
     fields = dataclasses.fields(config)
-    names = {field.name for field in fields if field.metadata["stage"] in ("selection", "blocks")} - {"top_k"}
+    names = {field.name for field in fields if field.metadata["stage"] in ("selection", "blocks")}
     names |= {"optimizer_device", "cuda_graphs", "parallel", "cache_bytes"}
-    if config.retain_loss == "hidden_layers":
-        names -= {"cache_dtype", "cache_bytes"}  # of the original's hidden states too
-    return [field.name for field in fields if field.name in names and getattr(config, field.name) != field.default]
+    names -= {"top_k", *(OF_HIDDEN_LAYERS_TOO if hidden_layers else ())}
+    return [field.name for field in fields if field.name in names]
+
+
+def without_effect(config: Any) -> list[str]:
+    """Those of them, of a run without blocks, that are not at their defaults."""
+    names = names_of_blocks(config, config.retain_loss == "hidden_layers") if config.top_k == 0 else []
+    return [name for name in names if getattr(config, name) != getattr(type(config), name)]
 
 
 def check_blocks_used(config: Any) -> None:
     """ValueError for a setting of blocks where none is trained."""
-    for name in of_blocks_alone(config):
+    for name in without_effect(config):
         value = shown(getattr(config, name))
         raise ValueError(f"{name}={value}: no block is trained (top_k=0): leave it out, or take a top_k above 0")
     if config.top_k == 0 and config.warmup_objective is not None:

@@ -76,7 +76,7 @@ def reinserted(
     given = original.model if isinstance(original, Decoder) else uncompiled(original)
     no_adapter(given, "kf.reinserted", "the original")
     decoder = original if isinstance(original, Decoder) else Decoder(original)
-    unlearned = uncompiled(unlearned) if isinstance(unlearned, nn.Module) else unlearned
+    unlearned = uncompiled(unlearned, "the unlearned model") if isinstance(unlearned, (nn.Module, str)) else unlearned
     check_block(block, decoder.num_layers)
     _check_owned(decoder, unlearned, block, settings.insertion == "cumulative")
     criterion = settings.criterion(block, criterion)
