@@ -61,6 +61,7 @@ from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.folder import NAME, CheckpointFolder
+from kunbr_fast.run.output import write_reports
 from kunbr_fast.run.reporter import Reporter
 
 logger = logging.getLogger(__name__)
@@ -331,8 +332,9 @@ class KUnBRMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's `save_model`, by `files.saving.save_model`: in the form of the model's own folder, and read back
-        before it takes its place. A ValueError leaves what is there as it was, and the model in memory; so does one for
-        a model that is no result: of a training that did not come to its end."""
+        before it takes its place, and beside it `report`, as `kunbr-fast unlearn` writes it. A ValueError leaves what
+        is there as it was, and the model in memory; so does one for a model that is no result: of a training that did
+        not come to its end."""
         self._for_checkpoint = _internal_call and output_dir is not None
         if not self._for_checkpoint:
             self._result.check(self.args.output_dir if output_dir is None else output_dir)
@@ -340,6 +342,9 @@ class KUnBRMixin:
             super().save_model(output_dir, _internal_call)
         finally:
             self._for_checkpoint = False
+        if self.report is not None and self.args.should_save and not _internal_call:
+            name = getattr(self.model.config, "name_or_path", "") or type(self.model).__name__
+            write_reports(output_dir or self.args.output_dir, self.report, name)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What Trainer's `_save` writes. Checkpoints of a training are its own, and so is what is no plain model."""
@@ -387,7 +392,7 @@ class KUnBRTrainer(KUnBRMixin, Trainer):
     After `train()` the model is M_u with its trained blocks, `density` and `blocks` hold what was measured and chosen,
     `report` is the `Report` that `kunbr_fast.unlearn` returns (None where the warm-up was not finished), and its
     figures are logged and in TrainOutput.metrics: forget_accuracy, retain_accuracy, rtt_accuracy, recovery, and those
-    of the other models, original_... and unlearned_....
+    of the other models, original_... and unlearned_...; of text without questions forget_probability and its like.
     While it trains the model is what the stage has: M_u in the making, or the original with the active block; so are
     the checkpoints, and what evaluations and callbacks see. Logs have `stage` (0: the warm-up, n: the n-th visit of a
     block: an independent block has all its rounds before the next block begins, cumulative ones go round by round),
