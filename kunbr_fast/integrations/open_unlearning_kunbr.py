@@ -62,6 +62,15 @@ def _plain(values: Any) -> Any:
     return OmegaConf.to_container(values, resolve=True) if OmegaConf.is_config(values) else values
 
 
+def settings(config: Any) -> Any:
+    """Those of KUnBR.yaml, which gives every run a block_lr, and settings that would win over a method's."""
+    if not isinstance(config, dict):
+        return config
+    if "method" in config:
+        raise ValueError(f"config.method={config['method']}: KUnBR.yaml has its own settings: give them one by one")
+    return {name: value for name, value in config.items() if name != "block_lr" or config.get("top_k") != 0}
+
+
 def kunbr_trainer(finetune: type) -> type:
     """`KUnBRTrainer` over its FinetuneTrainer."""
     from kunbr_fast.integrations.hf_trainer import KUnBRMixin
@@ -70,7 +79,7 @@ def kunbr_trainer(finetune: type) -> type:
         def __init__(self, *args: Any, config: Any = None, **kwargs: Any):
             kwargs |= {name: _plain(kwargs[name]) for name in LISTS if name in kwargs}
             try:
-                super().__init__(*args, config=_plain(config), **kwargs)
+                super().__init__(*args, config=settings(_plain(config)), **kwargs)
             except ValueError as error:
                 raise Refused(f"trainer=KUnBR: {error} (config is trainer.method_args.config)") from error
 
