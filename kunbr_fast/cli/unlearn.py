@@ -82,8 +82,7 @@ def _read(arguments: argparse.Namespace, config: KUnBRConfig) -> tuple[list[Fold
     asked = [record for record in asked if is_question(record)]
     # --show ends here: nothing else says what is let be
     settings = (config.overlap, *([sayer(arguments)] if arguments.show else []))
-    attack = config.rtt and any(fold.questions for fold in folds)
-    settle(overlap_of(folds, attack), *settings)
+    settle(overlap_of(folds, config.rtt), *settings)
     forget = [record for fold in folds for record in (*fold.train_records, *fold.questions)]
     settle(of_sides(facts({"": forget}), facts({"": [*retain, *asked]})), *settings)
     return folds, retain, asked
@@ -120,8 +119,8 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
     folds, retain, asked = _read(arguments, config)
     questions = [record for fold in folds for record in fold.questions]
     if not questions:
-        say("no question lines about the forget set: accuracy is not measured and there is no RTT attack")
-    elif len(folds) < 2 and config.rtt:
+        say("no question lines about the forget set: its figure is the probability of its records' answers")
+    if len(folds) < 2 and config.rtt:
         say("one forget file: the RTT attack needs two or more (each is a fold), so there is none")
     model, tokenizer = open_model(arguments)
 
@@ -134,7 +133,7 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
 
     forget = [record for fold in folds for record in fold.train_records]
     unlearned = _open_unlearned(arguments, model)
-    used = folds if questions and len(folds) > 1 else []
+    used = folds if len(folds) > 1 else []
     if finished is not None:
         inputs = RunInputs(model, forget, retain, tokenizer, unlearned, {"forget": questions, "retain": asked}, used)
         return _finished(finished, inputs, config, arguments)
@@ -216,7 +215,8 @@ def _write(report: Report, config: KUnBRConfig, arguments: argparse.Namespace) -
     drawn(path, lambda: plot_density(report.density, report.blocks, path, config.skip_last_layers))
     if report.rtt is not None:
         curves = out / "relearning.png"
-        drawn(curves, lambda: plot_relearning({report.method: report.rtt}, curves))
+        chance = report.accuracy.get("result", {}).get("forget", {}).get("chance", 0.25)
+        drawn(curves, lambda: plot_relearning({report.method: report.rtt}, curves, chance))
     config.save(out / "run.yaml")
     values = plain_values(report.to_dict() | {"model": str(arguments.model)})
     write_report(out / "report.json", values | {"result": record(out, values)})
@@ -228,4 +228,6 @@ def _print(report: Report, arguments: argparse.Namespace) -> None:
     show(*table(rows).splitlines())
     if report.rtt is not None:
         show(*attack_table(report.rtt).splitlines())
+    for caution in report.cautions:
+        show(f"caution: {caution}")
     show(f"model, report.json and plots are in {arguments.out}")

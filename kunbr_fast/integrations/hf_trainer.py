@@ -382,7 +382,7 @@ class KUnBRTrainer(KUnBRMixin, Trainer):
     After `train()` the model is M_u with its trained blocks, `density` and `blocks` hold what was measured and chosen,
     `report` is the `Report` that `kunbr_fast.unlearn` returns (None where the warm-up was not finished), and its
     figures are logged and in TrainOutput.metrics: forget_accuracy, retain_accuracy, rtt_accuracy, recovery, and those
-    of the other models, original_... and unlearned_....
+    of the other models, original_... and unlearned_...; of text without questions forget_probability and its like.
     While it trains the model is what the stage has: M_u in the making, or the original with the active block; so are
     the checkpoints, and what evaluations and callbacks see. Logs have `stage` (0: the warm-up, n: the n-th visit of a
     block: an independent block has all its rounds before the next block begins, cumulative ones go round by round),

@@ -10,7 +10,6 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +17,13 @@ import torch.nn.functional as F
 import transformers as tf
 import yaml
 from helpers import rarely, relative
+from open_unlearning_package import FinetuneTrainer, Node, packages, sums
 from tiny_models import VOCAB, random_samples, tiny_model
 
 from kunbr_fast.integrations import labelled_rows, open_unlearning
 from kunbr_fast.integrations.open_unlearning import Options, Refused, adapted, arguments
+from kunbr_fast.integrations.open_unlearning_patched import _Patched
+from kunbr_fast.integrations.open_unlearning_trainers import get_tokenizer
 from kunbr_fast.model import compat
 from kunbr_fast.run.config import KUnBRConfig
 
@@ -40,12 +42,6 @@ def padded(samples, side="right"):
     mask = torch.stack([pad(torch.ones_like(sample["input_ids"]), 0) for sample in samples]).bool()
     labels = torch.stack([pad(sample["labels"], -100) for sample in samples])
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def sums(logits, labels):
-    """(B,) sums of NLL, written plainly."""
-    nll = F.cross_entropy(logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
-    return nll.view(len(labels), -1).sum(1)
 
 
 def grads(model):
@@ -142,11 +138,6 @@ def test_a_model_with_another_loss_is_refused(caplog):
 # ---------------------------------------------------------------- trainers with OpenUnlearning's interface
 
 
-class FinetuneTrainer(tf.Trainer):
-    def __init__(self, evaluators=None, template_args=None, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-
-
 class Difference(FinetuneTrainer):
     """Its compute_loss knows no num_items_in_batch."""
 
@@ -216,42 +207,9 @@ def collate(items):
     return {part: padded([item[part] for item in items]) for part in ("forget", "retain")}
 
 
-class Node(dict):
-    """Enough of an OmegaConf node: `get`, and the way to its parent."""
-
-    parent = None
-
-    def __init__(self, values, parent=None):
-        super().__init__({k: Node(v, self) if isinstance(v, dict) else v for k, v in values.items()})
-        self.parent = parent
-
-
 @pytest.fixture
 def trainer(monkeypatch):
-    """A stand-in for its package `trainer`, with ours registered."""
-    omegaconf = ModuleType("omegaconf")
-    omegaconf.OmegaConf = SimpleNamespace(
-        select=lambda node, key: node.parent.get(key.removeprefix("..")), is_config=lambda node: isinstance(node, Node),
-        to_container=lambda node, resolve: json.loads(json.dumps(node)),
-    )  # fmt: skip
-    package, utils = ModuleType("trainer"), ModuleType("trainer.utils")
-    for module in (omegaconf, package, utils):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    utils.compute_batch_nll = lambda model, inputs: (sums((out := model(**inputs)).logits, inputs["labels"]), out)
-    package.utils, package.TRAINER_REGISTRY = utils, {}
-    package.FinetuneTrainer, package.TrainingArguments = FinetuneTrainer, tf.TrainingArguments
-    package._register_trainer = lambda kind: package.TRAINER_REGISTRY.update({kind.__name__: kind})
-
-    def load_trainer(trainer_cfg, **kwargs):
-        args = package.TrainingArguments(**trainer_cfg["args"])
-        made = package.TRAINER_REGISTRY[trainer_cfg.get("handler")]
-        return made(args=args, **kwargs, **trainer_cfg.get("method_args", {})), args
-
-    package.load_trainer = load_trainer
-    for kind in (FinetuneTrainer, Difference, Preference, Steering):
-        package._register_trainer(kind)
-    open_unlearning.register(package)
-    return package
+    return packages(monkeypatch, Difference, Preference, Steering)
 
 
 def train(trainer, folder, name, options, model=None, method_args=None, **args):
@@ -358,7 +316,7 @@ def test_our_trainer_needs_packed_samples(trainer, tmp_path):
 def test_names_and_bases():
     made = adapted(Difference, Options(patch=True, measure=True))
     assert made.__name__ == "GradDiff" and issubclass(made, Difference) and made.reads_losses_only
-    assert not issubclass(adapted(FinetuneTrainer, Options()), open_unlearning._Patched)
+    assert not issubclass(adapted(FinetuneTrainer, Options()), _Patched)
 
 
 # ---------------------------------------------------------------- the command line
@@ -401,18 +359,34 @@ def test_options():
 
 @pytest.fixture
 def empty_checkout(tmp_path, monkeypatch):
-    for name in ("src/train.py", "src/trainer/__init__.py", "configs/unlearn.yaml"):
+    """Enough of one that its two scripts can be begun."""
+    for name in ("src/train.py", "src/eval.py", "configs/unlearn.yaml"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
+    for name in ("trainer", "model", "data"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / "src" / name).mkdir()
+        (tmp_path / "src" / name / "__init__.py").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    return tmp_path
+    yield tmp_path
+    for name in ("trainer", "model", "data"):
+        sys.modules.pop(name, None)
 
 
-def test_outside_a_checkout(tmp_path, monkeypatch):
+@pytest.mark.parametrize("script, message", [([], "src/train.py"), (["eval"], "src/eval.py")])
+def test_outside_a_checkout(tmp_path, monkeypatch, script, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Refused, match=r"is no checkout of OpenUnlearning \(src/train.py is not there\)"):
-        open_unlearning.main(["trainer=KUnBR"])
+    with pytest.raises(Refused, match=rf"is no checkout of OpenUnlearning \({message} is not there\)"):
+        open_unlearning.main([*script, "trainer=KUnBR"])
+
+
+def test_help_tells_both_uses(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    open_unlearning.main(["--help"])
+    said = capsys.readouterr().out
+    assert "open_unlearning --config-name=unlearn.yaml trainer=KUnBR" in said and "+kunbr_fast.patch=true" in said
+    assert "open_unlearning eval --config-name=eval.yaml" in said and "do_train=false" in said
 
 
 @pytest.mark.slow
@@ -438,28 +412,24 @@ def test_without_what_it_imports(empty_checkout, monkeypatch):
     assert sys.path[0] == str(empty_checkout / "src")
 
 
-def test_its_main_runs_with_our_arguments(empty_checkout, monkeypatch):
+@pytest.mark.parametrize("given, script", [(["trainer=NPO"], "train"), (["eval", "trainer=NPO"], "eval")])
+def test_its_scripts_run_with_our_arguments(empty_checkout, monkeypatch, given, script):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    for name in ("trainer", "model"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    (empty_checkout / "src/model").mkdir()
-    (empty_checkout / "src/model/__init__.py").write_text("get_tokenizer = None")
     seen = []
     monkeypatch.setattr(open_unlearning, "register", lambda module: seen.append(module.__file__))
-    monkeypatch.setattr(open_unlearning, "_get_tokenizer", lambda own: own)
-    monkeypatch.setattr(runpy, "run_path", lambda path, run_name: seen.append((path, run_name, sys.argv[1])))
-    monkeypatch.setattr(sys, "argv", ["x", "trainer=NPO"])
+    monkeypatch.setattr(open_unlearning, "adapt", lambda *modules: seen.extend(m.__name__ for m in modules))
+    monkeypatch.setattr(runpy, "run_path", lambda path, run_name: seen.append((path, run_name, *sys.argv[:2])))
+    monkeypatch.setattr(sys, "argv", ["x", *given])
     open_unlearning.main()
-    train_py = str(empty_checkout / "src/train.py")
-    assert seen == [str(empty_checkout / "src/trainer/__init__.py"), (train_py, "__main__", "trainer=NPO")]
-    for name in ("trainer", "model"):
-        sys.modules.pop(name, None)
+    path = str(empty_checkout / f"src/{script}.py")
+    registered = str(empty_checkout / "src/trainer/__init__.py")
+    assert seen == [registered, "model", "data", (path, "__main__", f"src/{script}.py", "trainer=NPO")]
 
 
 def test_a_tokenizer_gives_ids():
     from tiny_text import tokenizer
 
-    made = open_unlearning._get_tokenizer(tokenizer)()
+    made = get_tokenizer(tokenizer)()
     ids = made.apply_chat_template([{"role": "user", "content": "Ada Ek"}], tokenize=True)
     assert type(ids) is list and all(type(i) is int for i in ids)
     assert max(ids) < 400 and VOCAB
