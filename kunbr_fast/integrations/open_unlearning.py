@@ -191,10 +191,25 @@ def kunbr_trainer(finetune: type) -> type:
         def __init__(self, *args: Any, config: Any = None, **kwargs: Any):
             from omegaconf import OmegaConf
 
-            config = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+            if OmegaConf.is_config(config):
+                config = _chosen(OmegaConf.to_container(config, resolve=True))
             super().__init__(*args, config=config, **kwargs)
 
     return KUnBR
+
+
+def _chosen(lines: dict[str, Any]) -> dict[str, Any]:
+    """`method_args.config` without what nobody has chosen: lines of KUnBR.yaml, at their defaults, that a `method`
+    sets; and block_lr, which is there the Trainer's learning rate, where no block is trained."""
+    from kunbr_fast.run.config import KUnBRConfig
+    from kunbr_fast.run.methods import settings_of
+
+    usual = KUnBRConfig().to_dict()
+    method = settings_of(lines["method"]) if "method" in lines else {}
+    found = {name: value for name, value in lines.items() if name not in method or value != usual[name]}
+    if (method | found).get("top_k") == 0 and found.get("block_lr") == found.get("warmup_lr"):
+        found.pop("block_lr", None)
+    return found
 
 
 def register(trainer: ModuleType) -> None:
