@@ -15,11 +15,14 @@ from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import show
 from kunbr_fast.data.overlap import settle
+from kunbr_fast.evaluation.cautions import of_attack
+from kunbr_fast.evaluation.changes import chance_of
 from kunbr_fast.evaluation.curves import KEYS, Curves, Point, RTTResult, attack_of
 from kunbr_fast.evaluation.figures import drawn
+from kunbr_fast.evaluation.folds import Fold, overlap_of, taught_of
 from kunbr_fast.evaluation.plots import plot_relearning
 from kunbr_fast.evaluation.report import attack_table
-from kunbr_fast.evaluation.rtt import Attack, Fold, RTTConfig, finished_attacks, overlap_of, taught_of
+from kunbr_fast.evaluation.rtt import Attack, RTTConfig, finished_attacks
 from kunbr_fast.files.checksums import read_sealed, write_sealed
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.scratch import scratch
@@ -37,7 +40,8 @@ SETTINGS = (
 )
 
 _SUMMARY = (  # of a finished one
-    "accuracy standard_error calibrated_accuracy smooth_accuracy before recovery best strongest attacks diverged leak"
+    "metric accuracy standard_error calibrated_accuracy smooth_accuracy before recovery best strongest attacks "
+    "diverged leak cautions"
 ).split()
 _TAUGHT = "other_facts"  # of what an --out belongs to: whose, where that attack was asked for once
 _OTHERS = "other_curves"  # finished attacks at learning rates that were not asked for last
@@ -110,29 +114,38 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         result = made.run(folder, not arguments.quiet, list(done), keep)
     if out is not None:
         others = [row for row in done if row not in result.curves]
-        write_sealed(out, {"belongs_to": belongs, **result.to_dict(), **({_OTHERS: others} if others else {})})
+        write_sealed(out, {"belongs_to": belongs, **_found(result), **({_OTHERS: others} if others else {})})
     if arguments.plot:
         named = {Path(arguments.model).resolve().name: result}
-        arguments.status = 0 if drawn(arguments.plot, lambda: plot_relearning(named, arguments.plot)) else 1
+        how = named, arguments.plot, chance_of([question for fold in folds for question in fold.questions])
+        arguments.status = 0 if drawn(arguments.plot, lambda: plot_relearning(*how)) else 1
     if not arguments.json:
         _print(result)
-    return result.to_dict()
+    return _found(result)
+
+
+def _found(result: RTTResult) -> dict[str, Any]:
+    return {**result.to_dict(), "cautions": of_attack(result)}
 
 
 def _print(result: RTTResult) -> None:
-    show("learning rate | accuracy at each measurement (the first is before), over all questions")
+    metric, of = ("accuracy", "questions") if result.metric == "accuracy" else ("answer probability", "records")
+    show(f"learning rate | {metric} at each measurement (the first is before), over all {of}")
     for attack in result.attacks:
         for lr in result.rates(attack):
             for key in KEYS:
                 if (curve := result.curve(lr, key, attack)) is not None:
                     kind = f", {attack}" * (attack != "full")
-                    show(f"{lr:13g} | {'  '.join(f'{value:6.1%}' for value in curve)}  {key}{kind}")
+                    name = key if result.metric == "accuracy" else result.metric
+                    show(f"{lr:13g} | {'  '.join(f'{value:6.1%}' for value in curve)}  {name}{kind}")
     show(*attack_table(result).splitlines())
     attack, lr, epoch = result.strongest
     calibrated = "" if result.calibrated_accuracy is None else f", calibrated {result.calibrated_accuracy:.1%}"
     smooth = "" if result.smooth_accuracy is None else f", smooth {result.smooth_accuracy:.1%}"
     kind = f"{attack}, " * (attack != "full") + f"lr {lr:g}, epoch {epoch}" if lr else attack  # a rounding has no rate
-    show(f"RTT accuracy {result.accuracy:.1%} ({kind}){calibrated}{smooth}; before {result.before:.1%}")
+    for caution in of_attack(result):
+        show(f"caution: {caution}")
+    show(f"RTT {metric} {result.accuracy:.1%} ({kind}){calibrated}{smooth}; before {result.before:.1%}")
 
 
 def _settings(attack: RTTConfig) -> dict[str, Any]:

@@ -17,9 +17,7 @@ from kunbr_fast.cli.terminal import show
 from kunbr_fast.data import is_question
 from kunbr_fast.data.content import check_files
 from kunbr_fast.data.overlap import facts, of_sides, settle
-from kunbr_fast.evaluation.figures import drawn
-from kunbr_fast.evaluation.plots import plot_density, plot_relearning
-from kunbr_fast.evaluation.report import Report, attack_table, plain_values, table, write_report
+from kunbr_fast.evaluation.report import Report, attack_table, table
 from kunbr_fast.evaluation.rtt import Fold, overlap_of
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model
@@ -32,7 +30,7 @@ from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunInputs
 from kunbr_fast.run.folder import CheckpointFolder
 from kunbr_fast.run.identity import record
-from kunbr_fast.run.output import check_output, check_place, finished_report, is_finished, remove_reports
+from kunbr_fast.run.output import check_output, check_place, finished_report, is_finished, write_reports
 from kunbr_fast.run.unlearn import Options, carry_out
 
 
@@ -82,8 +80,7 @@ def _read(arguments: argparse.Namespace, config: KUnBRConfig) -> tuple[list[Fold
     asked = [record for record in asked if is_question(record)]
     # --show ends here: nothing else says what is let be
     settings = (config.overlap, *([sayer(arguments)] if arguments.show else []))
-    attack = config.rtt and any(fold.questions for fold in folds)
-    settle(overlap_of(folds, attack), *settings)
+    settle(overlap_of(folds, config.rtt), *settings)
     forget = [record for fold in folds for record in (*fold.train_records, *fold.questions)]
     settle(of_sides(facts({"": forget}), facts({"": [*retain, *asked]})), *settings)
     return folds, retain, asked
@@ -120,8 +117,8 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
     folds, retain, asked = _read(arguments, config)
     questions = [record for fold in folds for record in fold.questions]
     if not questions:
-        say("no question lines about the forget set: accuracy is not measured and there is no RTT attack")
-    elif len(folds) < 2 and config.rtt:
+        say("no question lines about the forget set: its figure is the probability of its records' answers")
+    if len(folds) < 2 and config.rtt:
         say("one forget file: the RTT attack needs two or more (each is a fold), so there is none")
     model, tokenizer = open_model(arguments)
 
@@ -130,11 +127,11 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
         if not arguments.stream:  # else it is there
             say(f"writing the model to {out}, and reading it back")
             save_model(model, tokenizer, out, replace=CheckpointFolder(out).overwrites)
-        _write(report, config, arguments)
+        write_reports(out, report, str(arguments.model), lambda values: record(out, values))
 
     forget = [record for fold in folds for record in fold.train_records]
     unlearned = _open_unlearned(arguments, model)
-    used = folds if questions and len(folds) > 1 else []
+    used = folds if len(folds) > 1 else []
     if finished is not None:
         inputs = RunInputs(model, forget, retain, tokenizer, unlearned, {"forget": questions, "retain": asked}, used)
         return _finished(finished, inputs, config, arguments)
@@ -208,24 +205,12 @@ def _open_unlearned(arguments: argparse.Namespace, model: nn.Module) -> nn.Modul
     return unlearned
 
 
-def _write(report: Report, config: KUnBRConfig, arguments: argparse.Namespace) -> None:
-    """Plots, settings and last the report, in --out."""
-    out = Path(arguments.out)
-    remove_reports(out)
-    path = out / "density.png"
-    drawn(path, lambda: plot_density(report.density, report.blocks, path, config.skip_last_layers))
-    if report.rtt is not None:
-        curves = out / "relearning.png"
-        drawn(curves, lambda: plot_relearning({report.method: report.rtt}, curves))
-    config.save(out / "run.yaml")
-    values = plain_values(report.to_dict() | {"model": str(arguments.model)})
-    write_report(out / "report.json", values | {"result": record(out, values)})
-
-
 def _print(report: Report, arguments: argparse.Namespace) -> None:
     rows = [report.row("original", "original"), *[report.row("warm-up (M_u)", "unlearned")] * bool(report.blocks)]
     rows = [*(row for row in rows if "forget" in row or "retain" in row), report.row()]
     show(*table(rows).splitlines())
     if report.rtt is not None:
         show(*attack_table(report.rtt).splitlines())
+    for caution in report.cautions:
+        show(f"caution: {caution}")
     show(f"model, report.json and plots are in {arguments.out}")

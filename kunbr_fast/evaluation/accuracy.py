@@ -20,7 +20,8 @@ far less noisy, and what sampled answers give away (`candidates`). For `letter` 
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -51,7 +52,7 @@ class Accuracy:
     For scoring="choice", else None: smooth: the expected plain accuracy over random distractors, smooth_error: its
     standard error over questions (None for one question). leak: 0..1, share of the questions whose answer is among k
     sampled ones, for each k of `candidates.SAMPLES`. pool: of how many candidates one would guess (harmonic mean over
-    questions).
+    questions). values: of each question 1 where it is answered correctly, else 0.
     """
 
     plain: float
@@ -62,6 +63,12 @@ class Accuracy:
     smooth_error: float | None = None
     leak: list[float] | None = None
     pool: float | None = None
+    values: list[int] = field(default_factory=list)
+
+    def row(self) -> dict[str, Any]:
+        """As a relearning curve's `Point` has it."""
+        names = "plain calibrated num_questions smooth smooth_error leak pool".split()
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict:
         """The fields as JSON takes them."""
@@ -192,6 +199,7 @@ def _accuracy(questions: Questions, scores: torch.Tensor, smooth: torch.Tensor) 
         calibrated=calibrated,
         predictions=predictions.tolist(),
         num_questions=len(answers),
+        values=(predictions == answers).int().tolist(),
     )
     if questions.candidates is None:
         return found

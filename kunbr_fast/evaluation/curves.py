@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import msgspec
 
@@ -13,6 +13,7 @@ from kunbr_fast.files.documents import checked
 from kunbr_fast.files.shown import shown
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Error = Annotated[float, msgspec.Meta(ge=0, le=1)] | None
 KEYS = ("plain", "calibrated", "smooth")
 
 
@@ -27,13 +28,19 @@ class _Measured(TypedDict):
 class Point(_Measured, total=False):
     """A point of a relearning curve. Those of earlier versions have the five first fields alone, of the attack `full`.
 
-    diverged: the training of this fold diverged; the only point of its curve.
+    metric: of a fold without questions "probability"; then `plain` is the mean answer probability of its records, whose
+    number num_questions is, and `error` its standard error. change_error: the standard error of the difference to
+    before the attack, over the same questions or records. diverged: the training of this fold diverged; the only point
+    of its curve.
     """
 
     attack: str
+    metric: Literal["probability"]
+    error: Error
+    change_error: Error
     num_questions: Annotated[int, msgspec.Meta(ge=1, le=10**9)]
     smooth: Share | None
-    smooth_error: Share | None
+    smooth_error: Error
     leak: Annotated[list[Share], msgspec.Meta(min_length=len(SAMPLES), max_length=len(SAMPLES))] | None
     pool: Annotated[float, msgspec.Meta(ge=1, le=10**9)] | None
     diverged: bool
@@ -54,11 +61,13 @@ def attack_of(row: Point) -> str:
 
 
 class RTTResult:
-    """Relearning curves: rows as of `Point`, epoch 0 is before the attack.
+    """Relearning curves: rows as of `Point`, epoch 0 is before the attack. All are of one metric: accuracies, or of
+    folds without questions answer probabilities; then every `accuracy` here is such a probability, and "questions" are
+    records.
 
     `calibrated` is None where the scoring has no such figure. A (attack, learning rate) that diverged on a fold has no
-    curve, see `diverged`. ValueError unless every learning rate of an attack has every fold and epoch, and the rows of
-    a fold the same number of questions.
+    curve, see `diverged`. ValueError unless every learning rate of an attack has every fold and epoch, and all rows one
+    metric and those of a fold the same number of questions.
 
     Each question counts once in every figure: a fold weighs as much as it has questions. Rows of earlier versions may
     not say how many; where that is unknown of a fold, each fold counts once, as those versions had it.
@@ -90,7 +99,9 @@ class RTTResult:
                 f"{len(self._folds)} folds x {max(len(self._rows), 1)} attacks and learning rates x epochs "
                 f"0..{max(last, 1)}"
             )
-        self._weights = _weights(curves, self._folds)
+        self.metric = _metric(curves)
+        self._numbers = _numbers(curves, self._folds)
+        self._weights = _weights(self._numbers)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RTTResult) and self.curves == other.curves
@@ -146,6 +157,11 @@ class RTTResult:
             if row.get("diverged")
         ]
 
+    @property
+    def num_questions(self) -> int | None:
+        """Of all folds; None where it is not known."""
+        return None if None in self._numbers else sum(self._numbers)
+
     # ------------------------------------------------ the strongest
 
     @property
@@ -195,10 +211,20 @@ class RTTResult:
         where an earlier version has not kept the number of questions."""
         rows = [self._rows[at.attack, at.lr][fold, at.epoch] for fold in self._folds]
         if key == "smooth":
-            errors = [row.get("smooth_error") for row in rows]
-        else:
-            numbers = [row.get("num_questions") for row in rows]
-            errors = [n and (row[key] * (1 - row[key]) / n) ** 0.5 for row, n in zip(rows, numbers)]
+            return self._joint([row.get("smooth_error") for row in rows])
+        if self.metric == "probability":
+            return self._joint([row.get("error") for row in rows])
+        numbers = [row.get("num_questions") for row in rows]
+        return self._joint([n and (row[key] * (1 - row[key]) / n) ** 0.5 for row, n in zip(rows, numbers)])
+
+    @property
+    def change_error(self) -> float | None:
+        """The standard error of `recovery`, of the same questions before and after; None where it was not kept."""
+        attack, lr, epoch = self.strongest
+        return self._joint([self._rows[attack, lr][fold, epoch].get("change_error") for fold in self._folds])
+
+    def _joint(self, errors: Sequence[float | None]) -> float | None:
+        """The standard error of a mean over questions, from each fold's."""
         if None in errors:
             return None
         return sum((w * error) ** 2 for w, error in zip(self._weights, errors)) ** 0.5 / sum(self._weights)
@@ -258,6 +284,7 @@ class RTTResult:
         """JSON form: the summary for readers, and the curves, from which from_dict makes the result again."""
         attack, lr, epoch = self.strongest
         return {
+            "metric": self.metric,
             "accuracy": self.accuracy,
             "standard_error": self.standard_error,
             "calibrated_accuracy": self.calibrated_accuracy,
@@ -279,8 +306,17 @@ class RTTResult:
         return cls(checked(value, Curves, where)["curves"])
 
 
-def _weights(curves: list[Point], folds: list[str]) -> list[int]:
-    """Of each fold, in proportion to its questions; 1 of folds of one size, and where one's is not known."""
+def _metric(curves: list[Point]) -> str:
+    found = sorted({row.get("metric", "accuracy") for row in curves})
+    if len(found) > 1:
+        raise ValueError(
+            f"relearning curves are of {' and '.join(found)}: expected one metric, they are not comparable"
+        )
+    return found[0]
+
+
+def _numbers(curves: list[Point], folds: list[str]) -> list[int | None]:
+    """The questions of each fold, as far as its rows say."""
     numbers: dict[str, int] = {}
     for row in curves:
         if (number := row.get("num_questions")) and numbers.setdefault(row["fold"], number) != number:
@@ -288,7 +324,12 @@ def _weights(curves: list[Point], folds: list[str]) -> list[int]:
                 f"relearning curves of fold {shown(row['fold'])} have {numbers[row['fold']]} questions and {number}: "
                 "expected the same questions in all rows of a fold"
             )
-    if numbers.keys() != {*folds}:
-        return [1] * len(folds)
-    common = math.gcd(*numbers.values())
-    return [numbers[fold] // common for fold in folds]
+    return [numbers.get(fold) for fold in folds]
+
+
+def _weights(numbers: list[int | None]) -> list[int]:
+    """Of each fold, in proportion to its questions; 1 of folds of one size, and where one's is not known."""
+    if None in numbers:
+        return [1] * len(numbers)
+    common = math.gcd(*numbers)
+    return [number // common for number in numbers]

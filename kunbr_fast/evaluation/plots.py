@@ -141,37 +141,40 @@ def plot_relearning(results: Mapping[str, RTTResult], path: str | Path, chance: 
     """Relearning curves of several methods under the RTT attack, PNG at `path`.
 
     results: method -> RTTResult. Each method's strongest attack is drawn strong, with its best epoch ringed, its other
-    learning rates thin. Of one method each attack is drawn so. chance: accuracy of guessing (0..1).
+    learning rates thin. Of one method each attack is drawn so. chance: accuracy of guessing (0..1), which answer
+    probabilities have not. ValueError for results of both metrics.
     """
     if not results:
         raise ValueError("no methods to plot: the result mapping is empty")
+    if len(metrics := {result.metric for result in results.values()}) > 1:
+        raise ValueError("some methods have accuracies and some answer probabilities: make a plot of each")
     figure, axes = figures.single()
-    first = next(iter(results.values()))
+    first, by_accuracy = next(iter(results.values())), metrics == {"accuracy"}
     kinds = first.attacks if len(results) == 1 else []
     lines, title, columns = [], "What comes back under the RTT attack", 1
     if len(kinds) > 1:
         (method, columns), before = (*results, 2), first.before
-        title = f"What comes back ({100 * before:.0f} % before the attacks): {figures.label(method, NAME - 18)}"
+        title = f"What comes back ({_share(before)} before the attacks): {figures.label(method, NAME - 18)}"
         for index, attack in enumerate(kinds):
             found = first.summary(attack)
             rate = f" (lr {_rate(found['lr'])})" if found["lr"] else ""
             steps = f", epochs x {ATTACKS[attack].passes}" * (ATTACKS[attack].passes > 1)
-            lines += _curves(axes, first, attack, f"{attack}{steps}: {100 * found['accuracy']:.0f} %{rate}", index)
+            lines += _curves(axes, first, attack, f"{attack}{steps}: {_share(found['accuracy'])}{rate}", index)
     else:
         for index, (method, result) in enumerate(results.items()):
             attack, lr, _ = result.strongest
             kind = f"{attack}, " * (attack != "full")
-            label = f"{100 * result.before:.0f} % → {100 * result.accuracy:.0f} % ({kind}lr {_rate(lr)})"
+            label = f"{_share(result.before)} → {_share(result.accuracy)} ({kind}lr {_rate(lr)})"
             lines += _curves(axes, result, attack, f"{figures.label(method, NAME)}: {label}", index)
     drawn = [(result, attack) for result in results.values() for attack in kinds or [result.strongest.attack]]
     epochs = max(len(result.epochs(attack)) for result, attack in drawn) - 1
-    keys = _keys(axes, chance, any(len(result.rates(attack)) > 1 for result, attack in drawn))
-    axes.set_ylim(0, 104)
+    keys = _keys(axes, chance if by_accuracy else None, any(len(result.rates(attack)) > 1 for result, attack in drawn))
+    axes.set_ylim(0, 104 if by_accuracy else 1.1 * max(max(line.get_ydata(), default=0) for line in axes.lines))
     axes.set_xlim(-0.03 * epochs, 1.03 * epochs)
     axes.set_xticks(range(0, epochs + 1, max(1, -(-epochs // 16))))
     on = "" if columns > 1 else " on the other folds"
     axes.set_xlabel(f"epochs of fine-tuning{on} (0 = right after unlearning)")
-    axes.set_ylabel("held-out accuracy (%)")
+    axes.set_ylabel("held-out accuracy (%)" if by_accuracy else "probability of the held-out answers (%)")
     rows = max(-(-len(lines) // columns), len(keys))
     axes.set_title(title, loc="left", fontweight="bold", pad=20 + 17 * rows)
     axes.add_artist(figures.legend(axes, handles=lines, ncols=columns))
@@ -199,11 +202,12 @@ def _curves(axes, result: RTTResult, attack: str, label: str, index: int) -> lis
     return strong
 
 
-def _keys(axes, chance: float, several_rates: bool) -> list:
+def _keys(axes, chance: float | None, several_rates: bool) -> list:
     """What is the same for all methods, in grey."""
-    style = dict(color=GREY, linestyle="--", linewidth=1.6, zorder=1)
-    line = axes.axhline(100 * chance, **style, label=f"chance ({100 * chance:.0f} %)")
-    keys = [*axes.plot([], color=GREY, **_RING, markersize=12, label="strongest attack"), line]
+    keys = axes.plot([], color=GREY, **_RING, markersize=12, label="strongest attack")
+    if chance is not None:
+        style = dict(color=GREY, linestyle="--", linewidth=1.6, zorder=1)
+        keys.append(axes.axhline(100 * chance, **style, label=f"chance ({100 * chance:.0f} %)"))
     if several_rates:
         keys[1:1] = axes.plot([], color=GREY, linewidth=1.1, alpha=0.6, label="other learning rates")
     return keys
@@ -211,6 +215,11 @@ def _keys(axes, chance: float, several_rates: bool) -> list:
 
 def _percents(values: Sequence[float]) -> list[float]:
     return [100 * value for value in values]
+
+
+def _share(value: float) -> str:
+    """In percent; a small answer probability with two digits."""
+    return f"{100 * value:.2g} %" if 0 < value < 0.0095 else f"{100 * value:.0f} %"
 
 
 def _rate(lr: float) -> str:

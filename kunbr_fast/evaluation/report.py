@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kunbr_fast.density.measure import Density
+from kunbr_fast.evaluation import cautions
 from kunbr_fast.evaluation.candidates import SAMPLES
 from kunbr_fast.evaluation.curves import RTTResult, Strongest
 from kunbr_fast.files import atomic
@@ -21,7 +22,8 @@ class Report:
     """What a run did. Accuracies are fractions; seconds are wall time by stage.
 
     accuracy: {"original" | "unlearned" | "result": {"forget": {...}, "retain": {...}}}, where `unlearned` is the
-    model after the warm-up (M_u); empty where no questions were given. losses: mean losses of each epoch by stage.
+    model after the warm-up (M_u); empty where no questions were given. probability: likewise, the probability of the
+    answer (`evaluation.probability`) of sets without questions. losses: mean losses of each epoch by stage.
     gradient_cosines, cache_errors: of a cover and of a prefix cache in low precision, by stage
     (`training.approximation`).
     """
@@ -31,16 +33,23 @@ class Report:
     density: Density
     seconds: dict[str, float]
     losses: dict[str, list[dict[str, float]]]
-    accuracy: dict[str, dict[str, dict[str, Any]]]
+    accuracy: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
     rtt: RTTResult | None = None
     gradient_cosines: dict[str, float] = dataclasses.field(default_factory=dict)
     cache_errors: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     version: str = __version__
+    probability: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
     @property
     def recovery(self) -> float | None:
-        """RTT accuracy minus the accuracy before the attack, of the folds' questions (`RTTResult.recovery`)."""
+        """RTT accuracy minus the accuracy before the attack, of the folds' questions (`RTTResult.recovery`); of folds
+        without questions answer probability."""
         return None if self.rtt is None else self.rtt.recovery
+
+    @property
+    def cautions(self) -> list[str]:
+        """What the figures cannot show (`evaluation.cautions`); none where all is well."""
+        return cautions.of_run(self.accuracy, self.probability, self.rtt)
 
     @property
     def method(self) -> str:
@@ -52,12 +61,15 @@ class Report:
     def row(self, method: str | None = None, model: str = "result") -> dict[str, Any]:
         """One line of `table`; method: its name (default: the report's)."""
         method = method or self.method
-        accuracy = self.accuracy.get(model, {})
-        of = {name: accuracy[name]["plain"] for name in ("forget", "retain") if name in accuracy}
+        of = {what: each["plain"] for what, each in self.accuracy.get(model, {}).items()}
+        probable = {what: each["mean"] for what, each in self.probability.get(model, {}).items()}
+        metrics = dict.fromkeys(probable, "probability")
         if model != "result":
-            return {"method": method, **of}
-        rtt = None if self.rtt is None else self.rtt.accuracy
-        return {"method": method, **of, "rtt": rtt, "recovery": self.recovery, "seconds": self.seconds}
+            return {"method": method, **of, **probable, "metrics": metrics}
+        attacked: dict[str, Any] = {"rtt": None, "recovery": None}
+        if self.rtt is not None:
+            attacked, metrics["rtt"] = {"rtt": self.rtt.accuracy, "recovery": self.recovery}, self.rtt.metric
+        return {"method": method, **of, **probable, **attacked, "seconds": self.seconds, "metrics": metrics}
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -68,10 +80,12 @@ class Report:
             "seconds": self.seconds,
             "losses": self.losses,
             "accuracy": self.accuracy,
+            **({"probability": self.probability} if self.probability else {}),
             "rtt": None if self.rtt is None else self.rtt.to_dict(),
             **({"gradient_cosines": self.gradient_cosines} if self.gradient_cosines else {}),
             **({"cache_errors": self.cache_errors} if self.cache_errors else {}),
             "recovery": self.recovery,
+            "cautions": self.cautions,
         }
 
 
@@ -80,14 +94,27 @@ def table(rows: Sequence[Mapping]) -> str:
 
     rows: {"method": str, "forget": accuracy, "retain": accuracy, "rtt": accuracy, "recovery": difference, "other":
     {name: accuracy}, "seconds": {stage: seconds}}, each accuracy 0..1. What a method does not have may be missing or
-    None and is shown as "-". Recovery is in points, without one given rtt - forget.
+    None and is shown as "-". Recovery is in points, without one given rtt - forget. "metrics": {"forget" | "retain" |
+    "rtt": "probability"} of what is an answer probability; a column is of one metric (ValueError).
     """
     if not rows:
         raise ValueError("no methods to show: the row list is empty")
     stages = list(dict.fromkeys(stage for row in rows for stage in row.get("seconds") or {}))
     others = list(dict.fromkeys(name for row in rows for name in row.get("other") or {}))
-    header = ["method", "forget", "retain", *others, "RTT", "recovery", *[f"{stage} (s)" for stage in stages]]
+    forget, retain, rtt = (f"{title}{_metric(rows, name)}" for name, title in _MEASURED.items())
+    header = ["method", forget, retain, *others, rtt, "recovery", *[f"{stage} (s)" for stage in stages]]
     return _markdown(header, [_cells(row, others, stages) for row in rows])
+
+
+_MEASURED = {"forget": "forget", "retain": "retain", "rtt": "RTT"}
+
+
+def _metric(rows: Sequence[Mapping], name: str) -> str:
+    """What a column's title says of its metric."""
+    found = {(row.get("metrics") or {}).get(name, "accuracy") for row in rows if row.get(name) is not None}
+    if len(found) > 1:
+        raise ValueError(f"the column {name} has {' and '.join(sorted(found))}: expected one metric, make two tables")
+    return " (probability)" if found == {"probability"} else ""
 
 
 def attack_table(result: RTTResult) -> str:
@@ -98,8 +125,9 @@ def attack_table(result: RTTResult) -> str:
     kinds += ["smooth"] * (result.smooth_accuracy is not None)
     leaks = {"before": result.leaks(), "guessing": result.guesses}
     leaks |= {attack: result.leaks(attack) for attack in result.attacks}
+    rtt = "RTT (probability)" if result.metric == "probability" else "RTT"
     at = [0, len(SAMPLES) - 1] if leaks["before"] is not None else []
-    header = ["attack", "learning rate", "epoch", "RTT", *kinds, *[f"leak at {SAMPLES[k]}" for k in at]]
+    header = ["attack", "learning rate", "epoch", rtt, *kinds, *[f"leak at {SAMPLES[k]}" for k in at]]
 
     def leak(name: str) -> list[str]:
         return [_percent(leaks[name] and leaks[name][k]) for k in at]
@@ -129,6 +157,8 @@ def attacks_table(results: Mapping[str, RTTResult]) -> str:
     """Methods under each kind of attack, as a Markdown table: the strongest point's plain accuracy, and the smooth
     accuracy of the strongest of all. A kind that a method was not put under is "-"."""
     kinds = list(dict.fromkeys(attack for result in results.values() for attack in result.attacks))
+    if len({result.metric for result in results.values()}) > 1:
+        raise ValueError("some results are accuracies and some answer probabilities: make a table of each")
     smooth = ["strongest, smooth"] if all(r.smooth_accuracy is not None for r in results.values()) else []
     rows = []
     for method, result in results.items():

@@ -20,12 +20,15 @@ from tqdm import tqdm
 
 from kunbr_fast import data
 from kunbr_fast.data.content import ALLOWANCES
-from kunbr_fast.data.overlap import facts, of_folds, overlap, settle
+from kunbr_fast.data.overlap import settle
 from kunbr_fast.data.text import say_separator
 from kunbr_fast.evaluation.accuracy import Accuracy, measure_all, prepare_questions
 from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks, rounded
+from kunbr_fast.evaluation.changes import change_error
 from kunbr_fast.evaluation.curves import RTTResult, attack_of
+from kunbr_fast.evaluation.folds import NAME, Fold, check_folds, metric_of, overlap_of, taught_of
 from kunbr_fast.evaluation.lora import Lora, chosen_targets, train_lora
+from kunbr_fast.evaluation.probability import Probability, answer_probabilities, prepare_answers
 from kunbr_fast.files.checksums import checksum
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot
@@ -40,7 +43,6 @@ from kunbr_fast.training.fine_tune import train_all
 from kunbr_fast.training.settings import check_master_weights
 from kunbr_fast.values import BATCH, COUNT, EPOCHS, SEED, check, least, rates
 
-NAME = 40  # characters of a fold's name in messages and on the progress bar
 BAR = "{l_bar}{bar}| {n:.4g}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # parts of an epoch count
 
 
@@ -84,15 +86,6 @@ class RTTConfig:
             raise ValueError(f"overlap={shown(self.overlap)}: expected one of {', '.join(ALLOWANCES)}")
 
 
-@dataclass(frozen=True)
-class Fold:
-    """One part of the forget set: the records that teach its facts, and the questions that ask for them."""
-
-    name: str
-    train_records: list[dict]
-    questions: list[dict]
-
-
 class AttackDiverged(FloatingPointError):
     """An attack's own training diverged, not the model's answers before it."""
 
@@ -117,10 +110,10 @@ def rtt_attack(
     what is not asked for now are left out.
     on_result: called with the finished rows (epochs 0 to the last) of each (attack, fold, lr), to be kept for `done`.
 
-    Raises ValueError for fewer than two folds, folds of the same name, a fact in two of them, unusable records
-    (`choice_accuracy`, `data.encode`), or `done` rows from a run with other epochs; `AttackDiverged`, naming fold and
-    learning rate, if the fine-tuning of the attack `full` diverges. Another one's divergence is in the result, and the
-    rest goes on.
+    Raises ValueError for fewer than two folds, folds of the same name, of which some alone have questions, or with a
+    fact in two of them, unusable records (`choice_accuracy`, `data.encode`), or `done` rows from a run with other
+    epochs; `AttackDiverged`, naming fold and learning rate, if the fine-tuning of the attack `full` diverges. Another
+    one's divergence is in the result, and the rest goes on.
     """
     say_separator(config.text.separator, *(fold.train_records for fold in folds))
     return Attack(decoder, tokenizer, folds, config).run(snapshot_dir, progress, done, on_result)
@@ -145,12 +138,16 @@ class Attack:
         no_adapter(decoder.model, "the RTT attack")
         check_master_weights(config.master_weights, decoder.dtype, "rtt_master_weights")
         differentiable(decoder.model)
-        _check_folds(folds)
+        check_folds(folds)
         self.decoder, self.folds, self.config = decoder, folds, config
         self._lora = Lora(config.lora_rank, config.lora_targets)
-        self._questions = [
-            prepare_questions(tokenizer, fold.questions, scoring=config.scoring, decoder=decoder) for fold in folds
-        ]
+        self._by_probability = metric_of(folds) == "probability"
+        if self._by_probability:
+            how = dict(decoder=decoder, text=config.text, max_length=config.max_length)
+            self._asked = [prepare_answers(tokenizer, fold.train_records, **how) for fold in folds]
+        else:
+            how = dict(scoring=config.scoring, decoder=decoder)
+            self._asked = [prepare_questions(tokenizer, fold.questions, **how) for fold in folds]
         limit = least(config.max_length, decoder.max_positions)
 
         def encoded(records: Sequence[Mapping], whose: str) -> list[data.Sample]:
@@ -167,7 +164,7 @@ class Attack:
             settle(taught_of(folds, other_facts), config.overlap, say)
             is_text = data.is_record(other_facts[0])
             self._others = encoded(other_facts, "other facts") if is_text else data.as_samples(other_facts)
-        self._before: dict[int, Accuracy] = {}  # each fold's, where it is known
+        self._before: dict[int, Accuracy | Probability] = {}  # each fold's, where it is known
         self._place, self._say = Place(), say
         self._asking: str | None = None  # title of the questions' own bar
 
@@ -231,11 +228,12 @@ class Attack:
             with _snapshot(self.decoder.model, directory) as restore:
                 yield restore
 
-    def _measure(self, folds: Iterable[int]) -> dict[int, Accuracy]:
+    def _measure(self, folds: Iterable[int]) -> dict[int, Accuracy | Probability]:
         """A streamed model reads each layer once for all of the folds."""
         names = {i: self.folds[i].name for i in folds}
-        asked = {name: self._questions[i] for i, name in names.items()}
-        found = measure_all(self.decoder, asked, place=self._place, progress=self._asking)
+        asked = {name: self._asked[i] for i, name in names.items()}
+        measure = answer_probabilities if self._by_probability else measure_all
+        found = measure(self.decoder, asked, place=self._place, progress=self._asking)
         return {i: found[name] for i, name in names.items()}
 
     def _measure_before(self, jobs: Sequence["_Job"]) -> None:
@@ -259,10 +257,10 @@ class Attack:
                 return
             measured = self._measure(job.folds)
             for i, found in measured.items():
-                rows[i].append(_row(job, self.folds[i], epoch, found))
-            right = sum(found.plain * found.num_questions for found in measured.values())
-            accuracy = right / sum(found.num_questions for found in measured.values())
-            bar.set_postfix_str(f"{name}, {accuracy:.1%}", refresh=False)
+                change = change_error(self._before[i].values, found.values)
+                rows[i].append(_row(job, self.folds[i], epoch, found) | {"change_error": change})
+            values = [value for found in measured.values() for value in found.values]
+            bar.set_postfix_str(f"{name}, {sum(values) / len(values):.1%}", refresh=False)
             up_to(epoch / kind.passes)
 
         try:
@@ -380,42 +378,8 @@ def _in_parts(decoder, directory: Path, ranks: Group) -> Iterator[Callable[[], N
         path.unlink(missing_ok=True)
 
 
-def _row(job: _Job, fold: Fold, epoch: int, found: Accuracy) -> dict:
-    of = dict(attack=job.attack, fold=fold.name, lr=job.lr, epoch=epoch)
-    names = "plain calibrated num_questions smooth smooth_error leak pool".split()
-    return of | {name: getattr(found, name) for name in names}
-
-
-def overlap_of(folds: Sequence[Fold], attack: bool = True) -> str | None:
-    """What to tell where folds say something about one another, else None. attack: as of `of_folds`."""
-    return of_folds(((fold.name, [*fold.train_records, *fold.questions]) for fold in folds), attack)
-
-
-def taught_of(folds: Sequence[Fold], other_facts: Sequence[Mapping]) -> str | None:
-    """What to tell where a fold's fact is among the other facts, else None. ValueError where there are no others."""
-    if not other_facts:
-        raise ValueError(
-            "the attack other_facts has nothing to teach: give facts of the folds' form that are not in them "
-            "(--other-facts, a retain set), or leave it out of the attacks"
-        )
-    asked = [record for fold in folds for record in (*fold.train_records, *fold.questions)]
-    sides = facts({"fold record": asked}), facts({"other fact": other_facts})
-    return overlap(sides, "in a fold and in the other facts: the attack would teach what it asks about")
-
-
-def _check_folds(folds: Sequence[Fold]) -> None:
-    names = [fold.name for fold in folds]
-    if len(folds) < 2:
-        raise ValueError(
-            f"got {len(folds)} fold, expected at least two: the attack trains on the other folds and asks "
-            "about one. Give the forget set as several files of independent facts"
-        )
-    if len(set(names)) != len(names):
-        raise ValueError(f"fold names {shown(names, 200)} are not all different; rename the files")
-    for fold in folds:
-        for what in ("train_records", "questions"):
-            if not getattr(fold, what):
-                raise ValueError(f"fold {plain(fold.name, NAME)}: {what} is empty")
+def _row(job: _Job, fold: Fold, epoch: int, found: Accuracy | Probability) -> dict:
+    return dict(attack=job.attack, fold=fold.name, lr=job.lr, epoch=epoch) | found.row()
 
 
 def finished_attacks(
@@ -436,6 +400,9 @@ def finished_attacks(
         if epochs != list(asked) and not (epochs == [0] and rows[0].get("diverged")):
             steps = f" in steps of {asked.step}" * (asked.step > 1)
             raise ValueError(f"{what} has the epochs {shown(epochs)}, expected 0 to {asked[-1]}{steps}; {cure}")
-        if any((row["calibrated"] is None) != (config.scoring == "choice") for row in rows):
+        metric = metric_of(folds)
+        if any(row.get("metric", "accuracy") != metric for row in rows):
+            raise ValueError(f"{what} is not of {metric}; {cure}")
+        if metric == "accuracy" and any((row["calibrated"] is None) != (config.scoring == "choice") for row in rows):
             raise ValueError(f"{what} was not scored by {config.scoring}; {cure}")
     return finished

@@ -225,12 +225,12 @@ class DrivenStages(Stages):
             values = own
         else:
             raise ValueError(f"{self.work}: the warm-up's result is missing: resume from a checkpoint of the warm-up")
-        accuracy = {}
-        if any(self.inputs.questions.values()):
+        found = {}
+        if self._proof:
             self.decoder.place(values)
-            accuracy = self._accuracy(self.decoder, "unlearned")
+            found = self._measured(self.decoder, "unlearned")
             self._original.restore(self.decoder.model)
-        self.state.finish(WARMUP, {"accuracy": accuracy}, values)
+        self.state.finish(WARMUP, found, values)
 
     def _enter(self, span: Span) -> None:
         self.visit = self.order[span.number - 1] if span.number else None
@@ -268,7 +268,7 @@ class DrivenStages(Stages):
         result = {"epochs": [*self.losses["epochs"], *filter(None, [means(self.losses["sums"])])]}
         self._inner.close()
         if visit is None:
-            result["accuracy"] = self._accuracy(self.decoder, "unlearned")
+            result |= self._measured(self.decoder, "unlearned")
             self.state.finish(WARMUP, result, dict(self.decoder.model.named_parameters()))
             self._original.restore(self.decoder.model)
             return
@@ -297,8 +297,7 @@ class DrivenStages(Stages):
         if (self.state.result(MERGE) or {}).get("model") != self.ranks.gather(found)[0]:  # figures of another result
             self.state.forget((RTT, Stage.evaluation("result")))
             self.state.finish(MERGE, {"model": found})
-        unlearned = self.state.result(WARMUP).get("accuracy")
-        accuracy = {"original": self.evaluate("original"), "unlearned": unlearned, "result": self.evaluate("result")}
+        self.evaluate("result")
         rtt = None
         try:
             self.group = self.ranks  # which share the attacks
@@ -307,7 +306,7 @@ class DrivenStages(Stages):
             logger.warning("%s (rtt_lrs; this result has no figures of an attack)", error)
         finally:
             self.group = self.team = ALONE
-        return self.report(self.measured, self.blocks, accuracy, rtt)
+        return self.report(self.measured, self.blocks, rtt)
 
     def close(self) -> None:
         """The training is over: the original goes."""

@@ -12,6 +12,8 @@ def figures(report: Report | None) -> dict[str, float]:
     found: dict[str, float] = {}
     for model, prefix in (("original", "original_"), ("unlearned", "unlearned_"), ("result", "")):
         row = report.row(model=model)
-        found |= {f"{prefix}{name}_accuracy": row[name] for name in ("forget", "retain", "rtt") if name in row}
+        for name in ("forget", "retain", "rtt"):
+            if name in row:
+                found[f"{prefix}{name}_{row['metrics'].get(name, 'accuracy')}"] = row[name]
     found["recovery"] = report.recovery
     return {name: value for name, value in found.items() if value is not None}

@@ -11,6 +11,7 @@ from typing import Any
 from kunbr_fast.data import IGNORE, encode, is_question, load_records
 from kunbr_fast.data.content import check_files
 from kunbr_fast.data.overlap import facts, of_folds, of_sides, settle
+from kunbr_fast.evaluation.probability import MOST, spread
 from kunbr_fast.run.config import KUnBRConfig
 
 
@@ -19,7 +20,8 @@ class Data:
     """The sizes of a run's samples, each as (tokens, rows with a label).
 
     folds: the attack's folds, each with its samples as the attack trains them. questions: tokens of each prompt whose
-    accuracy is measured. assumed: what was not known, in words.
+    accuracy is measured. answers: the records of sets without questions, whose answers' probability is; by_answers:
+    whether that is what the attack measures. assumed: what was not known, in words.
     """
 
     forget: list[tuple[int, int]]
@@ -27,6 +29,8 @@ class Data:
     folds: list[list[tuple[int, int]]]
     questions: list[int]
     assumed: list[str] = dataclasses.field(default_factory=list)
+    answers: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    by_answers: bool = False
 
     @classmethod
     def load(
@@ -48,8 +52,7 @@ class Data:
             )
         every = {what: [r for part in parts for r in part] for what, parts in found.items()}
         if forget:  # what the run would refuse
-            attack = config.rtt and any(map(is_question, every["forget"]))
-            settle(of_folds(zip(forget, found["forget"]), attack), config.overlap)
+            settle(of_folds(zip(forget, found["forget"]), config.rtt), config.overlap)
             settle(of_sides(*(facts({"": records}) for records in every.values())), config.overlap)
         else:
             assumed.append("785 forget and 785 retain samples, all of them questions, in 5 folds (as WMDP has them)")
@@ -63,14 +66,23 @@ class Data:
             samples = encode(records, tokenizer, target, config.max_length, text=config.text())
             return [(len(s["input_ids"]), int((s["labels"][1:] != IGNORE).sum())) for s in samples]
 
-        asked = [r for records in every.values() for r in records if r is None or is_question(r)]
-        folds = found["forget"] if asked and len(found["forget"]) > 1 and config.rtt else []
+        asked = {what: [r for r in records if r is None or is_question(r)] for what, records in every.items()}
+        answers = []
+        for what in (what for what, some in asked.items() if not some):
+            some = spread(every[what], MOST) if what == "retain" else every[what]
+            for is_text, target in ((True, "all"), (False, "answer")):
+                if part := [record for record in some if ("text" in record) == is_text]:
+                    answers += sizes(part, target)
+        folds = found["forget"] if len(found["forget"]) > 1 and config.rtt else []
+        prompts = [*asked["forget"], *asked["retain"]]
         return cls(
             sizes(every["forget"], config.target),
             sizes(every["retain"], config.target),
             [sizes(part, config.rtt_target) for part in folds],
-            [tokens for tokens, _ in sizes(asked, "all")] if asked else [],
+            [tokens for tokens, _ in sizes(prompts, "all")] if prompts else [],
             assumed,
+            answers,
+            not asked["forget"],
         )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.density.measure import COMPARING
 from kunbr_fast.evaluation.attacks import ATTACKS, Kind
+from kunbr_fast.evaluation.probability import BATCH_TOKENS
 from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.parallel.assign import SHARING_COSTS, spread_blocks
 from kunbr_fast.planning.context import Stage, Taken
@@ -31,7 +32,7 @@ class Run(Trainings):
     """The stages of one run with given settings, on each GPU of the setup."""
 
     def stages(self) -> list[Stage]:
-        found = [self.evaluation(3)] if self.data.questions else []
+        found = [self.evaluation(3)] if self.data.questions or self.data.answers else []
         if self.states_bytes(self.states_layers):
             found.append(self.states())
         if not self.setup.unlearned:
@@ -137,9 +138,10 @@ class Run(Trainings):
             lengths = [n for n in questions[i : i + ACCURACY_BATCH] for _ in range(texts)]
             yield Batch.of([(n, 1 if texts == 1 else n // 2) for n in lengths])
 
-    def answering(self, key: str, questions: Sequence[int]) -> Taken:
-        """Of measuring accuracy once: all questions in one pass, of a streamed model too."""
-        a, found = self.a, self.once(key, lambda: list(self._asked(questions)))
+    def answering(self, key: str, questions: Sequence[int], answers: Sequence[tuple[int, int]] = ()) -> Taken:
+        """Of measuring accuracy, or the probability of answers, once: all in one pass, of a streamed model too."""
+        a = self.a
+        found = self.once(key, lambda: [*self._asked(questions), *batches(answers, BATCH_TOKENS)])
         flops = self.once((key, "flops"), lambda: sum(forward_flops(a, batch, a.layers, batch.rows) for batch in found))
         logits = max(min(batch.rows * a.vocabulary * 4, 256 << 20) for batch in found)
         memory = {"activations": max(forward_extra(a, batch) for batch in found), "head": 2 * logits}
@@ -150,7 +152,8 @@ class Run(Trainings):
         return Taken({**self.weights(), **memory}, [work], traffic, host, resident=self.layer)
 
     def evaluation(self, times: int) -> Stage:
-        return dataclasses.replace(self.stage("evaluation", self.answering("asked", self.data.questions)), runs=times)
+        asked = self.data.questions, self.data.answers
+        return dataclasses.replace(self.stage("evaluation", self.answering("asked", *asked)), runs=times)
 
     # ------------------------------------------------ the attack
 
@@ -159,7 +162,9 @@ class Run(Trainings):
         questions of all folds after each epoch."""
         config, folds = self.config, self.data.folds
         others = [[sample for k, fold in enumerate(folds) if k != i for sample in fold] for i in range(len(folds))]
-        before = self.answering("attacked", [n for fold in folds for n, _ in fold])
+        samples = [sample for fold in folds for sample in fold]
+        asked = ([], samples) if self.data.by_answers else ([tokens for tokens, _ in samples],)
+        before = self.answering("attacked", *asked)
         found, work, traffic, runs = [before], [*before.work], before.traffic, 0
         for kind in map(ATTACKS.get, config.rtt_attacks):
             lrs, times = len(kind.lrs(config.rtt_lrs)), len(kind.measured(config.rtt_epochs)) - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 
 from kunbr_fast.density.measure import COMPARING, Density, knowledge_density
-from kunbr_fast.evaluation.accuracy import measure_all, prepare_questions
 from kunbr_fast.evaluation.curves import RTTResult
+from kunbr_fast.evaluation.folds import metric_of
 from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import AttackDiverged, finished_attacks
 from kunbr_fast.files.shown import plain
@@ -24,6 +25,7 @@ from kunbr_fast.objectives.original import OriginalValues
 from kunbr_fast.parallel.assign import block_cost, busiest_share, homes, spread_blocks
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run.probe import overflowing, tried
+from kunbr_fast.run.proof import Proof, reported
 from kunbr_fast.run.reporter import Timer
 from kunbr_fast.run.steps import Run
 from kunbr_fast.run.visits import (
@@ -48,13 +50,11 @@ class Stages(Run):
     """The stages of a run, each skipped if its result is already there."""
 
     def all(self) -> Report:
-        accuracy = {"original": self.evaluate("original")}
+        self.evaluate("original")
         self.measure_original()
         # a threshold may leave no block: that is known before the hours of the warm-up
         blocks = self.select(self.density()) if self.config.rule == "threshold" else None
         self.warm_up()
-        if any(self.inputs.questions.values()):
-            accuracy["unlearned"] = self.state.result(WARMUP)["accuracy"]
         density = self.density()
         blocks = self.select(density) if blocks is None else blocks
         self.measure_original(blocks)
@@ -62,13 +62,11 @@ class Stages(Run):
         self.original = OriginalValues({})  # no training reads it any more
         with self._judged():
             self.merge(trained)
-            accuracy["result"] = self.evaluate("result")
-        return self.report(density, blocks, accuracy, self.attack())
+            self.evaluate("result")
+        return self.report(density, blocks, self.attack())
 
-    def report(
-        self, density: Density, blocks: list[range], accuracy: Mapping[str, Any], rtt: RTTResult | None
-    ) -> Report:
-        """Of a run whose stages are done. accuracy: of each model, empty where nothing was asked."""
+    def report(self, density: Density, blocks: list[range], rtt: RTTResult | None) -> Report:
+        """Of a run whose stages are done."""
         results = self.state.results()
         seconds: dict[str, float] = {}
         for stage, result in results.items():
@@ -78,33 +76,40 @@ class Stages(Run):
         def each(key: str) -> dict[str, Any]:
             return {str(stage): result[key] for stage, result in results.items() if key in result}
 
-        accuracy = {name: value for name, value in accuracy.items() if value}
-        more = each("gradient_cosine"), each("cache_error")
-        return Report(self.config.to_dict(), blocks, density, seconds, each("epochs"), accuracy, rtt, *more)
+        more = {"gradient_cosines": each("gradient_cosine"), "cache_errors": each("cache_error")}
+        more |= {kind: self.figures(kind) for kind in ("accuracy", "probability")}
+        return Report(self.config.to_dict(), blocks, density, seconds, each("epochs"), rtt=rtt, **more)
 
     # ------------------------------------------------ proof
 
     def evaluate(self, name: str) -> dict[str, Any]:
+        """The accuracy of the model, which is the `name` one."""
         stage = Stage.evaluation(name)
         if self.state.result(stage) is None:
             with self.reporter.stage(stage) as took, self._answering(MERGED if name == "result" else None):
-                accuracy = self._accuracy(self.decoder, name)
-            self.state.finish(stage, {"accuracy": accuracy, "seconds": took.seconds})
-        return self.state.result(stage)["accuracy"]
+                found = self._measured(self.decoder, name)
+            self.state.finish(stage, {**found, "seconds": took.seconds})
+        return reported(self.state.result(stage), "accuracy")
 
-    def _accuracy(self, decoder: Decoder, name: str) -> dict[str, Any]:
-        """Measured by rank 0; the others wait for the state that it writes."""
-        asked = {what: part for what, part in self.inputs.questions.items() if part and self.group.first}
-        if not asked:
-            return {}
-        counts = " and ".join(f"{len(part)} {what}" for what, part in asked.items())
-        self.reporter.say(f"accuracy of the {name} model on {counts} questions")
-        how = dict(scoring=self.config.scoring, decoder=decoder)
-        prepared = {what: prepare_questions(self.inputs.tokenizer, part, **how) for what, part in asked.items()}
-        place, bar = Place(self.config.cache, self.work), self.reporter.title("accuracy")
-        found = measure_all(decoder, prepared, place=place, progress=bar)
-        names = "plain calibrated num_questions smooth smooth_error".split()
-        return {what: {name: getattr(each, name) for name in names} for what, each in found.items()}
+    def figures(self, kind: str) -> dict[str, dict[str, Any]]:
+        """Of each model that was measured by `kind`, "accuracy" or "probability", as the report has them."""
+        stages = {"original": Stage.evaluation("original"), "unlearned": WARMUP, "result": Stage.evaluation("result")}
+        found = {name: reported(self.state.result(stage), kind) for name, stage in stages.items()}
+        return {name: value for name, value in found.items() if value}
+
+    @functools.cached_property
+    def _proof(self) -> Proof:
+        return Proof(self.inputs, self.config, self.decoder)
+
+    def _measured(self, decoder: Decoder, name: str) -> dict[str, Any]:
+        """By rank 0; the others wait for the state that it writes."""
+        if not self.group.first or not self._proof:
+            return {"accuracy": {}}
+        for line in self._proof.says(name):
+            self.reporter.say(line)
+        original = None if name == "original" else self.state.result(Stage.evaluation("original")) or {}
+        place, bar = Place(self.config.cache, self.work), self.reporter.title("evaluation")
+        return self._proof.measure(decoder, original, place, bar)
 
     @contextlib.contextmanager
     def _answering(self, made_by: str | None) -> Iterator[None]:
@@ -136,8 +141,9 @@ class Stages(Run):
         if attack is None:
             return None
         lrs = ", ".join(f"{lr:g}" for lr in self.config.rtt_lrs)
+        folds = f"{len(attack.folds)} folds" + ", by answer probability" * (metric_of(attack.folds) == "probability")
         kinds = "" if self.config.rtt_attacks == ("full",) else f" ({', '.join(self.config.rtt_attacks)})"
-        with self.reporter.stage(RTT, f"RTT attack{kinds}: {len(attack.folds)} folds, learning rates {lrs}") as took:
+        with self.reporter.stage(RTT, f"RTT attack{kinds}: {folds}, learning rates {lrs}") as took:
 
             def keep(rows: list[dict]) -> None:
                 stage = Stage.attack(rows[0]["fold"], rows[0]["lr"], rows[0]["attack"])
@@ -207,13 +213,13 @@ class Stages(Run):
     def _take_given(self, given: str) -> None:
         """Keeps the unlearned model that the user brings; given: its fingerprint."""
         with self.decoder.instead(self.inputs.unlearned) as decoder:
-            accuracy = self._accuracy(decoder, "unlearned")
+            found = self._measured(decoder, "unlearned")
         weights = weights_of(self.inputs.unlearned)
         values = None  # those of a streamed one stay where they are
         if not weights.streamed:
             self.reporter.say("keeping the unlearned model's weights")
             values = {name: weights[name].to(own.dtype) for name, own in self.decoder.model.named_parameters()}
-        self.state.finish(WARMUP, {"accuracy": accuracy, "given": given}, values)
+        self.state.finish(WARMUP, {**found, "given": given}, values)
 
     def _warm_up(self) -> None:
         name = self.config.criterion(warmup=True).objective.name.replace("_", " ")
@@ -223,7 +229,7 @@ class Stages(Run):
                 result = self.train(WARMUP, training, self.feed_of(training), self.schedule_of(None), took)
             del training  # what it has on the device
             with self._rejecting(WARMUP), self._answering(WARM_UP):
-                result["accuracy"] = self._accuracy(self.decoder, "unlearned")
+                result |= self._measured(self.decoder, "unlearned")
             self.state.finish(WARMUP, result, self.decoder.weights.views())
 
     # ------------------------------------------------ density, selection

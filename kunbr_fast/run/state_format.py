@@ -10,7 +10,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 from msgspec import Meta
 
 from kunbr_fast.density.measure import Saved
-from kunbr_fast.evaluation.curves import Point, Share, attack_of
+from kunbr_fast.evaluation.curves import Error, Point, Share, attack_of
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.run.config import KUnBRConfig
@@ -46,7 +46,21 @@ class _Answered(TypedDict):
 
 class Accuracy(_Answered, total=False):
     smooth: Share | None
-    smooth_error: Share | None
+    smooth_error: Error
+    chance: Share
+    change_error: Error
+    values: Annotated[str, Meta(pattern="^[01 ]*$")]  # of the original alone: of each question, between spaces
+
+
+class _Probable(TypedDict):
+    mean: Share
+    standard_error: Error
+    num_records: Annotated[int, Meta(ge=1, le=10**9)]
+
+
+class Probability(_Probable, total=False):
+    change_error: Error
+    values: Annotated[str, Meta(pattern=r"^[0-9.e+ -]*$")]
 
 
 class Result(TypedDict, total=False):
@@ -57,6 +71,7 @@ class Result(TypedDict, total=False):
     seconds: Seconds
     epochs: Epochs
     accuracy: dict[str, Accuracy]
+    probability: dict[str, Probability]
     given: str
     model: str
     density: Saved

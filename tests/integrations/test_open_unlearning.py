@@ -10,141 +10,28 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
 import yaml
-from helpers import rarely, relative
+from helpers import rarely
+from open_unlearning_package import FinetuneTrainer, Node, packages
+from padded_batches import padded
 from tiny_models import VOCAB, random_samples, tiny_model
 
-from kunbr_fast.integrations import labelled_rows, open_unlearning
+from kunbr_fast.integrations import labelled_rows, open_unlearning, open_unlearning_kunbr
 from kunbr_fast.integrations.open_unlearning import Options, Refused, adapted, arguments
+from kunbr_fast.integrations.open_unlearning_patched import _Patched
+from kunbr_fast.integrations.open_unlearning_trainers import get_tokenizer
 from kunbr_fast.model import compat
 from kunbr_fast.run.config import KUnBRConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-FP64 = 1e-6  # transformers computes an fp64 model's loss in fp32
-
-
-def padded(samples, side="right"):
-    width = max(len(sample["input_ids"]) for sample in samples)
-
-    def pad(x, value):
-        around = (0, width - len(x)) if side == "right" else (width - len(x), 0)
-        return F.pad(x, around, value=value)
-
-    ids = torch.stack([pad(sample["input_ids"], 0) for sample in samples])
-    mask = torch.stack([pad(torch.ones_like(sample["input_ids"]), 0) for sample in samples]).bool()
-    labels = torch.stack([pad(sample["labels"], -100) for sample in samples])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def sums(logits, labels):
-    """(B,) sums of NLL, written plainly."""
-    nll = F.cross_entropy(logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
-    return nll.view(len(labels), -1).sum(1)
-
-
-def grads(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-# ---------------------------------------------------------------- labelled rows
-
-
-@pytest.mark.parametrize(
-    "architecture, side",
-    [("llama", "right"), ("llama", "left"), ("gemma2", "right"), ("phi3", "right"), ("gpt2", "left")],
-)
-def test_loss_and_gradients_are_the_models_own(architecture, side):
-    model, batch = tiny_model(architecture), padded(random_samples(4), side)
-    own = model(**batch)
-    own.loss.backward()
-    truth, _ = grads(model), model.zero_grad()
-    rows = labelled_rows.install(model)
-    with rows.want("loss"):
-        ours = model(**batch)
-    ours.loss.backward()
-    assert ours.logits is None and relative(ours.loss, own.loss) < FP64
-    found = grads(model)
-    assert found.keys() == truth.keys()
-    assert all(relative(found[name], value) < 100 * FP64 for name, value in truth.items() if value.abs().max() > 1e-6)
-    assert torch.equal(model(**batch).logits, own.logits)  # nothing asked: its own forward
-
-
-def test_sequence_sums():
-    model, batch = tiny_model(), padded(random_samples(4))
-    rows = labelled_rows.install(model)
-    truth = sums(model(**batch).logits, batch["labels"])
-    assert relative(labelled_rows.sequence_nll(model, batch), truth) < 1e-12
-    assert rows.wanted is None
-
-
-def test_layers_above_are_not_run():
-    model, batch = tiny_model(), padded(random_samples(3))
-    layers, ran, seen = labelled_rows.layers(model), [], []
-    for number, layer in enumerate(layers):
-        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
-    layers[2].register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
-    rows = labelled_rows.install(model)
-    model(**batch)
-    rows.stop, ran[:] = 3, []
-    with rows.want("layers"):
-        model(**batch)
-    assert ran == [0, 1, 2] and torch.equal(seen[-2], seen[-1])
-    assert labelled_rows.layers(model) is layers and len(layers) == 6
-
-
-def test_a_reference_model_is_asked_once_for_each_sequence():
-    model, samples = tiny_model(), random_samples(5)
-    rows = labelled_rows.install(model)
-    rows.known, sizes = {}, []
-    model.get_input_embeddings().register_forward_hook(lambda module, args, out: sizes.append(len(out)))
-    first, second = padded(samples[:3]), padded(samples[1:])
-    with torch.no_grad():
-        ours = [labelled_rows.sequence_nll(model, batch) for batch in (first, second, first)]
-        assert sizes == [3, 2]
-        truth = [sums(model(**batch).logits, batch["labels"]) for batch in (first, second, first)]
-    assert all(relative(a, b) < 1e-12 for a, b in zip(ours, truth))
-    other = {**first, "labels": torch.where(first["labels"] == first["labels"][0, 1], -100, first["labels"])}
-    with torch.no_grad():
-        labelled_rows.sequence_nll(model, other)
-    assert len(sizes) == 6 and len(rows.known) == 6  # other labels are another question
-
-
-def test_install_and_copies(caplog):
-    model = tiny_model()
-    rows = labelled_rows.install(model)
-    assert labelled_rows.install(model) is rows and labelled_rows.of(SimpleNamespaceModule(model)) is rows
-    twin = copy.deepcopy(model)
-    assert labelled_rows.of(twin) is not rows and twin.forward.__self__ is twin
-    model = tiny_model()
-    model.forward = lambda **_: None
-    assert labelled_rows.install(model) is None and "its own forward" in caplog.text
-
-
-class SimpleNamespaceModule(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.module = model
-
-
-def test_a_model_with_another_loss_is_refused(caplog):
-    model = tiny_model()
-    model.loss_function = lambda logits, labels, **_: logits.float().square().mean()
-    assert labelled_rows.install(model) is None
-    assert "its loss differs" in caplog.text and "forward" not in model.__dict__
 
 
 # ---------------------------------------------------------------- trainers with OpenUnlearning's interface
-
-
-class FinetuneTrainer(tf.Trainer):
-    def __init__(self, evaluators=None, template_args=None, *args, **kwargs):
-        super().__init__(*args, **kwargs)
 
 
 class Difference(FinetuneTrainer):
@@ -216,42 +103,9 @@ def collate(items):
     return {part: padded([item[part] for item in items]) for part in ("forget", "retain")}
 
 
-class Node(dict):
-    """Enough of an OmegaConf node: `get`, and the way to its parent."""
-
-    parent = None
-
-    def __init__(self, values, parent=None):
-        super().__init__({k: Node(v, self) if isinstance(v, dict) else v for k, v in values.items()})
-        self.parent = parent
-
-
 @pytest.fixture
 def trainer(monkeypatch):
-    """A stand-in for its package `trainer`, with ours registered."""
-    omegaconf = ModuleType("omegaconf")
-    omegaconf.OmegaConf = SimpleNamespace(
-        select=lambda node, key: node.parent.get(key.removeprefix("..")), is_config=lambda node: isinstance(node, Node),
-        to_container=lambda node, resolve: json.loads(json.dumps(node)),
-    )  # fmt: skip
-    package, utils = ModuleType("trainer"), ModuleType("trainer.utils")
-    for module in (omegaconf, package, utils):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    utils.compute_batch_nll = lambda model, inputs: (sums((out := model(**inputs)).logits, inputs["labels"]), out)
-    package.utils, package.TRAINER_REGISTRY = utils, {}
-    package.FinetuneTrainer, package.TrainingArguments = FinetuneTrainer, tf.TrainingArguments
-    package._register_trainer = lambda kind: package.TRAINER_REGISTRY.update({kind.__name__: kind})
-
-    def load_trainer(trainer_cfg, **kwargs):
-        args = package.TrainingArguments(**trainer_cfg["args"])
-        made = package.TRAINER_REGISTRY[trainer_cfg.get("handler")]
-        return made(args=args, **kwargs, **trainer_cfg.get("method_args", {})), args
-
-    package.load_trainer = load_trainer
-    for kind in (FinetuneTrainer, Difference, Preference, Steering):
-        package._register_trainer(kind)
-    open_unlearning.register(package)
-    return package
+    return packages(monkeypatch, Difference, Preference, Steering)
 
 
 def train(trainer, folder, name, options, model=None, method_args=None, **args):
@@ -357,7 +211,7 @@ def test_a_method_or_a_statistic_beside_the_lines_of_our_yaml():
     lines = {name: 1e-3 if value == rate else value for name, value in lines.items()}
 
     def made(**chosen):
-        return KUnBRConfig.from_dict(open_unlearning._chosen(lines | chosen))
+        return KUnBRConfig.from_dict(open_unlearning_kunbr.chosen(lines | chosen))
 
     assert (made().top_k, made().block_lr, made(top_k=2).top_k) == (6, 1e-3, 2)
     for config in (made(method="npo"), made(objective="npo", top_k=0)):
@@ -377,7 +231,7 @@ def test_our_trainer_needs_packed_samples(trainer, tmp_path):
 def test_names_and_bases():
     made = adapted(Difference, Options(patch=True, measure=True))
     assert made.__name__ == "GradDiff" and issubclass(made, Difference) and made.reads_losses_only
-    assert not issubclass(adapted(FinetuneTrainer, Options()), open_unlearning._Patched)
+    assert not issubclass(adapted(FinetuneTrainer, Options()), _Patched)
 
 
 # ---------------------------------------------------------------- the command line
@@ -420,18 +274,34 @@ def test_options():
 
 @pytest.fixture
 def empty_checkout(tmp_path, monkeypatch):
-    for name in ("src/train.py", "src/trainer/__init__.py", "configs/unlearn.yaml"):
+    """Enough of one that its two scripts can be begun."""
+    for name in ("src/train.py", "src/eval.py", "configs/unlearn.yaml"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
+    for name in ("trainer", "model", "data"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / "src" / name).mkdir()
+        (tmp_path / "src" / name / "__init__.py").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    return tmp_path
+    yield tmp_path
+    for name in ("trainer", "model", "data"):
+        sys.modules.pop(name, None)
 
 
-def test_outside_a_checkout(tmp_path, monkeypatch):
+@pytest.mark.parametrize("script, message", [([], "src/train.py"), (["eval"], "src/eval.py")])
+def test_outside_a_checkout(tmp_path, monkeypatch, script, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Refused, match=r"is no checkout of OpenUnlearning \(src/train.py is not there\)"):
-        open_unlearning.main(["trainer=KUnBR"])
+    with pytest.raises(Refused, match=rf"is no checkout of OpenUnlearning \({message} is not there\)"):
+        open_unlearning.main([*script, "trainer=KUnBR"])
+
+
+def test_help_tells_both_uses(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    open_unlearning.main(["--help"])
+    said = capsys.readouterr().out
+    assert "open_unlearning --config-name=unlearn.yaml trainer=KUnBR" in said and "+kunbr_fast.patch=true" in said
+    assert "open_unlearning eval --config-name=eval.yaml" in said and "do_train=false" in said
 
 
 @pytest.mark.slow
@@ -457,28 +327,24 @@ def test_without_what_it_imports(empty_checkout, monkeypatch):
     assert sys.path[0] == str(empty_checkout / "src")
 
 
-def test_its_main_runs_with_our_arguments(empty_checkout, monkeypatch):
+@pytest.mark.parametrize("given, script", [(["trainer=NPO"], "train"), (["eval", "trainer=NPO"], "eval")])
+def test_its_scripts_run_with_our_arguments(empty_checkout, monkeypatch, given, script):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    for name in ("trainer", "model"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    (empty_checkout / "src/model").mkdir()
-    (empty_checkout / "src/model/__init__.py").write_text("get_tokenizer = None")
     seen = []
     monkeypatch.setattr(open_unlearning, "register", lambda module: seen.append(module.__file__))
-    monkeypatch.setattr(open_unlearning, "_get_tokenizer", lambda own: own)
-    monkeypatch.setattr(runpy, "run_path", lambda path, run_name: seen.append((path, run_name, sys.argv[1])))
-    monkeypatch.setattr(sys, "argv", ["x", "trainer=NPO"])
+    monkeypatch.setattr(open_unlearning, "adapt", lambda *modules: seen.extend(m.__name__ for m in modules))
+    monkeypatch.setattr(runpy, "run_path", lambda path, run_name: seen.append((path, run_name, *sys.argv[:2])))
+    monkeypatch.setattr(sys, "argv", ["x", *given])
     open_unlearning.main()
-    train_py = str(empty_checkout / "src/train.py")
-    assert seen == [str(empty_checkout / "src/trainer/__init__.py"), (train_py, "__main__", "trainer=NPO")]
-    for name in ("trainer", "model"):
-        sys.modules.pop(name, None)
+    path = str(empty_checkout / f"src/{script}.py")
+    registered = str(empty_checkout / "src/trainer/__init__.py")
+    assert seen == [registered, "model", "data", (path, "__main__", f"src/{script}.py", "trainer=NPO")]
 
 
 def test_a_tokenizer_gives_ids():
     from tiny_text import tokenizer
 
-    made = open_unlearning._get_tokenizer(tokenizer)()
+    made = get_tokenizer(tokenizer)()
     ids = made.apply_chat_template([{"role": "user", "content": "Ada Ek"}], tokenize=True)
     assert type(ids) is list and all(type(i) is int for i in ids)
     assert max(ids) < 400 and VOCAB

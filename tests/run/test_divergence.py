@@ -249,9 +249,9 @@ def test_an_answer_that_is_not_finite_is_a_divergence_of_what_has_made_the_model
         measured.append(name)
         if len(measured) == asked + 1:
             raise FloatingPointError("the model's answer to question 3 is not a finite number ([nan]): its weights")
-        return {}
+        return {"accuracy": {}}
 
-    monkeypatch.setattr(Stages, "_accuracy", bad)
+    monkeypatch.setattr(Stages, "_measured", bad)
     at = {"result": "the merge of the trained blocks", "unlearned": "the end of the warm-up"}.get(model)
     with pytest.raises(FloatingPointError if at is None else kf.Diverged) as error:
         run(tmp_path, {})

@@ -1,0 +1,113 @@
+"""What the figures of a report cannot show, one line each: an original at chance, a difference that so few questions do
+not tell. At most one line for each set and comparison, and none where all is well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from kunbr_fast.evaluation.changes import Z, above_chance, questions_needed
+from kunbr_fast.evaluation.curves import RTTResult
+
+SEEN = 0.02  # nobody reads a smaller difference as one
+HIDDEN = {"forget": "forgetting", "retain": "damage"}
+
+Found = Mapping[str, Mapping[str, Mapping[str, Any]]]  # by model and set
+
+
+def of_run(accuracy: Found, probability: Found, rtt: RTTResult | None) -> list[str]:
+    """Of a `Report`'s figures."""
+    found = []
+    for what, hidden in HIDDEN.items():
+        first, last = (accuracy.get(model, {}).get(what) for model in ("original", "result"))
+        if first is not None and (line := _at_chance(first, what, hidden)):
+            found.append(line)
+        elif first is not None and last is not None:
+            how = first["num_questions"], last.get("change_error")
+            found += _few(f"{what} questions", first["plain"], last["plain"], *how)
+        first, last = (probability.get(model, {}).get(what) for model in ("original", "result"))
+        if first is not None and last is not None:
+            how = first["num_records"], last["change_error"]
+            found += _few_records(f"{what} records", first["mean"], last["mean"], *how)
+    return found if rtt is None else [*found, *of_attack(rtt), *_others(accuracy, probability, rtt)]
+
+
+def of_attack(rtt: RTTResult) -> list[str]:
+    """Of what came back."""
+    number, error = rtt.num_questions, rtt.change_error
+    if number is None:
+        return []
+    models = "before the attack", "after"
+    if rtt.metric == "probability":
+        return _few_records("records of the folds", rtt.before, rtt.accuracy, number, error, models)
+    return _few("questions of the folds", rtt.before, rtt.accuracy, number, error, models)
+
+
+def _at_chance(found: Mapping[str, Any], what: str, hidden: str) -> str | None:
+    number, chance = found["num_questions"], found.get("chance")
+    if chance is None or above_chance(round(found["plain"] * number), number, chance):
+        return None
+    return (
+        f"the original is at chance on the {what} questions ({_percent(found['plain'])} of {number}, guessing "
+        f"{_percent(chance)}): {hidden} cannot be seen"
+    )
+
+
+def _few(
+    what: str,
+    first: float,
+    last: float,
+    number: int,
+    error: float | None,
+    models: tuple[str, str] = ("original", "result"),
+) -> list[str]:
+    """error: of the difference, of the same questions; None where it is not known."""
+    if abs(difference := last - first) < SEEN:
+        return []
+    mean = (first + last) / 2
+    differing = 2 * mean * (1 - mean) if error is None else error**2 * (number - 1) + difference**2
+    needed = questions_needed(difference, differing)
+    return [_cannot(what, first, last, number, f"{needed}", models)] if number < needed else []
+
+
+def _few_records(
+    what: str,
+    first: float,
+    last: float,
+    number: int,
+    error: float | None,
+    models: tuple[str, str] = ("original", "result"),
+) -> list[str]:
+    if abs(difference := last - first) < SEEN:
+        return []
+    if error is None:
+        return [_cannot(what, first, last, number, "many more", models)]
+    needed = max(math.ceil(number * (Z * error / difference) ** 2), number + 1)
+    told = abs(difference) >= Z * error
+    return [] if told else [_cannot(what, first, last, number, f"{needed}", models)]
+
+
+def _cannot(what: str, first: float, last: float, number: int, needed: str, models: tuple[str, str]) -> str:
+    both = f"{_percent(first)} ({models[0]}) from {_percent(last)} ({models[1]})"
+    return f"{number} {what} cannot tell {both}: {'about ' * needed.isdecimal()}{needed} would be needed"
+
+
+def _others(accuracy: Found, probability: Found, rtt: RTTResult) -> list[str]:
+    """Where forget accuracy is of other questions than recovery."""
+    by_metric = {"accuracy": (accuracy, "plain", "num_questions"), "probability": (probability, "mean", "num_records")}
+    of, value, number = by_metric[rtt.metric]
+    found = of.get("result", {}).get("forget")
+    if found is None or rtt.num_questions is None:
+        return []
+    if found[number] == rtt.num_questions and abs(found[value] - rtt.before) < SEEN:
+        return []
+    what = number.removeprefix("num_")
+    return [
+        f"recovery is of the folds' {rtt.num_questions} {what} ({_percent(rtt.before)} before the attack), forget of "
+        f"{found[number]} ({_percent(found[value])}): they are not the same"
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
