@@ -17,9 +17,7 @@ from kunbr_fast.cli.terminal import show
 from kunbr_fast.data import is_question
 from kunbr_fast.data.content import check_files
 from kunbr_fast.data.overlap import facts, of_sides, settle
-from kunbr_fast.evaluation.figures import drawn
-from kunbr_fast.evaluation.plots import plot_density, plot_relearning
-from kunbr_fast.evaluation.report import Report, attack_table, plain_values, table, write_report
+from kunbr_fast.evaluation.report import Report, attack_table, table
 from kunbr_fast.evaluation.rtt import Fold, overlap_of
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model
@@ -32,7 +30,7 @@ from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunInputs
 from kunbr_fast.run.folder import CheckpointFolder
 from kunbr_fast.run.identity import record
-from kunbr_fast.run.output import check_output, check_place, finished_report, is_finished, remove_reports
+from kunbr_fast.run.output import check_output, check_place, finished_report, is_finished, write_reports
 from kunbr_fast.run.unlearn import Options, carry_out
 
 
@@ -129,7 +127,7 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
         if not arguments.stream:  # else it is there
             say(f"writing the model to {out}, and reading it back")
             save_model(model, tokenizer, out, replace=CheckpointFolder(out).overwrites)
-        _write(report, config, arguments)
+        write_reports(out, report, str(arguments.model), lambda values: record(out, values))
 
     forget = [record for fold in folds for record in fold.train_records]
     unlearned = _open_unlearned(arguments, model)
@@ -205,21 +203,6 @@ def _open_unlearned(arguments: argparse.Namespace, model: nn.Module) -> nn.Modul
         unlearned = load_model(arguments.unlearned, arguments.dtype, "cpu").to(model.dtype)
     check_same_architecture(model, unlearned, arguments.unlearned)
     return unlearned
-
-
-def _write(report: Report, config: KUnBRConfig, arguments: argparse.Namespace) -> None:
-    """Plots, settings and last the report, in --out."""
-    out = Path(arguments.out)
-    remove_reports(out)
-    path = out / "density.png"
-    drawn(path, lambda: plot_density(report.density, report.blocks, path, config.skip_last_layers))
-    if report.rtt is not None:
-        curves = out / "relearning.png"
-        chance = report.accuracy.get("result", {}).get("forget", {}).get("chance", 0.25)
-        drawn(curves, lambda: plot_relearning({report.method: report.rtt}, curves, chance))
-    config.save(out / "run.yaml")
-    values = plain_values(report.to_dict() | {"model": str(arguments.model)})
-    write_report(out / "report.json", values | {"result": record(out, values)})
 
 
 def _print(report: Report, arguments: argparse.Namespace) -> None:
