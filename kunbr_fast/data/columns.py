@@ -55,15 +55,14 @@ class Columns:
                 found[ours] = value
         return found
 
-    def check_seen(self, where: str) -> None:
-        """ValueError where a column was in no line of a file."""
+    @property
+    def unseen(self) -> str | None:
+        """A column that was in no line, and the nearest that was."""
         for several in self._sources.values():
             for name in several:
                 if name not in self._seen:
-                    raise ValueError(
-                        f"{where}: columns: no line has {shown(name)}{_near(name, self._others)}: expected one of "
-                        f"{shown([*self._others], 120)}"
-                    )
+                    return f"{shown(name)}{_near(name, [*self._seen, *self._others])}"
+        return None
 
 
 def _gathered(record: Mapping[str, Any], names: list[str], where: str) -> list[Any]:

@@ -119,8 +119,8 @@ class Reader:
         rest = {key: value for key, value in line.items() if key not in (*form.keys, *ours) and key not in dropped}
         return ours | rest
 
-    def _drop(self, line: Record) -> set[str]:
-        dropped = {key for key in self._preset.left_out if line.get(key) is not None}
+    def _drop(self, line: Record) -> list[str]:
+        dropped = [key for key in self._preset.left_out if line.get(key) is not None]
         self._left_out.update(dropped)
         return dropped
 

@@ -75,8 +75,8 @@ def read_records(
         found = [record for entry in entries(path) for record in read.records(entry)]
         if not found:
             raise ValueError(f"{name}: empty: expected at least one JSON line, or row")
-        if read.columns is not None:
-            read.columns.check_seen(name)
+        if read.columns is not None and (unseen := read.columns.unseen):
+            raise ValueError(f"{name}: columns: no line has {unseen}")
         if read.preset is not None:
             (say if read.preset.used else warn)(f"{name}: {read.preset.told(len(found))}")
         if alike := [record["_where"] for record in found if equal_pair(record.get("choices", ()))]:
@@ -131,7 +131,12 @@ class _File:
 
     def records(self, entry: Entry) -> Iterator[dict]:
         for place, value in self.preset.lines(entry.value) if self.preset else [("", entry.value)]:
-            yield self._record(value, entry._replace(where=f"{entry.where}{place}"))
+            try:
+                yield self._record(value, entry._replace(where=f"{entry.where}{place}"))
+            except ValueError as error:
+                if self.columns is None or not (unseen := self.columns.unseen):
+                    raise
+                raise ValueError(f"{error} (columns: no line so far has {unseen})") from error
 
     def _record(self, value: Any, entry: Entry) -> dict:
         where = entry.where
