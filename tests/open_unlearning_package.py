@@ -6,8 +6,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 import transformers as tf
+from padded_batches import sums
 
 from kunbr_fast.integrations import open_unlearning
 
@@ -44,12 +44,6 @@ class Evaluator:
             file.write_text(json.dumps({f"{self.name}_score": score(model)}))
             file.with_name(f"{self.name}_SUMMARY.json").write_text(file.read_text())
         return json.loads(file.read_text())
-
-
-def sums(logits, labels):
-    """(B,) sums of NLL, written plainly."""
-    nll = F.cross_entropy(logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
-    return nll.view(len(labels), -1).sum(1)
 
 
 def score(model):

@@ -45,7 +45,7 @@ from typing import Any
 from kunbr_fast.integrations.open_unlearning_kunbr import kunbr_trainer
 from kunbr_fast.integrations.open_unlearning_machine import get_model, load_hf_dataset, load_trainer_args
 from kunbr_fast.integrations.open_unlearning_options import Options, Refused
-from kunbr_fast.integrations.open_unlearning_patched import READ_LOSSES_ONLY, _batch_nll
+from kunbr_fast.integrations.open_unlearning_patched import READ_LOSSES_ONLY, put_in
 from kunbr_fast.integrations.open_unlearning_trainers import adapted, get_tokenizer, training_arguments
 from kunbr_fast.model import compat
 
@@ -98,7 +98,7 @@ def register(trainer: ModuleType) -> None:
     trainer.load_trainer = load_trainer
     trainer.TrainingArguments = training_arguments(trainer.TrainingArguments)
     trainer.load_trainer_args = load_trainer_args(trainer.load_trainer_args)
-    everywhere(trainer, "compute_batch_nll", _batch_nll)
+    put_in(trainer.__name__)
 
 
 def adapt(model: ModuleType, data: ModuleType) -> None:

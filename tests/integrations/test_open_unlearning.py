@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 import yaml
-from helpers import rarely, relative
-from open_unlearning_package import FinetuneTrainer, Node, packages, sums
+from helpers import rarely
+from open_unlearning_package import FinetuneTrainer, Node, packages
+from padded_batches import padded
 from tiny_models import VOCAB, random_samples, tiny_model
 
-from kunbr_fast.integrations import labelled_rows, open_unlearning
+from kunbr_fast.integrations import labelled_rows, open_unlearning, open_unlearning_kunbr
 from kunbr_fast.integrations.open_unlearning import Options, Refused, adapted, arguments
 from kunbr_fast.integrations.open_unlearning_patched import _Patched
 from kunbr_fast.integrations.open_unlearning_trainers import get_tokenizer
@@ -28,111 +29,6 @@ from kunbr_fast.model import compat
 from kunbr_fast.run.config import KUnBRConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-FP64 = 1e-6  # transformers computes an fp64 model's loss in fp32
-
-
-def padded(samples, side="right"):
-    width = max(len(sample["input_ids"]) for sample in samples)
-
-    def pad(x, value):
-        around = (0, width - len(x)) if side == "right" else (width - len(x), 0)
-        return F.pad(x, around, value=value)
-
-    ids = torch.stack([pad(sample["input_ids"], 0) for sample in samples])
-    mask = torch.stack([pad(torch.ones_like(sample["input_ids"]), 0) for sample in samples]).bool()
-    labels = torch.stack([pad(sample["labels"], -100) for sample in samples])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def grads(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-# ---------------------------------------------------------------- labelled rows
-
-
-@pytest.mark.parametrize(
-    "architecture, side",
-    [("llama", "right"), ("llama", "left"), ("gemma2", "right"), ("phi3", "right"), ("gpt2", "left")],
-)
-def test_loss_and_gradients_are_the_models_own(architecture, side):
-    model, batch = tiny_model(architecture), padded(random_samples(4), side)
-    own = model(**batch)
-    own.loss.backward()
-    truth, _ = grads(model), model.zero_grad()
-    rows = labelled_rows.install(model)
-    with rows.want("loss"):
-        ours = model(**batch)
-    ours.loss.backward()
-    assert ours.logits is None and relative(ours.loss, own.loss) < FP64
-    found = grads(model)
-    assert found.keys() == truth.keys()
-    assert all(relative(found[name], value) < 100 * FP64 for name, value in truth.items() if value.abs().max() > 1e-6)
-    assert torch.equal(model(**batch).logits, own.logits)  # nothing asked: its own forward
-
-
-def test_sequence_sums():
-    model, batch = tiny_model(), padded(random_samples(4))
-    rows = labelled_rows.install(model)
-    truth = sums(model(**batch).logits, batch["labels"])
-    assert relative(labelled_rows.sequence_nll(model, batch), truth) < 1e-12
-    assert rows.wanted is None
-
-
-def test_layers_above_are_not_run():
-    model, batch = tiny_model(), padded(random_samples(3))
-    layers, ran, seen = labelled_rows.layers(model), [], []
-    for number, layer in enumerate(layers):
-        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
-    layers[2].register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
-    rows = labelled_rows.install(model)
-    model(**batch)
-    rows.stop, ran[:] = 3, []
-    with rows.want("layers"):
-        model(**batch)
-    assert ran == [0, 1, 2] and torch.equal(seen[-2], seen[-1])
-    assert labelled_rows.layers(model) is layers and len(layers) == 6
-
-
-def test_a_reference_model_is_asked_once_for_each_sequence():
-    model, samples = tiny_model(), random_samples(5)
-    rows = labelled_rows.install(model)
-    rows.known, sizes = {}, []
-    model.get_input_embeddings().register_forward_hook(lambda module, args, out: sizes.append(len(out)))
-    first, second = padded(samples[:3]), padded(samples[1:])
-    with torch.no_grad():
-        ours = [labelled_rows.sequence_nll(model, batch) for batch in (first, second, first)]
-        assert sizes == [3, 2]
-        truth = [sums(model(**batch).logits, batch["labels"]) for batch in (first, second, first)]
-    assert all(relative(a, b) < 1e-12 for a, b in zip(ours, truth))
-    other = {**first, "labels": torch.where(first["labels"] == first["labels"][0, 1], -100, first["labels"])}
-    with torch.no_grad():
-        labelled_rows.sequence_nll(model, other)
-    assert len(sizes) == 6 and len(rows.known) == 6  # other labels are another question
-
-
-def test_install_and_copies(caplog):
-    model = tiny_model()
-    rows = labelled_rows.install(model)
-    assert labelled_rows.install(model) is rows and labelled_rows.of(SimpleNamespaceModule(model)) is rows
-    twin = copy.deepcopy(model)
-    assert labelled_rows.of(twin) is not rows and twin.forward.__self__ is twin
-    model = tiny_model()
-    model.forward = lambda **_: None
-    assert labelled_rows.install(model) is None and "its own forward" in caplog.text
-
-
-class SimpleNamespaceModule(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.module = model
-
-
-def test_a_model_with_another_loss_is_refused(caplog):
-    model = tiny_model()
-    model.loss_function = lambda logits, labels, **_: logits.float().square().mean()
-    assert labelled_rows.install(model) is None
-    assert "its loss differs" in caplog.text and "forward" not in model.__dict__
 
 
 # ---------------------------------------------------------------- trainers with OpenUnlearning's interface
@@ -305,6 +201,25 @@ def test_our_trainer_is_registered(trainer, tmp_path):
     )  # fmt: skip
     assert made.config.top_k == 1 and len(made.blocks) == 1
     assert any(not torch.equal(a, b) for a, b in zip(made.model.parameters(), start.parameters()))
+
+
+def test_a_method_or_a_statistic_beside_the_lines_of_our_yaml():
+    """KUnBR.yaml lists settings of blocks, and takes both learning rates from trainer.args."""
+    path = Path(open_unlearning.__file__).parent / "open_unlearning_configs" / "trainer" / "KUnBR.yaml"
+    rate = "${trainer.args.learning_rate}"
+    lines = yaml.safe_load(path.read_text())["method_args"]["config"] | {"seed": 0}
+    lines = {name: 1e-3 if value == rate else value for name, value in lines.items()}
+
+    def made(**chosen):
+        return KUnBRConfig.from_dict(open_unlearning_kunbr.chosen(lines | chosen))
+
+    assert (made().top_k, made().block_lr, made(top_k=2).top_k) == (6, 1e-3, 2)
+    for config in (made(method="npo"), made(objective="npo", top_k=0)):
+        assert (config.objective, config.top_k, config.warmup_lr) == ("npo", 0, 1e-3)
+    blocks = made(method="robust_blocks", statistic="fisher_ratio")
+    assert (blocks.top_k, blocks.num_blocks, blocks.block_lr, blocks.statistic) == (1, 2, 1e-3, "fisher_ratio")
+    with pytest.raises(ValueError, match="block_lr=0.01: no block is trained"):
+        made(method="npo", block_lr=1e-2)
 
 
 def test_our_trainer_needs_packed_samples(trainer, tmp_path):
