@@ -225,7 +225,7 @@ def timed(package: Any, name: str, model: Any, shape: Shape, options: Any, folde
         ("saved_bytes", "kept_mib", 2**20),
         ("peak_bytes", "peak_mib", 2**20),
     ):
-        row |= {f"plain_{unit}": round(before[key] / size, 4), f"patched_{unit}": round(after[key] / size, 4)}
+        row |= {f"plain_{unit}": round(before[key] / size, 6), f"patched_{unit}": round(after[key] / size, 6)}
         row |= {f"{unit}_ratio": round(after[key] / before[key], 3)}
     return row
 

@@ -10,16 +10,14 @@ from typing import Any
 from torch import nn
 
 from kunbr_fast.cli.argument_types import path_name
-from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings, add_stream
+from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_reading, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds, read_questions, reader, sayer
 from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import show
 from kunbr_fast.data import is_question
 from kunbr_fast.data.content import check_files
 from kunbr_fast.data.overlap import facts, of_sides, settle
-from kunbr_fast.evaluation.figures import drawn
-from kunbr_fast.evaluation.plots import plot_density, plot_relearning
-from kunbr_fast.evaluation.report import Report, attack_table, plain_values, table, write_report
+from kunbr_fast.evaluation.report import Report, attack_table, table
 from kunbr_fast.evaluation.rtt import Fold, overlap_of
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model
@@ -32,7 +30,7 @@ from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunInputs
 from kunbr_fast.run.folder import CheckpointFolder
 from kunbr_fast.run.identity import record
-from kunbr_fast.run.output import check_output, check_place, finished_report, is_finished, remove_reports
+from kunbr_fast.run.output import check_output, check_place, finished_report, is_finished, write_reports
 from kunbr_fast.run.unlearn import Options, carry_out
 
 
@@ -55,7 +53,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     text = f"questions on the forget files, one file for each {lines}"
     add_files(parser, "--forget-questions", "Q.jsonl", text)
     add_files(parser, "--retain-questions", "Q.jsonl", f"questions on the retain files {lines}")
-    add_ignored(parser)
+    add_reading(parser)
     parser.add_argument(
         "--out",
         type=path_name,
@@ -77,7 +75,7 @@ def _read(arguments: argparse.Namespace, config: KUnBRConfig) -> tuple[list[Fold
         {"--retain": arguments.retain, "--retain-questions": arguments.retain_questions},
     )
     read, named = reader(arguments, config), arguments.retain_questions
-    folds, retain = read_folds(arguments.forget, arguments.forget_questions, read), read(arguments.retain)
+    folds, retain = read_folds(arguments.forget, arguments.forget_questions, read), read(arguments.retain, "--retain")
     asked = read_questions(named, "--retain-questions", read) if named else retain
     asked = [record for record in asked if is_question(record)]
     # --show ends here: nothing else says what is let be
@@ -129,7 +127,7 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
         if not arguments.stream:  # else it is there
             say(f"writing the model to {out}, and reading it back")
             save_model(model, tokenizer, out, replace=CheckpointFolder(out).overwrites)
-        _write(report, config, arguments)
+        write_reports(out, report, str(arguments.model), lambda values: record(out, values))
 
     forget = [record for fold in folds for record in fold.train_records]
     unlearned = _open_unlearned(arguments, model)
@@ -205,21 +203,6 @@ def _open_unlearned(arguments: argparse.Namespace, model: nn.Module) -> nn.Modul
         unlearned = load_model(arguments.unlearned, arguments.dtype, "cpu").to(model.dtype)
     check_same_architecture(model, unlearned, arguments.unlearned)
     return unlearned
-
-
-def _write(report: Report, config: KUnBRConfig, arguments: argparse.Namespace) -> None:
-    """Plots, settings and last the report, in --out."""
-    out = Path(arguments.out)
-    remove_reports(out)
-    path = out / "density.png"
-    drawn(path, lambda: plot_density(report.density, report.blocks, path, config.skip_last_layers))
-    if report.rtt is not None:
-        curves = out / "relearning.png"
-        chance = report.accuracy.get("result", {}).get("forget", {}).get("chance", 0.25)
-        drawn(curves, lambda: plot_relearning({report.method: report.rtt}, curves, chance))
-    config.save(out / "run.yaml")
-    values = plain_values(report.to_dict() | {"model": str(arguments.model)})
-    write_report(out / "report.json", values | {"result": record(out, values)})
 
 
 def _print(report: Report, arguments: argparse.Namespace) -> None:

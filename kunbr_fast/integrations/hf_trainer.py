@@ -42,6 +42,8 @@ from kunbr_fast.integrations.trainer_arguments import (
     for_stage,
     not_read,
     refuse,
+    refuse_fields,
+    take_up,
     unreached,
 )
 from kunbr_fast.integrations.trainer_checkpoints import (
@@ -59,6 +61,7 @@ from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.folder import NAME, CheckpointFolder
+from kunbr_fast.run.output import write_reports
 from kunbr_fast.run.reporter import Reporter
 
 logger = logging.getLogger(__name__)
@@ -95,6 +98,7 @@ class KUnBRMixin:
         self._stages: DrivenStages | None = None
         self._folder: CheckpointFolder | None = None
         args, kwargs = _owned(args, as_named_here(kwargs), type(self).__name__)
+        refuse_fields((*args, *kwargs.values()), type(self).__name__)
         super().__init__(*args, **kwargs)
         if (forget_dataset is None) != (retain_dataset is None):
             raise ValueError("give both forget_dataset and retain_dataset, or a train_dataset that holds both")
@@ -156,7 +160,8 @@ class KUnBRMixin:
                 self._stages = stages = self._open(resume)
             try:
                 with self._result.awaited(lambda: self.state.global_step), self._stepping(steps):
-                    stages.begin(steps)
+                    with in_arguments():
+                        stages.begin(steps)
                     output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             except BaseException:
                 stages.abort()
@@ -243,6 +248,7 @@ class KUnBRMixin:
 
     def _begun(self, state: Any) -> None:
         state.max_steps = self._stages.spans[-1].stop  # of one that is resumed, too
+        (take_up if state.global_step else begin_anew)(self)
 
     def _merge(self) -> None:
         self._stages.end(self.state.global_step)
@@ -261,7 +267,7 @@ class KUnBRMixin:
         if control.should_training_stop:
             if stages.at.first < step < stages.at.stop:
                 self._warn(stages.end_stage(step))
-                self._begun(self.state)
+                self.state.max_steps = stages.spans[-1].stop
             control.should_training_stop = step >= self.state.max_steps
 
     def _clean(self, stages: DrivenStages) -> None:
@@ -326,8 +332,9 @@ class KUnBRMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's `save_model`, by `files.saving.save_model`: in the form of the model's own folder, and read back
-        before it takes its place. A ValueError leaves what is there as it was, and the model in memory; so does one for
-        a model that is no result: of a training that did not come to its end."""
+        before it takes its place, and beside it `report`, as `kunbr-fast unlearn` writes it. A ValueError leaves what
+        is there as it was, and the model in memory; so does one for a model that is no result: of a training that did
+        not come to its end."""
         self._for_checkpoint = _internal_call and output_dir is not None
         if not self._for_checkpoint:
             self._result.check(self.args.output_dir if output_dir is None else output_dir)
@@ -335,6 +342,9 @@ class KUnBRMixin:
             super().save_model(output_dir, _internal_call)
         finally:
             self._for_checkpoint = False
+        if self.report is not None and self.args.should_save and not _internal_call:
+            name = getattr(self.model.config, "name_or_path", "") or type(self.model).__name__
+            write_reports(output_dir or self.args.output_dir, self.report, name)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What Trainer's `_save` writes. Checkpoints of a training are its own, and so is what is no plain model."""
@@ -362,10 +372,10 @@ class KUnBRTrainer(KUnBRMixin, Trainer):
 
     config: a `KUnBRConfig`, or a mapping of its settings, says what is done: stages, epochs, learning rates,
     optimisers, objective, order of the data. args (`TrainingArguments`) says how: per_device_train_batch_size times
-    gradient_accumulation_steps times the processes are the forget samples of a step (config.batch_size is not read,
-    nor are args' num_train_epochs, learning_rate, optim and weight_decay); max_grad_norm and lr_scheduler_type, the
-    latter anew in each stage, do what they always do. With max_grad_norm=0 and lr_scheduler_type="constant" the
-    weights are those of `kunbr_fast.unlearn`.
+    gradient_accumulation_steps times the processes are the forget samples of a step; max_steps is shared by the
+    stages, and lr_scheduler_type begins anew in each, with its share of the warm-up. What is not read (learning_rate,
+    optim, seed, ...) is told, with the setting that counts: docs/integrations.md has them all. With max_grad_norm=0 and
+    lr_scheduler_type="constant" the weights are those of `kunbr_fast.unlearn`. A callback that stops ends its stage.
 
     forget_dataset, retain_dataset: data sets of {"input_ids", "labels"}, or records and a tokenizer as
     processing_class (or by its old name, tokenizer). Or train_dataset: a mapping with both as `forget` and `retain` (a

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from kunbr_fast.data import is_record
 from kunbr_fast.kernels.optimizers.op import BETAS
@@ -111,17 +111,22 @@ _ABOVE_ONLY = {
 # ---------------------------------------------------------------- refused
 
 
+def refuse_fields(given: Iterable[Any], name: str) -> None:
+    """ValueError for what KUnBR cannot do of TrainingArguments that are among what a Trainer is given, so that nobody
+    takes it for done; before Trainer begins with it (a repository on the Hub, a signal's handler)."""
+    for args in given:
+        for field, cure in REFUSED.items() if isinstance(args, TrainingArguments) else ():
+            at_end = field == "push_to_hub" and getattr(args.hub_strategy, "value", args.hub_strategy) == "end"
+            if getattr(args, field, None) and not at_end:
+                raise ValueError(f"{name} does not support {field}: {cure}")
+
+
 def refuse(trainer: Any, mixin: type) -> None:
-    """ValueError for what Trainer can do and KUnBR cannot, so that nobody takes it for done."""
+    """The same for what else Trainer can do."""
     name, args = type(trainer).__name__, trainer.args
-    asked = {field: bool(getattr(args, field, None)) for field in REFUSED}
-    asked["fsdp"] |= trainer.is_fsdp_enabled
-    asked["deepspeed"] |= trainer.is_deepspeed_enabled
-    asked["push_to_hub"] &= getattr(args.hub_strategy, "value", args.hub_strategy) != "end"
-    for field, cure in REFUSED.items():
-        if asked[field]:
-            raise ValueError(f"{name} does not support {field}: {cure}")
     for given, what in (
+        (trainer.is_fsdp_enabled, f"fsdp: {REFUSED['fsdp']}"),  # by accelerate's own configuration
+        (trainer.is_deepspeed_enabled, f"deepspeed: {REFUSED['deepspeed']}"),
         (args.n_gpu > 1, "several GPUs in one process: use accelerate launch, or set CUDA_VISIBLE_DEVICES"),
         (trainer.model_init is not None, "model_init: give the model"),
         (trainer.compute_loss_func is not None, "compute_loss_func: config.objective names the loss"),
@@ -161,6 +166,8 @@ def not_read(args: Any, config: KUnBRConfig, warm_up: bool) -> str | None:
     entries = []
     for field in dataclasses.fields(args):
         value = getattr(args, field.name, None)
+        if field.name == "num_train_epochs" and args.max_steps >= 0:  # which always wins over it
+            continue
         if field.name in {*COUNTS, *NOT_READ} and _is_set(field, value, args):
             shown = getattr(value, "value", value)
             shown = "..." if field.name == "accelerator_config" else shown
@@ -260,3 +267,11 @@ def begin_anew(trainer: Any) -> None:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, EarlyStoppingCallback):
             callback.early_stopping_patience_counter = 0
+
+
+def take_up(trainer: Any) -> None:
+    """What EarlyStoppingCallback had counted in the checkpoint that is resumed: it would not stop where it did."""
+    for callback in trainer.callback_handler.callbacks:
+        saved = trainer.state.stateful_callbacks.get(type(callback).__name__)
+        if isinstance(callback, EarlyStoppingCallback) and isinstance(saved, Mapping):
+            callback.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]

@@ -266,6 +266,24 @@ def _layers(model: nn.Module) -> nn.ModuleList:
     return layer_list(model, owner.config.get_text_config().num_hidden_layers, type(owner).__name__)[1]
 
 
+def _ends_backward(model: nn.Module, layer: nn.Module) -> Any:
+    """A hook: gradients end at the input of `layer`, below which nothing trains, where they go on only because PEFT and
+    gradient checkpointing have the embeddings' output require grad. It still does: reentrant checkpointing needs that.
+    """
+
+    def cut(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if torch.compiler.is_compiling():  # whose graphs know no grad_fn: it goes on
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        asked = any(getattr(module, "_require_grads_hook", None) is not None for module in model.modules())
+        if hidden.grad_fn is None or not asked:
+            return None
+        hidden = hidden.detach().requires_grad_()
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+    return layer.register_forward_pre_hook(cut, with_kwargs=True)
+
+
 @contextlib.contextmanager
 def patched(model: nn.Module, active_block: range | None = None, impl: str = "auto") -> Iterator[nn.Module]:
     """Inside, the model's decoder runs fused layers, and only the layers of `active_block` can train.
@@ -276,7 +294,8 @@ def patched(model: nn.Module, active_block: range | None = None, impl: str = "au
     model: a Hugging Face causal language model, or a wrapper of one (PEFT, torch.compile). Yields it. Same logits and
     gradients as the model's own code, up to rounding; an fp64 model's norms keep their own code (fp32 inside).
     active_block: the parameters of all other layers, embeddings, final norm and head do not require grad inside;
-    those within keep their flags, so what is frozen there stays frozen. None: no flag is changed.
+    those within keep their flags, so what is frozen there stays frozen. The backward pass ends at the block, also where
+    PEFT or gradient checkpointing have the embeddings' output require grad. None: no flag is changed.
     impl: "auto", "triton" or "torch", as everywhere; the choice is that of each fused operation.
 
     On exit, also by an exception: forward methods, the frozen parameters' requires_grad and all modules' train/eval
@@ -307,6 +326,7 @@ def patched(model: nn.Module, active_block: range | None = None, impl: str = "au
             for parameter in model.parameters():
                 if id(parameter) not in inside:
                     _set(changes, parameter, "requires_grad", False)
+            changes.callback(_ends_backward(model, layers[active_block.start]).remove)
         _fuse(model, layers, changes, impl)
         yield model
 

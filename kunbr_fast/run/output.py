@@ -1,23 +1,29 @@
-"""Whether a run may write its result into a folder: nothing of the user's is replaced there."""
+"""What a run writes into a folder, and whether it may: nothing of the user's is replaced there."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from kunbr_fast.evaluation.figures import drawn
+from kunbr_fast.evaluation.plots import plot_density, plot_relearning
+from kunbr_fast.evaluation.report import Report, plain_values, write_report
 from kunbr_fast.files.documents import read_json
 from kunbr_fast.files.model_folder import is_mixed, is_model, is_model_file, is_part, within, written_names
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.shown import plain
 from kunbr_fast.files.target import is_picture, is_signed, json_with, model_in
 from kunbr_fast.model.weights import weights_of
+from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.folder import FINISHED, SAVING, CheckpointFolder
 
+logger = logging.getLogger(__name__)
 _KEYS = "kunbr_fast config blocks density seconds losses accuracy rtt recovery model".split()
 _FINISHED = json_with(*_KEYS, also=None)
 _REPORT = json_with(*_KEYS, also=("gradient_cosines", "cache_errors", "probability", "cautions", "result"))
@@ -100,11 +106,31 @@ def check_output(
             raise ValueError(f"{plain(path)} {what}, and the result would replace it: {cure}")
 
 
-def remove_reports(out: str | Path) -> None:
-    """Removes those of an earlier run, when the result of this one is in its place: not all are written each time."""
+def write_reports(
+    out: str | Path, report: Report, model: str, seal: Callable[[Mapping[str, Any]], Any] | None = None
+) -> None:
+    """A run's settings, plots and last its report, beside the result, in place of those of an earlier run: not all are
+    written each time. What is the user's under one of these names stays, and is said.
+
+    model: what the original is called. seal: of the report's values, what tells later whether it is whole."""
+    out, config = Path(out), KUnBRConfig.from_dict(report.config)
     for name in REPORTS:
-        if _is_report(path := Path(out) / name):
+        if _is_report(path := out / name):
             path.unlink()
+    taken = [name for name in REPORTS if os.path.lexists(out / name)]
+    if taken:
+        logger.warning("%s: %s: not written by a run, so it stays, and none is written", plain(out), ", ".join(taken))
+    density, curves = out / "density.png", out / "relearning.png"
+    if density.name not in taken:
+        drawn(density, lambda: plot_density(report.density, report.blocks, density, config.skip_last_layers))
+    if report.rtt is not None and curves.name not in taken:
+        chance = report.accuracy.get("result", {}).get("forget", {}).get("chance", 0.25)
+        drawn(curves, lambda: plot_relearning({report.method: report.rtt}, curves, chance))
+    if "run.yaml" not in taken:
+        config.save(out / "run.yaml")
+    if "report.json" not in taken:
+        values = plain_values(report.to_dict() | {"model": model})
+        write_report(out / "report.json", values if seal is None else values | {"result": seal(values)})
 
 
 def _is_report(path: Path) -> bool:

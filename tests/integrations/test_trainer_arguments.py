@@ -1,5 +1,6 @@
 """What TrainingArguments, callbacks and a trainer's own methods do for `KUnBRTrainer`."""
 
+import contextlib
 import dataclasses
 import logging
 import re
@@ -117,6 +118,15 @@ class StopsAt(tf.TrainerCallback):
         setattr(self, event, stop)
 
 
+class Fails(tf.TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.steps:
+            raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("event, accumulation", [("on_step_end", 1), ("on_log", 1), ("on_step_begin", 2)])
 def test_a_callback_that_stops_ends_the_stage(event, accumulation, tmp_path, caplog):
     """And what goes on from any checkpoint ends it there too, to the same bits, without the callback."""
@@ -148,11 +158,21 @@ def test_early_stopping_counts_within_each_stage(tmp_path, caplog):
             return metrics
 
     arguments = SAVING | {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
-    how = {"kind": Worse, "arguments": arguments, "eval_dataset": data()[0][:1]}
-    run = trainer(tmp_path, callbacks=[tf.EarlyStoppingCallback()], **how)
+    how = {"kind": Worse, "arguments": arguments, "eval_dataset": data()[0][:1], "config": {"top_k": 1}}
+    run = trainer(tmp_path / "1", callbacks=[tf.EarlyStoppingCallback()], **how)
     run.train()
-    assert stages(run) == [0, 0, 1, 1, 2, 2]
-    assert caplog.text.count("a callback has ended") == 3
+    assert stages(run) == [0, 0, 1, 1]
+    assert caplog.text.count("a callback has ended") == 2
+    run = trainer(tmp_path / "3", callbacks=[tf.EarlyStoppingCallback(3)], **how)
+    run.train()
+    assert stages(run) == [0, 0, 0, 0, 1, 1, 1, 1]  # 3 that are no better than the first
+    cut = trainer(tmp_path / "cut", callbacks=[tf.EarlyStoppingCallback(3), Fails((3,))], **how)
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    again = trainer(tmp_path / "cut", callbacks=[tf.EarlyStoppingCallback(3)], **how)
+    again.train(resume_from_checkpoint=True)
+    assert stages(again) == stages(run)
+    equal(weights(again.model), weights(run.model))
 
 
 def test_a_stopped_epoch_is_told_once_and_changes_nothing(tmp_path, caplog):
@@ -164,15 +184,12 @@ def test_a_stopped_epoch_is_told_once_and_changes_nothing(tmp_path, caplog):
 def test_what_is_no_result_is_not_saved(tmp_path):
     """After an exception and while it trains; a checkpoint is. Nor is it pushed."""
 
-    class Fails(tf.TrainerCallback):
+    class Saves(tf.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 4:
-                with pytest.raises(ValueError, match="is not at its end, into which no block was inserted"):
-                    run.save_model(str(tmp_path / "out"))
-            if state.global_step == 5:
-                raise KeyboardInterrupt
+            with pytest.raises(ValueError, match="is not at its end, into which no block was inserted"):
+                run.save_model(str(tmp_path / "out"))
 
-    run = trainer(tmp_path, config=SHORT, arguments=SAVING, callbacks=[Fails()])
+    run = trainer(tmp_path, config=SHORT, arguments=SAVING, callbacks=[Saves(), Fails((5,))])
     run.save_model(str(tmp_path / "before"))  # what was given
     with pytest.raises(KeyboardInterrupt):
         run.train()
@@ -220,15 +237,20 @@ def test_a_warm_up_that_ends_in_no_stage_is_told_once(tmp_path, caplog):
 # ---------------------------------------------------------------- refused
 
 
-@pytest.mark.parametrize("name", sorted(ours.REFUSED.keys() - {"deepspeed", "fsdp", "parallelism_config"}))
-def test_refused_with_what_to_do_instead(name, tmp_path, monkeypatch):
-    """Of the fields themselves: what Trainer makes of them before is not of interest (a wrapper, a connection)."""
-    run = trainer(tmp_path)
-    run.args = dataclasses.replace(run.args)
-    setattr(run.args, name, 0.1)
-    with pytest.raises(ValueError, match=f"KUnBRTrainer does not support {name}: .{{5}}"):
-        ours.refuse(run, KUnBRMixin)
+@pytest.mark.parametrize("name", sorted(ours.REFUSED))
+def test_refused_with_what_to_do_instead(name, monkeypatch):
+    """Before Trainer begins with them, which no test could stand: a repository on the Hub, a handler of SIGTERM."""
+    args = tf.TrainingArguments(use_cpu=True)
+    setattr(args, name, 0.1)
+    for begun in (tf.Trainer, KUnBRTrainer):
+        monkeypatch.setattr(begun, "create_accelerator_and_postprocess", lambda self: pytest.fail("it has begun"))
+    for given in ((tiny_model(), args), (tiny_model(),)):
+        with pytest.raises(ValueError, match=f"KUnBRTrainer does not support {name}: .{{5}}"):
+            KUnBRTrainer(*given, **({} if args in given else {"args": args}))
     assert name != "load_best_model_at_end" or "metric_for_best_model" in ours.REFUSED[name]
+    args.hub_strategy = "end"
+    with contextlib.nullcontext() if name == "push_to_hub" else pytest.raises(ValueError, match=name):
+        ours.refuse_fields([args], "KUnBRTrainer")
 
 
 def test_a_scheduler_is_refused(tmp_path):

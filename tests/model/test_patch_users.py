@@ -119,6 +119,40 @@ def test_gradient_checkpointing(architecture, reentrant, caplog):
     assert relative(logits, truth["logits"]) < FP32_NORMS
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_backward_ends_at_the_block(reentrant):
+    """Also where the embeddings' output requires grad, as TRL has it with PEFT and by its default checkpointing."""
+    model, calls = tiny_model().train(), []
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    freeze_all_but(model, BLOCK)
+
+    def gradients():
+        model.zero_grad()
+        own_loss(model)[1].backward()
+        return {name: p.grad.clone() for name, p in block_parameters(model, BLOCK).items()}
+
+    truth = gradients()
+    patch._layers(model)[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    with kf.patched(model, active_block=BLOCK):
+        ours = gradients()
+    assert len(calls) == 1  # not again in a backward pass
+    assert all(relative(ours[key], value) < FP32_NORMS for key, value in truth.items())
+
+
+def test_gradients_of_ones_own_input_embeddings():
+    model = tiny_model()
+    batch = {"attention_mask": torch.ones(1, 6), "labels": torch.ones(1, 6, dtype=torch.long)}
+
+    def gradient():
+        start = model.get_input_embeddings()(torch.arange(3, 9)[None]).detach().requires_grad_()
+        return torch.autograd.grad(model(inputs_embeds=start, **batch).loss, start)[0]
+
+    truth = gradient()
+    with kf.patched(model, active_block=BLOCK):
+        assert relative(gradient(), truth) < FP32_NORMS
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma3"])
 def test_dropout_draws_the_same_numbers(architecture, attention):
@@ -205,7 +239,7 @@ def test_compiled(architecture, backend):
     """The outer model, as one graph; what was compiled inside is not what runs afterwards."""
     torch.compiler.reset()
     layers = 2 if backend == "aot_eager" else 1
-    model, block = tiny_model(architecture, num_hidden_layers=layers), range(0, 1)
+    model, block = tiny_model(architecture, num_hidden_layers=layers), range(layers - 1, layers)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     parameters = block_parameters(model, block)
     truth = results(lambda: own_loss(model), parameters)
