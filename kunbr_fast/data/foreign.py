@@ -52,7 +52,7 @@ def _recognised(record: Record, names: Mapping[Any, Any]) -> str | None:
             return written(keys, f": this is {name} form", ours, also)
     prompt, answer = (next((k for k in words if _is_text(record.get(k))), None) for words in (PROMPTS, ANSWERS))
     if prompt and answer:
-        ours = {"prompt": record[prompt], "completion": _behind(record[prompt], record[answer])}
+        ours = {"prompt": record[prompt], "completion": behind(record[prompt], record[answer])}
         if (prompt, answer) != ("prompt", "completion"):
             return written((prompt, answer), " are no form of ours", ours)
         if kept := _with_context(record, ours)[1]:
@@ -69,7 +69,7 @@ def _is_left_out(key: Any, value: Any) -> bool:
     return not (empty or is_annotation(key))
 
 
-def _behind(prompt: str, answer: str) -> str:
+def behind(prompt: str, answer: str) -> str:
     """The answer as it stands behind the prompt: with a space of its own where there is none, and words have one."""
     wide = unicodedata.east_asian_width(prompt[-1]) in "WF" or unicodedata.east_asian_width(answer[0]) in "WF"
     return answer if wide or prompt[-1].isspace() or answer[0].isspace() else f" {answer}"
@@ -135,7 +135,7 @@ def _pair(prompt: str, *answers: str) -> Callable[[Record], Ours]:
         answer = next((record[key] for key in answers if record.get(key) is not None), None)
         answer = answer[0] if isinstance(answer, list) and answer else answer
         texts = _is_text(record[prompt]) and _is_text(answer)
-        return {"prompt": record[prompt], "completion": _behind(record[prompt], answer)} if texts else None
+        return {"prompt": record[prompt], "completion": behind(record[prompt], answer)} if texts else None
 
     return rewritten
 
@@ -143,7 +143,7 @@ def _pair(prompt: str, *answers: str) -> Callable[[Record], Ours]:
 def _instruction(record: Record) -> Ours:
     prompt = "\n".join(record[key] for key in ("instruction", "input", "context") if _is_text(record.get(key)))
     answer = record.get("output", record.get("response"))
-    return {"prompt": prompt, "completion": _behind(prompt, answer)} if prompt and _is_text(answer) else None
+    return {"prompt": prompt, "completion": behind(prompt, answer)} if prompt and _is_text(answer) else None
 
 
 def _preference(record: Record) -> Ours:
@@ -152,7 +152,7 @@ def _preference(record: Record) -> Ours:
     if not all(map(_is_text, (chosen, rejected))):
         prompt, chosen, rejected = None, "the chosen one", "the rejected answer"
     prompt = prompt if _is_text(prompt) else "..."
-    return {"prompt": prompt, "completion": _behind(prompt, rejected), OTHER: _behind(prompt, chosen)}
+    return {"prompt": prompt, "completion": behind(prompt, rejected), OTHER: behind(prompt, chosen)}
 
 
 def _lettered(key: str, answer: str) -> Callable[[Record], Ours]:
@@ -193,7 +193,7 @@ def _squad(record: Record) -> Ours:
     if not (isinstance(answers, list) and answers and _is_text(answers[0]) and _is_text(record["question"])):
         return None
     prompt = "\n".join([*context, record["question"]])
-    return {"prompt": prompt, "completion": _behind(prompt, answers[0])}
+    return {"prompt": prompt, "completion": behind(prompt, answers[0])}
 
 
 def _conversation(key: str) -> Callable[[Record], Ours]:

@@ -296,6 +296,8 @@ def _ends_backward(model: nn.Module, layer: nn.Module) -> Any:
     """
 
     def cut(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if torch.compiler.is_compiling():  # whose graphs know no grad_fn: it goes on
+            return None
         hidden = args[0] if args else kwargs["hidden_states"]
         asked = any(getattr(module, "_require_grads_hook", None) is not None for module in model.modules())
         if hidden.grad_fn is None or not asked:
