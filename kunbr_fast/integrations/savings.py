@@ -108,6 +108,8 @@ class Tally:
         if head is not None and not hooked:
             self.positions += asked * length
             self.rows += rows
+        if hooked:
+            self.notes[f"the first {stop} of {len(find_layers(model)[1])} layers alone"] = None
         ours = Call(ran, length, rows, stop, stop, backward, head_backward=not hooked, again=head is not None)
         theirs = Call(
             asked, length, asked * length, None, stop, backward or self._without_gradients, head_backward=not hooked
