@@ -87,6 +87,7 @@ def test_every_module_is_installed(installed, tmp_path):
             "scripts/count_step",
             "scripts/cover_precision",
             "scripts/demo_seeds",
+            "scripts/fused_layers",
             "scripts/hidden_layers",
             "scripts/host_cost",
             "scripts/launch_each",
@@ -149,8 +150,8 @@ def test_constraints_meet_the_requirements(installed, python_version):
     for text in found.requires:
         requirement = Requirement(text)
         versions = [pin for pin in pins if pin.name.lower() == requirement.name.lower()]
-        if requirement.name in ("matplotlib", "pyarrow") and python_version == "3.10":
-            assert versions == []  # no result depends on their versions: whatever is there
+        if requirement.name == "matplotlib" and python_version == "3.10":
+            assert versions == []  # a plotting library: whatever is there
             continue
         assert len(versions) == 1, (text, versions)
         (exactly,) = versions[0].specifier

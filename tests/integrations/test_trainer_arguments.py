@@ -13,8 +13,9 @@ pytest.importorskip("accelerate")
 import transformers as tf
 from test_hf_trainer import equal, weights
 from tiny_models import tiny_model
-from trainer_runner import STEPS, data, trainer
+from trainer_runner import CONFIG, STEPS, data, trainer
 
+import kunbr_fast as kf
 from kunbr_fast.integrations import trainer_arguments as ours
 from kunbr_fast.integrations.driven_stages import share_steps
 from kunbr_fast.integrations.hf_trainer import KUnBRMixin, KUnBRTrainer
@@ -87,7 +88,7 @@ def test_max_steps_is_shared(tmp_path, caplog):
     said = "max_steps=8 of 18, shared over the stages: 3 of 6 steps of the warm-up, 2 or 3 of 6 of each of 2 visits"
     assert said in caplog.text
     assert run.blocks and all(not torch.equal(value, start[name]) for name, value in weights(run.model).items())
-    for step in (2, 3, 7, 8):
+    for step in (2, 3, 8):
         again = trainer(tmp_path, arguments=arguments)
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert again.state.global_step == 8
@@ -95,6 +96,16 @@ def test_max_steps_is_shared(tmp_path, caplog):
     for other, message in ((9, "max_steps=8, and is max_steps=9 now"), (-1, "max_steps=8, and is without max_steps")):
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, arguments=SAVING | {"max_steps": other}).train(resume_from_checkpoint=True)
+
+
+def test_stages_make_their_first_steps(tmp_path):
+    """By max_steps, or where a callback ends them: half of two epochs each is what `kf.unlearn` makes of one each."""
+    model = tiny_model()
+    kf.unlearn(model, *data(), kf.KUnBRConfig(**CONFIG | SHORT | {"batch_size": 4}), progress=False)
+    for how in ({"arguments": {"max_steps": 9}}, {"callbacks": [StopsAt((3, 6, 9))]}):
+        run = trainer(tmp_path, **how)
+        assert run.train().global_step == 9 and stages(run) == [0] * 3 + [1] * 3 + [2] * 3
+        equal(weights(run.model), weights(model))
 
 
 def test_max_steps_that_do_not_fit(tmp_path):
