@@ -225,7 +225,7 @@ class _Patched:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._frozen: list[nn.Parameter] = []
         try:
-            with fused(self.model, self.options.impl):
+            with fused(self.model, self.options.impl, spare=True):
                 layers = [module for layer in labelled_rows.layers(self.model) for module in layer.modules()]
                 is_fused = any("forward" in module.__dict__ for module in layers)
                 out = super().train(*args, **kwargs)
