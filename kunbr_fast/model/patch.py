@@ -359,8 +359,18 @@ def _patched(model: nn.Module, active_block: range | None, impl: str, spare: boo
                 if id(parameter) not in inside:
                     _set(changes, parameter, "requires_grad", False)
             changes.callback(_ends_backward(model, layers[active_block.start]).remove)
+            logger.info(
+                "layers %d to %d of %d train: about %.2f of the FLOPs of training every layer",
+                active_block.start, active_block.stop - 1, len(layers), _share(active_block, len(layers)),
+            )  # fmt: skip
         _fuse(model, layers, changes, impl, _worth(layers[0]) if spare and impl == "auto" and first.is_cuda else 0)
         yield
+
+
+def _share(block: range, layers: int) -> float:
+    """FLOPs of a step that trains a block, over one that trains all layers: every layer's forward pass, gradients of
+    the inputs from the block on, and of the block's weights."""
+    return (layers + (layers - block.start) + len(block)) / (3 * layers)
 
 
 def _worth(layer: nn.Module) -> int:

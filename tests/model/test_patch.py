@@ -20,6 +20,7 @@ from kunbr_fast.kernels.dispatch import Unavailable
 from kunbr_fast.kernels.projections import linears
 from kunbr_fast.model import attention, patch
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.flops import flop_counter
 
 BLOCKS = [range(0, 2), range(2, 4), range(4, 6), None]
 
@@ -476,6 +477,23 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="no module in it has a model's config"), kf.patched(nn.Linear(2, 2)):
         pass
     assert everything(model) == before
+
+
+def test_it_says_what_a_block_costs(caplog):
+    model, ids = tiny_model("llama").train(), torch.arange(60).view(2, 30)
+    model.set_attn_implementation("eager")  # torch counts no FLOPs of SDPA's kernel on a CPU
+
+    def flops():
+        with flop_counter() as counter:
+            model.model(input_ids=ids)[0].sum().backward()
+        return counter.get_total_flops()
+
+    whole = flops()
+    with caplog.at_level(logging.INFO, logger="kunbr_fast.model.patch"), kf.patched(model, range(2, 4), "torch"):
+        block = flops()
+    (line,) = [record.message for record in caplog.records if "train" in record.message]
+    assert line == "layers 2 to 3 of 6 train: about 0.67 of the FLOPs of training every layer"
+    assert block / whole == pytest.approx(0.67, abs=0.03)
 
 
 def test_an_unknown_architecture_says_so_once(caplog):
