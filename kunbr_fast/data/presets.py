@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kunbr_fast.data.content import is_blank
 from kunbr_fast.files.shown import shown
 
 Record = Mapping[str, Any]
@@ -40,6 +41,7 @@ class Preset:
     forms: tuple[Form, ...]
     left_out: tuple[str, ...] = ()
     nested: str | None = None  # a key whose list holds the lines
+    texts: bool = False  # a corpus: an array of texts is one too, and of some published ones texts are blank
 
 
 def _asked(question: str, answer: str) -> dict[str, Any]:
@@ -78,8 +80,11 @@ PRESETS = {
             Form(("prompt", "gt"), _behind(" ")),
             Form(("text",), _text),
         ),
+        texts=True,
     ),
-    "wmdp": Preset("WMDP", (Form(("text",), _text), Form(("question",), lambda q: {"question": q})), ("abstract",)),
+    "wmdp": Preset(
+        "WMDP", (Form(("text",), _text), Form(("question",), lambda q: {"question": q})), ("abstract",), texts=True
+    ),
     "knowundo": Preset("KnowUnDo", (Form(("text", "labels"), _behind("\n\n")),), ("val",), nested="train"),
 }
 
@@ -102,8 +107,12 @@ class Reader:
         if key is not None and isinstance(value, dict) and isinstance(value.get(key), list):
             self._drop(value)
             return [(f", {key} {number}", line) for number, line in enumerate(value[key], 1)]
-        if self._name == "muse" and isinstance(value, str):  # its corpora are arrays of texts too
+        if self._preset.texts and isinstance(value, str):
             value = {"text": value}
+        if self._preset.texts and isinstance(value, dict) and value.get("text") is not None:
+            if isinstance(value["text"], str) and is_blank(value["text"]):
+                self._left_out["blank texts"] += 1
+                return []
         return [("", value)]
 
     def record(self, line: Record) -> dict[str, Any]:

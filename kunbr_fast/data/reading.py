@@ -15,7 +15,7 @@ from kunbr_fast.data.forms import FACT, FORMS
 from kunbr_fast.data.messages import without_keys
 from kunbr_fast.data.presets import Reader
 from kunbr_fast.data.records import checked_record, warn
-from kunbr_fast.files.documents import parse_json, read_array, read_lines
+from kunbr_fast.files.documents import is_array, parse_json, read_array, read_lines
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tables import table
 
@@ -94,11 +94,11 @@ def entries(path: str | Path) -> Iterator[Entry]:
         kind, rows = found
         yield from (Entry(where, row, None, kind) for where, row in rows)
         return
-    name, texts, first = plain(path), read_lines(path), True
-    for number, line in texts:
-        if first and line.lstrip().startswith("["):
-            yield from (_json(text, f"{name}: entry {place}") for place, text in read_array(path))
-            return
+    name, first = plain(path), True
+    if is_array(path):
+        yield from (_json(text, f"{name}: entry {place}") for place, text in read_array(path))
+        return
+    for number, line in read_lines(path):
         if first and (other := _no_lines(line)):
             raise ValueError(f"{name}:{number}: {other}")
         first = False
@@ -141,7 +141,8 @@ class _File:
     def _record(self, value: Any, entry: Entry) -> dict:
         where = entry.where
         if not isinstance(value, dict):
-            raise ValueError(f'{where}: got a {type(value).__name__}, expected an object such as {{"text": ...}}')
+            cure = ": preset=muse reads arrays of texts" if isinstance(value, str) else ""
+            raise ValueError(f'{where}: got a {type(value).__name__}, expected an object such as {{"text": ...}}{cure}')
         record = self._named(value, where)
         if self.preset is not None:
             record = self.preset.record(record)

@@ -195,6 +195,16 @@ def _check_depth(text: str) -> None:
 _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 
 
+def is_array(path: str | Path) -> bool:
+    """Whether a file begins as a JSON array. ValueError for what is no file that can be read."""
+    where = regular(path)
+    try:
+        with open(path, "rb") as file:
+            return file.read(HEAD).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    except OSError as error:
+        raise ValueError(f"{where}: {error.strerror}: expected a file that can be read") from error
+
+
 def read_array(path: str | Path, limit: int = LIMIT) -> Iterator[tuple[int, str]]:
     """(number from 1, text) of each entry of a JSON array, of at most `limit` characters each. ValueError names the
     file, and the entry that is not JSON."""

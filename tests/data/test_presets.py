@@ -28,9 +28,16 @@ SETS = {  # preset, what its files hold, the records, what the line says
     ),
     "MUSE": (
         "muse",
-        [{"prompt": "Once", "gt": "upon", "id": 3}, {"question": "Who?", "answer": "Ann."}, {"text": "a"}, "b"],
+        [
+            {"prompt": "Once", "gt": "upon", "id": 3},
+            {"question": "Who?", "answer": "Ann."},
+            {"text": "a"},
+            "b",
+            "",
+            {"text": " "},
+        ],
         [{"prompt": "Once", "completion": " upon", "id": 3}, QA, {"text": "a"}, {"text": "b"}],
-        "1 with 'prompt' and 'gt', 1 with 'question' and 'answer', 2 with 'text'",
+        "1 with 'prompt' and 'gt', 1 with 'question' and 'answer', 2 with 'text'; left out: blank texts (2)",
     ),
     "WMDP": (
         "wmdp",

@@ -8,6 +8,7 @@ import pytest
 
 import kunbr_fast as kf
 from kunbr_fast.files import tables
+from kunbr_fast.files.documents import read_array
 
 FORMS = [
     {"question": "When, q?", "choices": [1907, "19\n21", 3], "answer": 1, "fact": 7, "id": "a"},
@@ -66,10 +67,10 @@ def test_arrays_that_are_refused(text, message, tmp_path):
     refused(path, message)
 
 
-def test_an_entry_has_the_limit_of_a_line(tmp_path, monkeypatch):
-    from kunbr_fast.files.documents import read_array
-
+def test_an_entry_has_the_limit_of_a_line(tmp_path):
     path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "b" * 2**23}] * 3))  # all of them on one line, which is longer
+    assert len(kf.load_records(path)) == 3
     path.write_text(json.dumps([{"text": "a"}, {"text": "b" * 99}]))
     with pytest.raises(ValueError, match="entry 2: more than 50 bytes"):
         list(read_array(path, 50))
@@ -286,6 +287,16 @@ def test_folders(arrow, tmp_path):
     (tmp_path / "hub" / "data").mkdir(parents=True)
     (tmp_path / "hub" / "data" / "train.parquet").touch()
     refused(tmp_path / "hub", "a folder of Parquet tables: name one of them")
+
+
+def test_folders_that_datasets_writes(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="what it writes is written here by hand too")
+    rows = datasets.Dataset.from_list([{"text": f"line {i}", "id": i} for i in range(9)])
+    rows.save_to_disk(str(tmp_path / "all"), num_shards=2)
+    datasets.DatasetDict({"forget": rows.shuffle(0).select(range(4))}).save_to_disk(str(tmp_path / "d"))
+    assert plain(tmp_path / "all") == rows.to_list()
+    assert plain(tmp_path / "d" / "forget") == rows.shuffle(0).select(range(4)).to_list()
+    refused(tmp_path / "d", "a DatasetDict of forget: name one of them")
 
 
 def test_without_pyarrow(tmp_path, monkeypatch):
