@@ -158,7 +158,7 @@ class Checks:
         rtt.append(f"trainer.method_args.folds=[{','.join(map(str, folds))}]")
         config = "trainer.method_args.config"
         rtt += [f"+{config}.{setting}" for setting in ("scoring=choice", "rtt_epochs=1", "rtt_lrs=[1e-3]")]
-        self.train("rtt", *rtt, f"{config}.statistic=slug")
+        self.train("rtt", *rtt, f"+{config}.statistic=slug")
         report = json.loads((self.out / "rtt" / "kunbr_fast_report.json").read_text())
         logged = [row for row in state(self.out / "rtt") if "recovery" in row]
         check(logged and logged[-1]["recovery"] == report["recovery"], report["recovery"])

@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import transformers
 
 from kunbr_fast.evaluation.report import write_report
 from kunbr_fast.files.atomic import write_json
 from kunbr_fast.files.documents import read_json
 from kunbr_fast.integrations.open_unlearning_options import Refused
 from kunbr_fast.model.fingerprint import model_fingerprint
+from kunbr_fast.run.config import KUnBRConfig
+from kunbr_fast.run.methods import settings_of
 from kunbr_fast.run.visits import layers
 
 logger = logging.getLogger(__name__)
@@ -62,13 +67,26 @@ def _plain(values: Any) -> Any:
     return OmegaConf.to_container(values, resolve=True) if OmegaConf.is_config(values) else values
 
 
-def settings(config: Any) -> Any:
-    """Those of KUnBR.yaml, which gives every run a block_lr, and settings that would win over a method's."""
-    if not isinstance(config, dict):
-        return config
-    if "method" in config:
-        raise ValueError(f"config.method={config['method']}: KUnBR.yaml has its own settings: give them one by one")
-    return {name: value for name, value in config.items() if name != "block_lr" or config.get("top_k") != 0}
+def _without_others(given: dict[str, Any], kinds: Sequence[type]) -> dict[str, Any]:
+    """What one of `kinds` takes. An experiment's method_args are often of the trainer that it was written for."""
+    known = {name for kind in kinds for name in inspect.signature(kind.__init__).parameters} | {"tokenizer"}
+    if others := [name for name in given if name not in known]:
+        logger.warning(
+            "trainer.method_args: %s: of another trainer, not read by KUnBR: method_args.config says what it does",
+            ", ".join(others),
+        )
+    return {name: value for name, value in given.items() if name in known}
+
+
+def chosen(lines: dict[str, Any]) -> dict[str, Any]:
+    """`method_args.config` without what nobody has chosen: lines of KUnBR.yaml, at their defaults, that a `method`
+    sets; and block_lr, which is there the Trainer's learning rate, where no block is trained."""
+    usual = KUnBRConfig().to_dict()
+    method = settings_of(lines["method"]) if "method" in lines else {}
+    found = {name: value for name, value in lines.items() if name not in method or value != usual[name]}
+    if (method | found).get("top_k") == 0 and found.get("block_lr") == found.get("warmup_lr"):
+        found.pop("block_lr", None)
+    return found
 
 
 def kunbr_trainer(finetune: type) -> type:
@@ -77,9 +95,11 @@ def kunbr_trainer(finetune: type) -> type:
 
     class KUnBR(KUnBRMixin, finetune):
         def __init__(self, *args: Any, config: Any = None, **kwargs: Any):
+            kwargs = _without_others(kwargs, (KUnBRMixin, finetune, transformers.Trainer))
             kwargs |= {name: _plain(kwargs[name]) for name in LISTS if name in kwargs}
+            config = _plain(config)
             try:
-                super().__init__(*args, config=settings(_plain(config)), **kwargs)
+                super().__init__(*args, config=chosen(config) if isinstance(config, dict) else config, **kwargs)
             except ValueError as error:
                 raise Refused(f"trainer=KUnBR: {error} (config is trainer.method_args.config)") from error
 

@@ -45,6 +45,7 @@ WITH = {
         for option in ("--adversary-steps", "--adversary-lrs")
     },
     **{(command, "--block-hidden-coeff"): ["--retain-loss", "hidden_layers"] for command in ("unlearn", "plan")},
+    **{(command, "--threshold"): ["--rule", "threshold"] for command in ("unlearn", "density", "plan")},
     ("unlearn", "--stream-cache"): ["--stream", "--unlearned", "."],
     ("density", "--stream-cache"): ["--stream"],
 }

@@ -25,7 +25,7 @@ from kunbr_fast.run.config import KUnBRConfig
 
 MODULES = {name: importlib.import_module(f"kunbr_fast.cli.{name}") for name in cli.COMMANDS}
 WRITES = {name: getattr(module, "WRITES", {}) for name, module in MODULES.items()}
-ELSEWHERE = {("unlearn", "out")}  # a run's folder: tests/run
+ELSEWHERE = {("unlearn", "out"), ("baseline", "out")}  # a run's folder: tests/run
 COMMANDS = {
     "density": "--model M --forget f.jsonl",
     "rtt": "--model M --forget f.jsonl g.jsonl",

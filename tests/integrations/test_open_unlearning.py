@@ -21,9 +21,9 @@ from open_unlearning_package import FinetuneTrainer, Node, packages
 from padded_batches import padded
 from tiny_models import VOCAB, random_samples, tiny_model
 
-from kunbr_fast.integrations import labelled_rows, open_unlearning
+from kunbr_fast.integrations import labelled_rows, open_unlearning, open_unlearning_kunbr
 from kunbr_fast.integrations.open_unlearning import Options, Refused, adapted, arguments
-from kunbr_fast.integrations.open_unlearning_kunbr import LISTS, settings
+from kunbr_fast.integrations.open_unlearning_kunbr import LISTS
 from kunbr_fast.integrations.open_unlearning_patched import _Patched
 from kunbr_fast.integrations.open_unlearning_trainers import get_tokenizer
 from kunbr_fast.model import compat
@@ -191,17 +191,39 @@ def test_trainers_that_read_logits_keep_their_head(trainer, tmp_path):
 
 
 @pytest.mark.skipif(compat.VERSION < compat.PACKED_SINCE, reason=f"packed samples need {compat.PACKED_SINCE}")
-def test_our_trainer_is_registered(trainer, tmp_path):
+def test_our_trainer_is_registered(trainer, tmp_path, caplog):
+    """And takes an experiment that was written for another one, as stock WMDP's for RMU."""
     config = dict(
         num_blocks=3, top_k=1, skip_last_layers=2, warmup_epochs=1, block_epochs=1, block_lr=1e-3, warmup_lr=1e-3
     )
     start = tiny_model(dtype=torch.float32)
     made = train(
-        trainer, tmp_path, "KUnBR", {"patch": True}, model=copy.deepcopy(start), method_args={"config": config},
+        trainer, tmp_path, "KUnBR", {"patch": True}, model=copy.deepcopy(start),
+        method_args={"config": config, "gamma": 1.0},
         max_steps=-1, max_grad_norm=0.0, learning_rate=1e-3,
     )  # fmt: skip
     assert made.config.top_k == 1 and len(made.blocks) == 1
+    assert "trainer.method_args: gamma: of another trainer, not read by KUnBR" in caplog.text
     assert any(not torch.equal(a, b) for a, b in zip(made.model.parameters(), start.parameters()))
+
+
+def test_a_method_or_a_statistic_beside_the_lines_of_our_yaml():
+    """KUnBR.yaml lists settings of blocks, and takes both learning rates from trainer.args."""
+    path = Path(open_unlearning.__file__).parent / "open_unlearning_configs" / "trainer" / "KUnBR.yaml"
+    rate = "${trainer.args.learning_rate}"
+    lines = yaml.safe_load(path.read_text())["method_args"]["config"] | {"seed": 0, "weight_decay": 0.0}
+    lines = {name: 1e-3 if value == rate else value for name, value in lines.items()}
+
+    def made(**chosen):
+        return KUnBRConfig.from_dict(open_unlearning_kunbr.chosen(lines | chosen))
+
+    assert (made().top_k, made().block_lr, made(top_k=2).top_k) == (6, 1e-3, 2)
+    for config in (made(method="npo"), made(objective="npo", top_k=0)):
+        assert (config.objective, config.top_k, config.warmup_lr) == ("npo", 0, 1e-3)
+    blocks = made(method="robust_blocks", statistic="fisher_ratio")
+    assert (blocks.top_k, blocks.num_blocks, blocks.block_lr, blocks.statistic) == (1, 2, 1e-3, "fisher_ratio")
+    with pytest.raises(ValueError, match="block_lr=0.01: no block is trained"):
+        made(method="npo", block_lr=1e-2)
 
 
 def test_our_trainer_needs_packed_samples(trainer, tmp_path):
@@ -241,9 +263,6 @@ def test_the_config_holds_settings_that_exist():
     assert set(named.values()) == set(args)
     made = KUnBRConfig.from_dict(config | {key: args[name] for key, name in named.items()})
     assert made == dataclasses.replace(KUnBRConfig(), **{key: args[name] for key, name in named.items()})
-    assert KUnBRConfig.from_dict(settings(made.to_dict() | {"top_k": 0})).top_k == 0  # without a block's rate
-    with pytest.raises(ValueError, match="config.method=graddiff: KUnBR.yaml has its own settings"):
-        settings(config | {"method": "graddiff"})
 
 
 def test_options():
