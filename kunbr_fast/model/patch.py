@@ -299,8 +299,9 @@ def _ends_backward(model: nn.Module, layer: nn.Module) -> Any:
         if torch.compiler.is_compiling():  # whose graphs know no grad_fn: it goes on
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        asked = any(getattr(module, "_require_grads_hook", None) is not None for module in model.modules())
-        if hidden.grad_fn is None or not asked:
+        if hidden.grad_fn is None:
+            return None
+        if not any(getattr(module, "_require_grads_hook", None) is not None for module in model.modules()):
             return None
         hidden = hidden.detach().requires_grad_()
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
