@@ -8,6 +8,7 @@ import functools
 from pathlib import Path
 
 from kunbr_fast.benchmarks.rows import outcomes, read_rows
+from kunbr_fast.model.patch import WORTH
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -181,6 +182,18 @@ def gpu_density_by_hand():
     return [[case, *(f"{of[side]:.0f}" if side in of else "-" for side in sides)] for case, of in found.items()]
 
 
+def fused_layers():
+    """Fused over own, milliseconds a layer: forward alone, and with the backward pass."""
+    with open(RESULTS / "fused_layers_h100.csv") as file:
+        rows = list(csv.DictReader(file))
+    found = {}
+    for row in rows:
+        cells = found.setdefault((row["model"], row["tokens"]), [float(row["weights_x_tokens"])])
+        cells.append(f"{float(row['own_ms']):.2f}, {float(row['fused_ms']):.2f}, {float(row['ratio']):.2f}x")
+    worth = {True: "fused", False: "its own"}
+    return [[*key, *times, worth[product >= WORTH]] for key, (product, *times) in found.items()]
+
+
 TABLES = {
     "## One step, against the reference procedure": step,
     "## A whole run": end_to_end,
@@ -192,6 +205,7 @@ TABLES = {
     "### One step, on an H100": functools.partial(gpu_step, H100),
     "### Kernels, on an H100": functools.partial(gpu_kernels, H100),
     "### Density, on an H100": gpu_density,
+    "### Fused layers beside a model's own, on an H100": fused_layers,
 }
 
 

@@ -209,7 +209,7 @@ def test_the_trainer_of_integrations_trains(tmp_path):
 
     import kunbr_fast as kf
 
-    (code,) = blocks(ROOT / "docs" / "integrations.md", "python")
+    code, _ = blocks(ROOT / "docs" / "integrations.md", "python")  # the second one says what to give beside
     encoded = samples()
     names = {
         "kf": kf, "model": tiny_text.model(layers=8), "forget": encoded[:4], "retain": encoded[4:8],

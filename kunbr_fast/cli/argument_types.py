@@ -113,6 +113,25 @@ class Settings(argparse.Action):
         setattr(namespace, self.dest, {**found, name: value})
 
 
+def column(text: str) -> tuple[str, str]:
+    """THEIRS=OURS: a key of the files, and the one that it stands for."""
+    theirs, mark, ours = text.rpartition("=")
+    if not mark or not theirs or not ours:
+        raise _refused(text, "COLUMN=KEY, such as question=prompt")
+    return theirs, ours
+
+
+class Renamed(Different):
+    """Several such pairs, each column once, as a dict."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        names = [theirs for theirs, _ in values]
+        if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+            raise argparse.ArgumentError(self, f"{shown(twice)} is given twice: leave one of them out")
+        super().__call__(parser, namespace, values, option_string)
+        setattr(namespace, self.dest, dict(values))
+
+
 def name_and_value(text: str) -> tuple[str, Any]:
     """A setting of an objective, which knows what it may be."""
     name, _, value = text.partition("=")

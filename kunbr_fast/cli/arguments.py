@@ -10,7 +10,9 @@ from typing import Any
 
 from kunbr_fast.cli.argument_types import (
     Different,
+    Renamed,
     Settings,
+    column,
     device_name,
     escaped_text,
     name_and_value,
@@ -18,6 +20,7 @@ from kunbr_fast.cli.argument_types import (
     number_or,
     path_name,
 )
+from kunbr_fast.data.presets import PRESETS
 from kunbr_fast.files.models import DTYPES
 from kunbr_fast.objectives.hidden_layers import WORDS
 from kunbr_fast.run.config import KUnBRConfig
@@ -61,20 +64,36 @@ def add_device(parser: Any) -> None:
 def add_files(
     parser: argparse.ArgumentParser, option: str, metavar: str, text: str | None = None, required: bool = False
 ) -> None:
+    """An option that names files of records, and beside it the one that says what their columns stand for."""
     parser.add_argument(
         option, nargs="+", type=path_name, action=Different, required=required, metavar=metavar, help=text
     )
+    parser.add_argument(
+        f"{option}-columns",
+        nargs="+",
+        type=column,
+        action=Renamed,
+        metavar="COLUMN=KEY",
+        help=f"what keys of {option} stand for, such as question=prompt answer=completion; A=choices B=choices makes "
+        "one list",
+    )
 
 
-def add_ignored(parser: argparse.ArgumentParser) -> None:
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How files of records are read, all of them."""
     parser.add_argument(
         "--ignore-keys",
         nargs="+",
         action=Different,
         default=[],
         metavar="KEY",
-        help="keys of the JSONL files' lines, and of messages, that are left out; one that would not be used is an "
-        "error otherwise",
+        help="keys of the files' lines, and of messages, that are left out; one that would not be used is an error "
+        "otherwise",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help="lines as a published set has them, beside our own; an option's columns take its place",
     )
 
 

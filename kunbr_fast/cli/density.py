@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kunbr_fast.cli.argument_types import number, path_name
-from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings, add_stream
+from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_reading, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config, reader
 from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.cli.show import Shown, add_show, show_samples
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_files(parser, "--forget", "F.jsonl", "what to forget", required=True)
     add_files(parser, "--retain", "R.jsonl", "what to keep: for fisher_ratio, cosine and slug's Pareto front")
-    add_ignored(parser)
+    add_reading(parser)
     parser.add_argument(
         "--out", type=path_name, metavar="FILE.json", help="keep the result (kunbr_fast.Density.load reads it)"
     )
@@ -71,7 +71,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         check_outputs(arguments, WRITES)
     config, group = read_config(arguments), arguments.group or ALONE
     read = reader(arguments, config)
-    records, retain = read(arguments.forget), None if arguments.retain is None else read(arguments.retain)
+    records, retain = read(arguments.forget, "--forget"), None
+    if arguments.retain is not None:
+        retain = read(arguments.retain, "--retain")
     check_files({"--forget": arguments.forget}, {"--retain": arguments.retain})
     settle(of_sides(facts({"": records}), facts({"": retain or []})), config.overlap, say)
     if arguments.show:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ from typing import Any
 import torch
 
 from kunbr_fast.cli.terminal import say
-from kunbr_fast.data import is_question, load_records
+from kunbr_fast.data import is_question
+from kunbr_fast.data.foreign import behind
+from kunbr_fast.data.reading import read_records
 from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.files.models import load_model, load_tokenizer
 from kunbr_fast.files.shown import plain, shown
@@ -69,15 +70,39 @@ def open_model(arguments: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
     return model, load_tokenizer(arguments.model)
 
 
-Reader = Callable[..., list[dict]]
+Reader = Callable[..., list[dict]]  # of a file or several, and the option that names them
 
 
 def reader(arguments: argparse.Namespace, config: KUnBRConfig) -> Reader:
-    """`load_records` as the options say."""
-    return functools.partial(load_records, ignore_keys=arguments.ignore_keys, equal_choices=config.equal_choices)
+    """`load_records` as the options say: `read(paths, "--forget")`."""
+    given = vars(arguments)
+    for dest, columns in given.items():
+        if dest.endswith("_columns") and columns and not given[dest.removesuffix("_columns")]:
+            option = dest.removesuffix("_columns").replace("_", "-")
+            raise ValueError(f"--{option}-columns without --{option}: give its files, or leave it out")
+    if arguments.preset and config.separator:
+        raise ValueError(
+            f"--separator with --preset {arguments.preset}: the preset's lines have what stands between prompt and "
+            "completion: leave --separator out, or name the columns yourself"
+        )
+    say = sayer(arguments)
+
+    def read(paths: str | Sequence[str], option: str) -> list[dict]:
+        columns = given[f"{option.removeprefix('--').replace('-', '_')}_columns"]
+        preset = None if columns else arguments.preset
+        records = read_records(paths, arguments.ignore_keys, config.equal_choices, columns, preset, say)
+        joined = [r for r in records if "prompt" in r and behind(r["prompt"], r["completion"]) != r["completion"]]
+        if columns and joined and not config.separator:
+            say(
+                f"{joined[0]['_where']}: nothing stands between prompt and completion ({len(joined)} such lines, of "
+                f"{len(records)}): --separator ' ' puts a space there"
+            )
+        return records
+
+    return read
 
 
-def read_folds(forget: Sequence[str], questions: Sequence[str] | None, read: Reader = load_records) -> list[Fold]:
+def read_folds(forget: Sequence[str], questions: Sequence[str] | None, read: Reader) -> list[Fold]:
     """One fold for each forget file, with its own questions."""
     if questions is not None and len(questions) != len(forget):
         raise ValueError(
@@ -86,17 +111,17 @@ def read_folds(forget: Sequence[str], questions: Sequence[str] | None, read: Rea
         )
     folds = []
     for i, path in enumerate(forget):
-        records = read(path)
+        records = read(path, "--forget")
         asked = records if questions is None else read_questions([questions[i]], "--forget-questions", read)
         folds.append(Fold(Path(path).stem, records, [r for r in asked if is_question(r)]))
     return folds
 
 
-def read_questions(paths: Sequence[str], option: str, read: Reader = load_records) -> list[dict]:
+def read_questions(paths: Sequence[str], option: str, read: Reader) -> list[dict]:
     """The records of files of which each must ask something."""
     found = []
     for path in paths:
-        records = read(path)
+        records = read(path, option)
         if not any(map(is_question, records)):
             raise ValueError(
                 f"{option}: {plain(path)} has no question among its {len(records)} lines: expected lines with "

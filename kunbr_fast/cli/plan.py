@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 from kunbr_fast.cli.argument_types import number, path_name
-from kunbr_fast.cli.arguments import add_files, add_ignored, add_output, add_settings
-from kunbr_fast.cli.inputs import read_config
+from kunbr_fast.cli.arguments import add_files, add_output, add_reading, add_settings
+from kunbr_fast.cli.inputs import read_config, reader
 from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.cli.terminal import show
 from kunbr_fast.files.models import DTYPES
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: as config.json says")
     add_files(parser, "--forget", "F.jsonl", "as of unlearn (default: sizes of WMDP)")
     add_files(parser, "--retain", "R.jsonl", "as of unlearn (default: sizes of WMDP)")
-    add_ignored(parser)
+    add_reading(parser)
     parser.add_argument("--unlearned", action="store_true", help="M_u will be given: no warm-up")
     parser.add_argument("--stream", action="store_true", help="as of unlearn: layers come from the files one by one")
     size, rate = number(Bytes(unit_needed=True)), number(Real(0, above=True))
@@ -50,11 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     check_outputs(arguments, WRITES)
-    names = ("gpu", "gpus", "forget", "retain", "ignore_keys", "dtype", "unlearned", "stream", "memory", "disk_rate")
+    names = ("gpu", "gpus", "forget", "retain", "dtype", "unlearned", "stream", "memory", "disk_rate")
+    config = read_config(arguments)
     found = plan(
         arguments.model,
         arguments.gpu_memory,
-        config=read_config(arguments),
+        config=config,
+        read=reader(arguments, config),
         **{name: getattr(arguments, name) for name in names},
     )
     if arguments.out:

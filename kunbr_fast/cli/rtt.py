@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kunbr_fast.cli.argument_types import path_name
-from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings, add_stream
+from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_reading, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds, reader, sayer
 from kunbr_fast.cli.outputs import check_outputs
 from kunbr_fast.cli.show import Shown, add_show, show_samples
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_files(parser, "--forget-questions", "Q.jsonl", text)
     text = "facts of the same form that are in no fold, for the attack other_facts"
     add_files(parser, "--other-facts", "O.jsonl", text)
-    add_ignored(parser)
+    add_reading(parser)
     parser.add_argument(
         "--out",
         type=path_name,
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config = read_config(arguments)
     read, say = reader(arguments, config), sayer(arguments)
     folds = read_folds(arguments.forget, arguments.forget_questions, read)
-    others = read(arguments.other_facts) if arguments.other_facts else []
+    others = read(arguments.other_facts, "--other-facts") if arguments.other_facts else []
     taught = "other_facts" in config.rtt_attacks
     if others and not taught:
         raise ValueError("--other-facts without the attack other_facts: add it to --rtt-attacks, or leave them out")

@@ -12,7 +12,7 @@ LONGEST = 4000  # characters of a line
 # The library's messages name parameters, as `name=` or `name=True`. Those that are options here:
 OPTIONS = {
     "resume", "overwrite", "unlearned", "stream", "forget", "retain", "gpu_memory", "gpu", "gpus", "overlap",
-    "equal_choices", "split_long",
+    "equal_choices", "split_long", "preset",
 }  # fmt: skip
 
 

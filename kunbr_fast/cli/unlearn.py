@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from kunbr_fast.cli.argument_types import path_name
-from kunbr_fast.cli.arguments import add_files, add_ignored, add_model, add_output, add_settings, add_stream
+from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_reading, add_settings, add_stream
 from kunbr_fast.cli.inputs import open_model, read_config, read_folds, read_questions, reader, sayer
 from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import show
@@ -53,7 +53,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     text = f"questions on the forget files, one file for each {lines}"
     add_files(parser, "--forget-questions", "Q.jsonl", text)
     add_files(parser, "--retain-questions", "Q.jsonl", f"questions on the retain files {lines}")
-    add_ignored(parser)
+    add_reading(parser)
     parser.add_argument(
         "--out",
         type=path_name,
@@ -75,7 +75,7 @@ def _read(arguments: argparse.Namespace, config: KUnBRConfig) -> tuple[list[Fold
         {"--retain": arguments.retain, "--retain-questions": arguments.retain_questions},
     )
     read, named = reader(arguments, config), arguments.retain_questions
-    folds, retain = read_folds(arguments.forget, arguments.forget_questions, read), read(arguments.retain)
+    folds, retain = read_folds(arguments.forget, arguments.forget_questions, read), read(arguments.retain, "--retain")
     asked = read_questions(named, "--retain-questions", read) if named else retain
     asked = [record for record in asked if is_question(record)]
     # --show ends here: nothing else says what is let be

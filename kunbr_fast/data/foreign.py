@@ -23,7 +23,8 @@ TEXTS = ("content", "contents", "sentence", "document", "passage", "article", "b
 ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model", "bard", "bing"), "assistant")
 SYSTEMS, HISTORIES = ("system", "system_prompt", "system_message"), ("history", "chat_history")  # beside a prompt
 OTHER = "alternate"
-WIDTH = 260  # of a line that is shown
+COLUMNS = "--forget-columns or its like,"
+WIDTH = 230  # of a line that is shown
 
 
 def recognised(record: Record) -> str | None:
@@ -37,7 +38,7 @@ def recognised(record: Record) -> str | None:
 def _recognised(record: Record, names: Mapping[Any, Any]) -> str | None:
     """names: the record's keys as they are written."""
 
-    def written(keys: Sequence[str], what: str, ours: dict[str, Any], also: Sequence[str] = ()) -> str:
+    def written(keys: Sequence[str], what: str, ours: dict[str, Any], also: Sequence[str] = (), cure: str = "") -> str:
         if _is_text(record.get(OTHER)):
             ours = {**ours, OTHER: record[OTHER]}
         ours, kept = _with_context(record, ours)
@@ -45,22 +46,27 @@ def _recognised(record: Record, names: Mapping[Any, Any]) -> str | None:
         more = f" (and {len(left) - 3} more)" * (len(left) > 3)
         has = "have" if len(left) > 1 else "has"
         without = f", and {_listed([names[key] for key in left[:3]])}{more} {has} no place in ours" if left else ""
-        return f"{_listed([names[key] for key in keys])}{what}{without}. Write {_line(ours)}"
+        read = f" (read by {cure})" if cure else ""
+        return f"{_listed([names[key] for key in keys])}{what}{read}{without}. Write {_line(ours)}"
 
-    for name, keys, rewritten, also in TOOLS:
+    for name, keys, rewritten, also, cure in TOOLS:
         if all(record.get(key) is not None for key in keys) and (ours := rewritten(record)) is not None:
-            return written(keys, f": this is {name} form", ours, also)
+            return written(keys, f": this is {name} form", ours, also, cure)
     prompt, answer = (next((k for k in words if _is_text(record.get(k))), None) for words in (PROMPTS, ANSWERS))
     if prompt and answer:
-        ours = {"prompt": record[prompt], "completion": _behind(record[prompt], record[answer])}
+        ours = {"prompt": record[prompt], "completion": behind(record[prompt], record[answer])}
         if (prompt, answer) != ("prompt", "completion"):
-            return written((prompt, answer), " are no form of ours", ours)
+            renamed = [(prompt, "prompt"), (answer, "completion")]
+            columns = " ".join(f"{plain(names[key], 30)}={mine}" for key, mine in renamed if key != mine)
+            return written((prompt, answer), " are no form of ours", ours, cure=f"{COLUMNS} {columns}")
         if kept := _with_context(record, ours)[1]:
             return written((prompt, answer, *kept), " are a chat", ours)
     if not any(key in record for key in ("question", "text", "prompt", "completion", "messages")):
         for key in TEXTS:
             if _is_text(record.get(key)):
-                return written((key,), " is no form of ours", {"text": record[key]})
+                return written(
+                    (key,), " is no form of ours", {"text": record[key]}, cure=f"{COLUMNS} {plain(names[key], 30)}=text"
+                )
     return None
 
 
@@ -69,7 +75,7 @@ def _is_left_out(key: Any, value: Any) -> bool:
     return not (empty or is_annotation(key))
 
 
-def _behind(prompt: str, answer: str) -> str:
+def behind(prompt: str, answer: str) -> str:
     """The answer as it stands behind the prompt: with a space of its own where there is none, and words have one."""
     wide = unicodedata.east_asian_width(prompt[-1]) in "WF" or unicodedata.east_asian_width(answer[0]) in "WF"
     return answer if wide or prompt[-1].isspace() or answer[0].isspace() else f" {answer}"
@@ -135,7 +141,7 @@ def _pair(prompt: str, *answers: str) -> Callable[[Record], Ours]:
         answer = next((record[key] for key in answers if record.get(key) is not None), None)
         answer = answer[0] if isinstance(answer, list) and answer else answer
         texts = _is_text(record[prompt]) and _is_text(answer)
-        return {"prompt": record[prompt], "completion": _behind(record[prompt], answer)} if texts else None
+        return {"prompt": record[prompt], "completion": behind(record[prompt], answer)} if texts else None
 
     return rewritten
 
@@ -143,7 +149,7 @@ def _pair(prompt: str, *answers: str) -> Callable[[Record], Ours]:
 def _instruction(record: Record) -> Ours:
     prompt = "\n".join(record[key] for key in ("instruction", "input", "context") if _is_text(record.get(key)))
     answer = record.get("output", record.get("response"))
-    return {"prompt": prompt, "completion": _behind(prompt, answer)} if prompt and _is_text(answer) else None
+    return {"prompt": prompt, "completion": behind(prompt, answer)} if prompt and _is_text(answer) else None
 
 
 def _preference(record: Record) -> Ours:
@@ -152,7 +158,7 @@ def _preference(record: Record) -> Ours:
     if not all(map(_is_text, (chosen, rejected))):
         prompt, chosen, rejected = None, "the chosen one", "the rejected answer"
     prompt = prompt if _is_text(prompt) else "..."
-    return {"prompt": prompt, "completion": _behind(prompt, rejected), OTHER: _behind(prompt, chosen)}
+    return {"prompt": prompt, "completion": behind(prompt, rejected), OTHER: behind(prompt, chosen)}
 
 
 def _lettered(key: str, answer: str) -> Callable[[Record], Ours]:
@@ -193,7 +199,7 @@ def _squad(record: Record) -> Ours:
     if not (isinstance(answers, list) and answers and _is_text(answers[0]) and _is_text(record["question"])):
         return None
     prompt = "\n".join([*context, record["question"]])
-    return {"prompt": prompt, "completion": _behind(prompt, answers[0])}
+    return {"prompt": prompt, "completion": behind(prompt, answers[0])}
 
 
 def _conversation(key: str) -> Callable[[Record], Ours]:
@@ -204,26 +210,41 @@ def _conversation(key: str) -> Callable[[Record], Ours]:
     return rewritten
 
 
-# name, the keys by which it is known, how it is written here, what else of it is kept; the first that fits is told
-TOOLS: tuple[tuple[str, tuple[str, ...], Callable[[Record], Ours], tuple[str, ...]], ...] = (
-    ("TRL's preference", ("chosen", "rejected"), _preference, ("prompt",)),
-    ("ShareGPT's", ("conversations",), _conversation("conversations"), ()),
-    ("ShareGPT's", ("conversation",), _conversation("conversation"), ()),
-    ("a lettered question's", ("question", "A", "B", "answer"), _lettered("question", "answer"), (*LETTERS,)),
-    ("a lettered question's", ("input", "A", "B", "target"), _lettered("input", "target"), (*LETTERS,)),
-    ("MedQA's or MMLU-Pro's", ("question", "options"), _options, ("answer", "answer_idx", "answer_index")),
-    ("ARC's", ("question", "choices", "answerKey"), _arc, ()),
-    ("Alpaca's", ("instruction", "output"), _instruction, ("input", "context")),
-    ("Dolly's", ("instruction", "response"), _instruction, ("input", "context")),
-    ("SQuAD's", ("question", "answers"), _squad, ("context",)),
-    ("RWKU's", ("query", "answer"), _pair("query", "answer"), ()),
-    ("MUSE's", ("prompt", "gt"), _pair("prompt", "gt"), ()),
-    ("KnowUnDo's", ("text", "labels"), _pair("text", "labels"), ()),
+_LETTERED = "A=choices B=choices ..."
+# name, the keys by which it is known, how it is written here, what else of it is kept, and what would read it as it is
+# (of a preset or columns, see `reading`); the first that fits is told
+TOOLS: tuple[tuple[str, tuple[str, ...], Callable[[Record], Ours], tuple[str, ...], str], ...] = (
+    ("TRL's preference", ("chosen", "rejected"), _preference, ("prompt",), ""),
+    ("ShareGPT's", ("conversations",), _conversation("conversations"), (), ""),
+    ("ShareGPT's", ("conversation",), _conversation("conversation"), (), ""),
+    (
+        "a lettered question's",
+        ("question", "A", "B", "answer"),
+        _lettered("question", "answer"),
+        (*LETTERS,),
+        f"{COLUMNS} {_LETTERED}",
+    ),
+    (
+        "a lettered question's",
+        ("input", "A", "B", "target"),
+        _lettered("input", "target"),
+        (*LETTERS,),
+        f"{COLUMNS} input=question target=answer {_LETTERED}",
+    ),
+    ("MedQA's or MMLU-Pro's", ("question", "options"), _options, ("answer", "answer_idx", "answer_index"), ""),
+    ("ARC's", ("question", "choices", "answerKey"), _arc, (), ""),
+    ("Alpaca's", ("instruction", "output"), _instruction, ("input", "context"), ""),
+    ("Dolly's", ("instruction", "response"), _instruction, ("input", "context"), ""),
+    ("SQuAD's", ("question", "answers"), _squad, ("context",), ""),
+    ("RWKU's", ("query", "answer"), _pair("query", "answer"), (), f"{COLUMNS} query=prompt answer=completion"),
+    ("MUSE's", ("prompt", "gt"), _pair("prompt", "gt"), (), "preset=muse"),
+    ("KnowUnDo's", ("text", "labels"), _pair("text", "labels"), (), "preset=knowundo"),
     (
         "TOFU's or MUSE's",
         ("question", "answer"),
         lambda r: None if "choices" in r else _pair("question", "answer")(r),
         (),
+        "preset=tofu or muse",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Records: the lines of a JSONL file, read and checked.
+"""Records: what they may be, checked.
 
 A record has one of four forms:
 
@@ -8,86 +8,33 @@ A record has one of four forms:
     {"messages": [{"role": str, "content": str}, ...]}                    a chat (needs the tokenizer's chat template)
 
 Beside these keys it may have "alternate", a second answer, "fact", the same name or number in all records about one
-fact, and annotations (see `annotations`), which are not read.
+fact, and annotations (see `annotations`), which are not read. `reading` reads files of them.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kunbr_fast.data.content import (
-    ALLOWANCES,
     EQUAL,
     LETTERS,
     check_choices,
-    equal_pair,
     is_blank,
-    not_as_written,
 )
 from kunbr_fast.data.foreign import index_of
 from kunbr_fast.data.forms import FACT, FORMS, OTHER_ANSWER, form_of
-from kunbr_fast.data.messages import check_messages, without_keys
-from kunbr_fast.files.documents import parse_json, read_lines
+from kunbr_fast.data.messages import check_messages
 from kunbr_fast.files.scalars import Unread
-from kunbr_fast.files.shown import plain, shown
+from kunbr_fast.files.shown import shown
 
 logger = logging.getLogger(__name__)
 
 
-def load_records(
-    paths: str | Path | Sequence[str | Path], ignore_keys: Iterable[str] = (), equal_choices: str = "error"
-) -> list[dict]:
-    """Reads JSONL files into records; `record["_where"]` says where each came from ("file:line").
-
-    ignore_keys: keys that are left out, of records and of messages, as if they were not there. equal_choices: "allow"
-    for questions of which some choices are equal; one warning a file counts them. Blank lines are skipped.
-
-    Errors: ValueError "file:line: ..." for a line that is not JSON, has no known form, a key that would not be used, a
-    wrong answer index or equal choices; ValueError for a file without a record.
-    """
-    if equal_choices not in ALLOWANCES:
-        raise ValueError(f"equal_choices={shown(equal_choices)}: expected one of {', '.join(ALLOWANCES)}")
-    paths, ignored = [paths] if isinstance(paths, (str, Path)) else list(paths), frozenset(ignore_keys)
-    if not paths:
-        raise ValueError("no file was given: expected at least one JSONL file")
-    records = []
-    for path in paths:
-        name, count = plain(path), len(records)
-        for number, line in read_lines(path):
-            if len(records) == count and (other := _no_lines(line)):
-                raise ValueError(f"{name}:{number}: {other}")
-            records.append(parse_record(line, f"{name}:{number}", ignored, equal_choices == "allow"))
-        if len(records) == count:
-            raise ValueError(f"{name}: empty: expected at least one JSON line")
-        if alike := [record["_where"] for record in records[count:] if equal_pair(record.get("choices", ()))]:
-            _warn(
-                f"{alike[0]}: two of its choices are equal, and only the one that 'answer' names counts as right "
-                f"({len(alike)} such question{'s' * (len(alike) > 1)} in {name})"
-            )
-    return records
-
-
-def _no_lines(first: str) -> str | None:
-    """What a file is that has JSON or a table in it, but no line of its own for each record, by its first line."""
-    line = first.strip()
-    if line.startswith("[") and (line == "[" or line[1:].lstrip().startswith("{")):
-        return "a JSON array, expected one object a line: jq -c '.[]' FILE > FILE.jsonl writes that"
-    if line == "{":
-        return "an object over several lines, expected one object a line: jq -c . FILE > FILE.jsonl writes that"
-    if not line.startswith(("{", "[")):
-        names = [name.strip().strip('"').lower() for name in line.replace("\t", ",").replace(";", ",").split(",")]
-        if len(names) > 1 and any(name in form for form in FORMS for name in names):
-            return f"a table (CSV) with the columns {shown(names, 80)}, expected one JSON object a line: convert it"
-    return None
-
-
 @functools.cache
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     """Once, however often a file is read."""
     logger.warning(text)
 
@@ -95,24 +42,6 @@ def _warn(text: str) -> None:
 def is_record(entry: Mapping[str, Any]) -> bool:
     """Whether this is a record, and not a sample or a batch."""
     return not ("input_ids" in entry or "original" in entry)
-
-
-def parse_record(line: str, where: str, ignored: Collection[str] = (), equal: bool = False) -> dict:
-    """A checked record from one line of JSON, without its `ignored` keys. Error messages begin with `where`. equal: its
-    choices may be equal."""
-    record = parse_json(line, where, strict=False)  # its annotations are never read
-    if not isinstance(record, dict):
-        raise ValueError(f'{where}: got a {type(record).__name__}, expected an object such as {{"text": ...}}')
-    if ignored:
-        record = {key: value for key, value in record.items() if key not in ignored}
-        if "messages" in record:
-            record["messages"] = without_keys(record["messages"], ignored)
-    choices = record.get("choices")
-    if isinstance(choices, list) and any(isinstance(choice, float) for choice in choices):
-        for choice, text in zip(choices, json.loads(line, parse_float=str, parse_int=str)["choices"]):
-            if isinstance(choice, float) and text != str(choice):
-                raise not_as_written(text, str(choice), where)
-    return checked_record({**record, EQUAL: True} if equal and "choices" in record else record, where)
 
 
 def checked_record(record: Mapping, where: str) -> dict:
@@ -141,7 +70,7 @@ def check_record(record: Mapping, where: str) -> None:
         raise ValueError(
             f"{where}: {FACT!r} must be a name or a number, the same in all lines about a fact, got {shown(fact)}"
         )
-    for key in form:
+    for key in (*form, OTHER_ANSWER, FACT):
         check_read(record.get(key), f"{where}: {key!r}")
     if form == ("messages",):
         check_messages(record["messages"], where)
@@ -173,7 +102,7 @@ def say_unused_alternates(entries: Sequence[Mapping], what: str) -> None:
     objectives may be tried on one file."""
     if found := next((entry for entry in entries if entry.get(OTHER_ANSWER) is not None), None):
         file = str(found.get("_where", "")).rpartition(":")[0]
-        _warn(
+        warn(
             f"{file or f'the {what} set'}: 'alternate' is not read: only an objective that takes second answers as "
             "they are given (dpo) reads those of what is to be forgotten"
         )

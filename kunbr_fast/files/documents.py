@@ -27,6 +27,7 @@ from kunbr_fast.files.shown import plain, shown
 
 DEPTH = 64  # our deepest document has 7
 LIMIT = 16 * 2**20  # bytes; parsed, 16 MiB of empty lists take 0.5 GB
+ARRAY_LIMIT = 2**31  # of an array, whose entries have the other limit
 YAML_LIMIT = 2**16  # PyYAML takes up to 10 us a byte
 
 
@@ -45,31 +46,37 @@ def read_yaml(path: str | Path, kind: Any = None, limit: int = YAML_LIMIT) -> An
 
 def read_lines(path: str | Path, limit: int = LIMIT) -> Iterator[tuple[int, str]]:
     """(number from 1, text) of each line that is not blank. ValueError names the file and the line."""
-    where, number = _regular(path), 0
+    for number, line in raw_lines(path, limit):
+        line = line.lstrip("\ufeff")  # files with a byte order mark, one after the other
+        if line and not line.isspace():
+            yield number, line
+
+
+def raw_lines(path: str | Path, limit: int = LIMIT, newline: str | None = None) -> Iterator[tuple[int, str]]:
+    """(number from 1, text) of each line, blank or not. newline: as of `open`."""
+    where, number = regular(path), 0
     try:
         with open(path, "rb") as file:
             check_kind(file.read(HEAD), where)
         # what is not UTF-8 becomes lone surrogates, so that the error can name the line
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline=newline) as file:
             while line := file.readline(limit + 1):
                 number += 1
                 if len(line) > limit or (not line.isascii() and len(line.encode(errors="surrogateescape")) > limit):
                     raise ValueError(f"{where}:{number}: a line of more than {_size(limit)}: split it, or shorten it")
                 if not line.isascii():
-                    line = line.lstrip("\ufeff")  # files with a byte order mark, one after the other
                     _check_unicode(line, f"{where}:{number}")
                 if "\0" in line:
                     at = f"{where}:{number}: a NUL byte at column {line.index(chr(0)) + 1}"
                     raise ValueError(f"{at}: the file is damaged, or no text: make or copy it again")
-                if line and not line.isspace():
-                    yield number, line
+                yield number, line
     except OSError as error:
         raise ValueError(f"{where}: {error.strerror}: expected a file that can be read") from error
 
 
 def read_text(path: str | Path, limit: int = LIMIT) -> str:
     """A file's text, without a byte order mark. ValueError for more than `limit` bytes and for what is not UTF-8."""
-    where = _regular(path)
+    where = regular(path)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size  # as much memory as is asked for is taken at once
@@ -82,7 +89,7 @@ def read_text(path: str | Path, limit: int = LIMIT) -> str:
     return _decoded(data, where).removeprefix("\ufeff")
 
 
-def _regular(path: str | Path) -> str:
+def regular(path: str | Path) -> str:
     """The file's name for messages. Opening a pipe would wait for ever, and opening a device may do anything."""
     where = plain(path)
     try:
@@ -186,6 +193,54 @@ def _check_depth(text: str) -> None:
 
 
 _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+
+
+def is_array(path: str | Path) -> bool:
+    """Whether a file begins as a JSON array. ValueError for what is no file that can be read."""
+    where = regular(path)
+    try:
+        with open(path, "rb") as file:
+            return file.read(HEAD).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    except OSError as error:
+        raise ValueError(f"{where}: {error.strerror}: expected a file that can be read") from error
+
+
+def read_array(path: str | Path, limit: int = LIMIT) -> Iterator[tuple[int, str]]:
+    """(number from 1, text) of each entry of a JSON array, of at most `limit` characters each. ValueError names the
+    file, and the entry that is not JSON."""
+    where, text = plain(path), read_text(path, ARRAY_LIMIT)
+    try:
+        _check_depth(text)
+    except Refused as error:
+        raise ValueError(f"{where}: {error}") from error
+    place, number, end = text.index("[") + 1, 0, False
+    while not end:
+        number += 1
+        try:
+            start = _next(text, place)
+            if number == 1 and text[start : start + 1] == "]":
+                return
+            place = _SPANS.raw_decode(text, start)[1]
+            if place - start > limit:
+                raise ValueError(f"{where}: entry {number}: more than {_size(limit)}: split it, or shorten it")
+            yield number, text[start:place]
+            place = _next(text, place)
+            if text[place : place + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: entry {number}: {_json_error(error)}") from None  # it holds the whole text
+        end, place = text[place] == "]", place + 1
+    if rest := text[place:].strip():
+        raise ValueError(f"{where}: {shown(rest)} behind the array's end: expected one array, or one object a line")
+
+
+def _next(text: str, place: int) -> int:
+    """Where what follows white space begins."""
+    return _SPACE.match(text, place).end()
+
+
+_SPACE = re.compile("[ \t\n\r]*")
+_SPANS = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)  # where values end, and no more
 
 
 # ---------------------------------------------------------------- YAML

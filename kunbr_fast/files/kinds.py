@@ -11,6 +11,7 @@ from kunbr_fast.files.shown import plain
 HEAD = 512  # bytes that are enough
 _UNPACK = "unpack it"
 _LINES = "write it as text: pandas' to_json(NAME, orient='records', lines=True) does"
+_RECORDS = "only records are read from one"
 _MAGIC = (
     (b"version https://git-lfs.github.com/", "a git-lfs pointer, not the file itself", "git lfs pull in its folder"),
     (b"\x1f\x8b", "compressed by gzip", _UNPACK),
@@ -18,9 +19,9 @@ _MAGIC = (
     (b"\xfd7zXZ\x00", "compressed by xz", _UNPACK),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (b"PK\x03\x04", "a zip archive (torch.save and Excel write such ones too)", _UNPACK),
-    (b"PAR1", "a Parquet table", _LINES),
-    (b"ARROW1\x00", "an Arrow table", _LINES),
-    (b"\xff\xff\xff\xff\x10\x01\x00\x00", "an Arrow stream", _LINES),  # of datasets.save_to_disk, mostly
+    (b"PAR1", "a Parquet table", _RECORDS),
+    (b"ARROW1\x00", "an Arrow table", _RECORDS),
+    (b"\xff\xff\xff\xff\x10\x01\x00\x00", "an Arrow stream", _RECORDS),  # of datasets.save_to_disk, mostly
     (b"SQLite format 3\x00", "an SQLite database", _LINES),
     (b"\x89HDF\r\n", "an HDF5 file", _LINES),
     (b"GGUF", "a GGUF file", "give the model as its own library saves it, with safetensors"),

@@ -264,7 +264,8 @@ class DrivenStages(Stages):
     def _leave(self) -> None:
         """Out of the present stage, which is done."""
         self.check()
-        visit, self.at, self.training = self.visit, None, None
+        visit, self.at = self.visit, None
+        self.training = self.feed = self.gathered = None  # with all that they hold
         result = {"epochs": [*self.losses["epochs"], *filter(None, [means(self.losses["sums"])])]}
         self._inner.close()
         if visit is None:

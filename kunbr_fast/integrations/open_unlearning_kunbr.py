@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import transformers
 
 from kunbr_fast.evaluation.report import write_report
 from kunbr_fast.files.atomic import write_json
@@ -64,6 +67,17 @@ def _plain(values: Any) -> Any:
     return OmegaConf.to_container(values, resolve=True) if OmegaConf.is_config(values) else values
 
 
+def _without_others(given: dict[str, Any], kinds: Sequence[type]) -> dict[str, Any]:
+    """What one of `kinds` takes. An experiment's method_args are often of the trainer that it was written for."""
+    known = {name for kind in kinds for name in inspect.signature(kind.__init__).parameters} | {"tokenizer"}
+    if others := [name for name in given if name not in known]:
+        logger.warning(
+            "trainer.method_args: %s: of another trainer, not read by KUnBR: method_args.config says what it does",
+            ", ".join(others),
+        )
+    return {name: value for name, value in given.items() if name in known}
+
+
 def chosen(lines: dict[str, Any]) -> dict[str, Any]:
     """`method_args.config` without what nobody has chosen: lines of KUnBR.yaml, at their defaults, that a `method`
     sets; and block_lr, which is there the Trainer's learning rate, where no block is trained."""
@@ -81,6 +95,7 @@ def kunbr_trainer(finetune: type) -> type:
 
     class KUnBR(KUnBRMixin, finetune):
         def __init__(self, *args: Any, config: Any = None, **kwargs: Any):
+            kwargs = _without_others(kwargs, (KUnBRMixin, finetune, transformers.Trainer))
             kwargs |= {name: _plain(kwargs[name]) for name in LISTS if name in kwargs}
             config = _plain(config)
             try:

@@ -133,6 +133,7 @@ READ_LOSSES_ONLY = {
     "DPO": "compute_batch_nll", "RMU": "", "SatImp": "compute_satimp_loss", "WGA": "compute_wga_loss",
     "CEU": "compute_batch_ceu", "PDU": "", "UNDIAL": "",
 }  # fmt: skip
+NO_COPY = "no copy of the model, which nothing reads"
 NO_REFERENCE = ("SatImp", "WGA")  # make a copy of the model, and read it for a KL retain loss alone
 
 
@@ -181,6 +182,8 @@ class _Patched:
             for holder in (model, getattr(self, "ref_model", None)):
                 if holder is not None:
                     labelled_rows.remove(holder)
+            if self._tally.notes.pop(NO_COPY, "") is None:
+                self.ref_model = self._prepare_ref_model(self.model)
             return
         self._begin(rows)
 
@@ -213,15 +216,16 @@ class _Patched:
                 rows.stop = its.stop = self._layers_needed()
 
     def _prepare_ref_model(self, model: nn.Module) -> Any:
-        if type(self).__name__ in NO_REFERENCE and self.retain_loss_type != "KL":
-            self._tally.notes["no copy of the model, which nothing reads"] = None
+        unread = type(self).__name__ in NO_REFERENCE and self.retain_loss_type != "KL"
+        if unread and labelled_rows.of(model) is not None:
+            self._tally.notes[NO_COPY] = None
             return None
         return super()._prepare_ref_model(model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._frozen: list[nn.Parameter] = []
         try:
-            with fused(self.model, self.options.impl):
+            with fused(self.model, self.options.impl, spare=True):
                 layers = [module for layer in labelled_rows.layers(self.model) for module in layer.modules()]
                 is_fused = any("forward" in module.__dict__ for module in layers)
                 out = super().train(*args, **kwargs)

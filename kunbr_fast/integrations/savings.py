@@ -40,12 +40,12 @@ def flops(model: nn.Module, call: Call, also: frozenset[int] = frozenset()) -> f
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 4 * tokens * call.length * config.num_attention_heads * width
     layers = list(find_layers(model)[1])[: call.layers]
-    whole = [[p for p in layer.parameters() if p.dim() == 2] for layer in layers]
-    weights = [sum(p.numel() for p in layer) for layer in whole]
-    own = [sum(p.numel() for p in layer if trained(p)) for layer in whole]
+    whole = [[p for p in layer.parameters() if len(_shape(p)) == 2] for layer in layers]
+    weights = [sum(_shape(p).numel() for p in layer) for layer in whole]
+    own = [sum(_shape(p).numel() for p in layer if trained(p)) for layer in whole]
     total = sum(2 * tokens * count + attention for count in weights)
     head = model.get_output_embeddings().weight
-    product = 2 * call.rows * head.numel()
+    product = 2 * call.rows * _shape(head).numel()
     total += product
     if not call.backward:
         return total
@@ -60,6 +60,11 @@ def flops(model: nn.Module, call: Call, also: frozenset[int] = frozenset()) -> f
     if call.head_backward:
         total += product * (below + trained(head) + (call.again and trained(head)))
     return total
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Also of one that DeepSpeed ZeRO-3 has in parts."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 class Tally:
@@ -108,6 +113,8 @@ class Tally:
         if head is not None and not hooked:
             self.positions += asked * length
             self.rows += rows
+        if hooked:
+            self.notes[f"the first {stop} of {len(find_layers(model)[1])} layers alone"] = None
         ours = Call(ran, length, rows, stop, stop, backward, head_backward=not hooked, again=head is not None)
         theirs = Call(
             asked, length, asked * length, None, stop, backward or self._without_gradients, head_backward=not hooked

@@ -16,6 +16,9 @@ A projection that is not a plain nn.Linear when it is called (a LoRA wrapper, qu
 hooks of its own) is called as a module; it takes no part in the fused product and everything else stays fused. So is a
 norm. (Hooks registered for all modules of a process see a fused module, not the projections inside it.)
 
+On a GPU a launch of ours costs the host more than one of torch's: where a layer's products are short, its own code is
+faster (`WORTH`), and in a user's own loop it is what runs (`OnceItPays`).
+
 What undoes a change, of `forward` or of requires_grad, is put on one stack before it is made.
 """
 
@@ -26,6 +29,7 @@ import functools
 import importlib
 import inspect
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +52,9 @@ from kunbr_fast.proofs import ensure_proven
 
 logger = logging.getLogger(__name__)
 MARK = "_kunbr_patched"  # on the list of layers: the call that patched them
+# A layer's weights times the tokens of a call, from which on fused layers are faster than its own code, launched one by
+# one: on an H100, Llama-3.2-1B's and Llama-3-8B's layers (benchmarks/results/fused_layers_h100.csv).
+WORTH = 4e11
 
 
 def _is_plain(linear: nn.Module) -> bool:
@@ -240,6 +247,23 @@ def _fused_forward(module: nn.Module, impl: str) -> functools.partial | None:
     return None
 
 
+class OnceItPays:
+    """A module's fused forward, from so many tokens of a call on; before, its own. In a CUDA graph and under
+    torch.compile, where the host's time does not count, always the fused one."""
+
+    def __init__(self, fused: functools.partial, module: nn.Module, tokens: int):
+        self.fused, self.module, self.tokens = fused, module, tokens
+        self.func, self.takes_rows = fused.func, getattr(fused, "takes_rows", False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        few = x.shape[:2].numel() < self.tokens  # (B, T, D), or (B, T, heads, d)
+        free = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        if few and not free and "kunbr_rows" not in kwargs:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return self.fused(*args, **kwargs)
+
+
 # ---------------------------------------------------------------- in and out
 
 
@@ -309,7 +333,8 @@ def patched(model: nn.Module, active_block: range | None = None, impl: str = "au
     active_block: the parameters of all other layers, embeddings, final norm and head do not require grad inside;
     those within keep their flags, so what is frozen there stays frozen. The backward pass ends at the block, also where
     PEFT or gradient checkpointing have the embeddings' output require grad. None: no flag is changed.
-    impl: "auto", "triton" or "torch", as everywhere; the choice is that of each fused operation.
+    impl: "auto", "triton" or "torch", as everywhere; the choice is that of each fused operation. On a GPU "auto" runs a
+    layer's own code where a call has so few tokens that launches, not products, are what takes the time (`WORTH`).
 
     On exit, also by an exception: forward methods, the frozen parameters' requires_grad and all modules' train/eval
     flags are as they were; weights, buffers, gradients and hooks are never touched. A deep copy made inside keeps the
@@ -322,6 +347,13 @@ def patched(model: nn.Module, active_block: range | None = None, impl: str = "au
     weights that are offloaded (no gradient would reach them), and for a model without a list of layers;
     `dispatch.Unavailable` for an impl that cannot run here.
     """
+    with _patched(model, active_block, impl, spare=True):
+        yield model
+
+
+@contextlib.contextmanager
+def _patched(model: nn.Module, active_block: range | None, impl: str, spare: bool) -> Iterator[None]:
+    """spare: on a GPU "auto" runs a layer's own code where that is faster (`OnceItPays`)."""
     if impl not in ("auto", *dispatch.IMPLEMENTATIONS):
         raise ValueError(f"unknown impl {impl!r}: expected one of auto, {', '.join(dispatch.IMPLEMENTATIONS)}")
     layers = _layers(model)
@@ -341,11 +373,27 @@ def patched(model: nn.Module, active_block: range | None = None, impl: str = "au
                 _set(changes, parameter, "requires_grad", False)
             changes.callback(_tell_of_thawed, outside, active_block)
             changes.callback(_ends_backward(model, layers[active_block.start]).remove)
-        _fuse(model, layers, changes, impl)
-        yield model
+            logger.info(
+                "layers %d to %d of %d train: about %.2f of the FLOPs of training every layer",
+                active_block.start, active_block.stop - 1, len(layers), _share(active_block, len(layers)),
+            )  # fmt: skip
+        _fuse(model, layers, changes, impl, _worth(layers[0]) if spare and impl == "auto" and first.is_cuda else 0)
+        yield
 
 
-def _fuse(model: nn.Module, layers: nn.ModuleList, changes: contextlib.ExitStack, impl: str) -> None:
+def _share(block: range, layers: int) -> float:
+    """FLOPs of a step that trains a block, over one that trains all layers: every layer's forward pass, gradients of
+    the inputs from the block on, and of the block's weights."""
+    return (layers + (layers - block.start) + len(block)) / (3 * layers)
+
+
+def _worth(layer: nn.Module) -> int:
+    """The tokens of a call, from which on the layer is fused."""
+    return math.ceil(WORTH / sum(parameter.numel() for parameter in layer.parameters()))
+
+
+def _fuse(model: nn.Module, layers: nn.ModuleList, changes: contextlib.ExitStack, impl: str, tokens: int) -> None:
+    """tokens: of a call, from which on modules run fused."""
     kinds = {type(layer).__name__: identify(layer) for layer in layers}
     unknown = [name for name, (family, role) in kinds.items() if family is None or role != "DecoderLayer"]
     for name in unknown:
@@ -360,7 +408,7 @@ def _fuse(model: nn.Module, layers: nn.ModuleList, changes: contextlib.ExitStack
     for module in model.modules():
         forward = _fused_forward(module, impl)
         if forward is not None:
-            _set(changes, module, "forward", forward)
+            _set(changes, module, "forward", OnceItPays(forward, module, tokens) if tokens else forward)
             count += 1
     if not count:
         _say_once(
@@ -368,6 +416,7 @@ def _fuse(model: nn.Module, layers: nn.ModuleList, changes: contextlib.ExitStack
         )
 
 
-def fused(model: nn.Module, impl: str) -> contextlib.AbstractContextManager:
-    """`patched(model, impl=impl)`, or nothing where the model is patched already."""
-    return contextlib.nullcontext() if MARK in _layers(model).__dict__ else patched(model, impl=impl)
+def fused(model: nn.Module, impl: str, spare: bool = False) -> contextlib.AbstractContextManager:
+    """`patched(model, impl=impl)`, with every call fused unless `spare`; or nothing where the model is patched
+    already."""
+    return contextlib.nullcontext() if MARK in _layers(model).__dict__ else _patched(model, None, impl, spare)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -39,17 +39,16 @@ class Data:
         retain: Sequence[str] | None,
         tokenizer: Any,
         config: KUnBRConfig,
-        ignored: Sequence[str] = (),
+        read: Callable[[str, str], list[dict]] | None = None,
     ) -> Data:
         """Of the files of `kunbr-fast unlearn`; lengths by the tokenizer, or WMDP's where there is none."""
         if bool(forget) != bool(retain):
             raise ValueError("forget= and retain= go together: give both, or none for assumed lengths")
         check_files({"--forget": forget}, {"--retain": retain})
         found, assumed = {}, []
+        read = read or (lambda path, option: load_records(path, equal_choices=config.equal_choices))
         for what, paths in (("forget", forget), ("retain", retain)):
-            found[what] = (
-                [load_records(path, ignored, config.equal_choices) for path in paths] if paths else [[None] * 157] * 5
-            )
+            found[what] = [read(path, f"--{what}") for path in paths] if paths else [[None] * 157] * 5
         every = {what: [r for part in parts for r in part] for what, parts in found.items()}
         if forget:  # what the run would refuse
             settle(of_folds(zip(forget, found["forget"]), config.rtt), config.overlap)

@@ -10,7 +10,7 @@ folder, their headers must be such as can be loaded.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +133,18 @@ def plan(
     *,
     forget: Sequence[str] | None = None,
     retain: Sequence[str] | None = None,
-    ignore_keys: Sequence[str] = (),
+    read: Callable[[str, str], list[dict]] | None = None,
     config: KUnBRConfig | None = None,
     **setup: Any,
 ) -> Plan:
     """The fastest settings of `unlearn` that fit a device, and what each stage takes with them.
 
     model: a model directory or its config.json. gpu_memory: of the device, "24GiB" or bytes. forget, retain: the files
-    of `kunbr-fast unlearn`; their lengths are counted if the model directory has a tokenizer. ignore_keys: as of
-    `load_records`. config: settings to start from: gradient_checkpointing, cache, optimizer_device, micro_batch_tokens,
-    of a streamed model resident_layers and with several GPUs sharding are chosen, none of which changes the result
-    (beyond the order of sums). setup: gpu, gpus, dtype, unlearned, stream, memory and disk_rate, see `Setup`.
+    of `kunbr-fast unlearn`; their lengths are counted if the model directory has a tokenizer. read: reads one of them,
+    given its path and "--forget" or "--retain", where `load_records` is to be told more. config: settings to start
+    from: gradient_checkpointing, cache, optimizer_device, micro_batch_tokens, of a streamed model resident_layers and
+    with several GPUs sharding are chosen, none of which changes the result (beyond the order of sums). setup: gpu,
+    gpus, dtype, unlearned, stream, memory and disk_rate, see `Setup`.
 
     ValueError: input that does not fit, by file and cure; and where nothing fits, the least that does, and for what.
     """
@@ -152,7 +153,7 @@ def plan(
     a, assumed = Architecture.load(model, setup.dtype)
     tokenizer = load_tokenizer(model) if forget and has_tokenizer(model) else None
     longest = least(config.max_length, a.max_positions)
-    data = Data.load(forget, retain, tokenizer, dataclasses.replace(config, max_length=longest), ignore_keys)
+    data = Data.load(forget, retain, tokenizer, dataclasses.replace(config, max_length=longest), read)
     config.block_settings().check_reach(setup.stream, config.cover_precision)
     if setup.stream and not setup.unlearned and config.adversary_every:
         raise ValueError(

@@ -89,7 +89,7 @@ def check_record(out: str | Path, report: Mapping[str, Any], config: KUnBRConfig
     """ValueError where the finished run in `out` was given something else, or its model is not as it was written."""
     where, cure = f"{plain(out)}/report.json", "move it away, or give another output directory, and run again"
     if "result" not in report:
-        raise ValueError(f"{where}: an earlier version wrote it, and not what its run was given: {cure}")
+        raise ValueError(f"{where}: an earlier version wrote it, or KUnBRTrainer: not what its run was given: {cure}")
     found = checked(report["result"], Record, f"{where}: result")
     if found["report"] != _digest(report):
         raise ValueError(f"{where}: damaged or edited, and {plain(out)} holds a finished run: {cure}")

@@ -197,6 +197,21 @@ def test_density_of_two_sets(workspace, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_density_with_the_rules_of_a_run(workspace, capsys):
+    command = ["density", "--model", str(workspace / "model"), "--forget", str(workspace / "f0.jsonl"),
+               "--num-blocks", "3", "--skip-last-layers", "0", "--quiet", "--impl", "torch", "--json"]  # fmt: skip
+    assert cli.main([*command, "--rule", "threshold", "--threshold", "0"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["blocks"]) == 3 and found["statistic"] == "grad_l1"
+    pareto = ["--rule", "pareto", "--statistic", "slug"]
+    assert cli.main([*command, *pareto]) == 2
+    assert "--rule pareto: what is aligned with the retain set is known with --retain" in capsys.readouterr().err
+    assert cli.main([*command, *pareto, "--retain", str(workspace / "r.jsonl")]) == 0
+    assert json.loads(capsys.readouterr().out)["reduction"] == "mean"
+    assert cli.main([*command, "--statistic", "slug", "--reduction", "sample"]) == 2
+    assert "reduction='sample': slug is of the mean gradient; leave reduction out" in capsys.readouterr().err
+
+
 def test_rtt_prints_the_curve_and_resumes(workspace, tmp_path, capsys):
     out = tmp_path / "rtt.json"
     command = ["rtt", "--model", str(workspace / "model"), "--forget", str(workspace / "f0.jsonl"),

@@ -5,9 +5,13 @@ import json
 import pytest
 import tiny_text
 
+import kunbr_fast as kf
 from kunbr_fast.cli import command as cli
+from kunbr_fast.data import load_records
+from kunbr_fast.run import proof
 from kunbr_fast.run.output import finished_report
 
+SETS = {"forget": ("p0", "p1"), "retain": ("p2",)}
 QUICK = "--num-blocks 3 --top-k 1 --warmup-epochs 1 --block-epochs 1 --rtt-epochs 1 --rtt-lrs 1e-2".split()
 
 
@@ -48,6 +52,27 @@ def test_data_without_choices_has_the_probability_of_its_answers(workspace, tmp_
     assert report["rtt"]["before"] == pytest.approx(report["probability"]["result"]["forget"]["mean"], rel=1e-5)
     assert (out / "relearning.png").exists()
     assert cli.main(command(workspace, "unlearn", "--out", str(out), "--resume", "--quiet")) == 0
+
+
+def test_what_was_measured_is_taken_up(workspace, tmp_path, monkeypatch):
+    """A run that fails after its attack, resumed: nothing is measured again, and the report is the same."""
+    records = {what: load_records([workspace / f"{name}.jsonl" for name in names]) for what, names in SETS.items()}
+    config = kf.KUnBRConfig(num_blocks=3, top_k=1, warmup_epochs=1, block_epochs=1, rtt=False)
+    found, how = [], dict(tokenizer=tiny_text.tokenizer(), progress=False)
+
+    def fail(report):
+        raise OSError("disk full")
+
+    def run(*, resume=False, fails=None, out="out"):
+        options = how | dict(output_dir=tmp_path / out, resume=resume, before_cleanup=fails)
+        return kf.unlearn(tiny_text.model(), records["forget"], records["retain"], config, **options)
+
+    with pytest.raises(OSError, match="disk full"):
+        run(fails=fail)
+    real = proof.answer_probabilities
+    monkeypatch.setattr(proof, "answer_probabilities", lambda *a, **o: found.append(a) or real(*a, **o))
+    resumed = run(resume=True)
+    assert found == [] and resumed.probability == run(out="whole").probability and len(found) == 3
 
 
 def test_a_set_with_questions_beside_one_without(workspace, tmp_path, capsys):

@@ -183,6 +183,12 @@ def test_folds_without_questions_are_attacked_by_probability(attacked, tokenizer
     assert "RTT (probability)" in attack_table(result)
 
 
+def test_a_streamed_model_is_attacked_to_the_same_bits(attacked, tokenizer, tmp_path):
+    save_model(attacked[0].model, None, tmp_path / "m")
+    streamed = Decoder(open_streamed(tmp_path / "m", "cpu"))
+    assert Attack(streamed, tokenizer, folds(), CONFIG).run(tmp_path, False) == attacked[1]
+
+
 def test_it_is_resumed_by_its_own_metric_alone(attacked, tokenizer, tmp_path):
     made, result, kept = attacked
     again = Attack(made, tokenizer, folds(), CONFIG).run(tmp_path, False, kept[:10])

@@ -190,16 +190,19 @@ def test_trainers_that_read_logits_keep_their_head(trainer, tmp_path):
 
 
 @pytest.mark.skipif(compat.VERSION < compat.PACKED_SINCE, reason=f"packed samples need {compat.PACKED_SINCE}")
-def test_our_trainer_is_registered(trainer, tmp_path):
+def test_our_trainer_is_registered(trainer, tmp_path, caplog):
+    """And takes an experiment that was written for another one, as stock WMDP's for RMU."""
     config = dict(
         num_blocks=3, top_k=1, skip_last_layers=2, warmup_epochs=1, block_epochs=1, block_lr=1e-3, warmup_lr=1e-3
     )
     start = tiny_model(dtype=torch.float32)
     made = train(
-        trainer, tmp_path, "KUnBR", {"patch": True}, model=copy.deepcopy(start), method_args={"config": config},
+        trainer, tmp_path, "KUnBR", {"patch": True}, model=copy.deepcopy(start),
+        method_args={"config": config, "gamma": 1.0},
         max_steps=-1, max_grad_norm=0.0, learning_rate=1e-3,
     )  # fmt: skip
     assert made.config.top_k == 1 and len(made.blocks) == 1
+    assert "trainer.method_args: gamma: of another trainer, not read by KUnBR" in caplog.text
     assert any(not torch.equal(a, b) for a, b in zip(made.model.parameters(), start.parameters()))
 
 

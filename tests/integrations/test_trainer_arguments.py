@@ -13,8 +13,9 @@ pytest.importorskip("accelerate")
 import transformers as tf
 from test_hf_trainer import equal, weights
 from tiny_models import tiny_model
-from trainer_runner import STEPS, data, trainer
+from trainer_runner import CONFIG, STEPS, data, trainer
 
+import kunbr_fast as kf
 from kunbr_fast.integrations import trainer_arguments as ours
 from kunbr_fast.integrations.driven_stages import share_steps
 from kunbr_fast.integrations.hf_trainer import KUnBRMixin, KUnBRTrainer
@@ -77,7 +78,7 @@ def test_max_steps_is_shared(tmp_path, caplog):
     """Each stage has its first steps, its own schedule of the learning rate, and the blocks are merged; what goes on
     from a checkpoint gives the same bits, and not with another max_steps."""
     caplog.set_level(logging.WARNING)
-    arguments = SAVING | WARM | {"max_steps": 8}
+    arguments = SAVING | WARM | {"max_steps": 8, "save_steps": 2}
     run = trainer(tmp_path, arguments=arguments)
     start = weights(run.model)
     assert run.train().global_step == 8
@@ -87,7 +88,7 @@ def test_max_steps_is_shared(tmp_path, caplog):
     said = "max_steps=8 of 18, shared over the stages: 3 of 6 steps of the warm-up, 2 or 3 of 6 of each of 2 visits"
     assert said in caplog.text
     assert run.blocks and all(not torch.equal(value, start[name]) for name, value in weights(run.model).items())
-    for step in (2, 3, 7, 8):
+    for step in (2, 8):
         again = trainer(tmp_path, arguments=arguments)
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert again.state.global_step == 8
@@ -95,6 +96,16 @@ def test_max_steps_is_shared(tmp_path, caplog):
     for other, message in ((9, "max_steps=8, and is max_steps=9 now"), (-1, "max_steps=8, and is without max_steps")):
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, arguments=SAVING | {"max_steps": other}).train(resume_from_checkpoint=True)
+
+
+def test_stages_make_their_first_steps(tmp_path):
+    """By max_steps, or where a callback ends them: half of two epochs each is what `kf.unlearn` makes of one each."""
+    model = tiny_model()
+    kf.unlearn(model, *data(), kf.KUnBRConfig(**CONFIG | SHORT | {"batch_size": 4}), progress=False)
+    for how in ({"arguments": {"max_steps": 9}}, {"callbacks": [StopsAt((3, 6, 9))]}):
+        run = trainer(tmp_path, **how)
+        assert run.train().global_step == 9 and stages(run) == [0] * 3 + [1] * 3 + [2] * 3
+        equal(weights(run.model), weights(model))
 
 
 def test_max_steps_that_do_not_fit(tmp_path):
@@ -127,7 +138,7 @@ class Fails(tf.TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("event, accumulation", [("on_step_end", 1), ("on_log", 1), ("on_step_begin", 2)])
+@pytest.mark.parametrize("event, accumulation", [("on_log", 1), ("on_step_begin", 2)])
 def test_a_callback_that_stops_ends_the_stage(event, accumulation, tmp_path, caplog):
     """And what goes on from any checkpoint ends it there too, to the same bits, without the callback."""
     arguments = SAVING | WARM | {"gradient_accumulation_steps": accumulation}
@@ -142,14 +153,14 @@ def test_a_callback_that_stops_ends_the_stage(event, accumulation, tmp_path, cap
         (f"visit 1 of 2 (layers {run.blocks[0][0]}-{run.blocks[0][-1]})", "1 of 3", "the next stage begins"),
         (f"visit 2 of 2 (layers {run.blocks[1][0]}-{run.blocks[1][-1]})", "2 of 3", "it was the last stage"),
     ]
-    for step in (1, 2, 3, 4, 5) if event == "on_step_end" else ():
+    for step in (1, 3, 5) if event == "on_log" else ():
         again = trainer(tmp_path, config=SHORT, arguments=arguments | {"save_steps": 9})
         assert again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}")).global_step == 5
         equal(weights(again.model), weights(run.model))
 
 
 def test_early_stopping_counts_within_each_stage(tmp_path, caplog):
-    """With a metric that gets worse throughout each stage ends with its second evaluation, and none with its first."""
+    """With a metric that gets worse throughout each stage ends alike, also in a training that was killed."""
 
     class Worse(KUnBRTrainer):
         def evaluate(self, *args, **kwargs):
@@ -157,15 +168,12 @@ def test_early_stopping_counts_within_each_stage(tmp_path, caplog):
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
-    arguments = SAVING | {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    arguments = SAVING | {"save_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
     how = {"kind": Worse, "arguments": arguments, "eval_dataset": data()[0][:1], "config": {"top_k": 1}}
-    run = trainer(tmp_path / "1", callbacks=[tf.EarlyStoppingCallback()], **how)
-    run.train()
-    assert stages(run) == [0, 0, 1, 1]
-    assert caplog.text.count("a callback has ended") == 2
     run = trainer(tmp_path / "3", callbacks=[tf.EarlyStoppingCallback(3)], **how)
     run.train()
     assert stages(run) == [0, 0, 0, 0, 1, 1, 1, 1]  # 3 that are no better than the first
+    assert caplog.text.count("a callback has ended") == 2
     cut = trainer(tmp_path / "cut", callbacks=[tf.EarlyStoppingCallback(3), Fails((3,))], **how)
     with pytest.raises(KeyboardInterrupt):
         cut.train()
@@ -207,10 +215,9 @@ def test_what_is_no_result_is_not_saved(tmp_path):
 # ---------------------------------------------------------------- the warm-up of the learning rate
 
 
-@pytest.mark.parametrize("warmup_steps", [5, 1 / 3])
-def test_each_stage_warms_up_for_the_same_share(warmup_steps, tmp_path):
-    """5 of 15 steps, or a third: whoever asks for either gets the rate in each stage."""
-    arguments = WARM | {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": warmup_steps}
+def test_each_stage_warms_up_for_the_same_share(tmp_path):
+    """A third of 15 steps: each stage reaches the rate."""
+    arguments = WARM | {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}
     run = trainer(tmp_path, config={"warmup_epochs": 1}, arguments=arguments)
     run.train()
     rates = [row["learning_rate"] for row in run.state.log_history if "loss" in row]

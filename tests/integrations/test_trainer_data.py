@@ -1,5 +1,6 @@
 """What data sets and models a `KUnBRTrainer` takes, and what it says of its result."""
 
+import gc
 import json
 import logging
 import os
@@ -21,7 +22,9 @@ from kunbr_fast.evaluation import rtt
 from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.integrations import KUnBRTrainer, driven_stages
 from kunbr_fast.integrations.trainer_data import forget_and_retain
+from kunbr_fast.model.prefix_cache import PrefixCache
 from kunbr_fast.run.output import finished_report
+from kunbr_fast.training.training import Training
 
 RTT = {"rtt": True, "rtt_lrs": (1e-3,), "rtt_epochs": 1, "rtt_batch_size": 4}
 SMALL = {"warmup_epochs": 1, "block_epochs": 1, "num_blocks": 2, "top_k": 1, "skip_last_layers": 0}
@@ -117,6 +120,20 @@ def test_the_report_of_a_run_without_blocks(tokenizer, tmp_path):
     run.train()
     assert (run.report.blocks, run.report.accuracy) == ([], expected.accuracy)
     assert torch.equal(run.report.density.per_layer, expected.density.per_layer)
+
+
+def test_nothing_of_the_training_is_held_while_the_result_is_attacked(tokenizer, tmp_path, monkeypatch):
+    """The memory is the attack's: no prefix cache, no optimiser's state, no fp32 copies."""
+    own, held = driven_stages.DrivenStages.attack, []
+
+    def attack(self):
+        gc.collect()
+        held.append([type(found) for found in gc.get_objects() if isinstance(found, (PrefixCache, Training))])
+        return own(self)
+
+    monkeypatch.setattr(driven_stages.DrivenStages, "attack", attack)
+    of_text(tmp_path, tokenizer, RTT, folds=FOLDS).train()
+    assert held == [[]]
 
 
 class Killed(BaseException):

@@ -20,8 +20,34 @@ from kunbr_fast.kernels.dispatch import Unavailable
 from kunbr_fast.kernels.projections import linears
 from kunbr_fast.model import attention, patch
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.flops import flop_counter
 
 BLOCKS = [range(0, 2), range(2, 4), range(4, 6), None]
+
+
+# ---------------------------------------------------------------- own code where that is faster
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "olmo2"])
+def test_short_calls_run_a_layers_own_code_and_long_ones_fused_layers(architecture, monkeypatch):
+    model, calls = tiny_model(architecture, torch.float32), []
+    for name in ("rms_norm", "swiglu", "apply_rotary"):
+        whole = getattr(patch, name)
+        monkeypatch.setattr(patch, name, lambda *a, w=whole, n=name, **k: calls.append(n) or w(*a, **k))
+    short, long = (torch.arange(2 * length).view(2, length) for length in (5, 6))
+    own = [model(input_ids=ids).logits for ids in (short, long)]
+    with contextlib.ExitStack() as changes:
+        patch._fuse(model, patch._layers(model), changes, "auto", tokens=12)
+        assert torch.equal(model(input_ids=short).logits, own[0]) and not calls
+        assert relative(model(input_ids=long).logits, own[1]) < 1e-5 and calls.count("rms_norm") >= 12
+        assert torch.equal(copy.deepcopy(model)(input_ids=short).logits, own[0])
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_what_runs_fused_is_a_matter_of_weights_and_tokens():
+    layer = tiny_model().model.layers[0]
+    weights = sum(parameter.numel() for parameter in layer.parameters())
+    assert (patch._worth(layer) - 1) * weights < patch.WORTH <= patch._worth(layer) * weights
 
 
 # ---------------------------------------------------------------- several products of one input
@@ -451,6 +477,23 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="no module in it has a model's config"), kf.patched(nn.Linear(2, 2)):
         pass
     assert everything(model) == before
+
+
+def test_it_says_what_a_block_costs(caplog):
+    model, ids = tiny_model("llama").train(), torch.arange(60).view(2, 30)
+    model.set_attn_implementation("eager")  # torch counts no FLOPs of SDPA's kernel on a CPU
+
+    def flops():
+        with flop_counter() as counter:
+            model.model(input_ids=ids)[0].sum().backward()
+        return counter.get_total_flops()
+
+    whole = flops()
+    with caplog.at_level(logging.INFO, logger="kunbr_fast.model.patch"), kf.patched(model, range(2, 4), "torch"):
+        block = flops()
+    (line,) = [record.message for record in caplog.records if "train" in record.message]
+    assert line == "layers 2 to 3 of 6 train: about 0.67 of the FLOPs of training every layer"
+    assert block / whole == pytest.approx(0.67, abs=0.03)
 
 
 def test_an_unknown_architecture_says_so_once(caplog):

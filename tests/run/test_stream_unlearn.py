@@ -354,7 +354,7 @@ def test_resuming_with_another_unlearned_model(text, tmp_path, monkeypatch, caps
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("kunbr_fast.cli.unlearn.write_report", stop)
+        patch.setattr("kunbr_fast.run.output.write_report", stop)
         assert cli.main(command(text, tmp_path / "out", "--stream")) == 130
     assert cli.main(command(text, tmp_path / "out", "--stream", "--resume", unlearned="model")) == 2
     assert "with another unlearned model" in capsys.readouterr().err
