@@ -102,8 +102,8 @@ def main() -> None:
     for name, (after, ours) in found.items():
         apart = float((ours - truth).norm() / truth.norm())
         print(
-            f"Lightning, {name}: MFLOP of a step: {whole:.1f} whole model, {before:.1f} block, {after:.1f} block patched, "
-            f"ratio {after / whole:.3f} to the model and {after / before:.3f} to the block; weights apart {apart:.0e}"
+            f"Lightning, {name}: MFLOP of a step: {whole:.1f} whole model, {before:.1f} block, {after:.1f} block "
+            f"patched, ratio {after / whole:.3f} to the model and {after / before:.3f} to the block; weights apart {apart:.0e}"
         )
         if not apart < 1e-3:
             raise SystemExit(f"{name}: weights differ by {apart:.1e} of their way")

@@ -8,7 +8,10 @@ import pytest
 
 from kunbr_fast.checkout import ROOT
 
-LINE = re.compile(r"^(.+): MFLOP of a step: .* ratio ([\d.]+) to the model and ([\d.]+) to the block; weights apart (\S+)$", re.M)
+LINE = re.compile(
+    r"^(.+): MFLOP of a step: .* ratio ([\d.]+) to the model and ([\d.]+) to the block; weights apart (\S+)$",
+    re.MULTILINE,
+)
 CASES = {
     "trl_sft": ("trl", ["SFTTrainer", "SFTTrainer with LoRA"]),
     "trl_dpo": ("trl", ["DPOTrainer", "DPOTrainer, precomputed", "DPOTrainer with LoRA"]),
