@@ -134,6 +134,10 @@ def test_install_and_copies():
     model.forward = lambda **_: None
     with pytest.raises(Unfit, match="its own forward"):
         labelled_rows.install(model)
+    model = tiny_model(num_hidden_layers=1)
+    model.lm_head.weight.ds_id = 0
+    with pytest.raises(Unfit, match="its weights are in parts .DeepSpeed ZeRO-3. before the trainer is made"):
+        labelled_rows.install(model)
     labelled_rows.remove(twin)
     assert labelled_rows.of(twin) is None and "forward" not in twin.__dict__
 

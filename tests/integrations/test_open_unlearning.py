@@ -23,6 +23,7 @@ from tiny_models import VOCAB, random_samples, tiny_model
 
 from kunbr_fast.integrations import labelled_rows, open_unlearning, open_unlearning_kunbr
 from kunbr_fast.integrations.open_unlearning import Options, Refused, adapted, arguments
+from kunbr_fast.integrations.open_unlearning_kunbr import LISTS
 from kunbr_fast.integrations.open_unlearning_patched import _Patched
 from kunbr_fast.integrations.open_unlearning_trainers import get_tokenizer
 from kunbr_fast.model import compat
@@ -210,7 +211,7 @@ def test_a_method_or_a_statistic_beside_the_lines_of_our_yaml():
     """KUnBR.yaml lists settings of blocks, and takes both learning rates from trainer.args."""
     path = Path(open_unlearning.__file__).parent / "open_unlearning_configs" / "trainer" / "KUnBR.yaml"
     rate = "${trainer.args.learning_rate}"
-    lines = yaml.safe_load(path.read_text())["method_args"]["config"] | {"seed": 0}
+    lines = yaml.safe_load(path.read_text())["method_args"]["config"] | {"seed": 0, "weight_decay": 0.0}
     lines = {name: 1e-3 if value == rate else value for name, value in lines.items()}
 
     def made(**chosen):
@@ -252,15 +253,16 @@ def test_our_configs_are_on_the_search_path():
 
 
 def test_the_config_holds_settings_that_exist():
+    """Its values are the defaults, and what trainer.args say where both have a word for it."""
     path = Path(open_unlearning.__file__).with_name("open_unlearning_configs") / "trainer" / "KUnBR.yaml"
     found = yaml.safe_load(path.read_text())
     assert found["handler"] == "KUnBR" and found["defaults"] == ["finetune"]
-    config = {
-        k: 1e-5 if k.endswith("lr") else 0 if k == "seed" else v for k, v in found["method_args"]["config"].items()
-    }
-    defaults = KUnBRConfig.from_dict({})
-    made = KUnBRConfig.from_dict(config)
-    assert dataclasses.replace(made, block_lr=defaults.block_lr, warmup_lr=defaults.warmup_lr) == defaults
+    assert [name for name, value in found["method_args"].items() if value is None] == list(LISTS)
+    args, config = {"seed": 3, "learning_rate": 1e-5, "weight_decay": 0.01}, found["method_args"]["config"]
+    named = {k: v.removeprefix("${trainer.args.").rstrip("}") for k, v in config.items() if "$" in str(v)}
+    assert set(named.values()) == set(args)
+    made = KUnBRConfig.from_dict(config | {key: args[name] for key, name in named.items()})
+    assert made == dataclasses.replace(KUnBRConfig(), **{key: args[name] for key, name in named.items()})
 
 
 def test_options():
@@ -367,16 +369,25 @@ def checkout():
     return Path(folder)
 
 
+@pytest.mark.slow
 def test_a_real_checkout(checkout, tmp_path):
     """Minutes: each trainer is a process or two, and imports all that OpenUnlearning imports."""
-    packed = [] if compat.VERSION >= compat.PACKED_SINCE else ["--no-kunbr"]
-    command = [sys.executable, ROOT / "examples" / "open_unlearning.py", "--checkout", checkout, "--out", tmp_path]
-    command += ["--cases", "GradDiff", "NPO", "RMU, 3 weights", "--no-eval", *packed]
-    before = subprocess.run(["git", "status", "--short"], cwd=checkout, capture_output=True, text=True).stdout
-    done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert ("trainer=KUnBR: weights moved by" in done.stdout) == (not packed)
-    for case in ("GradDiff", "NPO", "RMU, 3 weights"):
-        assert f"| {case} |" in done.stdout
-    after = subprocess.run(["git", "status", "--short"], cwd=checkout, capture_output=True, text=True).stdout
-    assert after == before
+
+    def status():
+        return subprocess.run(["git", "status", "--short"], cwd=checkout, capture_output=True, text=True).stdout
+
+    def example(name, *more):
+        command = [sys.executable, ROOT / "examples" / name, "--checkout", checkout, "--out", tmp_path, *more]
+        done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    before, cases = status(), ("GradDiff", "NPO", "RMU, 3 weights")
+    said = example("open_unlearning.py", "--cases", *cases)
+    assert all(f"| {case} | float32 |" in said for case in cases)
+    if compat.VERSION >= compat.PACKED_SINCE:
+        said = example("open_unlearning_kunbr.py")
+        for name in ("machine", "rate", "retain_model", "final_figures", "evaluation_alone", "harness", "max_steps"):
+            assert f"\n{name}: " in f"\n{said}"
+        assert "attack: recovery" in said
+    assert status() == before
