@@ -103,7 +103,8 @@ def main() -> None:
         apart = float((ours - truth).norm() / truth.norm())
         print(
             f"Lightning, {name}: MFLOP of a step: {whole:.1f} whole model, {before:.1f} block, {after:.1f} block "
-            f"patched, ratio {after / whole:.3f} to the model and {after / before:.3f} to the block; weights apart {apart:.0e}"
+            f"patched, ratio {after / whole:.3f} to the model and {after / before:.3f} to the block; "
+            f"weights apart {apart:.0e}"
         )
         if not apart < 1e-3:
             raise SystemExit(f"{name}: weights differ by {apart:.1e} of their way")
