@@ -37,6 +37,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from kunbr_fast.integrations.savings import Tally
 from kunbr_fast.model.decoder import Head, find_head
 from kunbr_fast.model.frozen import evaluating
+from kunbr_fast.model.gather import take
 from kunbr_fast.model.layers import find_layers
 from kunbr_fast.model.ownership import bare_product, uncompiled
 from kunbr_fast.objectives.distributions import linear_nll, linear_rows
@@ -163,7 +164,8 @@ def _of_rows(
     """What is wanted, and the number of rows that it took."""
     targets = labels[:, 1:].to(hidden.device)
     sequence, place = (targets != -100).nonzero(as_tuple=True)
-    picked, targets = hidden[sequence, place], targets[sequence, place]
+    picked = take(hidden.flatten(0, 1), sequence * hidden.shape[1] + place)
+    targets = targets[sequence, place]
     if callable(wanted):
         values = linear_rows(picked, head, wanted, targets)
     else:

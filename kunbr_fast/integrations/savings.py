@@ -76,6 +76,7 @@ class Tally:
         self.sequences = self.known = 0  # of the reference model, and those that it was not asked for again
         self.notes: dict[str, None] = {}  # what else is saved
         self.spare: frozenset[int] = frozenset()  # ids of parameters whose gradients the plain trainer makes
+        self._counted: dict[tuple, float] = {}  # a step has the same calls again, and counting takes milliseconds
         self._open = self._without_gradients = False
 
     @contextlib.contextmanager
@@ -119,12 +120,18 @@ class Tally:
         theirs = Call(
             asked, length, asked * length, None, stop, backward or self._without_gradients, head_backward=not hooked
         )
-        self.ours += flops(model, ours)
-        self.plain += flops(model, theirs, self.spare)
+        self.ours += self._flops(model, ours)
+        self.plain += self._flops(model, theirs, self.spare)
+
+    def _flops(self, model: nn.Module, call: Call, also: frozenset[int] = frozenset()) -> float:
+        key = id(model), model.training, call, also
+        if key not in self._counted:
+            self._counted[key] = flops(model, call, also)
+        return self._counted[key]
 
     def left_out(self, model: nn.Module, shape: torch.Size) -> None:
         """A call that the plain trainer makes, without reading what it gives."""
-        self.plain += flops(model, Call(*shape, shape.numel(), backward=False))
+        self.plain += self._flops(model, Call(*shape, shape.numel(), backward=False))
 
     def line(self, fused: bool, not_used: list[str]) -> str:
         found = ["fused layers"] if fused else []

@@ -290,6 +290,19 @@ def _layers(model: nn.Module) -> nn.ModuleList:
     return layer_list(model, owner.config.get_text_config().num_hidden_layers, type(owner).__name__)[1]
 
 
+def _tell_of_thawed(outside: list[tuple[str, nn.Parameter]], block: range) -> None:
+    """Whoever switches adapters inside (PEFT's set_adapter: TRL's DPO does, for its reference) has them all train."""
+    thawed = [name for name, parameter in outside if parameter.requires_grad]
+    if thawed:
+        logger.warning(
+            "%s and %d more parameters outside the active block were set to require grad in kf.patched, and may have "
+            "been trained: put adapters into the block alone, LoraConfig(layers_to_transform=%s)",
+            thawed[0],
+            len(thawed) - 1,
+            list(block),
+        )
+
+
 def _ends_backward(model: nn.Module, layer: nn.Module) -> Any:
     """A hook: gradients end at the input of `layer`, below which nothing trains, where they go on only because PEFT and
     gradient checkpointing have the embeddings' output require grad. It still does: reentrant checkpointing needs that.
@@ -299,8 +312,9 @@ def _ends_backward(model: nn.Module, layer: nn.Module) -> Any:
         if torch.compiler.is_compiling():  # whose graphs know no grad_fn: it goes on
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        asked = any(getattr(module, "_require_grads_hook", None) is not None for module in model.modules())
-        if hidden.grad_fn is None or not asked:
+        if hidden.grad_fn is None:
+            return None
+        if not any(getattr(module, "_require_grads_hook", None) is not None for module in model.modules()):
             return None
         hidden = hidden.detach().requires_grad_()
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
@@ -355,9 +369,10 @@ def _patched(model: nn.Module, active_block: range | None, impl: str, spare: boo
         _set(changes, layers, MARK, f"patched({type(model).__name__}, active_block={active_block!r}, impl={impl!r})")
         if active_block is not None:
             inside = {id(p) for index in active_block for p in layers[index].parameters()}
-            for parameter in model.parameters():
-                if id(parameter) not in inside:
-                    _set(changes, parameter, "requires_grad", False)
+            outside = [(name, p) for name, p in model.named_parameters() if id(p) not in inside]
+            for _, parameter in outside:
+                _set(changes, parameter, "requires_grad", False)
+            changes.callback(_tell_of_thawed, outside, active_block)
             changes.callback(_ends_backward(model, layers[active_block.start]).remove)
             logger.info(
                 "layers %d to %d of %d train: about %.2f of the FLOPs of training every layer",

@@ -140,6 +140,19 @@ def test_backward_ends_at_the_block(reentrant):
     assert all(relative(ours[key], value) < FP32_NORMS for key, value in truth.items())
 
 
+def test_parameters_that_others_make_trainable_inside(caplog):
+    """As PEFT's set_adapter does."""
+    model = tiny_model()
+    with kf.patched(model, active_block=BLOCK):
+        pass
+    assert not caplog.records
+    with kf.patched(model, active_block=BLOCK):
+        for layer in patch._layers(model)[:1]:
+            layer.requires_grad_(True)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("model.layers.0.") and said.endswith("LoraConfig(layers_to_transform=[2, 3])")
+
+
 def test_gradients_of_ones_own_input_embeddings():
     model = tiny_model()
     batch = {"attention_mask": torch.ones(1, 6), "labels": torch.ones(1, 6, dtype=torch.long)}
