@@ -159,7 +159,7 @@ class Checks:
         config = "trainer.method_args.config"
         rtt += [f"+{config}.{setting}" for setting in ("scoring=choice", "rtt_epochs=1", "rtt_lrs=[1e-3]")]
         self.train("rtt", *rtt, f"+{config}.statistic=slug")
-        report = json.loads((self.out / "rtt" / "kunbr_fast_report.json").read_text())
+        report = json.loads((self.out / "rtt" / "report.json").read_text())
         logged = [row for row in state(self.out / "rtt") if "recovery" in row]
         check(logged and logged[-1]["recovery"] == report["recovery"], report["recovery"])
         check(report["config"]["statistic"] == "slug", report["config"])

@@ -18,7 +18,6 @@ from typing import Any
 
 import transformers
 
-from kunbr_fast.evaluation.report import write_report
 from kunbr_fast.files.atomic import write_json
 from kunbr_fast.files.documents import read_json
 from kunbr_fast.integrations.open_unlearning_options import Refused
@@ -28,7 +27,6 @@ from kunbr_fast.run.methods import settings_of
 from kunbr_fast.run.visits import layers
 
 logger = logging.getLogger(__name__)
-REPORT = "kunbr_fast_report.json"
 MODEL = "model.json"  # in a folder of evaluations
 LISTS = ("folds", "forget_questions", "retain_questions")
 
@@ -105,13 +103,10 @@ def kunbr_trainer(finetune: type) -> type:
 
         def train(self, *args: Any, **kwargs: Any) -> Any:
             try:
-                out = super().train(*args, **kwargs)
+                return super().train(*args, **kwargs)
             except ValueError as error:
                 logger.debug("where this is from", exc_info=error)
                 raise Refused(str(error)) from error
-            if self.report is not None and self.args.should_save:
-                write_report(Path(self.args.output_dir) / REPORT, self.report.to_dict())
-            return out
 
         def evaluate(self, *args: Any, **kwargs: Any) -> Any:
             """As its own, of results that are of the present weights alone."""

@@ -12,7 +12,7 @@ from open_unlearning_package import Evaluator, Node, packages, score, trainer_ar
 from tiny_models import random_samples, tiny_model
 
 from kunbr_fast.integrations.open_unlearning import Refused
-from kunbr_fast.integrations.open_unlearning_kunbr import REPORT, results_of
+from kunbr_fast.integrations.open_unlearning_kunbr import results_of
 from kunbr_fast.integrations.open_unlearning_machine import cures, get_model, load_hf_dataset, load_trainer_args
 from kunbr_fast.model import compat
 
@@ -126,7 +126,8 @@ def test_the_attack_and_its_report(package, tmp_path):
         config, folds=[str(path) for path in folds], retain_questions=str(write_jsonl(tmp_path / "r", records[9:12])),
     )  # fmt: skip
     trainer.train()
-    report = json.loads((tmp_path / "out" / REPORT).read_text())
+    trainer.save_model(str(tmp_path / "out"))  # as its train.py does
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["recovery"] is not None and trainer.report.recovery == pytest.approx(report["recovery"])
     assert "recovery" in trainer.state.log_history[-2] or "recovery" in trainer.state.log_history[-1]
     assert trainer.report.row()["retain"] is not None
