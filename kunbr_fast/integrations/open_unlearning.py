@@ -43,7 +43,7 @@ from types import ModuleType
 from typing import Any
 
 from kunbr_fast.integrations.open_unlearning_kunbr import kunbr_trainer
-from kunbr_fast.integrations.open_unlearning_machine import get_model, load_hf_dataset, load_trainer_args
+from kunbr_fast.integrations.open_unlearning_machine import Output, get_model, load_hf_dataset, load_trainer_args
 from kunbr_fast.integrations.open_unlearning_options import Options, Refused
 from kunbr_fast.integrations.open_unlearning_patched import READ_LOSSES_ONLY, put_in
 from kunbr_fast.integrations.open_unlearning_trainers import adapted, get_tokenizer, training_arguments
@@ -159,4 +159,5 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    Output.install()
     main()

@@ -1,12 +1,16 @@
-"""What OpenUnlearning's configs want of a machine: where that is not there, one line says what to set."""
+"""What OpenUnlearning's configs want of a machine: where that is not there, one line says what to set. And its standard
+output, whose reader may go."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import io
 import os
+import signal
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -90,3 +94,28 @@ def load_trainer_args(own: Callable) -> Callable:
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip(" -")), type(error).__name__)[:200]
+
+
+class Output(io.TextIOWrapper):
+    """Standard output. Once its reader has enough (`| head`) the process ends without a word, as `yes` does."""
+
+    @classmethod
+    def install(cls) -> None:
+        how = {name: getattr(sys.stdout, name) for name in ("encoding", "errors", "line_buffering", "write_through")}
+        sys.stdout = cls(sys.stdout.detach(), **how)
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self._end()
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self._end()
+
+    def _end(self) -> NoReturn:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # takes what is left, at Python's exit
+        raise SystemExit(128 + signal.SIGPIPE)

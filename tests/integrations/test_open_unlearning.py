@@ -24,6 +24,7 @@ from tiny_models import VOCAB, random_samples, tiny_model
 from kunbr_fast.integrations import labelled_rows, open_unlearning, open_unlearning_kunbr
 from kunbr_fast.integrations.open_unlearning import Options, Refused, adapted, arguments
 from kunbr_fast.integrations.open_unlearning_kunbr import LISTS
+from kunbr_fast.integrations.open_unlearning_machine import Output
 from kunbr_fast.integrations.open_unlearning_patched import _Patched
 from kunbr_fast.integrations.open_unlearning_trainers import get_tokenizer
 from kunbr_fast.model import compat
@@ -310,6 +311,19 @@ def test_help_tells_both_uses(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_a_reader_that_goes_ends_it_without_a_word():
+    """As `| head` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as end:
+        output = Output(end, encoding="utf-8", line_buffering=True)
+        with pytest.raises(SystemExit) as stop:
+            print("a line", file=output)
+        assert stop.value.code == 141
+        output.flush()  # what is left goes nowhere
+        output.detach()
+
+
 def test_its_command_outside_a_checkout(tmp_path):
     command = [sys.executable, "-m", "kunbr_fast.integrations.open_unlearning", "trainer=KUnBR"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
