@@ -60,7 +60,10 @@ def arguments(given: Sequence[str]) -> list[str]:
     name = "hydra.searchpath="
     others = [item for item in given if not item.startswith(name)]
     paths = [item[len(name) :].strip().removeprefix("[").removesuffix("]") for item in given if item.startswith(name)]
-    return [*others, f"{name}[{','.join([*(path for path in paths if path), CONFIGS])}]"]
+    ours = f"{name}[{','.join([*(path for path in paths if path), CONFIGS])}]"
+    # among the overrides, where there are some: Hydra's parser takes one row of them, and `--cfg job` may come after it
+    place = next((i for i, item in enumerate(others) if "=" in item and not item.startswith("-")), len(others))
+    return [*others[:place], ours, *others[place:]]
 
 
 # ---------------------------------------------------------------- into its packages

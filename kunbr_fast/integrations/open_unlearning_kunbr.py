@@ -99,7 +99,8 @@ def kunbr_trainer(finetune: type) -> type:
             try:
                 super().__init__(*args, config=chosen(config) if isinstance(config, dict) else config, **kwargs)
             except ValueError as error:
-                raise Refused(f"trainer=KUnBR: {error} (config is trainer.method_args.config)") from error
+                where = " (config is trainer.method_args.config)" if str(error).startswith("config") else ""
+                raise Refused(f"trainer=KUnBR: {error}{where}") from error
 
         def train(self, *args: Any, **kwargs: Any) -> Any:
             try:
