@@ -62,7 +62,7 @@ def arguments(given: Sequence[str]) -> list[str]:
     paths = [item[len(name) :].strip().removeprefix("[").removesuffix("]") for item in given if item.startswith(name)]
     ours = f"{name}[{','.join([*(path for path in paths if path), CONFIGS])}]"
     # among the overrides, where there are some: Hydra's parser takes one row of them, and `--cfg job` may come after it
-    place = next((i for i, item in enumerate(others) if "=" in item and not item.startswith("-")), len(others))
+    place = next((i + 1 for i, item in enumerate(others) if "=" in item and not item.startswith("-")), len(others))
     return [*others[:place], ours, *others[place:]]
 
 

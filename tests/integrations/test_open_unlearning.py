@@ -245,11 +245,11 @@ def test_names_and_bases():
 def test_our_configs_are_on_the_search_path():
     ours = open_unlearning.CONFIGS
     given = ["--config-name=unlearn.yaml", "trainer=KUnBR", "--cfg", "job"]  # Hydra takes one row of overrides
-    assert arguments(given) == [given[0], f"hydra.searchpath=[{ours}]", *given[1:]]
+    assert arguments(given) == [*given[:2], f"hydra.searchpath=[{ours}]", *given[2:]]
     assert arguments(["--cfg", "job"]) == ["--cfg", "job", f"hydra.searchpath=[{ours}]"]
     assert arguments(["hydra.searchpath=[file://a,file://b]", "x=1"]) == [
-        f"hydra.searchpath=[file://a,file://b,{ours}]",
         "x=1",
+        f"hydra.searchpath=[file://a,file://b,{ours}]",
     ]
     folder = importlib.util.find_spec(ours.removeprefix("pkg://")).submodule_search_locations[0]
     assert (Path(folder) / "trainer" / "KUnBR.yaml").is_file()
