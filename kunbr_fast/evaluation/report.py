@@ -71,6 +71,18 @@ class Report:
             attacked, metrics["rtt"] = {"rtt": self.rtt.accuracy, "recovery": self.recovery}, self.rtt.metric
         return {"method": method, **of, **probable, **attacked, "seconds": self.seconds, "metrics": metrics}
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """Numbers by name, as loggers take them, of what was measured: forget_accuracy (or forget_probability),
+        retain_accuracy, rtt_accuracy, recovery; original_forget_accuracy, unlearned_forget_accuracy, ..."""
+        found: dict[str, float | None] = {}
+        for model, prefix in (("original", "original_"), ("unlearned", "unlearned_"), ("result", "")):
+            row = self.row(model=model)
+            for name in _MEASURED:
+                found[f"{prefix}{name}_{row['metrics'].get(name, 'accuracy')}"] = row.get(name)
+        found["recovery"] = self.recovery
+        return {name: value for name, value in found.items() if value is not None}
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "kunbr_fast": self.version,

@@ -54,7 +54,6 @@ from kunbr_fast.integrations.trainer_checkpoints import (
     last_checkpoint,
 )
 from kunbr_fast.integrations.trainer_data import Asked, Records, as_named_here, check_tokenizer, forget_and_retain
-from kunbr_fast.integrations.trainer_figures import figures
 from kunbr_fast.integrations.trainer_loop import AsItIs, Epoch, First, Last
 from kunbr_fast.model.ownership import check_data, no_adapter, trainable, uncompiled
 from kunbr_fast.parallel.group import Group
@@ -169,7 +168,7 @@ class KUnBRMixin:
             finally:
                 self._stages, self.model_wrapped, self.is_in_train = None, self.model, False
             self._clean(stages)
-        output.metrics.update(figures(self.report))
+        output.metrics.update({} if self.report is None else self.report.figures)
         return output
 
     @contextlib.contextmanager
@@ -255,7 +254,7 @@ class KUnBRMixin:
         self.density, self.blocks = self._stages.measured, self._stages.blocks
         self.report = self._stages.prove()
         self._result.there()
-        if found := figures(self.report):
+        if self.report is not None and (found := self.report.figures):
             self.log(found)
 
     def _take_stop(self) -> None:

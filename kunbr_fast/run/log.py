@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 FOLDER = "logs"
 TABLE = "log.csv"
 WANDB_ID = "wandb-run-id"
-VALUES = ("loss", "forget_loss", "retain_loss", "forget", "retain", "rtt", "recovery")
+_MEASURED = [f"{name}_{metric}" for metric in ("accuracy", "probability") for name in ("forget", "retain", "rtt")]
+VALUES = ("loss", "forget_loss", "retain_loss", *_MEASURED, "recovery")  # of the table; other logs take any
 COLUMNS = ("step", "stage", "time", *VALUES)
 Values = Mapping[str, float | None]
 

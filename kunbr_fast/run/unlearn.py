@@ -143,8 +143,7 @@ def carry_out(
         log.open()
         report = run.all()
         run.check_result()  # once more: the attack has put the weights back
-        row = {name: report.row().get(name) for name in ("forget", "retain", "rtt")}
-        log.add(run.steps_before(), "result", row | {"recovery": report.recovery})
+        log.add(run.steps_before(), "result", report.figures)
         _save(run, given, folder, report, command)
         group.wait()
         if folder is not None:

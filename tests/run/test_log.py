@@ -53,7 +53,7 @@ def test_each_step_stands_in_the_table_once_also_after_an_interruption(tmp_path)
         run(tmp_path / "b", ("csv",), stop_at=5)
     table = tmp_path / "b" / "logs" / "log.csv"
     with open(table, "a", encoding="utf-8") as file:  # what a kill may leave: steps that are made again, half a line
-        file.write(f"7,{blocks[0]},0.0,9.0,9.0,9.0,,,,\n8,blo")
+        file.write(f"7,{blocks[0]},0.0,9.0,9.0,9.0,,,,,,,\n8,blo")
     run(tmp_path / "b", ("csv",), resume=True)
     both = whole, rows(tmp_path / "b")
     found = [[{k: v for k, v in row.items() if k != "time"} for row in each] for each in both]
