@@ -1,6 +1,6 @@
-"""The tables of docs/results.md of what `kunbr-fast bench` measured, made from the committed rows.
+"""The tables of docs/results.md and docs/integrations.md of what was measured, made from the committed rows.
 
-python tests/readme_tables.py          # writes them into the page
+python tests/readme_tables.py          # writes them into the pages
 """
 
 import csv
@@ -13,7 +13,6 @@ from kunbr_fast.model.patch import WORTH
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CPU, H200, H200_DENSITY, H100 = (RESULTS / f"{name}.csv" for name in ("cpu", "h200", "h200_density", "h100"))
-PAGE = ROOT / "docs" / "results.md"
 
 
 def cases(suite, path=CPU):
@@ -194,6 +193,20 @@ def fused_layers():
     return [[*key, *times, worth[product >= WORTH]] for key, (product, *times) in found.items()]
 
 
+def patched_trainers():
+    """Of each trainer the last row."""
+    with open(RESULTS / "patched_trainers_h200.csv") as file:
+        rows = {row["trainer"]: row for row in csv.DictReader(file)}
+    return [
+        [
+            name, f"{float(row['plain_ms']):.0f}", f"{float(row['patched_ms']):.0f}",
+            "{:.2f}x ({:.2f} to {:.2f})".format(*(float(row[key]) for key in ("ratio", "ratio_p20", "ratio_p80"))),
+            f"{float(row['kept_mib_ratio']):.2f}x", f"{float(row['peak_mib_ratio']):.2f}x",
+        ]
+        for name, row in rows.items()
+    ]  # fmt: skip
+
+
 TABLES = {
     "## One step, against the reference procedure": step,
     "## A whole run": end_to_end,
@@ -209,17 +222,22 @@ TABLES = {
 }
 
 
+PAGES = {"results": TABLES, "integrations": {"### The time of a step, on an H200": patched_trainers}}
+
+
 def write():
-    """Puts the rows into the page, below the two header lines of the first table of each heading."""
-    text = PAGE.read_text()
-    for heading, make in TABLES.items():
-        before, after = text.split(heading + "\n", 1)
-        lines = after.splitlines()
-        first = next(i for i, line in enumerate(lines) if line.startswith("|")) + 2
-        last = next((i for i in range(first, len(lines)) if not lines[i].startswith("|")), len(lines))
-        lines[first:last] = [f"| {' | '.join(cells)} |" for cells in make()]
-        text = before + heading + "\n" + "\n".join(lines) + "\n"
-    PAGE.write_text(text)
+    """Puts the rows into the pages, below the two header lines of the first table of each heading."""
+    for name, tables in PAGES.items():
+        page = ROOT / "docs" / f"{name}.md"
+        text = page.read_text()
+        for heading, make in tables.items():
+            before, after = text.split(heading + "\n", 1)
+            lines = after.splitlines()
+            first = next(i for i, line in enumerate(lines) if line.startswith("|")) + 2
+            last = next((i for i in range(first, len(lines)) if not lines[i].startswith("|")), len(lines))
+            lines[first:last] = [f"| {' | '.join(cells)} |" for cells in make()]
+            text = before + heading + "\n" + "\n".join(lines) + "\n"
+        page.write_text(text)
 
 
 if __name__ == "__main__":

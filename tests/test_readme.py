@@ -212,17 +212,19 @@ def test_the_pipelines_tables_quote_committed_rows():
         assert before.startswith(f"{float(row['before_tflop']):.2f} TFLOP"), name
         assert after.startswith(f"{float(row['after_tflop']):.2f} TFLOP"), name
         assert same == f"{row['entries_that_differ']} of {int(row['entries_moved']) / 1e6:.1f} million entries differ"
-    theirs = rows("open_unlearning_cpu")
+    theirs = {(row["trainer"], row["dtype"], row["transformers"][0]): row for row in rows("open_unlearning_cpu")}
     for name, *cells in table(text, "### What it saves"):
-        both = [next(row for row in theirs if row["trainer"] == name and row["transformers"][0] == v) for v in "54"]
-        assert cells[0] == ", ".join(row["weights_apart"] for row in both), name
-        for cell, column in zip(cells[1:], ("flops", "saved_bytes", "peak_bytes"), strict=True):
-            assert cell == ", ".join(f"{row[column]}x" for row in both), name
+        full, half = (theirs[name, dtype, "5"] for dtype in ("float32", "bfloat16"))
+        expected = [full["weights_apart"], half["weights_apart"], half["bf16_from_fp32"], f"{full['flops']}x"]
+        expected += [f"{full[column]}x, {half[column]}x" for column in ("saved_bytes", "peak_bytes")]
+        assert cells == expected and full["flops"] == half["flops"], name
 
 
-@pytest.mark.parametrize("heading, make", readme_tables.TABLES.items())
-def test_what_bench_measured_is_quoted_from_committed_rows(heading, make):
-    assert table(page("results"), heading) == make()
+@pytest.mark.parametrize(
+    "name, heading, make", [(name, *item) for name, tables in readme_tables.PAGES.items() for item in tables.items()]
+)
+def test_what_was_measured_is_quoted_from_committed_rows(name, heading, make):
+    assert table(page(name), heading) == make()
 
 
 def test_the_sentence_on_a_whole_models_density_is_quoted_from_committed_rows():
