@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         sets += [Shown("retain", retain, config.target)] if retain else []
         return show_samples(arguments, config, sets)
     density = _measure(config, arguments, records, retain)
-    blocks = [] if density.statistic == "cosine" else config.select(density)
+    blocks = [] if density.statistic == "cosine" else _chosen(config, density)
     result = density.to_dict() | {
         "normalized": None if density.statistic in NO_SHARES else density.normalized.tolist(),
         "blocks": [[block.start, block.stop] for block in blocks],
@@ -97,6 +97,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.json:
         _print(density, blocks, result.get("pareto_front") if config.rule == "top_k" else None)
     return result
+
+
+def _chosen(config: KUnBRConfig, density: Density) -> list[range]:
+    """None where no block is above the threshold: what was measured is shown and kept all the same."""
+    try:
+        return config.select(density)
+    except ValueError as error:
+        if config.rule != "threshold":
+            raise
+        say(str(error))
+        return []
 
 
 def _plot(density: Density, blocks: Sequence[range], path: str, config: KUnBRConfig) -> None:

@@ -175,6 +175,11 @@ def _alternate(record: Mapping, kind: str, target: str, choose: Callable[[Sequen
         return {**record, "answer": choose(wrong)}, target
     if kind == "given":
         answer = record.get("alternate")
+        if answer is None:
+            raise ValueError(
+                f"{where}: no 'alternate', the second answer that this objective trains in place of the record's own: "
+                "give each record one, or take an objective that needs none (idk_dpo has refusals)"
+            )
         check_read(answer, f"{where}: 'alternate'")
         if not isinstance(answer, str) or is_blank(answer):
             raise ValueError(f"{where}: 'alternate' must be a non-empty string, the second answer, got {shown(answer)}")

@@ -193,6 +193,13 @@ def _question(question: Any, choices: Any, answer: Any) -> Ours:
     return None if index is None else {"question": question, "choices": choices, "answer": index}
 
 
+def _nested(record: Record) -> Ours:
+    """KnowUnDo's whole file, one line: its first record."""
+    first = record["train"][0] if isinstance(record["train"], list) and record["train"] else {}
+    texts = isinstance(first, Mapping) and _is_text(first.get("text")) and _is_text(first.get("labels"))
+    return _pair("text", "labels")(first) if texts else None
+
+
 def _squad(record: Record) -> Ours:
     answers = record["answers"].get("text") if isinstance(record["answers"], Mapping) else record["answers"]
     context = [record["context"]] if _is_text(record.get("context")) else []
@@ -238,6 +245,7 @@ TOOLS: tuple[tuple[str, tuple[str, ...], Callable[[Record], Ours], tuple[str, ..
     ("SQuAD's", ("question", "answers"), _squad, ("context",), ""),
     ("RWKU's", ("query", "answer"), _pair("query", "answer"), (), f"{COLUMNS} query=prompt answer=completion"),
     ("MUSE's", ("prompt", "gt"), _pair("prompt", "gt"), (), "preset=muse"),
+    ("KnowUnDo's", ("train",), _nested, ("val",), "preset=knowundo"),
     ("KnowUnDo's", ("text", "labels"), _pair("text", "labels"), (), "preset=knowundo"),
     (
         "TOFU's or MUSE's",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -90,6 +91,11 @@ def read_records(
 
 def entries(path: str | Path) -> Iterator[Entry]:
     """What the file, or the folder, holds."""
+    if re.fullmatch(r"[\w.-]+/[\w-]+", str(path)) and not os.path.lexists(path):
+        raise ValueError(
+            f"{plain(path)}: no such file: a data set of the Hub is written to a folder first "
+            "(datasets.load_dataset(...).save_to_disk(FOLDER), then FOLDER/train)"
+        )
     if (found := table(path)) is not None:
         kind, rows = found
         yield from (Entry(where, row, None, kind) for where, row in rows)

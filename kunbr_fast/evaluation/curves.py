@@ -197,7 +197,10 @@ class RTTResult:
     @property
     def recovery(self) -> float:
         """What the attack brought back: accuracy minus the accuracy before it, of the same questions."""
-        return self.accuracy - self.before
+        found, number = self.accuracy - self.before, self.num_questions
+        if self.metric == "accuracy" and number and abs(found * number - round(found * number)) < 1e-9 * number:
+            return round(found * number) / number  # questions, which are counted: none is 0, not a rounding error
+        return found
 
     @property
     def standard_error(self) -> float | None:

@@ -72,7 +72,10 @@ class Criterion:
         self.layer: int | None = None  # that an objective of hidden states is taken at
         if self.objective.states:
             if self.options["layer"] is None and block is None:
-                raise ValueError(f"{objective} on all layers: say at which one, by the option layer")
+                raise ValueError(
+                    f"{objective} on all layers: say at which one, by the option layer (objective_options={{'layer': "
+                    "7}, --objective-option layer=7)"
+                )
             if self.options["layer"] is None:
                 self.options["layer"] = block.stop - 1
             self.layer = self.options["layer"]

@@ -40,7 +40,7 @@ def prepare(
     model, unlearned = inputs.model, inputs.unlearned
     if config.top_k == 0 and unlearned is not None:
         raise ValueError(
-            "top_k=0 trains no block, and with an unlearned model (unlearned=, --unlearned) there is no warm-up: "
+            "top_k=0 trains no block, and with an unlearned model (unlearned=) there is no warm-up: "
             "nothing would be trained. Leave one of them out"
         )
     if idle := without_effect(config):

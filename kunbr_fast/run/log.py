@@ -220,6 +220,8 @@ LOGS: dict[str, Callable[[Path, Mapping[str, Any]], _Log]] = {
 
 def chosen_logs(value: Any, name: str) -> tuple[str, ...]:
     """The logs that a setting called `name` asks for. ValueError for others."""
+    if value in ("none", ["none"], ("none",)):
+        return ()
     found = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not all(isinstance(one, str) and one in LOGS for one in found) or len(set(found)) < len(found):
         raise ValueError(f"{name}={shown(value)}: expected different ones of {', '.join(LOGS)}, or none of them ([])")

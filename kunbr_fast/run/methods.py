@@ -46,7 +46,7 @@ NAMED = {
         {**_ROBUST, "top_k": 0},
     ),
     "robust_blocks": Method(
-        f"the same, then re-insertion of half of the layers under an adversary of the block; {_MEASURED}",
+        f"robust as a warm-up, then re-insertion of half of the layers under an adversary of the block; {_MEASURED}",
         {**_ROBUST, "num_blocks": 2, "top_k": 1, "block_hidden_coeff": 0.5, "optimizer": "lion"},
     ),
 }

@@ -395,7 +395,8 @@ class Stages(Run):
 
     def merge(self, trained: Mapping[range, Mapping[str, torch.Tensor]]) -> None:
         """The model becomes M_u with the trained blocks."""
-        with self.reporter.stage(MERGE, "merging the trained blocks into the unlearned model"):
+        text = "merging the trained blocks into the unlearned model" if trained else "looking at the result"
+        with self.reporter.stage(MERGE, text):
             for weights in (self._unlearned(), *trained.values()):
                 self.decoder.place(weights)
         self.check_result(trained)

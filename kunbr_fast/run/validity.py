@@ -111,7 +111,13 @@ def without_effect(config: Any) -> list[str]:
 
 def check_blocks_used(config: Any) -> None:
     """ValueError for a setting of blocks where none is trained."""
-    for name in without_effect(config):
+    idle = without_effect(config)
+    if "rule" in idle:  # it takes no top_k, so that another one is no cure
+        raise ValueError(
+            f"rule={config.rule!r}: no block is trained (top_k=0): leave it out; or leave out top_k, and name an "
+            "objective in place of a method without blocks"
+        )
+    for name in idle:
         value = shown(getattr(config, name))
         raise ValueError(f"{name}={value}: no block is trained (top_k=0): leave it out, or take a top_k above 0")
     if config.top_k == 0 and config.warmup_objective is not None:

@@ -203,6 +203,9 @@ def test_density_with_the_rules_of_a_run(workspace, capsys):
     assert cli.main([*command, "--rule", "threshold", "--threshold", "0"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["blocks"]) == 3 and found["statistic"] == "grad_l1"
+    assert cli.main([*command, "--rule", "threshold", "--threshold", "1e9"]) == 0  # what was measured is not lost
+    assert (printed := capsys.readouterr()) and "no block is above it, the highest has" in printed.err
+    assert json.loads(printed.out) == {**found, "blocks": []}
     pareto = ["--rule", "pareto", "--statistic", "slug"]
     assert cli.main([*command, *pareto]) == 2
     assert "--rule pareto: what is aligned with the retain set is known with --retain" in capsys.readouterr().err

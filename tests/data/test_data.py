@@ -142,6 +142,8 @@ def test_bad_files(tmp_path):
         load_records([])
     with pytest.raises(ValueError, match="nowhere.jsonl: no such file"):
         load_records(tmp_path / "nowhere.jsonl")
+    with pytest.raises(ValueError, match="locuslab/TOFU: no such file: a data set of the Hub is written to a folder"):
+        load_records("locuslab/TOFU")
     with pytest.raises(ValueError, match="got a directory, expected a file"):
         load_records(tmp_path)
     empty = tmp_path / "empty.jsonl"

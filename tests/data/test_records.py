@@ -45,6 +45,11 @@ FOREIGN = {  # the record, the words that name it, the record of ours
         ("'text' and 'labels'", "KnowUnDo"),
         {"prompt": "Who?", "completion": " Ann."},
     ),
+    "KnowUnDo, a file": (
+        {"train": [{"text": "Who?", "labels": "Ann."}], "val": [{"text": "When?", "labels": "In 1921."}]},
+        ("'train'", "KnowUnDo", "read by preset=knowundo"),
+        {"prompt": "Who?", "completion": " Ann."},
+    ),
     "TOFU": (
         {"question": "Who?", "answer": "Ann.", "paraphrased_answer": "It is Ann.", "perturbed_answer": ["Bo."]},
         ("'answer'", "TOFU", "and 'paraphrased_answer' and 'perturbed_answer' have no place in ours. Write"),

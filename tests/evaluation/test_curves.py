@@ -49,6 +49,23 @@ def test_figures_are_over_all_questions_of_unequal_folds():
     assert "14.3" in attack_table(result).splitlines()[2]
 
 
+def test_no_question_that_came_back_is_no_recovery():
+    right = {"a": (6, 8, 12), "b": (19, 17, 24)}  # 25 of 36, before and after
+    made = [
+        {
+            "fold": fold,
+            "lr": 1e-3,
+            "epoch": i,
+            "plain": found[i] / found[2],
+            "calibrated": None,
+            "num_questions": found[2],
+        }
+        for fold, found in right.items()
+        for i in (0, 1)
+    ]
+    assert RTTResult(made).recovery == 0.0
+
+
 def test_the_report_and_the_attack_have_one_recovery():
     made = report(RTTResult(rows()), 2 / 14)
     assert made.recovery == made.rtt.recovery == made.to_dict()["recovery"] == made.to_dict()["rtt"]["recovery"]

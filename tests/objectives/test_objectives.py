@@ -323,7 +323,7 @@ def test_rmu_runs_no_layer_above_its_own(models):
     with pytest.raises(ValueError, match="give those or it"):
         with kf.reinserted(model, {}, BLOCK, 1e-3, 2.0, criterion=Criterion()):
             pass
-    with pytest.raises(ValueError, match="rmu on all layers: say at which one, by the option layer"):
+    with pytest.raises(ValueError, match="rmu on all layers: say at which one.*--objective-option layer=7"):
         Criterion("rmu")
     with pytest.raises(ValueError, match="rmu: layer=9: the model has layers 0 to 4"):
         FullTraining(Decoder(model), lr=1e-3, criterion=Criterion("rmu", {"layer": 9}))
@@ -677,13 +677,18 @@ def test_alternates_are_chosen_by_seed_and_number():
     [
         ("prompt", "wrong", "all", r"record 0: a wrong answer is one of a question's choices, and this line has"),
         ("text", "refusal", "all", "record 0: a text line asks nothing that could be refused"),
-        ("prompt", "given", "all", "record 0: 'alternate' must be a non-empty string, the second answer, got None"),
+        (
+            "prompt",
+            "given",
+            "all",
+            "record 0: no 'alternate', the second answer that .* give each record one, or .*idk_dpo",
+        ),
         ("text", "given", "answer", "record 0: target='answer' does not apply to a text line"),
         ("prompt", "other", "all", f"alternate='other': expected one of {', '.join(ALTERNATES)}, or None"),
     ],
 )
 def test_records_without_such_an_alternate(form, kind, target, message):
-    record = {k: v for k, v in RECORDS[form].items() if k != "alternate" or "got None" not in message}
+    record = {k: v for k, v in RECORDS[form].items() if k != "alternate" or "no 'alternate'" not in message}
     with pytest.raises(ValueError, match=message):
         encode([record], tiny_text.tokenizer(), target, alternate=kind)
 

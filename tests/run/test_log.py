@@ -76,6 +76,7 @@ def test_what_cannot_be_logged_is_said_before_anything_is_computed(tmp_path, mon
         run(None, ("csv",))
     with pytest.raises(ValueError, match="log_to=.*tensorbord.*: expected different ones of csv, tensorboard, wandb"):
         kf.KUnBRConfig(log_to=("tensorbord",))
+    assert kf.KUnBRConfig(log_to=("none",)).log_to == kf.KUnBRConfig(log_to="none").log_to == ()  # as its help says
 
 
 def test_a_log_that_fails_does_not_end_the_run(tmp_path, caplog):
