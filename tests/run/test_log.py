@@ -43,7 +43,7 @@ def rows(out):
 def test_each_step_stands_in_the_table_once_also_after_an_interruption(tmp_path):
     report = run(tmp_path / "a", ("csv",))
     whole = rows(tmp_path / "a")
-    assert [int(row["step"]) for row in whole] == [*range(1, STEPS + 1), STEPS]
+    assert [int(row["step"]) for row in whole] == [*range(1, STEPS + 2)]
     blocks = [f"blocks.0.{block.start}-{block.stop}" for block in report.blocks]
     assert [row["stage"] for row in whole] == ["warmup"] * 4 + [blocks[0]] * 2 + [blocks[1]] * 2 + ["result"]
     means = [float(row["forget_loss"]) for row in whole[:2]]
@@ -54,6 +54,12 @@ def test_each_step_stands_in_the_table_once_also_after_an_interruption(tmp_path)
     table = tmp_path / "b" / "logs" / "log.csv"
     with open(table, "a", encoding="utf-8") as file:  # what a kill may leave: steps that are made again, half a line
         file.write(f"7,{blocks[0]},0.0,9.0,9.0,9.0,,,,,,,\n8,blo")
+
+    def fail(report):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):  # all is logged then, the last step too
+        run(tmp_path / "b", ("csv",), resume=True, before_cleanup=fail)
     run(tmp_path / "b", ("csv",), resume=True)
     both = whole, rows(tmp_path / "b")
     found = [[{k: v for k, v in row.items() if k != "time"} for row in each] for each in both]
