@@ -24,8 +24,8 @@ HINTS = {
     ),
     "loss_mask": "--target says which tokens have a loss",
     "label": "a record is to be forgotten or kept by its file, not by a key",
-    "abstract": "preset=wmdp leaves it out",
-    **dict.fromkeys(("paraphrased_answer", "perturbed_answer"), "preset=tofu leaves it out"),
+    "abstract": "preset=wmdp leaves it out, as --ignore-keys would",
+    **dict.fromkeys(("paraphrased_answer", "perturbed_answer"), "preset=tofu leaves it out, as --ignore-keys would"),
     "input_ids": "it is tokens or text: give samples of input_ids and labels, or records",
 }
 

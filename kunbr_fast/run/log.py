@@ -1,7 +1,8 @@
 """What a run writes of its steps while it works: a table, TensorBoard's event files, or Weights & Biases.
 
 All of it is in `OUT/logs`. Steps are counted through the whole run: the warm-up's, then those of the visits in their
-order. A resumed run repeats the steps since its checkpoint, with the same values: they stand in the table once.
+order; the result's figures stand behind the last. A resumed run repeats the steps since its checkpoint, with the same
+values: they stand in the table once.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def write_reports(
     written each time. What is the user's under one of these names stays, and is said.
 
     model: what the original is called. seal: of the report's values, what tells later whether it is whole."""
-    out, config = Path(out), KUnBRConfig.from_dict(report.config)
+    out, config = Path(out), KUnBRConfig.from_dict(report.config, of_a_run=True)
     for name in REPORTS:
         if _is_report(path := out / name):
             path.unlink()

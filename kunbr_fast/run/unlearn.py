@@ -143,7 +143,8 @@ def carry_out(
         log.open()
         report = run.all()
         run.check_result()  # once more: the attack has put the weights back
-        log.add(run.steps_before(), "result", report.figures)
+        # behind the last step, whose row a process that makes no step any more would otherwise void
+        log.add(run.steps_before() + 1, "result", report.figures)
         _save(run, given, folder, report, command)
         group.wait()
         if folder is not None:

@@ -40,10 +40,25 @@ def rows(out):
         return list(csv.DictReader(file))
 
 
-def test_each_step_stands_in_the_table_once_also_after_an_interruption(tmp_path):
-    report = run(tmp_path / "a", ("csv",))
-    whole = rows(tmp_path / "a")
-    assert [int(row["step"]) for row in whole] == [*range(1, STEPS + 1), STEPS]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return run(out := tmp_path_factory.mktemp("whole"), ("csv",)), rows(out)
+
+
+def timeless(table):
+    return [{name: value for name, value in row.items() if name != "time"} for row in table]
+
+
+def test_a_run_that_is_interrupted_behind_its_last_step_keeps_that_step(whole, tmp_path):
+    with pytest.raises(kf.Stopped):
+        run(tmp_path, ("csv",), stop_at=STEPS)
+    run(tmp_path, ("csv",), resume=True)
+    assert timeless(rows(tmp_path)) == timeless(whole[1])
+
+
+def test_each_step_stands_in_the_table_once_also_after_an_interruption(whole, tmp_path):
+    report, whole = whole
+    assert [int(row["step"]) for row in whole] == [*range(1, STEPS + 2)]
     blocks = [f"blocks.0.{block.start}-{block.stop}" for block in report.blocks]
     assert [row["stage"] for row in whole] == ["warmup"] * 4 + [blocks[0]] * 2 + [blocks[1]] * 2 + ["result"]
     means = [float(row["forget_loss"]) for row in whole[:2]]
@@ -55,9 +70,7 @@ def test_each_step_stands_in_the_table_once_also_after_an_interruption(tmp_path)
     with open(table, "a", encoding="utf-8") as file:  # what a kill may leave: steps that are made again, half a line
         file.write(f"7,{blocks[0]},0.0,9.0,9.0,9.0,,,,,,,\n8,blo")
     run(tmp_path / "b", ("csv",), resume=True)
-    both = whole, rows(tmp_path / "b")
-    found = [[{k: v for k, v in row.items() if k != "time"} for row in each] for each in both]
-    assert found[0] == found[1]
+    assert timeless(rows(tmp_path / "b")) == timeless(whole)
 
 
 def test_a_table_that_is_not_ours_is_left_alone(tmp_path):

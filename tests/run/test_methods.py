@@ -10,6 +10,7 @@ import kunbr_fast as kf
 from kunbr_fast.cli.arguments import add_settings
 from kunbr_fast.cli.inputs import read_config
 from kunbr_fast.run.methods import methods
+from kunbr_fast.run.output import finished_report, write_reports
 
 FORGET, RETAIN = random_samples(6, seed=1, low=6), random_samples(5, seed=2, low=6)
 SMALL = dict(batch_size=3, warmup_epochs=2, warmup_lr=1e-3)
@@ -72,7 +73,7 @@ def test_without_blocks_the_result_is_the_warm_up(method, tmp_path):
         pass
 
     def enough(text):
-        if "merging" in text:
+        if text == "looking at the result":
             raise Enough
 
     with pytest.raises(Enough):
@@ -87,3 +88,11 @@ def test_nothing_to_train_is_an_error():
         kf.KUnBRConfig(top_k=0, warmup_epochs=0)
     with pytest.raises(ValueError, match="nothing would be trained"):
         kf.unlearn(tiny_model(), FORGET, RETAIN, kf.KUnBRConfig(top_k=0), unlearned=tiny_model(seed=1), progress=False)
+
+
+def test_a_config_of_python_s_own_may_have_settings_of_blocks_and_its_report_is_written(tmp_path):
+    said, config = [], kf.KUnBRConfig(top_k=0, warmup_epochs=1, block_lr=1e-3, rtt=False)
+    report = kf.unlearn(tiny_model(), FORGET, RETAIN, config, progress=False, on_stage=said.append)
+    assert "block_lr: no effect, no block is trained (top_k=0)" in said
+    write_reports(tmp_path, report, "the original")
+    assert finished_report(tmp_path)["config"]["block_lr"] == 1e-3
