@@ -220,11 +220,7 @@ def timed(package: Any, name: str, model: Any, shape: Shape, options: Any, folde
     row |= {f"{side}_ms": round(1e3 * statistics.median(f[patch] for f in rounds), 3) for side, patch in NAMES.items()}
     row |= {"ratio": round(percentile(ratios, 0.5), 3), "ratio_p20": round(percentile(ratios, 0.2), 3)}
     row |= {"ratio_p80": round(percentile(ratios, 0.8), 3)}
-    for key, unit, size in (
-        ("flops", "tflop", 1e12),
-        ("saved_bytes", "kept_mib", 2**20),
-        ("peak_bytes", "peak_mib", 2**20),
-    ):
+    for key, unit, size in COSTS:
         row |= {f"plain_{unit}": round(before[key] / size, 6), f"patched_{unit}": round(after[key] / size, 6)}
         row |= {f"{unit}_ratio": round(after[key] / before[key], 3)}
     return row

@@ -204,7 +204,7 @@ def held_back() -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """The line of an error's text that says why, cut."""
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip(" -")]
     first = lines[0] if lines else ""
     if "alidation error" in first and len(lines) > 1:  # of a dataclass: the field, and what is wrong with it
         first = lines[1].removeprefix("TypeError: ").removeprefix("ValueError: ")

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from kunbr_fast.files.models import reason
 from kunbr_fast.integrations.open_unlearning_options import Refused
 
 
@@ -52,7 +53,7 @@ def get_model(own: Callable) -> Callable:
             return own(model_cfg)
         except (ValueError, RuntimeError) as error:
             raise Refused(
-                f"{name} could not be loaded ({_first_line(error)}): without a network, or for another model, set "
+                f"{name} could not be loaded ({reason(error)}): without a network, or for another model, set "
                 "model.model_args.pretrained_model_name_or_path=FOLDER "
                 "model.tokenizer_args.pretrained_model_name_or_path=FOLDER"
             ) from error
@@ -70,7 +71,7 @@ def load_hf_dataset(own: Callable) -> Callable:
         except (OSError, ValueError) as error:  # ConnectionError and FileNotFoundError among them
             raise Refused(
                 f"data set {path} ({', '.join(f'{k}={v}' for k, v in kwargs.items())}) could not be loaded "
-                f"({_first_line(error)}): without a network give files: its hf_args.path=json hf_args.name=null "
+                f"({reason(error)}): without a network give files: its hf_args.path=json hf_args.name=null "
                 "+hf_args.data_files=FILE"
             ) from error
 
@@ -90,10 +91,6 @@ def load_trainer_args(own: Callable) -> Callable:
         return own(trainer_args, dataset)
 
     return load
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip(" -")), type(error).__name__)[:200]
 
 
 class Output(io.TextIOWrapper):

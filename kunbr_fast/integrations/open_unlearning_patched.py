@@ -24,7 +24,7 @@ from kunbr_fast.integrations.labelled_rows import Known, Unfit
 from kunbr_fast.integrations.open_unlearning_options import Options, Refused
 from kunbr_fast.integrations.savings import Tally
 from kunbr_fast.model.frozen import evaluating
-from kunbr_fast.model.patch import fused
+from kunbr_fast.model.patch import fused, left_alone
 from kunbr_fast.objectives.distributions import ceu, margin_flattening
 
 logger = logging.getLogger(__name__)
@@ -226,14 +226,14 @@ class _Patched:
         self._frozen: list[nn.Parameter] = []
         try:
             with fused(self.model, self.options.impl, spare=True):
-                layers = [module for layer in labelled_rows.layers(self.model) for module in layer.modules()]
-                is_fused = any("forward" in module.__dict__ for module in layers)
                 out = super().train(*args, **kwargs)
+                alone = left_alone(self.model)
         finally:
             for parameter in self._frozen:
                 parameter.requires_grad_(True)
         if self.is_world_process_zero():
-            logger.info("%s", self._tally.line(is_fused, self._not_used))
+            not_used = [*self._not_used, *([] if alone is None else [f"fused layers ({alone})"])]
+            logger.info("%s", self._tally.line(alone is None, not_used))
         return out
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -288,9 +288,9 @@ class _Patched:
         rows = labelled_rows.of(model)
         if rows is None or rows.wanted is None or self.retain_loss_type not in ("NLL", "KL"):
             return super().compute_retain_loss(model, retain_inputs)
-        idle = (
-            getattr(self, "alpha", 1) == 0 and torch.is_grad_enabled() and not hasattr(self, "final_loss_value")
-        )  # PDU's changes
+        # PDU changes the weight. Weights above the layer that RMU reads have no other gradient, and of 0 they decay.
+        others = hasattr(self, "final_loss_value") or hasattr(self, "model_module")
+        idle = getattr(self, "alpha", 1) == 0 and torch.is_grad_enabled() and not others
         with contextlib.ExitStack() as around:
             if idle:
                 self._tally.notes["no backward pass of the retain loss, whose weight is 0"] = None

@@ -253,13 +253,17 @@ class OnceItPays:
 
     def __init__(self, fused: functools.partial, module: nn.Module, tokens: int):
         self.fused, self.module, self.tokens = fused, module, tokens
+        self.called = {"own": False, "fused": False}
         self.func, self.takes_rows = fused.func, getattr(fused, "takes_rows", False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs["hidden_states"]
+        x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
         few = x.shape[:2].numel() < self.tokens  # (B, T, D), or (B, T, heads, d)
         free = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-        if few and not free and "kunbr_rows" not in kwargs:
+        own = few and not free and "kunbr_rows" not in kwargs
+        if not torch.compiler.is_compiling():
+            self.called["own" if own else "fused"] = True
+        if own:
             return type(self.module).forward(self.module, *args, **kwargs)
         return self.fused(*args, **kwargs)
 
@@ -386,6 +390,16 @@ def _share(block: range, layers: int) -> float:
     """FLOPs of a step that trains a block, over one that trains all layers: every layer's forward pass, gradients of
     the inputs from the block on, and of the block's weights."""
     return (layers + (layers - block.start) + len(block)) / (3 * layers)
+
+
+def left_alone(model: nn.Module) -> str | None:
+    """Why no fused layer has run in a patched model: None where some have, or may have in compiled code."""
+    forwards = [found for module in _layers(model).modules() if (found := module.__dict__.get("forward")) is not None]
+    if not forwards:
+        return "no fused forwards for this model"
+    if all(isinstance(f, OnceItPays) and f.called == {"own": True, "fused": False} for f in forwards):
+        return f"calls of fewer than {forwards[0].tokens} tokens, where a layer's own code is faster"
+    return None
 
 
 def _worth(layer: nn.Module) -> int:

@@ -114,6 +114,23 @@ class Undial(Weighted):
         return 100 * utils().compute_undial_loss(model, self.ref_model, inputs, self.beta)[0]
 
 
+class Rmu(Weighted):
+    """Reads the first layer's output."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.model_module = labelled_rows.layers(self.model)[0]
+
+    def forward_with_cache(self, model, inputs, module):
+        seen = []
+        with module.register_forward_hook(lambda module, args, out: seen.append(out[0] if type(out) is tuple else out)):
+            model(**inputs)
+        return seen[0], None
+
+    def forget(self, model, inputs):
+        return (self.forward_with_cache(model, inputs, self.model_module)[0] - 1).square().mean()
+
+
 class Pdu(Weighted):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -143,7 +160,7 @@ class Epochs(tf.TrainerCallback):
 
 
 Weighted.__name__ = "GradDiff"
-Ceu.__name__, Wga.__name__, Undial.__name__, Pdu.__name__ = "CEU", "WGA", "UNDIAL", "PDU"
+Ceu.__name__, Wga.__name__, Undial.__name__, Pdu.__name__, Rmu.__name__ = "CEU", "WGA", "UNDIAL", "PDU", "RMU"
 FUNCTIONS = (compute_satimp_loss, compute_wga_loss, compute_batch_ceu, compute_undial_loss, compute_kl_divergence)
 
 
@@ -156,7 +173,7 @@ def trainer(monkeypatch):
     """Each function is in `trainer.utils` before ours are put in, and in a module that has imported it."""
     other = ModuleType("trainer.unlearn")
     monkeypatch.setitem(sys.modules, "trainer.unlearn", other)
-    package = packages(monkeypatch, Ceu, Weighted, SatImp, Wga, Undial, Pdu)
+    package = packages(monkeypatch, Ceu, Weighted, SatImp, Wga, Undial, Pdu, Rmu)
     for function in FUNCTIONS:
         setattr(package.utils, function.__name__, function)
         setattr(other, function.__name__, function)
@@ -232,6 +249,15 @@ def test_the_same_weights_and_what_was_saved(trainer, tmp_path, caplog, name, me
     (line,) = [record.getMessage() for record in caplog.records if "of the plain FLOPs" in record.getMessage()]
     assert line.startswith("kunbr_fast: fused layers; ") and said in line and "Not used" not in line
     assert f"about {after / before:.2f} of the plain FLOPs" in line
+
+
+def test_weights_above_the_layer_that_rmu_reads_decay(trainer, tmp_path):
+    """Of a retain loss of weight 0 they have a gradient of 0, not none."""
+    how = {"method": {"alpha": 0.0}, "max_steps": 2, "weight_decay": 0.1}
+    plain, ours = (trained(trainer, tmp_path, "RMU", patch, **how)[0].model for patch in (False, True))
+    above = "model.layers.1.mlp.up_proj.weight"
+    assert not torch.equal(plain.get_parameter(above), start_model().get_parameter(above))
+    assert apart(ours, plain) < 1e-5
 
 
 def test_a_checkout_whose_loss_has_changed_keeps_it(trainer, tmp_path, caplog):

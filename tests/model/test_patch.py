@@ -39,8 +39,15 @@ def test_short_calls_run_a_layers_own_code_and_long_ones_fused_layers(architectu
     with contextlib.ExitStack() as changes:
         patch._fuse(model, patch._layers(model), changes, "auto", tokens=12)
         assert torch.equal(model(input_ids=short).logits, own[0]) and not calls
+        assert patch.left_alone(model) == "calls of fewer than 12 tokens, where a layer's own code is faster"
         assert relative(model(input_ids=long).logits, own[1]) < 1e-5 and calls.count("rms_norm") >= 12
+        assert patch.left_alone(model) is None
         assert torch.equal(copy.deepcopy(model)(input_ids=short).logits, own[0])
+        mlp = model.model.layers[0].mlp
+        for length in (5, 12):
+            x = torch.randn(1, length, model.config.hidden_size)
+            assert relative(mlp(x=x), type(mlp).forward(mlp, x)) < 1e-5
+    assert patch.left_alone(model) == "no fused forwards for this model"
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
