@@ -17,8 +17,7 @@ import torch.nn.functional as F
 import transformers as tf
 import yaml
 from helpers import rarely
-from open_unlearning_package import FinetuneTrainer, Node, packages
-from padded_batches import padded
+from open_unlearning_package import FinetuneTrainer, Node, collate, packages
 from tiny_models import VOCAB, random_samples, tiny_model
 
 from kunbr_fast.integrations import labelled_rows, open_unlearning, open_unlearning_kunbr
@@ -99,10 +98,6 @@ class Steering(Difference):
 
 
 Difference.__name__, Preference.__name__, Steering.__name__ = "GradDiff", "NPO", "RMU"
-
-
-def collate(items):
-    return {part: padded([item[part] for item in items]) for part in ("forget", "retain")}
 
 
 @pytest.fixture
