@@ -56,6 +56,15 @@ def test_a_run_that_is_interrupted_behind_its_last_step_keeps_that_step(whole, t
     assert timeless(rows(tmp_path)) == timeless(whole[1])
 
 
+def test_a_resumed_run_without_its_log_says_so(tmp_path, caplog):
+    with pytest.raises(kf.Stopped):
+        run(tmp_path, ("csv",), stop_at=7)
+    before = rows(tmp_path)
+    run(tmp_path, (), resume=True)
+    assert "logs ends where the run was interrupted: --log-to goes on with it" in caplog.text
+    assert rows(tmp_path) == before
+
+
 def test_each_step_stands_in_the_table_once_also_after_an_interruption(whole, tmp_path):
     report, whole = whole
     assert [int(row["step"]) for row in whole] == [*range(1, STEPS + 2)]
