@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 import msgspec
 
 from kunbr_fast.evaluation.candidates import SAMPLES, guessing
-from kunbr_fast.evaluation.changes import differing
+from kunbr_fast.evaluation.significance import differing
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.shown import shown
 
