@@ -23,8 +23,8 @@ class Columns:
         for theirs, ours in names.items():
             if ours not in KEYS:
                 raise ValueError(
-                    f"columns: {shown(theirs)} as {shown(ours)}: no key of a record{meant(ours, KEYS) or ':'} expected one "
-                    f"of {', '.join(KEYS)}"
+                    f"columns: {shown(theirs)} as {shown(ours)}: no key of a record{meant(ours, KEYS) or ':'} expected "
+                    f"one of {', '.join(KEYS)}"
                 )
             self._sources.setdefault(ours, []).append(theirs)
         for ours, several in self._sources.items():
