@@ -41,10 +41,8 @@ class Proof:
     @functools.cached_property
     def _answers(self) -> dict[str, Answers]:
         how = dict(text=self.config.text(), max_length=self.config.max_length, decoder=self.decoder)
-        most = {"forget": None, "retain": MOST}
-        return {
-            what: prepare_answers(self.tokenizer, part, **how, most=most[what]) for what, part in self.records.items()
-        }
+        records = self.records.items()
+        return {what: prepare_answers(self.tokenizer, part, **how, most=MOST.get(what)) for what, part in records}
 
     def says(self, name: str) -> list[str]:
         """What is measured of the model `name`, a line for each metric."""
