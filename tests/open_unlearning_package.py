@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 import transformers as tf
-from padded_batches import sums
+from padded_batches import padded, sums
 
 from kunbr_fast.integrations import open_unlearning
 
@@ -29,6 +29,10 @@ class FinetuneTrainer(tf.Trainer):
             found.update(evaluator.evaluate(output_dir=str(folder), **asked))
         self.log(dict(found))
         return found
+
+
+def collate(items):
+    return {part: padded([item[part] for item in items]) for part in ("forget", "retain")}
 
 
 class Evaluator:

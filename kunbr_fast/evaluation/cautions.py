@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from kunbr_fast.evaluation.changes import Z, above_chance, questions_needed
 from kunbr_fast.evaluation.curves import RTTResult
+from kunbr_fast.evaluation.significance import Z, above_chance, differing, questions_needed
 
 SEEN = 0.02  # nobody reads a smaller difference as one
 HIDDEN = {"forget": "forgetting", "retain": "damage"}
@@ -24,7 +24,8 @@ def of_run(accuracy: Found, probability: Found, rtt: RTTResult | None) -> list[s
         if first is not None and (line := _at_chance(first, what, hidden)):
             found.append(line)
         elif first is not None and last is not None:
-            how = first["num_questions"], last.get("change_error")
+            number, change = first["num_questions"], last["plain"] - first["plain"]
+            how = number, differing(change, last.get("change_error"), number)
             found += _few(f"{what} questions", first["plain"], last["plain"], *how)
         first, last = (probability.get(model, {}).get(what) for model in ("original", "result"))
         if first is not None and last is not None:
@@ -35,13 +36,12 @@ def of_run(accuracy: Found, probability: Found, rtt: RTTResult | None) -> list[s
 
 def of_attack(rtt: RTTResult) -> list[str]:
     """Of what came back."""
-    number, error = rtt.num_questions, rtt.change_error
+    number, models = rtt.num_questions, ("before the attack", "after")
     if number is None:
         return []
-    models = "before the attack", "after"
     if rtt.metric == "probability":
-        return _few_records("records of the folds", rtt.before, rtt.accuracy, number, error, models)
-    return _few("questions of the folds", rtt.before, rtt.accuracy, number, error, models)
+        return _few_records("records of the folds", rtt.before, rtt.accuracy, number, rtt.change_error, models)
+    return _few("questions of the folds", rtt.before, rtt.accuracy, number, rtt.differing, models)
 
 
 def _at_chance(found: Mapping[str, Any], what: str, hidden: str) -> str | None:
@@ -59,15 +59,14 @@ def _few(
     first: float,
     last: float,
     number: int,
-    error: float | None,
+    differing: float | None,
     models: tuple[str, str] = ("original", "result"),
 ) -> list[str]:
-    """error: of the difference, of the same questions; None where it is not known."""
+    """differing: as of `questions_needed`; None where it is not known."""
     if abs(difference := last - first) < SEEN:
         return []
     mean = (first + last) / 2
-    differing = 2 * mean * (1 - mean) if error is None else error**2 * (number - 1) + difference**2
-    needed = questions_needed(difference, differing)
+    needed = questions_needed(difference, 2 * mean * (1 - mean) if differing is None else differing)
     return [_cannot(what, first, last, number, f"{needed}", models)] if number < needed else []
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 import msgspec
 
 from kunbr_fast.evaluation.candidates import SAMPLES, guessing
+from kunbr_fast.evaluation.significance import differing
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.shown import shown
 
@@ -225,6 +226,17 @@ class RTTResult:
         """The standard error of `recovery`, of the same questions before and after; None where it was not kept."""
         attack, lr, epoch = self.strongest
         return self._joint([self._rows[attack, lr][fold, epoch].get("change_error") for fold in self._folds])
+
+    @property
+    def differing(self) -> float | None:
+        """The share of questions that the strongest attack has answered otherwise than before it, in each fold counted
+        by itself; None where it was not kept."""
+        attack, lr, epoch = self.strongest
+        cells, found = self._rows[attack, lr], []
+        for fold, number in zip(self._folds, self._numbers):
+            before, row = cells[fold, 0], cells[fold, epoch]
+            found.append(number and differing(row["plain"] - before["plain"], row.get("change_error"), number))
+        return None if None in found else self._mean(found)
 
     def _joint(self, errors: Sequence[float | None]) -> float | None:
         """The standard error of a mean over questions, from each fold's."""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from kunbr_fast.data import PackedBatch, Sample, TextSettings, encode_named, pack, token_batches
 from kunbr_fast.data.text import PLAIN
-from kunbr_fast.evaluation.changes import standard_error
+from kunbr_fast.evaluation.significance import standard_error
 from kunbr_fast.files.shown import plain
 from kunbr_fast.memory import Place, is_out_of_memory, release
 from kunbr_fast.model.decoder import Stretch

@@ -3,8 +3,10 @@
 One `train()` is all stages in one row of Trainer's steps: the warm-up's epochs, then those of each visit of a block, in
 the order of `run.visits`. The stages are those of `kunbr_fast.unlearn` (`driven_stages`) and each step sees the same
 samples, so the weights are the same. Trainer's internals that this relies on: `_wrap_model` (called once before
-training; a model that it returns wrapped gets no DistributedDataParallel), `callback_handler.callbacks`, and
-trainer_state.json being the last file of a checkpoint.
+training; a model that it returns wrapped gets no DistributedDataParallel), `callback_handler.callbacks`,
+`_maybe_log_save_evaluate` (after each step), `_save_checkpoint` and `_save`, and trainer_state.json being the last file
+of a checkpoint. Beside this file: `trainer_arguments` (which of TrainingArguments do what), `trainer_data` (what is
+given), `trainer_loop` (what stands in the loop), `trainer_checkpoints` (what is read of checkpoints).
 
 With several processes each holds the whole model and prefix cache, takes its part of every step's samples, and sums the
 gradients of what is trained (for a block one vector). The main process writes the stages' results to
@@ -41,19 +43,14 @@ from kunbr_fast.integrations.trainer_arguments import (
     check_target,
     epochs,
     for_stage,
+    in_arguments,
     not_read,
     refuse,
     refuse_fields,
     take_up,
     unreached,
 )
-from kunbr_fast.integrations.trainer_checkpoints import (
-    Result,
-    check_resumable,
-    global_step,
-    in_arguments,
-    last_checkpoint,
-)
+from kunbr_fast.integrations.trainer_checkpoints import Result, check_resumable, global_step, last_checkpoint
 from kunbr_fast.integrations.trainer_data import (
     Asked,
     Records,

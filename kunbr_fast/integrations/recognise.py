@@ -28,9 +28,34 @@ class TokenSum:
     weights: torch.Tensor
 
     def samples(self, decoder: Decoder) -> tuple[list[Sample], torch.Tensor] | None:
-        """The samples (padding dropped) and the (R,) weights in the order of their packed batch's rows; None where a
-        place in the padding has a weight, or its position counts."""
-        return _samples(decoder, *_inputs((), self.inputs), self.live, self.targets, self.weights)
+        """Each line of the padded grid with a loss as a sample, and the (R,) weights in the order of their packed
+        batch's rows; None where a place in the padding has a weight, or its position counts.
+
+        A target is the label of the token after its row, which need not be that token; one after the last token brings
+        a token of its own."""
+        ids, mask, positions = _inputs((), self.inputs)
+        samples, kept = [], []
+        ids, mask, live, targets = ids.cpu(), mask.cpu(), self.live.cpu(), self.targets.cpu()
+        positions = torch.arange(ids.shape[1]).expand_as(ids) if positions is None else positions.cpu()
+        for row in range(len(ids)):
+            if not bool(live[row].any()):
+                continue
+            if bool((live[row] & ~mask[row]).any()):
+                return None
+            real = torch.nonzero(mask[row]).flatten()
+            first, stop = int(real[0]), int(real[-1]) + 1
+            place = positions[row, first:stop]
+            if stop - first != len(real) or bool((place.diff() != 1).any()):
+                return None
+            if int(place[0]) and not positions_are_relative(decoder):
+                return None
+            own, counts = ids[row, first:stop], live[row, first:stop]
+            labels = torch.cat([torch.tensor([IGNORE]), torch.where(counts, targets[row, first:stop], IGNORE)])
+            own = torch.cat([own, labels[-1:]])
+            length = len(own) if bool(counts[-1]) else len(own) - 1
+            samples.append({"input_ids": own[:length], "labels": labels[:length]})
+            kept.append(self.weights[row][self.live[row]])
+        return samples, torch.cat(kept)
 
 
 def recognise(decoder: Decoder, get_loss: Callable[[nn.Module], torch.Tensor]) -> TokenSum | None:
@@ -122,39 +147,6 @@ def _inputs(args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor, torc
         return None
     good = all(x is None or x.shape == ids.shape for x in (mask, positions)) and ids.dim() == 2
     return (ids, mask.bool(), positions) if good else None
-
-
-def _samples(
-    decoder: Decoder,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    positions: torch.Tensor | None,
-    live: torch.Tensor,
-    targets: torch.Tensor,
-    weights: torch.Tensor,
-) -> tuple[list[Sample], torch.Tensor] | None:
-    """Each line of the padded grid with a loss as a sample. A target is the label of the token after its row, which
-    need not be that token; one after the last token brings a token of its own."""
-    samples, kept = [], []
-    ids, mask, live, targets = ids.cpu(), mask.cpu(), live.cpu(), targets.cpu()
-    positions = torch.arange(ids.shape[1]).expand_as(ids) if positions is None else positions.cpu()
-    for row in range(len(ids)):
-        if not bool(live[row].any()):
-            continue
-        real = torch.nonzero(mask[row]).flatten()
-        first, stop = int(real[0]), int(real[-1]) + 1
-        place = positions[row, first:stop]
-        if stop - first != len(real) or bool((live[row] & ~mask[row]).any()) or bool((place.diff() != 1).any()):
-            return None
-        if int(place[0]) and not positions_are_relative(decoder):
-            return None
-        own, counts = ids[row, first:stop], live[row, first:stop]
-        labels = torch.cat([torch.tensor([IGNORE]), torch.where(counts, targets[row, first:stop], IGNORE)])
-        own = torch.cat([own, labels[-1:]])
-        length = len(own) if bool(counts[-1]) else len(own) - 1
-        samples.append({"input_ids": own[:length], "labels": labels[:length]})
-        kept.append(weights[row][live[row].to(weights.device)])
-    return samples, torch.cat(kept)
 
 
 @torch.no_grad()

@@ -3,9 +3,10 @@ table in docs/integrations.md repeats for readers. A field of another release th
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -229,6 +230,26 @@ def check_target(config: KUnBRConfig, *data: Sequence[Mapping]) -> None:
             f"config.target={config.target!r}: the data are samples, whose labels say which tokens have a loss: leave "
             "it out, or give records and processing_class="
         )
+
+
+@contextlib.contextmanager
+def in_arguments() -> Iterator[None]:
+    """Inside, errors that name what `kunbr_fast.unlearn` is given name what a Trainer is given in its place."""
+    try:
+        yield
+    except ValueError as error:
+        said = str(error)
+        for theirs, ours in (
+            ("resume out (resume=True)", "resume_from_checkpoint out"),
+            ("another output directory", "another output_dir"),
+            ("another directory", "another output_dir"),
+            (": batch_size was", f": batch_size ({BATCH}) was"),
+            ("(unlearned=, --unlearned)", "(unlearned=)"),
+        ):
+            said = said.replace(theirs, ours)
+        if type(error) is not ValueError or said == str(error):
+            raise
+        raise ValueError(said) from error
 
 
 # ---------------------------------------------------------------- by stages

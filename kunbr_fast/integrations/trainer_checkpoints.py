@@ -12,7 +12,6 @@ import msgspec
 
 from kunbr_fast.files.documents import checked, read_text
 from kunbr_fast.files.shown import plain
-from kunbr_fast.integrations.trainer_arguments import BATCH
 
 
 def global_step(checkpoint: Path) -> int:
@@ -46,26 +45,6 @@ def check_resumable(checkpoint: Path) -> None:
                 f"{checkpoint} has no {name}, as with save_only_model=True: it cannot be resumed. Give another one as "
                 "resume_from_checkpoint, or leave it out to begin anew, with save_only_model=False"
             )
-
-
-@contextlib.contextmanager
-def in_arguments() -> Iterator[None]:
-    """Inside, errors that name what `kunbr_fast.unlearn` is given name what a Trainer is given in its place."""
-    try:
-        yield
-    except ValueError as error:
-        said = str(error)
-        for theirs, ours in (
-            ("resume out (resume=True)", "resume_from_checkpoint out"),
-            ("another output directory", "another output_dir"),
-            ("another directory", "another output_dir"),
-            (": batch_size was", f": batch_size ({BATCH}) was"),
-            ("(unlearned=, --unlearned)", "(unlearned=)"),
-        ):
-            said = said.replace(theirs, ours)
-        if type(error) is not ValueError or said == str(error):
-            raise
-        raise ValueError(said) from error
 
 
 class Result:

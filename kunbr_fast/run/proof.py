@@ -9,8 +9,8 @@ from typing import Any
 
 from kunbr_fast.data import is_question, is_record
 from kunbr_fast.evaluation.accuracy import Accuracy, Questions, measure_all, prepare_questions
-from kunbr_fast.evaluation.changes import chance_of, change_error
 from kunbr_fast.evaluation.probability import MOST, Answers, Probability, answer_probabilities, prepare_answers
+from kunbr_fast.evaluation.significance import chance_of, change_error
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.run.config import KUnBRConfig

@@ -10,6 +10,7 @@ from typing import Any
 from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks
 from kunbr_fast.evaluation.lora import chosen_targets
 from kunbr_fast.files.shown import shown
+from kunbr_fast.keywords import nearest
 from kunbr_fast.objectives.hidden_layers import WORDS
 from kunbr_fast.run.log import chosen_logs
 from kunbr_fast.values import (
@@ -83,12 +84,25 @@ OLD_SETTINGS = {
     "master_weights=True": "expected fp32, none or stochastic: take fp32, which it was",
     "master_weights=False": "expected fp32, none or stochastic: take none, which it was",
 }
+# What other names are taken for settings: those of `baseline`'s options, and options that are none.
+MEANT = {
+    "lr": "take warmup_lr (of all parameters), or block_lr",
+    "epochs": "take warmup_epochs (of all parameters), or block_epochs",
+} | {
+    name: f"--{name.replace('_', '-')} is an option of the command line, no setting: leave the line out"
+    for name in ("model", "forget", "retain", "out", "preset", "forget_columns", "retain_columns", "ignore_keys")
+}
 
 
 def setting(default: Any, text: str, stage: str, choices: Sequence[str] = ()) -> Any:
     """A field with its help text, the stage whose result it changes, and the values that it may have (none: any)."""
     kind = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
     return dataclasses.field(**kind, metadata={"help": text, "stage": stage, "choices": choices})
+
+
+def meant(name: Any, known: Sequence[str]) -> str:
+    """An unknown setting's name, and which one it may stand for."""
+    return f"{shown(name)}: {MEANT[name]}" if name in MEANT else f"{shown(name)}{nearest(name, known)}"
 
 
 def refuse_old(name: str, where: str = "") -> None:

@@ -60,7 +60,7 @@ def check_together(config: Any) -> None:
     if config.parallel == "blocks" and config.insertion == "cumulative":
         raise ValueError("parallel='blocks': cumulative blocks build on each other: leave it out, or take samples")
     if config.top_k == 0 and config.warmup_epochs == 0:
-        raise ValueError("top_k=0, warmup_epochs=0: nothing would be trained: raise one of them")
+        raise ValueError("top_k=0, warmup_epochs=0: nothing would be trained: raise warmup_epochs, or top_k")
     check_unused(config)
     config.block_settings().check_reach(False, config.cover_precision)
     _check_objectives(config)
@@ -119,7 +119,8 @@ def check_blocks_used(config: Any) -> None:
         )
     for name in idle:
         value = shown(getattr(config, name))
-        raise ValueError(f"{name}={value}: no block is trained (top_k=0): leave it out, or take a top_k above 0")
+        cure = "retain_loss=hidden_layers" if name in OF_HIDDEN_LAYERS_TOO else "a top_k above 0"
+        raise ValueError(f"{name}={value}: no block is trained (top_k=0): leave it out, or take {cure}")
     if config.top_k == 0 and config.warmup_objective is not None:
         raise ValueError(
             f"warmup_objective={shown(config.warmup_objective)}: no block is trained (top_k=0), so objective is of the "

@@ -81,6 +81,8 @@ def test_an_option_about_blocks_is_not_there(workspace, tmp_path, capsys):
         words = ["--method", method, name, "1e-5", "--quiet"]
         assert cli.main(baseline(workspace, tmp_path / "out", *words, command="unlearn")) == 2
         assert "block_lr=1e-05: no block is trained (top_k=0): leave it out" in capsys.readouterr().err
+    assert cli.main(baseline(workspace, tmp_path / "out", *QUICK, "--cache-dtype", "bf16")) == 2
+    assert "leave it out, or take retain_loss=hidden_layers" in capsys.readouterr().err
     words = ["--method", "npo", "--rule", "threshold", "--threshold", "1", "--num-blocks", "2"]
     assert cli.main(baseline(workspace, tmp_path / "out", *words, command="unlearn")) == 2
     assert (

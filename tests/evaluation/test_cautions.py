@@ -7,8 +7,15 @@ import pytest
 from test_curves import report, rows
 
 from kunbr_fast.evaluation.cautions import of_attack, of_run
-from kunbr_fast.evaluation.changes import Z, above_chance, change_error, questions_needed, standard_error
 from kunbr_fast.evaluation.curves import RTTResult
+from kunbr_fast.evaluation.significance import (
+    Z,
+    above_chance,
+    change_error,
+    differing,
+    questions_needed,
+    standard_error,
+)
 
 
 def answered(right, number, before=None, **more):
@@ -76,7 +83,10 @@ def test_what_is_needed_is_mcnemars_test():
     assert [questions_needed(n / 100, n / 100) <= 100 for n in (5, 6)] == [False, True]
     assert questions_needed(0.5, 0.5) < questions_needed(0.5, 0.75) < questions_needed(0.25, 0.75)
     assert questions_needed(-0.5, 0.5) == questions_needed(0.5, 0.5)
-    assert questions_needed(1.0, 0.5) > 1, "one question never tells"
+    assert questions_needed(1.0, 0.5) == questions_needed(1.0, 1.0) == 6, "as many differ at least"
+    assert differing(1.0, None, 1) == 1.0 and differing(0.5, None, 2) is None
+    before, after = [0, 0, 1, 1, 1], [1, 1, 1, 0, 1]
+    assert differing(0.2, change_error(before, after), 5) == pytest.approx(3 / 5)
 
 
 def test_what_came_back_is_told_by_enough_questions():
@@ -85,7 +95,17 @@ def test_what_came_back_is_told_by_enough_questions():
         "20 questions of the folds cannot tell 20.0 % (before the attack) from 40.0 % (after): about"
     )
     assert of_attack(attacked(2, 9, 10)) == [] and of_attack(attacked(2, 2, 10)) == []
-    assert of_attack(attacked(2, 4, 10, change_error=0.04)) == [], "the same questions, answered alike but for two"
+    same = {right: change_error([1] * 2 + [0] * 8, [1] * right + [0] * (10 - right)) for right in (4, 5)}
+    assert of_attack(attacked(2, 5, 10)) and of_attack(attacked(2, 4, 10, change_error=same[4]))
+    assert of_attack(attacked(2, 5, 10, change_error=same[5])) == [], "six of twenty came back, none was lost"
+    unlike = [
+        {"fold": fold, "lr": 1e-3, "epoch": epoch, "plain": plain, "calibrated": None, "num_questions": number}
+        | {"change_error": 0.0 if number > 1 else None}
+        for fold, number, last in (("a", 3, 1.0), ("b", 2, 0.0), ("c", 1, 0.0))
+        for epoch, plain in enumerate((0.0, last))
+    ]
+    assert RTTResult(unlike).differing == 0.5, "three of six, none of which was lost"
+    assert of_attack(RTTResult(unlike))[0].endswith(f"about {questions_needed(0.5, 0.5)} would be needed")
     (line,) = report(RTTResult(rows()), 2 / 14).cautions
     assert line.startswith("14 questions of the folds cannot tell 14.3 % (before the attack) from 50.0 % (after)")
     assert of_attack(RTTResult(rows(known=()))) == [], "an earlier version's, of no known number"

@@ -197,6 +197,15 @@ def test_weights_of_a_recognised_loss(architecture, dtype):
         assert recognise(Decoder(model), other) is None
 
 
+def test_a_line_of_padding_alone_is_no_sample():
+    """As an empty text of a batch gives one; a mean over the grid counts it."""
+    ids = torch.arange(12).view(2, 6)
+    mask = torch.tensor([[1] * 6, [0] * 6])
+    decoder = Decoder(tiny_model())
+    found = recognise(decoder, lambda m: m(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)[..., 3].mean())
+    assert found.live.all() and found.samples(decoder) is None
+
+
 def test_after_an_error_the_model_is_m_u_with_the_finished_visits():
     base, truth = pair(ours)
     loss, flags = base.eval, {n: p.requires_grad for n, p in base.model.named_parameters()}

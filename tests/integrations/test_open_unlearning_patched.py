@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from open_unlearning_package import FinetuneTrainer, Node, packages
-from padded_batches import padded
+from open_unlearning_package import FinetuneTrainer, Node, collate, packages
 from tiny_models import random_samples, tiny_model
 
 from kunbr_fast.integrations import labelled_rows
@@ -162,10 +161,6 @@ class Epochs(tf.TrainerCallback):
 Weighted.__name__ = "GradDiff"
 Ceu.__name__, Wga.__name__, Undial.__name__, Pdu.__name__, Rmu.__name__ = "CEU", "WGA", "UNDIAL", "PDU", "RMU"
 FUNCTIONS = (compute_satimp_loss, compute_wga_loss, compute_batch_ceu, compute_undial_loss, compute_kl_divergence)
-
-
-def collate(items):
-    return {part: padded([item[part] for item in items]) for part in ("forget", "retain")}
 
 
 @pytest.fixture

@@ -23,11 +23,20 @@ def change_error(before: Sequence[float], after: Sequence[float]) -> float | Non
     return standard_error([b - a for a, b in zip(before, after, strict=True)])
 
 
+def differing(difference: float, error: float | None, number: int) -> float | None:
+    """The share of questions that were answered differently, from the difference of two shares and its standard error;
+    None where that is not known."""
+    if number == 1:
+        return abs(difference)
+    return None if error is None else error**2 * (number - 1) + difference**2
+
+
 def questions_needed(difference: float, differing: float) -> int:
     """How many questions tell two shares apart: McNemar's test with continuity correction, two-sided at 5 %, for shares
-    that stay so. difference: of the shares, not 0. differing: the share of questions that were answered differently;
-    of other questions, or where that is not known, the 2 p (1 - p) of chance, p the mean of the two."""
+    that stay so. difference: of the shares, not 0. differing: the share of questions that were answered differently,
+    which is at least the difference; where it is not known, the 2 p (1 - p) of chance, p the mean of the two."""
     gap = abs(difference)
+    differing = max(differing, gap)
     root = (Z * differing**0.5 + (Z * Z * differing + 4 * gap) ** 0.5) / (2 * gap)
     return math.ceil(root * root - 1e-9)
 
