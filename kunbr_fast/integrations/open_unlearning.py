@@ -10,21 +10,25 @@ alone), the last its `python src/eval.py`. Every argument is Hydra's, as there; 
 our configs on Hydra's search path. Settings of ours, all optional:
 
     +kunbr_fast.patch=true      its own trainers train with fused layers (`kunbr_fast.patched`); and, where their losses
-                                read no more than that (GradAscent, GradDiff, NPO, SimNPO, DPO, RMU), without logits of
-                                all positions, without the layers above the one that RMU reads, and without asking the
-                                reference model twice about one sequence. Same weights as without, up to rounding.
+                                read no more than that (GradAscent, GradDiff, NPO, SimNPO, DPO, SatImp, WGA, CEU, PDU,
+                                RMU), without logits of all positions, without the layers above the one that RMU reads,
+                                and without asking the reference model twice about one sequence. UNDIAL and a KL retain
+                                loss read all logits: there the reference model's layers run once for each sequence.
+                                Same weights as without, up to rounding. At its end a line says what was saved.
     +kunbr_fast.impl=torch      who runs that: auto, triton or torch
     +kunbr_fast.measure=true    writes kunbr_fast.json into the output directory: FLOPs of one training step, bytes
                                 kept for its backward pass, and the peak of memory above what was there before it
 
 RMU with chosen weights (`trainable_params_regex`) makes gradients of all others too, and its clipping counts them in
-the norm. With patch and `trainer.args.max_grad_norm=0` those gradients are not made; with clipping they must be.
+the norm. With patch, one process and `trainer.args.max_grad_norm=0` those gradients are not made; with clipping they
+must be.
 
-Its code was written for transformers 4.45. What later releases changed is put right here, in subclasses of its
-trainers: `tokenizer` became `processing_class`, `compute_loss` is given num_items_in_batch (and a loss that does not
-use it must say so, or gradient accumulation multiplies it), TrainingArguments has no logging_dir, and
-`apply_chat_template` gives a dict; and an eval_strategy wants an eval_dataset, which its evaluators have no use for.
-And on a machine without a GPU its warm-up of the learning rate divides by the number of GPUs.
+Its code was written for transformers 4.45. What later releases changed is put right in subclasses of its trainers
+(`open_unlearning_trainers`): `tokenizer` became `processing_class`, `compute_loss` is given num_items_in_batch (and a
+loss that does not use it must say so, or gradient accumulation multiplies it), TrainingArguments has no logging_dir,
+and `apply_chat_template` gives a dict; and an eval_strategy wants an eval_dataset, which its evaluators have no use
+for. On a machine without a GPU its warm-up of the learning rate divides by the number of GPUs
+(`open_unlearning_machine`).
 docs/integrations.md says with which versions this was run.
 """
 

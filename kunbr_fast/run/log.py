@@ -200,11 +200,21 @@ class _WandB:
         pass
 
     def add(self, step: int, stage: str, values: Values) -> None:
-        self._run.log(dict(values), step=step)
+        with self._sending():
+            self._run.log(dict(values), step=step)
 
     def close(self) -> None:
         if self._run is not None:
-            self._run.finish()
+            with self._sending():
+                self._run.finish()
+
+    @contextlib.contextmanager
+    def _sending(self) -> Iterator[None]:
+        """OSError, as of any log, for what wandb says where it sends no more."""
+        try:
+            yield
+        except self.wandb.errors.Error as error:
+            raise OSError(" ".join(str(error).split())) from error
 
 
 def _needed(module: str, kind: str) -> Any:

@@ -24,7 +24,7 @@ from kunbr_fast.integrations import labelled_rows, open_unlearning, open_unlearn
 from kunbr_fast.integrations.open_unlearning import Options, Refused, adapted, arguments
 from kunbr_fast.integrations.open_unlearning_kunbr import LISTS
 from kunbr_fast.integrations.open_unlearning_machine import Output
-from kunbr_fast.integrations.open_unlearning_patched import _Patched
+from kunbr_fast.integrations.open_unlearning_patched import READ_LOSSES_ONLY, _Patched
 from kunbr_fast.integrations.open_unlearning_trainers import get_tokenizer
 from kunbr_fast.model import compat
 from kunbr_fast.run.config import KUnBRConfig
@@ -305,6 +305,7 @@ def test_help_tells_both_uses(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "open_unlearning --config-name=unlearn.yaml trainer=KUnBR" in said and "+kunbr_fast.patch=true" in said
     assert "open_unlearning eval --config-name=eval.yaml" in said and "do_train=false" in said
+    assert all(name in said for name in READ_LOSSES_ONLY)
 
 
 @pytest.mark.slow

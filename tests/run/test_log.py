@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import sys
+from types import SimpleNamespace
 
 import pytest
 from tiny_models import random_samples, tiny_model
@@ -112,6 +113,24 @@ def test_a_log_that_fails_does_not_end_the_run(tmp_path, caplog):
         "log_to=csv: No space left on device: it ends here, the run goes on"
     ]
     assert (tmp_path / "log.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+
+
+def test_a_run_of_wandb_that_ends_does_not_end_ours(tmp_path, caplog, monkeypatch):
+    class Lost(Exception):
+        pass
+
+    class Run:
+        def log(self, values, step):
+            raise Lost("the service\nhas gone")
+
+        finish = log
+
+    fake = SimpleNamespace(init=lambda **how: Run(), errors=SimpleNamespace(Error=Lost))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = RunLog(("wandb",), tmp_path)
+    log.open()
+    log.add(1, "warmup", {"loss": 1.0})
+    assert not log and caplog.messages == ["log_to=wandb: the service has gone: it ends here, the run goes on"]
 
 
 def test_tensorboard_hides_steps_that_are_made_again(tmp_path):
