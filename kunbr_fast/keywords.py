@@ -64,11 +64,16 @@ def _refuse_unknown(given: Iterable[str], known: list[str], function: str) -> No
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{nearest(name, known)}")
 
 
+def meant(name: object, known: Iterable[str]) -> str:
+    """For an error message: the nearest name, if one is near."""
+    near = difflib.get_close_matches(str(name)[:100], known, 1, 0.4)
+    return f": did you mean {near[0]!r}?" if near else ""
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """For the end of an error message: the nearest name, or as many of them as a line holds."""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, 1, 0.4)
-    if near:
-        return f": did you mean {near[0]!r}?"
+    if near := meant(name, known):
+        return near
     names = ", ".join(known)
     return f": known are {names if len(names) <= 200 else names[:200].rpartition(', ')[0] + ', ...'}"

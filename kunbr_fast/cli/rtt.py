@@ -16,13 +16,13 @@ from kunbr_fast.cli.show import Shown, add_show, show_samples
 from kunbr_fast.cli.terminal import show
 from kunbr_fast.data.overlap import settle
 from kunbr_fast.evaluation.cautions import of_attack
-from kunbr_fast.evaluation.changes import chance_of
 from kunbr_fast.evaluation.curves import KEYS, Curves, Point, RTTResult, attack_of
 from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.folds import Fold, overlap_of, taught_of
 from kunbr_fast.evaluation.plots import plot_relearning
 from kunbr_fast.evaluation.report import attack_table
 from kunbr_fast.evaluation.rtt import Attack, RTTConfig, finished_attacks
+from kunbr_fast.evaluation.significance import chance_of
 from kunbr_fast.files.checksums import read_sealed, write_sealed
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.scratch import scratch

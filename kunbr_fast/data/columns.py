@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from kunbr_fast.data.forms import FACT, FORMS, OTHER_ANSWER
 from kunbr_fast.files.shown import shown
+from kunbr_fast.keywords import meant
 
 KEYS = tuple(dict.fromkeys([*(key for form in FORMS for key in form), OTHER_ANSWER, FACT]))
 CHOICES = "choices"  # the one key that several columns may make, in their order
@@ -18,13 +18,13 @@ class Columns:
 
     def __init__(self, names: Mapping[str, str]):
         self._seen: set[str] = set()
-        self._others: dict[Any, None] = {}  # keys that were not renamed, for the error
+        self._others: dict[str, None] = {}  # keys that were not renamed, for the error
         self._sources: dict[str, list[str]] = {}
         for theirs, ours in names.items():
             if ours not in KEYS:
                 raise ValueError(
-                    f"columns: {shown(theirs)} as {shown(ours)}: no key of a record{_near(ours, KEYS)}: expected one "
-                    f"of {', '.join(KEYS)}"
+                    f"columns: {shown(theirs)} as {shown(ours)}: no key of a record{meant(ours, KEYS) or ':'} expected "
+                    f"one of {', '.join(KEYS)}"
                 )
             self._sources.setdefault(ours, []).append(theirs)
         for ours, several in self._sources.items():
@@ -61,7 +61,7 @@ class Columns:
         for several in self._sources.values():
             for name in several:
                 if name not in self._seen:
-                    return f"{shown(name)}{_near(name, [*self._seen, *self._others])}"
+                    return f"{shown(name)}{meant(name, [*self._seen, *self._others])}"
         return None
 
 
@@ -73,9 +73,3 @@ def _gathered(record: Mapping[str, Any], names: list[str], where: str) -> list[A
     if None in values:
         raise ValueError(f"{where}: the choice {shown(names[values.index(None)])} is empty, and a later one is not")
     return values
-
-
-def _near(name: Any, known: Iterable[Any]) -> str:
-    names = [key for key in known if isinstance(key, str)]
-    near = difflib.get_close_matches(str(name)[:100], names, 1)
-    return f" (did you mean {shown(near[0])}?)" if near else ""

@@ -8,13 +8,13 @@ stay as they are.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from kunbr_fast.data.content import is_blank
 from kunbr_fast.files.shown import shown
+from kunbr_fast.keywords import meant
 
 Record = Mapping[str, Any]
 
@@ -94,9 +94,7 @@ class Reader:
 
     def __init__(self, name: str):
         if name not in PRESETS:
-            near = difflib.get_close_matches(str(name)[:100], PRESETS, 1)
-            meant = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"preset={shown(name)}{meant}: expected one of {', '.join(PRESETS)}")
+            raise ValueError(f"preset={shown(name)}{meant(name, PRESETS) or ':'} expected one of {', '.join(PRESETS)}")
         self._name, self._preset = name, PRESETS[name]
         self._forms: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()

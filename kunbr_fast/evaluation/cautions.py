@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from kunbr_fast.evaluation.changes import Z, above_chance, differing, questions_needed
 from kunbr_fast.evaluation.curves import RTTResult
+from kunbr_fast.evaluation.significance import Z, above_chance, differing, questions_needed
 
 SEEN = 0.02  # nobody reads a smaller difference as one
 HIDDEN = {"forget": "forgetting", "retain": "damage"}

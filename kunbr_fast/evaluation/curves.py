@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 import msgspec
 
 from kunbr_fast.evaluation.candidates import SAMPLES, guessing
-from kunbr_fast.evaluation.changes import differing
+from kunbr_fast.evaluation.significance import differing
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.shown import shown
 
@@ -212,14 +212,15 @@ class RTTResult:
         """The standard error of a mean over questions, each fold's its own: sqrt(sum of n p (1 - p) over folds) / all
         questions, for `smooth` from its spread over questions. (Two folds alone would tell little.) It says how far
         another set of as many questions would be; not how far another training would, which takes several seeds. None
-        where an earlier version has not kept the number of questions."""
+        where a fold has one question, which has no spread, and where an earlier version has not kept their number."""
         rows = [self._rows[at.attack, at.lr][fold, at.epoch] for fold in self._folds]
         if key == "smooth":
             return self._joint([row.get("smooth_error") for row in rows])
         if self.metric == "probability":
             return self._joint([row.get("error") for row in rows])
         numbers = [row.get("num_questions") for row in rows]
-        return self._joint([n and (row[key] * (1 - row[key]) / n) ** 0.5 for row, n in zip(rows, numbers)])
+        spread = [(row[key] * (1 - row[key])) ** 0.5 for row in rows]
+        return self._joint([s / n**0.5 if n is not None and n > 1 else None for s, n in zip(spread, numbers)])
 
     @property
     def change_error(self) -> float | None:

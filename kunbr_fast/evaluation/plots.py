@@ -137,12 +137,12 @@ def plot_pareto(density, path: str | Path) -> None:
     figures.save(figure, path)
 
 
-def plot_relearning(results: Mapping[str, RTTResult], path: str | Path, chance: float = 0.25) -> None:
+def plot_relearning(results: Mapping[str, RTTResult], path: str | Path, chance: float | None = 0.25) -> None:
     """Relearning curves of several methods under the RTT attack, PNG at `path`.
 
     results: method -> RTTResult. Each method's strongest attack is drawn strong, with its best epoch ringed, its other
-    learning rates thin. Of one method each attack is drawn so. chance: accuracy of guessing (0..1), which answer
-    probabilities have not. ValueError for results of both metrics.
+    learning rates thin. Of one method each attack is drawn so. chance: accuracy of guessing (0..1); None, and
+    answer probabilities, have no line of it. ValueError for results of both metrics.
     """
     if not results:
         raise ValueError("no methods to plot: the result mapping is empty")

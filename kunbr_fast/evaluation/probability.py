@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from kunbr_fast.data import PackedBatch, Sample, TextSettings, encode_named, pack, token_batches
 from kunbr_fast.data.text import PLAIN
-from kunbr_fast.evaluation.changes import standard_error
+from kunbr_fast.evaluation.significance import standard_error
 from kunbr_fast.files.shown import plain
 from kunbr_fast.memory import Place, is_out_of_memory, release
 from kunbr_fast.model.decoder import Stretch
@@ -29,7 +29,7 @@ from kunbr_fast.parallel.sharded import MARK as SHARDS
 from kunbr_fast.values import least
 
 BATCH_TOKENS = 4096
-MOST = 1000  # records that are to be kept: so many say enough, and there may be any number
+MOST = {"retain": 1000}  # records of a set that are measured: so many say enough, and there may be any number
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,16 @@ def prepare_answers(
         if mine := [i for i, record in enumerate(named) if ("text" in record) == is_text]:
             found = encode_named([named[i] for i in mine], tokenizer, target, limit, text=text)
             made += [(mine[owner], sample, name) for sample, name, owner in zip(*found)]
-    place = {i: number for number, i in enumerate(spread(range(len(records)), most or len(records)))}
+    place = {i: number for number, i in enumerate(spread(range(len(records)), most))}
     made = sorted((one for one in made if one[0] in place), key=lambda one: one[0])
     owners, samples, names = zip(*made)
     check_tokens(decoder.model, samples, names)
     return Answers(list(samples), [place[i] for i in owners], list(names))
 
 
-def spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of them, spread evenly."""
-    number = min(most, len(items))
+def spread(items: Sequence[Any], most: int | None) -> list[Any]:
+    """At most so many of them, spread evenly; None: all."""
+    number = least(most, len(items))
     return [items[i * len(items) // number] for i in range(number)]
 
 

@@ -24,11 +24,11 @@ from kunbr_fast.data.overlap import settle
 from kunbr_fast.data.text import say_separator
 from kunbr_fast.evaluation.accuracy import Accuracy, measure_all, prepare_questions
 from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks, rounded
-from kunbr_fast.evaluation.changes import change_error
 from kunbr_fast.evaluation.curves import RTTResult, attack_of
 from kunbr_fast.evaluation.folds import NAME, Fold, check_folds, metric_of, overlap_of, taught_of
 from kunbr_fast.evaluation.lora import Lora, chosen_targets, train_lora
 from kunbr_fast.evaluation.probability import Probability, answer_probabilities, prepare_answers
+from kunbr_fast.evaluation.significance import change_error
 from kunbr_fast.files.checksums import checksum
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tensors import WeightSnapshot

@@ -424,6 +424,12 @@ class StageOptimizer(torch.optim.Optimizer):
         return [] if training is None else training.optimizer.param_groups
 
     @property
+    def defaults(self) -> dict[str, Any]:
+        """The rate that the stage began with, which some schedules read."""
+        group = self.param_groups[0]
+        return {"lr": group.get("initial_lr", group["lr"])}
+
+    @property
     def state(self) -> Mapping[torch.Tensor, Any]:
         return self._stages.training.optimizer.state
 

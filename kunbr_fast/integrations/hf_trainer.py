@@ -39,6 +39,7 @@ from kunbr_fast.files.saving import save_model
 from kunbr_fast.integrations.driven_stages import DrivenStages, StageOptimizer
 from kunbr_fast.integrations.trainer_arguments import (
     begin_anew,
+    check_schedules,
     check_target,
     epochs,
     for_stage,
@@ -51,7 +52,14 @@ from kunbr_fast.integrations.trainer_arguments import (
     unreached,
 )
 from kunbr_fast.integrations.trainer_checkpoints import Result, check_resumable, global_step, last_checkpoint
-from kunbr_fast.integrations.trainer_data import Asked, Records, as_named_here, check_tokenizer, forget_and_retain
+from kunbr_fast.integrations.trainer_data import (
+    Asked,
+    Records,
+    as_config,
+    as_named_here,
+    check_tokenizer,
+    forget_and_retain,
+)
 from kunbr_fast.integrations.trainer_loop import AsItIs, Epoch, First, Last
 from kunbr_fast.model.ownership import check_data, no_adapter, trainable, uncompiled
 from kunbr_fast.parallel.group import Group
@@ -104,7 +112,7 @@ class KUnBRMixin:
         if forget_dataset is None and self.train_dataset is None:
             raise ValueError("no data: give forget_dataset= and retain_dataset=, or train_dataset=")
         refuse(self, KUnBRMixin)
-        self.config = KUnBRConfig.from_dict(dict(config)) if isinstance(config, Mapping) else config or KUnBRConfig()
+        self.config = as_config(config)
         refuse_settings(self.config)
         self.forget_dataset, self.retain_dataset, self.unlearned = forget_dataset, retain_dataset, unlearned
         explicit = isinstance(config, Mapping) and "rtt" in config
@@ -162,6 +170,7 @@ class KUnBRMixin:
     def _stepping(self, done: int) -> Iterator[None]:
         """Inside, Trainer's loop has as many steps as the stages, of which so many are done."""
         stages, args, last = self._stages, self.args, Last()
+        check_schedules(args, self.config, stages.planned)
         self._warn(stages.shared)
         self._warn(unreached(args, sum(stages.planned.values())))
         if args.save_only_model and args.save_strategy != "no":
@@ -292,6 +301,18 @@ class KUnBRMixin:
 
     def _wrap_model(self, model: nn.Module, training: bool = True, **kwargs: Any) -> nn.Module:
         return AsItIs(self.model) if training else super()._wrap_model(model, training=False, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's. The first one moves the model to accelerate's device, which for several processes on CPUs is
+        "cpu:0" and so copies every weight: a block's, out of the buffer that its optimiser updates. While it trains the
+        model is where it should be."""
+        accelerator, training = self.accelerator, self._stages is not None
+        placement = accelerator.device_placement
+        accelerator.device_placement = placement and not training
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            accelerator.device_placement = placement
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, int], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one micro-batch; at the first of a stage, the change of stages before it."""

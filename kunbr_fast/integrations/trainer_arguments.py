@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, get_scheduler
 
 from kunbr_fast.data import is_record
 from kunbr_fast.kernels.optimizers.op import BETAS
@@ -290,6 +291,22 @@ def unreached(args: Any, whole: int) -> str | None:
         f"warmup_steps={args.get_warmup_steps(whole)} of {whole} steps in all: no stage reaches its learning rate. "
         "Give less, or a share (0.1), and each stage warms up for that share of its own steps"
     )
+
+
+def check_schedules(args: Any, config: KUnBRConfig, planned: Mapping[int, int]) -> None:
+    """ValueError for a schedule that a stage could not have: of a later one it would be seen after hours. planned: the
+    stages' steps, by their numbers."""
+    whole = sum(planned.values())
+    steps = {"block_lr" if number else "warmup_lr": n for number, n in planned.items()}
+    for name, own in steps.items():
+        rate, of_stage = getattr(config, name), for_stage(args, own, whole)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
+        how = {"scheduler_specific_kwargs": args.lr_scheduler_kwargs}
+        try:
+            get_scheduler(args.lr_scheduler_type, optimizer, of_stage.get_warmup_steps(own), own, **how)
+        except ValueError as error:
+            kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+            raise ValueError(f"config.{name}={rate} does not go with lr_scheduler_type={kind}: {error}") from error
 
 
 def _is_whole(args: Any, whole: int) -> bool:

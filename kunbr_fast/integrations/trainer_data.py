@@ -40,6 +40,14 @@ def as_named_here(given: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
+def as_config(config: KUnBRConfig | Mapping[str, Any] | None) -> KUnBRConfig:
+    if isinstance(config, (str, Path)):
+        raise ValueError(f"config: got {shown(str(config))}, expected settings: KUnBRConfig.load(...) reads a file")
+    if not isinstance(config, (KUnBRConfig, Mapping, type(None))):
+        raise ValueError(f"config: got {shown(config)}, expected a KUnBRConfig or a mapping of its settings")
+    return KUnBRConfig.from_dict(dict(config)) if isinstance(config, Mapping) else config or KUnBRConfig()
+
+
 def forget_and_retain(
     forget: Any, retain: Any, train: Any, collator: Callable[[list], Any] | None
 ) -> tuple[list[Any], list[Any]]:
@@ -84,9 +92,8 @@ def _items(data: Any, name: str = "train") -> list[Any]:
         parts = ", ".join(plain(key) for key in data)
         raise ValueError(f"{name}_dataset: got a mapping of {parts}, expected one data set: give one of its parts")
     if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, (Mapping, str)):
-        items = [data[i] for i in range(len(data))]  # not all of these are iterables that end
-    else:
-        items = entries(data, name)
+        data = [data[i] for i in range(len(data))]  # not all of these are iterables that end
+    items = entries(data, name)
     pairs = [isinstance(item, Mapping) and "original" in item for item in items]
     for number, item in enumerate(items):
         if pairs[number]:
@@ -215,6 +222,8 @@ def _fold(fold: Any, number: int, equal_choices: str) -> Fold:
 
 
 def _asked(given: Any, name: str, equal_choices: str) -> list[Mapping]:
+    if isinstance(given, Mapping):
+        raise ValueError(f"{name}: got {shown(dict(given))}, expected a list of records, or files of them")
     found, expected = [given] if isinstance(given, (str, Path)) else list(given), "question, choices and answer"
     if found and all(isinstance(file, (str, Path)) for file in found):
         if not (asked := _among(load_records(found, equal_choices=equal_choices))):

@@ -16,7 +16,6 @@ averages over all labelled tokens of a batch instead, which weighs long samples 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
@@ -27,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from kunbr_fast.files.shown import shown
+from kunbr_fast.keywords import meant
 from kunbr_fast.objectives import distributions as linear_rows
 from kunbr_fast.objectives.rows import Rows
 from kunbr_fast.values import ABOVE_ZERO, ANY, ANY_WHOLE, check
@@ -79,9 +79,9 @@ def check_options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any
     """The objective's options, with its defaults where none is given. ValueError for an objective or an option that
     does not exist, and for a value that does not fit."""
     if name not in OBJECTIVES:
-        near = difflib.get_close_matches(str(name), OBJECTIVES, 1, 0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"objective={shown(name)}: {hint}expected one of {', '.join(OBJECTIVES)}")
+        raise ValueError(
+            f"objective={shown(name)}{meant(name, OBJECTIVES) or ':'} expected one of {', '.join(OBJECTIVES)}"
+        )
     found = OBJECTIVES[name]
     hints = get_type_hints(found.function, include_extras=True)
     result = dict(found.options)

@@ -67,8 +67,10 @@ class Data:
 
         asked = {what: [r for r in records if r is None or is_question(r)] for what, records in every.items()}
         answers = []
-        for what in (what for what, some in asked.items() if not some):
-            some = spread(every[what], MOST) if what == "retain" else every[what]
+        for what in ("forget", "retain"):
+            if asked[what]:
+                continue
+            some = spread(every[what], MOST.get(what))
             for is_text, target in ((True, "all"), (False, "answer")):
                 if part := [record for record in some if ("text" in record) == is_text]:
                     answers += sizes(part, target)

@@ -94,6 +94,8 @@ def opened(
     log = RunLog(kinds, folder, config)
     if folder is not None and log and not resume:
         (folder / WANDB_ID).unlink(missing_ok=True)
+    elif folder is not None and not log and resume and folder.is_dir():
+        logger.warning("log_to=[]: %s ends where the run was interrupted: --log-to goes on with it", plain(folder))
     try:
         yield log
     finally:
@@ -198,11 +200,21 @@ class _WandB:
         pass
 
     def add(self, step: int, stage: str, values: Values) -> None:
-        self._run.log(dict(values), step=step)
+        with self._sending():
+            self._run.log(dict(values), step=step)
 
     def close(self) -> None:
         if self._run is not None:
-            self._run.finish()
+            with self._sending():
+                self._run.finish()
+
+    @contextlib.contextmanager
+    def _sending(self) -> Iterator[None]:
+        """OSError, as of any log, for what wandb says where it sends no more."""
+        try:
+            yield
+        except self.wandb.errors.Error as error:
+            raise OSError(" ".join(str(error).split())) from error
 
 
 def _needed(module: str, kind: str) -> Any:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kunbr_fast.files.shown import shown
-from kunbr_fast.keywords import nearest
+from kunbr_fast.keywords import meant
 from kunbr_fast.objectives.methods import OBJECTIVES, Objective
 
 
@@ -73,8 +73,7 @@ def settings_of(name: Any, beside: Mapping[str, Any] = MappingProxyType({})) -> 
     """What the method sets, for a run with the settings `beside`. ValueError for one that does not exist."""
     known = methods()
     if not isinstance(name, str) or name not in known:
-        near = nearest(name, known) if isinstance(name, str) else ""
-        raise ValueError(f"method={shown(name)}{near}: expected one of {', '.join(known)}")
+        raise ValueError(f"method={shown(name)}{meant(name, known) or ':'} expected one of {', '.join(known)}")
     found = dict(known[name].settings)
     if beside.get("rule", "top_k") != "top_k" and found.get("top_k"):
         del found["top_k"]  # which that rule does not take

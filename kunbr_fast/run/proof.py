@@ -9,8 +9,8 @@ from typing import Any
 
 from kunbr_fast.data import is_question, is_record
 from kunbr_fast.evaluation.accuracy import Accuracy, Questions, measure_all, prepare_questions
-from kunbr_fast.evaluation.changes import chance_of, change_error
 from kunbr_fast.evaluation.probability import MOST, Answers, Probability, answer_probabilities, prepare_answers
+from kunbr_fast.evaluation.significance import chance_of, change_error
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.run.config import KUnBRConfig
@@ -41,10 +41,8 @@ class Proof:
     @functools.cached_property
     def _answers(self) -> dict[str, Answers]:
         how = dict(text=self.config.text(), max_length=self.config.max_length, decoder=self.decoder)
-        most = {"forget": None, "retain": MOST}
-        return {
-            what: prepare_answers(self.tokenizer, part, **how, most=most[what]) for what, part in self.records.items()
-        }
+        records = self.records.items()
+        return {what: prepare_answers(self.tokenizer, part, **how, most=MOST.get(what)) for what, part in records}
 
     def says(self, name: str) -> list[str]:
         """What is measured of the model `name`, a line for each metric."""

@@ -31,10 +31,13 @@ def entries(data: Any, what: str) -> list[Any]:
     ValueError for what is none."""
     if isinstance(data, Mapping):
         return [data]
-    if isinstance(data, (str, bytes, Path)) or not isinstance(data, Iterable):
-        cure = ": load_records reads files" if isinstance(data, (str, Path)) else ""
-        raise ValueError(f"the {what} set: got {shown(data)}, expected records, samples or batches{cure}")
-    return list(data)
+    no_set = isinstance(data, (str, bytes, Path)) or not isinstance(data, Iterable)
+    found = [data] if no_set else list(data)
+    for entry in found:  # a list of files' names, too
+        if no_set or isinstance(entry, (str, bytes, Path)):
+            cure = ": load_records reads files" if isinstance(entry, (str, Path)) else ""
+            raise ValueError(f"the {what} set: got {shown(entry)}, expected records, samples or batches{cure}")
+    return found
 
 
 def to_samples(

@@ -137,7 +137,8 @@ def carry_out(
         else:
             raise ValueError("several processes need an output_dir that all of them see")
         kinds = config.log_to if group.first else ()
-        log = stack.enter_context(opened(kinds, output_dir, given.resume, config.to_dict()))
+        place = output_dir if group.first else None
+        log = stack.enter_context(opened(kinds, place, given.resume, config.to_dict()))
         context = RunContext(work, group, heard, given.resume, group.first, group.wait, given.stop or Stop(), log)
         run = Stages(inputs, config, context)
         log.open()

@@ -112,7 +112,7 @@ def test_what_a_preset_does_not_know_is_refused(line, preset, message, tmp_path)
 
 def test_presets_that_are_wrong(tmp_path):
     path = write(tmp_path / "f.jsonl", [{"text": "a"}])
-    with pytest.raises(ValueError, match=r"preset='muze' \(did you mean muse\?\): expected one of tofu,"):
+    with pytest.raises(ValueError, match=r"preset='muze': did you mean 'muse'\? expected one of tofu,"):
         kf.load_records(path, preset="muze")
     with pytest.raises(ValueError, match="give one of them"):
         kf.load_records(path, preset="tofu", columns={"a": "text"})
@@ -166,7 +166,7 @@ def test_what_columns_leave_open_is_said(run):
 @pytest.mark.parametrize("words, message", [
     (("--retain-columns", "a=text"), "--retain-columns without --retain"),
     (("--preset", "tofu", "--separator", " "), "--separator with --preset tofu"),
-    (("--forget-columns", "ask=prompt", "repl=completion"), "no line so far has 'repl' (did you mean 'reply'?)"),
+    (("--forget-columns", "ask=prompt", "repl=completion"), "no line so far has 'repl': did you mean 'reply'?)"),
     (("--forget-columns", "ask=promt"), "did you mean 'prompt'"),
     ((), "read by --forget-columns or its like, reply=completion|unknown form"),
 ])  # fmt: skip

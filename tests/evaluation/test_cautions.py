@@ -7,8 +7,15 @@ import pytest
 from test_curves import report, rows
 
 from kunbr_fast.evaluation.cautions import of_attack, of_run
-from kunbr_fast.evaluation.changes import Z, above_chance, change_error, differing, questions_needed, standard_error
 from kunbr_fast.evaluation.curves import RTTResult
+from kunbr_fast.evaluation.significance import (
+    Z,
+    above_chance,
+    change_error,
+    differing,
+    questions_needed,
+    standard_error,
+)
 
 
 def answered(right, number, before=None, **more):

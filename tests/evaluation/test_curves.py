@@ -82,6 +82,14 @@ def test_where_a_number_is_not_known_each_fold_counts_once():
     assert RTTResult(rows(known=()) + newer).curve(1e-3)[2] == pytest.approx(6 / 14), "by the newer rows"
 
 
+def test_one_question_of_a_fold_has_no_spread():
+    made = rows()
+    for row in made:
+        if row["fold"] == "b":
+            row |= {"num_questions": 1, "plain": float(row["plain"] > 0.5), "smooth_error": None}
+    assert RTTResult(made).standard_error is None and "±" not in attack_table(RTTResult(made))
+
+
 def test_folds_of_one_size_count_alike_to_the_bit():
     values = {"a": [0.1, 1 / 3], "b": [0.2, 2 / 7], "c": [0.7, 0.3]}
     made = [

@@ -294,6 +294,20 @@ def test_evaluation_and_callbacks_see_whole_models(tmp_path):
     assert run.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"] not in losses
 
 
+def test_an_evaluation_leaves_the_active_block_where_its_optimiser_updates_it(truth, tmp_path, monkeypatch):
+    """Several processes on CPUs have the device "cpu:0", to which a move is a copy."""
+    ids = data()[0][0]["input_ids"]
+    run = trainer(
+        tmp_path,
+        arguments={"eval_strategy": "steps", "eval_steps": 8},  # in a block's second step
+        eval_dataset=[{"input_ids": ids, "labels": ids}],
+    )
+    monkeypatch.setattr(type(run.accelerator), "device", torch.device("cpu:0"))
+    run.train()
+    equal(weights(run.model), truth())
+    assert run.accelerator.device_placement
+
+
 def test_saved_model_is_a_normal_one(tmp_path):
     run = trainer(tmp_path / "run", arguments={"save_strategy": "steps", "save_steps": 8, "save_total_limit": 1})
     run.train()

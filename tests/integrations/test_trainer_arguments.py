@@ -225,6 +225,25 @@ def test_each_stage_warms_up_for_the_same_share(tmp_path):
     assert rates == [0.0, 1e-3, 1e-3] + [0.0, 5e-4, 1e-3, 1e-3, 1e-3, 1e-3] * 2
 
 
+@pytest.mark.parametrize("kind, kwargs", [("polynomial", {"lr_end": 1e-4}), ("cosine_with_min_lr", {"min_lr": 1e-4})])
+def test_schedules_that_read_the_rate_that_a_stage_began_with(kind, kwargs, tmp_path):
+    run = trainer(tmp_path, config=SHORT, arguments={"lr_scheduler_type": kind, "lr_scheduler_kwargs": kwargs})
+    run.train()
+    rates = [row["learning_rate"] for row in run.state.log_history if "loss" in row]
+    assert rates[0] == 1e-3 > rates[1] > rates[2] > 1e-4 and rates == rates[:3] * 3
+
+
+def test_a_schedule_that_a_later_stage_cannot_have_is_refused_at_the_beginning(tmp_path):
+    """Its rate is below the schedule's end, which would be seen after the warm-up."""
+    arguments = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-4}}
+    run = trainer(tmp_path, config=SHORT | {"block_lr": 1e-5}, arguments=arguments)
+    with pytest.raises(
+        ValueError, match=r"^config.block_lr=1e-05 does not go with lr_scheduler_type=polynomial: lr_end"
+    ):
+        run.train()
+    assert run.state.global_step == 0 and not run.state.log_history
+
+
 @pytest.mark.parametrize(
     "asked, steps, whole, own",
     [(0, 6, 18, 0), (4, 6, 18, 2), (17, 6, 18, 5), (0.1, 6, 18, 1), (0.99, 6, 18, 5), (3, 1, 9, 0),

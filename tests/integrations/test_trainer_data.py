@@ -223,6 +223,9 @@ def test_settings_of_an_attack_that_is_not_made(config, given, level, message, t
             {"forget_questions": [{"text": "a"}]},
             r"^forget_questions\[0\]: got {.*}, expected records with",
         ),
+        ({}, {"forget_questions": records(0, 1)[0]}, "^forget_questions: got {.*, expected a list of records"),
+        ("run.yaml", {}, r"^config: got 'run.yaml', expected settings: KUnBRConfig.load\(...\) reads a file"),
+        ([1], {}, r"^config: got \[1\], expected a KUnBRConfig or a mapping"),
     ],
     ids=lambda value: "",
 )
@@ -355,6 +358,7 @@ def test_the_text_beside_tokens_is_no_question(tmp_path):
         ({"train_dataset": {"forget": [], "retain": [], "test": []}}, "test would not be read: give {'forget': data"),
         ({"forget_dataset": {"train": records(0, 2)}, "retain_dataset": []}, "^forget_dataset: got a mapping of train"),
         ({"forget_dataset": "f.jsonl", "retain_dataset": []}, "forget set: got 'f.jsonl', .*load_records reads files"),
+        ({"forget_dataset": ["f.jsonl"], "retain_dataset": []}, "forget set: got 'f.jsonl', .*load_records"),
         ({"train_dataset": records(0, 2)}, r"^train_dataset\[0\]: expected {\"forget\": ..., \"retain\": ...}"),
         ({"train_dataset": records(0, 2), "forget_dataset": [], "retain_dataset": []}, "^train_dataset beside"),
     ],

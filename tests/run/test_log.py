@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import sys
+from types import SimpleNamespace
 
 import pytest
 from tiny_models import random_samples, tiny_model
@@ -56,6 +57,15 @@ def test_a_run_that_is_interrupted_behind_its_last_step_keeps_that_step(whole, t
     assert timeless(rows(tmp_path)) == timeless(whole[1])
 
 
+def test_a_resumed_run_without_its_log_says_so(tmp_path, caplog):
+    with pytest.raises(kf.Stopped):
+        run(tmp_path, ("csv",), stop_at=7)
+    before = rows(tmp_path)
+    run(tmp_path, (), resume=True)
+    assert "logs ends where the run was interrupted: --log-to goes on with it" in caplog.text
+    assert rows(tmp_path) == before
+
+
 def test_each_step_stands_in_the_table_once_also_after_an_interruption(whole, tmp_path):
     report, whole = whole
     assert [int(row["step"]) for row in whole] == [*range(1, STEPS + 2)]
@@ -103,6 +113,24 @@ def test_a_log_that_fails_does_not_end_the_run(tmp_path, caplog):
         "log_to=csv: No space left on device: it ends here, the run goes on"
     ]
     assert (tmp_path / "log.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+
+
+def test_a_run_of_wandb_that_ends_does_not_end_ours(tmp_path, caplog, monkeypatch):
+    class Lost(Exception):
+        pass
+
+    class Run:
+        def log(self, values, step):
+            raise Lost("the service\nhas gone")
+
+        finish = log
+
+    fake = SimpleNamespace(init=lambda **how: Run(), errors=SimpleNamespace(Error=Lost))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = RunLog(("wandb",), tmp_path)
+    log.open()
+    log.add(1, "warmup", {"loss": 1.0})
+    assert not log and caplog.messages == ["log_to=wandb: the service has gone: it ends here, the run goes on"]
 
 
 def test_tensorboard_hides_steps_that_are_made_again(tmp_path):
