@@ -139,7 +139,7 @@ class Steps(transformers.TrainerCallback):
         reference = getattr(self.trainer, "ref_model", None)
         rows = None if reference is None else labelled_rows.of(reference)
         if self.forget and rows is not None and rows.known is not None:
-            rows.known.clear()
+            rows.known = labelled_rows.Known()
         self.begin = self._now()
 
     def on_step_end(self, *_, **__) -> None:

@@ -109,7 +109,8 @@ class DEEP_UNL:
         self.options = taken(Options, options, "DEEP_UNL")
         num_layers = self.options.num_layers
         if base_model is None or compare_model_path is None:
-            raise ValueError("base_model (with M_u) and compare_model_path (M0) are needed")
+            missing = "base_model (with M_u)" if base_model is None else "compare_model_path (a folder with M0)"
+            raise ValueError(f"DEEP_UNL: {missing} is missing: give both")
         if not 1 <= block_num <= num_layers:
             raise ValueError(f"block_num={block_num}: expected 1 to {num_layers}")
         for name, value in (("choose_num", choose_num), ("compare_train_times", compare_train_times)):
@@ -139,10 +140,16 @@ class DEEP_UNL:
             found = WeightSnapshot.save(self.base_model.load_llm(path), self._work / "original.safetensors")
         for name, parameter in parameters.items():
             if name not in found:
-                raise ValueError(f"{path} has no {name}: the compare model is not of the model's architecture")
+                raise ValueError(
+                    f"{path} has no {name}: it is not of the model's architecture: give its original as "
+                    "compare_model_path"
+                )
             shape = tuple(found[name].shape)
             if shape != tuple(parameter.shape):
-                raise ValueError(f"{name} is {shape} in {path} and {tuple(parameter.shape)} in the model")
+                raise ValueError(
+                    f"{name} is {shape} in {path} and {tuple(parameter.shape)} in the model: give its original as "
+                    "compare_model_path"
+                )
         return found
 
     # ------------------------------------------------ which block

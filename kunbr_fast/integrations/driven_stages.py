@@ -175,7 +175,10 @@ class DrivenStages(Stages):
         self._original = self.keep_original()
         self._outer.enter_context(frozen(self.decoder.model))
         if steps > self.spans[-1].stop:
-            raise ValueError(f"a checkpoint of step {steps}, in a run of {self.spans[-1].stop} steps")
+            raise ValueError(
+                f"a checkpoint of step {steps}, in a run of {self.spans[-1].stop} steps: give one of this run as "
+                "resume_from_checkpoint"
+            )
         present = next(span for span in self.spans if steps <= span.stop)
         if present.number == 0:  # what a run that had come further has left is made again
             self.state.keep_only((BEGIN, ORIGINAL, Stage.evaluation("original")))
@@ -394,7 +397,10 @@ class DrivenStages(Stages):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["stage"] != self.at.number:
-            raise ValueError(f"optimizer.pt is of stage {state['stage']}, trainer_state.json of {self.at.number}")
+            raise ValueError(
+                f"optimizer.pt is of stage {state['stage']}, trainer_state.json of {self.at.number}: give another "
+                "checkpoint as resume_from_checkpoint"
+            )
         visit = None if self.visit is None else self.visit.stage
         # earlier versions went round by round, and did not note the visit
         old = None if self.config.rounds > 1 and self.config.insertion == "independent" else visit

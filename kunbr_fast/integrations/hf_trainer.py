@@ -47,6 +47,7 @@ from kunbr_fast.integrations.trainer_arguments import (
     not_read,
     refuse,
     refuse_fields,
+    refuse_settings,
     take_up,
     unreached,
 )
@@ -112,18 +113,7 @@ class KUnBRMixin:
             raise ValueError("no data: give forget_dataset= and retain_dataset=, or train_dataset=")
         refuse(self, KUnBRMixin)
         self.config = as_config(config)
-        if self.config.micro_batch_tokens is not None:
-            raise ValueError(
-                f"micro_batch_tokens={self.config.micro_batch_tokens}: here per_device_train_batch_size is what goes "
-                "through at once, gradient_accumulation_steps times in a step: leave it out"
-            )
-        if self.config.rule != "top_k":
-            raise ValueError(
-                f"rule={self.config.rule!r}: the Trainer's number of steps is fixed before the density says how many "
-                "blocks there are: take rule='top_k', or kf.unlearn"
-            )
-        if self.config.sharding != "none":
-            raise ValueError(f"sharding={self.config.sharding!r}: the Trainer's processes hold all of it: leave it out")
+        refuse_settings(self.config)
         self.forget_dataset, self.retain_dataset, self.unlearned = forget_dataset, retain_dataset, unlearned
         explicit = isinstance(config, Mapping) and "rtt" in config
         self.asked = Asked.of(folds, forget_questions, retain_questions, self.config, explicit)
@@ -245,7 +235,10 @@ class KUnBRMixin:
         for name, parameter in () if given is None else self.model.named_parameters():
             if name not in given or given[name].shape != parameter.shape:
                 found = tuple(given[name].shape) if name in given else "missing"
-                raise ValueError(f"unlearned: {name} is {found}, the model's is {tuple(parameter.shape)}")
+                raise ValueError(
+                    f"unlearned: {name} is {found}, the model's is {tuple(parameter.shape)}: give one that was made "
+                    "from this model"
+                )
             check_data(f"unlearned: {name}", given[name])
             if not bool(given[name].isfinite().all()):
                 raise ValueError(f"unlearned: {name} holds NaN or infinite values; its training diverged")

@@ -59,9 +59,6 @@ class Known:
     hidden: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)  # ids (T,), (T, D)
     bytes: int = 0
 
-    def clear(self) -> None:
-        self.__init__()
-
 
 class Rows:
     """What is asked of a model's forward. A deep copy of the model has its own."""

@@ -133,7 +133,8 @@ def kunbr_trainer(finetune: type) -> type:
             """What the model is, and the number of the stage that it is in the middle of."""
             at = None if self._stages is None else self._stages.at
             if at is None:  # before training, or after it
-                return "the unlearned model" if self.state.global_step else "the model as it was loaded", None
+                trained = "the unlearned model" if self._result.is_there else "the original"
+                return trained if self.state.global_step else "the model as it was loaded", None
             if at.number:
                 visit, all_visits = self._stages.visit, len(self._stages.order)
                 inserted = f"the original with layers {layers(visit.block)} inserted"

@@ -146,6 +146,22 @@ def refuse(trainer: Any, mixin: type) -> None:
     _refuse_methods(type(trainer), mixin)
 
 
+def refuse_settings(config: KUnBRConfig) -> None:
+    """The same for settings that the loop of a Trainer cannot follow."""
+    if config.micro_batch_tokens is not None:
+        raise ValueError(
+            f"micro_batch_tokens={config.micro_batch_tokens}: here per_device_train_batch_size is what goes through at "
+            "once, gradient_accumulation_steps times in a step: leave it out"
+        )
+    if config.rule != "top_k":
+        raise ValueError(
+            f"rule={config.rule!r}: the Trainer's number of steps is fixed before the density says how many blocks "
+            "there are: take rule='top_k', or kf.unlearn"
+        )
+    if config.sharding != "none":
+        raise ValueError(f"sharding={config.sharding!r}: the Trainer's processes hold all of it: leave it out")
+
+
 def _refuse_methods(kind: type, mixin: type) -> None:
     order = kind.__mro__
     above, below = order[: order.index(mixin)], order[order.index(mixin) + 1 : order.index(Trainer)]

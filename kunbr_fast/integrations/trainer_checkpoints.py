@@ -66,6 +66,10 @@ class Result:
     def there(self) -> None:
         self._missing = ""
 
+    @property
+    def is_there(self) -> bool:
+        return not self._missing
+
     def check(self, out: Any) -> None:
         """ValueError where it is not."""
         if self._missing:

@@ -94,6 +94,8 @@ def opened(
     log = RunLog(kinds, folder, config)
     if folder is not None and log and not resume:
         (folder / WANDB_ID).unlink(missing_ok=True)
+    elif folder is not None and not log and resume and folder.is_dir():
+        logger.warning("log_to=[]: %s ends where the run was interrupted: --log-to goes on with it", plain(folder))
     try:
         yield log
     finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from open_unlearning_package import Evaluator, Node, packages, score, trainer_args
 from tiny_models import random_samples, tiny_model
 
@@ -75,6 +76,20 @@ def test_each_evaluation_is_of_its_weights(package, tmp_path, caplog):
     assert [e.measured for e in evaluators.values()] == [4, 4]
     made.evaluate()
     assert [e.measured for e in evaluators.values()] == [4, 4]  # of the same weights: overwrite=false counts
+
+
+@packed
+def test_after_an_exception_it_is_the_original(package, tmp_path):
+    class Fails(tf.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            raise KeyboardInterrupt
+
+    made = load(package, tmp_path, {"tofu": Evaluator()})
+    made.add_callback(Fails())
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert made.evaluate() == {"TOFU_score": score(tiny_model())}
+    assert json.loads((tmp_path / "checkpoint-1/evals/model.json").read_text())["model"] == "the original"
 
 
 @packed

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import re
 from pathlib import Path
@@ -65,11 +66,11 @@ def test_shares(max_steps, steps, shared):
 
 
 def test_any_share_is_whole_and_within_its_stage():
-    generator = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randint, generator=torch.Generator().manual_seed(0))
     for _ in range(200):
-        steps = dict(enumerate(torch.randint(1, 50, (int(torch.randint(1, 9, (1,), generator=generator)),)).tolist()))
+        steps = dict(enumerate(draw(1, 50, (int(draw(1, 9, (1,))),)).tolist()))
         whole = sum(steps.values())
-        most = int(torch.randint(len(steps), whole + 1, (1,), generator=generator))
+        most = int(draw(len(steps), whole + 1, (1,)))
         shared = share_steps(most, steps)
         assert sum(shared.values()) == most and all(1 <= shared[n] <= steps[n] for n in steps)
 

@@ -57,6 +57,15 @@ def test_a_run_that_is_interrupted_behind_its_last_step_keeps_that_step(whole, t
     assert timeless(rows(tmp_path)) == timeless(whole[1])
 
 
+def test_a_resumed_run_without_its_log_says_so(tmp_path, caplog):
+    with pytest.raises(kf.Stopped):
+        run(tmp_path, ("csv",), stop_at=7)
+    before = rows(tmp_path)
+    run(tmp_path, (), resume=True)
+    assert "logs ends where the run was interrupted: --log-to goes on with it" in caplog.text
+    assert rows(tmp_path) == before
+
+
 def test_each_step_stands_in_the_table_once_also_after_an_interruption(whole, tmp_path):
     report, whole = whole
     assert [int(row["step"]) for row in whole] == [*range(1, STEPS + 2)]
@@ -91,6 +100,18 @@ def test_what_cannot_be_logged_is_said_before_anything_is_computed(tmp_path, mon
     with pytest.raises(ValueError, match="log_to=.*tensorbord.*: expected different ones of csv, tensorboard, wandb"):
         kf.KUnBRConfig(log_to=("tensorbord",))
     assert kf.KUnBRConfig(log_to=("none",)).log_to == kf.KUnBRConfig(log_to="none").log_to == ()  # as its help says
+
+
+def test_a_log_that_cannot_be_had_leaves_no_unfinished_run(tmp_path, monkeypatch):
+    def refused(self):
+        raise ValueError("log_to=wandb: no key")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "open", refused)
+        with pytest.raises(ValueError, match="no key"):
+            run(tmp_path, ("csv",))
+    run(tmp_path, ("csv",))
+    assert len(rows(tmp_path)) == STEPS + 1
 
 
 def test_a_log_that_fails_does_not_end_the_run(tmp_path, caplog):
