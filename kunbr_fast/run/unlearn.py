@@ -25,7 +25,7 @@ from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
 from kunbr_fast.run.folder import NAME, SAVING, CheckpointFolder, former_folder
-from kunbr_fast.run.log import opened
+from kunbr_fast.run.log import RunLog, opened
 from kunbr_fast.run.output import check_not_read, check_output, check_place
 from kunbr_fast.run.readback import ReadBack
 from kunbr_fast.run.reporter import Reporter
@@ -141,7 +141,7 @@ def carry_out(
         log = stack.enter_context(opened(kinds, place, given.resume, config.to_dict()))
         context = RunContext(work, group, heard, given.resume, group.first, group.wait, given.stop or Stop(), log)
         run = Stages(inputs, config, context)
-        log.open()
+        _open(log, None if given.resume else folder)
         report = run.all()
         run.check_result()  # once more: the attack has put the weights back
         # behind the last step, whose row a process that makes no step any more would otherwise void
@@ -154,6 +154,17 @@ def carry_out(
             except OSError as error:  # which is no reason to lose a result that is only in memory
                 heard.say(f"the run is finished, but {plain(folder.path)} could not be removed ({error}): delete it")
     return report
+
+
+def _open(log: RunLog, begun: CheckpointFolder | None) -> None:
+    """begun: the folder of a run in which nothing is computed yet. It goes where the log cannot be had, so that the
+    command can be given again."""
+    try:
+        log.open()
+    except ValueError:
+        if begun is not None:
+            begun.end()
+        raise
 
 
 def _save(run: Stages, given: Options, folder: CheckpointFolder | None, report: Report, command: bool) -> None:

@@ -102,6 +102,18 @@ def test_what_cannot_be_logged_is_said_before_anything_is_computed(tmp_path, mon
     assert kf.KUnBRConfig(log_to=("none",)).log_to == kf.KUnBRConfig(log_to="none").log_to == ()  # as its help says
 
 
+def test_a_log_that_cannot_be_had_leaves_no_unfinished_run(tmp_path, monkeypatch):
+    def refused(self):
+        raise ValueError("log_to=wandb: no key")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "open", refused)
+        with pytest.raises(ValueError, match="no key"):
+            run(tmp_path, ("csv",))
+    run(tmp_path, ("csv",))
+    assert len(rows(tmp_path)) == STEPS + 1
+
+
 def test_a_log_that_fails_does_not_end_the_run(tmp_path, caplog):
     log = RunLog(("csv",), tmp_path)
     log.add(1, "warmup", {"loss": 1.0, "retain_loss": None})
