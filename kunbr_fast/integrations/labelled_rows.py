@@ -127,7 +127,8 @@ def remove(model: nn.Module) -> None:
 def _forward(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
     rows: Rows = model.__dict__[STATE]
     wanted = rows.wanted
-    own = wanted is None or (wanted == "loss" and not OTHER_LOSSES.isdisjoint(inputs))
+    other = inputs.get("labels") is None or not OTHER_LOSSES.isdisjoint(inputs)
+    own = wanted is None or (wanted == "loss" and other)
     if own or (wanted == "logits" and not _known(rows, inputs)):
         _count(model, rows, inputs)
         return type(model).forward(model, *args, **inputs)

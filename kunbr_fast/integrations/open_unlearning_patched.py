@@ -150,7 +150,7 @@ def put_in(package: str) -> None:
 # ---------------------------------------------------------------- its trainers
 
 
-class _Patched:
+class Patched:
     """Before one of its trainers: the same training, on fused layers and, if `reads_losses_only`, labelled rows."""
 
     options = Options()
@@ -202,7 +202,7 @@ class _Patched:
             self.final_loss_value = sum
             try:
                 _same("PDU.compute_loss", self.model, lambda: self._flattening(self.model, inputs),
-                      lambda: super(_Patched, self).compute_loss(self.model, inputs))  # fmt: skip
+                      lambda: super(Patched, self).compute_loss(self.model, inputs))  # fmt: skip
             finally:
                 del self.final_loss_value
 

@@ -54,6 +54,18 @@ def test_data_without_choices_has_the_probability_of_its_answers(workspace, tmp_
     assert cli.main(command(workspace, "unlearn", "--out", str(out), "--resume", "--quiet")) == 0
 
 
+def test_a_plan_counts_the_answers_that_are_measured_and_attacked(workspace, capsys):
+    def stages(*more, **names):
+        words = command(workspace, "plan", "--retain", str(workspace / "p2.jsonl"), "--gpu-memory", "8GiB", **names)
+        assert cli.main([*words, *QUICK, "--json", *more]) == 0
+        return {stage["name"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
+
+    found, fewer = stages(), stages(forget=("p0",))
+    assert found["evaluation"]["flops"] > fewer["evaluation"]["flops"] > 0
+    assert found["RTT attack"]["flops"] > 0 and "RTT attack" not in fewer
+    assert "RTT attack" not in stages("--no-rtt")
+
+
 def test_what_was_measured_is_taken_up(workspace, tmp_path, monkeypatch):
     """A run that fails after its attack, resumed: nothing is measured again, and the report is the same."""
     records = {what: load_records([workspace / f"{name}.jsonl" for name in names]) for what, names in SETS.items()}

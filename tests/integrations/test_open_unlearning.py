@@ -24,7 +24,7 @@ from kunbr_fast.integrations import labelled_rows, open_unlearning, open_unlearn
 from kunbr_fast.integrations.open_unlearning import Options, Refused, adapted, arguments
 from kunbr_fast.integrations.open_unlearning_kunbr import LISTS
 from kunbr_fast.integrations.open_unlearning_machine import Output
-from kunbr_fast.integrations.open_unlearning_patched import READ_LOSSES_ONLY, _Patched
+from kunbr_fast.integrations.open_unlearning_patched import READ_LOSSES_ONLY, Patched
 from kunbr_fast.integrations.open_unlearning_trainers import get_tokenizer
 from kunbr_fast.model import compat
 from kunbr_fast.run.config import KUnBRConfig
@@ -231,7 +231,7 @@ def test_our_trainer_needs_packed_samples(trainer, tmp_path):
 def test_names_and_bases():
     made = adapted(Difference, Options(patch=True, measure=True))
     assert made.__name__ == "GradDiff" and issubclass(made, Difference) and made.reads_losses_only
-    assert not issubclass(adapted(FinetuneTrainer, Options()), _Patched)
+    assert not issubclass(adapted(FinetuneTrainer, Options()), Patched)
 
 
 # ---------------------------------------------------------------- the command line
