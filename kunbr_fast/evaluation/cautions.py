@@ -1,5 +1,5 @@
-"""What the figures of a report cannot show, one line each: whether the original knew more than guessing tells, a
-difference that so few questions do not tell. At most one line for each set and comparison, and none where all is well."""
+"""What the figures of a report cannot show, one line each: questions that cannot tell the original from guessing, or
+one model from another. At most one line for each set and comparison, and none where all is well."""
 
 from __future__ import annotations
 
