@@ -114,6 +114,6 @@ def test_figures_that_show_little_are_said(workspace, tmp_path, capsys):
     assert cli.main(command(workspace, "unlearn", "--out", str(out), "--quiet", "--no-rtt", **questions)) == 0
     report, printed = finished_report(out), capsys.readouterr().out
     assert len(report["cautions"]) == 2 and "values" not in report["accuracy"]["original"]["forget"]
-    assert report["cautions"][0].startswith("the original is at chance on the forget questions (25.0 % of 12, guessing")
+    assert report["cautions"][0].startswith("12 forget questions cannot tell the original from guessing (25.0 % right,")
     for caution in report["cautions"]:
         assert f"\ncaution: {caution}\n" in printed
