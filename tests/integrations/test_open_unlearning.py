@@ -18,7 +18,7 @@ import transformers as tf
 import yaml
 from helpers import rarely
 from open_unlearning_package import FinetuneTrainer, Node, collate, packages
-from tiny_models import VOCAB, random_samples, tiny_model
+from tiny_models import random_samples, tiny_model
 
 from kunbr_fast.integrations import labelled_rows, open_unlearning, open_unlearning_kunbr
 from kunbr_fast.integrations.open_unlearning import Options, Refused, adapted, arguments
@@ -148,15 +148,21 @@ def test_patched_trainers_give_the_same_weights(trainer, tmp_path, name, clippin
     assert costs[1]["patch"] and costs[1]["versions"]["transformers"] == tf.__version__
 
 
-def test_gradient_accumulation_divides_the_loss(trainer, tmp_path):
+def test_gradient_accumulation_divides_the_loss(trainer, tmp_path, monkeypatch):
     """A release that believes the loss to be divided already must not be believed."""
-    one = train(trainer, tmp_path, "GradDiff", None, max_steps=1, gradient_accumulation_steps=1, max_grad_norm=0.0)
-    assert one.model_accepts_loss_kwargs is False
-    start, batch = (
-        tiny_model(),
-        collate([{"forget": a, "retain": b} for a, b in zip(random_samples(4), random_samples(6, 1))]),
-    )
-    assert one.compute_loss(start, batch, num_items_in_batch=7).shape == ()
+    own, seen = Difference.compute_loss, []
+
+    def compute_loss(self, model, inputs, return_outputs=False):
+        seen.append(inputs)
+        return own(self, model, inputs, return_outputs)
+
+    monkeypatch.setattr(Difference, "compute_loss", compute_loss)
+    made = train(trainer, tmp_path, "GradDiff", None, max_steps=1, gradient_accumulation_steps=2, max_grad_norm=0.0)
+    assert made.model_accepts_loss_kwargs is False and len(seen) == 2
+    start = tiny_model()
+    (sum(own(made, start, inputs) for inputs in seen) / 2).backward()
+    for p, trained in zip(start.parameters(), made.model.parameters()):
+        torch.testing.assert_close(trained, p - 0.02 * p.grad, rtol=1e-9, atol=1e-9)
 
 
 def test_kl_runs_the_model_once(trainer, tmp_path, monkeypatch):
@@ -364,7 +370,7 @@ def test_a_tokenizer_gives_ids():
     made = get_tokenizer(tokenizer)()
     ids = made.apply_chat_template([{"role": "user", "content": "Ada Ek"}], tokenize=True)
     assert type(ids) is list and all(type(i) is int for i in ids)
-    assert max(ids) < 400 and VOCAB
+    assert max(ids) < 400
 
 
 # ---------------------------------------------------------------- the real thing

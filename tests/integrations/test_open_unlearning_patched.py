@@ -255,15 +255,32 @@ def test_weights_above_the_layer_that_rmu_reads_decay(trainer, tmp_path):
     assert apart(ours, plain) < 1e-5
 
 
-def test_a_checkout_whose_loss_has_changed_keeps_it(trainer, tmp_path, caplog):
+def doubled(model, inputs, beta):
+    return 2 * compute_wga_loss(model, inputs, beta)[0], None
+
+
+def with_other_arguments(model, inputs, beta):
+    if not model.training:  # where it is compared
+        raise TypeError("no argument 'beta'")
+    return compute_wga_loss(model, inputs, beta)
+
+
+@pytest.mark.parametrize(
+    "now, why",
+    [
+        (doubled, "its compute_wga_loss differs from what it was derived from"),
+        (
+            with_other_arguments,
+            "its compute_wga_loss cannot be asked as the one it was derived from (TypeError: no",
+        ),
+    ],
+)
+def test_a_checkout_whose_loss_has_changed_keeps_it(trainer, tmp_path, caplog, now, why):
     caplog.set_level(logging.INFO, "kunbr_fast")
     for module in ("trainer.utils", "trainer.unlearn"):
-        sys.modules[module].compute_wga_loss.__wrapped__ = lambda model, inputs, beta: (
-            2 * compute_wga_loss(model, inputs, beta)[0], None
-        )  # fmt: skip
+        sys.modules[module].compute_wga_loss.__wrapped__ = now
     made, _ = trained(trainer, tmp_path, "WGA", True, max_steps=1)
     assert labelled_rows.of(made.model) is None and "forward" not in made.model.__dict__
-    why = "its compute_wga_loss differs from what it was derived from"
     assert f"WGA keeps its own head and loss: {why}" in caplog.text
     assert made.ref_model is not None  # which this one may read
     assert f"fused layers. Not used: labelled rows ({why}" in caplog.text
