@@ -167,7 +167,7 @@ def test_what_columns_leave_open_is_said(run):
     (("--retain-columns", "a=text"), "--retain-columns without --retain"),
     (("--preset", "tofu", "--separator", " "), "--separator with --preset tofu"),
     (("--forget-columns", "ask=prompt", "repl=completion"), "no line so far has 'repl': did you mean 'reply'?)"),
-    (("--forget-columns", "ask=promt"), "did you mean 'prompt'"),
+    (("--forget-columns", "ask=promt"), "--forget-columns: 'ask' as 'promt': no key of a record: did you"),
     ((), "unknown form with keys ['ask', 'reply']"),
 ])  # fmt: skip
 def test_what_is_refused(run, words, message):
