@@ -49,7 +49,7 @@ from typing import Any
 from kunbr_fast.integrations.open_unlearning_kunbr import kunbr_trainer
 from kunbr_fast.integrations.open_unlearning_machine import Output, get_model, load_hf_dataset, load_trainer_args
 from kunbr_fast.integrations.open_unlearning_options import Options, Refused
-from kunbr_fast.integrations.open_unlearning_patched import READ_LOSSES_ONLY, put_in
+from kunbr_fast.integrations.open_unlearning_patched import put_in
 from kunbr_fast.integrations.open_unlearning_trainers import adapted, get_tokenizer, training_arguments
 from kunbr_fast.model import compat
 
@@ -88,7 +88,7 @@ def register(trainer: ModuleType) -> None:
             raise Refused(
                 f"trainer=KUnBR needs transformers >= {compat.PACKED_SINCE} (tested) to run packed samples, found "
                 f"{compat.VERSION}: pip install 'transformers>={compat.PACKED_SINCE}', better >= 5. What does run with "
-                f"{compat.VERSION} is +kunbr_fast.patch=true with {', '.join(READ_LOSSES_ONLY)}"
+                f"{compat.VERSION} is +kunbr_fast.patch=true with its own trainers"
             )
         if name == "KUnBR" and options.patch:
             logger.warning("kunbr_fast.patch: trainer=KUnBR always trains fused layers; this changes nothing")
