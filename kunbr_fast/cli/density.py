@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _chosen(config: KUnBRConfig, density: Density) -> list[range]:
-    """None where no block is above the threshold: what was measured is shown and kept all the same."""
+    """No block where none is above the threshold: what was measured is shown and kept all the same."""
     try:
         return config.select(density)
     except ValueError as error:

@@ -11,6 +11,7 @@ import torch
 
 from kunbr_fast.cli.terminal import say
 from kunbr_fast.data import is_question
+from kunbr_fast.data.columns import Columns
 from kunbr_fast.data.foreign import behind
 from kunbr_fast.data.reading import read_records
 from kunbr_fast.evaluation.rtt import Fold
@@ -77,9 +78,15 @@ def reader(arguments: argparse.Namespace, config: KUnBRConfig) -> Reader:
     """`load_records` as the options say: `read(paths, "--forget")`."""
     given = vars(arguments)
     for dest, columns in given.items():
-        if dest.endswith("_columns") and columns and not given[dest.removesuffix("_columns")]:
-            option = dest.removesuffix("_columns").replace("_", "-")
+        if not dest.endswith("_columns") or not columns:
+            continue
+        option = dest.removesuffix("_columns").replace("_", "-")
+        if not given[dest.removesuffix("_columns")]:
             raise ValueError(f"--{option}-columns without --{option}: give its files, or leave it out")
+        try:
+            Columns(columns)
+        except ValueError as error:  # which begins with "columns"
+            raise ValueError(f"--{option}-{error}") from error
     if arguments.preset and config.separator:
         raise ValueError(
             f"--separator with --preset {arguments.preset}: the preset's lines have what stands between prompt and "

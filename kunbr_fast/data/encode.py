@@ -14,7 +14,7 @@ import torch
 
 from kunbr_fast.data.content import choice_text, is_blank
 from kunbr_fast.data.pieces import pieces
-from kunbr_fast.data.records import check_read, checked_record, question_prompt
+from kunbr_fast.data.records import checked_record, question_prompt
 from kunbr_fast.data.samples import IGNORE, Sample, check_lengths, has_loss, too_long
 from kunbr_fast.data.text import PLAIN, TARGETS, TextSettings, text_and_spans
 from kunbr_fast.data.tokens import check_beginning, check_repeatable, tokens
@@ -180,7 +180,6 @@ def _alternate(record: Mapping, kind: str, target: str, choose: Callable[[Sequen
                 f"{where}: no 'alternate', the second answer that this objective trains in place of the record's own: "
                 "give each record one, or take an objective that needs none (idk_dpo has refusals)"
             )
-        check_read(answer, f"{where}: 'alternate'")
         if not isinstance(answer, str) or is_blank(answer):
             raise ValueError(f"{where}: 'alternate' must be a non-empty string, the second answer, got {shown(answer)}")
         if _is_text(record):

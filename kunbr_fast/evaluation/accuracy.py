@@ -30,6 +30,7 @@ from kunbr_fast import data
 from kunbr_fast.data.content import is_blank
 from kunbr_fast.data.tokens import check_repeatable, tokens, twice
 from kunbr_fast.evaluation.candidates import Candidates, find_candidates, leak
+from kunbr_fast.evaluation.significance import standard_error
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Stretch
@@ -206,7 +207,7 @@ def _accuracy(questions: Questions, scores: torch.Tensor, smooth: torch.Tensor) 
     return replace(
         found,
         smooth=smooth.mean().item(),
-        smooth_error=(smooth.std() / len(smooth) ** 0.5).item() if len(smooth) > 1 else None,
+        smooth_error=standard_error(smooth.tolist()),
         leak=leak(scores.gather(1, answers[:, None])[:, 0]),
         pool=len(answers) / sum(1 / of.pool for of in questions.candidates),
     )

@@ -1,5 +1,5 @@
-"""What the figures of a report cannot show, one line each: an original at chance, a difference that so few questions do
-not tell. At most one line for each set and comparison, and none where all is well."""
+"""What the figures of a report cannot show, one line each: questions that cannot tell the original from guessing, or
+one model from another. At most one line for each set and comparison, and none where all is well."""
 
 from __future__ import annotations
 
@@ -48,10 +48,8 @@ def _at_chance(found: Mapping[str, Any], what: str, hidden: str) -> str | None:
     number, chance = found["num_questions"], found.get("chance")
     if chance is None or above_chance(round(found["plain"] * number), number, chance):
         return None
-    return (
-        f"the original is at chance on the {what} questions ({_percent(found['plain'])} of {number}, guessing "
-        f"{_percent(chance)}): {hidden} cannot be seen"
-    )
+    right = f"{_percent(found['plain'])} right, by guessing {_percent(chance)}"
+    return f"{number} {what} questions cannot tell the original from guessing ({right}): {hidden} cannot be seen"
 
 
 def _few(

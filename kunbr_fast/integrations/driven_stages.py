@@ -355,6 +355,8 @@ class DrivenStages(Stages):
         """After the last micro-batch: sums the gradients over the ranks. Raises `Diverged` if something is not finite,
         also what the update before has stored, or the retain loss beyond its limit."""
         self.gathered, self._step = self._step or SharedStep(self.training), None
+        if isinstance(self.training, BlockTraining):
+            self.training.check_in_place()
         number, metrics = step - self.at.first, self.gathered.gather(self.ranks)
         self.account(self.training, number, (number + 1) % self.steps_per_epoch == 0, metrics, self.losses)
         self._since_log.append(metrics)

@@ -36,6 +36,7 @@ from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.saving import save_model
+from kunbr_fast.files.shown import shown
 from kunbr_fast.integrations.driven_stages import DrivenStages, StageOptimizer
 from kunbr_fast.integrations.trainer_arguments import (
     begin_anew,
@@ -228,6 +229,8 @@ class KUnBRMixin:
 
     def _checked_unlearned(self) -> Mapping[str, torch.Tensor] | None:
         given = self.unlearned
+        if not isinstance(given, (nn.Module, Mapping, type(None))):
+            raise ValueError(f"unlearned: got {shown(given)}, expected a model or its state dict: load it first")
         if isinstance(given, nn.Module):
             given = uncompiled(given)
             no_adapter(given, type(self).__name__, "the unlearned model")

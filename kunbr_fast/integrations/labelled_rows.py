@@ -127,7 +127,8 @@ def remove(model: nn.Module) -> None:
 def _forward(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
     rows: Rows = model.__dict__[STATE]
     wanted = rows.wanted
-    own = wanted is None or (wanted == "loss" and not OTHER_LOSSES.isdisjoint(inputs))
+    other = inputs.get("labels") is None or not OTHER_LOSSES.isdisjoint(inputs)
+    own = wanted is None or (wanted == "loss" and other)
     if own or (wanted == "logits" and not _known(rows, inputs)):
         _count(model, rows, inputs)
         return type(model).forward(model, *args, **inputs)
@@ -213,9 +214,9 @@ def _check(model: nn.Module, impl: str) -> None:
             labels = batch.pop("labels")
             hidden = model.base_model(**batch, use_cache=False)[0]
             pairs = (_of_rows(hidden, head, labels, "loss", impl)[0], own.loss), (head(hidden), own.logits)
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
-        raise Unfit(str(error)) from error
-    error = max(apart(ours, theirs) for ours, theirs in pairs)
+            error = max(apart(ours, theirs) for ours, theirs in pairs)
+    except (ValueError, TypeError, AttributeError, LookupError) as failed:
+        raise Unfit(str(failed)) from failed
     if not error <= rounding(model):
         raise Unfit(f"its loss differs from that of its head by {error:.1e} relative")
 

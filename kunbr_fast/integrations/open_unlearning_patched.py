@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kunbr_fast.files.models import reason
 from kunbr_fast.integrations import labelled_rows
 from kunbr_fast.integrations.labelled_rows import Known, Unfit
 from kunbr_fast.integrations.open_unlearning_options import Options, Refused
@@ -60,7 +61,7 @@ class Swap:
         own = getattr(compute, "__wrapped__", None)
         if own is None:
             raise Unfit(f"this checkout has no {self.name}")
-        model, settings = trainer.model, {name: getattr(trainer, name) for name in self.settings}
+        model, settings = trainer.model, {name: getattr(trainer, name, None) for name in self.settings}
         inputs = labelled_rows.probe(labelled_rows.bare(model))
         rows = labelled_rows.of(model)
         _same(self.name, model, lambda: self.ours(rows, own, model, inputs, **settings),
@@ -68,8 +69,11 @@ class Swap:
 
 
 def _same(name: str, model: nn.Module, ours: Callable, own: Callable) -> None:
-    with evaluating(model), torch.no_grad():
-        error = labelled_rows.apart(ours(), own())
+    try:
+        with evaluating(model), torch.no_grad():
+            error = labelled_rows.apart(ours(), own())
+    except Exception as error:  # its arguments, say, are others now
+        raise Unfit(f"its {name} cannot be asked as the one it was derived from ({reason(error)})") from error
     if not error <= labelled_rows.rounding(labelled_rows.bare(model)):
         raise Unfit(f"its {name} differs from what it was derived from, by {error:.1e} relative")
 
@@ -150,7 +154,7 @@ def put_in(package: str) -> None:
 # ---------------------------------------------------------------- its trainers
 
 
-class _Patched:
+class Patched:
     """Before one of its trainers: the same training, on fused layers and, if `reads_losses_only`, labelled rows."""
 
     options = Options()
@@ -202,7 +206,7 @@ class _Patched:
             self.final_loss_value = sum
             try:
                 _same("PDU.compute_loss", self.model, lambda: self._flattening(self.model, inputs),
-                      lambda: super(_Patched, self).compute_loss(self.model, inputs))  # fmt: skip
+                      lambda: super(Patched, self).compute_loss(self.model, inputs))  # fmt: skip
             finally:
                 del self.final_loss_value
 

@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 from kunbr_fast.integrations.open_unlearning_options import Options
-from kunbr_fast.integrations.open_unlearning_patched import READ_LOSSES_ONLY, _Patched
+from kunbr_fast.integrations.open_unlearning_patched import READ_LOSSES_ONLY, Patched
 from kunbr_fast.model.flops import flop_counter
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def adapted(own: type, options: Options) -> type:
     if options.measure:
         bases.append(_Measured)
     if options.patch:
-        bases.append(_Patched)
+        bases.append(Patched)
     if "num_items_in_batch" not in inspect.signature(own.compute_loss).parameters:
         bases.append(_OwnLoss)
     settings = {"options": options, "reads_losses_only": own.__name__ in READ_LOSSES_ONLY}

@@ -38,7 +38,7 @@ from kunbr_fast.parallel.assign import PARALLEL
 from kunbr_fast.parallel.sharded import SHARDING
 from kunbr_fast.run.log import LOGS
 from kunbr_fast.run.methods import settings_of
-from kunbr_fast.run.setting import ADVERSARY, meant, refuse_old, setting
+from kunbr_fast.run.setting import ADVERSARY, refuse_old, setting, unknown
 from kunbr_fast.run.validity import check_blocks_used, check_each, check_together
 from kunbr_fast.training.flat_buffer import OPTIMIZER_DEVICES, OPTIMIZERS
 from kunbr_fast.training.settings import (
@@ -375,7 +375,7 @@ class KUnBRConfig:
         for key in values:
             if key not in known:
                 refuse_old(str(key), f"{where}: ")
-                raise ValueError(f"{where}: unknown setting {meant(key, [*known, 'method'])}")
+                raise ValueError(f"{where}: unknown setting {unknown(key, [*known, 'method'])}")
         try:
             found = cls(**({} if method is None else settings_of(method, values)) | values)
             if not of_a_run:

@@ -85,7 +85,7 @@ OLD_SETTINGS = {
     "master_weights=False": "expected fp32, none or stochastic: take none, which it was",
 }
 # What other names are taken for settings: those of `baseline`'s options, and options that are none.
-MEANT = {
+_STAND_FOR = {
     "lr": "take warmup_lr (of all parameters), or block_lr",
     "epochs": "take warmup_epochs (of all parameters), or block_epochs",
 } | {
@@ -100,9 +100,9 @@ def setting(default: Any, text: str, stage: str, choices: Sequence[str] = ()) ->
     return dataclasses.field(**kind, metadata={"help": text, "stage": stage, "choices": choices})
 
 
-def meant(name: Any, known: Sequence[str]) -> str:
+def unknown(name: Any, known: Sequence[str]) -> str:
     """An unknown setting's name, and which one it may stand for."""
-    return f"{shown(name)}: {MEANT[name]}" if name in MEANT else f"{shown(name)}{nearest(name, known)}"
+    return f"{shown(name)}: {_STAND_FOR[name]}" if name in _STAND_FOR else f"{shown(name)}{nearest(name, known)}"
 
 
 def refuse_old(name: str, where: str = "") -> None:

@@ -183,6 +183,16 @@ class BlockTraining(Training):
     def gradients(self) -> list[torch.Tensor]:
         return [self.flat.grad]
 
+    def check_in_place(self) -> None:
+        """RuntimeError where another has put the block's weights elsewhere: no update would reach them."""
+        views = self.flat.views(self.flat.weights)
+        for (name, parameter), view in zip(self.parameters.items(), views, strict=True):
+            if parameter.data_ptr() != view.data_ptr():
+                raise RuntimeError(
+                    f"{name} is no longer where its training updates it: something has moved or cast the model "
+                    "(model.to(...) in a callback): let it do so with a copy (copy.deepcopy(model))"
+                )
+
     def _update(self) -> None:
         self.flat.step(self.optimizer)
 

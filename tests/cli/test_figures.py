@@ -54,6 +54,18 @@ def test_data_without_choices_has_the_probability_of_its_answers(workspace, tmp_
     assert cli.main(command(workspace, "unlearn", "--out", str(out), "--resume", "--quiet")) == 0
 
 
+def test_a_plan_counts_the_answers_that_are_measured_and_attacked(workspace, capsys):
+    def stages(*more, **names):
+        words = command(workspace, "plan", "--retain", str(workspace / "p2.jsonl"), "--gpu-memory", "8GiB", **names)
+        assert cli.main([*words, *QUICK, "--json", *more]) == 0
+        return {stage["name"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
+
+    found, fewer = stages(), stages(forget=("p0",))
+    assert found["evaluation"]["flops"] > fewer["evaluation"]["flops"] > 0
+    assert found["RTT attack"]["flops"] > 0 and "RTT attack" not in fewer
+    assert "RTT attack" not in stages("--no-rtt")
+
+
 def test_what_was_measured_is_taken_up(workspace, tmp_path, monkeypatch):
     """A run that fails after its attack, resumed: nothing is measured again, and the report is the same."""
     records = {what: load_records([workspace / f"{name}.jsonl" for name in names]) for what, names in SETS.items()}
@@ -102,6 +114,6 @@ def test_figures_that_show_little_are_said(workspace, tmp_path, capsys):
     assert cli.main(command(workspace, "unlearn", "--out", str(out), "--quiet", "--no-rtt", **questions)) == 0
     report, printed = finished_report(out), capsys.readouterr().out
     assert len(report["cautions"]) == 2 and "values" not in report["accuracy"]["original"]["forget"]
-    assert report["cautions"][0].startswith("the original is at chance on the forget questions (25.0 % of 12, guessing")
+    assert report["cautions"][0].startswith("12 forget questions cannot tell the original from guessing (25.0 % right,")
     for caution in report["cautions"]:
         assert f"\ncaution: {caution}\n" in printed

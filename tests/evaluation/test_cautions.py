@@ -53,8 +53,10 @@ def test_an_original_at_chance_is_one_line_a_set():
         "result": {"forget": answered(1, 12, 5), "retain": answered(8, 12, 8)},
     }
     (line,) = of_run(accuracy, {}, None)
-    expected = "the original is at chance on the forget questions (41.7 % of 12, guessing 25.0 %): forgetting cannot"
-    assert line.startswith(expected)
+    assert line == (
+        "12 forget questions cannot tell the original from guessing (41.7 % right, by guessing 25.0 %): forgetting "
+        "cannot be seen"
+    )
     del accuracy["original"]["forget"]["chance"]  # of an earlier version
     assert "12 forget questions cannot tell 41.7 % (original) from 8.3 %" in of_run(accuracy, {}, None)[0]
 

@@ -98,6 +98,8 @@ def test_an_unlearned_model_is_given(truth, tmp_path):
         run = trainer(tmp_path, unlearned=given)
         assert run.train().global_step == STEPS - 6
         equal(weights(run.model), weights(model))
+    with pytest.raises(ValueError, match="^unlearned: got 'OUT', expected a model or its state dict: load it first"):
+        trainer(tmp_path, unlearned="OUT").train()
     wrong = {name: value for name, value in unlearned.state_dict().items() if "layers.2.mlp.up" not in name}
     with pytest.raises(ValueError, match=r"unlearned: model.layers.2.mlp.up_proj.weight is missing"):
         trainer(tmp_path, unlearned=wrong).train()
@@ -306,6 +308,19 @@ def test_an_evaluation_leaves_the_active_block_where_its_optimiser_updates_it(tr
     run.train()
     equal(weights(run.model), truth())
     assert run.accelerator.device_placement
+
+
+def test_a_callback_that_moves_the_weights_ends_the_training(tmp_path):
+    """No update would reach them any more."""
+
+    class Casts(tf.TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 7:
+                model.to(torch.float32).to(torch.float64)
+
+    run = trainer(tmp_path, callbacks=[Casts()])
+    with pytest.raises(RuntimeError, match="^model.layers.* is no longer where its training updates it: something"):
+        run.train()
 
 
 def test_saved_model_is_a_normal_one(tmp_path):

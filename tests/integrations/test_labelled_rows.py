@@ -36,8 +36,10 @@ def test_loss_and_gradients_are_the_models_own(architecture, side):
     rows = labelled_rows.install(model)
     with rows.want("loss"):
         ours = model(**batch)
+        asked = model(**{**batch, "labels": None})  # for its logits
     ours.loss.backward()
     assert ours.logits is None and relative(ours.loss, own.loss) < FP64
+    assert asked.loss is None and torch.equal(asked.logits, own.logits)
     found = grads(model)
     assert found.keys() == truth.keys()
     assert all(relative(found[name], value) < 100 * FP64 for name, value in truth.items() if value.abs().max() > 1e-6)

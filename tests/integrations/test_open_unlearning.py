@@ -17,14 +17,14 @@ import torch.nn.functional as F
 import transformers as tf
 import yaml
 from helpers import rarely
-from open_unlearning_package import FinetuneTrainer, Node, collate, packages
-from tiny_models import VOCAB, random_samples, tiny_model
+from open_unlearning_package import FinetuneTrainer, load, packages
+from tiny_models import random_samples, tiny_model
 
 from kunbr_fast.integrations import labelled_rows, open_unlearning, open_unlearning_kunbr
 from kunbr_fast.integrations.open_unlearning import Options, Refused, adapted, arguments
 from kunbr_fast.integrations.open_unlearning_kunbr import LISTS
 from kunbr_fast.integrations.open_unlearning_machine import Output
-from kunbr_fast.integrations.open_unlearning_patched import READ_LOSSES_ONLY, _Patched
+from kunbr_fast.integrations.open_unlearning_patched import READ_LOSSES_ONLY, Patched
 from kunbr_fast.integrations.open_unlearning_trainers import get_tokenizer
 from kunbr_fast.model import compat
 from kunbr_fast.run.config import KUnBRConfig
@@ -106,19 +106,12 @@ def trainer(monkeypatch):
 
 
 def train(trainer, folder, name, options, model=None, method_args=None, **args):
-    model = model or tiny_model(dtype=torch.float64)
     args = dict(
-        output_dir=str(folder), logging_dir=str(folder / "logs"), max_steps=3, per_device_train_batch_size=2,
-        gradient_accumulation_steps=2, learning_rate=0.02, optim="sgd", use_cpu=True, report_to="none",
-        remove_unused_columns=False, save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant",
+        logging_dir=str(folder / "logs"), max_steps=3, gradient_accumulation_steps=2, learning_rate=0.02, optim="sgd"
     ) | args  # fmt: skip
-    config = Node({"kunbr_fast": options, "trainer": {"handler": name, "args": args, "method_args": method_args or {}}})
     forget, retain = random_samples(4), random_samples(6, seed=1)
     data = [{"forget": forget[i % 4], "retain": retain[i % 6]} for i in range(12)]
-    made, _ = trainer.load_trainer(
-        trainer_cfg=config["trainer"], model=model, train_dataset=data, eval_dataset=None, tokenizer=None,
-        data_collator=collate, evaluators=None, template_args=None,
-    )  # fmt: skip
+    made = load(trainer, name, folder, model or tiny_model(), data, options, method_args, args)
     made.train()
     return made
 
@@ -148,15 +141,21 @@ def test_patched_trainers_give_the_same_weights(trainer, tmp_path, name, clippin
     assert costs[1]["patch"] and costs[1]["versions"]["transformers"] == tf.__version__
 
 
-def test_gradient_accumulation_divides_the_loss(trainer, tmp_path):
+def test_gradient_accumulation_divides_the_loss(trainer, tmp_path, monkeypatch):
     """A release that believes the loss to be divided already must not be believed."""
-    one = train(trainer, tmp_path, "GradDiff", None, max_steps=1, gradient_accumulation_steps=1, max_grad_norm=0.0)
-    assert one.model_accepts_loss_kwargs is False
-    start, batch = (
-        tiny_model(),
-        collate([{"forget": a, "retain": b} for a, b in zip(random_samples(4), random_samples(6, 1))]),
-    )
-    assert one.compute_loss(start, batch, num_items_in_batch=7).shape == ()
+    own, seen = Difference.compute_loss, []
+
+    def compute_loss(self, model, inputs, return_outputs=False):
+        seen.append(inputs)
+        return own(self, model, inputs, return_outputs)
+
+    monkeypatch.setattr(Difference, "compute_loss", compute_loss)
+    made = train(trainer, tmp_path, "GradDiff", None, max_steps=1, gradient_accumulation_steps=2, max_grad_norm=0.0)
+    assert made.model_accepts_loss_kwargs is False and len(seen) == 2
+    start = tiny_model()
+    (sum(own(made, start, inputs) for inputs in seen) / 2).backward()
+    for p, trained in zip(start.parameters(), made.model.parameters()):
+        torch.testing.assert_close(trained, p - 0.02 * p.grad, rtol=1e-9, atol=1e-9)
 
 
 def test_kl_runs_the_model_once(trainer, tmp_path, monkeypatch):
@@ -231,7 +230,7 @@ def test_our_trainer_needs_packed_samples(trainer, tmp_path):
 def test_names_and_bases():
     made = adapted(Difference, Options(patch=True, measure=True))
     assert made.__name__ == "GradDiff" and issubclass(made, Difference) and made.reads_losses_only
-    assert not issubclass(adapted(FinetuneTrainer, Options()), _Patched)
+    assert not issubclass(adapted(FinetuneTrainer, Options()), Patched)
 
 
 # ---------------------------------------------------------------- the command line
@@ -364,7 +363,7 @@ def test_a_tokenizer_gives_ids():
     made = get_tokenizer(tokenizer)()
     ids = made.apply_chat_template([{"role": "user", "content": "Ada Ek"}], tokenize=True)
     assert type(ids) is list and all(type(i) is int for i in ids)
-    assert max(ids) < 400 and VOCAB
+    assert max(ids) < 400
 
 
 # ---------------------------------------------------------------- the real thing

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from open_unlearning_package import FinetuneTrainer, Node, collate, packages
+from open_unlearning_package import FinetuneTrainer, load, packages
 from tiny_models import random_samples, tiny_model
 
 from kunbr_fast.integrations import labelled_rows
@@ -185,21 +185,12 @@ def start_model():
 
 def trained(trainer, folder, name, patch, method=None, **args):
     """The trainer after its training, and the FLOPs that this took."""
-    args = dict(
-        output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, learning_rate=0.02, optim="sgd",
-        use_cpu=True, report_to="none", remove_unused_columns=False, save_strategy="no", disable_tqdm=True,
-        lr_scheduler_type="constant",
-    ) | args  # fmt: skip
-    options = {"patch": patch, "impl": "torch"}
-    config = Node({"kunbr_fast": options, "trainer": {"handler": name, "args": args, "method_args": method or {}}})
     forget, retain = random_samples(4), random_samples(4, seed=1)
     data = [{"forget": forget[i], "retain": retain[i]} for i in range(4)]
     model = start_model()
     model.set_attn_implementation("eager")  # torch counts no FLOPs of SDPA's kernel on a CPU
-    made, _ = trainer.load_trainer(
-        trainer_cfg=config["trainer"], model=model, train_dataset=data, eval_dataset=None, tokenizer=None,
-        data_collator=collate, evaluators=None, template_args=None,
-    )  # fmt: skip
+    args = dict(max_steps=4, learning_rate=0.02, optim="sgd") | args
+    made = load(trainer, name, folder, model, data, {"patch": patch, "impl": "torch"}, method, args)
     if name == "PDU":
         made.add_callback(Epochs(made))
     with flop_counter() as counter:
@@ -255,15 +246,32 @@ def test_weights_above_the_layer_that_rmu_reads_decay(trainer, tmp_path):
     assert apart(ours, plain) < 1e-5
 
 
-def test_a_checkout_whose_loss_has_changed_keeps_it(trainer, tmp_path, caplog):
+def doubled(model, inputs, beta):
+    return 2 * compute_wga_loss(model, inputs, beta)[0], None
+
+
+def with_other_arguments(model, inputs, beta):
+    if not model.training:  # where it is compared
+        raise TypeError("no argument 'beta'")
+    return compute_wga_loss(model, inputs, beta)
+
+
+@pytest.mark.parametrize(
+    "now, why",
+    [
+        (doubled, "its compute_wga_loss differs from what it was derived from"),
+        (
+            with_other_arguments,
+            "its compute_wga_loss cannot be asked as the one it was derived from (TypeError: no",
+        ),
+    ],
+)
+def test_a_checkout_whose_loss_has_changed_keeps_it(trainer, tmp_path, caplog, now, why):
     caplog.set_level(logging.INFO, "kunbr_fast")
     for module in ("trainer.utils", "trainer.unlearn"):
-        sys.modules[module].compute_wga_loss.__wrapped__ = lambda model, inputs, beta: (
-            2 * compute_wga_loss(model, inputs, beta)[0], None
-        )  # fmt: skip
+        sys.modules[module].compute_wga_loss.__wrapped__ = now
     made, _ = trained(trainer, tmp_path, "WGA", True, max_steps=1)
     assert labelled_rows.of(made.model) is None and "forward" not in made.model.__dict__
-    why = "its compute_wga_loss differs from what it was derived from"
     assert f"WGA keeps its own head and loss: {why}" in caplog.text
     assert made.ref_model is not None  # which this one may read
     assert f"fused layers. Not used: labelled rows ({why}" in caplog.text
