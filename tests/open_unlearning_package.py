@@ -35,6 +35,17 @@ def collate(items):
     return {part: padded([item[part] for item in items]) for part in ("forget", "retain")}
 
 
+def load(package, name, folder, model, data, options=None, method_args=None, args=None, **given):
+    """A trainer of the package, by its own `load_trainer`. args: of TrainingArguments."""
+    args = dict(
+        output_dir=str(folder), per_device_train_batch_size=2, use_cpu=True, report_to="none", save_strategy="no",
+        disable_tqdm=True, remove_unused_columns=False, lr_scheduler_type="constant",
+    ) | (args or {})  # fmt: skip
+    config = Node({"kunbr_fast": options, "trainer": {"handler": name, "args": args, "method_args": method_args or {}}})
+    others = dict(eval_dataset=None, tokenizer=None, data_collator=collate, evaluators=None, template_args=None)
+    return package.load_trainer(trainer_cfg=config["trainer"], model=model, train_dataset=data, **others | given)[0]
+
+
 class Evaluator:
     """With overwrite=false: what is in its file is not measured again."""
 

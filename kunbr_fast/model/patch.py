@@ -258,7 +258,7 @@ class OnceItPays:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
-        few = x.shape[:2].numel() < self.tokens  # (B, T, D), or (B, T, heads, d)
+        few = x.shape[:-1][:2].numel() < self.tokens  # (B, T, D), (B, T, heads, d), or (T, D)
         free = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
         own = few and not free and "kunbr_rows" not in kwargs
         if not torch.compiler.is_compiling():

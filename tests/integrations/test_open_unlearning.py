@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import transformers as tf
 import yaml
 from helpers import rarely
-from open_unlearning_package import FinetuneTrainer, Node, collate, packages
+from open_unlearning_package import FinetuneTrainer, load, packages
 from tiny_models import random_samples, tiny_model
 
 from kunbr_fast.integrations import labelled_rows, open_unlearning, open_unlearning_kunbr
@@ -106,19 +106,12 @@ def trainer(monkeypatch):
 
 
 def train(trainer, folder, name, options, model=None, method_args=None, **args):
-    model = model or tiny_model(dtype=torch.float64)
     args = dict(
-        output_dir=str(folder), logging_dir=str(folder / "logs"), max_steps=3, per_device_train_batch_size=2,
-        gradient_accumulation_steps=2, learning_rate=0.02, optim="sgd", use_cpu=True, report_to="none",
-        remove_unused_columns=False, save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant",
+        logging_dir=str(folder / "logs"), max_steps=3, gradient_accumulation_steps=2, learning_rate=0.02, optim="sgd"
     ) | args  # fmt: skip
-    config = Node({"kunbr_fast": options, "trainer": {"handler": name, "args": args, "method_args": method_args or {}}})
     forget, retain = random_samples(4), random_samples(6, seed=1)
     data = [{"forget": forget[i % 4], "retain": retain[i % 6]} for i in range(12)]
-    made, _ = trainer.load_trainer(
-        trainer_cfg=config["trainer"], model=model, train_dataset=data, eval_dataset=None, tokenizer=None,
-        data_collator=collate, evaluators=None, template_args=None,
-    )  # fmt: skip
+    made = load(trainer, name, folder, model or tiny_model(), data, options, method_args, args)
     made.train()
     return made
 

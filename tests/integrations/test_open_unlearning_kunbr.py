@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from open_unlearning_package import Evaluator, Node, packages, score, trainer_args
+from open_unlearning_package import Evaluator, Node, load, packages, score, trainer_args
 from tiny_models import random_samples, tiny_model
 
 from kunbr_fast.integrations.open_unlearning import Refused
@@ -28,21 +28,17 @@ def package(monkeypatch):
     return packages(monkeypatch)
 
 
-def load(package, folder, evaluators, model=None, tokenizer=None, data=None, config=(), **method_args):
+def made_of(package, folder, evaluators, model=None, tokenizer=None, data=None, config=(), **method_args):
     args = dict(
-        output_dir=str(folder), per_device_train_batch_size=2, use_cpu=True, report_to="none", save_strategy="no",
-        disable_tqdm=True, remove_unused_columns=False, lr_scheduler_type="constant", max_grad_norm=0.0,
-        eval_on_start=True, eval_strategy="epoch", gradient_accumulation_steps=1, learning_rate=1e-3,
+        max_grad_norm=0.0, eval_on_start=True, eval_strategy="epoch", gradient_accumulation_steps=1, learning_rate=1e-3
     )  # fmt: skip
-    method_args = {"config": SETTINGS | dict(config)} | method_args
-    node = Node({"trainer": {"handler": "KUnBR", "args": args, "method_args": method_args}})
     if data is None:
         data = [{"forget": f, "retain": r} for f, r in zip(random_samples(4), random_samples(4, seed=1))]
-    made, _ = package.load_trainer(
-        trainer_cfg=node["trainer"], model=tiny_model() if model is None else model, train_dataset=data,
-        eval_dataset=None, tokenizer=tokenizer, data_collator=None, evaluators=evaluators, template_args=None,
+    return load(
+        package, "KUnBR", folder, tiny_model() if model is None else model, data, None,
+        {"config": SETTINGS | dict(config)} | method_args, args,
+        tokenizer=tokenizer, data_collator=None, evaluators=evaluators,
     )  # fmt: skip
-    return made
 
 
 def results(folder, name="TOFU"):
@@ -55,7 +51,7 @@ def results(folder, name="TOFU"):
 def test_each_evaluation_is_of_its_weights(package, tmp_path, caplog):
     """Before: the last epoch's evaluation and the final one shared a folder, and the second found the first's."""
     start, evaluators = tiny_model(), {"tofu": Evaluator(), "lm_eval": Evaluator("LMEval")}
-    made = load(package, tmp_path, evaluators, copy.deepcopy(start))
+    made = made_of(package, tmp_path, evaluators, copy.deepcopy(start))
     with caplog.at_level(logging.INFO, "kunbr_fast"):
         made.train()
         final = made.evaluate()
@@ -84,7 +80,7 @@ def test_after_an_exception_it_is_the_original(package, tmp_path):
         def on_step_end(self, *_, **__):
             raise KeyboardInterrupt
 
-    made = load(package, tmp_path, {"tofu": Evaluator()})
+    made = made_of(package, tmp_path, {"tofu": Evaluator()})
     made.add_callback(Fails())
     with pytest.raises(KeyboardInterrupt):
         made.train()
@@ -96,7 +92,7 @@ def test_after_an_exception_it_is_the_original(package, tmp_path):
 def test_results_of_another_model_are_not_reported(package, tmp_path, caplog):
     """A second run into one folder, and one of do_train=false: what is there is of other weights."""
     for seed in (0, 1):
-        made = load(package, tmp_path, {"tofu": Evaluator()}, tiny_model(seed=seed))
+        made = made_of(package, tmp_path, {"tofu": Evaluator()}, tiny_model(seed=seed))
         assert made.evaluate() == {"TOFU_score": score(made.model)}
     assert "TOFU_EVAL.json, TOFU_SUMMARY.json not of these weights: removed" in caplog.text
 
@@ -115,14 +111,14 @@ def test_results_without_a_note_are_not_kept(tmp_path):
 @packed
 def test_without_folds_rtt_is_an_error(package, tmp_path):
     with pytest.raises(Refused, match="trainer=KUnBR: config: rtt=True without folds.*trainer.method_args"):
-        load(package, tmp_path, None, config={"rtt": True})
+        made_of(package, tmp_path, None, config={"rtt": True})
 
 
 @packed
 def test_its_settings_are_ours(package, tmp_path):
-    assert load(package, tmp_path, None, config={"statistic": "slug"}).config.statistic == "slug"
+    assert made_of(package, tmp_path, None, config={"statistic": "slug"}).config.statistic == "slug"
     with pytest.raises(Refused, match="trainer=KUnBR: .*statistc.*trainer.method_args.config"):
-        load(package, tmp_path, None, config={"statistc": "slug"})
+        made_of(package, tmp_path, None, config={"statistc": "slug"})
 
 
 @packed
@@ -136,7 +132,7 @@ def test_the_attack_and_its_report(package, tmp_path):
         ids = torch.tensor(words(f"{record['question']} {record['choices'][record['answer']]}")["input_ids"])
         made.append({"input_ids": ids, "labels": ids.clone()})
     config = {"rtt": True, "rtt_epochs": 1, "rtt_lrs": [1e-3]}
-    trainer = load(
+    trainer = made_of(
         package, tmp_path / "out", None, model(), words, [{"forget": a, "retain": b} for a, b in zip(made, made[3:])],
         config, folds=[str(path) for path in folds], retain_questions=str(write_jsonl(tmp_path / "r", records[9:12])),
     )  # fmt: skip

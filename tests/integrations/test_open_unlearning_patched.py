@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from open_unlearning_package import FinetuneTrainer, Node, collate, packages
+from open_unlearning_package import FinetuneTrainer, load, packages
 from tiny_models import random_samples, tiny_model
 
 from kunbr_fast.integrations import labelled_rows
@@ -185,21 +185,12 @@ def start_model():
 
 def trained(trainer, folder, name, patch, method=None, **args):
     """The trainer after its training, and the FLOPs that this took."""
-    args = dict(
-        output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, learning_rate=0.02, optim="sgd",
-        use_cpu=True, report_to="none", remove_unused_columns=False, save_strategy="no", disable_tqdm=True,
-        lr_scheduler_type="constant",
-    ) | args  # fmt: skip
-    options = {"patch": patch, "impl": "torch"}
-    config = Node({"kunbr_fast": options, "trainer": {"handler": name, "args": args, "method_args": method or {}}})
     forget, retain = random_samples(4), random_samples(4, seed=1)
     data = [{"forget": forget[i], "retain": retain[i]} for i in range(4)]
     model = start_model()
     model.set_attn_implementation("eager")  # torch counts no FLOPs of SDPA's kernel on a CPU
-    made, _ = trainer.load_trainer(
-        trainer_cfg=config["trainer"], model=model, train_dataset=data, eval_dataset=None, tokenizer=None,
-        data_collator=collate, evaluators=None, template_args=None,
-    )  # fmt: skip
+    args = dict(max_steps=4, learning_rate=0.02, optim="sgd") | args
+    made = load(trainer, name, folder, model, data, {"patch": patch, "impl": "torch"}, method, args)
     if name == "PDU":
         made.add_callback(Epochs(made))
     with flop_counter() as counter:

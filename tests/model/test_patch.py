@@ -45,8 +45,9 @@ def test_short_calls_run_a_layers_own_code_and_long_ones_fused_layers(architectu
         assert torch.equal(copy.deepcopy(model)(input_ids=short).logits, own[0])
         mlp = model.model.layers[0].mlp
         for length in (5, 12):
-            x = torch.randn(1, length, model.config.hidden_size)
+            x, before = torch.randn(length, model.config.hidden_size), calls.count("swiglu")
             assert relative(mlp(x=x), type(mlp).forward(mlp, x)) < 1e-5
+            assert calls.count("swiglu") - before == (length == 12)
     assert patch.left_alone(model) == "no fused forwards for this model"
     assert not any("forward" in module.__dict__ for module in model.modules())
 
