@@ -49,7 +49,8 @@ def _at_chance(found: Mapping[str, Any], what: str, hidden: str) -> str | None:
     if chance is None or above_chance(round(found["plain"] * number), number, chance):
         return None
     right = f"{_percent(found['plain'])} right, by guessing {_percent(chance)}"
-    return f"{_counted(number, what + ' questions')} cannot tell the original from guessing ({right}): {hidden} cannot be seen"
+    asked = _counted(number, f"{what} questions")
+    return f"{asked} cannot tell the original from guessing ({right}): {hidden} cannot be seen"
 
 
 def _few(
