@@ -137,7 +137,8 @@ def _print(result: RTTResult) -> None:
                 if (curve := result.curve(lr, key, attack)) is not None:
                     kind = f", {attack}" * (attack != "full")
                     name = key if result.metric == "accuracy" else result.metric
-                    show(f"{lr:13g} | {'  '.join(f'{value:6.1%}' for value in curve)}  {name}{kind}")
+                    rate = f"{lr:g}" if lr else "-"
+                    show(f"{rate:>13} | {'  '.join(f'{value:6.1%}' for value in curve)}  {name}{kind}")
     show(*attack_table(result).splitlines())
     attack, lr, epoch = result.strongest
     calibrated = "" if result.calibrated_accuracy is None else f", calibrated {result.calibrated_accuracy:.1%}"

@@ -49,7 +49,8 @@ def _at_chance(found: Mapping[str, Any], what: str, hidden: str) -> str | None:
     if chance is None or above_chance(round(found["plain"] * number), number, chance):
         return None
     right = f"{_percent(found['plain'])} right, by guessing {_percent(chance)}"
-    return f"{number} {what} questions cannot tell the original from guessing ({right}): {hidden} cannot be seen"
+    asked = _counted(number, f"{what} questions")
+    return f"{asked} cannot tell the original from guessing ({right}): {hidden} cannot be seen"
 
 
 def _few(
@@ -87,7 +88,7 @@ def _few_records(
 
 def _cannot(what: str, first: float, last: float, number: int, needed: str, models: tuple[str, str]) -> str:
     both = f"{_percent(first)} ({models[0]}) from {_percent(last)} ({models[1]})"
-    return f"{number} {what} cannot tell {both}: {'about ' * needed.isdecimal()}{needed} would be needed"
+    return f"{_counted(number, what)} cannot tell {both}: {'about ' * needed.isdecimal()}{needed} would be needed"
 
 
 def _others(accuracy: Found, probability: Found, rtt: RTTResult) -> list[str]:
@@ -104,6 +105,10 @@ def _others(accuracy: Found, probability: Found, rtt: RTTResult) -> list[str]:
         f"recovery is of the folds' {rtt.num_questions} {what} ({_percent(rtt.before)} before the attack), forget of "
         f"{found[number]} ({_percent(found[value])}): they are not the same"
     ]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what.removesuffix('s') if number == 1 else what}"
 
 
 def _percent(share: float) -> str:

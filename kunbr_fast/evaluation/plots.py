@@ -218,8 +218,8 @@ def _percents(values: Sequence[float]) -> list[float]:
 
 
 def _share(value: float) -> str:
-    """In percent; a small answer probability with two digits."""
-    return f"{100 * value:.2g} %" if 0 < value < 0.0095 else f"{100 * value:.0f} %"
+    """In percent; a small one with two digits."""
+    return f"{100 * value:.2g} %" if 0 < value < 0.0995 else f"{100 * value:.0f} %"
 
 
 def _rate(lr: float) -> str:

@@ -150,8 +150,8 @@ def attack_table(result: RTTResult) -> str:
         values = [_with_error(found["accuracy"], found["standard_error"])]
         values += [_percent(found["calibrated_accuracy"])] * ("calibrated" in kinds)
         values += [_with_error(found["smooth_accuracy"], found["smooth_error"])] * ("smooth" in kinds)
-        lr = f"{found['lr']:g}" if found["lr"] else "-"
-        rows.append([attack, lr, f"{found['epoch']}", *values, *leak(attack)])
+        trained = [f"{found['lr']:g}", f"{found['epoch']}"] if found["lr"] else ["-", "-"]
+        rows.append([attack, *trained, *values, *leak(attack)])
     failed = dict.fromkeys((found["attack"], found["lr"]) for found in result.diverged)
     for attack, lr in failed:
         rows.append([attack, f"{lr:g}", "diverged", "-", *["-"] * (len(kinds) + len(at))])

@@ -66,6 +66,7 @@ def test_the_summary_is_the_curves(attacked):
     assert written["strongest"]["attack"] == result.strongest.attack and set(written["attacks"]) == set(ALL)
     lines = attack_table(result).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["before", "guessing", *ALL]
+    assert [line.split()[3:6] for line in lines[-2:]] == [["-", "|", "-"]] * 2, "nothing was trained"
     full = written["attacks"]["full"]
     assert f"{100 * full['accuracy']:.1f} ± {100 * full['standard_error']:.1f} %" in lines[4]
     assert f"{100 * full['smooth_accuracy']:.1f} ± {100 * full['smooth_error']:.1f} %" in lines[4]

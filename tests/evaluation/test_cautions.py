@@ -133,6 +133,7 @@ def test_answer_probabilities():
     assert run(0.5, 10, 0.25) == [
         "10 forget records cannot tell 90.0 % (original) from 50.0 % (result): about 16 would be needed"
     ]
+    assert run(0.5, 1)[0].startswith("1 forget record cannot tell")
     assert run(0.5, 1)[0].endswith("from 50.0 % (result): many more would be needed")
     made = attacked(2, 6, 10, metric="probability", error=0.1, change_error=0.4)
     assert "20 records of the folds cannot tell 20.0 % (before" in of_attack(made)[0]
