@@ -12,6 +12,7 @@ from kunbr_fast.evaluation.significance import (
     Z,
     above_chance,
     change_error,
+    differing_share,
     questions_needed,
     standard_error,
 )
