@@ -14,7 +14,7 @@ from kunbr_fast.data import is_question
 from kunbr_fast.data.columns import Columns
 from kunbr_fast.data.foreign import behind
 from kunbr_fast.data.reading import read_records
-from kunbr_fast.evaluation.rtt import Fold
+from kunbr_fast.evaluation.folds import Fold
 from kunbr_fast.files.models import load_model, load_tokenizer
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.model.streaming import open_streamed

@@ -17,8 +17,8 @@ from kunbr_fast.cli.terminal import show
 from kunbr_fast.data import is_question
 from kunbr_fast.data.content import check_files
 from kunbr_fast.data.overlap import facts, of_sides, settle
+from kunbr_fast.evaluation.folds import Fold, overlap_of
 from kunbr_fast.evaluation.report import Report, attack_table, table
-from kunbr_fast.evaluation.rtt import Fold, overlap_of
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model
 from kunbr_fast.files.saving import save_model

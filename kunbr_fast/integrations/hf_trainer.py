@@ -32,8 +32,8 @@ if not is_accelerate_available():
 from transformers import PreTrainedModel, Trainer
 
 from kunbr_fast.density.measure import Density
+from kunbr_fast.evaluation.folds import Fold
 from kunbr_fast.evaluation.report import Report
-from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.saving import save_model
 from kunbr_fast.files.shown import shown

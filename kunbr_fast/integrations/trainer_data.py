@@ -14,7 +14,7 @@ import torch
 
 from kunbr_fast.data import is_question, is_record, load_records
 from kunbr_fast.data.samples import READ, check_keys
-from kunbr_fast.evaluation.rtt import Fold
+from kunbr_fast.evaluation.folds import Fold
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.samples import entries

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kunbr_fast.data.content import EQUAL
-from kunbr_fast.evaluation.rtt import Fold
+from kunbr_fast.evaluation.folds import Fold
 from kunbr_fast.parallel.group import ALONE, Group
 from kunbr_fast.run.log import RunLog
 from kunbr_fast.run.reporter import Reporter

@@ -33,9 +33,10 @@ from kunbr_fast.data import Sample, encode
 from kunbr_fast.data.schedule import Schedule
 from kunbr_fast.evaluation.accuracy import choice_accuracy
 from kunbr_fast.evaluation.figures import drawn
+from kunbr_fast.evaluation.folds import Fold
 from kunbr_fast.evaluation.plots import plot_density, plot_relearning
 from kunbr_fast.evaluation.report import Report, attacks_table, table, write_report
-from kunbr_fast.evaluation.rtt import Fold, RTTResult, rtt_attack
+from kunbr_fast.evaluation.rtt import RTTResult, rtt_attack
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.model.decoder import Decoder

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from kunbr_fast.data import is_question
+from kunbr_fast.evaluation.folds import Fold
 from kunbr_fast.evaluation.report import Report
-from kunbr_fast.evaluation.rtt import Fold
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.readback import NotWritten
 from kunbr_fast.files.scratch import scratch
