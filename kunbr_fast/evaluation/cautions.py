@@ -24,11 +24,14 @@ def of_run(accuracy: Found, probability: Found, rtt: RTTResult | None) -> list[s
         if first is not None and (line := _at_chance(first, what, hidden)):
             found.append(line)
         elif first is not None and last is not None:
+            found += _unmoved(f"{what} accuracy", first["plain"], last["plain"]) if what == "forget" else []
             number, change = first["num_questions"], last["plain"] - first["plain"]
             how = number, differing_share(change, last.get("change_error"), number)
             found += _few(f"{what} questions", first["plain"], last["plain"], *how)
         first, last = (probability.get(model, {}).get(what) for model in ("original", "result"))
         if first is not None and last is not None:
+            known = what == "forget" and first["mean"] >= SEEN
+            found += _unmoved("the probability of the forget answers", first["mean"], last["mean"]) if known else []
             how = first["num_records"], last["change_error"]
             found += _few_records(f"{what} records", first["mean"], last["mean"], *how)
     return found if rtt is None else [*found, *of_attack(rtt), *_others(accuracy, probability, rtt)]
@@ -51,6 +54,13 @@ def _at_chance(found: Mapping[str, Any], what: str, hidden: str) -> str | None:
     right = f"{_percent(found['plain'])} right, by guessing {_percent(chance)}"
     asked = _counted(number, f"{what} questions")
     return f"{asked} cannot tell the original from guessing ({right}): {hidden} cannot be seen"
+
+
+def _unmoved(figure: str, first: float, last: float) -> list[str]:
+    if abs(last - first) >= SEEN:
+        return []
+    both = f"{_percent(first)} (original), {_percent(last)} (result)"
+    return [f"{figure} is what it was, {both}: nothing is forgotten; the learning rates may be too low for this model"]
 
 
 def _few(

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import logging
 import sys
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -125,11 +126,9 @@ class DrivenStages(Stages):
 
     def _begin_state(self, max_steps: int | None) -> None:
         """From here on the settings of the data are fixed, and what else the run was begun with."""
-        begun: dict[str, Any] = {"unlearned_given": self.inputs.unlearned is not None}
-        if self.given is not None:
-            begun["given"] = self.given
-        if max_steps is not None:
-            begun["max_steps"] = max_steps
+        begun: dict[str, Any] = {"unlearned_given": self.inputs.unlearned is not None, "run": uuid.uuid4().hex}
+        others = {"given": self.given, "max_steps": max_steps}
+        begun |= {name: value for name, value in others.items() if value is not None}
         if (found := self.state.result(BEGIN)) is None:
             self.state.finish(BEGIN, begun)
             return
@@ -390,6 +389,7 @@ class DrivenStages(Stages):
             tensors = {name: value for name, value in tensors.items() if name not in self.training.parameters}
         return {
             "stage": self.at.number,
+            "run": self.state.result(BEGIN).get("run"),
             "visit": None if self.visit is None else str(self.visit.stage),
             "steps": self.training.steps,
             "lr": [group["lr"] for group in self.training.optimizer.param_groups],
@@ -403,6 +403,8 @@ class DrivenStages(Stages):
                 f"optimizer.pt is of stage {state['stage']}, trainer_state.json of {self.at.number}: give another "
                 "checkpoint as resume_from_checkpoint"
             )
+        if state.get("run") != self.state.result(BEGIN).get("run"):
+            raise ValueError("the checkpoint is of another training in this output_dir: delete it, or give another one")
         visit = None if self.visit is None else self.visit.stage
         # earlier versions went round by round, and did not note the visit
         old = None if self.config.rounds > 1 and self.config.insertion == "independent" else visit

@@ -80,6 +80,7 @@ class Result(TypedDict, total=False):
     gradient_cosine: float
     cache_error: dict[str, float]
     unlearned_given: bool
+    run: Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]  # which one of those in the same directory
     max_steps: Annotated[int, Meta(ge=1, le=10**12)]  # that the stages share
     ends: dict[str, Annotated[int, Meta(ge=1, le=10**12)]]  # of stages that were ended early, by their numbers
 

@@ -47,6 +47,22 @@ def test_nothing_is_said_where_all_is_well():
     assert of_run({}, {}, None) == []
 
 
+def test_a_run_that_forgets_nothing_is_told():
+    of = {name: {"forget": answered(right, 150, 130), "retain": answered(150, 150, 150)} for name, right in
+          (("original", 130), ("result", 128))}  # fmt: skip
+    (line,) = of_run(of, {}, None)
+    assert line == (
+        "forget accuracy is what it was, 86.7 % (original), 85.3 % (result): nothing is forgotten; the learning rates "
+        "may be too low for this model"
+    )
+    of = {name: {"forget": {"mean": mean, "num_records": 9, "change_error": 0.001}} for name, mean in
+          (("original", 0.6), ("result", 0.59))}  # fmt: skip
+    (line,) = of_run({}, of, None)
+    assert line.startswith("the probability of the forget answers is what it was, 60.0 % (original), 59.0 % (result)")
+    of["original"]["forget"]["mean"] = of["result"]["forget"]["mean"] = 0.001  # never known
+    assert of_run({}, of, None) == []
+
+
 def test_an_original_at_chance_is_one_line_a_set():
     accuracy = {
         "original": {"forget": answered(5, 12), "retain": answered(8, 12)},
@@ -129,7 +145,7 @@ def test_answer_probabilities():
     def run(*last):
         return of_run({}, {"original": {"forget": found(0.9, last[1])}, "result": {"forget": found(*last)}}, None)
 
-    assert run(0.5, 100, 0.1) == [] and run(0.89, 100, 0.1) == []
+    assert run(0.5, 100, 0.1) == [] and run(0.87, 100, 0.001) == []
     assert run(0.5, 10, 0.25) == [
         "10 forget records cannot tell 90.0 % (original) from 50.0 % (result): about 16 would be needed"
     ]

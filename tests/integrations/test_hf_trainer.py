@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -468,6 +469,28 @@ def test_resume_is_refused_for_another_unlearned_model(tmp_path):
     again = trainer(tmp_path, arguments=arguments, unlearned=tiny_model(seed=4))
     with pytest.raises(ValueError, match="was begun with another unlearned="):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_a_checkpoint_of_an_earlier_training_in_the_same_place_is_refused(tmp_path):
+    """Its steps are of another M_u; the present training has not come so far."""
+
+    class Dies(tf.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == self.at:
+                raise KeyboardInterrupt
+
+    for seed, at in ((0, 9), (3, 8)):
+        dies = Dies()
+        dies.at = at
+        run = trainer(tmp_path, config={"seed": seed}, arguments={"save_strategy": "steps", "save_steps": 2 - seed % 2})
+        run.add_callback(dies)
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+    run = trainer(tmp_path, config={"seed": 3})
+    with pytest.raises(ValueError, match="^the checkpoint is of another training in this output_dir: delete it"):
+        run.train(resume_from_checkpoint=True)
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    assert run.train(resume_from_checkpoint=True).global_step == STEPS
 
 
 def test_a_damaged_trainer_state_is_named(tmp_path):
