@@ -51,7 +51,8 @@ def _recognised(record: Record, names: Mapping[Any, Any]) -> str | None:
 
     for name, keys, rewritten, also, cure in TOOLS:
         if all(record.get(key) is not None for key in keys) and (ours := rewritten(record)) is not None:
-            return written(keys, f": this is {name} form", ours, also, cure)
+            reads = not cure.startswith("preset=") or all(_is_of_preset(record[key]) for key in keys)
+            return written(keys, f": this is {name} form", ours, also, cure if reads else "")
     prompt, answer = (next((k for k in words if _is_text(record.get(k))), None) for words in (PROMPTS, ANSWERS))
     if prompt and answer:
         ours = {"prompt": record[prompt], "completion": behind(record[prompt], record[answer])}
@@ -68,6 +69,11 @@ def _recognised(record: Record, names: Mapping[Any, Any]) -> str | None:
                     (key,), " is no form of ours", {"text": record[key]}, cure=f"{COLUMNS} {plain(names[key], 30)}=text"
                 )
     return None
+
+
+def _is_of_preset(value: Any) -> bool:
+    """Whether a preset reads it: a text, or a list of lines."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(line, Mapping) for line in value))
 
 
 def _is_left_out(key: Any, value: Any) -> bool:

@@ -99,7 +99,7 @@ def test_a_preset_that_is_not_used_is_said(tmp_path, caplog):
 
 @pytest.mark.parametrize("line, preset, message", [
     ({"question": "q", "answer": "a", "note2": 1}, "tofu", "'note2' beside prompt"),
-    ({"question": "q", "answer": ["a"]}, "tofu", "this is TOFU's or MUSE's form"),
+    ({"question": "q", "answer": ["a"]}, "tofu", "this is TOFU's or MUSE's form. Write"),
     ({"question": "q", "answer": " "}, "tofu", "'completion'"),
     ({"question": "q", "answer": "a", "prompt": "p", "completion": "c"}, "tofu", "no place in ours"),
     ({"text": "a", "labels": "b"}, "tofu", "KnowUnDo's form .read by preset=knowundo"),
