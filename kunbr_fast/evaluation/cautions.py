@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kunbr_fast.evaluation.curves import RTTResult
-from kunbr_fast.evaluation.significance import Z, above_chance, differing, questions_needed
+from kunbr_fast.evaluation.significance import Z, above_chance, differing_share, questions_needed
 
 SEEN = 0.02  # nobody reads a smaller difference as one
 HIDDEN = {"forget": "forgetting", "retain": "damage"}
@@ -26,7 +26,7 @@ def of_run(accuracy: Found, probability: Found, rtt: RTTResult | None) -> list[s
         elif first is not None and last is not None:
             found += _unmoved(f"{what} accuracy", first["plain"], last["plain"]) if what == "forget" else []
             number, change = first["num_questions"], last["plain"] - first["plain"]
-            how = number, differing(change, last.get("change_error"), number)
+            how = number, differing_share(change, last.get("change_error"), number)
             found += _few(f"{what} questions", first["plain"], last["plain"], *how)
         first, last = (probability.get(model, {}).get(what) for model in ("original", "result"))
         if first is not None and last is not None:

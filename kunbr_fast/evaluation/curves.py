@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 import msgspec
 
 from kunbr_fast.evaluation.candidates import SAMPLES, guessing
-from kunbr_fast.evaluation.significance import differing
+from kunbr_fast.evaluation.significance import differing_share
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.shown import shown
 
@@ -236,7 +236,7 @@ class RTTResult:
         cells, found = self._rows[attack, lr], []
         for fold, number in zip(self._folds, self._numbers):
             before, row = cells[fold, 0], cells[fold, epoch]
-            found.append(number and differing(row["plain"] - before["plain"], row.get("change_error"), number))
+            found.append(number and differing_share(row["plain"] - before["plain"], row.get("change_error"), number))
         return None if None in found else self._mean(found)
 
     def _joint(self, errors: Sequence[float | None]) -> float | None:

@@ -77,17 +77,16 @@ def prepare_answers(
 ) -> Answers:
     """Records, no questions, of which the answer has labels. most: of more records so many, spread evenly. ValueError
     as of `data.encode`."""
-    named = [{"_where": f"record {i}", **record} for i, record in enumerate(records)]
+    named = spread([{"_where": f"record {i}", **record} for i, record in enumerate(records)], most)
     limit, made = least(max_length, decoder.max_positions), []
     for is_text, target in ((True, "all"), (False, "answer")):  # a text line is all answer
         if mine := [i for i, record in enumerate(named) if ("text" in record) == is_text]:
             found = encode_named([named[i] for i in mine], tokenizer, target, limit, text=text)
             made += [(mine[owner], sample, name) for sample, name, owner in zip(*found)]
-    place = {i: number for number, i in enumerate(spread(range(len(records)), most))}
-    made = sorted((one for one in made if one[0] in place), key=lambda one: one[0])
-    owners, samples, names = zip(*made)
+    made.sort(key=lambda one: one[0])
+    owners, samples, names = map(list, zip(*made))
     check_tokens(decoder.model, samples, names)
-    return Answers(list(samples), [place[i] for i in owners], list(names))
+    return Answers(samples, owners, names)
 
 
 def spread(items: Sequence[Any], most: int | None) -> list[Any]:

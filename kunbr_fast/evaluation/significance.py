@@ -23,7 +23,7 @@ def change_error(before: Sequence[float], after: Sequence[float]) -> float | Non
     return standard_error([b - a for a, b in zip(before, after, strict=True)])
 
 
-def differing(difference: float, error: float | None, number: int) -> float | None:
+def differing_share(difference: float, error: float | None, number: int) -> float | None:
     """The share of questions that were answered differently, from the difference of two shares and its standard error;
     None where that is not known."""
     if number == 1:

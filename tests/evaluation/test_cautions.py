@@ -12,7 +12,7 @@ from kunbr_fast.evaluation.significance import (
     Z,
     above_chance,
     change_error,
-    differing,
+    differing_share,
     questions_needed,
     standard_error,
 )
@@ -102,9 +102,9 @@ def test_what_is_needed_is_mcnemars_test():
     assert questions_needed(0.5, 0.5) < questions_needed(0.5, 0.75) < questions_needed(0.25, 0.75)
     assert questions_needed(-0.5, 0.5) == questions_needed(0.5, 0.5)
     assert questions_needed(1.0, 0.5) == questions_needed(1.0, 1.0) == 6, "as many differ at least"
-    assert differing(1.0, None, 1) == 1.0 and differing(0.5, None, 2) is None
+    assert differing_share(1.0, None, 1) == 1.0 and differing_share(0.5, None, 2) is None
     before, after = [0, 0, 1, 1, 1], [1, 1, 1, 0, 1]
-    assert differing(0.2, change_error(before, after), 5) == pytest.approx(3 / 5)
+    assert differing_share(0.2, change_error(before, after), 5) == pytest.approx(3 / 5)
 
 
 def test_what_came_back_is_told_by_enough_questions():
