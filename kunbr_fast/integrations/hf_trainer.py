@@ -35,8 +35,9 @@ from kunbr_fast.density.measure import Density
 from kunbr_fast.evaluation.folds import Fold
 from kunbr_fast.evaluation.report import Report
 from kunbr_fast.files.lock import hold
+from kunbr_fast.files.model_folder import within
 from kunbr_fast.files.saving import save_model
-from kunbr_fast.files.shown import shown
+from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.integrations.driven_stages import DrivenStages, StageOptimizer
 from kunbr_fast.integrations.trainer_arguments import (
     begin_anew,
@@ -63,6 +64,7 @@ from kunbr_fast.integrations.trainer_data import (
 )
 from kunbr_fast.integrations.trainer_loop import AsItIs, Epoch, First, Last
 from kunbr_fast.model.ownership import check_data, no_adapter, trainable, uncompiled
+from kunbr_fast.model.weights import weights_of
 from kunbr_fast.parallel.group import Group
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunContext, RunInputs
@@ -219,6 +221,7 @@ class KUnBRMixin:
         # an evaluation may have put a wrapper on
         model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         trainable(model, type(self).__name__)
+        _apart(Path(args.output_dir), model, "output_dir")
         given = self.processing_class, self._checked_unlearned(), asked, self.asked.folds
         inputs = RunInputs(model, forget, retain, *given)
         sharing = {"writes": args.should_save, "wait": accelerator.wait_for_everyone}
@@ -367,6 +370,7 @@ class KUnBRMixin:
             super()._save(output_dir, state_dict)
             return
         out = Path(self.args.output_dir if output_dir is None else output_dir)
+        _apart(out, model, "save_model")
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         save_model(model, tokenizer, out, replace=True)
         torch.save(self.args, out / "training_args.bin")
@@ -375,6 +379,16 @@ class KUnBRMixin:
         if self._stages is not None and self._stages.at is not None and "train_runtime" not in logs:
             logs.update(self._stages.logged("loss" in logs))
         super().log(logs, *args, **kwargs)
+
+
+def _apart(out: Path, model: nn.Module, what: str) -> None:
+    """ValueError where `out` is the folder that the model was loaded from: the original would be lost."""
+    source = weights_of(model).directory
+    if source is not None and within(out, source):
+        raise ValueError(
+            f"{what}: {plain(out)} is the folder of the original model, or lies in it, which is never overwritten: "
+            "give another one"
+        )
 
 
 class KUnBRTrainer(KUnBRMixin, Trainer):

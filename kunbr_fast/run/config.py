@@ -275,6 +275,8 @@ class KUnBRConfig:
     impl: str = setting("auto", "auto, cuda, triton or torch", "none", ("auto", *IMPLEMENTATIONS))
 
     def __new__(cls, *args: Any, **settings: Any) -> KUnBRConfig:
+        if "method" in settings:
+            raise ValueError("method= is no setting, but names some: KUnBRConfig.from_dict({'method': ..., ...})")
         for name in settings:
             refuse_old(name)
         return super().__new__(cls)

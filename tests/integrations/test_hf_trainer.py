@@ -360,6 +360,18 @@ def test_a_saved_model_has_its_source_s_form_and_is_read_back(tmp_path, monkeypa
     assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
 
 
+def test_the_original_s_own_folder_is_never_overwritten(tmp_path):
+    source = tmp_path / "source"
+    tiny_model().save_pretrained(source)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    with pytest.raises(ValueError, match="output_dir: .*source/run is the folder of the original model, or lies in it"):
+        trainer(source / "run", load_model(source)).train()
+    run = trainer(tmp_path / "run", load_model(source))
+    with pytest.raises(ValueError, match="save_model: .*source is the folder of the original model"):
+        run.save_model(str(source))
+    assert {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()} == before
+
+
 @pytest.mark.parametrize(
     "dtype, autocast", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)], ids=str
 )

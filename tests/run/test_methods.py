@@ -55,6 +55,8 @@ def test_a_line_that_says_otherwise_than_the_method_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="robbust.*did you mean 'robust'"):
         configured("--config", path)
     path.write_text("method: [robust]\n")
+    with pytest.raises(ValueError, match="method= is no setting.*KUnBRConfig.from_dict"):
+        kf.KUnBRConfig(method="npo")
     with pytest.raises(ValueError, match="run.yaml: method=.*expected one of kunbr, robust"):
         configured("--config", path)
 
