@@ -4,7 +4,6 @@ loop."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import sys
@@ -18,6 +17,7 @@ from kunbr_fast.density.measure import Density
 from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import AttackDiverged
 from kunbr_fast.files.tensors import WeightSnapshot
+from kunbr_fast.integrations.stage_steps import Span, shared_out
 from kunbr_fast.model.fingerprint import model_fingerprint
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.prefix_cache import PrefixCache
@@ -36,33 +36,11 @@ from kunbr_fast.training.shared import SharedStep
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """The driver's steps `first` to `stop` (exclusive) of a stage. Number 0 is the warm-up, n the n-th visit of a
-    block. steps: as many were planned, for which the learning rate has its schedule; something may end it earlier."""
-
-    number: int
-    first: int
-    stop: int
-    steps: int
-
-
-def share_steps(max_steps: int, steps: Mapping[int, int]) -> dict[int, int]:
-    """`max_steps` shared over stages of `steps`, by their numbers: each has one at least, and of the rest its part."""
-    rest, whole = max_steps - len(steps), sum(steps.values()) - len(steps)
-    found = {number: 1 + (rest * (n - 1) // whole if whole else 0) for number, n in steps.items()}
-    # what rounding down has left goes to those that it took most from
-    lost = sorted(steps, key=lambda number: -(rest * (steps[number] - 1) % max(whole, 1)))
-    for number in lost[: max_steps - sum(found.values())]:
-        found[number] += 1
-    return found
-
-
 class DrivenStages(Stages):
     """The stages, entered and left one by one; the driver calls `backward`, `gather` and the training's optimiser.
 
     ranks: the driver's, which share each step; autocast: what a forward pass runs in; max_steps: what all stages share,
-    each then has the first ones of its own.
+    each then has the first ones of its own. arguments: the driver's that the weights depend on, see `changed`.
     spans: of the stages that have steps; at: the present one; visit: the present one, None in the warm-up.
     """
 
@@ -74,13 +52,15 @@ class DrivenStages(Stages):
         ranks: Group,
         autocast: Callable[[], contextlib.AbstractContextManager],
         max_steps: int | None = None,
+        arguments: Mapping[str, str] | None = None,
     ):
         self.ranks, self.autocast = ranks, autocast
         super().__init__(inputs, config, context)
         self.steps_per_epoch = self.schedule_of(None).steps_per_epoch
         self.shared: str | None = None  # what to tell of max_steps
         self.planned = self._planned(max_steps)
-        self._begin_state(max_steps)
+        self.changed: dict[str, tuple[str, str]] = {}  # of `arguments`, what was otherwise when the run was begun
+        self._begin_state(max_steps, dict(arguments or {}))
         self.spans = self._spans()
         self.at: Span | None = None
         self.visit: Visit | None = None
@@ -107,31 +87,19 @@ class DrivenStages(Stages):
         steps = {number: n * self.steps_per_epoch for number, n in enumerate(epochs) if n}
         if max_steps is None:
             return steps
-        if max_steps > (whole := sum(steps.values())):
-            raise ValueError(
-                f"max_steps={max_steps}: all stages have {whole} steps; leave it out, or lower it, and they share it"
-            )
-        if max_steps < len(steps):
-            raise ValueError(
-                f"max_steps={max_steps}: {len(steps)} stages (the warm-up, if there is one, and each visit of a block) "
-                f"have one step at least: raise it to {len(steps)}, or lower rounds or top_k, or leave it out"
-            )
-        shared = share_steps(max_steps, steps)
-        parts = [(shared[number], steps[number]) for number in steps if number]
-        said = [f"{shared[0]} of {steps[0]} steps of the warm-up"] if 0 in steps else []
-        said += [f"{' or '.join(map(str, sorted({n for n, _ in parts})))} of {parts[0][1]} of each of {len(parts)} "
-                 "visits of blocks"] if parts else []  # fmt: skip
-        self.shared = f"max_steps={max_steps} of {whole}, shared over the stages: {', '.join(said)}"
+        shared, self.shared = shared_out(max_steps, steps)
         return shared
 
-    def _begin_state(self, max_steps: int | None) -> None:
+    def _begin_state(self, max_steps: int | None, arguments: dict[str, str]) -> None:
         """From here on the settings of the data are fixed, and what else the run was begun with."""
         begun: dict[str, Any] = {"unlearned_given": self.inputs.unlearned is not None, "run": uuid.uuid4().hex}
-        others = {"given": self.given, "max_steps": max_steps}
+        others = {"given": self.given, "max_steps": max_steps, "arguments": arguments}
         begun |= {name: value for name, value in others.items() if value is not None}
         if (found := self.state.result(BEGIN)) is None:
             self.state.finish(BEGIN, begun)
             return
+        before = found.get("arguments", {})
+        self.changed = {n: (before[n], now) for n, now in arguments.items() if before.get(n, now) != now}
         if found.get("max_steps") != max_steps:
             was, now = (f"max_steps={n}" if n else "without max_steps" for n in (found.get("max_steps"), max_steps))
             raise ValueError(f"{self.work}: this run was begun {was}, and is {now} now: put it back")

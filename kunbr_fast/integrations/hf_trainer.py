@@ -47,6 +47,7 @@ from kunbr_fast.integrations.trainer_arguments import (
     for_stage,
     in_arguments,
     not_read,
+    of_weights,
     refuse,
     refuse_fields,
     refuse_settings,
@@ -228,7 +229,11 @@ class KUnBRMixin:
         context = RunContext(Path(args.output_dir) / NAME, reporter=reporter, resume=resume, **sharing)
         ranks = Group(args.process_index, args.world_size)
         shared = None if args.max_steps < 0 else args.max_steps
-        return DrivenStages(inputs, config, context, ranks, accelerator.autocast, shared)
+        stages = DrivenStages(inputs, config, context, ranks, accelerator.autocast, shared, of_weights(args))
+        if stages.changed:
+            said = ", ".join(f"{name}={now} (it was {was})" for name, (was, now) in stages.changed.items())
+            logger.warning("this training was begun with other arguments; from here on it goes on with %s", said)
+        return stages
 
     def _checked_unlearned(self) -> Mapping[str, torch.Tensor] | None:
         given = self.unlearned

@@ -37,6 +37,8 @@ HONOURED = set(
 )
 # The stages share these, or each has its own.
 BY_STAGE = {"max_steps", "warmup_steps", "warmup_ratio", "lr_scheduler_type", "lr_scheduler_kwargs"}
+# Beside the config, and what a state holds anyway, the trained weights depend on these.
+OF_WEIGHTS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "max_grad_norm", "bf16")
 # An error, with what to do instead.
 REFUSED = {
     "fp16": "use bf16",
@@ -281,6 +283,12 @@ def for_stage(args: Any, steps: int, whole: int) -> Any:
     if hasattr(args, "warmup_ratio"):
         args.warmup_ratio = 0.0
     return args
+
+
+def of_weights(args: Any) -> dict[str, str]:
+    """What the trained weights depend on, by name; a resumed training looks whether it is the same."""
+    found = {name: getattr(args, name, None) for name in OF_WEIGHTS}
+    return {name: str(getattr(value, "value", value)) for name, value in found.items() if value is not None}
 
 
 def unreached(args: Any, whole: int) -> str | None:

@@ -18,8 +18,8 @@ from trainer_runner import CONFIG, STEPS, data, trainer
 
 import kunbr_fast as kf
 from kunbr_fast.integrations import trainer_arguments as ours
-from kunbr_fast.integrations.driven_stages import share_steps
 from kunbr_fast.integrations.hf_trainer import KUnBRMixin, KUnBRTrainer
+from kunbr_fast.integrations.stage_steps import share_steps
 
 TABLE = Path(__file__).parents[2].joinpath("docs/integrations.md")
 SAVING = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
@@ -211,6 +211,18 @@ def test_what_is_no_result_is_not_saved(tmp_path):
     run.train(resume_from_checkpoint=True)
     run.save_model()
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_training_that_goes_on_with_other_arguments_says_so(tmp_path, caplog):
+    run = trainer(tmp_path, config=SHORT, arguments=SAVING, callbacks=[Fails((2,))])
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    for arguments, said in (({}, 0), ({"max_grad_norm": 0.5, "lr_scheduler_type": "linear"}, 1)):
+        run = trainer(tmp_path, config=SHORT, arguments=SAVING | arguments, callbacks=[Fails((4,))])
+        with pytest.raises(KeyboardInterrupt):
+            run.train(resume_from_checkpoint=True)
+        assert caplog.text.count("this training was begun with other arguments") == said
+    assert "goes on with lr_scheduler_type=linear (it was constant), max_grad_norm=0.5 (it was 0.0)" in caplog.text
 
 
 # ---------------------------------------------------------------- the warm-up of the learning rate
