@@ -139,7 +139,9 @@ def add_settings(
     wanted = [field for field in dataclasses.fields(KUnBRConfig) if names is None or field.name in names]
     for theme in THEMES:
         fields = [field for field in wanted if THEME[field.name] == theme]
-        group = parser.add_argument_group(theme) if fields else None
+        # what has shorter names is all the training that there is
+        title = "training" if any(field.name in called for field in fields) and theme == "warm-up" else theme
+        group = parser.add_argument_group(title) if fields else None
         for field in fields:
             _add_setting(group, field, *called.get(field.name, ("", field.metadata["help"])))
 
@@ -155,6 +157,7 @@ def _add_setting(group: Any, field: dataclasses.Field, short: str, text: str) ->
         kind |= {"action": argparse.BooleanOptionalAction}
     elif isinstance(default, tuple):
         known, metavar = NUMBERS.get(field.name), field.name.rpartition("_")[2].upper().removesuffix("S")
+        metavar = "LOG" if field.name == "log_to" else metavar
         kind |= {"nargs": "+", "type": number(known) if known else str, "action": Different, "metavar": metavar}
     elif field.name == "retain_layers":
         kind |= {"nargs": "+", "type": number_or(WORDS, NUMBERS[field.name]), "action": Different, "metavar": "LAYER"}
