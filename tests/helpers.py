@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import kunbr_fast as kf
+from kunbr_fast.run.reporter import Reporter
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -73,3 +76,19 @@ def poisoned(device):
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def stopping_within(step):
+    """A reporter and a `Stop` for `kf.unlearn`, which is asked to stop within its step number `step` (None: never), and
+    the list of the stages of the steps that it makes."""
+    made, stop = [], kf.Stop()
+
+    @contextlib.contextmanager
+    def around(stage, part):
+        yield
+        if part == "step":
+            made.append(stage)
+            if len(made) == step:
+                stop.request()
+
+    return Reporter(around=around), stop, made

@@ -1,16 +1,15 @@
 """`--log-to`: what a run writes of its steps while it works."""
 
-import contextlib
 import csv
 import sys
 from types import SimpleNamespace
 
 import pytest
+from helpers import stopping_within
 from tiny_models import random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.run.log import COLUMNS, RunLog
-from kunbr_fast.run.reporter import Reporter
 
 CONFIG = dict(
     batch_size=5, warmup_epochs=2, warmup_lr=1e-3, num_blocks=3, top_k=2, block_epochs=1, block_lr=1e-3, rtt=False
@@ -19,21 +18,10 @@ STEPS = 4 + 2 * 2
 
 
 def run(out, kinds, stop_at=None, **options):
-    made, stop = [], kf.Stop()
-
-    @contextlib.contextmanager
-    def around(stage, part):
-        yield
-        if part == "step":
-            made.append(stage)
-            if len(made) == stop_at:
-                stop.request()
-
+    reporter, stop, _ = stopping_within(stop_at)
     data = random_samples(10, seed=1), random_samples(12, seed=2)
     config = kf.KUnBRConfig(**CONFIG, log_to=kinds)
-    return kf.unlearn(
-        tiny_model(), *data, config, output_dir=out, reporter=Reporter(around=around), stop=stop, **options
-    )
+    return kf.unlearn(tiny_model(), *data, config, output_dir=out, reporter=reporter, stop=stop, **options)
 
 
 def rows(out):

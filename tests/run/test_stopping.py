@@ -1,17 +1,15 @@
 """A run that is asked to stop: it ends after its step, with a checkpoint, and goes on to the same bits."""
 
-import contextlib
 import dataclasses
 import functools
 import signal
 
 import pytest
 import torch
-from helpers import rarely
+from helpers import rarely, stopping_within
 from tiny_models import random_samples, tiny_model
 
 import kunbr_fast as kf
-from kunbr_fast.run.reporter import Reporter
 
 CONFIG = kf.KUnBRConfig(
     batch_size=5, retain_batch_size=4, warmup_epochs=2, warmup_lr=1e-3, num_blocks=3, top_k=2, block_epochs=2,
@@ -22,20 +20,11 @@ STEPS = 4 + 2 * 4  # of the warm-up and of two blocks
 
 def run(out, stop_at=None, resume=False, config=CONFIG, dtype=torch.float64):
     """(the weights or None, how many steps were made); asked to stop within step number `stop_at`."""
-    steps, stop = [], kf.Stop()
-
-    @contextlib.contextmanager
-    def around(stage, part):
-        yield
-        if part == "step":
-            steps.append(stage)
-            if len(steps) == stop_at:
-                stop.request()
-
+    reporter, stop, steps = stopping_within(stop_at)
     model = tiny_model(dtype=dtype)
     data = random_samples(10, seed=1), random_samples(12, seed=2)
     try:
-        kf.unlearn(model, *data, config, output_dir=out, resume=resume, reporter=Reporter(around=around), stop=stop)
+        kf.unlearn(model, *data, config, output_dir=out, resume=resume, reporter=reporter, stop=stop)
     except kf.Stopped:
         return None, len(steps)
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}, len(steps)
