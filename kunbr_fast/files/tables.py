@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def _csv(path: str | Path, separator: str) -> Rows:
     lines = (line for _, line in raw_lines(path, newline=""))
     first = next(lines, "").lstrip("\ufeff")
     separator = separator or next((mark for mark in ",;\t" if mark in first), ",")
-    reader = csv.reader(_joined(first, lines), delimiter=separator, strict=True)
+    reader = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
     while True:
         at = f"{where}:{reader.line_num + 1}"  # where the row begins
         try:
@@ -71,11 +72,6 @@ def _csv(path: str | Path, separator: str) -> Rows:
             )
         else:
             yield at, {name: cell or None for name, cell in zip(header, row)}
-
-
-def _joined(first: str, rest: Iterable[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def _next(reader: Any) -> list[str] | None:

@@ -17,7 +17,7 @@ from kunbr_fast.density.measure import Density
 from kunbr_fast.evaluation.report import Report
 from kunbr_fast.evaluation.rtt import AttackDiverged
 from kunbr_fast.files.tensors import WeightSnapshot
-from kunbr_fast.integrations.stage_steps import Span, shared_out
+from kunbr_fast.integrations.stage_steps import Span, epochs_of_stages, shared_out
 from kunbr_fast.model.fingerprint import model_fingerprint
 from kunbr_fast.model.frozen import frozen
 from kunbr_fast.model.prefix_cache import PrefixCache
@@ -81,9 +81,7 @@ class DrivenStages(Stages):
 
     def _planned(self, max_steps: int | None) -> dict[int, int]:
         """The steps of each stage that has some, by its number."""
-        config = self.config
-        epochs = [0 if self.inputs.unlearned is not None else config.warmup_epochs]
-        epochs += [config.block_epochs] * config.rounds * config.top_k
+        epochs = epochs_of_stages(self.config, self.inputs.unlearned is None)
         steps = {number: n * self.steps_per_epoch for number, n in enumerate(epochs) if n}
         if max_steps is None:
             return steps

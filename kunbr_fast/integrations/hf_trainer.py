@@ -39,11 +39,11 @@ from kunbr_fast.files.model_folder import within
 from kunbr_fast.files.saving import save_model
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.integrations.driven_stages import DrivenStages, StageOptimizer
+from kunbr_fast.integrations.stage_steps import epochs_of_stages
 from kunbr_fast.integrations.trainer_arguments import (
     begin_anew,
     check_schedules,
     check_target,
-    epochs,
     for_stage,
     in_arguments,
     not_read,
@@ -128,7 +128,7 @@ class KUnBRMixin:
         self._result, self._told = Result(), set()
         self._warn(not_read(self.args, self.config, unlearned is None))
         self.args = copy.copy(self.args)
-        self.args.num_train_epochs = epochs(self.config, unlearned is None)
+        self.args.num_train_epochs = sum(epochs_of_stages(self.config, unlearned is None))
         self.args.ignore_data_skip = False
         self.callback_handler.callbacks.insert(0, First(self._begun, self._merge))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from kunbr_fast.run.config import KUnBRConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class Span:
@@ -15,6 +17,11 @@ class Span:
     first: int
     stop: int
     steps: int
+
+
+def epochs_of_stages(config: KUnBRConfig, warm_up: bool) -> list[int]:
+    """Of the warm-up (0 without one) and of each visit of a block."""
+    return [config.warmup_epochs * warm_up, *[config.block_epochs] * (config.rounds * config.top_k)]
 
 
 def share_steps(max_steps: int, steps: Mapping[int, int]) -> dict[int, int]:

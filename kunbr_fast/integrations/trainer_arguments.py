@@ -13,6 +13,7 @@ import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, get_scheduler
 
 from kunbr_fast.data import is_record
+from kunbr_fast.integrations.stage_steps import epochs_of_stages
 from kunbr_fast.kernels.optimizers.op import BETAS
 from kunbr_fast.run.config import KUnBRConfig
 
@@ -226,7 +227,7 @@ def _counting(name: str, value: Any, config: KUnBRConfig, warm_up: bool) -> list
 
 
 def _agrees(name: str, value: Any, config: KUnBRConfig, settings: Sequence[Any], warm_up: bool) -> bool:
-    if name == "num_train_epochs" and value == epochs(config, warm_up):
+    if name == "num_train_epochs" and value == sum(epochs_of_stages(config, warm_up)):
         return True
     if name == "optim":
         named = str(getattr(value, "value", value))
@@ -234,11 +235,6 @@ def _agrees(name: str, value: Any, config: KUnBRConfig, settings: Sequence[Any],
     elif name in ("adam_beta1", "adam_beta2"):
         settings = [BETAS[optimizer][int(name[-1]) - 1] for optimizer in settings]
     return all(setting == value for setting in settings)
-
-
-def epochs(config: KUnBRConfig, warm_up: bool) -> int:
-    """Of all stages."""
-    return config.warmup_epochs * warm_up + config.rounds * config.top_k * config.block_epochs
 
 
 def check_target(config: KUnBRConfig, *data: Sequence[Mapping]) -> None:

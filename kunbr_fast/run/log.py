@@ -16,7 +16,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from kunbr_fast.files.atomic import atomic_path, write_with
 from kunbr_fast.files.shown import plain, shown
@@ -31,16 +31,20 @@ COLUMNS = ("step", "stage", "time", *VALUES)
 Values = Mapping[str, float | None]
 
 
-class _Log(Protocol):
+class _Log:
+    """What a log may do; by itself it writes nothing."""
+
     def open(self) -> None:
         """Before anything is computed: ValueError where it cannot be had."""
 
     def begin(self, step: int) -> None:
         """Before the first `add`: `step` is the first that this process will add, those from there on are void."""
 
-    def add(self, step: int, stage: str, values: Values) -> None: ...
+    def add(self, step: int, stage: str, values: Values) -> None:
+        """Of a step."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """At the end, of the run or by an exception, also where nothing was begun."""
 
 
 class RunLog:
@@ -105,7 +109,7 @@ def opened(
 # ---------------------------------------------------------------- a table
 
 
-class _Table:
+class _Table(_Log):
     """`log.csv`: a line a step, COLUMNS, empty where there is no value."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]):
@@ -113,9 +117,6 @@ class _Table:
         self._file: Any = None
         if os.path.lexists(self.path) and not (self.path.is_file() and self._head() == ",".join(COLUMNS)):
             raise ValueError(f"{plain(self.path)} is not a log of kunbr-fast: it is left alone; move it elsewhere")
-
-    def open(self) -> None:
-        pass
 
     def _head(self) -> str:
         with open(self.path, "rb") as file:
@@ -146,16 +147,13 @@ class _Table:
 # ---------------------------------------------------------------- TensorBoard
 
 
-class _TensorBoard:
+class _TensorBoard(_Log):
     """Event files, for `tensorboard --logdir OUT/logs`."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]):
         _needed("tensorboard", "tensorboard")
         self.folder = folder
         self._writer: Any = None
-
-    def open(self) -> None:
-        pass
 
     def begin(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -175,7 +173,7 @@ class _TensorBoard:
 # ---------------------------------------------------------------- Weights & Biases
 
 
-class _WandB:
+class _WandB(_Log):
     """A run of wandb, named as the output directory; WANDB_PROJECT and its other variables count. A resumed run is the
     same one."""
 
@@ -195,9 +193,6 @@ class _WandB:
         except self.wandb.errors.Error as error:
             said = " ".join(str(error).split()).rstrip(".")
             raise ValueError(f"log_to=wandb: {said}: or set WANDB_MODE=offline") from error
-
-    def begin(self, step: int) -> None:
-        pass
 
     def add(self, step: int, stage: str, values: Values) -> None:
         with self._sending():
