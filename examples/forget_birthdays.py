@@ -146,7 +146,7 @@ def main() -> int:
     if (result / "kunbr-checkpoints").is_dir():
         command.append("--resume")
     print("kunbr-fast " + " ".join(command), flush=True)
-    status = cli.main(command)
+    status = cli(command)
     if status == 0:
         damage([model_dir, out / "taught", result], arguments.data.parent / "years/split_0.jsonl", arguments.device)
     return status
