@@ -152,7 +152,9 @@ class Measurement:
             held.clear()
             batches = self._batches(samples, whole=not squared)
             alone = len(batches) == 1 and not squared and self.group.size == 1
-            take = now if alone and self._settled else add  # what is visited is not visited again
+            if alone:
+                self._settle(samples[0])  # what is visited is not visited again
+            take = now if alone else add
             reading = self._reading(whole=not squared, add=take)
             done = self._run(batches, reading)
         self._gather(held)
@@ -181,6 +183,13 @@ class Measurement:
                 left = left[sum(map(len, group)) :]
                 while results:
                     yield results.pop(0)
+
+    def _settle(self, sample: Sample) -> None:
+        """Finds out by a pass over one sample of which kind the modules are, if none has been run."""
+        before = self._bar.n
+        while not self._settled:
+            self._run([[sample]], self._reading(whole=True))
+        self._bar.n = before
 
     def _reading(self, whole: bool, add: Add | None = None) -> Reading:
         return Reading(self.decoder.device, self.watched, self.how, whole, add)
