@@ -162,7 +162,9 @@ class Measurement:
     # ------------------------------------------------ batches, and memory that runs out
 
     def _batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
-        batches = token_batches([len(s["input_ids"]) for s in samples], self.batch_tokens)
+        lengths = [len(s["input_ids"]) for s in samples]
+        together = self.decoder.way.together(max(lengths, default=0))  # else each sample is a batch
+        batches = token_batches(lengths, self.batch_tokens if together else 1)
         return [[samples[i] for i in indices] for indices in batches]
 
     def _each(self, samples: Sequence[Sample]) -> Iterator[Found]:
@@ -263,7 +265,8 @@ class Reading:
         """Inside, one forward and backward pass of `layers` is read; statistics go to `found`. Yields a function to
         call between the two."""
         segments = Segments.of([batch.num_tokens] if self.whole else batch.lengths, self.measurement.decoder.device)
-        taps = Taps(segments, batch.num_tokens, lambda parts: self._read(parts, batch, found))
+        places = self.measurement.decoder.way.places(batch)
+        taps = Taps(segments, places, lambda parts: self._read(parts, batch, found))
         inside = [item for item in self.measurement.watched if item.layer in layers]
         with contextlib.ExitStack() as stack:
             for item in inside:
@@ -271,7 +274,7 @@ class Reading:
                     # before hooks of the user's, which may change what the module gives
                     hook = item.module.register_forward_hook(taps.hook(item), prepend=True, with_kwargs=True)
                     stack.callback(hook.remove)
-            stack.enter_context(experts.watched([item for item in inside if item.experts is not None], taps, batch))
+            stack.enter_context(experts.watched([item for item in inside if item.experts is not None], taps))
             yield taps.forward_is_over
             taps.finish()
 
