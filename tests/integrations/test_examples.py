@@ -1,5 +1,8 @@
-"""Examples of TRL, PEFT and Lightning run, train the same weights, and cost less than what they stand in for."""
+"""Examples of TRL, PEFT and Lightning run, train the same weights, and cost less than what they stand in for.
+What any example imports from the package is there."""
 
+import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -17,6 +20,19 @@ CASES = {
     "trl_dpo": ("trl", ["DPOTrainer", "DPOTrainer, precomputed", "DPOTrainer with LoRA"]),
     "lightning_module": ("lightning", ["Lightning, kf.patched", "Lightning, kf.reinserted"]),
 }
+
+
+def test_what_examples_import_is_there():
+    """Without running them: most need minutes, or packages that CI lacks."""
+    imports = [
+        (path.name, node.module, alias.name)
+        for path in (ROOT / "examples").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("kunbr_fast")
+        for alias in node.names
+    ]
+    assert len(imports) > 10
+    assert not [found for found in imports if not hasattr(importlib.import_module(found[1]), found[2])]
 
 
 @pytest.mark.slow
