@@ -15,17 +15,14 @@ import copy
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from kunbr_fast.memory import is_out_of_memory
 from kunbr_fast.model.calls import Call, Seen, hidden_of
-
-if TYPE_CHECKING:
-    from kunbr_fast.model.decoder import Decoder
-    from kunbr_fast.model.ways import Way
+from kunbr_fast.model.ways import Way
 
 NARROW = 3  # tokens
 _WINDOW = re.compile(r"window|^attention_chunk_size$|^index_topk$|^local_attention$")
@@ -65,8 +62,8 @@ class Disagreement(Exception):
 
 
 @torch.no_grad()
-def compare(decoder: Decoder, way: Way, seen: Seen) -> None:
-    """`Disagreement` where the embeddings or a layer of `decoder`, run in this way, do something else than in the
+def compare(decoder: Any, way: Way, seen: Seen) -> None:
+    """`Disagreement` where the embeddings or a layer of a `Decoder`, run in this way, do something else than in the
     model's own runs on the decoder's probe."""
     batch, limit = decoder.probe, LIMITS[decoder.dtype]
     try:
@@ -105,7 +102,7 @@ def _raised(what: str, error: BaseException) -> Disagreement:
     return Disagreement(f"{what} ({type(error).__name__}: {said[:200]})")
 
 
-def _compare_layer(decoder: Decoder, way: Way, seen: Seen, index: int, calls: list[Call], widely: bool) -> None:
+def _compare_layer(decoder: Any, way: Way, seen: Seen, index: int, calls: list[Call], widely: bool) -> None:
     """widely: by a copy in a wider dtype too, where memory is enough for one."""
     path, layer, batch = decoder.layer_path(index), decoder.layers[index], decoder.probe
     before, truth = torch.cat(seen.inputs[index]), torch.cat(seen.outputs[index])

@@ -174,9 +174,8 @@ def test_adapters_are_refused_where_weights_are_trained(peft, tmp_path):
             with pytest.raises(ValueError, match=r"PEFT adapter.*merge_and_unload\(\)"):
                 call(model)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(
-        ValueError, match="its own states before the layers are .*puts tokens in.*or load the model without it"
-    ):
+    words = "its own states before the layers are .*puts tokens in.*or load the model without it"
+    with pytest.raises(ValueError, match=words):
         Decoder(list(adapters(peft))[3])
 
 
