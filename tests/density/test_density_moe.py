@@ -8,7 +8,6 @@ from tiny_models import MIXTURES, random_samples, tiny_model
 from torch import nn
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from kunbr_fast.data import pack
 from kunbr_fast.density import experts
@@ -17,6 +16,11 @@ from kunbr_fast.density.measure import NORMS, REDUCTIONS, knowledge_density
 from kunbr_fast.density.taps import Segments, Taps
 from kunbr_fast.density.watch import choose_tiles
 from kunbr_fast.model.decoder import Decoder
+
+try:
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+except ImportError:  # transformers 5.0
+    NemotronHExperts = None
 
 # Both models' routers take their softmax in fp32 whatever the weights' dtype. A last-bit difference of a hidden state
 # can turn the rounding of a routing weight, 6e-8 relative, which then scales what its expert adds to a gradient.
@@ -111,7 +115,7 @@ def test_sampled_experts(modules):
 def layouts():
     oss = tf.GptOssConfig(hidden_size=8, intermediate_size=12, num_local_experts=5, num_hidden_layers=1)
     aria = tf.AriaTextConfig(hidden_size=8, intermediate_size=12, moe_num_experts=5, num_attention_heads=2)
-    nemotron = tf.NemotronHConfig(hidden_size=8, moe_intermediate_size=12, n_routed_experts=5)
+    nemotron = NemotronHExperts and tf.NemotronHConfig(hidden_size=8, moe_intermediate_size=12, n_routed_experts=5)
     return {"transposed, biases, interleaved": (GptOssExperts, oss), "transposed": (AriaExperts, aria),
             "no gate": (NemotronHExperts, nemotron)}  # fmt: skip
 
@@ -120,6 +124,8 @@ def layouts():
 @pytest.mark.parametrize("fraction", [None, 1.0])
 def test_layouts_of_experts(layout, fraction):
     kind, config = layouts()[layout]
+    if kind is None:
+        pytest.skip(f"transformers {tf.__version__} has no Nemotron-H")
     if kind is AriaExperts and not experts.is_experts(kind(config)):
         pytest.skip(f"transformers {tf.__version__}'s Aria has no experts interface: its experts route by themselves")
     config._experts_implementation = "eager"
