@@ -84,7 +84,7 @@ def test_hidden_states_and_attention_weights_are_captured(architecture):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("architecture", FUSED)
 def test_gradient_checkpointing(architecture, reentrant, caplog):
-    patch._say_once.cache_clear()
+    patch.say_once.cache_clear()
     model = tiny_model(architecture).train()
     layer = patch._layers(model)[3]
     calls = []
