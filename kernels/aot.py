@@ -2,8 +2,8 @@
 
 Prints registers a thread, shared memory, spills and the matrix instruction of each. Exits with 1 if a kernel does not
 compile, spills registers to memory, wants more shared memory than there is, or lacks the matrix instruction of its
-architecture (mma.sync on sm_80, wgmma on sm_90, tcgen05 on sm_100). The launchers describe what is compiled, with
-tensors on the meta device.
+architecture (mma.sync on sm_80 and sm_120, wgmma on sm_90, tcgen05 on sm_100). The launchers describe what is compiled,
+with tensors on the meta device.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from .launch import INTERPRETED, Call
 
 # Folders whose triton_kernel.py has `aot_calls(architecture)`: (label, Call, whether it uses the matrix units).
 MODULES = ("grad_density", "norms", "rotary", "gated", "linear_loss", "optimizers")
-ARCHITECTURES = {f"sm_{a}": a for a in config.ARCHITECTURES}
-MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes, the most that one program can have
+TABLE_OF = {a: a for a in config.ARCHITECTURES} | {120: 80}  # whose tiles a GPU takes (`config.architecture`)
+ARCHITECTURES = {f"sm_{a}": a for a in TABLE_OF}
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes, the most of one program
 _INSTRUCTIONS = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 _TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1"}
@@ -119,7 +120,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 def jobs(architectures: tuple[int, ...]) -> list[tuple[int, str, Call, bool]]:
     """The arguments of `compile_call` for every kernel."""
     kernels = [importlib.import_module(f".{name}.triton_kernel", __package__) for name in MODULES]
-    return [(a, *described) for a in architectures for module in kernels for described in module.aot_calls(a)]
+    return [(a, *described) for a in architectures for module in kernels for described in module.aot_calls(TABLE_OF[a])]
 
 
 def _compile_job(architectures: tuple[int, ...], index: int) -> Compiled:

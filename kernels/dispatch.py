@@ -205,12 +205,16 @@ def triton_why_not(device: torch.device) -> str | None:
         return "triton is not installed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda", "meta"):
+        return f"needs an NVIDIA GPU: parts of the kernels are PTX, which {device.type} devices cannot run"
+    if device.type == "cpu":
         return "needs a CUDA device"
     import torch
 
     if torch.version.hip:
-        return "needs an NVIDIA GPU: parts of the kernels are PTX, and this torch is built for ROCm"
+        return (
+            f"needs an NVIDIA GPU: parts of the kernels are PTX, and this torch is built for ROCm {torch.version.hip}"
+        )
     if not torch.cuda.is_available():
         return "needs a CUDA device"
     capability = torch.cuda.get_device_capability(device)

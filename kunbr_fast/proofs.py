@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kunbr_fast.kernels import verdicts
+from kunbr_fast.kernels import dispatch, verdicts
 from kunbr_fast.kernels.proof import cases, prove
 from kunbr_fast.kernels.verdicts import Target, Verdict
 
@@ -32,13 +32,14 @@ def ensure_proven(
 ) -> None:
     """Proves what is not proven yet of the kernels for tensors of these dtypes on `device`; keeps the verdicts.
 
-    Does nothing on a CPU, for a named impl, under torch.compile or capture, with KUNBR_PROVE=0 (which is said once),
-    and where this process has done it before. Where a proof fails for want of memory, say, "auto" takes torch.
+    Does nothing on a CPU, for a named impl, under torch.compile or capture, with KUNBR_PROVE=0 and on a GPU that runs
+    no kernel (which are said once), and where this process has done it before. Where a proof fails for want of memory,
+    say, "auto" takes torch.
 
     say: told what begins and what was found. progress: show a bar. group: of the processes that share the work, which
     all have to call this: rank 0 proves and tells the others, which wait (a `parallel.group.Group`).
     """
-    if device.type != "cuda" or impl != "auto" or _inside():
+    if device.type in ("cpu", "meta") or impl != "auto" or _inside(device):
         return
     if verdicts.switched_off():
         _say_once(say, 'proofs of kernels are off (KUNBR_PROVE=0): impl="auto" takes torch')
@@ -49,6 +50,8 @@ def ensure_proven(
     if key in _seen or (alone and (False, *asked) in _seen):  # rank 0 has told what there is
         return
     wanted = cases.targets(device, names)
+    if names and not wanted:
+        _say_once(say, f'no kernel runs on {device} ({dispatch.triton_why_not(device)}): impl="auto" takes torch')
     if not alone:
         found = None
         if group.first:
@@ -85,9 +88,10 @@ def _with_autocast(dtypes: Iterable[torch.dtype]) -> set[torch.dtype]:
     return {*dtypes, *([torch.get_autocast_dtype("cuda")] if torch.is_autocast_enabled("cuda") else [])}
 
 
-def _inside() -> bool:
+def _inside(device: torch.device) -> bool:
     """Whether this runs where no process may be waited for."""
-    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or capturing
 
 
 def _say_once(say: Callable[[str], None], text: str) -> None:

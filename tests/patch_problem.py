@@ -5,7 +5,7 @@ from tiny_models import ARCHITECTURES, MORE, VOCAB
 
 from kunbr_fast.model import patch
 
-FUSED = [name for name in [*ARCHITECTURES, *MORE] if name not in ("gpt2", "gpt_neox")]
+FUSED = [name for name in [*ARCHITECTURES, *MORE] if name not in ("gpt2", "gpt_neox")]  # beside their norms
 
 
 def batch_of_ids():

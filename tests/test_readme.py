@@ -13,7 +13,6 @@ import readme_tables
 from kunbr_fast.benchmarks.rows import read_rows
 from kunbr_fast.density.attribution import METHODS
 from kunbr_fast.density.measure import STATISTICS
-from kunbr_fast.model.families import FAMILIES
 from kunbr_fast.objectives.methods import OBJECTIVES
 from kunbr_fast.version import __version__
 
@@ -93,12 +92,6 @@ def test_what_is_forgotten_is_quoted_from_committed_rows():
     above = [attack[f"`--method {name}`"] - attack["never saw the facts"] for name in ("robust", "robust_blocks")]
     assert "{:.0f} and {:.0f} above a model".format(*above) in " ".join(README.split())
     assert f"without it the attack gets {forgotten('no_reinsertion')[3]:.1f}" in README
-
-
-def test_models_with_fused_layers_are_those_of_the_table():
-    text = README.split("## Models\n", 1)[1].split(" have fused layers")[0]
-    named = {name.strip().lower().replace("-", "").removesuffix(" (text)") for name in re.split(r",|\band\b", text)}
-    assert named == set(FAMILIES)
 
 
 # ---------------------------------------------------------------- docs

@@ -107,7 +107,9 @@ def format_doctor(d: dict) -> str:
     for device in d["devices"]:
         text = device["name"]
         if "memory_bytes" in device:
-            text += f", sm_{device['capability'].replace('.', '')}, {device['memory_bytes'] / GIB:.1f} GiB"
+            kind = device["capability"]  # an AMD GPU's has a name: gfx942
+            kind = f"sm_{kind.replace('.', '')}" if kind[0].isdigit() else kind
+            text += f", {kind}, {device['memory_bytes'] / GIB:.1f} GiB"
         lines.append(f"{device['device']:<13} {text}")
     if d["no_cuda"]:
         lines.append(f"{'cuda':<13} none: {d['no_cuda']}")
@@ -228,12 +230,18 @@ def _physical_cores(cpus: Collection[int]) -> int:
 
 def _cuda_device(number: int, of: Any) -> dict[str, Any]:
     """of: torch's properties of the device."""
-    capability = f"{of.major}.{of.minor}"
+    capability = (
+        getattr(of, "gcnArchName", "").partition(":")[0]
+        if getattr(_torch_build(), "hip", None)
+        else f"{of.major}.{of.minor}"
+    )
     return dict(device=f"cuda:{number}", name=of.name, capability=capability, memory_bytes=of.total_memory)
 
 
 def _why_no_cuda() -> str:
     build = _torch_build()
+    if getattr(build, "hip", None):
+        return f"torch {build.__version__} is built for ROCm {build.hip} but sees no device"
     if build.cuda is None:
         return f"torch {build.__version__} is built without CUDA"
     return f"torch {build.__version__} is built for CUDA {build.cuda} but sees no device"

@@ -208,18 +208,28 @@ def _small_values(parts: list[Part], how: How) -> list[dict[str, torch.Tensor]]:
 
 
 def _is_product(linear: nn.Module) -> bool:
-    """Whether a linear layer with a forward put into it (Accelerate's, or one that adds something) still has the
-    gradient of its product, on two rows."""
-    shape = linear.weight.shape
-    sizes = shape if isinstance(linear, compat.Conv1D) else reversed(shape)
-    x, dy = (torch.linspace(0.5, 1, 2 * n, dtype=linear.weight.dtype, device=linear.weight.device) for n in sizes)
-    x, dy = x.view(1, 2, -1), dy.view(1, 2, -1)
-    expected = (x.mT @ dy if isinstance(linear, compat.Conv1D) else dy.mT @ x)[0]
+    """Whether a linear layer of a class of its own (Falcon's), or with a forward put into it (Accelerate's, or one that
+    adds something), has the gradients of its product, on two rows."""
+    own = dict(linear.named_parameters(recurse=False))
+    weight = own.get("weight")
+    if weight is None or weight.dim() != 2 or own.keys() - {"weight", "bias"}:
+        return False
+    sizes = weight.shape if isinstance(linear, compat.Conv1D) else reversed(weight.shape)
+    x, dy = (torch.linspace(-0.5, 1, 2 * n, dtype=weight.dtype, device=weight.device).view(1, 2, n) for n in sizes)
+    expected = {"weight": (x.mT @ dy if isinstance(linear, compat.Conv1D) else dy.mT @ x)[0], "bias": dy[0].sum(0)}
     with torch.enable_grad():
-        weight = linear.weight.detach().requires_grad_()
-        y = torch.func.functional_call(_Unhooked(linear), {"module.weight": weight}, (x,))
-        (found,) = torch.autograd.grad(y, weight, dy, allow_unused=True)
-    return found is not None and bool((found - expected).norm() <= 0.01 * expected.norm())
+        copies = {name: p.detach().requires_grad_() for name, p in own.items()}
+        inside = {f"module.{name}": copy for name, copy in copies.items()}
+        try:
+            y = torch.func.functional_call(_Unhooked(linear), inside, (x,))
+            grads = torch.autograd.grad(y, list(copies.values()), dy, allow_unused=True)
+        except (RuntimeError, TypeError, ValueError):  # it takes something else
+            return False
+    limit = 0.01 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-5
+    return all(
+        grad is not None and bool((grad - expected[name]).norm() <= limit * expected[name].norm())
+        for name, grad in zip(copies, grads)
+    )
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -232,10 +242,22 @@ def _is_router(module: nn.Module) -> bool:
     return "Router" in type(module).__name__ and weight is not None and weight.dim() == 2
 
 
-# A subclass of nn.Linear may compute something else (LoRA, 4-bit weights): only the exact types are known.
+def _is_linear(module: nn.Module) -> bool:
+    plain = type(module) in (nn.Linear, compat.Conv1D) and "forward" not in module.__dict__
+    return plain or (isinstance(module, (nn.Linear, compat.Conv1D)) and _is_product(module))
+
+
+def _autograd_gradient(part: Part, how: How) -> dict[str, torch.Tensor]:
+    return {part.names[0]: part.dy.reshape(part.item.experts or 1, -1)}
+
+
+def _autograd_values(parts: list[Part], how: How) -> list[dict[str, torch.Tensor]]:
+    return [{n: norm_of(g, how.statistic)[:, None] for n, g in _autograd_gradient(p, how).items()} for p in parts]
+
+
 LAYER_KINDS: dict[str, LayerKind] = {
     "linear": LayerKind(
-        lambda m: type(m) in (nn.Linear, compat.Conv1D) and ("forward" not in m.__dict__ or _is_product(m)),
+        _is_linear,
         _product_values,
         _product_gradient,
         lambda m: {"weight": m.weight.shape[1 if isinstance(m, compat.Conv1D) else 0]},
@@ -245,3 +267,6 @@ LAYER_KINDS: dict[str, LayerKind] = {
     "router": LayerKind(_is_router, _small_values, lambda part, how: _small_gradient(part)),
     "experts": LayerKind(is_experts, _product_values, _product_gradient, out_features),
 }
+
+# All else: autograd makes each parameter's gradient, which stands in its part's `dys`. A batch has one sample then.
+BY_AUTOGRAD = LayerKind(lambda module: True, _autograd_values, _autograd_gradient)

@@ -163,7 +163,8 @@ def knowledge_density(
     samples: `{"input_ids": (T,), "labels": (T,)}` mappings, or padded Hugging Face batches (taken apart by their
     attention mask; a batch-mean loss plays no part: each sample's own mean NLL is differentiated).
     modules: `mlp` (weight matrices of the layer outside attention, experts and routers among them), `attention` (those
-    within), `norms` (norm weights), or `all` (every parameter of the layer, biases too).
+    within, and in whatever else mixes tokens: `roles`), `norms` (norm weights), or `all` (every parameter of the layer,
+    biases too).
     statistic of the gradient g of a parameter, or of all the layer's parameters (n of them, of values w) together:
         grad_l1, grad_mean_abs      sum|g|, and sum|g| / n
         grad_l2sq, grad_l2          sum g^2, and its root
@@ -188,8 +189,8 @@ def knowledge_density(
         for s in samples: loss(model, s).backward(); K += model.layers[l].weight.grad.abs().sum(); zero_grad()
 
     Leaves no gradient, hook or changed flag behind. In a ratio 0 / 0 counts 0. Errors: ValueError with the module path
-    for a module of no known kind or with an adapter, a tied weight, a sample without a labelled token, a gradient that
-    is not finite, or a layer whose divisor is 0; TypeError for an unknown setting.
+    for a module with an adapter, a tied weight, a weight in a buffer, a sample without a labelled token, a gradient
+    that is not finite, or a layer whose divisor is 0; TypeError for an unknown setting.
     """
     how = taken(DensitySettings, settings, "knowledge_density")
     reduction = _check_settings(modules, statistic, reduction, retain, how.sample_fraction)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from tqdm import tqdm
 from kunbr_fast.data import PackedBatch, Sample, as_samples, check_labels, pack
 from kunbr_fast.data.schedule import token_batches
 from kunbr_fast.density import experts
-from kunbr_fast.density.layer_kinds import How, Watched, norm_of
+from kunbr_fast.density.layer_kinds import BY_AUTOGRAD, How, Watched, norm_of
+from kunbr_fast.density.reading import Add, Again, Found, Reading, alike
 from kunbr_fast.density.sums import Sums
-from kunbr_fast.density.taps import Part, Segments, Taps
 from kunbr_fast.kernels.dispatch import resolve
 from kunbr_fast.memory import OutOfMemory, Place, cannot_fit, gibibytes, is_out_of_memory, release
 from kunbr_fast.model.decoder import Decoder, Stretch
@@ -34,9 +34,6 @@ from kunbr_fast.objectives import losses
 from kunbr_fast.parallel.group import ALONE, Group
 
 logger = logging.getLogger(__name__)
-
-Found = dict[str, torch.Tensor]  # {parameter's path: values as `LayerKind.values` has them}
-Add = Callable[[str, torch.Tensor], None]  # (parameter's path, a gradient)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +85,8 @@ class Measurement:
         self.recompute = settings.gradient_checkpointing
         if self.recompute is None:
             self.recompute = any(getattr(m, "gradient_checkpointing", False) for m in decoder.model.modules())
+        self.one_by_one = False  # a batch has one sample: autograd gives gradients of whole batches
+        self._settled = False  # a pass has shown that every module is of its kind
         self._bar = tqdm(disable=True)
         self._warned = False
 
@@ -98,20 +97,21 @@ class Measurement:
         with frozen(self.decoder.model), contextlib.ExitStack() as stack:
             bar = tqdm(total=total, desc=title, unit="sample", leave=False, disable=not self.settings.progress)
             self._bar = stack.enter_context(bar)
-            experts.check(self.decoder, [item for item in self.watched if item.experts is not None])
+            known = [item for item in self.watched if item.experts is not None and item.kind is not BY_AUTOGRAD]
+            self._by_autograd(experts.check(self.decoder, known), False)
             yield
 
     # ------------------------------------------------ what can be asked for
 
     def norms(self, samples: Sequence[Sample], statistic: str, reduction: str) -> Sums:
         """The samples' statistic, summed (reduction="sample"), or that of their mean gradient."""
-        sums, batches = Sums(self.decoder, self.watched, self.how, statistic), self._batches(samples)
+        sums, batches = Sums(self.decoder, self.watched, self.how, statistic), self._batches(samples, whole=True)
         if reduction == "sample":
             for found in self._each(self.group.share(samples)):
                 sums.add(found, 1.0)
                 del found  # before the next one is made
             sums.gather(self.group)
-        elif len(batches) == 1 and self.group.size == 1 and (found := self._run(batches, Reading(self, whole=True))):
+        elif len(batches) == 1 and self.group.size == 1 and (found := self._run(batches, self._reading(whole=True))):
             sums.add(found[0], 1.0 / len(samples))
         else:
             found: Found = {}
@@ -139,8 +139,9 @@ class Measurement:
         visited: set[str] = set()
 
         def now(path: str, gradient: torch.Tensor) -> None:
-            visit(path, gradient)
-            visited.add(path)
+            if path not in visited:  # before it began again
+                visited.add(path)
+                visit(path, gradient)
 
         def add(path: str, gradient: torch.Tensor) -> None:
             gradient = gradient.square_() if squared else gradient
@@ -149,9 +150,12 @@ class Measurement:
         done = None
         while done is None:
             held.clear()
-            batches = self._batches(samples)
-            take = now if len(batches) == 1 and not squared and self.group.size == 1 else add
-            reading = Reading(self, whole=not squared, add=take)
+            batches = self._batches(samples, whole=not squared)
+            alone = len(batches) == 1 and not squared and self.group.size == 1
+            if alone:
+                self._settle(samples[0])  # what is visited is not visited again
+            take = now if alone else add
+            reading = self._reading(whole=not squared, add=take)
             done = self._run(batches, reading)
         self._gather(held)
         for path in list(held):
@@ -161,23 +165,36 @@ class Measurement:
 
     # ------------------------------------------------ batches, and memory that runs out
 
-    def _batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+    def _batches(self, samples: Sequence[Sample], whole: bool) -> list[list[Sample]]:
         lengths = [len(s["input_ids"]) for s in samples]
         together = self.decoder.way.together(max(lengths, default=0))  # else each sample is a batch
-        batches = token_batches(lengths, self.batch_tokens if together else 1)
+        if not together or (self.one_by_one and not whole):
+            return [[sample] for sample in samples]
+        batches = token_batches(lengths, self.batch_tokens)
         return [[samples[i] for i in indices] for indices in batches]
 
     def _each(self, samples: Sequence[Sample]) -> Iterator[Found]:
         """The statistics of each sample, batch by batch. Where memory runs out it goes on in smaller batches."""
-        reading, left = Reading(self, whole=False), samples
+        left = samples
         while left:
-            for group in self.decoder.groups(self._batches(left)):
+            reading = self._reading(whole=False)
+            for group in self.decoder.groups(self._batches(left, whole=False)):
                 results = self._run(group, reading)
                 if results is None:
                     break
                 left = left[sum(map(len, group)) :]
                 while results:
                     yield results.pop(0)
+
+    def _settle(self, sample: Sample) -> None:
+        """Finds out by a pass over one sample of which kind the modules are, if none has been run."""
+        before = self._bar.n
+        while not self._settled:
+            self._run([[sample]], self._reading(whole=True))
+        self._bar.n = before
+
+    def _reading(self, whole: bool, add: Add | None = None) -> Reading:
+        return Reading(self.decoder.way, self.watched, self.how, whole, add)
 
     def _pass(self, batches: list[PackedBatch], reading: Reading) -> list[Found]:
         """One forward and backward pass of each batch."""
@@ -186,12 +203,12 @@ class Measurement:
 
         def turn(number: int, stretch: Stretch, stop: int, dy: torch.Tensor | None) -> None:
             batch = batches[number]
-            with reading.tapped(batch, range(stretch.start, stop), found[number]) as forward_is_over:
+            with reading.tapped(batch, range(stretch.start, stop), found[number]) as (forward_is_over, leaves):
                 out = decoder.run(batch, stretch, stop)
                 forward_is_over()
                 if dy is None:
                     out = _loss(decoder, batch, out, self.how)
-                out.backward(dy, inputs=[stretch.hidden])
+                out.backward(dy, inputs=[stretch.hidden, *leaves])
             if stretch.start == start:
                 self._bar.update(batch.num_samples)
 
@@ -199,15 +216,21 @@ class Measurement:
         return found
 
     def _run(self, batches: Sequence[Sequence[Sample]], reading: Reading) -> list[Found] | None:
-        """What the batches yield, or None if memory ran out; `batch_tokens` is then half of the largest batch that can
-        be cut."""
+        """What the batches yield. None: it is to begin again, with other batches or kinds. If memory ran out,
+        `batch_tokens` is then half of the largest batch that can be cut."""
         before, device = self._bar.n, self.decoder.device
         try:
-            return [
+            results = [
                 found
                 for group in self.decoder.groups(batches)
                 for found in self._pass([pack(samples).to(device) for samples in group], reading)
             ]
+            self._settled = True
+            return results
+        except Again as again:
+            self._by_autograd(again.items, again.one_by_one)
+            self._bar.n = before
+            return None
         except Exception as error:
             if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
                 raise
@@ -225,6 +248,25 @@ class Measurement:
             )
         self._warned = True
         return None
+
+    def _by_autograd(self, items: Mapping[str, str], one_by_one: bool) -> None:
+        """From here on these watched modules, {path: what their kind cannot do}, and those like them in other layers,
+        are measured by autograd."""
+        for path, why in items.items():
+            if sampled := [name for name in self.how.tiles if name.rpartition(".")[0] == path]:
+                raise ValueError(f"{why}: no part of {sampled[0]} can be sampled: leave sample_fraction out")
+        same = {alike(item) for item in self.watched if item.path in items}
+        self.watched = [
+            dataclasses.replace(item, kind=BY_AUTOGRAD) if alike(item) in same else item for item in self.watched
+        ]
+        if one_by_one and not self.one_by_one:
+            slow = [item for item in self.watched if item.kind is BY_AUTOGRAD]
+            logger.warning(
+                f"density: {slow[0].path} ({type(slow[0].module).__name__}"
+                f"{f', and {len(slow) - 1} more modules' if slow[1:] else ''}) is no product or norm that could be "
+                "taken apart by sample: autograd measures it, one sample at a time (slower, the same result)"
+            )
+        self.one_by_one |= one_by_one
 
     def _refusal(self, tokens: int, said: str) -> OutOfMemory:
         cures = [] if self.recompute else ["gradient_checkpointing=True (the same result)"]
@@ -246,52 +288,6 @@ class Measurement:
             held[path] = gradient
 
 
-# ---------------------------------------------------------------- one pass
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """What a backward pass yields: gradients of the whole packed batch, or of each of its samples.
-
-    add: takes the gradients; None: their statistics are kept.
-    """
-
-    measurement: Measurement
-    whole: bool
-    add: Add | None = None
-
-    @contextlib.contextmanager
-    def tapped(self, batch: PackedBatch, layers: range, found: Found) -> Iterator[Callable[[], None]]:
-        """Inside, one forward and backward pass of `layers` is read; statistics go to `found`. Yields a function to
-        call between the two."""
-        segments = Segments.of([batch.num_tokens] if self.whole else batch.lengths, self.measurement.decoder.device)
-        places = self.measurement.decoder.way.places(batch)
-        taps = Taps(segments, places, lambda parts: self._read(parts, batch, found))
-        inside = [item for item in self.measurement.watched if item.layer in layers]
-        with contextlib.ExitStack() as stack:
-            for item in inside:
-                if item.experts is None:
-                    # before hooks of the user's, which may change what the module gives
-                    hook = item.module.register_forward_hook(taps.hook(item), prepend=True, with_kwargs=True)
-                    stack.callback(hook.remove)
-            stack.enter_context(experts.watched([item for item in inside if item.experts is not None], taps))
-            yield taps.forward_is_over
-            taps.finish()
-
-    def _read(self, parts: list[Part], batch: PackedBatch, found: Found) -> None:
-        kind, how = parts[0].item.kind, self.measurement.how
-        if self.add is None:
-            for part, values in zip(parts, kind.values(parts, how)):
-                found.update((f"{part.item.path}.{n}", v) for n, v in values.items() if n in part.item.parameters)
-            return
-        for part in parts:
-            for piece in [part] if self.whole else _by_sample(part, batch.num_samples):
-                for name, gradient in kind.gradient(piece, how).items():
-                    if name in part.item.parameters:
-                        wide = torch.promote_types(gradient.dtype, torch.float32)  # small modules keep their dtype
-                        self.add(f"{part.item.path}.{name}", gradient.to(wide))
-
-
 def _tokens(samples: Sequence[Sample]) -> int:
     return sum(len(sample["input_ids"]) for sample in samples)
 
@@ -302,16 +298,6 @@ def _loss(decoder: Decoder, batch: PackedBatch, hidden: torch.Tensor, how: How) 
     final = decoder.final(take(hidden, batch.rows))
     loss, _ = losses.linear_loss(final, decoder.head, batch.targets, rows.weight, impl=how.impl)
     return loss
-
-
-def _by_sample(part: Part, num_samples: int) -> Iterator[Part]:
-    """The part of each sample alone, one segment for each expert (the segments go expert by expert)."""
-    pieces = [part.x.split(part.segments.lengths)]
-    pieces += [None if dy is None else dy.split(part.segments.lengths) for dy in part.dys]
-    for sample in range(num_samples):
-        x, *dys = [None if p is None else torch.cat(p[sample::num_samples]) for p in pieces]
-        segments = Segments.of(part.segments.lengths[sample::num_samples], x.device)
-        yield dataclasses.replace(part, segments=segments, x=x, dys=dys)
 
 
 def inner_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kunbr_fast.density.watch import wanted
+from kunbr_fast.density.roles import in_attention
 from kunbr_fast.files.shown import shown
 from kunbr_fast.memory import Place, gibibytes
 from kunbr_fast.model import compat
@@ -61,10 +61,10 @@ class Lora:
             raise ValueError(f"{decoder.name}: LoRA takes nn.Linear and Conv1D, and its layers have none")
         found: dict[int, tuple[int, nn.Module]] = {}  # a tied weight has one adapter
         for number, path, module in known:
-            if any(_names(target, path, module) for target in self.targets):
+            if any(_names(target, decoder.layers[number], path) for target in self.targets):
                 found.setdefault(id(module.weight), (number, module))
         for target in self.targets:
-            if not any(_names(target, path, module) for _, path, module in known):
+            if not any(_names(target, decoder.layers[number], path) for number, path, _ in known):
                 names = dict.fromkeys(path.rpartition(".")[2] for _, path, _ in known)
                 raise ValueError(
                     f"lora_targets={shown(target)}: {decoder.name}'s layers have no linear layer of that name: "
@@ -73,10 +73,10 @@ class Lora:
         return list(found.values())
 
 
-def _names(target: str, path: str, module: nn.Module) -> bool:
+def _names(target: str, layer: nn.Module, path: str) -> bool:
     """Whether a target means the linear layer at `path` in its decoder layer."""
     if target in GROUPS:
-        return target == "all" or wanted(target, f"{path}.weight", module.weight)
+        return target == "all" or in_attention(layer, path) == (target == "attention")
     return f".{path}".endswith(f".{target}")
 
 

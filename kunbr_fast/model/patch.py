@@ -1,20 +1,6 @@
 """`patched(model, active_block)`: fused layers inside a Hugging Face decoder, and everything but one block frozen.
 
-What is replaced is the `forward` of single modules, chosen by their type, on the instance:
-
-    norm            fused.norms.rms_norm, in the architecture's own casting and offset convention
-    MLP             gate and up by fused.linear.linears (Phi-3: its one packed product), swiglu or geglu, down
-    attention       q, k and v by linears (Phi-3: packed), q/k norm, apply_rotary, then the attention function that the
-                    model's configuration names, through transformers' own interface, and the output projection
-    decoder layer   the residual sum after attention is made by the norm that follows it (Llama's and Gemma's
-                    structure; OLMo-2 has no norm there, and its layer keeps its own forward); on request queries and
-                    MLP for some rows only (`kunbr_rows`, from Decoder.run)
-
-For the backward pass nothing is kept of a cover layer that only a weight's gradient needs.
-
-A projection that is not a plain nn.Linear when it is called (a LoRA wrapper, quantised weights, a forward of its own,
-hooks of its own) is called as a module; it takes no part in the fused product and everything else stays fused. So is a
-norm. (Hooks registered for all modules of a process see a fused module, not the projections inside it.)
+What is replaced is the `forward` of single modules, chosen by their type, on the instance (fused_forwards.py).
 
 On a GPU a launch of ours costs the host more than one of torch's: where a layer's products are short, its own code is
 faster (`WORTH`), and in a user's own loop it is what runs (`OnceItPays`).
@@ -26,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import inspect
 import logging
 import math
 from collections.abc import Iterator
@@ -37,17 +21,12 @@ import torch
 from torch import nn
 
 from kunbr_fast.kernels import dispatch
-from kunbr_fast.kernels.gated.op import geglu, swiglu
-from kunbr_fast.kernels.norms.op import rms_norm
-from kunbr_fast.kernels.projections import linears
-from kunbr_fast.kernels.rotary.op import apply_rotary
-from kunbr_fast.model import compat
 from kunbr_fast.model.blocks import check_block
-from kunbr_fast.model.families import FAMILIES, Family, identify
+from kunbr_fast.model.families import FAMILIES, identify
 from kunbr_fast.model.frozen import same_modes
-from kunbr_fast.model.gather import take
+from kunbr_fast.model.fused_forwards import fused_forward, say_once
 from kunbr_fast.model.layers import layer_list
-from kunbr_fast.model.ownership import has_hooks, present, uncompiled
+from kunbr_fast.model.ownership import present, uncompiled
 from kunbr_fast.proofs import ensure_proven
 
 logger = logging.getLogger(__name__)
@@ -55,196 +34,6 @@ MARK = "_kunbr_patched"  # on the list of layers: the call that patched them
 # A layer's weights times the tokens of a call, from which on fused layers are faster than its own code, launched one by
 # one: on an H100, Llama-3.2-1B's and Llama-3-8B's layers (benchmarks/results/fused_layers_h100.csv).
 WORTH = 4e11
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether its product may be computed without calling it."""
-    return (
-        type(linear) is nn.Linear
-        and "forward" not in linear.__dict__
-        and type(linear.weight) in (nn.Parameter, torch.Tensor)  # quantised and sharded weights are subclasses
-        and not has_hooks(linear)
-    )
-
-
-# ---------------------------------------------------------------- the forwards
-
-
-def _project(x: torch.Tensor, *modules: nn.Module) -> list[torch.Tensor]:
-    """`[module(x) for module in modules]`, the plain linear layers among them as one function."""
-    plain = [module for module in modules if _is_plain(module)]
-    if len(plain) < 2:
-        return [module(x) for module in modules]
-    fused = iter(linears(x, [module.weight for module in plain], [module.bias for module in plain]))
-    return [next(fused) if module in plain else module(x) for module in modules]
-
-
-def _norm(module: nn.Module, hidden_states: torch.Tensor, *, family: Family, impl: str) -> torch.Tensor:
-    if hidden_states.dtype == torch.float64:  # an fp64 model's own norms are fp32 inside: those steps, bit for bit
-        return type(module).forward(module, hidden_states)
-    eps = getattr(module, family.eps)
-    return rms_norm(hidden_states, module.weight, eps, offset=family.offset, cast=family.cast, impl=impl)
-
-
-def _sum_norm(
-    norm: nn.Module, x: torch.Tensor, residual: torch.Tensor, family: Family, impl: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`norm(residual + x), residual + x`."""
-    ours = getattr(norm.__dict__.get("forward"), "func", None) is _norm
-    if not ours or has_hooks(norm) or x.dtype == torch.float64:
-        hidden = residual + x
-        return norm(hidden), hidden
-    return rms_norm(
-        x, norm.weight, getattr(norm, family.eps), offset=family.offset, cast=family.cast, residual=residual, impl=impl
-    )
-
-
-def _activation(module: nn.Module) -> Any:
-    """The gated form of an activation module, act(gate) * up; None if there is none."""
-    if type(module) in (compat.SiLUActivation, nn.SiLU):
-        return swiglu
-    if type(module) in (compat.GELUTanh, compat.GELUActivation):
-        return functools.partial(geglu, approximate="tanh" if type(module) is compat.GELUTanh else "none")
-    return None
-
-
-def _mlp(module: nn.Module, x: torch.Tensor, *, family: Family, impl: str, gated: Any) -> torch.Tensor:
-    if has_hooks(getattr(module, family.act)):
-        return type(module).forward(module, x)
-    gate_up = [module.gate_up_proj(x)] if family.packed else _project(x, module.gate_proj, module.up_proj)
-    return module.down_proj(gated(*gate_up, impl=impl))
-
-
-def _attention(
-    module: nn.Module,
-    hidden_states: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-    attention_mask: torch.Tensor | None = None,
-    past_key_values: Any = None,
-    *,
-    family: Family,
-    impl: str,
-    eager: Any,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """kwargs: for the attention function. kunbr_rows, (R,): queries and result are of these tokens: (1, R, D)."""
-    past_key_values = kwargs.pop("past_key_value", past_key_values)  # transformers 4
-    rows = kwargs.get("kunbr_rows")
-    query, key, value = _heads(module, hidden_states, rows, family)
-    if getattr(module, "use_rope", True):  # SmolLM3 has layers without
-        if rows is None:
-            query, key = apply_rotary(query, key, *position_embeddings, impl=impl)
-        else:  # each with its own angles, beside a partner of no heads
-            query, _ = apply_rotary(query, query[:, :0], *(x[:, rows] for x in position_embeddings), impl=impl)
-            key, _ = apply_rotary(key, key[:, :0], *position_embeddings, impl=impl)
-    position = kwargs.pop("cache_position", None)  # transformers 5.0; later releases' caches know it themselves
-    if past_key_values is not None:
-        further = () if position is None else ({"cache_position": position},)
-        key, value = past_key_values.update(key, value, module.layer_idx, *further)
-    name = module.config._attn_implementation
-    if compat.LAYERS_RETURN_TUPLES and name == "sdpa" and kwargs.get("output_attentions"):
-        name = "eager"  # as the model's own code; later releases ask for it elsewhere
-    attend = eager if name in (None, "eager") else compat.ALL_ATTENTION_FUNCTIONS[name]
-    for option, place in (("sliding_window", family.window), ("softcap", family.softcap)):
-        if place is not None:
-            owner, name = place.split(".")
-            kwargs[option] = getattr(module.config if owner == "config" else module, name, None)
-    kwargs["dropout"] = module.attention_dropout if module.training else 0.0
-    out, weights = attend(module, query, key, value, attention_mask, scaling=module.scaling, **kwargs)
-    return module.o_proj(out.reshape(len(query), query.shape[2], -1)), weights
-
-
-def _heads(
-    module: nn.Module, hidden_states: torch.Tensor, rows: torch.Tensor | None, family: Family
-) -> Iterator[torch.Tensor]:
-    """Queries (of some rows only), keys and values, (B, heads, T or R, d), before rotation."""
-    width = module.head_dim
-    if family.packed:
-        heads = module.config.num_attention_heads, module.config.num_key_value_heads, module.config.num_key_value_heads
-        query, key, value = module.qkv_proj(hidden_states).split([count * width for count in heads], -1)
-        query = query if rows is None else take(query, rows, 1)
-    elif rows is not None:
-        query = module.q_proj(take(hidden_states, rows, 1))
-        key, value = _project(hidden_states, module.k_proj, module.v_proj)
-    else:
-        query, key, value = _project(hidden_states, module.q_proj, module.k_proj, module.v_proj)
-    if family.qk_norm == "all":
-        query, key = module.q_norm(query), module.k_norm(key)
-    query, key, value = (x.unflatten(-1, (-1, width)) for x in (query, key, value))
-    if family.qk_norm == "head":
-        query, key = module.q_norm(query), module.k_norm(key)
-    return (x.transpose(1, 2) for x in (query, key, value))
-
-
-def _layer(module: nn.Module, hidden_states: torch.Tensor, *args: Any, family: Family, impl: str, **kwargs: Any) -> Any:
-    """`_whole_layer`, again in the backward pass where gradient checkpointing is on.
-
-    That is switched on through attributes that transformers sets on the layer, and which its own forward reads.
-    """
-    run = functools.partial(_whole_layer, module, family=family, impl=impl)
-    if compat.LAYERS_RETURN_TUPLES:  # and, under gradient checkpointing, give their arguments by position
-        names = list(inspect.signature(type(module).forward).parameters)[2:]
-        kwargs.update(zip(names, args))
-        if kwargs.get("output_attentions"):
-            return type(module).forward(module, hidden_states, **kwargs)
-        return (run(hidden_states, **kwargs),)
-    if compat.CALL_CHECKPOINTS or not (module.gradient_checkpointing and module.training):
-        return run(hidden_states, **kwargs)
-    if kwargs.get("past_key_values") is not None:  # the second run would write to it again
-        kwargs.update(past_key_values=None, use_cache=False)
-        _say_once(f"{type(module).__name__}: no cache is kept under gradient checkpointing")
-    return module._gradient_checkpointing_func(functools.partial(run, **kwargs), hidden_states)
-
-
-def _whole_layer(
-    module: nn.Module, hidden_states: torch.Tensor, *, family: Family, impl: str, **kwargs: Any
-) -> torch.Tensor:
-    attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
-    rows = kwargs.get("kunbr_rows")
-    hidden_states = hidden_states if rows is None else take(hidden_states, rows, 1)
-    norm, after_mlp = getattr(module, family.sums_into), None
-    if family.after is not None:
-        after_attention, after_mlp = (getattr(module, name) for name in family.after)
-        attended = after_attention(attended)
-    normed, residual = _sum_norm(norm, attended, hidden_states, family, impl)
-    out = module.mlp(normed)
-    return residual + (out if after_mlp is None else after_mlp(out))
-
-
-def _consists_of(module: nn.Module, names: set[str]) -> bool:
-    """Whether it has these children, and no other that computes with weights (of a later release of transformers)."""
-    children = dict(module.named_children())
-    weighted = {name for name, child in children.items() if any(True for _ in child.parameters())}
-    return weighted <= names <= set(children)
-
-
-def _fused_forward(module: nn.Module, impl: str) -> functools.partial | None:
-    """The forward to put into a module, None where it keeps its own."""
-    name, role = identify(module)
-    if name is None or "forward" in module.__dict__:  # some other tool's, such as Accelerate's offloading
-        return None
-    family = FAMILIES[name]
-    common = dict(family=family, impl=impl)
-    if role == "RMSNorm":
-        return functools.partial(_norm, module, **common)
-    if role == "MLP":
-        needed = {"down_proj", family.act} | ({"gate_up_proj"} if family.packed else {"gate_proj", "up_proj"})
-        gated = _activation(getattr(module, family.act, None))
-        return (
-            functools.partial(_mlp, module, **common, gated=gated) if gated and _consists_of(module, needed) else None
-        )
-    if role in ("Attention", "DecoderLayer") and compat.ALL_ATTENTION_FUNCTIONS is None:
-        return None  # transformers 4.45: norms and MLPs only
-    if role == "Attention":
-        needed = {"o_proj"} | ({"qkv_proj"} if family.packed else {"q_proj", "k_proj", "v_proj"})
-        needed |= {"q_norm", "k_norm"} if family.qk_norm else set()
-        eager = importlib.import_module(type(module).__module__).eager_attention_forward
-        return functools.partial(_attention, module, **common, eager=eager) if _consists_of(module, needed) else None
-    if role == "DecoderLayer" and family.sums_into is not None:
-        forward = functools.partial(_layer, module, **common)
-        forward.takes_rows = _fused_forward(module.self_attn, impl) is not None  # see Decoder.run
-        return forward
-    return None
 
 
 class OnceItPays:
@@ -278,11 +67,6 @@ def _set(changes: contextlib.ExitStack, owner: Any, name: str, value: Any) -> No
     else:
         changes.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.warning("%s", message)
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
@@ -345,8 +129,8 @@ def patched(model: nn.Module, active_block: range | None = None, impl: str = "au
     flags are as they were; weights, buffers, gradients and hooks are never touched. A deep copy made inside keeps the
     fused forwards.
 
-    Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3, OLMo-2, Gemma-2 and Gemma-3 (text) have fused layers. Any other model
-    keeps its own layers, frozen or not, and this says so once per class (a warning of this module's logger).
+    docs/fused_layers.md lists the models that have fused layers, and what of each is fused. Any other model keeps its
+    own layers, frozen or not, and this says so once per class (a warning of this module's logger).
 
     Errors: RuntimeError if the model is patched already; ValueError for a block that is no range of its layers, or has
     weights that are offloaded (no gradient would reach them), and for a model without a list of layers;
@@ -403,32 +187,30 @@ def left_alone(model: nn.Module) -> str | None:
 
 
 def _worth(layer: nn.Module) -> int:
-    """The tokens of a call, from which on the layer is fused."""
-    return math.ceil(WORTH / sum(parameter.numel() for parameter in layer.parameters()))
+    """The tokens of a call, from which on the layer is fused. Stacked experts do not count: a token sees few."""
+    return math.ceil(WORTH / sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() < 3))
 
 
 def _fuse(model: nn.Module, layers: nn.ModuleList, changes: contextlib.ExitStack, impl: str, tokens: int) -> None:
     """tokens: of a call, from which on modules run fused."""
-    kinds = {type(layer).__name__: identify(layer) for layer in layers}
-    unknown = [name for name, (family, role) in kinds.items() if family is None or role != "DecoderLayer"]
+    kinds = {type(layer).__name__: identify(layer)[0] for layer in layers}
+    unknown = [name for name, family in kinds.items() if family is None]
     for name in unknown:
-        _say_once(
+        say_once(
             f"{name}: no fused layers for this type of layer; it runs its own code (and frozen layers stay frozen)"
         )
     if unknown:
         return
-    for operation in ("rms_norm", "swiglu", "geglu", "rotary"):
+    for operation in ("rms_norm", "layer_norm", "swiglu", "geglu", "rotary"):
         dispatch.resolve(operation, impl, next(layers.parameters()).device)
-    count = 0
+    count, family = 0, FAMILIES[kinds[type(layers[0]).__name__]]
     for module in model.modules():
-        forward = _fused_forward(module, impl)
+        forward = fused_forward(module, impl, family)
         if forward is not None:
             _set(changes, module, "forward", OnceItPays(forward, module, tokens) if tokens else forward)
             count += 1
     if not count:
-        _say_once(
-            f"{type(layers[0]).__name__}: nothing is fused; another tool has put its own forward into the modules"
-        )
+        say_once(f"{type(layers[0]).__name__}: nothing is fused; another tool has put its own forward into the modules")
 
 
 def fused(model: nn.Module, impl: str, spare: bool = False) -> contextlib.AbstractContextManager:

@@ -12,7 +12,7 @@ from kunbr_fast.benchmarks import harness, models
 from kunbr_fast.benchmarks.shapes import Shape
 from kunbr_fast.benchmarks.suites import cover_layer
 from kunbr_fast.kernels import dispatch
-from kunbr_fast.model import patch
+from kunbr_fast.model import fused_forwards
 from kunbr_fast.model.flops import flop_counter
 
 TRITON = dispatch.why_not("rms_norm", "triton", "cpu") is None  # the interpreter
@@ -54,13 +54,13 @@ def test_the_gate_lets_ours_pass(active, dtype):
 
 @pytest.mark.parametrize("wrong", rarely(["swiglu", "rms_norm", "apply_rotary", "linears"], ["linears"]))
 def test_the_gate_refuses_a_wrong_layer(wrong, monkeypatch):
-    right = getattr(patch, wrong)
+    right = getattr(fused_forwards, wrong)
 
     def function(*args, **kwargs):
         out = right(*args, **kwargs)
         return type(out)([out[0] * 1.001, *out[1:]]) if isinstance(out, tuple | list) else out * 1.001
 
-    monkeypatch.setattr(patch, wrong, function)
+    monkeypatch.setattr(fused_forwards, wrong, function)
     with pytest.raises(harness.Wrong, match="torch is"):
         tiny(True).gate()
 

@@ -17,7 +17,7 @@ from kunbr_fast.benchmarks import harness, reference
 from kunbr_fast.benchmarks.models import nbytes
 from kunbr_fast.benchmarks.suites import step
 from kunbr_fast.kernels import dispatch
-from kunbr_fast.model import patch
+from kunbr_fast.model import fused_forwards
 from kunbr_fast.training.block import BlockTraining
 
 TRITON = dispatch.why_not("linear_loss", "triton", "cpu") is None  # the interpreter
@@ -98,8 +98,8 @@ def test_the_gate_refuses_a_wrong_step(what, monkeypatch):
         right = step.kf.reinserted
         monkeypatch.setattr(step.kf, "reinserted", lambda *args, **kwargs: right(*args, **kwargs, retain_coeff=1.001))
     elif what == "layer":
-        right = patch.swiglu
-        monkeypatch.setattr(patch, "swiglu", lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
+        right = fused_forwards.swiglu
+        monkeypatch.setattr(fused_forwards, "swiglu", lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
     else:
         monkeypatch.setitem(step.SIDES, "torch", functools.partial(Hasty, impl="torch"))
     with pytest.raises(harness.Wrong, match="torch is .* from the reference's weights"):
@@ -116,9 +116,9 @@ class Hasty(step.Ours):
 @pytest.mark.slow
 def test_the_gate_refuses_a_wrong_kernel(monkeypatch):
     """What only the timed dtype runs is held against fp64 there."""
-    right = patch.swiglu
+    right = fused_forwards.swiglu
     monkeypatch.setattr(
-        patch, "swiglu", lambda *args, impl: right(*args, impl=impl) * (1.001 if impl == "triton" else 1)
+        fused_forwards, "swiglu", lambda *args, impl: right(*args, impl=impl) * (1.001 if impl == "triton" else 1)
     )
     with pytest.raises(harness.Wrong, match="triton is .* from fp64"):
         tiny("letter", variants=("triton",)).gate()

@@ -195,6 +195,21 @@ def test_what_no_set_reaches_scores_0(method):
     assert ours.scores["model.layers.1.mlp.used.weight"].any()
 
 
+def test_a_weight_that_is_used_outside_of_its_module():
+    """One batch for each set, whose gradients are not held: none of a pass that had to begin again remains."""
+    model = tiny_model()
+    layer = model.model.layers[1].mlp
+    linear = layer.down_proj
+    layer.register_forward_hook(lambda module, args, y: y + args[0] @ module.gate_proj.weight.T @ linear.weight.T)
+    of_forget, of_retain = sample_gradients(model, FORGET), sample_gradients(model, RETAIN)
+    for method, retain in (("wagle", RETAIN), ("fisher", None)):
+        scores = attribute(model, FORGET, retain, method).scores
+        for name in ("gate_proj", "down_proj"):
+            name = f"model.layers.1.mlp.{name}.weight"
+            truth = truth_scores(model, name, method, of_forget, of_retain)
+            torch.testing.assert_close(scores[name], truth, rtol=1e-9, atol=1e-12)
+
+
 def test_memory_is_one_gradient_for_each_set(monkeypatch):
     model = tiny_model(hidden_size=128, intermediate_size=256)
     forget, retain = random_samples(3, low=4, high=4), random_samples(3, seed=1, low=4, high=4)

@@ -21,7 +21,7 @@ from kunbr_fast.data import pack
 from kunbr_fast.density import layer_kinds
 from kunbr_fast.density.layer_kinds import LAYER_KINDS, How
 from kunbr_fast.density.measure import NORMS, REDUCTIONS, Density, knowledge_density
-from kunbr_fast.density.passes import Measurement, PassSettings, Reading
+from kunbr_fast.density.passes import Measurement, PassSettings
 from kunbr_fast.density.watch import MODULES, watch_list
 from kunbr_fast.kernels.grad_density import reference
 from kunbr_fast.model.decoder import Decoder
@@ -315,7 +315,7 @@ def test_nothing_leaks_from_one_sample_into_another(architecture, monkeypatch):
     """With NaN in one sample's embedding all others' values keep their bits."""
     decoder = Decoder(tiny_model(architecture))
     measurement, batch = Measurement(decoder, watch_list(decoder, "all"), How("grad_l1")), pack(random_samples(4))
-    reading = Reading(measurement, whole=False)
+    reading = measurement._reading(whole=False)
     first, last = batch.cu_seqlens[1], batch.cu_seqlens[2]
     embed = decoder.embed
 
@@ -362,7 +362,7 @@ def test_memory_of_the_measurement(checkpointing, monkeypatch):
             measurement = Measurement(
                 decoder, items, How("grad_l1"), PassSettings(gradient_checkpointing=checkpointing)
             )
-            args = ([batch], Reading(measurement, whole=False))
+            args = ([batch], measurement._reading(whole=False))
             peaks[name] = peak_bytes(lambda pass_=measurement._pass, args=args: pass_(*args))
     assert 0 < peaks["with"] - peaks["without"] < 0.01 * size, peaks
 
@@ -644,14 +644,41 @@ def test_tied_weights_are_refused_by_name():
         knowledge_density(inside, random_samples(1), "all")
 
 
-def test_unknown_kinds_are_refused_by_name():
-    class Lora(nn.Linear):
-        pass
+# ---------------------------------------------------------------- modules that are no plain product
 
-    model = tiny_model()
-    model.model.layers[2].mlp.down_proj = Lora(48, 32, bias=False, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"^model.layers.2.mlp.down_proj: Lora is of no known kind \(known: linear"):
-        knowledge_density(model, random_samples(1))
+
+class Falcons(nn.Linear):
+    """The same product, written otherwise."""
+
+    def forward(self, x):
+        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
+
+class Squared(nn.Linear):
+    """Another function of the weight."""
+
+    def forward(self, x):
+        return x @ self.weight.square().T
+
+
+class Low(nn.Linear):
+    """A product, and a branch with weights of its own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lora_a = nn.Parameter(torch.randn(2, self.in_features, dtype=torch.float64))
+        self.lora_b = nn.Parameter(torch.randn(self.out_features, 2, dtype=torch.float64))
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.lora_a.T @ self.lora_b.T
+
+
+class Rounded(nn.Linear):
+    """The input is rounded first, as with 8-bit activations: the gradient differs by less than one percent."""
+
+    def forward(self, x):
+        scale = x.detach().abs().amax(-1, keepdim=True) / 127
+        return super().forward(x + ((x / scale).round() * scale - x).detach())
 
 
 class Twice(nn.Module):
@@ -665,11 +692,82 @@ class Twice(nn.Module):
         return self.inner(torch.tanh(self.inner(x)))
 
 
-def test_a_module_that_runs_twice_is_refused_by_name():
+class Outside(nn.Module):
+    """Uses a weight beside the layer that has it too, and one only so."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = (nn.Linear(32, 32, bias=False, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x):
+        return self.one(x) + x @ self.one.weight @ self.two.weight
+
+
+class Kernel(nn.Module):
+    """A short convolution that mixes tokens, a matrix that is stacked, and a vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1d = nn.Conv1d(32, 32, 3, groups=32, padding=2, dtype=torch.float64)
+        self.stacked = nn.Parameter(torch.randn(3, 32, 32, dtype=torch.float64))
+        self.A_log = nn.Parameter(torch.randn(32, dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.stack([x @ m for m in self.stacked]).sum(0) * self.A_log.exp() + self.conv1d.bias
+
+
+def down_proj(kind):
+    linear = kind(48, 32, bias=False, dtype=torch.float64)
+    return lambda layer: setattr(layer.mlp, "down_proj", linear)
+
+
+def whole_mlp(kind):
+    module = kind()
+    return lambda layer: setattr(layer, "mlp", module)
+
+
+ODD = {
+    "no product": (down_proj(Squared), "mlp.down_proj"),
+    "a branch": (down_proj(Low), "mlp.down_proj"),
+    "rounded input": (down_proj(Rounded), "mlp.down_proj"),
+    "runs twice": (whole_mlp(Twice), "mlp.inner"),
+    "used outside": (whole_mlp(Outside), "mlp.one"),
+    "no layers": (whole_mlp(Kernel), "mlp"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_is_no_product_is_exact_one_sample_at_a_time(odd, caplog):
+    change, path = ODD[odd]
+    model, samples = tiny_model(), random_samples(3)
+    change(model.model.layers[1])
+    before = trace(model)
+    for modules in ("mlp", "all"):
+        close_to_loop(model, samples, modules, gradient_checkpointing=odd == "runs twice")
+    assert f"model.layers.1.{path} (" in caplog.text and caplog.text.count("one sample at a time") == 2
+    assert trace(model)[:1] == before[:1] and trace(model)[2:] == before[2:]
+    caplog.clear()
+    truth, per_layer, _ = loop(model, samples, "mlp", "mean")  # needs no batches of one sample
+    for batch_tokens in (8, 1000):
+        ours = knowledge_density(model, samples, reduction="mean", batch_tokens=batch_tokens)
+        torch.testing.assert_close(ours.per_layer.tolist(), per_layer, rtol=1e-10, atol=0)
+        assert ours.per_module.keys() == truth.keys()
+    assert "one sample at a time" not in caplog.text
+
+
+def test_a_product_of_another_class_is_measured_as_a_product(caplog):
+    model, samples = tiny_model(), random_samples(3)
+    down_proj(Falcons)(model.model.layers[1])
+    model.model.layers[2].mlp.up_proj = Falcons(32, 48, dtype=torch.float64)
+    close_to_loop(model, samples, "all")
+    assert not caplog.text
+
+
+def test_a_module_that_cannot_be_taken_apart_is_not_sampled():
     model = tiny_model()
-    model.model.layers[1].mlp = Twice()
-    with pytest.raises(ValueError, match="model.layers.1.mlp.inner runs twice in one forward pass"):
-        knowledge_density(model, random_samples(2))
+    whole_mlp(Twice)(model.model.layers[1])
+    with pytest.raises(ValueError, match=r"^model.layers.1.mlp.inner runs twice .*: leave sample_fraction out$"):
+        knowledge_density(model, random_samples(2), sample_fraction=0.5)
 
 
 def test_not_finite():

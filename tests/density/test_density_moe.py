@@ -8,7 +8,6 @@ from tiny_models import MIXTURES, random_samples, tiny_model
 from torch import nn
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from kunbr_fast.density import experts
 from kunbr_fast.density.layer_kinds import LAYER_KINDS, How, Watched
@@ -17,6 +16,11 @@ from kunbr_fast.density.taps import Segments, Taps
 from kunbr_fast.density.watch import choose_tiles
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.ways import Places
+
+try:
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+except ImportError:  # transformers 5.0
+    NemotronHExperts = None
 
 # Both models' routers take their softmax in fp32 whatever the weights' dtype. A last-bit difference of a hidden state
 # can turn the rounding of a routing weight, 6e-8 relative, which then scales what its expert adds to a gradient.
@@ -111,7 +115,7 @@ def test_sampled_experts(modules):
 def layouts():
     oss = tf.GptOssConfig(hidden_size=8, intermediate_size=12, num_local_experts=5, num_hidden_layers=1)
     aria = tf.AriaTextConfig(hidden_size=8, intermediate_size=12, moe_num_experts=5, num_attention_heads=2)
-    nemotron = tf.NemotronHConfig(hidden_size=8, moe_intermediate_size=12, n_routed_experts=5)
+    nemotron = NemotronHExperts and tf.NemotronHConfig(hidden_size=8, moe_intermediate_size=12, n_routed_experts=5)
     return {"transposed, biases, interleaved": (GptOssExperts, oss), "transposed": (AriaExperts, aria),
             "no gate": (NemotronHExperts, nemotron)}  # fmt: skip
 
@@ -120,6 +124,8 @@ def layouts():
 @pytest.mark.parametrize("fraction", [None, 1.0])
 def test_layouts_of_experts(layout, fraction):
     kind, config = layouts()[layout]
+    if kind is None:
+        pytest.skip(f"transformers {tf.__version__} has no Nemotron-H")
     if kind is AriaExperts and not experts.is_experts(kind(config)):
         pytest.skip(f"transformers {tf.__version__}'s Aria has no experts interface: its experts route by themselves")
     config._experts_implementation = "eager"
@@ -164,32 +170,25 @@ def test_layouts_of_experts(layout, fraction):
 # ---------------------------------------------------------------- what is refused
 
 
-def test_experts_that_compute_something_else_are_refused_by_name():
-    model = tiny_model("mixtral")
+def test_experts_that_compute_something_else():
+    model, samples = tiny_model("mixtral"), random_samples(3)
     decoder = Decoder(model)
     module = model.model.layers[1].mlp.experts
     theirs = module.forward
     module.forward = lambda *args: 1.5 * theirs(*args)
-    with pytest.raises(ValueError, match=r"^model.layers.1.mlp.experts: MixtralExperts does something to its experts"):
-        knowledge_density(decoder, random_samples(1))
-    del module.forward
+    truth, _, _ = loop(model, samples, "mlp", "sample")
+    close(knowledge_density(decoder, samples).per_module, truth)
     model.model.layers[0].mlp.experts._is_expert_parallel = True
     with pytest.raises(ValueError, match=r"^model.layers.0.mlp.experts: its experts are spread over processes"):
         knowledge_density(decoder, random_samples(1))
     assert knowledge_density(decoder, random_samples(1), "attention").per_layer.min() > 0
 
 
-def test_parameters_of_experts_that_are_not_known_are_refused_by_name():
-    model = tiny_model("mixtral")
+def test_parameters_of_experts_that_are_not_known():
+    model, samples = tiny_model("mixtral"), random_samples(3)
     model.model.layers[0].mlp.experts.extra = nn.Parameter(torch.zeros(6, 3, 3, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"^model.layers.0.mlp.experts: MixtralExperts is of no known kind"):
-        knowledge_density(model, random_samples(1))
-    inside = tiny_model("mixtral")
-    inside.model.layers[0].mlp.experts.post_expert_norm = nn.LayerNorm(32, bias=False, dtype=torch.float64)
-    with pytest.raises(
-        ValueError, match=r"^model.layers.0.mlp.experts.post_expert_norm: LayerNorm runs on the rows of"
-    ):
-        knowledge_density(inside, random_samples(1), "norms")
+    truth, _, _ = loop(model, samples, "mlp", "sample")
+    close(knowledge_density(model, samples).per_module, truth)
 
 
 class OneByOne(nn.Module):
@@ -206,11 +205,11 @@ class OneByOne(nn.Module):
         return out
 
 
-def test_layers_that_do_not_see_every_token_are_refused_by_name():
-    model = tiny_model()
+def test_layers_that_do_not_see_every_token():
+    model, samples = tiny_model(), random_samples(3)
     model.model.layers[1].mlp = OneByOne()
-    with pytest.raises(ValueError, match=r"^model.layers.1.mlp.inner.0: its input has the shape .*expected all"):
-        knowledge_density(Decoder(model), random_samples(3))
+    truth, _, _ = loop(model, samples, "mlp", "sample")
+    close(knowledge_density(Decoder(model), samples).per_module, truth)
 
 
 def test_half_precision():

@@ -21,7 +21,7 @@ def run(*arguments, code=None, **environment):
 
 
 def test_everything_compiles_without_spills_on_the_matrix_units():
-    done = run("--json")
+    done = run("--json", "--arch", "sm_80,sm_90,sm_100")
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert {r["architecture"] for r in results} == {80, 90, 100}
@@ -46,6 +46,39 @@ def test_everything_compiles_without_spills_on_the_matrix_units():
             by_registers = 65536 // (32 * tile.num_warps * (-(-r["registers"] // 8) * 8))
             by_memory = ({80: 164, 90: 228}[architecture] << 10) // (r["shared"] + 1024)
             assert min(by_registers, by_memory) >= count, r
+
+
+GREEDIEST = """
+import sys
+from kunbr_fast.kernels import aot
+
+every = aot.jobs((120,))
+aot.jobs = lambda architectures: [job for job in every if "grad_density l1 by row" in job[1]]
+sys.exit(aot.main())
+"""
+
+
+@pytest.mark.parametrize("all_of_them", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_small_shared_memory(all_of_them):
+    """sm_120 has 99 KiB and no wgmma: sm_80's tiles fit. Of all kernels these hold most, with three projections."""
+    done = run("--json", "--arch", "sm_120", code=None if all_of_them else GREEDIEST)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    kinds = [kind for (entry, kind), tiles in config.TABLE.items() if entry == 80 for _ in tiles]
+    greediest = [r for r in results if "grad_density l1 by row" in r["label"]]
+    assert all(any(f" {kind} K=" in r["label"] for r in greediest) for kind in kinds)
+    assert all(r["architecture"] == 120 and r["problem"] is None and r["spills"] == 0 for r in results)
+    assert {r["instruction"] for r in results if r["matrix"]} == {"mma.sync"}
+    assert max(r["shared"] for r in results) == max(r["shared"] for r in greediest) <= 99 << 10
+    assert len(results) > len(greediest) or not all_of_them
+
+
+def test_a_gpu_takes_the_tiles_that_were_compiled_for_it(monkeypatch):
+    import torch
+
+    for architecture, entry in aot.TABLE_OF.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, a=architecture: divmod(a, 10))
+        assert config.architecture(torch.device("cuda", 0)) == entry
 
 
 BAD = """
@@ -122,7 +155,7 @@ def test_the_next_load_goes_before_the_sum():
 
 def test_arguments():
     done = run("--arch", "sm_90,sm_70")
-    assert done.returncode == 2 and "sm_70: expected some of sm_80,sm_90,sm_100" in done.stderr
+    assert done.returncode == 2 and "sm_70: expected some of sm_80,sm_90,sm_100,sm_120" in done.stderr
     done = run(TRITON_INTERPRET="1")
     assert done.returncode == 2 and "TRITON_INTERPRET=1 is set" in done.stderr
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from patch_problem import FUSED
 from tiny_models import random_samples, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from kunbr_fast.data import IGNORE, pack
 from kunbr_fast.model.decoder import Decoder, Stretch
-from kunbr_fast.model.families import FAMILIES
 from kunbr_fast.model.patch import patched
 
 
@@ -42,7 +42,7 @@ def run(decoder, batch, start, recompute=False, **kwargs):
 
 
 # OLMo-2's layer keeps its own forward; a SmolLM3 of six layers has its one without rotary in the middle
-@pytest.mark.parametrize("architecture", sorted(FAMILIES))
+@pytest.mark.parametrize("architecture", FUSED)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_rows_of_the_last_layer(architecture, recompute):
     decoder, batch = Decoder(tiny_model(architecture)), pack(few_labels())

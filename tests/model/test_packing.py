@@ -280,11 +280,16 @@ def test_a_model_that_has_run_something_long(tmp_path):
     model, first = fresh("llama, dynamic"), fresh("llama, dynamic")
     with torch.no_grad():
         model(input_ids=torch.arange(3, 53)[None])
+
+    def longest():  # transformers 5.0 keeps it under another name
+        return {name: int(n) for name, n in vars(model.model.rotary_emb).items() if "max_seq_len_cached" in name}
+
+    before = longest()
     decoder, parts = Decoder(model), types.SimpleNamespace(parts={"forget": samples()[3:5]})
     assert relative(decoder.logits(pack([samples()[3]])), alone("llama, dynamic")[3][0]) < LIMIT
     truth = first(input_ids=torch.stack([sample["input_ids"][:20] for sample in samples()[3:5]])).logits
     assert relative(ReadBack(tmp_path, decoder, parts, True).truth, truth) < LIMIT
-    assert model.model.rotary_emb.max_seq_len_cached == 50
+    assert longest() == before and 50 in before.values()
 
 
 class OtherRotary(nn.Module):

@@ -84,7 +84,7 @@ def test_hidden_states_and_attention_weights_are_captured(architecture):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("architecture", FUSED)
 def test_gradient_checkpointing(architecture, reentrant, caplog):
-    patch._say_once.cache_clear()
+    patch.say_once.cache_clear()
     model = tiny_model(architecture).train()
     layer = patch._layers(model)[3]
     calls = []
@@ -136,7 +136,8 @@ def test_backward_ends_at_the_block(reentrant):
     patch._layers(model)[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     with kf.patched(model, active_block=BLOCK):
         ours = gradients()
-    assert len(calls) == 1  # not again in a backward pass
+    around = reentrant and compat.CALL_CHECKPOINTS  # transformers 5.0 recomputes around what is patched
+    assert len(calls) == 1 + around  # not again in a backward pass
     assert all(relative(ours[key], value) < FP32_NORMS for key, value in truth.items())
 
 
