@@ -141,6 +141,19 @@ class PackedBatch:
         back = self.row_sample * width + torch.arange(len(self.rows)) - first[self.row_sample]
         return index, back, self.position_ids[self.rows][index].view(-1, width)
 
+    def samples(self) -> list[PackedBatch]:
+        """Each sample as a batch of its own."""
+        if self.num_samples == 1:
+            return [self]
+        host, lengths = self.host, self.lengths
+        hosts: list[PackedBatch | None] = [None] * len(lengths)
+        if host is not self:
+            hosts = host.samples()
+        tensors = zip(*(x.split(lengths) for x in (self.input_ids, self.labels, self.position_ids)))
+        hidden = [None] * len(lengths) if self.hidden is None else self.hidden.split(lengths)
+        parts = zip(tensors, lengths, hidden, hosts)
+        return [PackedBatch(*three, [n], rows, self.layer, one) for three, n, rows, one in parts]
+
     def set_indices(self, **indices: Any) -> None:
         """Gives the batch indices (`rows`, `pad_index`, ...) that it then does not work out itself."""
         vars(self).update(indices)

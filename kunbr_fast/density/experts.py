@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kunbr_fast.data import PackedBatch
 from kunbr_fast.density.taps import Part, Segments, Taps
 from kunbr_fast.model import compat
 from kunbr_fast.model.decoder import Decoder
@@ -87,7 +86,7 @@ def experts_forward(
         y = torch.cat(parts)
         if taps is None or not y.requires_grad:
             return y
-        return taps.tap(Part(item, segments, (name, f"{name}_bias")), x, [y])[0]
+        return taps.tap(Part(item, segments, (name, f"{name}_bias")), x, [y], sorted_rows=True)[0]
 
     if taps is not None:
         taps.enter(item)
@@ -111,11 +110,11 @@ def _of_interface(module: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def watched(items: Sequence[Any], taps: Taps, batch: PackedBatch) -> Iterator[None]:
+def watched(items: Sequence[Any], taps: Taps) -> Iterator[None]:
     """Inside, the experts modules of `items` run `experts_forward`, and their products are tapped."""
     before = [(item.module.config, item.module.config._experts_implementation) for item in items]
     whole = len(taps.segments.lengths) == 1
-    sample = torch.zeros_like(batch.input_ids) if whole else batch.sample_of_token
+    sample = torch.zeros_like(taps.places.sample) if whole else taps.places.sample
     if items:
         compat.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _of_interface)
     try:

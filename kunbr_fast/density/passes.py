@@ -166,9 +166,11 @@ class Measurement:
     # ------------------------------------------------ batches, and memory that runs out
 
     def _batches(self, samples: Sequence[Sample], whole: bool) -> list[list[Sample]]:
-        if self.one_by_one and not whole:
+        lengths = [len(s["input_ids"]) for s in samples]
+        together = self.decoder.way.together(max(lengths, default=0))  # else each sample is a batch
+        if not together or (self.one_by_one and not whole):
             return [[sample] for sample in samples]
-        batches = token_batches([len(s["input_ids"]) for s in samples], self.batch_tokens)
+        batches = token_batches(lengths, self.batch_tokens)
         return [[samples[i] for i in indices] for indices in batches]
 
     def _each(self, samples: Sequence[Sample]) -> Iterator[Found]:
@@ -192,7 +194,7 @@ class Measurement:
         self._bar.n = before
 
     def _reading(self, whole: bool, add: Add | None = None) -> Reading:
-        return Reading(self.decoder.device, self.watched, self.how, whole, add)
+        return Reading(self.decoder.way, self.watched, self.how, whole, add)
 
     def _pass(self, batches: list[PackedBatch], reading: Reading) -> list[Found]:
         """One forward and backward pass of each batch."""

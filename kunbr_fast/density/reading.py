@@ -16,6 +16,7 @@ from kunbr_fast.data import PackedBatch
 from kunbr_fast.density import experts
 from kunbr_fast.density.layer_kinds import BY_AUTOGRAD, How, Watched
 from kunbr_fast.density.taps import Part, Segments, Taps
+from kunbr_fast.model.ways import Way
 
 Found = dict[str, torch.Tensor]  # {parameter's path: values as `LayerKind.values` has them}
 Add = Callable[[str, torch.Tensor], None]  # (parameter's path, a gradient)
@@ -73,7 +74,7 @@ class Reading:
     add: takes the gradients; None: their statistics are kept.
     """
 
-    device: torch.device
+    way: Way
     watched: Sequence[Watched]
     how: How
     whole: bool
@@ -89,8 +90,8 @@ class Reading:
         A watched parameter requires grad, except where its kind knows what is done with it. So what else is done with
         it comes to light as a gradient, and the module is measured by autograd.
         """
-        segments = Segments.of([batch.num_tokens] if self.whole else batch.lengths, self.device)
-        taps = Taps(segments, batch.num_tokens, lambda parts: self._read(parts, batch, found))
+        segments = Segments.of([batch.num_tokens] if self.whole else batch.lengths, batch.device)
+        taps = Taps(segments, self.way.places(batch), lambda parts: self._read(parts, batch, found))
         inside = [item for item in self.watched if item.layer in layers]
         again = Again()
         leaves: list[nn.Parameter] = []
@@ -119,7 +120,7 @@ class Reading:
                 if item.experts is None and item.kind is not BY_AUTOGRAD:
                     _hook(stack, item, taps, again)
             known = [item for item in inside if item.experts is not None and item.kind is not BY_AUTOGRAD]
-            stack.enter_context(experts.watched(known, taps, batch))
+            stack.enter_context(experts.watched(known, taps))
             yield forward_is_over, leaves
             taps.finish()
             again.if_any()

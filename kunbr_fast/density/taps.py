@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from kunbr_fast.model.ways import Places
+
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
@@ -87,7 +89,7 @@ class _Group:
 
 
 class Taps:
-    """The taps of one forward and backward pass over a packed batch of `num_tokens` tokens in `segments`.
+    """The taps of one forward and backward pass over a batch whose tokens stand in `places`, and belong to `segments`.
 
     `measure(parts)` is called within the backward pass, with parts that share x. Register `hook(item)` as a forward
     hook with kwargs, call `forward_is_over()` after the forward pass and `finish()` after the backward pass.
@@ -96,9 +98,9 @@ class Taps:
     does not see the packed tokens in order.
     """
 
-    def __init__(self, segments: Segments, num_tokens: int, measure: Callable[[list[Part]], None]):
+    def __init__(self, segments: Segments, places: Places, measure: Callable[[list[Part]], None]):
         self.segments = segments
-        self.num_tokens = num_tokens
+        self.places = places
         self._measure = measure
         self._groups = WeakIdKeyDictionary()  # by input, which must not be kept alive
         self._waiting: dict[_Group, None] = {}  # groups with some of their gradients, in order of arrival
@@ -140,8 +142,10 @@ class Taps:
         outputs: Sequence[torch.Tensor],
         across: bool = False,
         shares_input: bool = False,
+        sorted_rows: bool = False,
     ) -> Sequence[torch.Tensor]:
-        """The outputs, tapped; to be used instead of `outputs`."""
+        """The outputs, tapped; to be used instead of `outputs`. sorted_rows: they are in the order of the part's
+        segments, (R, ...), and not in the batch's places."""
         if not outputs:  # nothing of it requires a gradient
             return outputs
         arrive = None
@@ -150,8 +154,8 @@ class Taps:
             index, group.size = group.size, group.size + 1
 
             def arrive(x: torch.Tensor, dys: Sequence[torch.Tensor | None]) -> None:
-                part.x = _token_rows(x, across)
-                part.dys = [None if dy is None else _token_rows(dy, across) for dy in dys]
+                part.x = x if sorted_rows else self.places.rows(x, across)
+                part.dys = [dy if dy is None or sorted_rows else self.places.rows(dy, across) for dy in dys]
                 self._arrive(group, index, part)
 
         # Marking says "written to", which would be wrong for a router's outputs, saved by the operations that made
@@ -186,20 +190,16 @@ class Taps:
                 part.x, part.dys = None, ()
 
     def _layout(self, item: Any, x: torch.Tensor) -> tuple[bool, int]:
-        """Whether x is (1, heads, T, d), and how many rows it has for each token."""
-        rows, rest = divmod(x.shape[:-1].numel(), self.num_tokens)
-        fits = x.dim() == 2 or (x.dim() in (3, 4) and x.shape[0] == 1)
-        if rest or not rows or not fits or (x.dim() == 4 and self.num_tokens not in x.shape[1:3]):
+        """Whether x is (B, heads, L, d), and how many rows it has for each place."""
+        (samples, length), count = self.places.shape, self.places.count
+        rows, rest = divmod(x.shape[:-1].numel(), count)
+        fits = x.dim() == 2 or (x.dim() in (3, 4) and (x.shape[0] == samples or x.shape[:2].numel() == count))
+        if rest or not rows or not fits or (x.dim() == 4 and length not in x.shape[1:3]):
             raise ValueError(
-                f"{item.path}: its input has the shape {tuple(x.shape)}, expected all {self.num_tokens} tokens in "
+                f"{item.path}: its input has the shape {tuple(x.shape)}, expected all {samples} x {length} tokens in "
                 "order: what it computes cannot be told apart by sample"
             )
         if x.dim() == 4 and x.shape[1] == x.shape[2]:
-            # with T heads the shape does not tell: projections write token after token, so tokens lie further apart
+            # with L heads the shape does not tell: projections write token after token, so tokens lie further apart
             return x.stride(2) > x.stride(1), rows
-        return x.dim() == 4 and x.shape[2] == self.num_tokens, rows
-
-
-def _token_rows(x: torch.Tensor, heads_first: bool) -> torch.Tensor:
-    """(T, D), (1, T, D), (1, T, heads, d) or (1, heads, T, d) to rows, sample after sample."""
-    return (x.transpose(1, 2) if heads_first else x).flatten(0, -2)
+        return x.dim() == 4 and x.shape[2] == length, rows

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import contextlib
+import contextvars
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,36 +20,65 @@ ATTENTION = "kunbr_packed"
 MASKS = "kunbr_masks"  # under which a model is asked for its masks, and never run
 
 
+class _Here(NamedTuple):
+    batch: PackedBatch
+    window: int | None
+
+
+# What runs now. Not a layer's keyword argument: some layers do not hand theirs on.
+_here: contextvars.ContextVar[_Here | None] = contextvars.ContextVar("kunbr_batch", default=None)
+
+
+@contextlib.contextmanager
+def of(batch: PackedBatch, window: int | None = None) -> Iterator[None]:
+    """Inside, `packed_attention` is of this batch. window: the sliding window of the layer's mask, which is not made
+    here."""
+    token = _here.set(_Here(batch, window))
+    try:
+        yield
+    finally:
+        _here.reset(token)
+
+
+@contextlib.contextmanager
+def named(config: Any, name: str) -> Iterator[None]:
+    """Inside, the model's configuration names this attention."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 def packed_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    kunbr_batch: PackedBatch | None = None,
     kunbr_rows: torch.Tensor | None = None,
-    kunbr_window: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention within each packed sample. query (1, Hq, T, d), key and value (1, Hkv, T, d) -> (1, T, Hq, d).
+    """Attention within each sample of the batch that `of` names. query (1, Hq, T, d), key and value (1, Hkv, T, d) ->
+    (1, T, Hq, d).
 
     kunbr_rows: the batch's labelled rows; queries are of these alone then: (1, Hq, R, d) -> (1, R, Hq, d).
-    kunbr_window: the sliding window of the layer's mask, which is not made here.
-    options: of the interface, `scaling`, `dropout` (which must be 0), `sliding_window` and `softcap`.
+    options: of the interface, `scaling`, `dropout` (which must be 0), `sliding_window`, `softcap`, and `s_aux` (Hq,), a
+    sink: one more score of each query, whose share of the softmax goes nowhere.
 
     The samples are laid out right-padded, (B, Hq, Lmax, d). Padded keys lie to the right of real queries, so causality
     masks them; padded queries are dropped on the way back.
     """
-    if kunbr_batch is None:
-        raise ValueError(
-            f"{type(module).__name__} did not hand its keyword arguments to the attention function: "
-            "this architecture cannot run packed samples"
-        )
+    here = _here.get()
+    if here is None:
+        raise ValueError(f"{type(module).__name__} ran with attention of packed samples, and no batch: use a Decoder")
     if dropout := options.get("dropout", 0.0):
         raise ValueError(f"attention dropout of {dropout} is active: call model.eval() first")
-    batch, longest = kunbr_batch, max(kunbr_batch.lengths)
-    softcap = options.get("softcap")
-    window = least(options.get("sliding_window"), kunbr_window)
+    batch, longest = here.batch, max(here.batch.lengths)
+    softcap, sink = options.get("softcap"), options.get("s_aux")
+    plain = softcap is None and sink is None
+    window = least(options.get("sliding_window"), here.window)
 
     place = torch.arange(longest, device=query.device)
     queries = place[None]  # positions within their samples, (1 or B, Lmax or Rmax)
@@ -61,22 +92,29 @@ def packed_attention(
     query, key, value = (x.unflatten(0, (batch.num_samples, -1)).transpose(1, 2) for x in grids)
     allowed = None  # (1 or B, 1, queries, keys); None: all that causality allows
     narrow = window is not None and longest > window
-    if narrow or kunbr_rows is not None or softcap is not None:
+    if narrow or kunbr_rows is not None or not plain:
         distance = (queries[:, :, None] - place)[:, None]
         allowed = distance >= 0
         if narrow:
             allowed &= distance < window
     groups, scaling = query.shape[1] // key.shape[1], options.get("scaling")
-    if softcap is None:
+    if plain:
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=scaling, enable_gqa=groups != 1
         )
-    else:  # SDPA has none: the plain formula, softmax in fp32 as the models' own code has it
+    else:  # SDPA has neither: the plain formula, softmax in fp32 as the models' own code has it
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
+        scores = query @ key.transpose(2, 3) * scale
+        scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
         scores = scores.masked_fill(~allowed, float("-inf"))
-        out = _softmax(scores, batch.lengths, kunbr_rows is None).to(query.dtype) @ value
+        if sink is None:
+            share = _softmax(scores, batch.lengths, kunbr_rows is None)
+        else:
+            further = sink.view(1, -1, 1, 1).to(scores.dtype).expand(*scores.shape[:3], 1)
+            wide = torch.promote_types(scores.dtype, torch.float32)
+            share = torch.cat([scores, further], -1).softmax(-1, dtype=wide)[..., :-1]
+        out = share.to(query.dtype) @ value
     out = out.transpose(1, 2).flatten(0, 1)  # (B * Lmax, Hq, d)
     if back is not None:
         out = take(out, back)

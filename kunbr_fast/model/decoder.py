@@ -4,22 +4,25 @@ A model is: embeddings -> layer 0 ... layer H-1 -> final norm -> head. Re-insert
 given activations, on packed samples, with logits at chosen positions only. The model's own forward, run with recorders
 in place of its layers, gives the hidden state at the input of layer 0 and each layer's further arguments (rotary
 angles, positions, masks); the layers are then called one by one. So what a model does before its layers (positions
-added, embeddings scaled) is done by its own code.
+added, embeddings scaled) is done by its own code (`calls`).
 
-The final norm is found by watching one real forward. A self-check compares the logits of this path with the model's
-own on two short samples: an architecture that does not fit is refused, not trained wrongly.
+What comes after the layers is found by watching one real forward. A self-check compares embeddings, every layer and the
+head with the model's own on two short samples (`self_check`). Samples are packed where that agrees, else padded, else
+run one at a time (`ways`). An architecture that fits none of these is refused, not trained wrongly.
 
-Attention goes through transformers' attention interface (`attention`); the model's own choice is put back after each
-call.
+Attention of packed samples goes through transformers' attention interface (`attention`); the model's own choice is put
+back after each call.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,20 +32,20 @@ from kunbr_fast.data import PackedBatch, pack
 from kunbr_fast.files.models import attention_of
 from kunbr_fast.files.saving import save_model
 from kunbr_fast.memory import Place
-from kunbr_fast.model import attention, compat
+from kunbr_fast.model import attention, calls, self_check
+from kunbr_fast.model.calls import Call
 from kunbr_fast.model.frozen import evaluating, frozen
 from kunbr_fast.model.gather import take
 from kunbr_fast.model.layers import find_layers
 from kunbr_fast.model.ownership import bare_product, naming_adapters, uncompiled, whole
 from kunbr_fast.model.rotary import RotaryByLength
+from kunbr_fast.model.ways import Picked, Way, ways_of
 from kunbr_fast.model.weights import DAMAGED, Weights, all_zero, check_finite, weights_of
+
+logger = logging.getLogger(__name__)
 
 Turn = Callable[[int, "Stretch", int, torch.Tensor | None], None]  # see `Decoder.passes`
 Tap = Callable[[torch.Tensor], torch.Tensor]  # see `Stretch`
-
-
-class _Stop(Exception):
-    """Ends the model's own forward once the last layer's arguments are known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,11 @@ class Stretch:
 FROM_EMBEDDINGS = Stretch()
 
 
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
 class Arrival(NamedTuple):
     """A batch on its way through the layers, which of the layers that were asked for come next, and where
     `Decoder.run` goes on with it."""
@@ -108,9 +116,11 @@ class Decoder:
     Of a model that `open_streamed` has made, `Decoder(model)` is a `StreamedDecoder`, with the same methods. Runs need
     eval mode (no dropout), so that packed and unpacked runs, and a run and its resumption, agree.
 
+    way: how samples run, a `ways.Way` (`way.name` is packed, padded or alone).
+
     Errors: ValueError, naming the module, if the model is not `whole`, its attention leaves out a softcap, if the model
-    has no list of `num_hidden_layers` layers, more than one module between the last layer and the head, a head that is
-    no nn.Linear, weights that are not finite, or logits that differ from this path's.
+    has no list of its layers, a head that is no nn.Linear, weights that are not finite, or embeddings, layers or logits
+    that differ from this path's whichever way samples run.
     """
 
     def __new__(cls, model: nn.Module) -> Decoder:
@@ -129,13 +139,12 @@ class Decoder:
         attention.register()
         with naming_adapters(model), evaluating(model):
             self._layers_path, self.layers = find_layers(model)
-            self.inner = model.get_submodule(self._layers_path.rpartition(".")[0])
+            self.inner = calls.entry(model, self._layers_path)
             self.head = find_head(model)
             self.rotary = RotaryByLength(self.inner)
-            self._norm, native = self._watch_forward()
-            self._windows = self._windows_in_masks()
-            self._check(native)
+            self.way = self._find_way()
             bare_product(self.head.linear, self.name)
+            self._windows = self._windows_in_masks(self.way)
 
     # ------------------------------------------------ structure
 
@@ -160,7 +169,8 @@ class Decoder:
         """The longest sample that the model takes; None: any. Dynamic NTK goes beyond `max_position_embeddings`."""
         if self.rotary.unlimited:
             return None
-        return getattr(self.config, "max_position_embeddings", None)
+        limit = getattr(self.config, "max_position_embeddings", None)
+        return limit if limit is not None and limit > 0 else None  # XLNet says -1
 
     def layer_path(self, index: int) -> str:
         """The module path of a layer, such as "model.layers.3"."""
@@ -169,72 +179,83 @@ class Decoder:
     @property
     def probe(self) -> PackedBatch:
         """Two short samples for self-checks."""
-        ids = torch.arange(1, 9) % self.config.vocab_size
-        return pack([{"input_ids": part, "labels": part} for part in (ids[:5], ids[5:])]).to(self.device)
+        ids = torch.arange(1, 12) % self.config.vocab_size
+        return pack([{"input_ids": part, "labels": part} for part in (ids[:7], ids[7:])]).to(self.device)
 
     @property
     def rounding(self) -> float:
-        """The largest relative difference between two forms of one computation that is taken for rounding. An unknown
-        step in a model changes a result by far more. Models use fp32 inside (norms, rotary angles) even where their
-        weights are fp64; a fine-tuned SmolLM2-135M in fp32 came to 5e-4."""
+        """The largest relative difference between two forms of a whole forward pass that is taken for rounding. Models
+        use fp32 inside (norms, rotary angles) even where their weights are fp64; a fine-tuned SmolLM2-135M in fp32 came
+        to 5e-4."""
         return {torch.float64: 1e-4, torch.float32: 5e-3}.get(self.dtype, 0.1)
 
     @torch.no_grad()
-    def _watch_forward(self) -> tuple[nn.Module | None, list[torch.Tensor]]:
-        """The module that runs after the last layer, and the model's own logits of the two probe samples."""
-        after: list[nn.Module] = []
-        hooks = [self.layers[-1].register_forward_hook(lambda *_: after.clear())]
-        for child in self.inner.children():
-            if child is not self.layers:
-                hooks.append(child.register_forward_hook(lambda module, *_: after.append(module)))
-        try:
-            samples = self.probe.input_ids.split(self.probe.lengths)
-            with self.rotary.watching():
-                native = [self.model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if len(after) > 1:
-            raise ValueError(f"{self.name}: {len(after)} modules run after the last layer, expected one final norm")
+    def _find_way(self) -> Way:
+        """The first way in which the model taken apart is the model."""
+        ways, reasons = ways_of(self.config, self.rotary), []
+        with contextlib.ExitStack() as stack:
+            if not isinstance(ways[0], Picked):  # which is padded only where a sample has fewer keys than it picks
+                stack.enter_context(self_check.narrowed(self.model))
+            try:
+                with self.rotary.watching():
+                    seen = calls.watch(self.model, self._layers_path, self.probe.input_ids.split(self.probe.lengths))
+            except (TypeError, AttributeError, LookupError, NotImplementedError, ValueError) as error:
+                raise self._refused(f"{type(error).__name__}: {error}") from error
+            self._check_logits(seen.logits)
+            self._forms, self._tail = seen.forms, calls.tail_of(seen, self.head.linear)
+            for way in ways:
+                self._windows = self._windows_in_masks(way)
+                try:
+                    self_check.compare(self, way, seen)
+                except self_check.Disagreement as reason:
+                    reasons.append(reason)
+                else:
+                    break
+            else:
+                raise self._refused(str(reasons[-1])) from reasons[-1]
+            self._check_head(seen)
+        if way.lost:
+            _say_once(f"{self.name}: {way.lost}")
+        return way
+
+    def _refused(self, why: str) -> ValueError:
+        return ValueError(f"{self.name}: {why}: this architecture is not supported")
+
+    def _check_logits(self, native: list[torch.Tensor]) -> None:
         if not all(bool(logits.isfinite().all()) for logits in native):
             check_finite(self.model)
             raise ValueError(f"{self.name}: logits are not finite although all weights are: try a wider dtype")
         if not any(bool(logits.any()) for logits in native):
             zeros = all_zero(self.weights)
             raise ValueError(f"{self.name}: all its logits are 0{zeros}: {DAMAGED}")
-        return (after[0] if after else None), native
 
-    def _windows_in_masks(self) -> list[int | None]:
+    def _check_head(self, seen: calls.Seen) -> None:
+        """What comes after the layers: logits of the last one's own output."""
+        ours = self.head(self.final(torch.cat(seen.outputs[max(seen.outputs)])))
+        truth, limit = torch.cat(seen.logits), self_check.LIMITS[self.dtype]
+        if ours.shape != truth.shape:
+            raise self._refused(f"its own logits are {tuple(truth.shape)}, those of its head {tuple(ours.shape)}")
+        error = self_check.difference(ours, truth) / float(truth.double().norm())
+        if not error <= limit:
+            raise self._refused(
+                f"taken apart, its logits differ from its own by {error:.1e} relative (limit {limit:.1e}): it does "
+                "something around its layers that kunbr_fast does not know"
+            )
+
+    def _windows_in_masks(self, way: Way) -> list[int | None]:
         """Each layer's sliding window. Some models (Phi-3.5-MoE, Qwen2-MoE) put it into their masks and nowhere else;
-        attention here makes masks of its own."""
+        attention of packed samples makes masks of its own."""
+        none: list[int | None] = [None] * self.num_layers
+        if way.name != "packed":
+            return none
+        batch = self.probe
         try:
-            with self._attention(attention.MASKS), self.rotary.of(self.probe), torch.no_grad():
-                calls = self.layer_calls(self.probe)[1]
-        except (TypeError, AttributeError, LookupError, NotImplementedError, ValueError):
-            return [None] * self.num_layers  # masks of its own making; `_check` says whether it runs at all
-        return [attention.window_of((*args, *kwargs.values())) for args, kwargs in calls]
-
-    @torch.no_grad()
-    def _check(self, native: list[torch.Tensor]) -> None:
-        try:
-            ours, truth = self.logits(self.probe).double(), torch.cat(native).double()
-        except (TypeError, AttributeError, LookupError, NotImplementedError) as error:
-            raise ValueError(
-                f"{self.name}: its layers do not run on packed samples ({type(error).__name__}: {error}): "
-                "this architecture is not supported"
-            ) from error
-        if ours.shape != truth.shape:  # PEFT's prompt tuning puts tokens in front
-            raise ValueError(
-                f"{self.name}: its own logits are {tuple(truth.shape)}, those of its layers {tuple(ours.shape)}: it "
-                "puts tokens in, or keeps its states in another form: this architecture is not supported"
-            )
-        error = float((ours - truth).norm() / truth.norm())
-        if not error <= self.rounding:
-            raise ValueError(
-                f"{self.name}: taken apart, its logits differ from its own by {error:.1e} relative (limit "
-                f"{self.rounding:.1e}): this architecture does something around its layers that kunbr_fast does not "
-                "know"
-            )
+            with attention.named(self.config, attention.MASKS), self.rotary.of(batch), torch.no_grad():
+                found = calls.record(self.inner, self.layers, self._forms, way.inputs(batch))[1]
+        except self_check.FAILURES:
+            return none  # masks of its own making; the self-check says whether it runs at all
+        windows = {i: attention.window_of((*call.args, *call.kwargs.values())) for i, call in found.items()}
+        return [windows.get(index) for index in range(self.num_layers)]
 
     # ------------------------------------------------ weights, and what a streamed model does otherwise
 
@@ -314,52 +335,33 @@ class Decoder:
 
     # ------------------------------------------------ running
 
-    @contextlib.contextmanager
-    def _attention(self, name: str) -> Iterator[None]:
-        before = self.config._attn_implementation
-        self.config._attn_implementation = name
-        try:
-            yield
-        finally:
-            self.config._attn_implementation = before
+    def layer_calls(self, batch: PackedBatch, way: Way | None = None) -> tuple[torch.Tensor, list[dict[int, Call]]]:
+        """Hidden states (T, D) at the input of layer 0, and of each piece of the batch the layers' further arguments.
 
-    @contextlib.contextmanager
-    def _packed(self, batch: PackedBatch) -> Iterator[None]:
-        with self._attention(attention.ATTENTION), self.rotary.of(batch):
-            yield
+        way: another than the model's own."""
+        way = way or self.way
+        embedded, found = [], []
+        for piece in way.pieces(batch):
+            with way.running(piece):
+                first, each = calls.record(self.inner, self.layers, self._forms, way.inputs(piece))
+            if first.shape[:-1] != way.shape(piece):
+                raise ValueError(f"its layers take {tuple(first.shape)} of {way.shape(piece)} tokens")
+            embedded.append(way.to_rows(first, piece))
+            found.append(each)
+        return torch.cat(embedded) if len(embedded) > 1 else embedded[0], found
 
-    def layer_calls(self, batch: PackedBatch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
-        """The hidden state (1, T, D) at the input of layer 0, and each layer's further arguments."""
-        calls: list[tuple[tuple, dict]] = []
-        first: list[torch.Tensor] = []
-
-        def recorder(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if not calls:
-                first.append(hidden)
-            calls.append((args, kwargs))
-            if len(calls) == len(self.layers):
-                raise _Stop
-            return (hidden,) if compat.LAYERS_RETURN_TUPLES else hidden
-
-        recorder.computes_nothing = True  # so that no weights are fetched for it (streaming)
-        patched = {layer: layer.__dict__.get("forward") for layer in self.layers}  # by Accelerate, for example
-        for layer in self.layers:
-            layer.forward = recorder
-        try:
-            self.inner(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[None],
-                use_cache=False,
-                kunbr_batch=batch,
-            )
-        except _Stop:
-            pass
-        finally:
-            for layer, forward in patched.items():
-                del layer.forward
-                if forward is not None:
-                    layer.forward = forward
-        return first[0], calls
+    def apply(
+        self, layer: nn.Module, index: int, hidden: torch.Tensor, batch: PackedBatch, given: Sequence[Call], way: Way
+    ) -> torch.Tensor:
+        """(T, D) -> (T, D) through `layer`, as layer `index`; given: its arguments for each piece of the batch."""
+        pieces = way.pieces(batch)
+        parts = hidden.split([piece.num_tokens for piece in pieces])
+        out = []
+        for piece, rows, call in zip(pieces, parts, given):
+            with way.running(piece, self._windows[index]):
+                grid = calls.hidden_of(layer(way.to_grid(rows, piece), *call.args, **call.kwargs))
+            out.append(way.to_rows(grid, piece))
+        return torch.cat(out)
 
     def run(
         self, batch: PackedBatch, stretch: Stretch = FROM_EMBEDDINGS, stop: int | None = None, rows: bool = False
@@ -377,43 +379,66 @@ class Decoder:
             raise ValueError(
                 f"a sample of {longest} tokens: {self.name} has {limit} positions; shorten or leave it out"
             )
-        attention.check_places(self.config, batch, self.name)
-        with self._packed(batch):
-            embedded, calls = self.layer_calls(batch)
-            hidden = embedded if stretch.hidden is None else stretch.hidden[None]
-            for index in range(stretch.start, stop):
-                layer, (args, kwargs) = self.layers[index], calls[index]
-                if self._windows[index] is not None:
-                    kwargs = {**kwargs, "kunbr_window": self._windows[index]}
-                few = rows and index == stop - 1 and index not in stretch.taps
-                if few and getattr(layer.__dict__.get("forward"), "takes_rows", False):
-                    if 2 * len(batch.rows) <= batch.num_tokens:
-                        kwargs, rows = {**kwargs, "kunbr_rows": batch.rows}, False  # it gives nothing else
-                if stretch.recompute:
-                    # The backward pass comes when the model's own attention is back. Nothing here is random.
-                    hidden = run_again(
-                        layer,
-                        hidden,
-                        *args,
-                        use_reentrant=False,
-                        preserve_rng_state=False,
-                        context_fn=lambda: (contextlib.nullcontext(), self._packed(batch)),
-                        **kwargs,
-                    )
-                else:
-                    hidden = layer(hidden, *args, **kwargs)
-                hidden = hidden[0] if compat.LAYERS_RETURN_TUPLES else hidden
-                if index in stretch.taps:
-                    hidden = stretch.taps[index](hidden[0])[None]
-        return take(hidden[0], batch.rows) if rows else hidden[0]
+        self.way.check(batch, self.name)
+        hidden, given = self.layer_calls(batch)
+        hidden = hidden if stretch.hidden is None else stretch.hidden
+        pieces = self.way.pieces(batch)
+        sizes = [piece.num_tokens for piece in pieces]
+
+        def grids_of(hidden: torch.Tensor) -> list[torch.Tensor]:
+            parts = [hidden] if len(pieces) == 1 else hidden.split(sizes)
+            return [self.way.to_grid(part, piece) for part, piece in zip(parts, pieces)]
+
+        def rows_of(grids: list[torch.Tensor]) -> torch.Tensor:
+            parts = [self.way.to_rows(grid, piece) for grid, piece in zip(grids, pieces)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        grids, taken = grids_of(hidden), False
+        for index in range(stretch.start, stop):
+            if index not in self._forms:  # the model's own forward leaves it out
+                continue
+            further = {}
+            few = rows and index == stop - 1 and index not in stretch.taps and self.way.name == "packed"
+            if few and getattr(self.layers[index].__dict__.get("forward"), "takes_rows", False):
+                taken = 2 * len(batch.rows) <= batch.num_tokens
+                further = {"kunbr_rows": batch.rows} if taken else {}
+            for number, piece in enumerate(pieces):
+                args, kwargs = given[number][index]
+                call = Call(args, {**kwargs, **further})
+                grids[number] = self._through(index, grids[number], piece, call, stretch.recompute)
+            if index in stretch.taps:
+                grids = grids_of(stretch.taps[index](rows_of(grids)))
+        if taken:  # it has given nothing else
+            return grids[0][0]
+        hidden = rows_of(grids)
+        return take(hidden, batch.rows) if rows else hidden
+
+    def _through(self, index: int, grid: torch.Tensor, piece: PackedBatch, call: Call, recompute: bool) -> torch.Tensor:
+        """A grid through a layer."""
+        layer, running = self.layers[index], functools.partial(self.way.running, piece, self._windows[index])
+        if not recompute:
+            with running():
+                return calls.hidden_of(layer(grid, *call.args, **call.kwargs))
+        # The backward pass comes when the model's own attention is back. Nothing here is random.
+        with running():
+            out = run_again(
+                layer,
+                grid,
+                *call.args,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (contextlib.nullcontext(), running()),
+                **call.kwargs,
+            )
+        return calls.hidden_of(out)
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:
         """Hidden states (T, D) at the input of layer 0."""
         return self.run(batch, stop=0)
 
     def final(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The final norm, (R, D) -> (R, D)."""
-        return hidden if self._norm is None else self._norm(hidden)
+        """What the model does after its layers, up to the head: (R, D) -> (R, K)."""
+        return calls.through(self._tail, self.head.linear, hidden)
 
     def logits(
         self, batch: PackedBatch, rows: torch.Tensor | None = None, stretch: Stretch = FROM_EMBEDDINGS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -22,14 +24,14 @@ def layer_list(model: nn.Module, count: int, name: str) -> tuple[str, nn.ModuleL
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """`layer_list` of a model; ValueError also for layers of a type that cannot run on packed samples."""
+    """`layer_list` of a model."""
     config, name = model.config.get_text_config(), type(model).__name__
-    found = layer_list(model, config.num_hidden_layers, name)
-    # Chunks and the like are longer than the self-check's samples, which therefore could not tell.
-    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if odd:
-        raise ValueError(
-            f"{name} has layers of type {', '.join(sorted(odd))}: only full_attention and sliding_attention "
-            "run on packed samples"
-        )
-    return found
+    count = getattr(config, "num_hidden_layers", None)
+    if not isinstance(count, int):
+        raise ValueError(f"{name}: its configuration has no num_hidden_layers: not a decoder this takes")
+    return layer_list(model, count, name)
+
+
+def odd_types(config: Any) -> set[str]:
+    """Types of layers that do not run on packed samples: chunks and the like."""
+    return set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}

@@ -15,6 +15,7 @@ Errors are ValueErrors in one line, with the cure. Nothing is imported for this:
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kunbr_fast.files.shards import PACKED
+from kunbr_fast.files.shards import MASK, PACKED
 from kunbr_fast.files.shown import shown
 from kunbr_fast.model.frozen import owners_flag
 from kunbr_fast.model.weights import weights_of
@@ -137,16 +138,37 @@ def _unquantised(model: nn.Module, parameters: Mapping[str, nn.Parameter], name:
         for path, tensor in parameters.items()
         if tensor.dtype not in PLAIN or _is_from(tensor, QUANTISERS)
     ]
+    buffers = dict(_saved_buffers(model))
     found += [
         f"{path} is {str(tensor.dtype).removeprefix('torch.')}"
-        for path, tensor in model.named_buffers()
-        if tensor.dtype not in PLAIN and PACKED.search(path)
+        for path, tensor in buffers.items()
+        if tensor.dtype not in PLAIN and (PACKED.search(path) or _is_packed(path, tensor))
     ]
     found += [f"{path} is a {type(m).__name__}" for path, m in model.named_modules() if _is_from(m, QUANTISERS)]
     if found:
         raise ValueError(
             f"{name} is quantised ({found[0]}): load it in bfloat16 or float32, without quantization_config"
         )
+    for path, tensor in buffers.items():
+        if tensor.dim() > 1 and path.endswith("weight"):
+            raise ValueError(
+                f"{path} of {name} is a buffer, which has no gradient: it is to be an nn.Parameter, or load the model "
+                "without what has put it there"
+            )
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those that are saved with the model: weights are, masks and tables that are made again are not."""
+    for path, module in model.named_modules():
+        for name, tensor in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}".lstrip("."), tensor
+
+
+def _is_packed(path: str, tensor: torch.Tensor) -> bool:
+    """Whether it is a matrix of a type that weights are packed in; ids are int64."""
+    small = tensor.dtype not in (torch.bool, torch.int64) and not tensor.is_complex()
+    return small and tensor.dim() > 1 and not MASK.search(path)
 
 
 def check_data(name: str, tensor: torch.Tensor) -> None:
@@ -165,6 +187,30 @@ def differentiable(model: nn.Module) -> None:
             raise ValueError(
                 f"{name} was made under torch.inference_mode, and has no gradients: load the model outside of it"
             )
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            _reached(module, path)
+
+
+def _reached(linear: nn.Linear, path: str) -> None:
+    """ValueError where a subclass of nn.Linear computes with something else than its weight, an int8 copy say."""
+    weight = nn.Parameter(linear.weight.detach())
+    x = torch.linspace(-1, 1, 2 * weight.shape[-1], dtype=weight.dtype, device=weight.device).view(1, 2, -1)
+    twin = copy.copy(linear)
+    twin._parameters = {**linear._parameters, "weight": weight}
+    try:
+        with torch.enable_grad():
+            y = twin.forward(x)
+            reached = y.requires_grad and torch.autograd.grad(y.sum(), weight, allow_unused=True)[0] is not None
+    except TypeError:  # it takes more than one tensor
+        return
+    except RuntimeError:
+        reached = False
+    if not reached:
+        raise ValueError(
+            f"{path}: {type(linear).__name__} gives its weight no gradient, as quantised layers do: load the model "
+            "in bfloat16 or float32, without them"
+        )
 
 
 def adapters(module: nn.Module) -> dict[str, nn.Module]:

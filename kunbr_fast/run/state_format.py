@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any
 
 from msgspec import Meta
+from typing_extensions import NotRequired, TypedDict
 
 from kunbr_fast.density.measure import Saved
 from kunbr_fast.evaluation.curves import Error, Point, Share, attack_of

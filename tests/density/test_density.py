@@ -21,7 +21,7 @@ from kunbr_fast.data import pack
 from kunbr_fast.density import layer_kinds
 from kunbr_fast.density.layer_kinds import LAYER_KINDS, How
 from kunbr_fast.density.measure import NORMS, REDUCTIONS, Density, knowledge_density
-from kunbr_fast.density.passes import Measurement, PassSettings, Reading
+from kunbr_fast.density.passes import Measurement, PassSettings
 from kunbr_fast.density.watch import MODULES, watch_list
 from kunbr_fast.kernels.grad_density import reference
 from kunbr_fast.model.decoder import Decoder
@@ -315,7 +315,7 @@ def test_nothing_leaks_from_one_sample_into_another(architecture, monkeypatch):
     """With NaN in one sample's embedding all others' values keep their bits."""
     decoder = Decoder(tiny_model(architecture))
     measurement, batch = Measurement(decoder, watch_list(decoder, "all"), How("grad_l1")), pack(random_samples(4))
-    reading = Reading(measurement, whole=False)
+    reading = measurement._reading(whole=False)
     first, last = batch.cu_seqlens[1], batch.cu_seqlens[2]
     embed = decoder.embed
 
@@ -362,7 +362,7 @@ def test_memory_of_the_measurement(checkpointing, monkeypatch):
             measurement = Measurement(
                 decoder, items, How("grad_l1"), PassSettings(gradient_checkpointing=checkpointing)
             )
-            args = ([batch], Reading(measurement, whole=False))
+            args = ([batch], measurement._reading(whole=False))
             peaks[name] = peak_bytes(lambda pass_=measurement._pass, args=args: pass_(*args))
     assert 0 < peaks["with"] - peaks["without"] < 0.01 * size, peaks
 

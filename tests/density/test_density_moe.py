@@ -9,13 +9,13 @@ from torch import nn
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from kunbr_fast.data import pack
 from kunbr_fast.density import experts
 from kunbr_fast.density.layer_kinds import LAYER_KINDS, How, Watched
 from kunbr_fast.density.measure import NORMS, REDUCTIONS, knowledge_density
 from kunbr_fast.density.taps import Segments, Taps
 from kunbr_fast.density.watch import choose_tiles
 from kunbr_fast.model.decoder import Decoder
+from kunbr_fast.model.ways import Places
 
 try:
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
@@ -150,11 +150,11 @@ def test_layouts_of_experts(layout, fraction):
     module.requires_grad_(False)
     parameters = tuple(truth)
     item = Watched(module, LAYER_KINDS["experts"], "experts", 0, parameters, 5)
-    samples = [{"input_ids": torch.arange(n), "labels": torch.arange(n)} for n in lengths]
-    batch, found = pack(samples), {}
+    found = {}
     how = How("grad_l1", tiles={} if fraction is None else choose_tiles([item], fraction, 0, x.device))
-    taps = Taps(Segments.of(lengths, x.device), 8, lambda parts: found.update(*item.kind.values(parts, how)))
-    with experts.watched([item], taps, batch):
+    places = Places((1, 8), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)))
+    taps = Taps(Segments.of(lengths, x.device), places, lambda parts: found.update(*item.kind.values(parts, how)))
+    with experts.watched([item], taps):
         ours = module(x.requires_grad_(), index, weight)
         taps.forward_is_over()
         (ours * toward).sum().backward()

@@ -148,12 +148,14 @@ def test_layers_that_stay_in_main_memory(folder):
         with torch.no_grad():
             assert torch.equal(decoder.logits(batch), Decoder(whole(path)).logits(batch))
         assert set(stream.host) == set(range(kept))
-        assert stream.loads == {i: 4 for i in range(6)}
-        assert stream.reads == {i: 1 if i < kept else 4 for i in range(6)}
+        # the self-check goes down where the model's forward came up: two layers are still there, at either end
+        loads = {0: 3, 1: 3, 2: 4, 3: 4, 4: 3, 5: 3}
+        assert stream.loads == loads
+        assert stream.reads == {i: 1 if i < kept else loads[i] for i in range(6)}
         stream[name] = torch.zeros_like(stream[name])
         with torch.no_grad():
             decoder.logits(batch)
-        assert stream.reads[1] == (2 if kept else 5) and not stream[name].any()
+        assert stream.reads[1] == (2 if kept else 4) and not stream[name].any()
 
 
 def test_a_layer_is_read_once_for_all_samples_of_a_prefix_cache(folder):

@@ -1,0 +1,177 @@
+"""Whether a model taken apart is the model: embeddings, each layer and what comes after, against its own forward.
+
+Each layer is run on the input that it has in the model's own forward, from the last to the first. So a layer that
+needs what an earlier one has left behind (shared keys and values) is found out, and rounding does not add up. Windows
+and chunks are narrowed meanwhile, so that samples of a few tokens are longer than all of them.
+
+Half precision rounds by as much as an unknown step may change. There a copy in fp32 decides, of the first layer of each
+kind, and of every layer that is off by more than rounding. In fp32 a copy in fp64 does, for the latter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from kunbr_fast.memory import is_out_of_memory
+from kunbr_fast.model.calls import Call, Seen, hidden_of
+from kunbr_fast.model.ways import Way
+
+NARROW = 3  # tokens
+_WINDOW = re.compile(r"window|^attention_chunk_size$|^index_topk$|^local_attention$")
+# Largest relative error of what a layer adds to its input, and of logits, that is taken for rounding. What the layers
+# of transformers have in fp32 of an fp64 model (softmax, norms) rounds by 1e-7.
+LIMITS = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+_WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+_ROUNDED = 16 * torch.finfo(torch.float32).eps  # of a layer's output, by steps that it takes in fp32
+FAILURES = (TypeError, AttributeError, LookupError, NotImplementedError, ValueError, RuntimeError, AssertionError)
+
+
+@contextlib.contextmanager
+def narrowed(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's windows and chunks of attention are of `NARROW` tokens: in its configurations and as numbers
+    that its modules hold."""
+    owners = {id(x): x for module in model.modules() for x in (module, getattr(module, "config", None))}
+    changed: list[tuple[dict, str, int]] = []
+    try:
+        for owner in owners.values():
+            values = vars(owner) if hasattr(owner, "__dict__") else {}
+            for name, value in list(values.items()):
+                if type(value) is int and value > NARROW and _WINDOW.search(name) and "layer" not in name:
+                    changed.append((values, name, value))
+                    values[name] = NARROW
+        yield
+    finally:
+        for values, name, value in changed:
+            values[name] = value
+
+
+def difference(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((ours.double() - truth.double()).norm())
+
+
+class Disagreement(Exception):
+    """Why a model cannot be run in some way; the message is about the model."""
+
+
+@torch.no_grad()
+def compare(decoder: Any, way: Way, seen: Seen) -> None:
+    """`Disagreement` where the embeddings or a layer of a `Decoder`, run in this way, do something else than in the
+    model's own runs on the decoder's probe."""
+    batch, limit = decoder.probe, LIMITS[decoder.dtype]
+    try:
+        embedded, calls = decoder.layer_calls(batch, way)
+    except FAILURES as error:
+        raise _raised("its layers' arguments cannot be made", error) from error
+    own = torch.cat(seen.inputs[min(seen.inputs)])
+    if embedded.shape != own.shape:  # PEFT's prompt tuning puts tokens in front
+        raise Disagreement(
+            f"its own states before the layers are {tuple(own.shape)}, ours {tuple(embedded.shape)}: it puts tokens in"
+        )
+    if not difference(embedded, own) <= limit * float(own.double().norm()):
+        error = difference(embedded, own) / float(own.double().norm())
+        raise Disagreement(f"the states before its first layer differ from its own by {error:.1e} relative")
+    kinds: set[str] = set() if decoder.dtype in (torch.bfloat16, torch.float16) else {""}
+    for index in decoder.visit(sorted(seen.inputs, reverse=True)):
+        kind = _kind(decoder.layers[index]) if "" not in kinds else ""
+        _compare_layer(decoder, way, seen, index, [each[index] for each in calls], kind not in kinds)
+        kinds.add(kind)
+
+
+def _kind(layer: nn.Module) -> str:
+    """What tells layers of one kind from those of another: their modules, and the settings that these hold."""
+    plain = (int, float, str, bool, type(None))
+    settings = [
+        (name, type(module), sorted((k, v) for k, v in vars(module).items() if isinstance(v, plain) and "idx" not in k))
+        for name, module in layer.named_modules()
+    ]
+    return repr(settings)
+
+
+def _raised(what: str, error: BaseException) -> Disagreement:
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        raise error
+    said = " ".join(str(error).split())
+    return Disagreement(f"{what} ({type(error).__name__}: {said[:200]})")
+
+
+def _compare_layer(decoder: Any, way: Way, seen: Seen, index: int, calls: list[Call], widely: bool) -> None:
+    """widely: by a copy in a wider dtype too, where memory is enough for one."""
+    path, layer, batch = decoder.layer_path(index), decoder.layers[index], decoder.probe
+    before, truth = torch.cat(seen.inputs[index]), torch.cat(seen.outputs[index])
+
+    def ours(module: nn.Module, hidden: torch.Tensor, cast: torch.dtype | None = None) -> torch.Tensor:
+        return decoder.apply(module, index, hidden, batch, [_cast(call, cast) for call in calls], way)
+
+    try:
+        found = ours(layer, before)
+    except FAILURES as error:
+        raise _raised(f"{path} does not run by itself", error) from error
+    if found.shape != truth.shape:
+        raise Disagreement(f"{path} gives {tuple(truth.shape)}, and by itself {tuple(found.shape)}")
+    added = float((truth.double() - before.double()).norm())
+    off = difference(found, truth)
+    near = off <= LIMITS[decoder.dtype] * added
+    wide = _WIDER.get(decoder.dtype)
+    if near and not widely:
+        return
+    if wide is not None:
+        try:
+            module, hidden = _widened(layer, wide), before.to(wide)
+            rows = hidden.split([len(x) for x in seen.inputs[index]])
+            with decoder.rotary.alone():
+                own = [_one(module, x, _cast(call, wide)) for x, call in zip(rows, seen.calls[index])]
+            truth = torch.cat(own)
+            off, added = difference(ours(module, hidden, wide), truth), float((truth - hidden).double().norm())
+        except FAILURES as error:
+            if near and is_out_of_memory(error):
+                return
+            raise _raised(f"{path} does not run in {wide}, to be compared", error) from error
+        if off <= LIMITS[wide] * added + _ROUNDED * float(truth.double().norm()):
+            return
+    raise Disagreement(f"taken apart, the output of {path} differs from its own by {off / (added or 1):.1e} relative")
+
+
+def _widened(module: nn.Module, dtype: torch.dtype, made: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """A copy with weights in another dtype, without hooks and forwards that were put in, which would run the original;
+    with the same configuration, which names the attention that runs."""
+    made = {} if made is None else made
+    if module not in made:
+        made[module] = new = copy.copy(module)
+        for name in [name for name in vars(new) if name.endswith("_hooks")]:
+            vars(new)[name] = OrderedDict()
+        vars(new).pop("forward", None)
+        new._parameters = {
+            name: p if p is None else nn.Parameter(_wide(p, dtype), False) for name, p in module._parameters.items()
+        }
+        new._buffers = {name: b if b is None else _wide(b, dtype) for name, b in module._buffers.items()}
+        new._modules = {name: m if m is None else _widened(m, dtype, made) for name, m in module._modules.items()}
+    return made[module]
+
+
+def _wide(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.detach().to(dtype) if x.is_floating_point() else x.detach()
+
+
+def _one(layer: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+    return hidden_of(layer(hidden[None], *call.args, **call.kwargs))[0]
+
+
+def _cast(call: Call, dtype: torch.dtype | None) -> Call:
+    """The arguments' floating-point tensors in another dtype."""
+
+    def cast(x: Any) -> Any:
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            return x.to(dtype)
+        if type(x) in (tuple, list):
+            return type(x)(map(cast, x))
+        return {name: cast(value) for name, value in x.items()} if type(x) is dict else x
+
+    return call if dtype is None else Call(cast(call.args), cast(call.kwargs))

@@ -1,0 +1,279 @@
+"""Models whose layers do not run on packed samples: on a padded grid, or one sample at a time, the same results."""
+
+import logging
+
+import pytest
+import torch
+import transformers as tf
+from density_loops import sample_gradients
+from helpers import relative
+from reference_procedure import padded_loss
+from tiny_models import ROTARY, VOCAB, random_samples, tiny_model
+from torch import nn
+
+import kunbr_fast as kf
+from kunbr_fast.data import pack
+from kunbr_fast.density.measure import knowledge_density
+from kunbr_fast.model import attention
+from kunbr_fast.model import decoder as decoder_module
+from kunbr_fast.model.decoder import Decoder, Stretch
+from kunbr_fast.model.prefix_cache import PrefixCache
+
+SMALL = dict(vocab_size=VOCAB, hidden_size=32, bos_token_id=1, eos_token_id=2)
+PADDED = {
+    "gpt_neo": lambda: tf.GPTNeoConfig(
+        **SMALL, num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]], window_size=4,
+        max_position_embeddings=64,
+    ),
+    "gptj": lambda: tf.GPTJConfig(
+        vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64, rotary_dim=4, bos_token_id=1, eos_token_id=2
+    ),
+    "bloom": lambda: tf.BloomConfig(**SMALL, n_layer=3, n_head=4),
+    "mpt": lambda: tf.MptConfig(vocab_size=VOCAB, d_model=32, n_layers=3, n_heads=4, max_seq_len=64),
+    # attends within chunks of 8 tokens
+    "llama4": lambda: tf.Llama4TextConfig(
+        **ROTARY, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=8
+    ),
+    "mamba": lambda: tf.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, state_size=4),
+}  # fmt: skip
+
+
+EXPERTS = dict.fromkeys(("gpt_oss", "qwen2_moe"), {"experts_implementation": "eager"})  # which knows fp64
+
+
+def made(config):
+    torch.manual_seed(0)
+    model = (
+        tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager", **EXPERTS.get(config.model_type, {}))
+        .double()
+        .eval()
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+SAMPLES = random_samples(3, seed=1, low=10, high=20) + random_samples(2, seed=2, low=1, high=4)
+
+
+@torch.no_grad()
+def own_logits(model, samples=SAMPLES):
+    return torch.cat([model(input_ids=s["input_ids"][None]).logits[0] for s in samples])
+
+
+@pytest.fixture(scope="module", params=PADDED)
+def padded(request):
+    return made(PADDED[request.param]())
+
+
+# GPT-J and GPT-Neo have attention in fp32 also in an fp64 model, and so have Mamba's and Llama 4's steps
+LIMIT = 1e-6
+
+
+@torch.no_grad()
+def test_padded_is_the_models_own(padded):
+    decoder, truth = Decoder(padded), own_logits(padded)
+    assert decoder.way.name == "padded"
+    batch = pack(SAMPLES)
+    assert relative(decoder.logits(batch), truth) < LIMIT
+    assert relative(decoder.logits(pack(SAMPLES[:1])), truth[: batch.lengths[0]]) < LIMIT
+    middle = decoder.run(batch, stop=1)
+    assert torch.equal(decoder.run(batch, Stretch(1, middle)), decoder.run(batch))
+    rows = decoder.run(batch, Stretch(1, middle), rows=True)
+    assert torch.equal(rows, decoder.run(batch)[batch.rows])
+
+
+def test_the_prefix_cache_of_a_padded_model():
+    decoder = Decoder(made(PADDED["bloom"]()))
+    cache = PrefixCache(decoder, SAMPLES)
+    for layer in (1, 2):
+        cache.advance(layer)
+        batch = cache.batch([4, 0, 2])
+        with torch.no_grad():
+            truth = decoder.run(pack([SAMPLES[i] for i in (4, 0, 2)]), stop=layer)
+        assert relative(batch.hidden, truth) < 1e-13
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_neighbour_is_never_seen(padded, recompute):
+    """NaN in one sample's hidden states reaches that sample only, forward and backward."""
+    decoder, batch = Decoder(padded), pack(SAMPLES)
+    clean = decoder.embed(batch).detach().requires_grad_()
+    truth = decoder.run(batch, Stretch(0, clean, recompute))
+    mine = batch.sample_of_token == 1
+    hidden = torch.where(mine[:, None], torch.nan, clean.detach()).requires_grad_()
+    out = decoder.run(batch, Stretch(0, hidden, recompute))
+    assert torch.equal(out[~mine], truth[~mine]) and bool(out[mine].isnan().any(1).all())
+    (true_grad,) = torch.autograd.grad(truth[~mine].square().sum(), clean)
+    (grad,) = torch.autograd.grad(out[~mine].square().sum(), hidden)
+    assert torch.equal(grad[~mine], true_grad[~mine]) and bool((true_grad[mine] == 0).all())
+
+
+@pytest.mark.parametrize("name", ["gptj", "bloom"])
+def test_density_of_a_padded_model(name):
+    model, samples = made(PADDED[name]()), [s for s in SAMPLES if len(s["input_ids"]) > 1]
+    density, gradients = knowledge_density(model, samples, "all"), sample_gradients(model, samples)
+    assert len(density.per_module) == len([n for n in gradients[0] if n.startswith(Decoder(model).layer_path(0)[:-1])])
+    for path, value in density.per_module.items():
+        truth = sum(float(g[path].abs().sum()) for g in gradients) / len(samples)
+        assert value == pytest.approx(truth, rel=LIMIT, abs=1e-12), path
+
+
+def test_the_gradients_of_a_block_of_a_padded_model():
+    model, unlearned = made(PADDED["gptj"]()), made(PADDED["gptj"]())
+    forget, retain = SAMPLES[:2], SAMPLES[2:3]
+    for name, parameter in model.named_parameters():
+        parameter.grad = None
+        parameter.requires_grad_(name.startswith("transformer.h.1."))
+    (padded_loss(model, retain) - padded_loss(model, forget)).backward()
+    truth = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    model.requires_grad_(True)
+    with kf.reinserted(model, unlearned, block=range(1, 2), lr=1e-3) as training:
+        training.accumulate(training.criterion.pack(forget, retain))
+        for name, parameter in training.parameters.items():
+            assert relative(parameter.grad, truth[name]) < LIMIT, name
+
+
+# ---------------------------------------------------------------- one sample at a time
+
+
+class SeesTheEnd(tf.models.llama.modeling_llama.LlamaDecoderLayer):
+    def forward(self, hidden_states, **kwargs):
+        out = super().forward(hidden_states, **kwargs)
+        return out + 0.1 * out.mean(1, keepdim=True)
+
+
+def test_what_depends_on_the_whole_sequence_runs_alone(caplog):
+    model = tiny_model()
+    model.model.layers[2].__class__ = SeesTheEnd
+    decoder_module._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        decoder = Decoder(model)
+    assert decoder.way.name == "alone" and "one sample at a time" in caplog.text
+    with torch.no_grad():
+        assert relative(decoder.logits(pack(SAMPLES)), own_logits(model)) < 1e-12
+    seen = {}
+
+    def tap(hidden):
+        seen["shape"] = hidden.shape
+        return hidden * 1.5
+
+    batch = pack(SAMPLES)
+    out = decoder.run(batch, Stretch(taps={4: tap}), 5)
+    assert torch.equal(out, decoder.run(batch, stop=5) * 1.5) and seen["shape"] == out.shape
+    samples = [s for s in SAMPLES if len(s["input_ids"]) > 1]
+    density, gradients = knowledge_density(model, samples), sample_gradients(model, samples)
+    for path, value in density.per_module.items():
+        assert value == pytest.approx(sum(float(g[path].abs().sum()) for g in gradients) / len(samples), rel=1e-10)
+
+
+@torch.no_grad()
+def test_attention_that_picks_keys_is_padded_up_to_as_many():
+    """Doge takes the best 5 keys of a query; of equal ones (the same token twice), whichever comes to hand."""
+    model = made(tf.DogeConfig(**ROTARY, keep_window_size=5))
+    decoder = Decoder(model)
+    assert decoder.way.name == "picked"
+    same = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([3, 4] * 6, [5, 3, 3] * 3, [3])]
+    for samples in (SAMPLES, same):
+        assert relative(decoder.logits(pack(samples)), own_logits(model, samples)) < LIMIT
+    batch = pack([{"input_ids": torch.arange(n), "labels": torch.arange(n)} for n in (5, 3)])
+    assert [piece.lengths for piece in decoder.way.pieces(batch)] == [[5, 3]]
+    assert [piece.lengths for piece in decoder.way.pieces(pack(same))] == [[12], [9], [1]]
+
+
+# ---------------------------------------------------------------- the self-check
+
+
+class OffWhenLong(tf.models.llama.modeling_llama.LlamaMLP):
+    """1 % off on more tokens than a sample of the self-check has."""
+
+    def forward(self, x):
+        return super().forward(x) * (1.01 if x.shape[1] > 8 else 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_percent_in_one_layer_is_seen(dtype):
+    model = tiny_model(dtype=dtype)
+    model.model.layers[3].mlp.__class__ = OffWhenLong
+    assert Decoder(model).way.name == "padded" and Decoder(tiny_model(dtype=dtype)).way.name == "packed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_chunks_are_longer_than_the_self_checks_samples(dtype):
+    """As users have them: of thousands of tokens."""
+    config = PADDED["llama4"]()
+    config.attention_chunk_size = 2048
+    model = made(config).to(dtype)
+    before = [vars(x).copy() for x in (model.config, *model.modules())]
+    assert Decoder(model).way.name == "padded"
+    assert [vars(x) for x in (model.config, *model.modules())] == before
+
+
+def test_a_window_in_the_mask_alone_is_kept_packed():
+    torch.manual_seed(0)
+    config = tf.Qwen2MoeConfig(
+        **ROTARY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+        use_sliding_window=True, sliding_window=5, max_window_layers=2, layer_types=["sliding_attention"] * 6,
+    )  # fmt: skip
+    model = made(config)
+    decoder = Decoder(model)
+    assert decoder.way.name == "packed" and decoder._windows == [5] * 6
+    with torch.no_grad():
+        assert relative(decoder.logits(pack(SAMPLES)), own_logits(model)) < LIMIT
+
+
+SHARED = {}
+
+
+class Leaves(tf.models.llama.modeling_llama.LlamaDecoderLayer):
+    def forward(self, hidden_states, **kwargs):
+        SHARED["states"] = hidden_states
+        return super().forward(hidden_states, **kwargs)
+
+
+class Finds(tf.models.llama.modeling_llama.LlamaDecoderLayer):
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states, **kwargs) + SHARED.pop("states")
+
+
+def test_states_shared_between_layers_are_refused_before_a_run():
+    model = tiny_model()
+    model.model.layers[1].__class__, model.model.layers[4].__class__ = Leaves, Finds
+    with pytest.raises(ValueError, match=r"model.layers.4 does not run by itself \(KeyError: 'states'\)"):
+        Decoder(model)
+
+
+SINKS = {
+    "gpt_oss": lambda: tf.GptOssConfig(
+        **ROTARY, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=5, layer_types=None
+    ),
+    "stablelm": lambda: tf.StableLmConfig(**ROTARY),
+    "nemotron": lambda: tf.NemotronConfig(**ROTARY),
+}
+
+
+@pytest.mark.parametrize("name", SINKS)
+@torch.no_grad()
+def test_sinks_and_layers_that_keep_their_arguments_stay_packed(name):
+    model = made(SINKS[name]())
+    for module in model.modules():
+        if hasattr(module, "sinks"):
+            module.sinks.normal_(3.0)
+    decoder = Decoder(model)
+    assert decoder.way.name == "packed"
+    assert relative(decoder.logits(pack(SAMPLES)), own_logits(model)) < LIMIT
+
+
+def test_attention_without_a_batch():
+    x = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="attention of packed samples, and no batch: use a Decoder"):
+        attention.packed_attention(nn.Module(), x, x, x, None)
+
+
+def test_a_configuration_without_a_number_of_layers(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setitem(vars(model.config), "num_hidden_layers", None)
+    with pytest.raises(ValueError, match="LlamaForCausalLM: its configuration has no num_hidden_layers"):
+        Decoder(model)
