@@ -25,7 +25,7 @@ from torch import nn
 
 from kunbr_fast.files.shards import MASK, PACKED
 from kunbr_fast.files.shown import shown
-from kunbr_fast.model.frozen import owners_flag
+from kunbr_fast.model.frozen import constants, owners_flag
 from kunbr_fast.model.weights import weights_of
 
 QUANTISERS = (
@@ -256,4 +256,5 @@ def trainable(model: nn.Module, call: str) -> None:
     whole(model)
     differentiable(model)
     if not weights_of(model).streamed:
-        not_frozen(dict(model.named_parameters()), call)
+        own = constants(model)
+        not_frozen({name: p for name, p in model.named_parameters() if name not in own}, call)
