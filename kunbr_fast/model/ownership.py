@@ -201,6 +201,8 @@ def _reached(linear: nn.Linear, path: str) -> None:
     try:
         with torch.enable_grad():
             y = twin.forward(x)
+            if not isinstance(y, torch.Tensor):  # a router
+                return
             reached = y.requires_grad and torch.autograd.grad(y.sum(), weight, allow_unused=True)[0] is not None
     except TypeError:  # it takes more than one tensor
         return

@@ -34,7 +34,7 @@ class Kind:
 
     norms: of width D in a layer; inputs: different tensors that they normalise; layer_norm: with a mean and a bias;
     qk_norm: None, "head" or "all"; gated: an MLP of three matrices; activations: T x I tensors that its activation
-    keeps; fused: whether `patch` serves it; needs: what config.json must say.
+    keeps; fused: whether `patch` serves MLP and attention; needs: what config.json must say.
     """
 
     norms: int = 2

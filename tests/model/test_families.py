@@ -8,12 +8,13 @@ import pytest
 import torch
 from architectures.configurations import ARCHITECTURES, made
 from helpers import relative
+from packaging.version import Version
 from torch import nn
 
 import kunbr_fast as kf
 from kunbr_fast.data import pack
 from kunbr_fast.kernels import dispatch
-from kunbr_fast.model import families, fused_forwards
+from kunbr_fast.model import compat, families, fused_forwards
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.families import FAMILIES, ROLES, identify
 
@@ -30,8 +31,20 @@ PACKED = [
 ]
 
 
+WHOLE = compat.VERSION >= Version("5.17")  # earlier releases write some of these classes otherwise
+NEWEST = compat.VERSION >= Version("5.23")
+
+
 def tiny(name, dtype=torch.float64):
-    return made(TEXT.get(name, name), dtype)
+    """Skips what an earlier release does not build or run by itself."""
+    try:
+        model = made(TEXT.get(name, name), dtype)
+        NEWEST or model(input_ids=torch.arange(3, 7)[None], use_cache=False)
+    except Exception as error:
+        if NEWEST:
+            raise
+        pytest.skip(f"transformers {compat.VERSION}: {error}")
+    return model
 
 
 def role(module, family):
@@ -56,7 +69,7 @@ def test_a_row_is_the_models_own_code(name):
     there = {role(m, family) for m in model.modules()} & set(ROLES)
     if name == "gemma4":  # with inputs for each layer
         there.remove("DecoderLayer")
-    assert fused == there - set(family.own)
+    assert fused == there - set(family.own) if WHOLE else fused <= there - set(family.own)
     assert ours.keys() == truth.keys()
     for key, value in truth.items():
         # an fp64 model's own norms are fp32 inside, also where they sum their weight's gradient
@@ -91,8 +104,11 @@ def test_the_kernels_in_the_interpreter(name):
         assert relative(ours[key], value) < 1e-4, key
 
 
+@pytest.mark.skipif(not WHOLE, reason="some layers give tuples, which do not run packed")
 @pytest.mark.parametrize("name", PACKED)
 def test_some_rows_of_the_last_layer(name):
+    if name == "gemma4_unified" and not NEWEST:
+        pytest.skip("its last layer keeps keys and values for others, which do not ask")
     model = tiny(name)
     samples = [{"input_ids": torch.arange(3, 3 + n), "labels": torch.tensor([-100] * (n - 2) + [5, 6])} for n in (9, 5)]
     with kf.patched(model):
@@ -116,3 +132,19 @@ def test_the_page_lists_the_rows():
 def test_every_field_is_explained():
     text = inspect.getdoc(families.Family)
     assert all(re.search(rf"\b{name}\b", text) for name in families.Family.__dataclass_fields__)
+
+
+def test_dropout_after_attention_and_mlp_draws_the_same_numbers():
+    model = tiny("seed_oss", torch.float32).train()
+    for module in model.modules():
+        if hasattr(module, "residual_dropout"):
+            module.residual_dropout = 0.3
+
+    def logits():
+        torch.manual_seed(1)
+        return model(input_ids=torch.arange(3, 15)[None], use_cache=False).logits
+
+    own = logits()
+    with kf.patched(model):
+        assert relative(logits(), own) < 1e-5
+    assert relative(model.eval()(input_ids=torch.arange(3, 15)[None]).logits, own) > 1e-2
