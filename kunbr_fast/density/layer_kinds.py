@@ -222,6 +222,8 @@ def _is_product(linear: nn.Module) -> bool:
         inside = {f"module.{name}": copy for name, copy in copies.items()}
         try:
             y = torch.func.functional_call(_Unhooked(linear), inside, (x,))
+            if not isinstance(y, torch.Tensor):  # a router
+                return False
             grads = torch.autograd.grad(y, list(copies.values()), dy, allow_unused=True)
         except (RuntimeError, TypeError, ValueError):  # it takes something else
             return False

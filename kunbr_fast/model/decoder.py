@@ -70,7 +70,8 @@ def find_head(model: nn.Module) -> Head:
         scale = 1.0 / config.logits_scaling
     elif getattr(config, "logit_scale", None):  # Cohere multiplies
         scale = config.logit_scale
-    return Head(linear, scale, getattr(config, "final_logit_softcapping", None))
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+    return Head(linear, scale, next((cap for name in names if (cap := getattr(config, name, None))), None))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -33,6 +35,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def owners_flag(parameter: nn.Parameter) -> bool:
     """Whether the owner of a parameter has it require grad, also where it is `frozen` meanwhile."""
     return _FLAGS.get(parameter, parameter.requires_grad)
+
+
+def constants(model: nn.Module) -> frozenset[str]:
+    """The parameters that the model's own class makes without requires_grad, and which still are: sinusoidal positions,
+    or the bias by which a router balances its experts. No training of the model changes them."""
+    now = {name for name, parameter in model.named_parameters() if not owners_flag(parameter)}
+    config = getattr(model, "config", None)
+    if not now or config is None:
+        return frozenset()
+    try:
+        with torch.device("meta"):
+            made = type(model)(copy.deepcopy(config))
+    except Exception:  # a class of the user's own, made in some other way
+        return frozenset()
+    return frozenset(now & {name for name, parameter in made.named_parameters() if not parameter.requires_grad})
 
 
 @contextlib.contextmanager

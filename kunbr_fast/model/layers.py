@@ -29,7 +29,13 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     count = getattr(config, "num_hidden_layers", None)
     if not isinstance(count, int):
         raise ValueError(f"{name}: its configuration has no num_hidden_layers: not a decoder this takes")
-    return layer_list(model, count, name)
+    try:
+        return layer_list(model, count, name)
+    except ValueError:
+        fewer = getattr(config, "num_layers", None)  # LongCat counts its layers' halves
+        if not isinstance(fewer, int) or fewer == count:
+            raise
+        return layer_list(model, fewer, name)
 
 
 def odd_types(config: Any) -> set[str]:

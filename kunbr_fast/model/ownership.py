@@ -25,7 +25,7 @@ from torch import nn
 
 from kunbr_fast.files.shards import MASK, PACKED
 from kunbr_fast.files.shown import shown
-from kunbr_fast.model.frozen import owners_flag
+from kunbr_fast.model.frozen import constants, owners_flag
 from kunbr_fast.model.weights import weights_of
 
 QUANTISERS = (
@@ -201,6 +201,8 @@ def _reached(linear: nn.Linear, path: str) -> None:
     try:
         with torch.enable_grad():
             y = twin.forward(x)
+            if not isinstance(y, torch.Tensor):  # a router
+                return
             reached = y.requires_grad and torch.autograd.grad(y.sum(), weight, allow_unused=True)[0] is not None
     except TypeError:  # it takes more than one tensor
         return
@@ -256,4 +258,5 @@ def trainable(model: nn.Module, call: str) -> None:
     whole(model)
     differentiable(model)
     if not weights_of(model).streamed:
-        not_frozen(dict(model.named_parameters()), call)
+        own = constants(model)
+        not_frozen({name: p for name, p in model.named_parameters() if name not in own}, call)

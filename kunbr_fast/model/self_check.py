@@ -113,7 +113,8 @@ def _compare_layer(decoder: Any, way: Way, seen: Seen, index: int, calls: list[C
     try:
         found = ours(layer, before)
     except FAILURES as error:
-        raise _raised(f"{path} does not run by itself", error) from error
+        shares = ": it takes states of an earlier layer, such as keys" if isinstance(error, LookupError) else ""
+        raise _raised(f"{path} does not run by itself{shares}", error) from error
     if found.shape != truth.shape:
         raise Disagreement(f"{path} gives {tuple(truth.shape)}, and by itself {tuple(found.shape)}")
     added = float((truth.double() - before.double()).norm())

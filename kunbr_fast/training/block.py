@@ -15,6 +15,7 @@ from kunbr_fast.data import PackedBatch
 from kunbr_fast.memory import gibibytes
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import FROM_EMBEDDINGS, Decoder, Stretch
+from kunbr_fast.model.frozen import constants
 from kunbr_fast.model.low_precision import Cover
 from kunbr_fast.model.ownership import check_data
 from kunbr_fast.model.weights import other_names, owners
@@ -107,7 +108,9 @@ class BlockTraining(Training):
         self.adversary_graphs: StepGraphs | None = None  # a graph holds the addresses of the weights that it reads
         self.parameters = block_tensors(decoder, block)
         values = _values(unlearned, self.parameters)  # what comes from a file is in memory for a moment only
-        masks = None if settings.mask is None else _masks(settings.mask, decoder, block, self.parameters)
+        fixed = constants(decoder.model) & self.parameters.keys()
+        mask = {**(settings.mask or {}), **{n: torch.zeros_like(self.parameters[n], dtype=torch.bool) for n in fixed}}
+        masks = _masks(mask, decoder, block, self.parameters) if mask else None
         self._kept = {name: (p.data, p.grad) for name, p in self.parameters.items()}
         self._all: dict[str, nn.Parameter] = {}  # the model's, where an adversary changes them
         self._away: dict[str, torch.Tensor] = {}  # values whose storage is freed meanwhile

@@ -10,6 +10,7 @@ import torch
 from kunbr_fast.keywords import changed
 from kunbr_fast.memory import gibibytes
 from kunbr_fast.model.decoder import Decoder, Stretch
+from kunbr_fast.model.frozen import constants
 from kunbr_fast.objectives.batch import PartLoss, StepBatch
 from kunbr_fast.objectives.criterion import Criterion
 from kunbr_fast.training.adversary import FullAdversary
@@ -49,8 +50,9 @@ class FullTraining(Training):
         super().__init__(decoder, criterion or Criterion(), settings, execution, "training of all parameters")
         self.criterion.fit(decoder.num_layers)
         self.original_head = self.criterion.copy_of_head(decoder.head)
-        for parameter in decoder.model.parameters():
-            parameter.requires_grad_(True)
+        self.constants = constants(decoder.model)
+        for name, parameter in decoder.model.named_parameters():
+            parameter.requires_grad_(name not in self.constants)
         self.parameters = self._updated()
         self._begin()
 
@@ -69,7 +71,7 @@ class FullTraining(Training):
 
     def _updated(self) -> dict[str, torch.nn.Parameter]:
         """What the optimiser updates, by name: a tied weight appears once."""
-        return dict(self.decoder.model.named_parameters())
+        return {name: p for name, p in self.decoder.model.named_parameters() if name not in self.constants}
 
     def _numbers(self) -> dict[str, int]:
         """By which each parameter has random bits of its own."""

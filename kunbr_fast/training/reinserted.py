@@ -14,7 +14,7 @@ from kunbr_fast.keywords import changed, named_by
 from kunbr_fast.memory import Place
 from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.decoder import Decoder
-from kunbr_fast.model.frozen import frozen, owners_flag
+from kunbr_fast.model.frozen import constants, frozen, owners_flag
 from kunbr_fast.model.low_precision import low_precision_cover
 from kunbr_fast.model.ownership import differentiable, no_adapter, not_frozen, uncompiled, whole
 from kunbr_fast.model.patch import fused
@@ -118,7 +118,8 @@ def _check_owned(
     """ValueError where the owner of one of the models has not left the block to be trained. stays: in the original."""
     call, model = "kf.reinserted", decoder.model
     differentiable(model)
-    own = block_tensors(decoder, block)
+    fixed = constants(model)
+    own = {name: p for name, p in block_tensors(decoder, block).items() if name not in fixed}
     if not decoder.streamed and (stays or any(map(owners_flag, model.parameters()))):
         not_frozen(own, call, "original")
     if isinstance(unlearned, nn.Module):

@@ -673,6 +673,24 @@ class Low(nn.Linear):
         return super().forward(x) + x @ self.lora_a.T @ self.lora_b.T
 
 
+class Router(nn.Linear):
+    """Gives two tensors, as Llama 4's."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y.sigmoid()
+
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.other = Router(32, 32, dtype=torch.float64), nn.Linear(32, 32, dtype=torch.float64)
+
+    def forward(self, x):
+        y, scores = self.router(x)
+        return self.other(x) * scores + y
+
+
 class Rounded(nn.Linear):
     """The input is rounded first, as with 8-bit activations: the gradient differs by less than one percent."""
 
@@ -753,6 +771,12 @@ def test_what_is_no_product_is_exact_one_sample_at_a_time(odd, caplog):
         torch.testing.assert_close(ours.per_layer.tolist(), per_layer, rtol=1e-10, atol=0)
         assert ours.per_module.keys() == truth.keys()
     assert "one sample at a time" not in caplog.text
+
+
+def test_a_linear_layer_that_gives_two_tensors():
+    model = tiny_model()
+    whole_mlp(Routed)(model.model.layers[1])
+    close_to_loop(model, random_samples(3), "all")
 
 
 def test_a_product_of_another_class_is_measured_as_a_product(caplog):

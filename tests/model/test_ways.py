@@ -17,6 +17,7 @@ from kunbr_fast.density.measure import knowledge_density
 from kunbr_fast.model import attention
 from kunbr_fast.model import decoder as decoder_module
 from kunbr_fast.model.decoder import Decoder, Stretch
+from kunbr_fast.model.frozen import constants
 from kunbr_fast.model.prefix_cache import PrefixCache
 
 SMALL = dict(vocab_size=VOCAB, hidden_size=32, bos_token_id=1, eos_token_id=2)
@@ -38,7 +39,9 @@ PADDED = {
 }  # fmt: skip
 
 
-EXPERTS = dict.fromkeys(("gpt_oss", "qwen2_moe"), {"experts_implementation": "eager"})  # which knows fp64
+EXPERTS = dict.fromkeys(
+    ("gpt_oss", "qwen2_moe", "ernie4_5_moe"), {"experts_implementation": "eager"}
+)  # which knows fp64
 
 
 def made(config):
@@ -241,7 +244,10 @@ class Finds(tf.models.llama.modeling_llama.LlamaDecoderLayer):
 def test_states_shared_between_layers_are_refused_before_a_run():
     model = tiny_model()
     model.model.layers[1].__class__, model.model.layers[4].__class__ = Leaves, Finds
-    with pytest.raises(ValueError, match=r"model.layers.4 does not run by itself \(KeyError: 'states'\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"model.layers.4 does not run by itself, without what other layers leave behind \(KeyError: 'states'\)",
+    ):
         Decoder(model)
 
 
@@ -277,3 +283,25 @@ def test_a_configuration_without_a_number_of_layers(monkeypatch):
     monkeypatch.setitem(vars(model.config), "num_hidden_layers", None)
     with pytest.raises(ValueError, match="LlamaForCausalLM: its configuration has no num_hidden_layers"):
         Decoder(model)
+
+
+# ---------------------------------------------------------------- what a model's own class has frozen
+
+
+def test_what_a_models_own_class_freezes_is_nobodys_to_train():
+    """The bias by which a router of Laguna's balances its experts: neither refused nor changed."""
+    config = tf.Ernie4_5_MoeConfig(
+        **ROTARY, moe_intermediate_size=8, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=0
+    )
+    model = made(config).float()
+    fixed = constants(model)
+    assert len(fixed) == 6 and all(name.endswith("e_score_correction_bias") for name in fixed)
+    before = {name: p.clone() for name, p in model.named_parameters() if name in fixed}
+    settings = dict(num_blocks=3, top_k=1, warmup_epochs=1, block_epochs=1, batch_size=2, rtt=False, warmup_lr=1e-3)
+    kf.unlearn(model, SAMPLES[:2], SAMPLES[2:3], kf.KUnBRConfig(**settings, block_lr=1e-3), progress=False)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not any(after[name].requires_grad for name in fixed)
+    model.model.layers[0].mlp.gate.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"trains model.layers.0.mlp.gate.weight, which is frozen"):
+        kf.unlearn(model, SAMPLES[:2], SAMPLES[2:3], kf.KUnBRConfig(**settings), progress=False)
