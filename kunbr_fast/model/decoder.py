@@ -162,9 +162,14 @@ class Decoder:
         return next(self.layers[0].parameters()).dtype
 
     @property
+    def state_dtype(self) -> torch.dtype:
+        """Of the hidden states between layers: of a half-precision Mamba, float32."""
+        return self._states.dtype
+
+    @property
     def hidden_size(self) -> int:
         """D, of what the layers take."""
-        return self._width
+        return self._states.shape[-1]
 
     @property
     def max_positions(self) -> int | None:
@@ -209,7 +214,7 @@ class Decoder:
                 raise self._refused(f"{type(error).__name__}: {error}") from error
             self_check.sound(self, seen.logits)
             self._forms, self._tail = seen.forms, calls.tail_of(seen, self.head.linear)
-            self._width = seen.inputs[min(seen.inputs)][0].shape[-1]
+            self._states = seen.outputs[max(seen.outputs)][0].new_empty(0, seen.inputs[min(seen.inputs)][0].shape[-1])
             for way in ways:
                 self._windows = self._windows_in_masks(way)
                 try:
@@ -424,7 +429,7 @@ class Decoder:
 
     def final(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the model does after its layers, up to the head: (R, D) -> (R, K)."""
-        return calls.through(self._tail, self.head.linear, hidden)
+        return calls.through(self._tail, self.head.linear, hidden).to(self.head.linear.weight.dtype)
 
     def logits(
         self, batch: PackedBatch, rows: torch.Tensor | None = None, stretch: Stretch = FROM_EMBEDDINGS

@@ -347,3 +347,16 @@ def test_wide_states_and_softcaps_by_other_names():
     decoder = Decoder(model)
     assert decoder.head.softcap == 1.5 and decoder.hidden_size == 32
     assert relative(decoder.logits(pack(SAMPLES)), own_logits(model)) < LIMIT
+
+
+@torch.no_grad()
+def test_states_wider_than_the_weights():
+    """Mamba keeps its residual in fp32: so does the cache, and the head is the model's own again."""
+    model = made(PADDED["mamba"]()).bfloat16()
+    decoder, samples = Decoder(model), SAMPLES[:2]
+    assert decoder.dtype == torch.bfloat16 and decoder.state_dtype == torch.float32
+    cache = PrefixCache(decoder, samples)
+    cache.advance(2)
+    assert cache.is_exact and torch.equal(cache.batch([0, 1]).hidden, decoder.run(pack(samples), stop=2))
+    assert decoder.logits(pack(samples)).dtype == torch.bfloat16
+    assert relative(decoder.logits(pack(samples)), own_logits(model, samples)) < 8e-3
