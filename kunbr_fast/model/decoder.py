@@ -40,7 +40,7 @@ from kunbr_fast.model.layers import find_layers
 from kunbr_fast.model.ownership import bare_product, naming_adapters, uncompiled, whole
 from kunbr_fast.model.rotary import RotaryByLength
 from kunbr_fast.model.ways import Picked, Way, ways_of
-from kunbr_fast.model.weights import DAMAGED, Weights, all_zero, check_finite, weights_of
+from kunbr_fast.model.weights import Weights, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -162,8 +162,14 @@ class Decoder:
         return next(self.layers[0].parameters()).dtype
 
     @property
+    def state_dtype(self) -> torch.dtype:
+        """Of the hidden states between layers: of a half-precision Mamba, float32."""
+        return self._states.dtype
+
+    @property
     def hidden_size(self) -> int:
-        return self.config.hidden_size
+        """D, of what the layers take."""
+        return self._states.shape[-1]
 
     @property
     def max_positions(self) -> int | None:
@@ -172,6 +178,10 @@ class Decoder:
             return None
         limit = getattr(self.config, "max_position_embeddings", None)
         return limit if limit is not None and limit > 0 else None  # XLNet says -1
+
+    def runs(self, index: int) -> bool:
+        """Whether the model's own forward on text runs a layer: cross-attention to images does not."""
+        return index in self._forms
 
     def layer_path(self, index: int) -> str:
         """The module path of a layer, such as "model.layers.3"."""
@@ -202,11 +212,13 @@ class Decoder:
                     seen = calls.watch(self.model, self._layers_path, self.probe.input_ids.split(self.probe.lengths))
             except (TypeError, AttributeError, LookupError, NotImplementedError, ValueError) as error:
                 raise self._refused(f"{type(error).__name__}: {error}") from error
-            self._check_logits(seen.logits)
+            self_check.sound(self, seen.logits)
             self._forms, self._tail = seen.forms, calls.tail_of(seen, self.head.linear)
+            self._states = seen.outputs[max(seen.outputs)][0].new_empty(0, seen.inputs[min(seen.inputs)][0].shape[-1])
             for way in ways:
                 self._windows = self._windows_in_masks(way)
                 try:
+                    self_check.compare_head(self, seen)
                     self_check.compare(self, way, seen)
                 except self_check.Disagreement as reason:
                     reasons.append(reason)
@@ -214,34 +226,12 @@ class Decoder:
                     break
             else:
                 raise self._refused(str(reasons[-1])) from reasons[-1]
-            self._check_head(seen)
         if way.lost:
             _say_once(f"{self.name}: {way.lost}")
         return way
 
     def _refused(self, why: str) -> ValueError:
         return ValueError(f"{self.name}: {why}: this architecture is not supported")
-
-    def _check_logits(self, native: list[torch.Tensor]) -> None:
-        if not all(bool(logits.isfinite().all()) for logits in native):
-            check_finite(self.model)
-            raise ValueError(f"{self.name}: logits are not finite although all weights are: try a wider dtype")
-        if not any(bool(logits.any()) for logits in native):
-            zeros = all_zero(self.weights)
-            raise ValueError(f"{self.name}: all its logits are 0{zeros}: {DAMAGED}")
-
-    def _check_head(self, seen: calls.Seen) -> None:
-        """What comes after the layers: logits of the last one's own output."""
-        ours = self.head(self.final(torch.cat(seen.outputs[max(seen.outputs)])))
-        truth, limit = torch.cat(seen.logits), self_check.LIMITS[self.dtype]
-        if ours.shape != truth.shape:
-            raise self._refused(f"its own logits are {tuple(truth.shape)}, those of its head {tuple(ours.shape)}")
-        error = self_check.difference(ours, truth) / float(truth.double().norm())
-        if not error <= limit:
-            raise self._refused(
-                f"taken apart, its logits differ from its own by {error:.1e} relative (limit {limit:.1e}): it does "
-                "something around its layers that kunbr_fast does not know"
-            )
 
     def _windows_in_masks(self, way: Way) -> list[int | None]:
         """Each layer's sliding window. Some models (Phi-3.5-MoE, Qwen2-MoE) put it into their masks and nowhere else;
@@ -396,7 +386,7 @@ class Decoder:
 
         grids, taken = grids_of(hidden), False
         for index in range(stretch.start, stop):
-            if index not in self._forms:  # the model's own forward leaves it out
+            if not self.runs(index):
                 continue
             further = {}
             few = rows and index == stop - 1 and index not in stretch.taps and self.way.name == "packed"
@@ -439,7 +429,7 @@ class Decoder:
 
     def final(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the model does after its layers, up to the head: (R, D) -> (R, K)."""
-        return calls.through(self._tail, self.head.linear, hidden)
+        return calls.through(self._tail, self.head.linear, hidden).to(self.head.linear.weight.dtype)
 
     def logits(
         self, batch: PackedBatch, rows: torch.Tensor | None = None, stretch: Stretch = FROM_EMBEDDINGS

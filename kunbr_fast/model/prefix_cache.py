@@ -54,7 +54,7 @@ class PrefixCache(SampleRows):
             raise ValueError("no samples: expected at least one")
         lengths = [len(sample["input_ids"]) for sample in self.samples]
         self._batches = token_batches(lengths, batch_tokens)
-        rows = RowFormat(dtype, decoder.hidden_size, decoder.dtype)
+        rows = RowFormat(dtype, decoder.hidden_size, decoder.state_dtype)
         super().__init__(lengths, rows, decoder.device, "prefix cache", place, budget)
         self._between = Place(self.storage, directory)
         self.reset()
@@ -100,7 +100,7 @@ class PrefixCache(SampleRows):
         if self.rows.exact or not self.decoder.streamed or layers < 2:
             return None
         shape = self._offsets[-1], self.decoder.hidden_size
-        return self._between.allocate(shape, self.decoder.dtype, self.decoder.device, "activation store")
+        return self._between.allocate(shape, self.decoder.state_dtype, self.decoder.device, "activation store")
 
     def _run(self, start: int, stop: int, bar: tqdm, source: torch.Tensor | None, target: torch.Tensor | None) -> None:
         """Rolls all samples through some layers, from `source` to `target` (None: the cache). Where memory runs out a

@@ -23,6 +23,7 @@ from torch import nn
 from kunbr_fast.memory import is_out_of_memory
 from kunbr_fast.model.calls import Call, Seen, hidden_of
 from kunbr_fast.model.ways import Way
+from kunbr_fast.model.weights import DAMAGED, all_zero, check_finite
 
 NARROW = 3  # tokens
 _WINDOW = re.compile(r"window|^attention_chunk_size$|^index_topk$|^local_attention$")
@@ -59,6 +60,31 @@ def difference(ours: torch.Tensor, truth: torch.Tensor) -> float:
 
 class Disagreement(Exception):
     """Why a model cannot be run in some way; the message is about the model."""
+
+
+def sound(decoder: Any, native: list[torch.Tensor]) -> None:
+    """ValueError where a model's own logits are not finite, or all 0, which weights are blamed for."""
+    if not all(bool(logits.isfinite().all()) for logits in native):
+        check_finite(decoder.model)
+        raise ValueError(f"{decoder.name}: logits are not finite although all weights are: try a wider dtype")
+    if not any(bool(logits.any()) for logits in native):
+        raise ValueError(f"{decoder.name}: all its logits are 0{all_zero(decoder.weights)}: {DAMAGED}")
+
+
+@torch.no_grad()
+def compare_head(decoder: Any, seen: Seen) -> None:
+    """`Disagreement` where what comes after the layers is not what a `Decoder` makes of it: logits of the last layer's
+    own output."""
+    ours = decoder.head(decoder.final(torch.cat(seen.outputs[max(seen.outputs)])))
+    truth, limit = torch.cat(seen.logits), LIMITS[decoder.dtype]
+    if ours.shape != truth.shape:
+        raise Disagreement(f"its own logits are {tuple(truth.shape)}, those of its head {tuple(ours.shape)}")
+    error = difference(ours, truth) / float(truth.double().norm())
+    if not error <= limit:
+        raise Disagreement(
+            f"taken apart, its logits differ from its own by {error:.1e} relative (limit {limit:.1e}): it does "
+            "something around its layers that kunbr_fast does not know"
+        )
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ class LayerMajor:
         size = math.prod(shape)
         if store is None or store.numel() < size:
             store = None  # before the new one is made
-            store = (place or Place()).allocate((size,), decoder.dtype, decoder.device, "activation store")
+            store = (place or Place()).allocate((size,), decoder.state_dtype, decoder.device, "activation store")
         self.store = store
         self._inputs = store[:size].view(shape)
 
@@ -136,7 +136,7 @@ class StreamedDecoder(Decoder):
         batches = list(batches)
         lengths = [batch.num_tokens for batch in batches]
         shape = (sum(lengths), self.hidden_size)
-        store = (place or Place()).allocate(shape, self.dtype, self.device, "activation store").split(lengths)
+        store = (place or Place()).allocate(shape, self.state_dtype, self.device, "activation store").split(lengths)
         for batch, waiting in zip(batches, store):
             waiting.copy_(self.embed(batch))
         wanted = sorted(set(layers))

@@ -54,7 +54,7 @@ class LayerStates(SampleRows):
         progress: bool = False,
     ):
         self.layers, self._lengths = sorted(layers), [len(sample["input_ids"]) for sample in samples]
-        place, rows = place or Place(), RowFormat(dtype, decoder.hidden_size, decoder.dtype)
+        place, rows = place or Place(), RowFormat(dtype, decoder.hidden_size, decoder.state_dtype)
         counts = [len(self.layers) * length for length in self._lengths]
         super().__init__(counts, rows, decoder.device, "original's hidden states", place, budget)
         self._spreads = {layer: Spread() for layer in self.layers}

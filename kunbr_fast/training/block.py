@@ -35,7 +35,12 @@ VANISH = "take master_weights fp32 (or, in bf16, stochastic), or a float32 model
 def block_tensors(decoder: Decoder, block: range) -> dict[str, nn.Parameter]:
     """The block's parameters by their names in the whole model; refuses parameters shared with other modules."""
     inside = {}
-    for index in check_block(block, decoder.num_layers):
+    if not any(map(decoder.runs, check_block(block, decoder.num_layers))):
+        raise ValueError(
+            f"{decoder.layer_path(block.start)} does not run in the model's own forward on text, so nothing trains it: "
+            "choose another block"
+        )
+    for index in block:
         for name, parameter in decoder.layers[index].named_parameters(remove_duplicate=False):
             inside[f"{decoder.layer_path(index)}.{name}"] = parameter
     uses = owners(decoder.model)

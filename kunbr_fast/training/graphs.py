@@ -240,7 +240,7 @@ class StepGraphs:
         while len(self._held) >= MAX_GRAPHS:
             del self._held[next(iter(self._held))]
         decoder = self._decoder
-        static = StaticBatch(bucket, decoder.hidden_size, decoder.dtype, decoder.device)
+        static = StaticBatch(bucket, decoder.hidden_size, decoder.state_dtype, decoder.device)
         static.fill(batch, rows)
         replay = out = None
         if self._capture is not None:

@@ -241,6 +241,11 @@ class Execution:
         """Errors for what this model cannot do; `dispatch.Unavailable` for an impl, or CUDA graphs, that cannot run."""
         for operation in ("linear_loss", optimizer):
             resolve(operation, self.impl, decoder.device)
+        if self.cuda_graphs and decoder.way.name != "packed":
+            raise ValueError(
+                f"cuda_graphs=True: {decoder.name} runs {decoder.way.name}, and only packed samples go into graphs: "
+                "leave it out"
+            )
         if self.cuda_graphs and decoder.streamed:
             raise ValueError("cuda_graphs=True: a streamed model's layers have no place of their own: leave it out")
         check_cuda_graphs(self.cuda_graphs, decoder.device)

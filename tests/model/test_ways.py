@@ -39,9 +39,8 @@ PADDED = {
 }  # fmt: skip
 
 
-EXPERTS = dict.fromkeys(
-    ("gpt_oss", "qwen2_moe", "ernie4_5_moe"), {"experts_implementation": "eager"}
-)  # which knows fp64
+KNOWS_FP64 = {"experts_implementation": "eager"}
+EXPERTS = dict.fromkeys(("gpt_oss", "qwen2_moe", "ernie4_5_moe"), KNOWS_FP64)
 
 
 def made(config):
@@ -246,7 +245,7 @@ def test_states_shared_between_layers_are_refused_before_a_run():
     model.model.layers[1].__class__, model.model.layers[4].__class__ = Leaves, Finds
     with pytest.raises(
         ValueError,
-        match=r"model.layers.4 does not run by itself, without what other layers leave behind \(KeyError: 'states'\)",
+        match=r"model.layers.4 does not run by itself: it takes states of an earlier layer, such as keys \(KeyError",
     ):
         Decoder(model)
 
@@ -289,7 +288,7 @@ def test_a_configuration_without_a_number_of_layers(monkeypatch):
 
 
 def test_what_a_models_own_class_freezes_is_nobodys_to_train():
-    """The bias by which a router of Laguna's balances its experts: neither refused nor changed."""
+    """The bias by which a router of ERNIE's balances its experts: neither refused nor changed."""
     config = tf.Ernie4_5_MoeConfig(
         **ROTARY, moe_intermediate_size=8, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=0
     )
@@ -305,3 +304,59 @@ def test_what_a_models_own_class_freezes_is_nobodys_to_train():
     model.model.layers[0].mlp.gate.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"trains model.layers.0.mlp.gate.weight, which is frozen"):
         kf.unlearn(model, SAMPLES[:2], SAMPLES[2:3], kf.KUnBRConfig(**settings), progress=False)
+
+
+def test_a_layer_that_the_models_own_forward_leaves_out():
+    """Llama 3.2 Vision's cross-attention layers do nothing without an image."""
+    model = tiny_model()
+    layers = model.model.layers
+    forward = tf.LlamaModel.forward
+
+    def without(self, *args, **kwargs):
+        self.layers, self.config.num_hidden_layers = nn.ModuleList([*layers[:2], *layers[3:]]), 5
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            self.layers, self.config.num_hidden_layers = layers, 6
+
+    model.config.use_cache = False
+    model.model.__class__ = type("SkipsOne", (tf.LlamaModel,), {"forward": without})
+    decoder = Decoder(model)
+    with torch.no_grad():
+        assert relative(decoder.logits(pack(SAMPLES)), own_logits(model)) < 1e-12
+    unlearned = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"model.layers.2 does not run in the model's own forward on text"):
+        with kf.reinserted(decoder, unlearned, range(2, 3), lr=1e-3):
+            pass
+
+
+def test_graphs_are_of_packed_samples():
+    model = made(PADDED["bloom"]())
+    with pytest.raises(ValueError, match="cuda_graphs=True: BloomForCausalLM runs padded, .*leave it out"):
+        with kf.reinserted(model, made(PADDED["bloom"]()), range(1, 2), lr=1e-3, cuda_graphs=True):
+            pass
+
+
+@torch.no_grad()
+def test_wide_states_and_softcaps_by_other_names():
+    config = tf.RecurrentGemmaConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96,
+        lru_width=32, attention_window_size=5, logits_soft_cap=1.5,
+    )  # fmt: skip
+    model = made(config)
+    decoder = Decoder(model)
+    assert decoder.head.softcap == 1.5 and decoder.hidden_size == 32
+    assert relative(decoder.logits(pack(SAMPLES)), own_logits(model)) < LIMIT
+
+
+@torch.no_grad()
+def test_states_wider_than_the_weights():
+    """Mamba keeps its residual in fp32: so does the cache, and the head is the model's own again."""
+    model = made(PADDED["mamba"]()).bfloat16()
+    decoder, samples = Decoder(model), SAMPLES[:2]
+    assert decoder.dtype == torch.bfloat16 and decoder.state_dtype == torch.float32
+    cache = PrefixCache(decoder, samples)
+    cache.advance(2)
+    assert cache.is_exact and torch.equal(cache.batch([0, 1]).hidden, decoder.run(pack(samples), stop=2))
+    assert decoder.logits(pack(samples)).dtype == torch.bfloat16
+    assert relative(decoder.logits(pack(samples)), own_logits(model, samples)) < 8e-3
