@@ -179,6 +179,11 @@ class Decoder:
         limit = getattr(self.config, "max_position_embeddings", None)
         return limit if limit is not None and limit > 0 else None  # XLNet says -1
 
+    def entry(self, layer: int) -> int:
+        """The layer at which a pass through `layer` and those above may begin, from hidden states alone: `layer`, or
+        one below where later layers take keys and values of earlier ones (Gemma-4)."""
+        return min(layer, self._last_entry) if layer < self.num_layers else layer
+
     def runs(self, index: int) -> bool:
         """Whether the model's own forward on text runs a layer: cross-attention to images does not."""
         return index in self._forms
@@ -219,7 +224,7 @@ class Decoder:
                 self._windows = self._windows_in_masks(way)
                 try:
                     self_check.compare_head(self, seen)
-                    self_check.compare(self, way, seen)
+                    self._last_entry = self_check.compare(self, way, seen)
                 except self_check.Disagreement as reason:
                     reasons.append(reason)
                 else:

@@ -1,7 +1,8 @@
 """Whether a model taken apart is the model: embeddings, each layer and what comes after, against its own forward.
 
 Each layer is run on the input that it has in the model's own forward, from the last to the first. So a layer that
-needs what an earlier one has left behind (shared keys and values) is found out, and rounding does not add up. Windows
+needs what an earlier one has left behind (shared keys and values) is found out, and rounding does not add up. Where one
+does, passes begin no higher than they must (`Decoder.entry`). Windows
 and chunks are narrowed meanwhile, so that samples of a few tokens are longer than all of them.
 
 Half precision rounds by as much as an unknown step may change. There a copy in fp32 decides, of the first layer of each
@@ -14,7 +15,7 @@ import contextlib
 import copy
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -62,6 +63,10 @@ class Disagreement(Exception):
     """Why a model cannot be run in some way; the message is about the model."""
 
 
+class _Shares(Disagreement):
+    """A layer did not find what an earlier one leaves behind."""
+
+
 def sound(decoder: Any, native: list[torch.Tensor]) -> None:
     """ValueError where a model's own logits are not finite, or all 0, which weights are blamed for."""
     if not all(bool(logits.isfinite().all()) for logits in native):
@@ -88,9 +93,9 @@ def compare_head(decoder: Any, seen: Seen) -> None:
 
 
 @torch.no_grad()
-def compare(decoder: Any, way: Way, seen: Seen) -> None:
-    """`Disagreement` where the embeddings or a layer of a `Decoder`, run in this way, do something else than in the
-    model's own runs on the decoder's probe."""
+def compare(decoder: Any, way: Way, seen: Seen) -> int:
+    """The last layer at which a pass may begin. `Disagreement` where the embeddings or a layer of a `Decoder`, run in
+    this way, do something else than in the model's own runs on the decoder's probe."""
     batch, limit = decoder.probe, LIMITS[decoder.dtype]
     try:
         embedded, calls = decoder.layer_calls(batch, way)
@@ -104,8 +109,24 @@ def compare(decoder: Any, way: Way, seen: Seen) -> None:
     if not difference(embedded, own) <= limit * float(own.double().norm()):
         error = difference(embedded, own) / float(own.double().norm())
         raise Disagreement(f"the states before its first layer differ from its own by {error:.1e} relative")
+    order = sorted(seen.inputs, reverse=True)
+    try:
+        _compare_layers(decoder, way, seen, order, calls)
+        return order[0]
+    except _Shares as shares:
+        if decoder.streamed:  # one layer at a time
+            raise
+        why = shares
+    for start in order[1:]:
+        with contextlib.suppress(_Shares):
+            _compare_layers(decoder, way, seen, range(start, order[0] + 1), decoder.layer_calls(batch, way)[1])
+            return start
+    raise why
+
+
+def _compare_layers(decoder: Any, way: Way, seen: Seen, order: Iterable[int], calls: list[dict[int, Call]]) -> None:
     kinds: set[str] = set() if decoder.dtype in (torch.bfloat16, torch.float16) else {""}
-    for index in decoder.visit(sorted(seen.inputs, reverse=True)):
+    for index in decoder.visit([index for index in order if index in seen.inputs]):
         kind = _kind(decoder.layers[index]) if "" not in kinds else ""
         _compare_layer(decoder, way, seen, index, [each[index] for each in calls], kind not in kinds)
         kinds.add(kind)
@@ -138,9 +159,11 @@ def _compare_layer(decoder: Any, way: Way, seen: Seen, index: int, calls: list[C
 
     try:
         found = ours(layer, before)
+    except LookupError as error:
+        takes = f"{path} does not run by itself: it takes states of an earlier layer, such as keys"
+        raise _Shares(f"{takes} ({type(error).__name__}: {error})") from error
     except FAILURES as error:
-        shares = ": it takes states of an earlier layer, such as keys" if isinstance(error, LookupError) else ""
-        raise _raised(f"{path} does not run by itself{shares}", error) from error
+        raise _raised(f"{path} does not run by itself", error) from error
     if found.shape != truth.shape:
         raise Disagreement(f"{path} gives {tuple(truth.shape)}, and by itself {tuple(found.shape)}")
     added = float((truth.double() - before.double()).norm())

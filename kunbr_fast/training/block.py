@@ -241,18 +241,22 @@ class BlockTraining(Training):
         return weighted_pass(self.decoder, batch, rows, self._stretch(batch), impl=self.execution.impl)
 
     def _stretch(self, batch: PackedBatch, cached: bool = True) -> Stretch:
-        """The layers from the block on."""
+        """The layers from the block on, and those below that they take keys and values of."""
         hidden = batch.hidden if cached else None
         if hidden is None:
             with torch.no_grad():
-                hidden = self.decoder.run(batch, stop=self.block.start)
-        return Stretch(self.block.start, hidden, self.execution.gradient_checkpointing)
+                hidden = self.decoder.run(batch, stop=self._start)
+        return Stretch(self._start, hidden, self.execution.gradient_checkpointing)
 
     def _check_layer(self, batch: PackedBatch) -> None:
-        if batch.hidden is not None and batch.layer != self.block.start:
+        if batch.hidden is not None and batch.layer != self._start:
             raise ValueError(
-                f"the batch holds the input of layer {batch.layer}, the block begins at layer {self.block.start}"
+                f"the batch holds the input of layer {batch.layer}, the block begins at layer {self._start}"
             )
+
+    @property
+    def _start(self) -> int:
+        return self.decoder.entry(self.block.start)
 
     @contextlib.contextmanager
     def _original(self) -> Iterator[None]:
