@@ -15,7 +15,7 @@ import contextlib
 import copy
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -222,6 +222,10 @@ def _cast(call: Call, dtype: torch.dtype | None) -> Call:
             return x.to(dtype)
         if type(x) in (tuple, list):
             return type(x)(map(cast, x))
-        return {name: cast(value) for name, value in x.items()} if type(x) is dict else x
+        if isinstance(x, MutableMapping):  # which a layer may write to
+            new = copy.copy(x)
+            new.update({name: cast(value) for name, value in x.items()})
+            return new
+        return x
 
     return call if dtype is None else Call(cast(call.args), cast(call.kwargs))

@@ -279,7 +279,8 @@ def test_keys_that_gemma_4_shares(block, tmp_path):
         training.accumulate(training.criterion.step_batch(cache.batch([0, 1, 2]), 2))
         assert truth
         for name, gradient in truth.items():
-            assert relative(training.parameters[name].grad, gradient) < LIMIT, name
+            # its norms and softmax are fp32 inside; tests/architectures, which widens those, has 1e-9
+            assert relative(training.parameters[name].grad, gradient) < 1e-5, name
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="it takes states of an earlier layer, such as keys"):
         Decoder(open_streamed(tmp_path))
