@@ -50,7 +50,7 @@ def watch_list(decoder: Decoder, modules: str) -> list[Watched]:
                 kind = BY_AUTOGRAD
             watched.append(Watched(module, kind, path, index, tuple(own), experts.number_of(module)))
     if not watched:
-        raise ValueError(f"{decoder.name}: no layer has parameters of modules={modules!r}")
+        raise ValueError(f"{decoder.name}: no layer has parameters of modules={modules!r}: choose others (all)")
     return watched
 
 
