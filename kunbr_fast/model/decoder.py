@@ -39,7 +39,7 @@ from kunbr_fast.model.gather import take
 from kunbr_fast.model.layers import find_layers
 from kunbr_fast.model.ownership import bare_product, naming_adapters, uncompiled, whole
 from kunbr_fast.model.rotary import RotaryByLength
-from kunbr_fast.model.ways import Picked, Way, ways_of
+from kunbr_fast.model.ways import Way, picks_keys, ways_of
 from kunbr_fast.model.weights import Weights, weights_of
 
 logger = logging.getLogger(__name__)
@@ -208,9 +208,9 @@ class Decoder:
     @torch.no_grad()
     def _find_way(self) -> Way:
         """The first way in which the model taken apart is the model."""
-        ways, reasons = ways_of(self.config, self.rotary), []
+        reasons: list[self_check.Disagreement] = []
         with contextlib.ExitStack() as stack:
-            if not isinstance(ways[0], Picked):  # which is padded only where a sample has fewer keys than it picks
+            if not picks_keys(self.config):  # such a model is padded only where a sample has fewer keys than it picks
                 stack.enter_context(self_check.narrowed(self.model))
             try:
                 with self.rotary.watching():
@@ -220,10 +220,13 @@ class Decoder:
             self_check.sound(self, seen.logits)
             self._forms, self._tail = seen.forms, calls.tail_of(seen, self.head.linear)
             self._states = seen.outputs[max(seen.outputs)][0].new_empty(0, seen.inputs[min(seen.inputs)][0].shape[-1])
-            for way in ways:
+            try:
+                self_check.compare_head(self, seen)
+            except self_check.Disagreement as reason:
+                raise self._refused(str(reason)) from reason
+            for way in ways_of(self.config, self.rotary):  # which has watched
                 self._windows = self._windows_in_masks(way)
                 try:
-                    self_check.compare_head(self, seen)
                     self._last_entry = self_check.compare(self, way, seen)
                 except self_check.Disagreement as reason:
                     reasons.append(reason)

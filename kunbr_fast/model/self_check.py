@@ -27,7 +27,7 @@ from kunbr_fast.model.ways import Way
 from kunbr_fast.model.weights import DAMAGED, all_zero, check_finite
 
 NARROW = 3  # tokens
-_WINDOW = re.compile(r"window|^attention_chunk_size$|^index_topk$|^local_attention$")
+_WINDOW = re.compile(r"window|^attention_chunk_size$|^local_attention$")
 # Largest relative error of what a layer adds to its input, and of logits, that is taken for rounding. What the layers
 # of transformers have in fp32 of an fp64 model (softmax, norms) rounds by 1e-7.
 LIMITS = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 2e-3}

@@ -20,6 +20,7 @@ from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.frozen import constants
 from kunbr_fast.model.prefix_cache import PrefixCache
 from kunbr_fast.model.streaming import open_streamed
+from kunbr_fast.training.full import FullTraining
 
 SMALL = dict(vocab_size=VOCAB, hidden_size=32, bos_token_id=1, eos_token_id=2)
 PADDED = {
@@ -340,6 +341,22 @@ def test_what_a_models_own_class_freezes_is_nobodys_to_train():
     model.model.layers[0].mlp.gate.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"trains model.layers.0.mlp.gate.weight, which is frozen"):
         kf.unlearn(model, SAMPLES[:2], SAMPLES[2:3], kf.KUnBRConfig(**settings), progress=False)
+
+
+def test_what_a_models_own_class_freezes_stays_so_in_a_folder(tmp_path):
+    """`from_pretrained` has all parameters require grad. A stream of the folder reads no such flag."""
+    config = tf.Ernie4_5_MoeConfig(
+        **ROTARY, moe_intermediate_size=8, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=0
+    )
+    model = made(config).float()
+    fixed = constants(model)
+    model.save_pretrained(tmp_path)
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert fixed and constants(model) == fixed == constants(open_streamed(tmp_path))
+    training = FullTraining(Decoder(model), lr=1e-3)
+    assert not any(p.requires_grad == (name in fixed) for name, p in model.named_parameters())
+    assert not fixed & training.parameters.keys()
+    assert training.state().keys() >= dict(model.named_parameters()).keys()  # for a stream, or parts on processes
 
 
 def test_a_layer_that_the_models_own_forward_leaves_out():
