@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint as run_again
 from kunbr_fast.data import PackedBatch, pack
 from kunbr_fast.files.models import attention_of
 from kunbr_fast.files.saving import save_model
-from kunbr_fast.memory import Place
+from kunbr_fast.memory import Place, is_out_of_memory
 from kunbr_fast.model import attention, calls, self_check
 from kunbr_fast.model.calls import Call
 from kunbr_fast.model.frozen import evaluating, frozen
@@ -215,8 +215,10 @@ class Decoder:
             try:
                 with self.rotary.watching():
                     seen = calls.watch(self.model, self._layers_path, self.probe.input_ids.split(self.probe.lengths))
-            except (TypeError, AttributeError, LookupError, NotImplementedError, ValueError) as error:
-                raise self._refused(f"{type(error).__name__}: {error}") from error
+            except self_check.FAILURES as error:
+                if is_out_of_memory(error):
+                    raise
+                raise self._refused(f"its own forward: {type(error).__name__}: {error}") from error
             self_check.sound(self, seen.logits)
             self._forms, self._tail = seen.forms, calls.tail_of(seen, self.head.linear)
             self._states = seen.outputs[max(seen.outputs)][0].new_empty(0, seen.inputs[min(seen.inputs)][0].shape[-1])
