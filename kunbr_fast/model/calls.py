@@ -143,7 +143,11 @@ def tail_of(seen: Seen, head: nn.Module) -> list[nn.Module]:
     for module, taken, given in seen.after[-1]:
         if module is head:
             break
-        if not isinstance(taken, torch.Tensor) or taken[0].shape != hidden.shape or not torch.equal(taken[0], hidden):
+        if (
+            not isinstance(taken, torch.Tensor)
+            or taken[0].shape != hidden.shape
+            or not bool((taken[0] == hidden).all())
+        ):
             continue
         tail.append(module)
         if any(inner is head for inner in module.modules()) or not isinstance(given, torch.Tensor):

@@ -84,10 +84,10 @@ def compare_head(decoder: Any, seen: Seen) -> None:
     truth, limit = torch.cat(seen.logits), LIMITS[decoder.dtype]
     if ours.shape != truth.shape:
         raise Disagreement(f"its own logits are {tuple(truth.shape)}, those of its head {tuple(ours.shape)}")
-    error = difference(ours, truth) / float(truth.double().norm())
-    if not error <= limit:
+    off, size = difference(ours, truth), float(truth.double().norm())
+    if not off <= limit * size:
         raise Disagreement(
-            f"taken apart, its logits differ from its own by {error:.1e} relative (limit {limit:.1e}): it does "
+            f"taken apart, its logits differ from its own by {off / size:.1e} relative (limit {limit:.1e}): it does "
             "something around its layers that kunbr_fast does not know"
         )
 
