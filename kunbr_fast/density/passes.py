@@ -199,7 +199,7 @@ class Measurement:
     def _pass(self, batches: list[PackedBatch], reading: Reading) -> list[Found]:
         """One forward and backward pass of each batch."""
         decoder, found = self.decoder, [{} for _ in batches]
-        start = min((item.layer for item in self.watched), default=0)
+        start = decoder.entry(min((item.layer for item in self.watched), default=0))
 
         def turn(number: int, stretch: Stretch, stop: int, dy: torch.Tensor | None) -> None:
             batch = batches[number]

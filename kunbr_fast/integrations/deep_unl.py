@@ -261,7 +261,7 @@ class DEEP_UNL:
             with self._own.above(start):
                 return -self._on_grid(forget.sum) + coeff * self._on_grid(retain.sum)
         batch = join(forget.packed(start), retain.packed(start))
-        hidden = self.decoder.run(batch, Stretch(start, batch.hidden), rows=True)
+        hidden = self.decoder.run(batch, Stretch(batch.layer, batch.hidden), rows=True)
         weights = torch.cat([-forget.weights, coeff * retain.weights])
         hidden = self.decoder.final(hidden)
         return losses.linear_loss(hidden, self.decoder.head, batch.targets, weights, impl=self.options.impl)[0]

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint as run_again
 from kunbr_fast.data import PackedBatch, pack
 from kunbr_fast.files.models import attention_of
 from kunbr_fast.files.saving import save_model
-from kunbr_fast.memory import Place
+from kunbr_fast.memory import Place, is_out_of_memory
 from kunbr_fast.model import attention, calls, self_check
 from kunbr_fast.model.calls import Call
 from kunbr_fast.model.frozen import evaluating, frozen
@@ -39,7 +39,7 @@ from kunbr_fast.model.gather import take
 from kunbr_fast.model.layers import find_layers
 from kunbr_fast.model.ownership import bare_product, naming_adapters, uncompiled, whole
 from kunbr_fast.model.rotary import RotaryByLength
-from kunbr_fast.model.ways import Picked, Way, ways_of
+from kunbr_fast.model.ways import Way, picks_keys, ways_of
 from kunbr_fast.model.weights import Weights, weights_of
 
 logger = logging.getLogger(__name__)
@@ -181,6 +181,11 @@ class Decoder:
         limit = getattr(self.config, "max_position_embeddings", None)
         return limit if limit is not None and limit > 0 else None  # XLNet says -1
 
+    def entry(self, layer: int) -> int:
+        """The layer at which a pass through `layer` and those above may begin, from hidden states alone: `layer`, or
+        one below where later layers take keys and values of earlier ones (Gemma-4)."""
+        return min(layer, self._last_entry) if layer < self.num_layers else layer
+
     def runs(self, index: int) -> bool:
         """Whether the model's own forward on text runs a layer: cross-attention to images does not."""
         return index in self._forms
@@ -205,23 +210,28 @@ class Decoder:
     @torch.no_grad()
     def _find_way(self) -> Way:
         """The first way in which the model taken apart is the model."""
-        ways, reasons = ways_of(self.config, self.rotary), []
+        reasons: list[self_check.Disagreement] = []
         with contextlib.ExitStack() as stack:
-            if not isinstance(ways[0], Picked):  # which is padded only where a sample has fewer keys than it picks
+            if not picks_keys(self.config):  # such a model is padded only where a sample has fewer keys than it picks
                 stack.enter_context(self_check.narrowed(self.model))
             try:
                 with self.rotary.watching():
                     seen = calls.watch(self.model, self._layers_path, self.probe.input_ids.split(self.probe.lengths))
-            except (TypeError, AttributeError, LookupError, NotImplementedError, ValueError) as error:
-                raise self._refused(f"{type(error).__name__}: {error}") from error
+            except self_check.FAILURES as error:
+                if is_out_of_memory(error):
+                    raise
+                raise self._refused(f"its own forward: {type(error).__name__}: {error}") from error
             self_check.sound(self, seen.logits)
             self._forms, self._tail = seen.forms, calls.tail_of(seen, self.head.linear)
             self._states = seen.outputs[max(seen.outputs)][0].new_empty(0, seen.inputs[min(seen.inputs)][0].shape[-1])
-            for way in ways:
+            try:
+                self_check.compare_head(self, seen)
+            except self_check.Disagreement as reason:
+                raise self._refused(str(reason)) from reason
+            for way in ways_of(self.config, self.rotary):  # which has watched
                 self._windows = self._windows_in_masks(way)
                 try:
-                    self_check.compare_head(self, seen)
-                    self_check.compare(self, way, seen)
+                    self._last_entry = self_check.compare(self, way, seen)
                 except self_check.Disagreement as reason:
                     reasons.append(reason)
                 else:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+_CONSTANTS = WeakIdKeyDictionary()  # of each model that was asked for: its `constants`
 _FLAGS = WeakIdKeyDictionary()  # of each parameter inside `frozen`: requires_grad as it was outside of the outermost
 
 
@@ -38,18 +39,24 @@ def owners_flag(parameter: nn.Parameter) -> bool:
 
 
 def constants(model: nn.Module) -> frozenset[str]:
-    """The parameters that the model's own class makes without requires_grad, and which still are: sinusoidal positions,
-    or the bias by which a router balances its experts. No training of the model changes them."""
-    now = {name for name, parameter in model.named_parameters() if not owners_flag(parameter)}
+    """The parameters that the model's own class makes without requires_grad: sinusoidal positions, or the bias by which
+    a router balances its experts. No training of the model changes them.
+
+    The model's own flags do not tell: `from_pretrained` sets that of all it reads, and a stream's are all off.
+    """
+    if model not in _CONSTANTS:
+        _CONSTANTS[model] = _made_constant(model)
+    return _CONSTANTS[model] & {name for name, _ in model.named_parameters()}
+
+
+def _made_constant(model: nn.Module) -> frozenset[str]:
     config = getattr(model, "config", None)
-    if not now or config is None:
-        return frozenset()
     try:
         with torch.device("meta"):
             made = type(model)(copy.deepcopy(config))
     except Exception:  # a class of the user's own, made in some other way
         return frozenset()
-    return frozenset(now & {name for name, parameter in made.named_parameters() if not parameter.requires_grad})
+    return frozenset(name for name, parameter in made.named_parameters() if not parameter.requires_grad)
 
 
 @contextlib.contextmanager

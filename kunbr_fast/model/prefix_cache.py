@@ -69,9 +69,11 @@ class PrefixCache(SampleRows):
         self._fill(0, 0)
 
     def advance(self, layer: int) -> None:
-        """Rolls every sample forward to the input of `layer`; a layer behind the present one starts again below."""
+        """Rolls every sample forward to the input of `layer`, or of the one below where passes through it begin
+        (`Decoder.entry`); a layer behind the present one starts again below."""
         if not 0 <= layer <= self.decoder.num_layers:
             raise ValueError(f"layer {layer}: expected 0 to {self.decoder.num_layers}")
+        layer = self.decoder.entry(layer)
         if self._layer is None or layer < self._layer:
             self.reset()
         if layer > self._layer:

@@ -165,8 +165,12 @@ _PICKED = re.compile(r"index_topk|indexer_budget|keep_window_size")
 
 def ways_of(config: Any, rotary: RotaryByLength) -> list[Way]:
     """The ways that may fit a model, the best one first."""
-    if _picked_keys(config):
-        kinds: list[type[Way]] = [Picked, Alone]
-    else:
-        kinds = [*([] if odd_types(config) else [Way]), *([] if rotary.same_up_to < math.inf else [Padded]), Alone]
-    return [kind(config, rotary) for kind in kinds]
+    picks = picks_keys(config)
+    kinds: list[type[Way]] = [] if picks or odd_types(config) else [Way]
+    if rotary.same_up_to == math.inf:  # else a sample's angles would be those of the longest one beside it
+        kinds.append(Picked if picks else Padded)
+    return [kind(config, rotary) for kind in (*kinds, Alone)]
+
+
+def picks_keys(config: Any) -> bool:
+    return bool(_picked_keys(config))

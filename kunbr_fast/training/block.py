@@ -113,8 +113,9 @@ class BlockTraining(Training):
         self.adversary_graphs: StepGraphs | None = None  # a graph holds the addresses of the weights that it reads
         self.parameters = block_tensors(decoder, block)
         values = _values(unlearned, self.parameters)  # what comes from a file is in memory for a moment only
-        fixed = constants(decoder.model) & self.parameters.keys()
-        mask = {**(settings.mask or {}), **{n: torch.zeros_like(self.parameters[n], dtype=torch.bool) for n in fixed}}
+        fixed = constants(decoder.model)
+        own = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in self.parameters.items() if n in fixed}
+        mask = {**(settings.mask or {}), **own}
         masks = _masks(mask, decoder, block, self.parameters) if mask else None
         self._kept = {name: (p.data, p.grad) for name, p in self.parameters.items()}
         self._all: dict[str, nn.Parameter] = {}  # the model's, where an adversary changes them
@@ -131,7 +132,7 @@ class BlockTraining(Training):
             self.optimizer = settings.make_optimizer([self.flat.param], impl)
             adversary, seed = settings.adversary, settings.adversary_rounding
             if settings.reaches_model:
-                self._all = dict(decoder.model.named_parameters())
+                self._all = {n: p for n, p in decoder.model.named_parameters() if n not in fixed}
                 self.adversary = FullAdversary(adversary, execution.impl, seed, self._all, self._zero)
             elif adversary is not None:
                 self.adversary = FlatAdversary(adversary, impl, seed, self.flat, params)
@@ -241,18 +242,22 @@ class BlockTraining(Training):
         return weighted_pass(self.decoder, batch, rows, self._stretch(batch), impl=self.execution.impl)
 
     def _stretch(self, batch: PackedBatch, cached: bool = True) -> Stretch:
-        """The layers from the block on."""
+        """The layers from the block on, and those below that they take keys and values of."""
         hidden = batch.hidden if cached else None
         if hidden is None:
             with torch.no_grad():
-                hidden = self.decoder.run(batch, stop=self.block.start)
-        return Stretch(self.block.start, hidden, self.execution.gradient_checkpointing)
+                hidden = self.decoder.run(batch, stop=self._start)
+        return Stretch(self._start, hidden, self.execution.gradient_checkpointing)
 
     def _check_layer(self, batch: PackedBatch) -> None:
-        if batch.hidden is not None and batch.layer != self.block.start:
+        if batch.hidden is not None and batch.layer != self._start:
             raise ValueError(
-                f"the batch holds the input of layer {batch.layer}, the block begins at layer {self.block.start}"
+                f"the batch holds the input of layer {batch.layer}, the block begins at layer {self._start}"
             )
+
+    @property
+    def _start(self) -> int:
+        return self.decoder.entry(self.block.start)
 
     @contextlib.contextmanager
     def _original(self) -> Iterator[None]:

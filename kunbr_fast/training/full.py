@@ -50,9 +50,10 @@ class FullTraining(Training):
         super().__init__(decoder, criterion or Criterion(), settings, execution, "training of all parameters")
         self.criterion.fit(decoder.num_layers)
         self.original_head = self.criterion.copy_of_head(decoder.head)
-        self.constants = constants(decoder.model)
+        fixed = constants(decoder.model)
         for name, parameter in decoder.model.named_parameters():
-            parameter.requires_grad_(name not in self.constants)
+            parameter.requires_grad_(name not in fixed)
+        self.constants = {name: p for name, p in decoder.model.named_parameters() if name in fixed}
         self.parameters = self._updated()
         self._begin()
 
@@ -103,7 +104,8 @@ class FullTraining(Training):
         self.updates.step()
 
     def state(self) -> dict[str, torch.Tensor]:
-        tensors = {name: parameter.data for name, parameter in self.parameters.items()} | self.updates.state()
+        weights = {**self.constants, **self.parameters}  # all, so that a streamed or sharded training takes it up too
+        tensors = {name: parameter.data for name, parameter in weights.items()} | self.updates.state()
         return {**tensors, **self.criterion.state(), **({} if self.adversary is None else self.adversary.state())}
 
     @torch.no_grad()

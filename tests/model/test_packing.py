@@ -9,6 +9,7 @@ import itertools
 import math
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from kunbr_fast.data import pack
 from kunbr_fast.evaluation import accuracy
 from kunbr_fast.evaluation.accuracy import Questions
 from kunbr_fast.files.models import load_model
-from kunbr_fast.model import attention
+from kunbr_fast.model import attention, ways
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.prefix_cache import PrefixCache
 from kunbr_fast.model.streaming import open_streamed
@@ -316,6 +317,20 @@ def test_a_rotary_module_that_is_not_known():
         assert relative(ours, torch.cat([truth[i] for i in group])) < LIMIT, group
     assert model.model.rotary_emb.longest == 0 and "forward" not in vars(model.model.rotary_emb)
     assert Decoder(fresh("qwen3")).rotary.same_up_to == math.inf
+
+
+def test_a_rotary_module_that_is_not_known_where_samples_are_not_packed(monkeypatch):
+    """Padded, a short sample would have the angles of the longest one beside it."""
+    monkeypatch.setattr(ways, "odd_types", lambda config: {"odd"})
+    model = fresh("qwen3")
+    model.model.rotary_emb = OtherRotary()
+    truth = [copy.deepcopy(model)(input_ids=sample["input_ids"][None]).logits[0].detach() for sample in samples()]
+    decoder = Decoder(model)
+    assert decoder.way.name == "alone"
+    assert relative(decoder.logits(pack(samples())).detach(), torch.cat(truth)) < LIMIT
+    config = SimpleNamespace(index_topk=64)
+    assert [way.name for way in ways.ways_of(config, SimpleNamespace(same_up_to=8))] == ["alone"]
+    assert [way.name for way in ways.ways_of(config, SimpleNamespace(same_up_to=math.inf))] == ["picked", "alone"]
 
 
 def test_attention_scaled_by_the_place_in_a_batch():
