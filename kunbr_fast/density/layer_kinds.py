@@ -236,7 +236,8 @@ def _is_product(linear: nn.Module) -> bool:
 
 def _is_norm(module: nn.Module) -> bool:
     own = list(module.parameters(recurse=False))
-    return type(module).__name__.endswith("Norm") and bool(own) and all(p.dim() == 1 for p in own)
+    by_head = hasattr(module, "num_heads")  # xLSTM's: it takes the heads apart, and not rows
+    return type(module).__name__.endswith("Norm") and not by_head and bool(own) and all(p.dim() == 1 for p in own)
 
 
 def _is_router(module: nn.Module) -> bool:

@@ -68,6 +68,8 @@ def find_head(model: nn.Module) -> Head:
     scale = 1.0
     if getattr(config, "logits_scaling", None):  # Granite divides
         scale = 1.0 / config.logits_scaling
+    elif getattr(config, "logits_mup_width_multiplier", None):  # Inkling too
+        scale = 1.0 / config.logits_mup_width_multiplier
     elif getattr(config, "logit_scale", None):  # Cohere multiplies
         scale = config.logit_scale
     names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM

@@ -39,7 +39,7 @@ def model_fingerprint(model: nn.Module | Mapping[str, torch.Tensor], whose: str 
         return digest.hexdigest()
     weights = weights_of(model)
     _add_tensors(digest, ((name, weights[name]) for name in weights), whose, model)
-    _add_tensors(digest, _saved_buffers(model), whose, model)
+    _add_tensors(digest, _saved_buffers(model), whose, model, infinite=True)
     config = getattr(model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else {}
     add_json(digest, [type(model).__name__, without(values, NOT_COUNTED)])
@@ -75,23 +75,28 @@ def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 @torch.no_grad()
 def _add_tensors(
-    digest: Any, tensors: Iterable[tuple[str, torch.Tensor]], whose: str, model: nn.Module | None = None
+    digest: Any,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    whose: str,
+    model: nn.Module | None = None,
+    infinite: bool = False,
 ) -> None:
-    """whose, model: as of `not_finite`."""
+    """whose, model: as of `not_finite`. infinite: values may be (Gemma-4 has bounds in buffers), but not NaN."""
     for name, tensor in tensors:
         tensor = tensor.detach()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         on_device = tensor.device.type != "cpu"
         if on_device and tensor.is_floating_point() and not finite(tensor):  # where it is: faster than here
-            raise not_finite(name, tensor, whose, model)
+            if not infinite or bool(tensor.isnan().any()):
+                raise not_finite(name, tensor, whose, model)
         for part in tensor.contiguous().flatten().split(COPIED if on_device else CHUNK):
-            if not on_device and not _is_finite(part):
+            if not on_device and not _is_finite(part, infinite):
                 raise not_finite(name, tensor, whose, model)
             digest.update(part.cpu().view(torch.uint8).numpy())
 
 
-def _is_finite(part: torch.Tensor) -> bool:
+def _is_finite(part: torch.Tensor, infinite: bool) -> bool:
     if not part.numel() or not part.is_floating_point():
         return True
     low, high = part.aminmax()  # NaN if there is one; four times faster than isfinite
-    return math.isfinite(low) and math.isfinite(high)
+    return not math.isnan(low) if infinite else math.isfinite(low) and math.isfinite(high)

@@ -25,7 +25,7 @@ from kunbr_fast.model.blocks import check_block
 from kunbr_fast.model.families import FAMILIES, identify
 from kunbr_fast.model.frozen import same_modes
 from kunbr_fast.model.fused_forwards import fused_forward, say_once
-from kunbr_fast.model.layers import layer_list
+from kunbr_fast.model.layers import find_layers
 from kunbr_fast.model.ownership import present, uncompiled
 from kunbr_fast.proofs import ensure_proven
 
@@ -75,7 +75,7 @@ def _layers(model: nn.Module) -> nn.ModuleList:
     owner = next((module for module in modules if hasattr(getattr(module, "config", None), "get_text_config")), None)
     if owner is None:
         raise ValueError(f"{type(model).__name__} holds no Hugging Face model: no module in it has a model's config")
-    return layer_list(model, owner.config.get_text_config().num_hidden_layers, type(owner).__name__)[1]
+    return find_layers(owner)[1]
 
 
 def _tell_of_thawed(outside: list[tuple[str, nn.Parameter]], block: range) -> None:

@@ -80,7 +80,10 @@ def sound(decoder: Any, native: list[torch.Tensor]) -> None:
 def compare_head(decoder: Any, seen: Seen) -> None:
     """`Disagreement` where what comes after the layers is not what a `Decoder` makes of it: logits of the last layer's
     own output."""
-    ours = decoder.head(decoder.final(torch.cat(seen.outputs[max(seen.outputs)])))
+    try:
+        ours = decoder.head(decoder.final(torch.cat(seen.outputs[max(seen.outputs)])))
+    except FAILURES as error:
+        raise _raised("its head does not take what its last layer gives", error) from error
     truth, limit = torch.cat(seen.logits), LIMITS[decoder.dtype]
     if ours.shape != truth.shape:
         raise Disagreement(f"its own logits are {tuple(truth.shape)}, those of its head {tuple(ours.shape)}")

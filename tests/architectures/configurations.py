@@ -87,7 +87,16 @@ def _overrides() -> dict[str, dict[str, Any]]:
         make_ngram_vocab_size_divisible_by=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=6,
         indexer_compress_ratio=2,
     )  # fmt: skip
+    both = dict(layer_types=[LINEAR, FULL] * 2)  # the defaults' first layers are all of one type
+    found["bailing_hybrid"] |= both
+    found["kimi_linear"] |= both
     return found | {
+        "bamba": dict(attn_layer_indices=[1, 3]),
+        "granitemoehybrid": both,
+        "inkling_text": dict(layer_types=["hybrid_sliding", "hybrid"] * 2),
+        "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+        "kolibri1": dict(layer_types=[SLIDING, FULL] * 2),
+        "ministral": dict(layer_types=[SLIDING, FULL] * 2),
         "blt": dict(
             vocab_size=260, encoder_hash_byte_group_vocab=50, encoder_hash_byte_group_size=[3, 4],
             encoder_config=dict(hidden_size_global=WIDTH, vocab_size=260), patcher_config=dict(vocab_size=260),
@@ -226,9 +235,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe, one expert a token": ("qwen3_moe", dict(num_experts_per_tok=1, norm_topk_prob=False)),
     "qwen3_moe, every other layer": ("qwen3_moe", dict(mlp_only_layers=[0, 2], norm_topk_prob=True)),
     "deepseek_v3, groups": ("deepseek_v3", dict(n_group=3, topk_group=2, q_lora_rank=None)),
-    "granitemoehybrid, dense": ("granitemoehybrid", dict(num_local_experts=0, layer_types=[LINEAR, FULL] * 2)),
+    "granitemoehybrid, dense": ("granitemoehybrid", dict(num_local_experts=0)),
+    "gemma4, no shared keys": ("gemma4_text", dict(num_kv_shared_layers=0)),
     "gemma4, experts beside": (
-        "gemma4_text", dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=24)
+        "gemma4_text",
+        dict(num_kv_shared_layers=0, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=24)
     ),
     "jamba, experts in every layer": ("jamba", dict(expert_layer_period=1, expert_layer_offset=0)),
     # softcaps

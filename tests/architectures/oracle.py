@@ -45,6 +45,15 @@ def fp64_throughout(model, *modules):
             torch.set_default_dtype(torch.float32)
 
 
+def copied(model):
+    """Without what some models keep of the graph of their last run."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
+    return copy.deepcopy(model)
+
+
 def output(model, **inputs):
     """Its logits."""
     out = model(**inputs)
@@ -65,7 +74,7 @@ def forward(model, ids):
 
 def logits(model, sample):
     with torch.no_grad():
-        return forward(copy.deepcopy(model), sample["input_ids"])
+        return forward(copied(model), sample["input_ids"])
 
 
 def nll(model, sample):
@@ -77,7 +86,7 @@ def nll(model, sample):
 
 def gradients(model, sample):
     """{parameter: gradient of the sample's nll}, 0 where there is none; frozen parameters too."""
-    model = copy.deepcopy(model).requires_grad_(True)
+    model = copied(model).requires_grad_(True)
     names, parameters = zip(*model.named_parameters())
     found = torch.autograd.grad(nll(model, sample), parameters, allow_unused=True, materialize_grads=True)
     return dict(zip(names, found))
@@ -103,7 +112,7 @@ def lion(model, gradient, names):
 
 def reinserted(original, unlearned, names, forget, retain):
     """(the original with these weights of the unlearned model, trained for one step; the step's gradients)."""
-    model, source = copy.deepcopy(original), dict(unlearned.named_parameters())
+    model, source = copied(original), dict(unlearned.named_parameters())
     trainable = {name for name, p in original.named_parameters() if p.requires_grad and name in names}
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -117,6 +117,18 @@ def test_the_same_reading_finds_what_is_not_finite(dtype, value, monkeypatch):
         model_fingerprint(model, "its ")
 
 
+def test_a_buffer_may_be_infinite_but_not_nan():
+    """Gemma-4's towers clamp between bounds that are buffers, infinite until a checkpoint says otherwise."""
+    model = tiny_model()
+    model.register_buffer("bound", torch.tensor(-math.inf))
+    found = model_fingerprint(model)
+    model.bound.fill_(math.nan)
+    with pytest.raises(ValueError, match="bound: 1 of 1 values are NaN or infinite"):
+        model_fingerprint(model)
+    model.bound.fill_(0.0)
+    assert model_fingerprint(model) != found
+
+
 def test_names_shapes_dtypes_and_saved_buffers_count():
     values = {"a": torch.arange(6.0), "b": torch.ones(2)}
     found = {
