@@ -66,10 +66,8 @@ def find_head(model: nn.Module) -> Head:
     if type(linear) is not nn.Linear:
         raise ValueError(f"{type(model).__name__}: its head is {type(linear).__name__}, expected nn.Linear")
     scale = 1.0
-    if getattr(config, "logits_scaling", None):  # Granite divides
-        scale = 1.0 / config.logits_scaling
-    elif getattr(config, "logits_mup_width_multiplier", None):  # Inkling too
-        scale = 1.0 / config.logits_mup_width_multiplier
+    if divisor := getattr(config, "logits_scaling", None) or getattr(config, "logits_mup_width_multiplier", None):
+        scale = 1.0 / divisor  # Granite, Inkling
     elif getattr(config, "logit_scale", None):  # Cohere multiplies
         scale = config.logit_scale
     names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM

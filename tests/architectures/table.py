@@ -18,7 +18,7 @@ HEADINGS = {"exact": "## Exact", "variants": "## Settings", "refused": "## Refus
 def row(result):
     """A line's cells: name, way, fused parts, what density measures of it; or name and reason."""
     if result.verdict != "EXACT":
-        return [result.name, result.reason.split(": ", 1)[-1]]
+        return [result.name, re.sub(r"^\w+: ", "", result.reason)]  # without the model's class
     less = [call.removeprefix("density of ") for call in result.refused if call.startswith("density of ")]
     return [result.name, result.way, result.fused or "-", f"not {', '.join(less)}" if less else "all"]
 

@@ -17,7 +17,7 @@ REPRESENTATIVES = {  # name: the way its batches run
     "mamba": "padded",
     "qwen3_next": "padded",
     "llama4_text": "padded",
-    "deepseek_v32": "alone",
+    "deepseek_v32": "picked",
 }
 
 
