@@ -66,8 +66,9 @@ def find_head(model: nn.Module) -> Head:
     if type(linear) is not nn.Linear:
         raise ValueError(f"{type(model).__name__}: its head is {type(linear).__name__}, expected nn.Linear")
     scale = 1.0
-    if divisor := getattr(config, "logits_scaling", None) or getattr(config, "logits_mup_width_multiplier", None):
-        scale = 1.0 / divisor  # Granite, Inkling
+    names = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and Inkling divide
+    if divisor := next((by for name in names if (by := getattr(config, name, None))), None):
+        scale = 1.0 / divisor
     elif getattr(config, "logit_scale", None):  # Cohere multiplies
         scale = config.logit_scale
     names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM

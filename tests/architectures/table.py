@@ -1,6 +1,6 @@
 """The tables of docs/architectures.md, made by examining every architecture.
 
-python tests/architectures/table.py            # 5 minutes; writes them into the page
+python tests/architectures/table.py            # 8 minutes; writes them into the page
 python tests/architectures/table.py gpt_oss    # prints what is found of some
 """
 
@@ -17,8 +17,11 @@ HEADINGS = {"exact": "## Exact", "variants": "## Settings", "refused": "## Refus
 
 def row(result):
     """A line's cells: name, way, fused parts, what density measures of it; or name and reason."""
+    if result.verdict == "NOT BUILT":
+        return [result.name, f"transformers alone does not build it: {result.reason[:90]}"]
     if result.verdict != "EXACT":
-        return [result.name, re.sub(r"^\w+: ", "", result.reason)]  # without the model's class
+        reason = re.sub(r"^[A-Z]\w+:? ", "", result.reason).removesuffix(": this architecture is not supported")
+        return [result.name, reason]
     less = [call.removeprefix("density of ") for call in result.refused if call.startswith("density of ")]
     return [result.name, result.way, result.fused or "-", f"not {', '.join(less)}" if less else "all"]
 

@@ -1,6 +1,6 @@
 """Every causal language model of transformers, tiny, is exact or refused with a reason: checks.py says what that is.
 
-By hand (`make test-slow`, 5 minutes); representatives of each way of running run each time.
+By hand (`make test-slow`, 10 minutes); representatives of each way of running run each time.
 """
 
 import pytest
@@ -12,19 +12,18 @@ from architectures.expected import NOT_BUILT, REFUSED
 
 REPRESENTATIVES = {  # name: the way its batches run
     "gpt_oss": "packed",
-    "gemma4_text": "packed",
     "bloom": "padded",
     "mamba": "padded",
-    "qwen3_next": "padded",
     "llama4_text": "padded",
     "deepseek_v32": "picked",
+    "qwen3_next, dynamic NTK": "alone",
 }
 
 
 @pytest.mark.parametrize("name, way", REPRESENTATIVES.items())
 def test_representatives(name, way):
     """Decoder, density, and a block of two layers."""
-    if name not in ARCHITECTURES:
+    if name.split(",")[0] not in ARCHITECTURES:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     result = examine(name, ("decoder", "density", "reinserted"), [range(1, 3)])
     assert (result.verdict, result.way, result.faults) == ("EXACT", way, [])
@@ -42,7 +41,7 @@ def test_exact_or_refused(name):
     expected = "NOT BUILT" if name in NOT_BUILT else "REFUSED" if name in REFUSED else "EXACT"
     assert (result.verdict, result.faults) == (expected, []), result.refused
     assert (NOT_BUILT | REFUSED).get(name, "") in result.reason
-    if transformers.__version__ == table.measured_with():
+    if result.verdict == "EXACT" and transformers.__version__ == table.measured_with():
         assert table.row(result) in table.rows()
 
 
