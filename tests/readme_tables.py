@@ -225,18 +225,23 @@ TABLES = {
 PAGES = {"results": TABLES, "integrations": {"### The time of a step, on an H200": patched_trainers}}
 
 
+def with_rows(text, heading, rows):
+    """The page with these rows (lists of cells) below the two header lines of the first table of a heading."""
+    before, after = text.split(heading + "\n", 1)
+    lines = after.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|")) + 2
+    last = next((i for i in range(first, len(lines)) if not lines[i].startswith("|")), len(lines))
+    lines[first:last] = [f"| {' | '.join(cells)} |" for cells in rows]
+    return before + heading + "\n" + "\n".join(lines) + "\n"
+
+
 def write():
-    """Puts the rows into the pages, below the two header lines of the first table of each heading."""
+    """Puts the rows into the pages."""
     for name, tables in PAGES.items():
         page = ROOT / "docs" / f"{name}.md"
         text = page.read_text()
         for heading, make in tables.items():
-            before, after = text.split(heading + "\n", 1)
-            lines = after.splitlines()
-            first = next(i for i, line in enumerate(lines) if line.startswith("|")) + 2
-            last = next((i for i in range(first, len(lines)) if not lines[i].startswith("|")), len(lines))
-            lines[first:last] = [f"| {' | '.join(cells)} |" for cells in make()]
-            text = before + heading + "\n" + "\n".join(lines) + "\n"
+            text = with_rows(text, heading, make())
         page.write_text(text)
 
 

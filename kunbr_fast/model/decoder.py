@@ -66,13 +66,16 @@ def find_head(model: nn.Module) -> Head:
     if type(linear) is not nn.Linear:
         raise ValueError(f"{type(model).__name__}: its head is {type(linear).__name__}, expected nn.Linear")
     scale = 1.0
-    names = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and Inkling divide
-    if divisor := next((by for name in names if (by := getattr(config, name, None))), None):
+
+    def setting(*names: str) -> float | None:
+        return next((value for name in names if (value := getattr(config, name, None))), None)
+
+    if divisor := setting("logits_scaling", "logits_mup_width_multiplier"):  # Granite and Inkling divide
         scale = 1.0 / divisor
-    elif getattr(config, "logit_scale", None):  # Cohere multiplies
-        scale = config.logit_scale
-    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
-    return Head(linear, scale, next((cap for name in names if (cap := getattr(config, name, None))), None))
+    elif factor := setting("logit_scale"):  # Cohere multiplies
+        scale = factor
+    # Gemma, RecurrentGemma, xLSTM
+    return Head(linear, scale, setting("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Decoder:
     Of a model that `open_streamed` has made, `Decoder(model)` is a `StreamedDecoder`, with the same methods. Runs need
     eval mode (no dropout), so that packed and unpacked runs, and a run and its resumption, agree.
 
-    way: how samples run, a `ways.Way` (`way.name` is packed, padded or alone).
+    way: how samples run, a `ways.Way` (`way.name` is packed, padded, picked or alone).
 
     Errors: ValueError, naming the module, if the model is not `whole`, its attention leaves out a softcap, if the model
     has no list of its layers, a head that is no nn.Linear, weights that are not finite, or embeddings, layers or logits
@@ -342,28 +345,26 @@ class Decoder:
 
         way: another than the model's own."""
         way = way or self.way
-        embedded, found = [], []
-        for piece in way.pieces(batch):
+        grids, found, pieces = [], [], way.pieces(batch)
+        for piece in pieces:
             with way.running(piece):
                 first, each = calls.record(self.inner, self.layers, self._forms, way.inputs(piece))
             if first.shape[:-1] != way.shape(piece):
                 raise ValueError(f"its layers take {tuple(first.shape)} of {way.shape(piece)} tokens")
-            embedded.append(way.to_rows(first, piece))
+            grids.append(first)
             found.append(each)
-        return torch.cat(embedded) if len(embedded) > 1 else embedded[0], found
+        return way.rows(grids, pieces), found
 
     def apply(
         self, layer: nn.Module, index: int, hidden: torch.Tensor, batch: PackedBatch, given: Sequence[Call], way: Way
     ) -> torch.Tensor:
         """(T, D) -> (T, D) through `layer`, as layer `index`; given: its arguments for each piece of the batch."""
         pieces = way.pieces(batch)
-        parts = hidden.split([piece.num_tokens for piece in pieces])
-        out = []
-        for piece, rows, call in zip(pieces, parts, given):
+        grids = way.grids(hidden, pieces)
+        for number, (piece, call) in enumerate(zip(pieces, given)):
             with way.running(piece, self._windows[index]):
-                grid = calls.hidden_of(layer(way.to_grid(rows, piece), *call.args, **call.kwargs))
-            out.append(way.to_rows(grid, piece))
-        return torch.cat(out)
+                grids[number] = calls.hidden_of(layer(grids[number], *call.args, **call.kwargs))
+        return way.rows(grids, pieces)
 
     def run(
         self, batch: PackedBatch, stretch: Stretch = FROM_EMBEDDINGS, stop: int | None = None, rows: bool = False
@@ -385,17 +386,7 @@ class Decoder:
         hidden, given = self.layer_calls(batch)
         hidden = hidden if stretch.hidden is None else stretch.hidden
         pieces = self.way.pieces(batch)
-        sizes = [piece.num_tokens for piece in pieces]
-
-        def grids_of(hidden: torch.Tensor) -> list[torch.Tensor]:
-            parts = [hidden] if len(pieces) == 1 else hidden.split(sizes)
-            return [self.way.to_grid(part, piece) for part, piece in zip(parts, pieces)]
-
-        def rows_of(grids: list[torch.Tensor]) -> torch.Tensor:
-            parts = [self.way.to_rows(grid, piece) for grid, piece in zip(grids, pieces)]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-        grids, taken = grids_of(hidden), False
+        grids, taken = self.way.grids(hidden, pieces), False
         for index in range(stretch.start, stop):
             if not self.runs(index):
                 continue
@@ -409,10 +400,10 @@ class Decoder:
                 call = Call(args, {**kwargs, **further})
                 grids[number] = self._through(index, grids[number], piece, call, stretch.recompute)
             if index in stretch.taps:
-                grids = grids_of(stretch.taps[index](rows_of(grids)))
+                grids = self.way.grids(stretch.taps[index](self.way.rows(grids, pieces)), pieces)
         if taken:  # it has given nothing else
             return grids[0][0]
-        hidden = rows_of(grids)
+        hidden = self.way.rows(grids, pieces)
         return take(hidden, batch.rows) if rows else hidden
 
     def _through(self, index: int, grid: torch.Tensor, piece: PackedBatch, call: Call, recompute: bool) -> torch.Tensor:

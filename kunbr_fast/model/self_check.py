@@ -2,8 +2,8 @@
 
 Each layer is run on the input that it has in the model's own forward, from the last to the first. So a layer that
 needs what an earlier one has left behind (shared keys and values) is found out, and rounding does not add up. Where one
-does, passes begin no higher than they must (`Decoder.entry`). Windows
-and chunks are narrowed meanwhile, so that samples of a few tokens are longer than all of them.
+does, passes begin no higher than they must (`Decoder.entry`). Windows and chunks are narrowed meanwhile, so that
+samples of a few tokens are longer than all of them.
 
 Half precision rounds by as much as an unknown step may change. There a copy in fp32 decides, of the first layer of each
 kind, and of every layer that is off by more than rounding. In fp32 a copy in fp64 does, for the latter.
@@ -128,10 +128,10 @@ def compare(decoder: Any, way: Way, seen: Seen) -> int:
 
 
 def _compare_layers(decoder: Any, way: Way, seen: Seen, order: Iterable[int], calls: list[dict[int, Call]]) -> None:
-    kinds: set[str] = set() if decoder.dtype in (torch.bfloat16, torch.float16) else {""}
+    half, kinds = decoder.dtype in (torch.bfloat16, torch.float16), set()
     for index in decoder.visit([index for index in order if index in seen.inputs]):
-        kind = _kind(decoder.layers[index]) if "" not in kinds else ""
-        _compare_layer(decoder, way, seen, index, [each[index] for each in calls], kind not in kinds)
+        kind = _kind(decoder.layers[index]) if half else ""
+        _compare_layer(decoder, way, seen, index, [each[index] for each in calls], half and kind not in kinds)
         kinds.add(kind)
 
 
@@ -146,7 +146,7 @@ def _kind(layer: nn.Module) -> str:
 
 
 def _raised(what: str, error: BaseException) -> Disagreement:
-    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+    if is_out_of_memory(error):
         raise error
     said = " ".join(str(error).split())
     return Disagreement(f"{what} ({type(error).__name__}: {said[:200]})")

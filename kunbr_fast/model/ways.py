@@ -83,6 +83,16 @@ class Way:
         """(1, T, D) -> (T, D)"""
         return grid[0]
 
+    def grids(self, rows: torch.Tensor, pieces: list[PackedBatch]) -> list[torch.Tensor]:
+        """(T, D) of a batch -> the grid of each of its pieces."""
+        parts = [rows] if len(pieces) == 1 else rows.split([piece.num_tokens for piece in pieces])
+        return [self.to_grid(part, piece) for part, piece in zip(parts, pieces)]
+
+    def rows(self, grids: list[torch.Tensor], pieces: list[PackedBatch]) -> torch.Tensor:
+        """The grids of a batch's pieces -> (T, D)"""
+        parts = [self.to_rows(grid, piece) for grid, piece in zip(grids, pieces)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def shape(self, batch: PackedBatch) -> tuple[int, int]:
         """Of a grid, without D."""
         return 1, batch.num_tokens

@@ -39,6 +39,7 @@ def measured_with():
 def write(results):
     """Puts the rows below the two header lines of each heading's table, and the numbers into the page's first lines."""
     from architectures.configurations import VARIANTS
+    from readme_tables import with_rows
 
     exact = [result for result in results if result.verdict == "EXACT"]
     parts = {
@@ -48,12 +49,7 @@ def write(results):
     }
     text = PAGE.read_text()
     for part, heading in HEADINGS.items():
-        before, after = text.split(heading + "\n", 1)
-        lines = after.splitlines()
-        first = next(i for i, line in enumerate(lines) if line.startswith("|")) + 2
-        last = next((i for i in range(first, len(lines)) if not lines[i].startswith("|")), len(lines))
-        lines[first:last] = [f"| {' | '.join(row(result))} |" for result in parts[part]]
-        text = before + heading + "\n" + "\n".join(lines) + "\n"
+        text = with_rows(text, heading, map(row, parts[part]))
     total = sum(result.name not in VARIANTS for result in results)
     import transformers
 
