@@ -15,8 +15,9 @@ FLOORS = (
     "objectives",
     "density training",
     "evaluation",
+    "measures",
     "run",
-    "planning integrations",
+    "planning integrations pages",
     "benchmarks",
     "cli",
 )

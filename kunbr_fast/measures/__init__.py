@@ -1,0 +1,1 @@
+"""The measures that people publish: what a model knows, remembers, gives away and has lost."""
