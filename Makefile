@@ -50,7 +50,7 @@ $(STAMP) $(OLDEST)/.installed: setup.py pyproject.toml constraints.txt constrain
 	@echo "installing into $(@D) (once; minutes where torch has to be downloaded)"
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
-	    -c $(CONSTRAINTS) -e '.[test,gguf,dev]'
+	    -c $(CONSTRAINTS) -e '.[test,gguf,evaluate,dev]'
 	@touch $@
 
 clean:

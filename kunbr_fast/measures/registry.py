@@ -29,8 +29,8 @@ NEEDS = ("generation", "sampling", "states", "attack", "original", "retrained", 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A figure. number: of values that it is over. values: of each item, where it is their mean. detail: what else is to
-    be said (sample sizes of a test, a value a layer), as JSON has it."""
+    """A figure. number: of values that it is over. values: of each item, where it is their mean. detail: what else is
+    to be said (sample sizes of a test, a value a layer), as JSON has it."""
 
     value: float
     standard_error: float | None
