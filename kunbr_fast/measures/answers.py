@@ -31,6 +31,10 @@ class Answer:
     deviations: np.ndarray
     text: str = ""
 
+    def __len__(self) -> int:
+        """n. An answer of no tokens has no loss: measures leave it out."""
+        return len(self.tokens)
+
     @property
     def loss(self) -> float:
         """Mean negative log-likelihood, in nats a token."""
