@@ -229,8 +229,11 @@ class RTTResult:
     @property
     def change_error(self) -> float | None:
         """The standard error of `recovery`, of the same questions before and after; None where it was not kept."""
-        attack, lr, epoch = self.strongest
-        return self._joint([self._rows[attack, lr][fold, epoch].get("change_error") for fold in self._folds])
+        return self.change_error_at(self.strongest)
+
+    def change_error_at(self, at: Strongest) -> float | None:
+        """The standard error of the difference to before the attack at one point of its curve."""
+        return self._joint([self._rows[at.attack, at.lr][fold, at.epoch].get("change_error") for fold in self._folds])
 
     @property
     def differing(self) -> float | None:
