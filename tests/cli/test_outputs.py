@@ -32,6 +32,7 @@ COMMANDS = {
     "plan": "--model M --gpu-memory 24GiB --forget f.jsonl --retain g.jsonl",
     "merge": "--base M --models N --mode add",
     "demo": "",
+    "report": "folder",
     "bench": "norms --quick",
     "prove": "",
 }
