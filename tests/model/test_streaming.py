@@ -176,8 +176,7 @@ def test_accuracy_of_a_streamed_model(tmp_path):
     questions = [{**tiny_text.question(name), "_where": "here"} for name in tiny_text.NAMES]
     tokenizer = load_tokenizer(tmp_path / "model")
     ours, truth = (
-        choice_accuracy(Decoder(open(tmp_path / "model")), tokenizer, questions, batch_size=5)
-        for open in (streamed, whole)
+        choice_accuracy(Decoder(open(tmp_path / "model")), tokenizer, questions) for open in (streamed, whole)
     )
     assert ours == truth
 
