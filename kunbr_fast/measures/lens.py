@@ -22,18 +22,6 @@ def letter_scores(
     return [logits[k, : questions.num_choices[i]] for k, i in enumerate(chosen)]
 
 
-def _choice_scores(
-    decoder, questions: Questions, chosen: range, batch: PackedBatch, stretch: Stretch
-) -> list[torch.Tensor]:
-    texts = [pairs for i in chosen for pairs in questions.targets[i]]
-    reads = [(text, position, token) for text, pairs in enumerate(texts) for position, token in pairs]
-    found = log_probs(decoder, reads, batch, stretch)
-    owners = torch.tensor([text for text, _, _ in reads])
-    # index_add_ on the CPU adds in the order of the tokens: the same bits each time.
-    sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, owners, found)
-    return list(sums.split([questions.num_choices[i] for i in chosen]))
-
-
 def log_probs(decoder, reads: Sequence[tuple[int, int, int]], batch: PackedBatch, stretch: Stretch) -> torch.Tensor:
     """Of each (text of the batch, position, token) the token's log-probability there, float64 on the CPU."""
     offsets = batch.cu_seqlens.tolist()
