@@ -18,13 +18,8 @@ import torch
 from kunbr_fast.data import IGNORE, PackedBatch, TextSettings
 from kunbr_fast.data.items import Item
 from kunbr_fast.data.text import PLAIN
-<<<<<<< HEAD
 from kunbr_fast.evaluation.accuracy import Questions, letter_tokens, prepare_questions
-=======
-from kunbr_fast.evaluation.accuracy import Questions, letter_tokens, prepare_questions
->>>>>>> main
 from kunbr_fast.evaluation.probability import prepare_answers, spread
-from kunbr_fast.measures.lens import choice_scores, letter_scores
 from kunbr_fast.measures.lens import letter_scores, log_probs
 from kunbr_fast.measures.states import Ask, Read, empty_states, keeping, packed, parts, read_levels
 from kunbr_fast.memory import Place
