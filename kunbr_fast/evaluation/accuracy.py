@@ -341,7 +341,7 @@ class _Scores:
         return found
 
     def _scored(self, decoder, chosen: range) -> Ask:
-        score = _choice_scores if self.questions.letters is None else _letter_scores
+        score = choice_scores if self.questions.letters is None else letter_scores
 
         def read(batch: data.PackedBatch, stretch: Stretch) -> None:
             for i, scores in zip(chosen, score(decoder, self.questions, chosen, batch, stretch), strict=True):
@@ -406,17 +406,19 @@ def _pack(texts: Iterable[list[int]]) -> data.PackedBatch:
     return data.pack([{"input_ids": ids, "labels": torch.full_like(ids, data.IGNORE)} for ids in tensors])
 
 
-def _letter_scores(
+def letter_scores(
     decoder, questions: Questions, chosen: range, batch: data.PackedBatch, stretch: Stretch
 ) -> list[torch.Tensor]:
+    """Each chosen question's letter logits, the batch having their prompts; the stretch may begin after the layers."""
     letters = torch.tensor(questions.letters, device=decoder.device)
     logits = decoder.logits(batch, batch.cu_seqlens[1:] - 1, stretch)[:, letters].double().cpu()
     return [logits[k, : questions.num_choices[i]] for k, i in enumerate(chosen)]
 
 
-def _choice_scores(
+def choice_scores(
     decoder, questions: Questions, chosen: range, batch: data.PackedBatch, stretch: Stretch
 ) -> list[torch.Tensor]:
+    """Each chosen question's summed log-probabilities, the batch having its texts, or longer ones."""
     texts = [pairs for i in chosen for pairs in questions.targets[i]]
     reads = [(text, position, token) for text, pairs in enumerate(texts) for position, token in pairs]
     found = _log_probs(decoder, reads, batch, stretch)

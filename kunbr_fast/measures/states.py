@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from tqdm import tqdm
@@ -24,6 +24,7 @@ from kunbr_fast.model.weights import finite
 BATCH_TOKENS = 4096
 
 Read = Callable[[int, PackedBatch, torch.Tensor], None]  # (level, batch, its states (T, D))
+Ask = tuple[PackedBatch, Sequence[Read]]
 
 
 def packed(texts: Sequence[Sequence[int]]) -> PackedBatch:
@@ -35,12 +36,12 @@ def packed(texts: Sequence[Sequence[int]]) -> PackedBatch:
 @torch.no_grad()
 def read_levels(
     decoder: Decoder,
-    asked: Sequence[tuple[PackedBatch, Read]],
+    asked: Sequence[Ask],
     *,
     place: Place | None = None,
     progress: str | None = None,
 ) -> None:
-    """Takes each batch through the model and hands its states at every level, 0...H in their order, to its reader.
+    """Takes each batch through the model and hands its states at every level, 0...H in their order, to its readers.
 
     place: where a streamed model's activations wait between two layers. progress: label of a progress bar.
     FloatingPointError where states are not finite.
@@ -61,13 +62,14 @@ def read_levels(
                 decoder.run(batch, Stretch(stretch.start, hidden, taps=taps), above[-1])
 
 
-def _checked(read: Read, batch: PackedBatch, bar: tqdm, level: int, hidden: torch.Tensor) -> torch.Tensor:
+def _checked(reads: Sequence[Read], batch: PackedBatch, bar: tqdm, level: int, hidden: torch.Tensor) -> torch.Tensor:
     if not bool(finite(hidden)):
         raise FloatingPointError(
             f"hidden states at level {level} are not finite numbers: the model's weights have diverged (use a lower "
             "learning rate or an earlier checkpoint), or float16 cannot hold them (load it in bfloat16 or float32)"
         )
-    read(level, batch, hidden)
+    for read in reads:
+        read(level, batch, hidden)
     bar.update()
     return hidden
 
@@ -80,27 +82,31 @@ def hidden_states(
     float32, of fp64 models float64. It takes 4 (H + 1) N D bytes: of 256 texts and Llama-3-8B 138 MB. ValueError for
     no texts, an empty one, tokens that the model does not have, or more of them than it has positions.
     """
-    out, asks = last_states(decoder, texts)
+    if not texts:
+        raise ValueError("no texts: expected at least one")
+    check_vocabulary(decoder.model, map(torch.tensor, texts), [f"text {i}" for i in range(len(texts))])
+    out = empty_states(decoder, len(texts))
+    asks = [(packed(texts[part]), [keeping(out, part)]) for part in parts(map(len, texts))]
     read_levels(decoder, asks, place=place, progress=progress)
     return out
 
 
-def last_states(
-    decoder: Decoder, texts: Sequence[Sequence[int]]
-) -> tuple[torch.Tensor, list[tuple[PackedBatch, Read]]]:
-    """What `hidden_states` gives, and what `read_levels` is to be asked so that it is filled in."""
-    if not texts:
-        raise ValueError("no texts: expected at least one")
-    check_vocabulary(decoder.model, map(torch.tensor, texts), [f"text {i}" for i in range(len(texts))])
-    shape = decoder.num_layers + 1, len(texts), decoder.hidden_size
-    out = torch.empty(shape, dtype=torch.promote_types(decoder.state_dtype, torch.float32))
+def empty_states(decoder: Decoder, number: int) -> torch.Tensor:
+    """As `hidden_states` has it, of so many texts."""
+    shape = decoder.num_layers + 1, number, decoder.hidden_size
+    return torch.empty(shape, dtype=torch.promote_types(decoder.state_dtype, torch.float32))
 
-    def keep(where: slice, level: int, batch: PackedBatch, hidden: torch.Tensor) -> None:
+
+def parts(lengths: Iterable[int]) -> list[slice]:
+    """Which of consecutive texts go through the model together."""
+    ends = itertools.accumulate(map(len, token_batches(list(lengths), BATCH_TOKENS)), initial=0)
+    return [slice(first, end) for first, end in itertools.pairwise(ends)]
+
+
+def keeping(out: torch.Tensor, where: slice) -> Read:
+    """Puts the state at the last token of each of a batch's texts to out[level, where]."""
+
+    def read(level: int, batch: PackedBatch, hidden: torch.Tensor) -> None:
         out[level, where] = hidden[batch.cu_seqlens[1:] - 1].to("cpu", out.dtype)
 
-    groups = token_batches([len(ids) for ids in texts], BATCH_TOKENS)
-    ends = itertools.accumulate(map(len, groups), initial=0)
-    spans = [slice(first, end) for first, end in itertools.pairwise(ends)]
-    return out, [
-        (packed([texts[i] for i in group]), functools.partial(keep, span)) for group, span in zip(groups, spans)
-    ]
+    return read
