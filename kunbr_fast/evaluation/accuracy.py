@@ -341,7 +341,7 @@ class _Scores:
         return found
 
     def _scored(self, decoder, chosen: range) -> Ask:
-        score = choice_scores if self.questions.letters is None else letter_scores
+        score = _choice_scores if self.questions.letters is None else letter_scores
 
         def read(batch: data.PackedBatch, stretch: Stretch) -> None:
             for i, scores in zip(chosen, score(decoder, self.questions, chosen, batch, stretch), strict=True):
@@ -358,7 +358,7 @@ class _Scores:
             for i in chosen:
                 reads += [(text + sequence, position, token) for sequence, position, token in candidates[i].reads]
                 text += len(candidates[i].sequences)
-            found = _log_probs(decoder, reads, batch, stretch)
+            found = log_probs(decoder, reads, batch, stretch)
             for i, part in zip(chosen, found.split([len(candidates[i].reads) for i in chosen])):
                 self._check_finite(i, part)
                 self.smooth[i] = candidates[i].smooth(part)
@@ -415,20 +415,19 @@ def letter_scores(
     return [logits[k, : questions.num_choices[i]] for k, i in enumerate(chosen)]
 
 
-def choice_scores(
+def _choice_scores(
     decoder, questions: Questions, chosen: range, batch: data.PackedBatch, stretch: Stretch
 ) -> list[torch.Tensor]:
-    """Each chosen question's summed log-probabilities, the batch having its texts, or longer ones."""
     texts = [pairs for i in chosen for pairs in questions.targets[i]]
     reads = [(text, position, token) for text, pairs in enumerate(texts) for position, token in pairs]
-    found = _log_probs(decoder, reads, batch, stretch)
+    found = log_probs(decoder, reads, batch, stretch)
     owners = torch.tensor([text for text, _, _ in reads])
     # index_add_ on the CPU adds in the order of the tokens: the same bits each time.
     sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, owners, found)
     return list(sums.split([questions.num_choices[i] for i in chosen]))
 
 
-def _log_probs(
+def log_probs(
     decoder, reads: Sequence[tuple[int, int, int]], batch: data.PackedBatch, stretch: Stretch
 ) -> torch.Tensor:
     """Of each (text of the batch, position, token) the token's log-probability there, float64 on the CPU."""
