@@ -11,6 +11,7 @@ than 1e-5, relative. What is meant to differ is made alike first, and named in t
     last token   exact memorisation, extraction strength, min-k and min-k++ leave out an answer's last token, there
     1/n          extraction strength is 1/n, there, where not even the last of n tokens is greedy (ours is 0)
     percent      PrivLeak is in percent, there
+    prompt       where a reference has its prompt's words again, they are cut out of it, there
 
 (Divisors have 1e-10 added, there: nothing to be seen at the probabilities of this model.)
 """
@@ -179,7 +180,7 @@ class Ours:
         generated, references = None, ()
         if text == "gt":
             generated = [self._continued(one["input_ids"]) for one in self.theirs.texts(name, text, asked=True)]
-            references = [line["gt"] for line in lines]
+            references = [line["gt"].replace(line["prompt"], "") for line in lines]  # as theirs
         items = [Item({"text": ""}, form="muse") for _ in lines]
         nothing = [None] * len(items), [()] * len(items)
         return Readout(items, answers, *nothing, generated=generated, references=references)
@@ -291,13 +292,8 @@ def compare(theirs: Theirs, models: dict[str, Any]) -> Iterator[Row]:
     yield from attacks(theirs, models, data, texts, "MUSE")
     verbatim = said["result"].texts("verbmem", "gt")
     value = theirs.rouge(model, theirs.texts("verbmem", "gt", asked=True), "rougeL_f1")["agg_value"]
-    yield (
-        "verbatim_memorisation",
-        "verbmem",
-        value,
-        ours("verbatim_memorisation", Subject("", {"forget": verbatim})),
-        "",
-    )
+    figure = ours("verbatim_memorisation", Subject("", {"forget": verbatim}))
+    yield "verbatim_memorisation", "verbmem", value, figure, "prompt"
     yield from held(theirs, model, theirs.texts("verbmem", "gt"), "verbmem", verbatim)
 
 
