@@ -18,7 +18,7 @@ p { margin: .5rem 0; max-width: 46rem; } ul { margin: .4rem 0; padding-left: 1.3
   max-width: 46rem; }
 a { color: var(--link); }
 code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .88em; }
-.soft { color: var(--soft); } p.soft { font-size: .92rem; } 
+.soft { color: var(--soft); } p.soft { font-size: .92rem; }
 nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem;
   font-size: .9rem; } nav li { margin: 0; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: .8rem;
