@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +18,14 @@ import torch
 from kunbr_fast.data import IGNORE, PackedBatch, TextSettings
 from kunbr_fast.data.items import Item
 from kunbr_fast.data.text import PLAIN
-from kunbr_fast.evaluation.accuracy import Questions, choice_scores, letter_scores, letter_tokens, prepare_questions
+from kunbr_fast.evaluation.accuracy import Questions, letter_tokens, prepare_questions
 from kunbr_fast.evaluation.probability import prepare_answers, spread
+from kunbr_fast.measures.lens import letter_scores, log_probs
 from kunbr_fast.measures.states import Ask, Read, empty_states, keeping, packed, parts, read_levels
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder, Stretch
 
 MOST = 64  # items of a set, spread evenly: of four-choice questions 256 texts, of Llama-3-8B 138 MB of states
-
-Score = Callable[[Decoder, Questions, range, PackedBatch, Stretch], list[torch.Tensor]]  # of `evaluation.accuracy`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +149,7 @@ def _asks(decoder: Decoder, readout: LayerReadout, choice: Questions | None, let
     texts, questions = readout.texts, readout.questions
     for part in parts(sum(len(texts[i]) for i in of) for of in questions):
         where = slice(questions[part.start].start, questions[part.stop - 1].stop)
-        lens = _lens(decoder, choice, choice_scores, part, readout.choice)
+        lens = _choice_lens(decoder, choice, part, readout.choice)
         asks.append((packed(texts[where]), [keeping(readout.states, where), lens]))
     first = questions[-1].stop if questions else 0
     for part in parts(map(len, texts[first:])):
@@ -158,19 +157,42 @@ def _asks(decoder: Decoder, readout: LayerReadout, choice: Questions | None, let
         asks.append((packed(texts[where]), [keeping(readout.states, where)]))
     prompts = [] if letter is None else [sequences[0] for sequences in letter.sequences]
     for part in parts(map(len, prompts)):
-        asks.append((packed(prompts[part]), [_lens(decoder, letter, letter_scores, part, readout.letter)]))
+        asks.append((packed(prompts[part]), [_letter_lens(decoder, letter, part, readout.letter)]))
     return asks
 
 
-def _lens(decoder: Decoder, questions: Questions, score: Score, part: slice, out: torch.Tensor) -> Read:
-    """Puts whether each question of a part is answered correctly to out[level, part]: the highest score, the first of
-    equal ones, as of `choice_accuracy`."""
+def _choice_lens(decoder: Decoder, questions: Questions, part: slice, out: torch.Tensor) -> Read:
+    """Puts whether each question of a part is answered correctly to out[level, part]: by the highest summed
+    log-probability, the first of equal ones, as of `choice_accuracy`. The head, which is most of the work, runs once
+    where choices begin alike."""
+    chosen = range(part.start, part.stop)
+    first: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # question and beginning -> text and position
+    reads, owners, text = [], [], 0
+    for i in chosen:
+        for ids, pairs in zip(questions.sequences[i], questions.targets[i]):
+            places = [first.setdefault((i, tuple(ids[: at + 1])), (text, at)) for at, _ in pairs]
+            reads += [(*place, token) for place, (_, token) in zip(places, pairs)]
+            owners += [text] * len(pairs)
+            text += 1
+
+    def read(level: int, batch: PackedBatch, hidden: torch.Tensor) -> None:
+        found = log_probs(decoder, reads, batch, Stretch(decoder.num_layers, hidden))
+        sums = torch.zeros(text, dtype=torch.float64).index_add_(0, torch.tensor(owners), found)
+        _mark(out[level, part], sums.split([questions.num_choices[i] for i in chosen]), questions.answers[part])
+
+    return read
+
+
+def _letter_lens(decoder: Decoder, questions: Questions, part: slice, out: torch.Tensor) -> Read:
+    """As `_choice_lens`, by the highest letter's logit."""
     chosen = range(part.start, part.stop)
 
     def read(level: int, batch: PackedBatch, hidden: torch.Tensor) -> None:
-        found = score(decoder, questions, chosen, batch, Stretch(decoder.num_layers, hidden))
-        out[level, part] = torch.tensor(
-            [float(s.argmax() == questions.answers[i]) for i, s in zip(chosen, found)]
-        ).double()
+        scores = letter_scores(decoder, questions, chosen, batch, Stretch(decoder.num_layers, hidden))
+        _mark(out[level, part], scores, questions.answers[part])
 
     return read
+
+
+def _mark(out: torch.Tensor, scores: Sequence[torch.Tensor], answers: Sequence[int]) -> None:
+    out.copy_(torch.tensor([float(of.argmax() == answer) for of, answer in zip(scores, answers)]))
