@@ -43,8 +43,7 @@ def form_of(record: Mapping[Any, Any], where: str) -> Form:
     if len(whole) > 1:
         raise ValueError(f"{where}: it has two forms, {told(whole[0])} and {told(whole[1])}: keep the keys of one")
     begun = whole or [form for form in FORMS if given.intersection(form)] or [f for f in FORMS if record.keys() & {*f}]
-    used = {*begun[0], OTHER_ANSWER, FACT} if begun else set()
-    unused = [key for key in record if key in given and key not in used and not is_annotation(key)]
+    unused = _unused(record, begun[0] if begun else ())
     if whole:  # else an empty list may be what is wrong with it
         unused = [key for key in unused if not _is_nothing(key, record[key])]
     if (unused or not whole) and (other := recognised(record)):
@@ -60,6 +59,18 @@ def form_of(record: Mapping[Any, Any], where: str) -> Form:
     if whole and (null := _read_first(record, whole[0])):
         raise ValueError(f"{where}: {null!r} is null, beside {told(whole[0])}: leave it out")
     return begun[0]
+
+
+def is_record_of_ours(record: Mapping[Any, Any]) -> bool:
+    """Whether it has all keys of one form, and none that would not be used. What they hold is not looked at."""
+    whole = [form for form in FORMS if all(record.get(key) is not None for key in form)]
+    return len(whole) == 1 and all(_is_nothing(key, record[key]) for key in _unused(record, whole[0]))
+
+
+def _unused(record: Mapping[Any, Any], form: Form) -> list[Any]:
+    """The keys that hold something, and that no record of this form has. form: () for none at all."""
+    used = {*form, OTHER_ANSWER, FACT} if form else set()
+    return [key for key in record if record[key] is not None and key not in used and not is_annotation(key)]
 
 
 def _is_nothing(key: Any, value: Any) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+OWN = "own"  # the form of a record of ours
+
 
 @dataclasses.dataclass(frozen=True)
 class Item:
@@ -19,4 +21,4 @@ class Item:
     record: dict[str, Any]
     paraphrase: str | None = None
     perturbed: tuple[str, ...] = ()
-    form: str = "own"
+    form: str = OWN

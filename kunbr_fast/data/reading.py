@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -10,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kunbr_fast.data.columns import Columns
+from kunbr_fast.data.columns import CHOICES, Columns
 from kunbr_fast.data.content import ALLOWANCES, EQUAL, LETTERS, equal_pair, not_as_written
 from kunbr_fast.data.forms import FACT, FORMS
+from kunbr_fast.data.items import Item
 from kunbr_fast.data.messages import without_keys
-from kunbr_fast.data.presets import Reader
+from kunbr_fast.data.presets import TABLED, Lines, Reader
 from kunbr_fast.data.records import checked_record, warn
-from kunbr_fast.files.documents import is_array, parse_json, read_array, read_lines
+from kunbr_fast.files.documents import is_array, parse_json, read_array, read_lines, read_text
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.tables import table
 
@@ -62,6 +64,20 @@ def read_records(
     say: Callable[[str], None] = logger.info,
 ) -> list[dict]:
     """`load_records`. say: gets the line that tells what a preset did."""
+    read = files(paths, ignore_keys, equal_choices, columns, preset, lambda: Reader(preset) if preset else None, say)
+    return [item.record for file in read for item in file]
+
+
+def files(
+    paths: str | Path | Sequence[str | Path],
+    ignore_keys: Iterable[str],
+    equal_choices: str,
+    columns: Mapping[str, str] | None,
+    preset: str | None,
+    reader: Callable[[], Lines | None],
+    say: Callable[[str], None],
+) -> list[File]:
+    """The files, checked but not yet read. reader: makes what reads the lines of one of them."""
     if equal_choices not in ALLOWANCES:
         raise ValueError(f"equal_choices={shown(equal_choices)}: expected one of {', '.join(ALLOWANCES)}")
     if columns and preset:
@@ -69,28 +85,12 @@ def read_records(
     paths, ignored = [paths] if isinstance(paths, (str, Path)) else list(paths), frozenset(ignore_keys)
     if not paths:
         raise ValueError("no file was given: expected at least one")
-    records: list[dict] = []
-    for path in paths:
-        name = plain(path)
-        read = _File(ignored, equal_choices == "allow", Columns(columns) if columns else None, preset)
-        found = [record for entry in entries(path) for record in read.records(entry)]
-        if not found:
-            raise ValueError(f"{name}: empty: expected at least one JSON line, or row")
-        if read.columns is not None and (unseen := read.columns.unseen):
-            raise ValueError(f"{name}: columns: no line has {unseen}")
-        if read.preset is not None:
-            (say if read.preset.used else warn)(f"{name}: {read.preset.told(len(found))}")
-        if alike := [record["_where"] for record in found if equal_pair(record.get("choices", ()))]:
-            warn(
-                f"{alike[0]}: two of its choices are equal, and only the one that 'answer' names counts as right "
-                f"({len(alike)} such question{'s' * (len(alike) > 1)} in {name})"
-            )
-        records += found
-    return records
+    equal = equal_choices == "allow"
+    return [File(path, ignored, equal, Columns(columns) if columns else None, reader(), say) for path in paths]
 
 
-def entries(path: str | Path) -> Iterator[Entry]:
-    """What the file, or the folder, holds."""
+def entries(path: str | Path, whole: bool = False) -> Iterator[Entry]:
+    """What the file, or the folder, holds. whole: it may be one JSON object over several lines."""
     if re.fullmatch(r"[\w.-]+/[\w-]+", str(path)) and not os.path.lexists(path):
         raise ValueError(
             f"{plain(path)}: no such file: a data set of the Hub is written to a folder first "
@@ -105,6 +105,9 @@ def entries(path: str | Path) -> Iterator[Entry]:
         yield from (_json(text, f"{name}: entry {place}") for place, text in read_array(path))
         return
     for number, line in read_lines(path):
+        if first and whole and _is_open(line):
+            yield _json(read_text(path), name)
+            return
         if first and (other := _no_lines(line)):
             raise ValueError(f"{name}:{number}: {other}")
         first = False
@@ -113,6 +116,11 @@ def entries(path: str | Path) -> Iterator[Entry]:
 
 def _json(text: str, where: str) -> Entry:
     return Entry(where, parse_json(text, where, strict=False), text, "json")  # its annotations are never read
+
+
+def _is_open(first: str) -> bool:
+    """Whether the first line is the beginning of an object that goes on, as `json.dump(..., indent=2)` breaks it."""
+    return first.startswith("{") and first.rstrip().endswith(("{", "[", ",", ":"))
 
 
 def _no_lines(first: str) -> str | None:
@@ -128,37 +136,69 @@ def _no_lines(first: str) -> str | None:
     return None
 
 
-class _File:
-    """How the entries of one file become records."""
+class File:
+    """The items of one file, or folder, read once: iterating it checks them, and tells at the end what a preset did."""
 
-    def __init__(self, ignored: frozenset[str], equal: bool, columns: Columns | None, preset: str | None):
-        self.ignored, self.equal, self.columns = ignored, equal, columns
-        self.preset = Reader(preset) if preset else None
+    def __init__(
+        self,
+        path: str | Path,
+        ignored: frozenset[str],
+        equal: bool,
+        columns: Columns | None,
+        reader: Lines | None,
+        say: Callable[[str], None],
+    ):
+        self.path, self.ignored, self.equal, self.columns, self.reader = path, ignored, equal, columns, reader
+        self._say = say
 
-    def records(self, entry: Entry) -> Iterator[dict]:
-        for place, value in self.preset.lines(entry.value) if self.preset else [("", entry.value)]:
+    def __iter__(self) -> Iterator[Item]:
+        name, count, alike = plain(self.path), 0, []
+        for entry in entries(self.path, whole=self.reader is not None):
+            for item in self._items(entry):
+                count += 1
+                if equal_pair(item.record.get("choices", ())):
+                    alike.append(item.record["_where"])
+                yield item
+        if not count:
+            raise ValueError(f"{name}: empty: expected at least one JSON line, or row")
+        if self.columns is not None and (unseen := self.columns.unseen):
+            raise ValueError(f"{name}: columns: no line has {unseen}")
+        if self.reader is not None and (told := self.reader.told(count)):
+            (self._say if self.reader.used else warn)(f"{name}: {told}")
+        if alike:
+            warn(
+                f"{alike[0]}: two of its choices are equal, and only the one that 'answer' names counts as right "
+                f"({len(alike)} such question{'s' * (len(alike) > 1)} in {name})"
+            )
+
+    def _items(self, entry: Entry) -> Iterator[Item]:
+        for place, value in self.reader.split(entry.value) if self.reader else [("", entry.value)]:
             try:
-                yield self._record(value, entry._replace(where=f"{entry.where}{place}"))
+                nested = {"where": f"{entry.where}{place}", "text": None} if place else {}
+                yield self._item(value, entry._replace(**nested))
             except ValueError as error:
                 if self.columns is None or not (unseen := self.columns.unseen):
                     raise
                 raise ValueError(f"{error} (columns: no line so far has {unseen})") from error
 
-    def _record(self, value: Any, entry: Entry) -> dict:
+    def _item(self, value: Any, entry: Entry) -> Item:
         where = entry.where
         if not isinstance(value, dict):
             cure = ": preset=muse reads arrays of texts" if isinstance(value, str) else ""
             raise ValueError(f'{where}: got a {type(value).__name__}, expected an object such as {{"text": ...}}{cure}')
-        record = self._named(value, where)
-        if self.preset is not None:
-            record = self.preset.record(record)
+        line = self._named(value, where)
+        if entry.kind == "csv" and self.reader is not None and self.reader.kept:
+            lists = [key for key in TABLED if (line.get(key) or "").lstrip().startswith("[")]
+            line = _listed_cells(line, lists, where)
+        item = Item(line) if self.reader is None else self.reader.item(line, where)
+        record = dict(item.record)
         if entry.kind == "csv":
             record = _typed(record, where)
         if isinstance(record.get("choices"), list):
             self._check_floats(record["choices"], entry)
             record = self._indexed(record, entry.kind)
             record = {**record, EQUAL: True} if self.equal else record
-        return checked_record(record, where)
+        return dataclasses.replace(item, record=checked_record(record, where))
 
     def _named(self, value: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Without the keys that are left out, under our names."""
@@ -209,10 +249,7 @@ def _check_written(choices: Sequence[Any], texts: Sequence[str] | None, where: s
 
 def _typed(record: dict[str, Any], where: str) -> dict[str, Any]:
     """A row's cells as what a record has under their names."""
-    found = dict(record)
-    for key in ("choices", "messages"):
-        if isinstance(cell := found.get(key), str):
-            found[key] = _listed(cell, f"{where}: {key!r}")
+    found = _listed_cells(record, ("choices", "messages"), where)
     if found.get("choices") is not None and isinstance(answer := found.get("answer"), str):
         whole = re.fullmatch(r"(\d{1,3})(\.0)?", answer.strip(), re.ASCII)
         found["answer"] = int(whole[1]) if whole else answer
@@ -221,15 +258,18 @@ def _typed(record: dict[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
-def _listed(cell: str, where: str) -> list[Any]:
+def _listed_cells(record: Mapping[str, Any], keys: Sequence[str], where: str) -> dict[str, Any]:
+    cells = {key: record[key] for key in keys if isinstance(record.get(key), str)}
+    return {**record, **{key: _listed(cell, key, where) for key, cell in cells.items()}}
+
+
+def _listed(cell: str, key: str, where: str) -> list[Any]:
     try:
         value = parse_json(cell, where)
     except ValueError:
         value = None
     if not isinstance(value, list):
-        raise ValueError(
-            f'{where} is {shown(cell)}, expected a list of JSON, such as ["a", "b"], or columns of their own, which '
-            "columns A=choices B=choices names"
-        )
-    _check_written(value, json.loads(cell, parse_float=str, parse_int=str), where)
+        own = ", or columns of their own, which columns A=choices B=choices names" if key == CHOICES else ""
+        raise ValueError(f'{where}: {key!r} is {shown(cell)}, expected a list of JSON, such as ["a", "b"]{own}')
+    _check_written(value, json.loads(cell, parse_float=str, parse_int=str), f"{where}: {key!r}")
     return value

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import msgspec
 
+from kunbr_fast.data.content import LETTERS
 from kunbr_fast.evaluation.candidates import SAMPLES, guessing
 from kunbr_fast.evaluation.significance import differing_share
 from kunbr_fast.files.documents import checked
@@ -15,6 +16,8 @@ from kunbr_fast.files.shown import shown
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Error = Annotated[float, msgspec.Meta(ge=0, le=1)] | None
+# Of each example (`evaluation.examples`) the number of a choice, or the probability of the answer.
+Answers = list[Annotated[int, msgspec.Meta(ge=0, lt=len(LETTERS))] | Share]
 KEYS = ("plain", "calibrated", "smooth")
 
 
@@ -32,7 +35,7 @@ class Point(_Measured, total=False):
     metric: of a fold without questions "probability"; then `plain` is the mean answer probability of its records, whose
     number num_questions is, and `error` its standard error. change_error: the standard error of the difference to
     before the attack, over the same questions or records. diverged: the training of this fold diverged; the only point
-    of its curve.
+    of its curve. answers: to the fold's examples, where it has any.
     """
 
     attack: str
@@ -45,6 +48,7 @@ class Point(_Measured, total=False):
     leak: Annotated[list[Share], msgspec.Meta(min_length=len(SAMPLES), max_length=len(SAMPLES))] | None
     pool: Annotated[float, msgspec.Meta(ge=1, le=10**9)] | None
     diverged: bool
+    answers: Answers
 
 
 class Curves(TypedDict):
@@ -225,8 +229,11 @@ class RTTResult:
     @property
     def change_error(self) -> float | None:
         """The standard error of `recovery`, of the same questions before and after; None where it was not kept."""
-        attack, lr, epoch = self.strongest
-        return self._joint([self._rows[attack, lr][fold, epoch].get("change_error") for fold in self._folds])
+        return self.change_error_at(self.strongest)
+
+    def change_error_at(self, at: Strongest) -> float | None:
+        """The standard error of the difference to before the attack at one point of its curve."""
+        return self._joint([self._rows[at.attack, at.lr][fold, at.epoch].get("change_error") for fold in self._folds])
 
     @property
     def differing(self) -> float | None:
@@ -238,6 +245,13 @@ class RTTResult:
             before, row = cells[fold, 0], cells[fold, epoch]
             found.append(number and differing_share(row["plain"] - before["plain"], row.get("change_error"), number))
         return None if None in found else self._mean(found)
+
+    @property
+    def answers(self) -> Answers:
+        """To the examples of all folds, in their order, under the strongest attack; none where they were not kept."""
+        attack, lr, epoch = self.strongest
+        cells = self._rows[attack, lr]
+        return [answer for fold in self._folds for answer in cells[fold, epoch].get("answers", ())]
 
     def _joint(self, errors: Sequence[float | None]) -> float | None:
         """The standard error of a mean over questions, from each fold's."""

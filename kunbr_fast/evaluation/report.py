@@ -24,6 +24,7 @@ class Report:
     accuracy: {"original" | "unlearned" | "result": {"forget": {...}, "retain": {...}}}, where `unlearned` is the
     model after the warm-up (M_u); empty where no questions were given. probability: likewise, the probability of the
     answer (`evaluation.probability`) of sets without questions. losses: mean losses of each epoch by stage.
+    examples: a few questions of the forget set, with the choice that each model takes (`evaluation.examples`).
     gradient_cosines, cache_errors: of a cover and of a prefix cache in low precision, by stage
     (`training.approximation`).
     """
@@ -39,6 +40,7 @@ class Report:
     cache_errors: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     version: str = __version__
     probability: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    examples: list[dict[str, str | None]] = dataclasses.field(default_factory=list)
 
     @property
     def recovery(self) -> float | None:
@@ -98,6 +100,7 @@ class Report:
             **({"cache_errors": self.cache_errors} if self.cache_errors else {}),
             "recovery": self.recovery,
             "cautions": self.cautions,
+            **({"examples": self.examples} if self.examples else {}),
         }
 
 

@@ -25,6 +25,7 @@ from kunbr_fast.data.text import say_separator
 from kunbr_fast.evaluation.accuracy import Accuracy, measure_all, prepare_questions
 from kunbr_fast.evaluation.attacks import ATTACKS, chosen_attacks, rounded
 from kunbr_fast.evaluation.curves import RTTResult, attack_of
+from kunbr_fast.evaluation.examples import answers_at, places_in
 from kunbr_fast.evaluation.folds import NAME, Fold, check_folds, metric_of, overlap_of, taught_of
 from kunbr_fast.evaluation.lora import Lora, chosen_targets, train_lora
 from kunbr_fast.evaluation.probability import Probability, answer_probabilities, prepare_answers
@@ -164,6 +165,7 @@ class Attack:
             settle(taught_of(folds, other_facts), config.overlap, say)
             is_text = data.is_record(other_facts[0])
             self._others = encoded(other_facts, "other facts") if is_text else data.as_samples(other_facts)
+        self._examples = places_in(folds)
         self._before: dict[int, Accuracy | Probability] = {}  # each fold's, where it is known
         self._place, self._say = Place(), say
         self._asking: str | None = None  # title of the questions' own bar
@@ -246,7 +248,7 @@ class Attack:
         name += "all folds" if len(job.folds) > 1 else plain(self.folds[job.folds[0]].name, NAME)
         name += f", lr {job.lr:g}" * (job.lr > 0)
         bar.set_postfix_str(name)
-        rows = {i: [_row(job, self.folds[i], 0, self._before[i])] for i in job.folds}
+        rows = {i: [self._row(job, i, 0, self._before[i])] for i in job.folds}
         begun = round(bar.n)
 
         def up_to(point: float) -> None:
@@ -258,7 +260,7 @@ class Attack:
             measured = self._measure(job.folds)
             for i, found in measured.items():
                 change = change_error(self._before[i].values, found.values)
-                rows[i].append(_row(job, self.folds[i], epoch, found) | {"change_error": change})
+                rows[i].append(self._row(job, i, epoch, found) | {"change_error": change})
             values = [value for found in measured.values() for value in found.values]
             bar.set_postfix_str(f"{name}, {sum(values) / len(values):.1%}", refresh=False)
             up_to(epoch / kind.passes)
@@ -280,6 +282,11 @@ class Attack:
         finally:
             restore()
         return rows
+
+    def _row(self, job: "_Job", fold: int, epoch: int, found: Accuracy | Probability) -> dict:
+        row = dict(attack=job.attack, fold=self.folds[fold].name, lr=job.lr, epoch=epoch) | found.row()
+        places = self._examples[fold]
+        return row | ({"answers": answers_at(found, places)} if places else {})
 
     def _attack(self, job: "_Job", after_epoch: Callable[[int], None], up_to: Callable[[float], None]) -> None:
         """up_to: is told how much is done, in epochs that are given."""
@@ -376,10 +383,6 @@ def _in_parts(decoder, directory: Path, ranks: Group) -> Iterator[Callable[[], N
         yield lambda: shards.take(snapshot)
     if ranks.first:
         path.unlink(missing_ok=True)
-
-
-def _row(job: _Job, fold: Fold, epoch: int, found: Accuracy | Probability) -> dict:
-    return dict(attack=job.attack, fold=fold.name, lr=job.lr, epoch=epoch) | found.row()
 
 
 def finished_attacks(

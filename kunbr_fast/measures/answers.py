@@ -10,6 +10,9 @@ import numpy as np
 
 from kunbr_fast.data.items import Item
 from kunbr_fast.evaluation.accuracy import Accuracy
+from kunbr_fast.evaluation.curves import RTTResult
+from kunbr_fast.measures.layers import LayerReadout
+from kunbr_fast.measures.value_vectors import ValueVectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Answer:
     means: np.ndarray
     deviations: np.ndarray
     text: str = ""
+
+    def __len__(self) -> int:
+        """n. An answer of no tokens has no loss: measures leave it out."""
+        return len(self.tokens)
 
     @property
     def loss(self) -> float:
@@ -48,6 +55,7 @@ class Readout:
     question the wrong choices are perturbed). letter, choice: accuracies of the items that are questions (`questions`,
     their numbers), None without any. generated: of each item the greedy continuation of its prompt, None where nothing
     was generated (text lines continue their own beginning). references: the answers as text, to compare with it.
+    states: what the layers hold, None where that was not read.
     """
 
     items: Sequence[Item]
@@ -59,6 +67,7 @@ class Readout:
     choice: Accuracy | None = None
     generated: Sequence[str] | None = None
     references: Sequence[str] = ()
+    states: LayerReadout | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -67,9 +76,12 @@ class Readout:
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """A model that is measured: what it says about each set ("forget", "retain", "holdout"), and the models that it is
-    compared with: the original (before unlearning) and one retrained without the forget set, where they were given."""
+    compared with: the original (before unlearning) and one retrained without the forget set, where they were given.
+    rtt: what attacks brought back of the forget set; value_vectors: beside the original's. None where not measured."""
 
     name: str
     sets: Mapping[str, Readout]
     original: Subject | None = None
     retrained: Subject | None = None
+    rtt: RTTResult | None = None
+    value_vectors: ValueVectors | None = None

@@ -66,7 +66,7 @@ class Measure:
         return mean_of(self.function(subject.sets[of]))
 
 
-def mean_of(values: Sequence[float | None], **detail: Any) -> Found | None:
+def mean_of(values: Sequence[float | None], /, **detail: Any) -> Found | None:
     """The mean of values that are there, with the bootstrap's standard error; None of none."""
     there = [float(value) for value in values if value is not None]
     if not there:

@@ -5,6 +5,7 @@ Source: Efron, "Bootstrap Methods: Another Look at the Jackknife", Annals of Sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,10 +14,11 @@ ROUNDS, SEED = 1000, 0
 
 
 def bootstrap_error(
-    statistic: Callable[..., float], *samples: Sequence[float], rounds: int = ROUNDS, seed: int = SEED
+    statistic: Callable[..., float], *samples: Sequence[float] | np.ndarray, rounds: int = ROUNDS, seed: int = SEED
 ) -> float | None:
     """The standard deviation of statistic(*resampled), each sample drawn anew with replacement, by itself. The same
-    samples give the same figure. None where a sample has fewer than two values."""
+    samples give the same figure. A sample of rows (N, M) is drawn by rows: what belongs together stays together. None
+    where a sample has fewer than two values, or where what was drawn has no finite statistic or deviation."""
     arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]
     if min(map(len, arrays)) < 2:
         return None
@@ -25,7 +27,9 @@ def bootstrap_error(
     if statistic is mean:
         return float(arrays[0][draws[0]].mean(axis=1).std(ddof=1))
     found = [statistic(*(array[draw[i]] for array, draw in zip(arrays, draws))) for i in range(rounds)]
-    return float(np.std(found, ddof=1))
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = float(np.std(found, ddof=1))
+    return error if math.isfinite(error) else None
 
 
 def mean(values: Sequence[float]) -> float:

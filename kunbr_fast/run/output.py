@@ -26,7 +26,7 @@ from kunbr_fast.run.folder import FINISHED, SAVING, CheckpointFolder
 logger = logging.getLogger(__name__)
 _KEYS = "kunbr_fast config blocks density seconds losses accuracy rtt recovery model".split()
 _FINISHED = json_with(*_KEYS, also=None)
-_REPORT = json_with(*_KEYS, also=("gradient_cosines", "cache_errors", "probability", "cautions", "result"))
+_REPORT = json_with(*_KEYS, also=("gradient_cosines", "cache_errors", "probability", "cautions", "examples", "result"))
 # what a run writes besides the model, and whether a file of that name is one that a run has written
 REPORTS = {"report.json": _REPORT, "run.yaml": is_signed, "density.png": is_picture, "relearning.png": is_picture}
 

@@ -78,6 +78,7 @@ class Stages(Run):
 
         more = {"gradient_cosines": each("gradient_cosine"), "cache_errors": each("cache_error")}
         more |= {kind: self.figures(kind) for kind in ("accuracy", "probability")}
+        more["examples"] = self._proof.shown(results, rtt, f"{plain(self.state.path)}: answers")
         return Report(self.config.to_dict(), blocks, density, seconds, each("epochs"), rtt=rtt, **more)
 
     # ------------------------------------------------ proof

@@ -11,7 +11,7 @@ from msgspec import Meta
 from typing_extensions import NotRequired, TypedDict
 
 from kunbr_fast.density.measure import Saved
-from kunbr_fast.evaluation.curves import Error, Point, Share, attack_of
+from kunbr_fast.evaluation.curves import Answers, Error, Point, Share, attack_of
 from kunbr_fast.files.documents import checked
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.run.config import KUnBRConfig
@@ -51,6 +51,7 @@ class Accuracy(_Answered, total=False):
     chance: Share
     change_error: Error
     values: Annotated[str, Meta(pattern="^[01 ]*$")]  # of the original alone: of each question, between spaces
+    answers: Answers  # to the examples of the forget set
 
 
 class _Probable(TypedDict):
@@ -62,6 +63,7 @@ class _Probable(TypedDict):
 class Probability(_Probable, total=False):
     change_error: Error
     values: Annotated[str, Meta(pattern=r"^[0-9.e+ -]*$")]
+    answers: Answers
 
 
 class Result(TypedDict, total=False):

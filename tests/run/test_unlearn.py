@@ -129,6 +129,16 @@ def test_report_has_accuracy_recovery_and_rtt(tmp_path):
     again = choice_accuracy(Decoder(model), tokenizer, retain)  # the model holds the result that was measured
     assert again.plain == report.accuracy["result"]["retain"]["plain"]
 
+    examples, places = report.to_dict()["examples"], [0, 1, 3, 4, 6, 7, 9, 10]  # 8 of 12, spread evenly
+    models = {"original": tiny_text.model(), "result": model}
+    said = {name: choice_accuracy(Decoder(each), tokenizer, forget).predictions for name, each in models.items()}
+    for row, i in zip(examples, places, strict=True):
+        assert (row["question"], row["answer"]) == (forget[i]["question"], str(tiny_text.years()[tiny_text.NAMES[i]]))
+        assert {name: row[name] for name in said} == {name: str(forget[i]["choices"][said[name][i]]) for name in said}
+    right = [row["attacked"] == row["answer"] for row in examples]
+    assert right == [forget[i]["answer"] == answer for i, answer in zip(places, report.rtt.answers)]
+    assert "answers" not in report.accuracy["result"]["forget"]
+
 
 def test_settings_that_leave_no_block_fail_before_anything_is_trained():
     samples = random_samples(4)
