@@ -30,6 +30,7 @@ COMMANDS = {
     "baseline": "the same by an objective on all parameters (NPO, SimNPO, RMU, ...), without blocks: to compare with",
     "density": "knowledge density of each layer for a forget set; changes nothing",
     "rtt": "the RTT attack: how much comes back when a part of the forget set is taught again",
+    "report": "one HTML file of a finished run or evaluation, or of several side by side",
     "merge": "one model from several: task vectors negated or added, by sum, mean or agreement of their signs",
     "data": "look at files, ours or published sets': forms, overlaps, lengths, and which tokens have a loss",
     "plan": "predict memory and time of a run from config.json alone, and choose settings that fit",

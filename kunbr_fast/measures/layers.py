@@ -18,8 +18,9 @@ import torch
 from kunbr_fast.data import IGNORE, PackedBatch, TextSettings
 from kunbr_fast.data.items import Item
 from kunbr_fast.data.text import PLAIN
-from kunbr_fast.evaluation.accuracy import Questions, letter_scores, letter_tokens, log_probs, prepare_questions
+from kunbr_fast.evaluation.accuracy import Questions, letter_tokens, prepare_questions
 from kunbr_fast.evaluation.probability import prepare_answers, spread
+from kunbr_fast.measures.lens import letter_scores, log_probs
 from kunbr_fast.measures.states import Ask, Read, empty_states, keeping, packed, parts, read_levels
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder, Stretch
