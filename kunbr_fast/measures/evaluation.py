@@ -101,7 +101,9 @@ class Evaluation:
 
 
 def written(value: float, error: float | None, unit: str) -> str:
-    """A figure with its standard error: a share in percent, else in four digits."""
+    """A figure with its standard error: a share in percent, a small one in two digits; else four digits."""
+    if unit == "share" and 0 < abs(value) < 0.00995:
+        return f"{100 * value:.2g}{'' if error is None else f' ± {100 * error:.1g}'} %"
     if unit == "share":
         return f"{100 * value:.1f}{'' if error is None else f' ± {100 * error:.1f}'} %"
     return f"{value:.4g}{'' if error is None else f' ± {error:.2g}'}"
