@@ -38,9 +38,12 @@ import torch
 import transformers as tf
 from open_unlearning import NAMES, fact, workspace
 
+import kunbr_fast.measures.knowledge  # each registers its measures
+import kunbr_fast.measures.memorisation
+import kunbr_fast.measures.privacy
+import kunbr_fast.measures.utility  # noqa: F401
 from kunbr_fast.data.items import Item
 from kunbr_fast.integrations.open_unlearning_trainers import get_tokenizer
-from kunbr_fast.measures import knowledge, memorisation, privacy, utility  # noqa: F401 they register
 from kunbr_fast.measures.answers import Answer, Readout, Subject
 from kunbr_fast.measures.registry import MEASURES
 

@@ -241,7 +241,9 @@ def _print(result: Mapping[str, Any], arguments: argparse.Namespace) -> None:
             show(f"{sample['where']}: {sample[entry['unit']]} {entry['unit']}, {sample['with_loss']} with a loss")
             print_text({"parts": _cut(sample["parts"])}, marks)
     for entry in result["overlaps"]:
-        show(_said(entry, "a run takes them on one side, and in one forget file, unless --overlap allow"))
+        show(
+            _said(entry, "a run refuses them in two forget files, or forgotten and kept (--overlap allow lets that be)")
+        )
     for entry in result["holdout_overlaps"]:
         show(_said(entry, "a holdout set has none of them"))
     if arguments.holdout_of and not result["holdout_overlaps"]:

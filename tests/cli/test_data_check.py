@@ -94,7 +94,7 @@ def test_what_is_too_long_said_twice_and_in_two_files(root, check):
     assert f"book.jsonl:1: {whole} tokens, {whole - 1} with a loss" in out
     assert len(LONG) > LONGEST and f" ... ({len(LONG) - LONGEST} more characters)" in out
     overlaps = [line for line in out.splitlines() if " in both" in line]
-    assert [line.partition(": a run")[0] for line in overlaps] == [
+    assert [line.partition(": a run refuses")[0] for line in overlaps] == [
         "f0.jsonl and both.jsonl: 2 facts in both, such as f0.jsonl:5 and both.jsonl:1",
         "f1.jsonl and both.jsonl: 2 facts in both, such as f1.jsonl:1 and both.jsonl:3",
     ]
