@@ -11,7 +11,7 @@ from pathlib import Path
 from kunbr_fast.files.lock import hold_file
 from kunbr_fast.files.merge_folder import PARTIAL
 from kunbr_fast.files.target import FileKind, FolderKind, Target, check
-from kunbr_fast.measures.store import NAME as EVALUATION
+from kunbr_fast.measures import UNFINISHED
 from kunbr_fast.run.folder import NAME, STATE
 
 # Options that name what is read, of all commands. `plan --unlearned` is a flag.
@@ -23,7 +23,7 @@ INPUTS = (
 # What there is in --out of a command that was interrupted, once something of it is kept.
 KEPT = {
     "unlearn": f"{NAME}/{STATE}", "baseline": f"{NAME}/{STATE}", "merge": PARTIAL, "rtt": "", "bench": "results.csv",
-    "evaluate": EVALUATION,
+    "evaluate": UNFINISHED,
 }  # fmt: skip
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 

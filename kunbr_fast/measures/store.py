@@ -17,8 +17,8 @@ import torch
 from kunbr_fast.files.checksums import check_file, checksum, read_sealed, write_sealed
 from kunbr_fast.files.scratch import remove_leftovers
 from kunbr_fast.files.tensors import load_tensors, save_tensors
+from kunbr_fast.measures import UNFINISHED
 
-NAME = "kunbr-evaluation"
 _OURS = re.compile(
     r"(original|retrained|result)\.(likelihoods|generation|states|values|attack|lm-eval)\.(json|safetensors)"
 )
@@ -29,7 +29,7 @@ class Store:
     """folder: of the result; None keeps nothing."""
 
     def __init__(self, folder: str | Path | None):
-        self._path = None if folder is None else Path(folder) / NAME
+        self._path = None if folder is None else Path(folder) / UNFINISHED
 
     def begun(self) -> bool:
         """Whether there is anything of an earlier evaluation."""
