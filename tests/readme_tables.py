@@ -1,13 +1,16 @@
-"""The tables of docs/results.md and docs/integrations.md of what was measured, made from the committed rows.
+"""The tables of what was measured, made from the committed rows, and docs/evaluation.md's of the measures.
 
 python tests/readme_tables.py          # writes them into the pages
 """
 
 import csv
 import functools
+import importlib
+import pkgutil
 from pathlib import Path
 
 from kunbr_fast.benchmarks.rows import outcomes, read_rows
+from kunbr_fast.measures.registry import GROUPS
 from kunbr_fast.model.patch import WORTH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,6 +210,35 @@ def patched_trainers():
     ]  # fmt: skip
 
 
+def measures(group):
+    """Every registered measure of a group."""
+    import kunbr_fast.measures
+
+    for module in pkgutil.iter_modules(kunbr_fast.measures.__path__):
+        importlib.import_module(f"kunbr_fast.measures.{module.name}")
+    from kunbr_fast.measures.registry import MEASURES
+
+    return [
+        [
+            f"`{of.name}`", of.title, " ".join(of.formula.split()).replace("|", "&#124;"), of.known or "-",
+            " ".join((*of.suites, "all")), " ".join(of.sets), " ".join(of.needs) or "-",
+        ]
+        for of in MEASURES.values() if of.group == group and of.function.__module__.startswith("kunbr_fast.")
+    ]  # fmt: skip
+
+
+def beside_open_unlearning():
+    """Figures of examples/open_unlearning_measures.py."""
+    with open(RESULTS / "open_unlearning_measures.csv") as file:
+        return [
+            [
+                f"`{row['figure']}`", row["set"], f"{float(row['open_unlearning']):.6f}", f"{float(row['ours']):.6f}",
+                f"{float(row['apart']):.0e}", row["made_alike"] or "-",
+            ]
+            for row in csv.DictReader(file)
+        ]  # fmt: skip
+
+
 TABLES = {
     "## One step, against the reference procedure": step,
     "## A whole run": end_to_end,
@@ -222,7 +254,12 @@ TABLES = {
 }
 
 
-PAGES = {"results": TABLES, "integrations": {"### The time of a step, on an H200": patched_trainers}}
+MEASURED = {f"### {group.capitalize()}": functools.partial(measures, group) for group in GROUPS}
+PAGES = {
+    "results": TABLES,
+    "integrations": {"### The time of a step, on an H200": patched_trainers},
+    "evaluation": MEASURED | {"## Beside OpenUnlearning's own code": beside_open_unlearning},
+}
 
 
 def with_rows(text, heading, rows):

@@ -16,7 +16,7 @@ from kunbr_fast.run.folder import NAME, STATE
 # Options that name what is read, of all commands. `plan --unlearned` is a flag.
 INPUTS = (
     "model", "unlearned", "base", "models", "config", "compare", "report",
-    "forget", "retain", "forget_questions", "retain_questions", "other_facts",
+    "forget", "retain", "forget_questions", "retain_questions", "other_facts", "holdout_of",
 )  # fmt: skip
 # What there is in --out of a command that was interrupted, once something of it is kept.
 KEPT = {

@@ -45,8 +45,7 @@ def add_show(parser: argparse.ArgumentParser) -> None:
 def show_samples(arguments: argparse.Namespace, config: KUnBRConfig, sets: Sequence[Shown]) -> dict[str, Any]:
     """The first --show samples of each set, and what all of them come to; printed, unless --json prints it."""
     tokenizer = load_tokenizer(arguments.model)
-    positions = getattr(text_of(ModelFolder(arguments.model).configuration()), "max_position_embeddings", None)
-    limit = least(config.max_length, positions)
+    limit = least(config.max_length, positions_of(arguments.model))
     say_separator(config.separator, *(one.records for one in sets))
     found = []
     for one in sets:
@@ -61,27 +60,33 @@ def show_samples(arguments: argparse.Namespace, config: KUnBRConfig, sets: Seque
                 "lines": len(one.records),
                 "samples": len(samples),
                 "tokens": sum(len(sample["input_ids"]) for sample in samples),
-                "with_loss": sum(map(_with_loss, samples)),
-                "shown": [{"where": name, **_described(sample, tokenizer)} for name, sample in first],
+                "with_loss": sum(map(with_loss, samples)),
+                "shown": [{"where": name, **described(sample, tokenizer)} for name, sample in first],
             }
         )
     if not arguments.json:
-        marks = COLOUR if _is_coloured() else BRACKETS
+        marks = marks_of_loss()
         for entry in found:
             _print(entry, limit, marks)
     return {"max_length": limit, "sets": found}
 
 
-def _with_loss(sample: Sample) -> int:
+def positions_of(model: str) -> int | None:
+    """How many tokens a sample of the model has at most; None where its config.json does not say."""
+    return getattr(text_of(ModelFolder(model).configuration()), "max_position_embeddings", None)
+
+
+def with_loss(sample: Sample) -> int:
     """How many tokens have a loss: nothing predicts the first one."""
     return int((sample["labels"][1:] != IGNORE).sum())
 
 
-def _described(sample: Sample, tokenizer: Any) -> dict[str, Any]:
+def described(sample: Sample, tokenizer: Any) -> dict[str, Any]:
+    """Its tokens counted, and its text in parts: each with whether it has a loss."""
     ids = sample["input_ids"].tolist()
     counts = [False, *(sample["labels"][1:] != IGNORE).tolist()]
     found = {"tokens": len(ids), "with_loss": sum(counts), "parts": _parts(ids, counts, tokenizer)}
-    return found | ({"alternate": _described(sample["alternate"], tokenizer)} if "alternate" in sample else {})
+    return found | ({"alternate": described(sample["alternate"], tokenizer)} if "alternate" in sample else {})
 
 
 def _parts(ids: list[int], counts: list[bool], tokenizer: Any) -> list[dict[str, Any]]:
@@ -102,8 +107,10 @@ def _parts(ids: list[int], counts: list[bool], tokenizer: Any) -> list[dict[str,
     return parts
 
 
-def _is_coloured() -> bool:
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+def marks_of_loss() -> tuple[str, str]:
+    """What stands before and behind what has a loss."""
+    plain_terminal = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return COLOUR if sys.stdout.isatty() and not plain_terminal else BRACKETS
 
 
 def _print(entry: dict[str, Any], limit: int | None, marks: tuple[str, str]) -> None:
@@ -113,17 +120,17 @@ def _print(entry: dict[str, Any], limit: int | None, marks: tuple[str, str]) -> 
     print(f"{entry['set']}: {counts}{most}; {_sizes(entry)} {begin}marked{end} (target {entry['target']})")
     for one in entry["shown"]:
         show(f"{one['where']}: {_sizes(one)}")
-        _print_text(one, marks)
+        print_text(one, marks)
         if other := one.get("alternate"):
             show(f"its alternate: {_sizes(other)}")
-            _print_text(other, marks)
+            print_text(other, marks)
 
 
 def _sizes(entry: dict[str, Any]) -> str:
     return f"{entry['tokens']} tokens, {entry['with_loss']} with a loss"
 
 
-def _print_text(one: dict[str, Any], marks: tuple[str, str]) -> None:
+def print_text(one: dict[str, Any], marks: tuple[str, str]) -> None:
     """Each line of the text behind a bar; where one ends, "\\n" stands, and for a backslash two."""
     written = ""
     for part in one["parts"]:

@@ -19,6 +19,7 @@ from kunbr_fast.cli.terminal import show
 from kunbr_fast.data import is_question
 from kunbr_fast.data.content import check_files
 from kunbr_fast.data.overlap import facts, of_sides, settle
+from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.folds import Fold, overlap_of
 from kunbr_fast.evaluation.report import Report, attack_table, table
 from kunbr_fast.files.lock import hold
@@ -26,6 +27,7 @@ from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model
 from kunbr_fast.files.saving import save_model
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.model.streaming import open_streamed
+from kunbr_fast.pages import page
 from kunbr_fast.parallel.group import ALONE
 from kunbr_fast.run import certificate
 from kunbr_fast.run.checks import check_finished
@@ -134,6 +136,8 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
             save_model(model, tokenizer, out, replace=CheckpointFolder(out).overwrites)
         write_reports(out, report, str(arguments.model), lambda values: record(out, values))
         _certify(arguments, {"forget": forget, "retain": retain} | apart)
+        if not os.path.lexists(path := out / page.NAME):  # else it is the user's, as has been said
+            drawn(path, lambda: page.write_page([out], path), "page")
 
     forget = [record for fold in folds for record in fold.train_records]
     apart = {"forget_questions": questions} if arguments.forget_questions else {}
@@ -233,4 +237,4 @@ def _print(report: Report, arguments: argparse.Namespace) -> None:
         show(*attack_table(report.rtt).splitlines())
     for caution in report.cautions:
         show(f"caution: {caution}")
-    show(f"model, report.json and plots are in {arguments.out}")
+    show(f"model, report.html, report.json and plots are in {arguments.out}")

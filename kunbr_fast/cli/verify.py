@@ -25,6 +25,7 @@ Sets = Mapping[str, list[dict]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s OUT [options]"  # behind an option of several files it would be one of them
     parser.add_argument("out", type=path_name, metavar="OUT", help="folder of a run, with its unlearning.json")
     text = "the model that the run was given, to compare its files"
     parser.add_argument("--original", type=path_name, metavar="DIR", help=text)

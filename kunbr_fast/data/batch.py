@@ -45,6 +45,8 @@ class PackedBatch:
 
     input_ids, labels, position_ids: (T,) int64; lengths: B ints whose sum is T.
     hidden: optional (T, D) activations at the input of layer `layer` (from the prefix cache).
+    ends: where samples are trees (`data.trees`), (T,) int64, the place in its tree of each token's last descendant;
+    position_ids are depths then. None: each token follows the one before it.
     """
 
     input_ids: torch.Tensor
@@ -53,6 +55,7 @@ class PackedBatch:
     lengths: list[int]
     hidden: torch.Tensor | None = None
     layer: int = 0
+    ends: torch.Tensor | None = None
     _host: PackedBatch | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
@@ -74,8 +77,13 @@ class PackedBatch:
             return self
         if self._host is None:
             tensors = (x.cpu() for x in (self.input_ids, self.labels, self.position_ids))
-            self._host = PackedBatch(*tensors, self.lengths)
+            self._host = PackedBatch(*tensors, self.lengths, ends=None if self.ends is None else self.ends.cpu())
         return self._host
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample; of trees, from a root to the deepest token."""
+        return max(self.lengths) if self.ends is None else int(self.host.position_ids.max()) + 1
 
     @functools.cached_property
     def row_counts(self) -> list[int]:
@@ -91,6 +99,11 @@ class PackedBatch:
     def sample_of_token(self) -> torch.Tensor:
         """(T,) int64: the sample that each token belongs to."""
         return torch.repeat_interleave(torch.arange(self.num_samples), torch.tensor(self.lengths))
+
+    @_index
+    def place_of_token(self) -> torch.Tensor:
+        """(T,) int64: each token's place in its sample."""
+        return torch.arange(self.num_tokens) - self.cu_seqlens[self.sample_of_token]
 
     @_index
     def rows(self) -> torch.Tensor:
@@ -125,7 +138,7 @@ class PackedBatch:
     @_index
     def unpad_index(self) -> torch.Tensor:
         """(T,) int64: the place of each packed token in the flattened (B, Lmax) grid."""
-        return self.sample_of_token * max(self.lengths) + self.position_ids
+        return self.sample_of_token * max(self.lengths) + self.place_of_token
 
     @_index
     def row_grid(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -151,8 +164,9 @@ class PackedBatch:
             hosts = host.samples()
         tensors = zip(*(x.split(lengths) for x in (self.input_ids, self.labels, self.position_ids)))
         hidden = [None] * len(lengths) if self.hidden is None else self.hidden.split(lengths)
-        parts = zip(tensors, lengths, hidden, hosts)
-        return [PackedBatch(*three, [n], rows, self.layer, one) for three, n, rows, one in parts]
+        ends = [None] * len(lengths) if self.ends is None else self.ends.split(lengths)
+        parts = zip(tensors, lengths, hidden, ends, hosts)
+        return [PackedBatch(*three, [n], rows, self.layer, last, one) for three, n, rows, last, one in parts]
 
     def set_indices(self, **indices: Any) -> None:
         """Gives the batch indices (`rows`, `pad_index`, ...) that it then does not work out itself."""
@@ -166,7 +180,8 @@ class PackedBatch:
         host = self.host
         tensors = (send(x, device) for x in (host.input_ids, host.labels, host.position_ids))
         hidden = None if self.hidden is None else self.hidden.to(device)
-        return PackedBatch(*tensors, self.lengths, hidden, self.layer, host)
+        ends = None if host.ends is None else send(host.ends, device)
+        return PackedBatch(*tensors, self.lengths, hidden, self.layer, ends, host)
 
 
 def pack(samples: Sequence[Sample], hidden: torch.Tensor | None = None, layer: int = 0) -> PackedBatch:

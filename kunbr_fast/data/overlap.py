@@ -51,6 +51,24 @@ def facts(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[Hashable, st
     return found
 
 
+def repeated(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The places of each record whose text an earlier one has: the earlier one's, and its own. Whatever "fact" says:
+    several texts about one fact are none twice."""
+    first: dict[Hashable, str] = {}
+    found = []
+    for record in records:
+        place, key = record["_where"], _digest(text_of(record).encode(errors="surrogatepass"))
+        if first.setdefault(key, place) != place:
+            found.append((first[key], place))
+    return found
+
+
+def common(one: Facts, other: Facts) -> list[tuple[str, str]]:
+    """Where each fact of both stands first in the one and the other. Known by its text and by its name, it counts
+    once."""
+    return list({one[fact]: other[fact] for fact in one if fact in other}.items())
+
+
 def text_of(record: Mapping[str, Any]) -> str:
     """By which a record's fact is known."""
     form = next(form for form in FORMS if all(record.get(key) is not None for key in form))

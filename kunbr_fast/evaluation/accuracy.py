@@ -9,9 +9,9 @@ choice   For models too small to know what a letter stands for. sum_t log p(choi
          tokens) of the text question + " " + choice, for each choice. The sum is not divided by the number of tokens:
          choices of very different lengths favour the short one.
 
-Questions go through the model in packed batches, and logits are made only at the rows that are compared: one a question
-for `letter`, the choices' tokens for `choice`. Nothing is sampled and a tie goes to the first choice, so two
-measurements of the same weights are equal.
+Questions go through the model in packed batches, each once for all its choices (`reading`). Logits are made at the
+rows that are compared alone: one a question for `letter`, the choices' tokens for `choice`. Nothing is sampled and a
+tie goes to the first choice, so two measurements of the same weights are equal.
 
 For `choice` two more figures come from the likelihoods: the smooth accuracy, expected over random distractors, which is
 far less noisy, and what sampled answers give away (`candidates`). For `letter` the choices stand in the prompt.
@@ -19,29 +19,24 @@ far less noisy, and what sampled answers give away (`candidates`). For `letter` 
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
 from kunbr_fast import data
 from kunbr_fast.data.content import is_blank
 from kunbr_fast.data.tokens import check_repeatable, tokens, twice
 from kunbr_fast.evaluation.candidates import Candidates, find_candidates, leak
+from kunbr_fast.evaluation.reading import Reading, Rows, read_all
 from kunbr_fast.evaluation.significance import standard_error
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.memory import Place
-from kunbr_fast.model.decoder import Stretch
-from kunbr_fast.model.frozen import evaluating
 from kunbr_fast.model.vocabulary import check_vocabulary
-from kunbr_fast.values import BATCH, check
 
 SCORINGS = ("letter", "choice")
-
-# Elements of one block of fp32 logits: 256 MiB. At a vocabulary of 128k these are 524 rows, still a large matmul.
-_LOGITS_AT_ONCE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -100,14 +95,13 @@ def choice_accuracy(
     records: Sequence[dict],
     *,
     scoring: str = "letter",
-    batch_size: int = 16,
     place: Place | None = None,
     progress: str | None = None,
 ) -> Accuracy:
     """Multiple-choice accuracy of decoder.model on question records.
 
     decoder: a Decoder. records: question lines from data.load_records. scoring: "letter" or "choice", as above.
-    batch_size: questions a packed batch. place: where a streamed model's activations wait between two layers.
+    place: where a streamed model's activations wait between two layers.
     progress: label of a progress bar, None for no bar.
     The model is in eval mode meanwhile; no gradients are recorded.
 
@@ -116,7 +110,7 @@ def choice_accuracy(
     answers are not finite.
     """
     questions = prepare_questions(tokenizer, records, scoring=scoring, decoder=decoder)
-    return measure(decoder, questions, batch_size=batch_size, place=place, progress=progress)
+    return measure(decoder, questions, place=place, progress=progress)
 
 
 def prepare_questions(tokenizer, records: Sequence[dict], *, scoring: str = "letter", decoder=None) -> Questions:
@@ -163,28 +157,23 @@ def _tokens(questions: Questions) -> Iterator[torch.Tensor]:
         yield torch.tensor(asked + (questions.letters or []))
 
 
-def measure(
-    decoder, questions: Questions, *, batch_size: int = 16, place: Place | None = None, progress: str | None = None
-) -> Accuracy:
+def measure(decoder, questions: Questions, *, place: Place | None = None, progress: str | None = None) -> Accuracy:
     """`choice_accuracy` of prepared questions."""
-    return measure_all(decoder, {"": questions}, batch_size=batch_size, place=place, progress=progress)[""]
+    return measure_all(decoder, {"": questions}, place=place, progress=progress)[""]
 
 
 def measure_all(
     decoder,
     asked: Mapping[str, Questions],
     *,
-    batch_size: int = 16,
     place: Place | None = None,
     progress: str | None = None,
 ) -> dict[str, Accuracy]:
     """`measure` of several sets by name, with the same bits. A streamed model reads each layer once for all of them."""
-    check("batch_size", batch_size, BATCH)
-    found = {name: _Scores.of(name, questions) for name, questions in asked.items()}
-    asks = [ask for scores in found.values() for ask in scores.asks(decoder, batch_size)]
-    if asks:
-        _answer(decoder, asks, place, progress)
-    return {name: _accuracy(asked[name], scores.plain, scores.smooth) for name, scores in found.items()}
+    readings = [Reading(decoder) for _ in asked]
+    sets = {name: Asked(reading, questions, name) for reading, (name, questions) in zip(readings, asked.items())}
+    found = read_all(decoder, readings, place, progress)
+    return {name: asked.accuracy(read) for (name, asked), read in zip(sets.items(), found)}
 
 
 def _accuracy(questions: Questions, scores: torch.Tensor, smooth: torch.Tensor) -> Accuracy:
@@ -311,138 +300,61 @@ def _find_candidates(tokenizer, records: Sequence[dict], questions: Questions, l
     return find_candidates(records, fulls, starts, functools.partial(_encode, tokenizer), limit)
 
 
-# Texts that are read together, and what is made of their packed batch on its way.
-Ask = tuple[list[list[int]], Callable[[data.PackedBatch, Stretch], None]]
+class Asked:
+    """A set of questions as a `Reading` has them, and its accuracy by what was read.
 
+    family: of the set's name, to tell its questions from those of others in the same reading.
+    """
 
-@dataclass(frozen=True)
-class _Scores:
-    """What is measured of a set of questions, float64 on the CPU: plain (questions, C), letter logits or summed
-    log-probabilities, -inf where no choice is; smooth (questions,), accuracies, where there are candidates."""
+    def __init__(self, reading: Reading, questions: Questions, name: str = ""):
+        self.questions, self._name = questions, name
+        self._plain = [self._of_question(reading, i) for i in range(len(questions.answers))]
+        self._smooth = [self._of_candidates(reading, i) for i in range(len(questions.candidates or ()))]
 
-    name: str
-    questions: Questions
-    plain: torch.Tensor
-    smooth: torch.Tensor
+    def _of_question(self, reading: Reading, i: int) -> tuple[np.ndarray, slice, list[int]]:
+        """Rows, where their tokens' logits are, and the number of each of these's choice."""
+        asked, family = self.questions, (self._name, i)
+        texts = [reading.add(ids, family) for ids in asked.sequences[i]]
+        if asked.letters is not None:
+            letters = asked.letters[: asked.num_choices[i]]
+            rows = reading.rows(texts[0][-1:]).repeat(len(letters))
+            return rows, reading.tokens(rows, letters), list(range(len(letters)))
+        reads = [
+            (nodes[position], token, choice)
+            for choice, (nodes, pairs) in enumerate(zip(texts, asked.targets[i], strict=True))
+            for position, token in pairs
+        ]
+        nodes, tokens, choices = (list(column) for column in zip(*reads))
+        rows = reading.rows(nodes)
+        return rows, reading.tokens(rows, tokens), choices
 
-    @classmethod
-    def of(cls, name: str, questions: Questions) -> "_Scores":
-        shape = len(questions.answers), max(questions.num_choices)
-        plain = torch.full(shape, float("-inf"), dtype=torch.float64)
-        return cls(name, questions, plain, torch.zeros(shape[0], dtype=torch.float64))
+    def _of_candidates(self, reading: Reading, i: int) -> tuple[np.ndarray, slice]:
+        found = self.questions.candidates[i]
+        texts = [reading.add(ids, (self._name, i)) for ids in found.sequences]
+        rows = reading.rows([texts[sequence][position] for sequence, position, _ in found.reads])
+        return rows, reading.tokens(rows, [token for *_, token in found.reads])
 
-    def asks(self, decoder, batch_size: int) -> list[Ask]:
-        """What fills them in."""
-        total = len(self.questions.answers)
-        chosen = [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
-        found = [self._scored(decoder, part) for part in chosen]
-        if self.questions.candidates is not None:
-            found += [self._smoothed(decoder, part) for part in _groups(self.questions.candidates, 4 * batch_size)]
-        return found
-
-    def _scored(self, decoder, chosen: range) -> Ask:
-        score = choice_scores if self.questions.letters is None else letter_scores
-
-        def read(batch: data.PackedBatch, stretch: Stretch) -> None:
-            for i, scores in zip(chosen, score(decoder, self.questions, chosen, batch, stretch), strict=True):
-                self._check_finite(i, scores)
-                self.plain[i, : len(scores)] = scores
-
-        return [ids for i in chosen for ids in self.questions.sequences[i]], read
-
-    def _smoothed(self, decoder, chosen: Sequence[int]) -> Ask:
-        candidates = self.questions.candidates
-
-        def read(batch: data.PackedBatch, stretch: Stretch) -> None:
-            reads, text = [], 0
-            for i in chosen:
-                reads += [(text + sequence, position, token) for sequence, position, token in candidates[i].reads]
-                text += len(candidates[i].sequences)
-            found = _log_probs(decoder, reads, batch, stretch)
-            for i, part in zip(chosen, found.split([len(candidates[i].reads) for i in chosen])):
-                self._check_finite(i, part)
-                self.smooth[i] = candidates[i].smooth(part)
-
-        return [ids for i in chosen for ids in candidates[i].sequences], read
+    def accuracy(self, read: Rows) -> Accuracy:
+        """FloatingPointError for an answer that is not finite."""
+        asked = self.questions
+        plain = torch.full((len(asked.answers), max(asked.num_choices)), float("-inf"), dtype=torch.float64)
+        for i, (rows, at, choices) in enumerate(self._plain):
+            scores = read.logits[at] if asked.letters is not None else read.logits[at] - read.log_sums[rows]
+            sums = torch.zeros(asked.num_choices[i], dtype=torch.float64)
+            sums.index_add_(0, torch.tensor(choices), torch.from_numpy(scores))  # in the order of the tokens
+            self._check_finite(i, sums)
+            plain[i, : len(sums)] = sums
+        smooth = torch.zeros(len(self._smooth), dtype=torch.float64)
+        for i, (rows, at) in enumerate(self._smooth):
+            log_probs = torch.from_numpy(read.logits[at] - read.log_sums[rows])
+            self._check_finite(i, log_probs)
+            smooth[i] = asked.candidates[i].smooth(log_probs)
+        return _accuracy(asked, plain, smooth)
 
     def _check_finite(self, question: int, scores: torch.Tensor) -> None:
         if not torch.isfinite(scores).all():
-            which = f"question {question}" + f" of {plain(self.name)}" * bool(self.name)
+            which = f"question {question}" + f" of {plain(self._name)}" * bool(self._name)
             raise FloatingPointError(
                 f"the model's answer to {which} is not a finite number ({scores.tolist()}): its weights have diverged; "
                 "use a lower learning rate or an earlier checkpoint"
             )
-
-
-def _groups(candidates: Sequence[Candidates], at_once: int) -> list[list[int]]:
-    """Questions whose texts are read together: up to `at_once` texts, or one question's."""
-    groups: list[list[int]] = []
-    waiting = at_once + 1
-    for i, question in enumerate(candidates):
-        waiting += len(question.sequences)
-        if waiting > at_once:
-            groups.append([])
-            waiting = len(question.sequences)
-        groups[-1].append(i)
-    return groups
-
-
-def _answer(decoder, asked: Sequence[Ask], place: Place | None, progress: str | None) -> None:
-    """All in one go, so that a streamed model reads each layer once. The bar's tokens are those of all layers."""
-    counts, layers = [sum(map(len, texts)) for texts, _ in asked], range(decoder.num_layers)
-    how = dict(unit="token", unit_scale=True, leave=False, disable=progress is None)
-    bar = tqdm(total=sum(counts), desc=progress, **how)
-    batches = (_pack(texts).to(decoder.device) for texts, _ in asked)
-    # not inference_mode: tensors that a model keeps from here (rotary tables) serve training too
-    with evaluating(decoder.model), torch.no_grad(), bar:
-        for number, batch, arrived, stretch in decoder.forward_to(batches, layers, place):
-            if layers[-1] in arrived:
-                asked[number][1](batch, stretch)
-            bar.update(counts[number] * len(arrived) / len(layers))
-
-
-def _pack(texts: Iterable[list[int]]) -> data.PackedBatch:
-    tensors = [torch.tensor(ids) for ids in texts]
-    return data.pack([{"input_ids": ids, "labels": torch.full_like(ids, data.IGNORE)} for ids in tensors])
-
-
-def letter_scores(
-    decoder, questions: Questions, chosen: range, batch: data.PackedBatch, stretch: Stretch
-) -> list[torch.Tensor]:
-    """Each chosen question's letter logits, the batch having their prompts; the stretch may begin after the layers."""
-    letters = torch.tensor(questions.letters, device=decoder.device)
-    logits = decoder.logits(batch, batch.cu_seqlens[1:] - 1, stretch)[:, letters].double().cpu()
-    return [logits[k, : questions.num_choices[i]] for k, i in enumerate(chosen)]
-
-
-def choice_scores(
-    decoder, questions: Questions, chosen: range, batch: data.PackedBatch, stretch: Stretch
-) -> list[torch.Tensor]:
-    """Each chosen question's summed log-probabilities, the batch having its texts, or longer ones."""
-    texts = [pairs for i in chosen for pairs in questions.targets[i]]
-    reads = [(text, position, token) for text, pairs in enumerate(texts) for position, token in pairs]
-    found = _log_probs(decoder, reads, batch, stretch)
-    owners = torch.tensor([text for text, _, _ in reads])
-    # index_add_ on the CPU adds in the order of the tokens: the same bits each time.
-    sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, owners, found)
-    return list(sums.split([questions.num_choices[i] for i in chosen]))
-
-
-def _log_probs(
-    decoder, reads: Sequence[tuple[int, int, int]], batch: data.PackedBatch, stretch: Stretch
-) -> torch.Tensor:
-    """Of each (text of the batch, position, token) the token's log-probability there, float64 on the CPU."""
-    offsets = batch.cu_seqlens.tolist()
-    places = torch.tensor([offsets[text] + position for text, position, _ in reads], device=decoder.device)
-    tokens = torch.tensor([token for *_, token in reads], device=decoder.device)
-    rows, row_of = places.unique(return_inverse=True)  # in order; logits are made once a row
-    hidden = decoder.run(batch, stretch)
-    at_once = max(1, _LOGITS_AT_ONCE // decoder.config.vocab_size)
-    out = torch.empty(len(reads), dtype=torch.float64)
-    for first in range(0, len(rows), at_once):
-        logits = decoder.head(decoder.final(hidden[rows[first : first + at_once]]))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        mine = ((row_of >= first) & (row_of < first + at_once)).nonzero()[:, 0]
-        at = row_of[mine] - first
-        out[mine.cpu()] = (logits[at, tokens[mine]] - logits.logsumexp(dim=1)[at]).double().cpu()
-    return out

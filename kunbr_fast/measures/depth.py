@@ -6,14 +6,14 @@ Each figure that has a value a layer gives them in its detail, as lists: "layers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from kunbr_fast.evaluation.curves import RTTResult, Strongest
 from kunbr_fast.evaluation.significance import standard_error
-from kunbr_fast.measures.answers import Subject
-from kunbr_fast.measures.layers import LayerReadout
+from kunbr_fast.measures.answers import Readout, Subject
 from kunbr_fast.measures.probes import fold_of, probe
 from kunbr_fast.measures.registry import Found, mean_of, measure
 
@@ -30,7 +30,7 @@ def hidden_cosine_distance(subject: Subject, of: str) -> Found | None:
 
     The mean over layers as of "Unlearning Isn't Deletion", arXiv 2505.16831 (there of other distances)."""
     pair = _states(subject, of)
-    return None if pair is None else _distance(1 - torch.cosine_similarity(*pair, dim=2))
+    return None if pair is None else _distance(subject.sets[of], 1 - torch.cosine_similarity(*pair, dim=2))
 
 
 @measure(
@@ -39,7 +39,7 @@ def hidden_cosine_distance(subject: Subject, of: str) -> Found | None:
 def hidden_relative_distance(subject: Subject, of: str) -> Found | None:
     """|h - h0| / |h0|, else as hidden_cosine_distance."""
     pair = _states(subject, of)
-    return None if pair is None else _distance((pair[0] - pair[1]).norm(dim=2) / pair[1].norm(dim=2))
+    return None if pair is None else _distance(subject.sets[of], (pair[0] - pair[1]).norm(dim=2) / pair[1].norm(dim=2))
 
 
 def _states(subject: Subject, of: str) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -60,9 +60,16 @@ def _states(subject: Subject, of: str) -> tuple[torch.Tensor, torch.Tensor] | No
     return ours.states[:, ours.own].double(), theirs.states[:, ours.own].double()
 
 
-def _distance(values: torch.Tensor) -> Found:
+def _distance(said: Readout, values: torch.Tensor) -> Found:
     """values: (H + 1, T)."""
-    return mean_of(values[1:].mean(0).tolist(), **_by_layer(values))
+    items = [said.states.items[text] for text in said.states.own]
+    return mean_of(_of_items(said, items, values[1:].mean(0)), **_by_layer(values))
+
+
+def _of_items(said: Readout, items: Sequence[int], values: torch.Tensor) -> list[float | None]:
+    """Of each item its value, None of those that were not read."""
+    found = dict(zip(items, values.tolist(), strict=True))
+    return [found.get(item) for item in range(len(said))]
 
 
 def _by_layer(values: torch.Tensor, **more: Any) -> dict[str, Any]:
@@ -79,11 +86,12 @@ def _by_layer(values: torch.Tensor, **more: Any) -> dict[str, Any]:
 def linear_probe(subject: Subject, of: str) -> Found | None:
     """The share of held-out questions whose right choice a linear probe finds, see `probes`: at the layer that does
     best on the other folds' questions; in detail at every layer. Source: arXiv 1610.01644, and WMDP's, 2403.03218."""
-    read = subject.sets[of].states
+    said = subject.sets[of]
+    read = said.states
     if read is None or len(read.questions) < 2:
         return None
     answers = [next(i for i, text in enumerate(texts) if read.right[text]) for texts in read.questions]
-    return _readable(read, torch.stack([probe(states, read.questions, answers) for states in read.states]))
+    return _readable(said, torch.stack([probe(states, read.questions, answers) for states in read.states]))
 
 
 @measure("depth", "logit lens: answers readable by the model's own head", needs="states", sets="forget retain")
@@ -91,18 +99,18 @@ def logit_lens(subject: Subject, of: str) -> Found | None:
     """The share of questions answered correctly, by the likelihood of the choices' texts, where final norm and head are
     applied to a layer's output: at the layer that does best on the other folds' questions; in detail at every layer,
     the last one's is the model's own accuracy. Source: nostalgebraist 2020, as an attack arXiv 2309.17410."""
-    read = subject.sets[of].states
-    return None if read is None or read.choice is None else _readable(read, read.choice)
+    said = subject.sets[of]
+    return None if said.states is None or said.states.choice is None else _readable(said, said.states.choice)
 
 
 @measure("depth", "logit lens, by letter", needs="states", sets="forget retain")
 def logit_lens_letter(subject: Subject, of: str) -> Found | None:
     """As logit_lens, by the letters' logits behind the prompt with all choices."""
-    read = subject.sets[of].states
-    return None if read is None or read.letter is None else _readable(read, read.letter)
+    said = subject.sets[of]
+    return None if said.states is None or said.states.letter is None else _readable(said, said.states.letter)
 
 
-def _readable(read: LayerReadout, values: torch.Tensor) -> Found | None:
+def _readable(said: Readout, values: torch.Tensor) -> Found | None:
     """values: (H + 1, Q), of each question whether it is answered at a level."""
     if values.shape[1] < 2:
         return None
@@ -111,7 +119,8 @@ def _readable(read: LayerReadout, values: torch.Tensor) -> Found | None:
     places = {"best": int(outputs.mean(1).argmax()) + 1, "middle": len(values) // 2, "last": len(values) - 1}
     marked = {name: {"layer": layer, "value": float(values[layer].mean())} for name, layer in places.items()}
     own = outputs[chosen[fold], torch.arange(len(fold))]
-    return mean_of(own.tolist(), **_by_layer(values, chance=read.chance, **marked, note=BIASED))
+    items = [said.states.items[texts.start] for texts in said.states.questions]
+    return mean_of(_of_items(said, items, own), **_by_layer(values, chance=said.states.chance, **marked, note=BIASED))
 
 
 # ---------------------------------------------------------------- value vectors

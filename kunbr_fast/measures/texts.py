@@ -68,8 +68,10 @@ def _normalised(text: str) -> str:
 
 
 def is_continued(item: Item) -> bool:
-    """Whether its reference is how a text goes on, not an answer: a text line, a prompt of MUSE's verbmem."""
-    return "text" in item.record or item.form == "muse-verbmem"
+    """Whether its reference is how a text goes on, no answer: a text line, or MUSE's prompt and gt, whose prompt is the
+    beginning of an article (of MUSE's questions it begins with "Question:")."""
+    verbatim = item.form == "muse" and not item.record.get("prompt", "Question:").startswith("Question:")
+    return "text" in item.record or verbatim
 
 
 def compared(

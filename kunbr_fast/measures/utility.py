@@ -83,10 +83,11 @@ def _utility(*parts: np.ndarray) -> float:
 
 @measure("utility", "forget quality", suites="tofu", sets="forget", needs="retrained", unit="", known="")
 def forget_quality(subject: Subject, of: str) -> Found | None:
-    """p-value of the two-sample Kolmogorov-Smirnov test that truth ratios of this model and of the retrained one are
-    of one distribution; above 0.05 they are not told apart. It falls with the number of items, so it has no standard
-    error: of a p-value drawn from what was drawn nothing is known. detail: the statistic (the largest distance of the
-    two distribution functions) with its bootstrap error, and both sample sizes. Source: TOFU, arXiv 2401.06121."""
+    """p-value of the two-sample Kolmogorov-Smirnov test that truth ratios R of this model and of the retrained one are
+    of one distribution; above 0.05 they are not told apart. The same difference has a smaller p with more items. No
+    standard error: what is resampled differs more than what was measured, so p's bootstrap is biased towards 0. detail:
+    the statistic (the largest distance of the two distribution functions) with its bootstrap error, and both sample
+    sizes. Source: TOFU, arXiv 2401.06121; OpenUnlearning's `ks_test`."""
     if subject.retrained is None:
         return None
     ratios = [_ratios(one.sets[of]) for one in (subject, subject.retrained)]

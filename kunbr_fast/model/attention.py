@@ -92,7 +92,9 @@ def packed_attention(
     query, key, value = (x.unflatten(0, (batch.num_samples, -1)).transpose(1, 2) for x in grids)
     allowed = None  # (1 or B, 1, queries, keys); None: all that causality allows
     narrow = window is not None and longest > window
-    if narrow or kunbr_rows is not None or not plain:
+    if batch.ends is not None:
+        allowed = _in_trees(batch, window if narrow else None)
+    elif narrow or kunbr_rows is not None or not plain:
         distance = (queries[:, :, None] - place)[:, None]
         allowed = distance >= 0
         if narrow:
@@ -119,6 +121,20 @@ def packed_attention(
     if back is not None:
         out = take(out, back)
     return out[None], None
+
+
+def _in_trees(batch: PackedBatch, window: int | None) -> torch.Tensor:
+    """(B, 1, Lmax, Lmax), which keys a query sees where samples are trees: those between it and the root. Tokens stand
+    in depth-first order, so a token's descendants are those from its own place to its end."""
+    ends, depths = (
+        (x if batch.pad_index is None else x[batch.pad_index]).view(batch.num_samples, 1, -1)
+        for x in (batch.ends, batch.position_ids)
+    )
+    place = torch.arange(ends.shape[-1], device=ends.device)
+    allowed = (place[:, None] >= place) & (place[:, None] <= ends)
+    if window is not None:
+        allowed &= depths.mT - depths < window
+    return allowed[:, None]
 
 
 def _softmax(scores: torch.Tensor, lengths: list[int], square: bool) -> torch.Tensor:

@@ -121,7 +121,8 @@ class Decoder:
     Of a model that `open_streamed` has made, `Decoder(model)` is a `StreamedDecoder`, with the same methods. Runs need
     eval mode (no dropout), so that packed and unpacked runs, and a run and its resumption, agree.
 
-    way: how samples run, a `ways.Way` (`way.name` is packed, padded, picked or alone).
+    way: how samples run, a `ways.Way` (`way.name` is packed, padded, picked or alone). trees: whether they may be
+    trees (`data.trees`).
 
     Errors: ValueError, naming the module, if the model is not `whole`, its attention leaves out a softcap, if the model
     has no list of its layers, a head that is no nn.Linear, weights that are not finite, or embeddings, layers or logits
@@ -233,7 +234,7 @@ class Decoder:
             for way in ways_of(self.config, self.rotary):  # which has watched
                 self._windows = self._windows_in_masks(way)
                 try:
-                    self._last_entry = self_check.compare(self, way, seen)
+                    self._last_entry, self.trees = self_check.compare(self, way, seen)
                 except self_check.Disagreement as reason:
                     reasons.append(reason)
                 else:
@@ -377,7 +378,7 @@ class Decoder:
         stop = self.num_layers if stop is None else stop
         if self.model.training:
             raise ValueError(f"{self.name} is in training mode: call model.eval() first, so that dropout is off")
-        longest, limit = max(batch.lengths), self.max_positions
+        longest, limit = batch.longest, self.max_positions
         if limit is not None and longest > limit:
             raise ValueError(
                 f"a sample of {longest} tokens: {self.name} has {limit} positions; shorten or leave it out"

@@ -16,11 +16,13 @@ import copy
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from kunbr_fast.data import PackedBatch
+from kunbr_fast.data.trees import Trees
 from kunbr_fast.memory import is_out_of_memory
 from kunbr_fast.model.calls import Call, Seen, hidden_of
 from kunbr_fast.model.ways import Way
@@ -95,9 +97,16 @@ def compare_head(decoder: Any, seen: Seen) -> None:
         )
 
 
+class Agreed(NamedTuple):
+    """entry: the last layer at which a pass may begin. trees: whether samples may be trees (`data.trees`)."""
+
+    entry: int
+    trees: bool
+
+
 @torch.no_grad()
-def compare(decoder: Any, way: Way, seen: Seen) -> int:
-    """The last layer at which a pass may begin. `Disagreement` where the embeddings or a layer of a `Decoder`, run in
+def compare(decoder: Any, way: Way, seen: Seen) -> Agreed:
+    """What way samples may run in else. `Disagreement` where the embeddings or a layer of a `Decoder`, run in
     this way, do something else than in the model's own runs on the decoder's probe."""
     batch, limit = decoder.probe, LIMITS[decoder.dtype]
     try:
@@ -114,25 +123,73 @@ def compare(decoder: Any, way: Way, seen: Seen) -> int:
         raise Disagreement(f"the states before its first layer differ from its own by {error:.1e} relative")
     order = sorted(seen.inputs, reverse=True)
     try:
-        _compare_layers(decoder, way, seen, order, calls)
-        return order[0]
+        return Agreed(order[0], _compare_layers(decoder, way, seen, order, calls))
     except _Shares as shares:
         if decoder.streamed:  # one layer at a time
             raise
         why = shares
     for start in order[1:]:
         with contextlib.suppress(_Shares):
-            _compare_layers(decoder, way, seen, range(start, order[0] + 1), decoder.layer_calls(batch, way)[1])
-            return start
+            calls = decoder.layer_calls(batch, way)[1]
+            return Agreed(start, _compare_layers(decoder, way, seen, range(start, order[0] + 1), calls))
     raise why
 
 
-def _compare_layers(decoder: Any, way: Way, seen: Seen, order: Iterable[int], calls: list[dict[int, Call]]) -> None:
+def _compare_layers(decoder: Any, way: Way, seen: Seen, order: Iterable[int], calls: list[dict[int, Call]]) -> bool:
+    """Whether samples may be trees."""
     half, kinds = decoder.dtype in (torch.bfloat16, torch.float16), set()
+    trees = _AsTrees.of(decoder, way)
     for index in decoder.visit([index for index in order if index in seen.inputs]):
         kind = _kind(decoder.layers[index]) if half else ""
         _compare_layer(decoder, way, seen, index, [each[index] for each in calls], half and kind not in kinds)
         kinds.add(kind)
+        if trees is not None and not trees.agree(index, torch.cat(seen.inputs[index])):
+            trees = None
+    return trees is not None
+
+
+class _AsTrees(NamedTuple):
+    """Two texts that begin alike, as a tree and one after the other, on their way through a decoder's layers. places:
+    of the texts' tokens in the tree."""
+
+    decoder: Any
+    way: Way
+    batches: tuple[PackedBatch, PackedBatch]
+    calls: tuple[list[dict[int, Call]], list[dict[int, Call]]]
+    places: list[int]
+
+    @classmethod
+    def of(cls, decoder: Any, way: Way) -> _AsTrees | None:
+        """None where samples cannot be trees: they do not run packed, or their angles depend on their lengths."""
+        if way.name != "packed" or way.rotary.same_up_to != float("inf"):
+            return None
+        trees, ids = Trees(), (torch.arange(1, 11) % decoder.config.vocab_size).tolist()
+        texts = [trees.add([*ids[:5], *ids[5:7]], 0), trees.add([*ids[:5], *ids[7:]], 0)]
+        (grown,) = trees.grown()
+        batches = tuple(trees.pack(*how).to(decoder.device) for how in (([grown], True), (texts, False)))
+        try:
+            calls = tuple(decoder.layer_calls(batch, way)[1] for batch in batches)
+        except FAILURES as error:
+            if is_out_of_memory(error):
+                raise
+            return None
+        return cls(decoder, way, batches, calls, [grown.index(node) for text in texts for node in text])
+
+    def agree(self, index: int, hidden: torch.Tensor) -> bool:
+        """hidden: states before the layer, as many as the tree has tokens or more."""
+        layer, hidden = self.decoder.layers[index], hidden[: self.batches[0].num_tokens]
+        given = hidden, hidden[self.places]
+        try:
+            tree, texts = (
+                self.decoder.apply(layer, index, x, batch, [each[index] for each in calls], self.way)
+                for x, batch, calls in zip(given, self.batches, self.calls)
+            )
+        except FAILURES as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        added = float((texts.double() - given[1].double()).norm())
+        return difference(tree[self.places], texts) <= LIMITS[self.decoder.dtype] * added
 
 
 def _kind(layer: nn.Module) -> str:

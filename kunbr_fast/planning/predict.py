@@ -24,8 +24,9 @@ from kunbr_fast.planning.machines import Work
 from kunbr_fast.planning.trainings import CACHE_TOKENS, Steps, Trainings, some
 from kunbr_fast.planning.updates import STATES, Update
 
-# defaults of choice_accuracy and knowledge_density
-ACCURACY_BATCH, DENSITY_TOKENS = 16, 2048
+DENSITY_TOKENS = 2048  # knowledge_density's default
+# What the other choices and candidates of a question take besides its own text, in tokens: 12 of Years' questions.
+BRANCHES = 12
 
 
 class Run(Trainings):
@@ -133,10 +134,10 @@ class Run(Trainings):
     # ------------------------------------------------ accuracy
 
     def _asked(self, questions: Sequence[int]) -> Iterator[Batch]:
-        texts = 4 if self.config.scoring == "choice" else 1
-        for i in range(0, len(questions), ACCURACY_BATCH):
-            lengths = [n for n in questions[i : i + ACCURACY_BATCH] for _ in range(texts)]
-            yield Batch.of([(n, 1 if texts == 1 else n // 2) for n in lengths])
+        """A question goes through the model once, with its choices as branches."""
+        by_choice = self.config.scoring == "choice"
+        asked = [(n + BRANCHES, n // 2) if by_choice else (n, 1) for n in questions]
+        return batches(asked, BATCH_TOKENS)
 
     def answering(self, key: str, questions: Sequence[int], answers: Sequence[tuple[int, int]] = ()) -> Taken:
         """Of measuring accuracy, or the probability of answers, once: all in one pass, of a streamed model too."""

@@ -187,7 +187,7 @@ class Demo:
     def measure(self, method: str, model: LlamaForCausalLM, seconds: float, attack: bool = True) -> None:
         decoder = Decoder(model)
         accuracy = {
-            group: choice_accuracy(decoder, self.tokenizer, lines, scoring="choice", batch_size=64).plain
+            group: choice_accuracy(decoder, self.tokenizer, lines, scoring="choice").plain
             for group, lines in self.questions.items()
         }
         row = {

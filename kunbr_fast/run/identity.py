@@ -82,7 +82,7 @@ def record(out: str | Path, report: Mapping[str, Any]) -> Record:
     state = read_sealed(Path(out) / NAME / STATE, "start again")
     given = state["stages"].get("warmup", {}).get("given")
     files = {name: _file(path) for name, path in model_files(out).items()}
-    return {"identity": state["identity"], "unlearned": given, "files": files, "report": _digest(report)}
+    return {"identity": state["identity"], "unlearned": given, "files": files, "report": report_digest(report)}
 
 
 def check_record(out: str | Path, report: Mapping[str, Any], config: KUnBRConfig, now: str, given: str | None) -> None:
@@ -91,7 +91,7 @@ def check_record(out: str | Path, report: Mapping[str, Any], config: KUnBRConfig
     if "result" not in report:
         raise ValueError(f"{where}: an earlier version wrote it, or KUnBRTrainer: not what its run was given: {cure}")
     found = checked(report["result"], Record, f"{where}: result")
-    if found["report"] != _digest(report):
+    if found["report"] != report_digest(report):
         raise ValueError(f"{where}: damaged or edited, and {plain(out)} holds a finished run: {cure}")
     if found["identity"] != now:
         text = difference(found["identity"], now, config, report["config"])
@@ -116,7 +116,8 @@ def check_record(out: str | Path, report: Mapping[str, Any], config: KUnBRConfig
         raise ValueError(f"{error} [{plain(out)} holds a finished run: {cure}]") from error
 
 
-def _digest(report: Mapping[str, Any]) -> str:
+def report_digest(report: Mapping[str, Any]) -> str:
+    """Of all in a report but its record, "result"."""
     rest = {name: value for name, value in report.items() if name != "result"}
     return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())
 

@@ -10,7 +10,7 @@ from tiny_models import random_samples, tiny_model
 
 import kunbr_fast as kf
 from kunbr_fast.cli import command as cli
-from kunbr_fast.data.overlap import fact_of, facts, of_folds, of_sides, text_of
+from kunbr_fast.data.overlap import common, fact_of, facts, of_folds, of_sides, repeated, text_of
 from kunbr_fast.evaluation.rtt import Fold, RTTConfig, rtt_attack
 from kunbr_fast.model.decoder import Decoder
 
@@ -255,3 +255,12 @@ def test_a_name_tells_that_other_words_are_about_the_same_fact():
 def test_a_fact_is_a_name_or_a_number(fact):
     with pytest.raises(ValueError, match="'fact' must be a name or a number"):
         facts({"record": [{"text": "Ann, 1901.", "fact": fact}]})
+
+
+def test_what_is_said_twice_and_what_two_sets_have_in_common():
+    one = [{"text": "Ann, 1901.", "fact": "Ann"}, {"text": "ann,  1901"}, {"text": "Bob, 1902.", "fact": "Bob"}]
+    other = [{"text": "Cy, 1903."}, {"text": "Ann, 1901.", "fact": "Ann"}, {"text": "In 1902, Bob.", "fact": "Bob"}]
+    one, other = ([{**r, "_where": f"{file}:{i}"} for i, r in enumerate(rs, 1)] for file, rs in zip("fg", (one, other)))
+    assert repeated(one) == [("f:1", "f:2")] and repeated(other) == []
+    # by its text and its name Ann is one fact; Bob's has other words
+    assert common(facts({"": one}), facts({"": other})) == [("f:1", "g:2"), ("f:3", "g:3")]

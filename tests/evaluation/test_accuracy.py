@@ -10,15 +10,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from kunbr_fast import data
-from kunbr_fast.evaluation import accuracy
+from kunbr_fast.evaluation import accuracy, reading
 from kunbr_fast.evaluation.accuracy import choice_accuracy, letter_tokens, measure, prepare_questions
 from kunbr_fast.model.decoder import Decoder
 
 
-def scores_of(decoder, questions, batch_size):
-    scores = accuracy._Scores.of("", questions)
-    accuracy._answer(decoder, scores.asks(decoder, batch_size), None, None)
-    return scores.plain
+def scores_of(decoder, questions, monkeypatch):
+    """Letter logits, or summed log-probabilities, (questions, choices)."""
+    seen, real = [], accuracy._accuracy
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            accuracy, "_accuracy", lambda asked, plain, smooth: seen.append(plain) or real(asked, plain, smooth)
+        )
+        measure(decoder, questions)
+    return seen[0]
 
 
 def make_records(number=12, seed=0, choices=4):
@@ -131,14 +136,15 @@ def share(predictions, records):
 # ----------------------------------------------------------------------------------- against a plain loop
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_letter_scoring_equals_a_plain_loop(tokenizer, batch_size):
+@pytest.mark.parametrize("tokens", [1, 200, 4096])
+def test_letter_scoring_equals_a_plain_loop(tokenizer, tokens, monkeypatch):
+    monkeypatch.setattr(reading, "BATCH_TOKENS", tokens)
     model, records = make_model(len(tokenizer)), make_records(13)
     truth = plain_letters(model, tokenizer, records)
-    scores = scores_of(Decoder(model), prepare_questions(tokenizer, records), batch_size)
+    scores = scores_of(Decoder(model), prepare_questions(tokenizer, records), monkeypatch)
     torch.testing.assert_close(scores, truth, rtol=1e-10, atol=1e-10)
 
-    result = choice_accuracy(Decoder(model), tokenizer, records, batch_size=batch_size)
+    result = choice_accuracy(Decoder(model), tokenizer, records)
     centred = (truth - truth.mean(0)).argmax(1).tolist()
     assert result.predictions == truth.argmax(1).tolist()
     assert result.plain == share(result.predictions, records)
@@ -147,14 +153,15 @@ def test_letter_scoring_equals_a_plain_loop(tokenizer, batch_size):
     assert len(set(result.predictions)) > 1, "a model that always says the same letter tests nothing"
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_choice_scoring_equals_a_plain_loop(tokenizer, batch_size):
+@pytest.mark.parametrize("tokens", [1, 200, 4096])
+def test_choice_scoring_equals_a_plain_loop(tokenizer, tokens, monkeypatch):
+    monkeypatch.setattr(reading, "BATCH_TOKENS", tokens)
     model, records = make_model(len(tokenizer)), make_records(13)
     truth = plain_choices(model, tokenizer, records)
-    scores = scores_of(Decoder(model), prepare_questions(tokenizer, records, scoring="choice"), batch_size)
+    scores = scores_of(Decoder(model), prepare_questions(tokenizer, records, scoring="choice"), monkeypatch)
     torch.testing.assert_close(scores, truth, rtol=1e-10, atol=1e-10)
 
-    result = choice_accuracy(Decoder(model), tokenizer, records, scoring="choice", batch_size=batch_size)
+    result = choice_accuracy(Decoder(model), tokenizer, records, scoring="choice")
     assert result.predictions == truth.argmax(1).tolist()
     assert result.plain == share(result.predictions, records)
     assert result.calibrated is None
@@ -165,9 +172,9 @@ def test_logits_in_small_pieces_are_the_same(monkeypatch):
     tokenizer = byte_level_bpe()
     decoder = Decoder(make_model(len(tokenizer)))
     questions = prepare_questions(tokenizer, make_records(), scoring="choice")
-    whole = scores_of(decoder, questions, 16)
-    monkeypatch.setattr(accuracy, "_LOGITS_AT_ONCE", 3 * len(tokenizer))
-    torch.testing.assert_close(scores_of(decoder, questions, 16), whole, rtol=1e-12, atol=1e-12)
+    whole = scores_of(decoder, questions, monkeypatch)
+    monkeypatch.setattr(reading, "_LOGITS_AT_ONCE", 3 * len(tokenizer))
+    torch.testing.assert_close(scores_of(decoder, questions, monkeypatch), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_questions_with_different_numbers_of_choices():
@@ -189,12 +196,12 @@ def test_questions_with_different_numbers_of_choices():
     assert all(p < len(r["choices"]) for p, r in zip(by_text.predictions, records, strict=True))
 
 
-def test_twice_the_same():
+def test_twice_the_same(monkeypatch):
     tokenizer = byte_level_bpe()
     decoder = Decoder(make_model(len(tokenizer), dtype=torch.float32))
     for scoring in accuracy.SCORINGS:
         questions = prepare_questions(tokenizer, make_records(), scoring=scoring)
-        assert torch.equal(scores_of(decoder, questions, 4), scores_of(decoder, questions, 4))
+        assert torch.equal(scores_of(decoder, questions, monkeypatch), scores_of(decoder, questions, monkeypatch))
 
 
 # --------------------------------------------------------------------------------------- planted truths
@@ -369,8 +376,6 @@ def test_unusable_records():
             prepare_questions(tokenizer, [{**good, **change}])
     with pytest.raises(ValueError, match='scoring=\'letters\': expected "letter" or "choice"'):
         prepare_questions(tokenizer, [good], scoring="letters")
-    with pytest.raises(ValueError, match="batch_size=0"):
-        measure(Decoder(make_model(len(tokenizer))), prepare_questions(tokenizer, [good]), batch_size=0)
 
 
 # ----------------------------------------------------------------------------------------- nothing left

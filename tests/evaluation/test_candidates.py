@@ -55,7 +55,7 @@ def test_smooth_accuracy_equals_a_plain_loop_over_all_candidates(make):
         wrong = [score for choice, score in scores.items() if choice != right]
         truth.append(by_enumeration(scores[right], wrong, 2))
         likelihoods.append(scores[right])
-    found = choice_accuracy(Decoder(model), tokenizer, records, scoring="choice", batch_size=2)
+    found = choice_accuracy(Decoder(model), tokenizer, records, scoring="choice")
     assert 0 < sum(truth) < len(truth)
     assert found.smooth == pytest.approx(sum(truth) / len(truth), abs=1e-12)
     assert found.smooth_error == pytest.approx(

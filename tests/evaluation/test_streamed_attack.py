@@ -62,12 +62,12 @@ def test_all_questions_with_one_read_of_each_layer(path, tokenizer, tmp_path, sc
     asked = {name: prepare_questions(tokenizer, part, scoring=scoring) for name, part in sets.items()}
     decoder.weights.release()  # or a layer may be in place already
     decoder.weights.loads.clear()
-    found = measure_all(decoder, asked, batch_size=2, place=Place(storage, tmp_path))
+    found = measure_all(decoder, asked, place=Place(storage, tmp_path))
     assert decoder.weights.loads == {i: 1 for i in range(LAYERS)}
-    assert found == measure_all(memory, asked, batch_size=2)
-    assert found == {name: measure(memory, questions, batch_size=2) for name, questions in asked.items()}
+    assert found == measure_all(memory, asked)
+    assert found == {name: measure(memory, questions) for name, questions in asked.items()}
     records = sets["forget"]
-    assert choice_accuracy(decoder, tokenizer, records, scoring=scoring, batch_size=2) == found["forget"]
+    assert choice_accuracy(decoder, tokenizer, records, scoring=scoring) == found["forget"]
     assert 0 < found["forget"].plain < 1
     assert measure_all(decoder, {}) == {}
 

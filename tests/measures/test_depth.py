@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from architectures.configurations import made
 from streamed_models import folders_of_models, streamed, whole
 from test_probes import plain_probe, planted
 from tiny_models import moved, tiny_model
@@ -28,10 +29,11 @@ def folder(tmp_path_factory):
 
 
 def subject(states, original=None, name="result", **more):
-    def made(name, states, of=None):
-        return Subject(name, {"forget": Readout((), (), (), (), states=states)}, of, **more)
+    def subject_of(name, states, of=None):
+        items = () if states is None else (None,) * (max(states.items) + 2)  # more items than were read
+        return Subject(name, {"forget": Readout(items, (), (), (), states=states)}, of, **more)
 
-    return made(name, states, None if original is None else made("original", original))
+    return subject_of(name, states, None if original is None else subject_of("original", original))
 
 
 def readout(seed=0, strengths=(0, 0, 1.0, 0.3), others=3):
@@ -61,7 +63,7 @@ def test_distances_of_hidden_states():
     for name, truth in truths.items():
         found = MEASURES[name](subject(result, original), "forget")
         assert found.value == pytest.approx(truth[1:].mean(), rel=1e-12) and found.number == QUESTIONS + 3
-        assert found.values == pytest.approx(truth[1:].mean(0), rel=1e-10)
+        assert found.values[:-1] == pytest.approx(list(truth[1:].mean(0)), rel=1e-10) and found.values[-1] is None
         assert found.detail["layers"] == [0, 1, 2, 3]
         assert found.detail["values"] == pytest.approx(truth.mean(1), rel=1e-12)
         assert found.detail["standard_errors"] == pytest.approx(truth.std(1, ddof=1) / len(texts) ** 0.5, rel=1e-10)
@@ -94,7 +96,8 @@ def test_linear_probe():
     found = depth.linear_probe(subject(read), "forget")
     truth = np.array([plain_probe(*level) for level in levels])
     assert found.detail["values"] == pytest.approx(truth.mean(1), abs=1e-12)
-    assert found.values == pytest.approx(plain_choice(truth)) and found.value == pytest.approx(np.mean(found.values))
+    own = plain_choice(truth)
+    assert found.values == [*own, *[None] * 4] and found.value == pytest.approx(np.mean(own))
     assert found.detail["best"] == {"layer": 2, "value": truth[2].mean()} and truth[2].mean() > truth[1].mean() + 0.3
     assert found.detail["middle"]["layer"] == 2 and found.detail["last"] == {"layer": 3, "value": truth[3].mean()}
     assert found.detail["chance"] == 0.25 and "biased" in found.detail["note"] and found.number == QUESTIONS
@@ -104,9 +107,10 @@ def test_linear_probe():
 def test_logit_lens(name, of):
     read = readout()[0]
     found, values = MEASURES[name](subject(read), "forget"), getattr(read, of).numpy()
-    assert found.values == plain_choice(values) and found.value == np.mean(plain_choice(values))
+    own = plain_choice(values)
+    assert found.values == [*own, *[None] * 4] and found.value == pytest.approx(np.mean(own))
     assert found.detail["values"] == pytest.approx(values.mean(1)) and found.detail["chance"] == 0.25
-    assert found.standard_error == pytest.approx(np.std(found.values) / QUESTIONS**0.5, rel=0.1)  # the bootstrap's
+    assert found.standard_error == pytest.approx(np.std(own) / QUESTIONS**0.5, rel=0.1)  # the bootstrap's
     assert MEASURES[name](subject(dataclasses.replace(read, **{of: None})), "forget") is None
 
 
@@ -193,6 +197,10 @@ def test_transposed_experts():
     )  # fmt: skip
     assert [(v.name, v.rows) for v in value_parameters(original)] == [
         (f"model.layers.{i}.mlp.experts.down_proj", True) for i in range(2)
+    ]
+    joined = made("dbrx")  # its experts' matrices, one below the other
+    assert [(v.name, v.rows) for v in value_parameters(joined)] == [
+        (f"transformer.blocks.{i}.ffn.experts.mlp.w2", True) for i in range(4)
     ]
 
 

@@ -46,11 +46,14 @@ def test_random_answers():
 
 def test_verbatim_memorisation():
     """ROUGE-L F1 of texts that go on; answers have none."""
-    items = [Item({"text": "..."}), Item({"prompt": "a", "completion": "b"})]
-    more = dict(references=["she was born in 1921", "Ada"], generated=["she was not born", "Ada"])
-    found = figure("verbatim_memorisation", readout([answer([-1.0])] * 2, items=items, **more))
+    pairs = [("Ada lived. In 1950", "muse"), ("Question: Who?\nAnswer:", "muse"), ("Ada lived. In 1950", "own")]
+    items = [Item({"text": "..."}), *(Item({"prompt": prompt, "completion": "b"}, form=form) for prompt, form in pairs)]
+    items.append(Item({"messages": []}, form="muse"))
+    more = dict(references=["she was born in 1921"] * 5, generated=["she was not born"] * 5)
+    found = figure("verbatim_memorisation", readout([answer([-1.0])] * 5, items=items, **more))
     precision, recall = 3 / 4, 3 / 5  # she was born
-    assert found.values == [pytest.approx(2 * precision * recall / (precision + recall)), None]
+    f1 = pytest.approx(2 * precision * recall / (precision + recall))
+    assert found.values == [f1, f1, None, None, None]
     assert figure("verbatim_memorisation", readout([EMPTY], items=items[:1])) is None
 
 

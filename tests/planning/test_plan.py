@@ -28,7 +28,7 @@ from kunbr_fast.planning.costs import KINDS, Architecture, Batch, Step
 from kunbr_fast.planning.lengths import Data, assumed_lengths
 from kunbr_fast.planning.machines import Setup
 from kunbr_fast.planning.plan import plan
-from kunbr_fast.planning.predict import ACCURACY_BATCH, Run
+from kunbr_fast.planning.predict import Run
 from kunbr_fast.planning.tried import duration
 from kunbr_fast.training.full import FullTraining
 from kunbr_fast.training.training import relearned_batch
@@ -414,4 +414,3 @@ def test_sizes_and_durations():
     sizes = {"24GiB": 24 * 2**30, "80 GB": 80 * 10**9, "1.5mib": 3 << 19}
     assert {text: parse_bytes(text, "x", unit_needed=True) for text in sizes} == sizes
     assert [duration(s) for s in (0.5, 30, 300, 8000, 3e5)] == ["0.5 s", "30 s", "5.0 min", "2.2 h", "3.5 d"]
-    assert ACCURACY_BATCH == 16  # choice_accuracy's batch_size

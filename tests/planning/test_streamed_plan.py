@@ -174,7 +174,7 @@ def test_bytes_of_a_streamed_warm_up(folder, resident, dtype, masters, tmp_path)
     assert run.warm_up().traffic == Traffic(**{**dataclasses.asdict(Traffic()), **stream.traffic})
     stream.traffic.clear()
     asked, count = [[sample["input_ids"].tolist()] for sample in SAMPLES], len(SAMPLES)
-    measure(decoder, Questions(asked, [[[]]] * count, [5, 6, 7, 8], [0] * count, [4] * count), batch_size=5)
+    measure(decoder, Questions(asked, [[[]]] * count, [5, 6, 7, 8], [0] * count, [4] * count))
     assert run.evaluation(1).traffic == Traffic(**stream.traffic) == Traffic(weights_in=8 * run.layer)
 
 

@@ -1,0 +1,355 @@
+"""Our measures beside OpenUnlearning's own code, on a model small enough to be trained in seconds. No network, no GPU.
+
+    git clone https://github.com/locuslab/open-unlearning
+    pip install 'kunbr-fast[open-unlearning]'
+    python examples/open_unlearning_measures.py --checkout open-unlearning --out runs/open_unlearning_measures
+
+It trains a random Llama on invented facts, and another one without the forget set, calls the checkout's metrics and our
+measures on files of TOFU's and MUSE's form, in fp32, and prints both figures. Exit status 1 where they differ by more
+than 1e-5, relative. What is meant to differ is made alike first, and named in the last column:
+
+    last token   exact memorisation, extraction strength, min-k and min-k++ leave out an answer's last token, there
+    1/n          extraction strength is 1/n, there, where not even the last of n tokens is greedy (ours is 0)
+    percent      PrivLeak is in percent, there
+    prompt       where a reference has its prompt's words again, they are cut out of it, there
+
+(Divisors have 1e-10 added, there: nothing to be seen at the probabilities of this model.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import functools
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+import numpy as np
+import torch
+import transformers as tf
+from open_unlearning import NAMES, fact, workspace
+
+import kunbr_fast.measures.knowledge  # each registers its measures
+import kunbr_fast.measures.memorisation
+import kunbr_fast.measures.privacy
+import kunbr_fast.measures.utility  # noqa: F401
+from kunbr_fast.data.items import Item
+from kunbr_fast.integrations.open_unlearning_trainers import get_tokenizer
+from kunbr_fast.measures.answers import Answer, Readout, Subject
+from kunbr_fast.measures.registry import MEASURES
+
+TOLERANCE = 1e-5  # relative; both compute in fp32
+COLUMNS = ["figure", "set", "open_unlearning", "ours", "apart", "made_alike", "transformers", "torch", "command"]
+STEPS, LENGTH = 60, 24  # of training; tokens that are generated
+TEMPLATE = {"apply_chat_template": True, "system_prompt": "You are a helpful assistant."}
+
+
+def files(work: Path) -> None:
+    """Beside forget, retain and holdout: TOFU's real authors (no paraphrases), and MUSE's three kinds of files."""
+    workspace(work)
+    facts = [fact(name, 1900 + 7 * i % 100) for i, name in enumerate(NAMES)]
+    authors = [{key: one[key] for key in ("question", "answer", "perturbed_answer")} for one in facts[6:12]]
+    texts = [f"{one['answer']} {one['paraphrased_answer']} It is known." for one in facts]
+    words = [text.split() for text in texts]
+    verbatim = [{"prompt": " ".join(one[:4]), "gt": " ".join(one[4:])} for one in words]
+    written = {
+        "authors": authors,
+        "verbmem": verbatim[:8],
+        "privleak_forget": [{"text": text} for text in texts[:8]],
+        "privleak_holdout": [{"text": text} for text in texts[16:]],
+    }
+    for name, lines in written.items():
+        (work / f"{name}.json").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def lines_of(work: Path, name: str) -> list[dict[str, Any]]:
+    return list(map(json.loads, (work / f"{name}.json").read_text(encoding="utf-8").splitlines()))
+
+
+# ---------------------------------------------------------------- theirs
+
+
+class Theirs:
+    """The checkout's data sets and metrics."""
+
+    def __init__(self, checkout: Path, work: Path, tokenizer: Any):
+        sys.path.insert(0, str(checkout / "src"))
+        import data.collators
+        import data.pretraining
+        import data.qa
+        import evals.metrics
+
+        self._data, self.metrics = data, evals.metrics.METRICS_REGISTRY
+        self.work, self.tokenizer = work, tokenizer
+
+    def _source(self, name: str) -> dict[str, Any]:
+        file = {"path": "json", "data_files": str(self.work / f"{name}.json"), "split": "train"}
+        return {"hf_args": file, "tokenizer": self.tokenizer, "template_args": TEMPLATE, "max_length": 512}
+
+    @functools.cache  # noqa: B019 lives as long as the run
+    def questions(self, name: str, answers: str = "answer", asked: bool = False) -> Any:
+        return self._data.qa.QADataset(**self._source(name), answer_key=answers, predict_with_generate=asked)
+
+    def texts(self, name: str, text: str = "text", asked: bool = False) -> Any:
+        how = dict(text_key=text, insert_space=text == "gt", predict_with_generate=asked)
+        return self._data.pretraining.CompletionDataset(**self._source(name), **how)
+
+    def of(self, metric: str, model: Any, data: Any = None, side: str = "right", **given: Any) -> dict[str, Any]:
+        """What the metric finds; given: its settings, and results of other metrics."""
+        collator = self._data.collators.DataCollatorForSupervisedDataset(self.tokenizer, side, index="index")
+        more = dict(data=data, collators=collator, batch_size=4, tokenizer=self.tokenizer)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return self.metrics[metric].evaluate_metric(model, metric, **more, **given)
+
+    def rouge(self, model: Any, data: Any, kind: str) -> dict[str, Any]:
+        from omegaconf import OmegaConf
+
+        arguments = OmegaConf.create({"do_sample": False, "max_new_tokens": LENGTH, "use_cache": True})
+        return self.of("rouge", model, data, "left", rouge_type=kind, generation_args=arguments)
+
+    def ratio(self, model: Any, name: str, aggregator: str) -> dict[str, Any]:
+        right = "answer" if name == "authors" else "paraphrased_answer"
+        return self.of("truth_ratio", model, pre_compute=self._both(model, name, right), aggregator=aggregator)
+
+    def against_wrong(self, model: Any, name: str) -> dict[str, Any]:
+        return self.of("probability_w_options", model, pre_compute=self._both(model, name, "answer"))
+
+    def _both(self, model: Any, name: str, right: str) -> dict[str, Any]:
+        kinds = {"correct": right, "wrong": "perturbed_answer"}
+        return {kind: self.of("probability", model, self.questions(name, answers)) for kind, answers in kinds.items()}
+
+
+# ---------------------------------------------------------------- ours
+
+
+def answer_of(model: Any, tokenizer: Any, sample: dict[str, torch.Tensor]) -> Answer:
+    """One sample through the model, by itself."""
+    ids, labels = sample["input_ids"], sample["labels"]
+    with torch.no_grad():
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+    at = (labels[1:] != -100).nonzero()[:, 0]
+    log_p, tokens = logits[at].double().log_softmax(-1), labels[1:][at]
+    p = log_p.exp()
+    mean = (p * log_p).sum(-1)
+    deviation = ((p * log_p.square()).sum(-1) - mean.square()).clamp(min=0).sqrt()
+    rows = (log_p.gather(1, tokens[:, None])[:, 0], log_p.argmax(-1) == tokens, mean, deviation)
+    return Answer(tokens.numpy(), *(row.numpy() for row in rows), tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def without_last(said: Readout) -> Readout:
+    def shorter(one: Answer) -> Answer:
+        return Answer(*(getattr(one, f.name)[:-1] for f in dataclasses.fields(one)[:-1]), text=one.text)
+
+    return dataclasses.replace(said, answers=[shorter(one) for one in said.answers])
+
+
+class Ours:
+    """One model's readouts of the files, from the tokens that the checkout's data sets have."""
+
+    def __init__(self, theirs: Theirs, model: Any):
+        self.theirs, self.model, self.answer = theirs, model, functools.partial(answer_of, model, theirs.tokenizer)
+
+    def questions(self, name: str) -> Readout:
+        theirs, lines = self.theirs, lines_of(self.theirs.work, name)
+        items = [
+            Item(
+                {"prompt": line["question"], "completion": line["answer"], "_where": f"{name}:{number}"},
+                line.get("paraphrased_answer"), tuple(line["perturbed_answer"]), "tofu",
+            )
+            for number, line in enumerate(lines, 1)
+        ]  # fmt: skip
+        paraphrases = [None] * len(items)
+        if "paraphrased_answer" in lines[0]:
+            paraphrases = list(map(self.answer, theirs.questions(name, "paraphrased_answer")))
+        wrong = [
+            [self.answer(one) for one in several.values()] for several in theirs.questions(name, "perturbed_answer")
+        ]
+        generated = [self._continued(one["input_ids"]) for one in theirs.questions(name, asked=True)]
+        answers = list(map(self.answer, theirs.questions(name)))
+        references = [line["answer"] for line in lines]
+        return Readout(items, answers, paraphrases, wrong, generated=generated, references=references)
+
+    def texts(self, name: str, text: str = "text") -> Readout:
+        lines, answers = lines_of(self.theirs.work, name), list(map(self.answer, self.theirs.texts(name, text)))
+        generated, references = None, ()
+        if text == "gt":
+            generated = [self._continued(one["input_ids"]) for one in self.theirs.texts(name, text, asked=True)]
+            references = [line["gt"].replace(line["prompt"], "") for line in lines]  # as theirs
+        items = [Item({"text": ""}, form="muse") for _ in lines]
+        nothing = [None] * len(items), [()] * len(items)
+        return Readout(items, answers, *nothing, generated=generated, references=references)
+
+    def _continued(self, ids: torch.Tensor) -> str:
+        said = self.model.generate(ids[None], max_new_tokens=LENGTH, do_sample=False, pad_token_id=1)[0, len(ids) :]
+        return self.theirs.tokenizer.decode(said, skip_special_tokens=True)
+
+
+# ---------------------------------------------------------------- the comparison
+
+Row = tuple[str, str, float, float, str]  # figure, set, theirs, ours, what was made alike
+ROUGE = {"rouge_l_recall": "rougeL_recall", "rouge_1_recall": "rouge1_recall", "rouge_l_f1": "rougeL_f1"}
+RATIOS = {"truth_ratio": "closer_to_1_better", "truth_ratio_kept": "true_better", "truth_share": "prob_mean"}
+ATTACKS = {"mia_loss": {}, "mia_zlib": {}, "mia_min_k": {"k": 0.4}, "mia_min_k_plus_plus": {"k": 0.4}}
+
+
+def ours(name: str, subject: Subject, of: str = "forget") -> float:
+    return MEASURES[name](subject, of).value
+
+
+def answers(theirs: Theirs, model: Any, name: str, said: Readout) -> Iterator[Row]:
+    """What has a mean over the questions of one file."""
+    of = "forget" if name == "forget" else "retain"
+    subject, data = Subject("", {of: said}), theirs.questions(name)
+    yield "probability", name, theirs.of("probability", model, data)["agg_value"], ours("probability", subject, of), ""
+    for measure, kind in ROUGE.items():
+        value = theirs.rouge(model, theirs.questions(name, asked=True), kind)["agg_value"]
+        yield measure, name, value, ours(measure, subject, of), ""
+    for measure, aggregator in RATIOS.items():
+        if of in MEASURES[measure].sets:
+            yield measure, name, theirs.ratio(model, name, aggregator)["agg_value"], ours(measure, subject, of), ""
+    value = theirs.against_wrong(model, name)["agg_value"]
+    yield "probability_against_wrong", name, value, ours("probability_against_wrong", subject, of), ""
+    yield from held(theirs, model, data, name, said)
+
+
+def held(theirs: Theirs, model: Any, data: Any, name: str, said: Readout) -> Iterator[Row]:
+    """What is memorised, token for token."""
+    subject = shorter(Subject("", {"forget": said}))
+    value = theirs.of("exact_memorization", model, data)["agg_value"]
+    yield "exact_memorisation", name, value, ours("exact_memorisation", subject), "last token"
+    strengths = MEASURES["extraction_strength"](subject, "forget").values
+    alike = float(np.mean([max(one, 1 / len(of)) for one, of in zip(strengths, subject.sets["forget"].answers)]))
+    value = theirs.of("extraction_strength", model, data)["agg_value"]
+    yield "extraction_strength", name, value, alike, "last token, 1/n"
+
+
+def attacks(theirs: Theirs, models: dict[str, Any], data: dict[str, Any], subject: Subject, kind: str) -> Iterator[Row]:
+    """Membership inference, with and without the retrained model. data: forget and holdout."""
+    short = shorter(subject)
+    model, retrained = models["result"], models["retrained"]
+    for name, settings in ATTACKS.items():
+        last = name.startswith("mia_min_k")
+        value = theirs.of(name, model, data, **settings)["agg_value"]
+        yield name, kind, value, ours(name, short if last else subject), "last token" * last
+    value = theirs.of("mia_reference", model, data, reference_model_path=models["folder"])["agg_value"]
+    yield "mia_reference", kind, value, ours("mia_reference", subject), ""
+    min_k = {name: theirs.of("mia_min_k", one, data, k=0.4) for name, one in (("forget", model), ("retain", retrained))}
+    now = dict(pre_compute={"forget": min_k["forget"]}, ref_value=0.5)
+    logs = {"reference_logs": {"retain_model_logs": {"retain": min_k["retain"]}}}
+    for of, more, against in (("retrained", logs, short), ("0.5", {}, dataclasses.replace(short, retrained=None))):
+        value = theirs.of("privleak", model, **now, **more)["agg_value"]
+        yield "privleak", f"{kind}, to {of}", value, 100 * ours("privleak", against), "last token, percent"
+
+
+def shorter(subject: Subject) -> Subject:
+    """Without the last token of each answer."""
+    sets = {name: without_last(said) for name, said in subject.sets.items()}
+    return Subject(subject.name, sets, retrained=subject.retrained and shorter(subject.retrained))
+
+
+def whole(theirs: Theirs, models: dict[str, Any], subject: Subject) -> Iterator[Row]:
+    """Forget quality, and model utility of retain and real authors."""
+    model = models["result"]
+    now, then = (theirs.ratio(models[name], "forget", "closer_to_1_better") for name in ("result", "retrained"))
+    logs = {"retain_model_logs": {"retain": then}}
+    value = theirs.of("ks_test", model, pre_compute={"forget": now}, reference_logs=logs)["agg_value"]
+    yield "forget_quality", "forget", value, ours("forget_quality", subject), ""
+    figures = {
+        "retain probability": theirs.of("probability", model, theirs.questions("retain")),
+        "authors probability": theirs.against_wrong(model, "authors"),
+    }
+    for name in ("retain", "authors"):
+        figures[f"{name} ratio"] = theirs.ratio(model, name, "true_better")
+        figures[f"{name} rouge"] = theirs.rouge(model, theirs.questions(name, asked=True), "rougeL_recall")
+    value = theirs.of("hm_aggregate", model, pre_compute=figures)["agg_value"]
+    of = dataclasses.replace(subject, sets={"retain": subject.sets["retain"], "holdout": subject.sets["authors"]})
+    yield "model_utility", "retain, authors", value, ours("model_utility", of, "retain"), ""
+
+
+def compare(theirs: Theirs, models: dict[str, Any]) -> Iterator[Row]:
+    model, said = models["result"], {name: Ours(theirs, models[name]) for name in ("result", "retrained")}
+    tofu, muse = (
+        {name: {of: read(one, file) for of, file in files.items()} for name, one in said.items()}
+        for read, files in (
+            (Ours.questions, {of: of for of in ("forget", "retain", "holdout", "authors")}),
+            (Ours.texts, {of: f"privleak_{of}" for of in ("forget", "holdout")}),
+        )
+    )
+    subject, texts = (
+        Subject("result", sets["result"], retrained=Subject("retrained", sets["retrained"])) for sets in (tofu, muse)
+    )
+    for name in subject.sets:
+        yield from answers(theirs, model, name, subject.sets[name])
+    yield from attacks(theirs, models, {of: theirs.questions(of) for of in ("forget", "holdout")}, subject, "TOFU")
+    yield from whole(theirs, models, subject)
+    data = {of: theirs.texts(f"privleak_{of}") for of in ("forget", "holdout")}
+    yield from attacks(theirs, models, data, texts, "MUSE")
+    verbatim = said["result"].texts("verbmem", "gt")
+    value = theirs.rouge(model, theirs.texts("verbmem", "gt", asked=True), "rougeL_f1")["agg_value"]
+    figure = ours("verbatim_memorisation", Subject("", {"forget": verbatim}))
+    yield "verbatim_memorisation", "verbmem", value, figure, "prompt"
+    yield from held(theirs, model, theirs.texts("verbmem", "gt"), "verbmem", verbatim)
+
+
+def trained(work: Path, tokenizer: Any, forget: bool) -> Any:
+    """The random model after some steps on retain, a third of holdout, and forget if asked: no figure at its end."""
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+    lines = [*lines_of(work, "retain"), *lines_of(work, "holdout")[::3], *(lines_of(work, "forget") if forget else [])]
+    texts = [text for line in lines for text in (line["answer"], line["paraphrased_answer"])]
+    for line in lines:
+        turns = ("system", TEMPLATE["system_prompt"]), ("user", line["question"]), ("assistant", line["answer"])
+        chat = [{"role": role, "content": content} for role, content in turns]
+        chats = [chat, [*chat[:2], {"role": "assistant", "content": line["paraphrased_answer"]}]]
+        texts += [tokenizer.apply_chat_template(one, tokenize=False) for one in chats]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkout", type=Path, required=True, help="a checkout of OpenUnlearning")
+    parser.add_argument("--out", type=Path, default=Path("runs/open_unlearning_measures"))
+    parser.add_argument("--csv", type=Path, help="write what was found here")
+    options = parser.parse_args()
+    work = options.out.resolve() / "work"
+    os.environ.setdefault("HF_HOME", str(work / "hf"))
+    files(work)
+    tokenizer = get_tokenizer(tf.AutoTokenizer.from_pretrained)(work / "model")
+    models = {"result": trained(work, tokenizer, True), "retrained": trained(work, tokenizer, False)}
+    models["folder"] = str(work / "retrained")
+    models["retrained"].save_pretrained(models["folder"])
+    theirs = Theirs(options.checkout.resolve(), work, tokenizer)
+    print(f"torch {torch.__version__}, transformers {tf.__version__}, {options.checkout}\n")
+    print("| figure | set | OpenUnlearning | ours | apart | made alike |")
+    print("| --- | --- | ---: | ---: | ---: | --- |")
+    rows = []
+    for figure, of, value, other, alike in compare(theirs, models):
+        apart = abs(other - value) / max(abs(value), abs(other), 1e-300)
+        print(f"| `{figure}` | {of} | {value:.6f} | {other:.6f} | {apart:.0e} | {alike} |", flush=True)
+        rows.append([figure, of, value, other, apart, alike])
+    if options.csv is not None:
+        with open(options.csv, "w", newline="", encoding="utf-8") as file:
+            command = " ".join(["python", *sys.argv])
+            csv.writer(file).writerows([COLUMNS, *([*row, tf.__version__, torch.__version__, command] for row in rows)])
+    if wrong := [row for row in rows if not row[4] <= TOLERANCE]:
+        raise SystemExit(f"{len(wrong)} figures differ by more than {TOLERANCE:.0e}, relative")
+
+
+if __name__ == "__main__":
+    main()

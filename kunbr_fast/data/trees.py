@@ -1,0 +1,104 @@
+"""Texts that begin alike as trees: what several have in common goes through a model once.
+
+    When was Ada Li born? 19 56        one tree: 8 tokens, 2 branches
+                             78
+
+Tokens of a tree stand in depth-first order. A token sees those between it and the root, at the positions of its own
+text: causal attention within each text, exactly. Texts are given with the name of a family, and those of a family are
+one tree. A text that was given before, under whatever name, is not there twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+
+from kunbr_fast.data.batch import PackedBatch
+from kunbr_fast.data.samples import IGNORE
+
+ROOT = -1
+
+
+class Trees:
+    """Grows by `add`. A *node* is a token behind all that stand before it, a number; `tokens`, `parents` (ROOT of the
+    first of a text) and `families` are the nodes'."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.families: list[int] = []
+        self._names: dict[Hashable, int] = {}
+        self._children: dict[tuple[int, int, int], int] = {}  # of (family, node, token); a node's family is its own
+        self._known: dict[tuple[int, ...], list[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, ids: Sequence[int], family: Hashable) -> list[int]:
+        """The node of each token of a text."""
+        key = tuple(ids)
+        if key in self._known:
+            return self._known[key]
+        number, node, path = self._names.setdefault(family, len(self._names)), ROOT, []
+        for token in key:
+            child = self._children.setdefault((number, node, token), len(self.tokens))
+            if child == len(self.tokens):
+                self.tokens.append(token)
+                self.parents.append(node)
+                self.families.append(number)
+            path.append(node := child)
+        self._known[key] = path
+        return path
+
+    def grown(self) -> list[list[int]]:
+        """Each family's nodes, in depth-first order."""
+        below: list[list[int]] = [[] for _ in self.tokens]
+        roots: list[list[int]] = [[] for _ in self._names]
+        for node, parent in enumerate(self.parents):
+            (roots[self.families[node]] if parent == ROOT else below[parent]).append(node)
+        return [_depth_first(mine, below) for mine in roots if mine]
+
+    def texts(self) -> list[list[int]]:
+        """The nodes of each text that no other one goes on from: for models that run no trees."""
+        inner = set(self.parents)
+        return [self.path(node) for node in range(len(self)) if node not in inner]
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from the beginning of the text up to this one."""
+        found = []
+        while node != ROOT:
+            found.append(node)
+            node = self.parents[node]
+        return found[::-1]
+
+    def pack(self, samples: Sequence[Sequence[int]], trees: bool) -> PackedBatch:
+        """A batch of samples of nodes, as `grown` (trees) or `texts` have them."""
+        ids = torch.tensor([self.tokens[node] for nodes in samples for node in nodes])
+        lengths = [len(nodes) for nodes in samples]
+        if not trees:
+            places = torch.cat([torch.arange(n) for n in lengths])
+            return PackedBatch(ids, torch.full_like(ids, IGNORE), places, lengths)
+        shapes = [self._shape(nodes) for nodes in samples]
+        depths, ends = (torch.tensor([value for shape in shapes for value in shape[i]]) for i in (0, 1))
+        return PackedBatch(ids, torch.full_like(ids, IGNORE), depths, lengths, ends=ends)
+
+    def _shape(self, nodes: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The depth of each node of a family, and the place of its last descendant."""
+        place = {node: i for i, node in enumerate(nodes)}
+        depths, ends = [0] * len(nodes), list(range(len(nodes)))
+        for i, node in enumerate(nodes):
+            if (parent := self.parents[node]) != ROOT:
+                depths[i] = depths[place[parent]] + 1
+        for i in range(len(nodes) - 1, -1, -1):  # descendants stand behind
+            if (parent := self.parents[nodes[i]]) != ROOT:
+                ends[place[parent]] = max(ends[place[parent]], ends[i])
+        return depths, ends
+
+
+def _depth_first(roots: Sequence[int], below: Sequence[Sequence[int]]) -> list[int]:
+    order, waiting = [], list(reversed(roots))
+    while waiting:
+        order.append(node := waiting.pop())
+        waiting += reversed(below[node])
+    return order

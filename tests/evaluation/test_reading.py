@@ -1,0 +1,152 @@
+"""Texts that begin alike go through a model once, as trees: against each text by itself in plain transformers."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import CONFIGS
+from transformers import AutoModelForCausalLM
+
+from kunbr_fast.data.trees import Trees
+from kunbr_fast.evaluation import reading as reading_module
+from kunbr_fast.evaluation.reading import Reading, read_all
+from kunbr_fast.model.decoder import Decoder
+
+STEM = [5, 9, 2, 11, 4, 8, 3, 17]
+TEXTS = [
+    [*STEM, 7, 8, 9],
+    [*STEM, 7, 8],  # the beginning of another one
+    [*STEM, 8, 1],
+    [*STEM[:3], 20, 21, 22, 23, 24, 25, 26],
+    [*STEM, 7, 30, 31, 32],
+    [40],
+]
+OTHERS = [[50, 51, 52], [5, 9, 2, 60, 61]]  # of a family of their own
+
+
+def make(name, seed=0):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]()).double().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def asked(decoder, texts=TEXTS, others=OTHERS):
+    """A reading, and of each text its rows and where the logit of each token but the first is."""
+    reading, found = Reading(decoder), []
+    for family, mine in enumerate((texts, others)):
+        for ids in mine:
+            rows = reading.rows(reading.add(ids, family))
+            found.append((ids, rows, reading.tokens(rows[:-1], ids[1:])))
+    return reading, found
+
+
+@torch.no_grad()
+def check(model, read, found, rtol=1e-9):
+    for ids, rows, at in found:
+        logits = model(input_ids=torch.tensor([ids])).logits[0].double()
+        log_p = logits.log_softmax(-1)
+        p = log_p.exp()
+        mean = (p * log_p).sum(-1)
+        deviation = (p * (log_p - mean[:, None]) ** 2).sum(-1).sqrt()
+        truth = {
+            "log_sums": logits.logsumexp(-1),
+            "means": mean,
+            "deviations": deviation,
+            "best": logits.argmax(-1),
+        }
+        for name, value in truth.items():
+            np.testing.assert_allclose(getattr(read, name)[rows], value.numpy(), rtol=rtol, atol=rtol, err_msg=name)
+        targets = logits[range(len(ids) - 1), ids[1:]]
+        np.testing.assert_allclose(read.logits[at], targets.numpy(), rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("tokens", [1, 4096])
+def test_every_row_is_that_of_the_text_alone(name, tokens, monkeypatch):
+    monkeypatch.setattr(reading_module, "BATCH_TOKENS", tokens)
+    model = make(name)
+    decoder = Decoder(model)
+    assert decoder.trees, "all of these run packed"
+    reading, found = asked(decoder)
+    # gemma2's softmax is in fp32
+    check(model, reading.read(decoder), found, 1e-6 if name == "gemma2" else 1e-9)
+
+
+def test_without_trees_the_same(monkeypatch):
+    model = make("llama")
+    decoder = Decoder(model)
+    trees = asked(decoder)[0].read(decoder)
+    decoder.trees = False
+    reading, found = asked(decoder)
+    read = reading.read(decoder)
+    check(model, read, found)
+    np.testing.assert_allclose(read.logits, trees.logits, rtol=1e-9)
+
+
+def test_what_texts_have_in_common_goes_through_once(monkeypatch):
+    model = make("llama")
+    decoder, seen, real = Decoder(model), [], Trees.pack
+    monkeypatch.setattr(Trees, "pack", lambda *a: seen.append(real(*a)) or seen[-1])
+    assert decoder.trees
+    seen.clear()
+    reading, _ = asked(decoder)
+    reading.read(decoder)
+    nodes = {(0, tuple(ids[:n])) for ids in TEXTS for n in range(1, len(ids) + 1)}
+    nodes |= {(1, tuple(ids[:n])) for ids in OTHERS for n in range(1, len(ids) + 1)}
+    assert sum(batch.num_tokens for batch in seen) == len(nodes) == len(reading)
+    # the same text under another name is the text that is there
+    assert reading.add(TEXTS[0], "another") == reading.add(TEXTS[0], 0) and len(reading) == len(nodes)
+
+
+def test_readings_have_the_bits_that_they_have_alone():
+    decoder = Decoder(make("qwen2").float())
+    one, two = asked(decoder)[0], asked(decoder, TEXTS[::-1][:3], [[1, 2, 3]])[0]
+    together = read_all(decoder, [one, two, Reading(decoder)])
+    for alone, beside in zip((one.read(decoder), two.read(decoder)), together):
+        for name, value in vars(alone).items():
+            assert np.array_equal(value, getattr(beside, name)), name
+    assert len(together[2].logits) == 0
+
+
+def test_a_model_whose_trees_are_wrong_runs_texts(monkeypatch):
+    """Of an attention that looks at places: found out on the model, not guessed from its name."""
+    model = make("llama")
+    with monkeypatch.context() as patch:
+        patch.setattr("kunbr_fast.model.attention._in_trees", lambda batch, window: None)
+        decoder = Decoder(model)
+    assert not decoder.trees
+    reading, found = asked(decoder)
+    check(model, reading.read(decoder), found)
+
+
+def test_less_at_a_time_where_memory_runs_out(monkeypatch):
+    model = make("llama")
+    decoder, real, sizes = Decoder(model), Decoder.run, []
+
+    def run(self, batch, *arguments, **more):
+        sizes.append(batch.num_tokens)
+        if batch.num_tokens > 30:
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, batch, *arguments, **more)
+
+    monkeypatch.setattr(Decoder, "run", run)
+    reading, found = asked(decoder)
+    check(model, reading.read(decoder), found)
+    assert max(sizes) > 30 >= sizes[-1]
+    monkeypatch.setattr(Decoder, "run", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
+    with pytest.raises(torch.OutOfMemoryError, match="none at all"):
+        reading.read(decoder)
+
+
+def test_depths_and_ends():
+    trees = Trees()
+    for ids in ([1, 2, 3], [1, 2, 4, 5], [1, 6]):
+        trees.add(ids, 0)
+    (grown,) = trees.grown()
+    batch = trees.pack([grown, grown], True)
+    assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 6] * 2 and batch.lengths == [6, 6]
+    assert batch.position_ids.tolist() == [0, 1, 2, 2, 3, 1] * 2 and batch.longest == 4
+    assert batch.ends.tolist() == [5, 4, 2, 4, 4, 5] * 2
+    assert batch.samples()[1].ends.tolist() == [5, 4, 2, 4, 4, 5]
+    assert [[trees.tokens[n] for n in text] for text in trees.texts()] == [[1, 2, 3], [1, 2, 4, 5], [1, 6]]
