@@ -66,7 +66,8 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         type=path_name,
         required=True,
         metavar="DIR",
-        help="the unlearned model, report.json and plots; DIR/kunbr-checkpoints until the run is finished",
+        help="the unlearned model, report.html, report.json, unlearning.json and plots; DIR/kunbr-checkpoints until "
+        "the run is finished",
     )
     text = "a model or a finished run in --out goes when the result is written; never one that is read"
     parser.add_argument("--overwrite", action="store_true", help=text)

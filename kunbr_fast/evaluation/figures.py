@@ -73,8 +73,8 @@ def label(text: str, length: int) -> str:
 
 
 def drawn(path: str | Path, plot: Callable[[], None], what: str = "picture") -> bool:
-    """Whether plot() made its picture (or `what` it is) at `path`. Why not is said in one line: what a picture shows is not lost with
-    it."""
+    """Whether plot() made its picture, or `what` it is, at `path`. Why not is said in one line: what a picture shows is
+    not lost with it."""
     try:
         plot()
     except Exception as error:
