@@ -204,4 +204,6 @@ def privacy(members, others):
             [(p - m) / max(d, 1e-3) for p, m, d in zip(one.log_p, one.means, one.deviations)]
         ),
     }
-    return {(name, "forget"): auc(*(list(map(score, of)) for of in (members, others))) for name, score in scores.items()}
+    return {
+        (name, "forget"): auc(*(list(map(score, of)) for of in (members, others))) for name, score in scores.items()
+    }
