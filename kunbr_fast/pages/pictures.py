@@ -95,6 +95,7 @@ def density(source: Source) -> Markup:
     title, label = _RAW.get(source.density.statistic, _SHARES)
     found = source.density
     note = f"{found.statistic} of the gradients of {found.modules}, over {found.num_samples} samples."
+    note += f" Blocks: {', '.join(label for _, _, label in marks)}." if marks else ""
     chart = Chart(title, "decoder layer", label, note=note)
     return bars(chart, [str(i) for i in range(number)], groups, together=True, brackets=marks)
 
