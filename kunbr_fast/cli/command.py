@@ -29,6 +29,7 @@ COMMANDS = {
     "unlearn": "make a model forget: warm-up, density, selection, re-insertion, proof",
     "baseline": "the same by an objective on all parameters (NPO, SimNPO, RMU, ...), without blocks: to compare with",
     "density": "knowledge density of each layer for a forget set; changes nothing",
+    "evaluate": "the measures that people publish: knowledge, memorisation, privacy, utility, depth, with their errors",
     "rtt": "the RTT attack: how much comes back when a part of the forget set is taught again",
     "report": "one HTML file of a finished run or evaluation, or of several side by side",
     "verify": "is what a run's certificate (unlearning.json) says still so? changes nothing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -93,16 +94,21 @@ def forget_quality(subject: Subject, of: str) -> Found | None:
     ratios = [_ratios(one.sets[of]) for one in (subject, subject.retrained)]
     if not all(map(len, ratios)):
         return None
-    try:
-        from scipy.stats import ks_2samp
-    except ImportError as error:
-        raise ValueError("forget quality needs scipy: pip install 'kunbr-fast[evaluate]'") from error
-    found = ks_2samp(*ratios)
+    found = kolmogorov_smirnov()(*ratios)
     detail = {
         "statistic": float(found.statistic), "statistic_error": bootstrap_error(_distance, *ratios),
         "n": len(ratios[0]), "m": len(ratios[1]),
     }  # fmt: skip
     return Found(float(found.pvalue), None, len(ratios[0]), detail=detail)
+
+
+def kolmogorov_smirnov() -> Callable[..., Any]:
+    """SciPy's two-sample test. ValueError without SciPy."""
+    try:
+        from scipy.stats import ks_2samp
+    except ImportError as error:
+        raise ValueError("forget quality needs scipy: pip install 'kunbr-fast[evaluate]'") from error
+    return ks_2samp
 
 
 def _ratios(said: Readout) -> np.ndarray:
