@@ -332,7 +332,7 @@ def test_several_need_a_place(whole, tmp_path, capsys):
         (lambda out: folders.run(out, blocks=[[0, 99]]), "report.json: blocks: got [0, 99]"),
         (
             lambda out: folders.run(out, accuracy={"result": {"forget": {"plain": "x"}}}),
-            "report.json: accuracy.result.forget",
+            "accuracy.result.forget.plain: got 'x', expected a number",
         ),
     ],
 )
