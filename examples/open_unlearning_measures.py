@@ -81,6 +81,8 @@ def lines_of(work: Path, name: str) -> list[dict[str, Any]]:
 class Theirs:
     """The checkout's data sets and metrics."""
 
+    batch_size = 4
+
     def __init__(self, checkout: Path, work: Path, tokenizer: Any):
         sys.path.insert(0, str(checkout / "src"))
         import data.collators
@@ -106,7 +108,7 @@ class Theirs:
     def of(self, metric: str, model: Any, data: Any = None, side: str = "right", **given: Any) -> dict[str, Any]:
         """What the metric finds; given: its settings, and results of other metrics."""
         collator = self._data.collators.DataCollatorForSupervisedDataset(self.tokenizer, side, index="index")
-        more = dict(data=data, collators=collator, batch_size=4, tokenizer=self.tokenizer)
+        more = dict(data=data, collators=collator, batch_size=self.batch_size, tokenizer=self.tokenizer)
         with contextlib.redirect_stdout(io.StringIO()):
             return self.metrics[metric].evaluate_metric(model, metric, **more, **given)
 
