@@ -229,10 +229,9 @@ class _Run:
         if "original" not in self.models or not any(one.name == "value_vector_cosine" for one in self.able):
             return None
         self.say("value vectors beside the original's")
-        both = [self.models[name] for name in ("result", "original")]
-        both = [one if isinstance(one, nn.Module) else open_streamed(one, "cpu", self.given.dtype) for one in both]
+        both = self.models["result"], self.models["original"]
         with self._timed("value vectors"):
-            return compare_values(*both, progress="value vectors" if self.given.progress else None)
+            return compare_values(*both, self.given.dtype, "value vectors" if self.given.progress else None)
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:

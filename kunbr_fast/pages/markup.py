@@ -79,9 +79,15 @@ def pairs(items: Mapping[str, Any] | Iterable[tuple[Any, Any]]) -> Markup:
     return tag("dl", join(lines)) if lines else Markup("")
 
 
-def table(header: Sequence[Any], rows: Iterable[Sequence[Any]], texts: int = 1, caption: str | None = None) -> Markup:
+def table(
+    header: Sequence[Any],
+    rows: Iterable[Sequence[Any]],
+    texts: int = 1,
+    caption: str | None = None,
+    label: str | None = None,
+) -> Markup:
     """The first `texts` columns are text, the first of them names its row; the others are figures. A row may be (class,
-    cells). Empty without rows."""
+    cells). label: what it is called where a heading stands over it in place of a caption. Empty without rows."""
     lines = [_row(row, texts) for row in rows]
     if not lines:
         return Markup("")
@@ -90,7 +96,7 @@ def table(header: Sequence[Any], rows: Iterable[Sequence[Any]], texts: int = 1, 
     parts = [tag("caption", caption) if caption else "", head, tag("tbody", join(lines))]
     # a box that scrolls is reached by the keyboard
     return tag(
-        "div", tag("table", join(parts)), class_="wide", tabindex="0", role="region", aria_label=caption or "table"
+        "div", tag("table", join(parts)), class_="wide", tabindex="0", role="region", aria_label=caption or label
     )
 
 
@@ -108,7 +114,7 @@ def figure(value: float | None, error: float | None = None, unit: str = "share")
     """With its standard error. unit: as of a `measures.registry.Measure`."""
     if value is None:
         return NOTHING
-    scale, sign, digits = _shape(unit)
+    scale, sign, digits = _shape(unit, value)
     text = _number(scale * value, digits)
     return _unbroken(f"{text}{sign}" if error is None else f"{text} ± {_number(scale * error, digits)}{sign}")
 
@@ -117,7 +123,7 @@ def change(value: float | None, error: float | None = None, unit: str = "share")
     """A difference: of shares in points."""
     if value is None:
         return NOTHING
-    scale, sign, digits = _shape(unit)
+    scale, sign, digits = _shape(unit, 1.0)
     sign = " points" if sign else ""
     text = f"{'+' if value > 0 else ''}{_number(scale * value, digits)}"
     return _unbroken(f"{text}{sign}" if error is None else f"{text} ± {_number(scale * error, digits)}{sign}")
@@ -128,12 +134,15 @@ def _unbroken(text: str) -> str:
     return text.replace(" ", "\u00a0")
 
 
-def _shape(unit: str) -> tuple[float, str, int | None]:
-    return {"share": (100.0, " %", 1), "points": (1.0, " points", 1)}.get(unit, (1.0, "", None))
+def _shape(unit: str, value: float) -> tuple[float, str, str]:
+    """Factor, sign, and how it is written: a share in percent, a small one in two digits."""
+    if unit == "share":
+        return 100.0, " %", ".2g" if 0 < abs(value) < 0.00995 else ".1f"
+    return (1.0, " points", ".1f") if unit == "points" else (1.0, "", ".4g")
 
 
-def _number(value: float, digits: int | None) -> str:
-    text = f"{value:.4g}" if digits is None else f"{value:.{digits}f}"
+def _number(value: float, digits: str) -> str:
+    text = f"{value:{digits}}"
     return text.replace("-", "−") if float(text) else text.lstrip("-")  # no minus zero
 
 

@@ -277,26 +277,29 @@ def _strongest(name: str, look: int, rtt: RTTResult) -> Series:
 # ---------------------------------------------------------------- layers
 
 
+_AXES = {"layers": "decoder layer", "k": "sampled answers"}  # lists in a figure's detail, beside "values"
+
+
 def depth(figures: Sequence[Mapping[str, Any]]) -> Markup:
-    """What each measure of hidden layers finds in them: a chart for a measure and a set, a curve for a model."""
-    charts: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    """What measures find at each layer, or with each number of samples: a chart for a measure and a set, a curve for a
+    model."""
+    charts: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for row in figures:
-        detail = row["detail"]
-        layers, values = detail.get("layers"), detail.get("values")
-        if isinstance(layers, list) and isinstance(values, list) and len(layers) == len(values):
-            charts.setdefault((row["measure"], row["set"]), []).append(row)
-    return join(_depth(what, rows) for (_, what), rows in charts.items())
+        values = row["detail"].get("values")
+        for axis in _AXES:
+            at = row["detail"].get(axis)
+            if isinstance(at, list) and isinstance(values, list) and len(at) == len(values):
+                charts.setdefault((row["measure"], row["set"], axis), []).append(row)
+    return join(_depth(what, axis, rows) for (_, what, axis), rows in charts.items())
 
 
-def _depth(what: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
+def _depth(what: str, axis: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
     share = rows[0]["unit"] == "share"
     series = []
     for look, row in enumerate(rows):
         values = [value if isinstance(value, (int, float)) else None for value in row["detail"]["values"]]
-        series.append(Series(NAMES.get(row["model"], row["model"]), row["detail"]["layers"],
-                             _percents(values) if share else values, look=look))  # fmt: skip
+        scaled = _percents(values) if share else values
+        series.append(Series(NAMES.get(row["model"], row["model"]), row["detail"][axis], scaled, look=look))
     unit = " (%)" if share else " (points)" if rows[0]["unit"] == "points" else ""
     note = f"{rows[0]['measure']}, over {rows[0]['number']} of the {what} set."
-    return lines(
-        Chart(f"{rows[0]['title']}: {what}, layer by layer", "decoder layer", f"value{unit}", note=note), series
-    )
+    return lines(Chart(f"{rows[0]['title']}: {what}", _AXES[axis], f"value{unit}", note=note), series)

@@ -28,7 +28,12 @@ nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2re
 .card .big { font-size: 1.5rem; font-weight: 650; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .caution { background: var(--warnback); border-left: 4px solid var(--warn); padding: .5rem .9rem; margin: .8rem 0;
   border-radius: 0 6px 6px 0; } .caution p { margin: 0; }
-.wide { overflow-x: auto; max-width: 100%; margin: .6rem 0; }
+/* A shade at an end of a table that goes on there. */
+.wide { overflow-x: auto; max-width: 100%; margin: .6rem 0; background:
+  linear-gradient(90deg, var(--back) 40%, transparent) left / 2rem 100% no-repeat local,
+  linear-gradient(270deg, var(--back) 40%, transparent) right / 2rem 100% no-repeat local,
+  linear-gradient(90deg, var(--line), transparent) left / .7rem 100% no-repeat scroll,
+  linear-gradient(270deg, var(--line), transparent) right / .7rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding: .2rem 0; }
 th, td { padding: .28rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
