@@ -18,9 +18,10 @@ from kunbr_fast.evaluation.reading import Reading, Rows
 from kunbr_fast.evaluation.rtt import Attack
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.measures.answers import Readout
-from kunbr_fast.measures.asked import AskedSet
+from kunbr_fast.measures.asked import AskedSet, Asking
 from kunbr_fast.measures.generation import generate
 from kunbr_fast.measures.layers import LayerReadout, read_layers
+from kunbr_fast.measures.registry import READ
 from kunbr_fast.measures.store import Store
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.fingerprint import data_fingerprint
@@ -45,8 +46,8 @@ class Asker:
         how = self._settings
         reading, found = Reading(decoder), {}
         for name, items in self.items.items():
-            more = dict(text=how.text, max_length=how.max_length, most_new=how.max_new_tokens)
-            found[name] = AskedSet(reading, name, items, self.tokenizer, decoder, **more)
+            asking = Asking(how.text, how.max_length, how.max_new_tokens, self.needs)
+            found[name] = AskedSet(reading, name, items, self.tokenizer, decoder, asking)
             self.references[name], self._prompts[name] = found[name].references, found[name].prompts
         return reading, found
 
@@ -106,7 +107,9 @@ class Passes:
             with fused(self.decoder.model, self.settings.impl):
                 return {}, self.reading.read(self.decoder, progress=title).to_dict()
 
-        return Rows.from_dict(self._kept("likelihoods", [self.decoder.trees], make)[1])
+        return Rows.from_dict(
+            self._kept("likelihoods", [self.decoder.trees, sorted({*READ} & {*self.asker.needs})], make)[1]
+        )
 
     def _generated(self) -> dict[str, list[str]]:
         prompts = [ids for of in self.asked.values() for ids in of.prompts]
