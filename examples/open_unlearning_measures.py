@@ -43,7 +43,7 @@ from kunbr_fast.integrations.open_unlearning_trainers import get_tokenizer
 from kunbr_fast.measures.answers import Answer, Readout, Subject
 from kunbr_fast.measures.evaluate import Options
 from kunbr_fast.measures.passes import Asker, Passes
-from kunbr_fast.measures.registry import MEASURES
+from kunbr_fast.measures.registry import MEASURES, READ
 from kunbr_fast.measures.store import Store
 
 TOLERANCE = 1e-5  # relative; both compute in fp32
@@ -143,7 +143,7 @@ def read(work: Path, models: dict[str, Any], tokenizer: Any) -> dict[str, dict[s
     """What each model says about each file, as `kf.evaluate` reads it."""
     options = Options(tokenizer, max_new_tokens=LENGTH, progress=False)
     items = {name: load_items(work / f"{name}.json", chat=True) for name in FILES}
-    asker = Asker(tokenizer, items, options, {"generation"})
+    asker = Asker(tokenizer, items, options, {*READ, "generation"})
     return {name: Passes(name, models[name], asker, options, Store(None), "", {}).said() for name in MODELS}
 
 

@@ -39,7 +39,8 @@ class AskedSet:
     """A set's texts in a `Reading`: of each item its answer, the answer in other words and wrong ones, and of questions
     what both scorings ask. What items have in common (the question) goes through the model once.
 
-    prompts: of each item the tokens that its answer follows, for generation; of a text line its first half.
+    prompts: of each item the tokens that its answer (of a chat the last one) follows, for generation; of a text line
+    its first half.
     references: what should follow, as text.
     """
 
@@ -52,7 +53,7 @@ class AskedSet:
         decoder: Decoder,
         asking: Asking,
     ):
-        self.name, self.items, self._tokenizer, self._reading = name, items, tokenizer, reading
+        self.name, self.items, self._tokenizer, self.reading = name, items, tokenizer, reading
         records = [{"_where": f"{name} record {i}", **item.record} for i, item in enumerate(items)]
         self.questions = [i for i, record in enumerate(records) if "question" in record]
         asked, read = [records[i] for i in self.questions], asking.read
@@ -77,15 +78,29 @@ class AskedSet:
                 self._continued(i, *pieces[0], "text" in records[i], asking.most_new)
 
     def _piece(self, item: int, ids: list[int], counts: np.ndarray) -> Piece:
-        nodes = self._reading.add(ids, (self.name, item))
-        rows = self._reading.rows([nodes[at - 1] for at in counts])
-        return ids, rows, self._reading.tokens(rows, [ids[at] for at in counts]), counts
+        nodes = self.reading.add(ids, (self.name, item))
+        rows = self.reading.rows([nodes[at - 1] for at in counts])
+        return ids, rows, self.reading.tokens(rows, [ids[at] for at in counts]), counts
 
     def _continued(self, item: int, ids: list[int], counts: np.ndarray, is_text: bool, most_new: int) -> None:
-        first = max(1, int(len(ids) * BEGINNING)) if is_text else int(counts[0])
+        gaps = np.flatnonzero(np.diff(counts) > 1)  # between an assistant's turns: the last one is to follow
+        own = counts[gaps[-1] + 1 :] if len(gaps) else counts
+        first = max(1, int(len(ids) * BEGINNING)) if is_text else int(own[0])
         self.prompts[item] = ids[:first]
-        wanted = ids[first : first + most_new] if is_text else [ids[at] for at in counts]
+        wanted = ids[first : first + most_new] if is_text else [ids[at] for at in own]
         self.references[item] = self.decoded(wanted)
+
+    def check_prompts(self, limit: int | None, new: int) -> None:
+        """ValueError for a prompt that leaves no room for `new` tokens in the model's positions."""
+        for i, ids in enumerate(self.prompts):
+            if limit is not None and len(ids) + new > limit:
+                raise ValueError(
+                    f"{self._where(i)}: its prompt has {len(ids)} tokens and {new} are to be generated "
+                    f"(max_new_tokens), but the model has {limit} positions: generate fewer, or leave it out"
+                )
+
+    def _where(self, item: int) -> str:
+        return self.items[item].record.get("_where", f"{self.name} record {item}")
 
     def decoded(self, ids: Sequence[int]) -> str:
         """As text, without special tokens and white space around it."""
@@ -114,8 +129,8 @@ class AskedSet:
         log_probs, greedy, means, deviations, asked = (np.concatenate(column) for column in zip(*parts))
         if not np.isfinite(log_probs).all():
             raise FloatingPointError(
-                f"the model's answer to {self.items[item].record.get('_where', f'{self.name} record {item}')} is not a "
-                "finite number: its weights have diverged; use a lower learning rate or an earlier checkpoint"
+                f"the model's answer to {self._where(item)} is not a finite number: its weights have diverged; use a "
+                "lower learning rate or an earlier checkpoint"
             )
         return Answer(asked, log_probs, greedy, means, deviations, self.decoded(tokens))
 
@@ -161,8 +176,9 @@ def _texts(item: Item, record: Mapping[str, Any]) -> list[tuple[str, dict[str, A
 
 def _with_answer(record: Mapping[str, Any], answer: str) -> dict[str, Any]:
     if "messages" in record:
-        *before, last = record["messages"]
-        return {**record, "messages": [*before, {**last, "content": answer}]}
+        messages = list(record["messages"])
+        last = max((i for i, one in enumerate(messages) if one["role"] == "assistant"), default=len(messages) - 1)
+        return {**record, "messages": [*messages[:last], {**messages[last], "content": answer}]}
     if "completion" not in record:
         raise ValueError(f"{record['_where']}: a text line has no answer that another one could stand in place of")
     return {**record, "completion": answer}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,12 +20,12 @@ from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.files.digests import tokenizer_fingerprint
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.models import load_model
-from kunbr_fast.files.shown import plain
+from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.keywords import named_by, taken
 from kunbr_fast.measures.answers import Readout, Subject
 from kunbr_fast.measures.evaluation import JSON, MODELS, Evaluation, figures_of
 from kunbr_fast.measures.layers import MOST as LAYER_ITEMS
-from kunbr_fast.measures.passes import Asker, Passes
+from kunbr_fast.measures.passes import Asker, Passes, digest
 from kunbr_fast.measures.registry import SETS, Measure
 from kunbr_fast.measures.store import Store
 from kunbr_fast.measures.suites import check_packages, chosen, lacking
@@ -76,8 +74,17 @@ class Options:
     on_stage: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("layer_records", "max_new_tokens", *(["records"] if self.records is not None else [])):
+        for name in ("layer_records", "max_new_tokens"):
             check(name, getattr(self, name), COUNT)
+        for name in ("records", "lm_eval_limit"):
+            check(name, getattr(self, name), COUNT, null=True)
+        for name in ("measures", "lm_eval"):
+            if isinstance(found := getattr(self, name), str):
+                raise ValueError(f"{name}={shown(found)}: expected a list of names, such as [{shown(found)}]")
+        if (self.attack is None) == bool(self.folds):
+            raise ValueError("attack and folds: give both, what the attack does and the parts of the forget set")
+        if self.attack is not None and self.rtt is not None:
+            raise ValueError("attack and rtt: give one, an attack that is to be made or what one has brought back")
 
 
 @named_by(Options)
@@ -109,7 +116,7 @@ def evaluate(model: Model, forget: Records, **options: Any) -> Evaluation:
     is not free. FloatingPointError for a model whose answers are not finite.
     """
     given = taken(Options, options, "evaluate")
-    measures = chosen(given.suite, given.measures)
+    measures = chosen(given.suite, given.measures, attack=given.attack is not None)
     with contextlib.ExitStack() as stack:
         if given.output_dir is not None:
             stack.enter_context(hold(given.output_dir, given.on_stage or (lambda text: None)))
@@ -126,18 +133,19 @@ class _Run:
         if "forget" not in self.all_items:
             raise ValueError("no records of what was to be forgotten: expected at least one")
         self.items = {name: spread(items, given.records) for name, items in self.all_items.items()}
-        self.attacked = given.attack is not None and bool(given.folds)
+        modules = [one for one in self.models.values() if isinstance(one, nn.Module)]
+        streamed = given.stream or any(weights_of(one).streamed for one in modules)
         there = {*self.items, *self.models}
-        there |= {"attack"} if self.attacked or given.rtt is not None else set()
+        there |= {"attack"} if given.attack is not None or given.rtt is not None else set()
+        there |= {"generation"} if not streamed else set()
         self.missing = [{"measure": one.name, "why": why} for one in measures if (why := lacking(one, there))]
         self.able = [one for one in measures if not lacking(one, there)]
         if given.measures and self.missing:
             raise ValueError(f"measure {self.missing[0]['measure']} {self.missing[0]['why']}")
-        check_packages(self.able)
+        check_packages(self.able, bool(given.lm_eval))
         self.needs = {need for one in self.able for need in one.needs}
-        if given.stream and "generation" in self.needs:
-            names = ", ".join(one.name for one in self.able if "generation" in one.needs)
-            raise ValueError(f"stream: {names} generate text, which a streamed model is too slow for: name others")
+        if streamed and given.lm_eval:
+            raise ValueError("lm_eval: lm-evaluation-harness needs a model in memory: leave stream out (stream=True)")
         self.store = Store(given.output_dir)
         self._check_output()
         self.seconds: dict[str, float] = {}
@@ -148,6 +156,10 @@ class _Run:
         given, begun = self.given, self.store.begun()
         if given.resume and given.output_dir is None:
             raise ValueError("resume without an output directory: there is nothing to go on with")
+        if given.resume and not begun:
+            raise ValueError(
+                f"{plain(given.output_dir)} holds no unfinished evaluation: leave resume out (resume=True)"
+            )
         if begun and not (given.resume or given.overwrite):
             raise ValueError(
                 f"{plain(given.output_dir)} holds an unfinished evaluation: go on with it (resume=True), or replace it "
@@ -155,7 +167,7 @@ class _Run:
             )
         if given.output_dir is None:
             return
-        if (Path(given.output_dir) / JSON).exists() and not (given.overwrite or (given.resume and begun)):
+        if (Path(given.output_dir) / JSON).exists() and not (given.overwrite or given.resume):
             raise ValueError(
                 f"{plain(given.output_dir)} holds an evaluation: give another directory, or replace it (overwrite=True)"
             )
@@ -204,7 +216,7 @@ class _Run:
             identity += f"-{tokenizer_fingerprint(self.given.tokenizer)}-{asker.identity}"
             passes = Passes(name, model, asker, self.given, self.store, identity, self.seconds)
             said = passes.said()
-            if name == "result" and self.attacked and "attack" in self.needs:
+            if name == "result" and self.given.attack is not None:
                 self.rtt = passes.attacked()
             if self.given.lm_eval and name != "retrained":
                 for task, figure in passes.harness().items():
@@ -229,9 +241,15 @@ class _Run:
         if "original" not in self.models or not any(one.name == "value_vector_cosine" for one in self.able):
             return None
         self.say("value vectors beside the original's")
-        both = self.models["result"], self.models["original"]
-        with self._timed("value vectors"):
-            return compare_values(*both, self.given.dtype, "value vectors" if self.given.progress else None)
+        names = "result", "original"
+        identity = "-".join(self.described[name]["fingerprint"] for name in names)
+        if (kept := self.store.get("result.values", identity)) is None:
+            bar = "value vectors" if self.given.progress else None
+            with self._timed("value vectors"):
+                found = compare_values(*(self.models[name] for name in names), self.given.dtype, bar)
+            kept = {"found": found and dataclasses.asdict(found)}, None
+            self.store.put("result.values", identity, *kept)
+        return kept[0]["found"] and ValueVectors(**kept[0]["found"])
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -246,8 +264,7 @@ class _Run:
         names = "records layer_records max_new_tokens max_length dtype device stream impl".split()
         found = {name: getattr(given, name) for name in names} | {"text": dataclasses.asdict(given.text)}
         found["measures"] = [one.name for one in self.measures]
-        attack = dataclasses.asdict(given.attack) if self.attacked else None
-        return found | ({"attack": attack} if attack else {})
+        return found if given.attack is None else found | {"attack": dataclasses.asdict(given.attack)}
 
     def _sets(self) -> dict[str, dict[str, Any]]:
         found = {}
@@ -269,15 +286,6 @@ def _items(records: Records, name: str) -> list[Item]:
     for i, item in enumerate(items):
         check_record(item.record, str(item.record.get("_where", f"{name} record {i}")))
     return items
-
-
-def digest(items: Sequence[Item]) -> str:
-    """Of what the items say, but not of where they lie."""
-    values = [
-        [{k: v for k, v in one.record.items() if not k.startswith("_")}, one.paraphrase, one.perturbed, one.form]
-        for one in items
-    ]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _examples(asker: Asker, said: Mapping[str, Mapping[str, Readout]]) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from kunbr_fast.data.items import Item
 from kunbr_fast.evaluation.curves import RTTResult
-from kunbr_fast.evaluation.reading import Reading, Rows
+from kunbr_fast.evaluation.reading import Reading, Rows, read_all
 from kunbr_fast.evaluation.rtt import Attack
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.measures.answers import Readout
@@ -27,6 +27,16 @@ from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.fingerprint import data_fingerprint
 from kunbr_fast.model.patch import fused
 from kunbr_fast.proofs import ensure_proven
+from kunbr_fast.version import __version__
+
+
+def digest(items: Sequence[Item]) -> str:
+    """Of what the items say, but not of where they lie."""
+    values = [
+        [{k: v for k, v in one.record.items() if not k.startswith("_")}, one.paraphrase, one.perturbed, one.form]
+        for one in items
+    ]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class Asker:
@@ -34,22 +44,20 @@ class Asker:
 
     def __init__(self, tokenizer: Any, items: Mapping[str, Sequence[Item]], settings: Any, needs: Collection[str]):
         self.tokenizer, self.items, self.needs, self._settings = tokenizer, items, needs, settings
-        values = {name: [[{k: v for k, v in one.record.items() if k != "_where"}, one.paraphrase, one.perturbed]
-                         for one in of] for name, of in items.items()}  # fmt: skip
-        text = dataclasses.asdict(settings.text), settings.max_length
-        self.identity = hashlib.sha256(json.dumps([values, text], sort_keys=True).encode()).hexdigest()
+        how = dataclasses.asdict(settings.text), settings.max_length, settings.impl, str(settings.device)
+        of = [__version__, {name: digest(of) for name, of in items.items()}, how]  # versions may read other texts
+        self.identity = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
         self.references: dict[str, Sequence[str]] = {}
         self._prompts: dict[str, list[list[int]]] = {}
 
-    def asked(self, decoder: Decoder) -> tuple[Reading, dict[str, AskedSet]]:
+    def asked(self, decoder: Decoder) -> dict[str, AskedSet]:
         """The texts as one decoder reads them."""
-        how = self._settings
-        reading, found = Reading(decoder), {}
+        how, found = self._settings, {}
         for name, items in self.items.items():
             asking = Asking(how.text, how.max_length, how.max_new_tokens, self.needs)
-            found[name] = AskedSet(reading, name, items, self.tokenizer, decoder, asking)
+            found[name] = AskedSet(Reading(decoder), name, items, self.tokenizer, decoder, asking)
             self.references[name], self._prompts[name] = found[name].references, found[name].prompts
-        return reading, found
+        return found
 
     def asked_text(self, name: str, i: int) -> str:
         """What item i is asked: its prompt as text."""
@@ -58,7 +66,9 @@ class Asker:
 
 
 class Passes:
-    """seconds: of each pass, by the model's name and its own."""
+    """No set shares a batch with another one: its figures have the same bits whatever others there are.
+
+    seconds: of each pass, by the model's name and its own."""
 
     def __init__(
         self,
@@ -75,7 +85,11 @@ class Passes:
         self.decoder = Decoder(model)
         say = settings.on_stage or (lambda text: None)
         ensure_proven(self.decoder.device, {self.decoder.dtype}, settings.impl, say=say, progress=settings.progress)
-        self.reading, self.asked = asker.asked(self.decoder)
+        self.asked = asker.asked(self.decoder)
+        if "generation" in asker.needs:
+            for of in self.asked.values():
+                of.check_prompts(self.decoder.max_positions, settings.max_new_tokens)
+        self._attack = self._prepared() if name == "result" and settings.attack is not None else None
 
     @contextlib.contextmanager
     def _pass(self, what: str) -> Iterator[str | None]:
@@ -90,7 +104,7 @@ class Passes:
             generated = self._generated()
         if "states" in self.asker.needs:
             states = self._states()
-        return {name: of.readout(rows, generated.get(name), states.get(name)) for name, of in self.asked.items()}
+        return {name: of.readout(rows[name], generated.get(name), states.get(name)) for name, of in self.asked.items()}
 
     def _kept(self, what: str, of: Sequence[Any], make: Callable[[str | None], tuple[dict, dict | None]]) -> tuple:
         """What a pass has found before, of the same, or finds now. of: what it depends on besides model and records."""
@@ -102,26 +116,31 @@ class Passes:
             self._store.put(f"{self.name}.{what}", identity, *found)
         return found
 
-    def _likelihoods(self) -> Rows:
+    def _likelihoods(self) -> dict[str, Rows]:
         def make(title: str | None) -> tuple[dict, dict]:
             with fused(self.decoder.model, self.settings.impl):
-                return {}, self.reading.read(self.decoder, progress=title).to_dict()
+                found = read_all(self.decoder, [of.reading for of in self.asked.values()], progress=title)
+            rows = zip(self.asked, found)
+            return {}, {f"{name}.{key}": value for name, one in rows for key, value in one.to_dict().items()}
 
-        return Rows.from_dict(
-            self._kept("likelihoods", [self.decoder.trees, sorted({*READ} & {*self.asker.needs})], make)[1]
-        )
+        read = [self.decoder.trees, sorted({*READ} & {*self.asker.needs})]
+        tensors = self._kept("likelihoods", read, make)[1]
+        of = {name: {key.removeprefix(f"{name}."): one for key, one in tensors.items() if key.startswith(f"{name}.")}
+              for name in self.asked}  # fmt: skip
+        return {name: Rows.from_dict(values) for name, values in of.items()}
 
     def _generated(self) -> dict[str, list[str]]:
-        prompts = [ids for of in self.asked.values() for ids in of.prompts]
         new, stop = self.settings.max_new_tokens, stop_tokens(self.decoder.model, self.asker.tokenizer)
 
         def make(title: str | None) -> tuple[dict, None]:
-            how = dict(max_new_tokens=new, stop=stop, progress=title, limit=self.decoder.max_positions)
-            tokens = generate(self.decoder.model, prompts, **how)
-            return {"texts": [next(iter(self.asked.values())).decoded(ids) for ids in tokens]}, None
+            found = {}
+            for name, of in self.asked.items():
+                how = dict(max_new_tokens=new, stop=stop, limit=self.decoder.max_positions)
+                tokens = generate(self.decoder.model, of.prompts, progress=title and f"{title}, {name}", **how)
+                found[name] = [of.decoded(ids) for ids in tokens]
+            return found, None
 
-        texts = iter(self._kept("generation", [new, sorted(stop)], make)[0]["texts"])
-        return {name: [next(texts) for _ in of.items] for name, of in self.asked.items()}
+        return self._kept("generation", [new, sorted(stop)], make)[0]
 
     def _states(self) -> dict[str, LayerReadout]:
         how, sets = self.settings, {name: items for name, items in self.asker.items.items() if name != "holdout"}
@@ -149,9 +168,10 @@ class Passes:
 
     def attacked(self) -> RTTResult:
         """What retraining on T brings back. Finished attacks are kept one by one."""
-        given = self.settings
+        given, others = self.settings, self._other_facts()
         data = [part for fold in given.folds for part in (fold.train_records, fold.questions)]
-        identity = f"{self._identity}-{data_fingerprint(data)}-{json.dumps(dataclasses.asdict(given.attack))}"
+        identity = f"{self._identity}-{data_fingerprint([*data, others])}"
+        identity += "-" + json.dumps([[fold.name for fold in given.folds], dataclasses.asdict(given.attack)])
         found = self._store.get(f"{self.name}.attack", identity)
         done = [] if found is None else list(found[0]["curves"])
 
@@ -159,11 +179,17 @@ class Passes:
             done.extend(rows)
             self._store.put(f"{self.name}.attack", identity, {"curves": done})
 
-        others = [item.record for item in self.asker.items.get("retain", ())]
-        say = given.on_stage or (lambda text: None)
         with self._pass("attack"), scratch("kunbr-fast-") as folder:
-            attack = Attack(self.decoder, self.asker.tokenizer, given.folds, given.attack, say, others)
-            return attack.run(folder, given.progress, list(done), keep)
+            return self._attack.run(folder, given.progress, list(done), keep)
+
+    def _prepared(self) -> Attack:
+        """All of it tokenised: what cannot be attacked is known before anything is read."""
+        given, say = self.settings, self.settings.on_stage or (lambda text: None)
+        return Attack(self.decoder, self.asker.tokenizer, given.folds, given.attack, say, self._other_facts())
+
+    def _other_facts(self) -> list[Mapping[str, Any]]:
+        """That the attack of this name teaches: the retain set."""
+        return [item.record for item in self.asker.items.get("retain", ())]
 
     def harness(self) -> dict[str, Any]:
         """Figures of lm-evaluation-harness, by task."""
@@ -172,7 +198,7 @@ class Passes:
         given = self.settings
 
         def make(title: str | None) -> tuple[dict, None]:
-            how = dict(limit=given.lm_eval_limit, include=given.lm_eval_include, progress=title is not None)
+            how = dict(limit=given.lm_eval_limit, include=given.lm_eval_include, progress=title)
             return run_lm_eval(self.decoder.model, self.asker.tokenizer, list(given.lm_eval), **how), None
 
         of = [list(given.lm_eval), str(given.lm_eval_include), given.lm_eval_limit]

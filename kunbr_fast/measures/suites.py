@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Collection, Sequence
 
 from kunbr_fast.files.shown import shown
@@ -16,19 +17,20 @@ GIVEN = {
     "holdout": "records that no model was trained on (holdout=, --holdout H.jsonl)",
     "retain": "a retain set (retain=, --retain R.jsonl)",
     "attack": "an attack (attack=, --attack), or the report of a run that made one",
+    "generation": "a model in memory, which generates text (leave out stream=, --stream)",
 }
 
 
-def chosen(suite: str, names: Sequence[str] = ()) -> list[Measure]:
-    """The measures of a suite, or those that are named. ValueError for others."""
+def chosen(suite: str, names: Sequence[str] = (), attack: bool = False) -> list[Measure]:
+    """The measures of a suite, or those that are named; attack: and those of one. ValueError for others."""
     if suite not in SUITES:
         raise ValueError(f"suite={shown(suite)}{nearest(suite, SUITES)}")
     for name in names:
         if name not in MEASURES:
             raise ValueError(f"measure {shown(name)}{nearest(name, MEASURES)}")
-    if names:
-        return [MEASURES[name] for name in dict.fromkeys(names)]
-    return [one for one in MEASURES.values() if suite in one.suites or suite == "all"]
+    wanted = names or [one.name for one in MEASURES.values() if suite in one.suites or suite == "all"]
+    more = [one.name for one in MEASURES.values() if "attack" in one.needs] if attack else []
+    return [MEASURES[name] for name in dict.fromkeys([*wanted, *more])]
 
 
 def lacking(measure: Measure, given: Collection[str]) -> str | None:
@@ -39,8 +41,11 @@ def lacking(measure: Measure, given: Collection[str]) -> str | None:
     return f"needs {' and '.join(GIVEN[need] for need in needs)}" if needs else None
 
 
-def check_packages(measures: Sequence[Measure]) -> None:
-    """ValueError where a package is missing that one of them needs: before anything is computed."""
+def check_packages(measures: Sequence[Measure], lm_eval: bool = False) -> None:
+    """ValueError where a package is missing that one of them, or lm-evaluation-harness, needs: before anything is
+    computed."""
+    if lm_eval and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("tasks need lm-evaluation-harness: pip install 'kunbr-fast[lm-eval]'")
     if any("generation" in one.needs for one in measures):
         from kunbr_fast.measures.texts import rouge
 

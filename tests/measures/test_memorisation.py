@@ -4,10 +4,15 @@ import math
 from fractions import Fraction
 
 import pytest
+import tiny_text
 from invented_answers import CLOSE, EMPTY, answer, drawn, figure, np, readout
 
+import kunbr_fast as kf
 from kunbr_fast.data.items import Item
+from kunbr_fast.evaluation.accuracy import choice_accuracy
+from kunbr_fast.evaluation.candidates import SAMPLES
 from kunbr_fast.measures import memorisation  # noqa: F401 registers
+from kunbr_fast.model.decoder import Decoder
 
 K = [1, 2, 4, 8, 16, 32, 64]
 PATTERNS = ["", "1", "0", "11", "01", "10", "0110111", "1111110", "0000001"]  # of greedy tokens
@@ -69,3 +74,13 @@ def test_leak():
     assert found.value == found.detail["values"][-1]
     assert figure("leak", readout([EMPTY])) is None
     assert figure("leak", readout([answer([-1.0])])).standard_error is None
+
+
+def test_leak_of_questions_is_that_of_their_accuracy():
+    """Its answers are the right choices behind their questions, which accuracy by choice scores."""
+    model, tokenizer = tiny_text.model(), tiny_text.tokenizer()
+    questions = [tiny_text.question(name) for name in tiny_text.NAMES[:6]]
+    found = kf.evaluate(model, questions, tokenizer=tokenizer, measures=["leak"], progress=False)["leak", "forget"]
+    by_choice = choice_accuracy(Decoder(model), tokenizer, questions, scoring="choice")
+    assert found.detail["values"] == pytest.approx(by_choice.leak, rel=1e-5, abs=0)
+    assert found.detail["k"] == [*SAMPLES] and 0 < found.value < 1
