@@ -23,9 +23,9 @@ METRICS = "".join(
     f"  - {{metric: {name}, aggregation: mean, higher_is_better: true}}\n" for name in ("acc", "acc_norm")
 )
 QUESTIONS = [tiny_text.question(name) for name in tiny_text.NAMES]
-# The right choice is the shortest of some questions, so that acc and acc_norm differ.
+# The right choice of some is the shortest, wrong ones have more characters a token: acc and acc_norm differ.
 CHOICES = [
-    [f"{c}{' or so' * 3 * (i % 3 == 0 and j != q['answer'])}" for j, c in enumerate(q["choices"])]
+    [f"{c}{' When was born?' * 2 * (i % 3 == 0 and j != q['answer'])}" for j, c in enumerate(q["choices"])]
     for i, q in enumerate(QUESTIONS)
 ]
 
