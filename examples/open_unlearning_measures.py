@@ -38,15 +38,22 @@ import torch
 import transformers as tf
 from open_unlearning import NAMES, fact, workspace
 
-from kunbr_fast.data.items import Item
+from kunbr_fast.data.published import load_items
 from kunbr_fast.integrations.open_unlearning_trainers import get_tokenizer
-from kunbr_fast.measures import knowledge, memorisation, privacy, utility  # noqa: F401 they register
 from kunbr_fast.measures.answers import Answer, Readout, Subject
-from kunbr_fast.measures.registry import MEASURES
+from kunbr_fast.measures.evaluate import Options
+from kunbr_fast.measures.passes import Asker, Passes
+from kunbr_fast.measures.registry import MEASURES, READ
+from kunbr_fast.measures.store import Store
 
 TOLERANCE = 1e-5  # relative; both compute in fp32
 COLUMNS = ["figure", "set", "open_unlearning", "ours", "apart", "made_alike", "transformers", "torch", "command"]
 STEPS, LENGTH = 60, 24  # of training; tokens that are generated
+CHAT = (  # ends at a line's end, as most templates do: no token reaches over where an answer begins
+    "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+MODELS = ("result", "retrained")
 TEMPLATE = {"apply_chat_template": True, "system_prompt": "You are a helpful assistant."}
 
 
@@ -78,6 +85,8 @@ def lines_of(work: Path, name: str) -> list[dict[str, Any]]:
 class Theirs:
     """The checkout's data sets and metrics."""
 
+    batch_size = 4
+
     def __init__(self, checkout: Path, work: Path, tokenizer: Any):
         sys.path.insert(0, str(checkout / "src"))
         import data.collators
@@ -103,7 +112,7 @@ class Theirs:
     def of(self, metric: str, model: Any, data: Any = None, side: str = "right", **given: Any) -> dict[str, Any]:
         """What the metric finds; given: its settings, and results of other metrics."""
         collator = self._data.collators.DataCollatorForSupervisedDataset(self.tokenizer, side, index="index")
-        more = dict(data=data, collators=collator, batch_size=4, tokenizer=self.tokenizer)
+        more = dict(data=data, collators=collator, batch_size=self.batch_size, tokenizer=self.tokenizer)
         with contextlib.redirect_stdout(io.StringIO()):
             return self.metrics[metric].evaluate_metric(model, metric, **more, **given)
 
@@ -127,19 +136,15 @@ class Theirs:
 
 # ---------------------------------------------------------------- ours
 
+FILES = ("forget", "retain", "holdout", "authors", "verbmem", "privleak_forget", "privleak_holdout")
 
-def answer_of(model: Any, tokenizer: Any, sample: dict[str, torch.Tensor]) -> Answer:
-    """One sample through the model, by itself."""
-    ids, labels = sample["input_ids"], sample["labels"]
-    with torch.no_grad():
-        logits = model(input_ids=ids[None]).logits[0, :-1]
-    at = (labels[1:] != -100).nonzero()[:, 0]
-    log_p, tokens = logits[at].double().log_softmax(-1), labels[1:][at]
-    p = log_p.exp()
-    mean = (p * log_p).sum(-1)
-    deviation = ((p * log_p.square()).sum(-1) - mean.square()).clamp(min=0).sqrt()
-    rows = (log_p.gather(1, tokens[:, None])[:, 0], log_p.argmax(-1) == tokens, mean, deviation)
-    return Answer(tokens.numpy(), *(row.numpy() for row in rows), tokenizer.decode(tokens, skip_special_tokens=True))
+
+def read(work: Path, models: dict[str, Any], tokenizer: Any) -> dict[str, dict[str, Readout]]:
+    """What each model says about each file, as `kf.evaluate` reads it."""
+    options = Options(tokenizer, max_new_tokens=LENGTH, progress=False)
+    items = {name: load_items(work / f"{name}.json", chat=True) for name in FILES}
+    asker = Asker(tokenizer, items, options, {*READ, "generation"})
+    return {name: Passes(name, models[name], asker, options, Store(None), "", {}).said() for name in MODELS}
 
 
 def without_last(said: Readout) -> Readout:
@@ -147,47 +152,6 @@ def without_last(said: Readout) -> Readout:
         return Answer(*(getattr(one, f.name)[:-1] for f in dataclasses.fields(one)[:-1]), text=one.text)
 
     return dataclasses.replace(said, answers=[shorter(one) for one in said.answers])
-
-
-class Ours:
-    """One model's readouts of the files, from the tokens that the checkout's data sets have."""
-
-    def __init__(self, theirs: Theirs, model: Any):
-        self.theirs, self.model, self.answer = theirs, model, functools.partial(answer_of, model, theirs.tokenizer)
-
-    def questions(self, name: str) -> Readout:
-        theirs, lines = self.theirs, lines_of(self.theirs.work, name)
-        items = [
-            Item(
-                {"prompt": line["question"], "completion": line["answer"], "_where": f"{name}:{number}"},
-                line.get("paraphrased_answer"), tuple(line["perturbed_answer"]), "tofu",
-            )
-            for number, line in enumerate(lines, 1)
-        ]  # fmt: skip
-        paraphrases = [None] * len(items)
-        if "paraphrased_answer" in lines[0]:
-            paraphrases = list(map(self.answer, theirs.questions(name, "paraphrased_answer")))
-        wrong = [
-            [self.answer(one) for one in several.values()] for several in theirs.questions(name, "perturbed_answer")
-        ]
-        generated = [self._continued(one["input_ids"]) for one in theirs.questions(name, asked=True)]
-        answers = list(map(self.answer, theirs.questions(name)))
-        references = [line["answer"] for line in lines]
-        return Readout(items, answers, paraphrases, wrong, generated=generated, references=references)
-
-    def texts(self, name: str, text: str = "text") -> Readout:
-        lines, answers = lines_of(self.theirs.work, name), list(map(self.answer, self.theirs.texts(name, text)))
-        generated, references = None, ()
-        if text == "gt":
-            generated = [self._continued(one["input_ids"]) for one in self.theirs.texts(name, text, asked=True)]
-            references = [line["gt"].replace(line["prompt"], "") for line in lines]  # as theirs
-        items = [Item({"text": ""}, form="muse") for _ in lines]
-        nothing = [None] * len(items), [()] * len(items)
-        return Readout(items, answers, *nothing, generated=generated, references=references)
-
-    def _continued(self, ids: torch.Tensor) -> str:
-        said = self.model.generate(ids[None], max_new_tokens=LENGTH, do_sample=False, pad_token_id=1)[0, len(ids) :]
-        return self.theirs.tokenizer.decode(said, skip_special_tokens=True)
 
 
 # ---------------------------------------------------------------- the comparison
@@ -273,16 +237,13 @@ def whole(theirs: Theirs, models: dict[str, Any], subject: Subject) -> Iterator[
 
 
 def compare(theirs: Theirs, models: dict[str, Any]) -> Iterator[Row]:
-    model, said = models["result"], {name: Ours(theirs, models[name]) for name in ("result", "retrained")}
-    tofu, muse = (
-        {name: {of: read(one, file) for of, file in files.items()} for name, one in said.items()}
-        for read, files in (
-            (Ours.questions, {of: of for of in ("forget", "retain", "holdout", "authors")}),
-            (Ours.texts, {of: f"privleak_{of}" for of in ("forget", "holdout")}),
-        )
-    )
+    model, said = models["result"], read(theirs.work, models, theirs.tokenizer)
     subject, texts = (
-        Subject("result", sets["result"], retrained=Subject("retrained", sets["retrained"])) for sets in (tofu, muse)
+        Subject("result", sets["result"], retrained=Subject("retrained", sets["retrained"]))
+        for sets in (
+            {name: {of: said[name][of] for of in FILES[:4]} for name in MODELS},
+            {name: {of: said[name][f"privleak_{of}"] for of in ("forget", "holdout")} for name in MODELS},
+        )
     )
     for name in subject.sets:
         yield from answers(theirs, model, name, subject.sets[name])
@@ -290,7 +251,11 @@ def compare(theirs: Theirs, models: dict[str, Any]) -> Iterator[Row]:
     yield from whole(theirs, models, subject)
     data = {of: theirs.texts(f"privleak_{of}") for of in ("forget", "holdout")}
     yield from attacks(theirs, models, data, texts, "MUSE")
-    verbatim = said["result"].texts("verbmem", "gt")
+    verbatim = said["result"]["verbmem"]
+    verbatim = dataclasses.replace(
+        verbatim,
+        references=[line["gt"].replace(line["prompt"], "") for line in lines_of(theirs.work, "verbmem")],  # as theirs
+    )
     value = theirs.rouge(model, theirs.texts("verbmem", "gt", asked=True), "rougeL_f1")["agg_value"]
     figure = ours("verbatim_memorisation", Subject("", {"forget": verbatim}))
     yield "verbatim_memorisation", "verbmem", value, figure, "prompt"
@@ -327,7 +292,7 @@ def main() -> None:
     work = options.out.resolve() / "work"
     os.environ.setdefault("HF_HOME", str(work / "hf"))
     files(work)
-    tokenizer = get_tokenizer(tf.AutoTokenizer.from_pretrained)(work / "model")
+    tokenizer = get_tokenizer(tf.AutoTokenizer.from_pretrained)(work / "model", chat_template=CHAT)
     models = {"result": trained(work, tokenizer, True), "retrained": trained(work, tokenizer, False)}
     models["folder"] = str(work / "retrained")
     models["retrained"].save_pretrained(models["folder"])

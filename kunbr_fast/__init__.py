@@ -10,10 +10,12 @@ from kunbr_fast.version import __version__
 
 if TYPE_CHECKING:  # for editors and type checkers: what HOMES says
     from kunbr_fast.data import encode, load_records
+    from kunbr_fast.data.published import load_items
     from kunbr_fast.density.attribution import Attribution, attribute
     from kunbr_fast.density.measure import Density, knowledge_density
     from kunbr_fast.density.select import pareto_front, select_blocks
     from kunbr_fast.files.merge import merge_models
+    from kunbr_fast.measures.evaluate import evaluate
     from kunbr_fast.model.blocks import partition
     from kunbr_fast.model.patch import patched
     from kunbr_fast.model.prefix_cache import PrefixCache
@@ -34,7 +36,9 @@ __all__ = [
     "Stopped",
     "attribute",
     "encode",
+    "evaluate",
     "knowledge_density",
+    "load_items",
     "load_records",
     "merge_models",
     "pareto_front",
@@ -47,10 +51,12 @@ __all__ = [
 
 HOMES = {
     "data": "encode load_records",
+    "data.published": "load_items",
     "density.attribution": "Attribution attribute",
     "density.measure": "Density knowledge_density",
     "density.select": "pareto_front select_blocks",
     "files.merge": "merge_models",
+    "measures.evaluate": "evaluate",
     "model.blocks": "partition",
     "model.patch": "patched",
     "model.prefix_cache": "PrefixCache",

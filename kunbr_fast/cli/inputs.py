@@ -74,8 +74,8 @@ def open_model(arguments: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
 Reader = Callable[..., list[dict]]  # of a file or several, and the option that names them
 
 
-def reader(arguments: argparse.Namespace, config: KUnBRConfig) -> Reader:
-    """`load_records` as the options say: `read(paths, "--forget")`."""
+def check_columns(arguments: argparse.Namespace) -> None:
+    """ValueError for names of columns that are not in order, or of files that are not given."""
     given = vars(arguments)
     for dest, columns in given.items():
         if not dest.endswith("_columns") or not columns:
@@ -87,6 +87,12 @@ def reader(arguments: argparse.Namespace, config: KUnBRConfig) -> Reader:
             Columns(columns)
         except ValueError as error:  # which begins with "columns"
             raise ValueError(f"--{option}-{error}") from error
+
+
+def reader(arguments: argparse.Namespace, config: KUnBRConfig) -> Reader:
+    """`load_records` as the options say: `read(paths, "--forget")`."""
+    check_columns(arguments)
+    given = vars(arguments)
     if arguments.preset and config.separator:
         raise ValueError(
             f"--separator with --preset {arguments.preset}: the preset's lines have what stands between prompt and "

@@ -11,16 +11,19 @@ from pathlib import Path
 from kunbr_fast.files.lock import hold_file
 from kunbr_fast.files.merge_folder import PARTIAL
 from kunbr_fast.files.target import FileKind, FolderKind, Target, check
+from kunbr_fast.measures import UNFINISHED
 from kunbr_fast.run.folder import NAME, STATE
 
 # Options that name what is read, of all commands. `plan --unlearned` is a flag.
 INPUTS = (
     "model", "unlearned", "base", "models", "config", "compare", "report",
     "forget", "retain", "forget_questions", "retain_questions", "other_facts", "holdout_of",
+    "original", "retrained", "holdout",
 )  # fmt: skip
 # What there is in --out of a command that was interrupted, once something of it is kept.
 KEPT = {
     "unlearn": f"{NAME}/{STATE}", "baseline": f"{NAME}/{STATE}", "merge": PARTIAL, "rtt": "", "bench": "results.csv",
+    "evaluate": UNFINISHED,
 }  # fmt: skip
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 

@@ -79,6 +79,10 @@ class Reading:
         self._asked += zip(map(int, rows), map(int, tokens), strict=True)
         return slice(first, len(self._asked))
 
+    def taken(self) -> Taken:
+        """Of which nothing is read yet."""
+        return Taken(self._rows, self._asked)
+
     def read(self, decoder: Decoder, place: Place | None = None, progress: str | None = None) -> Rows:
         """`read_all` of this one."""
         return read_all(decoder, [self], place, progress)[0]
@@ -93,8 +97,7 @@ def read_all(
 
     place: where a streamed model's activations wait between two layers. progress: label of a progress bar; its tokens
     are those of all layers. Where memory runs out all is begun again, with half the tokens at a time."""
-    samples = [one.trees.grown() if decoder.trees else one.trees.texts() for one in readings]
-    samples = [sorted(mine, key=len, reverse=True) for mine in samples]  # attention pads little
+    samples = samples_of(decoder, readings)
     longest, tokens = max((len(nodes) for mine in samples for nodes in mine), default=0), BATCH_TOKENS
     while True:
         try:
@@ -107,6 +110,22 @@ def read_all(
         tokens //= 2
 
 
+def samples_of(decoder: Decoder, readings: Sequence[Reading]) -> list[list[list[int]]]:
+    """Of each reading the nodes of each tree, or text, that goes through the model, the longest first: attention pads
+    little."""
+    samples = [one.trees.grown() if decoder.trees else one.trees.texts() for one in readings]
+    return [sorted(mine, key=len, reverse=True) for mine in samples]
+
+
+def groups_of(samples: Sequence[list[list[int]]], tokens: int) -> list[tuple[int, list[list[int]]]]:
+    """What goes through the model together: a reading's number, and some of its `samples_of`."""
+    return [
+        (number, [mine[i] for i in group])
+        for number, mine in enumerate(samples)
+        for group in token_batches(list(map(len, mine)), tokens)
+    ]
+
+
 def _read(
     decoder: Decoder,
     readings: Sequence[Reading],
@@ -115,14 +134,10 @@ def _read(
     place: Place | None,
     progress: str | None,
 ) -> list[Rows]:
-    groups = [
-        (number, [mine[i] for i in group])
-        for number, mine in enumerate(samples)
-        for group in token_batches(list(map(len, mine)), tokens)
-    ]
+    groups = groups_of(samples, tokens)
     batches = (readings[number].trees.pack(group, decoder.trees).to(decoder.device) for number, group in groups)
     counts = [sum(map(len, group)) for _, group in groups]
-    out, layers = [_Taken(one._rows, one._asked) for one in readings], range(decoder.num_layers)
+    out, layers = [one.taken() for one in readings], range(decoder.num_layers)
     bar = tqdm(total=sum(counts), desc=progress, unit="token", unit_scale=True, leave=False, disable=progress is None)
     # not inference_mode: tensors that a model keeps from here (rotary tables) serve training too
     with evaluating(decoder.model), bar:
@@ -134,7 +149,7 @@ def _read(
     return [one.rows() for one in out]
 
 
-class _Taken:
+class Taken:
     """What is read of one `Reading`. rows: of the nodes that are asked for; asked: (row, token)."""
 
     def __init__(self, rows: Mapping[int, int], asked: Sequence[tuple[int, int]]):

@@ -56,9 +56,7 @@ class Report:
     @property
     def method(self) -> str:
         """What made the result, for people."""
-        objective = self.config.get("warmup_objective") or self.config["objective"]
-        name = "KUnBR" if self.blocks else objective.replace("_", " ")
-        return name + ", adversary" * bool(self.config["adversary_every"])
+        return method_of(self.config, self.blocks)
 
     def row(self, method: str | None = None, model: str = "result") -> dict[str, Any]:
         """One line of `table`; method: its name (default: the report's)."""
@@ -104,6 +102,13 @@ class Report:
         }
 
 
+def method_of(config: Mapping[str, Any], blocks: Sequence) -> str:
+    """What made the result of a run with these settings and chosen blocks, for people."""
+    objective = config.get("warmup_objective") or config["objective"]
+    name = "KUnBR" if blocks else objective.replace("_", " ")
+    return name + ", adversary" * bool(config["adversary_every"])
+
+
 def table(rows: Sequence[Mapping]) -> str:
     """Methods side by side, as a Markdown table.
 
@@ -118,7 +123,7 @@ def table(rows: Sequence[Mapping]) -> str:
     others = list(dict.fromkeys(name for row in rows for name in row.get("other") or {}))
     forget, retain, rtt = (f"{title}{_metric(rows, name)}" for name, title in _MEASURED.items())
     header = ["method", forget, retain, *others, rtt, "recovery", *[f"{stage} (s)" for stage in stages]]
-    return _markdown(header, [_cells(row, others, stages) for row in rows])
+    return markdown(header, [_cells(row, others, stages) for row in rows])
 
 
 _MEASURED = {"forget": "forget", "retain": "retain", "rtt": "RTT"}
@@ -165,7 +170,7 @@ def attack_table(result: RTTResult) -> str:
     rows.insert(0, ["before", "-", "-", *values, *leak("before")])
     if leaks["guessing"] is not None and at:
         rows.insert(1, ["guessing", "-", "-", "-", *["-"] * len(kinds), *leak("guessing")])
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def attacks_table(results: Mapping[str, RTTResult]) -> str:
@@ -179,14 +184,14 @@ def attacks_table(results: Mapping[str, RTTResult]) -> str:
     for method, result in results.items():
         found = [_percent(result.summary(k)["accuracy"] if k in result.attacks else None) for k in kinds]
         rows.append([plain(method, 60), *found, *[_percent(result.smooth_accuracy) for _ in smooth]])
-    return _markdown(["method", *kinds, *smooth], rows)
+    return markdown(["method", *kinds, *smooth], rows)
 
 
 def _with_error(value: float | None, error: float | None) -> str:
     return _percent(value) if value is None or error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
     rule = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
     return "\n".join(

@@ -18,10 +18,10 @@ import torch
 from kunbr_fast.data import IGNORE, PackedBatch, TextSettings
 from kunbr_fast.data.items import Item
 from kunbr_fast.data.text import PLAIN
-from kunbr_fast.evaluation.accuracy import Questions, letter_tokens, prepare_questions
+from kunbr_fast.evaluation.accuracy import Asked, Questions, letter_tokens, prepare_questions
 from kunbr_fast.evaluation.probability import prepare_answers, spread
-from kunbr_fast.measures.lens import letter_scores, log_probs
-from kunbr_fast.measures.states import Ask, Read, empty_states, keeping, packed, parts, read_levels
+from kunbr_fast.evaluation.reading import Reading
+from kunbr_fast.measures.states import Take, empty_states, keeping, read_levels
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder, Stretch
 
@@ -81,51 +81,64 @@ def read_layers(
     that are no questions. place, progress: as of `read_levels`. ValueError as of `prepare_questions` and `encode`;
     FloatingPointError where states are not finite.
     """
-    found, asks = {}, []
-    for name, items in sets.items():
-        found[name], more = _prepared(decoder, tokenizer, items, most, text, max_length)
-        asks += more
-    if asks:
-        read_levels(decoder, asks, place=place, progress=progress)
-    return found
+    texts = {name: _texts_of(decoder, tokenizer, name, items, most, text, max_length) for name, items in sets.items()}
+    asked = {name: _AskedLayers(decoder, name, *of) for name, of in texts.items()}
+    read_levels(decoder, [(one.reading, one.takes) for one in asked.values()], place=place, progress=progress)
+    return {name: one.readout() for name, one in asked.items()}
 
 
-def _prepared(
+@dataclasses.dataclass(frozen=True)
+class _Texts:
+    """`texts`, `items` and `right` of a `LayerReadout`, those of questions first."""
+
+    texts: list[list[int]] = dataclasses.field(default_factory=list)
+    items: list[int] = dataclasses.field(default_factory=list)
+    right: list[bool | None] = dataclasses.field(default_factory=list)
+
+
+def _texts_of(
     decoder: Decoder,
     tokenizer: Any,
+    name: str,
     items: Sequence[Item],
     most: int | None,
     text: TextSettings,
     max_length: int | None,
-) -> tuple[LayerReadout, list[Ask]]:
-    """A readout of which the tensors are empty, and what fills them."""
-    records = {i: {"_where": f"record {i}", **items[i].record} for i in spread(range(len(items)), most)}
+) -> tuple[_Texts, dict[str, Questions]]:
+    """What is read of a set, and its questions by scoring."""
+    records = {i: {"_where": f"{name} record {i}", **items[i].record} for i in spread(range(len(items)), most)}
     asked, others = ([i for i in records if ("question" in records[i]) is is_one] for is_one in (True, False))
-    texts, owners, right, choice, letter = [], [], [], None, None
+    found, questions = _Texts(), _questions_of(decoder, tokenizer, [records[i] for i in asked])
     if asked:
-        of = [records[i] for i in asked]
-        choice = prepare_questions(tokenizer, of, scoring="choice", decoder=decoder)
-        letter = _with_letters(decoder, tokenizer, of)
-        for item, answer, sequences, targets in zip(asked, choice.answers, choice.sequences, choice.targets):
-            texts += [[*ids, pairs[-1][1]] for ids, pairs in zip(sequences, targets)]
-            owners += [item] * len(sequences)
-            right += [i == answer for i in range(len(sequences))]
+        of = questions["choice"]
+        for item, answer, sequences, targets in zip(asked, of.answers, of.sequences, of.targets):
+            found.texts.extend([*ids, pairs[-1][1]] for ids, pairs in zip(sequences, targets))
+            found.items.extend([item] * len(sequences))
+            found.right.extend(i == answer for i in range(len(sequences)))
     if others:
-        texts += _own_texts(decoder, tokenizer, [records[i] for i in others], text, max_length)
-        owners, right = owners + others, right + [None] * len(others)
-    lenses = [
-        None if of is None else torch.empty(decoder.num_layers + 1, len(asked)).double() for of in (choice, letter)
-    ]
-    readout = LayerReadout(texts, owners, right, empty_states(decoder, len(texts)), *lenses)
-    return readout, _asks(decoder, readout, choice, letter)
+        found.texts.extend(_own_texts(decoder, tokenizer, [records[i] for i in others], text, max_length))
+        found.items.extend(others)
+        found.right.extend([None] * len(others))
+    return found, questions
 
 
-def _with_letters(decoder: Decoder, tokenizer: Any, records: Sequence[Mapping]) -> Questions | None:
+def _questions_of(decoder: Decoder, tokenizer: Any, records: Sequence[Mapping]) -> dict[str, Questions]:
+    """By scoring; without "letter" where the tokenizer has no letters."""
+    found = {}
+    for scoring in ("choice", "letter") if records else ():
+        if scoring == "letter" and not _has_letters(tokenizer, records):
+            continue
+        questions = prepare_questions(tokenizer, records, scoring=scoring, decoder=decoder)
+        found[scoring] = dataclasses.replace(questions, candidates=None)  # of the choices alone
+    return found
+
+
+def _has_letters(tokenizer: Any, records: Sequence[Mapping]) -> bool:
     try:
         letter_tokens(tokenizer, max(len(record["choices"]) for record in records))
-    except ValueError:  # it has none
-        return None
-    return prepare_questions(tokenizer, records, scoring="letter", decoder=decoder)
+    except ValueError:
+        return False
+    return True
 
 
 def _own_texts(
@@ -143,56 +156,25 @@ def _own_texts(
     return list(found.values())
 
 
-def _asks(decoder: Decoder, readout: LayerReadout, choice: Questions | None, letter: Questions | None) -> list[Ask]:
-    """What fills a readout in. Its questions' texts come before the others."""
-    asks: list[Ask] = []
-    texts, questions = readout.texts, readout.questions
-    for part in parts(sum(len(texts[i]) for i in of) for of in questions):
-        where = slice(questions[part.start].start, questions[part.stop - 1].stop)
-        lens = _choice_lens(decoder, choice, part, readout.choice)
-        asks.append((packed(texts[where]), [keeping(readout.states, where), lens]))
-    first = questions[-1].stop if questions else 0
-    for part in parts(map(len, texts[first:])):
-        where = slice(first + part.start, first + part.stop)
-        asks.append((packed(texts[where]), [keeping(readout.states, where)]))
-    prompts = [] if letter is None else [sequences[0] for sequences in letter.sequences]
-    for part in parts(map(len, prompts)):
-        asks.append((packed(prompts[part]), [_letter_lens(decoder, letter, part, readout.letter)]))
-    return asks
+class _AskedLayers:
+    """A set's texts in a `Reading`, and what is taken of them at each level."""
 
+    def __init__(self, decoder: Decoder, name: str, of: _Texts, questions: Mapping[str, Questions]):
+        self._decoder, self._of, self.reading = decoder, of, Reading(decoder)
+        self._asked = {scoring: Asked(self.reading, one, name) for scoring, one in questions.items()}
+        number = {item: i for i, item in enumerate(dict.fromkeys(of.items))}  # as `Asked` counts them: one tree each
+        ends = [self.reading.add(ids, (name, number[item]))[-1] for ids, item in zip(of.texts, of.items)]
+        self._states = empty_states(decoder, len(of.texts))
+        self._taken = [self.reading.taken() for _ in range(decoder.num_layers + 1)]
+        self.takes: list[Take] = [keeping(self._states, ends), self._take]
 
-def _choice_lens(decoder: Decoder, questions: Questions, part: slice, out: torch.Tensor) -> Read:
-    """Puts whether each question of a part is answered correctly to out[level, part]: by the highest summed
-    log-probability, the first of equal ones, as of `choice_accuracy`. The head, which is most of the work, runs once
-    where choices begin alike."""
-    chosen = range(part.start, part.stop)
-    first: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # question and beginning -> text and position
-    reads, owners, text = [], [], 0
-    for i in chosen:
-        for ids, pairs in zip(questions.sequences[i], questions.targets[i]):
-            places = [first.setdefault((i, tuple(ids[: at + 1])), (text, at)) for at, _ in pairs]
-            reads += [(*place, token) for place, (_, token) in zip(places, pairs)]
-            owners += [text] * len(pairs)
-            text += 1
+    def _take(self, level: int, batch: PackedBatch, hidden: torch.Tensor, nodes: list[int]) -> None:
+        self._taken[level].take(self._decoder, batch, Stretch(self._decoder.num_layers, hidden), nodes)
 
-    def read(level: int, batch: PackedBatch, hidden: torch.Tensor) -> None:
-        found = log_probs(decoder, reads, batch, Stretch(decoder.num_layers, hidden))
-        sums = torch.zeros(text, dtype=torch.float64).index_add_(0, torch.tensor(owners), found)
-        _mark(out[level, part], sums.split([questions.num_choices[i] for i in chosen]), questions.answers[part])
-
-    return read
-
-
-def _letter_lens(decoder: Decoder, questions: Questions, part: slice, out: torch.Tensor) -> Read:
-    """As `_choice_lens`, by the highest letter's logit."""
-    chosen = range(part.start, part.stop)
-
-    def read(level: int, batch: PackedBatch, hidden: torch.Tensor) -> None:
-        scores = letter_scores(decoder, questions, chosen, batch, Stretch(decoder.num_layers, hidden))
-        _mark(out[level, part], scores, questions.answers[part])
-
-    return read
-
-
-def _mark(out: torch.Tensor, scores: Sequence[torch.Tensor], answers: Sequence[int]) -> None:
-    out.copy_(torch.tensor([float(of.argmax() == answer) for of, answer in zip(scores, answers)]))
+    def readout(self) -> LayerReadout:
+        rows = [taken.rows() for taken in self._taken]
+        lenses = {
+            scoring: torch.tensor([asked.accuracy(of).values for of in rows], dtype=torch.float64)
+            for scoring, asked in self._asked.items()
+        }
+        return LayerReadout(self._of.texts, self._of.items, self._of.right, self._states, **lenses)

@@ -11,14 +11,17 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from kunbr_fast.density.roles import in_attention
+from kunbr_fast.files.models import load_model
 from kunbr_fast.model import compat
 from kunbr_fast.model.layers import find_layers
+from kunbr_fast.model.streaming import open_streamed
 from kunbr_fast.model.weights import weights_of
 
 AT_ONCE = 1 << 24  # elements that are compared together: of fp64 copies 128 MiB each
@@ -49,6 +52,16 @@ class Values:
     rows: bool
 
 
+def _opened(source: Source, dtype: str | None) -> nn.Module:
+    """Of a folder nothing is in memory but what is compared, unless its architecture cannot be streamed."""
+    if isinstance(source, nn.Module):
+        return source
+    try:
+        return open_streamed(source, "cpu", dtype)
+    except ValueError:
+        return load_model(source, dtype)
+
+
 def value_parameters(model: nn.Module) -> Iterator[Values]:
     """The down projections of a model's MLPs, experts' too, by layer: matrices outside of attention that are called so
     and give the hidden size. Of a parameter that several layers share each layer's."""
@@ -72,13 +85,20 @@ def _axes(module: nn.Module) -> tuple[int, ...]:
     return (-1,) if isinstance(module, compat.Conv1D) or getattr(module, "is_transposed", False) else (-2, -1)
 
 
-@torch.no_grad()
-def compare_values(model: nn.Module, original: nn.Module, progress: str | None = None) -> ValueVectors | None:
-    """Of two models of one architecture, in memory or streamed, a parameter at a time; in fp64. A vector that is zero
-    in both has a cosine of 1, in one of them 0. None where no MLP's value vectors are known (a state-space model).
+Source = nn.Module | str | Path
 
-    ValueError where the models have other parameters.
+
+@torch.no_grad()
+def compare_values(
+    model: Source, original: Source, dtype: str | None = None, progress: str | None = None
+) -> ValueVectors | None:
+    """Of two models of one architecture, or their folders, a parameter at a time; in fp64. A vector that is zero in
+    both has a cosine of 1, in one of them 0. None where no MLP's value vectors are known (a state-space model).
+
+    dtype: that folders are read in, as of `load_model`. progress: label of a bar. ValueError where the models have
+    other parameters.
     """
+    model, original = (_opened(source, dtype) for source in (model, original))
     ours, theirs = weights_of(model), weights_of(original)
     found: dict[int, list[torch.Tensor]] = {}
     for values in tqdm(list(value_parameters(model)), desc=progress, leave=False, disable=progress is None):

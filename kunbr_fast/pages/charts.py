@@ -16,9 +16,14 @@ from kunbr_fast.evaluation.figures import COLOURS
 from kunbr_fast.pages.markup import Markup, e, folded, join, paragraph, table, tag
 
 DASHES = (None, "9 4", "3 3", "10 3 3 3", "6 2", "2 5")
-SIZES = {"narrow": (360, 290), "broad": (860, 340)}  # units, of 1 to 1.3 pixels
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 44, 42  # above: the label of the axis, then that of a bracket
-CHARACTER = 6.8  # of the labels: units, at most
+SIZES = {"narrow": (340, 290), "broad": (760, 330)}  # units, of 0.85 to 1.4 pixels
+LEFT, RIGHT, TOP, BOTTOM = (
+    40,
+    14,
+    44,
+    42,
+)  # at the left: at least  # above: the label of the axis, then that of a bracket
+CHARACTER = 7.8  # of the labels, at most: units (DejaVu Sans is wide)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +93,36 @@ class Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def _y_scale(chart: Chart, values: Sequence[float], height: int) -> tuple[Scale, list[float]]:
+@dataclasses.dataclass(frozen=True)
+class Plane:
+    """Where a chart is drawn: its size, where its axes begin, and the scale of y with its marks."""
+
+    width: int
+    height: int
+    left: float
+    y: Scale
+    marks: Sequence[float]
+
+    @property
+    def right(self) -> float:
+        return self.width - RIGHT
+
+    @property
+    def bottom(self) -> float:
+        return self.height - BOTTOM
+
+
+def _plane(chart: Chart, values: Sequence[float], width: int, height: int) -> Plane:
     level = [chart.level[0]] if chart.level else []
     low, high = min([*values, *level], default=0.0), max([*values, *level], default=1.0)
     low = min(low, 0.0) if chart.from_zero else low
     marks = ticks(low, max(high, chart.top or high), 5)
-    return Scale(marks[0], marks[-1], height - BOTTOM, TOP), marks
+    left = max(LEFT, 14 + CHARACTER * max(len(_label(mark)) for mark in marks))
+    return Plane(width, height, left, Scale(marks[0], marks[-1], height - BOTTOM, TOP), marks)
+
+
+def _label(value: float) -> str:
+    return f"{value:g}".replace("-", "−")
 
 
 # ---------------------------------------------------------------- pieces of SVG
@@ -140,15 +169,17 @@ def _error(x: float, low: float, high: float) -> str:
     return _element("path", d=ends, class_="error")
 
 
-def _frame(chart: Chart, width: int, height: int, y: Scale, marks: Sequence[float]) -> list[str]:
+def _frame(chart: Chart, on: Plane) -> list[str]:
     """Grid, labels of the axes, and the level."""
-    parts = [_text(2, 14, chart.y_label, "start"), _text(width - RIGHT, height - 6, chart.x_label, "end")]
-    for mark in marks:
-        parts.append(_path([(LEFT, y(mark)), (width - RIGHT, y(mark))], class_="axis" if mark == 0 else "grid"))
-        parts.append(_text(LEFT - 6, y(mark) + 4, f"{mark:g}".replace("-", "−"), "end"))
-    if chart.level:
-        parts.append(_path([(LEFT, y(chart.level[0])), (width - RIGHT, y(chart.level[0]))], class_="level"))
-    return parts
+    parts = [_text(2, 14, chart.y_label, "start"), _text(on.right, on.height - 6, chart.x_label, "end")]
+    for mark in on.marks:
+        parts.append(_across(on, mark, "axis" if mark == 0 else "grid"))
+        parts.append(_text(on.left - 6, on.y(mark) + 4, _label(mark), "end"))
+    return [*parts, _across(on, chart.level[0], "level")] if chart.level else parts
+
+
+def _across(on: Plane, value: float, kind: str) -> str:
+    return _path([(on.left, on.y(value)), (on.right, on.y(value))], class_=kind)
 
 
 def _svg(width: int, height: int, label: str, kind: str, parts: Sequence[str]) -> Markup:
@@ -184,26 +215,26 @@ def lines(chart: Chart, series: Sequence[Series]) -> Markup:
     xs = sorted({x for x, _ in points})
 
     def draw(width: int, height: int) -> list[str]:
-        y, marks = _y_scale(chart, ends, height)
+        on = _plane(chart, ends, width, height)
         pad = 0.02 * (xs[-1] - xs[0]) or 0.5
-        x = Scale(xs[0] - pad, xs[-1] + pad, LEFT, width - RIGHT)
-        parts = _frame(chart, width, height, y, marks)
-        for mark in _whole_ticks(xs, width):
-            parts.append(_text(x(mark), height - BOTTOM + 17, f"{mark:g}"))
+        x = Scale(xs[0] - pad, xs[-1] + pad, on.left, on.right)
+        parts = _frame(chart, on)
+        for mark in _whole_ticks(xs, on.right - on.left):
+            parts.append(_text(x(mark), on.bottom + 17, _label(mark)))
         for at in chart.breaks:
-            parts.append(_path([(x(at), TOP), (x(at), height - BOTTOM)], class_="grid"))
+            parts.append(_path([(x(at), TOP), (x(at), on.bottom)], class_="grid"))
         for one in sorted(series, key=lambda one: not one.thin):
-            parts += _line(one, x, y)
+            parts += _line(one, x, on.y)
         return parts
 
     keys = [_series_key(one) for one in series if not one.thin]
     return _figure(chart, keys, draw, _series_table(chart, series))
 
 
-def _whole_ticks(xs: Sequence[float], width: int) -> list[float]:
+def _whole_ticks(xs: Sequence[float], width: float) -> list[float]:
     """Some of the whole numbers from the first x to the last, as many as have room."""
     longest = max(len(f"{x:g}") for x in (xs[0], xs[-1]))
-    room = max(2, int((width - LEFT - RIGHT) / (CHARACTER * longest + 12)))
+    room = max(2, int(width / (CHARACTER * longest + 12)))
     if xs[-1] - xs[0] < 1:
         return [xs[0]]
     marks = [mark for mark in ticks(xs[0], xs[-1], room) if xs[0] <= mark <= xs[-1] and mark == int(mark)]
@@ -298,19 +329,17 @@ def bars(
     ends = [value + way * (error or 0.0) for value, error in found for way in (-1, 1)]
 
     def draw(width: int, height: int) -> list[str]:
-        y, marks = _y_scale(chart, ends, height)
-        slot = (width - LEFT - RIGHT) / len(categories)
-        parts = _frame(chart, width, height, y, marks)
-        longest = max(len(name) for name in categories) * CHARACTER + 6
-        step = max(1, math.ceil(longest / slot))
+        on = _plane(chart, ends, width, height)
+        slot = (on.right - on.left) / len(categories)
+        parts = _frame(chart, on)
+        step = max(1, math.ceil((max(map(len, categories)) * CHARACTER + 6) / slot))
         for i in range(0, len(categories), step):
-            parts.append(_text(LEFT + (i + 0.5) * slot, height - BOTTOM + 17, categories[i]))
+            parts.append(_text(on.left + (i + 0.5) * slot, on.bottom + 17, categories[i]))
         for number, one in enumerate(groups):
-            parts += _bars(one, y, slot, 0 if together else number, 1 if together else len(groups), written)
+            parts += _bars(one, on, slot, (0, 1) if together else (number, len(groups)), written)
         for first, last, label in brackets:
-            parts += _bracket(
-                LEFT + (first + 0.08) * slot, LEFT + (last + 0.92) * slot, y, label, _top(groups, first, last)
-            )
+            ends_at = on.left + (first + 0.08) * slot, on.left + (last + 0.92) * slot
+            parts += _bracket(*ends_at, on.y(_top(groups, first, last)) - 8, label)
         return parts
 
     keys = [_key(one.name, [_swatch(one.kind)], _class(one.kind)) for one in groups if _with_errors(one)]
@@ -325,20 +354,21 @@ def _swatch(kind: str) -> str:
     return _element("rect", x="9", y="1", width="16", height="12", class_="hollow" if kind == "hollow" else "fill")
 
 
-def _bars(one: Bars, y: Scale, slot: float, place: int, places: int, written: str | None) -> list[str]:
-    width = min(0.8 * slot / places, 70)
-    parts, zero = [], y(0.0)
+def _bars(one: Bars, on: Plane, slot: float, place: tuple[int, int], written: str | None) -> list[str]:
+    """place: (number, of how many) in each category's slot."""
+    number, places = place
+    width, parts = min(0.8 * slot / places, 70), []
     for i, (value, error) in enumerate(zip(one.values, one.errors or [None] * len(one.values))):
         if value is None:
             continue
-        left = LEFT + (i + 0.5) * slot + (place - places / 2) * width
-        top, bottom = sorted((y(value), zero))
+        left = on.left + (i + 0.5) * slot + (number - places / 2) * width
+        top, bottom = sorted((on.y(value), on.y(0.0)))
         box = dict(x=_n(left + 0.5), y=_n(top), width=_n(max(width - 1, 1)), height=_n(bottom - top))
         parts.append(_element("rect", **box, class_="hollow" if one.kind == "hollow" else "fill"))
         if error:
-            parts.append(_error(left + width / 2, y(value - error), y(value + error)))
+            parts.append(_error(left + width / 2, on.y(value - error), on.y(value + error)))
         if written is not None:
-            parts.append(_text(left + width / 2, y(value + (error or 0.0)) - 5, f"{value:{written}}"))
+            parts.append(_text(left + width / 2, on.y(value + (error or 0.0)) - 5, f"{value:{written}}"))
     return [_element("g", "".join(parts), class_=_class(one.kind))] if parts else []
 
 
@@ -351,10 +381,10 @@ def _top(groups: Sequence[Bars], first: int, last: int) -> float:
     return max(found)
 
 
-def _bracket(left: float, right: float, y: Scale, label: str, top: float) -> list[str]:
-    at = y(top) - 8
+def _bracket(left: float, right: float, at: float, label: str) -> list[str]:
     ends = [(left, at + 5), (left, at), (right, at), (right, at + 5)]
-    return [_path(ends, class_="axis"), _text((left + right) / 2, at - 4, label)]
+    fits = CHARACTER * len(label) < right - left  # else it would stand over its neighbour's
+    return [_path(ends, class_="axis"), *[_text((left + right) / 2, at - 4, label)] * fits]
 
 
 def _bars_table(chart: Chart, categories: Sequence[str], groups: Sequence[Bars]) -> Markup:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from kunbr_fast.measures.registry import GROUPS
 from kunbr_fast.pages import findings, pictures
 from kunbr_fast.pages.findings import NAMES, measured
 from kunbr_fast.pages.markup import (
@@ -144,9 +145,10 @@ def _evaluations(sources: Sequence[Source]) -> Markup:
                 key = (row["group"], row["title"], row["set"], row["model"])
                 text = figure(row["value"], row["standard_error"], row["unit"])
                 rows.setdefault(key, [NOTHING] * len(sources))[number] = text
-    header = ["group", "measure", "set", "model", *[words(source.name) for source in sources]]
-    lines = [[*key[:3], NAMES.get(key[3], key[3]), *cells] for key, cells in rows.items()]
-    return table(header, lines, texts=4, caption="Of kunbr-fast evaluate")
+    groups = list(dict.fromkeys([*GROUPS, *(key[0] for key in rows)]))
+    order = sorted(rows, key=lambda key: (groups.index(key[0]), *key[1:]))
+    lines = [[f"{key[1]}: {key[2]}", NAMES.get(key[3], key[3]), *rows[key]] for key in order]
+    return table(["measure", "model", *_header(sources, "")[1:]], lines, texts=2, caption="Of kunbr-fast evaluate")
 
 
 def _relearning(sources: Sequence[Source]) -> Markup:

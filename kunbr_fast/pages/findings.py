@@ -16,7 +16,7 @@ NAMES = {
     "original": "original",
     "unlearned": "after the warm-up (M_u)",
     "result": "result",
-    "retrained": "retrained without the forget set",
+    "retrained": "retrained",
 }
 METRICS = {"accuracy": ("plain", "num_questions"), "probability": ("mean", "num_records")}
 
@@ -42,10 +42,13 @@ class Measured:
 
 
 def measured(source: Source) -> dict[str, dict[str, Measured]]:
-    """{model: {set: what the run found}}; empty without a run's report."""
+    """{model: {set: what the run found}}; empty without a run's report. Without blocks M_u is the result, and is not
+    named."""
     found: dict[str, dict[str, Measured]] = {}
     for metric, (mean, number) in METRICS.items():
         for model, sets in ((source.report or {}).get(metric) or {}).items():
+            if model == "unlearned" and not source.report["blocks"]:
+                continue
             for what, each in sets.items():
                 more = {
                     name: each.get(name) for name in ("change_error", "chance", "calibrated", "smooth", "smooth_error")

@@ -79,9 +79,15 @@ def pairs(items: Mapping[str, Any] | Iterable[tuple[Any, Any]]) -> Markup:
     return tag("dl", join(lines)) if lines else Markup("")
 
 
-def table(header: Sequence[Any], rows: Iterable[Sequence[Any]], texts: int = 1, caption: str | None = None) -> Markup:
+def table(
+    header: Sequence[Any],
+    rows: Iterable[Sequence[Any]],
+    texts: int = 1,
+    caption: str | None = None,
+    label: str | None = None,
+) -> Markup:
     """The first `texts` columns are text, the first of them names its row; the others are figures. A row may be (class,
-    cells). Empty without rows."""
+    cells). label: what it is called where a heading stands over it in place of a caption. Empty without rows."""
     lines = [_row(row, texts) for row in rows]
     if not lines:
         return Markup("")
@@ -90,7 +96,7 @@ def table(header: Sequence[Any], rows: Iterable[Sequence[Any]], texts: int = 1, 
     parts = [tag("caption", caption) if caption else "", head, tag("tbody", join(lines))]
     # a box that scrolls is reached by the keyboard
     return tag(
-        "div", tag("table", join(parts)), class_="wide", tabindex="0", role="region", aria_label=caption or "table"
+        "div", tag("table", join(parts)), class_="wide", tabindex="0", role="region", aria_label=caption or label
     )
 
 
@@ -105,36 +111,36 @@ def _row(row: Sequence[Any], texts: int) -> Markup:
 
 
 def figure(value: float | None, error: float | None = None, unit: str = "share") -> str:
-    """With its standard error. unit: as of a `measures.registry.Measure`."""
+    """With its standard error. unit: as of a `measures.registry.Measure`; a small share has two digits."""
     if value is None:
         return NOTHING
-    scale, sign, digits = _shape(unit)
-    text = _number(scale * value, digits)
-    return _unbroken(f"{text}{sign}" if error is None else f"{text} ± {_number(scale * error, digits)}{sign}")
+    small = unit == "share" and 0 < abs(value) < 0.00995
+    return _written(value, error, (100.0, "\u00a0%", ".2g", ".1g") if small else _WAYS[unit if unit in _WAYS else ""])
 
 
 def change(value: float | None, error: float | None = None, unit: str = "share") -> str:
     """A difference: of shares in points."""
     if value is None:
         return NOTHING
-    scale, sign, digits = _shape(unit)
-    sign = " points" if sign else ""
-    text = f"{'+' if value > 0 else ''}{_number(scale * value, digits)}"
-    return _unbroken(f"{text}{sign}" if error is None else f"{text} ± {_number(scale * error, digits)}{sign}")
+    scale, sign, *digits = _WAYS[unit if unit in _WAYS else ""]
+    text = _written(value, error, (scale, " points" if sign else "", *digits))
+    return f"+{text}" if value > 0 and float(text.split()[0].replace("−", "-")) > 0 else text
 
 
-def _unbroken(text: str) -> str:
-    """A figure stays on one line."""
-    return text.replace(" ", "\u00a0")
+# Factor, sign, and how value and error are written. A figure and its error stay on one line.
+_Way = tuple[float, str, str, str]
+_WAYS: Mapping[str, _Way] = {
+    "share": (100.0, "\u00a0%", ".1f", ".1f"),
+    "points": (1.0, "\u00a0points", ".1f", ".1f"),
+    "": (1.0, "", ".4g", ".2g"),
+}
 
 
-def _shape(unit: str) -> tuple[float, str, int | None]:
-    return {"share": (100.0, " %", 1), "points": (1.0, " points", 1)}.get(unit, (1.0, "", None))
-
-
-def _number(value: float, digits: int | None) -> str:
-    text = f"{value:.4g}" if digits is None else f"{value:.{digits}f}"
-    return text.replace("-", "−") if float(text) else text.lstrip("-")  # no minus zero
+def _written(value: float, error: float | None, way: _Way) -> str:
+    scale, sign, digits, of_error = way
+    text = f"{scale * value:{digits}}"
+    text = text.replace("-", "−") if float(text) else text.lstrip("-")  # no minus zero
+    return f"{text}{sign}" if error is None else f"{text}\u00a0±\u00a0{scale * error:{of_error}}{sign}"
 
 
 def count(number: int, what: str) -> str:

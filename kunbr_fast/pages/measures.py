@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kunbr_fast.measures.registry import GROUPS
+from kunbr_fast.measures.suites import MEASURES
 from kunbr_fast.pages.findings import NAMES
-from kunbr_fast.pages.markup import NOTHING, Markup, change, code, figure, join, setting, table, tag
+from kunbr_fast.pages.markup import NOTHING, Markup, change, code, figure, folded, join, pairs, setting, table, tag
 from kunbr_fast.pages.sources import Source
 
 MODELS = ("original", "result", "retrained")
@@ -23,7 +24,7 @@ def every_measure(source: Source) -> Markup:
     parts = [_group(group, [row for row in figures if row["group"] == group]) for group in groups]
     missing = source.evaluation.get("missing") or ()
     lost = table(["measure", "why"], [[code(each["measure"]), each["why"]] for each in missing], texts=2,
-                 caption="What could not be measured")  # fmt: skip
+                 label="What could not be measured")  # fmt: skip
     note = tag("p", "↑: a model that knows more of the set has more. ↓: it has less.", class_="soft") if figures else ""
     return join([note, *parts, join([tag("h3", "Missing"), lost]) if missing else ""])
 
@@ -37,12 +38,21 @@ def _group(group: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
     for measure, what in dict.fromkeys((row["measure"], row["set"]) for row in rows):
         of = {row["model"]: row for row in rows if (row["measure"], row["set"]) == (measure, what)}
         one = next(iter(of.values()))
-        title = join([f"{one['title']} {KNOWN.get(one['known'], '')}".strip(), code(measure)], " ")
+        title = join(
+            [f"{one['title']} {KNOWN.get(one['known'], '')}".strip(), tag("span", code(measure), class_="help")]
+        )
         cells = [_cell(of.get(name)) for name in models]
-        lines.append([title, what, str(one["number"]), *cells, _detail(of)])
-    header = ["measure", "set", "number", *[NAMES.get(name, name) for name in models], "more"]
-    made = table(header, lines, texts=2, caption=f"Measures of {group}")
-    return join([tag("h3", group.capitalize()), made])
+        lines.append([title, f"{what} ({one['number']})", *cells, _detail(of)])
+    header = ["measure", "set (number)", *[NAMES.get(name, name) for name in models], "more"]
+    if not any(line[-1] for line in lines):
+        header, lines = header[:-1], [line[:-1] for line in lines]
+    made = table(header, lines, texts=2, label=f"Measures of {group}")
+    formulas = [
+        (code(name), MEASURES[name].formula)
+        for name in dict.fromkeys(row["measure"] for row in rows)
+        if name in MEASURES
+    ]
+    return join([tag("h3", group.capitalize()), made, folded("How each is defined", pairs(formulas))])
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
@@ -68,7 +78,7 @@ def lm_eval(source: Source) -> Markup:
             error = None if None in errors else (errors[0] ** 2 + errors[1] ** 2) ** 0.5
             moved = change(last["value"] - first["value"], error)
         rows.append([task, str(found.get("metric", "")), _harness(first), _harness(last), moved])
-    return table(["task", "metric", "original", "result", "change"], rows, texts=2, caption="lm-evaluation-harness")
+    return table(["task", "metric", "original", "result", "change"], rows, texts=2, label="lm-evaluation-harness")
 
 
 def _harness(found: Mapping[str, Any] | None) -> str:

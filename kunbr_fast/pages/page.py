@@ -72,7 +72,7 @@ def _of_one(source: Source) -> Iterable[Section]:
         ("examples", "Examples", sections.examples(source)),
         ("density", "Where the knowledge sits", pictures.density(source) if run else Markup("")),
         ("losses", "Losses by stage", pictures.losses(source) if run else Markup("")),
-        ("depth", "Layer by layer", pictures.depth(figures)),
+        ("depth", "Layer by layer, sample by sample", pictures.depth(figures)),
         ("measures", "All measures", measures.every_measure(source)),
         ("lm-eval", "General ability", measures.lm_eval(source)),
         ("seconds", "Seconds a stage", sections.seconds(source)),

@@ -95,6 +95,7 @@ def density(source: Source) -> Markup:
     title, label = _RAW.get(source.density.statistic, _SHARES)
     found = source.density
     note = f"{found.statistic} of the gradients of {found.modules}, over {found.num_samples} samples."
+    note += f" Blocks: {', '.join(label for _, _, label in marks)}." if marks else ""
     chart = Chart(title, "decoder layer", label, note=note)
     return bars(chart, [str(i) for i in range(number)], groups, together=True, brackets=marks)
 
@@ -276,26 +277,30 @@ def _strongest(name: str, look: int, rtt: RTTResult) -> Series:
 # ---------------------------------------------------------------- layers
 
 
+_AXES = {"layers": "layer", "k": "sampled answers"}  # lists in a figure's detail, beside "values"
+
+
 def depth(figures: Sequence[Mapping[str, Any]]) -> Markup:
-    """What each measure of hidden layers finds in them: a chart for a measure and a set, a curve for a model."""
+    """What measures find at each layer, or with each number of samples: a chart for a measure, a curve for a model and
+    a set."""
     charts: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in figures:
-        detail = row["detail"]
-        layers, values = detail.get("layers"), detail.get("values")
-        if isinstance(layers, list) and isinstance(values, list) and len(layers) == len(values):
-            charts.setdefault((row["measure"], row["set"]), []).append(row)
-    return join(_depth(what, rows) for (_, what), rows in charts.items())
+        values = row["detail"].get("values")
+        for axis in _AXES:
+            at = row["detail"].get(axis)
+            if isinstance(at, list) and isinstance(values, list) and len(at) == len(values):
+                charts.setdefault((row["measure"], axis), []).append(row)
+    return join(_depth(axis, rows) for (_, axis), rows in charts.items())
 
 
-def _depth(what: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
+def _depth(axis: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
     share = rows[0]["unit"] == "share"
     series = []
     for look, row in enumerate(rows):
         values = [value if isinstance(value, (int, float)) else None for value in row["detail"]["values"]]
-        series.append(Series(NAMES.get(row["model"], row["model"]), row["detail"]["layers"],
-                             _percents(values) if share else values, look=look))  # fmt: skip
+        name = f"{NAMES.get(row['model'], row['model'])}: {row['set']}"
+        series.append(Series(name, row["detail"][axis], _percents(values) if share else values, look=look))
     unit = " (%)" if share else " (points)" if rows[0]["unit"] == "points" else ""
-    note = f"{rows[0]['measure']}, over {rows[0]['number']} of the {what} set."
-    return lines(
-        Chart(f"{rows[0]['title']}: {what}, layer by layer", "decoder layer", f"value{unit}", note=note), series
-    )
+    numbers = ", ".join(dict.fromkeys(f"{row['set']} {row['number']}" for row in rows))
+    note = f"{rows[0]['measure']}; number: {numbers}."
+    return lines(Chart(rows[0]["title"], _AXES[axis], f"value{unit}", note=note), series)

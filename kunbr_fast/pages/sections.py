@@ -59,6 +59,8 @@ def asked(source: Source) -> Markup:
             about.append((f"measured: {NAMES.get(name, name)}", words(model.get("path", NOTHING))))
         for name, each in source.evaluation["sets"].items():
             about.append((f"measured on: {name}", _set(each)))
+        if "retrained" in source.evaluation["models"]:
+            about.append(("retrained", "a model that was trained without the forget set"))
         about.append(("suite of measures", setting(source.evaluation["suite"])))
     return join([pairs(about), _settings(source), _evaluation_settings(source)])
 
@@ -129,7 +131,9 @@ def before_and_after(source: Source) -> Markup:
             after = [figure(rtt.accuracy, rtt.standard_error) if what == "forget" else NOTHING for what in sets]
             rows.append([f"result, after the strongest attack of {who}", *after])
     more = _other_scorings(found, sets)
-    return join([table(header, rows, caption="With standard errors"), pictures.before_and_after(source), more])
+    return join(
+        [table(header, rows, label="Before and after, with standard errors"), pictures.before_and_after(source), more]
+    )
 
 
 def _metric(found: Mapping[str, Any], what: str) -> str:
@@ -176,7 +180,7 @@ def kept_and_lost(source: Source) -> Markup:
     first, last = (found.get(model, {}).get("retain") for model in ("original", "result"))
     if first is not None and last is not None:
         moved = change(last.value - first.value, last.change_error)
-        rows.append([f"{_metric(found, 'retain')}, of the run", "retain", _cell(first), _cell(last), moved])
+        rows.append([f"{_metric(found, 'retain')}, of the run: retain", _cell(first), _cell(last), moved])
     figures = (source.evaluation or {}).get("figures", ())
     for row, before in _pairs_of(figures):
         if row["set"] != "forget":
@@ -184,17 +188,16 @@ def kept_and_lost(source: Source) -> Markup:
             errors = (row["standard_error"], before["standard_error"])
             error = None if None in errors else (errors[0] ** 2 + errors[1] ** 2) ** 0.5
             values = [figure(each["value"], each["standard_error"], unit) for each in (before, row)]
-            rows.append([row["title"], row["set"], *values, change(row["value"] - before["value"], error, unit)])
+            rows.append([f"{row['title']}: {row['set']}", *values, change(row["value"] - before["value"], error, unit)])
     note = (
-        "Errors of the run's changes are of the same questions before and after. Those of the evaluation are as if "
-        "each model had been asked other questions: sqrt(a² + b²)."
+        ""
+        if not figures
+        else (
+            "Errors of the run's changes are of the same questions before and after. Those of the evaluation are as if "
+            "each model had been asked other questions: sqrt(a² + b²)."
+        )
     )
-    made = table(
-        ["measure", "set", "original", "result", "change"],
-        rows,
-        texts=2,
-        caption="Before and after, of what was to stay",
-    )
+    made = table(["measure", "original", "result", "change"], rows, label="Before and after, of what was to stay")
     return join([made, paragraph(note, "soft")]) if rows else Markup("")
 
 

@@ -124,8 +124,9 @@ class Source:
     @property
     def attacks(self) -> list[tuple[str, RTTResult]]:
         """(what made it, its curves)"""
-        found = [("the run", self.rtt), ("kunbr-fast evaluate", self.evaluated_rtt)]
-        return [(name, result) for name, result in found if result is not None]
+        found = [("the run", self.rtt)] if self.rtt is not None else []
+        again = self.evaluated_rtt is not None and self.evaluated_rtt != self.rtt  # else evaluate has read the run's
+        return found + ([("kunbr-fast evaluate", self.evaluated_rtt)] if again else [])
 
     @property
     def sealed(self) -> list[tuple[str, str]]:
@@ -151,7 +152,7 @@ def read(folder: str | Path) -> Source:
     if EVALUATION in there:
         found |= _evaluation(there[EVALUATION])
     if CERTIFICATE in there:
-        found["certificate"] = read_json(there[CERTIFICATE], dict)
+        found["certificate"] = read_sealed(there[CERTIFICATE], CURE)
     if (log := folder / FOLDER / TABLE).exists():
         found["steps"] = _log(log)
     if (settings := folder / SETTINGS).exists() and "report" in found:

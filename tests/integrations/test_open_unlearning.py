@@ -3,6 +3,7 @@ checkout; everywhere else trainers with its interface, written here, take its pl
 
 import copy
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -380,6 +381,24 @@ def checkout():
     return Path(folder)
 
 
+def run_example(checkout, out, name, *more):
+    """What it prints."""
+    command = [sys.executable, ROOT / "examples" / name, "--checkout", checkout, "--out", out, *more]
+    done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_measures_beside_a_real_checkouts(checkout, tmp_path):
+    """A minute: the same figures, of every kind of which there are some."""
+    said = run_example(checkout, tmp_path, "open_unlearning_measures.py")
+    for name in ("probability", "truth_ratio", "rouge_l_recall", "extraction_strength", "mia_reference", "privleak"):
+        assert f"\n| `{name}` | " in said
+    for name in ("forget_quality", "model_utility", "verbatim_memorisation"):
+        assert f"\n| `{name}` | " in said
+
+
 @pytest.mark.slow
 def test_a_real_checkout(checkout, tmp_path):
     """Minutes: each trainer is a process or two, and imports all that OpenUnlearning imports."""
@@ -387,13 +406,8 @@ def test_a_real_checkout(checkout, tmp_path):
     def status():
         return subprocess.run(["git", "status", "--short"], cwd=checkout, capture_output=True, text=True).stdout
 
-    def example(name, *more):
-        command = [sys.executable, ROOT / "examples" / name, "--checkout", checkout, "--out", tmp_path, *more]
-        done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
     before, cases = status(), ("GradDiff", "NPO", "RMU, 3 weights")
+    example = functools.partial(run_example, checkout, tmp_path)
     said = example("open_unlearning.py", "--cases", *cases)
     assert all(f"| {case} | float32 |" in said for case in cases)
     if compat.VERSION >= compat.PACKED_SINCE:

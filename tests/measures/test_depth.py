@@ -204,12 +204,20 @@ def test_transposed_experts():
     ]
 
 
-def test_streamed_models_and_those_in_memory(folder):
+def test_streamed_models_folders_and_those_in_memory(folder, tmp_path, monkeypatch):
     path = folder("mixtral")
     model = moved(whole(path))
     in_memory = compare_values(model, whole(path))
-    assert compare_values(model, streamed(path)) == in_memory
-    assert compare_values(streamed(path), streamed(path)).smallest == [1.0, 1.0]
+    assert compare_values(model, streamed(path)) == compare_values(model, path) == in_memory
+    assert compare_values(streamed(path), str(path)).smallest == [1.0, 1.0]
+    model.save_pretrained(tmp_path)
+
+    def not_this_one(*arguments):
+        raise ValueError("this architecture cannot be streamed")
+
+    assert compare_values(tmp_path, path) == in_memory
+    monkeypatch.setattr("kunbr_fast.measures.value_vectors.open_streamed", not_this_one)
+    assert compare_values(tmp_path, path) == in_memory
 
 
 def test_models_that_cannot_be_compared():

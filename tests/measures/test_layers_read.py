@@ -71,6 +71,18 @@ def test_states_and_lens_are_those_of_plain_torch(model, tokenizer, monkeypatch)
     assert read.chance == 0.25 and len(read.questions) == len(QUESTIONS)
 
 
+def test_a_model_that_runs_no_trees(model, tokenizer):
+    """Texts go through it one by one, what several begin with too."""
+    sets, decoder = {"forget": items(*QUESTIONS[:5], OTHERS[0], QUESTIONS[0])}, Decoder(model)
+    assert decoder.trees
+    truth = read_layers(decoder, tokenizer, sets)["forget"]
+    decoder.trees = False
+    found = read_layers(decoder, tokenizer, sets)["forget"]
+    torch.testing.assert_close(found.states, truth.states, rtol=1e-9, atol=1e-12)
+    assert torch.equal(found.choice, truth.choice) and torch.equal(found.letter, truth.letter)
+    assert torch.equal(found.states[:, 20:24], found.states[:, :4])  # the question that is there twice
+
+
 def test_the_last_level_is_the_models_own_accuracy(model, tokenizer):
     decoder = Decoder(model)
     read = read_layers(decoder, tokenizer, {"": items(*QUESTIONS)}, most=None)[""]

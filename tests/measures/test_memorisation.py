@@ -4,10 +4,15 @@ import math
 from fractions import Fraction
 
 import pytest
+import tiny_text
 from invented_answers import CLOSE, EMPTY, answer, drawn, figure, np, readout
 
+import kunbr_fast as kf
 from kunbr_fast.data.items import Item
+from kunbr_fast.evaluation.accuracy import choice_accuracy
+from kunbr_fast.evaluation.candidates import SAMPLES
 from kunbr_fast.measures import memorisation  # noqa: F401 registers
+from kunbr_fast.model.decoder import Decoder
 
 K = [1, 2, 4, 8, 16, 32, 64]
 PATTERNS = ["", "1", "0", "11", "01", "10", "0110111", "1111110", "0000001"]  # of greedy tokens
@@ -59,13 +64,23 @@ def test_verbatim_memorisation():
 
 def test_leak():
     """1 - (1 - p)^k in exact arithmetic."""
-    logs = [[math.log(0.5)] * 3, [math.log(0.25)], [-30.0, -10.0], [0.0], [-2000.0], [1e-17]]
+    logs = [[math.log(0.5)] * 3, [math.log(0.25)], [-30.0, -10.0], [0.0], [-2000.0], [1e-9]]
     found = figure("leak", readout([*(answer(one) for one in logs), EMPTY]))
     exact = [Fraction(1, 8), Fraction(1, 4), Fraction(math.exp(-40)), Fraction(1), Fraction(0), Fraction(1)]
     wanted = {k: [float(1 - (1 - p) ** k) for p in exact] for k in K}
-    assert found.values == [*(pytest.approx(one, rel=1e-12) for one in wanted[64]), None]
+    assert found.values == [*(pytest.approx(one, rel=1e-12, abs=0) for one in wanted[64]), None]
     assert found.detail["k"] == K and found.number == 6
     assert found.detail["values"] == pytest.approx([sum(wanted[k]) / 6 for k in K], rel=1e-12)
     assert found.value == found.detail["values"][-1]
     assert figure("leak", readout([EMPTY])) is None
     assert figure("leak", readout([answer([-1.0])])).standard_error is None
+
+
+def test_leak_of_questions_is_that_of_their_accuracy():
+    """Its answers are the right choices behind their questions, which accuracy by choice scores."""
+    model, tokenizer = tiny_text.model(), tiny_text.tokenizer()
+    questions = [tiny_text.question(name) for name in tiny_text.NAMES[:6]]
+    found = kf.evaluate(model, questions, tokenizer=tokenizer, measures=["leak"], progress=False)["leak", "forget"]
+    by_choice = choice_accuracy(Decoder(model), tokenizer, questions, scoring="choice")
+    assert found.detail["values"] == pytest.approx(by_choice.leak, rel=1e-5, abs=0)
+    assert found.detail["k"] == [*SAMPLES] and 0 < found.value < 1

@@ -89,8 +89,10 @@ def test_smallest():
     for name in SCORES:
         found = figure(name, subject(**sets))
         assert found.standard_error is None and found.number == 2
-    # (-1 - 0) / 0.001 is below (-2 + 2) / 1
+    # (-1 - 0) / 0.001 is below (-2 + 2) / 1, and above (-4 + 2) / 0.001
     assert [figure(name, subject(**sets)).value for name in SCORES] == [1.0, 1.0, 1.0, 0.0]
+    sets["holdout"] = readout([answer([-4.0], means=[-2.0], deviations=[0.001])])
+    assert figure("mia_min_k_plus_plus", subject(**sets)).value == 1.0
 
 
 @pytest.mark.parametrize("name", [*SCORES, "mia_reference", "privleak"])

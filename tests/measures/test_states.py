@@ -62,8 +62,9 @@ def test_a_streamed_model_has_the_same_bits(architecture, folder, monkeypatch):
 
 def test_what_is_refused():
     decoder = Decoder(tiny_model())
-    with pytest.raises(ValueError, match="no texts"):
-        hidden_states(decoder, [])
+    for texts in ([], [[5], []]):
+        with pytest.raises(ValueError, match="no texts, or an empty one"):
+            hidden_states(decoder, texts)
     with pytest.raises(ValueError, match="text 1: token id 97, but the model embeds 97"):
         hidden_states(decoder, [[5], [97]])
     with pytest.raises(ValueError, match="65 tokens: LlamaForCausalLM has 64 positions"):

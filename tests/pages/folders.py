@@ -1,6 +1,5 @@
 """Folders as `kunbr-fast unlearn` and `evaluate` leave them, with figures of no model: what pages are made of."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -144,5 +143,5 @@ def whole(folder):
     run(folder, examples=examples())
     evaluation(folder)
     certificate = {"format": 1, "result": {"sha256": "9" * 64}, "forget": {"salted": "8" * 64}}
-    (folder / "unlearning.json").write_text(json.dumps(certificate))
+    write_sealed(folder / "unlearning.json", certificate)
     return log(folder)

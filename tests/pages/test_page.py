@@ -9,6 +9,7 @@ import pytest
 
 from kunbr_fast.cli.command import main
 from kunbr_fast.evaluation.figures import COLOURS
+from kunbr_fast.files.checksums import write_sealed
 from kunbr_fast.files.target import is_page
 from kunbr_fast.pages import charts, markup
 from kunbr_fast.pages.charts import Bars, Chart, Series
@@ -128,7 +129,7 @@ EVERY = [
     "Examples",
     "Where the knowledge sits",
     "Losses by stage",
-    "Layer by layer",
+    "Layer by layer, sample by sample",
     "All measures",
     "General ability",
     "Seconds a stage",
@@ -163,7 +164,7 @@ def test_all_that_there_is(whole):
         "8" * 64,
         "Not tried, though this version can: wide",
         "No measure of privacy was made.",
-        "linear probe: forget, layer by layer",
+        "original: forget",
         "(nothing)",
         "top_k",
     ):
@@ -179,7 +180,14 @@ def test_a_run_alone_says_what_was_not_done(tmp_path):
     assert headings(found) == [
         name
         for name in EVERY
-        if name not in ("What comes back under attack", "Examples", "Layer by layer", "All measures", "General ability")
+        if name
+        not in (
+            "What comes back under attack",
+            "Examples",
+            "Layer by layer, sample by sample",
+            "All measures",
+            "General ability",
+        )
     ]
     for text in ("no attack made", "No attack was made.", "kunbr-fast evaluate was not run", "no model retrained"):
         assert text in found.text
@@ -224,7 +232,7 @@ def test_no_text_becomes_markup(text, tmp_path):
         settings={text: text},
         lm_eval={text: {"metric": text}},
     )
-    (out / "unlearning.json").write_text(json.dumps({text: {"sha256": "9" * 64}}))
+    write_sealed(out / "unlearning.json", {text: {"sha256": "9" * 64}})
     found = page(out, title=text)
     shown = " ".join(markup.visible(text).replace("\xa0", " ").split())
     assert found.text.count(shown) >= 15
@@ -310,7 +318,7 @@ def test_several_need_a_place(whole, tmp_path, capsys):
         (lambda out: _change(out / "evaluation.json", '"number": 80', '"number": 81'), "evaluation.json: damaged"),
         (lambda out: (out / "report.json").write_text("{}"), "report.json: not the report of a run"),
         (lambda out: (out / "report.json").write_text("{"), "report.json: not JSON"),
-        (lambda out: (out / "unlearning.json").write_text("[]"), "unlearning.json: got []"),
+        (lambda out: (out / "unlearning.json").write_text("[]"), "unlearning.json: damaged"),
         (lambda out: _change(out / "logs" / "log.csv", "step,stage", "step,stages"), "log.csv: not a log"),
         (
             lambda out: _change(out / "logs" / "log.csv", "\n2,warmup,1002,1.0", "\n2,warmup,1002,x"),
@@ -456,10 +464,25 @@ def test_a_chart_has_its_figures_as_a_table_and_says_what_it_shows():
     [
         (0.5, None, "share", "50.0 %"),
         (0.123, 0.0456, "share", "12.3 ± 4.6 %"),
-        (-0.04, None, "points", "−0.0 points"),
-        (3.14159, 0.01, "", "3.142 ± 0.01"),
+        (-0.04, None, "points", "0.0 points"),
+        (3.14159, 0.0123, "", "3.142 ± 0.012"),
+        (0.00061, 0.000082, "share", "0.061 ± 0.008 %"),
         (None, None, "share", "–"),
     ],
 )
 def test_figures(value, error, unit, text):
-    assert markup.figure(value, error, unit).replace("\xa0", " ") == text.replace("−0.0", "0.0")
+    assert markup.figure(value, error, unit).replace("\xa0", " ") == text
+
+
+@pytest.mark.parametrize(
+    "value, error, unit, text",
+    [
+        (0.1, 0.02, "share", "+10.0 ± 2.0 points"),
+        (-0.1, None, "share", "−10.0 points"),
+        (1e-5, None, "share", "0.0 points"),
+        (-1e-5, None, "share", "0.0 points"),
+        (2.5, 0.25, "", "+2.5 ± 0.25"),
+    ],
+)
+def test_changes(value, error, unit, text):
+    assert markup.change(value, error, unit).replace("\xa0", " ") == text
