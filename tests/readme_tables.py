@@ -221,7 +221,8 @@ def measures(group):
     return [
         [
             f"`{of.name}`", of.title, " ".join(of.formula.split()).replace("|", "&#124;"), of.known or "-",
-            " ".join((*of.suites, "all")), " ".join(of.sets), " ".join(need for need in of.needs if need not in READ) or "-",
+            " ".join((*of.suites, "all")), " ".join(of.sets),
+            " ".join(need for need in of.needs if need not in READ) or "-",
         ]
         for of in MEASURES.values() if of.group == group and of.function.__module__.startswith("kunbr_fast.")
     ]  # fmt: skip
