@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": "the measures that people publish: knowledge, memorisation, privacy, utility, depth, with their errors",
     "rtt": "the RTT attack: how much comes back when a part of the forget set is taught again",
     "report": "one HTML file of a finished run or evaluation, or of several side by side",
+    "verify": "is what a run's certificate (unlearning.json) says still so? changes nothing",
     "merge": "one model from several: task vectors negated or added, by sum, mean or agreement of their signs",
     "data": "look at files, ours or published sets': forms, overlaps, lengths, and which tokens have a loss",
     "plan": "predict memory and time of a run from config.json alone, and choose settings that fit",
@@ -74,9 +75,9 @@ def _module(name: str, command: Parser) -> ModuleType:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0; 1 where `bench` or `prove` found a wrong result, `bench` a regression, `data` a fact of a holdout
-    set, or a picture that --plot asked for could not be drawn; 2 for bad input, with one line on standard error; 3
-    where training diverged; 4 where another of several processes has failed; 130 for Ctrl-C, 143 for SIGTERM, 129 for
-    SIGHUP; 141 where the reader of standard output has gone.
+    set, `verify` a difference, or a picture that --plot asked for could not be drawn; 2 for bad input, with one line on
+    standard error; 3 where training diverged; 4 where another of several processes has failed; 130 for Ctrl-C, 143 for
+    SIGTERM, 129 for SIGHUP; 141 where the reader of standard output has gone.
 
     Anything else is a bug and keeps its traceback. argv: None for the process's own, whose signals and streams are then
     the command line's.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,17 @@ from kunbr_fast.cli.terminal import show
 from kunbr_fast.data import is_question
 from kunbr_fast.data.content import check_files
 from kunbr_fast.data.overlap import facts, of_sides, settle
+from kunbr_fast.evaluation.figures import drawn
 from kunbr_fast.evaluation.folds import Fold, overlap_of
 from kunbr_fast.evaluation.report import Report, attack_table, table
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.models import DTYPES, check_same_architecture, load_model
 from kunbr_fast.files.saving import save_model
-from kunbr_fast.files.shown import shown
+from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.model.streaming import open_streamed
+from kunbr_fast.pages import page
 from kunbr_fast.parallel.group import ALONE
+from kunbr_fast.run import certificate
 from kunbr_fast.run.checks import check_finished
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.context import RunInputs
@@ -32,6 +37,8 @@ from kunbr_fast.run.folder import CheckpointFolder
 from kunbr_fast.run.identity import record
 from kunbr_fast.run.output import check_output, check_place, finished_report, is_finished, write_reports
 from kunbr_fast.run.unlearn import Options, carry_out
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +66,8 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         type=path_name,
         required=True,
         metavar="DIR",
-        help="the unlearned model, report.json and plots; DIR/kunbr-checkpoints until the run is finished",
+        help="the unlearned model, report.html, report.json, unlearning.json and plots; DIR/kunbr-checkpoints until "
+        "the run is finished",
     )
     text = "a model or a finished run in --out goes when the result is written; never one that is read"
     parser.add_argument("--overwrite", action="store_true", help=text)
@@ -128,8 +136,13 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
             say(f"writing the model to {out}, and reading it back")
             save_model(model, tokenizer, out, replace=CheckpointFolder(out).overwrites)
         write_reports(out, report, str(arguments.model), lambda values: record(out, values))
+        _certify(arguments, {"forget": forget, "retain": retain} | apart)
+        if not os.path.lexists(path := out / page.NAME):  # else it is the user's, as has been said
+            drawn(path, lambda: page.write_page([out], path), "page")
 
     forget = [record for fold in folds for record in fold.train_records]
+    apart = {"forget_questions": questions} if arguments.forget_questions else {}
+    apart |= {"retain_questions": asked} if arguments.retain_questions else {}
     unlearned = _open_unlearned(arguments, model)
     used = folds if len(folds) > 1 else []
     if finished is not None:
@@ -154,6 +167,18 @@ def _run(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any]:
     if not arguments.json:
         _print(report, arguments)
     return report.to_dict() | {"model": str(arguments.model)}
+
+
+def _certify(arguments: argparse.Namespace, sets: dict[str, list[dict]]) -> None:
+    """The certificate of what is written. What hinders it costs no result, but for a full disk, where --resume goes on.
+    A file of that name is the user's, as has been said."""
+    if os.path.lexists(path := Path(arguments.out) / certificate.NAME):
+        return
+    try:
+        given = dict(unlearned=arguments.unlearned, progress=not arguments.quiet)
+        certificate.write_certificate(arguments.out, arguments.model, sets, **given)
+    except ValueError as error:
+        logger.warning("%s is not written: %s", plain(path), error)
 
 
 def _check_target(arguments: argparse.Namespace, config: KUnBRConfig) -> dict[str, Any] | None:
@@ -213,4 +238,4 @@ def _print(report: Report, arguments: argparse.Namespace) -> None:
         show(*attack_table(report.rtt).splitlines())
     for caution in report.cautions:
         show(f"caution: {caution}")
-    show(f"model, report.json and plots are in {arguments.out}")
+    show(f"model, report.html, report.json and plots are in {arguments.out}")

@@ -72,14 +72,14 @@ def label(text: str, length: int) -> str:
     return f"{' ' if text.startswith('_') else ''}{text}".replace("$", r"\$")
 
 
-def drawn(path: str | Path, plot: Callable[[], None]) -> bool:
-    """Whether plot() made its picture at `path`. Why not is said in one line: what a picture shows is not lost with
-    it."""
+def drawn(path: str | Path, plot: Callable[[], None], what: str = "picture") -> bool:
+    """Whether plot() made its picture, or `what` it is, at `path`. Why not is said in one line: what a picture shows is
+    not lost with it."""
     try:
         plot()
     except Exception as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        logger.warning(f"{plain(path)}: the picture could not be drawn: {shown(str(why), 200)[1:-1]}")
+        logger.warning(f"{plain(path)}: the {what} could not be drawn: {shown(str(why), 200)[1:-1]}")
         return False
     return True
 

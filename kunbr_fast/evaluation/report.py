@@ -56,9 +56,7 @@ class Report:
     @property
     def method(self) -> str:
         """What made the result, for people."""
-        objective = self.config.get("warmup_objective") or self.config["objective"]
-        name = "KUnBR" if self.blocks else objective.replace("_", " ")
-        return name + ", adversary" * bool(self.config["adversary_every"])
+        return method_of(self.config, self.blocks)
 
     def row(self, method: str | None = None, model: str = "result") -> dict[str, Any]:
         """One line of `table`; method: its name (default: the report's)."""
@@ -102,6 +100,13 @@ class Report:
             "cautions": self.cautions,
             **({"examples": self.examples} if self.examples else {}),
         }
+
+
+def method_of(config: Mapping[str, Any], blocks: Sequence) -> str:
+    """What made the result of a run with these settings and chosen blocks, for people."""
+    objective = config.get("warmup_objective") or config["objective"]
+    name = "KUnBR" if blocks else objective.replace("_", " ")
+    return name + ", adversary" * bool(config["adversary_every"])
 
 
 def table(rows: Sequence[Mapping]) -> str:

@@ -118,14 +118,16 @@ def write_with(path: str | os.PathLike, writer: Callable[[Path], None], size: in
         writer(temporary)
 
 
-def sha256(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    return file_digest(path, hashlib.sha256())
+def sha256(path: str | os.PathLike, read: Callable[[int], Any] | None = None) -> str:
+    """The SHA-256 of a file, in hexadecimal. read: as of `file_digest`."""
+    return file_digest(path, hashlib.sha256(), read)
 
 
-def file_digest(path: str | os.PathLike, digest: Any) -> str:
-    """A file's content in `digest` (hashlib's interface), in hexadecimal."""
+def file_digest(path: str | os.PathLike, digest: Any, read: Callable[[int], Any] | None = None) -> str:
+    """A file's content in `digest` (hashlib's interface), in hexadecimal. read: is told how many bytes were read."""
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):  # Python 3.10 has no hashlib.file_digest
             digest.update(chunk)
+            if read is not None:
+                read(len(chunk))
     return digest.hexdigest()

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ TICK = 0.01
 _known: dict[str, tuple[tuple[int, ...], str]] = {}
 
 
-def checksum(path: str | os.PathLike) -> str:
-    """A regular file's SHA-256. ValueError for a link, a pipe and the like.
+def checksum(path: str | os.PathLike, read: Callable[[int], Any] | None = None) -> str:
+    """A regular file's SHA-256. ValueError for a link, a pipe and the like. read: as of `file_digest`.
 
     A file that this process has read and that nobody has written to since is not read again: M_u of an 8B model has
     16 GB, and is asked for many times. What that misses is a medium that changes bits by itself during the run.
@@ -35,7 +36,7 @@ def checksum(path: str | os.PathLike) -> str:
         # what is written from here on has a later ctime than the one that is noted
         if 0 <= (age := time.time() - now.st_ctime) < TICK:
             time.sleep(TICK - age)
-        _known[path] = mark, sha256(path)
+        _known[path] = mark, sha256(path, read)
     return _known[path][1]
 
 

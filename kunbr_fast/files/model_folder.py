@@ -29,7 +29,7 @@ _MIXED = re.compile(r"pytorch_model.*\.bin(\.index\.json)?|adapter_config\.json|
 # code that config.json names. Not what programs have written about that model, nor indexes of its weights
 _SIDE = re.compile(r"(?!\.).*\.(json|txt|jinja|py|tiktoken|bpe|codes|spm|vocab|model(\.v[0-9]+(m[0-9]+)?)?)")
 _NOT_SIDE = re.compile(
-    r".*\.index(\..+)?\.json|(report|merge(\.partial)?|trainer_state|training_args|(.*_)?results|.*log|requirements)"
+    r".*\.index(\..+)?\.json|(report|unlearning|evaluation|merge(\.partial)?|trainer_state|training_args|(.*_)?results|.*log|requirements)"
     r"\.(json|txt)|.*(licen[cs]e|readme|notice).*",
     re.IGNORECASE,
 )

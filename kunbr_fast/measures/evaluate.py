@@ -308,4 +308,4 @@ def _answer(said: Readout, i: int, record: Mapping[str, Any]) -> str:
         return said.generated[i]
     if i in said.questions and said.choice is not None:
         return str(record["choices"][said.choice.predictions[list(said.questions).index(i)]])
-    return f"probability of the answer {said.answers[i].probability:.3g}"
+    return f"probability of the answer {said.answers[i].probability:.3g}" if said.answers else "-"

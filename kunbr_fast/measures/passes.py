@@ -18,9 +18,10 @@ from kunbr_fast.evaluation.reading import Reading, Rows, read_all
 from kunbr_fast.evaluation.rtt import Attack
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.measures.answers import Readout
-from kunbr_fast.measures.asked import AskedSet
+from kunbr_fast.measures.asked import AskedSet, Asking
 from kunbr_fast.measures.generation import generate
 from kunbr_fast.measures.layers import LayerReadout, read_layers
+from kunbr_fast.measures.registry import READ
 from kunbr_fast.measures.store import Store
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.fingerprint import data_fingerprint
@@ -53,8 +54,8 @@ class Asker:
         """The texts as one decoder reads them."""
         how, found = self._settings, {}
         for name, items in self.items.items():
-            more = dict(text=how.text, max_length=how.max_length, most_new=how.max_new_tokens)
-            found[name] = AskedSet(Reading(decoder), name, items, self.tokenizer, decoder, **more)
+            asking = Asking(how.text, how.max_length, how.max_new_tokens, self.needs)
+            found[name] = AskedSet(Reading(decoder), name, items, self.tokenizer, decoder, asking)
             self.references[name], self._prompts[name] = found[name].references, found[name].prompts
         return found
 
@@ -124,7 +125,8 @@ class Passes:
             rows = zip(self.asked, found)
             return {}, {f"{name}.{key}": value for name, one in rows for key, value in one.to_dict().items()}
 
-        tensors = self._kept("likelihoods", [self.decoder.trees], make)[1]
+        read = [self.decoder.trees, sorted({*READ} & {*self.asker.needs})]
+        tensors = self._kept("likelihoods", read, make)[1]
         of = {name: {key.removeprefix(f"{name}."): one for key, one in tensors.items() if key.startswith(f"{name}.")}
               for name in self.asked}  # fmt: skip
         return {name: Rows.from_dict(values) for name, values in of.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,12 +71,11 @@ def lm_eval(source: Source) -> Markup:
     """lm-evaluation-harness, by task."""
     rows = []
     for task, found in ((source.evaluation or {}).get("lm_eval") or {}).items():
-        values = {name: each for name, each in found.items() if isinstance(each, dict) and "value" in each}
-        first, last = values.get("original"), values.get("result")
+        first, last = found.get("original"), found.get("result")
         moved = NOTHING
         if first and last:
             errors = (first.get("standard_error"), last.get("standard_error"))
-            error = None if None in errors else (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+            error = None if None in errors else math.hypot(*errors)
             moved = change(last["value"] - first["value"], error)
         rows.append([task, str(found.get("metric", "")), _harness(first), _harness(last), moved])
     return table(["task", "metric", "original", "result", "change"], rows, texts=2, label="lm-evaluation-harness")

@@ -18,8 +18,9 @@ from kunbr_fast.files.documents import read_json
 from kunbr_fast.files.model_folder import is_mixed, is_model, is_model_file, is_part, within, written_names
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.shown import plain
-from kunbr_fast.files.target import is_picture, is_signed, json_with, model_in
+from kunbr_fast.files.target import is_page, is_picture, is_signed, json_with, model_in
 from kunbr_fast.model.weights import weights_of
+from kunbr_fast.run.certificate import is_certificate
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.folder import FINISHED, SAVING, CheckpointFolder
 
@@ -27,8 +28,17 @@ logger = logging.getLogger(__name__)
 _KEYS = "kunbr_fast config blocks density seconds losses accuracy rtt recovery model".split()
 _FINISHED = json_with(*_KEYS, also=None)
 _REPORT = json_with(*_KEYS, also=("gradient_cosines", "cache_errors", "probability", "cautions", "examples", "result"))
-# what a run writes besides the model, and whether a file of that name is one that a run has written
-REPORTS = {"report.json": _REPORT, "run.yaml": is_signed, "density.png": is_picture, "relearning.png": is_picture}
+_EVALUATION = json_with("kunbr_fast", "format", "suite", "models", "sets", "figures", also=None)
+# what there is of a run besides the model, and whether a file of that name is one of ours: new results remove them all
+REPORTS = {
+    "report.json": _REPORT,
+    "run.yaml": is_signed,
+    "density.png": is_picture,
+    "relearning.png": is_picture,
+    "unlearning.json": is_certificate,
+    "report.html": is_page,
+    "evaluation.json": _EVALUATION,
+}
 
 
 def finished_report(out: str | Path) -> dict[str, Any] | None:

@@ -168,7 +168,8 @@ def test_foreign_files_stay(workspace, tmp_path, capsys):
     assert contents(out) == after
 
 
-NAMES = """report.json run.yaml density.png relearning.png config.json generation_config.json model.safetensors
+NAMES = """report.json run.yaml density.png relearning.png unlearning.json report.html evaluation.json
+    config.json generation_config.json model.safetensors
     model-00001-of-00002.safetensors model.safetensors.index.json tokenizer.json tokenizer_config.json
     other.safetensors pytorch_model.bin chat_template.jinja""".split()
 
@@ -538,7 +539,9 @@ def test_nothing_of_the_replaced_model_is_mixed_with_the_result(workspace, tmp_p
     there, new = contents(out), contents(fresh)
     assert there.pop("README.md") == b"mine"
     assert there.keys() == new.keys() and "relearning.png" not in there
-    assert all(there[name] == new[name] for name in new if name != "report.json")
+    assert all(
+        there[name] == new[name] for name in new if name not in ("report.json", "report.html", "unlearning.json")
+    )
 
 
 def test_overwrite_removes_nothing_before_the_result_is_complete(workspace, finished, tmp_path, monkeypatch):
