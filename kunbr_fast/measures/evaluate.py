@@ -241,14 +241,16 @@ class _Run:
         if "original" not in self.models or not any(one.name == "value_vector_cosine" for one in self.able):
             return None
         self.say("value vectors beside the original's")
-        names = "result", "original"
+        names, what = ("result", "original"), "value vectors"
         identity = "-".join(self.described[name]["fingerprint"] for name in names)
         if (kept := self.store.get("result.values", identity)) is None:
-            bar = "value vectors" if self.given.progress else None
-            with self._timed("value vectors"):
-                found = compare_values(*(self.models[name] for name in names), self.given.dtype, bar)
-            kept = {"found": found and dataclasses.asdict(found)}, None
+            with self._timed(what):
+                found = compare_values(
+                    *(self.models[name] for name in names), self.given.dtype, what if self.given.progress else None
+                )
+            kept = {"found": found and dataclasses.asdict(found), "seconds": self.seconds[what]}, None
             self.store.put("result.values", identity, *kept)
+        self.seconds[what] = kept[0]["seconds"]
         return kept[0]["found"] and ValueVectors(**kept[0]["found"])
 
     @contextlib.contextmanager

@@ -108,13 +108,15 @@ class Passes:
 
     def _kept(self, what: str, of: Sequence[Any], make: Callable[[str | None], tuple[dict, dict | None]]) -> tuple:
         """What a pass has found before, of the same, or finds now. of: what it depends on besides model and records."""
-        identity = f"{self._identity}-{json.dumps(of)}"
-        found = self._store.get(f"{self.name}.{what}", identity)
-        if found is None:
+        name, identity = f"{self.name}.{what}", f"{self._identity}-{json.dumps(of)}"
+        if (found := self._store.get(name, identity)) is None:
             with self._pass(what) as title:
-                found = make(title)
-            self._store.put(f"{self.name}.{what}", identity, *found)
-        return found
+                values, tensors = make(title)
+            kept = {"found": values, "seconds": self._seconds[f"{self.name}: {what}"]}
+            self._store.put(name, identity, kept, tensors)
+            return values, tensors
+        self._seconds[f"{self.name}: {what}"] = found[0]["seconds"]
+        return found[0]["found"], found[1]
 
     def _likelihoods(self) -> dict[str, Rows]:
         def make(title: str | None) -> tuple[dict, dict]:

@@ -288,16 +288,20 @@ def depth(figures: Sequence[Mapping[str, Any]]) -> Markup:
         values = row["detail"].get("values")
         for axis in _AXES:
             at = row["detail"].get(axis)
-            if isinstance(at, list) and isinstance(values, list) and len(at) == len(values):
+            if isinstance(values, list) and isinstance(at, list) and len(at) == len(values) and all(map(_number, at)):
                 charts.setdefault((row["measure"], axis), []).append(row)
     return join(_depth(axis, rows) for (_, axis), rows in charts.items())
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _depth(axis: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
     share = rows[0]["unit"] == "share"
     series = []
     for look, row in enumerate(rows):
-        values = [value if isinstance(value, (int, float)) else None for value in row["detail"]["values"]]
+        values = [value if _number(value) else None for value in row["detail"]["values"]]
         name = f"{NAMES.get(row['model'], row['model'])}: {row['set']}"
         series.append(Series(name, row["detail"][axis], _percents(values) if share else values, look=look))
     unit = " (%)" if share else " (points)" if rows[0]["unit"] == "points" else ""

@@ -332,7 +332,7 @@ def test_several_need_a_place(whole, tmp_path, capsys):
         (lambda out: folders.run(out, blocks=[[0, 99]]), "report.json: blocks: got [0, 99]"),
         (
             lambda out: folders.run(out, accuracy={"result": {"forget": {"plain": "x"}}}),
-            "report.json: accuracy.result.forget",
+            "accuracy.result.forget.plain: got 'x', expected a number",
         ),
     ],
 )
@@ -466,6 +466,7 @@ def test_a_chart_has_its_figures_as_a_table_and_says_what_it_shows():
         (0.123, 0.0456, "share", "12.3 ± 4.6 %"),
         (-0.04, None, "points", "0.0 points"),
         (3.14159, 0.0123, "", "3.142 ± 0.012"),
+        (39861.4, 472.0, "", "39860 ± 470"),
         (0.00061, 0.000082, "share", "0.061 ± 0.008 %"),
         (None, None, "share", "–"),
     ],
