@@ -32,6 +32,7 @@ from kunbr_fast.values import ABOVE_ZERO, COUNT, SEED, SHARE, check, least
 logger = logging.getLogger(__name__)
 
 TOKENS_AT_ONCE = 1 << 15  # in a batch's cache: 1.4 GiB of SmolLM2-135M in fp32, 4 GiB of Llama-3-8B in bf16
+FEW = 256  # tokens that are likely to reach top_p
 DROPPED = 0.25  # the share of ended sequences from which on the cache is copied without them
 
 
@@ -56,12 +57,24 @@ class Sampling:
         shares = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature).softmax(-1)
         order = None
         if self.top_p < 1:
-            shares, order = shares.sort(dim=-1, descending=True, stable=True)
+            shares, order = self._most_probable(shares)
             shares = shares.where(shares.cumsum(-1, dtype=torch.float64) - shares < self.top_p, 0.0)
         sums = shares.cumsum(-1, dtype=torch.float64)
         found = torch.searchsorted(sums, (drawn.to(sums.device) * sums[:, -1])[:, None], right=True)
-        found = found.clamp(max=logits.shape[-1] - 1)
+        found = found.clamp(max=shares.shape[-1] - 1)
         return (found if order is None else order.gather(1, found))[:, 0]
+
+    def _most_probable(self, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest of (B, V) shares, in order, and their tokens: at least those that together reach top_p. Sorting
+        64 vocabularies of 49152 takes a core 0.2 s, finding the first 2048 of each 0.03 s."""
+        number = FEW if shares.device.type == "cpu" else shares.shape[-1]  # a GPU's answer would be waited for
+        while number < shares.shape[-1]:
+            found, tokens = shares.topk(number)
+            if bool((found.sum(-1, dtype=torch.float64) >= self.top_p).all()):
+                return found, tokens
+            number *= 8
+        found, tokens = shares.sort(dim=-1, descending=True, stable=True)
+        return found, tokens
 
 
 def generate(

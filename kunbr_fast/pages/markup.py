@@ -138,9 +138,15 @@ _WAYS: Mapping[str, _Way] = {
 
 def _written(value: float, error: float | None, way: _Way) -> str:
     scale, sign, digits, of_error = way
-    text = f"{scale * value:{digits}}"
+    text = _number(scale * value, digits)
     text = text.replace("-", "−") if float(text) else text.lstrip("-")  # no minus zero
-    return f"{text}{sign}" if error is None else f"{text}\u00a0±\u00a0{scale * error:{of_error}}{sign}"
+    return f"{text}{sign}" if error is None else f"{text}\u00a0±\u00a0{_number(scale * error, of_error)}{sign}"
+
+
+def _number(value: float, digits: str) -> str:
+    """Of significant digits no power of ten stands behind, up to a million."""
+    text = f"{value:{digits}}"
+    return f"{float(text):g}" if "e" in text else text
 
 
 def count(number: int, what: str) -> str:

@@ -23,11 +23,13 @@ def every_measure(source: Source) -> Markup:
     figures = source.evaluation["figures"]
     groups = [*GROUPS, *sorted({row["group"] for row in figures} - {*GROUPS})]
     parts = [_group(group, [row for row in figures if row["group"] == group]) for group in groups]
-    missing = source.evaluation.get("missing") or ()
-    lost = table(["measure", "why"], [[code(each["measure"]), each["why"]] for each in missing], texts=2,
-                 label="What could not be measured")  # fmt: skip
+    reasons: dict[str, list[str]] = {}
+    for each in source.evaluation.get("missing") or ():
+        reasons.setdefault(each["why"], []).append(each["measure"])
+    lines = [[why, join(map(code, names), ", ")] for why, names in reasons.items()]
+    lost = table(["why", "measures"], lines, texts=2, label="What could not be measured")
     note = tag("p", "↑: a model that knows more of the set has more. ↓: it has less.", class_="soft") if figures else ""
-    return join([note, *parts, join([tag("h3", "Missing"), lost]) if missing else ""])
+    return join([note, *parts, join([tag("h3", "Missing"), lost]) if lost else ""])
 
 
 def _group(group: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
@@ -43,10 +45,9 @@ def _group(group: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
             [f"{one['title']} {KNOWN.get(one['known'], '')}".strip(), tag("span", code(measure), class_="help")]
         )
         cells = [_cell(of.get(name)) for name in models]
-        lines.append([title, f"{what} ({one['number']})", *cells, _detail(of)])
-    header = ["measure", "set (number)", *[NAMES.get(name, name) for name in models], "more"]
-    if not any(line[-1] for line in lines):
-        header, lines = header[:-1], [line[:-1] for line in lines]
+        more = tag("span", _detail(of), class_="help") if _detail(of) else ""
+        lines.append([title, join([f"{what} ({one['number']})", more]), *cells])
+    header = ["measure", "set (number)", *[NAMES.get(name, name) for name in models]]
     made = table(header, lines, texts=2, label=f"Measures of {group}")
     formulas = [
         (code(name), MEASURES[name].formula)

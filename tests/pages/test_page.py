@@ -466,6 +466,7 @@ def test_a_chart_has_its_figures_as_a_table_and_says_what_it_shows():
         (0.123, 0.0456, "share", "12.3 ± 4.6 %"),
         (-0.04, None, "points", "0.0 points"),
         (3.14159, 0.0123, "", "3.142 ± 0.012"),
+        (39861.4, 472.0, "", "39860 ± 470"),
         (0.00061, 0.000082, "share", "0.061 ± 0.008 %"),
         (None, None, "share", "–"),
     ],
