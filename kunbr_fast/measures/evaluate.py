@@ -80,6 +80,9 @@ class Options:
         for name in ("measures", "lm_eval"):
             if isinstance(found := getattr(self, name), str):
                 raise ValueError(f"{name}={shown(found)}: expected a list of names, such as [{shown(found)}]")
+        for name in ("lm_eval_include", "lm_eval_limit"):
+            if getattr(self, name) is not None and not self.lm_eval:
+                raise ValueError(f"{name} without lm_eval: name its tasks (lm_eval=)")
         if (self.attack is None) == bool(self.folds):
             raise ValueError("attack and folds: give both, what the attack does and the parts of the forget set")
         if self.attack is not None and self.rtt is not None:
@@ -192,8 +195,7 @@ class _Run:
         subjects = {name: subjects[name] for name in self.models}
         with self._timed("measures"):
             figures, without = figures_of(self.able, subjects, list(self.items))
-        why = "does not apply to these records"
-        missing = [*self.missing, *({"measure": one.name, "why": why} for one in without)]
+        missing = [*self.missing, *({"measure": one.name, "why": self._why_none(one)} for one in without)]
         found = Evaluation(
             "named" if self.given.measures else self.given.suite, self._settings(), self.described, self._sets(),
             figures, missing, _examples(asker, said), self.seconds, self.rtt, self.lm_eval or None,
@@ -202,6 +204,12 @@ class _Run:
             found.write(self.given.output_dir)
             self.store.clear()
         return found
+
+    def _why_none(self, measure: Measure) -> str:
+        """Why a measure that lacks nothing has no figure."""
+        if "letter" in measure.name and any("question" in one.record for of in self.items.values() for one in of):
+            return "needs a tokenizer that has one token for each of the letters of the choices"
+        return "does not apply to these records"
 
     # ------------------------------------------------ models
 

@@ -72,8 +72,11 @@ class Asker:
         return self._asked[kind]
 
     def asked_text(self, name: str, i: int) -> str:
-        """What item i is asked: its prompt as text."""
-        ids = self._prompts[name][i]
+        """What item i is asked: its prompt as text, of a chat what the user says last."""
+        ids, asked = self._prompts[name][i], self.items[name][i].record.get("messages", ())
+        asked = [one["content"] for one in asked if one["role"] == "user" and isinstance(one["content"], str)]
+        if asked:
+            return asked[-1].strip()
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
 
