@@ -43,7 +43,7 @@ from kunbr_fast.integrations.open_unlearning_trainers import get_tokenizer
 from kunbr_fast.measures.answers import Answer, Readout, Subject
 from kunbr_fast.measures.evaluate import Options
 from kunbr_fast.measures.passes import Asker, Passes
-from kunbr_fast.measures.registry import MEASURES
+from kunbr_fast.measures.registry import MEASURES, READ
 from kunbr_fast.measures.store import Store
 
 TOLERANCE = 1e-5  # relative; both compute in fp32
@@ -85,6 +85,8 @@ def lines_of(work: Path, name: str) -> list[dict[str, Any]]:
 class Theirs:
     """The checkout's data sets and metrics."""
 
+    batch_size = 4
+
     def __init__(self, checkout: Path, work: Path, tokenizer: Any):
         sys.path.insert(0, str(checkout / "src"))
         import data.collators
@@ -110,7 +112,7 @@ class Theirs:
     def of(self, metric: str, model: Any, data: Any = None, side: str = "right", **given: Any) -> dict[str, Any]:
         """What the metric finds; given: its settings, and results of other metrics."""
         collator = self._data.collators.DataCollatorForSupervisedDataset(self.tokenizer, side, index="index")
-        more = dict(data=data, collators=collator, batch_size=4, tokenizer=self.tokenizer)
+        more = dict(data=data, collators=collator, batch_size=self.batch_size, tokenizer=self.tokenizer)
         with contextlib.redirect_stdout(io.StringIO()):
             return self.metrics[metric].evaluate_metric(model, metric, **more, **given)
 
@@ -141,7 +143,7 @@ def read(work: Path, models: dict[str, Any], tokenizer: Any) -> dict[str, dict[s
     """What each model says about each file, as `kf.evaluate` reads it."""
     options = Options(tokenizer, max_new_tokens=LENGTH, progress=False)
     items = {name: load_items(work / f"{name}.json", chat=True) for name in FILES}
-    asker = Asker(tokenizer, items, options, {"generation"})
+    asker = Asker(tokenizer, items, options, {*READ, "generation"})
     return {name: Passes(name, models[name], asker, options, Store(None), "", {}).said() for name in MODELS}
 
 

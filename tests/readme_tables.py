@@ -216,12 +216,13 @@ def measures(group):
 
     for module in pkgutil.iter_modules(kunbr_fast.measures.__path__):
         importlib.import_module(f"kunbr_fast.measures.{module.name}")
-    from kunbr_fast.measures.registry import MEASURES
+    from kunbr_fast.measures.registry import MEASURES, READ
 
     return [
         [
             f"`{of.name}`", of.title, " ".join(of.formula.split()).replace("|", "&#124;"), of.known or "-",
-            " ".join((*of.suites, "all")), " ".join(of.sets), " ".join(of.needs) or "-",
+            " ".join((*of.suites, "all")), " ".join(of.sets),
+            " ".join(need for need in of.needs if need not in READ) or "-",
         ]
         for of in MEASURES.values() if of.group == group and of.function.__module__.startswith("kunbr_fast.")
     ]  # fmt: skip

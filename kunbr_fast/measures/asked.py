@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,23 @@ from kunbr_fast.evaluation.accuracy import letter_tokens, prepare_questions
 from kunbr_fast.evaluation.probability import prepare_answers
 from kunbr_fast.evaluation.reading import Reading, Rows
 from kunbr_fast.measures.answers import Answer, Readout
+from kunbr_fast.measures.registry import READ
 from kunbr_fast.model.decoder import Decoder
 
 BEGINNING = 0.5  # of a text line: the share of its tokens that it is to be continued from
 
 Piece = tuple[Sequence[int], np.ndarray, slice, np.ndarray]  # tokens, rows, where their logits are, which tokens count
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """text, max_length: how records become tokens. most_new: tokens of a text line's reference. read: what of `READ` is
+    to be read; the others are empty in the readout."""
+
+    text: TextSettings = PLAIN
+    max_length: int | None = None
+    most_new: int = 128
+    read: Collection[str] = READ
 
 
 class AskedSet:
@@ -28,7 +41,7 @@ class AskedSet:
 
     prompts: of each item the tokens that its answer (of a chat the last one) follows, for generation; of a text line
     its first half.
-    references: what should follow, as text. most_new: tokens of a text line's reference.
+    references: what should follow, as text.
     """
 
     def __init__(
@@ -38,18 +51,19 @@ class AskedSet:
         items: Sequence[Item],
         tokenizer: Any,
         decoder: Decoder,
-        text: TextSettings = PLAIN,
-        max_length: int | None = None,
-        most_new: int = 128,
+        asking: Asking,
     ):
         self.name, self.items, self._tokenizer, self.reading = name, items, tokenizer, reading
         records = [{"_where": f"{name} record {i}", **item.record} for i, item in enumerate(items)]
         self.questions = [i for i, record in enumerate(records) if "question" in record]
-        self._asked = _asked_questions(reading, name, [records[i] for i in self.questions], tokenizer, decoder)
+        asked, read = [records[i] for i in self.questions], asking.read
+        scorings = [scoring for scoring in ("letter", "choice") if scoring in read]
+        self._asked = _asked_questions(reading, name, asked, tokenizer, decoder, scorings)
         owners: list[tuple[int, str]] = []  # of each text: its item, and what it is of it
         texts: list[dict[str, Any]] = []
         for i, (item, record) in enumerate(zip(items, records)):
-            for kind, one in _texts(item, record):
+            texts_of = _texts(item, record)
+            for kind, one in texts_of if "alternatives" in read else [pair for pair in texts_of if pair[0] == "own"]:
                 owners.append((i, kind))
                 texts.append(one)
         self._pieces: dict[str, list[list[list[Piece]]]] = {
@@ -57,10 +71,11 @@ class AskedSet:
         }
         self.prompts: list[list[int]] = [[] for _ in items]
         self.references = [""] * len(items)
-        for (i, kind), pieces in zip(owners, _encoded(texts, tokenizer, decoder, text, max_length, owners, self)):
-            self._pieces[kind][i].append([self._piece(i, ids, counts) for ids, counts in pieces])
+        for (i, kind), pieces in zip(owners, _encoded(texts, tokenizer, decoder, asking, owners, self.questions)):
+            if kind != "own" or "answers" in read:
+                self._pieces[kind][i].append([self._piece(i, ids, counts) for ids, counts in pieces])
             if kind == "own":
-                self._continued(i, *pieces[0], "text" in records[i], most_new)
+                self._continued(i, *pieces[0], "text" in records[i], asking.most_new)
 
     def _piece(self, item: int, ids: list[int], counts: np.ndarray) -> Piece:
         nodes = self.reading.add(ids, (self.name, item))
@@ -94,7 +109,7 @@ class AskedSet:
     def readout(self, read: Rows, generated: Sequence[str] | None = None, states: Any = None) -> Readout:
         """What the model says. generated: of each item; states: a `LayerReadout`. FloatingPointError for what is not
         finite."""
-        own = [self._answer(read, i, of[0]) for i, of in enumerate(self._pieces["own"])]
+        own = [self._answer(read, i, of[0]) for i, of in enumerate(self._pieces["own"]) if of]
         paraphrases = [self._answer(read, i, of[0]) if of else None for i, of in enumerate(self._pieces["paraphrase"])]
         wrong = [[self._answer(read, i, one) for one in of] for i, of in enumerate(self._pieces["wrong"])]
         found = {scoring: asked.accuracy(read) for scoring, asked in self._asked.items()}
@@ -121,11 +136,16 @@ class AskedSet:
 
 
 def _asked_questions(
-    reading: Reading, name: str, records: Sequence[Mapping], tokenizer: Any, decoder: Decoder
+    reading: Reading,
+    name: str,
+    records: Sequence[Mapping],
+    tokenizer: Any,
+    decoder: Decoder,
+    scorings: Sequence[str],
 ) -> dict[str, AskedQuestions]:
     """By scoring; without "letter" where the tokenizer has no letters of its own."""
     found = {}
-    for scoring in ("letter", "choice") if records else ():
+    for scoring in scorings if records else ():
         if scoring == "letter" and not has_letters(tokenizer, records):
             continue
         questions = prepare_questions(tokenizer, records, scoring=scoring, decoder=decoder)
@@ -168,19 +188,17 @@ def _encoded(
     texts: Sequence[Mapping[str, Any]],
     tokenizer: Any,
     decoder: Decoder,
-    text: TextSettings,
-    max_length: int | None,
+    asking: Asking,
     owners: Sequence[tuple[int, str]],
-    asked: AskedSet,
+    questions: Collection[int],
 ) -> list[list[tuple[list[int], np.ndarray]]]:
     """Of each text its pieces: token ids, and the places of those that count."""
     found: list[list[tuple[list[int], np.ndarray]]] = [[] for _ in texts]
-    questions = set(asked.questions)
     for of_questions in (True, False):  # a question's choice has its own space, whatever the separator
         mine = [n for n, (item, _) in enumerate(owners) if (item in questions) is of_questions]
         if not mine:
             continue
-        how = dict(decoder=decoder, text=PLAIN if of_questions else text, max_length=max_length)
+        how = dict(decoder=decoder, text=PLAIN if of_questions else asking.text, max_length=asking.max_length)
         answers = prepare_answers(tokenizer, [texts[n] for n in mine], **how)
         for owner, sample in zip(answers.owners, answers.samples):
             counts = np.flatnonzero(sample["labels"].numpy() != IGNORE)

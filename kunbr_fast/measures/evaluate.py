@@ -17,7 +17,6 @@ from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.evaluation.folds import Fold
 from kunbr_fast.evaluation.probability import spread
 from kunbr_fast.evaluation.rtt import RTTConfig
-from kunbr_fast.files.digests import tokenizer_fingerprint
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.models import load_model
 from kunbr_fast.files.shown import plain, shown
@@ -213,7 +212,7 @@ class _Run:
             path = path if isinstance(source, nn.Module) else source
             identity = model_fingerprint(model, f"the {name} model's ")
             self.described[name] = {"path": None if path is None else str(path), "fingerprint": identity}
-            identity += f"-{tokenizer_fingerprint(self.given.tokenizer)}-{asker.identity}"
+            identity += f"-{asker.identity}"
             passes = Passes(name, model, asker, self.given, self.store, identity, self.seconds)
             said = passes.said()
             if name == "result" and self.given.attack is not None:
@@ -241,14 +240,16 @@ class _Run:
         if "original" not in self.models or not any(one.name == "value_vector_cosine" for one in self.able):
             return None
         self.say("value vectors beside the original's")
-        names = "result", "original"
+        names, what = ("result", "original"), "value vectors"
         identity = "-".join(self.described[name]["fingerprint"] for name in names)
         if (kept := self.store.get("result.values", identity)) is None:
-            bar = "value vectors" if self.given.progress else None
-            with self._timed("value vectors"):
-                found = compare_values(*(self.models[name] for name in names), self.given.dtype, bar)
-            kept = {"found": found and dataclasses.asdict(found)}, None
+            with self._timed(what):
+                found = compare_values(
+                    *(self.models[name] for name in names), self.given.dtype, what if self.given.progress else None
+                )
+            kept = {"found": found and dataclasses.asdict(found), "seconds": self.seconds[what]}, None
             self.store.put("result.values", identity, *kept)
+        self.seconds[what] = kept[0]["seconds"]
         return kept[0]["found"] and ValueVectors(**kept[0]["found"])
 
     @contextlib.contextmanager
@@ -306,4 +307,4 @@ def _answer(said: Readout, i: int, record: Mapping[str, Any]) -> str:
         return said.generated[i]
     if i in said.questions and said.choice is not None:
         return str(record["choices"][said.choice.predictions[list(said.questions).index(i)]])
-    return f"probability of the answer {said.answers[i].probability:.3g}"
+    return f"probability of the answer {said.answers[i].probability:.3g}" if said.answers else "-"

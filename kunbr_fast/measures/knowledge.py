@@ -20,14 +20,14 @@ from kunbr_fast.measures.texts import compared, equal, rouge_of
 # ---------------------------------------------------------------- questions
 
 
-@measure("knowledge", "accuracy, by letter", suites="core")
+@measure("knowledge", "accuracy, by letter", suites="core", needs="letter")
 def accuracy_letter(said: Readout) -> list[float | None]:
     """1 if the right choice's letter has the highest logit behind "Answer:", else 0; of questions. Source: the RTT
     evaluation of KUnBR, arXiv 2511.11667."""
     return _of_questions(said, said.letter)
 
 
-@measure("knowledge", "accuracy, by letter, calibrated", suites="core")
+@measure("knowledge", "accuracy, by letter, calibrated", suites="core", needs="letter")
 def accuracy_letter_calibrated(subject: Subject, of: str) -> Found | None:
     """As by letter, after each letter's mean logit over the questions was subtracted: for models that prefer a letter.
     The standard error takes these means as given. Source: "contextual calibration", arXiv 2102.09690, its idea."""
@@ -39,14 +39,14 @@ def accuracy_letter_calibrated(subject: Subject, of: str) -> Found | None:
     return dataclasses.replace(found, values=None)  # which questions they are is not known
 
 
-@measure("knowledge", "accuracy, by choice", suites="core")
+@measure("knowledge", "accuracy, by choice", suites="core", needs="choice")
 def accuracy_choice(said: Readout) -> list[float | None]:
     """1 if of all choices the right one's text has the highest p(choice | question), else 0; of questions. No division
     by length. Source: lm-evaluation-harness' `acc`."""
     return _of_questions(said, said.choice)
 
 
-@measure("knowledge", "accuracy, by choice, smooth", suites="core")
+@measure("knowledge", "accuracy, by choice, smooth", suites="core", needs="choice")
 def accuracy_smooth(subject: Subject, of: str) -> Found | None:
     """Expected accuracy by choice over random distractors: C(r, c-1) / C(n, c-1), c choices, n wrong candidates (the
     set's other choices of the right one's kind) of which r are less probable. Standard error: s/sqrt(N), over
@@ -67,13 +67,13 @@ def _of_questions(said: Readout, accuracy: Accuracy | None) -> list[float | None
 # ---------------------------------------------------------------- likelihoods
 
 
-@measure("knowledge", "probability of the answer", suites="core tofu")
+@measure("knowledge", "probability of the answer", suites="core tofu", needs="answers")
 def probability(said: Readout) -> list[float | None]:
     """p(answer | prompt)^(1/n), n its tokens. Source: TOFU, arXiv 2401.06121; OpenUnlearning's `probability`."""
     return [answer.probability if len(answer) else None for answer in said.answers]
 
 
-@measure("knowledge", "probability against wrong answers", suites="tofu")
+@measure("knowledge", "probability against wrong answers", suites="tofu", needs="answers alternatives")
 def probability_against_wrong(said: Readout) -> list[float | None]:
     """P(answer) / (P(answer) + sum_i P(w_i)), P length-normalised probabilities, w_i the wrong answers; of items that
     have some. Source: TOFU (real authors, world facts); OpenUnlearning's `probability_w_options`, there + 1e-10."""
@@ -83,7 +83,7 @@ def probability_against_wrong(said: Readout) -> list[float | None]:
     ]
 
 
-@measure("knowledge", "truth ratio", suites="tofu", sets="forget", known="")
+@measure("knowledge", "truth ratio", suites="tofu", sets="forget", known="", needs="answers alternatives")
 def truth_ratio(subject: Subject, of: str) -> Found | None:
     """min(R, 1/R): 1 where right and wrong answers are as probable, as for a model that has never seen them; less where
     either is more so. detail: log R of each item. Source: TOFU; OpenUnlearning's `truth_ratio`, closer_to_1_better,
@@ -92,7 +92,7 @@ def truth_ratio(subject: Subject, of: str) -> Found | None:
     return mean_of([None if log is None else math.exp(-abs(log)) for log in ratios], log_ratios=ratios)
 
 
-@measure("knowledge", "truth ratio, true better", suites="tofu", sets="retain holdout")
+@measure("knowledge", "truth ratio, true better", suites="tofu", sets="retain holdout", needs="answers alternatives")
 def truth_ratio_kept(subject: Subject, of: str) -> Found | None:
     """max(0, 1 - R). detail: log R of each item. Source: TOFU's figure of what is to be kept; OpenUnlearning's
     `truth_ratio`, true_better."""
@@ -100,7 +100,7 @@ def truth_ratio_kept(subject: Subject, of: str) -> Found | None:
     return mean_of([None if log is None else -math.expm1(min(log, 0.0)) for log in ratios], log_ratios=ratios)
 
 
-@measure("knowledge", "share of the truth", suites="tofu")
+@measure("knowledge", "share of the truth", suites="tofu", needs="answers alternatives")
 def truth_share(said: Readout) -> list[float | None]:
     """true / (true + false) = 1 / (1 + R). Source: OpenUnlearning, arXiv 2506.12618; its `truth_ratio`, prob_mean."""
     return [None if log is None else math.exp(-np.logaddexp(0.0, log)) for log in log_truth_ratios(said)]

@@ -10,14 +10,14 @@ from kunbr_fast.measures.registry import Found, mean_of, measure
 from kunbr_fast.measures.texts import compared, rouge_of
 
 
-@measure("memorisation", "exact memorisation", suites="core")
+@measure("memorisation", "exact memorisation", suites="core", needs="answers")
 def exact_memorisation(said: Readout) -> list[float | None]:
     """Share of the answer's tokens that are the most probable one, given all before them. Source: Tirumala et al.,
     arXiv 2205.10770; OpenUnlearning's `exact_memorization`, there without the last token (of a chat: the end's)."""
     return [float(answer.greedy.mean()) if len(answer) else None for answer in said.answers]
 
 
-@measure("memorisation", "extraction strength", suites="core tofu muse")
+@measure("memorisation", "extraction strength", suites="core tofu muse", needs="answers")
 def extraction_strength(said: Readout) -> list[float | None]:
     """1 - k/n, n the answer's tokens, k the fewest of them after which greedy decoding gives all the rest; 0 where not
     even the last one is greedy. Source: Carlini et al., arXiv 2012.07805; OpenUnlearning's `extraction_strength`, there
@@ -38,7 +38,7 @@ def verbatim_memorisation(said: Readout) -> list[float | None]:
     return compared(said, rouge_of("rouge_l_f1"), continued=True)
 
 
-@measure("memorisation", f"leak at {SAMPLES[-1]} samples", suites="core")
+@measure("memorisation", f"leak at {SAMPLES[-1]} samples", suites="core", needs="choice answers")
 def leak(subject: Subject, of: str) -> Found | None:
     """1 - (1 - p)^k, p = p(answer | prompt): the probability that the answer, word for word, is among k sampled at
     temperature 1. An expectation: nothing is sampled. detail: its mean for each k; the figure is the largest's.

@@ -16,11 +16,13 @@ from kunbr_fast.data.items import Item
 from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.evaluation.reading import Reading, Rows, read_all
 from kunbr_fast.evaluation.rtt import Attack
+from kunbr_fast.files.digests import tokenizer_fingerprint
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.measures.answers import Readout
-from kunbr_fast.measures.asked import AskedSet
+from kunbr_fast.measures.asked import AskedSet, Asking
 from kunbr_fast.measures.generation import generate
 from kunbr_fast.measures.layers import LayerReadout, read_layers
+from kunbr_fast.measures.registry import READ
 from kunbr_fast.measures.store import Store
 from kunbr_fast.model.decoder import Decoder
 from kunbr_fast.model.fingerprint import data_fingerprint
@@ -44,19 +46,30 @@ class Asker:
     def __init__(self, tokenizer: Any, items: Mapping[str, Sequence[Item]], settings: Any, needs: Collection[str]):
         self.tokenizer, self.items, self.needs, self._settings = tokenizer, items, needs, settings
         how = dataclasses.asdict(settings.text), settings.max_length, settings.impl, str(settings.device)
-        of = [__version__, {name: digest(of) for name, of in items.items()}, how]  # versions may read other texts
+        of = [__version__, {name: digest(of) for name, of in items.items()}, how, tokenizer_fingerprint(tokenizer)]
+        # versions may read other texts
         self.identity = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
         self.references: dict[str, Sequence[str]] = {}
         self._prompts: dict[str, list[list[int]]] = {}
+        self._asked: dict[tuple, dict[str, AskedSet]] = {}
 
     def asked(self, decoder: Decoder) -> dict[str, AskedSet]:
-        """The texts as one decoder reads them."""
-        how, found = self._settings, {}
-        for name, items in self.items.items():
-            more = dict(text=how.text, max_length=how.max_length, most_new=how.max_new_tokens)
-            found[name] = AskedSet(Reading(decoder), name, items, self.tokenizer, decoder, **more)
-            self.references[name], self._prompts[name] = found[name].references, found[name].prompts
-        return found
+        """The texts as one decoder reads them, made once for all models that read the same."""
+        tokens = decoder.model.get_input_embeddings().weight.shape[0]
+        kind = tokens, decoder.max_positions, Reading(decoder).apart
+        if kind not in self._asked:
+            how = self._settings
+            if how.on_stage is not None:
+                how.on_stage("records as tokens")
+            asking = Asking(how.text, how.max_length, how.max_new_tokens, self.needs)
+            found = {
+                name: AskedSet(Reading(decoder), name, items, self.tokenizer, decoder, asking)
+                for name, items in self.items.items()
+            }
+            for name, of in found.items():
+                self.references[name], self._prompts[name] = of.references, of.prompts
+            self._asked = {kind: found}
+        return self._asked[kind]
 
     def asked_text(self, name: str, i: int) -> str:
         """What item i is asked: its prompt as text."""
@@ -107,13 +120,15 @@ class Passes:
 
     def _kept(self, what: str, of: Sequence[Any], make: Callable[[str | None], tuple[dict, dict | None]]) -> tuple:
         """What a pass has found before, of the same, or finds now. of: what it depends on besides model and records."""
-        identity = f"{self._identity}-{json.dumps(of)}"
-        found = self._store.get(f"{self.name}.{what}", identity)
-        if found is None:
+        name, identity = f"{self.name}.{what}", f"{self._identity}-{json.dumps(of)}"
+        if (found := self._store.get(name, identity)) is None:
             with self._pass(what) as title:
-                found = make(title)
-            self._store.put(f"{self.name}.{what}", identity, *found)
-        return found
+                values, tensors = make(title)
+            kept = {"found": values, "seconds": self._seconds[f"{self.name}: {what}"]}
+            self._store.put(name, identity, kept, tensors)
+            return values, tensors
+        self._seconds[f"{self.name}: {what}"] = found[0]["seconds"]
+        return found[0]["found"], found[1]
 
     def _likelihoods(self) -> dict[str, Rows]:
         def make(title: str | None) -> tuple[dict, dict]:
@@ -122,7 +137,8 @@ class Passes:
             rows = zip(self.asked, found)
             return {}, {f"{name}.{key}": value for name, one in rows for key, value in one.to_dict().items()}
 
-        tensors = self._kept("likelihoods", [self.decoder.trees], make)[1]
+        read = [self.decoder.trees, sorted({*READ} & {*self.asker.needs})]
+        tensors = self._kept("likelihoods", read, make)[1]
         of = {name: {key.removeprefix(f"{name}."): one for key, one in tensors.items() if key.startswith(f"{name}.")}
               for name in self.asked}  # fmt: skip
         return {name: Rows.from_dict(values) for name, values in of.items()}

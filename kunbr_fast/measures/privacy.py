@@ -28,26 +28,26 @@ def auc(members: Sequence[float], others: Sequence[float]) -> float:
     return float((less + up_to).mean() / (2 * len(ordered)))
 
 
-@measure("privacy", "membership inference, loss", suites="core", sets="forget", needs="holdout", unit="")
+@measure("privacy", "membership inference, loss", suites="core", sets="forget", needs="answers holdout", unit="")
 def mia_loss(subject: Subject, of: str) -> Found | None:
     """AUC of score -loss, the mean log-likelihood of the answer's tokens. Source: Yeom et al., arXiv 1709.01604."""
     return _inference(subject, of, lambda answer: -answer.loss)
 
 
-@measure("privacy", "membership inference, zlib", suites="core", sets="forget", needs="holdout", unit="")
+@measure("privacy", "membership inference, zlib", suites="core", sets="forget", needs="answers holdout", unit="")
 def mia_zlib(subject: Subject, of: str) -> Found | None:
     """AUC of score -loss / bytes of the answer's text compressed by zlib. Source: Carlini et al., arXiv 2012.07805."""
     return _inference(subject, of, lambda answer: -answer.loss / len(zlib.compress(answer.text.encode())))
 
 
-@measure("privacy", "membership inference, min-k", suites="core", sets="forget", needs="holdout", unit="")
+@measure("privacy", "membership inference, min-k", suites="core", sets="forget", needs="answers holdout", unit="")
 def mia_min_k(subject: Subject, of: str) -> Found | None:
     """AUC of the mean log-likelihood of the 40 % least likely tokens, rounded down, at least one. Source: Min-K% Prob,
     arXiv 2310.16789."""
     return _inference(subject, of, min_k)
 
 
-@measure("privacy", "membership inference, min-k++", suites="core", sets="forget", needs="holdout", unit="")
+@measure("privacy", "membership inference, min-k++", suites="core", sets="forget", needs="answers holdout", unit="")
 def mia_min_k_plus_plus(subject: Subject, of: str) -> Found | None:
     """AUC as min-k, of (log p(token) - mu) / sigma in place of log p: mu and sigma are mean and standard deviation of
     log p over the vocabulary under p, sigma at least 1e-3. Source: Min-K%++, arXiv 2404.02936."""
@@ -56,7 +56,7 @@ def mia_min_k_plus_plus(subject: Subject, of: str) -> Found | None:
     )
 
 
-@measure("privacy", "membership inference, reference", sets="forget", needs="holdout retrained", unit="")
+@measure("privacy", "membership inference, reference", sets="forget", needs="answers holdout retrained", unit="")
 def mia_reference(subject: Subject, of: str) -> Found | None:
     """AUC of score (loss of the retrained model) - loss: what is easier than for one that never saw the forget set. The
     original is no such model: the difference to it would show what unlearning changed. Source: Carlini et al., arXiv
@@ -69,7 +69,7 @@ def mia_reference(subject: Subject, of: str) -> Found | None:
     ))  # fmt: skip
 
 
-@measure("privacy", "PrivLeak", suites="tofu muse", sets="forget", needs="holdout", known="lower")
+@measure("privacy", "PrivLeak", suites="tofu muse", sets="forget", needs="answers holdout", known="lower")
 def privleak(subject: Subject, of: str) -> Found | None:
     """((1 - AUC) - (1 - AUC_retrained)) / (1 - AUC_retrained), AUC of min-k: 0 as if never seen, below 0 unlearned too
     little (-1: all members found), above 0 too much. Without a retrained model its AUC is taken as 0.5, and detail says

@@ -24,7 +24,8 @@ SUITES = ("core", "tofu", "muse", "all")  # all: every measure
 SETS = ("forget", "retain", "holdout")
 # What a measure may need beyond likelihoods: other inputs (of which the reason for its absence speaks), or other passes
 # through the model. sets other than its own: "holdout" for membership inference.
-NEEDS = ("generation", "sampling", "states", "attack", "original", "retrained", "holdout", "retain")
+READ = ("letter", "choice", "answers", "alternatives")  # of likelihoods: questions by scoring; own and other answers
+NEEDS = (*READ, "generation", "sampling", "states", "attack", "original", "retrained", "holdout", "retain")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,11 @@ PROBED = 16  # tokens of a text that a way is tried with
 ROUNDING = {torch.float64: 1e-4, torch.float32: 5e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
+def block(device: torch.device) -> int:
+    """Of columns, which attention reads whole."""
+    return 64 if device.type == "cuda" else 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Way:
     """How prompts run together. reserved: in `key_values.Reserved`, else in the model's own cache. padded: prompts of
@@ -53,7 +58,8 @@ class Way:
     def cache(self, model: nn.Module, sequences: int, columns: int) -> Any:
         from kunbr_fast.measures.key_values import Own, Reserved  # which import transformers
 
-        return (Reserved if self.reserved else Own)(model.config, sequences, columns)
+        device = model.get_input_embeddings().weight.device
+        return (Reserved if self.reserved else Own)(model.config, sequences, columns, block(device))
 
     def read_together(self, prompts: Sequence[Sequence[int]]) -> int:
         """How many of these, the longest first."""
@@ -77,7 +83,8 @@ WAYS = Way(True, True), Way(True, False), Way(False, True), Way(False, False)
 
 
 class Batch:
-    """Sequences that grow together. mask: (B, columns), 0 left of a prompt. lengths: (B,) so far."""
+    """Sequences that grow together. mask: (B, columns), 1 from a prompt's first token to the last. lengths: (B,) so
+    far."""
 
     def __init__(self, model: nn.Module, way: Way, prompts: Sequence[Sequence[int]], new: int):
         self.model, self.way, self.takes = model, way, _takes(model)
@@ -89,8 +96,8 @@ class Batch:
         self.cache = way.cache(model, len(self.once), self.end + new)
         self.device = model.get_input_embeddings().weight.device
         self.lengths = torch.tensor([len(prompt) for prompt in self.once], device=self.device)
-        columns = torch.arange(self.end + new, device=self.device)
-        self.mask = (columns >= self.end - self.lengths[:, None]).long()
+        columns = torch.arange(self.end + new + block(self.device), device=self.device)
+        self.mask = ((columns >= self.end - self.lengths[:, None]) & (columns < self.end)).long()
 
     def read(self) -> torch.Tensor:
         """Logits (B, V) behind the prompts."""
@@ -119,10 +126,11 @@ class Batch:
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) behind one more token of each, (B,)."""
-        self.cache.before_step(self.end)
+        read = self.cache.before_step(self.end)
+        self.mask[:, self.end] = 1
         self.end += 1
         self.lengths = self.lengths + 1
-        return self._call(tokens[:, None], self.mask[:, : self.end], self.lengths[:, None] - 1)
+        return self._call(tokens[:, None], self.mask[:, :read], self.lengths[:, None] - 1)
 
     def take(self, rows: torch.Tensor) -> None:
         """These sequences, in this order, are the batch from now on."""

@@ -22,7 +22,7 @@ from kunbr_fast.measures.resampling import bootstrap_error
 _MOST_NATS = 709.0  # exp of more is beyond floating point; unlearning by ascent may bring a model there
 
 
-@measure("utility", "perplexity", suites="core", unit="", known="lower")
+@measure("utility", "perplexity", suites="core", unit="", known="lower", needs="answers")
 def perplexity(subject: Subject, of: str) -> Found | None:
     """exp(sum of -log p(token) / number of tokens), over all tokens of all answers; at most e^709. Standard error:
     bootstrap over records, each with its tokens. Source: Jelinek et al., 1977."""
@@ -40,7 +40,7 @@ def _perplexity(rows: np.ndarray) -> float:
     return math.exp(min(nats / tokens, _MOST_NATS))
 
 
-@measure("utility", "model utility", suites="tofu", sets="retain", needs="generation")
+@measure("utility", "model utility", suites="tofu", sets="retain", needs="answers alternatives generation")
 def model_utility(subject: Subject, of: str) -> Found | None:
     """Harmonic mean of the probability of the answer, ROUGE-L recall and truth ratio max(0, 1 - R) of each part of
     retain and holdout; 0 where one of them is 0. A part is the items of one file that have wrong answers. Items without
@@ -82,7 +82,9 @@ def _utility(*parts: np.ndarray) -> float:
     return float(len(means) / (1 / means).sum()) if means.all() else 0.0
 
 
-@measure("utility", "forget quality", suites="tofu", sets="forget", needs="retrained", unit="", known="")
+@measure(
+    "utility", "forget quality", suites="tofu", sets="forget", needs="answers alternatives retrained", unit="", known=""
+)
 def forget_quality(subject: Subject, of: str) -> Found | None:
     """p-value of the two-sample Kolmogorov-Smirnov test that truth ratios R of this model and of the retrained one are
     of one distribution; above 0.05 they are not told apart. The same difference has a smaller p with more items. No

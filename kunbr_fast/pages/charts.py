@@ -16,7 +16,7 @@ from kunbr_fast.evaluation.figures import COLOURS
 from kunbr_fast.pages.markup import Markup, e, folded, join, paragraph, table, tag
 
 DASHES = (None, "9 4", "3 3", "10 3 3 3", "6 2", "2 5")
-SIZES = {"narrow": (340, 290), "broad": (860, 340)}  # units, of 1 to 1.3 pixels
+SIZES = {"narrow": (340, 290), "broad": (760, 330)}  # units, of 0.85 to 1.4 pixels
 LEFT, RIGHT, TOP, BOTTOM = (
     40,
     14,

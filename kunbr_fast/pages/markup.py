@@ -111,39 +111,42 @@ def _row(row: Sequence[Any], texts: int) -> Markup:
 
 
 def figure(value: float | None, error: float | None = None, unit: str = "share") -> str:
-    """With its standard error. unit: as of a `measures.registry.Measure`."""
+    """With its standard error. unit: as of a `measures.registry.Measure`; a small share has two digits."""
     if value is None:
         return NOTHING
-    scale, sign, digits = _shape(unit, value)
-    text = _number(scale * value, digits)
-    return _unbroken(f"{text}{sign}" if error is None else f"{text} ± {_number(scale * error, digits)}{sign}")
+    small = unit == "share" and 0 < abs(value) < 0.00995
+    return _written(value, error, (100.0, "\u00a0%", ".2g", ".1g") if small else _WAYS[unit if unit in _WAYS else ""])
 
 
 def change(value: float | None, error: float | None = None, unit: str = "share") -> str:
     """A difference: of shares in points."""
     if value is None:
         return NOTHING
-    scale, sign, digits = _shape(unit, 1.0)
-    sign = " points" if sign else ""
-    text = f"{'+' if value > 0 else ''}{_number(scale * value, digits)}"
-    return _unbroken(f"{text}{sign}" if error is None else f"{text} ± {_number(scale * error, digits)}{sign}")
+    scale, sign, *digits = _WAYS[unit if unit in _WAYS else ""]
+    text = _written(value, error, (scale, " points" if sign else "", *digits))
+    return f"+{text}" if value > 0 and float(text.split()[0].replace("−", "-")) > 0 else text
 
 
-def _unbroken(text: str) -> str:
-    """A figure stays on one line."""
-    return text.replace(" ", "\u00a0")
+# Factor, sign, and how value and error are written. A figure and its error stay on one line.
+_Way = tuple[float, str, str, str]
+_WAYS: Mapping[str, _Way] = {
+    "share": (100.0, "\u00a0%", ".1f", ".1f"),
+    "points": (1.0, "\u00a0points", ".1f", ".1f"),
+    "": (1.0, "", ".4g", ".2g"),
+}
 
 
-def _shape(unit: str, value: float) -> tuple[float, str, str]:
-    """Factor, sign, and how it is written: a share in percent, a small one in two digits."""
-    if unit == "share":
-        return 100.0, " %", ".2g" if 0 < abs(value) < 0.00995 else ".1f"
-    return (1.0, " points", ".1f") if unit == "points" else (1.0, "", ".4g")
+def _written(value: float, error: float | None, way: _Way) -> str:
+    scale, sign, digits, of_error = way
+    text = _number(scale * value, digits)
+    text = text.replace("-", "−") if float(text) else text.lstrip("-")  # no minus zero
+    return f"{text}{sign}" if error is None else f"{text}\u00a0±\u00a0{_number(scale * error, of_error)}{sign}"
 
 
 def _number(value: float, digits: str) -> str:
+    """Of significant digits no power of ten stands behind, up to a million."""
     text = f"{value:{digits}}"
-    return text.replace("-", "−") if float(text) else text.lstrip("-")  # no minus zero
+    return f"{float(text):g}" if "e" in text else text
 
 
 def count(number: int, what: str) -> str:

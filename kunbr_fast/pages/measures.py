@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,11 +23,13 @@ def every_measure(source: Source) -> Markup:
     figures = source.evaluation["figures"]
     groups = [*GROUPS, *sorted({row["group"] for row in figures} - {*GROUPS})]
     parts = [_group(group, [row for row in figures if row["group"] == group]) for group in groups]
-    missing = source.evaluation.get("missing") or ()
-    lost = table(["measure", "why"], [[code(each["measure"]), each["why"]] for each in missing], texts=2,
-                 label="What could not be measured")  # fmt: skip
+    reasons: dict[str, list[str]] = {}
+    for each in source.evaluation.get("missing") or ():
+        reasons.setdefault(each["why"], []).append(each["measure"])
+    lines = [[why, join(map(code, names), ", ")] for why, names in reasons.items()]
+    lost = table(["why", "measures"], lines, texts=2, label="What could not be measured")
     note = tag("p", "↑: a model that knows more of the set has more. ↓: it has less.", class_="soft") if figures else ""
-    return join([note, *parts, join([tag("h3", "Missing"), lost]) if missing else ""])
+    return join([note, *parts, join([tag("h3", "Missing"), lost]) if lost else ""])
 
 
 def _group(group: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
@@ -42,10 +45,9 @@ def _group(group: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
             [f"{one['title']} {KNOWN.get(one['known'], '')}".strip(), tag("span", code(measure), class_="help")]
         )
         cells = [_cell(of.get(name)) for name in models]
-        lines.append([title, f"{what} ({one['number']})", *cells, _detail(of)])
-    header = ["measure", "set (number)", *[NAMES.get(name, name) for name in models], "more"]
-    if not any(line[-1] for line in lines):
-        header, lines = header[:-1], [line[:-1] for line in lines]
+        more = tag("span", _detail(of), class_="help") if _detail(of) else ""
+        lines.append([title, join([f"{what} ({one['number']})", more]), *cells])
+    header = ["measure", "set (number)", *[NAMES.get(name, name) for name in models]]
     made = table(header, lines, texts=2, label=f"Measures of {group}")
     formulas = [
         (code(name), MEASURES[name].formula)
@@ -70,12 +72,11 @@ def lm_eval(source: Source) -> Markup:
     """lm-evaluation-harness, by task."""
     rows = []
     for task, found in ((source.evaluation or {}).get("lm_eval") or {}).items():
-        values = {name: each for name, each in found.items() if isinstance(each, dict) and "value" in each}
-        first, last = values.get("original"), values.get("result")
+        first, last = found.get("original"), found.get("result")
         moved = NOTHING
         if first and last:
             errors = (first.get("standard_error"), last.get("standard_error"))
-            error = None if None in errors else (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+            error = None if None in errors else math.hypot(*errors)
             moved = change(last["value"] - first["value"], error)
         rows.append([task, str(found.get("metric", "")), _harness(first), _harness(last), moved])
     return table(["task", "metric", "original", "result", "change"], rows, texts=2, label="lm-evaluation-harness")

@@ -277,29 +277,34 @@ def _strongest(name: str, look: int, rtt: RTTResult) -> Series:
 # ---------------------------------------------------------------- layers
 
 
-_AXES = {"layers": "decoder layer", "k": "sampled answers"}  # lists in a figure's detail, beside "values"
+_AXES = {"layers": "layer", "k": "sampled answers"}  # lists in a figure's detail, beside "values"
 
 
 def depth(figures: Sequence[Mapping[str, Any]]) -> Markup:
-    """What measures find at each layer, or with each number of samples: a chart for a measure and a set, a curve for a
-    model."""
-    charts: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    """What measures find at each layer, or with each number of samples: a chart for a measure, a curve for a model and
+    a set."""
+    charts: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in figures:
         values = row["detail"].get("values")
         for axis in _AXES:
             at = row["detail"].get(axis)
-            if isinstance(at, list) and isinstance(values, list) and len(at) == len(values):
-                charts.setdefault((row["measure"], row["set"], axis), []).append(row)
-    return join(_depth(what, axis, rows) for (_, what, axis), rows in charts.items())
+            if isinstance(values, list) and isinstance(at, list) and len(at) == len(values) and all(map(_number, at)):
+                charts.setdefault((row["measure"], axis), []).append(row)
+    return join(_depth(axis, rows) for (_, axis), rows in charts.items())
 
 
-def _depth(what: str, axis: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _depth(axis: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
     share = rows[0]["unit"] == "share"
     series = []
     for look, row in enumerate(rows):
-        values = [value if isinstance(value, (int, float)) else None for value in row["detail"]["values"]]
-        scaled = _percents(values) if share else values
-        series.append(Series(NAMES.get(row["model"], row["model"]), row["detail"][axis], scaled, look=look))
+        values = [value if _number(value) else None for value in row["detail"]["values"]]
+        name = f"{NAMES.get(row['model'], row['model'])}: {row['set']}"
+        series.append(Series(name, row["detail"][axis], _percents(values) if share else values, look=look))
     unit = " (%)" if share else " (points)" if rows[0]["unit"] == "points" else ""
-    note = f"{rows[0]['measure']}, over {rows[0]['number']} of the {what} set."
-    return lines(Chart(f"{rows[0]['title']}: {what}", _AXES[axis], f"value{unit}", note=note), series)
+    numbers = ", ".join(dict.fromkeys(f"{row['set']} {row['number']}" for row in rows))
+    note = f"{rows[0]['measure']}; number: {numbers}."
+    return lines(Chart(rows[0]["title"], _AXES[axis], f"value{unit}", note=note), series)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from kunbr_fast.evaluation.attacks import ATTACKS
 from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.pages import findings, pictures
 from kunbr_fast.pages.findings import NAMES, measured
+from kunbr_fast.pages.formats import Example
 from kunbr_fast.pages.markup import (
     NOTHING,
     Markup,
@@ -27,7 +29,7 @@ from kunbr_fast.pages.markup import (
     tag,
     words,
 )
-from kunbr_fast.pages.sources import Asked, Source
+from kunbr_fast.pages.sources import Source
 from kunbr_fast.run.config import KUnBRConfig
 
 EXAMPLES = 60  # shown at most
@@ -186,7 +188,7 @@ def kept_and_lost(source: Source) -> Markup:
         if row["set"] != "forget":
             unit = row["unit"]
             errors = (row["standard_error"], before["standard_error"])
-            error = None if None in errors else (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+            error = None if None in errors else math.hypot(*errors)
             values = [figure(each["value"], each["standard_error"], unit) for each in (before, row)]
             rows.append([f"{row['title']}: {row['set']}", *values, change(row["value"] - before["value"], error, unit)])
     note = (
@@ -263,7 +265,7 @@ _ANSWERS = {
 }
 
 
-def _example(one: Asked) -> Iterator[tuple[str, Any]]:
+def _example(one: Example) -> Iterator[tuple[str, Any]]:
     if one.get("set"):
         yield "set", one["set"]
     for key, name in _ANSWERS.items():

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from kunbr_fast.density.measure import Density
 from kunbr_fast.evaluation.curves import RTTResult
@@ -17,6 +17,7 @@ from kunbr_fast.files.checksums import checksum, read_sealed
 from kunbr_fast.files.documents import checked, read_json, read_text
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.target import is_signed
+from kunbr_fast.pages import formats
 from kunbr_fast.run.config import KUnBRConfig
 from kunbr_fast.run.identity import report_digest
 from kunbr_fast.run.log import COLUMNS, FOLDER, TABLE
@@ -25,79 +26,6 @@ REPORT, EVALUATION, CERTIFICATE, SETTINGS = "report.json", "evaluation.json", "u
 LOG_LIMIT = 2**28  # bytes: a million steps
 CURE = "make it again, or move it away"
 _HEX = re.compile(r"(?:[a-z0-9]+[-:])?[0-9a-f]{32,128}")
-
-
-class Asked(TypedDict, total=False):
-    """An example of report.json."""
-
-    question: str
-    answer: str
-    original: str | None
-    unlearned: str | None
-    result: str | None
-    retrained: str | None
-    attacked: str | None
-    set: str
-
-
-class _Report(TypedDict):
-    """What is read of a run's report, besides its density and its curves."""
-
-    kunbr_fast: str
-    config: dict[str, Any]
-    blocks: list[tuple[int, int]]
-    density: dict[str, Any]
-    seconds: dict[str, float]
-    losses: dict[str, list[dict[str, float | None]]]
-    accuracy: dict[str, dict[str, dict[str, Any]]]
-    rtt: dict[str, Any] | None
-    model: str
-
-
-class _More(_Report, total=False):
-    probability: dict[str, dict[str, dict[str, Any]]]
-    cautions: list[str]
-    examples: list[Asked]
-    gradient_cosines: dict[str, float]
-    cache_errors: dict[str, dict[str, float]]
-    result: dict[str, Any]
-
-
-class _Figure(TypedDict):
-    measure: str
-    title: str
-    group: str
-    set: str
-    model: str
-    value: float
-    standard_error: float | None
-    number: int
-    unit: str
-    known: str
-    detail: dict[str, Any]
-
-
-class _Missing(TypedDict):
-    measure: str
-    why: str
-
-
-class _Evaluation(TypedDict):
-    kunbr_fast: str
-    format: int
-    suite: Any
-    settings: dict[str, Any]
-    models: dict[str, dict[str, Any]]
-    sets: dict[str, dict[str, Any]]
-    figures: list[_Figure]
-
-
-class _MoreEvaluation(_Evaluation, total=False):
-    missing: list[_Missing]
-    examples: list[Asked]
-    lm_eval: dict[str, dict[str, Any]] | None
-    rtt: dict[str, Any] | None
-    seconds: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +91,7 @@ def read(folder: str | Path) -> Source:
 def _report(path: Path) -> dict[str, Any]:
     where = plain(path)
     value = read_json(path)
-    checked(value, _More, f"{where}: not the report of a run (kunbr-fast unlearn or baseline)")
+    checked(value, formats.Report, f"{where}: not the report of a run (kunbr-fast unlearn or baseline)")
     if "result" in value and value["result"].get("report") != report_digest(value):
         raise ValueError(f"{where}: damaged or edited (it does not have the checksum that it names): {CURE}")
     density = Density.from_dict(value["density"], f"{where}: density")
@@ -171,26 +99,26 @@ def _report(path: Path) -> dict[str, Any]:
     for start, stop in value["blocks"]:
         if not 0 <= start < stop <= layers:
             raise ValueError(f"{where}: blocks: got {shown([start, stop])}, expected layers of 0 to {layers}")
-    rtt = value["rtt"] and RTTResult.from_dict(value["rtt"], f"{where}: rtt")
-    _check_measured(value["accuracy"], "plain", "num_questions", f"{where}: accuracy")
-    _check_measured(value.get("probability", {}), "mean", "num_records", f"{where}: probability")
-    return {"report": value, "density": density, "rtt": rtt or None}
+    return {"report": value, "density": density, "rtt": _curves(value["rtt"], where)}
 
 
-def _check_measured(found: Mapping[str, Any], mean: str, number: str, where: str) -> None:
-    for model, sets in found.items():
-        for what, each in sets.items():
-            checked([each.get(mean), each.get(number)], tuple[float, int], f"{where}.{plain(model)}.{plain(what)}")
+def _curves(found: Mapping[str, Any] | None, where: str) -> RTTResult | None:
+    if not found:
+        return None
+    try:
+        return RTTResult.from_dict(found, f"{where}: rtt")
+    except ValueError as error:
+        said = str(error)
+        raise ValueError(said if said.startswith(where) else f"{where}: rtt: {said}") from error
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
     where = plain(path)
     value = read_sealed(path, CURE)
-    checked(value, _MoreEvaluation, f"{where}: not of kunbr-fast evaluate")
+    checked(value, formats.Evaluation, f"{where}: not of kunbr-fast evaluate")
     if value["format"] != 1:
         raise ValueError(f"{where}: format {value['format']}, and this version reads 1: use a newer kunbr-fast")
-    rtt = value.get("rtt") and RTTResult.from_dict(value["rtt"], f"{where}: rtt")
-    return {"evaluation": value, "evaluated_rtt": rtt or None}
+    return {"evaluation": value, "evaluated_rtt": _curves(value.get("rtt"), where)}
 
 
 def _log(path: Path) -> dict[str, list[Any]]:

@@ -21,11 +21,11 @@ code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .88e
 .soft { color: var(--soft); } p.soft { font-size: .92rem; }
 nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem;
   font-size: .9rem; } nav li { margin: 0; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: .8rem;
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 13.5rem), 1fr)); gap: .8rem;
   margin: 1rem 0; }
 .card { background: var(--shade); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; }
 .card h3 { margin: 0; font-size: .95rem; color: var(--soft); } .card p { margin: .3rem 0 0; font-size: .92rem; }
-.card .big { font-size: 1.5rem; font-weight: 650; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.card .big { font-size: 1.32rem; font-weight: 650; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .caution { background: var(--warnback); border-left: 4px solid var(--warn); padding: .5rem .9rem; margin: .8rem 0;
   border-radius: 0 6px 6px 0; } .caution p { margin: 0; }
 /* A shade at an end of a table that goes on there. */

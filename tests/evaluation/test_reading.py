@@ -150,3 +150,23 @@ def test_depths_and_ends():
     assert batch.ends.tolist() == [5, 4, 2, 4, 4, 5] * 2
     assert batch.samples()[1].ends.tolist() == [5, 4, 2, 4, 4, 5]
     assert [[trees.tokens[n] for n in text] for text in trees.texts()] == [[1, 2, 3], [1, 2, 4, 5], [1, 6]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_on_a_gpu(name):
+    """fp64 as on a CPU; in bf16 trees are as near to fp64 as texts by themselves are."""
+    model = make(name).cuda()
+    decoder = Decoder(model)
+    assert decoder.trees
+    reading, found = asked(decoder)
+    truth = reading.read(decoder)
+    cpu = make(name)
+    check(cpu, truth, found, 1e-6)
+    half = Decoder(model.to(torch.bfloat16))
+    errors = []
+    for half.trees in (True, False):
+        read = asked(half)[0].read(half)
+        errors.append(np.linalg.norm(read.logits - truth.logits) / np.linalg.norm(truth.logits))
+    assert errors[0] <= 2 * errors[1] < 0.1

@@ -10,7 +10,7 @@ import transformers as tf
 from architectures.configurations import made
 from tiny_models import ARCHITECTURES, MIXTURES, MORE, VOCAB, tiny_model
 
-from kunbr_fast.measures import generation
+from kunbr_fast.measures import generation, sequence_batch
 from kunbr_fast.measures.generation import Sampling, generate
 from kunbr_fast.measures.sequence_batch import WAYS, Batch, Way, find_way
 from kunbr_fast.memory import OutOfMemory
@@ -128,6 +128,18 @@ def test_ended_sequences_are_dropped_and_equal_prompts_read_once(monkeypatch):
     assert len(batch.once) == 7 and batch.read().shape == (8, VOCAB)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2"])
+def test_attention_reads_blocks_of_columns(name, monkeypatch):
+    """As on a GPU. Columns behind the last token are masked."""
+    model, asked = tiny_model(name), prompts()
+    stop, truth = truth_of(model, asked)
+    monkeypatch.setattr(sequence_batch, "block", lambda device: 8)
+    assert find_way(model, asked, 30) == RESERVED
+    assert generate(model, asked, max_new_tokens=NEW, stop=stop) == truth
+    same_lengths = prompts(lengths=(5, 5, 5))[:3]  # with nothing to mask on the left
+    assert generate(model, same_lengths, max_new_tokens=NEW, stop=frozenset()) == alone(model, same_lengths)
+
+
 def test_looks_for_the_end_now_and_then(monkeypatch):
     """As on a GPU: the host waits every few steps only, and what was made after a stop token is cut off."""
     model, asked = tiny_model(), prompts()
@@ -143,9 +155,11 @@ STOP = frozenset([2, 5, 9])
 
 @pytest.mark.parametrize("sampling", [Sampling(seed=3), Sampling(0.7, 0.6, 4)], ids=str)
 @pytest.mark.parametrize("way", [RESERVED, None], ids=str)
-def test_sampling(sampling, way, monkeypatch):
+@pytest.mark.parametrize("few", [2, 256])
+def test_sampling(sampling, way, few, monkeypatch):
     """Token by token without a cache: the first token at which the sum of the shares passes the number drawn."""
     model, asked = tiny_model(dtype=torch.float32), prompts()
+    monkeypatch.setattr(generation, "FEW", few)
     monkeypatch.setattr(generation, "find_way", lambda *given: way)
     drawn = torch.rand(8, NEW, dtype=torch.float64, generator=torch.Generator().manual_seed(sampling.seed))
     truth = []

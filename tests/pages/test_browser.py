@@ -116,7 +116,7 @@ def compared(folder):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", [320, 400, 1400])
+@pytest.mark.parametrize("width", [320, 400, 720, 1400])
 @pytest.mark.parametrize("make", [whole, hostile, compared])
 def test_all_of_it_can_be_read(make, width, scheme, tmp_path):
     make(tmp_path)

@@ -164,7 +164,7 @@ def test_all_that_there_is(whole):
         "8" * 64,
         "Not tried, though this version can: wide",
         "No measure of privacy was made.",
-        "linear probe: forget",
+        "original: forget",
         "(nothing)",
         "top_k",
     ):
@@ -332,7 +332,7 @@ def test_several_need_a_place(whole, tmp_path, capsys):
         (lambda out: folders.run(out, blocks=[[0, 99]]), "report.json: blocks: got [0, 99]"),
         (
             lambda out: folders.run(out, accuracy={"result": {"forget": {"plain": "x"}}}),
-            "report.json: accuracy.result.forget",
+            "accuracy.result.forget.plain: got 'x', expected a number",
         ),
     ],
 )
@@ -464,10 +464,26 @@ def test_a_chart_has_its_figures_as_a_table_and_says_what_it_shows():
     [
         (0.5, None, "share", "50.0 %"),
         (0.123, 0.0456, "share", "12.3 ± 4.6 %"),
-        (-0.04, None, "points", "−0.0 points"),
-        (3.14159, 0.01, "", "3.142 ± 0.01"),
+        (-0.04, None, "points", "0.0 points"),
+        (3.14159, 0.0123, "", "3.142 ± 0.012"),
+        (39861.4, 472.0, "", "39860 ± 470"),
+        (0.00061, 0.000082, "share", "0.061 ± 0.008 %"),
         (None, None, "share", "–"),
     ],
 )
 def test_figures(value, error, unit, text):
-    assert markup.figure(value, error, unit).replace("\xa0", " ") == text.replace("−0.0", "0.0")
+    assert markup.figure(value, error, unit).replace("\xa0", " ") == text
+
+
+@pytest.mark.parametrize(
+    "value, error, unit, text",
+    [
+        (0.1, 0.02, "share", "+10.0 ± 2.0 points"),
+        (-0.1, None, "share", "−10.0 points"),
+        (1e-5, None, "share", "0.0 points"),
+        (-1e-5, None, "share", "0.0 points"),
+        (2.5, 0.25, "", "+2.5 ± 0.25"),
+    ],
+)
+def test_changes(value, error, unit, text):
+    assert markup.change(value, error, unit).replace("\xa0", " ") == text
