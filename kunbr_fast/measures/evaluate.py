@@ -17,7 +17,6 @@ from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.evaluation.folds import Fold
 from kunbr_fast.evaluation.probability import spread
 from kunbr_fast.evaluation.rtt import RTTConfig
-from kunbr_fast.files.digests import tokenizer_fingerprint
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.models import load_model
 from kunbr_fast.files.shown import plain, shown
@@ -213,7 +212,7 @@ class _Run:
             path = path if isinstance(source, nn.Module) else source
             identity = model_fingerprint(model, f"the {name} model's ")
             self.described[name] = {"path": None if path is None else str(path), "fingerprint": identity}
-            identity += f"-{tokenizer_fingerprint(self.given.tokenizer)}-{asker.identity}"
+            identity += f"-{asker.identity}"
             passes = Passes(name, model, asker, self.given, self.store, identity, self.seconds)
             said = passes.said()
             if name == "result" and self.given.attack is not None:
