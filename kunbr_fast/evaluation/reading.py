@@ -57,7 +57,7 @@ class Reading:
 
     def __init__(self, decoder: Decoder):
         self.trees = Trees()
-        self._apart = decoder.rotary.same_up_to != float("inf") or decoder.way.name not in ("packed", "padded")
+        self.apart = decoder.rotary.same_up_to != float("inf") or decoder.way.name not in ("packed", "padded")
         self._rows: dict[int, int] = {}  # of a node
         self._asked: list[tuple[int, int]] = []  # (row, token)
 
@@ -67,7 +67,7 @@ class Reading:
 
     def add(self, ids: Sequence[int], family: Hashable) -> list[int]:
         """A text; returns a number for each of its tokens, for `rows`."""
-        return self.trees.add(ids, tuple(ids) if self._apart else family)
+        return self.trees.add(ids, tuple(ids) if self.apart else family)
 
     def rows(self, nodes: Sequence[int]) -> np.ndarray:
         """Asks for the predictions behind these tokens; where in `Rows` they will be."""
@@ -158,7 +158,7 @@ class Taken:
         for at, (row, _) in enumerate(asked):
             self._of.setdefault(row, []).append(at)
         self._numbers: list[int] = []  # of the rows, in the order in which they were read
-        self._read: list[torch.Tensor] = []  # (R, 4): log sums, best, means, squares
+        self._read: list[torch.Tensor] = []  # (R, 5): log sums, best, means and squares below the largest, its -log p
         self._places: list[int] = []  # of the logits
         self._logits: list[torch.Tensor] = []
 
@@ -180,19 +180,22 @@ class Taken:
             places = torch.tensor([[i, self._asked[at][1]] for i, at in wanted], device=logits.device)
             self._logits.append(logits[places[:, 0], places[:, 1]].double())
             self._places += [at for _, at in wanted]
-        best, log_sums = logits.argmax(1), logits.logsumexp(1)
-        log_p = logits.sub_(log_sums[:, None])
-        weighted = log_p.exp().mul_(log_p)
-        means = weighted.sum(1).double()
-        squares = weighted.mul_(log_p).sum(1).double()
-        self._read.append(torch.stack([log_sums.double(), best.double(), means, squares], 1))
+        best = logits.argmax(1)
+        most = logits.gather(1, best[:, None])
+        below = logits.sub_(most)  # the largest is 0: one exp serves the sum and the moments
+        weights = below.exp()
+        sums = weights.sum(1).double()
+        weighted = weights.mul_(below)
+        means = weighted.sum(1).double() / sums
+        squares = weighted.mul_(below).sum(1).double() / sums
+        self._read.append(torch.stack([most[:, 0].double() + sums.log(), best.double(), means, squares, sums.log()], 1))
         self._numbers += rows
 
     def rows(self) -> Rows:
-        numbers, found = np.array(self._numbers, dtype=np.int64), np.empty((len(self._numbers), 4))
+        numbers, found = np.array(self._numbers, dtype=np.int64), np.empty((len(self._numbers), 5))
         found[numbers] = torch.cat(self._read).cpu().numpy() if self._read else found
         logits = np.empty(len(self._asked))
         logits[self._places] = torch.cat(self._logits).cpu().numpy() if self._logits else logits
-        log_sums, best, means, squares = found.T
+        log_sums, best, means, squares, least = found.T
         deviations = np.sqrt(np.maximum(squares - means**2, 0))
-        return Rows(log_sums, best.astype(np.int64), means, deviations, logits)
+        return Rows(log_sums, best.astype(np.int64), means - least, deviations, logits)

@@ -38,8 +38,8 @@ NAME = ".kunbr-fast.lock"
 MOUNTS = "/proc/self/mountinfo"
 # what those who hold folders write there, besides models; `run.output`, `merge_folder` and `bench` have the contents
 REPORTS = frozenset(
-    """report.json run.yaml density.png relearning.png report.html unlearning.json evaluation.json merge.json
-    merge.partial.json results.json""".split()
+    """report.json run.yaml density.png relearning.png report.html unlearning.json evaluation.json
+    evaluation.csv merge.json merge.partial.json results.json""".split()
 )
 BEGINS = b'{"process": '  # a lock file
 PATIENCE = 1.0  # seconds until a process that has just taken a lock has written who it is

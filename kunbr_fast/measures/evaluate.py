@@ -17,7 +17,6 @@ from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.evaluation.folds import Fold
 from kunbr_fast.evaluation.probability import spread
 from kunbr_fast.evaluation.rtt import RTTConfig
-from kunbr_fast.files.digests import tokenizer_fingerprint
 from kunbr_fast.files.lock import hold
 from kunbr_fast.files.models import load_model
 from kunbr_fast.files.shown import plain, shown
@@ -81,6 +80,9 @@ class Options:
         for name in ("measures", "lm_eval"):
             if isinstance(found := getattr(self, name), str):
                 raise ValueError(f"{name}={shown(found)}: expected a list of names, such as [{shown(found)}]")
+        for name in ("lm_eval_include", "lm_eval_limit"):
+            if getattr(self, name) is not None and not self.lm_eval:
+                raise ValueError(f"{name} without lm_eval: name its tasks (lm_eval=)")
         if (self.attack is None) == bool(self.folds):
             raise ValueError("attack and folds: give both, what the attack does and the parts of the forget set")
         if self.attack is not None and self.rtt is not None:
@@ -193,8 +195,7 @@ class _Run:
         subjects = {name: subjects[name] for name in self.models}
         with self._timed("measures"):
             figures, without = figures_of(self.able, subjects, list(self.items))
-        why = "does not apply to these records"
-        missing = [*self.missing, *({"measure": one.name, "why": why} for one in without)]
+        missing = [*self.missing, *({"measure": one.name, "why": self._why_none(one)} for one in without)]
         found = Evaluation(
             "named" if self.given.measures else self.given.suite, self._settings(), self.described, self._sets(),
             figures, missing, _examples(asker, said), self.seconds, self.rtt, self.lm_eval or None,
@@ -203,6 +204,12 @@ class _Run:
             found.write(self.given.output_dir)
             self.store.clear()
         return found
+
+    def _why_none(self, measure: Measure) -> str:
+        """Why a measure that lacks nothing has no figure."""
+        if "letter" in measure.name and any("question" in one.record for of in self.items.values() for one in of):
+            return "needs a tokenizer that has one token for each of the letters of the choices"
+        return "does not apply to these records"
 
     # ------------------------------------------------ models
 
@@ -213,7 +220,7 @@ class _Run:
             path = path if isinstance(source, nn.Module) else source
             identity = model_fingerprint(model, f"the {name} model's ")
             self.described[name] = {"path": None if path is None else str(path), "fingerprint": identity}
-            identity += f"-{tokenizer_fingerprint(self.given.tokenizer)}-{asker.identity}"
+            identity += f"-{asker.identity}"
             passes = Passes(name, model, asker, self.given, self.store, identity, self.seconds)
             said = passes.said()
             if name == "result" and self.given.attack is not None:

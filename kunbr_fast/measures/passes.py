@@ -16,6 +16,7 @@ from kunbr_fast.data.items import Item
 from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.evaluation.reading import Reading, Rows, read_all
 from kunbr_fast.evaluation.rtt import Attack
+from kunbr_fast.files.digests import tokenizer_fingerprint
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.measures.answers import Readout
 from kunbr_fast.measures.asked import AskedSet, Asking
@@ -45,23 +46,37 @@ class Asker:
     def __init__(self, tokenizer: Any, items: Mapping[str, Sequence[Item]], settings: Any, needs: Collection[str]):
         self.tokenizer, self.items, self.needs, self._settings = tokenizer, items, needs, settings
         how = dataclasses.asdict(settings.text), settings.max_length, settings.impl, str(settings.device)
-        of = [__version__, {name: digest(of) for name, of in items.items()}, how]  # versions may read other texts
+        of = [__version__, {name: digest(of) for name, of in items.items()}, how, tokenizer_fingerprint(tokenizer)]
+        # versions may read other texts
         self.identity = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
         self.references: dict[str, Sequence[str]] = {}
         self._prompts: dict[str, list[list[int]]] = {}
+        self._asked: dict[tuple, dict[str, AskedSet]] = {}
 
     def asked(self, decoder: Decoder) -> dict[str, AskedSet]:
-        """The texts as one decoder reads them."""
-        how, found = self._settings, {}
-        for name, items in self.items.items():
+        """The texts as one decoder reads them, made once for all models that read the same."""
+        tokens = decoder.model.get_input_embeddings().weight.shape[0]
+        kind = tokens, decoder.max_positions, Reading(decoder).apart
+        if kind not in self._asked:
+            how = self._settings
+            if how.on_stage is not None:
+                how.on_stage("records as tokens")
             asking = Asking(how.text, how.max_length, how.max_new_tokens, self.needs)
-            found[name] = AskedSet(Reading(decoder), name, items, self.tokenizer, decoder, asking)
-            self.references[name], self._prompts[name] = found[name].references, found[name].prompts
-        return found
+            found = {
+                name: AskedSet(Reading(decoder), name, items, self.tokenizer, decoder, asking)
+                for name, items in self.items.items()
+            }
+            for name, of in found.items():
+                self.references[name], self._prompts[name] = of.references, of.prompts
+            self._asked = {kind: found}
+        return self._asked[kind]
 
     def asked_text(self, name: str, i: int) -> str:
-        """What item i is asked: its prompt as text."""
-        ids = self._prompts[name][i]
+        """What item i is asked: its prompt as text, of a chat what the user says last."""
+        ids, asked = self._prompts[name][i], self.items[name][i].record.get("messages", ())
+        asked = [one["content"] for one in asked if one["role"] == "user" and isinstance(one["content"], str)]
+        if asked:
+            return asked[-1].strip()
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
 

@@ -198,7 +198,7 @@ def _attacks(curves: Mapping[str, Any] | None, where: str) -> list[Attack]:
 
 
 class _Named(msgspec.Struct):
-    path: str
+    path: str | None = None
 
 
 class _Figure(msgspec.Struct):
@@ -293,7 +293,8 @@ def refresh(
             raise ValueError(f"{plain(out / name)}: {what} since {NAME} was made, which is of the run's own result")
     evaluation = read_sealed(path, "evaluate the model again")
     of = checked(evaluation, _Evaluation, plain(path)).models
-    if "result" not in of or not os.path.exists(of["result"].path) or not os.path.samefile(of["result"].path, out):
+    evaluated = of["result"].path if "result" in of else None
+    if evaluated is None or not os.path.exists(evaluated) or not os.path.samefile(evaluated, out):
         raise ValueError(f"{plain(path)}: it is not of the model beside it, whose certificate {NAME} is")
     salts = {what: commitment.salt for what, commitment in before.sets.items()}
     committed = {what: commit(records, salts.get(what)) for what, records in (sets or {}).items() if records}

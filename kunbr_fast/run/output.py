@@ -18,7 +18,7 @@ from kunbr_fast.files.documents import read_json
 from kunbr_fast.files.model_folder import is_mixed, is_model, is_model_file, is_part, within, written_names
 from kunbr_fast.files.shards import Shards
 from kunbr_fast.files.shown import plain
-from kunbr_fast.files.target import is_page, is_picture, is_signed, json_with, model_in
+from kunbr_fast.files.target import csv_with, is_page, is_picture, is_signed, json_with, model_in
 from kunbr_fast.model.weights import weights_of
 from kunbr_fast.run.certificate import is_certificate
 from kunbr_fast.run.config import KUnBRConfig
@@ -38,6 +38,7 @@ REPORTS = {
     "unlearning.json": is_certificate,
     "report.html": is_page,
     "evaluation.json": _EVALUATION,
+    "evaluation.csv": csv_with("measure", "group", "set", "model", "value", "standard_error"),
 }
 
 

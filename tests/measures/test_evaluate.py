@@ -134,7 +134,8 @@ def test_what_texts_have_in_common_goes_through_a_model_once(tokenizer, monkeypa
     made = Decoder(model)  # compares itself with the model, on batches of its own
     packed.clear()
     monkeypatch.setattr("kunbr_fast.measures.passes.Decoder", lambda model: made)
-    evaluate(model, tokenizer, sets)
+    every = ["accuracy_letter", "accuracy_choice", "probability", "truth_share", "perplexity"]
+    evaluate(model, tokenizer, sets, measures=every)
     beginnings = set()
     for name, items in sets.items():
         for i, item in enumerate(items):
@@ -143,14 +144,16 @@ def test_what_texts_have_in_common_goes_through_a_model_once(tokenizer, monkeypa
                 ((ids, _),) = plain_measures.pieces_of(record, tokenizer)
                 beginnings |= {(name, i, tuple(ids[: n + 1])) for n in range(len(ids))}
     assert sum(batch.num_tokens for batch in packed) == len(beginnings)
-    packed.clear()
     questions = {name: [item for item in items if "question" in item.record] for name, items in SETS.items()}
     del questions["holdout"]
-    evaluate(model, tokenizer, questions)
-    first = sum(batch.num_tokens for batch in packed)
-    packed.clear()
-    evaluate(model, tokenizer, questions, measures=["accuracy_letter"])
-    assert sum(batch.num_tokens for batch in packed) == first  # whatever asks, it is what all ask
+    tokens = []
+    for names in (every, every[:1], every[1:]):
+        packed.clear()
+        evaluate(model, tokenizer, questions, measures=names)
+        tokens.append(sum(batch.num_tokens for batch in packed))
+    asked = [item.record["question"] for items in questions.values() for item in items]
+    shared = sum(len(ids) for ids in tokenizer(asked)["input_ids"])  # by the letters' prompts and all other texts
+    assert tokens[0] == tokens[1] + tokens[2] - shared and shared > 20
 
 
 def test_twice_the_same_bits_whatever_other_sets_there_are(folders, core, tokenizer):

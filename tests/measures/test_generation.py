@@ -31,6 +31,7 @@ OTHERS = {
     "rwkv": None,
     "phi3, longrope": None,  # angles by length
     "llama, dynamic NTK": None,
+    "gemma3, dynamic in one type of layer": None,
 }
 
 

@@ -142,7 +142,7 @@ OTHERS = {
     "layer_records": (dict(layer_records=2), {"states": 2}),
     "attack": (dict(attack=RTTConfig(lrs=(1e-3,), epochs=1, scoring="choice")), {"attack": 2}),
     "folds": (dict(folds=FOLDS[::-1] + [Fold("f3", *[[asked(NAMES[6]).record]] * 2)]), {"attack": 3}),
-    "other measures": (dict(suite="core"), {}),
+    "measures of other texts": (dict(suite="core"), {"likelihoods": 2}),
 }  # fmt: skip
 
 

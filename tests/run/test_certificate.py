@@ -17,6 +17,7 @@ from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.files.checksums import read_sealed, write_sealed
 from kunbr_fast.files.model_digests import digests, files_of_model
 from kunbr_fast.files.model_folder import side_files
+from kunbr_fast.measures.evaluation import COLUMNS
 from kunbr_fast.run import certificate
 from kunbr_fast.run.certificate import NAME, Certificate, read_certificate, refresh, schema
 
@@ -147,6 +148,21 @@ def test_a_damaged_original_costs_the_certificate_and_no_result(workspace, tmp_p
     assert cli.main(unlearn(workspace, tmp_path / "out", "--no-rtt")) == 0
     assert (tmp_path / "out" / "report.json").exists() and not (tmp_path / "out" / NAME).exists()
     assert "unlearning.json is not written: original/model.safetensors: gone" in caplog.text
+
+
+def test_a_page_is_at_the_end_and_one_that_cannot_be_made_costs_no_result(
+    workspace, finished, tmp_path, caplog, monkeypatch
+):
+    text = (finished / "report.html").read_text()
+    assert read_certificate(finished / NAME).result["model.safetensors"] in text and "When was Ada Ek born?" in text
+
+    def broken(*args):
+        raise ZeroDivisionError("in a chart")
+
+    monkeypatch.setattr("kunbr_fast.pages.page.write_page", broken)
+    assert cli.main(unlearn(workspace, tmp_path / "out", "--no-rtt")) == 0
+    assert (tmp_path / "out" / "report.json").exists() and not (tmp_path / "out" / "report.html").exists()
+    assert "report.html: the page could not be drawn: in a chart" in caplog.text
 
 
 # ---------------------------------------------------------------- the commitment
@@ -306,6 +322,8 @@ def test_an_evaluation_of_something_else_is_not_certified(workspace, out):
     refused("evaluation.json: no such file")
     evaluation(out, models={"result": {"path": str(workspace / "model"), "fingerprint": "x"}})
     refused("evaluation.json: it is not of the model beside it")
+    evaluation(out, models={"result": {"fingerprint": "x"}})  # of kf.evaluate, whose model was in memory
+    refused("evaluation.json: it is not of the model beside it")
     evaluation(out)
     (out / "tokenizer.json").write_text("{}")
     refused("tokenizer.json: changed since unlearning.json was made")
@@ -322,8 +340,12 @@ def test_an_evaluation_of_something_else_is_not_certified(workspace, out):
 
 def test_new_results_take_it_away_and_what_is_edited_stays(workspace, out, tmp_path):
     evaluation(out)
+    (out / "evaluation.csv").write_text(",".join(COLUMNS))
+    page = (out / "report.html").read_text()
     assert cli.main(unlearn(workspace, out, "--overwrite", "--seed", 5, "--no-rtt")) == 0
-    assert not (out / "evaluation.json").exists() and read_certificate(out / NAME).settings["seed"] == 5
+    assert not (out / "evaluation.json").exists() and not (out / "evaluation.csv").exists()
+    assert (out / "report.html").read_text() != page
+    assert read_certificate(out / NAME).settings["seed"] == 5
     edited = (out / NAME).read_text().replace("KUnBR", "KUNBR")
     (out / NAME).write_text(edited)
     assert cli.main(unlearn(workspace, out, "--overwrite", "--no-rtt")) == 2

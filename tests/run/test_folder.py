@@ -168,7 +168,7 @@ def test_foreign_files_stay(workspace, tmp_path, capsys):
     assert contents(out) == after
 
 
-NAMES = """report.json run.yaml density.png relearning.png unlearning.json report.html evaluation.json
+NAMES = """report.json run.yaml density.png relearning.png unlearning.json report.html evaluation.json evaluation.csv
     config.json generation_config.json model.safetensors
     model-00001-of-00002.safetensors model.safetensors.index.json tokenizer.json tokenizer_config.json
     other.safetensors pytorch_model.bin chat_template.jinja""".split()
