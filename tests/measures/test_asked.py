@@ -47,9 +47,8 @@ def test_prompts_and_references(model, tokenizer):
     assert found.prompts[2] == whole[: len(whole) // 2] and len(whole) > 12
     assert found.references[2] == tokenizer.decode(whole[len(whole) // 2 :][:5]).strip()
     assert one == f"<user> When was {NAMES[6]} born?\n<assistant> "
-    assert (
-        last == f"<user> When was {NAMES[0]} born?\n<assistant> In 1900.\n<user> When was {NAMES[1]} born?\n<assistant>"
-    )
+    before, asked_last = (f"<user> When was {name} born?\n<assistant> " for name in NAMES[:2])
+    assert last == f"{before}In 1900.\n{asked_last}"
     assert found.references[3:] == [f"In {inputs.years()[name]}." for name in (NAMES[6], NAMES[1])]
 
 
