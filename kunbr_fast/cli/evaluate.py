@@ -19,7 +19,7 @@ from kunbr_fast.data.published import load_items
 from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.evaluation.folds import Fold
 from kunbr_fast.files.models import load_tokenizer
-from kunbr_fast.files.shown import plain
+from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.target import FileKind, FolderKind, Target, check, csv_with, json_with
 from kunbr_fast.measures.evaluate import Options, evaluate
 from kunbr_fast.measures.evaluation import COLUMNS, CSV, JSON, KEYS, MORE, Evaluation
@@ -100,6 +100,8 @@ def _words(text: str) -> list[str]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.resume and arguments.out is None:
+        raise ValueError("--resume needs --out, the folder of the evaluation that was interrupted")
     _check_out(arguments)
     config, say = read_config(arguments), sayer(arguments)
     check_columns(arguments)
@@ -129,7 +131,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         max_length=config.max_length,
         folds=folds,
         attack=attack,
-        rtt=None if arguments.attack else _of_run(arguments.model, say),
+        rtt=None if arguments.attack else _of_run(arguments.model, arguments.forget, say),
         output_dir=arguments.out,
         device=device,
         impl=config.impl,
@@ -172,13 +174,18 @@ def _check_overlap(forget: Sequence[Item], sets: dict[str, list[Item]], setting:
     settle(of_sides(known["forget"], known["holdout"]), setting, say)
 
 
-def _of_run(model: str, say: Any) -> RTTResult | None:
-    """What attacks brought back, as the run says that made the model."""
+def _of_run(model: str, forget: Sequence[str], say: Any) -> RTTResult | None:
+    """What attacks brought back of the forget files, as the run says that made the model."""
     report = finished_report(model)
     if report is None or not report.get("rtt"):
         return None
+    found = RTTResult.from_dict(report["rtt"], where := f"{plain(Path(model) / 'report.json')}: rtt")
+    folds = {row["fold"] for row in found.curves}
+    if folds != {Path(path).stem for path in forget}:
+        say(f"attacks: {where} is of {shown(sorted(folds), 200)}, not of the forget files: it is left out")
+        return None
     say(f"attacks: as report.json in {plain(model)} has them (--attack makes them anew)")
-    return RTTResult.from_dict(report["rtt"], f"{plain(Path(model) / 'report.json')}: rtt")
+    return found
 
 
 def _print(found: Evaluation, arguments: argparse.Namespace) -> None:
