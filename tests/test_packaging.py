@@ -87,6 +87,7 @@ def test_every_module_is_installed(installed, tmp_path):
             "scripts/count_step",
             "scripts/cover_precision",
             "scripts/demo_seeds",
+            "scripts/evaluation",
             "scripts/fused_layers",
             "scripts/generation",
             "scripts/hidden_layers",

@@ -18,7 +18,7 @@ from kunbr_fast.run.folder import NAME, STATE
 INPUTS = (
     "model", "unlearned", "base", "models", "config", "compare", "report",
     "forget", "retain", "forget_questions", "retain_questions", "other_facts", "holdout_of",
-    "original", "retrained", "holdout",
+    "original", "retrained", "holdout", "lm_eval_include",
 )  # fmt: skip
 # What there is in --out of a command that was interrupted, once something of it is kept.
 KEPT = {

@@ -23,16 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.description = "%(prog)s OUT [OUT ...] [options]", DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     text = "the --out of kunbr-fast unlearn, baseline or evaluate: report.json, evaluation.json or both"
-    parser.add_argument("folders", nargs="+", type=_folder, metavar="OUT", help=text)
+    parser.add_argument("folders", nargs="+", type=path_name, metavar="OUT", help=text)
     text = f"[OUT/{NAME}; of several it has to be given]"
     parser.add_argument("--out", type=path_name, metavar="FILE.html", help=text)
     parser.add_argument("--title", metavar="TEXT", help="the page's heading [the folders' names]")
     add_output(parser)
-
-
-def _folder(text: str) -> str:
-    """An argument type: a folder that is read. A page of ours may lie in it, so it is none of `outputs.INPUTS`."""
-    return path_name(text)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

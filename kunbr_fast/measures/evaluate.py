@@ -218,9 +218,11 @@ class _Run:
         with self._opened(source) as model:
             path = weights_of(model).directory
             path = path if isinstance(source, nn.Module) else source
-            identity = model_fingerprint(model, f"the {name} model's ")
+            # where nothing is kept nobody needs to know which model it was: of one on a GPU that takes seconds
+            kept = self.given.output_dir is not None
+            identity = model_fingerprint(model, f"the {name} model's ") if kept else None
             self.described[name] = {"path": None if path is None else str(path), "fingerprint": identity}
-            identity += f"-{asker.identity}"
+            identity = f"{identity}-{asker.identity}"
             passes = Passes(name, model, asker, self.given, self.store, identity, self.seconds)
             said = passes.said()
             if name == "result" and self.given.attack is not None:
@@ -249,7 +251,7 @@ class _Run:
             return None
         self.say("value vectors beside the original's")
         names, what = ("result", "original"), "value vectors"
-        identity = "-".join(self.described[name]["fingerprint"] for name in names)
+        identity = "-".join(str(self.described[name]["fingerprint"]) for name in names)
         if (kept := self.store.get("result.values", identity)) is None:
             with self._timed(what):
                 found = compare_values(

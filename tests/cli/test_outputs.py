@@ -25,7 +25,8 @@ from kunbr_fast.run.config import KUnBRConfig
 
 MODULES = {name: importlib.import_module(f"kunbr_fast.cli.{name}") for name in cli.COMMANDS}
 WRITES = {name: getattr(module, "WRITES", {}) for name, module in MODULES.items()}
-ELSEWHERE = {("unlearn", "out"), ("baseline", "out")}  # a run's folder: tests/run
+# a run's folder: tests/run; an evaluation's, which may be the model's: tests/cli/test_evaluate.py
+ELSEWHERE = {("unlearn", "out"), ("baseline", "out"), ("evaluate", "out")}
 COMMANDS = {
     "density": "--model M --forget f.jsonl",
     "rtt": "--model M --forget f.jsonl g.jsonl",
@@ -49,8 +50,9 @@ def actions(command):
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_each_option_that_names_a_path_is_known(command):
-    """As one that is read, or one that is written: a new option has to be added to one of the two."""
-    paths = {action.dest for action in actions(command) if action.type is path_name}
+    """As one that is read, or one that is written: a new option has to be added to one of the two. (Arguments without
+    an option name what is read.)"""
+    paths = {action.dest for action in actions(command) if action.type is path_name and action.option_strings}
     words = ("DIR", "FILE", ".json", ".csv", ".png", ".yaml")
     named = {
         action.dest

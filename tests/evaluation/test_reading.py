@@ -25,7 +25,8 @@ OTHERS = [[50, 51, 52], [5, 9, 2, 60, 61]]  # of a family of their own
 
 def make(name, seed=0):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]()).double().eval()
+    how = {"attn_implementation": "eager"} if name == "gemma2" else {}  # SDPA leaves its softcap out
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), **how).double().eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
     return model
