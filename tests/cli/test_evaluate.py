@@ -1,6 +1,7 @@
 """`kunbr-fast evaluate` as a user meets it: what it prints, what it writes, what it leaves alone."""
 
 import csv
+import html
 import json
 import signal
 
@@ -94,19 +95,15 @@ def test_every_suite_is_printed_written_and_shown_on_a_page(suite, workspace, tm
     assert tuple(rows[0]) == COLUMNS and len(rows) == len(figures)
     for row, one in zip(rows, figures):
         assert [row[name] for name in ("measure", "set", "model")] == [one[n] for n in ("measure", "set", "model")]
-        assert (
-            float(row["value"]) == one["value"]
-            and row["standard_error"] == str(one["standard_error"] or "")
-            or (float(row["standard_error"]) == one["standard_error"])
-        )
+        assert float(row["value"]) == one["value"]
+        assert row["standard_error"] == ("" if one["standard_error"] is None else str(one["standard_error"]))
     assert found["models"]["original"]["path"] == str(workspace / "original") and found["sets"]["forget"]["records"]
     assert found["sets"]["forget"]["files"] == [str(workspace / name) for name in forget]
     assert not (out / UNFINISHED).exists()
-    source = sources.read(out)
-    assert source.evaluation == found | {"sha256": source.evaluation.get("sha256", found.get("sha256"))} or True
+    assert sources.read(out).evaluation == found
     assert cli.main(["report", str(out)]) == 0
     page = (out / "report.html").read_text()
-    assert all(title.split(",")[0] in page for title in titles)
+    assert all(html.escape(title) in page for title in titles)
 
 
 def test_json_is_what_is_written(workspace, tmp_path, capsys):
@@ -151,7 +148,7 @@ def test_in_the_folder_of_the_run_with_its_attacks(workspace, tmp_path, capsys):
     assert accuracy == report["rtt"]["accuracy"] and found["rtt"]["curves"] == report["rtt"]["curves"]
     assert {path.name for path in out.iterdir()} == there | {"evaluation.json", "evaluation.csv"}
     assert (out / "model.safetensors").read_bytes() == model
-    assert cli.main(["report", str(out)]) == 0 and "membership" not in (out / "report.html").read_text()[:0]
+    assert cli.main(["report", str(out)]) == 0
     # curves of other files say nothing about these
     other = ["--model", str(out), "--forget", str(workspace / "f0.jsonl")]
     capsys.readouterr()
@@ -231,8 +228,9 @@ def test_interrupted_it_says_how_to_go_on(workspace, tmp_path, capsys, monkeypat
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
+    more = ["--suite", "muse", "--max-new-tokens", 3, "--out", tmp_path / "out"]
     monkeypatch.setattr(passes, "generate", stop)
-    assert evaluate(workspace, "--suite", "muse", "--out", tmp_path / "out") == 130
+    assert evaluate(workspace, *more) == 130
     assert "what was finished is kept, --resume goes on" in capsys.readouterr().err
-    assert evaluate(workspace, "--suite", "muse", "--out", tmp_path / "out") == 2
+    assert evaluate(workspace, *more) == 2
     assert "holds an unfinished evaluation: go on with it (--resume), or replace it" in capsys.readouterr().err
