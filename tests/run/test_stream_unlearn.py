@@ -160,14 +160,15 @@ def test_fingerprints_and_references_are_those_of_the_whole_model(folders):
 
 
 @pytest.mark.parametrize("scoring", ["letter", "choice"])
-def test_accuracy_reads_each_layer_once(scoring, text):
+def test_accuracy_reads_each_layer_once(scoring, text, monkeypatch):
+    monkeypatch.setattr("kunbr_fast.evaluation.reading.BATCH_TOKENS", 200)  # several batches
     questions = [{**tiny_text.question(name), "_where": "here"} for name in tiny_text.NAMES]
     tokenizer = load_tokenizer(text / "model")
     ours, truth = (Decoder(opening(text / "model")) for opening in (streamed_models.streamed, streamed_models.whole))
     stream = ours.weights
     stream.release()
     stream.loads.clear()
-    a, b = (choice_accuracy(d, tokenizer, questions, scoring=scoring, batch_size=5) for d in (ours, truth))
+    a, b = (choice_accuracy(d, tokenizer, questions, scoring=scoring) for d in (ours, truth))
     assert a == b and stream.loads == {i: 1 for i in range(6)}
 
 
