@@ -6,8 +6,9 @@
 Theirs is the checkout's metric with its TOFU settings: batches of 32, padded, logits of all positions, a pass for each
 metric (a metric's own parts, such as truth ratio's two probabilities, are passes too). Ours is `kf.evaluate` with that
 measure alone, all of it: tokens, Decoder and its self-check, the pass, standard errors. Last all of them: theirs one by
-one, as OpenUnlearning makes them, ours in one call. Rounds in turns; the first one of each warms up. The ratio is the
-median over rounds of theirs / ours.
+one, as OpenUnlearning makes them, ours in one call. On a CPU the seconds are the processor's, of all threads
+(OMP_NUM_THREADS=1 has those of one core, whoever else is on the machine). Rounds in turns; the first one of each warms
+up. The ratio is the median over rounds of theirs / ours.
 
 Records are TOFU's form, made of the questions of a file (--questions, RTT's four-choice form): a sentence as answer,
 the same in other words, and three wrong ones. Without --model: a Llama of --shape with random weights and --tokenizer.
@@ -115,11 +116,12 @@ def made(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:
-    start = time.perf_counter()
+    clock = time.perf_counter if device.startswith("cuda") else time.process_time
+    start = clock()
     function()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def main() -> None:

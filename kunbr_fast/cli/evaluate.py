@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,14 @@ from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.evaluation.folds import Fold
 from kunbr_fast.files.models import load_tokenizer
 from kunbr_fast.files.shown import plain, shown
-from kunbr_fast.files.target import FileKind, FolderKind, Target, check, csv_with, json_with
+from kunbr_fast.files.target import PAGE, FileKind, FolderKind, Target, check, csv_with, json_with
 from kunbr_fast.measures.evaluate import Options, evaluate
 from kunbr_fast.measures.evaluation import COLUMNS, CSV, JSON, KEYS, MORE, Evaluation
 from kunbr_fast.measures.registry import SUITES
+from kunbr_fast.pages.page import NAME as PAGE_NAME
+from kunbr_fast.pages.page import write_page
+from kunbr_fast.run.certificate import NAME as CERTIFICATE
+from kunbr_fast.run.certificate import refresh
 from kunbr_fast.run.output import finished_report
 from kunbr_fast.values import COUNT
 
@@ -140,6 +145,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     if not arguments.json:
         _print(found, arguments)
+    if arguments.out:
+        _beside_a_run(arguments, {"forget": forget, **sets}, say)
     return found.to_dict()
 
 
@@ -186,6 +193,23 @@ def _of_run(model: str, forget: Sequence[str], say: Any) -> RTTResult | None:
         return None
     say(f"attacks: as report.json in {plain(model)} has them (--attack makes them anew)")
     return found
+
+
+def _beside_a_run(arguments: argparse.Namespace, sets: dict[str, list[Item]], say: Any) -> None:
+    """In the folder of the run that made the model, the certificate takes the figures up, and the page shows them."""
+    out = Path(arguments.out)
+    if not os.path.samefile(arguments.model, out) or not (out / CERTIFICATE).exists():
+        say(f"kunbr-fast report {plain(out)} makes a page of it")
+        return
+    try:
+        refresh(out, {name: [item.record for item in of] for name, of in sets.items()}, not arguments.quiet)
+        if not (out / PAGE_NAME).exists() or PAGE.ours(out / PAGE_NAME):
+            write_page([out], out / PAGE_NAME)
+    except ValueError as error:  # what was measured is written
+        say(f"{CERTIFICATE} and {PAGE_NAME} are as before: {error}")
+        arguments.status = 1
+    else:
+        say(f"{CERTIFICATE} and {PAGE_NAME} have these figures too")
 
 
 def _print(found: Evaluation, arguments: argparse.Namespace) -> None:
