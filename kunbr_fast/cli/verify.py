@@ -26,7 +26,7 @@ Sets = Mapping[str, list[dict]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s OUT [options]"  # behind an option of several files it would be one of them
-    parser.add_argument("out", type=path_name, metavar="OUT", help="folder of a run, with its unlearning.json")
+    parser.add_argument("folder", type=path_name, metavar="OUT", help="folder of a run, with its unlearning.json")
     text = "the model that the run was given, to compare its files"
     parser.add_argument("--original", type=path_name, metavar="DIR", help=text)
     text = "the unlearned model that the run was given, if it was"
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.measures and not (arguments.forget or arguments.retain):
         raise ValueError("--measures needs what is measured: give --forget, --retain or both")
-    certificate, seal = opened(arguments.out)
+    certificate, seal = opened(arguments.folder)
     checks = [seal]
     if certificate is not None:
         checks += _checks(certificate, arguments)
@@ -58,16 +58,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             show(f"{check.result:<12} {check.check}: {check.said}")
         left = sum(check.result == NOT_CHECKED for check in checks)
         show(f"{len(checks)} checks: {len(differing)} differ, {left} not made")
-    return {"out": str(arguments.out), "checks": [dataclasses.asdict(check) for check in checks]}
+    return {"out": str(arguments.folder), "checks": [dataclasses.asdict(check) for check in checks]}
 
 
 def _checks(certificate: Certificate, arguments: argparse.Namespace) -> list[Check]:
-    config = _config(Path(arguments.out))
+    config = _config(Path(arguments.folder))
     sets = _sets(arguments, config or KUnBRConfig())
     models = {"original": arguments.original, "unlearned": arguments.unlearned}
     if arguments.unlearned and certificate.unlearned is None:
         raise ValueError("--unlearned: the run was given none: leave it out")
-    checks = verify(arguments.out, certificate, models, sets, progress=not arguments.quiet)
+    checks = verify(arguments.folder, certificate, models, sets, progress=not arguments.quiet)
     if not arguments.measures:
         return [*checks, Check("measures", NOT_CHECKED, "give --measures, with --forget and --retain")]
     return [*checks, *_measured(certificate, arguments, sets, config, checks)]
@@ -108,7 +108,7 @@ def _measured(
         if apart in certificate.sets and apart not in sets:
             raise ValueError(f"--measures: the run's questions were in files of their own: give --{name}-questions")
         questions[name] = sets.get(apart) or [record for record in records if is_question(record)]
-    arguments.model, arguments.dtype = arguments.out, None
+    arguments.model, arguments.dtype = arguments.folder, None
     model, tokenizer = open_model(arguments)
     sayer(arguments)("measuring the result again")
     with frozen(model):
