@@ -74,7 +74,7 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
     text = "names in place of a suite, such as probability mia_min_k"
     group.add_argument("--measures", nargs="+", action=Different, default=[], metavar="NAME", help=text)
     whole = number(COUNT)
-    text = "at most so many records of each set, spread evenly [all]"
+    text = "at most so many records of each set, spread evenly; an attack takes all [all]"
     group.add_argument("--records", type=whole, metavar="N", help=text)
     text = f"records whose hidden states are read [{Options.layer_records}]"
     group.add_argument("--layer-records", type=whole, default=Options.layer_records, metavar="N", help=text)
