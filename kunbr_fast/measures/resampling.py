@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 ROUNDS, SEED = 1000, 0
+_AT_ONCE = 1 << 20  # values that are drawn together, of a mean
 
 
 def bootstrap_error(
@@ -23,13 +24,23 @@ def bootstrap_error(
     if min(map(len, arrays)) < 2:
         return None
     random = np.random.default_rng(seed)
-    draws = [random.integers(0, len(array), (rounds, len(array))) for array in arrays]
     if statistic is mean:
-        return float(arrays[0][draws[0]].mean(axis=1).std(ddof=1))
-    found = [statistic(*(array[draw[i]] for array, draw in zip(arrays, draws))) for i in range(rounds)]
+        found = _means(arrays[0], rounds, random)
+    else:
+        found = [
+            statistic(*(array[random.integers(0, len(array), len(array))] for array in arrays)) for _ in range(rounds)
+        ]
     with np.errstate(over="ignore", invalid="ignore"):
         error = float(np.std(found, ddof=1))
     return error if math.isfinite(error) else None
+
+
+def _means(array: np.ndarray, rounds: int, random: np.random.Generator) -> np.ndarray:
+    """The same draws as round by round, many at a time."""
+    number = len(array)
+    together = max(1, _AT_ONCE // number)
+    counts = [min(together, rounds - first) for first in range(0, rounds, together)]
+    return np.concatenate([array[random.integers(0, number, (count, number))].mean(axis=1) for count in counts])
 
 
 def mean(values: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from invented_answers import CLOSE
 
+from kunbr_fast.measures import resampling
 from kunbr_fast.measures.registry import mean_of
 from kunbr_fast.measures.resampling import bootstrap_error, mean
 
@@ -19,6 +20,13 @@ def test_of_a_mean():
     assert bootstrap_error(mean, VALUES) == pytest.approx(of_population(VALUES), rel=CLOSE)
     slow = bootstrap_error(lambda values: float(values.mean()), VALUES)
     assert slow == pytest.approx(bootstrap_error(mean, VALUES), rel=1e-12)
+
+
+def test_a_mean_of_many_is_drawn_in_parts(monkeypatch):
+    """A hundred thousand records would take a gigabyte at once."""
+    whole = bootstrap_error(mean, VALUES)
+    monkeypatch.setattr(resampling, "_AT_ONCE", 700)  # three rounds
+    assert bootstrap_error(mean, VALUES) == whole
 
 
 def test_of_a_share():
