@@ -17,7 +17,7 @@ from kunbr_fast.cli.terminal import show
 from kunbr_fast.data import TARGETS, encode
 from kunbr_fast.data.annotations import is_annotation
 from kunbr_fast.data.content import EQUAL, equal_pair
-from kunbr_fast.data.forms import FORMS, told
+from kunbr_fast.data.forms import keys_of, told
 from kunbr_fast.data.items import Item
 from kunbr_fast.data.messages import ASSISTANT
 from kunbr_fast.data.overlap import common, facts, repeated
@@ -128,7 +128,7 @@ def _bar(values: Iterable[Value], what: str, arguments: argparse.Namespace) -> I
 def _described(file: File, items: Sequence[Item]) -> dict[str, Any]:
     """Of a file that was read: its records by form, what nobody reads, and what it says twice."""
     records = [item.record for item in items]
-    forms = Counter((item.form, told(_form(item.record))) for item in items)
+    forms = Counter((item.form, told(keys_of(item.record))) for item in items)
     unread = Counter(key for record in records for key in record if is_annotation(key) and key not in OURS)
     alike = [record["_where"] for record in records if equal_pair(record.get("choices", ()))]
     return {
@@ -142,10 +142,6 @@ def _described(file: File, items: Sequence[Item]) -> dict[str, Any]:
         "repeated": _counted(repeated(records)),
         "equal_choices": _counted(alike),
     }
-
-
-def _form(record: Mapping[str, Any]) -> tuple[str, ...]:
-    return next(form for form in FORMS if all(record.get(key) is not None for key in form))
 
 
 def _facts(items: Sequence[Item]) -> dict[Any, str]:
@@ -176,7 +172,7 @@ class _Measure:
         sizes, samples, counted = [], [], 0
         for record in records:
             read = self._characters if self.tokenizer is None else self._tokens
-            size, loss, parts = read(record, self._target or ("all" if _form(record) == ("text",) else "answer"))
+            size, loss, parts = read(record, self._target or ("all" if keys_of(record) == ("text",) else "answer"))
             sizes.append(size)
             counted += loss
             if len(samples) < SAMPLES:

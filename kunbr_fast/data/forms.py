@@ -61,6 +61,11 @@ def form_of(record: Mapping[Any, Any], where: str) -> Form:
     return begun[0]
 
 
+def keys_of(record: Mapping[Any, Any]) -> Form:
+    """The keys of the form of a record that was checked (`form_of`)."""
+    return next(form for form in FORMS if all(record.get(key) is not None for key in form))
+
+
 def is_record_of_ours(record: Mapping[Any, Any]) -> bool:
     """Whether it has all keys of one form, and none that would not be used. What they hold is not looked at."""
     whole = [form for form in FORMS if all(record.get(key) is not None for key in form)]

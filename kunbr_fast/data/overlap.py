@@ -4,8 +4,8 @@ A record's fact is its text: a question and its right answer, a text line, a pro
 a chat but for system messages. Facts are the same where these differ in form, in the order of choices, in letter case,
 white space, full stops, special tokens around them, or in how Unicode composes a letter; numbers are the same by value.
 A question with another right answer is another fact (people share a name). Records with the same "fact" are about one
-fact too, whatever their texts. What is given as tokens is the same where
-all tokens are, but for padding behind the last label.
+fact too, whatever their texts. What is given as tokens is the same where all tokens are, but for padding behind the
+last label.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from kunbr_fast.data.content import choice_text, folded
-from kunbr_fast.data.forms import FACT, FORMS
+from kunbr_fast.data.forms import FACT, keys_of
 from kunbr_fast.data.records import check_record, is_record
 from kunbr_fast.data.samples import IGNORE
 from kunbr_fast.files.shown import plain
@@ -71,7 +71,7 @@ def common(one: Facts, other: Facts) -> list[tuple[str, str]]:
 
 def text_of(record: Mapping[str, Any]) -> str:
     """By which a record's fact is known."""
-    form = next(form for form in FORMS if all(record.get(key) is not None for key in form))
+    form = keys_of(record)
     if form[0] == "question":
         parts = [record["question"], choice_text(record["choices"][record["answer"]])]
     elif form[0] == "messages":
@@ -91,7 +91,7 @@ def fact_of(record: Mapping[str, Any]) -> Hashable:
     text. Records that ask the same are about one fact, whatever their answers."""
     if (given := record.get(FACT)) is not None:
         return given
-    form = next(form for form in FORMS if all(record.get(key) is not None for key in form))
+    form = keys_of(record)
     if form[0] == "messages":
         last = max((i for i, turn in enumerate(record["messages"]) if turn["role"] == "assistant"), default=None)
         parts = [part for turn in record["messages"][:last] for part in _said(turn)]

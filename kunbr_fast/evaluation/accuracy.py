@@ -113,10 +113,13 @@ def choice_accuracy(
     return measure(decoder, questions, place=place, progress=progress)
 
 
-def prepare_questions(tokenizer, records: Sequence[dict], *, scoring: str = "letter", decoder=None) -> Questions:
+def prepare_questions(
+    tokenizer, records: Sequence[dict], *, scoring: str = "letter", decoder=None, candidates: bool = True
+) -> Questions:
     """Tokenise question records once for any number of `measure` calls. Errors as in choice_accuracy.
 
-    decoder: whose limits (positions, vocabulary) the questions are checked against; None checks neither.
+    decoder: whose limits (positions, vocabulary) the questions are checked against; None checks neither. candidates:
+    whether choices are ranked among others too, for the smooth accuracy.
     """
     if scoring not in SCORINGS:
         raise ValueError(f'scoring={scoring!r}: expected "letter" or "choice"')
@@ -131,7 +134,7 @@ def prepare_questions(tokenizer, records: Sequence[dict], *, scoring: str = "let
     answers, counts = [record["answer"] for record in records], [len(record["choices"]) for record in records]
     limit = None if decoder is None else decoder.max_positions
     questions = Questions(*texts, answers, counts)
-    if scoring == "choice":
+    if scoring == "choice" and candidates:
         questions = replace(questions, candidates=_find_candidates(tokenizer, records, questions, limit))
     if decoder is not None:
         for i, sequences in enumerate(questions.sequences):
@@ -219,6 +222,15 @@ def letter_tokens(tokenizer, number: int = 4) -> list[int]:
     if len(set(found)) != len(found) or getattr(tokenizer, "unk_token_id", None) in found:
         raise ValueError(_no_letters(tokenizer, f"the letters {', '.join(letters)} became the tokens {found}"))
     return found
+
+
+def has_letters(tokenizer: Any, records: Sequence[Mapping]) -> bool:
+    """Whether questions can be asked by letter."""
+    try:
+        letter_tokens(tokenizer, max(len(record["choices"]) for record in records))
+    except ValueError:
+        return False
+    return True
 
 
 def _no_letters(tokenizer, got: str) -> str:

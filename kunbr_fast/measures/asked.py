@@ -12,7 +12,7 @@ from kunbr_fast.data import IGNORE, TextSettings
 from kunbr_fast.data.items import Item
 from kunbr_fast.data.text import PLAIN
 from kunbr_fast.evaluation.accuracy import Asked as AskedQuestions
-from kunbr_fast.evaluation.accuracy import letter_tokens, prepare_questions
+from kunbr_fast.evaluation.accuracy import has_letters, prepare_questions
 from kunbr_fast.evaluation.probability import prepare_answers
 from kunbr_fast.evaluation.reading import Reading, Rows
 from kunbr_fast.measures.answers import Answer, Readout
@@ -151,15 +151,6 @@ def _asked_questions(
         questions = prepare_questions(tokenizer, records, scoring=scoring, decoder=decoder)
         found[scoring] = AskedQuestions(reading, questions, name)
     return found
-
-
-def has_letters(tokenizer: Any, records: Sequence[Mapping]) -> bool:
-    """Whether questions can be asked by letter."""
-    try:
-        letter_tokens(tokenizer, max(len(record["choices"]) for record in records))
-    except ValueError:
-        return False
-    return True
 
 
 def _texts(item: Item, record: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

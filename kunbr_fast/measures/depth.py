@@ -30,7 +30,10 @@ def hidden_cosine_distance(subject: Subject, of: str) -> Found | None:
 
     The mean over layers as of "Unlearning Isn't Deletion", arXiv 2505.16831 (there of other distances)."""
     pair = _states(subject, of)
-    return None if pair is None else _distance(subject.sets[of], 1 - torch.cosine_similarity(*pair, dim=2))
+    if pair is None:
+        return None
+    # of states of one direction the cosine is above 1 by its rounding
+    return _distance(subject.sets[of], (1 - torch.cosine_similarity(*pair, dim=2)).clamp(min=0))
 
 
 @measure(

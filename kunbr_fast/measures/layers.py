@@ -18,7 +18,7 @@ import torch
 from kunbr_fast.data import IGNORE, PackedBatch, TextSettings
 from kunbr_fast.data.items import Item
 from kunbr_fast.data.text import PLAIN
-from kunbr_fast.evaluation.accuracy import Asked, Questions, letter_tokens, prepare_questions
+from kunbr_fast.evaluation.accuracy import Asked, Questions, has_letters, prepare_questions
 from kunbr_fast.evaluation.probability import prepare_answers, spread
 from kunbr_fast.evaluation.reading import Reading
 from kunbr_fast.measures.states import Take, empty_states, keeping, read_levels
@@ -126,19 +126,10 @@ def _questions_of(decoder: Decoder, tokenizer: Any, records: Sequence[Mapping]) 
     """By scoring; without "letter" where the tokenizer has no letters."""
     found = {}
     for scoring in ("choice", "letter") if records else ():
-        if scoring == "letter" and not _has_letters(tokenizer, records):
+        if scoring == "letter" and not has_letters(tokenizer, records):
             continue
-        questions = prepare_questions(tokenizer, records, scoring=scoring, decoder=decoder)
-        found[scoring] = dataclasses.replace(questions, candidates=None)  # of the choices alone
+        found[scoring] = prepare_questions(tokenizer, records, scoring=scoring, decoder=decoder, candidates=False)
     return found
-
-
-def _has_letters(tokenizer: Any, records: Sequence[Mapping]) -> bool:
-    try:
-        letter_tokens(tokenizer, max(len(record["choices"]) for record in records))
-    except ValueError:
-        return False
-    return True
 
 
 def _own_texts(

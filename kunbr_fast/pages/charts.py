@@ -79,7 +79,8 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+    places = max(12, 2 - math.floor(math.log10(step)))  # of a step of 1e-16, as distances of one model to itself have
+    return [round(number * step, places) for number in range(first, last + 1)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,7 +113,7 @@ class Missing(TypedDict):
 
 class Model(TypedDict, total=False):
     path: str | None
-    fingerprint: str
+    fingerprint: str | None  # of one that was in memory, where nothing was kept
 
 
 class Set(TypedDict, total=False):

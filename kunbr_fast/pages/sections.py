@@ -58,7 +58,7 @@ def asked(source: Source) -> Markup:
         about.append(("retain set", _asked(source, "retain").removeprefix("; ")))
     if source.evaluation is not None:
         for name, model in source.evaluation["models"].items():
-            about.append((f"measured: {NAMES.get(name, name)}", words(model.get("path", NOTHING))))
+            about.append((f"measured: {NAMES.get(name, name)}", words(model.get("path") or NOTHING)))
         for name, each in source.evaluation["sets"].items():
             about.append((f"measured on: {name}", _set(each)))
         if "retrained" in source.evaluation["models"]:

@@ -134,11 +134,13 @@ def test_what_is_not_finite_is_told(model, tokenizer):
         found.readout(read)
 
 
-def test_a_model_that_has_diverged_is_told(tokenizer):
+def test_a_model_that_has_diverged_is_told(tokenizer, tmp_path):
     model = inputs.model("llama", dtype=torch.float32)
     with torch.no_grad():
         model.lm_head.weight[3, 3] = float("nan")
     with pytest.raises(ValueError, match="the result model's lm_head.weight: .*NaN or infinite"):
+        evaluate(model, tokenizer, [pair(NAMES[0])], output_dir=tmp_path)
+    with pytest.raises(ValueError, match="lm_head.weight: .*NaN or infinite"):
         evaluate(model, tokenizer, [pair(NAMES[0])])
 
 

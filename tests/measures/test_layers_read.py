@@ -113,7 +113,7 @@ def test_a_tokenizer_without_letters(model, tokenizer, monkeypatch):
     def none(*arguments):
         raise ValueError("no letters")
 
-    monkeypatch.setattr("kunbr_fast.measures.layers.letter_tokens", none)
+    monkeypatch.setattr("kunbr_fast.evaluation.accuracy.letter_tokens", none)
     read = read_layers(Decoder(model), tokenizer, {"": items(*QUESTIONS[:4])})[""]
     assert read.letter is None and read.choice.shape == (7, 4)
 

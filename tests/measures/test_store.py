@@ -84,8 +84,8 @@ def said(found):
 
 
 @pytest.fixture(scope="module")
-def whole(models, tokenizer):
-    return evaluate(models, tokenizer, None)
+def whole(models, tokenizer, tmp_path_factory):
+    return evaluate(models, tokenizer, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.parametrize("name", rarely(CALLS, ["generation", "attack", "value vectors"]))
@@ -147,12 +147,12 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", rarely(OTHERS, ["another model", "other records", "max_new_tokens", "attack"]))
-def test_what_was_found_of_something_else_is_not_taken(name, models, tokenizer, unwritten, calls):
+def test_what_was_found_of_something_else_is_not_taken(name, models, tokenizer, unwritten, calls, tmp_path):
     changes, again = OTHERS[name]
     changes = {key: models[value] if key in ("model", "original") else value for key, value in changes.items()}
     found = evaluate(models, tokenizer, unwritten, resume=True, **changes)
     assert made(calls) == again | {"writing": 1}
-    assert said(found) == said(evaluate(models, tokenizer, None, **changes))
+    assert said(found) == said(evaluate(models, tokenizer, tmp_path / "fresh", **changes))
     assert not (unwritten / UNFINISHED).exists()
 
 

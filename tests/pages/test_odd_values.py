@@ -76,3 +76,11 @@ def test_some(name, folder):
 @pytest.mark.parametrize("name", ["report.json", "evaluation.json"])
 def test_every_one(name, folder):
     assert tried(folder, name, every=True) == []
+
+
+def test_models_in_memory_have_no_path_and_no_fingerprint(folder):
+    """As `Evaluation.write` has them, where `evaluate` was not given the folder."""
+    value = json.loads((folder / "evaluation.json").read_text())
+    value["models"] = {name: {"path": None, "fingerprint": None} for name in value["models"]}
+    write(folder, "evaluation.json", value)
+    assert "None" not in page_of([read(folder)])

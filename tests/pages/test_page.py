@@ -409,12 +409,14 @@ def test_runs_of_one_name_and_of_another_model(tmp_path):
         (0.13, 0.38, [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4]),
         (-3, 4, [-4, -2, 0, 2, 4]),
         (5, 5, None),
+        (-2e-16, 1e-16, [-2e-16, -1e-16, 0, 1e-16]),
     ],
 )
 def test_ticks(low, high, expected):
     found = charts.ticks(low, high, 5)
     assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8
-    assert expected is None or found == pytest.approx(expected)
+    assert expected is None or found == pytest.approx(expected, abs=1e-30)
+    assert found == sorted(set(found))
 
 
 def test_a_line_is_where_its_values_are_and_broken_where_one_is_missing():
