@@ -11,6 +11,7 @@ than 1e-5, relative. What is meant to differ is made alike first, and named in t
     last token   exact memorisation, extraction strength, min-k and min-k++ leave out an answer's last token, there
     1/n          extraction strength is 1/n, there, where not even the last of n tokens is greedy (ours is 0)
     percent      PrivLeak is in percent, there
+    question     ROUGE-L F1 reads up to a blank line or the next question, as its configuration of MUSE has it
     prompt       where a reference has its prompt's words again, they are cut out of it, there
 
 (Divisors have 1e-10 added, there: nothing to be seen at the probabilities of this model.)
@@ -27,7 +28,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,11 @@ class Theirs:
         with contextlib.redirect_stdout(io.StringIO()):
             return self.metrics[metric].evaluate_metric(model, metric, **more, **given)
 
-    def rouge(self, model: Any, data: Any, kind: str) -> dict[str, Any]:
+    def rouge(self, model: Any, data: Any, kind: str, stop: Sequence[str] = ()) -> dict[str, Any]:
         from omegaconf import OmegaConf
 
-        arguments = OmegaConf.create({"do_sample": False, "max_new_tokens": LENGTH, "use_cache": True})
+        how = {"do_sample": False, "max_new_tokens": LENGTH, "use_cache": True}
+        arguments = OmegaConf.create(how | ({"stopwords": list(stop)} if stop else {}))
         return self.of("rouge", model, data, "left", rouge_type=kind, generation_args=arguments)
 
     def ratio(self, model: Any, name: str, aggregator: str) -> dict[str, Any]:
@@ -158,6 +160,7 @@ def without_last(said: Readout) -> Readout:
 
 Row = tuple[str, str, float, float, str]  # figure, set, theirs, ours, what was made alike
 ROUGE = {"rouge_l_recall": "rougeL_recall", "rouge_1_recall": "rouge1_recall", "rouge_l_f1": "rougeL_f1"}
+NEXT = ("\n\n", "\nQuestion", "Question:")  # as its configuration of MUSE has them
 RATIOS = {"truth_ratio": "closer_to_1_better", "truth_ratio_kept": "true_better", "truth_share": "prob_mean"}
 ATTACKS = {"mia_loss": {}, "mia_zlib": {}, "mia_min_k": {"k": 0.4}, "mia_min_k_plus_plus": {"k": 0.4}}
 
@@ -172,7 +175,8 @@ def answers(theirs: Theirs, model: Any, name: str, said: Readout) -> Iterator[Ro
     subject, data = Subject("", {of: said}), theirs.questions(name)
     yield "probability", name, theirs.of("probability", model, data)["agg_value"], ours("probability", subject, of), ""
     for measure, kind in ROUGE.items():
-        value = theirs.rouge(model, theirs.questions(name, asked=True), kind)["agg_value"]
+        stop = NEXT if kind == "rougeL_f1" else ()
+        value = theirs.rouge(model, theirs.questions(name, asked=True), kind, stop)["agg_value"]
         yield measure, name, value, ours(measure, subject, of), ""
     for measure, aggregator in RATIOS.items():
         if of in MEASURES[measure].sets:

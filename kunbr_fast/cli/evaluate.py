@@ -12,7 +12,7 @@ from kunbr_fast.cli.argument_types import Different, number, path_name
 from kunbr_fast.cli.arguments import add_files, add_model, add_output, add_reading, add_settings
 from kunbr_fast.cli.inputs import check_columns, choose_device, read_config, sayer
 from kunbr_fast.cli.outputs import named, option
-from kunbr_fast.cli.terminal import show
+from kunbr_fast.cli.terminal import show, with_options
 from kunbr_fast.data.content import check_files
 from kunbr_fast.data.items import Item
 from kunbr_fast.data.overlap import facts, of_sides, settle
@@ -74,7 +74,7 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
     text = "names in place of a suite, such as probability mia_min_k"
     group.add_argument("--measures", nargs="+", action=Different, default=[], metavar="NAME", help=text)
     whole = number(COUNT)
-    text = "at most so many records of each set, spread evenly [all]"
+    text = "at most so many records of each set, spread evenly; an attack takes all [all]"
     group.add_argument("--records", type=whole, metavar="N", help=text)
     text = f"records whose hidden states are read [{Options.layer_records}]"
     group.add_argument("--layer-records", type=whole, default=Options.layer_records, metavar="N", help=text)
@@ -218,6 +218,6 @@ def _print(found: Evaluation, arguments: argparse.Namespace) -> None:
         models = [f"{name} {100 * of[name]['value']:.1f} %" for name in ("original", "result") if name in of]
         show(f"{task} ({of['metric']}): {', '.join(models)}")
     for one in found.missing:
-        show(f"not measured: {one['measure']}: {one['why']}")
+        show(f"not measured: {one['measure']}: {with_options(one['why'])}")
     if arguments.out:
         show(f"{JSON} and {CSV} are in {arguments.out}")

@@ -27,7 +27,8 @@ def say(text: str) -> None:
 
 
 def with_options(text: str) -> str:
-    """A message of the library, with `--gpu x` for `gpu=x`, `--resume` for `resume=True`, `--no-x` for `x=False`."""
+    """A message of the library, with `--gpu x` for `gpu=x`, `--resume` for `resume=True`, `--no-x` for `x=False`; of
+    one that names both, as `gpu=, --gpu x`, the option."""
 
     def option(found: re.Match) -> str:
         name, value = found.groups()
@@ -38,6 +39,7 @@ def with_options(text: str) -> str:
             return f"--no-{option}"
         return f"--{option}{'' if value == 'True' or not value else ' ' + value}"
 
+    text = re.sub(r"\b[a-z_]+=, (?=--)", "", text)
     return re.sub(r"\b([a-z_]+)=(True\b|[^\s,;:)]*)", option, text)
 
 

@@ -91,13 +91,14 @@ class Trees:
         return found[::-1]
 
     def pack(self, samples: Sequence[Sequence[int]], trees: bool) -> PackedBatch:
-        """A batch of samples of nodes, as `grown` (trees) or `texts` have them."""
+        """A batch of samples of nodes, as `grown` (trees) or `texts` have them. Where no tree branches it is one of
+        texts, whose attention needs no mask."""
         ids = torch.tensor([self.tokens[node] for nodes in samples for node in nodes])
         lengths = [len(nodes) for nodes in samples]
-        if not trees:
+        shapes = [self._shape(nodes) for nodes in samples] if trees else []
+        if all(max(depths) + 1 == len(depths) for depths, _ in shapes):
             places = torch.cat([torch.arange(n) for n in lengths])
             return PackedBatch(ids, torch.full_like(ids, IGNORE), places, lengths)
-        shapes = [self._shape(nodes) for nodes in samples]
         depths, ends = (torch.tensor([value for shape in shapes for value in shape[i]]) for i in (0, 1))
         return PackedBatch(ids, torch.full_like(ids, IGNORE), depths, lengths, ends=ends)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kunbr_fast.data.overlap import fact_of
 from kunbr_fast.evaluation.curves import RTTResult, Strongest
 from kunbr_fast.evaluation.significance import standard_error
 from kunbr_fast.measures.answers import Readout, Subject
@@ -91,10 +92,10 @@ def linear_probe(subject: Subject, of: str) -> Found | None:
     best on the other folds' questions; in detail at every layer. Source: arXiv 1610.01644, and WMDP's, 2403.03218."""
     said = subject.sets[of]
     read = said.states
-    if read is None or len(read.questions) < 2:
+    if read is None or len((fold := _fold(said)).unique()) < 2:
         return None
     answers = [next(i for i, text in enumerate(texts) if read.right[text]) for texts in read.questions]
-    return _readable(said, torch.stack([probe(states, read.questions, answers) for states in read.states]))
+    return _readable(said, torch.stack([probe(states, read.questions, answers, fold) for states in read.states]))
 
 
 @measure("depth", "logit lens: answers readable by the model's own head", needs="states", sets="forget retain")
@@ -113,17 +114,27 @@ def logit_lens_letter(subject: Subject, of: str) -> Found | None:
     return None if said.states is None or said.states.letter is None else _readable(said, said.states.letter)
 
 
+def _asked(said: Readout) -> list[int]:
+    """The items whose questions were read."""
+    return [said.states.items[texts.start] for texts in said.states.questions]
+
+
+def _fold(said: Readout) -> torch.Tensor:
+    return fold_of([fact_of(said.items[item].record) for item in _asked(said)])
+
+
 def _readable(said: Readout, values: torch.Tensor) -> Found | None:
     """values: (H + 1, Q), of each question whether it is answered at a level."""
-    if values.shape[1] < 2:
+    outputs, fold = values[1:], _fold(said)  # the embeddings know nothing of the question
+    if len(fold.unique()) < 2:
         return None
-    outputs, fold = values[1:], fold_of(values.shape[1])  # the embeddings know nothing of the question
     chosen = torch.stack([outputs[:, fold != f].mean(1).argmax() for f in range(int(fold.max()) + 1)])
     places = {"best": int(outputs.mean(1).argmax()) + 1, "middle": len(values) // 2, "last": len(values) - 1}
     marked = {name: {"layer": layer, "value": float(values[layer].mean())} for name, layer in places.items()}
     own = outputs[chosen[fold], torch.arange(len(fold))]
-    items = [said.states.items[texts.start] for texts in said.states.questions]
-    return mean_of(_of_items(said, items, own), **_by_layer(values, chance=said.states.chance, **marked, note=BIASED))
+    return mean_of(
+        _of_items(said, _asked(said), own), **_by_layer(values, chance=said.states.chance, **marked, note=BIASED)
+    )
 
 
 # ---------------------------------------------------------------- value vectors

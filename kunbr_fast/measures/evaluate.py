@@ -101,8 +101,9 @@ def evaluate(model: Model, forget: Records, **options: Any) -> Evaluation:
     original, retrained: the model before unlearning, and one trained without the forget set; models or folders. Of
         folders one is in memory at a time.
     suite: "core" (likelihoods alone), "tofu", "muse", or "all"; measures: names in its place (docs/evaluation.md).
-    records: at most so many of each set, spread evenly (None: all); layer_records: of those whose hidden states are
-        read. max_new_tokens: of generated answers. text, max_length: how records become tokens, as of `encode`.
+    records: at most so many of each set, spread evenly (None: all; folds are attacked whole); layer_records: of those
+        whose hidden states are read. max_new_tokens: of generated answers. text, max_length: how records become
+        tokens, as of `encode`.
     attack, folds: what is brought back by retraining on T, with these settings (`RTTConfig`); or rtt: what an attack
         has brought back already. The weights are the same afterwards.
     lm_eval: tasks of lm-evaluation-harness, for original and model; lm_eval_include: a folder of tasks of your own;

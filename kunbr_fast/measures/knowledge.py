@@ -1,7 +1,8 @@
 """What a model knows of a set: is the right answer chosen, probable, generated?
 
 The truth ratio of an item with wrong answers w_1..w_m is R = exp(-mean_i loss(w_i)) / exp(-loss(right)), losses per
-token. The right answer is the paraphrase, or where there is none the own answer, as of TOFU's real authors.
+token: a geometric mean of the wrong answers' probabilities, as in TOFU's own code (aggregate_eval_stat.py). The right
+answer is the paraphrase, or where there is none the own answer, as of TOFU's real authors.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from kunbr_fast.evaluation.accuracy import Accuracy
 from kunbr_fast.measures.answers import Answer, Readout, Subject
 from kunbr_fast.measures.registry import Found, mean_of, measure
-from kunbr_fast.measures.texts import compared, equal, rouge_of
+from kunbr_fast.measures.texts import compared, equal, first_answer, rouge_of
 
 # ---------------------------------------------------------------- questions
 
@@ -139,13 +140,14 @@ def rouge_1_recall(said: Readout) -> list[float | None]:
 
 @measure("knowledge", "ROUGE-L F1", suites="muse", needs="generation")
 def rouge_l_f1(said: Readout) -> list[float | None]:
-    """2 P R / (P + R), R = LCS / |reference|, P = LCS / |generated|; of answers in Latin script. Source: MUSE's
-    knowledge memorisation, arXiv 2407.06460."""
-    return compared(said, rouge_of("rouge_l_f1"))
+    """2 P R / (P + R), R = LCS / |reference|, P = LCS / |generated|, up to a blank line or a next question; of answers
+    in Latin script. Source: MUSE's knowledge memorisation, arXiv 2407.06460, there behind examples in the prompt."""
+    return compared(said, first_answer(rouge_of("rouge_l_f1")))
 
 
 @measure("knowledge", "exact match", needs="generation")
 def exact_match(said: Readout) -> list[float | None]:
     """1 if the generated answer equals the reference but for case, ASCII punctuation, English articles and white space,
-    else 0; of answers of which something is left then. Source: SQuAD, arXiv 1606.05250."""
-    return compared(said, equal)
+    else 0; up to a blank line or a next question; of answers of which something is left then. Source: SQuAD, arXiv
+    1606.05250."""
+    return compared(said, first_answer(equal))

@@ -15,29 +15,30 @@ question is answered by the choice with the highest w . x.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
 FOLDS, RIDGE = 5, 1.0
 
 
-def fold_of(number: int) -> torch.Tensor:
-    """(number,) the fold of each question: 0, 1, ..., 4, 0, 1, ... So each fold has some of every file."""
-    return torch.arange(number) % min(FOLDS, number)
+def fold_of(facts: Sequence[Hashable]) -> torch.Tensor:
+    """(Q,) the fold of each question, of which facts says what it is about: facts are in folds 0, 1, ..., 4, 0, 1, ...
+    So each fold has some of every file, and a fact that several questions are about is in one fold."""
+    numbers = {fact: number for number, fact in enumerate(dict.fromkeys(facts))}
+    return torch.tensor([numbers[fact] % FOLDS for fact in facts])
 
 
-def probe(states: torch.Tensor, questions: Sequence[range], answers: Sequence[int]) -> torch.Tensor:
+def probe(states: torch.Tensor, questions: Sequence[range], answers: Sequence[int], fold: torch.Tensor) -> torch.Tensor:
     """(Q,) float64: of each question, when it is held out, 1 where the probe finds the right choice, else 0; where j
     choices have the same highest score and the right one is among them, 1/j.
 
     states: (N, D), of any float dtype. questions: of each question its texts, rows of `states`. answers: which of them
-    is right. ValueError for fewer than two questions.
+    is right. fold: of `fold_of`. ValueError for fewer than two facts.
     """
-    if len(questions) < 2:
-        raise ValueError(f"{len(questions)} questions: a probe is trained on some and asked others, give two or more")
+    if len(fold.unique()) < 2:
+        raise ValueError(f"{len(fold.unique())} facts: a probe is trained on some and asked others, give two or more")
     x, y = _centred(states.double(), questions, answers)
-    fold = fold_of(len(questions))
     owner = torch.repeat_interleave(torch.arange(len(questions)), torch.tensor([len(of) for of in questions]))
     out = torch.empty(len(questions), dtype=torch.float64)
     for held in range(int(fold.max()) + 1):

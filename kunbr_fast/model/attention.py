@@ -180,8 +180,9 @@ def check_places(config: Any, batch: PackedBatch, name: str) -> None:
     """ValueError where the model would take places in the batch for places in a sample: Llama 4 scales its attention
     by them, from some place on, in layers without RoPE."""
     first = config.floor_scale if getattr(config, "attn_temperature_tuning", False) else None
-    if first is not None and batch.num_samples > 1 and batch.num_tokens >= first:
+    apart = batch.num_samples > 1 or batch.ends is not None
+    if first is not None and apart and batch.num_tokens >= first:
         raise ValueError(
-            f"{batch.num_samples} samples of {batch.num_tokens} tokens in one batch: from {first} tokens on {name} "
-            "scales its attention by a token's place in the batch; make batches smaller"
+            f"{batch.num_samples} samples or trees of {batch.num_tokens} tokens in one batch: from {first} tokens on "
+            f"{name} scales its attention by a token's place in the batch; make batches smaller"
         )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from kunbr_fast.measures.registry import GROUPS
+from kunbr_fast.measures.registry import GROUPS, SETS
 from kunbr_fast.pages import findings, pictures
 from kunbr_fast.pages.findings import NAMES, measured
 from kunbr_fast.pages.markup import (
@@ -94,8 +94,22 @@ def _unlike(sources: Sequence[Source]) -> Iterator[str]:
             yield f"The runs have different {what}: their figures differ for that reason too."
     if unknown := [name for name, parts in identities.items() if parts is None]:
         yield f"It is not known whether {', '.join(unknown)} began with the same model and data."
+    yield from _evaluated_unlike([source.evaluation for source in sources if source.evaluation is not None])
     if len(versions := {source.report["kunbr_fast"] for source in sources if source.report is not None}) > 1:
         yield f"The runs are of different versions of kunbr-fast: {', '.join(sorted(versions))}."
+
+
+READ_BY = ("text", "max_length", "max_new_tokens", "layer_records")  # settings of an evaluation that figures depend on
+
+
+def _evaluated_unlike(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for name in SETS:
+        found = {of["sets"][name].get("fingerprint") for of in evaluations if name in of["sets"]}
+        if len(found) > 1:
+            yield f"The evaluations have different {name} records: their figures of that set are not comparable."
+    differ = [name for name in READ_BY if len({setting(of["settings"].get(name)) for of in evaluations}) > 1]
+    if differ:
+        yield f"The evaluations have different settings ({', '.join(differ)}), and their figures for that reason too."
 
 
 def _identity(source: Source) -> list[str] | None:

@@ -465,6 +465,7 @@ def test_messages_of_the_library_name_options_here():
     assert (
         terminal.with_options("cut (split_long=False refuses such lines)") == "cut (--no-split-long refuses such lines)"
     )
+    assert terminal.with_options("needs a set (holdout=, --holdout H.jsonl)") == "needs a set (--holdout H.jsonl)"
     assert terminal.with_options("forget= and retain= go together; retain_coeff=2 stays") == (
         "--forget and --retain go together; retain_coeff=2 stays"
     )

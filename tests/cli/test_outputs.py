@@ -25,7 +25,7 @@ from kunbr_fast.run.config import KUnBRConfig
 
 MODULES = {name: importlib.import_module(f"kunbr_fast.cli.{name}") for name in cli.COMMANDS}
 WRITES = {name: getattr(module, "WRITES", {}) for name, module in MODULES.items()}
-# a run's folder: tests/run; an evaluation's, which may be the model's: tests/cli/test_evaluate.py
+# a run's folder: tests/run; an evaluation's, which may be the model's: tests/cli/test_evaluate_command.py
 ELSEWHERE = {("unlearn", "out"), ("baseline", "out"), ("evaluate", "out")}
 COMMANDS = {
     "density": "--model M --forget f.jsonl",

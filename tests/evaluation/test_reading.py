@@ -1,5 +1,7 @@
 """Texts that begin alike go through a model once, as trees: against each text by itself in plain transformers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from kunbr_fast.data.trees import Trees
 from kunbr_fast.evaluation import reading as reading_module
 from kunbr_fast.evaluation.reading import Reading, read_all
+from kunbr_fast.model.attention import check_places
 from kunbr_fast.model.decoder import Decoder
 
 STEM = [5, 9, 2, 11, 4, 8, 3, 17]
@@ -184,6 +187,27 @@ def test_depths_and_ends():
     assert batch.ends.tolist() == [5, 4, 2, 4, 4, 5] * 2
     assert batch.samples()[1].ends.tolist() == [5, 4, 2, 4, 4, 5]
     assert [[trees.tokens[n] for n in text] for text in trees.texts()] == [[1, 2, 3], [1, 2, 4, 5], [1, 6]]
+
+
+def test_texts_that_have_nothing_in_common_are_packed_as_texts():
+    trees = Trees()
+    for number, ids in enumerate(([1, 2, 3], [4, 5])):
+        trees.add(ids, number)
+    grown = trees.grown()
+    batch = trees.pack(grown, True)
+    assert batch.ends is None and batch.lengths == [3, 2] and batch.position_ids.tolist() == [0, 1, 2, 0, 1]
+    trees.add([4, 6], 1)
+    assert trees.pack(trees.grown(), True).ends is not None and trees.pack(grown[:1], True).ends is None
+
+
+def test_a_tree_is_refused_where_attention_is_scaled_by_the_place_in_a_batch():
+    """As Llama 4's: a branch's tokens have other places in the batch than in their text."""
+    config, trees = SimpleNamespace(attn_temperature_tuning=True, floor_scale=4), Trees()
+    for ids in ([1, 2, 3, 4], [1, 5]):
+        trees.add(ids, 0)
+    check_places(config, trees.pack(trees.texts()[:1], False), "a model")
+    with pytest.raises(ValueError, match="trees of 5 tokens in one batch: from 4 tokens on a model"):
+        check_places(config, trees.pack(trees.grown(), True), "a model")
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from streamed_models import folders_of_models, streamed, whole
 from test_probes import plain_probe, planted
 from tiny_models import moved, tiny_model
 
+from kunbr_fast.data.items import Item
 from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.measures import depth
 from kunbr_fast.measures.answers import Readout, Subject
@@ -30,7 +31,8 @@ def folder(tmp_path_factory):
 
 def subject(states, original=None, name="result", **more):
     def subject_of(name, states, of=None):
-        items = () if states is None else (None,) * (max(states.items) + 2)  # more items than were read
+        number = 0 if states is None else max(states.items) + 2  # more items than were read
+        items = [Item({"prompt": f"Who is {i}?", "completion": " Ada"}) for i in range(number)]
         return Subject(name, {"forget": Readout(items, (), (), (), states=states)}, of, **more)
 
     return subject_of(name, states, None if original is None else subject_of("original", original))
@@ -128,6 +130,20 @@ def test_the_choice_of_a_layer_does_not_favour_one():
     error = (0.25 * 0.75 / number) ** 0.5
     assert np.mean(best) > 0.25 + 1.5 * error
     assert abs(np.mean(own) - 0.25) < 3 * error / seeds**0.5
+
+
+def test_questions_about_one_fact_are_in_one_fold():
+    """What a probe was trained on does not answer the same question in other words."""
+    read, levels = readout()
+    made, facts = subject(read), [number // 2 for number in range(QUESTIONS)]
+    for item, fact in zip(made.sets["forget"].items, facts):
+        item.record["fact"] = fact
+    truth = np.array([plain_probe(*level, facts) for level in levels])
+    assert truth.tolist() != [plain_probe(*level) for level in levels]
+    assert depth.linear_probe(made, "forget").detail["values"] == pytest.approx(truth.mean(1))
+    for item in made.sets["forget"].items:
+        item.record["fact"] = "one"
+    assert depth.linear_probe(made, "forget") is None and depth.logit_lens(made, "forget") is None
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -14,6 +14,8 @@ from streamed_models import whole
 import kunbr_fast as kf
 from kunbr_fast.data.trees import Trees
 from kunbr_fast.evaluation import candidates
+from kunbr_fast.evaluation.folds import Fold
+from kunbr_fast.evaluation.rtt import RTTConfig
 from kunbr_fast.measures import evaluate as module
 from kunbr_fast.measures.suites import chosen
 from kunbr_fast.model.decoder import Decoder
@@ -96,6 +98,18 @@ def test_a_module_is_as_it_was_after_an_error_too(folders, tokenizer, monkeypatc
     monkeypatch.setattr(Decoder, "final", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate(model, tokenizer)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_attack_leaves_the_model_as_it_was(folders, tokenizer):
+    model = whole(folders["result"]).train()
+    before = copy.deepcopy(model.state_dict())
+    halves = [[inputs.question(name) for name in inputs.NAMES[first : first + 2]] for first in (0, 2)]
+    folds = [Fold(f"f{i}", records, records) for i, records in enumerate(halves)]
+    attack = RTTConfig(lrs=(1e-2,), epochs=1, scoring="choice")
+    found = evaluate(model, tokenizer, suite="muse", stream=False, max_new_tokens=2, attack=attack, folds=folds)
+    assert found["recovery", "forget"].number == 4 and found.rtt.num_questions == 4
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
 
 

@@ -164,6 +164,16 @@ def test_exact_match():
     assert figure("exact_match", generated(references, texts)).values == [1.0, 0.0, None, 1.0]
 
 
+def test_what_a_model_goes_on_with_behind_its_answer():
+    """MUSE cuts it off; TOFU's recall does not. A reference of several paragraphs is held against all."""
+    references = ["Ada Li", "Ada Li", "Ada Li", "Ada\n\nLi", "Ada Li"]
+    texts = ["Ada Li\n\nBo Ek", "Ada Li\nQuestion: Who?", "Ada Li Question: Who?", "Ada\n\nLi", "Ada Li\nBo Ek"]
+    said = generated(references, texts)
+    assert figure("rouge_l_f1", said).values == pytest.approx([1, 1, 1, 1, 2 / 3])
+    assert figure("exact_match", said).values == [1, 1, 1, 1, 0]
+    assert figure("rouge_l_recall", generated(["Ada Ek"], ["Ada\n\nEk"])).values == [1.0]
+
+
 NAMES = ["rouge_l_recall", "rouge_1_recall", "rouge_l_f1", "exact_match"]
 
 

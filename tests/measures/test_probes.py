@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kunbr_fast.measures.probes import probe
+from kunbr_fast.measures import probes
 
 
 def planted(strength, questions=60, width=40, choices=(4,), seed=0):
@@ -26,8 +26,14 @@ def planted(strength, questions=60, width=40, choices=(4,), seed=0):
     return torch.cat(rows) * torch.logspace(-3, 3, width), spans, answers
 
 
-def plain_probe(states, spans, answers):
-    """By least squares over the features, numpy, with the penalty as further rows; fold i % 5."""
+def probe(states, spans, answers):
+    """Each question is about a fact of its own."""
+    return probes.probe(states, spans, answers, probes.fold_of(range(len(spans))))
+
+
+def plain_probe(states, spans, answers, facts=None):
+    """By least squares over the features, numpy, with the penalty as further rows; fold i % 5, i the question's number,
+    or its fact."""
     x, right = states.double().numpy().copy(), []
     y = np.zeros(len(x))
     for span, answer in zip(spans, answers):
@@ -35,7 +41,7 @@ def plain_probe(states, spans, answers):
         x[rows] -= x[rows].mean(0)
         y[rows.start + answer] = 1
         y[rows] -= y[rows].mean()
-    fold = np.arange(len(spans)) % 5
+    fold = (np.arange(len(spans)) if facts is None else np.array(facts)) % 5
     for i, (span, answer) in enumerate(zip(spans, answers)):
         train = np.concatenate([np.arange(s.start, s.stop) for s, f in zip(spans, fold) if f != fold[i]])
         size = np.sqrt((x[train] ** 2).mean(0))
@@ -75,6 +81,10 @@ def test_ties_are_shared_and_the_same_state_everywhere_is_chance():
     assert probe(states, spans, answers).tolist() == [0.5] * 10
 
 
+def test_facts_are_dealt_out():
+    assert probes.fold_of(list("abacdefga")).tolist() == [0, 1, 0, 2, 3, 4, 0, 1, 0]
+
+
 def test_one_question_has_no_others():
-    with pytest.raises(ValueError, match="1 questions: a probe is trained on some"):
+    with pytest.raises(ValueError, match="1 facts: a probe is trained on some"):
         probe(torch.ones(4, 2), [range(4)], [0])

@@ -489,3 +489,15 @@ def test_figures(value, error, unit, text):
 )
 def test_changes(value, error, unit, text):
     assert markup.change(value, error, unit).replace("\xa0", " ") == text
+
+
+def test_evaluations_of_other_records_or_settings_are_not_compared_in_silence(tmp_path):
+    def warned(**more):
+        first = folders.evaluation(tmp_path / "A")
+        return page(first, folders.evaluation(tmp_path / "B", **more)).text
+
+    of_set = {"records": 80, "fingerprint": "e" * 32}
+    assert "The evaluations have different" not in warned(sets={"forget": of_set})
+    text = warned(sets={"forget": {**of_set, "fingerprint": "d" * 32}, "retain": of_set})
+    assert "The evaluations have different forget records" in text and "different retain" not in text
+    assert "different settings (max_new_tokens)" in warned(settings={"max_new_tokens": 32, "device": "cuda"})
