@@ -88,6 +88,7 @@ def test_every_module_is_installed(installed, tmp_path):
             "scripts/cover_precision",
             "scripts/demo_seeds",
             "scripts/evaluation",
+            "scripts/evaluation_passes",
             "scripts/fused_layers",
             "scripts/generation",
             "scripts/hidden_layers",

@@ -5,7 +5,9 @@
 
 Tokens of a tree stand in depth-first order. A token sees those between it and the root, at the positions of its own
 text: causal attention within each text, exactly. Texts are given with the name of a family, and those of a family are
-one tree. A text that was given before, under whatever name, is not there twice.
+one tree. A text that was given before, under whatever name, is not there twice. Families whose first texts begin with
+the same 8 tokens (a chat's system message) grow on one tree too, up to 384 tokens: attention is over all of a tree, so
+that larger ones would cost more than they save.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from kunbr_fast.data.batch import PackedBatch
 from kunbr_fast.data.samples import IGNORE
 
 ROOT = -1
+STEM, MOST = 8, 384
 
 
 class Trees:
     """Grows by `add`. A *node* is a token behind all that stand before it, a number; `tokens`, `parents` (ROOT of the
-    first of a text) and `families` are the nodes'."""
+    first of a text) and `families`, the numbers of their trees, are the nodes'."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -31,6 +34,8 @@ class Trees:
         self._names: dict[Hashable, int] = {}
         self._children: dict[tuple[int, int, int], int] = {}  # of (family, node, token); a node's family is its own
         self._known: dict[tuple[int, ...], list[int]] = {}
+        self._open: dict[tuple[int, ...], int] = {}  # of a beginning: the tree that takes further families
+        self._sizes: list[int] = []  # of the trees, in tokens
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -40,21 +45,34 @@ class Trees:
         key = tuple(ids)
         if key in self._known:
             return self._known[key]
-        number, node, path = self._names.setdefault(family, len(self._names)), ROOT, []
+        number, node, path = self._tree(family, key), ROOT, []
         for token in key:
             child = self._children.setdefault((number, node, token), len(self.tokens))
             if child == len(self.tokens):
                 self.tokens.append(token)
                 self.parents.append(node)
                 self.families.append(number)
+                self._sizes[number] += 1
             path.append(node := child)
         self._known[key] = path
         return path
 
+    def _tree(self, family: Hashable, text: tuple[int, ...]) -> int:
+        """The tree of a family, a new one's by its first text."""
+        if family not in self._names:
+            stem = text[:STEM]
+            number = self._open.get(stem, -1)
+            if len(text) <= STEM or number < 0 or self._sizes[number] + len(text) > MOST:
+                number = len(self._sizes)
+                self._sizes.append(0)
+                self._open[stem] = number
+            self._names[family] = number
+        return self._names[family]
+
     def grown(self) -> list[list[int]]:
-        """Each family's nodes, in depth-first order."""
+        """Each tree's nodes, in depth-first order."""
         below: list[list[int]] = [[] for _ in self.tokens]
-        roots: list[list[int]] = [[] for _ in self._names]
+        roots: list[list[int]] = [[] for _ in self._sizes]
         for node, parent in enumerate(self.parents):
             (roots[self.families[node]] if parent == ROOT else below[parent]).append(node)
         return [_depth_first(mine, below) for mine in roots if mine]

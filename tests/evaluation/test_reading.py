@@ -143,6 +143,39 @@ def test_less_at_a_time_where_memory_runs_out(monkeypatch):
         reading.read(decoder)
 
 
+def test_families_that_begin_alike_grow_on_one_tree():
+    stem = list(range(1, 11))
+    trees = Trees()
+    for number in range(60):
+        for branch in ([11, 12], [13]):
+            trees.add([*stem, 20 + number, *branch], number)
+    grown = trees.grown()
+    # a tree has the stem once and 4 tokens of each family, as long as another text fits into 384
+    assert sum(map(len, grown)) == len(trees) == 60 * 4 + 10 * len(grown) and len(grown) == 1
+    for number in range(60, 200):
+        trees.add([*stem, 20 + number, 11, 12], number)
+    sizes = sorted(map(len, trees.grown()))
+    assert len(sizes) == 2 and max(sizes) <= 384 and sum(sizes) == 60 * 4 + 140 * 3 + 20
+    others = Trees()
+    for number in range(3):
+        others.add([1, 2, 3, 4, 5, 6, 7, number], number)  # 8 tokens: nothing stands behind what is shared
+    assert len(others.grown()) == 3
+
+
+def test_families_on_one_tree_are_read_as_alone():
+    model = make("gemma2")
+    decoder = Decoder(model)
+    stem = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35]
+    reading, found = Reading(decoder), []
+    for number in range(7):
+        for tail in ([number + 40, 8], [number + 40, 9, 7, 9, 3]):
+            ids = [*stem, *tail]
+            rows = reading.rows(reading.add(ids, number))
+            found.append((ids, rows, reading.tokens(rows[:-1], ids[1:])))
+    assert len(reading) == 10 + 7 * 6
+    check(model, reading.read(decoder), found, 1e-6)
+
+
 def test_depths_and_ends():
     trees = Trees()
     for ids in ([1, 2, 3], [1, 2, 4, 5], [1, 6]):
