@@ -106,7 +106,7 @@ def entries(path: str | Path, whole: bool = False) -> Iterator[Entry]:
         return
     for number, line in read_lines(path):
         if first and whole and _is_open(line):
-            yield _json(read_text(path), name)
+            yield _json(read_text(path), name)._replace(where=f"{name}:{number}")
             return
         if first and (other := _no_lines(line)):
             raise ValueError(f"{name}:{number}: {other}")

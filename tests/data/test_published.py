@@ -296,3 +296,10 @@ def test_the_real_data(shared_data):
     items = load_items(files, equal_choices="allow", say=said.append)
     assert [item.record for item in items] == kf.load_records(files, equal_choices="allow")
     assert {item.form for item in items} == {"own"} and not said
+
+
+def test_lines_of_an_object_over_several_lines_name_their_file(tmp_path):
+    """As all places do: what comes before the last colon is the file."""
+    path = tmp_path / "all.json"
+    path.write_text(json.dumps({"train": [{"text": "Who?", "labels": "Ann."}] * 2}, indent=2))
+    assert [item.record["_where"] for item in load_items(path)] == [f"{path}:1, train {i}" for i in (1, 2)]
