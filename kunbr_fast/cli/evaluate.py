@@ -29,6 +29,7 @@ from kunbr_fast.pages.page import NAME as PAGE_NAME
 from kunbr_fast.pages.page import write_page
 from kunbr_fast.run.certificate import NAME as CERTIFICATE
 from kunbr_fast.run.certificate import refresh
+from kunbr_fast.run.identity import report_digest
 from kunbr_fast.run.output import finished_report
 from kunbr_fast.values import COUNT
 
@@ -186,7 +187,10 @@ def _of_run(model: str, forget: Sequence[str], say: Any) -> RTTResult | None:
     report = finished_report(model)
     if report is None or not report.get("rtt"):
         return None
-    found = RTTResult.from_dict(report["rtt"], where := f"{plain(Path(model) / 'report.json')}: rtt")
+    path = plain(Path(model) / "report.json")
+    if "result" in report and report["result"].get("report") != report_digest(report):
+        raise ValueError(f"{path}: damaged or edited (it does not have the checksum that it names): move it away")
+    found = RTTResult.from_dict(report["rtt"], where := f"{path}: rtt")
     folds = {row["fold"] for row in found.curves}
     if folds != {Path(path).stem for path in forget}:
         say(f"attacks: {where} is of {shown(sorted(folds), 200)}, not of the forget files: it is left out")

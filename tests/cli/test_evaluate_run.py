@@ -59,3 +59,15 @@ def test_a_damaged_certificate_costs_no_evaluation(run, capsys):
     assert evaluate(run, run / "OUT") == 1
     assert path.read_bytes() == before
     assert read_sealed(run / "OUT" / "evaluation.json", "")["figures"]
+
+
+def test_curves_of_an_edited_report_are_refused(run, capsys):
+    """As `kunbr-fast report` refuses them: what an attack brought back would be what was written there."""
+    path = run / "OUT" / "report.json"
+    report = json.loads(path.read_text())
+    for row in report["rtt"]["curves"]:
+        row["plain"] = 0.0
+    path.write_text(json.dumps(report))
+    assert evaluate(run, run / "EVAL") == 2
+    assert "report.json: damaged or edited" in capsys.readouterr().err
+    assert not (run / "EVAL" / "evaluation.json").exists()
