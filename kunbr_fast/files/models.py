@@ -266,6 +266,8 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{plain(path)}: no such directory: expected a local Hugging Face model directory")
     for name in (*TOKENIZERS, *BESIDE, "merges.txt", "chat_template.jinja"):
         if os.path.exists(path / name) and (kind := odd_kind(path / name)) is not None:
             raise ValueError(f"{plain(path / name)}: {kind}, expected a file: {COPY}")

@@ -33,8 +33,9 @@ def hidden_cosine_distance(subject: Subject, of: str) -> Found | None:
     pair = _states(subject, of)
     if pair is None:
         return None
-    # of states of one direction the cosine is above 1 by its rounding
-    return _distance(subject.sets[of], (1 - torch.cosine_similarity(*pair, dim=2)).clamp(min=0))
+    ours, theirs = (torch.nn.functional.normalize(states, dim=2) for states in pair)
+    # 1 - cos = |u - u0|^2 / 2 of unit vectors: 0, and no rounding beside it, where both are the same
+    return _distance(subject.sets[of], (ours - theirs).square().sum(dim=2) / 2)
 
 
 @measure(

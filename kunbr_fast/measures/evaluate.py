@@ -22,6 +22,7 @@ from kunbr_fast.files.models import load_model
 from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.keywords import named_by, taken
 from kunbr_fast.measures.answers import Readout, Subject
+from kunbr_fast.measures.asked import has_letters
 from kunbr_fast.measures.evaluation import JSON, MODELS, Evaluation, figures_of
 from kunbr_fast.measures.layers import MOST as LAYER_ITEMS
 from kunbr_fast.measures.passes import Asker, Passes, digest
@@ -36,6 +37,7 @@ from kunbr_fast.model.weights import weights_of
 from kunbr_fast.values import COUNT, check
 
 EXAMPLES = 8
+OF_TWO_QUESTIONS = "accuracy_letter_calibrated linear_probe logit_lens logit_lens_letter".split()
 Records = Sequence[Mapping[str, Any] | Item]
 Model = nn.Module | str | Path
 
@@ -208,8 +210,12 @@ class _Run:
 
     def _why_none(self, measure: Measure) -> str:
         """Why a measure that lacks nothing has no figure."""
-        if "letter" in measure.name and any("question" in one.record for of in self.items.values() for one in of):
+        records = [one.record for of in self.items.values() for one in of]
+        questions = [record for record in records if "question" in record]
+        if questions and "letter" in measure.name and not has_letters(self.given.tokenizer, questions):
             return "needs a tokenizer that has one token for each of the letters of the choices"
+        if questions and measure.name in OF_TWO_QUESTIONS:
+            return "needs two questions or more, of different facts"
         return "does not apply to these records"
 
     # ------------------------------------------------ models

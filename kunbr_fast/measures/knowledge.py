@@ -31,9 +31,10 @@ def accuracy_letter(said: Readout) -> list[float | None]:
 @measure("knowledge", "accuracy, by letter, calibrated", suites="core", needs="letter")
 def accuracy_letter_calibrated(subject: Subject, of: str) -> Found | None:
     """As by letter, after each letter's mean logit over the questions was subtracted: for models that prefer a letter.
-    The standard error takes these means as given. Source: "contextual calibration", arXiv 2102.09690, its idea."""
+    The standard error takes these means as given. Of two questions or more: of one all letters would be equal. Source:
+    "contextual calibration", arXiv 2102.09690, its idea."""
     letter = subject.sets[of].letter
-    if letter is None:
+    if letter is None or letter.num_questions < 2:
         return None
     right = round(letter.calibrated * letter.num_questions)
     found = mean_of([1.0] * right + [0.0] * (letter.num_questions - right))

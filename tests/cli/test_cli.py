@@ -375,6 +375,13 @@ def test_bad_input_is_named(case, workspace, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["evaluate", "data check", "density"])
+def test_a_model_that_is_not_there_is_said_to_be_missing(command, workspace, tmp_path, capsys):
+    files = [workspace / "f0.jsonl"] if command == "data check" else ["--forget", workspace / "f0.jsonl"]
+    assert cli.main([*command.split(), *map(str, files), "--model", str(tmp_path / "nothing")]) == 2
+    assert "nothing: no such directory: expected a local Hugging Face model directory" in capsys.readouterr().err
+
+
 def test_a_model_without_tokenizer_weights_or_with_pickles_is_refused(workspace, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(workspace / "model", model)

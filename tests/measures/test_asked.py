@@ -108,6 +108,14 @@ def test_a_tokenizer_without_letters_has_no_accuracy_by_letter_and_it_is_said(mo
     assert why["verbatim_memorisation"] == "does not apply to these records"
 
 
+def test_one_question_is_too_few_whatever_the_tokenizer(model, tokenizer):
+    found = evaluate(model, tokenizer, [asked(NAMES[0])], suite="all", max_new_tokens=2)
+    why = {one["measure"]: one["why"] for one in found.missing}
+    for name in ("accuracy_letter_calibrated", "linear_probe", "logit_lens", "logit_lens_letter"):
+        assert why[name] == "needs two questions or more, of different facts"
+    assert "accuracy_letter" not in why
+
+
 def test_a_prompt_without_room_for_its_answer_is_named_before_anything_is_read(model, tokenizer, monkeypatch):
     monkeypatch.setattr(passes, "read_all", lambda *a, **k: 1 / 0)
     long = Item({"prompt": "When was Ada Ek born? " * 16, "completion": "1900", "_where": "f.jsonl:7"})

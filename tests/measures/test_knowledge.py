@@ -113,6 +113,12 @@ def test_accuracies():
     assert smooth.detail == {"candidates": 12.5}
 
 
+def test_one_question_cannot_be_calibrated():
+    """Less its own mean each letter's logit is 0, and the first letter would win."""
+    said = readout([answer([-1.0])], questions=[0], letter=Accuracy(0.0, 1.0, [1], 1, values=[0]))
+    assert figure("accuracy_letter", said).value == 0 and figure("accuracy_letter_calibrated", said) is None
+
+
 def test_no_questions():
     names = [f"accuracy_{name}" for name in ("letter", "letter_calibrated", "choice", "smooth")]
     assert [figure(name, SAID) for name in names] == [None] * 4
