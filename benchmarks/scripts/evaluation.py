@@ -7,8 +7,8 @@ Theirs is the checkout's metric with its TOFU settings: batches of 32, padded, l
 metric (a metric's own parts, such as truth ratio's two probabilities, are passes too). Ours is `kf.evaluate` with that
 measure alone, all of it: tokens, Decoder and its self-check, the pass, standard errors. Last all of them: theirs one by
 one, as OpenUnlearning makes them, ours in one call. On a CPU the seconds are the processor's, of all threads
-(OMP_NUM_THREADS=1 has those of one core, whoever else is on the machine). Rounds in turns; the first one of each warms
-up. The ratio is the median over rounds of theirs / ours.
+(OMP_NUM_THREADS=1 has those of one core, whoever else is on the machine). Rounds in turns; before them the first case
+runs once, unmeasured (on a GPU each one). The ratio is the median over rounds of theirs / ours.
 
 Records are TOFU's form, made of the questions of a file (--questions, RTT's four-choice form): a sentence as answer,
 the same in other words, and three wrong ones. Without --model: a Llama of --shape with random weights and --tokenizer.
@@ -190,13 +190,14 @@ def compare(theirs: Any, model: Any, tokenizer: Any, work: Path, options: argpar
     for case, names in cases.items():
         if not options.only or case in options.only:
             both = (lambda names=names: [every[name]() for name in names], lambda names=names: ours(names))
+            if case == "probability" or options.device.startswith("cuda"):
+                timed(*both, argparse.Namespace(device=options.device, rounds=1))
             yield row_of(case, timed(*both, options), options)
 
 
 def timed(theirs: Callable[[], Any], ours: Callable[[], Any], options: argparse.Namespace) -> list[tuple[float, float]]:
-    """(theirs, ours) of each round but the first."""
-    pairs = [tuple(seconds(one, options.device) for one in (theirs, ours)) for _ in range(options.rounds + 1)]
-    return pairs[1:]
+    """(theirs, ours) of each round."""
+    return [tuple(seconds(one, options.device) for one in (theirs, ours)) for _ in range(options.rounds)]
 
 
 def row_of(case: str, times: list[tuple[float, float]], options: argparse.Namespace) -> dict[str, Any]:

@@ -25,9 +25,11 @@ STEM, MOST = 8, 384
 
 class Trees:
     """Grows by `add`. A *node* is a token behind all that stand before it, a number; `tokens`, `parents` (ROOT of the
-    first of a text) and `families`, the numbers of their trees, are the nodes'."""
+    first of a text) and `families`, the numbers of their trees, are the nodes'. joined: whether families that begin
+    alike grow on one tree."""
 
-    def __init__(self) -> None:
+    def __init__(self, joined: bool = True) -> None:
+        self._joined = joined
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.families: list[int] = []
@@ -62,7 +64,7 @@ class Trees:
         if family not in self._names:
             stem = text[:STEM]
             number = self._open.get(stem, -1)
-            if len(text) <= STEM or number < 0 or self._sizes[number] + len(text) > MOST:
+            if not self._joined or len(text) <= STEM or number < 0 or self._sizes[number] + len(text) > MOST:
                 number = len(self._sizes)
                 self._sizes.append(0)
                 self._open[stem] = number

@@ -56,8 +56,8 @@ class Reading:
     """
 
     def __init__(self, decoder: Decoder):
-        self.trees = Trees()
         self.apart = decoder.rotary.same_up_to != float("inf") or decoder.way.name not in ("packed", "padded")
+        self.trees = Trees(joined=not self.apart)
         self._rows: dict[int, int] = {}  # of a node
         self._asked: list[tuple[int, int]] = []  # (row, token)
 

@@ -189,6 +189,15 @@ def test_depths_and_ends():
     assert [[trees.tokens[n] for n in text] for text in trees.texts()] == [[1, 2, 3], [1, 2, 4, 5], [1, 6]]
 
 
+def test_families_that_are_not_joined_share_no_token():
+    """Of models whose angles depend on a text's length, the beginning of another text is read apart."""
+    for joined, tokens in ((True, 11), (False, 21)):
+        trees = Trees(joined)
+        trees.add([*STEM, 20, 21], "one")
+        trees.add([*STEM, 20, 21, 22], "two")
+        assert len(trees) == tokens
+
+
 def test_texts_that_have_nothing_in_common_are_packed_as_texts():
     trees = Trees()
     for number, ids in enumerate(([1, 2, 3], [4, 5])):

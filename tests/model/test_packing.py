@@ -347,5 +347,5 @@ def test_attention_scaled_by_the_place_in_a_batch():
     for group in ([4], [0, 1]):
         truth = torch.cat([model(input_ids=samples()[i]["input_ids"][None]).logits[0] for i in group])
         assert relative(decoder.logits(pack([samples()[i] for i in group])), truth) < LIMIT
-    with pytest.raises(ValueError, match="2 samples of 50 tokens in one batch: from 24 tokens on .*make"):
+    with pytest.raises(ValueError, match="2 samples or trees of 50 tokens in one batch: from 24 tokens on .*make"):
         decoder.logits(pack([samples()[4], samples()[3]]))
