@@ -240,6 +240,16 @@ def beside_open_unlearning():
         ]  # fmt: skip
 
 
+def evaluation_times():
+    """Of each measure its last row, seconds of a processor."""
+    with open(RESULTS / "evaluation_cpu.csv") as file:
+        rows = {row["measure"]: row for row in csv.DictReader(file)}
+    return [
+        [name if " " in name else f"`{name}`", row["records"], row["theirs_s"], row["ours_s"], f"{row['ratio']}x"]
+        for name, row in rows.items()
+    ]
+
+
 TABLES = {
     "## One step, against the reference procedure": step,
     "## A whole run": end_to_end,
@@ -259,7 +269,9 @@ MEASURED = {f"### {group.capitalize()}": functools.partial(measures, group) for 
 PAGES = {
     "results": TABLES,
     "integrations": {"### The time of a step, on an H200": patched_trainers},
-    "evaluation": MEASURED | {"## Beside OpenUnlearning's own code": beside_open_unlearning},
+    "evaluation": MEASURED
+    | {"## Beside OpenUnlearning's own code": beside_open_unlearning}
+    | {"## How long it takes": evaluation_times},
 }
 
 

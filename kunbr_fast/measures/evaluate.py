@@ -229,7 +229,7 @@ class _Run:
             kept = self.given.output_dir is not None
             identity = model_fingerprint(model, f"the {name} model's ") if kept else None
             self.described[name] = {"path": None if path is None else str(path), "fingerprint": identity}
-            identity = f"{identity}-{asker.identity}"
+            identity = f"{identity}-{asker.identity}" if kept else ""
             passes = Passes(name, model, asker, self.given, self.store, identity, self.seconds)
             said = passes.said()
             if name == "result" and self.given.attack is not None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,6 +18,7 @@ from kunbr_fast.data.items import Item
 from kunbr_fast.evaluation.curves import RTTResult
 from kunbr_fast.evaluation.reading import Reading, Rows, read_all
 from kunbr_fast.evaluation.rtt import Attack
+from kunbr_fast.files.atomic import sha256
 from kunbr_fast.files.digests import tokenizer_fingerprint
 from kunbr_fast.files.scratch import scratch
 from kunbr_fast.measures.answers import Readout
@@ -45,13 +48,18 @@ class Asker:
 
     def __init__(self, tokenizer: Any, items: Mapping[str, Sequence[Item]], settings: Any, needs: Collection[str]):
         self.tokenizer, self.items, self.needs, self._settings = tokenizer, items, needs, settings
-        how = dataclasses.asdict(settings.text), settings.max_length, settings.impl, str(settings.device)
-        of = [__version__, {name: digest(of) for name, of in items.items()}, how, tokenizer_fingerprint(tokenizer)]
-        # versions may read other texts
-        self.identity = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
         self.references: dict[str, Sequence[str]] = {}
         self._prompts: dict[str, list[list[int]]] = {}
         self._asked: dict[tuple, dict[str, AskedSet]] = {}
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Of all that is asked, and how: versions may read other texts."""
+        settings = self._settings
+        how = dataclasses.asdict(settings.text), settings.max_length, settings.impl, str(settings.device)
+        sets = {name: digest(of) for name, of in self.items.items()}
+        of = [__version__, sets, how, tokenizer_fingerprint(self.tokenizer)]
+        return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
 
     def asked(self, decoder: Decoder) -> dict[str, AskedSet]:
         """The texts as one decoder reads them, made once for all models that read the same."""
@@ -218,7 +226,8 @@ class Passes:
             how = dict(limit=given.lm_eval_limit, include=given.lm_eval_include, progress=title)
             return run_lm_eval(self.decoder.model, self.asker.tokenizer, list(given.lm_eval), **how), None
 
-        of = [list(given.lm_eval), str(given.lm_eval_include), given.lm_eval_limit]
+        own = sorted(Path(given.lm_eval_include).rglob("*")) if given.lm_eval_include is not None else []
+        of = [list(given.lm_eval), given.lm_eval_limit, [[path.name, sha256(path)] for path in own if path.is_file()]]
         return self._kept("lm-eval", of, make)[0]
 
 

@@ -74,7 +74,7 @@ def privleak(subject: Subject, of: str) -> Found | None:
     """((1 - AUC) - (1 - AUC_retrained)) / (1 - AUC_retrained), AUC of min-k: 0 as if never seen, below 0 unlearned too
     little (-1: all members found), above 0 too much. Without a retrained model its AUC is taken as 0.5, and detail says
     so. Published figures are in percent. Source: MUSE, arXiv 2407.06460; OpenUnlearning's `privleak`."""
-    if "holdout" not in subject.sets:
+    if "holdout" not in subject.sets or subject.name == "retrained":  # against itself it says nothing
         return None
     retrained = subject.retrained
     samples = [
