@@ -188,5 +188,5 @@ _about = functools.cache(about)
 
 
 def _asked(model: nn.Module, world: World, lines: list[dict]) -> dict[str, Any]:
-    found = choice_accuracy(Decoder(model), world.tokenizer, lines, scoring=world.config.scoring, batch_size=64)
+    found = choice_accuracy(Decoder(model), world.tokenizer, lines, scoring=world.config.scoring)
     return {name: getattr(found, name) for name in ("plain", "smooth", "smooth_error", "leak", "num_questions")}
