@@ -29,7 +29,7 @@ from kunbr_fast.pages.page import NAME as PAGE_NAME
 from kunbr_fast.pages.page import write_page
 from kunbr_fast.run.certificate import NAME as CERTIFICATE
 from kunbr_fast.run.certificate import refresh
-from kunbr_fast.run.identity import report_digest
+from kunbr_fast.run.identity import check_whole
 from kunbr_fast.run.output import finished_report
 from kunbr_fast.values import COUNT
 
@@ -188,8 +188,7 @@ def _of_run(model: str, forget: Sequence[str], say: Any) -> RTTResult | None:
     if report is None or not report.get("rtt"):
         return None
     path = plain(Path(model) / "report.json")
-    if "result" in report and report["result"].get("report") != report_digest(report):
-        raise ValueError(f"{path}: damaged or edited (it does not have the checksum that it names): move it away")
+    check_whole(report, path, "move it away")
     found = RTTResult.from_dict(report["rtt"], where := f"{path}: rtt")
     folds = {row["fold"] for row in found.curves}
     if folds != {Path(path).stem for path in forget}:

@@ -7,6 +7,7 @@ that are records of ours already stay as they are. Where the keys come from: see
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -129,7 +130,7 @@ PRESETS = {
 TABLED = ("perturbed_answer",)  # lists, of which a CSV has the JSON
 
 
-class Lines:
+class Lines(abc.ABC):
     """One file's lines as some sets have them; counts what becomes of them. kept: whether items have the other answers
     of their lines, which are left out else. chat: questions and answers are messages."""
 
@@ -153,13 +154,13 @@ class Lines:
                 return []
         return [("", value)]
 
+    @abc.abstractmethod
     def item(self, line: Record, where: str) -> Item:
         """The item, its record with the keys that no set knows, for the caller to judge."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def told(self, lines: int) -> str:
         """What became of the lines, in one line; empty where that is nothing. lines: of the file."""
-        raise NotImplementedError
 
     @property
     def used(self) -> bool:

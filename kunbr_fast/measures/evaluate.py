@@ -186,16 +186,13 @@ class _Run:
     def all(self) -> Evaluation:
         asker = Asker(self.given.tokenizer, self.items, self.given, self.needs)
         said = {name: self._of_model(name, source, asker) for name, source in self.models.items()}
-        subjects: dict[str, Subject] = {}
-        for name in ("retrained", "original", "result"):
-            if name in said:
-                beside = {other: subjects.get(other) for other in ("original", "retrained") if name != other}
-                beside |= {"original": None} if name == "retrained" else {}
-                subjects[name] = Subject(name, said[name], **beside)
-        result = subjects["result"]
-        subjects["result"] = dataclasses.replace(result, rtt=self.rtt, value_vectors=self._value_vectors())
+        subjects = {name: Subject(name, of) for name, of in said.items()}
+        if "original" in subjects:
+            subjects["original"] = dataclasses.replace(subjects["original"], retrained=subjects.get("retrained"))
+        beside = {name: subjects.get(name) for name in ("original", "retrained")}
+        more = beside | {"rtt": self.rtt, "value_vectors": self._value_vectors()}
+        subjects["result"] = dataclasses.replace(subjects["result"], **more)
         self.say("measures, and their standard errors")
-        subjects = {name: subjects[name] for name in self.models}
         with self._timed("measures"):
             figures, without = figures_of(self.able, subjects, list(self.items))
         missing = [*self.missing, *({"measure": one.name, "why": self._why_none(one)} for one in without)]

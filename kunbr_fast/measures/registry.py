@@ -25,7 +25,7 @@ SETS = ("forget", "retain", "holdout")
 # What a measure may need beyond likelihoods: other inputs (of which the reason for its absence speaks), or other passes
 # through the model. sets other than its own: "holdout" for membership inference.
 READ = ("letter", "choice", "answers", "alternatives")  # of likelihoods: questions by scoring; own and other answers
-NEEDS = (*READ, "generation", "sampling", "states", "attack", "original", "retrained", "holdout", "retain")
+NEEDS = (*READ, "generation", "states", "attack", "original", "retrained", "holdout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """title: for people. unit: "share" (0..1, shown in percent), "points", or "" for a number. known: "higher" if a
+    """title: for people. unit: "share" (0..1, shown in percent), or "" for a number. known: "higher" if a
     model that knows more of the set has more, "lower", or "" where that cannot be said."""
 
     name: str

@@ -14,14 +14,12 @@ import torch
 from tqdm import tqdm
 
 from kunbr_fast.data import PackedBatch
-from kunbr_fast.evaluation.reading import Reading, groups_of, samples_of
+from kunbr_fast.evaluation.reading import BATCH_TOKENS, Reading, groups_of, samples_of
 from kunbr_fast.memory import Place
 from kunbr_fast.model.decoder import Decoder, Stretch
 from kunbr_fast.model.frozen import evaluating
 from kunbr_fast.model.vocabulary import check_vocabulary
 from kunbr_fast.model.weights import finite
-
-BATCH_TOKENS = 4096
 
 Take = Callable[[int, PackedBatch, torch.Tensor, list[int]], None]  # (level, batch, its states (T, D), its nodes)
 

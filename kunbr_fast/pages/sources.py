@@ -19,7 +19,7 @@ from kunbr_fast.files.shown import plain, shown
 from kunbr_fast.files.target import is_signed
 from kunbr_fast.pages import formats
 from kunbr_fast.run.config import KUnBRConfig
-from kunbr_fast.run.identity import report_digest
+from kunbr_fast.run.identity import check_whole
 from kunbr_fast.run.log import COLUMNS, FOLDER, TABLE
 
 REPORT, EVALUATION, CERTIFICATE, SETTINGS = "report.json", "evaluation.json", "unlearning.json", "run.yaml"
@@ -92,8 +92,7 @@ def _report(path: Path) -> dict[str, Any]:
     where = plain(path)
     value = read_json(path)
     checked(value, formats.Report, f"{where}: not the report of a run (kunbr-fast unlearn or baseline)")
-    if "result" in value and value["result"].get("report") != report_digest(value):
-        raise ValueError(f"{where}: damaged or edited (it does not have the checksum that it names): {CURE}")
+    check_whole(value, where, CURE)
     density = Density.from_dict(value["density"], f"{where}: density")
     layers = len(density.per_layer)
     for start, stop in value["blocks"]:

@@ -116,6 +116,12 @@ def check_record(out: str | Path, report: Mapping[str, Any], config: KUnBRConfig
         raise ValueError(f"{error} [{plain(out)} holds a finished run: {cure}]") from error
 
 
+def check_whole(report: Mapping[str, Any], where: str, cure: str) -> None:
+    """ValueError, which ends with `cure`, for a report that was edited since its run wrote it, as far as it says."""
+    if "result" in report and report["result"].get("report") != report_digest(report):
+        raise ValueError(f"{where}: damaged or edited (it does not have the checksum that it names): {cure}")
+
+
 def report_digest(report: Mapping[str, Any]) -> str:
     """Of all in a report but its record, "result"."""
     rest = {name: value for name, value in report.items() if name != "result"}
